@@ -1,0 +1,58 @@
+"""Fingerprints of sources, so that a search notices when a model changes under it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypedDict
+
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+
+
+class FileFingerprint(TypedDict):
+    """What a file held (SHA-256, hex) and how it looked from outside (size in bytes, time of change in ns)."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+def fingerprint(source: Source, known: Mapping[str, FileFingerprint] | None = None) -> dict[str, FileFingerprint]:
+    """Fingerprints of all files of a source, by file name.
+
+    A file whose size and time of change are those in ``known`` is taken to hold the same and is not read again.
+    """
+    return {file.name: _of_file(file, (known or {}).get(file.name)) for file in source.files}
+
+
+def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) -> dict[str, FileFingerprint]:
+    """Refuse a source that is not what it was when ``recorded`` was taken; return its fingerprints of now.
+
+    A file that was only touched or copied is the same.
+
+    Raises:
+        InputError: naming the file that changed, appeared or vanished.
+    """
+    now = fingerprint(source, recorded)
+    for name in sorted(recorded.keys() | now.keys()):
+        before = recorded[name]["sha256"] if name in recorded else None
+        after = now[name]["sha256"] if name in now else None
+        if before != after:
+            what = "is new" if before is None else "is gone" if after is None else "has changed"
+            raise InputError(
+                source.place,
+                f"{name} of {source.name} {what} since the search began ({source.folder})",
+                "Put the old file back, or start a new search.",
+            )
+    return now
+
+
+def _of_file(file: Path, known: FileFingerprint | None) -> FileFingerprint:
+    stat = file.stat()
+    if known is not None and (known["size"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        return known
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"sha256": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

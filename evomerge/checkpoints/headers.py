@@ -1,0 +1,143 @@
+"""Headers of safetensors files, read and checked without reading a tensor.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes, the header's length n as a little-endian unsigned
+integer; n bytes of JSON that gives each tensor's dtype, shape and byte range; then the tensors' bytes, with no hole
+or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own cap
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""The dtypes that can be merged, by their names in safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``, counted from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+
+def map_file(file: Path) -> torch.Tensor:
+    """All bytes of a file as uint8, mapped into memory: pages are read when touched, and shared between processes."""
+    return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+
+
+def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
+    """The tensor of an entry inside its mapped file. Only for dtypes that can be merged; never to be written to."""
+    raw, dtype = mapped[entry.begin : entry.end], TORCH_DTYPES[entry.dtype]
+    if entry.begin % dtype.itemsize:  # the format asks for no alignment, though its own writer gives it
+        raw = raw.clone()
+    return raw.view(dtype).view(entry.shape)
+
+
+def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file by name, in the order of their bytes.
+
+    Raises:
+        InputError: the file is no safetensors file, is cut short, or its header contradicts itself or the file's size.
+    """
+
+    def refuse(problem: str, mend: str = "") -> InputError:
+        return InputError(place, f"{file.name} {problem}", mend)
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(128)
+        if problem := _not_safetensors(start, size):
+            raise refuse(problem, "Download the file again.")
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise refuse(f"claims a header of {length:,} bytes: it is no safetensors file", "Download it again.")
+        if 8 + length > size:
+            raise refuse(f"is cut short: {size:,} bytes, with a header of {length:,}", "Download it again.")
+        stream.seek(8)
+        text = stream.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"has a header that cannot be read ({error})", "Download it again.") from None
+    if not isinstance(header, dict):
+        raise refuse("has a header that is no JSON object", "Download it again.")
+    header.pop("__metadata__", None)
+    entries = []
+    for name, fields in header.items():
+        entry = _entry(fields, file, 8 + length)
+        if isinstance(entry, str):
+            raise refuse(f"has a header that lies about {name!r}: {entry}", "Do not use this file.")
+        entries.append((entry.begin, entry.end, name, entry))
+    entries.sort(key=lambda found: found[:2])
+    position = 8 + length
+    for begin, end, name, _ in entries:
+        if begin != position:
+            fault = "overlaps another tensor" if begin < position else "leaves a hole before it"
+            raise refuse(f"has a header that lies about {name!r}: it {fault}", "Do not use this file.")
+        position = end
+    if position > size:
+        raise refuse(f"is cut short: {size:,} bytes instead of {position:,}", "Download it again.")
+    if position < size:
+        raise refuse(f"has {size - position:,} bytes behind its last tensor", "Do not use this file.")
+    return {name: entry for _, _, name, entry in entries}
+
+
+def _not_safetensors(start: bytes, size: int) -> str:
+    if size < 10:
+        return "is empty" if size == 0 else f"is cut short: {size} bytes"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights: the download is incomplete"
+    if start.lstrip().startswith(b"<"):
+        return "is a web page, not the weights: the download failed"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a pickled PyTorch file under another name"
+    return ""
+
+
+def _entry(fields: Any, file: Path, data_start: int) -> TensorEntry | str:
+    """One tensor of a header, or what is wrong with it."""
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        return "it needs exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        return f"unknown dtype {dtype!r}"
+    if not _whole_numbers(shape):
+        return f"shape {shape!r}"
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        return f"data_offsets {offsets!r}"
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        return f"shape {shape} of {dtype} does not fill {offsets[1] - offsets[0]:,} bytes"
+    return TensorEntry(dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return found

@@ -1,0 +1,58 @@
+"""Tensor roles, found from the model's own structure rather than from a list of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors
+from evomerge.recipe import Role, RoleKind
+
+
+def tensor_roles(source: Source) -> dict[str, Role]:
+    """The role of each of the source's tensors, by name, in their order.
+
+    A tied head has no tensor of its own, so there is then no role "head".
+    """
+    model = empty_model(parse_config(source.config, source.place), source.place)
+    roles = model_roles(model, source.layers)
+    return {name: roles[in_model] for name, in_model in source.names.items()}
+
+
+def model_roles(model: Any, layers: int) -> dict[str, Role]:
+    """The role of every tensor that a model stores, by its name in the model. Only modules and names are looked at.
+
+    Raises:
+        LookupError: the model has no stack of ``layers`` layers.
+    """
+    stack_name, stack = layer_stack(model, layers)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    roles = {}
+    for name in stored_tensors(model):
+        if name.startswith(stack_name + "."):
+            index, _, rest = name.removeprefix(stack_name + ".").partition(".")
+            roles[name] = Role(_inside_layer(stack[int(index)], rest), int(index))
+        else:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            roles[name] = Role(_outside_stack(owner, embedding, head))
+    return roles
+
+
+def _inside_layer(layer: nn.Module, rest: str) -> RoleKind:
+    module = getattr(layer, rest.partition(".")[0])
+    if not isinstance(module, nn.Module):
+        return "mlp"  # a parameter of the layer itself, such as a scale
+    kind = type(module).__name__
+    if "Attention" in kind or hasattr(module, "layer_idx"):  # layer_idx is what takes part in the cache
+        return "attention"
+    if "Norm" in kind and all(p.ndim == 1 for p in module.parameters()):
+        return "norm"
+    return "mlp"
+
+
+def _outside_stack(owner: nn.Module, embedding: nn.Module, head: nn.Module | None) -> RoleKind:
+    if owner is embedding or "Embedding" in type(owner).__name__:  # positions are embedded too
+        return "embedding"
+    return "head" if owner is head else "norm"

@@ -1,0 +1,163 @@
+"""What a config.json says: checked as the work of a stranger, then built without memory to see the model's tensors."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from evomerge.errors import InputError
+
+_RUNS_CODE = {
+    "auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels", "kernel_config",
+    "transformers_weights", "trust_remote_code",
+}  # fmt: skip
+_QUANTISED = {"quantization_config", "compression_config"}
+_HARMLESS_PRIVATE = {"_name_or_path", "_commit_hash"}
+_COUNTS_MODULES = re.compile(r"(layers?|blocks?|experts?|heads?)$")
+_MOST = {"num_hidden_layers": 1_000, "hidden_size": 1_000_000, "vocab_size": 10_000_000}
+
+
+def check_config(config: Mapping[str, Any], place: str) -> None:
+    """Refuse what transformers would act on beyond a model's plain shape, and numbers no model has.
+
+    ``trust_remote_code=False`` is no boundary by itself (CVE-2026-4372 went through
+    ``_attn_implementation_internal``), so the keys are checked before any loader sees them.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for key, value in _walk(config):
+        if value is None:
+            continue
+        if key in _QUANTISED:
+            method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
+            raise InputError(
+                place,
+                f"config.json: {key} says that the weights are quantised ({method})",
+                "Use the full-precision model.",
+            )
+        private = key.startswith("_") and key not in _HARMLESS_PRIVATE and not isinstance(value, bool | int | float)
+        if key in _RUNS_CODE or private:
+            raise InputError(
+                place,
+                f"config.json: {key} can make transformers run code from elsewhere",
+                "Read what it names; if transformers knows the model without it, delete the key from a copy.",
+            )
+        if _COUNTS_MODULES.search(key) and type(value) is int and not 0 <= value <= 10_000:
+            raise InputError(place, f"config.json: {key} is {value}, which no model has")
+
+
+def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _walk(value)
+
+
+def parse_config(config: Mapping[str, Any], place: str) -> Any:
+    """The transformers configuration of a checked config.json.
+
+    Raises:
+        InputError: an unknown model type, fields of the wrong type, sizes that no model has.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), 1)
+        raise InputError(
+            place,
+            f"config.json: model_type {model_type!r} is unknown to transformers",
+            f"Did you mean {near[0]!r}?" if near else "Upgrade transformers, or choose another model.",
+        )
+    try:
+        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+    except Exception as error:  # whatever a strange value does inside a configuration class
+        raise InputError(place, f"config.json is not a configuration of {model_type}: {first_line(error)}") from error
+    for field, most in _MOST.items():
+        value = getattr(parsed, field, None)
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(place, f"config.json: {field} is {value!r}; it must be a whole number from 1 to {most:,}")
+    return parsed
+
+
+def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of a configuration, on the meta device: every module, no memory.
+
+    Raises:
+        InputError: transformers has no causal language model for it, or cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # the same: values that fit the configuration may still break the model
+        raise InputError(
+            place, f"config.json describes no causal language model that transformers can build: {first_line(error)}"
+        ) from error
+
+
+def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The model's own tensors that a checkpoint must hold: parameters, tied ones once, and persistent buffers."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    saved = model.state_dict(keep_vars=True).keys()
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def names_in_model(model: Any, stored: Iterable[str], place: str) -> dict[str, str]:
+    """Name in the model of every tensor in a checkpoint: where transformers' own loading would put it.
+
+    Most names are the same. Some were changed by transformers since the checkpoint was written (``embed_out`` of a
+    GPT-NeoX is its ``lm_head`` today) or lack the model's prefix (``h.0`` for ``transformer.h.0``).
+
+    Raises:
+        InputError: a tensor is not only renamed but computed anew while it is loaded.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    tensors = model.state_dict()
+    names = {}
+    for name in sorted(stored):
+        new, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, tensors)
+        if new not in tensors:
+            new, converter = rename_source_key(name, [], [], model.base_model_prefix, tensors)
+        elif converter is not None:
+            raise InputError(
+                place,
+                f"{name} is not a tensor of the model but made into one while loading (as experts are, fused)",
+                f"{type(model).__name__} is not supported yet.",
+            )
+        names[name] = new
+    return names
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Names under which a stored parameter appears again, with the name it is stored under: a tied head's weight."""
+    stored = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: stored[parameter] for name, parameter in every if stored[parameter] != name}
+
+
+def layer_stack(model: Any, layers: int) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the stack of ``layers`` layers: the outermost list of that length.
+
+    Raises:
+        LookupError: no list of modules has that length.
+    """
+    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not stacks:
+        raise LookupError(f"{type(model).__name__} has no list of {layers} layers")
+    return min(stacks, key=lambda found: found[0].count("."))
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for a message that a person reads."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

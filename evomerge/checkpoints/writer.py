@@ -1,0 +1,237 @@
+"""Writing a Hugging Face folder tensor by tensor, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+
+from evomerge.checkpoints.folder import INDEX, WEIGHTS
+from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.errors import InputError
+
+SHARD_BYTES = 5_000_000_000
+_SLACK_BYTES = 32_000_000  # for the tokenizer and what else goes in beside the weights
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_ORDER = {"F32": 0, "BF16": 1, "F16": 2}  # wide ones first, so that all are aligned; that of safetensors' own writer
+
+Layout = Sequence[tuple[str, Sequence[int], torch.dtype]]
+"""Name, shape and dtype of every tensor that will be written."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str
+    header: bytes  # with its length in front
+    ranges: dict[str, tuple[int, int]]  # of each tensor, in bytes from the start of the file
+
+    @property
+    def size(self) -> int:
+        return max([len(self.header), *(end for _, end in self.ranges.values())])
+
+
+class FolderWriter:
+    """Writes a model folder beside its place and moves it there when it is complete.
+
+    ``with FolderWriter(out, layout) as folder:`` then ``folder.write(name, tensor)`` for every tensor of the layout, in
+    any order, and ``add_file`` and ``add_text`` for the rest. Memory never holds more than the tensor being written.
+    The bytes are those of ``safetensors.torch.save_file``. On any exception nothing is left behind.
+
+    Args:
+        out: the folder to make. It may exist if it is empty.
+        layout: the tensors; files are filled in this order.
+        shard_bytes: most bytes of tensors in a file, unless a single tensor has more.
+        sources: folders of models that must not be written into.
+
+    Raises:
+        InputError: at once, when ``out`` cannot be written or the disk is too small; later, when the disk is full.
+    """
+
+    def __init__(
+        self, out: Path, layout: Layout, shard_bytes: int = SHARD_BYTES, *, sources: Sequence[Path] = ()
+    ) -> None:
+        self.out = out.absolute()
+        self._partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._shapes = {name: (tuple(shape), dtype) for name, shape, dtype in layout}
+        self._shards = _plan(layout, shard_bytes)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.ranges}
+        self._waiting = {shard.file: set(shard.ranges) for shard in self._shards}
+        self._open: dict[str, BinaryIO] = {}
+        self._need = sum(shard.size for shard in self._shards) + _SLACK_BYTES
+        self._check_out([folder.resolve() for folder in sources])
+        self._check_space()
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process that had this one's number
+        with self._disk_faults():
+            self._partial.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                with self._disk_faults():
+                    self._finish()
+        finally:
+            for stream in self._open.values():
+                # A full disk fails again when the buffer is flushed; the file goes away below.
+                with suppress(OSError):
+                    stream.close()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor of the layout, from any device.
+
+        Raises:
+            KeyError: it is not in the layout, or was written before.
+            ValueError: its shape or dtype is not that of the layout.
+            InputError: the disk is full.
+        """
+        shard = self._shard_of[name]
+        self._waiting[shard.file].remove(name)
+        if (tuple(tensor.shape), tensor.dtype) != self._shapes[name]:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; the layout says {self._shapes[name]}")
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with self._disk_faults():
+            if shard.file not in self._open:
+                self._open[shard.file] = (self._partial / shard.file).open("xb")
+                self._open[shard.file].write(shard.header)
+            stream = self._open[shard.file]
+            stream.seek(shard.ranges[name][0])
+            stream.write(raw.numpy().data)
+            if not self._waiting[shard.file]:
+                _sync(self._open.pop(shard.file))
+
+    def add_text(self, name: str, text: str) -> None:
+        """Write a text file (UTF-8) into the folder."""
+        with self._disk_faults(), (self._partial / name).open("xb") as stream:
+            stream.write(text.encode())
+            _sync(stream)
+
+    def add_file(self, file: Path) -> None:
+        """Copy a file into the folder, under its own name."""
+        with self._disk_faults(), file.open("rb") as source, (self._partial / file.name).open("xb") as stream:
+            shutil.copyfileobj(source, stream)
+            _sync(stream)
+
+    def complete(self) -> Path:
+        """Write what is missing once all tensors are written, and return the folder under its temporary name.
+
+        It holds all that ``out`` will hold, so it can be loaded and checked before it appears.
+        """
+        if unwritten := [name for names in self._waiting.values() for name in names]:
+            raise RuntimeError(f"{len(unwritten)} tensors were never written: {', '.join(sorted(unwritten)[:3])}")
+        if len(self._shards) > 1 and not (self._partial / INDEX).exists():
+            total = sum(end - begin for shard in self._shards for begin, end in shard.ranges.values())
+            files = {name: shard.file for name, shard in sorted(self._shard_of.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
+        return self._partial
+
+    def _finish(self) -> None:
+        _sync_folder(self.complete())
+        try:
+            self._partial.rename(self.out)  # over an empty folder as well
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise InputError(str(self.out), "was made by someone else in the meantime") from None
+            raise
+        _sync_folder(self.out.parent)
+
+    def _check_out(self, sources: Sequence[Path]) -> None:
+        place = str(self.out)
+        for folder in sources:
+            if self.out.resolve().is_relative_to(folder):
+                raise InputError(place, f"lies in the folder of a source ({folder})", "Choose another folder.")
+        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+            raise InputError(place, "is not a folder", "Choose another name.")
+        if self.out.exists() and any(self.out.iterdir()):
+            raise InputError(place, "exists and is not empty", "Choose another folder, or remove it.")
+        if not self.out.parent.is_dir():
+            raise InputError(place, f"there is no folder {self.out.parent} to put it in", "Create it.")
+        if not os.access(self.out.parent, os.W_OK | os.X_OK):
+            raise InputError(place, f"the folder {self.out.parent} cannot be written to", "Choose another folder.")
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self.out.parent).free
+        if self._need > free:
+            raise InputError(
+                str(self.out),
+                f"{_size(self._need)} are needed ({len(self._shapes):,} tensors in {len(self._shards)} files and "
+                f"{_size(_SLACK_BYTES)} for the rest), but the disk has {_size(free)} free",
+                "Free some space, or choose a folder on another disk.",
+            )
+
+    @contextmanager
+    def _disk_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = shutil.disk_usage(self.out.parent).free
+            raise InputError(
+                str(self.out),
+                f"the disk is full: {_size(self._need)} are needed in all, {_size(free)} are free now",
+                "Free some space, or choose a folder on another disk. Nothing was left behind.",
+            ) from error
+
+
+def _plan(layout: Layout, shard_bytes: int) -> list[_Shard]:
+    """Fill files in the order of the layout, then give each its header."""
+    groups: list[list[tuple[str, str, list[int], int]]] = [[]]
+    filled = 0
+    for name, shape, dtype in layout:
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, _NAMES[dtype], list(shape), size))
+        filled += size
+    count = len(groups)
+    files = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [_shard(file, group) for file, group in zip(files, groups, strict=True)]
+
+
+def _shard(file: str, tensors: list[tuple[str, str, list[int], int]]) -> _Shard:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, position = {}, 0
+    for name, dtype, shape, size in sorted(tensors, key=lambda t: (_ORDER[t[1]], t[0])):
+        offsets[name] = (position, position + size)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the data starts aligned
+    start = 8 + len(text)
+    ranges = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
+    return _Shard(file, len(text).to_bytes(8, "little") + text, ranges)
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,26 @@
+"""The one exception for input that a person can mend."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Something that a person gave is wrong: a file, a value, a model folder, a flag.
+
+    The command line prints it without a traceback and ends with exit code 2, so the message must stand alone: it names
+    the place (``sources.maths``, ``search.yaml: budget.candidates``, a path), says what is wrong there, and what to do.
+
+    Args:
+        place: where the fault is, in the words of whoever wrote the input.
+        problem: what is wrong, as a clause: "has no config.json".
+        mend: what to do about it, as a sentence; empty when the problem says it already.
+    """
+
+    def __init__(self, place: str, problem: str, mend: str = "") -> None:
+        self.place = place
+        self.problem = problem
+        self.mend = mend
+        super().__init__(f"{place}: {problem}" + (f". {mend}" if mend else ""))
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
+        # Ray pickles exceptions of workers; the default would call __init__ with the joined message alone.
+        return type(self), (self.place, self.problem, self.mend)

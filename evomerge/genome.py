@@ -1,0 +1,61 @@
+"""Genomes, the parameters that name their numbers, and the contract of a search space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.recipe import Recipe
+
+Genome = NDArray[np.float64]
+"""One point of a search space: float64 of shape [number of parameters], in the order of ``SearchSpace.parameters``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One named, bounded number of a genome.
+
+    A "real" is any float in [low, high]; an "int" a whole number in it; a "choice" the position of one of ``choices``
+    (low 0, high len - 1). Genomes carry all three as floats. ``group`` gathers parameters for display ("layers.3").
+    """
+
+    name: str
+    low: float
+    high: float
+    default: float
+    kind: Literal["real", "int", "choice"] = "real"
+    group: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Landmark:
+    """A recipe that every search scores first and shows everything later against.
+
+    ``genome`` is the point of the space that decodes to the same model, or None where the space holds no such point.
+    ``kind`` says which comparisons it takes part in: confirmed candidates are compared with sources and the average.
+    """
+
+    label: str
+    kind: Literal["source", "average", "default"]
+    recipe: Recipe
+    genome: Genome | None
+
+
+class SearchSpace(Protocol):
+    """Named, bounded parameters and the function that decodes them into a recipe.
+
+    ``decode`` is total and pure: every genome inside the bounds gives a valid recipe, and the same genome the same
+    recipe, in every process. It may map many genomes to one recipe.
+    """
+
+    @property
+    def parameters(self) -> Sequence[Parameter]: ...
+
+    def decode(self, genome: Genome) -> Recipe: ...
+
+    def landmarks(self) -> Iterable[Landmark]: ...

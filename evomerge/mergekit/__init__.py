@@ -1,0 +1,66 @@
+"""Recipes as files: our own YAML, and that of mergekit (https://github.com/arcee-ai/mergekit, 0.1.5) in and out.
+
+What differs where both say the same:
+
+* DARE draws other masks than mergekit, and rescales by 1 / density where mergekit restores the L1 norm of each tensor.
+  The masks' seed is no part of mergekit's file (``--random-seed``).
+* Sums are taken in float32 and cast once; mergekit computes in ``dtype``. So ``dtype: float32`` is written, with the
+  recipe's dtype as ``out_dtype``, unless the recipe leaves the dtype to its tokenizer's source.
+* TIES keeps every element as large as the k-th largest; mergekit keeps exactly k.
+
+Filters are matched against tensor names as Llama has them, which is what most architectures use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from evomerge.errors import InputError
+from evomerge.mergekit.reading import from_mergekit
+from evomerge.mergekit.writing import to_mergekit
+from evomerge.recipe import Recipe
+from evomerge.yaml import dump_yaml, load_yaml
+
+__all__ = ["dump_recipe", "from_mergekit", "load_recipe_file", "to_mergekit"]
+
+
+def load_recipe_file(path: Path, layers: Callable[[str], int]) -> Recipe:
+    """Read a recipe from YAML: ours (as ``dump_recipe`` writes it) or a mergekit configuration.
+
+    Args:
+        layers: the number of layers of a model, by its reference; asked only where a mergekit file leaves it open.
+
+    Raises:
+        InputError: the file cannot be read, or is neither, or says what no recipe can hold.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"cannot be read as a recipe ({error})") from None
+    content = load_yaml(text, str(path))
+    if isinstance(content, dict) and "blends" in content:
+        try:
+            return Recipe.model_validate(content)
+        except ValidationError as error:
+            raise _explain(error, path) from None
+    if isinstance(content, dict) and "merge_method" in content:
+        return from_mergekit(content, layers, str(path))
+    raise InputError(str(path), "is no recipe: it has neither `blends:` nor, as mergekit's have, `merge_method:`")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML for people; ``load_recipe_file`` gives back an equal recipe."""
+    return f"# Evomerge recipe {recipe.hash}\n" + dump_yaml(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def _explain(error: ValidationError, path: Path) -> InputError:
+    """One fault of a recipe file; a misspelt key is told as that, not as the key that is then missing."""
+    faults = error.errors(include_url=False)
+    fault = next((each for each in faults if each["type"] == "extra_forbidden"), faults[0])
+    where = ".".join(str(part) for part in fault["loc"])
+    unknown = fault["type"] == "extra_forbidden"
+    problem = "is not a key of a recipe" if unknown else fault["msg"].removeprefix("Value error, ")
+    return InputError(f"{path}: {where}" if where else str(path), problem)

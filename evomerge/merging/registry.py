@@ -1,0 +1,36 @@
+"""The merge methods by name: this project's own, and those that other packages bring.
+
+A package adds a method by an entry point of the group ``evomerge.merge_methods`` that names a ``Method``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from evomerge.errors import InputError
+from evomerge.merging.methods import DARE_LINEAR, DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Method
+from evomerge.plugins import plugins, unknown_name
+
+GROUP = "evomerge.merge_methods"
+
+METHODS: Mapping[str, Method] = {
+    method.spec.name: method for method in (LINEAR, TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, SLERP)
+}
+"""The methods that the project brings."""
+
+
+def find_method(name: str, place: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        InputError: there is none, or a package's entry point names something else than a ``Method``.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    added = plugins(GROUP)
+    if name not in added:
+        raise unknown_name(name, [*METHODS, *added], place, "merge method")
+    found = added[name].load()
+    if not isinstance(found, Method):
+        raise InputError(place, f"{added[name].value} is no merge method", f"Let it name a {Method.__qualname__}.")
+    return found

@@ -1,0 +1,34 @@
+"""Finding what users add: one lookup for search spaces, evaluators and merge methods, through entry points."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+
+from evomerge.errors import InputError
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """Every entry point of a group by name, this project's own among them."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def find_plugin(group: str, name: str, place: str, noun: str) -> object:
+    """Load the entry point ``name`` of ``group``.
+
+    Raises:
+        InputError: there is none of that name; says the nearest, or all.
+    """
+    known = plugins(group)
+    if name not in known:
+        raise unknown_name(name, known, place, noun)
+    return known[name].load()
+
+
+def unknown_name(name: str, known: Iterable[str], place: str, noun: str) -> InputError:
+    """The error for a name that is not among those known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
+    return InputError(place, f"there is no {noun} {name!r}", hint)

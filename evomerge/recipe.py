@@ -1,0 +1,290 @@
+"""The recipe: all that defines one merged model, as data.
+
+A recipe lists the *blends* that it uses (a merge method with its parameters) and says which blend makes which part of
+the model. It is frozen, has one canonical JSON text, and is hashed from it. It holds no tensor and opens no file.
+
+The stack of layers is a list of *hops*. Where weights alone are merged, hop i is layer i of every source; the list is
+what lets a search over data flow repeat, skip or reorder layers with the same form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from evomerge.errors import InputError
+
+RoleKind = Literal["embedding", "attention", "mlp", "norm", "head"]
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a tensor is in the model: the part of the recipe that decides how it is made.
+
+    ``layer`` is None outside the stack of layers. A "norm" with a layer is a norm that stands in that layer outside its
+    attention and its mlp; a "norm" without one is the norm before the head.
+    """
+
+    kind: RoleKind
+    layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MethodParameter:
+    """A number that a merge method takes, with the range that a search walks by default.
+
+    Scope "source" means one value for every source of the blend (base excepted), "blend" one value for all.
+    """
+
+    name: str
+    scope: Literal["source", "blend"]
+    low: float
+    high: float
+    default: float
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """What a merge method needs and takes, as data, so that a search space can be made for it.
+
+    ``switches`` are the method's yes/no settings with their defaults (``normalize``); a search does not walk them.
+    ``max_sources`` is None where any number will do. Sources are counted without the base.
+    """
+
+    name: str
+    parameters: tuple[MethodParameter, ...]
+    needs_base: bool
+    min_sources: int = 1
+    max_sources: int | None = None
+    switches: Mapping[str, bool] = field(default_factory=dict)
+
+
+def _no_negative_zero(value: float) -> float:
+    return value + 0.0  # -0.0 + 0.0 is 0.0; equal numbers must give equal text
+
+
+Number = Annotated[FiniteFloat, AfterValidator(_no_negative_zero)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Blend(_Frozen):
+    """How one part of a model is made: a method, the sources it mixes, and its numbers.
+
+    ``parameters`` maps a parameter's name to one number, to a number for each source by name, or to a yes/no switch.
+    ``sources`` never holds the base unless the base is mixed in as a source as well (as in a linear average with it).
+    """
+
+    method: str
+    sources: tuple[str, ...] = Field(min_length=1)
+    base: str | None = None
+    parameters: dict[str, bool | Number | dict[str, Number]] = Field(default_factory=dict)
+
+    def value(self, name: str, source: str | None = None) -> float:
+        """One number of this blend; of ``source`` where the parameter has a value for each. KeyError when absent."""
+        found = self.parameters[name]
+        if isinstance(found, dict):
+            if source is None:
+                raise KeyError(f"{name} has a value for each source; say which")
+            return found[source]
+        return float(found)
+
+
+class Hop(_Frozen):
+    """One step of the path: a layer of the sources, and the blends (by number) that make its three kinds of tensor."""
+
+    layer: int = Field(ge=0)
+    attention: int = Field(ge=0)
+    mlp: int = Field(ge=0)
+    norm: int = Field(ge=0)
+
+
+class Recipe(_Frozen):
+    """One merged model, as data.
+
+    ``sources`` maps the short names used in blends to references (a folder or ``org/name@revision``). References say
+    where weights lie today, so the hash leaves them out; what they hold is fixed by the fingerprints of a search.
+
+    ``tokenizer`` names the source that gives tokenizer, configuration and chat template. ``dtype`` is what the merged
+    weights are stored as (that of the tokenizer's source when None). ``seed`` keys the random drops of DARE.
+    """
+
+    sources: dict[str, str]
+    tokenizer: str
+    blends: tuple[Blend, ...]
+    embedding: int
+    hops: tuple[Hop, ...]
+    norm: int
+    head: int
+    seed: int = 0
+    dtype: DType | None = None
+
+    @model_validator(mode="after")
+    def _refers_to_what_exists(self) -> Recipe:
+        used = [self.embedding, self.norm, self.head]
+        for hop in self.hops:
+            used += (hop.attention, hop.mlp, hop.norm)
+        if max(used) >= len(self.blends) or min(used) < 0:
+            raise ValueError(f"a part uses blend {max(used)}, but there are {len(self.blends)} blends")
+        if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
+            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        return self
+
+    @classmethod
+    def compose(
+        cls,
+        *,
+        sources: Mapping[str, str],
+        tokenizer: str,
+        embedding: Blend,
+        hops: Iterable[tuple[int, Blend, Blend, Blend]],
+        norm: Blend,
+        head: Blend,
+        seed: int = 0,
+        dtype: DType | None = None,
+    ) -> Recipe:
+        """Build a recipe from blends, numbering equal blends once, in order of first use.
+
+        ``hops`` gives (layer, attention, mlp, norm). The numbering is a function of the content, so two recipes that
+        say the same thing have the same text and hash.
+        """
+        numbers: dict[str, int] = {}
+        blends: list[Blend] = []
+
+        def number(blend: Blend) -> int:
+            key = _canonical(blend.model_dump(mode="json"))
+            if key not in numbers:
+                numbers[key] = len(blends)
+                blends.append(blend)
+            return numbers[key]
+
+        first = number(embedding)
+        path = tuple(
+            Hop(layer=layer, attention=number(attention), mlp=number(mlp), norm=number(layer_norm))
+            for layer, attention, mlp, layer_norm in hops
+        )
+        final_norm, last = number(norm), number(head)
+        return cls(
+            sources=dict(sources),
+            tokenizer=tokenizer,
+            blends=tuple(blends),
+            embedding=first,
+            hops=path,
+            norm=final_norm,
+            head=last,
+            seed=seed,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def uniform(
+        cls,
+        blend: Blend,
+        *,
+        sources: Mapping[str, str],
+        tokenizer: str,
+        layers: int,
+        seed: int = 0,
+        dtype: DType | None = None,
+    ) -> Recipe:
+        """The same blend for every part of a model of ``layers`` layers."""
+        return cls.compose(
+            sources=sources,
+            tokenizer=tokenizer,
+            embedding=blend,
+            norm=blend,
+            head=blend,
+            seed=seed,
+            dtype=dtype,
+            hops=((layer, blend, blend, blend) for layer in range(layers)),
+        )
+
+    def blend_for(self, role: Role) -> Blend:
+        """The blend that makes a tensor of this role; ``role.layer`` counts hops here."""
+        if role.layer is None:
+            index = {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
+        else:
+            hop = self.hops[role.layer]
+            index = {"attention": hop.attention, "mlp": hop.mlp}.get(role.kind, hop.norm)
+        return self.blends[index]
+
+    def used_sources(self) -> set[str]:
+        """Names of the sources whose weights this recipe reads."""
+        return {name for b in self.blends for name in (*b.sources, *((b.base,) if b.base else ()))}
+
+    def canonical(self) -> str:
+        """The one JSON text of this recipe: sorted keys, shortest floats, no white space, no references."""
+        content = self.model_dump(mode="json")
+        content["sources"] = sorted(self.sources)
+        return _canonical(content)
+
+    @classmethod
+    def from_canonical(cls, text: str, sources: Mapping[str, str]) -> Recipe:
+        """Read the canonical text back; ``sources`` gives the references that it leaves out."""
+        content = json.loads(text)
+        return cls.model_validate(content | {"sources": {name: sources[name] for name in content["sources"]}})
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical text."""
+        return text_hash(self.canonical())
+
+
+def text_hash(canonical: str) -> str:
+    """The hash of a recipe whose canonical text is at hand."""
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _canonical(content: object) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def check_blend(blend: Blend, spec: MethodSpec, place: str) -> None:
+    """Refuse a blend that its method cannot compute: wrong number of sources, missing base, unknown or missing numbers.
+
+    Raises:
+        InputError: naming ``place`` and what to change.
+    """
+    count, most = len(blend.sources), spec.max_sources
+    if count < spec.min_sources or (most is not None and count > most):
+        wanted = f"{spec.min_sources}" if spec.min_sources == most else f"{spec.min_sources} or more"
+        raise InputError(place, f"{spec.name} mixes {wanted} sources, not {count} ({', '.join(blend.sources)})")
+    if spec.needs_base and blend.base is None:
+        raise InputError(place, f"{spec.name} needs a base", "Name the base model with `base:`.")
+    known = {p.name: p for p in spec.parameters}
+    for name, value in blend.parameters.items():
+        if name not in known and name not in spec.switches:
+            options = ", ".join([*known, *spec.switches]) or "none"
+            raise InputError(f"{place}.{name}", f"is not a parameter of {spec.name}; it takes: {options}")
+        if isinstance(value, dict) and set(value) != set(blend.sources):
+            raise InputError(f"{place}.{name}", f"must have one value for each of {', '.join(blend.sources)}")
+    for name in known:
+        if name not in blend.parameters:
+            raise InputError(place, f"{spec.name} needs a value for {name}")
+
+
+def roles(layers: int) -> Iterator[Role]:
+    """Every role of a model with ``layers`` layers, in the order of the forward pass."""
+    yield Role("embedding")
+    for layer in range(layers):
+        yield Role("attention", layer)
+        yield Role("mlp", layer)
+        yield Role("norm", layer)
+    yield Role("norm")
+    yield Role("head")
+
+
+def default_parameters(spec: MethodSpec, sources: Sequence[str]) -> dict[str, bool | float | dict[str, float]]:
+    """The method's own defaults, in the form of ``Blend.parameters``."""
+    values: dict[str, bool | float | dict[str, float]] = dict(spec.switches)
+    for p in spec.parameters:
+        values[p.name] = dict.fromkeys(sources, p.default) if p.scope == "source" else p.default
+    return values

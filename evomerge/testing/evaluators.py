@@ -1,0 +1,127 @@
+"""What every evaluator must keep, as tests: inherit, and give the fixtures ``settings`` and ``live``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluators.base import Evaluator, EvaluatorSettings, ItemScores, Split
+from evomerge.checkpoints.live import LiveModel
+
+SPLITS: tuple[Split, ...] = ("search", "held_out")
+
+
+class EvaluatorContract:
+    """Override both fixtures. Splits of some ten items and a tiny random model are enough."""
+
+    @pytest.fixture
+    def settings(self) -> EvaluatorSettings:
+        """Settings whose ``build`` gives the evaluator under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def live(self) -> LiveModel:
+        """A model that the evaluator can score, on the CPU, in float32."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def evaluator(self, settings: EvaluatorSettings) -> Evaluator:
+        return settings.build()
+
+    def test_it_says_what_it_measures(self, evaluator: Evaluator) -> None:
+        assert evaluator.name
+        assert evaluator.version
+        assert evaluator.metrics
+        assert all(isinstance(higher, bool) for higher in evaluator.metrics.values())
+
+    def test_no_item_is_in_both_splits(self, evaluator: Evaluator) -> None:
+        search, held_out = evaluator.items("search"), evaluator.items("held_out")
+        assert len(search) > 0
+        assert len(held_out) > 0
+        assert not set(search) & set(held_out)
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_every_item_gets_a_score(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
+        count = len(evaluator.items(split))
+        scores = evaluator.score(live, split, range(count))
+        assert set(scores) == set(evaluator.metrics)
+        for values in scores.values():
+            assert values.shape == (count,)
+            assert values.dtype == np.float32
+            assert np.isfinite(values).all()
+
+    def test_the_same_again(self, evaluator: Evaluator, live: LiveModel) -> None:
+        whole = range(len(evaluator.items("search")))
+        first = evaluator.score(live, "search", whole)
+        evaluator.score(live, "held_out", [0])
+        second = evaluator.score(live, "search", whole)
+        for metric in evaluator.metrics:
+            np.testing.assert_array_equal(first[metric], second[metric])
+
+    def test_an_item_scores_the_same_in_any_company(self, evaluator: Evaluator, live: LiveModel) -> None:
+        last = len(evaluator.items("search")) - 1
+        whole = evaluator.score(live, "search", range(last + 1))
+        for chosen in ([last], [last, 0], [0, last, 0]):
+            _assert_agree(evaluator.score(live, "search", chosen), whole, chosen)
+
+    def test_no_items_no_scores(self, evaluator: Evaluator, live: LiveModel) -> None:
+        for values in evaluator.score(live, "search", []).values():
+            assert values.shape == (0,)
+
+    def test_an_item_that_is_not_there(self, evaluator: Evaluator, live: LiveModel) -> None:
+        for index in (-1, len(evaluator.items("search"))):
+            with pytest.raises(IndexError):
+                evaluator.score(live, "search", [index])
+
+    def test_answers_are_of_the_model_at_hand(self, evaluator: Evaluator, live: LiveModel) -> None:
+        """Weights change in place under an evaluator; nothing may be remembered from the model before."""
+        whole = range(len(evaluator.items("search")))
+        before = evaluator.score(live, "search", whole)
+        saved = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
+        with torch.no_grad():
+            for tensor in live.model.parameters():
+                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)))
+        other = evaluator.score(live, "search", whole)
+        live.model.load_state_dict(saved)
+        again = evaluator.score(live, "search", whole)
+        assert any(not np.array_equal(before[metric], other[metric]) for metric in evaluator.metrics)
+        for metric in evaluator.metrics:
+            np.testing.assert_array_equal(before[metric], again[metric])
+
+    def test_it_leaves_no_trace(self, settings: EvaluatorSettings, live: LiveModel) -> None:
+        weights = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
+        before = _generators()
+        evaluator = settings.build()
+        evaluator.score(live, "search", [0])
+        assert _generators() == before
+        for name, tensor in live.model.state_dict().items():
+            assert torch.equal(tensor, weights[name])
+
+    def test_a_worker_builds_the_same_from_json(self, settings: EvaluatorSettings, evaluator: Evaluator) -> None:
+        copied = type(settings).model_validate_json(settings.model_dump_json())
+        assert copied == settings
+        assert hash(copied) == hash(settings)
+        rebuilt = copied.build()
+        assert rebuilt.version == evaluator.version
+        for split in SPLITS:
+            assert list(rebuilt.items(split)) == list(evaluator.items(split))
+
+
+def _assert_agree(found: ItemScores, whole: ItemScores, chosen: Sequence[int]) -> None:
+    for metric, values in found.items():
+        np.testing.assert_allclose(values, whole[metric][list(chosen)], rtol=1e-4, atol=1e-5)
+
+
+def _generators() -> list[str]:
+    """The state of every global random generator."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    return [
+        str(random.getstate()),
+        str([part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state]),
+        str(torch.get_rng_state().tolist()),
+    ]

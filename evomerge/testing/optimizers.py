@@ -1,0 +1,276 @@
+"""The contract of an optimizer, as tests to inherit.
+
+class TestMine(OptimizerContract):
+    @pytest.fixture
+    def settings(self):
+        return MySettings(name="mine", population=6)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies
+from hypothesis import settings as hypothesis_settings
+
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Optimizer, Settings
+
+SPACE = (
+    Parameter("weight", -1.0, 2.0, 0.5),
+    Parameter("density", 0.1, 1.0, 0.6),
+    Parameter("layers", 2.0, 7.0, 4.0, kind="int"),
+    Parameter("method", 0.0, 2.0, 1.0, kind="choice", choices=("linear", "ties", "dare")),
+)
+
+Results = list[tuple[Genome, list[float]]]
+
+
+def sphere(genome: Genome, objectives: int = 1, parameters: Sequence[Parameter] = SPACE) -> list[float]:
+    """Squared distances, in units of each range, from a point of its own for each objective (0.7, 0.2, 0.7 ...)."""
+    low = np.array([p.low for p in parameters])
+    width = np.array([p.high - p.low for p in parameters])
+    return [float((((genome - low) / width - (0.7, 0.2)[k % 2]) ** 2).sum()) for k in range(objectives)]
+
+
+def drive(
+    optimizer: Optimizer, objectives: int, generations: int, between: Callable[[], object] = lambda: None
+) -> list[Results]:
+    """Ask for generations, score them by ``sphere`` and tell them; ``between`` runs before every ask and tell."""
+    history = []
+    for _ in range(generations):
+        between()
+        results = [(genome, sphere(genome, objectives)) for genome in optimizer.ask(optimizer.population)]
+        between()
+        optimizer.tell(results)
+        history.append(results)
+    return history
+
+
+def bits(history: Sequence[Results]) -> list[list[str]]:
+    """Every genome of a history, exactly."""
+    return [[genome.tobytes().hex() for genome, _ in results] for results in history]
+
+
+def inside(genome: Genome, parameters: Sequence[Parameter]) -> bool:
+    """Whether a genome is a point of the space of these parameters."""
+    return (
+        genome.dtype == np.float64
+        and genome.shape == (len(parameters),)
+        and all(p.low <= value <= p.high for p, value in zip(parameters, genome, strict=True))
+        and all(p.kind == "real" or value == int(value) for p, value in zip(parameters, genome, strict=True))
+    )
+
+
+def _equal(some: Sequence[Genome], others: Sequence[Genome]) -> bool:
+    return [genome.tobytes() for genome in some] == [genome.tobytes() for genome in others]
+
+
+def run_elsewhere(module: str, name: str, text: str, objectives: int, generations: int) -> None:
+    """In a process of its own: build an optimizer from its settings, drive it, print its bits as JSON."""
+    settings: Settings = getattr(importlib.import_module(module), name).model_validate_json(text)
+    print(json.dumps(bits(drive(settings.build(SPACE, objectives, 5), objectives, generations))))
+
+
+class OptimizerContract:
+    """What a search relies on. Override ``settings``, and ``objectives`` and ``generations`` where they do not fit."""
+
+    objectives = 1
+    generations = 3
+
+    @pytest.fixture
+    def settings(self) -> Settings:
+        raise NotImplementedError("return the settings of the optimizer under test")
+
+    @pytest.fixture
+    def make(self, settings: Settings) -> Callable[..., Optimizer]:
+        """Builds the optimizer: make(seed), make(seed, parameters)."""
+
+        def build(seed: int = 5, parameters: Sequence[Parameter] = SPACE) -> Optimizer:
+            return settings.build(parameters, self.objectives, seed)
+
+        return build
+
+    @pytest.fixture(autouse=True)
+    def silent_and_tidy(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> Iterator[None]:
+        """Around every test: no file is written, nothing is printed, logged or warned."""
+        monkeypatch.chdir(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+        assert list(tmp_path.iterdir()) == []
+        printed = capfd.readouterr()
+        assert (printed.out, printed.err) == ("", "")
+
+    def test_settings_suit_the_space(self, settings: Settings) -> None:
+        settings.check(SPACE, self.objectives, "optimizer")
+
+    def test_asks_for_as_many_as_told(self, make: Callable[..., Optimizer]) -> None:
+        optimizer = make()
+        assert optimizer.population >= 2
+        assert optimizer.stopped is None
+        for n in (0, 1, optimizer.population + 3, 2):
+            genomes = optimizer.ask(n)
+            assert len(genomes) == n
+            assert all(inside(genome, SPACE) for genome in genomes)
+            optimizer.tell([(genome, sphere(genome, self.objectives)) for genome in genomes])
+
+    def test_stays_inside_the_bounds(self, settings: Settings) -> None:
+        @hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
+        @given(strategies.lists(_parameters(), min_size=1, max_size=5), strategies.integers(0, 2**40))
+        def stays(parameters: list[Parameter], seed: int) -> None:
+            optimizer = settings.build(parameters, self.objectives, seed)
+            for _ in range(2):
+                genomes = optimizer.ask(optimizer.population)
+                assert all(inside(genome, parameters) for genome in genomes)
+                optimizer.tell([(g, [float(g[0])] * self.objectives) for g in genomes])
+
+        stays()
+
+    def test_reaches_every_value_of_int_and_choice(self, make: Callable[..., Optimizer]) -> None:
+        genomes = make().ask(300)
+        assert {g[2] for g in genomes} == {2, 3, 4, 5, 6, 7}
+        assert {g[3] for g in genomes} == {0, 1, 2}
+
+    def test_the_seed_decides(self, make: Callable[..., Optimizer]) -> None:
+        first, again, other = (bits(drive(make(seed), self.objectives, self.generations)) for seed in (5, 5, 6))
+        assert first == again
+        assert first[0] != other[0]
+
+    def test_same_in_another_process(self, settings: Settings, make: Callable[..., Optimizer]) -> None:
+        kind = type(settings)
+        code = (
+            f"from {__name__} import run_elsewhere; run_elsewhere({kind.__module__!r}, {kind.__qualname__!r}, "
+            f"{settings.model_dump_json()!r}, {self.objectives}, {self.generations})"
+        )
+        # Other threads and another order of hashing: both differ between the machines of one search.
+        surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7", "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env=os.environ | surroundings, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == bits(drive(make(), self.objectives, self.generations))
+
+    def test_blind_to_global_generators_and_neighbours(self, make: Callable[..., Optimizer]) -> None:
+        neighbour = make(99)
+
+        def noise() -> None:
+            np.random.seed(0)
+            random.seed(0)
+            drive(neighbour, self.objectives, 1)
+
+        undisturbed = bits(drive(make(), self.objectives, self.generations))
+        assert bits(drive(make(), self.objectives, self.generations, between=noise)) == undisturbed
+
+    def test_leaves_global_generators_alone(self, make: Callable[..., Optimizer]) -> None:
+        np.random.seed(3)
+        random.seed(3)
+        before = np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+        drive(make(), self.objectives, self.generations)
+        assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # type: ignore[index]
+
+    def test_replay_by_asking_continues_bit_for_bit(self, make: Callable[..., Optimizer]) -> None:
+        """Uneven asks, a landmark, a failure, tells out of order and in parts; compared at every step."""
+        rebuilt = make()
+        for kind, genomes, results in self._record(make()):
+            if kind == "tell":
+                rebuilt.tell(results)
+            else:
+                assert _equal(rebuilt.ask(len(genomes)), genomes)
+
+    def test_replay_of_a_record_continues_bit_for_bit(self, make: Callable[..., Optimizer]) -> None:
+        """The same record, broken off before each of its last two asks."""
+        steps = self._record(make())
+        for stop in [i for i, (kind, _, _) in enumerate(steps) if kind == "ask"][-2:]:
+            rebuilt = make()
+            for kind, genomes, results in steps[:stop]:
+                if kind == "tell":
+                    rebuilt.tell(results)
+                else:
+                    assert _equal(rebuilt.replay(genomes), genomes)
+            assert _equal(rebuilt.ask(len(steps[stop][1])), steps[stop][1])
+
+    def _record(self, optimizer: Optimizer) -> list[tuple[str, list[Genome], Results]]:
+        steps: list[tuple[str, list[Genome], Results]] = []
+
+        def tell(genomes: Sequence[Genome], failed: int = -1) -> None:
+            results = [(g, sphere(g, self.objectives)) for g in genomes]
+            if failed >= 0:
+                results[failed] = (results[failed][0], [np.inf] * self.objectives)
+            optimizer.tell(results)
+            steps.append(("tell", [], results))
+
+        def ask(n: int) -> list[Genome]:
+            genomes = optimizer.ask(n)
+            steps.append(("ask", [g.copy() for g in genomes], []))
+            return genomes
+
+        tell([np.array([p.default for p in SPACE])])
+        first = ask(optimizer.population)
+        tell(first[::-1], failed=1)
+        second = ask(optimizer.population + 1)
+        tell(second[:2])
+        third = ask(2)
+        tell([*third, *second[2:]])
+        tell([np.array([p.high for p in SPACE])])
+        tell(ask(optimizer.population))
+        ask(2)
+        return steps
+
+    def test_survives_generations_that_all_failed(self, make: Callable[..., Optimizer]) -> None:
+        self._survives(make(), lambda genome: [np.inf] * self.objectives)
+
+    def test_survives_generations_that_are_all_equal(self, make: Callable[..., Optimizer]) -> None:
+        self._survives(make(), lambda genome: [0.25] * self.objectives)
+
+    def _survives(self, optimizer: Optimizer, losses: Callable[[Genome], list[float]]) -> None:
+        for _ in range(self.generations):
+            optimizer.tell([(genome, losses(genome)) for genome in optimizer.ask(optimizer.population)])
+        assert optimizer.stopped is None
+        assert all(inside(genome, SPACE) for genome in optimizer.ask(optimizer.population))
+        drive(optimizer, self.objectives, 1)
+        assert optimizer.stopped is None
+
+    def test_survives_single_failures(self, make: Callable[..., Optimizer]) -> None:
+        optimizer = make()
+        for generation in range(self.generations):
+            results = [(g, sphere(g, self.objectives)) for g in optimizer.ask(optimizer.population)]
+            failed = generation % len(results)
+            results[failed] = (results[failed][0], [np.inf] * self.objectives)
+            optimizer.tell(results)
+        assert all(inside(genome, SPACE) for genome in optimizer.ask(optimizer.population))
+
+    def test_takes_genomes_that_it_never_asked_for(self, make: Callable[..., Optimizer]) -> None:
+        optimizer = make()
+        corners = [np.array([p.low for p in SPACE]), np.array([p.high for p in SPACE])]
+        optimizer.tell([(g, sphere(g, self.objectives)) for g in corners])
+        optimizer.tell([(corners[0], [np.inf] * self.objectives)])
+        for _ in range(self.generations):
+            genomes = optimizer.ask(optimizer.population)
+            optimizer.tell([(g, sphere(g, self.objectives)) for g in [*reversed(genomes), *corners]])
+        assert all(inside(genome, SPACE) for genome in optimizer.ask(3))
+
+
+@strategies.composite
+def _parameters(draw: strategies.DrawFn) -> Parameter:
+    kind = draw(strategies.sampled_from(["real", "int", "choice"]))
+    if kind == "choice":
+        names = ("a", "b", "c", "d")[: draw(strategies.integers(1, 4))]
+        return Parameter("p", 0.0, len(names) - 1.0, 0.0, kind="choice", choices=names)
+    if kind == "int":
+        low, width = draw(strategies.integers(-5, 5)), draw(strategies.integers(0, 40))
+        return Parameter("p", float(low), float(low + width), float(low), kind="int")
+    low_real, width_real = draw(strategies.floats(-1e3, 1e3)), draw(strategies.floats(1e-3, 1e3))
+    return Parameter("p", low_real, low_real + width_real, low_real)

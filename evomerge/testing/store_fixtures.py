@@ -1,0 +1,83 @@
+"""What the contracts of stores and leases share: sample rows, and a store with a lease and a reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import update
+
+from evomerge.store import tables
+from evomerge.store.lease import Lease, acquire
+from evomerge.store.rows import CandidateRow, Estimate, NewCandidate, Scores
+from evomerge.store.store import Store
+
+SETTINGS = {"name": "unit", "budget": {"candidates": 40}, "bounds": [0.0, math.inf], "sources": {"maths": "数学"}}
+
+
+def create(place: str | Path) -> Store:
+    """A store at a fresh place, its lease not taken."""
+    return Store.create(place, name="unit", settings=SETTINGS, fingerprints={"maths": "ab12"}, environment={"cma": "4"})
+
+
+def candidate(number: int, **changes: object) -> NewCandidate:
+    """A candidate with a genome of three numbers, one of which has no short decimal form."""
+    genome = np.array([number, 0.1 + 0.2, -1e-300])
+    fields = {"origin": "cma", "recipe": f'{{"seed":{number}}}', "recipe_hash": f"hash{number}", "genome": genome}
+    return NewCandidate(number=number, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def scores(split: str = "search", start: float = 0.0) -> Scores:
+    """Two metrics on three items of a split, with values that only float32 holds exactly."""
+    values = np.array([start, 1 / 3, np.inf], dtype=np.float32)
+    items = np.array([4, 0, 7], dtype=np.int32)
+    return Scores("task@1", split, items, {"acc": values, "chrf": values[::-1]})
+
+
+def estimate(mean: float) -> Estimate:
+    return Estimate(mean=mean, stderr=0.125, n=3)
+
+
+def finish(store: Store, number: int, mean: float) -> None:
+    """Dispatch a candidate that was asked, and record its result."""
+    store.record_dispatch(number, 1, "worker-0")
+    assert store.record_result(number, 1, [scores()], {"merge": 0.5}, {"acc": estimate(mean)}, "worker-0")
+
+
+def expire(store: Store) -> None:
+    """Make the lease look as if its holder had been silent for long."""
+    with store.transaction(writes=True) as connection:
+        connection.execute(update(tables.lease).values(expires_at=0.0))
+
+
+def content(row: CandidateRow) -> dict[str, object]:
+    """A row as plain values that ``==`` compares, float bits included."""
+    fields = {name: getattr(row, name) for name in CandidateRow.__slots__}
+    return fields | {"genome": None if row.genome is None else row.genome.tobytes()}
+
+
+class StoreFixtures:
+    """Override ``place``: a path, or the URL of an empty database."""
+
+    @pytest.fixture
+    def place(self) -> str | Path:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def reader(self, place: str | Path, store: Store) -> Iterator[Store]:
+        """A second connection to the store that ``store`` writes to."""
+        with Store.open(place) as reader:
+            yield reader
+
+    @pytest.fixture
+    def store(self, place: str | Path) -> Iterator[Store]:
+        with create(place) as store:
+            yield store
+
+    @pytest.fixture
+    def lease(self, store: Store) -> Iterator[Lease]:
+        with acquire(store) as lease:
+            yield lease

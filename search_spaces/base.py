@@ -1,0 +1,51 @@
+"""What a search space is made from, and the settings that the search file gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from evomerge.genome import SearchSpace
+from evomerge.recipe import DType, MethodSpec
+
+
+@dataclass(frozen=True)
+class SpaceContext:
+    """What the search knows of its models when it builds the space.
+
+    ``sources`` maps names to references and holds the base too, when there is one. ``layers`` counts the layers of each
+    source; ``tied`` says that the head is the embedding. ``method`` looks a merge method up by name and raises
+    InputError for an unknown one. ``recipe_seed`` and ``dtype`` go into every recipe.
+    """
+
+    sources: Mapping[str, str]
+    base: str | None
+    tokenizer: str
+    layers: int
+    tied: bool
+    method: Callable[[str], MethodSpec]
+    recipe_seed: int
+    dtype: DType | None
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """The sources that are merged: all but the base."""
+        return tuple(name for name in self.sources if name != self.base)
+
+
+class SpaceSettings(BaseModel):
+    """What the search file says of a space; each space's file has its own subclass with its own ``kind``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+
+    def build(self, context: SpaceContext) -> SearchSpace:
+        """Make the space.
+
+        Raises:
+            InputError: settings that do not fit the sources; the place starts with ``space.``.
+        """
+        raise NotImplementedError
