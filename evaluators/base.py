@@ -1,0 +1,75 @@
+"""The contract of an evaluator: it scores a live model on items and returns one score per item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # settings are read where no model is, and torch takes seconds to import
+    from evomerge.checkpoints.live import LiveModel
+
+Split = Literal["search", "held_out"]
+
+ItemScores = Mapping[str, NDArray[np.float32]]
+"""For each metric, float32 of shape [n_items]: the score of every item asked for, in the order asked."""
+
+
+class Evaluator(Protocol):
+    """Scores live models on the items of two splits.
+
+    An evaluator is built once and kept for the life of its worker: whatever costs time (reading data, building
+    prompts) happens in its construction, not in ``score``.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name for people, such as the task's."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the same model could get another score: part of the cache key of every score."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, bool]:
+        """Each metric that ``score`` returns, and whether higher is better."""
+        ...
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """How long the last ``score`` took, by phase: "generate" is the model's part, "score" the grading's."""
+        ...
+
+    def items(self, split: Split) -> Sequence[str]:
+        """A content hash for each item of the split, in order. Equal hashes mean equal items, in whichever split."""
+        ...
+
+    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> ItemScores:
+        """Score the items at these positions of the split.
+
+        Deterministic: the same model and indices give the same numbers. An item's score does not depend on the other
+        items asked for, beyond the last bits that batching moves.
+        """
+        ...
+
+
+class EvaluatorSettings(BaseModel):
+    """What the search file says of an evaluator; each evaluator's file has its own subclass.
+
+    Two objectives whose settings are equal share one evaluator.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def build(self) -> Evaluator:
+        """Read the data and make the evaluator.
+
+        Raises:
+            InputError: an unknown task or metric, an empty or overlapping split, data that cannot be read.
+        """
+        raise NotImplementedError

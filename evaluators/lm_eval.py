@@ -1,0 +1,185 @@
+"""Scores models on any task of lm-evaluation-harness, one score per item.
+
+lm-eval's own driver, ``simple_evaluate``, is made to score one model once: it reseeds every random generator of the
+process, rebuilds the prompts, draws other few-shot examples the second time, and asks the system about itself with a
+dozen subprocesses. Here the task and its prompts are made once, the model answers them, and the task grades the
+answers; a test holds the scores equal to those of ``simple_evaluate``.
+
+lm-eval and torch take seconds to import, so they are imported when an evaluator is built and not with the settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, JsonValue
+
+from evaluators.base import EvaluatorSettings, Split
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    from evaluators.lm_eval_model import ResidentLM
+    from evomerge.checkpoints.live import LiveModel
+
+log = logging.getLogger(__name__)
+
+
+class LmEvalSettings(EvaluatorSettings):
+    """What the search file says of an lm-eval task.
+
+    Attributes:
+        task: its name, in ``task_folders``, in this project or in lm-eval, in that order.
+        search: items to search on: ``training``, ``validation`` or ``test`` of the task, or a split of its dataset by
+            name; a slice may follow (``test[250:]``).
+        held_out: items to confirm on. The two may not share an item.
+        num_fewshot: worked examples before each question; the task's own number when left out.
+        generation: changes to the task's ``generation_kwargs``, such as ``max_gen_toks`` (lm-eval's default is 256).
+        apply_chat_template: put prompts in the chat template of the model's tokenizer.
+        system_instruction: text put before every prompt.
+        batch_size: prompts in one forward pass.
+        max_length: most tokens of prompt and answer; the model's context when left out.
+        task_folders: folders of a person's own task files.
+        allow_task_code: consent to run the code that files in ``task_folders`` hold.
+    """
+
+    kind: Literal["lm_eval"] = "lm_eval"
+    task: str = Field(min_length=1)
+    search: str = "validation"
+    held_out: str = "test"
+    num_fewshot: int | None = Field(default=None, ge=0)
+    generation: dict[str, JsonValue] = Field(default_factory=dict)
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    batch_size: int = Field(default=16, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+    task_folders: tuple[Path, ...] = ()
+    allow_task_code: bool = False
+
+    def __hash__(self) -> int:  # `generation` is a dict, which has none
+        return hash(self.model_dump_json())
+
+    def build(self) -> LmEvalEvaluator:
+        """Load the task, read both splits and build every prompt.
+
+        Raises:
+            InputError: an unknown or broken task, task code without consent, an empty or overlapping split.
+        """
+        return LmEvalEvaluator(self)
+
+
+class LmEvalEvaluator:
+    """An lm-eval task, ready to score one live model after another.
+
+    An item's score is the task's own aggregation of that item alone: for the usual metrics, which are means, the item's
+    value. A perplexity is scored as its logarithm and named so (``log_perplexity``), because a mean over items of the
+    perplexities themselves would be ruled by the least likely item.
+
+    Attributes:
+        name: the task's name.
+        version: hash of lm-eval's version, of how the task grades, of every item and prompt, and of the settings.
+        metrics: each metric, and whether higher is better: ``acc``, or ``exact_match,strict-match`` where the task
+            names its filters. Metrics that say nothing of one item, such as F1, are left out.
+    """
+
+    def __init__(self, settings: LmEvalSettings) -> None:
+        from evaluators.lm_eval_grading import find_measures, fingerprint
+        from evaluators.lm_eval_items import build_requests, read_splits
+        from evaluators.lm_eval_model import quiet, undisturbed
+        from evaluators.lm_eval_tasks import load_task
+
+        self.name = settings.task
+        self._settings = settings
+        with quiet(), undisturbed(), contextlib.redirect_stdout(sys.stderr):  # some task files print
+            self._task = load_task(settings)
+            self._items = read_splits(self._task, settings)
+            self._requests = {
+                split: build_requests(self._task, items, settings) for split, items in self._items.items()
+            }
+            found = [
+                find_measures(self._task, items, self._requests[split], f"task {self.name}: {split}")
+                for split, items in self._items.items()
+            ]
+        self._measures = {key: measure for key, measure in found[0].items() if key in found[1]}
+        self.metrics: Mapping[str, bool] = {key: measure.higher_is_better for key, measure in self._measures.items()}
+        parts = [(items, self._requests[split]) for split, items in self._items.items()]
+        self.version = fingerprint(self._task, settings, parts)
+        self._lm: ResidentLM | None = None
+        self._truncated: dict[Split, int] = {}
+        self.seconds: Mapping[str, float] = {}
+
+    @property
+    def truncated(self) -> int:
+        """How many items of the splits scored so far lost the start of a prompt, being longer than the context."""
+        return sum(self._truncated.values())
+
+    def items(self, split: Split) -> Sequence[str]:
+        """A hash of each item's question, choices and answer, in order."""
+        return self._items[split].hashes
+
+    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Score the items at these positions of the split: float32 [len(indices)] for each metric.
+
+        Raises:
+            InputError: the model's context, vocabulary or chat template does not fit the task.
+        """
+        from evaluators.lm_eval_grading import grade
+        from evaluators.lm_eval_model import ask, quiet, undisturbed
+
+        docs = self._items[split].docs
+        if outside := [index for index in indices if not 0 <= index < len(docs)]:
+            raise IndexError(f"{self.name} has {len(docs)} items in its {split} split; there is no item {outside[0]}")
+        distinct = list(dict.fromkeys(indices))
+        if not distinct:
+            return {key: np.empty(0, dtype=np.float32) for key in self._measures}
+        with quiet(), undisturbed():
+            lm = self._resident(model, split)
+            requests = [self._requests[split][index] for index in distinct]
+            started = time.perf_counter()
+            ask(lm, requests)
+            answered = time.perf_counter()
+            graded = dict(zip(distinct, grade(self._task, [docs[index] for index in distinct], requests), strict=True))
+            values = {
+                key: np.array([measure.of(graded[index]) for index in indices], dtype=np.float32)
+                for key, measure in self._measures.items()
+            }
+            self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
+            return values
+
+    def _resident(self, model: LiveModel, split: Split) -> ResidentLM:
+        """lm-eval's view of the model, made when the model is first seen; its fit to a split is checked once."""
+        from evaluators.lm_eval_model import ResidentLM, count_truncated
+
+        if self._lm is None or self._lm.model is not model.model or self._lm.tokenizer is not model.tokenizer:
+            lm = ResidentLM(model.model, model.tokenizer, self._settings.batch_size, self._settings.max_length)
+            if self._settings.apply_chat_template:
+                self._apply_chat_template(lm)
+            self._lm, self._truncated = lm, {}
+        if split not in self._truncated:
+            count = count_truncated(self._lm, self._requests[split], f"task {self.name}")
+            self._truncated[split] = count
+            if count:
+                total, longest = len(self._requests[split]), self._lm.max_length
+                log.warning(
+                    "task %s: %d of %d %s items are longer than the context of %d tokens and lose their beginning",
+                    self.name, count, total, split, longest,
+                )  # fmt: skip
+        return self._lm
+
+    def _apply_chat_template(self, lm: ResidentLM) -> None:
+        from evaluators.lm_eval_items import build_requests
+
+        if lm.tokenizer.chat_template is None:
+            raise InputError(
+                f"task {self.name}: apply_chat_template", "the tokenizer has no chat template",
+                "Leave it out, or take the tokenizer of a source that has one (`tokenizer:`).",
+            )  # fmt: skip
+        for split, items in self._items.items():
+            self._requests[split] = build_requests(self._task, items, self._settings, lm.apply_chat_template)

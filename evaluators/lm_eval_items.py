@@ -1,0 +1,190 @@
+"""Splits an lm-eval task's documents into search and held-out items, and builds the requests for each item."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, UndefinedError
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+from evaluators.base import Split
+from evaluators.lm_eval_tasks import explain
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    from evaluators.lm_eval import LmEvalSettings
+
+SPEC = re.compile(r"(?P<name>[^\[\]]+?)\s*(\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
+
+FEWSHOT_SEED = 1234  # lm-eval's default
+
+
+@dataclass(frozen=True)
+class Items:
+    """One split of a task.
+
+    Attributes:
+        source: the split of the dataset that the items come from.
+        rows: their positions in it.
+        docs: one mapping per item.
+        hashes: one per item, of what it asks and what it wants.
+    """
+
+    source: str
+    rows: range
+    docs: Sequence[Mapping[str, Any]]
+    hashes: Sequence[str]
+
+
+def read_splits(task: ConfigurableTask, settings: LmEvalSettings) -> dict[Split, Items]:
+    """Read both splits.
+
+    Raises:
+        InputError: an unknown or empty split, a broken item, or splits that share items.
+    """
+    processed: dict[str, Any] = {}  # once for each split: a task may shuffle here
+    splits: dict[Split, Items] = {
+        "search": _read_split(task, settings.search, f"task {settings.task}: search", processed),
+        "held_out": _read_split(task, settings.held_out, f"task {settings.task}: held_out", processed),
+    }
+    search, held_out = splits["search"], splits["held_out"]
+    place = f"task {settings.task}: held_out"
+    mend = "Give two that share nothing, such as `search: test[:500]` and `held_out: test[500:]`."
+    if search.source == held_out.source and (shared := set(search.rows) & set(held_out.rows)):
+        raise InputError(place, f"shares {len(shared)} rows of {search.source!r} with the search split", mend)
+    if shared_items := set(search.hashes) & set(held_out.hashes):
+        row = next(i for i, item in enumerate(held_out.hashes) if item in shared_items)
+        raise InputError(
+            place,
+            f"has {len(shared_items)} items that the search split has too (item {row} is the first: same question, "
+            "same answer)",
+            mend,
+        )
+    return splits
+
+
+def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[str, Any]) -> Items:
+    match = SPEC.fullmatch(spec)
+    if match is None:
+        raise InputError(place, f"{spec!r} is not a split", "Write `test`, `test[250:]` or `test[250:1319]`.")
+    config = task.config
+    roles = {"training": config.training_split, "validation": config.validation_split, "test": config.test_split}
+    source = roles.get(match["name"]) or match["name"]
+    if source not in task.dataset:
+        known = [f"{role} ({split})" for role, split in roles.items() if split]
+        known += [split for split in task.dataset if split not in roles.values()]
+        raise InputError(place, f"there is no split {match['name']!r}", f"There are: {', '.join(known)}.")
+    if source not in processed:
+        try:
+            docs = task.dataset[source]
+            processed[source] = config.process_docs(docs) if config.process_docs else docs
+        except Exception as error:
+            raise explain(error, place) from error
+    docs = processed[source]
+    start, stop = (None if bound is None else int(bound) for bound in (match["start"], match["stop"]))
+    rows = range(len(docs))[start:stop]
+    if not rows:
+        raise InputError(place, f"{spec!r} has no items; {source!r} has {len(docs)}")
+    found = [dict(docs[row]) for row in rows]
+    check = _ItemCheck(task, place)
+    return Items(source, rows, found, [check(row, doc) for row, doc in zip(rows, found, strict=True)])
+
+
+class _ItemCheck:
+    """Refuses items that lm-eval would score wrongly without a word, and hashes the others."""
+
+    def __init__(self, task: ConfigurableTask, place: str) -> None:
+        self._task, self._place = task, place
+        strict: Environment = utils.env.overlay(finalize=_no_none)
+        self._templates, self._columns = [], []
+        for text in (task.config.doc_to_text, task.config.doc_to_target):
+            if isinstance(text, str):
+                if text in task.features:
+                    self._columns.append(text)
+                else:
+                    self._templates.append(strict.from_string(text))
+
+    def __call__(self, row: int, doc: Mapping[str, Any]) -> str:
+        """The item's hash."""
+        task = self._task
+        try:
+            self._refuse_gaps(doc)
+            question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+            choices = None if task.config.doc_to_choice is None else task.doc_to_choice(doc)
+            if task.OUTPUT_TYPE == "multiple_choice" and task.config.process_results is None:
+                _check_gold(question if task.multiple_input else answer, choices)
+        except Exception as error:
+            raise explain(error, f"{self._place}, row {row}") from error
+        return digest([question, choices, answer])
+
+    def _refuse_gaps(self, doc: Mapping[str, Any]) -> None:
+        """``datasets`` fills a missing field with None, which Jinja prints as the word "None"."""
+        for template in self._templates:
+            template.render(**doc)
+        for column in self._columns:
+            if doc[column] is None:
+                raise UndefinedError(f"{column!r} has no value")
+
+
+def _no_none(value: Any) -> Any:
+    if value is None:
+        raise UndefinedError("a field has no value")
+    return value
+
+
+def _check_gold(gold: Any, choices: Any) -> None:
+    """lm-eval counts an item whose answer is not among its choices as wrong, whatever the model says."""
+    for answer in gold if isinstance(gold, list) else [gold]:
+        if isinstance(answer, int) and not 0 <= answer < len(choices):
+            raise ValueError(f"the answer is number {answer} of {len(choices)} choices (the first is 0)")
+        if isinstance(answer, str) and answer not in choices:
+            raise ValueError(f"the answer {answer!r} is not among the choices {choices!r}")
+
+
+def build_requests(
+    task: ConfigurableTask, items: Items, settings: LmEvalSettings, chat_template: Any = None
+) -> list[list[Instance]]:
+    """The requests of each item: prompts with their few-shot examples, ready to be answered.
+
+    The examples of an item depend on its place in the split, not on which items are scored.
+
+    Raises:
+        InputError: more examples than there are, or task code that fails on an item.
+    """
+    shots = task.fewshot_cfg
+    if shots.split is None and shots.samples is None:  # the rule by which lm-eval chose; it forgets to write it down
+        shots.split = task.config.training_split or task.config.validation_split or task.config.test_split
+    task.config.test_split = items.source  # lm-eval keeps an item out of its own examples when these two are equal
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    chat = {"apply_chat_template": chat_template is not None, "chat_template": chat_template}
+    requests = []
+    for position, doc in enumerate(items.docs):
+        try:
+            prompt = task.fewshot_context(
+                doc,
+                num_fewshot=task.config.num_fewshot,
+                system_instruction=settings.system_instruction,
+                fewshot_as_multiturn=True,
+                gen_prefix=task.doc_to_prefix(doc),
+                **chat,
+            )
+            made = task.construct_requests(
+                doc=doc, ctx=prompt, metadata=(settings.task, position, task.config.repeats), **chat
+            )
+        except Exception as error:
+            raise explain(error, f"task {settings.task}, row {items.rows[position]} of {items.source!r}") from error
+        requests.append(made if isinstance(made, list) else [made])
+    return requests
+
+
+def digest(content: object) -> str:
+    """First 16 hex digits of the SHA-256 of the content as JSON."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,14 @@
+"""Optimizers: ask for genomes, tell their losses. One algorithm a file, each with its settings in the search file."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from evomerge.optimizers.base import Optimizer
+from evomerge.optimizers.cma_es import CmaSettings
+from evomerge.optimizers.optuna_samplers import OptunaSettings
+
+OptimizerSettings = Annotated[CmaSettings | OptunaSettings, Field(discriminator="name")]
+"""What the search file says under ``optimizer:``; its ``name`` decides which settings it takes."""
+
+__all__ = ["CmaSettings", "Optimizer", "OptimizerSettings", "OptunaSettings"]

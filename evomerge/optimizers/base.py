@@ -1,0 +1,105 @@
+"""The contract of an optimizer, and what every optimizer here shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter
+
+
+class Optimizer(Protocol):
+    """Gives genomes to score and learns from their losses.
+
+    Deterministic: two optimizers built with the same arguments and given the same asks and tells give the same genomes,
+    bit for bit, in any process and whatever the global random generators do meanwhile. That is what resume rests on.
+    """
+
+    @property
+    def population(self) -> int:
+        """How many genomes the next generation holds. It may change between generations."""
+        ...
+
+    @property
+    def stopped(self) -> str | None:
+        """Why no further generation is worth scoring, or None. ``ask`` still answers afterwards."""
+        ...
+
+    def ask(self, n: int) -> list[Genome]:
+        """Give ``n`` new genomes inside the bounds: float64 [n_parameters], whole numbers for int and choice."""
+        ...
+
+    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+        """Take scored genomes: one loss for each objective, lower is better, all inf where the candidate failed.
+
+        The order is free, a generation may come in parts, and genomes inside the bounds that were never asked for
+        (landmarks, points of another source) are welcome, also before the first ask.
+        """
+        ...
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        """Make a recorded ask again, for resume, and return what it gives; the caller compares.
+
+        The optimizer is left as ``ask(len(genomes))`` would leave it. Where asking is dear (seconds a genome), the
+        recorded genomes are taken as they are, and there is nothing to compare.
+        """
+        ...
+
+
+class Settings(BaseModel):
+    """What the search file says of an optimizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+        """Refuse settings that cannot work on this space and number of objectives.
+
+        Raises:
+            InputError: naming ``place`` (``optimizer``) and the mend.
+        """
+        raise NotImplementedError
+
+    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> Optimizer:
+        """Make the optimizer; every random number that it will draw follows from ``seed`` (0 or more)."""
+        raise NotImplementedError
+
+
+def check_population(population: int | None, least: int, place: str) -> None:
+    """Refuse a population smaller than ``least``.
+
+    Raises:
+        InputError: naming ``place.population``.
+    """
+    if population is not None and population < least:
+        raise InputError(f"{place}.population", f"is {population}", f"Give {least} or more, or leave it out.")
+
+
+def default_population(parameters: int) -> int:
+    """lambda = 4 + floor(3 ln n): Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772, eq. (48)."""
+    return 4 + math.floor(3 * math.log(max(parameters, 1)))
+
+
+def random_state(*key: int) -> np.random.RandomState:
+    """A generator for this key alone, such as (search seed, number of the ask).
+
+    RandomState, because numpy has frozen its streams for good; those of Generator may change between releases.
+    """
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Hold linear algebra (and OpenMP, which the gp sampler's torch uses) to one thread.
+
+    Two threads add in another order than one, so a search resumed on a machine with more cores would drift in the last
+    bits (seen at 100 parameters with a full covariance matrix). At these sizes one thread is also the quicker, tenfold.
+    Libraries are looked up afresh, 1 ms, because some are loaded only at the first ask.
+    """
+    context: AbstractContextManager[Any] = ThreadpoolController().limit(limits=1)
+    return context

@@ -1,0 +1,287 @@
+"""CMA-ES with restarts: the library ``cma`` (pycma), driven by ask and tell.
+
+pycma is given the *ranks* of a generation, never its losses. CMA-ES uses nothing else of them, except in tests for
+termination that are wrong here: they end a run whose first merges are all broken or equal.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Settings, check_population, default_population, one_thread, random_state
+from evomerge.optimizers.scalarisation import Scalarisation
+
+FULL_COVARIANCE_UP_TO = 50
+"""Parameters up to which covariances are learnt: there are 1,275 of 50, about as many as a search has candidates."""
+
+SMALLEST_STEP = 1e-4
+"""Fraction of each range below which a search has converged; bfloat16 cannot tell such weights apart."""
+
+INTEGER_STEP = 0.2
+"""Least standard deviation of an int or choice, in units of one value: it keeps mutating, at 1% (pycma's own bound)."""
+
+Vector = NDArray[np.float64]
+
+
+class CmaSettings(Settings):
+    """CMA-ES (Hansen, arXiv:1604.00772) on the unit box.
+
+    ``population`` defaults to 4 + floor(3 ln n). ``sigma`` is the first step as a fraction of each parameter's range;
+    the search starts at the ``centre`` of the box or at each parameter's ``default``. ``restarts`` start again at a
+    random point with twice the population when a run has converged (IPOP: Auger & Hansen, CEC 2005). ``diagonal``
+    learns a step for each parameter but no covariances (sep-CMA-ES: Ros & Hansen, PPSN 2008); None does so above 50
+    parameters.
+    """
+
+    name: Literal["cma"]
+    population: int | None = None
+    sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
+    x0: Literal["centre", "default"] = "centre"
+    restarts: int = Field(default=0, ge=0)
+    diagonal: bool | None = None
+    scalarisation: Scalarisation | None = None
+
+    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+        check_population(self.population, 3, place)
+        if self.scalarisation is None:
+            if objectives > 1:
+                raise InputError(
+                    place,
+                    f"cma takes one objective, and the search has {objectives}",
+                    f"Add `scalarisation: {{name: chebyshev, weights: {[1] * objectives}}}` (or weighted_sum), "
+                    "or use an optimizer for several: nsga2, nsga3, tpe, gp, random or qmc.",
+                )
+            return
+        if objectives == 1:
+            raise InputError(f"{place}.scalarisation", "is for several objectives; the search has one", "Remove it.")
+        if len(self.scalarisation.weights) != objectives:
+            raise InputError(
+                f"{place}.scalarisation.weights",
+                f"has {len(self.scalarisation.weights)} weights for {objectives} objectives",
+                "Give one weight for each objective, in their order.",
+            )
+
+    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> Cma:
+        return Cma(self, parameters, objectives, seed)
+
+
+class Box:
+    """The map between genomes and the unit box: [0, 1] for each parameter, cut in equal parts for int and choice."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.low = np.array([p.low for p in parameters], dtype=np.float64)
+        self.high = np.array([p.high for p in parameters], dtype=np.float64)
+        whole = np.array([p.kind != "real" for p in parameters])
+        self.values = np.where(whole, self.high - self.low + 1, 0)  # of an int or choice; 0 for a real
+
+    def genome(self, unit: Vector) -> Genome:
+        """The genome of a point of the unit box."""
+        real = self.low + unit * (self.high - self.low)
+        whole = self.low + np.floor(unit * self.values)
+        # The clip mends the last bit of a real and the upper edge of an int; + 0.0 makes -0.0 plain.
+        return np.clip(np.where(self.values > 0, whole, real), self.low, self.high) + 0.0
+
+    def unit(self, genome: Genome) -> Vector:
+        """The point of the unit box that a genome stands for: the middle of its part for int and choice.
+
+        Raises:
+            ValueError: the genome has another length or lies outside the bounds.
+        """
+        if genome.shape != self.low.shape or not np.all((self.low <= genome) & (genome <= self.high)):
+            raise ValueError("the genome is not a point of this search space")
+        real = (genome - self.low) / np.where(self.high > self.low, self.high - self.low, 1.0)
+        whole = (genome - self.low + 0.5) / np.maximum(self.values, 1)
+        return np.where(self.values > 0, whole, real)
+
+
+class _Normal:
+    """Standard normal numbers for pycma: its own come from numpy's global generator, which others reseed."""
+
+    def reseed(self, *key: int) -> None:
+        self._state = random_state(*key)
+
+    def __call__(self, *shape: int) -> Vector:
+        return self._state.standard_normal(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    number: int  # of the genome in the order of asking
+    unit: Vector
+    losses: Vector
+
+
+class Cma:
+    """One search by CMA-ES.
+
+    Genomes told without having been asked for, landmarks before the first ask among them, join the generation that is
+    being told: the best one of them, and only when it would be a parent. pycma shortens the step to it to the length
+    of a usual sample (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). So a good source pulls the
+    mean towards it, but cannot blow up the step size, as asking for it exactly would in many dimensions, and a bad one
+    changes nothing. The search starts where its settings say.
+    """
+
+    stopped: str | None = None
+
+    def __init__(self, settings: CmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+        self._settings = settings
+        self._box = Box(parameters)
+        self._objectives = objectives
+        self._seed = seed
+        self._normal = _Normal()
+        self._asks = 0
+        self._given = 0
+        self._restarts = 0
+        self._asked: defaultdict[bytes, deque[tuple[int, Vector]]] = defaultdict(deque)
+        self._told: list[_Told] = []
+        self._foreign: list[_Told] = []
+        self._best = np.full(objectives, np.inf)
+        self._worst = np.full(objectives, -np.inf)
+        default = self._box.unit(np.array([p.default for p in parameters], dtype=np.float64))
+        x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
+        self._start(x0, settings.population or default_population(len(parameters)))
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        self._asks += 1
+        self._normal.reseed(self._seed, self._asks)
+        with _calm():
+            units = self._es.ask(n)
+        genomes = [self._box.genome(unit) for unit in units]
+        for genome, unit in zip(genomes, units, strict=True):
+            self._asked[genome.tobytes()].append((self._given, unit))
+            self._given += 1
+        return genomes
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+        for genome, values in results:
+            losses = self._losses(values)
+            waiting = self._asked.get(genome.tobytes())
+            if waiting:
+                self._told.append(_Told(*waiting.popleft(), losses))
+                if not waiting:
+                    del self._asked[genome.tobytes()]
+            elif np.isfinite(losses[0]):
+                self._foreign.append(_Told(-1, self._box.unit(genome), losses))
+        if len(self._told) >= self.population:
+            self._learn()
+
+    def _losses(self, values: Sequence[float]) -> Vector:
+        losses = np.asarray(values, dtype=np.float64)
+        if losses.shape != (self._objectives,):
+            raise ValueError(f"{losses.size} losses for {self._objectives} objectives")
+        if not np.all(np.isfinite(losses)):
+            return np.full(self._objectives, np.inf)
+        self._best = np.minimum(self._best, losses)
+        self._worst = np.maximum(self._worst, losses)
+        return losses
+
+    def _learn(self) -> None:
+        told = sorted(self._told, key=lambda t: t.number)  # the order in which workers finish plays no part
+        scalars = self._scalars(told)
+        if self._foreign:
+            foreign = self._scalars(self._foreign)
+            first = int(np.argmin(foreign))
+            if foreign[first] < np.median(scalars):
+                told.append(self._foreign[first])
+                scalars = np.append(scalars, foreign[first])
+        # Distinct ranks: the order that an unstable sort gives to equal losses differs between processors.
+        ranks = np.argsort(np.argsort(scalars, kind="stable"), kind="stable")
+        with _calm():
+            self._es.tell([t.unit for t in told], ranks.astype(np.float64).tolist())
+            reason = self._converged()
+        self._told.clear()
+        self._foreign.clear()
+        if reason and self._restarts < self._settings.restarts:
+            self._restarts += 1
+            self._asked.clear()  # what is still out belongs to the run that ended; told later, it is foreign
+            x0 = random_state(self._seed, self._asks, self._restarts).random_sample(self._box.low.size)
+            self._start(x0, 2 * self.population)
+        elif reason:
+            self.stopped = reason
+
+    def _scalars(self, told: Sequence[_Told]) -> Vector:
+        losses = np.stack([t.losses for t in told])
+        mix = self._settings.scalarisation
+        if mix is None:
+            return losses[:, 0]
+        scalars = np.full(len(losses), np.inf)
+        done = np.isfinite(losses[:, 0])
+        if done.any():
+            scalars[done] = mix(losses[done], self._best, self._worst)
+        return scalars
+
+    def _converged(self) -> str | None:
+        limit = np.maximum(SMALLEST_STEP, 1.01 * self._least_step)
+        if np.all(self._es.stds <= limit):
+            return f"cma has converged: every step is below {SMALLEST_STEP:g} of its parameter's range"
+        if reasons := self._es.stop():
+            return f"cma has stopped: {', '.join(reasons)}"
+        return None
+
+    def _start(self, x0: Vector, population: int) -> None:
+        with _calm():
+            import cma  # over half a second, and a warning where matplotlib is absent
+            from cma.sigma_adaptation import CMAAdaptSigmaCSA
+
+        diagonal = self._settings.diagonal
+        values = np.maximum(self._box.values, 1)
+        self.population = population
+        self._least_step = np.where(self._box.values > 1, INTEGER_STEP / values, 0.0)
+        options: dict[str, Any] = {
+            "popsize": population,
+            "bounds": [0, 1],
+            "BoundaryHandler": cma.BoundTransform,
+            "CMA_diagonal": x0.size > FULL_COVARIANCE_UP_TO if diagonal is None else diagonal,
+            "minstd": self._least_step.tolist(),
+            "randn": self._normal,
+            "seed": math.nan,
+            # pycma's choices for 300 parameters and for small populations need samples in mirrored pairs, in order.
+            "AdaptSigma": CMAAdaptSigmaCSA,
+            "CMA_mirrors": 0,
+            "verbose": -9,
+            "verb_log": 0,
+            "verb_disp": 0,
+            "signals_filename": None,
+        }
+        with _calm():
+            self._es = cma.CMAEvolutionStrategy(x0.tolist(), self._settings.sigma, options | _NEVER)
+
+
+# Terminations that look at losses (told as ranks, they mean nothing) or count generations (that is the budget's part),
+# and tolx, which _converged replaces.
+_NEVER: dict[str, Any] = {
+    "tolfun": 0,
+    "tolfunhist": 0,
+    "tolfunrel": 0,
+    "tolflatfitness": math.inf,
+    "tolstagnation": 0,
+    "tolxstagnation": False,
+    "tolx": 0,
+    "maxiter": math.inf,
+    "maxfevals": math.inf,
+}
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """One thread, and none of pycma's advice (on population sizes other than its own, plots, large values)."""
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

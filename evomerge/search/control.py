@@ -1,0 +1,83 @@
+"""The five verbs, as the driver hears them: from the store, from signals, from whoever holds the object."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from evomerge.store import Verb
+
+
+class Control:
+    """What was asked of a running search.
+
+    ``pause`` starts nothing new until ``resume``; ``stop`` lets what runs finish and ends; ``cancel`` ends now. The
+    last two stick.
+
+    Args:
+        read: gives the verbs that arrived since the last call, oldest first (the store's command table).
+        interval_s: how often ``read`` is asked at the most.
+        clock: seconds, to tell how long pauses last.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Sequence[Verb]],
+        interval_s: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read
+        self._interval_s = interval_s
+        self._asked_at = float("-inf")
+        self._clock = clock
+        self._paused_at = 0.0
+        self._paused_before_s = 0.0
+        self.paused = False
+        self.stopping = False
+        self.cancelled = False
+
+    def poll(self) -> None:
+        """Take in what has arrived."""
+        now = time.monotonic()
+        if now - self._asked_at < self._interval_s:
+            return
+        self._asked_at = now
+        for verb in self._read():
+            self.hear(verb)
+
+    def hear(self, verb: Verb) -> None:
+        """Act on one verb."""
+        if verb == "pause" and not self.paused:
+            self.paused, self._paused_at = True, self._clock()
+        elif verb == "resume" and self.paused:
+            self._paused_before_s = self.paused_s()
+            self.paused = False
+        elif verb == "stop":
+            self.stopping = True
+        elif verb == "cancel":
+            self.stopping = self.cancelled = True
+
+    def paused_s(self) -> float:
+        """Seconds spent in pauses so far."""
+        return self._paused_before_s + (self._clock() - self._paused_at if self.paused else 0.0)
+
+    @contextmanager
+    def signals(self, say: Callable[[str], None]) -> Iterator[None]:
+        """While open, the first Ctrl-C or SIGTERM means stop and the second cancel."""
+
+        def heard(number: int, frame: FrameType | None) -> None:
+            if self.stopping:
+                self.hear("cancel")
+                raise KeyboardInterrupt
+            self.hear("stop")
+            say("stopping when what runs has finished; once more to end now")
+
+        before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,126 @@
+"""Keeping the workers busy: from jobs to be done to the end of each, with retries, until a stop is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from evomerge.recipe import Recipe
+from evomerge.search.control import Control
+from evomerge.search.jobs import WORKER_FAULTS, Failed, Finished, Job, Measured, Task
+from evomerge.search.pools.base import Pool
+
+_PAUSE_S = 0.1  # how soon a paused search hears that it may go on
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A candidate that is yet to be scored.
+
+    ``attempt`` is the number of the attempt to come, from 1; ``faults`` counts the attempts that workers have failed.
+    An attempt that died with its driver is in the first and not in the second.
+    """
+
+    number: int
+    attempt: int
+    recipe: Recipe
+    recipe_hash: str
+    faults: int = 0
+
+
+class Recorder(Protocol):
+    """What writes down how jobs go. Each method is one transaction."""
+
+    def answer(self, pending: Pending) -> bool:
+        """Answer a candidate from what is known already; True when that was possible."""
+        ...
+
+    def dispatched(self, pending: Pending) -> None: ...
+
+    def measured(self, finished: Finished, result: Measured) -> None: ...
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
+
+    def late(self, finished: Finished) -> None:
+        """An attempt that nobody waits for any more has ended; it must not count."""
+        ...
+
+
+class Dispatcher:
+    """Runs batches of candidates on a pool.
+
+    Args:
+        attempts: how often a candidate is tried when workers are at fault; the candidate's own faults are final.
+        idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
+    """
+
+    def __init__(self, pool: Pool, control: Control, attempts: int, idle: Callable[[], None]) -> None:
+        self._pool = pool
+        self._control = control
+        self._attempts = attempts
+        self._idle = idle
+
+    def run(self, batch: Iterable[Pending], tasks: list[Task], recorder: Recorder) -> bool:
+        """Score a batch; True when every candidate of it is finished, False when a stop came first.
+
+        Of candidates with one recipe, one is scored at a time: when it is done the others are answered from it.
+        """
+        waiting = deque(batch)
+        running: dict[int, Pending] = {}
+        while waiting or running:
+            self._idle()
+            self._control.poll()
+            if self._control.cancelled:
+                return False
+            if self._control.stopping and not running:
+                return False
+            if not (self._control.paused or self._control.stopping):
+                self._fill(waiting, running, tasks, recorder)
+            if not running:
+                if waiting:  # paused: nothing runs, and nothing may start
+                    time.sleep(_PAUSE_S)
+                continue
+            for finished in self._pool.wait(timeout_s=1.0):
+                pending = running.get(finished.candidate)
+                if pending is None or pending.attempt != finished.attempt:
+                    recorder.late(finished)
+                    continue
+                del running[finished.candidate]
+                again = self._end(pending, finished, recorder)
+                if again is not None:
+                    # In front, so that a later candidate of the same recipe still waits for this one.
+                    waiting.appendleft(again)
+        return True
+
+    def _fill(
+        self, waiting: deque[Pending], running: dict[int, Pending], tasks: list[Task], recorder: Recorder
+    ) -> None:
+        """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting."""
+        held: list[Pending] = []
+        busy = {pending.recipe_hash for pending in running.values()}
+        room = self._pool.state().workers
+        while waiting and len(running) < room:
+            pending = waiting.popleft()
+            if recorder.answer(pending):
+                continue
+            if pending.recipe_hash in busy:
+                held.append(pending)
+                continue
+            recorder.dispatched(pending)
+            self._pool.submit(Job(pending.number, pending.attempt, pending.recipe, tasks))
+            running[pending.number] = pending
+            busy.add(pending.recipe_hash)
+        waiting.extendleft(reversed(held))
+
+    def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
+        """Record how an attempt ended; the next attempt when there is to be one."""
+        if isinstance(finished.result, Measured):
+            recorder.measured(finished, finished.result)
+            return None
+        faults = pending.faults + 1
+        again = finished.result.reason in WORKER_FAULTS and faults < self._attempts
+        recorder.failed(finished, finished.result, final=not again)
+        return replace(pending, attempt=pending.attempt + 1, faults=faults) if again else None

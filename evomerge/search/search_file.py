@@ -1,0 +1,243 @@
+"""The search file: what a person writes to say what to search, parsed and checked before anything is opened."""
+
+from __future__ import annotations
+
+import difflib
+import os.path
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from evaluators import evaluator_settings
+from evaluators.base import EvaluatorSettings
+from evomerge.errors import InputError
+from evomerge.optimizers import CmaSettings, OptimizerSettings
+from evomerge.recipe import DType
+from evomerge.yaml import load_yaml
+from search_spaces import space_settings
+from search_spaces.base import SpaceSettings
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+
+class Section(BaseModel):
+    """A part of the search file: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Objective(Section):
+    """A metric of an evaluator, and which way is better.
+
+    Keys that are not named here (``task: mini_math_ja``) are the evaluator's own settings. ``direction`` is the
+    metric's own when left out. ``items`` bounds how many items of the search split a candidate is scored on; the
+    held-out split is always scored whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    evaluator: str = "lm_eval"
+    metric: str
+    direction: Literal["maximize", "minimize"] | None = None
+    items: PositiveInt | None = None
+
+    @property
+    def evaluator_keys(self) -> dict[str, Any]:
+        """The keys that belong to the evaluator's settings."""
+        return dict(self.model_extra or {})
+
+
+class Budget(Section):
+    """When the search ends: whichever comes first. Landmarks and cached candidates count as candidates.
+
+    ``patience`` counts generations in which the front did not change.
+    """
+
+    candidates: PositiveInt | None = None
+    hours: PositiveFloat | None = None
+    patience: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.candidates is None and self.hours is None and self.patience is None:
+            raise ValueError("needs candidates, hours or patience, or the search would have no end")
+        return self
+
+
+class Confirm(Section):
+    """What is scored on the held-out split at the end: the front, the ``top`` by the first objective, the landmarks."""
+
+    top: PositiveInt = 5
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+
+class Cluster(Section):
+    """The workers.
+
+    ``address`` joins a running Ray cluster; left out, one is started on this machine and shut down at the end.
+    ``workers`` left out means as many as the cluster has room for. ``cpus_per_worker`` is also the number of threads
+    that a worker computes with, in either pool.
+    """
+
+    address: str | None = None
+    workers: PositiveInt | None = None
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    cpus_per_worker: PositiveInt = 1
+
+
+class SearchFile(Section):
+    """A whole search file. Paths in it are relative to the file's own folder (``root``)."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    sources: dict[Name, str] = Field(min_length=2)
+    base: str | None = None
+    tokenizer: str | None = None
+    dtype: DType | None = None
+    space: SerializeAsAny[SpaceSettings]
+    objectives: dict[Name, Objective] = Field(min_length=1)
+    optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
+    budget: Budget
+    confirm: Confirm = Confirm()
+    pool: Literal["in_process", "ray"] = "in_process"
+    cluster: Cluster = Cluster()
+    device: str | None = None
+    attempts: PositiveInt = 2
+    task_folders: tuple[Path, ...] = ()
+    allow_task_code: bool = False
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _space_of_its_kind(cls, value: object) -> object:
+        """``kind`` names the space; its own settings class parses the rest."""
+        if isinstance(value, SpaceSettings) or not isinstance(value, Mapping):
+            return value
+        kind = str(value.get("kind", "parameter_space"))
+        return space_settings(kind, "space.kind").model_validate(dict(value) | {"kind": kind})
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        for field in ("base", "tokenizer"):
+            name = getattr(self, field)
+            if name is not None and name not in self.sources:
+                raise ValueError(f"{field}: there is no source {name!r}; the sources are {', '.join(self.sources)}")
+        if self.base is not None and len(self.sources) < 3:
+            raise ValueError("sources: a base and one fine-tune leave nothing to mix; name at least two fine-tunes")
+        return self
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The source that gives tokenizer and configuration: as named, else the base, else the first source."""
+        return self.tokenizer or self.base or next(iter(self.sources))
+
+    def evaluators(self) -> dict[str, EvaluatorSettings]:
+        """The evaluator settings of each objective, by the objective's name; equal settings mean one evaluator."""
+        found = {}
+        for name, objective in self.objectives.items():
+            place = f"objectives.{name}"
+            settings = evaluator_settings(objective.evaluator, f"{place}.evaluator")
+            keys = objective.evaluator_keys
+            if "task_folders" in settings.model_fields:
+                keys |= {"task_folders": self.task_folders, "allow_task_code": self.allow_task_code}
+            try:
+                found[name] = settings.model_validate(keys)
+            except ValidationError as error:
+                raise explain(error, place, settings) from None
+        return found
+
+
+def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
+    """Read a search file, apply ``key.path=value`` overrides (values are YAML), and make its paths absolute.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown key or wrong value, named as ``FILE: key.path``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(str(path), "there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"cannot be read as a search file ({error})") from None
+    content = load_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise InputError(str(path), "is not a search file: its top level must be keys such as `sources:` and `space:`")
+    for override in overrides:
+        apply_override(content, override)
+    return parse_search_file(content, place=path.name, root=path.resolve().parent)
+
+
+def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> SearchFile:
+    """Check the content of a search file; relative paths in it are taken from ``root``."""
+    try:
+        parsed = SearchFile.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, place, SearchFile) from None
+    sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
+    folders = tuple((root / folder).resolve() for folder in parsed.task_folders)
+    resolved = parsed.model_copy(update={"sources": sources, "task_folders": folders})
+    resolved.evaluators()
+    return resolved
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one value of a search file's content: ``budget.candidates=40``, ``objectives.maths.items=200``."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--set {override}", "is not of the form key.path=value")
+    *path, last = key.strip().split(".")
+    target: Any = content
+    for part in path:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise InputError(f"--set {override}", f"{part!r} is not a section of the search file")
+    target[last] = load_yaml(text, f"--set {override}")
+
+
+def explain(error: ValidationError, place: str, model: type[BaseModel]) -> InputError:
+    """The first fault of a validation error in the words of the file: its key path, and the nearest known key."""
+    fault = error.errors(include_url=False)[0]
+    path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
+    where = f"{place}: {'.'.join(path)}" if path else place
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return InputError(where, "is not a key that is known here", hint if known else "")
+    if fault["type"] == "missing":
+        return InputError(where, "is missing")
+    given = fault.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return InputError(where, message[0].lower() + message[1:] + shown)
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The keys of the section that ``path`` leads to, as far as annotations tell."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _absolute(reference: str, root: Path) -> str:
+    """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
+    folder = (root / Path(os.path.expanduser(reference))).resolve()
+    return str(folder) if folder.is_dir() or reference.startswith((".", "/", "~")) else reference

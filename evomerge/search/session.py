@@ -1,0 +1,207 @@
+"""A search folder and what belongs to it: made once, opened again, held by one driver at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
+from evomerge.errors import InputError
+from evomerge.recipe import Recipe
+from evomerge.search.pools.base import Pool
+from evomerge.search.pools.in_process import InProcessPool
+from evomerge.search.prepare import Prepared
+from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
+from evomerge.store import CandidateRow, Store
+
+STORE_NAME = "search.db"
+FILE_NAME = "search.yaml"
+LOGS_NAME = "logs"
+
+# What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
+# candidates before and after two different searches.
+RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts")
+FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
+
+_LIBRARIES = (
+    "evomerge",
+    "torch",
+    "transformers",
+    "safetensors",
+    "cma",
+    "optuna",
+    "lm-eval",
+    "ray",
+    "datasets",
+    "numpy",
+)
+
+
+def create_search(folder: Path, prepared: Prepared) -> Store:
+    """Make the folder of a new search with its store and a complete copy of its search file.
+
+    Raises:
+        InputError: the folder exists already.
+    """
+    refuse_existing(folder)
+    settings = prepared.file.model_dump(mode="json")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / FILE_NAME).write_text(_as_yaml(settings), encoding="utf-8")
+        Store.create(
+            partial / STORE_NAME,
+            name=prepared.file.name,
+            settings=settings,
+            fingerprints=fingerprints(prepared),
+            environment=environment(),
+        ).close()
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(
+            str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Store.open(folder / STORE_NAME)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse to start a search in a folder that is there already, or that cannot be made."""
+    try:
+        there = folder.exists()
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+    except OSError as error:
+        raise InputError(
+            str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir."
+        ) from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(str(folder), f"cannot be made: {above} is no folder to write in", "Name another with --dir.")
+    if there:
+        ours = (folder / STORE_NAME).is_file()
+        go_on = f"Go on with it (evomerge resume {folder}), or name" if ours else "Name"
+        raise InputError(str(folder), "exists already", f"{go_on} another folder with --dir.")
+
+
+def _cannot_be_made(folder: Path, error: OSError) -> InputError:
+    return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
+
+
+def open_store(folder: Path) -> Store:
+    """The store of a search folder.
+
+    Raises:
+        InputError: no search lies there, or one of a newer version.
+    """
+    if not (folder / STORE_NAME).is_file():
+        raise InputError(str(folder), "is not the folder of a search", "Start one: evomerge search FILE --dir DIR")
+    return Store.open(folder / STORE_NAME)
+
+
+def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> SearchFile:
+    """The search file to go on with: the folder's copy with overrides, if it differs only where it may.
+
+    Raises:
+        InputError: it differs elsewhere; the difference is in the message.
+    """
+    before = store.search().settings
+    path = folder / FILE_NAME
+    edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
+    for override in overrides:
+        apply_override(edited, override)
+    file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
+    differences = list(_differences(before, file.model_dump(mode="json"), ""))
+    forbidden = [line for key, line in differences if key.split(".")[0] not in RESUMABLE or key in FIXED]
+    if forbidden:
+        raise InputError(
+            f"{folder}/{FILE_NAME}",
+            "differs from the search that was started: " + "; ".join(forbidden),
+            f"Only {', '.join(RESUMABLE)} can change on resume; start a new search for anything else.",
+        )
+    return file
+
+
+def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
+    """Write down the settings that a search goes on with."""
+    settings = file.model_dump(mode="json")
+    if settings == store.search().settings:
+        return
+    store.update_settings(settings)
+    partial = folder / f".{FILE_NAME}.partial"
+    partial.write_text(_as_yaml(settings), encoding="utf-8")
+    partial.rename(folder / FILE_NAME)
+
+
+def check_unchanged(store: Store, prepared: Prepared) -> None:
+    """Refuse to go on when a source or an evaluator is not what it was when the search began."""
+    recorded = store.search().fingerprints
+    for name, source in prepared.sources.items():
+        check_fingerprints(source, recorded["sources"][name])
+    for before, now in zip(recorded["evaluators"], prepared.setup.evaluators, strict=True):
+        if before != asdict(now):
+            raise InputError(
+                f"objectives: {now.name}",
+                "scores otherwise than when the search began: its data, its task file or lm-eval has changed",
+                "Put the old ones back, or start a new search.",
+            )
+
+
+def fingerprints(prepared: Prepared) -> dict[str, Any]:
+    """What a search was started on, as JSON data: files of its sources, its evaluators, and its objectives resolved."""
+    setup = prepared.setup
+    return {
+        "sources": {name: fingerprint(source) for name, source in prepared.sources.items()},
+        "evaluators": [asdict(evaluator) for evaluator in setup.evaluators],
+        "objectives": [asdict(o) | {"version": setup.evaluators[o.evaluator].version} for o in setup.objectives],
+        "parameters": [asdict(parameter) for parameter in setup.space.parameters],
+    }
+
+
+def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
+    """The recipe of a recorded candidate; ``sources`` says where its sources lie."""
+    return Recipe.from_canonical(row.recipe, sources)
+
+
+def make_pool(prepared: Prepared) -> Pool:
+    """The pool that the search file names; Ray is only imported when it is wanted."""
+    if prepared.file.pool == "ray":
+        from evomerge.search.pools.ray import RayPool
+
+        return RayPool(prepared.file)
+
+    from evomerge.search.worker import Worker
+
+    return InProcessPool(lambda: Worker.of("in-process", prepared))
+
+
+def environment() -> dict[str, str]:
+    """The versions of what decides a search's numbers."""
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _as_yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key path, what changed there) for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in {**before, **after}:
+            path = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), after.get(name), path)
+    elif before != after:
+        yield key, f"{key}: {before!r} -> {after!r}"

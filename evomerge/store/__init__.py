@@ -1,0 +1,21 @@
+"""The results store: everything a search asked, dispatched, measured and told."""
+
+from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
+from evomerge.store.rows import CandidateRow, Estimate, EventRow, NewCandidate, Scores, SearchRow, Step, Verb
+from evomerge.store.store import Store
+
+__all__ = [
+    "CandidateRow",
+    "Estimate",
+    "EventRow",
+    "Lease",
+    "LeaseLostError",
+    "NewCandidate",
+    "Scores",
+    "SearchRow",
+    "Step",
+    "Store",
+    "Verb",
+    "acquire",
+    "current_holder",
+]

@@ -1,0 +1,88 @@
+"""Column types of the store, which take and give Python's values: JSON with infinities, arrays, packed text."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import LargeBinary, Text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator
+
+_FLOAT = "$float"  # {"$float": "inf"} stands for what JSON cannot say; no text of ours has this key
+
+
+class Json(TypeDecorator[Any]):
+    """JSON text. Floats keep their bits, and inf, -inf and nan are allowed; tuples come back as lists."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
+        try:
+            return _dump(value)
+        except ValueError:  # a float that JSON has no word for: rare, so only then is the value walked
+            return _dump(_spell(value))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else json.loads(value, object_hook=_read_float)
+
+
+class Array(TypeDecorator[NDArray[Any]]):
+    """A flat array of one dtype, as its bytes. Comes back read-only; shapes are the reader's business."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def process_bind_param(self, value: NDArray[Any] | None, dialect: Dialect) -> bytes | None:
+        return None if value is None else np.asarray(value, dtype=self.dtype).tobytes()
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> NDArray[Any] | None:
+        return None if value is None else np.frombuffer(value, dtype=self.dtype)
+
+
+class PackedText(TypeDecorator[str]):
+    """Text, compressed by zlib: a recipe of 20 KB takes about 3."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:
+        return None if value is None else zlib.compress(value.encode())
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
+        return None if value is None else zlib.decompress(value).decode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):  # the mean of float32 scores is a numpy float32, which json does not know
+        return _spell(value.item())
+    raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
+
+
+def _spell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spell(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(float(value))}
+    return value
+
+
+def _read_float(value: dict[str, Any]) -> Any:
+    return float(value[_FLOAT]) if value.keys() == {_FLOAT} else value

@@ -1,0 +1,196 @@
+"""One driver a search: the lease in the store, its heartbeat, and the fence that keeps a former driver from writing.
+
+Every take-over raises the lease's epoch, and every write of a driver checks, in its own transaction, that the epoch is
+still its own. So a driver that was stopped, slept or was cut off does no harm when it wakes (Gray and Cheriton,
+"Leases", SOSP 1989; the epoch is what is now called a fencing token).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import psutil
+from sqlalchemy import Connection, Row, func, select, update
+
+from evomerge.errors import InputError
+from evomerge.store import tables
+from evomerge.store.engine import check_intact
+
+if TYPE_CHECKING:
+    from evomerge.store.store import Store
+
+EXPIRY_S = 60.0
+"""How long a driver on another host may be silent before its search may be taken over."""
+
+
+class LeaseLostError(InputError):
+    """This process may not write to the store: another driver has taken the search over, or it never held the lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that drives a search.
+
+    ``namespace`` tells containers on one host apart, where equal pids are different processes. ``started`` is in
+    seconds after the host's start, so that setting the clock does not change it.
+    """
+
+    host: str
+    namespace: str
+    pid: int
+    started: float
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        started = _started(psutil.Process())
+        return cls(host=socket.gethostname(), namespace=_pid_namespace(), pid=os.getpid(), started=started)
+
+    def is_dead(self) -> bool:
+        """Whether it is known to be dead: never so for a process of another host or container."""
+        if (self.host, self.namespace) != (socket.gethostname(), _pid_namespace()):
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            # A pid may have been given to a new process. A zombie runs no more, though its pid is not free yet.
+            return process.status() == psutil.STATUS_ZOMBIE or abs(_started(process) - self.started) > 1
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Lease:
+    """The right to write to a search, renewed by a thread of its own until it is released. Made by ``acquire``."""
+
+    def __init__(self, store: Store, epoch: int, expiry_s: float) -> None:
+        self.epoch = epoch
+        self._store = store
+        self._expiry_s = expiry_s
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._heart.start()
+
+    def renew(self) -> None:
+        """Promise to be back within ``expiry_s``. Raises LeaseLostError when the search has been taken over."""
+        with self._store.writing() as connection:
+            expires_at = _now(connection) + self._expiry_s
+            connection.execute(update(tables.lease).where(self._is_ours()).values(expires_at=expires_at))
+
+    def release(self) -> None:
+        """Let another driver in at once, and write no more."""
+        self._released.set()
+        self._heart.join()
+        # On a full disk the lease stays: this process ends soon, and a dead holder bars nobody.
+        with suppress(InputError), self._store.transaction(writes=True) as connection:
+            connection.execute(update(tables.lease).where(self._is_ours()).values(host=None))
+        self._store.epoch = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _is_ours(self) -> Any:
+        return (tables.lease.c.search_id == self._store.search_id) & (tables.lease.c.epoch == self.epoch)
+
+    def _beat(self) -> None:
+        while not self._released.wait(self._expiry_s / 4):
+            try:
+                self.renew()
+            except LeaseLostError:
+                return  # the driver hears of it at its next write
+            except Exception:
+                continue  # a full disk or a lock: the driver meets it too; one missed beat costs nothing
+
+
+def acquire(store: Store, *, expiry_s: float = EXPIRY_S) -> Lease:
+    """Make this process the driver of the search: from now on ``store`` may write.
+
+    A holder that released its lease, is dead (seen at once on the same host), or has been silent for ``expiry_s`` by
+    the database's clock is followed; one that lives is not. Commands that were meant for it are dropped.
+
+    Raises:
+        InputError: another driver is at work (names its process, host and since when), or the file is damaged.
+    """
+    me = Holder.this_process()
+    with store.transaction() as connection:
+        check_intact(connection, store.place)  # a resumed search builds on all that is there
+    with store.transaction(writes=True) as connection:
+        row = _lease_row(connection, store.search_id, lock=True)
+        if (holder := _live(connection, row)) is not None:
+            since = datetime.fromtimestamp(row.acquired_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            mend = f"Stop it first, or wait: {expiry_s:.0f} s after its last sign of life it can be taken over."
+            raise InputError(store.place, f"is driven by {holder} since {since}", mend)
+        epoch, now = row.epoch + 1, _now(connection)
+        taken = {"host": me.host, "namespace": me.namespace, "pid": me.pid, "started": me.started}
+        connection.execute(
+            update(tables.lease)
+            .where(tables.lease.c.search_id == store.search_id)
+            .values(**taken, epoch=epoch, acquired_at=now, expires_at=now + expiry_s)
+        )
+        store.drop_commands(connection)
+        store.append_event(connection, "lease", payload={"epoch": epoch, "host": me.host, "pid": me.pid})
+    store.epoch = epoch
+    return Lease(store, epoch, expiry_s)
+
+
+def current_holder(store: Store) -> Holder | None:
+    """The process that drives the search now; None when there is none, or it is dead or silent for too long."""
+    with store.transaction() as connection:
+        return _live(connection, _lease_row(connection, store.search_id))
+
+
+def check_fence(connection: Connection, search_id: int, epoch: int | None, place: str) -> None:
+    """Refuse the write of a process that is not, or no longer, the driver.
+
+    Raises:
+        LeaseLostError: says who the driver is now.
+    """
+    if epoch is None:
+        raise LeaseLostError(place, "was opened for reading", "Acquire its lease before writing.")
+    row = _lease_row(connection, search_id, lock=True)
+    if row.epoch != epoch:
+        now_driven = f" by process {row.pid} on {row.host}" if row.host else ""
+        raise LeaseLostError(place, f"was taken over{now_driven}", "This driver must end; the other one goes on.")
+
+
+def _lease_row(connection: Connection, search_id: int, *, lock: bool = False) -> Row[Any]:
+    query = select(tables.lease).where(tables.lease.c.search_id == search_id)
+    return connection.execute(query.with_for_update() if lock else query).one()
+
+
+def _live(connection: Connection, row: Row[Any]) -> Holder | None:
+    if row.host is None or _now(connection) >= row.expires_at:
+        return None
+    holder = Holder(host=row.host, namespace=row.namespace, pid=row.pid, started=row.started)
+    return None if holder.is_dead() else holder
+
+
+def _now(connection: Connection) -> float:
+    """Seconds since 1970 by the database's clock, which drivers on two hosts share."""
+    now: datetime = connection.execute(select(func.now())).scalar_one()
+    return (now if now.tzinfo else now.replace(tzinfo=UTC)).timestamp()
+
+
+def _started(process: psutil.Process) -> float:
+    return float(process.create_time() - psutil.boot_time())
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux: one namespace
+        return ""

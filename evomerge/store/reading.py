@@ -1,0 +1,233 @@
+"""Opening and reading a store, which any number of processes may do while the driver writes.
+
+Counts, the front and the best are short queries on indices, so a status page costs the same however long the search.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Connection, Engine, Row, Select, func, inspect, select
+
+from evomerge.errors import InputError
+from evomerge.store import tables
+from evomerge.store.engine import connect, parse_place, plain_errors
+from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
+
+SYNC_EVERY_S = 1.0
+"""A write waits for the disk if none has for so long."""
+
+
+class ReadStore:
+    """What may be done with a store without being its driver. Use it through ``Store``.
+
+    Every method reads one consistent state, and raises InputError when the database is locked, damaged or gone.
+    """
+
+    def __init__(self, engine: Engine, place: str, search_id: int) -> None:
+        self.place = place
+        self.search_id = search_id
+        self.epoch: int | None = None
+        self._engine = engine
+        self._writer = engine.execution_options(writes=True)
+        self._synced_writer = engine.execution_options(writes=True, synced=True)
+        self._synced_at = -math.inf
+
+    @classmethod
+    def open(cls, place: str | Path, *, name: str | None = None) -> Self:
+        """Open a search for reading. ``name`` says which one where a database server holds several.
+
+        Raises:
+            InputError: no search there, several and no name, a newer program's store, a damaged file.
+        """
+        url = parse_place(place)
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            raise InputError(str(place), "holds no search", "Check the folder.")  # connecting would make the file
+        store = cls._connect(place)
+        try:
+            store.search_id = store._find(name)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def _connect(cls, place: str | Path) -> Self:
+        url = parse_place(place)
+        shown = url.database if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+        return cls(connect(url), str(shown), search_id=0)
+
+    def _find(self, name: str | None) -> int:
+        # Columns by name: a newer program's table may have others.
+        query = select(tables.search.c.id, tables.search.c.name, tables.search.c.schema_version)
+        with self.transaction() as connection:
+            found = connection.execute(query).all() if inspect(connection).has_table("search") else []
+        rows = [row for row in found if name in (None, row.name)]
+        if not rows:
+            raise InputError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
+        if len(rows) > 1:
+            raise InputError(self.place, f"holds {len(rows)} searches", "Say which one by its name.")
+        if rows[0].schema_version > tables.SCHEMA_VERSION:
+            problem = f"was written by a newer Evomerge (format {rows[0].schema_version}; this one reads "
+            raise InputError(self.place, f"{problem}{tables.SCHEMA_VERSION})", "Update Evomerge to open it.")
+        return int(rows[0].id)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Transactions
+
+    @contextmanager
+    def transaction(self, *, writes: bool = False) -> Iterator[Connection]:
+        """One transaction: committed at the end, rolled back by an exception."""
+        synced = writes and time.monotonic() - self._synced_at > SYNC_EVERY_S
+        engine = self._synced_writer if synced else self._writer if writes else self._engine
+        with plain_errors(self.place), engine.begin() as connection:
+            yield connection
+        if synced:
+            self._synced_at = time.monotonic()
+
+    # The search
+
+    def search(self) -> SearchRow:
+        columns = tables.search.c
+        with self.transaction() as connection:
+            row = connection.execute(select(tables.search).where(columns.id == self.search_id)).one()
+        return SearchRow(**{name: value for name, value in row._mapping.items() if name != "id"})
+
+    def events(
+        self, *, since: int = 0, kinds: Collection[str] | None = None, newest: int | None = None
+    ) -> list[EventRow]:
+        """Events after the one with seq ``since``, oldest first; of all kinds, or of these; at most the ``newest``."""
+        columns = tables.event.c
+        query = select(columns.seq, columns.time, columns.kind, columns.candidate, columns.attempt, columns.payload)
+        query = query.where(columns.search_id == self.search_id, columns.seq > since)
+        if kinds is not None:
+            query = query.where(columns.kind.in_(list(kinds)))
+        with self.transaction() as connection:
+            rows = connection.execute(query.order_by(columns.seq.desc()).limit(newest)).all()
+        return [EventRow(*row) for row in reversed(rows)]
+
+    def steps(self) -> list[Step]:
+        """Every ask and tell, in the order they happened: what replays an optimizer."""
+        return [
+            Step("ask" if event.kind == "ask" else "tell", event.payload["step"], tuple(event.payload["candidates"]))
+            for event in self.events(kinds=("ask", "tell"))
+        ]
+
+    def counts(self) -> dict[Status, int]:
+        """How many candidates are in each status; a candidate is in exactly one."""
+        columns = tables.candidate.c
+        query = select(columns.status, func.count()).where(columns.search_id == self.search_id)
+        with self.transaction() as connection:
+            found = connection.execute(query.group_by(columns.status)).all()
+        return dict.fromkeys(STATUSES, 0) | dict(row._tuple() for row in found)
+
+    # Candidates
+
+    def candidates(
+        self,
+        *,
+        statuses: Collection[Status] | None = None,
+        step: int | None = None,
+        newest: int | None = None,
+    ) -> list[CandidateRow]:
+        """Candidates by number: all, or those that fit.
+
+        Args:
+            newest: at most so many, those with the highest numbers.
+        """
+        columns = tables.candidate.c
+        query = self._select()
+        if statuses is not None:
+            query = query.where(columns.status.in_(list(statuses)))
+        if step is not None:
+            query = query.where(columns.step == step)
+        if newest is not None:
+            return self._rows(query.order_by(columns.number.desc()).limit(newest))[::-1]
+        return self._rows(query.order_by(columns.number))
+
+    def candidate(self, number: int) -> CandidateRow:
+        """Raises InputError when there is no such candidate."""
+        rows = self._rows(self._select().where(tables.candidate.c.number == number))
+        if not rows:
+            raise InputError(self.place, f"has no candidate {number}")
+        return rows[0]
+
+    def front(self) -> list[CandidateRow]:
+        """The candidates on the Pareto front, by number."""
+        return self._rows(self._select().where(tables.candidate.c.on_front).order_by(tables.candidate.c.number))
+
+    def best(self, objective: str, *, maximise: bool, k: int = 1) -> list[CandidateRow]:
+        """The k best candidates in one objective on the search split, best first; of equals the lower number first."""
+        mean, columns = tables.objective.c.mean, tables.candidate.c
+        query = (
+            self._select()
+            .join(
+                tables.objective,
+                (tables.objective.c.search_id == columns.search_id) & (tables.objective.c.candidate == columns.number),
+            )
+            .where(tables.objective.c.name == objective, mean.is_not(None), columns.same_as.is_(None))
+        )
+        return self._rows(query.order_by(mean.desc() if maximise else mean, columns.number).limit(k))
+
+    def scores(self, number: int, split: str) -> list[Scores]:
+        """Per-item scores of a candidate on a split, by evaluator; of a cached candidate, those that answer it."""
+        columns = tables.candidate.c
+        scored = (
+            select(func.coalesce(columns.same_as, columns.number))
+            .where(columns.search_id == self.search_id, columns.number == number)
+            .scalar_subquery()
+        )
+        mine = (tables.score.c.search_id == self.search_id) & (tables.score.c.candidate == scored)
+        query = select(tables.score).where(mine, tables.score.c.split == split).order_by(tables.score.c.evaluator)
+        with self.transaction() as connection:
+            return [_scores(row) for row in connection.execute(query)]
+
+    def _select(self) -> Select[Any]:
+        columns, recipes = tables.candidate.c, tables.recipe.c
+        same = (recipes.search_id == columns.search_id) & (recipes.candidate == columns.number)
+        query = select(tables.candidate, recipes.genome, recipes.recipe).join(tables.recipe, same)
+        return query.where(columns.search_id == self.search_id)
+
+    def _rows(self, query: Select[Any]) -> list[CandidateRow]:
+        objectives = tables.objective.c
+        numbers = query.with_only_columns(tables.candidate.c.number).correlate(None)
+        of_these = select(
+            objectives.candidate, objectives.name, objectives.mean, objectives.stderr, objectives.n
+        ).where(objectives.search_id == self.search_id, objectives.candidate.in_(numbers))
+        measured: dict[int, dict[str, Estimate]] = {}
+        with self.transaction() as connection:
+            rows = connection.execute(query).all()
+            for number, name, mean, stderr, n in connection.execute(of_these):
+                estimate = Estimate(mean=_nan_if_null(mean), stderr=_nan_if_null(stderr), n=n)
+                measured.setdefault(number, {})[name] = estimate
+        return [_candidate(row, measured.get(row.number, {})) for row in rows]
+
+
+def _candidate(row: Row[Any], objectives: dict[str, Estimate]) -> CandidateRow:
+    values = {name: value for name, value in row._mapping.items() if name != "search_id"}
+    return CandidateRow(**values | {"timings": row.timings or {}}, objectives=objectives)
+
+
+def _scores(row: Row[Any]) -> Scores:
+    values = row.scores.reshape(len(row.metrics), len(row.items))
+    return Scores(row.evaluator, row.split, row.items, dict(zip(row.metrics, values, strict=True)))
+
+
+def _nan_if_null(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,118 @@
+"""What goes into the store and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.genome import Genome
+
+Status = Literal["asked", "running", "done", "failed", "cached"]
+STATUSES: tuple[Status, ...] = ("asked", "running", "done", "failed", "cached")
+
+Verb = Literal["pause", "resume", "stop", "cancel"]
+
+
+class Estimate(TypedDict):
+    """An objective of a candidate: mean over n items, and its standard error."""
+
+    mean: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """One evaluator's scores of one candidate on items of one split.
+
+    Args:
+        evaluator: the evaluator's version.
+        split: "search" or "held_out".
+        items: int32 [n], positions in the split.
+        metrics: for each metric, float32 [n]: the score of every item, in the order of ``items``.
+    """
+
+    evaluator: str
+    split: str
+    items: NDArray[np.int32]
+    metrics: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewCandidate:
+    """A candidate as it is asked for. ``recipe`` is JSON text."""
+
+    number: int
+    origin: str
+    recipe: str
+    recipe_hash: str
+    genome: Genome | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CandidateRow:
+    """A candidate and what is known of it, scores of items apart. Times are seconds since 1970.
+
+    ``failure`` holds at least "reason" and "message"; after a failure that is tried again, that of the last attempt.
+    ``timings`` are seconds by phase. ``losses`` is what the optimizer was told, None before it was told.
+    """
+
+    number: int
+    step: int
+    origin: str
+    label: str
+    status: Status
+    recipe_hash: str
+    recipe: str
+    genome: Genome | None
+    same_as: int | None
+    attempts: int
+    worker: str
+    on_front: bool
+    objectives: dict[str, Estimate]
+    losses: list[float] | None
+    timings: dict[str, float]
+    failure: dict[str, Any] | None
+    asked_at: float
+    finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """Something that happened; ``seq`` grows with every event of a store."""
+
+    seq: int
+    time: float
+    kind: str
+    candidate: int | None
+    attempt: int | None
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRow:
+    """The search itself. ``why`` says in words what ended it; ``spent_s`` are seconds in which a driver was at work."""
+
+    name: str
+    schema_version: int
+    created_at: float
+    state: str
+    why: str
+    spent_s: float
+    settings: dict[str, Any]
+    fingerprints: dict[str, Any]
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One ask or tell of the optimizer: the candidates, in the order asked or told."""
+
+    kind: Literal["ask", "tell"]
+    step: int
+    candidates: tuple[int, ...]

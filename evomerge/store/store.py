@@ -1,0 +1,313 @@
+"""The results store: the truth about a search. One driver writes to it; everyone may read at any time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import numpy as np
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from evomerge.errors import InputError
+from evomerge.store import tables
+from evomerge.store.lease import check_fence
+from evomerge.store.reading import ReadStore
+from evomerge.store.rows import STATUSES, Estimate, NewCandidate, Scores, Status, Verb
+
+
+class Store(ReadStore):
+    """One search in a database. ``create`` makes it, ``open`` finds it, ``lease.acquire`` lets it write.
+
+    Each writing method is one transaction that also appends an event, and raises LeaseLostError, with nothing written,
+    when this process is not the driver; StoreFullError when the disk is full; InputError when the database is locked,
+    damaged or read-only. What a method has returned from survives the death of the process; what is older than the
+    lease's heartbeat (15 s) also survives that of the machine.
+    """
+
+    @classmethod
+    def create(
+        cls,
+        place: str | Path,
+        *,
+        name: str,
+        settings: Mapping[str, Any],
+        fingerprints: Mapping[str, Any],
+        environment: Mapping[str, Any],
+    ) -> Self:
+        """Make a store for a new search. ``place`` is the path of an SQLite file or a database URL.
+
+        A file holds one search; a database server holds many, told apart by ``name``.
+
+        Raises:
+            InputError: a search is there already, or the place cannot be written.
+        """
+        store = cls._connect(place)
+        try:
+            with store.transaction(writes=True) as connection:
+                tables.metadata.create_all(connection)
+                is_file = connection.dialect.name == "sqlite"
+                if is_file and connection.execute(select(tables.search.c.id)).first() is not None:
+                    raise InputError(store.place, "holds a search already", "Resume it, or choose another folder.")
+                row = {"name": name, "schema_version": tables.SCHEMA_VERSION, "created_at": time.time()}
+                row |= {"state": "created", "settings": settings, "fingerprints": fingerprints}
+                new = insert(tables.search).values(**row, environment=environment).returning(tables.search.c.id)
+                store.search_id = connection.execute(new).scalar_one()
+                connection.execute(insert(tables.lease).values(search_id=store.search_id, epoch=0))
+                store.append_event(connection, "created")
+        except IntegrityError as error:
+            store.close()
+            raise InputError(store.place, f"holds a search named {name!r} already", "Choose another name.") from error
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction of the driver, refused when it no longer holds the lease."""
+        with self.transaction(writes=True) as connection:
+            check_fence(connection, self.search_id, self.epoch, self.place)
+            yield connection
+
+    def append_event(
+        self,
+        connection: Connection,
+        kind: str,
+        candidate: int | None = None,
+        attempt: int | None = None,
+        payload: Mapping[str, Any] | None = None,
+    ) -> None:
+        row = {"search_id": self.search_id, "time": time.time(), "kind": kind}
+        row |= {"candidate": candidate, "attempt": attempt, "payload": payload or {}}
+        connection.execute(insert(tables.event), row)
+
+    # What the driver writes about candidates
+
+    def record_ask(self, step: int, candidates: Sequence[NewCandidate]) -> None:
+        """All candidates of one ask, in the order asked."""
+        now = time.time()
+        with self.writing() as connection:
+            rows = [self._asked(step, new, now) for new in candidates]
+            connection.execute(insert(tables.candidate), rows)
+            connection.execute(
+                insert(tables.recipe),
+                [
+                    {"search_id": self.search_id, "candidate": new.number, "genome": new.genome, "recipe": new.recipe}
+                    for new in candidates
+                ],
+            )
+            payload = {"step": step, "candidates": [new.number for new in candidates]}
+            self.append_event(connection, "ask", payload=payload)
+
+    def _asked(self, step: int, new: NewCandidate, now: float) -> dict[str, Any]:
+        return {
+            "search_id": self.search_id,
+            "number": new.number,
+            "step": step,
+            "origin": new.origin,
+            "label": new.label,
+            "recipe_hash": new.recipe_hash,
+            "status": "asked",
+            "attempts": 0,
+            "worker": "",
+            "asked_at": now,
+        }
+
+    def record_cached(self, number: int, same_as: int, objectives: Mapping[str, Estimate]) -> None:
+        """A candidate that was asked is answered by the scores of another, of the same recipe."""
+        with self.writing() as connection:
+            values = {"status": "cached", "same_as": same_as, "finished_at": time.time()}
+            if not self._change(connection, number, values, statuses=("asked",)):
+                raise ValueError(f"candidate {number} is not waiting")
+            self._insert_objectives(connection, number, objectives)
+            self.append_event(connection, "cached", number, payload={"same_as": same_as})
+
+    def record_dispatch(self, number: int, attempt: int, worker: str) -> None:
+        """An attempt begins. Attempts count from 1; a higher one makes every lower one stale."""
+        with self.writing() as connection:
+            values = {"status": "running", "attempts": attempt, "worker": worker}
+            fresh = tables.candidate.c.attempts < attempt
+            if not self._change(connection, number, values, fresh, statuses=("asked", "running")):
+                raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
+            self.append_event(connection, "dispatch", number, attempt, {"worker": worker})
+
+    def record_result(
+        self,
+        number: int,
+        attempt: int,
+        scores: Sequence[Scores],
+        timings: Mapping[str, float],
+        objectives: Mapping[str, Estimate],
+        worker: str,
+    ) -> bool:
+        """An attempt succeeded. False, and only an event "stale", when it is not the one that runs."""
+        values = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker}
+        with self.writing() as connection:
+            if not self._finish(connection, number, attempt, "result", values | {"finished_at": time.time()}):
+                return False
+            self._insert_scores(connection, number, scores)
+            self._insert_objectives(connection, number, objectives)
+            self.append_event(connection, "result", number, attempt, {"worker": worker})
+            return True
+
+    def record_failure(self, number: int, attempt: int, failure: Mapping[str, Any], *, final: bool) -> bool:
+        """An attempt failed: for good, or to be asked for again. False as for ``record_result``."""
+        values: dict[str, Any] = {"status": "asked", "failure": dict(failure)}
+        if final:
+            values |= {"status": "failed", "finished_at": time.time()}
+        with self.writing() as connection:
+            if not self._finish(connection, number, attempt, "failure", values):
+                return False
+            self.append_event(connection, "failure", number, attempt, {**failure, "final": final})
+            return True
+
+    def record_scores(self, number: int, attempt: int, scores: Sequence[Scores]) -> None:
+        """More scores of a finished candidate, such as those on held-out items. They replace older ones like them."""
+        with self.writing() as connection:
+            self._insert_scores(connection, number, scores)
+            payload = {"scores": [[s.evaluator, s.split, len(s.items)] for s in scores]}
+            self.append_event(connection, "scores", number, attempt, payload)
+
+    def record_tell(
+        self,
+        step: int,
+        losses: Mapping[int, Sequence[float]],
+        *,
+        front: Collection[int],
+        spent_s: float,
+    ) -> None:
+        """What the optimizer was told, in the order told; the candidates that form the Pareto front now; and the
+        seconds that drivers have spent on the search.
+        """
+        with self.writing() as connection:
+            for number, values in losses.items():
+                self._change(connection, number, {"losses": list(values)})
+            self._set_front(connection, set(front))
+            self._change_search(connection, spent_s=spent_s)
+            self.append_event(connection, "tell", payload={"step": step, "candidates": list(losses)})
+
+    def _set_front(self, connection: Connection, after: set[int]) -> None:
+        columns = tables.candidate.c
+        query = select(columns.number).where(columns.search_id == self.search_id, columns.on_front)
+        before = set(connection.execute(query).scalars())
+        for changed, on_front in ((before - after, False), (after - before, True)):
+            for number in changed:
+                self._change(connection, number, {"on_front": on_front})
+        if before != after:
+            self.append_event(connection, "front", payload={"candidates": sorted(after)})
+
+    # What the driver writes about the search
+
+    def set_state(self, state: str, *, why: str = "", spent_s: float | None = None) -> None:
+        """What the search is doing now; ``why`` says what ended it, ``spent_s`` the seconds spent where they grew."""
+        spent = {} if spent_s is None else {"spent_s": spent_s}
+        with self.writing() as connection:
+            self._change_search(connection, state=state, why=why, **spent)
+            self.append_event(connection, "state", payload={"state": state, "why": why})
+
+    def update_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace the resolved search file, as when its budget is raised; the event keeps the one before."""
+        with self.writing() as connection:
+            query = select(tables.search.c.settings).where(tables.search.c.id == self.search_id)
+            before = connection.execute(query).scalar_one()
+            self._change_search(connection, settings=settings)
+            self.append_event(connection, "settings", payload={"before": before})
+
+    def record_event(self, kind: str, payload: Mapping[str, Any]) -> None:
+        with self.writing() as connection:
+            self.append_event(connection, kind, payload=payload)
+
+    def _change_search(self, connection: Connection, **values: Any) -> None:
+        connection.execute(update(tables.search).where(tables.search.c.id == self.search_id).values(**values))
+
+    # Commands: written by anyone, taken by the driver
+
+    def request_command(self, verb: Verb) -> None:
+        """Ask the driver to pause, resume, stop or cancel. Needs no lease."""
+        if verb not in get_args(Verb):
+            raise ValueError(f"unknown command {verb!r}")
+        row = {"search_id": self.search_id, "verb": verb, "requested_at": time.time()}
+        with self.transaction(writes=True) as connection:
+            connection.execute(insert(tables.command), row)
+
+    def take_commands(self) -> list[Verb]:
+        """The commands given since the last call, oldest first; each is taken once."""
+        columns = tables.command.c
+        waiting = (
+            select(columns.id, columns.verb)
+            .where(columns.search_id == self.search_id, columns.taken_at.is_(None))
+            .order_by(columns.id)
+        )
+        with self.transaction() as connection:
+            if connection.execute(waiting).first() is None:  # nearly always: then no write
+                return []
+        with self.writing() as connection:
+            rows = connection.execute(waiting).all()
+            for row in rows:
+                connection.execute(update(tables.command).where(columns.id == row.id).values(taken_at=time.time()))
+                self.append_event(connection, "command", payload={"verb": row.verb})
+        return [row.verb for row in rows]
+
+    def drop_commands(self, connection: Connection) -> None:
+        columns = tables.command.c
+        waiting = (columns.search_id == self.search_id) & columns.taken_at.is_(None)
+        connection.execute(update(tables.command).where(waiting).values(taken_at=time.time()))
+
+    # One row
+
+    def _change(
+        self,
+        connection: Connection,
+        number: int,
+        values: Mapping[str, Any],
+        *conditions: ColumnElement[bool],
+        statuses: Sequence[Status] = STATUSES,
+    ) -> bool:
+        """Update a candidate if it is in one of ``statuses`` and the conditions hold; whether it was."""
+        columns = tables.candidate.c
+        where = (columns.search_id == self.search_id, columns.number == number, columns.status.in_(statuses))
+        result = connection.execute(update(tables.candidate).where(*where, *conditions).values(**values))
+        return result.rowcount == 1
+
+    def _finish(self, connection: Connection, number: int, attempt: int, what: str, values: Mapping[str, Any]) -> bool:
+        """End a running attempt; an answer that comes too late, or twice, leaves a mark and no more."""
+        if self._change(connection, number, values, tables.candidate.c.attempts == attempt, statuses=("running",)):
+            return True
+        self.append_event(connection, "stale", number, attempt, {"what": what})
+        return False
+
+    def _insert_objectives(self, connection: Connection, number: int, objectives: Mapping[str, Estimate]) -> None:
+        rows = [
+            {
+                "search_id": self.search_id,
+                "candidate": number,
+                "name": name,
+                "mean": _null_if_nan(estimate["mean"]),
+                "stderr": _null_if_nan(estimate["stderr"]),
+                "n": int(estimate["n"]),
+            }
+            for name, estimate in objectives.items()
+        ]
+        if rows:
+            connection.execute(insert(tables.objective), rows)
+
+    def _insert_scores(self, connection: Connection, number: int, scores: Sequence[Scores]) -> None:
+        columns = tables.score.c
+        for one in scores:
+            key = {"candidate": number, "evaluator": one.evaluator, "split": one.split}
+            where = [columns.search_id == self.search_id, *(columns[name] == value for name, value in key.items())]
+            connection.execute(delete(tables.score).where(*where))
+            values = np.stack([np.asarray(array, dtype=np.float32) for array in one.metrics.values()])
+            if values.shape[1:] != (len(one.items),):
+                raise ValueError(f"{one.evaluator}: {len(one.items)} items, but scores of shape {values.shape}")
+            row = {"search_id": self.search_id, "items": one.items, "metrics": list(one.metrics), "scores": values}
+            connection.execute(insert(tables.score), key | row)
+
+
+def _null_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
