@@ -1,0 +1,198 @@
+"""The command line: one command a verb, no logic. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from evomerge import __version__
+from evomerge.errors import InputError
+
+app = typer.Typer(
+    name="evomerge",
+    help="Search for the best way to merge language models that already exist.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SearchFileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A search file (YAML).")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a search.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the search file; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"evomerge {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def validate(file: SearchFileArgument, set_: SetOption = []) -> None:  # noqa: B006 (typer copies it)
+    """Check a search file and everything that it names, and print the plan. Nothing is scored."""
+    from evomerge.commands.run import validate
+
+    validate(file, set_)
+
+
+@app.command()
+def search(
+    file: SearchFileArgument,
+    dir_: Annotated[Path | None, typer.Option("--dir", help="Folder to make; searches/NAME by default.")] = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Run a search to the end of its budget, then confirm its best on the held-out split."""
+    from evomerge.commands.run import search
+
+    raise typer.Exit(search(file, dir_, set_))
+
+
+@app.command()
+def resume(folder: FolderArgument, set_: SetOption = []) -> None:  # noqa: B006
+    """Go on with a search that was interrupted, or whose budget is raised with --set budget.candidates=N."""
+    from evomerge.commands.run import resume
+
+    raise typer.Exit(resume(folder, set_))
+
+
+@app.command()
+def status(
+    folder: FolderArgument,
+    json_: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until the search ends.")] = False,
+) -> None:
+    """Show where a search stands."""
+    from evomerge.commands.look import status
+
+    status(folder, as_json=json_, watch=watch)
+
+
+@app.command()
+def pause(folder: FolderArgument) -> None:
+    """Start nothing new until `resume`; what runs goes on."""
+    _command(folder, "pause")
+
+
+@app.command()
+def stop(folder: FolderArgument) -> None:
+    """Let what runs finish, then end. The search can be resumed."""
+    _command(folder, "stop")
+
+
+@app.command()
+def cancel(folder: FolderArgument) -> None:
+    """End now. The search can be resumed."""
+    _command(folder, "cancel")
+
+
+@app.command()
+def top(
+    folder: FolderArgument,
+    k: Annotated[int, typer.Option("-k", help="How many.", min=1)] = 10,
+    all_: Annotated[bool, typer.Option("--all", help="Every candidate, in the order asked.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """List the best candidates."""
+    from evomerge.commands.look import top
+
+    top(folder, None if all_ else k, as_json=json_)
+
+
+@app.command()
+def show(
+    folder: FolderArgument,
+    candidate: Annotated[str, typer.Argument(metavar="ID", help="A candidate, such as c0042.")],
+    json_: JsonOption = False,
+) -> None:
+    """Show one candidate: its recipe, scores, attempts and log."""
+    from evomerge.commands.look import show
+
+    show(folder, candidate, as_json=json_)
+
+
+@app.command()
+def compare(
+    folder: FolderArgument,
+    a: Annotated[str, typer.Argument(metavar="A", help="A candidate, or the name of a source.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    json_: JsonOption = False,
+) -> None:
+    """Compare two candidates item by item: paired differences with confidence intervals."""
+    from evomerge.commands.look import compare
+
+    compare(folder, a, b, as_json=json_)
+
+
+@app.command()
+def confirm(folder: FolderArgument) -> None:
+    """Score the front and the best candidates on the held-out split, and name the winner."""
+    from evomerge.commands.run import confirm
+
+    raise typer.Exit(confirm(folder))
+
+
+@app.command()
+def export(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    candidate: Annotated[str, typer.Option(help="best (the confirmed winner), knee, or an id: c0042.")] = "best",
+    verify: Annotated[bool, typer.Option(help="Reload it and reproduce the recorded scores.")] = True,
+) -> None:
+    """Write a candidate as a plain Hugging Face model folder."""
+    from evomerge.commands.models import export
+
+    export(folder, out, candidate, verify=verify)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe of Evomerge's or mergekit's.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+) -> None:
+    """Make one merged model from a recipe, without a search."""
+    from evomerge.commands.models import merge
+
+    merge(recipe, out)
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    file: SearchFileArgument,
+    set_: SetOption = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="search or held_out.")] = "held_out",
+    json_: JsonOption = False,
+) -> None:
+    """Score any model on the objectives of a search file."""
+    from evomerge.commands.models import score
+
+    score(str(model), file, set_, split, as_json=json_)
+
+
+def _command(folder: Path, verb: Literal["pause", "stop", "cancel"]) -> None:
+    from evomerge.commands.look import send
+
+    send(folder, verb)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The entry point: exit code 0 when done, 2 for bad input, 130 when interrupted and resumable."""
+    run: Callable[..., Any] = app
+    try:
+        return run(arguments)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,198 @@
+"""The commands that make or score one model: export, merge, score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from evaluators.base import Split
+from evomerge.checkpoints.checks import check_compatible, check_finite
+from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, load_tokenizer
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.errors import InputError
+from evomerge.mergekit import dump_recipe, load_recipe_file
+from evomerge.merging.export import write_model
+from evomerge.report.card import Provenance, card, lineage
+from evomerge.report.screen import cell, make_console
+from evomerge.report.status import Value, candidate_id, candidate_number, status_of
+from evomerge.search.prepare import Prepared, prepare
+from evomerge.search.search_file import SearchFile, load_search_file
+from evomerge.search.session import check_unchanged, open_store, recipe_of, resumed_file
+from evomerge.search.setup import objective_values
+from evomerge.search.statistics import mean_and_error
+from evomerge.search.worker import choose_device
+from evomerge.store import Store
+from evomerge.store.front import knee
+
+
+def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
+    """Write a candidate of a search as a model folder, and see that it scores as recorded."""
+    console = make_console()
+    with open_store(folder) as store:
+        number = chosen(store, candidate)
+        row = store.candidate(number)
+        if row.status not in ("done", "cached"):
+            raise InputError(
+                candidate_id(number), f"is {row.status}: it has no scores", "`evomerge top` lists those with."
+            )
+        prepared = prepare(resumed_file(folder, store, ()))
+        check_unchanged(store, prepared)
+        recipe = recipe_of(row, prepared.file.sources)
+        provenance = Provenance(store.search(), status_of(store), row)
+        texts = {
+            "recipe.yaml": dump_recipe(recipe),
+            "lineage.json": lineage(recipe, prepared.sources, provenance),
+            "README.md": card(out.name, recipe, prepared.sources, provenance),
+        }
+        checked: list[str] = []
+
+        def check(written: Path) -> None:
+            checked.extend(reproduce(written, store, number, prepared))
+
+        with _progress(console) as update:
+            write_model(recipe, prepared.sources, out, texts=texts, check=check if verify else None, progress=update)
+    for line in checked:
+        console.print(line)
+    console.print(f"exported {candidate_id(number)} to {out}", style="bold")
+
+
+def merge(path: Path, out: Path) -> None:
+    """Make one merged model from a recipe file."""
+    sources: dict[str, Source] = {}
+
+    def layers(reference: str) -> int:
+        return open_source(reference, reference, place=str(path), root=path.resolve().parent).layers
+
+    recipe = load_recipe_file(path, layers)
+    for name, reference in recipe.sources.items():
+        sources[name] = open_source(name, reference, place=f"{path}: sources.{name}", root=path.resolve().parent)
+    check_compatible(sources)
+    for source in sources.values():
+        check_finite(source)
+    # Folders become absolute, so that the copy of the recipe works from anywhere; a hub id does as it is.
+    found = {
+        name: r if not (path.parent / r).is_dir() else str(sources[name].folder) for name, r in recipe.sources.items()
+    }
+    recipe = recipe.model_copy(update={"sources": found})
+    texts = {
+        "recipe.yaml": dump_recipe(recipe),
+        "lineage.json": lineage(recipe, sources, None),
+        "README.md": card(out.name, recipe, sources, None),
+    }
+    console = make_console()
+    with _progress(console) as update:
+        write_model(recipe, sources, out, texts=texts, progress=update)
+    console.print(f"merged into {out}", style="bold")
+
+
+def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:
+    """Score a model folder on the objectives of a search file."""
+    if split not in ("search", "held_out"):
+        raise InputError("--split", f"{split!r} is neither search nor held_out")
+    which: Split = "search" if split == "search" else "held_out"
+    prepared = prepare(load_search_file(path, overrides))
+    source = open_source("model", model, place="MODEL")
+    check_finite(source)
+    live = plain_model(source, prepared.file)
+    tasks = prepared.setup.tasks(which)
+    scores = [prepared.evaluators[t.evaluator].score(live, which, t.indices) for t in tasks]
+    values = {o.name: mean_and_error(objective_values(o, scores, which)) for o in prepared.setup.objectives}
+    if as_json:
+        print(json.dumps({"model": model, "split": split, "objectives": values}, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("objective", "score", "items"):
+        table.add_column(title)
+    for name, found in values.items():
+        table.add_row(name, cell(Value(**found)), f"{found['n']} {split}")
+    make_console().print(table)
+
+
+def chosen(store: Store, candidate: str) -> int:
+    """The candidate that ``--candidate`` means.
+
+    "best" is the winner of the confirmation, else the best by the first objective; "knee" the best compromise on the
+    front.
+
+    Raises:
+        InputError: there is no such candidate, or none has been scored.
+    """
+    status = status_of(store)
+    if candidate == "best":
+        if status.winner is not None:
+            return int(status.winner.removeprefix("c"))
+        if status.best is None:
+            raise InputError(store.place, "has no candidate with scores yet")
+        return int(status.best.id.removeprefix("c"))
+    if candidate == "knee":
+        front = store.front()
+        if not front:
+            raise InputError(store.place, "has no front yet")
+        return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number
+    return candidate_number(candidate, store)
+
+
+def reproduce(written: Path, store: Store, number: int, prepared: Prepared) -> list[str]:
+    """Load an exported folder with plain transformers and score it again; a line for each evaluator.
+
+    Raises:
+        InputError: it does not score item by item what was recorded.
+    """
+    live = plain_model(open_source("export", str(written), place=str(written)), prepared.file)
+    lines = []
+    for split in ("search", "held_out"):
+        recorded = {scores.evaluator: scores for scores in store.scores(number, split)}
+        for evaluator in prepared.evaluators:
+            if evaluator.version not in recorded:
+                continue
+            before = recorded[evaluator.version]
+            now = evaluator.score(live, split, before.items.tolist())
+            for metric, values in before.metrics.items():
+                differ = int((now[metric] != values).sum())
+                if differ:
+                    raise InputError(
+                        candidate_id(number),
+                        f"the exported model scores {differ} of {len(values)} items of {evaluator.name} ({split}, "
+                        f"{metric}) otherwise than was recorded",
+                        "Another device or number of threads rounds otherwise; export where the search ran, or with "
+                        "--no-verify.",
+                    )
+            lines.append(f"verified: {evaluator.name}, {len(before.items)} {split} items score exactly as recorded")
+    return lines
+
+
+def plain_model(source: Source, file: SearchFile) -> LiveModel:
+    """A model as plain transformers loads it, on the device and with the threads that a worker of the search has."""
+    torch.set_num_threads(file.cluster.cpus_per_worker)
+    disable_progress_bar()  # it would run through our own
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    model.eval().requires_grad_(False).to(choose_device(file.device))
+    live = LiveModel(model, load_tokenizer(source), roles={}, tensors=dict(model.named_parameters()))
+    try:
+        check_live(live)
+    except NotFiniteError as error:
+        raise InputError(source.place, f"cannot be scored: {error}") from error
+    return live
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("writing tensors", total=None)
+
+        def update(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of)
+
+        yield update

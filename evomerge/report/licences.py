@@ -1,0 +1,42 @@
+"""The licence of a merged model: the most restrictive of its sources', as far as it can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+# From free to bound, by the identifiers that model cards use. What is not listed is taken to be the most restrictive,
+# because a person has to read it.
+_ORDER = (
+    "unlicense", "cc0-1.0", "0bsd", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "apache-2.0", "cc-by-4.0", "mpl-2.0",
+    "lgpl-2.1", "lgpl-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0", "openrail", "bigscience-openrail-m",
+    "creativeml-openrail-m", "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "cc-by-nd-4.0",
+    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0",
+)  # fmt: skip
+UNKNOWN = "unknown"
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that a model folder's card names; "unknown" when it has none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return UNKNOWN
+    if not text.startswith("---"):
+        return UNKNOWN
+    try:
+        front = yaml.safe_load(text.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError):
+        return UNKNOWN
+    found = front.get("license") if isinstance(front, dict) else None
+    return str(found).lower() if isinstance(found, str) else UNKNOWN
+
+
+def most_restrictive(licences: Iterable[str]) -> str:
+    """The one that binds most; "other" when any of them is not known here, for then a person must decide."""
+    found = list(licences)
+    if any(licence not in _ORDER for licence in found):
+        return "other"
+    return max(found, key=_ORDER.index)
