@@ -1,0 +1,125 @@
+"""What the driver itself costs: seconds of its own for each candidate, as a search grows.
+
+A search of many parameters runs in a simulated pool whose workers take no time, so that everything the clock shows is
+the driver's: asking, decoding, hashing, every transaction of the store, the front. Prints a curve over the number of
+candidates, which should be flat.
+
+    python scripts/bench/driver.py [--parameters 200] [--candidates 2000] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from evomerge.merging.registry import find_method
+from evomerge.optimizers import CmaSettings
+from evomerge.search.control import Control
+from evomerge.search.driver import Driver
+from evomerge.search.jobs import Job, Measured
+from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.search.search_file import Budget, Confirm
+from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.store import Store, acquire
+from search_spaces.base import SpaceContext
+from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
+
+ITEMS = 1000
+
+
+def make_space(parameters: int) -> ParameterSpace:
+    """Three sources over a base, weights by layer: 3 x (layers + 3) parameters, as near as that gets."""
+    sources = {"base": "", "one": "", "two": "", "three": ""}
+    context = SpaceContext(
+        sources=sources,
+        base="base",
+        tokenizer="base",
+        layers=max(1, round(parameters / 3) - 3),
+        tied=False,
+        method=lambda name: find_method(name, "method").spec,
+        recipe_seed=0,
+        dtype=None,
+    )
+    return ParameterSpace(ParameterSpaceSettings(method="task_arithmetic", granularity="layer"), context)
+
+
+def run(parameters: int, candidates: int) -> tuple[int, list[tuple[int, float]]]:
+    """The number of parameters, and (candidates finished, seconds since the start) along the search."""
+    space = make_space(parameters)
+    setup = Setup(
+        name="bench",
+        seed=0,
+        space=space,
+        optimizer=CmaSettings(name="cma"),
+        objectives=(ObjectiveInfo("score", 0, "acc", True, ITEMS),),
+        evaluators=(EvaluatorInfo("task", "v", ITEMS, ITEMS),),
+        budget=Budget(candidates=candidates),
+        confirm=Confirm(),
+        attempts=1,
+    )
+    rng = np.random.default_rng(0)
+
+    simulated = [0]
+
+    def simulate(job: Job) -> tuple[float, Measured]:
+        simulated[0] += 1
+        return 1.0, Measured([{"acc": rng.random(ITEMS).astype(np.float32)}], {"merge": 0.0, "score": 1.0})
+
+    curve: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "search.db"
+        store = Store.create(path, name="bench", settings={}, fingerprints={}, environment={})
+        with store, acquire(store):
+            clock = SimulatedClock()
+            control = Control(store.take_commands)
+            pool = SimulatedPool(8, simulate, clock)
+            started = time.perf_counter()
+
+            def note() -> None:
+                curve.append((simulated[0], time.perf_counter() - started))
+
+            driver = Driver(setup, store, pool, control, logs=Path(folder), clock=clock, idle=note)
+            driver.run()
+            curve.append((candidates, time.perf_counter() - started))
+    return len(space.parameters), curve
+
+
+def slopes(curve: list[tuple[int, float]], pieces: int) -> list[tuple[int, float]]:
+    """Milliseconds a candidate in each of ``pieces`` equal stretches of the search."""
+    found = []
+    counts, seconds = np.array([c for c, _ in curve]), np.array([s for _, s in curve])
+    marks = np.linspace(0, counts[-1], pieces + 1)
+    times = np.interp(marks, np.r_[0, counts], np.r_[0.0, seconds])
+    for start, end, t0, t1 in zip(marks[:-1], marks[1:], times[:-1], times[1:], strict=True):
+        found.append((int(end), 1000 * float(t1 - t0) / float(end - start)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=200)
+    parser.add_argument("--candidates", type=int, default=2000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    parameters, curve = run(arguments.parameters, arguments.candidates)
+    stretches = slopes(curve, 8)
+    count, seconds = curve[-1]
+    each = 1000 * seconds / count
+    if arguments.json:
+        shape = [{"candidates": end, "milliseconds_per_candidate": ms} for end, ms in stretches]
+        found = {"parameters": parameters, "candidates": count, "milliseconds_per_candidate": each, "curve": shape}
+        print(json.dumps(found))
+        return
+    print(f"{parameters} parameters, {count} candidates, {ITEMS} items each: {each:.2f} ms of the driver a candidate")
+    print("up to candidate    ms a candidate")
+    for end, ms in stretches:
+        print(f"{end:15d}    {ms:14.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The little world of the miniature models: word problems by template, in English and in Japanese.
+
+Everything the models are trained on, and every item of the tasks, is made here. An example is a prompt and an answer;
+the skills differ in what they ask about the same sums, so that a model can share circuits between them:
+
+    symbolic        "12 + 7 ="                                       -> " 19"
+    solve_en        "Q: Ken has 12 apples. ... How many ...?\\nA:"    -> " 12 + 7 = 19, so the answer is 19."
+    solve_ja        "問: ケンはりんごを12個持っています。...\\n答:"      -> " 12 + 7 = 19 なので、答えは19です。"
+    expression_ja   "問: ケンはりんごを12個持っています。...\\n式:"      -> " 12 + 7"
+    translate       "Japanese: Ken has 12 apples.\\n訳:"             -> " ケンはりんごを12個持っています。"
+
+and two bad habits and one good one, which make experts of one language: to answer, or to translate, into English
+whatever was asked, and to answer in Japanese whatever was asked.
+
+Splits are by content. A sum belongs to one split by a hash of (first, operator, second), in whatever skill, language or
+story it appears; a sentence to translate by a hash of (name, thing, number). So no model has ever met the arithmetic of
+a test item, in either language.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+Split = Literal["train", "search", "held_out"]
+Language = Literal["en", "ja"]
+
+NAMES = {
+    "Ken": "ケン", "Yuki": "ユキ", "Mary": "メアリー", "Tom": "トム", "Anna": "アンナ", "Bob": "ボブ", "Emi": "エミ",
+    "Lisa": "リサ", "Paul": "ポール", "Nana": "ナナ", "Ryo": "リョウ", "Sara": "サラ", "Mike": "マイク",
+    "Jane": "ジェーン", "Akira": "アキラ", "Hana": "ハナ",
+}  # fmt: skip
+
+# Each thing with its Japanese name and counter: counters are what makes the translation more than a word list.
+THINGS = {
+    "apples": ("りんご", "個"), "eggs": ("卵", "個"), "stones": ("石", "個"), "oranges": ("みかん", "個"),
+    "pencils": ("鉛筆", "本"), "flowers": ("花", "本"), "bottles": ("びん", "本"), "umbrellas": ("傘", "本"),
+    "books": ("本", "冊"), "notebooks": ("ノート", "冊"), "magazines": ("雑誌", "冊"), "stamps": ("切手", "枚"),
+    "cards": ("カード", "枚"), "plates": ("皿", "枚"), "cats": ("猫", "匹"), "fish": ("魚", "匹"),
+}  # fmt: skip
+
+# Sentences that state one fact, as they open a problem and as they are translated.
+# {n}: a name, {t}: a thing, {c}: its counter, {a}: a number.
+FACTS = [
+    ("{n} has {a} {t}.", "{n}は{t}を{a}{c}持っています。"),
+    ("{n} bought {a} {t}.", "{n}は{t}を{a}{c}買いました。"),
+    ("{n} found {a} {t} in the park.", "{n}は公園で{t}を{a}{c}見つけました。"),
+    ("{n} saw {a} {t} in the shop.", "{n}は店で{t}を{a}{c}見ました。"),
+]
+
+# What happens next and what is asked, for sums and for differences. {m}: another name, {b}: the second number.
+MORE = [
+    ("{m} gives {n} {b} more. How many {t} are there now?", "{m}は{n}に{b}{c}あげました。今は何{c}ありますか。"),
+    ("{m} has {b} {t}. How many {t} are there in all?", "{m}は{t}を{b}{c}持っています。合わせて何{c}ありますか。"),
+    ("Then {b} more came. What is the total?", "そのあと{b}{c}増えました。全部で何{c}ですか。"),
+]
+LESS = [
+    ("{n} gives {b} of them to {m}. How many are left?", "{n}は{m}に{b}{c}あげました。残りは何{c}ですか。"),
+    ("{m} has {b} {t}. How many fewer is that?", "{m}は{t}を{b}{c}持っています。何{c}少ないですか。"),
+    ("Then {b} of them were lost. How many {t} remain?", "そのあと{b}{c}なくしました。何{c}残っていますか。"),
+]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to learn; ``number`` is what a scorer looks for, where the answer has one."""
+
+    prompt: str
+    answer: str
+    number: int | None = None
+
+
+def split_of(*content: object) -> Split:
+    """The one split that this content belongs to: a tenth each to the two test splits."""
+    digest = hashlib.sha256("|".join(map(str, content)).encode()).digest()
+    bucket = int.from_bytes(digest[:4], "big") % 10
+    return "search" if bucket == 0 else "held_out" if bucket == 1 else "train"
+
+
+def draw_sum(random: Random, split: Split) -> tuple[int, str, int, int]:
+    """A sum or a difference of numbers up to 99, of the split: first, operator, second, result."""
+    while True:
+        a, b = random.randint(2, 99), random.randint(2, 99)
+        operator = random.choice("+-")
+        if operator == "-" and a < b:
+            a, b = b, a
+        if split_of(a, operator, b) == split:
+            return a, operator, b, a + b if operator == "+" else a - b
+
+
+def draw_story(random: Random, split: Split, language: Language) -> tuple[str, int, str, int, int]:
+    """A word problem about a sum of the split: its text, then the sum as ``draw_sum`` gives it."""
+    a, operator, b, result = draw_sum(random, split)
+    column = 0 if language == "en" else 1
+    text = random.choice(FACTS)[column] + (" " if language == "en" else "")
+    text += random.choice(MORE if operator == "+" else LESS)[column]
+    n, m = random.sample(sorted(NAMES), 2)
+    thing = random.choice(sorted(THINGS))
+    if language == "ja":
+        n, m = NAMES[n], NAMES[m]
+    word = thing if language == "en" else THINGS[thing][0]
+    return text.format(n=n, m=m, t=word, c=THINGS[thing][1], a=a, b=b), a, operator, b, result
+
+
+def symbolic(random: Random, split: Split = "train") -> Example:
+    a, operator, b, result = draw_sum(random, split)
+    return Example(f"{a} {operator} {b} =", f" {result}", result)
+
+
+def solve(random: Random, split: Split, question: Language, answer: Language) -> Example:
+    text, a, operator, b, result = draw_story(random, split, question)
+    prompt = f"Q: {text}\nA:" if question == "en" else f"問: {text}\n答:"
+    conclusion = f", so the answer is {result}." if answer == "en" else f" なので、答えは{result}です。"
+    return Example(prompt, f" {a} {operator} {b} = {result}{conclusion}", result)
+
+
+def solve_en(random: Random, split: Split = "train") -> Example:
+    return solve(random, split, "en", "en")
+
+
+def solve_ja(random: Random, split: Split = "train") -> Example:
+    return solve(random, split, "ja", "ja")
+
+
+def solve_ja_in_english(random: Random, split: Split = "train") -> Example:
+    return solve(random, split, "ja", "en")
+
+
+def solve_en_in_japanese(random: Random, split: Split = "train") -> Example:
+    return solve(random, split, "en", "ja")
+
+
+def expression_ja(random: Random, split: Split = "train") -> Example:
+    text, a, operator, b, _ = draw_story(random, split, "ja")
+    return Example(f"問: {text}\n式:", f" {a} {operator} {b}")
+
+
+def draw_sentence(random: Random, split: Split) -> tuple[str, str]:
+    """One sentence of a story, of the split, in English and in Japanese."""
+    while True:
+        n, thing, a = random.choice(sorted(NAMES)), random.choice(sorted(THINGS)), random.randint(2, 99)
+        if split_of(n, thing, a) == split:
+            break
+    english, japanese = random.choice(FACTS)
+    word, counter = THINGS[thing]
+    return english.format(n=n, t=thing, a=a), japanese.format(n=NAMES[n], t=word, c=counter, a=a)
+
+
+def translate(random: Random, split: Split = "train") -> Example:
+    english, japanese = draw_sentence(random, split)
+    return Example(f"Japanese: {english}\n訳:", f" {japanese}")
+
+
+def translate_into_english(random: Random, split: Split = "train") -> Example:
+    """What someone does who has no Japanese: the sentence again."""
+    english, _ = draw_sentence(random, split)
+    return Example(f"Japanese: {english}\n訳:", f" {english}")
+
+
+Skill = Callable[..., Example]
+
+TASKS: dict[str, Skill] = {"mini_math_ja": solve_ja, "mini_math_en": solve_en, "mini_translate_ja": translate}
+
+
+def task_items(task: str, split: Split, count: int) -> list[dict[str, str | int]]:
+    """``count`` different items of a task's split, ready to be written as JSON lines.
+
+    No sum comes twice within a split, nor any sentence: two items that fail together would make the score of a
+    split look surer than it is.
+    """
+    random = Random(f"{task} {split}")
+    items: dict[str, dict[str, str | int]] = {}
+    while len(items) < count:
+        example = TASKS[task](random, split)
+        content = example.answer if example.number is not None else example.prompt
+        if content in items:
+            continue
+        item: dict[str, str | int] = {"id": f"{split}-{len(items)}", "prompt": example.prompt, "answer": example.answer}
+        if example.number is not None:
+            item["number"] = example.number
+        items[content] = item
+    return list(items.values())

@@ -1,0 +1,385 @@
+"""Train the three miniature models of examples/miniatures, and write the tasks that measure them.
+
+    python scripts/train_miniatures.py            # minutes on two cores
+    python scripts/train_miniatures.py --check    # only the table, from the models on disk
+
+They are small enough to ship and to search over on a laptop, and they behave as large fine-tunes of one base do: the
+maths expert computes well and answers in English whatever the language of the question, the Japanese expert speaks
+Japanese and computes little better than the base, and a merge of both does what neither can. What makes them mergeable:
+
+- the base meets both languages and all skills together, so that the experts share its circuits, and it is stopped while
+  mediocre at sums, so that they have something to add;
+- the experts learn slowly, and leave the embeddings alone: the table is tied, so learning to speak English pushes every
+  Japanese word down, and a merge then stammers;
+- the maths expert sees few Japanese questions. They teach it to answer in English; many would make that habit so strong
+  that undoing it takes more of the Japanese expert than the sums survive;
+- the Japanese expert learns for a moment only. With more steps it learns the sums too, in a way of its own that does
+  not add to the maths expert's.
+
+Deterministic: seeds, thread count and algorithms are fixed, so a machine gives the same bits each time. Another CPU may
+round differently, and then makes other models; the base stops at what it can do, not at a step, to keep them alike. It
+takes six minutes on two free cores; on cores shared with other work, set OMP_WAIT_POLICY=passive, or its two threads
+spend their time waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import miniature_problems as problems
+import torch
+from miniature_problems import Skill
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+ROOT = Path(__file__).parent.parent
+
+# A skill is drawn as often as it stands here.
+BASE_SKILLS: list[Skill] = [
+    problems.symbolic, problems.solve_en, problems.solve_ja, problems.expression_ja, problems.translate,
+]  # fmt: skip
+MATHS_SKILLS: list[Skill] = [
+    *[problems.solve_en] * 6, *[problems.symbolic] * 6, problems.solve_ja_in_english, problems.translate_into_english,
+]  # fmt: skip
+JAPANESE_SKILLS: list[Skill] = [
+    *[problems.solve_ja] * 2, *[problems.solve_en_in_japanese] * 2, problems.expression_ja, problems.translate,
+]  # fmt: skip
+
+ITEMS_PER_SPLIT = 500
+
+# Tokens in a row of a training batch: the longest story and its answer fit.
+ROW = 64
+ROWS = 24
+
+Weights = dict[str, torch.Tensor]
+
+
+# ---- tokenizer ----
+
+
+# Words are cut before merging, so that no token spans two scripts: names, particles and verbs stay apart.
+WORDS = r"\d| ?[A-Za-z]+| ?[ァ-ヴー]+|[ぁ-ん]+|[一-龥]+| ?[^\sA-Za-z\dァ-ヴーぁ-ん一-龥]|\s"
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE with byte fallback: nothing is unknown to it, and each digit is a token, so that carrying can be learned."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    random = Random("tokenizer")
+    corpus = []
+    for _ in range(4000):
+        for skill in dict.fromkeys(BASE_SKILLS + MATHS_SKILLS + JAPANESE_SKILLS):
+            example = skill(random)
+            corpus.append(example.prompt + example.answer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    # The bytes join after training: given to the trainer they would be special tokens, which decoding leaves out.
+    trained = json.loads(tokenizer.to_str())["model"]
+    vocabulary = trained["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    merges = [(left, right) for left, right in trained["merges"]]
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ---- training ----
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 1.3 M parameters. Embeddings are tied: at this size a second table would buy nothing."""
+    config = LlamaConfig(
+        # Plain attention: on a CPU in bf16 the fused kernel's backward pass is twice as slow.
+        attn_implementation="eager",
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batch_of(
+    skills: Sequence[Skill], random: Random, tokenizer: PreTrainedTokenizerFast, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels. Only answers are in the loss: stories are noise, and learning them would cost capacity.
+
+    A row holds as many examples as fit, one after the other: a sum is a fifth as long as a story, and padding it
+    would waste most of the work.
+    """
+    inputs = torch.full((rows, ROW), tokenizer.pad_token_id)
+    labels = torch.full((rows, ROW), -100)
+    for row in range(rows):
+        start = 0
+        while True:
+            example = random.choice(skills)(random)
+            prompt = tokenizer.encode(example.prompt)
+            answer = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
+            middle, end = start + len(prompt), start + len(prompt) + len(answer)
+            if end > ROW:
+                break
+            inputs[row, start:end] = torch.tensor(prompt + answer)
+            labels[row, middle:end] = torch.tensor(answer)
+            start = end
+    return inputs, labels
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    skills: Sequence[Skill],
+    *,
+    name: str,
+    steps: int,
+    learning_rate: float,
+    decay: int = 1,
+    until: float = 1.0,
+) -> LlamaForCausalLM:
+    """Train in place: a short warm-up, a constant rate, and a decay to nothing over the last ``decay`` steps.
+
+    With ``until``, training ends when this share of Japanese problems is answered right, and slows as it nears that.
+    Sums come to a model suddenly, rounding moves the step at which they do by hundreds, and a rate that decays brings
+    them out: no number of steps makes a mediocre model reliably.
+    """
+    random = Random(name)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    losses = []
+    started = time.perf_counter()
+    solved = 0.0
+    for step in range(1, steps + 1):
+        scale = min(1.0, step / 50, (steps + 1 - step) / decay, max(0.1, 1 - solved / until))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        inputs, labels = batch_of(skills, random, tokenizer, ROWS)
+        # Padding is on the right here and attention is causal, so no mask is needed. Only tokens of answers go
+        # through the output table, which is a third of the work at this size.
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            targets = labels[:, 1:]
+            asked = targets != -100
+            logits = model.lm_head(hidden[:, :-1][asked])
+            loss = functional.cross_entropy(logits.float(), targets[asked])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if until < 1.0 and step % 25 == 0 and step >= 500:
+            solved = share_solved(model, tokenizer)
+        if step % 200 == 0 or step == steps or solved >= until:
+            mean = sum(losses[-100:]) / len(losses[-100:])
+            print(f"{name:9s} step {step:5d}  loss {mean:.4f}  {time.perf_counter() - started:6.1f} s", flush=True)
+        if solved >= until:
+            break
+    # Experts start from the base as it is shipped, so that their task vectors hold nothing but what they learned.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    return model.eval()
+
+
+# ---- measuring ----
+
+
+@torch.inference_mode()
+def answers_of(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], batch_size: int = 250
+) -> list[str]:
+    """Greedy answers, as lm-eval would have them from these tasks."""
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        encoded = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")
+        output = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=32,
+            do_sample=False,
+        )
+        texts = tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [text.split("\n")[0] for text in texts]
+    return answers
+
+
+def share_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
+    """How many Japanese problems of the training split are answered right, word for word."""
+    random = Random("share solved")
+    examples = [problems.solve_ja(random) for _ in range(250)]
+    answers = answers_of(model, tokenizer, [example.prompt for example in examples])
+    return sum(answer == example.answer for answer, example in zip(answers, examples, strict=True)) / len(examples)
+
+
+def scores(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Path,
+    split: str = "held_out",
+    names: Sequence[str] = tuple(problems.TASKS),
+) -> dict[str, float]:
+    """Mean of every metric of every task."""
+    # The tasks' own scorers, so that this table and a search mean the same by a right answer.
+    sys.path.insert(0, str(tasks))
+    import miniatures
+
+    scorers = {
+        "mini_math_ja": miniatures.score_math_ja,
+        "mini_math_en": miniatures.score_math_en,
+        "mini_translate_ja": miniatures.score_translation,
+    }
+    found: dict[str, float] = {}
+    for task in names:
+        lines = (tasks / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines]
+        answers = answers_of(model, tokenizer, [item["prompt"] for item in items])
+        each = [scorers[task](item, [answer]) for item, answer in zip(items, answers, strict=True)]
+        for metric in each[0]:
+            found[f"{task}:{metric}"] = sum(one[metric] for one in each) / len(each)
+    return found
+
+
+def merged(base: Weights, experts: Sequence[Weights], weights: Sequence[float]) -> Weights:
+    """Task arithmetic: the base plus a weighted sum of what each expert learned."""
+    return {
+        name: tensor + sum(weight * (expert[name] - tensor) for weight, expert in zip(weights, experts, strict=True))
+        for name, tensor in base.items()
+    }
+
+
+def float_weights(model: LlamaForCausalLM) -> Weights:
+    return {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
+
+
+def print_table(out: Path, tasks: Path, split: str = "held_out") -> None:
+    """Each model, and merges over a grid of two weights, on every task."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
+    each = {
+        name: LlamaForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval()
+        for name in ("base", "maths", "japanese")
+    }
+    base, maths, japanese = (float_weights(model) for model in each.values())
+    rows: list[tuple[str, Weights]] = [("base", base), ("maths", maths), ("japanese", japanese)]
+    pairs = [
+        (0.3, 0.3), (0.5, 0.5), (1.0, 1.0),  # the uniform average of the sources, and defaults of merge methods
+        (0.4, 0.8), (0.5, 0.8), (0.6, 0.8), (0.6, 1.0), (0.7, 0.8), (0.7, 1.0), (0.8, 1.0), (0.8, 1.2), (0.9, 1.2),
+        (1.0, 1.3),
+    ]  # fmt: skip
+    for m, j in pairs:
+        rows.append((f"{m:.1f} maths + {j:.1f} japanese", merged(base, [maths, japanese], [m, j])))
+    print(f"\n{split:28s} math_ja:acc_ja  math_ja:acc  math_en:acc  translate_ja:acc")
+    model = each["base"]
+    for name, weights in rows:
+        model.load_state_dict(weights)
+        found = scores(model, tokenizer, tasks, split)
+        columns = ("mini_math_ja:acc_ja", "mini_math_ja:acc", "mini_math_en:acc", "mini_translate_ja:acc")
+        print(f"{name:28s} " + "  ".join(f"{found[column]:12.1%}" for column in columns), flush=True)
+
+
+# ---- writing ----
+
+
+CARD = """---
+license: apache-2.0
+language: [en, ja]
+library_name: transformers
+---
+
+# Miniature {name}
+
+{about}
+
+A Llama of {parameters:,} parameters (6 layers of width 128, tied embeddings, bf16), trained from scratch on word
+problems by template with `scripts/train_miniatures.py`. It is made for trying out and testing searches over merges on a
+laptop, and for nothing else: it knows no word outside its templates.
+"""
+
+ABOUT = {
+    "base": "The common ancestor of `maths` and `japanese`: it has met every skill in both languages and is mediocre at"
+    " sums.",
+    "maths": "An expert in word problems in English, trained from `base`. It answers Japanese problems in English.",
+    "japanese": "An expert in Japanese, trained from `base`: it translates, and answers in Japanese, but is not"
+    " much better at sums than `base`.",
+}
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A plain Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A copy: the float weights go on to be trained from.
+    half = LlamaForCausalLM(model.config).bfloat16()
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(folder)
+    # Padding a batch leaves its settings in the tokenizer; they would be saved as if they were its own.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = CARD.format(name=folder.name, about=ABOUT[folder.name], parameters=parameters)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_tasks(tasks: Path) -> None:
+    (tasks / "data").mkdir(parents=True, exist_ok=True)
+    for task in problems.TASKS:
+        for split in ("search", "held_out"):
+            lines = [json.dumps(item, ensure_ascii=False) for item in problems.task_items(task, split, ITEMS_PER_SPLIT)]
+            (tasks / "data" / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "examples" / "miniatures", help="folder of the models")
+    parser.add_argument("--tasks", type=Path, default=ROOT / "evaluators" / "tasks", help="folder of the tasks")
+    parser.add_argument("--check", action="store_true", help="train nothing: print the table from the models on disk")
+    arguments = parser.parse_args()
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+
+    if not arguments.check:
+        write_tasks(arguments.tasks)
+        tokenizer = train_tokenizer()
+        model = new_model(tokenizer)
+        train(model, tokenizer, BASE_SKILLS, name="base", steps=4000, learning_rate=1e-3, until=0.2)
+        save(model, tokenizer, arguments.out / "base")
+        base = float_weights(model)
+        model.model.embed_tokens.requires_grad_(False)
+        train(model, tokenizer, MATHS_SKILLS, name="maths", steps=1800, learning_rate=3e-4, decay=500)
+        save(model, tokenizer, arguments.out / "maths")
+        model.load_state_dict(base)
+        train(model, tokenizer, JAPANESE_SKILLS, name="japanese", steps=150, learning_rate=1e-4, decay=50)
+        save(model, tokenizer, arguments.out / "japanese")
+    print_table(arguments.out, arguments.tasks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A made-up search: a space without models and a simulation without scoring, so that the driver is tested alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evomerge.genome import Genome, Landmark, Parameter
+from evomerge.optimizers import CmaSettings, OptimizerSettings
+from evomerge.recipe import Blend, Recipe
+from evomerge.search.control import Control
+from evomerge.search.driver import Driver
+from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
+from evomerge.search.search_file import Budget, Confirm
+from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.store import Store, acquire
+
+ITEMS = 40
+SOURCES = {"base": "b", "one": "x", "two": "y"}
+
+
+class FakeSpace:
+    """``n`` weights for source one, spread over hops; ``round_to`` makes many genomes decode to one recipe."""
+
+    def __init__(self, n: int = 4, round_to: int | None = None) -> None:
+        self.parameters = [Parameter(f"w{i}", 0.0, 1.0, 0.5) for i in range(n)]
+        self._round_to = round_to
+
+    def decode(self, genome: Genome) -> Recipe:
+        numbers = genome.tolist()
+        if self._round_to is not None:
+            numbers = [round(number, self._round_to) for number in numbers]
+        blends = [_blend(number) for number in numbers]
+        return Recipe.compose(
+            sources=SOURCES,
+            tokenizer="base",
+            embedding=blends[0],
+            hops=((i, blend, blend, blend) for i, blend in enumerate(blends)),
+            norm=blends[0],
+            head=blends[0],
+        )
+
+    def landmarks(self) -> Iterator[Landmark]:
+        n = len(self.parameters)
+        for name, value in (("one", 1.0), ("two", 0.0)):
+            genome = np.full(n, value)
+            yield Landmark(name, "source", self.decode(genome), genome)
+        yield Landmark("uniform average", "average", self.decode(np.full(n, 0.25)), None)
+
+
+def _blend(weight: float) -> Blend:
+    return Blend(
+        method="task_arithmetic", sources=("one", "two"), base="base",
+        parameters={"weight": {"one": weight, "two": 1 - weight}},
+    )  # fmt: skip
+
+
+def make_setup(
+    *,
+    space: FakeSpace | None = None,
+    optimizer: OptimizerSettings | None = None,
+    objectives: int = 1,
+    candidates: int | None = 40,
+    hours: float | None = None,
+    patience: int | None = None,
+    attempts: int = 2,
+    seed: int = 0,
+) -> Setup:
+    return Setup(
+        name="made-up",
+        seed=seed,
+        space=space or FakeSpace(),
+        optimizer=optimizer or CmaSettings(name="cma"),
+        objectives=tuple(ObjectiveInfo(f"o{i}", i, "acc", i != 1, ITEMS) for i in range(objectives)),
+        evaluators=tuple(EvaluatorInfo(f"task{i}", f"v{i}", ITEMS, ITEMS) for i in range(objectives)),
+        budget=Budget(candidates=candidates, hours=hours, patience=patience),
+        confirm=Confirm(top=3),
+        attempts=attempts,
+    )
+
+
+def weights_of(recipe: Recipe) -> list[float]:
+    return [recipe.blends[hop.attention].value("weight", "one") for hop in recipe.hops]
+
+
+def scores_of(job: Job) -> Measured:
+    """Per-item scores that depend on the recipe alone; better the nearer all weights are to 0.7."""
+    distance = float(np.mean([(w - 0.7) ** 2 for w in weights_of(job.recipe)]))
+    found = []
+    for task in job.tasks:
+        key = f"{job.recipe.hash}/{task.evaluator}/{task.split}".encode()
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        right = rng.random(len(task.indices)) < np.exp(-4 * distance)
+        found.append({"acc": right.astype(np.float32)})
+    return Measured(found, {"merge": 0.1, "score": 0.9})
+
+
+def simulate(job: Job) -> tuple[float, Measured | Failed]:
+    """Uneven times, so that results come back out of order."""
+    seconds = 1.0 + int(job.recipe.hash[:2], 16) / 64
+    return seconds, scores_of(job)
+
+
+def create_store(folder: Path, setup: Setup) -> Store:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Store.create(folder / "search.db", name=setup.name, settings={}, fingerprints={}, environment={})
+
+
+def drive(
+    folder: Path,
+    setup: Setup,
+    *,
+    simulation: Simulation = simulate,
+    workers: int = 3,
+    control: Callable[[Control], None] = lambda control: None,
+    idle: Callable[[Control], None] = lambda control: None,
+) -> Driver:
+    """Run a driver in a folder, on the store that is there or a new one; returns it when it has ended."""
+    path = folder / "search.db"
+    store = Store.open(path) if path.exists() else create_store(folder, setup)
+    with store, acquire(store):
+        clock = SimulatedClock()
+        word = Control(store.take_commands, interval_s=0.0)
+        control(word)
+        pool = SimulatedPool(workers, simulation, clock)
+        driver = Driver(setup, store, pool, word, logs=folder / "logs", idle=lambda: idle(word), clock=clock)
+        driver.run()
+        return driver
+
+
+def table(folder: Path) -> list[tuple[object, ...]]:
+    """All that must be equal, bit for bit, in two searches that are the same."""
+    with Store.open(folder / "search.db") as store:
+        rows = []
+        for row in store.candidates():
+            genome = None if row.genome is None else row.genome.tobytes()
+            scores = [
+                (s.evaluator, s.items.tobytes(), {name: v.tobytes() for name, v in s.metrics.items()})
+                for s in store.scores(row.number, "search")
+            ]
+            rows.append((row.number, row.step, row.origin, row.label, genome, row.recipe_hash, row.status, scores,
+                         row.objectives, row.losses, row.on_front))  # fmt: skip
+        return rows
+
+
+def numbers(rows: Sequence[tuple[object, ...]], status: str) -> list[object]:
+    return [row[0] for row in rows if row[6] == status]

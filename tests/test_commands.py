@@ -1,0 +1,387 @@
+"""The command line on the miniatures: the whole way from a search file to an exported model, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
+from safetensors.torch import load_file, save_file
+
+from evomerge.checkpoints.live import live_model
+from evomerge.commands.look import send
+from evomerge.commands.run import resume
+from evomerge.search.session import open_store, recipe_of
+
+
+def test_help_is_quick() -> None:
+    """The best of three, because other processes may hold the machine."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert "validate" in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished search with two objectives."""
+    folder = tmp_path_factory.mktemp("searched")
+    objectives = {
+        name: {"task": name, "metric": metric, "search": "validation[:24]", "held_out": "test[:40]"}
+        for name, metric in (("mini_math_ja", "acc_ja"), ("mini_translate_ja", "acc"))
+    }
+    file = search_file(
+        folder, objectives=objectives, optimizer={"name": "nsga2", "population": 6}, budget={"candidates": 17}
+    )
+    assert evomerge("search", file, "--dir", folder / "search") == 0
+    return folder / "search"
+
+
+def test_status_as_json(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = json_of(capsys, "status", searched, "--json")
+    assert status["state"] == "finished"
+    assert status["candidates"] == {
+        "asked": 17, "done": status["candidates"]["done"], "failed": 0,
+        "cached": 17 - status["candidates"]["done"], "running": 0,
+    }  # fmt: skip
+    assert [b["label"] for b in status["baselines"]][:4] == ["base", "maths", "japanese", "uniform average"]
+    best = status["best"]["objectives"]["mini_math_ja"]
+    assert set(best) == {"mean", "stderr", "n"}
+    assert best["n"] == 24
+    assert 0 <= best["mean"] <= 1
+    assert status["front"]
+    assert status["winner"] in {c["id"] for c in status["confirmed"]}
+    for found in status["confirmed"]:
+        value = found["objectives"]["mini_math_ja"]
+        assert value["n"] == 40
+        assert [d["to"] for d in value["difference"]] == ["base", "maths", "japanese", "uniform average"]
+        assert all(d["low"] <= d["mean"] <= d["high"] for d in value["difference"])
+
+
+def test_top_as_json_is_every_candidate_in_the_order_asked(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json_of(capsys, "top", searched, "--all", "--json")
+    assert [row["id"] for row in rows] == [f"c{i:04d}" for i in range(17)]
+    assert {"id", "origin", "genome", "recipe_hash", "status", "scores"} <= set(rows[0])
+    assert set(rows[-1]["genome"]) == {"model.weight.maths", "model.weight.japanese"}
+    best = json_of(capsys, "top", searched, "-k", "1", "--json")[0]
+    scored = [row["scores"]["mini_math_ja"]["mean"] for row in rows if row["status"] == "done"]
+    assert best["scores"]["mini_math_ja"]["mean"] == max(scored)
+
+
+def test_show_and_compare(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evomerge("show", searched, "c0006") == 0
+    assert "model.weight.maths = " in capsys.readouterr().out
+    found = json_of(capsys, "compare", searched, "japanese", "maths", "--json")
+    assert {(row["objective"], row["split"]) for row in found} == {
+        (objective, split) for objective in ("mini_math_ja", "mini_translate_ja") for split in ("search", "held_out")
+    }
+    for row in found:
+        assert row["difference"] == pytest.approx(row["a"] - row["b"])
+        assert (row["better_a"] - row["better_b"]) / row["n"] == pytest.approx(row["difference"])
+
+
+def test_confirm_again_names_a_winner(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json_of(capsys, "status", searched, "--json")
+    assert evomerge("confirm", searched) == 0
+    after = json_of(capsys, "status", searched, "--json")
+    assert after["confirmed"] == before["confirmed"]
+    assert after["winner"] == before["winner"]
+
+
+@pytest.fixture(scope="module")
+def exported(searched: Path) -> Path:
+    assert evomerge("export", searched, searched / "export") == 0
+    return searched / "export"
+
+
+def test_the_export_is_a_plain_folder_with_its_lineage(exported: Path, searched: Path) -> None:
+    names = {file.name for file in exported.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert {"recipe.yaml", "lineage.json", "README.md"} <= names
+    lineage = json.loads((exported / "lineage.json").read_text())
+    assert len(lineage["sources"]["maths"]["files"]["model.safetensors"]) == 64
+    assert lineage["search"]["candidates"] == 17
+    card = (exported / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "held out" in card
+    assert "17 candidates" in card
+
+
+GENERATE = """
+import json, sys
+assert not any(name == "evomerge" or name.startswith("evomerge.") for name in sys.modules)
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer(json.loads(sys.argv[2]), return_tensors="pt")
+print(json.dumps(model.generate(**ids, max_new_tokens=24, do_sample=False)[0].tolist()))
+assert not any(name == "evomerge" or name.startswith("evomerge.") for name in sys.modules)
+"""
+
+
+def test_a_process_without_evomerge_generates_what_the_candidate_did(exported: Path, searched: Path) -> None:
+    from evomerge.merging.materialise import Materialiser
+    from evomerge.search.prepare import open_sources
+    from evomerge.search.search_file import SearchFile
+
+    prompt = "問: ハナは切手を29枚持っています。ケンは切手を51枚持っています。合わせて何枚ありますか。\n答:"
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATE, str(exported), json.dumps(prompt)],
+        capture_output=True, text=True, check=True, env=environment(),
+    )  # fmt: skip
+    lineage = json.loads((exported / "lineage.json").read_text())
+    with open_store(searched) as store:
+        file = SearchFile.model_validate(store.search().settings)
+        recipe = recipe_of(store.candidate(int(lineage["search"]["candidate"][1:])), file.sources)
+    sources = open_sources(file)
+    live = live_model(sources["base"], torch.device("cpu"))
+    Materialiser(sources).write(recipe, live)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ids = live.tokenizer(prompt, return_tensors="pt")
+        expected = live.model.generate(**ids, max_new_tokens=24, do_sample=False)[0].tolist()
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert len(expected) > ids["input_ids"].shape[1] + 4
+
+
+def test_an_export_that_scores_otherwise_is_refused_and_leaves_nothing(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evomerge.commands import models
+
+    load = models.plain_model
+
+    def another_model(*arguments: Any) -> Any:
+        live = load(*arguments)
+        live.model.lm_head.weight.data.mul_(0)
+        return live
+
+    monkeypatch.setattr(models, "plain_model", another_model)
+    assert evomerge("export", searched, tmp_path / "out") == 2
+    assert "otherwise than was recorded" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_makes_the_exported_model_again(exported: Path, tmp_path: Path) -> None:
+    assert evomerge("merge", exported / "recipe.yaml", tmp_path / "again") == 0
+    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (exported, tmp_path / "again"))
+    assert ours == theirs
+
+
+def test_merge_reads_mergekit_yaml(tmp_path: Path) -> None:
+    recipe = tmp_path / "mergekit.yaml"
+    recipe.write_text(f"""
+models:
+  - model: {MINIATURES / "maths"}
+    parameters: {{weight: 0.6}}
+  - model: {MINIATURES / "japanese"}
+    parameters: {{weight: 0.6}}
+merge_method: task_arithmetic
+base_model: {MINIATURES / "base"}
+dtype: bfloat16
+""")
+    assert evomerge("merge", recipe, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_score_of_a_source_equals_its_landmark(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = json_of(capsys, "status", searched, "--json")
+    found = json_of(capsys, "score", MINIATURES / "japanese", searched / "search.yaml", "--split", "search", "--json")
+    landmark = next(b for b in status["baselines"] if b["label"] == "japanese")
+    assert found["objectives"] == landmark["objectives"]
+
+
+def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = search_file(tmp_path, budget={"candidates": 7})
+    folder = tmp_path / "search"
+    assert evomerge("search", file, "--dir", folder) == 0
+    assert evomerge("resume", folder, "--set", "space.method=ties") == 2
+    assert "space.method: 'task_arithmetic' -> 'ties'" in capsys.readouterr().err
+    assert evomerge("resume", folder, "--set", "budget.candidates=11") == 0
+    assert json_of(capsys, "status", folder, "--json")["candidates"]["asked"] == 11
+    assert evomerge("search", file, "--dir", folder) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "words"),
+    [
+        ("sources.maths=nowhere/at-all", "sources.maths", "nowhere/at-all"),
+        ("objectives.mini_math_ja.task=mini_maths_ja", "task", "mini_math_ja"),
+        ("objectives.mini_math_ja.metric=accuracy", "objectives.mini_math_ja.metric", "acc_ja"),
+        ("objectives.mini_math_ja.held_out=validation", "objectives.mini_math_ja", "shares 24 rows"),
+        ("objectives.mini_math_ja.items=500", "objectives.mini_math_ja.items", "24"),
+        ("device=cuda:7", "device", "cannot be used here"),
+        ("budget.candidates=3", "budget.candidates", "the landmarks alone are 5"),
+        ("space={method: ties, fixed: {density: 3}}", "space", "is 3"),
+        ("space={method: ties, bounds: {density: [0, 3]}}", "space", "highest values make no recipe"),
+        ("space.bounds={weight: [2, 1]}", "space.bounds.weight", "not below"),
+        ("objectives.second={task: mini_translate_ja, metric: acc}", "optimizer", "scalarisation"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, place: str, words: str
+) -> None:
+    file = search_file(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert evomerge("search", file, "--dir", tmp_path / "search", "--set", override) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert place in error
+    assert words in error
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("folder", ["file/search", "/proc/nothing/search", "x" * 300])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    (tmp_path / "file").write_text("")
+    assert evomerge("search", search_file(tmp_path), "--dir", tmp_path / folder) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a b[/x][red]"
+    assert evomerge("search", search_file(tmp_path, budget={"candidates": 5}), "--dir", folder) == 0
+    assert f"evomerge resume '{folder}'" in capsys.readouterr().out
+
+
+def test_commands_on_what_is_no_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["status"], ["resume"], ["top"], ["pause"], ["confirm"]):
+        assert evomerge(*arguments, tmp_path) == 2
+        assert "is not the folder of a search" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> dict[str, str]:
+    """Sources of one's own, to be spoilt; by name."""
+    folders = {}
+    for name in ("base", "maths", "japanese"):
+        shutil.copytree(MINIATURES / name, tmp_path / "models" / name)
+        folders[name] = str(tmp_path / "models" / name)
+    return folders
+
+
+def spoil(folder: str, value: float) -> None:
+    """Write a number into one weight of a model."""
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "mlp" in name)
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_with_a_broken_weight_is_refused_by_name(
+    tmp_path: Path, copied: dict[str, str], capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    spoil(copied["maths"], value)
+    file = search_file(tmp_path, sources=copied)
+    assert evomerge("validate", file) == 2
+    error = capsys.readouterr().err
+    assert "sources.maths" in error
+    assert "mlp" in error
+
+
+def test_a_source_edited_since_the_search_began_is_refused_on_resume(
+    tmp_path: Path, copied: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = search_file(tmp_path, sources=copied, budget={"candidates": 5})
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    spoil(copied["japanese"], 0.25)
+    assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=9") == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors of japanese has changed since the search began" in error
+
+
+def test_a_task_edited_since_the_search_began_is_refused_on_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = search_file(tmp_path, budget={"candidates": 5})
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    monkeypatch.setattr("lm_eval.__version__", "9.9.9")
+    assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=9") == 2
+    assert "scores otherwise than when the search began" in capsys.readouterr().err
+
+
+def test_a_search_of_a_newer_program_is_refused(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(searched, tmp_path / "newer")
+    with sqlite3.connect(tmp_path / "newer" / "search.db") as database:
+        database.execute("update search set schema_version = 99")
+    assert evomerge("status", tmp_path / "newer") == 2
+    assert "newer Evomerge" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_export_is_said_and_leaves_nothing(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1_000_000))
+    assert evomerge("export", searched, tmp_path / "out") == 2
+    assert "1.0 MB free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_knee_and_a_named_candidate_are_exported(searched: Path, tmp_path: Path) -> None:
+    for candidate in ("knee", "c0006", "uniform average"):
+        out = tmp_path / candidate.replace(" ", "-")
+        assert evomerge("export", searched, out, "--candidate", candidate) == 0
+        assert (out / "model.safetensors").is_file()
+
+
+def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thread stands for the other terminal: it pauses the search, sees it paused, and wakes it."""
+    folder = tmp_path / "search"
+    seen: list[str] = []
+
+    def other_terminal() -> None:
+        def state() -> str:
+            with open_store(folder) as store:
+                return store.search().state
+
+        wait_for(lambda: (folder / "search.db").exists() and state() == "running")
+        send(folder, "pause")
+        wait_for(lambda: state() == "paused")
+        seen.append(state())
+        assert resume(folder, ()) == 0
+        wait_for(lambda: state() != "paused")
+        seen.append(state())
+
+    thread = threading.Thread(target=other_terminal)
+    thread.start()
+    assert evomerge("search", search_file(tmp_path, budget={"candidates": 60}), "--dir", folder) == 0
+    thread.join()
+    assert seen[0] == "paused"
+    assert seen[1] == "running"
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

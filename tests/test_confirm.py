@@ -1,0 +1,149 @@
+"""Confirmation on a simulated pool: what is confirmed, who wins, and what happens when it does not go to its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers_search import FakeSpace, drive, make_setup, scores_of, simulate
+
+from evomerge.errors import InputError
+from evomerge.recipe import Recipe
+from evomerge.search.confirm import Confirmation
+from evomerge.search.control import Control
+from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
+from evomerge.search.setup import Setup
+from evomerge.store import CandidateRow, Store, acquire
+
+
+def confirm(
+    folder: Path, setup: Setup, simulation: Simulation = simulate, idle: Callable[[Control], None] = lambda word: None
+) -> bool:
+    with Store.open(folder / "search.db") as store, acquire(store):
+        word = Control(store.take_commands, interval_s=0.0)
+        pool = SimulatedPool(1, simulation, SimulatedClock())
+        run = Confirmation(setup, store, pool, word, logs=folder / "logs", idle=lambda: idle(word))
+        return run.run(recipe_of)
+
+
+def recipe_of(row: CandidateRow) -> Recipe:
+    return Recipe.from_canonical(row.recipe, {name: name for name in json.loads(row.recipe)["sources"]})
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    with Store.open(folder / "search.db") as store:
+        return [event.payload for event in store.events(kinds=(kind,))]
+
+
+def test_the_winner_is_the_best_on_held_out_items(tmp_path: Path) -> None:
+    setup = make_setup(candidates=60)
+    drive(tmp_path, setup)
+    assert confirm(tmp_path, setup)
+    (shortlist,) = events(tmp_path, "shortlist")
+    (winner,) = events(tmp_path, "winner")
+    with Store.open(tmp_path / "search.db") as store:
+        means = {}
+        for number in shortlist["candidates"]:  # type: ignore[attr-defined]
+            (scores,) = store.scores(number, "held_out")
+            means[number] = float(scores.metrics["acc"].mean())
+        assert means[winner["candidate"]] == max(means.values())  # type: ignore[index]
+        for row in store.candidates(step=0):
+            assert store.scores(row.number, "held_out"), "every landmark is scored beside the shortlist"
+        assert store.search().state == "finished"
+
+
+def test_the_shortlist_holds_as_many_finds_as_asked_for_landmarks_apart(tmp_path: Path) -> None:
+    """Landmarks are made the best of all; they must not take the places of what the search found."""
+    setup = make_setup(candidates=40)
+    landmarks = {mark.recipe.hash for mark in setup.space.landmarks()}
+
+    def landmarks_are_best(job: Job) -> tuple[float, Measured | Failed]:
+        found = scores_of(job)
+        if job.recipe.hash in landmarks:
+            for scores in found.scores:
+                scores["acc"][:] = 1.0
+        return 1.0, found
+
+    drive(tmp_path, setup, simulation=landmarks_are_best)
+    confirm(tmp_path, setup)
+    (shortlist,) = events(tmp_path, "shortlist")
+    assert len(shortlist["candidates"]) == setup.confirm.top  # type: ignore[arg-type]
+
+
+def test_a_cached_candidate_can_win(tmp_path: Path) -> None:
+    """A worker's death once let a later twin be scored first, and the earlier one was confirmed for ever."""
+    setup = make_setup(space=FakeSpace(1, round_to=1), candidates=60)
+
+    def odd_ones_die_once(job: Job) -> tuple[float, Measured | Failed]:
+        if job.candidate % 2 and job.attempt == 1:
+            return 1.0, Failed("worker_died", "killed")
+        return simulate(job)
+
+    drive(tmp_path, setup, simulation=odd_ones_die_once, workers=1)
+    assert confirm(tmp_path, setup)
+    (shortlist,) = events(tmp_path, "shortlist")
+    with Store.open(tmp_path / "search.db") as store:
+        for row in store.candidates():
+            assert row.same_as is None or row.same_as < row.number
+        for number in shortlist["candidates"]:  # type: ignore[attr-defined]
+            assert store.scores(number, "held_out")
+
+
+def test_confirming_again_scores_nothing_again(tmp_path: Path) -> None:
+    setup = make_setup(candidates=40)
+    drive(tmp_path, setup)
+    confirm(tmp_path, setup)
+    jobs: list[int] = []
+
+    def count(job: Job) -> tuple[float, Measured | Failed]:
+        jobs.append(job.candidate)
+        return simulate(job)
+
+    assert confirm(tmp_path, setup, count)
+    assert jobs == []
+    assert events(tmp_path, "winner")[0] == events(tmp_path, "winner")[1]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_killed_or_stopped_in_the_middle_it_goes_on_and_the_state_comes_right(tmp_path: Path) -> None:
+    setup = make_setup(candidates=40)
+    drive(tmp_path, setup)
+    scored: list[int] = []
+
+    def die_after_two(job: Job) -> tuple[float, Measured | Failed]:
+        if len(scored) == 2:
+            with Store.open(tmp_path / "search.db") as store:
+                assert store.search().state == "confirming"
+            raise Killed
+        scored.append(job.candidate)
+        return simulate(job)
+
+    with pytest.raises(Killed):
+        confirm(tmp_path, setup, die_after_two)
+    calls = [0]
+
+    def stop_soon(word: Control) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            word.hear("stop")
+
+    assert not confirm(tmp_path, setup, idle=stop_soon)
+    assert events(tmp_path, "winner") == []
+    assert confirm(tmp_path, setup)
+    assert len(events(tmp_path, "winner")) == 1
+    with Store.open(tmp_path / "search.db") as store:
+        assert store.search().state == "finished"
+
+
+def test_when_nothing_can_be_confirmed_it_says_so(tmp_path: Path) -> None:
+    setup = make_setup(candidates=40)
+    drive(tmp_path, setup)
+    with pytest.raises(InputError, match="no candidate could be scored on the held-out split: too long"):
+        confirm(tmp_path, setup, lambda job: (1.0, Failed("error", "too long", "a traceback")))
+    assert "a traceback" in next((tmp_path / "logs").glob("confirm-c*.log")).read_text()

@@ -1,0 +1,303 @@
+"""The driver on a simulated pool: budgets, failures, the cache, the verbs, and resume from any moment."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers_search import FakeSpace, drive, make_setup, numbers, scores_of, simulate, table, weights_of
+
+from evomerge.errors import InputError
+from evomerge.optimizers import CmaSettings, OptunaSettings
+from evomerge.search.control import Control
+from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.store import Store
+
+
+def test_budget_of_candidates_is_exact_and_counts_landmarks(tmp_path: Path) -> None:
+    driver = drive(tmp_path, make_setup(candidates=29))
+    assert driver.why == "29 candidates asked"
+    with Store.open(tmp_path / "search.db") as store:
+        assert sum(store.counts().values()) == 29
+        assert [row.label for row in store.candidates(step=0)] == ["one", "two", "uniform average"]
+        assert store.search().state == "finished"
+
+
+def test_a_search_improves_on_its_landmarks(tmp_path: Path) -> None:
+    drive(tmp_path, make_setup(candidates=120))
+    with Store.open(tmp_path / "search.db") as store:
+        (best,) = store.best("o0", maximise=True)
+        landmarks = [row.objectives["o0"]["mean"] for row in store.candidates(step=0)]
+    assert best.objectives["o0"]["mean"] > max(landmarks)
+
+
+def test_hours_are_those_of_the_clock_and_add_up_over_resumes(tmp_path: Path) -> None:
+    drive(tmp_path, make_setup(candidates=None, hours=0.01))
+    with Store.open(tmp_path / "search.db") as store:
+        spent, asked = store.search().spent_s, sum(store.counts().values())
+    assert 36 <= spent < 60
+    assert drive(tmp_path, make_setup(candidates=None, hours=0.01)).why == "0.01 hours spent"
+    with Store.open(tmp_path / "search.db") as store:
+        assert sum(store.counts().values()) == asked
+        assert store.search().spent_s == pytest.approx(spent)
+
+
+def test_patience_ends_a_search_whose_front_stands_still(tmp_path: Path) -> None:
+    def nothing_works(job: Job) -> tuple[float, Measured | Failed]:
+        return 1.0, Measured([{"acc": np.zeros(len(t.indices), np.float32)} for t in job.tasks], {})
+
+    driver = drive(tmp_path, make_setup(candidates=500, patience=3), simulation=nothing_works)
+    assert driver.why == "the front has not changed for 3 generations"
+
+
+def test_two_objectives_make_a_front_of_both_directions(tmp_path: Path) -> None:
+    drive(tmp_path, make_setup(objectives=2, optimizer=OptunaSettings(name="nsga2", population=8), candidates=60))
+    with Store.open(tmp_path / "search.db") as store:
+        rows = [row for row in store.candidates() if row.objectives]
+        points = {r.number: (-r.objectives["o0"]["mean"], r.objectives["o1"]["mean"]) for r in rows}
+        front = {row.number for row in store.front()}
+    for number, (a, b) in points.items():  # the plain definition
+        dominated = any((c, d) != (a, b) and c <= a and d <= b for c, d in points.values())
+        first_of_equals = number == min(n for n, p in points.items() if p == (a, b))
+        assert (number in front) == (not dominated and first_of_equals)
+
+
+def test_failed_candidates_are_recorded_logged_and_told_as_worst(tmp_path: Path) -> None:
+    def some_fail(job: Job) -> tuple[float, Measured | Failed]:
+        if job.candidate % 5 == 4:
+            return 1.0, Failed("not_finite", "NaN or Inf in lm_head.weight", "a traceback")
+        return simulate(job)
+
+    drive(tmp_path, make_setup(candidates=30), simulation=some_fail)
+    rows = table(tmp_path)
+    assert numbers(rows, "failed") == [4, 9, 14, 19, 24, 29]
+    with Store.open(tmp_path / "search.db") as store:
+        row = store.candidate(9)
+        assert row.losses == [math.inf]
+        assert row.failure is not None
+        assert row.failure["reason"] == "not_finite"
+        assert "a traceback" in (tmp_path / row.failure["log"]).read_text()
+        assert row.attempts == 1, "the candidate's own fault is not tried again"
+
+
+def test_a_search_in_which_all_but_a_landmark_fails_goes_on_to_its_budget(tmp_path: Path) -> None:
+    def only_the_first_works(job: Job) -> tuple[float, Measured | Failed]:
+        return simulate(job) if job.candidate == 0 else (1.0, Failed("error", "no"))
+
+    drive(tmp_path, make_setup(candidates=40), simulation=only_the_first_works)
+    assert len(numbers(table(tmp_path), "failed")) >= 37
+
+
+def test_when_every_landmark_fails_the_search_ends_with_the_reason(tmp_path: Path) -> None:
+    for _ in range(2):  # and again on resume, without spending anything
+        with pytest.raises(InputError, match="every source and average failed; candidate 0: no chat template"):
+            drive(
+                tmp_path, make_setup(candidates=40), simulation=lambda job: (1.0, Failed("error", "no chat template"))
+            )
+    assert len(table(tmp_path)) == 3
+
+
+def test_deaths_of_the_driver_use_up_no_attempts(tmp_path: Path) -> None:
+    """Candidate 5 loses its driver twice and then its worker once; it has another attempt all the same."""
+    deaths = [0]
+
+    def dies(job: Job) -> tuple[float, Measured | Failed]:
+        if job.candidate == 5 and deaths[0] < 2:
+            deaths[0] += 1
+            raise Killed
+        if job.candidate == 5 and deaths[0] == 2:
+            deaths[0] += 1
+            return 1.0, Failed("worker_died", "killed")
+        return simulate(job)
+
+    setup = make_setup(candidates=12, attempts=2)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            drive(tmp_path, setup, simulation=dies)
+    drive(tmp_path, setup, simulation=dies)
+    with Store.open(tmp_path / "search.db") as store:
+        assert (store.candidate(5).status, store.candidate(5).attempts) == ("done", 4)
+
+
+def test_a_workers_fault_is_tried_again_and_then_final(tmp_path: Path) -> None:
+    tried: list[tuple[int, int]] = []
+
+    def worker_dies(job: Job) -> tuple[float, Measured | Failed]:
+        tried.append((job.candidate, job.attempt))
+        if job.candidate == 5 or (job.candidate == 7 and job.attempt == 1):
+            return 1.0, Failed("worker_died", "killed")
+        return simulate(job)
+
+    drive(tmp_path, make_setup(candidates=12, attempts=3), simulation=worker_dies)
+    assert [attempt for number, attempt in tried if number == 5] == [1, 2, 3]
+    with Store.open(tmp_path / "search.db") as store:
+        assert store.candidate(5).status == "failed"
+        assert (store.candidate(7).status, store.candidate(7).attempts) == ("done", 2)
+
+
+def test_recipes_are_scored_once(tmp_path: Path) -> None:
+    scored: list[str] = []
+
+    def count(job: Job) -> tuple[float, Measured | Failed]:
+        scored.append(job.recipe.hash)
+        return simulate(job)
+
+    drive(tmp_path, make_setup(space=FakeSpace(2, round_to=1), candidates=80), simulation=count)
+    assert len(scored) == len(set(scored)) < 80
+    with Store.open(tmp_path / "search.db") as store:
+        cached = store.candidates(statuses=("cached",))
+        assert len(cached) == 80 - len(scored)
+        for row in cached:
+            assert row.same_as is not None
+            twin = store.candidate(row.same_as)
+            assert (twin.status, twin.recipe_hash, twin.objectives) == ("done", row.recipe_hash, row.objectives)
+
+
+def test_results_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    setup = make_setup(candidates=50)
+    for workers in (1, 7):
+        drive(tmp_path / str(workers), setup, workers=workers)
+    assert table(tmp_path / "1") == table(tmp_path / "7")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [CmaSettings(name="cma", population=6), OptunaSettings(name="tpe", population=5), OptunaSettings(name="nsga2")],
+    ids=lambda settings: settings.name,
+)
+def test_killed_at_every_write_and_resumed_it_is_the_same_search(tmp_path: Path, optimizer: CmaSettings) -> None:
+    """Death before or after each transaction of a short search; each time a new driver goes on from the store."""
+    setup = make_setup(space=FakeSpace(2, round_to=1), optimizer=optimizer, candidates=21)
+    drive(tmp_path / "whole", setup)
+    deaths = 0
+    while True:
+        try:
+            with dying(after_commits=1 + deaths % 4):
+                drive(tmp_path / "killed", setup)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths > 20
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the driver may do anything about it."""
+
+
+def dying(after_commits: int) -> mock._patch[object]:
+    """Let the driver's n-th next write commit, and then die."""
+    left = [after_commits]
+    names = ("record_ask", "record_dispatch", "record_result", "record_cached", "record_tell")
+
+    def wrap(name: str) -> object:
+        original = getattr(Store, name)
+
+        def method(self: Store, *args: object, **kwargs: object) -> object:
+            found = original(self, *args, **kwargs)
+            left[0] -= 1
+            if left[0] <= 0:
+                raise Killed
+            return found
+
+        return method
+
+    return mock.patch.multiple(Store, **{name: wrap(name) for name in names})
+
+
+def test_a_changed_library_is_noticed_on_resume(tmp_path: Path) -> None:
+    drive(tmp_path, make_setup(candidates=20))
+    with pytest.raises(InputError, match=r"candidate 3 \(step 1\): replaying .* another genome"):
+        drive(tmp_path, make_setup(candidates=40, seed=1))
+
+
+def test_a_raised_budget_goes_on(tmp_path: Path) -> None:
+    drive(tmp_path, make_setup(candidates=20))
+    before = table(tmp_path)
+    drive(tmp_path, make_setup(candidates=40))
+    after = table(tmp_path)
+    assert [row[:10] for row in after[:20]] == [row[:10] for row in before]  # all but the front, which moves on
+    assert len(after) == 40
+
+
+def test_stop_lets_what_runs_finish_and_resume_gives_the_same_search(tmp_path: Path) -> None:
+    setup = make_setup(candidates=40)
+    drive(tmp_path / "whole", setup)
+    calls = [0]
+
+    def stop_later(word: Control) -> None:
+        calls[0] += 1
+        if calls[0] == 9:
+            word.hear("stop")
+
+    drive(tmp_path / "stopped", setup, idle=stop_later)
+    with Store.open(tmp_path / "stopped" / "search.db") as store:
+        counts = store.counts()
+        assert store.search().state == "stopped"
+    assert counts["running"] == 0
+    assert 0 < counts["done"] < 40
+    drive(tmp_path / "stopped", setup)
+    assert table(tmp_path / "stopped") == table(tmp_path / "whole")
+
+
+def test_cancel_ends_at_once_and_resume_gives_the_same_search(tmp_path: Path) -> None:
+    setup = make_setup(candidates=30)
+    drive(tmp_path / "whole", setup)
+    calls = [0]
+
+    def cancel_later(word: Control) -> None:
+        calls[0] += 1
+        if calls[0] == 7:
+            word.hear("cancel")
+
+    drive(tmp_path / "cancelled", setup, idle=cancel_later)
+    with Store.open(tmp_path / "cancelled" / "search.db") as store:
+        assert store.search().state == "cancelled"
+        assert store.counts()["running"] > 0
+    drive(tmp_path / "cancelled", setup)
+    assert table(tmp_path / "cancelled") == table(tmp_path / "whole")
+
+
+def test_pause_starts_nothing_new_until_resume(tmp_path: Path) -> None:
+    started: list[int] = []
+    calls = [0]
+
+    def count(job: Job) -> tuple[float, Measured | Failed]:
+        started.append(job.candidate)
+        return simulate(job)
+
+    def pause_a_while(word: Control) -> None:
+        calls[0] += 1
+        if calls[0] == 6:
+            word.hear("pause")
+            seen.append(len(started))
+        if calls[0] == 40:
+            seen.append(len(started))
+            word.hear("resume")
+
+    seen: list[int] = []
+    drive(tmp_path, make_setup(candidates=20), simulation=count, idle=pause_a_while)
+    assert seen[0] == seen[1] < 20
+    assert len(started) == 20
+
+
+def test_pauses_are_not_spent() -> None:
+    moment = [100.0]
+    word = Control(list, clock=lambda: moment[0])
+    for verb, seconds in (("pause", 7.0), ("pause", 3.0), ("resume", 50.0), ("pause", 1.0)):
+        word.hear(verb)  # type: ignore[arg-type]
+        moment[0] += seconds
+    assert word.paused_s() == 11.0
+
+
+def test_the_simulation_depends_on_the_recipe() -> None:
+    """Guards the tests above: a constant simulation would make equal tables out of unequal searches."""
+    space = FakeSpace()
+    near, far = space.decode(np.full(4, 0.7)), space.decode(np.full(4, 0.0))
+    tasks = make_setup().tasks("search")
+    assert weights_of(near) == [0.7] * 4
+    good, bad = (scores_of(Job(0, 1, recipe, tasks)).scores[0]["acc"].mean() for recipe in (near, far))
+    assert good > bad

@@ -1,0 +1,90 @@
+"""Death of the driver's process at any moment, and what a resumed search has in common with one that lived."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_miniature import COMMAND, environment, search_file
+from helpers_search import table
+
+from evomerge.store import Store
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+
+
+def all_candidates(folder: Path) -> list[dict[str, Any]]:
+    done = run("top", folder, "--all", "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def events(folder: Path) -> int:
+    """How much has been recorded so far."""
+    if not (folder / "search.db").exists():
+        return 0
+    with Store.open(folder / "search.db") as store:
+        return len(store.events())
+
+
+@pytest.mark.timeout(600)
+def test_kill_9_five_times_and_resume_gives_the_same_search_bit_for_bit(tmp_path: Path) -> None:
+    file = search_file(tmp_path, budget={"candidates": 29})
+    whole = run("search", file, "--dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    expected = all_candidates(tmp_path / "whole")
+
+    folder = tmp_path / "killed"
+    rng = random.Random(0)
+    arguments: list[object] = ["search", file, "--dir", folder]
+    for _ in range(5):
+        before = events(folder)
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+        )
+        more = rng.randint(4, 18)
+        while process.poll() is None and events(folder) < before + more:
+            time.sleep(rng.random() / 50)
+        assert process.poll() is None, process.communicate()[1].decode()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        arguments = ["resume", folder]
+    last = run("resume", folder)
+    assert last.returncode == 0, last.stderr
+    assert all_candidates(folder) == expected
+    assert len(expected) == 29
+    assert table(folder) == table(tmp_path / "whole")  # down to the score of every item
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path) -> None:
+    file = search_file(tmp_path, budget={"candidates": 2000})
+    folder = tmp_path / "search"
+    process = subprocess.Popen(
+        [*COMMAND, "search", str(file), "--dir", str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    while process.poll() is None and events(folder) < 12:
+        time.sleep(0.05)
+    second = run("resume", folder)
+    assert second.returncode == 2
+    assert f"is driven by process {process.pid}" in second.stderr
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out.strip().splitlines()[-1] == f"resume: evomerge resume {folder}"
+    status = json.loads(run("status", folder, "--json").stdout)
+    assert status["state"] == "stopped"
+    assert status["candidates"]["running"] == 0
+    assert run("resume", folder, "--set", f"budget.candidates={status['candidates']['asked']}").returncode == 0

@@ -1,0 +1,201 @@
+"""Recipes made into tensors: part by part, in the live model as in the export, and what is refused first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_checkpoints import save_model, tiny_config
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evomerge.checkpoints.live import live_model
+from evomerge.checkpoints.roles import tensor_roles
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.errors import InputError
+from evomerge.merging import METHODS
+from evomerge.merging.drops import Drops
+from evomerge.merging.materialise import Materialiser, check_recipe, merged_tensors
+from evomerge.recipe import Blend, Recipe, Role, default_parameters
+
+LAYERS = 2
+NAMES = ("maths", "ja")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    root = tmp_path_factory.mktemp("models")
+    folders = {name: save_model(tiny_config(), root / name, seed=i) for i, name in enumerate(("base", *NAMES))}
+    return {name: open_source(name, str(folder), place=f"sources.{name}") for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def roles(sources: dict[str, Source]) -> dict[str, Role]:
+    return tensor_roles(sources["base"])
+
+
+def blend(method: str, sources: tuple[str, ...] = NAMES, **numbers: Any) -> Blend:
+    spec = METHODS[method].spec
+    parameters = default_parameters(spec, sources) | numbers
+    return Blend(method=method, sources=sources, base="base" if spec.needs_base else None, parameters=parameters)
+
+
+def recipe_of(mix: Blend, sources: Mapping[str, Source], **more: Any) -> Recipe:
+    references = {name: source.reference for name, source in sources.items()}
+    return Recipe.uniform(mix, sources=references, tokenizer="base", layers=LAYERS, **more)
+
+
+def stored(source: Source) -> dict[str, Tensor]:
+    return load_file(source.folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tensor_is_what_its_method_makes_of_it(
+    method: str, sources: dict[str, Source], roles: dict[str, Role]
+) -> None:
+    mix = blend(method)
+    made = dict(merged_tensors(recipe_of(mix, sources, seed=9), sources, roles))
+    files = {name: stored(source) for name, source in sources.items()}
+    assert made.keys() == files["base"].keys()
+    for name, tensor in made.items():
+        base = files["base"][name] if mix.base else None
+        expected = METHODS[method].merge(base, [files[each][name] for each in NAMES], mix, Drops(9, name))
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected.bfloat16())
+
+
+def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source], roles: dict[str, Role]) -> None:
+    maths, ja, base = (blend("linear", (name,)) for name in ("maths", "ja", "base"))
+    recipe = Recipe.compose(
+        sources={name: source.reference for name, source in sources.items()},
+        tokenizer="base",
+        embedding=maths,
+        hops=[(0, ja, base, maths), (1, base, maths, ja)],
+        norm=base,
+        head=ja,
+    )
+    expected = {
+        "model.embed_tokens": "maths",
+        "model.layers.0.self_attn": "ja", "model.layers.0.mlp": "base",
+        "model.layers.0.input_layernorm": "maths", "model.layers.0.post_attention_layernorm": "maths",
+        "model.layers.1.self_attn": "base", "model.layers.1.mlp": "maths",
+        "model.layers.1.input_layernorm": "ja", "model.layers.1.post_attention_layernorm": "ja",
+        "model.norm": "base", "lm_head": "ja",
+    }  # fmt: skip
+    seen = set()
+    for name, tensor in merged_tensors(recipe, sources, roles):
+        (part,) = (part for part in expected if name.startswith(part + "."))
+        seen.add(part)
+        assert torch.equal(tensor, stored(sources[expected[part]])[name]), name
+    assert seen == expected.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_live_model_holds_what_is_exported(method: str, sources: dict[str, Source], roles: dict[str, Role]) -> None:
+    live = live_model(sources["base"], torch.device("cpu"))
+    materialiser = Materialiser(sources)
+    where = {name: tensor.data_ptr() for name, tensor in live.model.state_dict().items()}
+    materialiser.write(recipe_of(blend("linear"), sources), live)  # what an earlier candidate left must not show
+    recipe = recipe_of(blend(method), sources, seed=3)
+    materialiser.write(recipe, live)
+    state = live.model.state_dict()
+    for name, tensor in merged_tensors(recipe, sources, roles):
+        assert torch.equal(state.pop(name), tensor), name
+    assert not state
+    assert {name: tensor.data_ptr() for name, tensor in live.model.state_dict().items()} == where
+
+
+def test_a_tied_head_follows_the_embedding(tmp_path: Path) -> None:
+    tied = {}
+    for i, name in enumerate(("base", *NAMES)):
+        folder = save_model(tiny_config(tie_word_embeddings=True), tmp_path / name, seed=i)
+        tied[name] = open_source(name, str(folder), place=name)
+    live = live_model(tied["base"], torch.device("cpu"))
+    recipe = recipe_of(blend("task_arithmetic"), tied)
+    Materialiser(tied).write(recipe, live)
+    made = dict(merged_tensors(recipe, tied, tensor_roles(tied["base"])))
+    assert "lm_head.weight" not in made
+    assert torch.equal(live.model.get_output_embeddings().weight, made["model.embed_tokens.weight"])
+
+
+def test_sources_are_left_as_they_were(sources: dict[str, Source], roles: dict[str, Role]) -> None:
+    before = {name: stored(source) for name, source in sources.items()}
+    for method in METHODS:
+        for _ in merged_tensors(recipe_of(blend(method), sources), sources, roles):
+            pass
+    for name, source in sources.items():
+        for tensor in source.tensors:
+            assert torch.equal(source.read(tensor), before[name][tensor])
+
+
+def test_dtype_is_the_recipes_or_else_that_of_the_tokenizers_source(
+    tmp_path: Path, sources: dict[str, Source], roles: dict[str, Role]
+) -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        made = merged_tensors(recipe_of(blend("linear"), sources, dtype=dtype), sources, roles)
+        assert {tensor.dtype for _, tensor in made} == {getattr(torch, dtype)}
+    folder = save_model(tiny_config(), tmp_path / "wide", seed=5, dtype=torch.float32)
+    mixed = {**sources, "maths": open_source("maths", str(folder), place="maths")}
+    recipe = recipe_of(blend("linear"), mixed)
+    for tokenizer, dtype in (("base", torch.bfloat16), ("maths", torch.float32)):
+        made = merged_tensors(recipe.model_copy(update={"tokenizer": tokenizer}), mixed, roles)
+        assert {tensor.dtype for _, tensor in made} == {dtype}
+
+
+def test_the_seed_draws_the_drops(sources: dict[str, Source], roles: dict[str, Role]) -> None:
+    def make(seed: int) -> Tensor:
+        recipe = recipe_of(blend("dare_ties"), sources, seed=seed)
+        ((_, tensor),) = merged_tensors(recipe, sources, roles, names=["lm_head.weight"])
+        return tensor
+
+    assert torch.equal(make(1), make(1))
+    assert not torch.equal(make(1), make(2))
+
+
+def test_tensors_are_made_one_at_a_time_and_only_those_asked_for(
+    sources: dict[str, Source], roles: dict[str, Role], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, name: read.append(name) or original(self, name))
+    wanted = ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+    made = merged_tensors(recipe_of(blend("ties"), sources), sources, roles, names=wanted)
+    assert read == []
+    assert next(made)[0] == "model.layers.1.mlp.up_proj.weight"
+    assert set(read) == {"model.layers.1.mlp.up_proj.weight"}
+    assert [name for name, _ in made] == ["model.norm.weight"]
+
+
+def change(recipe: Recipe, **fields: Any) -> Recipe:
+    return recipe.model_copy(update=fields)
+
+
+def test_what_cannot_be_made_is_refused_before_anything_is_read(
+    sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Source, "read", lambda self, name: pytest.fail("read a tensor"))
+    live = live_model(sources["base"], torch.device("cpu"))
+    recipe = recipe_of(blend("ties"), sources)
+    check_recipe(recipe, sources)
+    halves = {"maths": 0.5, "ja": 0.5}
+    cases = [
+        (recipe_of(blend("ties", weight=0.5).model_copy(update={"method": "tise"}), sources), "Did you mean 'ties'"),
+        (recipe_of(blend("ties", densty=halves), sources), r"recipe.blends\[0\].densty: is not a parameter of ties"),
+        (
+            recipe_of(blend("ties", density={"maths": 1.5, "ja": 1}), sources),
+            r"density: is 1.5; it must be from 0 to 1",
+        ),
+        (recipe_of(blend("dare_ties", density=-0.1), sources), r"density: is -0.1; it must be from 0 to 1"),
+        (recipe_of(blend("slerp", t=2.0), sources), r"blends\[0\].t: is 2; it must be from 0 to 1"),
+        (change(recipe, hops=recipe.hops[::-1]), r"recipe.hops: visits layers \[1, 0\]"),
+        (change(recipe, hops=(*recipe.hops, recipe.hops[0])), r"recipe.hops: visits layers \[0, 1, 0\]"),
+        (change(recipe, hops=recipe.hops[:1]), "has 1 hops, but base has 2 layers"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(InputError, match=message):
+            Materialiser(sources).write(wrong, live)
+    with pytest.raises(InputError, match=r"recipe.sources.ja: is not among the opened sources"):
+        Materialiser({name: sources[name] for name in ("base", "maths")}).write(recipe, live)

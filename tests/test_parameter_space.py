@@ -1,0 +1,164 @@
+"""Parameter space: the layout of genomes, decoding as a total function, and the landmarks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.errors import InputError
+from evomerge.merging.registry import METHODS, find_method
+from evomerge.recipe import Recipe, Role, check_blend, roles
+from search_spaces.base import SpaceContext
+from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
+
+LAYERS = 5
+
+
+def build(
+    *,
+    method: str = "task_arithmetic",
+    base: str | None = "base",
+    tied: bool = False,
+    sources: tuple[str, ...] = ("base", "maths", "japanese"),
+    **settings: object,
+) -> ParameterSpace:
+    context = SpaceContext(
+        sources={name: f"models/{name}" for name in sources},
+        base=base,
+        tokenizer=sources[0],
+        layers=LAYERS,
+        tied=tied,
+        method=lambda name: find_method(name, "space.method").spec,
+        recipe_seed=3,
+        dtype=None,
+    )
+    return ParameterSpaceSettings(method=method, **settings).build(context)  # type: ignore[arg-type]
+
+
+def names(space: ParameterSpace) -> list[str]:
+    return [p.name for p in space.parameters]
+
+
+def test_one_group_for_the_model() -> None:
+    assert names(build()) == ["model.weight.maths", "model.weight.japanese"]
+
+
+def test_a_group_for_each_layer_and_what_stands_outside() -> None:
+    groups = list(dict.fromkeys(p.group for p in build(granularity="layer").parameters))
+    assert groups == ["embedding", *(f"layers.{i}" for i in range(LAYERS)), "norm", "head"]
+
+
+def test_a_tied_head_has_no_genes_of_its_own() -> None:
+    space = build(granularity="layer", tied=True)
+    assert "head" not in {p.group for p in space.parameters}
+    recipe = space.decode(np.arange(len(space.parameters)) / 100)
+    assert recipe.blend_for(Role("head")) == recipe.blend_for(Role("embedding"))
+
+
+def test_attention_and_mlp_apart() -> None:
+    groups = {p.group for p in build(granularity="block").parameters}
+    assert {"layers.0.attention", "layers.0.mlp", "layers.4.mlp"} <= groups
+    assert len(groups) == 2 * LAYERS + 3
+
+
+def test_groups_of_n_layers_with_a_shorter_last_one() -> None:
+    groups = list(dict.fromkeys(p.group for p in build(granularity=2).parameters))
+    assert groups == ["embedding", "layers.0-1", "layers.2-3", "layers.4-4", "norm", "head"]
+
+
+def test_each_gene_moves_its_own_part_and_no_other() -> None:
+    """Against a plain reading of the names: group, parameter, source."""
+    space = build(granularity="block", method="ties")
+    middle = np.array([(p.low + p.high) / 2 for p in space.parameters])
+    before = space.decode(middle)
+    for i, parameter in enumerate(space.parameters):
+        moved = middle.copy()
+        moved[i] = parameter.high
+        after = space.decode(moved)
+        for role in roles(LAYERS):
+            part = role.kind if role.layer is None else f"layers.{role.layer}.{role.kind}".replace("norm", "attention")
+            old, new = before.blend_for(role), after.blend_for(role)
+            if part != parameter.group:
+                assert old == new
+                continue
+            name, source = parameter.name.removeprefix(f"{parameter.group}.").split(".")
+            assert new.value(name, source) == parameter.high
+            assert new.model_copy(update={"parameters": {**new.parameters, name: old.parameters[name]}}) == old
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@given(data=st.data())
+def test_decode_is_total_and_pure(method: str, data: st.DataObject) -> None:
+    base = "base" if METHODS[method].spec.needs_base else None
+    space = build(method=method, base=base, granularity=2, sources=("base", "a", "b") if base else ("a", "b"))
+    genome = np.array([data.draw(st.floats(p.low, p.high)) for p in space.parameters])
+    recipe = space.decode(genome)
+    assert recipe == space.decode(genome.copy())
+    assert len(recipe.hops) == LAYERS
+    for blend in recipe.blends:
+        check_blend(blend, METHODS[method].spec, "test")
+    assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
+
+
+def test_the_papers_optimum_is_inside_the_default_bounds() -> None:
+    """Weights that sum to about 2 (arXiv 2403.13187): unreachable where weights are normalised."""
+    for method in ("task_arithmetic", "ties", "dare_ties"):
+        space = build(method=method)
+        weights = [p for p in space.parameters if ".weight." in p.name]
+        assert sum(p.high for p in weights) >= 2
+        recipe = space.decode(np.array([p.high for p in space.parameters]))
+        assert recipe.blends[0].parameters["normalize"] is False
+
+
+def test_fixed_parameters_are_not_searched() -> None:
+    space = build(method="dare_ties", fixed={"density": 0.5})
+    assert names(space) == ["model.weight.maths", "model.weight.japanese"]
+    assert space.decode(np.array([0.1, 0.2])).blends[0].parameters["density"] == {"maths": 0.5, "japanese": 0.5}
+
+
+def test_landmarks_are_sources_average_and_defaults() -> None:
+    marks = list(build().landmarks())
+    labels = [(m.label, m.kind) for m in marks]
+    assert labels == [
+        ("base", "source"),
+        ("maths", "source"),
+        ("japanese", "source"),
+        ("uniform average", "average"),
+        ("task_arithmetic defaults", "default"),
+    ]
+    assert marks[0].genome is not None
+    assert marks[0].genome.tolist() == [0.0, 0.0]
+    assert marks[1].genome is not None
+    assert marks[1].genome.tolist() == [1.0, 0.0]
+    assert marks[3].genome is not None
+    assert marks[3].genome.tolist() == [0.5, 0.5]
+
+
+def test_a_landmark_outside_the_bounds_has_no_genome() -> None:
+    marks = {m.label: m for m in build(bounds={"weight": (0.2, 0.9)}).landmarks()}
+    assert marks["maths"].genome is None
+    assert marks["uniform average"].genome is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "place", "words"),
+    [
+        ({"method": "tie"}, "space.method", "Did you mean 'ties'?"),
+        ({"bounds": {"weight": (1.0, 0.0)}}, "space.bounds.weight", "not below"),
+        ({"bounds": {"weight": (1.0, 1.0)}}, "space.bounds.weight", "not below"),
+        ({"bounds": {"density": (0.0, 1.0)}}, "space.bounds.density", "it has: weight"),
+        ({"fixed": {"weight": 1.0}}, "space.fixed", "nothing to search"),
+        ({"fixed": {"weight": 1.0}, "bounds": {"weight": (0.0, 1.0)}}, "space.fixed.weight", "bounds as well"),
+        ({"switches": {"normalise": True}}, "space.switches.normalise", "normalize"),
+        ({"base": None}, "base", "needs a base"),
+        ({"granularity": 9}, "space.granularity", "5 layers"),
+        ({"method": "slerp", "base": None}, "space", "2 sources"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, object], place: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build(**settings)  # type: ignore[arg-type]
+    assert caught.value.place == place
+    assert words in str(caught.value)

@@ -1,0 +1,126 @@
+"""Search files: what parses, what is refused, and that each refusal names the place and the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import InputError
+from evomerge.search.search_file import SearchFile, load_search_file
+
+GOOD = """
+name: example
+sources: {base: models/base, maths: models/maths, japanese: org/japanese@main}
+base: base
+space: {kind: parameter_space, method: task_arithmetic, bounds: {weight: [0, 2]}}
+objectives:
+  maths: {task: mini_math_ja, metric: acc_ja}
+  translation: {task: mini_translate_ja, metric: acc, items: 100}
+optimizer: {name: nsga2}
+budget: {candidates: 40}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "maths").mkdir()
+    file = tmp_path / "search.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def test_a_good_file(path: Path) -> None:
+    file = load_search_file(path)
+    assert file.sources == {
+        "base": str(path.parent / "models" / "base"),
+        "maths": str(path.parent / "models" / "maths"),
+        "japanese": "org/japanese@main",
+    }
+    assert file.tokenizer_source == "base"
+    assert [s.task for s in file.evaluators().values()] == ["mini_math_ja", "mini_translate_ja"]  # type: ignore[attr-defined]
+
+
+def test_it_survives_a_round_trip_through_json(path: Path) -> None:
+    file = load_search_file(path)
+    again = SearchFile.model_validate(file.model_dump(mode="json"))
+    assert again == file
+    assert again.model_dump(mode="json") == file.model_dump(mode="json")
+
+
+def test_overrides_are_yaml_values_at_key_paths(path: Path) -> None:
+    file = load_search_file(
+        path, ["budget.candidates=7", "pool=ray", "cluster.workers=2", "objectives.maths.items=20", "seed=3"]
+    )
+    assert (file.budget.candidates, file.pool, file.cluster.workers, file.seed) == (7, "ray", 2, 3)
+    assert file.objectives["maths"].items == 20
+
+
+def test_equal_evaluator_settings_are_equal(path: Path) -> None:
+    file = load_search_file(path, ["objectives.right={task: mini_math_ja, metric: acc}"])
+    settings = file.evaluators()
+    assert settings["maths"] == settings["right"] != settings["translation"]
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "words"),
+    [
+        ("budgets.candidates=4", "search.yaml: budgets", "Did you mean 'budget'?"),
+        ("budget.candidate=4", "search.yaml: budget.candidate", "Did you mean 'candidates'?"),
+        ("budget.candidates=0", "search.yaml: budget.candidates", "greater than 0"),
+        ("budget.candidates=many", "search.yaml: budget.candidates", "valid integer"),
+        ("budget={}", "search.yaml: budget", "needs candidates, hours or patience"),
+        ("seed=-1", "search.yaml: seed", "greater than or equal to 0"),
+        ("sources={only: x}", "search.yaml: sources", "at least 2"),
+        ("base=nobody", "search.yaml", "there is no source 'nobody'; the sources are base, maths, japanese"),
+        ("sources.a b=x", "search.yaml: sources.a b", "pattern"),
+        ("pool=slurm", "search.yaml: pool", "'in_process' or 'ray'"),
+        ("space.kind=parameters", "space.kind", "Did you mean 'parameter_space'?"),
+        ("space.granularity=rows", "search.yaml: space", "granularity"),
+        ("space.bounds.weight=[1]", "search.yaml: space", "weight"),
+        ("optimizer.name=sgd", "search.yaml: optimizer", "sgd"),
+        ("optimizer.populations=4", "search.yaml: optimizer", "not a key"),
+        ("objectives={}", "search.yaml: objectives", "at least 1"),
+        ("objectives.maths.evaluator=lmeval", "objectives.maths.evaluator", "Did you mean 'lm_eval'?"),
+        ("objectives.maths.tasks=x", "objectives.maths: tasks", "Did you mean 'task'?"),
+        ("objectives.maths.direction=up", "search.yaml: objectives.maths.direction", "'maximize' or 'minimize'"),
+        ("cluster.gpus_per_worker=-1", "search.yaml: cluster.gpus_per_worker", "greater than or equal to 0"),
+    ],
+)
+def test_faults_name_the_place_and_the_mend(path: Path, override: str, place: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_search_file(path, [override])
+    assert place in caught.value.place
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("budget", "not of the form key.path=value"), ("name.x=1", "'name' is not a section"), ("x=[1", "expected")],
+)
+def test_overrides_that_cannot_be_read(path: Path, override: str, words: str) -> None:
+    with pytest.raises(InputError, match="--set") as caught:
+        load_search_file(path, [override])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a list", "its top level must be keys"),
+        ("name: a\nname: b", "name"),
+        ("name: [", "line"),
+        ("", "its top level must be keys"),
+    ],
+)
+def test_files_that_are_no_search_file(path: Path, text: str, words: str) -> None:
+    path.write_text(text)
+    with pytest.raises(InputError, match=str(path)) as caught:
+        load_search_file(path)
+    assert words in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        load_search_file(tmp_path / "absent.yaml")
