@@ -13,11 +13,22 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from evomerge.errors import InputError
+from evomerge.vocabulary import Vocabulary
 
 RoleKind = Literal["embedding", "attention", "mlp", "norm", "head"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -39,7 +50,8 @@ class Role:
 class MethodParameter:
     """A number that a merge method takes, with the range that a search walks by default.
 
-    Scope "source" means one value for every source of the blend (base excepted), "blend" one value for all.
+    Scope "source" means one value for every source of the blend (base excepted), "blend" one value for all; the latter
+    may be left out of a blend, and then is the default. A search walks it if it is ``searched`` or has bounds given.
     """
 
     name: str
@@ -47,6 +59,7 @@ class MethodParameter:
     low: float
     high: float
     default: float
+    searched: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +111,32 @@ class Blend(_Frozen):
         return float(found)
 
 
-class Hop(_Frozen):
-    """One step of the path: a layer of the sources, and the blends (by number) that make its three kinds of tensor."""
+LayerIndex = Annotated[int, Field(ge=0)]
 
-    layer: int = Field(ge=0)
+
+class Hop(_Frozen):
+    """One step of the path: a layer of the sources, and the blends (by number) that make its three kinds of tensor.
+
+    ``layer`` is one number where the sources give the same layer, and else a number for each source by name.
+    """
+
+    layer: LayerIndex | dict[str, LayerIndex]
     attention: int = Field(ge=0)
     mlp: int = Field(ge=0)
     norm: int = Field(ge=0)
+
+    @field_validator("layer")
+    @classmethod
+    def _one_number_where_all_agree(cls, layer: int | dict[str, int]) -> int | dict[str, int]:
+        if layer == {}:
+            raise ValueError("names no source")
+        if isinstance(layer, dict) and len(set(layer.values())) == 1:  # equal hops must give equal text
+            return next(iter(layer.values()))
+        return layer
+
+    def layer_of(self, source: str) -> int:
+        """The layer that ``source`` gives to this hop. KeyError where the hop takes none of it."""
+        return self.layer[source] if isinstance(self.layer, dict) else self.layer
 
 
 class Recipe(_Frozen):
@@ -115,6 +147,11 @@ class Recipe(_Frozen):
 
     ``tokenizer`` names the source that gives tokenizer, configuration and chat template. ``dtype`` is what the merged
     weights are stored as (that of the tokenizer's source when None). ``seed`` keys the random drops of DARE.
+
+    ``tensors`` are those made otherwise than their part: the tensor's name in the merged model, which is its name in
+    the files of the tokenizer's source with the number of the hop in the layer's place, and the blend's number.
+
+    ``vocabulary`` says which tokens the model knows where sources differ in that.
     """
 
     sources: dict[str, str]
@@ -124,19 +161,43 @@ class Recipe(_Frozen):
     hops: tuple[Hop, ...]
     norm: int
     head: int
+    tensors: dict[str, int] = Field(default_factory=dict)
+    vocabulary: Vocabulary = Vocabulary()
     seed: int = 0
     dtype: DType | None = None
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> Recipe:
-        used = [self.embedding, self.norm, self.head]
+        used = [self.embedding, self.norm, self.head, *self.tensors.values()]
         for hop in self.hops:
             used += (hop.attention, hop.mlp, hop.norm)
         if max(used) >= len(self.blends) or min(used) < 0:
             raise ValueError(f"a part uses blend {max(used)}, but there are {len(self.blends)} blends")
-        if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
+        if missing := sorted(
+            (self.used_sources() | self.vocabulary.used_sources() | {self.tokenizer}) - set(self.sources)
+        ):
             raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        for number, hop in enumerate(self.hops):
+            if isinstance(hop.layer, dict):
+                self._check_layers(number, hop, hop.layer)
         return self
+
+    def _check_layers(self, number: int, hop: Hop, layers: Mapping[str, int]) -> None:
+        mixed = _sources(self.blends[index] for index in (hop.attention, hop.mlp, hop.norm))
+        if missing := sorted(mixed - set(layers)):
+            raise ValueError(f"hop {number} mixes {missing[0]!r}, but does not say which layer of it")
+        # A tensor made otherwise may mix sources that the rest of its hop does not.
+        if unused := sorted(set(layers) - mixed - _sources(self.blends[index] for index in self.tensors.values())):
+            raise ValueError(f"hop {number} names a layer of {unused[0]!r}, but does not mix it")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_says_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        if not self.tensors:
+            written.pop("tensors", None)
+        if self.vocabulary == Vocabulary():
+            written.pop("vocabulary", None)
+        return written
 
     @classmethod
     def compose(
@@ -145,16 +206,18 @@ class Recipe(_Frozen):
         sources: Mapping[str, str],
         tokenizer: str,
         embedding: Blend,
-        hops: Iterable[tuple[int, Blend, Blend, Blend]],
+        hops: Iterable[tuple[int | Mapping[str, int], Blend, Blend, Blend]],
         norm: Blend,
         head: Blend,
+        tensors: Mapping[str, Blend] | None = None,
+        vocabulary: Vocabulary | None = None,
         seed: int = 0,
         dtype: DType | None = None,
     ) -> Recipe:
         """Build a recipe from blends, numbering equal blends once, in order of first use.
 
         ``hops`` gives (layer, attention, mlp, norm). The numbering is a function of the content, so two recipes that
-        say the same thing have the same text and hash.
+        say the same thing have the same text and hash; ``tensors`` are numbered last, in the order of their names.
         """
         numbers: dict[str, int] = {}
         blends: list[Blend] = []
@@ -168,10 +231,16 @@ class Recipe(_Frozen):
 
         first = number(embedding)
         path = tuple(
-            Hop(layer=layer, attention=number(attention), mlp=number(mlp), norm=number(layer_norm))
+            Hop(
+                layer=layer if isinstance(layer, int) else dict(layer),
+                attention=number(attention),
+                mlp=number(mlp),
+                norm=number(layer_norm),
+            )
             for layer, attention, mlp, layer_norm in hops
         )
         final_norm, last = number(norm), number(head)
+        exceptions = {name: number(blend) for name, blend in sorted((tensors or {}).items())}
         return cls(
             sources=dict(sources),
             tokenizer=tokenizer,
@@ -180,6 +249,8 @@ class Recipe(_Frozen):
             hops=path,
             norm=final_norm,
             head=last,
+            tensors=exceptions,
+            vocabulary=vocabulary or Vocabulary(),
             seed=seed,
             dtype=dtype,
         )
@@ -192,6 +263,7 @@ class Recipe(_Frozen):
         sources: Mapping[str, str],
         tokenizer: str,
         layers: int,
+        vocabulary: Vocabulary | None = None,
         seed: int = 0,
         dtype: DType | None = None,
     ) -> Recipe:
@@ -202,13 +274,19 @@ class Recipe(_Frozen):
             embedding=blend,
             norm=blend,
             head=blend,
+            vocabulary=vocabulary,
             seed=seed,
             dtype=dtype,
             hops=((layer, blend, blend, blend) for layer in range(layers)),
         )
 
-    def blend_for(self, role: Role) -> Blend:
-        """The blend that makes a tensor of this role; ``role.layer`` counts hops here."""
+    def blend_for(self, role: Role, name: str | None = None) -> Blend:
+        """The blend that makes a tensor of this role; ``role.layer`` counts hops here.
+
+        With ``name``, its name in the merged model, that of this very tensor, which may be made otherwise.
+        """
+        if name in self.tensors:
+            return self.blends[self.tensors[name]]
         if role.layer is None:
             index = {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
         else:
@@ -218,7 +296,7 @@ class Recipe(_Frozen):
 
     def used_sources(self) -> set[str]:
         """Names of the sources whose weights this recipe reads."""
-        return {name for b in self.blends for name in (*b.sources, *((b.base,) if b.base else ()))}
+        return _sources(self.blends)
 
     def canonical(self) -> str:
         """The one JSON text of this recipe: sorted keys, shortest floats, no white space, no references."""
@@ -236,6 +314,10 @@ class Recipe(_Frozen):
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical text."""
         return text_hash(self.canonical())
+
+
+def _sources(blends: Iterable[Blend]) -> set[str]:
+    return {name for b in blends for name in (*b.sources, *((b.base,) if b.base else ()))}
 
 
 def text_hash(canonical: str) -> str:
@@ -266,9 +348,18 @@ def check_blend(blend: Blend, spec: MethodSpec, place: str) -> None:
             raise InputError(f"{place}.{name}", f"is not a parameter of {spec.name}; it takes: {options}")
         if isinstance(value, dict) and set(value) != set(blend.sources):
             raise InputError(f"{place}.{name}", f"must have one value for each of {', '.join(blend.sources)}")
-    for name in known:
-        if name not in blend.parameters:
-            raise InputError(place, f"{spec.name} needs a value for {name}")
+    for p in spec.parameters:
+        if p.scope == "source" and p.name not in blend.parameters:
+            raise InputError(place, f"{spec.name} needs a value for {p.name}")
+
+
+def renumber(name: str, role: Role, layer: int) -> str:
+    """The name of the tensor that is in layer ``layer`` what ``name``, of this role, is in its own layer."""
+    if role.layer is None:
+        return name
+    parts = name.split(".")
+    parts[parts.index(str(role.layer))] = str(layer)
+    return ".".join(parts)
 
 
 def roles(layers: int) -> Iterator[Role]:

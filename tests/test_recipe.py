@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe, load_recipe_file
 from evomerge.merging import METHODS
-from evomerge.recipe import Blend, Recipe, Role, check_blend, default_parameters, roles
+from evomerge.recipe import Blend, Hop, Recipe, Role, check_blend, default_parameters, renumber, roles
 from evomerge.yaml import dump_yaml, load_yaml
 
 SOURCES = {"base": "models/base", "maths": "models/maths", "ja": "org/ja@main"}
@@ -43,7 +43,7 @@ def layered(*weights: float, seed: int = 0) -> Recipe:
     )
 
 
-def never(reference: str) -> int:
+def never(reference: str) -> dict[str, Role]:
     raise AssertionError("our own files say how many layers there are")
 
 
@@ -128,10 +128,120 @@ def test_every_role_has_its_blend() -> None:
     assert [(role, recipe.blends.index(recipe.blend_for(role))) for role in roles(1)] == expected
 
 
+# ---- paths, and tensors apart from their part ------------------------------------------------------------------------
+
+UP = "model.layers.{}.mlp.up_proj.weight"
+
+
+def path(*layers: int | dict[str, int], **tensors: Blend) -> Recipe:
+    """A recipe whose hop i takes these layers; keyword l0 names the up projection of hop 0."""
+    blend = mix(0.6, 0.6)
+    return Recipe.compose(
+        sources=SOURCES,
+        tokenizer="ja",
+        embedding=blend,
+        hops=((layer, blend, blend, blend) for layer in layers),
+        norm=blend,
+        head=blend,
+        tensors={UP.format(name.removeprefix("l")): other for name, other in tensors.items()},
+    )
+
+
+def test_a_hop_may_take_another_layer_of_each_source() -> None:
+    recipe = path(3, {"maths": 2, "ja": 2, "base": 1}, {"maths": 5, "ja": 5, "base": 5})
+    assert recipe.hops[1].layer == {"maths": 2, "ja": 2, "base": 1}
+    assert [[hop.layer_of(name) for name in ("maths", "ja", "base")] for hop in recipe.hops] == [
+        [3, 3, 3], [2, 2, 1], [5, 5, 5]
+    ]  # fmt: skip
+    assert recipe.hops[2].layer == 5
+    assert recipe.hash == path(3, {"base": 1, "ja": 2, "maths": 2}, 5).hash
+    assert recipe.hash != path(3, {"base": 2, "ja": 2, "maths": 1}, 5).hash
+
+
+def test_tensors_may_be_made_apart_from_their_part() -> None:
+    other = mix(0.9, 0.1)
+    recipe = path(0, 0, l1=other)
+    role = Role("mlp", 1)
+    assert recipe.blend_for(role, UP.format(1)) == other
+    assert recipe.blend_for(role) == recipe.blend_for(role, UP.format(0)) == mix(0.6, 0.6)
+    assert recipe.tensors == {UP.format(1): 1}
+    assert path(0, 0, l1=other, l0=mix(0.2, 0.2)).tensors == {UP.format(0): 1, UP.format(1): 2}  # by name, not as given
+    assert path(0, 0).hash != recipe.hash
+    assert '"tensors"' in recipe.canonical()
+    assert '"tensors"' not in path(0, 0).canonical()  # so that recipes without any keep the text that they had
+    assert recipe.used_sources() == set(SOURCES)
+
+
+def test_blends_of_one_recipe_may_be_of_any_kind() -> None:
+    copy = Blend(method="passthrough", sources=("ja",), parameters={"scale": {"ja": 1.0}})
+    recipe = Recipe.compose(
+        sources=SOURCES,
+        tokenizer="ja",
+        embedding=copy,
+        hops=[({"ja": 4}, copy, copy, copy), (1, mix(1, 1), copy, copy)],
+        norm=copy,
+        head=mix(1, 1),
+    )
+    assert recipe.hops[0].layer == 4
+    assert [blend.method for blend in recipe.blends] == ["passthrough", "task_arithmetic"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.integers(0, 9) | st.fixed_dictionaries({name: st.integers(0, 2) for name in SOURCES}), min_size=1, max_size=4
+    ),
+    st.dictionaries(st.sampled_from(["l0", "l1", "l7"]), st.floats(-2, 2)),
+)
+def test_texts_and_files_give_back_the_same_recipe(layers: list[int | dict[str, int]], apart: dict[str, float]) -> None:
+    recipe = path(*layers, **{name: mix(weight, 0.1) for name, weight in apart.items()})
+    again = Recipe.from_canonical(recipe.canonical(), SOURCES)
+    assert again == recipe
+    assert again.canonical() == recipe.canonical()
+    assert Recipe.model_validate(load_yaml(dump_recipe(recipe), "f")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "layer", "expected"),
+    [
+        ("model.layers.3.mlp.experts.3.w1.weight", Role("mlp", 3), 11, "model.layers.11.mlp.experts.3.w1.weight"),
+        ("h.0.attn.c_attn.bias", Role("attention", 0), 2, "h.2.attn.c_attn.bias"),
+        ("model.norm.weight", Role("norm"), 2, "model.norm.weight"),
+    ],
+)
+def test_a_tensor_is_named_in_another_layer(name: str, role: Role, layer: int, expected: str) -> None:
+    assert renumber(name, role, layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [
+        ({"maths": 1, "ja": 2}, "hop 0 mixes 'base', but does not say which layer of it"),
+        ({"maths": 1, "ja": 2, "base": 1, "more": 3}, "hop 0 names a layer of 'more', but does not mix it"),
+        ({}, "names no source"),
+        ({"maths": -1, "ja": 2, "base": 1}, "greater than or equal to 0"),
+        (-1, "greater than or equal to 0"),
+    ],
+)
+def test_a_hop_says_the_layer_of_each_source_that_it_mixes(layer: object, problem: str) -> None:
+    content = layered(0.1).model_dump()
+    content["hops"][0]["layer"] = layer
+    with pytest.raises(ValidationError, match=problem):
+        Recipe.model_validate(content)
+
+
+def test_a_hop_of_its_own_has_one_form() -> None:
+    assert Hop(layer={"a": 2, "b": 2}, attention=0, mlp=0, norm=0) == Hop(layer=2, attention=0, mlp=0, norm=0)
+    with pytest.raises(KeyError):
+        Hop(layer={"a": 1, "b": 2}, attention=0, mlp=0, norm=0).layer_of("c")
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({"head": 7}, "uses blend 7"),
+        ({"tensors": {"x": 7}}, "uses blend 7"),
+        ({"tensors": {"x": -1}}, "blend"),
         ({"tokenizer": "nobody"}, "unknown source 'nobody'"),
         ({"sources": {"base": "x", "ja": "y"}}, "unknown source 'maths'"),
         ({"surprise": 1}, "surprise"),
@@ -152,11 +262,16 @@ def test_numbers_are_finite(value: float) -> None:
 def test_a_methods_defaults_are_let_through_and_anything_else_is_not(name: str) -> None:
     spec = METHODS[name].spec
     base = "base" if spec.needs_base else None
-    good = Blend(method=name, sources=("maths", "ja"), base=base, parameters=default_parameters(spec, ("maths", "ja")))
+    sources = ("maths", "ja")[: spec.max_sources]
+    good = Blend(method=name, sources=sources, base=base, parameters=default_parameters(spec, sources))
     check_blend(good, spec, "blend")
-    wrong = [({**good.parameters, "densty": 1.0}, "densty"), ({}, "needs a value")]
-    if not isinstance(good.parameters[spec.parameters[0].name], float):
-        wrong.append(({**good.parameters, spec.parameters[0].name: {"maths": 1.0}}, "one value for each"))
+    wrong = [({**good.parameters, "densty": 1.0}, "densty")]
+    for p in spec.parameters:
+        left = {other: value for other, value in good.parameters.items() if other != p.name}
+        if p.scope == "source":
+            wrong += [(left, "needs a value"), ({**left, p.name: {"base": 1.0}}, "one value for each")]
+        else:  # and then is the default
+            check_blend(good.model_copy(update={"parameters": left}), spec, "blend")
     for parameters, problem in wrong:
         with pytest.raises(InputError, match=problem):
             check_blend(good.model_copy(update={"parameters": parameters}), spec, "blend")
@@ -164,7 +279,7 @@ def test_a_methods_defaults_are_let_through_and_anything_else_is_not(name: str) 
         with pytest.raises(InputError, match="needs a base"):
             check_blend(good.model_copy(update={"base": None}), spec, "blend")
     if spec.max_sources is not None:
-        with pytest.raises(InputError, match="mixes 2 sources"):
+        with pytest.raises(InputError, match=f"mixes {spec.max_sources} sources"):
             check_blend(good.model_copy(update={"sources": ("maths", "ja", "base")}), spec, "blend")
 
 

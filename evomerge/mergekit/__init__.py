@@ -8,7 +8,9 @@ What differs where both say the same:
   recipe's dtype as ``out_dtype``, unless the recipe leaves the dtype to its tokenizer's source.
 * TIES keeps every element as large as the k-th largest; mergekit keeps exactly k.
 
-Filters are matched against tensor names as Llama has them, which is what most architectures use.
+What it lets pass and we refuse: unknown keys, values of the wrong kind, empty lists and layers that a model has not.
+``modules:``, ``override_architecture`` and constants of the methods (``eps``, ``max_iter``, ``tol``) other than the
+defaults cannot be taken. ``int8_mask`` changes nothing, as what task arithmetic leaves unused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from evomerge.errors import InputError
-from evomerge.mergekit.reading import from_mergekit
+from evomerge.mergekit.reading import Roles, from_mergekit
 from evomerge.mergekit.writing import to_mergekit
 from evomerge.recipe import Recipe
 from evomerge.yaml import dump_yaml, load_yaml
@@ -27,11 +29,11 @@ from evomerge.yaml import dump_yaml, load_yaml
 __all__ = ["dump_recipe", "from_mergekit", "load_recipe_file", "to_mergekit"]
 
 
-def load_recipe_file(path: Path, layers: Callable[[str], int]) -> Recipe:
+def load_recipe_file(path: Path, look: Callable[[str], Roles]) -> Recipe:
     """Read a recipe from YAML: ours (as ``dump_recipe`` writes it) or a mergekit configuration.
 
     Args:
-        layers: the number of layers of a model, by its reference; asked only where a mergekit file leaves it open.
+        look: the roles of a model's tensors (``Source.roles``), by its reference; asked for mergekit files alone.
 
     Raises:
         InputError: the file cannot be read, or is neither, or says what no recipe can hold.
@@ -47,7 +49,7 @@ def load_recipe_file(path: Path, layers: Callable[[str], int]) -> Recipe:
         except ValidationError as error:
             raise _explain(error, path) from None
     if isinstance(content, dict) and "merge_method" in content:
-        return from_mergekit(content, layers, str(path))
+        return from_mergekit(content, look, str(path))
     raise InputError(str(path), "is no recipe: it has neither `blends:` nor, as mergekit's have, `merge_method:`")
 
 

@@ -3,194 +3,299 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from evomerge.errors import InputError
-from evomerge.mergekit.grammar import GRAMMARS, Grammar
+from evomerge.mergekit.grammar import GRAMMARS, Grammar, Setting, Value
+from evomerge.mergekit.references import read_reference, short_names
+from evomerge.mergekit.settings import Parameters, check_keys, find_value, read_parameters
+from evomerge.mergekit.vocabularies import read_tokenizer, read_vocabulary
 from evomerge.plugins import unknown_name
-from evomerge.recipe import Blend, DType, Recipe
+from evomerge.recipe import Blend, DType, Recipe, Role, RoleKind, renumber
 
-Levels = Sequence[Mapping[str, Any]]
-"""Where a parameter may be given, nearest first: at the model, at the slice, at the top."""
+Roles = Mapping[str, Role]
+"""The role of every tensor of a model by its name in the files, as ``Source.roles`` has them."""
 
 _KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template",
 )  # fmt: skip
 _UNSUPPORTED = {
     "modules": "Only models of one module can be merged.",
-    "tokenizer": "Name one model with `tokenizer_source:`; tokens are not realigned.",
-    "chat_template": "The chat template is that of `tokenizer_source`.",
     "residual_weight": "mergekit never reads it.",
 }
-
-# The tensors of each part of a recipe, as Llama names them: what a filter is matched against.
-_EMBEDDING, _NORM, _HEAD = ["model.embed_tokens.weight"], ["model.norm.weight"], ["lm_head.weight"]
-_ATTENTION = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-_MLP = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-_LAYER_NORM = ["input_layernorm.weight", "post_attention_layernorm.weight"]
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Layers ``start`` to ``stop - 1`` and the models that they are made of, by reference, with their parameters."""
+    """A run of ``length`` layers: the first that each model gives, by reference, and what is set there."""
 
-    start: int
-    stop: int
-    models: Mapping[str, Mapping[str, Any]]
-    parameters: Mapping[str, Any]
+    starts: Mapping[str, int]
+    length: int
+    base: str | None
+    models: Mapping[str, Parameters]
+    parameters: Parameters
+    place: str
 
 
 def from_mergekit(
-    config: Mapping[str, Any], layers: Callable[[str], int], place: str = "mergekit configuration"
+    config: Mapping[str, Any], look: Callable[[str], Roles], place: str = "mergekit configuration"
 ) -> Recipe:
     """The recipe that a mergekit configuration says.
 
-    Short names are made from the last parts of the models' names. Gradients, filters and precedence are mergekit's; its
-    ``lambda`` is multiplied into the weights, which is the same as long as they are not normalised.
+    Short names are made from the last parts of the models' names. Layers, gradients, filters and precedence are
+    mergekit's: values are found for every tensor by its real name, and the most common blend of a part becomes the
+    part's. A ``lambda`` is taken into the weights where that is the same.
 
     Args:
-        layers: the number of layers of a model, by its reference; asked only for a configuration with ``models:``.
+        look: the roles of a model's tensors, by its reference.
 
     Raises:
-        InputError: an unknown key or wrong value; or something that a recipe cannot hold, such as a path that repeats
-            layers, a filter that splits the attention, ``rescale`` other than the method's own.
+        InputError: an unknown key or wrong value; layers that a model has not; or something that a recipe cannot hold,
+            such as ``modules:``.
     """
     _check_keys(config, _KEYS, place)
     method = config.get("merge_method")
     if not isinstance(method, str) or method not in GRAMMARS:
         raise unknown_name(str(method), GRAMMARS, f"{place}: merge_method", "merge method")
-    grammar, base = GRAMMARS[method], config.get("base_model")
-    if base is None and (grammar.task_vectors or method == "slerp"):
-        raise InputError(f"{place}: base_model", f"is missing, and {method} needs it")
-    if base is not None and not isinstance(base, str):
-        raise InputError(f"{place}: base_model", "must be a folder or a hub id")
-    slices = _slices(config, base, layers, place)
-    references = list(dict.fromkeys(itertools.chain(*(each.models for each in slices), [base] if base else [])))
-    tokenizer = _tokenizer(config, base or references[0], place)
-    names = _short_names(dict.fromkeys([*references, tokenizer]))
-    whole = _Merge(method, base, names, _parameters(config, grammar, place), place)
+    base = _base(config, f"{place}: base_model")
+    slices = _slices(config, base, look, place)
+    references = list(dict.fromkeys(itertools.chain(*(each.starts for each in slices), [base] if base else [])))
+    tokenizer = read_tokenizer(config, base or references[0], place)
+    names = short_names(dict.fromkeys([*references, tokenizer]))
+    parameters = read_parameters(config.get("parameters"), GRAMMARS[method], f"{place}: parameters")
+    merge = _Merge(method, names, parameters, look(tokenizer))
 
-    def hops() -> Iterator[tuple[int, Blend, Blend, Blend]]:
-        for piece in slices:
-            for layer in range(piece.start, piece.stop):
-                last = piece.stop - piece.start - 1
-                t = (layer - piece.start) / last if last else 1.0
-                attention, mlp, norm = (
-                    whole.blend([f"model.layers.{layer}.{name}" for name in part], piece, t)
-                    for part in (_ATTENTION, _MLP, _LAYER_NORM)
-                )
-                yield layer, attention, mlp, norm
-
+    hops = [
+        merge.hop(piece, offset, start + offset) for start, piece in _placed(slices) for offset in range(piece.length)
+    ]
+    embedding = merge.outside(slices[0], "embedding")
+    norm = merge.outside(slices[-1], "norm") or hops[-1][-1]
+    head = merge.outside(slices[-1], "head") or embedding  # a tied head is the embedding
+    if embedding is None or head is None:
+        raise InputError(place, f"{tokenizer} has no embedding of tokens")
     return Recipe.compose(
         sources={name: reference for reference, name in names.items()},
         tokenizer=names[tokenizer],
-        embedding=whole.blend(_EMBEDDING, slices[0], 0.0),
-        hops=hops(),
-        norm=whole.blend(_NORM, slices[-1], 0.0),
-        head=whole.blend(_HEAD, slices[-1], 0.0),
+        embedding=embedding,
+        hops=hops,
+        norm=norm,
+        head=head,
+        tensors=merge.exceptions,
+        vocabulary=read_vocabulary(config, names, base, place),
         dtype=_dtype(config, place),
     )
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """What a configuration says of the whole model. ``names`` gives short names by reference."""
+    """What a configuration says of the whole model, and the tensors found so far that differ from their part.
+
+    ``names`` gives short names by reference, ``roles`` those of the tensors of the tokenizer's source.
+    """
 
     method: str
-    base: str | None
     names: Mapping[str, str]
-    parameters: Mapping[str, Any]
-    place: str
+    parameters: Parameters
+    roles: Roles
+    exceptions: dict[str, Blend] = field(default_factory=dict)
 
-    def blend(self, tensors: Collection[str], piece: _Slice, t: float) -> Blend:
-        """The blend of the part of the model that holds ``tensors``, at the point ``t`` in [0, 1] of a slice."""
-        grammar, place = GRAMMARS[self.method], f"{self.place}: parameters"
-        mixed = _mixed(self.method, piece, self.base, self.place)
-        reader, levels = _Reader(tensors, t, place), (piece.parameters, self.parameters)
+    def hop(self, piece: _Slice, offset: int, hop: int) -> tuple[dict[str, int], Blend, Blend, Blend]:
+        """One layer of a slice: the layer of each source by short name, and the blends of its three kinds of tensor."""
+        layers = {model: start + offset for model, start in piece.starts.items()}
+        t = offset / (piece.length - 1) if piece.length > 1 else 1.0
+        like = min(hop, depth(self.roles) - 1)  # the configuration of the tokenizer's source says what a layer holds
+        kinds: dict[RoleKind, dict[str, Blend]] = {"attention": {}, "mlp": {}, "norm": {}}
+        for name, role in self._layer(like):
+            inputs = {model: renumber(name, role, layer) for model, layer in layers.items()}
+            merged = renumber(name, role, hop)
+            kinds[role.kind][merged] = self._blend(piece, t, merged, inputs)
+        made = [self._part(kinds[kind]) for kind in ("attention", "mlp", "norm")]
+        filling = next(blend for blend in made if blend is not None)  # for a kind that has no tensor
+        attention, mlp, norm = (blend or filling for blend in made)
+        return {self.names[model]: layer for model, layer in layers.items()}, attention, mlp, norm
+
+    def outside(self, piece: _Slice, kind: RoleKind) -> Blend | None:
+        """The blend of a part outside the layers, which takes gradients at their start; None where it has no tensor."""
+        tensors = (name for name, role in self.roles.items() if role == Role(kind))
+        return self._part({name: self._blend(piece, 0.0, name, dict.fromkeys(piece.starts, name)) for name in tensors})
+
+    def _layer(self, layer: int) -> list[tuple[str, Role]]:
+        return [(name, role) for name, role in self.roles.items() if role.layer == layer]
+
+    def _part(self, tensors: Mapping[str, Blend]) -> Blend | None:
+        """The most common blend of a part's tensors; the others become exceptions."""
+        counts: list[tuple[Blend, int]] = []
+        for blend in tensors.values():
+            if all(blend != each for each, _ in counts):
+                counts.append((blend, sum(blend == other for other in tensors.values())))
+        if not counts:
+            return None
+        common, _ = max(counts, key=lambda pair: pair[1])
+        self.exceptions.update({name: blend for name, blend in tensors.items() if blend != common})
+        return common
+
+    def _blend(self, piece: _Slice, t: float, merged: str, inputs: Mapping[str, str]) -> Blend:
+        """The blend of the tensor called ``merged`` in the merged model and ``inputs`` in the models."""
+        grammar, base = GRAMMARS[self.method], piece.base
+        mixed = [model for model in piece.starts if model != base or grammar.base == "source"]
+        if grammar.base == "first" and base is not None:
+            mixed.insert(0, base)
+        if not mixed and base is not None:  # nothing to add to the base
+            name = self.names[base]
+            return Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}})
         values: dict[str, Any] = {}
-        for name, default in grammar.per_source.items():
-            own = {model: (piece.models[model], *levels) for model in mixed}
-            values[name] = {self.names[model]: reader.number(name, own[model], default) for model in mixed}
-        for name, default in grammar.shared.items():
-            values[name] = reader.number(name, levels, default)
-        if grammar.normalize is not None:
-            values["normalize"] = reader.switch("normalize", levels, grammar.normalize)
-        if grammar.rescale is not None and reader.switch("rescale", levels, grammar.rescale) != grammar.rescale:
-            wanted = str(grammar.rescale).lower()
-            raise InputError(f"{place}.rescale", f"is always {wanted} for {self.method} here", "Remove it.")
-        if grammar.task_vectors and (scale := reader.number("lambda", levels, 1.0)) != 1:
-            if values["normalize"]:
-                mend = "Set normalize: false, and choose weights that need no lambda."
-                raise InputError(f"{place}.lambda", "cannot be taken along with normalize: true", mend)
-            values["weight"] = {source: weight * scale for source, weight in values["weight"].items()}
+        for setting in grammar.settings:
+            if setting.per_source:
+                values[setting.ours] = {
+                    self.names[model]: self._value(setting, piece, model, inputs[model], t) for model in mixed
+                }
+            else:
+                values[setting.ours] = self._value(setting, piece, None, merged, t)
+        for setting in grammar.unsaid:
+            if setting.per_source:  # such numbers may not be left out
+                values[setting.ours] = dict.fromkeys((self.names[model] for model in mixed), setting.default)
         return Blend(
             method=self.method,
             sources=tuple(self.names[model] for model in mixed),
-            base=self.names[self.base] if self.base is not None and grammar.task_vectors else None,
-            parameters=values,
+            base=self.names[base] if base is not None and grammar.base in ("apart", "optional") else None,
+            parameters=_with_lambda(grammar, values),
         )
+
+    def _value(self, setting: Setting, piece: _Slice, model: str | None, tensor: str, t: float) -> Value:
+        own = [piece.models[model]] if model is not None else []
+        value = find_value(setting, [*own, piece.parameters, self.parameters], tensor, t)
+        if value is None:
+            of = f" of {model}" if model is not None else ""
+            raise InputError(f"{piece.place}parameters.{setting.name}", f"is missing for {tensor}{of}")
+        return value
+
+
+def depth(roles: Roles) -> int:
+    """The number of layers of a model."""
+    return 1 + max((role.layer for role in roles.values() if role.layer is not None), default=-1)
+
+
+def _with_lambda(grammar: Grammar, values: dict[str, Any]) -> dict[str, Any]:
+    """Take lambda into the weights where that gives the same model.
+
+    Normalised weights of a plain sum are divided here, as mergekit does; where elements are elected by sign, what they
+    are divided by differs between elements, and a lambda below zero would turn elections round.
+    """
+    scale = values.get("lambda", 1.0)
+    if scale == 1 or (grammar.sum == "elected" and (values["normalize"] or scale < 0)):
+        return values
+    total = sum(values["weight"].values()) if values["normalize"] else 1.0
+    total = total if abs(total) >= 1e-8 else 1.0
+    weights = {source: weight / total * scale for source, weight in values["weight"].items()}
+    return values | {"weight": weights, "normalize": False, "lambda": 1.0}
 
 
 def _check_keys(given: Any, known: Collection[str], place: str) -> None:
-    if not isinstance(given, Mapping):
-        raise InputError(place, "must be keys with values")
-    for key in given:
+    for key in given if isinstance(given, Mapping) else ():
         if key in _UNSUPPORTED:
             raise InputError(f"{place}: {key}", "cannot be taken from a mergekit configuration", _UNSUPPORTED[key])
-        if key not in known:
-            raise unknown_name(str(key), known, place, "key")
+    check_keys(given, known, place)
 
 
-def _parameters(holder: Mapping[str, Any], grammar: Grammar, place: str) -> Mapping[str, Any]:
-    found = holder.get("parameters")
-    if found is None:
-        return {}
-    _check_keys(found, grammar.parameters, f"{place}: parameters")
-    return dict(found)
+def _base(holder: Mapping[str, Any], place: str) -> str | None:
+    given = holder.get("base_model")
+    return None if given is None else read_reference(given, place)
 
 
-def _slices(config: Mapping[str, Any], base: str | None, layers: Callable[[str], int], place: str) -> list[_Slice]:
-    grammar = GRAMMARS[config["merge_method"]]
+def _placed(slices: Iterable[_Slice]) -> Iterator[tuple[int, _Slice]]:
+    """Each slice with the hop that it begins at."""
+    start = 0
+    for piece in slices:
+        yield start, piece
+        start += piece.length
+
+
+def _slices(config: Mapping[str, Any], base: str | None, look: Callable[[str], Roles], place: str) -> list[_Slice]:
+    method = config["merge_method"]
+    grammar = GRAMMARS[method]
     if ("models" in config) == ("slices" in config):
         raise InputError(place, "needs either `models:` or `slices:`")
     if "models" in config:
-        models = _models(config["models"], ("model", "parameters"), grammar, f"{place}: models")
-        return [_Slice(0, layers(base or next(iter(models))), models, {})]
-    found: list[_Slice] = []
-    for number, piece in enumerate(_list(config["slices"], f"{place}: slices")):
-        where = f"{place}: slices[{number}]"
-        _check_keys(piece, ("sources", "parameters"), where)
-        models = _models(piece.get("sources"), ("model", "layer_range", "parameters"), grammar, f"{where}.sources")
-        ranges = [source.get("layer_range") for source in piece["sources"]]
-        start = found[-1].stop if found else 0
-        for each in ranges:
-            if not isinstance(each, list) or len(each) != 2 or not all(type(end) is int for end in each):
-                raise InputError(f"{where}.layer_range", "must be two whole numbers, [first, last + 1]")
-            if each != ranges[0] or each[0] != start or each[1] <= start:
-                problem = f"is {each}, where layer {start} must follow"
-                raise InputError(
-                    f"{where}.layer_range",
-                    problem,
-                    "Only paths that take every layer once, in order, can be made so far.",
-                )
-        found.append(_Slice(start, ranges[0][1], models, _parameters(piece, grammar, where)))
-    return found
+        where = f"{place}: models"
+        models = _models(config["models"], ("model", "parameters"), grammar, where)
+        if base is not None and base not in models:  # so mergekit does, for every method
+            models[base] = {}
+        depths = {model: depth(look(model)) for model in models}
+        if len(set(depths.values())) > 1:
+            told = ", ".join(f"{model} has {layers}" for model, layers in depths.items())
+            raise InputError(where, f"differ in layers: {told}", "Say with `slices:` which layers are mixed.")
+        whole = _Slice(dict.fromkeys(models, 0), next(iter(depths.values())), base, models, {}, f"{place}: ")
+        _check_mixed(whole, method, f"{place}: base_model", where)
+        return [whole]
+    return [
+        _slice(piece, config, base, look, f"{place}: slices[{number}]")
+        for number, piece in enumerate(_list(config["slices"], f"{place}: slices"))
+    ]
 
 
-def _models(entries: Any, keys: Collection[str], grammar: Grammar, place: str) -> dict[str, Mapping[str, Any]]:
-    models: dict[str, Mapping[str, Any]] = {}
+def _slice(given: Any, config: Mapping[str, Any], base: str | None, look: Callable[[str], Roles], place: str) -> _Slice:
+    method = config["merge_method"]
+    grammar = GRAMMARS[method]
+    _check_keys(given, ("sources", "base_model", "parameters"), place)
+    models = _models(given.get("sources"), ("model", "layer_range", "parameters"), grammar, f"{place}.sources")
+    ranges = {}
+    for number, (model, source) in enumerate(zip(models, given["sources"], strict=True)):
+        ranges[model] = _range(source.get("layer_range"), model, look, f"{place}.sources[{number}].layer_range")
+    lengths = {stop - start for start, stop in ranges.values()}
+    if len(lengths) > 1:
+        told = ", ".join(f"{stop - start} of {model}" for model, (start, stop) in ranges.items())
+        raise InputError(f"{place}.sources", f"take different numbers of layers: {told}")
+    own = _base(given, f"{place}.base_model")
+    piece = _Slice(
+        {model: start for model, (start, _) in ranges.items()},
+        lengths.pop(),
+        own or base,
+        models,
+        read_parameters(given.get("parameters"), grammar, f"{place}.parameters"),
+        f"{place}.",
+    )
+    _check_mixed(piece, method, f"{place}.base_model", f"{place}.sources")
+    return piece
+
+
+def _check_mixed(piece: _Slice, method: str, base_place: str, place: str) -> None:
+    """Refuse a slice whose models its method cannot mix."""
+    grammar, base = GRAMMARS[method], piece.base
+    if grammar.base in ("apart", "first") and base is None:
+        raise InputError(base_place, f"is missing, and {method} needs it")
+    if grammar.base != "source" and base is not None and base not in piece.starts:
+        raise InputError(place, f"leave out the base model {base}", "List it too, with the layers to take of it.")
+    apart = grammar.base in ("apart", "optional") and base is not None
+    count = len(piece.starts) - apart
+    least, most = 0 if grammar.copies_base else grammar.least, grammar.most
+    if count < least or (most is not None and count > most):
+        wanted = f"{grammar.least}" if most is not None else f"{grammar.least} or more"
+        beside = " beside the base" if apart else ""
+        raise InputError(place, f"name {count} models{beside}; {method} mixes {wanted}")
+
+
+def _range(given: Any, model: str, look: Callable[[str], Roles], place: str) -> tuple[int, int]:
+    if not isinstance(given, list) or len(given) != 2 or not all(type(end) is int for end in given):
+        raise InputError(place, "must be two whole numbers, [first, last + 1]")
+    start, stop = given
+    layers = depth(look(model))
+    if not 0 <= start < stop <= layers:
+        raise InputError(place, f"is {given}, but {model} has the layers 0 to {layers - 1}: [0, {layers}]")
+    return start, stop
+
+
+def _models(entries: Any, keys: Collection[str], grammar: Grammar, place: str) -> dict[str, Parameters]:
+    models: dict[str, Parameters] = {}
     for number, entry in enumerate(_list(entries, place)):
         where = f"{place}[{number}]"
-        _check_keys(entry, keys, where)
-        model = entry.get("model")
-        if not isinstance(model, str):
-            raise InputError(f"{where}.model", "must be a folder or a hub id")
+        check_keys(entry, keys, where)
+        model = read_reference(entry.get("model"), f"{where}.model")
         if model in models:
             raise InputError(where, f"names {model} again")
-        models[model] = _parameters(entry, grammar, where)
+        models[model] = read_parameters(entry.get("parameters"), grammar, f"{where}.parameters")
     return models
 
 
@@ -200,112 +305,12 @@ def _list(found: Any, place: str) -> list[Any]:
     return found
 
 
-def _mixed(method: str, piece: _Slice, base: str | None, place: str) -> list[str]:
-    """The references of a blend's sources. Task vectors have the base apart; in SLERP the base is where t = 0."""
-    others = [model for model in piece.models if model != base]
-    if method == "slerp":
-        if base is None or len(others) != 1:
-            raise InputError(place, f"slerp mixes base_model with one other model, not with {len(others)}")
-        return [base, *others]
-    if GRAMMARS[method].task_vectors:
-        if not others:
-            raise InputError(place, "names no model beside the base")
-        return others
-    if base is not None and base not in piece.models:
-        mend = "List it as a model with a weight, or remove it."
-        raise InputError(f"{place}: base_model", f"is none of the models, and {method} uses no base", mend)
-    return list(piece.models)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads parameters for the tensors of one part of the model, at the point ``t`` in [0, 1] of its slice."""
-
-    tensors: Collection[str]
-    t: float
-    place: str
-
-    def number(self, name: str, levels: Levels, default: float | None) -> float:
-        value = self._one(name, levels, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{self.place}.{name}", f"must be a number, not {value!r}")
-        return float(value)
-
-    def switch(self, name: str, levels: Levels, default: bool) -> bool:
-        value = self._one(name, levels, default)
-        if not isinstance(value, bool):
-            raise InputError(f"{self.place}.{name}", f"must be true or false, not {value!r}")
-        return value
-
-    def _one(self, name: str, levels: Levels, default: Any) -> Any:
-        values = []
-        for tensor in self.tensors:
-            given = (self._at(level[name], tensor, name) for level in levels if name in level)
-            values.append(next((value for value in given if value is not None), default))
-        if any(value != values[0] for value in values):
-            problem = f"differs between {', '.join(self.tensors)}, which a recipe makes alike"
-            mend = "Let filters choose among self_attn, mlp, layernorm, embed_tokens, model.norm and lm_head."
-            raise InputError(f"{self.place}.{name}", problem, mend)
-        if values[0] is None:
-            raise InputError(f"{self.place}.{name}", f"is missing for {next(iter(self.tensors))}")
-        return values[0]
-
-    def _at(self, setting: Any, tensor: str, name: str) -> Any:
-        """The value for one tensor: a plain value, a gradient over the slice, or the first filter that matches."""
-        if isinstance(setting, Mapping):
-            setting = [setting]
-        if not isinstance(setting, list):
-            return setting
-        where = f"{self.place}.{name}"
-        if not setting:
-            raise InputError(where, "is an empty list")
-        if not any(isinstance(each, Mapping) for each in setting):
-            for each in setting:
-                if isinstance(each, bool) or not isinstance(each, int | float):
-                    raise InputError(where, f"must be a gradient of numbers, but holds {each!r}")
-            return _interpolate(setting, self.t)
-        for rule in setting:
-            _check_keys(rule, ("filter", "value"), where)
-            if rule.get("filter") in (None, "*") or str(rule["filter"]) in tensor:
-                return self._at(rule.get("value"), tensor, name)
-        return None
-
-
-def _interpolate(points: Sequence[float], t: float) -> float:
-    left = int(t * (len(points) - 1))
-    right = min(left + 1, len(points) - 1)
-    fraction = t * (len(points) - 1) - left
-    return (1 - fraction) * points[left] + fraction * points[right]
-
-
-def _tokenizer(config: Mapping[str, Any], fallback: str, place: str) -> str:
-    named = config.get("tokenizer_source")
-    if named is None or named == "base":
-        return fallback
-    if named == "union" or not isinstance(named, str):
-        raise InputError(
-            f"{place}: tokenizer_source", f"cannot be {named!r}: vocabularies are not united", "Name one of the models."
-        )
-    return named
-
-
 def _dtype(config: Mapping[str, Any], place: str) -> DType | None:
     key = "out_dtype" if config.get("out_dtype") is not None else "dtype"
-    named = config.get(key)
+    named = str(config.get(key)).removeprefix("torch.")
     for dtype in get_args(DType):
         if named == dtype:
             return dtype  # type: ignore[no-any-return]
-    if named is not None:
-        raise unknown_name(str(named), get_args(DType), f"{place}: {key}", "dtype")
+    if config.get(key) is not None:
+        raise unknown_name(named, get_args(DType), f"{place}: {key}", "dtype")
     return None
-
-
-def _short_names(references: Iterable[str]) -> dict[str, str]:
-    """A name for each reference: ``org/name@revision+adapter`` becomes ``name+adapter``."""
-    names: dict[str, str] = {}
-    for reference in references:
-        parts = (part.partition("@")[0].rstrip("/").rpartition("/")[2] for part in reference.split("+"))
-        stem = "+".join(parts) or "source"
-        free = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
-        names[reference] = next(name for name in free if name not in names.values())
-    return names

@@ -3,104 +3,222 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import InputError
-from evomerge.mergekit.grammar import GRAMMARS, Grammar
+from evomerge.mergekit.grammar import GRAMMARS, Grammar, Setting, Value
+from evomerge.mergekit.reading import Roles, depth
+from evomerge.mergekit.vocabularies import write_vocabulary
 from evomerge.plugins import unknown_name
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipe import Blend, Recipe, Role, renumber
 
 
-def to_mergekit(recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor: its name in the merged model, the one that it has in each source, and its blend."""
+
+    merged: str
+    inputs: Mapping[str, str]
+    blend: Blend
+
+
+def to_mergekit(recipe: Recipe, look: Callable[[str], Roles]) -> dict[str, Any]:
     """The mergekit configuration of a recipe, ready to be written as YAML.
 
-    Raises:
-        InputError: mergekit cannot say it: blends that differ in method, sources, base or switches; a method that it
-            has not; two names for one model.
-    """
-    first = recipe.blends[0]
-    if first.method not in GRAMMARS:
-        raise unknown_name(first.method, GRAMMARS, "recipe", "merge method of mergekit's")
-    grammar, normalize = GRAMMARS[first.method], _normalize(first)
-    for blend in recipe.blends:
-        for what, here, there in (
-            ("method", blend.method, first.method),
-            ("sources", blend.sources, first.sources),
-            ("base", blend.base, first.base),
-            ("normalize", _normalize(blend), normalize),
-        ):
-            if here != there:
-                raise InputError("recipe.blends", f"differ in {what}, which mergekit cannot say ({here}, {there})")
-    path = [hop.layer for hop in recipe.hops]
-    if path != list(range(len(path))):
-        raise InputError("recipe.hops", f"visits layers {path}; only every layer once, in order, can be written so far")
-    used = [recipe.sources[name] for name in sorted(recipe.used_sources())]
-    if len(set(used)) != len(used):
-        raise InputError("recipe.sources", "has two names for one model, which mergekit takes for one")
-    if grammar.task_vectors and first.base in first.sources:
-        raise InputError("recipe.blends", f"mix the base {first.base} as a source, which mergekit leaves out")
+    Hops that follow each other in every source and are made alike become one slice; tensors in it that are made
+    otherwise are chosen by filters.
 
-    base = first.base if grammar.task_vectors else first.sources[0] if first.method == "slerp" else None
-    config: dict[str, Any] = {"merge_method": first.method}
-    config |= {"base_model": recipe.sources[base]} if base is not None else {}
-    config |= {"slices": _write_slices(recipe, grammar)} if len(recipe.blends) > 1 else _write_models(recipe, grammar)
-    if grammar.normalize is not None:
-        config.setdefault("parameters", {})["normalize"] = normalize
+    Args:
+        look: the roles of a model's tensors, by its reference.
+
+    Raises:
+        InputError: mergekit cannot say it: blends that differ in method, or in sources or base within one slice; a
+            method or number that it has not; tensors that no filter tells apart; two names for one model.
+    """
+    methods = sorted({blend.method for blend in recipe.blends})
+    if len(methods) > 1:
+        raise InputError("recipe.blends", f"differ in method, which mergekit cannot say ({', '.join(methods)})")
+    if methods[0] not in GRAMMARS:
+        raise unknown_name(methods[0], GRAMMARS, "recipe.blends", "merge method of mergekit's")
+    grammar = GRAMMARS[methods[0]]
+    _check_references(recipe)
+    for number, blend in enumerate(recipe.blends):
+        _check_numbers(blend, grammar, f"recipe.blends[{number}]")
+    slices = _slices(recipe, grammar, look(recipe.sources[recipe.tokenizer]))
+    if len(slices[-1]["sources"]) > len(slices[0]["sources"]):
+        problem = "mixes more models in its last hop than in its first, on which mergekit 0.1.5 fails"
+        raise InputError("recipe.hops", problem, "Give the first hop's blends the same sources, with weight 0.")
+    bases = {piece.get("base_model") for piece in slices}
+    config: dict[str, Any] = {"merge_method": methods[0]}
+    if len(bases) == 1:  # one for all, and not one for each slice
+        base = bases.pop()
+        config |= {"base_model": base} if base is not None else {}
+        slices = [{key: value for key, value in piece.items() if key != "base_model"} for piece in slices]
+    config |= _whole(slices, look) or {"slices": slices}
+    donor = recipe.sources[recipe.tokenizer]
+    if grammar.base == "source" and ("slices" in config or any(each["model"] == donor for each in config["models"])):
+        config["base_model"] = donor  # only the configuration is taken of it; else mergekit takes that of any model
     if recipe.dtype is not None:
         config |= {"dtype": "float32", "out_dtype": recipe.dtype}
-    return config | {"tokenizer_source": recipe.sources[recipe.tokenizer]}
+    return config | write_vocabulary(recipe, config.get("base_model"))
 
 
-def _normalize(blend: Blend) -> bool:
-    return bool(blend.parameters.get("normalize", blend.method == "linear"))
+def _check_references(recipe: Recipe) -> None:
+    used = {name: recipe.sources[name] for name in sorted(recipe.used_sources() | {recipe.tokenizer})}
+    if len(set(used.values())) != len(used):
+        raise InputError("recipe.sources", "has two names for one model, which mergekit takes for one")
+    for name, reference in used.items():
+        if reference.count("+") > 1:
+            raise InputError(f"recipe.sources.{name}", "has several adapters; mergekit takes one", "Fold them first.")
 
 
-def _write_models(recipe: Recipe, grammar: Grammar) -> dict[str, Any]:
-    blend = recipe.blends[0]
-    models = [
-        {"model": recipe.sources[source], "parameters": {p: blend.value(p, source) for p in grammar.per_source}}
-        for source in blend.sources
-    ]
-    shared = {name: blend.value(name) for name in grammar.shared}
-    return {"models": [_without_empty(model) for model in models]} | ({"parameters": shared} if shared else {})
+def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
+    """Refuse what mergekit has no word for."""
+    if grammar.base in ("apart", "optional") and blend.base in blend.sources:
+        raise InputError(place, f"mixes the base {blend.base} as a source, which mergekit leaves out")
+    settings = {setting.ours: setting for setting in grammar.settings}
+    unsaid = {setting.ours: setting.default for setting in grammar.unsaid}
+    for name, value in blend.parameters.items():
+        if name in unsaid:
+            given = set(value.values()) if isinstance(value, dict) else {value}
+            if given != {unsaid[name]}:
+                raise InputError(f"{place}.{name}", f"is always {unsaid[name]:g} in mergekit's {blend.method}")
+        elif name not in settings:
+            raise InputError(f"{place}.{name}", f"is no parameter of mergekit's {blend.method}")
+        elif isinstance(value, dict) and not settings[name].per_source:
+            raise InputError(f"{place}.{name}", f"is one number for all sources in mergekit's {blend.method}")
 
 
-def _write_slices(recipe: Recipe, grammar: Grammar) -> list[dict[str, Any]]:
-    """One slice for each run of equal layers; the first carries the embedding, the last the final norm and the head."""
-    runs = [list(run) for _, run in itertools.groupby(recipe.hops, lambda hop: (hop.attention, hop.mlp, hop.norm))]
+def _slices(recipe: Recipe, grammar: Grammar, roles: Roles) -> list[dict[str, Any]]:
+    """One slice for each run of hops; the first carries the embedding, the last the final norm and the head."""
+    hops = [list(_hop(recipe, roles, number)) for number in range(len(recipe.hops))]
+    runs = list(_runs(recipe, hops))
     slices = []
-    for number, run in enumerate(runs):
-        filters = {"self_attn": run[0].attention, "mlp": run[0].mlp}
-        filters |= {"embed_tokens": recipe.embedding} if number == 0 else {}
-        filters |= {"model.norm": recipe.norm, "lm_head": recipe.head} if number == len(runs) - 1 else {}
-        blends = {name: recipe.blends[index] for name, index in filters.items()}
-        rest = recipe.blends[run[0].norm]
-        span = [run[0].layer, run[-1].layer + 1]
-        sources = [
-            {
-                "model": recipe.sources[source],
-                "parameters": {p: _setting(blends, rest, p, source) for p in grammar.per_source},
-            }
-            for source in rest.sources
-        ]
-        if grammar.task_vectors and rest.base is not None:  # with slices, mergekit wants it among them
-            sources.append({"model": recipe.sources[rest.base], "parameters": {}})
-        sources = [_without_empty({**source, "layer_range": span}) for source in sources]
-        shared = {p: _setting(blends, rest, p, None) for p in grammar.shared}
-        slices.append(_without_empty({"sources": sources, "parameters": shared}))
+    for number, (start, stop) in enumerate(runs):
+        tensors = list(itertools.chain(*hops[start:stop]))
+        tensors += _outside(recipe, roles, "embedding") if number == 0 else []
+        tensors += _outside(recipe, roles, "norm", "head") if number == len(runs) - 1 else []
+        slices.append(_slice(recipe, grammar, tensors, start, stop))
     return slices
 
 
-def _setting(blends: Mapping[str, Blend], rest: Blend, name: str, source: str | None) -> float | list[dict[str, Any]]:
-    """One value where all parts agree; else a filter for each part that differs from the rest."""
-    common = rest.value(name, source)
-    rules: list[dict[str, Any]] = [
-        {"filter": key, "value": blend.value(name, source)}
-        for key, blend in blends.items()
-        if blend.value(name, source) != common
-    ]
+def _hop(recipe: Recipe, roles: Roles, number: int) -> Iterator[_Tensor]:
+    hop = recipe.hops[number]
+    like = min(number, depth(roles) - 1)
+    for name, role in roles.items():
+        if role.layer == like:
+            merged = renumber(name, role, number)
+            blend = recipe.blend_for(Role(role.kind, number), merged)
+            yield _Tensor(merged, {s: renumber(name, role, hop.layer_of(s)) for s in _models(blend)}, blend)
+
+
+def _outside(recipe: Recipe, roles: Roles, *kinds: str) -> list[_Tensor]:
+    found = [(name, role) for name, role in roles.items() if role.layer is None and role.kind in kinds]
+    blends = [(name, recipe.blend_for(role, name)) for name, role in found]
+    return [_Tensor(name, dict.fromkeys(_models(blend), name), blend) for name, blend in blends]
+
+
+def _models(blend: Blend) -> list[str]:
+    return [*blend.sources, *([blend.base] if blend.base is not None else [])]
+
+
+def _runs(recipe: Recipe, hops: Sequence[Sequence[_Tensor]]) -> Iterator[tuple[int, int]]:
+    """(first hop, last hop + 1) of each run of hops that are made alike of layers that follow each other."""
+    start = 0
+    for number in range(1, len(hops) + 1):
+        if number < len(hops) and _follows(recipe, hops, number):
+            continue
+        yield start, number
+        start = number
+
+
+def _follows(recipe: Recipe, hops: Sequence[Sequence[_Tensor]], number: int) -> bool:
+    before, here = hops[number - 1], hops[number]
+    if [tensor.blend for tensor in before] != [tensor.blend for tensor in here]:
+        return False
+    one, other = recipe.hops[number - 1], recipe.hops[number]
+    return all(other.layer_of(model) == one.layer_of(model) + 1 for tensor in here for model in _models(tensor.blend))
+
+
+def _slice(recipe: Recipe, grammar: Grammar, tensors: Sequence[_Tensor], start: int, stop: int) -> dict[str, Any]:
+    first = tensors[0].blend
+    for tensor in tensors:
+        for what, here, there in (
+            ("sources", tensor.blend.sources, first.sources),
+            ("base", tensor.blend.base, first.base),
+        ):
+            if here != there:
+                problem = f"{tensor.merged} and {tensors[0].merged} differ in {what} ({here}, {there})"
+                raise InputError("recipe", problem, "Within a slice, mergekit mixes the same models.")
+    sources = []
+    for model in _models(first):
+        begin = recipe.hops[start].layer_of(model)
+        own = {
+            setting.name: _setting({t.inputs[model]: _value(t.blend, setting, model) for t in tensors}, setting)
+            for setting in grammar.settings
+            if setting.per_source and model in first.sources
+        }
+        entry = {"model": recipe.sources[model], "layer_range": [begin, begin + stop - start], "parameters": own}
+        sources.append(_without_empty(entry))
+    shared = {
+        setting.name: _setting({t.merged: _value(t.blend, setting, None) for t in tensors}, setting)
+        for setting in grammar.settings
+        if not setting.per_source
+    }
+    base = first.sources[0] if grammar.base == "first" else first.base
+    named = {"base_model": recipe.sources[base]} if base is not None else {}
+    return _without_empty({"sources": sources, **named, "parameters": shared})
+
+
+def _value(blend: Blend, setting: Setting, source: str | None) -> Value:
+    value = blend.parameters.get(setting.ours, setting.absent)
+    if isinstance(value, dict):
+        value = value[source or ""]
+    if value is None:
+        raise InputError("recipe.blends", f"{blend.method} needs a value for {setting.ours}")
+    return value
+
+
+def _setting(values: Mapping[str, Value], setting: Setting) -> Value | list[dict[str, Any]]:
+    """One value where all tensors agree; else a filter for each value that differs from the most common."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    left = dict(values)  # those that no filter has taken yet
+    rules: list[dict[str, Any]] = []
+    while odd := next((name for name, value in left.items() if value != common), None):
+        found = _filter(odd, left)
+        if found is None:
+            problem = f"no filter of mergekit's gives {odd} alone its {setting.name} {left[odd]:g}"
+            raise InputError("recipe", problem, "Its name is a part of another tensor's name.")
+        rules.append({"filter": found, "value": left[odd]})
+        left = {name: value for name, value in left.items() if found not in name}
     return [*rules, {"value": common}] if rules else common
+
+
+def _filter(name: str, values: Mapping[str, Value]) -> str | None:
+    """The part of a name that only names with the same value have, and as many of them as can be."""
+    parts = name.split(".")
+    best: tuple[tuple[int, bool, int, int], str] | None = None
+    for first, last in itertools.combinations(range(len(parts) + 1), 2):
+        text = ".".join(parts[first:last])
+        matched = [value for other, value in values.items() if text in other]
+        numbered = any(part.isdecimal() for part in parts[first:last])
+        rank = (-len(matched), numbered, last - first, first)
+        if all(value == values[name] for value in matched) and (best is None or rank < best[0]):
+            best = rank, text
+    return best[1] if best is not None else None
+
+
+def _whole(slices: Iterable[dict[str, Any]], look: Callable[[str], Roles]) -> dict[str, Any] | None:
+    """A single slice that takes all layers of every model, in the shorter form; None where it is not that."""
+    first, *more = slices
+    sources = first["sources"]
+    if more or any(source["layer_range"] != [0, depth(look(source["model"]))] for source in sources):
+        return None
+    models = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
+    return {"models": models} | {key: value for key, value in first.items() if key != "sources"}
 
 
 def _without_empty(entry: dict[str, Any]) -> dict[str, Any]:
