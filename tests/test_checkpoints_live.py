@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, live_model, load_tokenizer, load_weights
-from evomerge.checkpoints.roles import model_roles, tensor_roles
+from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.structure import empty_model
 from evomerge.errors import InputError
@@ -77,7 +77,7 @@ def loaded(folder: Path, dtype: torch.dtype | None = None) -> LiveModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_has_a_role_and_every_role_a_tensor(folders: dict[str, Path], name: str) -> None:
     source = opened(folders[name])
-    found = tensor_roles(source)
+    found = source.roles
     assert list(found) == list(source.tensors)
     lacking = set(roles(2)) - set(found.values())
     assert lacking == ({Role("head")} if source.tied else set())
@@ -124,7 +124,7 @@ EXPECTED: dict[str, dict[str, tuple[str, int | None]]] = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_roles_by_name(folders: dict[str, Path], name: str) -> None:
-    found = tensor_roles(opened(folders[name]))
+    found = opened(folders[name]).roles
     assert {n: (found[n].kind, found[n].layer) for n in EXPECTED[name]} == EXPECTED[name]
 
 

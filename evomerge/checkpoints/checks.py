@@ -11,29 +11,49 @@ from evomerge.checkpoints.folder import load_json
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config
 from evomerge.errors import InputError
+from evomerge.recipe import Blend, Hop, Recipe, Role, renumber
 
 _SAME_SHAPE = "Merge fine-tunes of one base."
-_SAME_TOKENIZER = "Merge models that share a tokenizer, or give one the other's tokenizer files if they mean the same."
+_SAME_TOKENIZER = (
+    "Say which tokens the merged model knows: `vocabulary: {kind: union}`, or `{kind: tokenizer}` for those of the "
+    "tokenizer's source alone; in a mergekit configuration, `tokenizer_source: union` or a model."
+)
+_CHOOSE_TOKENIZER = "Say which source gives the tokenizer: `tokenizer: NAME`."
 
 # Fields that change what weights of equal shape mean: two heads of 64 are not four of 32.
 _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
 
 
-def check_compatible(sources: Mapping[str, Source]) -> None:
+def check_compatible(
+    sources: Mapping[str, Source],
+    recipe: Recipe | None = None,
+    *,
+    same_tokens: bool = True,
+    same_special: bool = True,
+) -> None:
     """Refuse sources that cannot be mixed tensor by tensor.
 
     All are held against the first: architecture, layers, tying, every tensor's name and shape, vocabulary and special
     tokens. The padding token may differ: it never takes part in what a model computes.
 
+    Args:
+        recipe: says which layers are mixed with each other. Then sources may differ in depth, and only tensors that are
+            mixed must agree in shape.
+        same_tokens: their tokenizers must know the same tokens under the same ids. False for sources that ``align`` has
+            laid out for one vocabulary.
+        same_special: they must begin and end texts with the same tokens. False where somebody has chosen the source
+            that gives the tokenizer: then all need only know the others' special tokens.
+
     Raises:
         InputError: naming the two sources, what differs and both values.
     """
     first, *others = sources.values()
-    vocabulary = _vocabulary(first)
+    vocabulary = _vocabulary(first) if same_tokens else {}
     for other in others:
         _same(first, other, "model_type", first.config["model_type"], other.config["model_type"])
         _same(first, other, "architectures", first.config.get("architectures"), other.config.get("architectures"))
-        _same(first, other, "number of layers", first.layers, other.layers)
+        if recipe is None:
+            _same(first, other, "number of layers", first.layers, other.layers)
         _same(
             first, other, "tie_word_embeddings", first.tied, other.tied,
             "Untie the tied one: set tie_word_embeddings to false and save the embedding again as the head.",
@@ -41,13 +61,15 @@ def check_compatible(sources: Mapping[str, Source]) -> None:
         mine, theirs = (parse_config(s.config, s.place) for s in (first, other))
         _same(first, other, "vocab_size", mine.vocab_size, theirs.vocab_size, _SAME_TOKENIZER)
         _same(first, other, "hidden_size", mine.hidden_size, theirs.hidden_size)
-        for name in first.tensors.keys() | other.tensors.keys():
+        for name in first.tensors.keys() | other.tensors.keys() if recipe is None else ():
             _same(first, other, f"shape of {name}", _shape(first, name), _shape(other, name))
         for field in _MEANING:
             _same(first, other, field, getattr(mine, field, None), getattr(theirs, field, None))
-        _same_vocabulary(first, other, vocabulary, _vocabulary(other))
-        for token in ("bos_token", "eos_token", "unk_token"):
-            _same(first, other, token, _special(first, token), _special(other, token), _SAME_TOKENIZER)
+        if same_tokens:
+            _same_vocabulary(first, other, vocabulary, _vocabulary(other))
+            _same_special(first, other, {} if same_special else vocabulary)
+    if recipe is not None:
+        _check_path(sources, recipe)
 
 
 def check_finite(source: Source) -> None:
@@ -74,6 +96,47 @@ def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, mend: 
         raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", mend)
 
 
+def _check_path(sources: Mapping[str, Source], recipe: Recipe) -> None:
+    """Hold what is mixed in each hop against the layer that the tokenizer's source has there, or else its last."""
+    model = sources[recipe.tokenizer]
+    roles = {name: sources[name].roles for name in recipe.used_sources() | {recipe.tokenizer}}
+    outside = [(name, role) for name, role in roles[recipe.tokenizer].items() if role.layer is None]
+    for name, role in outside:
+        for source in _mixed(recipe.blend_for(role, name)):
+            _same(model, sources[source], f"shape of {name}", _shape(model, name), _shape(sources[source], name))
+    for number, hop in enumerate(recipe.hops):
+        like = min(number, model.layers - 1)
+        here = [(name, role) for name, role in roles[recipe.tokenizer].items() if role.layer == like]
+        users: dict[str, set[str]] = {}  # the tensors of the hop that each source takes part in
+        for name, role in here:
+            merged = renumber(name, role, number)
+            for source in _mixed(recipe.blend_for(Role(role.kind, number), merged)):
+                users.setdefault(source, set()).add(name)
+        for source, names in users.items():
+            layer = _layer(hop, source, sources[source], f"recipe.hops[{number}]")
+            theirs = {renumber(name, role, like) for name, role in roles[source].items() if role.layer == layer}
+            if extra := sorted(theirs - {name for name, _ in here}):
+                _same(model, sources[source], f"tensors of a layer: {extra[0]}", "absent", "present")
+            for name in sorted(names):
+                other = renumber(name, Role("mlp", like), layer)
+                what = f"shape of {name} and {other}"
+                _same(model, sources[source], what, _shape(model, name), _shape(sources[source], other))
+
+
+def _mixed(blend: Blend) -> set[str]:
+    return {*blend.sources, *([blend.base] if blend.base is not None else [])}
+
+
+def _layer(hop: Hop, name: str, source: Source, place: str) -> int:
+    try:
+        layer = hop.layer_of(name)
+    except KeyError:
+        raise InputError(place, f"mixes {name} into a tensor, but does not say which layer of it") from None
+    if layer >= source.layers:
+        raise InputError(place, f"takes layer {layer} of {name}, which has the layers 0 to {source.layers - 1}")
+    return layer
+
+
 def _shape(source: Source, name: str) -> str:
     return str(list(source.tensors[name].shape)) if name in source.tensors else "absent"
 
@@ -89,6 +152,14 @@ def _same_vocabulary(one: Source, other: Source, mine: dict[str, int], theirs: d
         f"{token!r} is {theirs.get(token, 'absent')} and {mine.get(token, 'absent')}",
         _SAME_TOKENIZER,
     )
+
+
+def _same_special(one: Source, other: Source, known: Mapping[str, int]) -> None:
+    """Refuse special tokens that differ, unless both are among those known."""
+    for token in ("bos_token", "eos_token", "unk_token"):
+        mine, theirs = _special(one, token), _special(other, token)
+        if not {mine, theirs} <= known.keys() | {None}:
+            _same(one, other, token, mine, theirs, _SAME_TOKENIZER if known else _CHOOSE_TOKENIZER)
 
 
 def _vocabulary(source: Source) -> dict[str, int]:

@@ -20,11 +20,18 @@ class FileFingerprint(TypedDict):
 
 
 def fingerprint(source: Source, known: Mapping[str, FileFingerprint] | None = None) -> dict[str, FileFingerprint]:
-    """Fingerprints of all files of a source, by file name.
+    """Fingerprints of all files of a source, by file name; those of adapters with the adapter's number before it.
 
     A file whose size and time of change are those in ``known`` is taken to hold the same and is not read again.
     """
-    return {file.name: _of_file(file, (known or {}).get(file.name)) for file in source.files}
+    return {name: _of_file(file, (known or {}).get(name)) for name, file in named_files(source).items()}
+
+
+def named_files(source: Source) -> dict[str, Path]:
+    """All files of a source by the names that fingerprints have."""
+    folders = list(dict.fromkeys(file.parent for file in source.files))
+    numbered = ((folders.index(file.parent), file) for file in source.files)
+    return {f"adapter {number}/{file.name}" if number else file.name: file for number, file in numbered}
 
 
 def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) -> dict[str, FileFingerprint]:

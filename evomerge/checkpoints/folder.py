@@ -17,6 +17,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """The files that make a tokenizer, where a folder has them."""
 
+_QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
+"""Files that quantisers put beside weights, some of them without a word in config.json."""
+
 _MAX_JSON_BYTES = 200_000_000
 _CONVERT = "To convert it where you trust it: `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
 
@@ -36,6 +39,49 @@ def check_links(folder: Path, place: str) -> None:
     for file in sorted(folder.iterdir()):
         if file.is_symlink() and not any(file.resolve().is_relative_to(root) for root in allowed):
             raise InputError(place, f"{file.name} is a link that leaves the folder", "Put the file itself there.")
+
+
+def zero_folder(folder: Path) -> Path | None:
+    """The folder with the shards of a DeepSpeed ZeRO checkpoint: this one, or the one below that holds its last step.
+
+    None when there is no such checkpoint. What the file ``latest`` says is followed only to a folder right here.
+    """
+    latest = folder / "latest"
+    if latest.is_file():
+        steps = [step for step in folder.iterdir() if step.name == latest.read_text("utf-8", "replace").strip()]
+    else:
+        steps = sorted(folder.glob("global_step*"))
+    for step in [folder, *steps[-1:]]:
+        if any(step.glob("*_optim_states.pt")) or any(step.glob("*_model_states.pt")):
+            return step
+    return None
+
+
+def refuse_unreadable(folder: Path, place: str) -> None:
+    """Refuse a folder whose weights are in a form of their own, by its name.
+
+    Raises:
+        InputError: it tells what to do.
+    """
+    for name, kind in _QUANTISERS.items():
+        if (folder / name).exists():
+            raise InputError(
+                place, f"{name} says that the weights are quantised ({kind})", "Use the full-precision model."
+            )
+    if any(folder.glob("*.safetensors")):
+        return
+    if (step := zero_folder(folder)) is not None:
+        raise InputError(
+            place,
+            f"{folder} is a DeepSpeed ZeRO checkpoint: its weights are cut up among the shards in {step.name}",
+            "Put them together with `evomerge consolidate` and name the folder that it makes.",
+        )
+    if files := sorted(folder.glob("*.gguf")):
+        raise InputError(
+            place,
+            f"{folder} holds GGUF ({files[0].name}), which llama.cpp reads and which mostly is quantised",
+            "Use the model in full precision that it was made from.",
+        )
 
 
 def load_json(file: Path, place: str) -> dict[str, Any]:

@@ -7,8 +7,10 @@ or overlap.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
     if entry.begin % dtype.itemsize:  # the format asks for no alignment, though its own writer gives it
         raw = raw.clone()
     return raw.view(dtype).view(entry.shape)
+
+
+def release_pages(view: torch.Tensor) -> None:
+    """Drop the pages of a view of a mapped file from this process; the system's own cache of the file stays.
+
+    Mapped pages count as memory of the process until it needs them elsewhere: a merge of a large model would seem to
+    hold all of its sources.
+    """
+    page = mmap.PAGESIZE
+    begin, end = view.data_ptr() // page * page, view.data_ptr() + view.nbytes
+    if view.nbytes:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def read_header(file: Path, place: str) -> dict[str, TensorEntry]:

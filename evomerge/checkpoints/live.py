@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import empty_model, first_line, parse_config, stored_tensors
+from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
 from evomerge.recipe import Role
 
@@ -36,8 +37,8 @@ class LiveModel:
     Attributes:
         model: a transformers ``PreTrainedModel`` in eval mode, without gradients.
         tokenizer: its tokenizer, padding on the left, with a padding token.
-        roles: the role of every tensor that can be written, by its name in the source's files.
-        tensors: the tensors themselves, on the device.
+        roles: the role of every tensor that can be written, by its name in the source.
+        tensors: the tensors themselves, on the device. Experts that the model holds in one are views into it.
     """
 
     model: Any
@@ -80,7 +81,7 @@ def live_model(source: Source, device: torch.device, dtype: torch.dtype | None =
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
         except Exception as error:  # whatever a strange value does inside transformers
             raise InputError(source.place, f"generation_config.json cannot be used: {first_line(error)}") from error
-    tensors = {name: stored[in_model] for name, in_model in source.names.items()}
+    tensors = {name: part.of(stored[part.tensor]) for name, part in source.parts.items()}
     by_model = model_roles(model, source.layers)
     roles = {name: by_model[in_model] for name, in_model in source.names.items()}
     return LiveModel(model, load_tokenizer(source), roles, tensors)
@@ -92,10 +93,7 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         InputError: it cannot be loaded, or has neither a padding nor an end token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exceptions for broken files
-        raise InputError(source.place, f"its tokenizer cannot be loaded: {first_line(error)}") from error
+    tokenizer = open_tokenizer(source)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

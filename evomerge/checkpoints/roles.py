@@ -6,19 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors
+from evomerge.checkpoints.structure import layer_stack, stored_tensors
 from evomerge.recipe import Role, RoleKind
-
-
-def tensor_roles(source: Source) -> dict[str, Role]:
-    """The role of each of the source's tensors, by name, in their order.
-
-    A tied head has no tensor of its own, so there is then no role "head".
-    """
-    model = empty_model(parse_config(source.config, source.place), source.place)
-    roles = model_roles(model, source.layers)
-    return {name: roles[in_model] for name, in_model in source.names.items()}
 
 
 def model_roles(model: Any, layers: int) -> dict[str, Role]:

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from transformers.pytorch_utils import Conv1D
 
-from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json
-from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, view_entry
-from evomerge.checkpoints.structure import (
-    check_config,
-    empty_model,
-    names_in_model,
-    parse_config,
-    stored_tensors,
-    tied_names,
-)
+from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
+from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter, refuse_alone
+from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
+from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
+from evomerge.checkpoints.layout import Part, checkpoint_parts, entries, find_names, locate
+from evomerge.checkpoints.places import find_folder, split_reference
+from evomerge.checkpoints.roles import model_roles
+from evomerge.checkpoints.structure import check_config, empty_model, parse_config, stored_tensors, tied_names
 from evomerge.errors import InputError
-
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_HUB_COPIES = ["*/*", "consolidated*"]  # the same weights again in another layout
+from evomerge.recipe import Role
 
 
 @dataclass
@@ -45,17 +30,21 @@ class Source:
 
     Attributes:
         name: short name in the search file.
-        reference: the folder or hub id as given.
+        reference: the folder or hub id as given, with its adapters.
         place: where the reference stands, for errors ("sources.maths").
-        folder: where the files are.
+        folder: where the files of the model are.
         config: config.json as parsed JSON.
-        tensors: every tensor that the model has, by its name in the files, in the order of the model's modules.
-            What the files hold beside them is left out and named in ``warnings``.
-        names: the name in the transformers model of each of them. Most are the same.
+        tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
+            model's modules, and where it is stored. What the files hold beside them is left out and named in
+            ``warnings``.
+        parts: the part of the transformers model that each of them is: most are a whole tensor of the same name.
+        roles: the role of each of them. A tied head has no tensor of its own, so there is then no role "head".
         layers: number of layers in the stack.
         tied: the head is the embedding, and has no tensor of its own.
-        files: all files that make this model what it is: weights, index, configurations, tokenizer.
+        files: all files that make this model what it is: weights, index, configurations, tokenizer, adapters.
         warnings: sentences for a person.
+        changes: what adapters do to tensors, by name, in the order of the adapters.
+        tokenizer_texts: the files of the tokenizer, by name, where those in the folder do not count.
     """
 
     name: str
@@ -64,24 +53,44 @@ class Source:
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorEntry]
-    names: Mapping[str, str]
+    parts: Mapping[str, Part]
+    roles: Mapping[str, Role]
     layers: int
     tied: bool
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    tokenizer_texts: Mapping[str, str] = field(default_factory=dict)
     _maps: dict[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}}  # a pickled map would be all of the weights
 
     @property
+    def names(self) -> dict[str, str]:
+        """The name of each tensor in the transformers model; experts of a layer may share one."""
+        return {name: part.tensor for name, part in self.parts.items()}
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of its weights."""
+        """The dtype of most of its stored weights."""
         return _dominant_dtype(self.tensors)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU, in its stored dtype: a view of the mapped file, never to be written to."""
-        entry = self.tensors[name]
+        """A tensor on the CPU, never to be written to.
+
+        One that no adapter changes is a view of the mapped file in its stored dtype; one that an adapter changes is
+        float32, folded anew by every call.
+        """
+        stored = self._view(self.tensors[name])
+        changes = self.changes.get(name)
+        return fold(stored, changes, self._view) if changes else stored
+
+    def release(self, name: str) -> None:
+        """Let the system take back the memory that holds a tensor of the mapped files. It is read anew when needed."""
+        release_pages(self._view(self.tensors[name]))
+
+    def _view(self, entry: TensorEntry) -> torch.Tensor:
         if entry.file not in self._maps:
             self._maps[entry.file] = map_file(entry.file)
         return view_entry(entry, self._maps[entry.file])
@@ -92,28 +101,26 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
 
     Args:
         name: short name of the source.
-        reference: a folder, or ``org/name`` with an optional ``@revision`` on the Hugging Face hub.
+        reference: a folder, or ``org/name`` with an optional ``@revision`` on the Hugging Face hub; adapters follow
+            it, each after a plus.
         place: where the reference was given, for errors.
-        root: what a relative folder is relative to; the current folder when None.
+        root: what relative folders are relative to; the current folder when None.
 
     Raises:
         InputError: the model cannot be had, or anything about it is broken, unsafe or unsupported.
     """
-    folder = _locate(reference, place, root)
+    folder, *adapters = (find_folder(part, place, root) for part in split_reference(reference, root))
     try:
-        return _open(name, reference, place, folder)
+        return _open(name, reference, place, folder, adapters)
     except OSError as error:
         raise InputError(place, f"{error.filename or folder} cannot be read ({error.strerror})") from error
 
 
-def _open(name: str, reference: str, place: str, folder: Path) -> Source:
+def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequence[Path]) -> Source:
     check_links(folder, place)
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            place,
-            f"{folder} is an adapter (LoRA); adapters are not supported yet",
-            "Merge it into its base with peft's `merge_and_unload` and name the folder that you save.",
-        )
+    if (folder / ADAPTER_CONFIG).exists():
+        refuse_alone(folder, reference, place)
+    refuse_unreadable(folder, place)
     config = load_json(folder / "config.json", place)
     check_config(config, place)
     _check_side_files(folder, place)
@@ -123,58 +130,67 @@ def _open(name: str, reference: str, place: str, folder: Path) -> Source:
     if layers > len(found):  # before building that many modules
         raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {len(found)} tensors")
     model = empty_model(parsed, place)
-    stored = _stored_names(names_in_model(model, found, place), place)
-    _check_tensors(found, stored, model, place)
-    copies = _check_copies(found, stored, model, place)
-    tensors = {stored[name]: found[stored[name]] for name in stored_tensors(model)}
-    return Source(
+    parts, roles = checkpoint_parts(model), _roles(model, layers, place)
+    located = locate(model, {name: entry.shape for name, entry in found.items()}, place)
+    tensors = _tensors(found, parts, located, model, place)
+    copies = _check_copies(found, located, model, place)
+    source = Source(
         name=name,
         reference=reference,
         place=place,
         folder=folder,
         config=config,
         tensors=tensors,
-        names={stored[name]: name for name in stored_tensors(model)},
+        parts=parts,
+        roles={name: roles[part.tensor] for name, part in parts.items()},
         layers=layers,
         tied=bool(tied_names(model)),
         files=_files(folder, found),
-        warnings=_warnings(tensors, sorted(found.keys() - tensors.keys() - copies)),
+        warnings=_warnings(tensors, sorted(found.keys() - _used(parts, located) - copies)),
+    )
+    base = _base(source, model)
+    return _adapted(source, [open_adapter(adapter, base, place) for adapter in adapters])
+
+
+def _roles(model: Any, layers: int, place: str) -> dict[str, Role]:
+    try:
+        return model_roles(model, layers)
+    except LookupError as error:
+        raise InputError(
+            place, f"cannot be merged: {error}", "Only models that are a stack of layers can be."
+        ) from None
+
+
+def _base(source: Source, model: Any) -> Base:
+    tied = set(tied_names(model).values())
+    return Base(
+        shapes={name: entry.shape for name, entry in source.tensors.items()},
+        find=lambda names: find_names(model, source.parts, names),
+        turned=frozenset(n for n, part in source.parts.items() if isinstance(_owner(model, part), Conv1D)),
+        tied=frozenset(name for name, part in source.parts.items() if part.tensor in tied),
     )
 
 
-def _locate(reference: str, place: str, root: Path | None) -> Path:
-    local = Path(os.path.join(root or Path(), os.path.expanduser(reference)))
-    if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
-        return local
-    if os.path.exists(local):
-        raise InputError(place, f"{local} is a file", "Name the folder that holds the model.")
-    hub = _HUB_ID.fullmatch(reference)
-    if hub is None or reference.startswith("."):
-        raise InputError(place, f"there is no folder {local}", "Give a model's folder, or org/name of one on the hub.")
-    return _download(hub["id"], hub["revision"], local, place)
+def _owner(model: Any, part: Part) -> Any:
+    return model.get_submodule(part.tensor.rpartition(".")[0])
 
 
-def _download(repository: str, revision: str | None, local: Path, place: str) -> Path:
-    # Messages of the hub's own errors carry addresses and request ids, so ours are written anew.
-    which = repository + (f" at revision {revision}" if revision else "")
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
-        )
-    except GatedRepoError:
-        problem = f"{which} is gated on the hub, and this machine's token may not read it"
-        mend = "Ask for access on its page, then run `hf auth login`."
-    except RevisionNotFoundError:
-        problem, mend = f"{repository} has no revision {revision!r} on the hub", "Name a branch, a tag or a commit."
-    except (RepositoryNotFoundError, HFValidationError):
-        problem = f"there is neither a folder {local} nor a model {repository} on the hub"
-        mend = "Check the spelling; for a private model run `hf auth login`."
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
-        problem = f"there is no folder {local}, and {which} is not in the hub's cache and the hub cannot be reached"
-        mend = "Check the spelling and the network, or download the model on another machine."
-    except Exception as error:  # a connection that breaks half way raises errors of many libraries
-        problem, mend = f"{which} could not be downloaded ({type(error).__name__})", "Try again later."
-    raise InputError(place, problem, mend)
+def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
+    """The source with adapters on it, each upon those before."""
+    tensors = dict(source.tensors)
+    changes: dict[str, tuple[Change, ...]] = {}
+    warnings = source.warnings
+    model = source.reference.partition("+")[0]
+    for adapter in adapters:
+        for name, entry in adapter.replaced.items():
+            tensors[name] = entry
+            changes.pop(name, None)
+        for name, change in adapter.changes.items():
+            changes[name] = (*changes.get(name, ()), change)
+        if adapter.base and Path(adapter.base).name != Path(model.partition("@")[0]).name:
+            warnings += (f"the adapter {adapter.folder} was trained on {adapter.base}; it is put on {model}",)
+    files = (*source.files, *(file for adapter in adapters for file in adapter.files))
+    return replace(source, tensors=tensors, changes=changes, files=files, warnings=warnings)
 
 
 def _check_side_files(folder: Path, place: str) -> None:
@@ -192,41 +208,51 @@ def _check_side_files(folder: Path, place: str) -> None:
         )
 
 
-def _stored_names(names: Mapping[str, str], place: str) -> dict[str, str]:
-    """Name in the files of each name in the model."""
-    stored: dict[str, str] = {}
-    for name, in_model in names.items():
-        if in_model in stored:
-            raise InputError(place, f"the files hold {in_model} twice: as {stored[in_model]} and as {name}")
-        stored[in_model] = name
-    return stored
-
-
-def _check_tensors(found: Mapping[str, TensorEntry], stored: Mapping[str, str], model: Any, place: str) -> None:
+def _tensors(
+    found: Mapping[str, TensorEntry],
+    parts: Mapping[str, Part],
+    located: Mapping[Part, str],
+    model: Any,
+    place: str,
+) -> dict[str, TensorEntry]:
+    """Where every tensor of the model lies, checked for presence, shape and dtype."""
     expected, head = stored_tensors(model), model.get_output_embeddings()
-    if missing := [name for name in expected if name not in stored]:
+    whole = {name: part for part, name in located.items() if not part.cuts and part.tensor in expected}
+    for name, part in whole.items():
+        _check_shape(name, found[name], expected[part.tensor].shape, place)
+    tensors = dict(entries(parts, located, found))
+    if missing := [name for name in parts if name not in tensors]:
         mend = "Complete the download, or see that config.json is the one that belongs to these weights."
-        if head is not None and all(expected[name] is getattr(head, "weight", None) for name in missing):
+        if head is not None and all(expected[parts[n].tensor] is getattr(head, "weight", None) for n in missing):
             mend = "If its head is its embedding, set tie_word_embeddings to true in a copy of config.json."
         raise InputError(place, f"tensors that config.json asks for are missing from the files: {_few(missing)}", mend)
-    for in_model, tensor in expected.items():
-        name, shape = stored[in_model], list(tensor.shape)
-        entry = found[name]
-        if list(entry.shape) != shape:
-            raise InputError(
-                place, f"{name} has shape {list(entry.shape)} in {entry.file.name}; config.json asks for {shape}"
-            )
+    for name, entry in tensors.items():
+        _check_shape(name, entry, parts[name].of(expected[parts[name].tensor]).shape, place)
         if entry.dtype not in TORCH_DTYPES:
             raise InputError(
                 place,
                 f"{name} is stored as {entry.dtype}; only {', '.join(TORCH_DTYPES)} can be merged",
                 "Use the model in full precision; F8 and integers are what quantised models are stored as.",
             )
+    return tensors
 
 
-def _check_copies(found: Mapping[str, TensorEntry], stored: Mapping[str, str], model: Any, place: str) -> set[str]:
+def _check_shape(name: str, entry: TensorEntry, shape: Sequence[int], place: str) -> None:
+    if list(entry.shape) != list(shape):
+        raise InputError(
+            place, f"{name} has shape {list(entry.shape)} in {entry.file.name}; config.json asks for {list(shape)}"
+        )
+
+
+def _used(parts: Mapping[str, Part], located: Mapping[Part, str]) -> set[str]:
+    wanted = set(parts.values()) | {Part(part.tensor) for part in parts.values()}
+    return {name for part, name in located.items() if part in wanted}
+
+
+def _check_copies(found: Mapping[str, TensorEntry], located: Mapping[Part, str], model: Any, place: str) -> set[str]:
     """Names of second copies of tied tensors in the files. They are fine as long as they are equal."""
-    copies = {stored[copy]: stored[original] for copy, original in tied_names(model).items() if copy in stored}
+    tied = ((Part(copy), Part(original)) for copy, original in tied_names(model).items())
+    copies = {located[copy]: located[original] for copy, original in tied if copy in located}
     for copy, original in copies.items():
         one, other = found[copy], found[original]
         same = (one.dtype, one.shape) == (other.dtype, other.shape)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from evomerge.errors import InputError
 
@@ -39,12 +37,8 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
         if value is None:
             continue
         if key in _QUANTISED:
-            method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
-            raise InputError(
-                place,
-                f"config.json: {key} says that the weights are quantised ({method})",
-                "Use the full-precision model.",
-            )
+            problem = f"config.json: {key} says that the weights are quantised ({_quantisation(value)})"
+            raise InputError(place, problem, "Use the full-precision model.")
         private = key.startswith("_") and key not in _HARMLESS_PRIVATE and not isinstance(value, bool | int | float)
         if key in _RUNS_CODE or private:
             raise InputError(
@@ -54,6 +48,16 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
             )
         if _COUNTS_MODULES.search(key) and type(value) is int and not 0 <= value <= 10_000:
             raise InputError(place, f"config.json: {key} is {value}, which no model has")
+
+
+def _quantisation(config: Any) -> str:
+    if not isinstance(config, dict):
+        return "unknown"
+    fewer = next((f"{bits} bits" for bits in (4, 8) if config.get(f"load_in_{bits}bit")), None)
+    bits = f"{config['bits']} bits" if type(config.get("bits")) is int else fewer
+    # bitsandbytes came first and did not say its name at first
+    method = config.get("quant_method") or ("bitsandbytes" if fewer else "unknown")
+    return ", ".join(str(part) for part in (method, bits) if part)
 
 
 def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -108,34 +112,6 @@ def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True).keys()
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
-def names_in_model(model: Any, stored: Iterable[str], place: str) -> dict[str, str]:
-    """Name in the model of every tensor in a checkpoint: where transformers' own loading would put it.
-
-    Most names are the same. Some were changed by transformers since the checkpoint was written (``embed_out`` of a
-    GPT-NeoX is its ``lm_head`` today) or lack the model's prefix (``h.0`` for ``transformer.h.0``).
-
-    Raises:
-        InputError: a tensor is not only renamed but computed anew while it is loaded.
-    """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    tensors = model.state_dict()
-    names = {}
-    for name in sorted(stored):
-        new, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, tensors)
-        if new not in tensors:
-            new, converter = rename_source_key(name, [], [], model.base_model_prefix, tensors)
-        elif converter is not None:
-            raise InputError(
-                place,
-                f"{name} is not a tensor of the model but made into one while loading (as experts are, fused)",
-                f"{type(model).__name__} is not supported yet.",
-            )
-        names[name] = new
-    return names
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from evomerge.checkpoints.headers import TORCH_DTYPES
 from evomerge.errors import InputError
 
 SHARD_BYTES = 5_000_000_000
+_UNFINISHED = ".unfinished"
+_LOCK = ".lock"
 _SLACK_BYTES = 32_000_000  # for the tokenizer and what else goes in beside the weights
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ORDER = {"F32": 0, "BF16": 1, "F16": 2}  # wide ones first, so that all are aligned; that of safetensors' own writer
@@ -44,38 +49,79 @@ class FolderWriter:
     """Writes a model folder beside its place and moves it there when it is complete.
 
     ``with FolderWriter(out, layout) as folder:`` then ``folder.write(name, tensor)`` for every tensor of the layout, in
-    any order, and ``add_file`` and ``add_text`` for the rest. Memory never holds more than the tensor being written.
-    The bytes are those of ``safetensors.torch.save_file``. On any exception nothing is left behind.
+    any order and from any threads, and ``add_file`` and ``add_text`` for the rest. Memory never holds more than the
+    tensors being written. The bytes are those of ``safetensors.torch.save_file``.
+
+    A file of weights gets its name when it is complete and on the disk. With a ``key``, a process that is killed or
+    interrupted leaves such files beside ``out``, and the next one with the same key begins with them (``done``). After
+    an error, or without a key, nothing is left behind.
 
     Args:
         out: the folder to make. It may exist if it is empty.
         layout: the tensors; files are filled in this order.
         shard_bytes: most bytes of tensors in a file, unless a single tensor has more.
         sources: folders of models that must not be written into.
+        key: says what is written, in letters and digits: the same key must mean the same bytes.
 
     Raises:
         InputError: at once, when ``out`` cannot be written or the disk is too small; later, when the disk is full.
     """
 
     def __init__(
-        self, out: Path, layout: Layout, shard_bytes: int = SHARD_BYTES, *, sources: Sequence[Path] = ()
+        self,
+        out: Path,
+        layout: Layout,
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        sources: Sequence[Path] = (),
+        key: str | None = None,
     ) -> None:
         self.out = out.absolute()
-        self._partial = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._key = key
+        self._partial = self.out.parent / f".{self.out.name}.partial-{key or os.getpid()}"
         self._shapes = {name: (tuple(shape), dtype) for name, shape, dtype in layout}
         self._shards = _plan(layout, shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.ranges}
         self._waiting = {shard.file: set(shard.ranges) for shard in self._shards}
         self._open: dict[str, BinaryIO] = {}
+        self._held: BinaryIO | None = None
+        self._lock = threading.Lock()
         self._need = sum(shard.size for shard in self._shards) + _SLACK_BYTES
         self._check_out([folder.resolve() for folder in sources])
         self._check_space()
 
     def __enter__(self) -> Self:
-        shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process that had this one's number
         with self._disk_faults():
-            self._partial.mkdir()
+            if self._key is None:
+                shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process that had this one's number
+                self._partial.mkdir()
+            else:
+                self._take_over(self._key)
         return self
+
+    def _take_over(self, key: str) -> None:
+        """Keep the complete files of weights that an earlier process left under this key, and nothing else."""
+        for stale in self.out.parent.glob(f".{glob.escape(self.out.name)}.partial-*"):
+            if stale != self._partial and not stale.name.rpartition("-")[2].isdigit():
+                shutil.rmtree(stale, ignore_errors=True)
+        self._partial.mkdir(exist_ok=True)
+        self._held = (self._partial / _LOCK).open("wb")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._held.close()
+            raise InputError(str(self.out), "is being written by another process") from None
+        whole = {shard.file: shard.size for shard in self._shards}
+        for found in self._partial.iterdir():
+            if whole.get(found.name) == found.stat().st_size:
+                self._waiting[found.name].clear()
+            elif found.name != _LOCK:
+                found.unlink()
+
+    @property
+    def done(self) -> set[str]:
+        """Names of the tensors that need not be written any more."""
+        return {name for name, shard in self._shard_of.items() if name not in self._waiting[shard.file]}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -89,7 +135,10 @@ class FolderWriter:
                 # A full disk fails again when the buffer is flushed; the file goes away below.
                 with suppress(OSError):
                     stream.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+            if self._key is None or error is None or isinstance(error, Exception):
+                shutil.rmtree(self._partial, ignore_errors=True)
+            if self._held is not None:
+                self._held.close()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor of the layout, from any device.
@@ -100,19 +149,26 @@ class FolderWriter:
             InputError: the disk is full.
         """
         shard = self._shard_of[name]
-        self._waiting[shard.file].remove(name)
         if (tuple(tensor.shape), tensor.dtype) != self._shapes[name]:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; the layout says {self._shapes[name]}")
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         with self._disk_faults():
-            if shard.file not in self._open:
-                self._open[shard.file] = (self._partial / shard.file).open("xb")
-                self._open[shard.file].write(shard.header)
-            stream = self._open[shard.file]
-            stream.seek(shard.ranges[name][0])
-            stream.write(raw.numpy().data)
-            if not self._waiting[shard.file]:
-                _sync(self._open.pop(shard.file))
+            with self._lock:
+                if name not in self._waiting[shard.file]:
+                    raise KeyError(name)
+                if shard.file not in self._open:
+                    self._open[shard.file] = (self._partial / (shard.file + _UNFINISHED)).open("xb", buffering=0)
+                    self._open[shard.file].write(shard.header)
+                stream = self._open[shard.file]
+            _write_at(stream, raw.numpy().data, shard.ranges[name][0])
+            with self._lock:
+                self._waiting[shard.file].remove(name)
+                last = not self._waiting[shard.file]
+                if last:
+                    del self._open[shard.file]
+            if last:
+                _sync(stream)
+                (self._partial / (shard.file + _UNFINISHED)).rename(self._partial / shard.file)
 
     def add_text(self, name: str, text: str) -> None:
         """Write a text file (UTF-8) into the folder."""
@@ -141,7 +197,9 @@ class FolderWriter:
         return self._partial
 
     def _finish(self) -> None:
-        _sync_folder(self.complete())
+        folder = self.complete()
+        (folder / _LOCK).unlink(missing_ok=True)  # the open file still holds the lock
+        _sync_folder(folder)
         try:
             self._partial.rename(self.out)  # over an empty folder as well
         except OSError as error:
@@ -217,6 +275,13 @@ def _shard(file: str, tensors: list[tuple[str, str, list[int], int]]) -> _Shard:
     start = 8 + len(text)
     ranges = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
     return _Shard(file, len(text).to_bytes(8, "little") + text, ranges)
+
+
+def _write_at(stream: BinaryIO, raw: memoryview, offset: int) -> None:
+    """Write all of ``raw``, leaving the position of the file to other threads."""
+    while raw:
+        written = os.pwrite(stream.fileno(), raw[: 1 << 30], offset)  # Linux takes no more than 2 GiB at once
+        raw, offset = raw[written:], offset + written
 
 
 def _sync(stream: BinaryIO) -> None:

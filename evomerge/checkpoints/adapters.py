@@ -1,0 +1,322 @@
+"""Adapters (PEFT's LoRA and its kin) on a source: what they change, and the fold of it into the weights.
+
+With stored weight W, factors A and B of rank r and scaling s = alpha / r (rsLoRA: alpha / sqrt(r)):
+
+    LoRA   W + s B A                                                     (Hu et al. 2021, arXiv:2106.09685, section 4.1)
+    DoRA   m (W + s B A) / ||W + s B A||, the norm of each output's row  (Liu et al. 2024, arXiv:2402.09353, equation 5)
+
+Everything is computed in float32. The factors stay in their mapped files; a fold is made each time it is read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.checkpoints.folder import check_links, load_json
+from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, read_header, view_entry
+from evomerge.errors import InputError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_FOLD = "Fold it with peft's `merge_and_unload` and name the folder that you save."
+_UNSUPPORTED = (
+    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "target_parameters", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_PLAIN_STARTS = {"True", "False", "None", "gaussian", "eva", "orthogonal"}
+"""Values of init_lora_weights that leave the base as it was; PiSSA and others train against a base they changed."""
+
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(\.(?P<field>weight|bias))?"
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA or DoRA of one weight.
+
+    Attributes:
+        down, up: the factors A (rank by inputs) and B (outputs by rank).
+        scale: s above.
+        turned: the weight is stored as inputs by outputs: embeddings, and GPT-2's Conv1D.
+        magnitude: DoRA's m, one number an output.
+    """
+
+    down: TensorEntry
+    up: TensorEntry
+    scale: float
+    turned: bool
+    magnitude: TensorEntry | None = None
+
+    def apply(
+        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor]
+    ) -> torch.Tensor:
+        """``weight`` as the adapters before left it, with this one on it; ``stored`` is without any. Both float32."""
+        up, down = view(self.up).float(), view(self.down).float()
+        left, right = (down.T, up.T) if self.turned else (up, down)
+        moved = torch.addmm(weight, left, right, alpha=self.scale)
+        if self.magnitude is None:
+            return moved
+        # Of several DoRA each was trained beside the others' base, so the norm is that of the stored weight.
+        alone = moved if weight is stored else torch.addmm(stored, left, right, alpha=self.scale)
+        norm = torch.linalg.vector_norm(alone, dim=0 if self.turned else 1, keepdim=True)
+        return moved.mul_(view(self.magnitude).float().reshape(norm.shape) / norm)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A bias of B (``lora_bias``), which moves the layer's own by s times it."""
+
+    by: TensorEntry
+    scale: float
+
+    def apply(
+        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor]
+    ) -> torch.Tensor:
+        """``weight`` as the adapters before left it, with this one on it."""
+        return weight + self.scale * view(self.by).float()
+
+
+Change = LowRank | Shift
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter, matched to the tensors of its base.
+
+    Attributes:
+        folder: where its files are.
+        changes: what it does to tensors, by the names that the source has for them.
+        replaced: tensors that it holds in full instead (``modules_to_save``), by the same names.
+        files: its own files.
+        base: the base that it names, or "".
+    """
+
+    folder: Path
+    changes: Mapping[str, Change]
+    replaced: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+    base: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter must know of the model under it.
+
+    Attributes:
+        shapes: of the source's tensors, by name.
+        find: gives for names of tensors, as modules of the model go by, the source's names; None where it has none.
+        turned: names of weights stored as inputs by outputs.
+        tied: names of tensors that serve twice, as embedding and as head.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    find: Callable[[Sequence[str]], Mapping[str, str | None]]
+    turned: frozenset[str]
+    tied: frozenset[str]
+
+
+def fold(stored: torch.Tensor, changes: Sequence[Change], view: Callable[[TensorEntry], torch.Tensor]) -> torch.Tensor:
+    """A stored tensor with changes folded in, in their order: float32, on the CPU.
+
+    Args:
+        view: gives the tensor of an entry.
+    """
+    original = stored.float()
+    weight = original
+    for change in changes:
+        weight = change.apply(weight, original, view)
+    return weight
+
+
+def refuse_alone(folder: Path, reference: str, place: str) -> None:
+    """Refuse an adapter that stands where a model should.
+
+    Raises:
+        InputError: always; it tells how to name the two together.
+    """
+    base = load_json(folder / CONFIG, place).get("base_model_name_or_path")
+    named = base if isinstance(base, str) and base else "BASE"
+    raise InputError(
+        place, f"{folder} is an adapter, which is no model without its base", f"Write `{named}+{reference}`."
+    )
+
+
+def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
+    """Open an adapter's folder and match all of it to its base, headers only.
+
+    Raises:
+        InputError: it is broken, of a kind that cannot be folded, or made for another model.
+    """
+    check_links(folder, place)
+    if not (folder / CONFIG).exists():
+        raise InputError(
+            place, f"{folder} is no adapter: it has no {CONFIG}", "Name models apart; a plus adds adapters."
+        )
+    config = load_json(folder / CONFIG, place)
+    _check_config(config, place)
+    if not (folder / WEIGHTS).exists():
+        held = (
+            "pickled weights (adapter_model.bin), which can run code" if any(folder.glob("*.bin")) else f"no {WEIGHTS}"
+        )
+        raise InputError(place, f"the adapter {folder} holds {held}", "Save it again with peft's `save_pretrained`.")
+    found = read_header(folder / WEIGHTS, place)
+    for name, entry in found.items():
+        if entry.dtype not in TORCH_DTYPES:
+            raise InputError(place, f"the adapter's {name} is stored as {entry.dtype}; use one in floating point")
+    reader = _Reader(folder, config, base, place)
+    changes, replaced = reader.read(found)
+    named = config.get("base_model_name_or_path")
+    return Adapter(
+        folder, changes, replaced, (folder / CONFIG, folder / WEIGHTS), named if isinstance(named, str) else ""
+    )
+
+
+def _check_config(config: Mapping[str, Any], place: str) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(place, f"{CONFIG}: peft_type is {kind!r}; only LORA and its kin can be folded", _FOLD)
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise InputError(place, f"{CONFIG}: {key} is not supported", _FOLD)
+    start = str(config.get("init_lora_weights"))
+    if start not in _PLAIN_STARTS:
+        raise InputError(
+            place,
+            f"{CONFIG}: init_lora_weights is {start!r}, so it was trained on a base that is not the model you name",
+            "Save it with peft's `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
+        )
+    for key in ("r", "lora_alpha"):
+        if not _positive(config.get(key)):
+            raise InputError(place, f"{CONFIG}: {key} is {config.get(key)!r}; it must be a number above 0")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(_positive(value) for value in patterns.values()):
+            raise InputError(place, f"{CONFIG}: {key} must give numbers by module")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(place, f"{CONFIG}: {key} has a broken pattern {pattern!r} ({error})") from None
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Sorts an adapter's tensors by what they do to which tensor of the base."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    base: Base
+    place: str
+
+    def read(self, found: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
+        modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+        whole: dict[str, TensorEntry] = {}
+        for name, entry in found.items():
+            plain = name.removeprefix("base_model.model.")
+            if match := _TENSOR.fullmatch(plain):
+                kind = match["kind"] + (".bias" if match["field"] == "bias" else "")
+                modules[match["module"]][kind] = entry
+            else:
+                whole[re.sub(r"\b(modules_to_save|base_layer)\.", "", plain)] = entry
+        weights, biases = ([f"{m}.{field}" for m in modules] for field in ("weight", "bias"))
+        names = self.base.find([*weights, *biases, *whole])
+        changes: dict[str, Change] = {}
+        for module, tensors in modules.items():
+            for target, change in self._module(module, tensors):
+                changes[self._known(names, target)] = change
+        self._check_shapes(changes)
+        replaced = {self._known(names, name): entry for name, entry in whole.items()}
+        for name, entry in replaced.items():
+            if entry.shape != tuple(self.base.shapes[name]):
+                raise self._misfit(name, entry.shape)
+        self._check_tied(changes, whole, names)
+        return changes, replaced
+
+    def _module(self, module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Change]]:
+        embedded = "lora_embedding_A" in tensors
+        infix = "lora_embedding_" if embedded else "lora_"
+        down, up = tensors.get(infix + "A"), tensors.get(infix + "B")
+        known = {infix + "A", infix + "B", infix + "B.bias", "lora_magnitude_vector"}
+        if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2 or not tensors.keys() <= known:
+            raise InputError(
+                self.place, f"the adapter's tensors for {module} are no pair of matrices: {', '.join(tensors)}", _FOLD
+            )
+        scale = self._scale(module, down.shape[0])
+        target = f"{module}.weight"
+        yield target, LowRank(down, up, scale, embedded, tensors.get("lora_magnitude_vector"))
+        if (bias := tensors.get(infix + "B.bias")) is not None:
+            yield f"{module}.bias", Shift(bias, scale)
+
+    def _scale(self, module: str, rank: int) -> float:
+        expected = self._of_pattern("rank_pattern", module, "r")
+        if rank != expected:
+            raise InputError(self.place, f"{CONFIG}: the rank of {module} is {expected}, but its tensors have {rank}")
+        alpha = self._of_pattern("alpha_pattern", module, "lora_alpha")
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def _of_pattern(self, key: str, module: str, otherwise: str) -> Any:
+        for pattern, value in (self.config.get(key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.config[otherwise]
+
+    def _known(self, names: Mapping[str, str | None], target: str) -> str:
+        name = names[target]
+        if name is None:
+            raise InputError(
+                self.place, f"the adapter {self.folder} changes {target}, which the model does not have",
+                "Name the base that it was trained on.",
+            )  # fmt: skip
+        return name
+
+    def _check_shapes(self, changes: dict[str, Change]) -> None:
+        for name, change in changes.items():
+            wanted = tuple(self.base.shapes[name])
+            if isinstance(change, Shift):
+                if change.by.shape != wanted:
+                    raise self._misfit(name, change.by.shape)
+                continue
+            turned = change.turned or name in self.base.turned
+            changes[name] = LowRank(change.down, change.up, change.scale, turned, change.magnitude)
+            made = (change.up.shape[0], change.down.shape[1])
+            if change.up.shape[1] != change.down.shape[0] or (made[::-1] if turned else made) != wanted:
+                raise self._misfit(name, made[::-1] if turned else made)
+            if change.magnitude is not None and math.prod(change.magnitude.shape) != made[0]:
+                raise self._misfit(name, change.magnitude.shape)
+
+    def _misfit(self, name: str, shape: Sequence[int]) -> InputError:
+        wanted = list(self.base.shapes[name])
+        mend = "Name the base that it was trained on."
+        if list(shape[1:]) == wanted[1:]:
+            mend += f" If it adds tokens to the vocabulary: {_FOLD}"
+        problem = f"the adapter {self.folder} is for a model whose {name} has shape {list(shape)}; here it is {wanted}"
+        return InputError(self.place, problem, mend)
+
+    def _check_tied(
+        self, changes: Mapping[str, Change], whole: Mapping[str, TensorEntry], names: Mapping[str, str | None]
+    ) -> None:
+        """A tensor that is embedding and head at once can only change as both."""
+        for name in self.base.tied:
+            held = [view_entry(entry, map_file(entry.file)) for target, entry in whole.items() if names[target] == name]
+            equal = len(held) == 2 and torch.equal(*held)  # both are written when both were trained
+            if name in changes or (held and not equal):
+                raise InputError(
+                    self.place,
+                    f"the adapter {self.folder} changes {name} as embedding or as head, but in this model it is both",
+                    "Untie the base first: save it with tie_word_embeddings false and the embedding again as the head.",
+                )

@@ -1,0 +1,225 @@
+"""Where the tensors of a checkpoint belong in the model.
+
+Most are a whole tensor of the model under its own name. Some were renamed since by transformers (``embed_out`` of a
+GPT-NeoX is its ``lm_head`` today) or lack the model's prefix (``h.0`` for ``transformer.h.0``). And some are a piece: a
+checkpoint of a mixture of experts holds every expert's weights apart, the model those of all experts in one tensor.
+Names and pieces come from transformers' own rules for loading and saving; no list of names is kept here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from evomerge.checkpoints.headers import DTYPE_BITS, TensorEntry
+from evomerge.checkpoints.structure import stored_tensors, tied_names
+from evomerge.errors import InputError
+
+Cut = int | tuple[int, int]
+"""What a piece takes of one dimension: an index, or from a start to a stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the model (``cuts`` is empty), or the piece ``tensor[cuts]`` of it."""
+
+    tensor: str
+    cuts: tuple[Cut, ...] = ()
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of that tensor: itself, or a view into it."""
+        if not self.cuts:
+            return tensor
+        return tensor[tuple(cut if isinstance(cut, int) else slice(*cut) for cut in self.cuts)]
+
+
+def checkpoint_parts(model: Any) -> dict[str, Part]:
+    """The tensors that transformers writes for a model, in the order of its modules, and what part each is.
+
+    Every tensor that the model stores is covered once. One whose written form is not made of pieces of it keeps its
+    name in the model, which transformers reads as well.
+    """
+    stored = stored_tensors(model)
+    try:
+        written = revert_weight_conversion(model, stored)  # on the meta device: names and shapes alone
+    except Exception:  # a rule that cannot be reverted without values
+        written = stored
+    parts: dict[str, list[tuple[str, Part]]] = defaultdict(list)
+    for name, part in parts_in_model(model, {name: tuple(t.shape) for name, t in written.items()})[0].items():
+        if part.tensor in stored and part.of(stored[part.tensor]).shape == written[name].shape:
+            parts[part.tensor].append((name, part))
+    layout: dict[str, Part] = {}
+    for in_model, tensor in stored.items():
+        found = parts[in_model]
+        whole = sum(part.of(tensor).numel() for _, part in found) == tensor.numel()
+        layout |= dict(found) if whole else {in_model: Part(in_model)}
+    return layout
+
+
+def parts_in_model(model: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Part], list[str]]:
+    """The part of the model that each tensor of a checkpoint is: where transformers' own loading would put it.
+
+    Names that the model does not know keep their name. The list names tensors that are not parts of the model's but
+    something that loading computes them from.
+
+    Args:
+        shapes: of the checkpoint's tensors, by name.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    tensors, prefix = model.state_dict(), model.base_model_prefix
+    parts: dict[str, Part] = {}
+    pieces: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(shapes, key=dot_natural_key):  # in which transformers counts experts
+        new, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
+        if new not in tensors:
+            new, pattern = rename_source_key(name, [], [], prefix, tensors)
+        if pattern is None:
+            parts[name] = Part(new)
+        else:
+            pieces[new][pattern].append(name)
+    computed: list[str] = []
+    for in_model, names in pieces.items():
+        converter = by_pattern[next(iter(names))]
+        ordered = [names[pattern] for pattern in converter.source_patterns if pattern in names]
+        cuts = _cuts(converter.operations, ordered, shapes)
+        if cuts is None:
+            computed.extend(name for group in ordered for name in group)
+        else:
+            parts |= {name: Part(in_model, cut) for name, cut in cuts.items()}
+    return parts, computed
+
+
+def _cuts(
+    operations: Sequence[Any], groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[Cut, ...]] | None:
+    """Where each tensor lies in the one that the operations make of all of them; None for operations unknown here."""
+    steps = list(operations)
+    stacked = isinstance(steps[0], MergeModulelist) and steps[0].dim == 0
+    joined = [step.dim for step in steps[stacked:] if isinstance(step, Concatenate)]
+    if stacked + len(joined) != len(steps) or len(joined) > 1 or (stacked and not joined and len(groups) > 1):
+        return None
+    if not joined:
+        return {name: (index,) for index, name in enumerate(groups[0])}
+    axis = joined[0] - stacked  # in the single tensors
+    if axis < 0 or any(len(shapes[name]) <= axis for group in groups for name in group):
+        return None
+    cuts: dict[str, tuple[Cut, ...]] = {}
+    start = 0
+    for group in groups:
+        for index, name in enumerate(group):
+            shape = shapes[name]
+            full = [(0, size) for size in shape[:axis]]
+            cuts[name] = (*([index] if stacked else []), *full, (start, start + shape[axis]))
+            start += 0 if stacked else shape[axis]
+        start += shapes[group[0]][axis] if stacked else 0
+    return cuts
+
+
+def locate(model: Any, shapes: Mapping[str, Sequence[int]], place: str) -> dict[Part, str]:
+    """Name in a checkpoint of each part that it holds, from the shapes of its tensors.
+
+    Raises:
+        InputError: a tensor would be computed while loading, is there twice, or a layer lacks an expert.
+    """
+    parts, computed = parts_in_model(model, shapes)
+    if computed:
+        raise InputError(
+            place,
+            f"{computed[0]} is not a tensor of the model but something that others are computed from while loading",
+            f"{type(model).__name__} is not supported when it is stored so.",
+        )
+    located: dict[Part, str] = {}
+    forms: dict[str, str] = {}  # whole or in pieces
+    tensors = model.state_dict()
+    for name, part in parts.items():
+        other = located.get(part) or forms.get(part.tensor, "")
+        if part in located or (other and bool(part.cuts) != bool(parts[other].cuts)):
+            raise InputError(place, f"the files hold {part.tensor} twice: as {other} and as {name}")
+        located[part] = forms[part.tensor] = name
+    _check_experts(located, tensors, place)
+    return located
+
+
+def find_names(model: Any, parts: Mapping[str, Part], names: Sequence[str]) -> dict[str, str | None]:
+    """The tensor among ``parts`` that each name means: its own, one of another time, or that of a tied copy."""
+    by_part = {part: name for name, part in parts.items()}
+    tied = tied_names(model)
+    meant = parts_in_model(model, dict.fromkeys(names, ()))[0]
+    found: dict[str, str | None] = {}
+    for name in names:
+        part = meant.get(name, Part(name))
+        found[name] = name if name in parts else by_part.get(Part(tied.get(part.tensor, part.tensor)))
+    return found
+
+
+def _check_experts(located: Mapping[Part, str], tensors: Mapping[str, torch.Tensor], place: str) -> None:
+    """Experts are counted as they come, so one that is missing would pass for the next."""
+    counts: dict[tuple[str, tuple[Cut, ...]], list[str]] = defaultdict(list)
+    for part, name in located.items():
+        if part.cuts and isinstance(part.cuts[0], int):
+            counts[part.tensor, part.cuts[1:]].append(name)
+    for (in_model, _), names in counts.items():
+        if len(names) != tensors[in_model].shape[0]:
+            raise InputError(
+                place,
+                f"there are {len(names)} experts like {names[0]}; config.json asks for {tensors[in_model].shape[0]}",
+                "Complete the download, or see that config.json is the one that belongs to these weights.",
+            )
+
+
+def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[tuple[str, str, Part]]:
+    """For each part by its name, the checkpoint's tensor that holds it and what of that to take.
+
+    A part whose tensor lies whole in the checkpoint, as of experts that were saved in one, is a cut of it. Parts that
+    are nowhere are left out.
+    """
+    for name, part in parts.items():
+        if part in located:
+            yield name, located[part], Part(part.tensor)
+        elif (whole := Part(part.tensor)) in located:
+            yield name, located[whole], part
+
+
+def entries(
+    parts: Mapping[str, Part], located: Mapping[Part, str], found: Mapping[str, TensorEntry]
+) -> Iterator[tuple[str, TensorEntry]]:
+    """Where each part lies in the files, by its name; those that no file holds in one run of bytes are left out."""
+    for name, holder, part in holders(parts, located):
+        if (cut := _cut(found[holder], part)) is not None:
+            yield name, cut
+
+
+def _cut(entry: TensorEntry, part: Part) -> TensorEntry | None:
+    """The bytes of a part in those of its whole tensor; None where they do not lie together."""
+    shape, begin, size = entry.shape, 0, DTYPE_BITS[entry.dtype] // 8
+    kept: tuple[int, ...] = ()
+    for axis, cut in enumerate(part.cuts):
+        if kept:
+            return None
+        row = math.prod(shape[axis + 1 :])
+        if isinstance(cut, int):
+            begin += cut * row
+        else:
+            begin += cut[0] * row
+            kept = (cut[1] - cut[0],)
+    kept += shape[len(part.cuts) :]
+    start = entry.begin + begin * size
+    return replace(entry, shape=kept, begin=start, end=start + math.prod(kept) * size)

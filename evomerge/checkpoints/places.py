@@ -1,0 +1,77 @@
+"""Finding what a reference names: a folder on this machine, or a model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from evomerge.errors import InputError
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_COPIES = ["*/*", "consolidated*"]  # the same weights again in another layout
+
+
+def split_reference(reference: str, root: Path | None) -> list[str]:
+    """The model of ``model+adapter+...`` and its adapters. A folder with a plus in its name is itself."""
+    return [reference] if os.path.isdir(_local(reference, root)) else reference.split("+")
+
+
+def find_folder(reference: str, place: str, root: Path | None) -> Path:
+    """The folder of a model or an adapter, downloaded if it is on the hub.
+
+    Raises:
+        InputError: there is none, or the hub does not give it.
+    """
+    if not reference:
+        raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
+    local = _local(reference, root)
+    if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
+        return local
+    if os.path.exists(local):
+        mend = "Name the folder that holds the model."
+        if local.suffix == ".gguf":
+            mend = "GGUF is for llama.cpp and mostly quantised; name the model in full precision that it was made from."
+        raise InputError(place, f"{local} is a file", mend)
+    hub = _HUB_ID.fullmatch(reference)
+    if hub is None or reference.startswith("."):
+        raise InputError(place, f"there is no folder {local}", "Give a model's folder, or org/name of one on the hub.")
+    return _download(hub["id"], hub["revision"], local, place)
+
+
+def _local(reference: str, root: Path | None) -> Path:
+    return Path(os.path.join(root or Path(), os.path.expanduser(reference)))
+
+
+def _download(repository: str, revision: str | None, local: Path, place: str) -> Path:
+    # Messages of the hub's own errors carry addresses and request ids, so ours are written anew.
+    which = repository + (f" at revision {revision}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
+        )
+    except GatedRepoError:
+        problem = f"{which} is gated on the hub, and this machine's token may not read it"
+        mend = "Ask for access on its page, then run `hf auth login`."
+    except RevisionNotFoundError:
+        problem, mend = f"{repository} has no revision {revision!r} on the hub", "Name a branch, a tag or a commit."
+    except (RepositoryNotFoundError, HFValidationError):
+        problem = f"there is neither a folder {local} nor a model {repository} on the hub"
+        mend = "Check the spelling; for a private model run `hf auth login`."
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
+        problem = f"there is no folder {local}, and {which} is not in the hub's cache and the hub cannot be reached"
+        mend = "Check the spelling and the network, or download the model on another machine."
+    except Exception as error:  # a connection that breaks half way raises errors of many libraries
+        problem, mend = f"{which} could not be downloaded ({type(error).__name__})", "Try again later."
+    raise InputError(place, problem, mend)

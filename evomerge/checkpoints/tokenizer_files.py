@@ -1,0 +1,147 @@
+"""Tokenizers of sources: loading them, and writing one that knows more tokens or has another chat template."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, TokenizersBackend
+
+from evomerge.checkpoints.folder import load_json
+from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.structure import first_line
+from evomerge.errors import InputError
+
+_TEMPLATE = "chat_template.jinja"
+# Below the score of any piece, so that a text which can be cut without the new pieces is cut as before.
+_UNLIKELY = 1000.0
+
+
+@contextmanager
+def tokenizer_folder(source: Source) -> Iterator[Path]:
+    """A folder with the files of a source's tokenizer: its own, or a temporary one if they were made."""
+    if not source.tokenizer_texts:
+        yield source.folder
+        return
+    with TemporaryDirectory() as folder:
+        for name, text in source.tokenizer_texts.items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(source.config), "utf-8")
+        yield Path(folder)
+
+
+def open_tokenizer(source: Source) -> Any:
+    """The tokenizer of a source as transformers loads it.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        with tokenizer_folder(source) as folder:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exceptions for broken files
+        raise InputError(source.place, f"its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def tokenizer_texts(
+    source: Source,
+    tokenizer: Any,
+    plain: Sequence[str] = (),
+    added: Sequence[AddedToken] = (),
+    chat_template: str | None = None,
+) -> dict[str, str]:
+    """The files, by name, of a source's tokenizer with more tokens.
+
+    Every token that it has keeps its id. Plain tokens become pieces of the model, without merges: a text is cut as it
+    was, but for what could not be cut into known pieces before. Added tokens are cut out of a text first of all.
+
+    Args:
+        tokenizer: of the source, as ``open_tokenizer`` gives it.
+        plain: pieces that it does not have; they take the ids behind its last.
+        added: tokens of the kind that is cut out first; they take the next ids, or keep theirs if they are pieces.
+        chat_template: None for the source's own.
+
+    Raises:
+        InputError: the tokenizer is of a kind that cannot take them.
+    """
+    if not isinstance(tokenizer, TokenizersBackend):
+        raise InputError(
+            source.place,
+            f"its tokenizer ({type(tokenizer).__name__}) is not one of the tokenizers library and takes no new tokens",
+            "Give the tokenizer of another source.",
+        )
+    texts = {}
+    names = ["special_tokens_map.json", *([_TEMPLATE] if chat_template is None else [])]
+    for name in ("tokenizer_config.json", *names):
+        if (source.folder / name).is_file():
+            texts[name] = (source.folder / name).read_text("utf-8")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = with_tokens(tokenizer.get_vocab(), plain, added)
+    if plain or added:
+        _extend(content, ids, plain, added, source.place)
+    texts["tokenizer.json"] = _dump(content)
+    if "tokenizer_config.json" in texts:
+        config = load_json(source.folder / "tokenizer_config.json", source.place)
+        if isinstance(config.get("added_tokens_decoder"), dict):
+            config["added_tokens_decoder"] |= {str(ids[token.content]): _settings(token) for token in added}
+        if chat_template is not None:
+            config.pop("chat_template", None)
+        texts["tokenizer_config.json"] = _dump(config)
+    if chat_template is not None:
+        texts[_TEMPLATE] = chat_template
+    return texts
+
+
+def with_tokens(ids: Mapping[str, int], plain: Sequence[str], added: Sequence[AddedToken]) -> dict[str, int]:
+    """The ids of a vocabulary with these tokens behind its last, in their order; those that it has keep theirs."""
+    found = dict(ids)
+    free = itertools.count(1 + max(found.values()))
+    for token in (*plain, *(token.content for token in added)):
+        if token not in found:
+            found[token] = next(free)
+    return found
+
+
+def _extend(
+    content: dict[str, Any], ids: Mapping[str, int], plain: Sequence[str], added: Sequence[AddedToken], place: str
+) -> None:
+    """Put tokens, whose ids are given with all others, into the content of tokenizer.json."""
+    model = content["model"]
+    if plain and model["type"] == "WordPiece":  # it takes the longest piece that fits, so known texts would change
+        raise InputError(
+            place,
+            f"its tokenizer is a WordPiece, which cannot take {plain[0]!r} and be the same for other texts",
+            "Keep its vocabulary: `vocabulary: {kind: tokenizer}`.",
+        )
+    # Added tokens too become pieces: only the ids of pieces are kept when the file is read.
+    if isinstance(model["vocab"], list):
+        model["vocab"] += _unigram(model["vocab"], ids, place)
+    else:
+        model["vocab"] = dict(sorted((model["vocab"] | ids).items(), key=lambda pair: pair[1]))
+    own = {token["content"]: token for token in content["added_tokens"]}
+    own |= {token.content: {"id": ids[token.content], **_settings(token)} for token in added}
+    content["added_tokens"] = sorted(own.values(), key=lambda token: token["id"])
+
+
+def _unigram(pieces: Sequence[Sequence[Any]], ids: Mapping[str, int], place: str) -> list[list[Any]]:
+    """The pieces behind the last; their ids are their places in the list."""
+    behind = {number: token for token, number in ids.items() if number >= len(pieces)}
+    score = min((float(piece[1]) for piece in pieces), default=0.0) - _UNLIKELY
+    if behind and len(behind) != max(behind) + 1 - len(pieces):
+        raise InputError(place, "its tokenizer leaves out ids, so that it takes no new tokens", "Choose another one.")
+    return [[behind[number], score] for number in sorted(behind)]
+
+
+def _settings(token: AddedToken) -> dict[str, Any]:
+    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {field: getattr(token, field) for field in fields}
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

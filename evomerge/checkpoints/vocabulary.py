@@ -1,0 +1,316 @@
+"""Sources of different vocabularies, laid out for one: a row of an embedding stands for the same token in all.
+
+A token is its text. The merged model knows the tokens of the tokenizer's source under their ids, and with "union" those
+of the other sources behind them: first pieces, then added tokens, each in the order of sources and ids; then the tokens
+that rules name. Every source keeps its own row for the tokens that it knows. Where a source lacks a token
+
+1. a rule for the token says where the row comes from;
+2. else a token that one source alone knows has that one's row in all;
+3. else all take the row of ``Vocabulary.base``, if that knows the token;
+4. else the mean of the rows of those that know it;
+5. and a token that nobody knows has zeros.
+
+Rows that no token names, such as those that pad an embedding to a round size, are dropped. Padding asked for anew, and
+ids that the tokenizer leaves out, have the mean of the source's other rows. A token whose id is beyond the rows of a
+source is one that it lacks. A tied head follows the embedding; a head of its own and its bias are laid out alike.
+
+The rule is mergekit's. It counts the sources that are mixed into a tensor; here all that are given count.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+
+from evomerge.checkpoints.chat_templates import check_template, choose_template, own_template
+from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
+from evomerge.checkpoints.tokenizer_files import open_tokenizer, tokenizer_texts, with_tokens
+from evomerge.errors import InputError
+from evomerge.plugins import unknown_name
+from evomerge.vocabulary import TokenRow, TokenRule, Vocabulary
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where the rows of the new vocabulary come from, by id, ``[ids]`` int64; -1 where nothing is there.
+
+    Attributes:
+        sources: as they were opened.
+        names: the tensors that have a row for each token.
+        size: number of rows with padding.
+        own: the row that each source has for the token, by source.
+        lent: the row of a donor that those take who have none of their own, by donor.
+        averaged: ids at which they take the mean, ``[ids]`` bool.
+        forced: ids at which own rows do not count, ``[ids]`` bool.
+        named: ids that a token has, ``[ids]`` bool.
+    """
+
+    sources: Mapping[str, Source]
+    names: frozenset[str]
+    size: int
+    own: Mapping[str, Tensor]
+    lent: Mapping[str, Tensor]
+    averaged: Tensor
+    forced: Tensor
+    named: Tensor
+
+    def gather(self, source: str, name: str) -> Tensor:
+        """A tensor of a source with ``size`` rows.
+
+        A view in its own dtype where the rows are the first of it as they are; else in the widest dtype of the sources,
+        so that a row taken from another source is that row exactly.
+        """
+        stored = self.sources[source].read(name)
+        own = torch.where(self.forced, -1, self.own[source])
+        if self.size == len(own) <= len(stored) and torch.equal(own, torch.arange(len(own))):
+            return stored[: self.size]
+        out = torch.zeros(self.size, *stored.shape[1:], dtype=self._dtype(name))
+        rows = out[: len(own)]
+        lacking = own < 0
+        for donor, lent in self.lent.items():
+            if (taken := lacking & (lent >= 0)).any():
+                rows[taken] = self.sources[donor].read(name)[lent[taken]].to(out.dtype)
+        if (taken := lacking & self.averaged).any():
+            rows[taken] = self._mean(name, taken).to(out.dtype)
+        rows[~lacking] = stored[own[~lacking]].to(out.dtype)
+        if self.size > int(self.named.sum()):
+            mean = (rows if self.named.all() else rows[self.named]).mean(0, dtype=torch.float32).to(out.dtype)
+            rows[~self.named] = mean
+            out[len(own) :] = mean
+        return out
+
+    def _mean(self, name: str, ids: Tensor) -> Tensor:
+        """The mean of the rows of those who know the tokens, float32."""
+        total, count = torch.zeros(()), torch.zeros(())
+        for source, own in self.own.items():
+            stored, known = self.sources[source].read(name), own[ids] >= 0
+            found = stored[own[ids].clamp(min=0)].float()
+            known = known.view(-1, *[1] * (stored.ndim - 1))
+            total, count = total + torch.where(known, found, 0.0), count + known
+        return total / count
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtypes = [
+            torch.float32 if name in source.changes else TORCH_DTYPES[source.tensors[name].dtype]
+            for source in self.sources.values()
+        ]
+        return functools.reduce(torch.promote_types, dtypes)
+
+
+@dataclass
+class AlignedSource(Source):
+    """A source laid out for another vocabulary than its own.
+
+    ``tensors`` and ``config`` give the new number of rows. Tensors with a row a token are gathered when they are first
+    read, and then kept in memory: a search reads them for every candidate. All others are read as they are.
+    """
+
+    table: _Table | None = None
+    _gathered: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_gathered": {}}
+
+    def read(self, name: str) -> Tensor:
+        if self.table is None or name not in self.table.names:
+            return super().read(name)
+        if name not in self._gathered:
+            self._gathered[name] = self.table.gather(self.name, name)
+        return self._gathered[name]
+
+    def release(self, name: str) -> None:
+        if self.table is None or name not in self.table.names:
+            super().release(name)
+        else:
+            self._gathered.pop(name, None)
+            self.table.sources[self.name].release(name)
+
+
+def align(sources: Mapping[str, Source], tokenizer: str, vocabulary: Vocabulary) -> dict[str, Source]:
+    """The sources laid out for one vocabulary, all with the tokenizer and the token ids of the merged model.
+
+    Opens tokenizers, and no weights. Where nothing is asked for, the sources are given back as they are.
+
+    Args:
+        tokenizer: the source that gives the tokenizer.
+
+    Raises:
+        InputError: a tokenizer cannot be loaded or cannot take the tokens, a rule names what is not there, or the chat
+            template is none.
+    """
+    if vocabulary.chat_template is not None:
+        check_template(vocabulary.chat_template, "vocabulary.chat_template")
+    elif not vocabulary.aligns:
+        return dict(sources)
+    _check_names(vocabulary, sources)
+    model = sources[tokenizer]
+    order = {tokenizer: model, **sources}
+    tokenizers = {name: open_tokenizer(source) for name, source in order.items()}
+    template = _template(vocabulary, tokenizers, tokenizer)
+    if not vocabulary.aligns:
+        texts = tokenizer_texts(model, tokenizers[tokenizer], chat_template=template) if template is not None else {}
+        return {**sources, tokenizer: replace(model, tokenizer_texts=texts)}
+    names = _vocabulary_tensors(model)
+    known = {name: _known(source, tokenizers[name], names) for name, source in order.items()}
+    plain, added = _new_tokens(known, tokenizer, vocabulary)
+    ids = with_tokens(known[tokenizer].ids, plain, added)
+    texts = {}
+    if plain or added or template is not None:
+        texts = tokenizer_texts(model, tokenizers[tokenizer], plain, added, template)
+    table = _table(order, names, known, ids, vocabulary)
+    aligned: dict[str, Source] = {name: _aligned(source, model, table, texts) for name, source in sources.items()}
+    if texts:
+        _check_tokenizer(aligned[tokenizer], ids)
+    return aligned
+
+
+def _template(vocabulary: Vocabulary, tokenizers: Mapping[str, Any], model: str) -> str | None:
+    """The chat template to write; None where that of the tokenizer's source stays."""
+    if vocabulary.chat_template is None:
+        return None
+    found = choose_template(vocabulary.chat_template, tokenizers.values())
+    return None if found == own_template(tokenizers[model]) else found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The tokens of a source: ids of all, the settings of those that are cut out first, and its number of rows."""
+
+    ids: Mapping[str, int]
+    added: Mapping[str, AddedToken]
+    rows: int
+
+    def row(self, token: str) -> int:
+        """The row of a token; -1 where it has none."""
+        found = self.ids.get(token, -1)
+        return found if found < self.rows else -1
+
+
+def _known(source: Source, tokenizer: Any, names: Sequence[str]) -> _Known:
+    decoder: Mapping[int, AddedToken] = tokenizer.added_tokens_decoder
+    rows = min(source.tensors[name].shape[0] for name in names if name in source.tensors)
+    return _Known(tokenizer.get_vocab(), {decoder[number].content: decoder[number] for number in sorted(decoder)}, rows)
+
+
+def _vocabulary_tensors(source: Source) -> list[str]:
+    """The tensors that have a row for each token: those of the model's embedding and of its head."""
+    model = empty_model(parse_config(source.config, source.place), source.place)
+    owners = [owner for owner in (model.get_input_embeddings(), model.get_output_embeddings()) if owner is not None]
+    owned = {id(parameter) for owner in owners for parameter in owner.parameters(recurse=False)}
+    stored = stored_tensors(model)
+    return [name for name, part in source.parts.items() if id(stored[part.tensor]) in owned]
+
+
+def _new_tokens(
+    known: Mapping[str, _Known], tokenizer: str, vocabulary: Vocabulary
+) -> tuple[list[str], list[AddedToken]]:
+    """What the tokenizer takes up: pieces, and tokens that are cut out first, which may be pieces that it has."""
+    model = known[tokenizer]
+    plain: dict[str, None] = {}
+    added: dict[str, AddedToken] = {}
+    if vocabulary.kind == "union":
+        for other in known.values():
+            added = {token: found for token, found in other.added.items() if other.row(token) >= 0} | added
+        added = {token: found for token, found in added.items() if token not in model.added}
+        for other in known.values():
+            for token in sorted(other.ids, key=lambda token: other.ids[token]):
+                if other.row(token) >= 0 and token not in model.ids and token not in added:
+                    plain[token] = None
+    there = {*model.ids, *plain, *added}
+    ruled = [AddedToken(token) for token in sorted(vocabulary.tokens) if token not in there]
+    return list(plain), [*added.values(), *ruled]
+
+
+def _table(
+    sources: Mapping[str, Source],
+    names: Sequence[str],
+    known: Mapping[str, _Known],
+    ids: Mapping[str, int],
+    vocabulary: Vocabulary,
+) -> _Table:
+    count = 1 + max(ids.values())
+    step = vocabulary.pad_to_multiple_of or 1
+    own = {name: torch.full((count,), -1) for name in sources}
+    order = torch.tensor(list(ids.values()))
+    for name, rows in own.items():
+        rows[order] = torch.tensor([known[name].row(token) for token in ids])
+    named = torch.zeros(count, dtype=torch.bool)
+    named[order] = True
+    knowing = sum((rows >= 0).long() for rows in own.values())
+    lent, forced, free = {name: torch.full((count,), -1) for name in own}, torch.zeros_like(named), named.clone()
+    for token, rule in vocabulary.tokens.items():
+        number = ids[token]
+        free[number], forced[number] = False, rule.force
+        if rule.donor is not None:
+            lent[rule.donor][number] = _row(token, rule, known)
+    for name, rows in own.items():
+        alone = free & (knowing == 1) & (rows >= 0)
+        lent[name][alone] = rows[alone]
+    averaged = free & (knowing > 1)
+    if vocabulary.base is not None:
+        rows = own[vocabulary.base]
+        based = averaged & (rows >= 0)
+        lent[vocabulary.base][based] = rows[based]
+        averaged &= ~based
+    return _Table(sources, frozenset(names), -(-count // step) * step, own, lent, averaged, forced, named)
+
+
+def _row(token: str, rule: TokenRule, known: Mapping[str, _Known]) -> int:
+    place, asked = f"vocabulary.tokens.{token}", rule.source
+    donor = known[str(rule.donor)]
+    if isinstance(asked, TokenRow) and asked.token_id is not None:
+        if asked.token_id >= donor.rows:
+            raise InputError(place, f"takes row {asked.token_id} of {rule.donor}, which has {donor.rows:,}")
+        return asked.token_id
+    wanted = asked.token if isinstance(asked, TokenRow) and asked.token is not None else token
+    if (row := donor.row(wanted)) < 0:
+        raise InputError(place, f"takes the row of {wanted!r} of {rule.donor}, which does not know that token")
+    return row
+
+
+def _aligned(source: Source, model: Source, table: _Table, texts: Mapping[str, str]) -> AlignedSource:
+    """A source with the table's rows, and with the token ids that the tokenizer's source has in its configuration."""
+    config = {key: value for key, value in source.config.items() if not key.endswith("_token_id")}
+    for key, value in model.config.items():
+        if key.endswith("_token_id"):
+            beyond = any(type(number) is int and number >= table.size for number in _as_list(value))
+            config[key] = None if beyond else value
+    config["vocab_size"] = table.size
+    if parse_config(config, source.place).vocab_size != table.size:
+        raise InputError(source.place, "config.json: vocab_size is not what says how many tokens this model knows")
+    tensors = {
+        name: replace(entry, shape=(table.size, *entry.shape[1:])) if name in table.names else entry
+        for name, entry in source.tensors.items()
+    }
+    own = {field.name: getattr(source, field.name) for field in fields(Source)}
+    own |= {"config": config, "tensors": tensors, "tokenizer_texts": texts}
+    return AlignedSource(**own, table=table)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_names(vocabulary: Vocabulary, sources: Mapping[str, Source]) -> None:
+    for name in sorted(vocabulary.used_sources() - sources.keys()):
+        raise unknown_name(name, sources, "vocabulary", "source")
+
+
+def _check_tokenizer(source: Source, ids: Mapping[str, int]) -> None:
+    """See that transformers reads the tokenizer that was made as it was meant."""
+    found = open_tokenizer(source).get_vocab()
+    if different := sorted(found.items() ^ ids.items(), key=lambda pair: pair[1]):
+        token = different[0][0]
+        raise InputError(
+            source.place,
+            f"its tokenizer takes no new tokens: {token!r} would be {found.get(token, 'absent')}, not {ids.get(token)}",
+            "Give the tokenizer of another source, or keep its vocabulary: `vocabulary: {kind: tokenizer}`.",
+        )

@@ -1,0 +1,301 @@
+"""Putting DeepSpeed ZeRO checkpoints together, without DeepSpeed and without running anything that they hold.
+
+Each of W ranks keeps a share of the float32 weights in ``*_optim_states.pt``; ``*_model_states.pt`` say what they are:
+
+- ZeRO 1 and 2: the parameters of a group, one after the other, each with its ``param_alignment_paddings`` behind it,
+  are one vector, padded and cut into W equal runs; rank r holds run r of all groups
+  (``single_partition_of_fp32_groups``).
+- ZeRO 3: every parameter by itself is padded and cut into W equal runs; rank r holds run r of all parameters one after
+  the other, spread over vectors of some length (``fp32_flat_groups``).
+- Frozen parameters are whole in the model's states (ZeRO 1 has them in ``module`` alone), or cut as in ZeRO 3, one run
+  a file.
+- ``param_shapes`` gives names and shapes by group in this order, ``shared_params`` further names of the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.checkpoints.folder import TOKENIZER_FILES, check_links, load_json, zero_folder
+from evomerge.checkpoints.layout import Part, checkpoint_parts, holders, locate
+from evomerge.checkpoints.structure import check_config, empty_model, first_line, parse_config, stored_tensors
+from evomerge.checkpoints.writer import FolderWriter
+from evomerge.errors import InputError
+
+_SHARD = re.compile(
+    r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<split>\d+)_(?P<kind>optim|model)_states\.pt"
+)
+_WHOLE = "mp_rank_00_model_states.pt"
+
+
+class _Inert:
+    """Stands for DeepSpeed's own objects, which say nothing of the weights."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+_STAND_INS = [
+    (_Inert, f"deepspeed.{name}")
+    for name in (
+        "runtime.zero.config.ZeroStageEnum", "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.fp16.loss_scaler.DynamicLossScaler", "utils.tensor_fragment.fragment_address",
+    )
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter in pieces: its elements are those of the runs, one after the other, with padding behind."""
+
+    shape: tuple[int, ...]
+    runs: Sequence[torch.Tensor]
+
+    def gather(self) -> torch.Tensor:
+        flat = torch.cat([run.reshape(-1) for run in self.runs])
+        return flat[: math.prod(self.shape)].float().reshape(self.shape)
+
+
+def consolidate_zero(
+    folder: Path, out: Path, model: Path, *, progress: Callable[[int, int], None] = lambda done, of: None
+) -> None:
+    """Write the float32 weights of a DeepSpeed ZeRO checkpoint as a plain model folder.
+
+    Memory holds one parameter at a time; the shards are mapped.
+
+    Args:
+        folder: the checkpoint, which has a file ``latest`` and folders ``global_step*``, or one of these.
+        out: the folder to make.
+        model: a folder with the model's config.json, tokenizer and generation settings: the one that was trained from,
+            or the checkpoint itself if it has them.
+        progress: called with the number of tensors written and of all.
+
+    Raises:
+        InputError: the checkpoint is incomplete, holds objects that are not known to be harmless, or is of another
+            model than ``model``; or ``out`` cannot be written.
+    """
+    check_links(model, str(model))
+    config = load_json(model / "config.json", str(model))
+    check_config(config, str(model))
+    empty = empty_model(parse_config(config, str(model)), str(model))
+    place = str(folder)
+    if not folder.is_dir() or (step := zero_folder(folder)) is None:
+        raise InputError(place, "is no DeepSpeed ZeRO checkpoint", "Name the folder with `latest` and global_step*.")
+    check_links(step, place)
+    parameters = _parameters(step, place)
+    held = _match(empty, {name: parameter.shape for name, parameter in parameters.items()}, model, place)
+    layout = [(name, shape, torch.float32) for name, (_, _, shape) in held.items()]
+    with FolderWriter(out, layout, sources=[model, folder]) as writer:
+        gathered: tuple[str, torch.Tensor] = "", torch.empty(0)
+        for done, (name, (holder, part, _)) in enumerate(held.items(), start=1):
+            if gathered[0] != holder:  # the experts of a layer follow each other
+                gathered = holder, parameters[holder].gather()
+            writer.write(name, part.of(gathered[1]))
+            progress(done, len(layout))
+        config = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype")}
+        writer.add_text("config.json", json.dumps({**config, "dtype": "float32"}, indent=2, ensure_ascii=False) + "\n")
+        for side in (*TOKENIZER_FILES, "generation_config.json"):
+            if (model / side).is_file():
+                writer.add_file(model / side)
+
+
+def _match(
+    empty: Any, shapes: Mapping[str, tuple[int, ...]], model: Path, place: str
+) -> dict[str, tuple[str, Part, torch.Size]]:
+    """For every tensor to write: the parameter that holds it, what to take of that, and its shape."""
+    parts, stored = checkpoint_parts(empty), stored_tensors(empty)
+    held = {}
+    for name, holder, part in holders(parts, locate(empty, shapes, place)):
+        shape = parts[name].of(stored[parts[name].tensor]).shape
+        wanted = stored[part.tensor].shape if part.cuts else shape
+        if shapes[holder] != tuple(wanted):
+            raise InputError(
+                place,
+                f"{holder} has shape {list(shapes[holder])}; {model} asks for {list(wanted)}",
+                "Name the model that was trained, with its vocabulary.",
+            )
+        held[name] = (holder, part, shape)
+    if missing := [name for name in parts if name not in held]:
+        raise InputError(place, f"has no {missing[0]}, which {model} asks for", "Name the model that was trained.")
+    return held
+
+
+def _parameters(step: Path, place: str) -> dict[str, _Parameter]:
+    """Every tensor of the model in a checkpoint, by its name there."""
+    optimizers = [_field(_load(f, place), "optimizer_state_dict", dict, place) for f in _files(step, "optim", place)]
+    three = "fp32_flat_groups" in optimizers[0]
+    key = "fp32_flat_groups" if three else "single_partition_of_fp32_groups"
+    ranks = [_vectors(_field(state, key, list | tuple, place), key, place) for state in optimizers]
+    _check_count(optimizers[0].get("partition_count"), len(ranks), place)
+    files = _files(step, "model", place) if three else [step / _WHOLE]
+    states = [_load(file, place) for file in files]
+    if three and len(states) != len(ranks):
+        raise InputError(place, f"has {len(states)} model states for {len(ranks)} optimizer states", _AGAIN)
+    first = states[0]
+    groups = _field(first, "param_shapes", list | dict, place)
+    groups = [_shapes(group, place) for group in (groups if isinstance(groups, list) else [groups])]
+    module, buffers = _field(first, "module", dict, place), first.get("buffer_names") or ()
+    whole = {name: module[name] for name in buffers if isinstance(module.get(name), torch.Tensor)}
+    found = {name: _Parameter(tuple(tensor.shape), [tensor]) for name, tensor in whole.items()}
+    for name, shape in _shapes(first.get("frozen_param_shapes") or {}, place).items():
+        fragments = [_field(state, "frozen_param_fragments", dict, place) for state in states]
+        found[name] = _Parameter(shape, [_field(each, name, torch.Tensor, place) for each in fragments])
+    if three:
+        found |= _cut_singly(groups, ranks, place)
+    else:
+        found |= _cut_by_group(groups, ranks, _paddings(optimizers[0], groups, place), place)
+    for name, parameter in found.items():
+        if sum(run.numel() for run in parameter.runs) < math.prod(parameter.shape):
+            raise InputError(place, f"holds too little of {name}", _AGAIN)
+    for name, same in (first.get("shared_params") or {}).items():
+        if same in found:
+            found[name] = found[same]
+    if not three:
+        whole = {name: tensor for name, tensor in module.items() if isinstance(tensor, torch.Tensor)}
+        found = {name: _Parameter(tuple(tensor.shape), [tensor]) for name, tensor in whole.items()} | found
+    return found
+
+
+_AGAIN = "A rank did not finish saving, or an older checkpoint was written over; use another one."
+
+
+def _paddings(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], place: str) -> list[list[int]]:
+    """Elements behind each parameter in its group; older versions know none."""
+    found = optimizer.get("param_alignment_paddings")
+    if found is None:
+        return [[0] * len(group) for group in groups]
+    wanted = [len(group) for group in groups]
+    if not isinstance(found, list) or [len(each) if isinstance(each, list) else -1 for each in found] != wanted:
+        raise InputError(place, "param_alignment_paddings do not fit param_shapes", _AGAIN)
+    if not all(type(size) is int and size >= 0 for each in found for size in each):
+        raise InputError(place, "param_alignment_paddings are no counts", "Do not use this file.")
+    return found
+
+
+def _cut_by_group(
+    groups: Sequence[Mapping[str, tuple[int, ...]]],
+    ranks: Sequence[Sequence[torch.Tensor]],
+    paddings: Sequence[Sequence[int]],
+    place: str,
+) -> dict[str, _Parameter]:
+    found = {}
+    if any(len(rank) != len(groups) for rank in ranks):
+        raise InputError(place, f"param_shapes has {len(groups)} groups, the shards have {len(ranks[0])}", _AGAIN)
+    for number, (shapes, behind) in enumerate(zip(groups, paddings, strict=True)):
+        vector = [rank[number] for rank in ranks]
+        start = 0
+        for (name, shape), padding in zip(shapes.items(), behind, strict=True):
+            found[name] = _Parameter(shape, _runs(vector, start, start + math.prod(shape)))
+            start += math.prod(shape) + padding
+        # DeepSpeed pads to a multiple of two elements a rank, at one or two places.
+        align = 2 * len(ranks)
+        held = sum(part.numel() for part in vector)
+        if math.ceil(start / align) != math.ceil(held / align):
+            raise InputError(place, f"group {number} needs {start:,} elements, and its shards hold {held:,}", _AGAIN)
+    return found
+
+
+def _cut_singly(
+    groups: Sequence[Mapping[str, tuple[int, ...]]], ranks: Sequence[Sequence[torch.Tensor]], place: str
+) -> dict[str, _Parameter]:
+    found = {}
+    start = 0
+    for name, shape in (item for shapes in groups for item in shapes.items()):
+        stop = start + math.ceil(math.prod(shape) / len(ranks))
+        found[name] = _Parameter(shape, [run for rank in ranks for run in _runs(rank, start, stop)])
+        start = stop
+    for number, rank in enumerate(ranks):
+        if (held := sum(vector.numel() for vector in rank)) != start:
+            raise InputError(place, f"rank {number} holds {held:,} elements; its share is {start:,}", _AGAIN)
+    return found
+
+
+def _runs(vectors: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+    """Elements from start to stop of vectors taken as one: views, never empty ones."""
+    runs = []
+    for vector in vectors:
+        size = vector.numel()
+        if start < size and stop > 0 and (run := vector[max(start, 0) : stop]).numel():
+            runs.append(run)
+        start, stop = start - size, stop - size
+    return runs
+
+
+# ---- reading, as the work of a stranger ----
+
+
+def _files(step: Path, kind: str, place: str) -> list[Path]:
+    """The shards of a kind in the order of their ranks."""
+    found: dict[int, Path] = {}
+    for file in sorted(step.iterdir()):
+        if (match := _SHARD.fullmatch(file.name)) is None or match["kind"] != kind:
+            continue
+        if int(match["split"]):
+            raise InputError(place, f"{file.name} shows tensor parallelism, which cannot be put together here")
+        if (rank := int(match["rank"])) in found:
+            raise InputError(place, f"has rank {rank} twice: {found[rank].name} and {file.name}", _AGAIN)
+        found[rank] = file
+    if not found:
+        raise InputError(place, f"has no zero_pp_rank_*_{kind}_states.pt in {step}", "It was not saved with ZeRO.")
+    if absent := set(range(max(found) + 1)) - found.keys():
+        raise InputError(place, f"lacks the {kind} states of rank {min(absent)}", _AGAIN)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _check_count(count: Any, ranks: int, place: str) -> None:
+    counts = set(count) if isinstance(count, list | tuple) else {count}
+    if len(counts) > 1:
+        raise InputError(place, f"has groups cut into {sorted(counts)} parts, as DeepSpeed's own experts are")
+    if counts != {ranks}:
+        raise InputError(place, f"was saved by {counts.pop()} ranks, but {ranks} optimizer states are here", _AGAIN)
+
+
+def _load(file: Path, place: str) -> dict[str, Any]:
+    try:
+        strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {name for _, name in _STAND_INS}
+        if strange:
+            raise InputError(
+                place, f"{file.name} needs {min(strange)} to be read, which could run code", "Do not use this file."
+            )
+        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise InputError(place, f"has no {file.name}", _AGAIN) from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(place, f"{file.name} cannot be read safely ({first_line(error)})", "Save it again.") from None
+    if not isinstance(state, dict):
+        raise InputError(place, f"{file.name} holds no state of a training", "Name a DeepSpeed checkpoint.")
+    return state
+
+
+def _field(state: Mapping[str, Any], key: str, kind: Any, place: str) -> Any:
+    value = state.get(key)
+    if not isinstance(value, kind):
+        mend = "Only checkpoints of ZeRO 1, 2 and 3 can be put together."
+        raise InputError(place, f"a shard has no {key}, or in a form not known", mend)
+    return value
+
+
+def _vectors(values: Sequence[Any], key: str, place: str) -> list[torch.Tensor]:
+    if not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
+        raise InputError(place, f"{key} holds something else than weights", "Do not use this file.")
+    return [value.reshape(-1) for value in values]
+
+
+def _shapes(group: Any, place: str) -> dict[str, tuple[int, ...]]:
+    if not isinstance(group, dict) or not all(isinstance(shape, tuple | list) for shape in group.values()):
+        raise InputError(place, "param_shapes are not shapes by name", "Do not use this file.")
+    shapes = {str(name): tuple(shape) for name, shape in group.items()}
+    if not all(type(size) is int and size >= 0 for shape in shapes.values() for size in shape):
+        raise InputError(place, "param_shapes are not shapes by name", "Do not use this file.")
+    return shapes
