@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
 from evomerge.recipe import DType, MethodSpec
+from evomerge.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class SpaceContext:
 
     ``sources`` maps names to references and holds the base too, when there is one. ``layers`` counts the layers of each
     source; ``tied`` says that the head is the embedding. ``method`` looks a merge method up by name and raises
-    InputError for an unknown one. ``recipe_seed`` and ``dtype`` go into every recipe.
+    InputError for an unknown one. ``recipe_seed``, ``dtype`` and ``vocabulary`` go into every recipe.
     """
 
     sources: Mapping[str, str]
@@ -28,6 +29,7 @@ class SpaceContext:
     method: Callable[[str], MethodSpec]
     recipe_seed: int
     dtype: DType | None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @property
     def mixed(self) -> tuple[str, ...]:

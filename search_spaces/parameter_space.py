@@ -32,7 +32,8 @@ class ParameterSpaceSettings(SpaceSettings):
         granularity: how the model is cut into layer groups that have numbers of their own. "model": one group. "layer":
             each layer, and the embedding, final norm and head. "block": as "layer", attention and mlp apart (a layer's
             norms go with its attention). A number n: groups of n layers.
-        bounds: a parameter's range, where the method's own is not wanted: ``weight: [0, 2]``.
+        bounds: a parameter's range, where the method's own is not wanted: ``weight: [0, 2]``. Parameters that a search
+            leaves alone by default (``lambda``, ``gamma``, ``epsilon``) are searched when they are given one.
         fixed: a parameter that is not searched: ``density: 0.5``.
         switches: the method's yes/no settings: ``normalize: true``.
     """
@@ -71,7 +72,7 @@ class ParameterSpaceSettings(SpaceSettings):
                     raise InputError(f"space.{field}.{name}", f"{spec.name} has no such setting; it has: {options}")
         if both := sorted(set(self.bounds) & set(self.fixed)):
             raise InputError(f"space.fixed.{both[0]}", "is given bounds as well", "Keep one of the two.")
-        if known <= set(self.fixed):
+        if {p.name for p in spec.parameters if p.searched or p.name in self.bounds} <= set(self.fixed):
             raise InputError("space.fixed", "leaves nothing to search", "Leave out at least one parameter.")
 
 
@@ -115,6 +116,7 @@ class ParameterSpace:
             ),
             norm=at[Role("norm")],
             head=at[Role("head")],
+            vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
         )
@@ -152,7 +154,7 @@ class ParameterSpace:
         genes, parameters = [], []
         for group in dict.fromkeys(self._group_of.values()):
             for p in self._spec.parameters:
-                if p.name in self._settings.fixed:
+                if p.name in self._settings.fixed or not (p.searched or p.name in self._settings.bounds):
                     continue
                 low, high = self._settings.bounds.get(p.name, (p.low, p.high))
                 for source in self._context.mixed if p.scope == "source" else (None,):
@@ -179,6 +181,7 @@ class ParameterSpace:
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
             layers=self._context.layers,
+            vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
         )

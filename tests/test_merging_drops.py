@@ -1,112 +1,128 @@
-"""Random drops: the published test vectors, an independent generator in plain Python, and what masks promise."""
+"""Random drops: the hash written apart, the same bits however they are cut, and how they are spread."""
 
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.merging import drops
-from evomerge.merging.drops import Drops, keep_mask, philox4x32, stream_key
+from evomerge.merging import kernels
+from evomerge.merging.drops import LEVELS, level, limit, random_halves, random_words, stream_key
 
-# Random123's kat_vectors: counter, key, result.
-KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
+N = 200_000
+KEY = stream_key(3, "maths", "lm_head.weight")
 
 
-def words(text: str) -> list[int]:
-    return [int(word, 16) for word in text.split()]
+def plain_word(number: int, key: tuple[int, int]) -> int:
+    """The hash on Python's integers, as its page gives it in C, with the key where the docstring says."""
+    x = number % 2**32 ^ key[0]
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x = (x + key[1]) % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
 
 
-def plain_philox(counter: list[int], key: list[int]) -> list[int]:
-    """The generator as its paper draws it, on Python's integers."""
-    left0, right0, left1, right1 = counter
-    for i in range(10):
-        high0, low0 = divmod(0xD2511F53 * left0, 1 << 32)
-        high1, low1 = divmod(0xCD9E8D57 * left1, 1 << 32)
-        k0 = (key[0] + i * 0x9E3779B9) % (1 << 32)
-        k1 = (key[1] + i * 0xBB67AE85) % (1 << 32)
-        left0, right0, left1, right1 = high1 ^ right0 ^ k0, low1, high0 ^ right1 ^ k1, low0
-    return [left0, right0, left1, right1]
+def test_with_no_key_it_is_the_published_hash() -> None:
+    """Its fixed point and two values of the reference in C (lowbias32), computed by hand from the page's code."""
+    assert random_words(0, 2, (0, 0)).tolist() == [0, plain_word(1, (0, 0))]
+    assert plain_word(1, (0, 0)) == 1753845952
 
 
-@pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
-def test_known_answers(counter: str, key: str, result: str) -> None:
-    first, second = words(key)
-    found = philox4x32([torch.tensor([word]) for word in words(counter)], (first, second))
-    assert [int(word) for word in found] == words(result)
-    assert plain_philox(words(counter), words(key)) == words(result)
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**40), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_equals_the_plain_hash(first: int, k0: int, k1: int) -> None:
+    expected = [plain_word(first + i, (k0, k1)) for i in range(5)]
+    assert random_words(first, 5, (k0, k1)).tolist() == expected
+    compiled = np.empty(5, np.uint32)
+    kernels.random_words(compiled, np.uint64(first), np.uint32(k0), np.uint32(k1))
+    assert compiled.tolist() == expected
 
 
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
-def test_equals_the_plain_generator(numbers: list[int]) -> None:
-    *counter, k0, k1 = numbers
-    found = philox4x32([torch.tensor([word]) for word in counter], (k0, k1))
-    assert [int(word) for word in found] == plain_philox(counter, [k0, k1])
-
-
-def test_mask_is_element_by_element_what_the_docstring_says() -> None:
-    key = list(stream_key(3, "maths", "lm_head.weight"))
-    start = 4 * (1 << 32) - 6  # across the point where the counter needs its second word
-    expected = []
-    for element in range(start, start + 12):
-        block = element // 4
-        u = plain_philox([block % (1 << 32), block >> 32, 0, 0], key)[element % 4] / 2**32
-        expected.append(u < 0.6)
-    assert keep_mask(3, "maths", "lm_head.weight", 0.6, start, start + 12).tolist() == expected
-    assert 0 < sum(expected) < 12
+def test_an_element_takes_the_half_that_the_docstring_says() -> None:
+    halves = random_halves(6, 7, KEY)
+    for i, bits in enumerate(halves.tolist()):
+        word = plain_word((6 + i) // 2, KEY)
+        half = word >> 16 if (6 + i) % 2 else word & 0xFFFF
+        assert bits % 2**32 == half << 16
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 3000), st.integers(0, 3000))
 def test_any_chunk_is_a_part_of_the_whole(one: int, other: int) -> None:
     start, stop = sorted((one, other))
-    whole = keep_mask(1, "a", "w", 0.3, 0, 3000)
-    assert torch.equal(keep_mask(1, "a", "w", 0.3, start, stop), whole[start:stop])
+    assert torch.equal(random_halves(start, stop - start, KEY), random_halves(0, 3000, KEY)[start:stop])
 
 
-def test_size_of_the_inner_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = keep_mask(1, "a", "w", 0.3, 5, 4001)
-    monkeypatch.setattr(drops, "_CHUNK", 7)
-    assert torch.equal(keep_mask(1, "a", "w", 0.3, 5, 4001), whole)
+def kept(chance: float, seed: int = 11, source: str = "a", tensor: str = "w", n: int = N) -> torch.Tensor:
+    found = level(chance)
+    if found == 0:
+        return torch.zeros(n, dtype=torch.bool)
+    return random_halves(0, n, stream_key(seed, source, tensor)) <= limit(found)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
-def test_a_higher_density_keeps_what_a_lower_one_keeps(one: float, other: float) -> None:
-    low, high = sorted((one, other))
-    lower, higher = (keep_mask(1, "a", "w", density, 0, 400) for density in (low, high))
-    assert not (lower & ~higher).any()
+def test_a_higher_chance_keeps_what_a_lower_one_keeps(one: float, other: float) -> None:
+    low, high = (kept(chance, n=400) for chance in sorted((one, other)))
+    assert not (low & ~high).any()
 
 
 def test_extremes() -> None:
-    assert keep_mask(0, "a", "w", 1.0, 0, 1001).all()
-    assert not keep_mask(0, "a", "w", 0.0, 0, 1001).any()
-    assert not keep_mask(0, "a", "w", 1e-300, 0, 1001).any()
-    assert keep_mask(0, "a", "w", 0.5, 8, 8).shape == (0,)
+    assert kept(1.0).all()
+    assert level(0.0) == 0 == level(1e-9)
+    assert level(1.0) == LEVELS
+    assert limit(LEVELS) == 2**31 - 1
+    assert 0 < int(kept(1 / LEVELS, n=2_000_000).sum()) < 100
 
 
-@pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
-def test_keeps_the_share_that_it_should(density: float) -> None:
-    n = 200_000
-    kept = int(keep_mask(11, "a", "w", density, 0, n).sum())
-    assert abs(kept - n * density) < 5 * math.sqrt(n * density * (1 - density))
+@pytest.mark.parametrize("chance", [0.01, 0.1, 0.5, 0.9])
+def test_keeps_the_share_that_it_should(chance: float) -> None:
+    for seed in range(5):
+        count = int(kept(chance, seed).sum())
+        assert abs(count - N * chance) < 5 * math.sqrt(N * chance * (1 - chance))
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 64, 1024, 4096, 65536])
+def test_elements_are_kept_independently_of_each_other(distance: int) -> None:
+    """Neighbours, the halves of a word, and elements as far apart as rows are."""
+    mask = kept(0.5)
+    same = int((mask[:-distance] == mask[distance:]).sum())
+    n = N - distance
+    assert abs(same - n / 2) < 5 * math.sqrt(n / 4)
+
+
+def test_bits_are_spread_evenly_over_their_values() -> None:
+    """Chi-square over 256 classes of the upper and of the lower byte: within five standard deviations of its mean."""
+    bits = (random_halves(0, N, KEY) >> 16) & 0xFFFF
+    for byte in (bits >> 8, bits & 0xFF):
+        counts = torch.bincount(byte.long(), minlength=256).double()
+        chi = float(((counts - N / 256) ** 2 / (N / 256)).sum())
+        assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
+
+
+def test_every_bit_of_the_key_and_the_number_flips_half_of_the_word() -> None:
+    generator = random.Random(0)
+    for bit in range(96):
+        flips = []
+        for _ in range(200):
+            number, k0, k1 = (generator.getrandbits(32) for _ in range(3))
+            words = [number, k0, k1]
+            before = plain_word(words[0], (words[1], words[2]))
+            words[bit // 32] ^= 1 << bit % 32
+            flips.append((before ^ plain_word(words[0], (words[1], words[2]))).bit_count())
+        assert 13.5 < sum(flips) / len(flips) < 18.5, bit  # of 32; the deviation of the mean is 0.2
 
 
 def test_seed_source_and_tensor_each_change_the_mask() -> None:
-    n = 10_000
-    first = keep_mask(0, "a", "w", 0.5, 0, n)
-    for other in (
-        keep_mask(1, "a", "w", 0.5, 0, n),
-        keep_mask(0, "b", "w", 0.5, 0, n),
-        keep_mask(0, "a", "v", 0.5, 0, n),
-    ):
-        assert abs(int((first == other).sum()) - n / 2) < 5 * math.sqrt(n / 4)  # as two strangers agree
+    first = kept(0.5)
+    for other in (kept(0.5, 12), kept(0.5, source="b"), kept(0.5, tensor="v")):
+        assert abs(int((first == other).sum()) - N / 2) < 5 * math.sqrt(N / 4)  # as two strangers agree
 
 
 def test_stream_keys_do_not_run_together() -> None:
@@ -114,13 +130,6 @@ def test_stream_keys_do_not_run_together() -> None:
     assert stream_key(0, "a", "w") == (3066886722, 336355000)  # fixed for ever: masks of old recipes hang on it
 
 
-def test_drops_shape_the_mask_like_the_tensor() -> None:
-    kept = Drops(seed=5, tensor="w").keep("a", 0.5, torch.Size((3, 7)))
-    assert torch.equal(kept.flatten(), keep_mask(5, "a", "w", 0.5, 0, 21))
-    assert Drops(5, "w").keep("a", 0.5, torch.Size(())).shape == ()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_on_a_gpu() -> None:
-    there = keep_mask(5, "a", "w", 0.5, 3, 300_001, device="cuda")
-    assert torch.equal(there.cpu(), keep_mask(5, "a", "w", 0.5, 3, 300_001))
+    assert torch.equal(random_halves(3, 300_001, KEY, device="cuda").cpu(), random_halves(3, 300_001, KEY))

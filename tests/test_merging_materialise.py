@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evomerge.checkpoints.live import live_model
-from evomerge.checkpoints.roles import tensor_roles
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging import METHODS
-from evomerge.merging.drops import Drops
-from evomerge.merging.materialise import Materialiser, check_recipe, merged_tensors
-from evomerge.recipe import Blend, Recipe, Role, default_parameters
+from evomerge.merging.jobs import Job
+from evomerge.merging.materialise import Materialiser, check_recipe
+from evomerge.merging.statistics import Statistics
+from evomerge.recipe import Blend, Recipe, default_parameters
+from evomerge.testing import methods
 
 LAYERS = 2
 NAMES = ("maths", "ja")
+MIXED = {name: NAMES[: method.spec.max_sources] for name, method in METHODS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     root = tmp_path_factory.mktemp("models")
     folders = {name: save_model(tiny_config(), root / name, seed=i) for i, name in enumerate(("base", *NAMES))}
     return {name: open_source(name, str(folder), place=f"sources.{name}") for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def roles(sources: dict[str, Source]) -> dict[str, Role]:
-    return tensor_roles(sources["base"])
 
 
 def blend(method: str, sources: tuple[str, ...] = NAMES, **numbers: Any) -> Blend:
@@ -54,20 +51,22 @@ def stored(source: Source) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tensor_is_what_its_method_makes_of_it(
-    method: str, sources: dict[str, Source], roles: dict[str, Role]
+    method: str, sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mix = blend(method)
-    made = dict(merged_tensors(recipe_of(mix, sources, seed=9), sources, roles))
+    mix = blend(method, MIXED[method])
+    made = dict(Materialiser(sources).tensors(recipe_of(mix, sources, seed=9)))
     files = {name: stored(source) for name, source in sources.items()}
     assert made.keys() == files["base"].keys()
     for name, tensor in made.items():
         base = files["base"][name] if mix.base else None
-        expected = METHODS[method].merge(base, [files[each][name] for each in NAMES], mix, Drops(9, name))
+        monkeypatch.setattr(methods, "SEED", 9)
+        monkeypatch.setattr(methods, "TENSOR", name)
+        expected = methods.merge(METHODS[method], base, [files[each][name] for each in mix.sources], mix)
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected.bfloat16())
 
 
-def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source], roles: dict[str, Role]) -> None:
+def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source]) -> None:
     maths, ja, base = (blend("linear", (name,)) for name in ("maths", "ja", "base"))
     recipe = Recipe.compose(
         sources={name: source.reference for name, source in sources.items()},
@@ -86,7 +85,7 @@ def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source], roles: 
         "model.norm": "base", "lm_head": "ja",
     }  # fmt: skip
     seen = set()
-    for name, tensor in merged_tensors(recipe, sources, roles):
+    for name, tensor in Materialiser(sources).tensors(recipe):
         (part,) = (part for part in expected if name.startswith(part + "."))
         seen.add(part)
         assert torch.equal(tensor, stored(sources[expected[part]])[name]), name
@@ -94,15 +93,15 @@ def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source], roles: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_live_model_holds_what_is_exported(method: str, sources: dict[str, Source], roles: dict[str, Role]) -> None:
+def test_the_live_model_holds_what_is_exported(method: str, sources: dict[str, Source]) -> None:
     live = live_model(sources["base"], torch.device("cpu"))
     materialiser = Materialiser(sources)
     where = {name: tensor.data_ptr() for name, tensor in live.model.state_dict().items()}
     materialiser.write(recipe_of(blend("linear"), sources), live)  # what an earlier candidate left must not show
-    recipe = recipe_of(blend(method), sources, seed=3)
+    recipe = recipe_of(blend(method, MIXED[method]), sources, seed=3)
     materialiser.write(recipe, live)
     state = live.model.state_dict()
-    for name, tensor in merged_tensors(recipe, sources, roles):
+    for name, tensor in Materialiser(sources).tensors(recipe):
         assert torch.equal(state.pop(name), tensor), name
     assert not state
     assert {name: tensor.data_ptr() for name, tensor in live.model.state_dict().items()} == where
@@ -116,57 +115,111 @@ def test_a_tied_head_follows_the_embedding(tmp_path: Path) -> None:
     live = live_model(tied["base"], torch.device("cpu"))
     recipe = recipe_of(blend("task_arithmetic"), tied)
     Materialiser(tied).write(recipe, live)
-    made = dict(merged_tensors(recipe, tied, tensor_roles(tied["base"])))
+    made = dict(Materialiser(tied).tensors(recipe))
     assert "lm_head.weight" not in made
     assert torch.equal(live.model.get_output_embeddings().weight, made["model.embed_tokens.weight"])
 
 
-def test_sources_are_left_as_they_were(sources: dict[str, Source], roles: dict[str, Role]) -> None:
+def test_sources_are_left_as_they_were(sources: dict[str, Source]) -> None:
     before = {name: stored(source) for name, source in sources.items()}
     for method in METHODS:
-        for _ in merged_tensors(recipe_of(blend(method), sources), sources, roles):
+        for _ in Materialiser(sources).tensors(recipe_of(blend(method, MIXED[method]), sources)):
             pass
     for name, source in sources.items():
         for tensor in source.tensors:
             assert torch.equal(source.read(tensor), before[name][tensor])
 
 
-def test_dtype_is_the_recipes_or_else_that_of_the_tokenizers_source(
-    tmp_path: Path, sources: dict[str, Source], roles: dict[str, Role]
-) -> None:
+def test_dtype_is_the_recipes_or_else_that_of_the_tokenizers_source(tmp_path: Path, sources: dict[str, Source]) -> None:
     for dtype in ("float32", "float16", "bfloat16"):
-        made = merged_tensors(recipe_of(blend("linear"), sources, dtype=dtype), sources, roles)
+        made = Materialiser(sources).tensors(recipe_of(blend("linear"), sources, dtype=dtype))
         assert {tensor.dtype for _, tensor in made} == {getattr(torch, dtype)}
     folder = save_model(tiny_config(), tmp_path / "wide", seed=5, dtype=torch.float32)
     mixed = {**sources, "maths": open_source("maths", str(folder), place="maths")}
     recipe = recipe_of(blend("linear"), mixed)
     for tokenizer, dtype in (("base", torch.bfloat16), ("maths", torch.float32)):
-        made = merged_tensors(recipe.model_copy(update={"tokenizer": tokenizer}), mixed, roles)
+        made = Materialiser(mixed).tensors(recipe.model_copy(update={"tokenizer": tokenizer}))
         assert {tensor.dtype for _, tensor in made} == {dtype}
 
 
-def test_the_seed_draws_the_drops(sources: dict[str, Source], roles: dict[str, Role]) -> None:
+def test_the_seed_draws_the_drops(sources: dict[str, Source]) -> None:
     def make(seed: int) -> Tensor:
         recipe = recipe_of(blend("dare_ties"), sources, seed=seed)
-        ((_, tensor),) = merged_tensors(recipe, sources, roles, names=["lm_head.weight"])
-        return tensor
+        return dict(Materialiser(sources).tensors(recipe))["lm_head.weight"]
 
     assert torch.equal(make(1), make(1))
     assert not torch.equal(make(1), make(2))
 
 
-def test_tensors_are_made_one_at_a_time_and_only_those_asked_for(
-    sources: dict[str, Source], roles: dict[str, Role], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensors_are_made_one_at_a_time(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = Source.read
     monkeypatch.setattr(Source, "read", lambda self, name: read.append(name) or original(self, name))
-    wanted = ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
-    made = merged_tensors(recipe_of(blend("ties"), sources), sources, roles, names=wanted)
+    made = Materialiser(sources).tensors(recipe_of(blend("ties"), sources))
     assert read == []
-    assert next(made)[0] == "model.layers.1.mlp.up_proj.weight"
-    assert set(read) == {"model.layers.1.mlp.up_proj.weight"}
-    assert [name for name, _ in made] == ["model.norm.weight"]
+    name, _ = next(made)
+    assert set(read) == {name}
+
+
+def test_only_what_changed_is_written_again(sources: dict[str, Source]) -> None:
+    live = live_model(sources["base"], torch.device("cpu"))
+    materialiser = Materialiser(sources)
+    halves, thirds = blend("linear"), blend("linear", weight={"maths": 1 / 3, "ja": 2 / 3})
+    references = {name: source.reference for name, source in sources.items()}
+
+    def recipe(second: Blend) -> Recipe:
+        hops = [(0, halves, halves, halves), (1, halves, second, halves)]
+        return Recipe.compose(
+            sources=references, tokenizer="base", embedding=halves, hops=hops, norm=halves, head=halves
+        )
+
+    materialiser.write(recipe(halves), live)
+    for tensor in live.tensors.values():
+        tensor.fill_(7)
+    materialiser.write(recipe(thirds), live)
+    left = {name for name, tensor in live.tensors.items() if (tensor == 7).all()}
+    assert live.tensors.keys() - left == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    fresh = live_model(sources["base"], torch.device("cpu"))  # another model was never written to
+    materialiser.write(recipe(thirds), fresh)
+    assert not any((tensor == 7).all() for tensor in fresh.tensors.values())
+
+
+def test_after_a_failure_half_way_everything_that_it_touched_is_written_again(
+    sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = live_model(sources["base"], torch.device("cpu"))
+    materialiser = Materialiser(sources)
+    materialiser.write(recipe_of(blend("linear"), sources), live)
+    expected = {name: tensor.clone() for name, tensor in live.tensors.items()}
+    original, calls = Job.run, iter(range(100))
+
+    def fail_soon(job: Job, piece: tuple[int, int]) -> None:
+        if next(calls) == 5:
+            raise MemoryError
+        original(job, piece)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "run", fail_soon)
+        with pytest.raises(MemoryError):
+            materialiser.write(recipe_of(blend("ties"), sources), live)
+    materialiser.write(recipe_of(blend("linear"), sources), live)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in live.tensors.items())
+
+
+def test_statistics_are_read_back_by_the_next(
+    sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = [recipe_of(blend(method, MIXED[method]), sources) for method in ("slerp", "ties", "della", "sce")]
+    live = live_model(sources["base"], torch.device("cpu"))
+    made = []
+    for _ in range(2):
+        materialiser = Materialiser(sources, statistics=tmp_path / "kept" / "statistics.safetensors")
+        for recipe in recipes:
+            materialiser.write(recipe, live)
+            made.append({name: tensor.clone() for name, tensor in live.tensors.items()})
+        monkeypatch.setattr(Statistics, "_scan", lambda *a: pytest.fail("read the weights again"))
+    for first, second in zip(made[: len(recipes)], made[len(recipes) :], strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def change(recipe: Recipe, **fields: Any) -> Recipe:
@@ -190,9 +243,11 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read(
         ),
         (recipe_of(blend("dare_ties", density=-0.1), sources), r"density: is -0.1; it must be from 0 to 1"),
         (recipe_of(blend("slerp", t=2.0), sources), r"blends\[0\].t: is 2; it must be from 0 to 1"),
-        (change(recipe, hops=recipe.hops[::-1]), r"recipe.hops: visits layers \[1, 0\]"),
-        (change(recipe, hops=(*recipe.hops, recipe.hops[0])), r"recipe.hops: visits layers \[0, 1, 0\]"),
-        (change(recipe, hops=recipe.hops[:1]), "has 1 hops, but base has 2 layers"),
+        (
+            change(recipe, hops=(recipe.hops[0], recipe.hops[1].model_copy(update={"layer": 2}))),
+            r"recipe.hops\[1\]: takes layer 2 of .*, which has 2 layers",
+        ),
+        (change(recipe, hops=recipe.hops[:1]), "has a path of 1 hops, but the live model 2 layers"),
     ]
     for wrong, message in cases:
         with pytest.raises(InputError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,9 +16,15 @@ from torch import Tensor
 
 from evomerge.errors import InputError
 from evomerge.merging import METHODS, find_method, registry
-from evomerge.merging.methods import DARE_LINEAR, DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Method, trim
+from evomerge.merging.drops import LEVELS, level, limit, random_halves, stream_key
+from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.plans import Method
+from evomerge.merging.statistics import Facts
 from evomerge.recipe import Blend
-from evomerge.testing.methods import DROPS, MethodContract, tensors
+from evomerge.testing.methods import SEED, TENSOR, MethodContract, merge, tensors
+
+LINEAR, TASK_ARITHMETIC, SLERP = METHODS["linear"], METHODS["task_arithmetic"], METHODS["slerp"]
+TIES, DARE_LINEAR, DARE_TIES = METHODS["ties"], METHODS["dare_linear"], METHODS["dare_ties"]
 
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
@@ -26,20 +33,8 @@ class TestLinear(MethodContract):
     method = LINEAR
 
 
-class TestTaskArithmetic(MethodContract):
-    method = TASK_ARITHMETIC
-
-
-class TestTies(MethodContract):
-    method = TIES
-
-
-class TestDareLinear(MethodContract):
-    method = DARE_LINEAR
-
-
-class TestDareTies(MethodContract):
-    method = DARE_TIES
+class TestPassthrough(MethodContract):
+    method = METHODS["passthrough"]
 
 
 class TestSlerp(MethodContract):
@@ -52,6 +47,84 @@ class TestSlerp(MethodContract):
         there = self.merge(base, [first, second], self.blend({"t": t}))
         back = self.merge(base, [second, first], self.blend({"t": 1 - t}))
         assert torch.allclose(there, back, rtol=1e-6, atol=1e-6)
+
+
+class TestNuslerp(MethodContract):
+    method = METHODS["nuslerp"]
+
+
+class TestMultislerp(MethodContract):
+    method = METHODS["multislerp"]
+
+
+class TestKarcher(MethodContract):
+    method = METHODS["karcher"]
+
+
+class TestTaskArithmetic(MethodContract):
+    method = TASK_ARITHMETIC
+
+
+class TestModelStock(MethodContract):
+    method = METHODS["model_stock"]
+
+
+class TestTies(MethodContract):
+    method = TIES
+
+
+class TestBreadcrumbs(MethodContract):
+    method = METHODS["breadcrumbs"]
+
+
+class TestBreadcrumbsTies(MethodContract):
+    method = METHODS["breadcrumbs_ties"]
+
+
+class TestDareLinear(MethodContract):
+    method = DARE_LINEAR
+
+
+class TestDareTies(MethodContract):
+    method = DARE_TIES
+
+
+class TestDellaLinear(MethodContract):
+    method = METHODS["della_linear"]
+
+
+class TestDella(MethodContract):
+    method = METHODS["della"]
+
+
+class TestSce(MethodContract):
+    method = METHODS["sce"]
+    whole: ClassVar = {"select_topk": 1.0}
+
+
+class TestRam(MethodContract):
+    method = METHODS["ram"]
+    whole: ClassVar = {}
+
+
+class TestRamplus(MethodContract):
+    method = METHODS["ramplus_tl"]
+    whole = None
+
+
+class TestArceeFusion(MethodContract):
+    method = METHODS["arcee_fusion"]
+    whole = None
+
+
+class TestNearswap(MethodContract):
+    method = METHODS["nearswap"]
+    whole = None
+
+
+def test_every_method_is_held_to_its_contract() -> None:
+    held = {kind.method.spec.name for kind in MethodContract.__subclasses__()}
+    assert held == set(METHODS)
 
 
 # ---- slow formulas ---------------------------------------------------------------------------------------------------
@@ -96,8 +169,10 @@ def slow_dare_ties(base: list[float], rows: Rows, w: list[float], p: list[float]
 def slow_dare(base: list[float], rows: Rows, p: list[float]) -> Rows:
     dropped = []
     for i, (row, density) in enumerate(zip(rows, p, strict=True)):
-        kept = DROPS.keep(f"s{i}", density, torch.Size([len(base)])).tolist()
-        dropped.append([b + (x - b) / density if keep else b for x, b, keep in zip(row, base, kept, strict=True)])
+        bits = random_halves(0, len(base), stream_key(SEED, f"s{i}", TENSOR))
+        kept = (bits <= limit(level(density))).tolist()
+        share = level(density) / LEVELS  # what it is resolved to
+        dropped.append([b + (x - b) / share if keep else b for x, b, keep in zip(row, base, kept, strict=True)])
     return dropped
 
 
@@ -125,7 +200,7 @@ SLOW: dict[str, Callable[..., list[float]]] = {
 def blend_of(method: Method, w: list[float], p: list[float], normalize: bool) -> Blend:
     names = tuple(f"s{i}" for i in range(len(w)))
     numbers = {"weight": dict(zip(names, w, strict=True)), "density": dict(zip(names, p, strict=True))}
-    taken = {q.name: numbers[q.name] for q in method.spec.parameters}
+    taken = {q.name: numbers[q.name] for q in method.spec.parameters if q.scope == "source"}
     return Blend(method=method.spec.name, sources=names, base="b", parameters={**taken, "normalize": normalize})
 
 
@@ -142,9 +217,7 @@ def test_equals_the_slow_formula(name: str, data: st.DataObject) -> None:
     w = [data.draw(st.integers(0, 12)) / 8 for _ in range(count)]
     p = [data.draw(st.sampled_from([0.125, 0.25, 0.5, 1.0])) for _ in range(count)]
     normalize = data.draw(st.booleans())
-    merged = method.merge(
-        torch.tensor(base), [torch.tensor(row) for row in rows], blend_of(method, w, p, normalize), DROPS
-    )
+    merged = merge(method, torch.tensor(base), [torch.tensor(row) for row in rows], blend_of(method, w, p, normalize))
     expected = SLOW[name](base, rows, w, p, normalize)
     np.testing.assert_allclose(merged.numpy(), expected, rtol=2e-6, atol=2e-6)
 
@@ -157,7 +230,7 @@ def test_equals_the_slow_formula_on_weights_like_those_of_models(name: str) -> N
     w, p = [0.7, 0.9, 0.35], [0.2, 0.53, 0.8]
     rows = [x.double().flatten().tolist() for x in (base, *sources)]
     for normalize in (False, True):
-        merged = METHODS[name].merge(base, sources, blend_of(METHODS[name], w, p, normalize), DROPS)
+        merged = merge(METHODS[name], base, sources, blend_of(METHODS[name], w, p, normalize))
         expected = SLOW[name](rows[0], rows[1:], w, p, normalize)
         np.testing.assert_allclose(merged.flatten().numpy(), expected, rtol=1e-5, atol=1e-6)
 
@@ -177,13 +250,13 @@ def test_slerp_equals_a_turn_in_the_plane_of_both(seed: int, t: float) -> None:
     across /= np.linalg.norm(across)
     angle = math.atan2(float(b @ across), float(a @ b))
     expected = a * math.cos(t * angle) + across * math.sin(t * angle)
-    merged = SLERP.merge(None, [torch.tensor(a).float(), torch.tensor(b).float()], slerp_blend(t), DROPS)
+    merged = merge(SLERP, None, [torch.tensor(a).float(), torch.tensor(b).float()], slerp_blend(t))
     np.testing.assert_allclose(merged.numpy(), expected, atol=2e-6)
 
 
 def test_slerp_weighs_the_tensors_as_they_are() -> None:
     first, second = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 5.0])  # a right angle: both factors are sin(pi / 4)
-    merged = SLERP.merge(None, [first, second], slerp_blend(0.5), DROPS)
+    merged = merge(SLERP, None, [first, second], slerp_blend(0.5))
     assert merged.tolist() == pytest.approx([2 * math.sqrt(0.5), 5 * math.sqrt(0.5)], rel=1e-6)
 
 
@@ -199,7 +272,7 @@ def test_slerp_weighs_the_tensors_as_they_are() -> None:
     ],
 )
 def test_slerp_of_tensors_without_an_angle_is_the_straight_line(first: list[float], second: list[float]) -> None:
-    merged = SLERP.merge(None, [torch.tensor(first), torch.tensor(second)], slerp_blend(0.25), DROPS)
+    merged = merge(SLERP, None, [torch.tensor(first), torch.tensor(second)], slerp_blend(0.25))
     expected = [0.75 * a + 0.25 * b for a, b in zip(first, second, strict=True)]
     assert merged.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-36)
 
@@ -207,38 +280,48 @@ def test_slerp_of_tensors_without_an_angle_is_the_straight_line(first: list[floa
 # ---- edges -----------------------------------------------------------------------------------------------------------
 
 
+def trimmed(delta: Tensor, density: float) -> Tensor:
+    return merge(TIES, torch.zeros_like(delta), [delta], blend_of(TIES, [1.0], [density], False))
+
+
 def test_trim_keeps_all_that_are_as_large_as_the_last_one_kept() -> None:
     delta = torch.tensor([1.0, -3.0, 2.0, -2.0, 0.5, 2.0])
-    assert trim(delta, 0.34).tolist() == [0.0, -3.0, 2.0, -2.0, 0.0, 2.0]  # k = 2, and 2.0 stands three times
-    assert trim(delta, 0.1).tolist() == [0.0, -3.0, 0.0, 0.0, 0.0, 0.0]  # at least one
-    assert trim(delta, 0.0).tolist() == [0.0] * 6
-    assert torch.equal(trim(delta, 1.0), delta)
+    assert trimmed(delta, 0.34).tolist() == [0.0, -3.0, 2.0, -2.0, 0.0, 2.0]  # k = 2, and 2.0 stands three times
+    assert trimmed(delta, 0.1).tolist() == [0.0, -3.0, 0.0, 0.0, 0.0, 0.0]  # at least one
+    assert trimmed(delta, 0.0).tolist() == [0.0] * 6
+    assert torch.equal(trimmed(delta, 1.0), delta)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 1000))
 def test_trim_keeps_the_largest(size: int, density: float, seed: int) -> None:
     delta = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    kept = trim(delta, density) != 0
+    kept = trimmed(delta, density) != 0
     assert int(kept.sum()) == (max(1, int(density * size)) if density > 0 else 0)
     if kept.any() and not kept.all():
         assert delta[kept].abs().min() > delta[~kept].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_trimmed_to_within_the_upper_bits(dtype: torch.dtype) -> None:
+    delta = torch.randn(20_000, generator=torch.Generator().manual_seed(3)).to(dtype).float()
+    kept = trimmed(delta.to(dtype), 0.3) != 0
+    assert 0.3 <= float(kept.float().mean()) < 0.31
+    assert delta[kept].abs().min() > delta[~kept].abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_source_in_a_mean_keeps_its_very_bits(dtype: torch.dtype) -> None:
     source = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-40, -65504.0])]).to(dtype)
     for weight in (1.0, 0.3, 0.0):  # normalised: all the same
-        merged = LINEAR.merge(None, [source], blend_of(LINEAR, [weight], [1], True), DROPS).to(dtype)
+        merged = merge(LINEAR, None, [source], blend_of(LINEAR, [weight], [1], True)).to(dtype)
         assert torch.equal(merged.view(torch.uint8), source.view(torch.uint8))
-    merged = LINEAR.merge(None, [source], blend_of(LINEAR, [1.0], [1], False), DROPS).to(dtype)
+    merged = merge(LINEAR, None, [source], blend_of(LINEAR, [1.0], [1], False)).to(dtype)
     assert torch.equal(merged.view(torch.uint8), source.view(torch.uint8))
 
 
 def test_a_mean_over_weights_that_are_all_zero_counts_all_the_same() -> None:
-    merged = LINEAR.merge(
-        None, [torch.tensor([1.0]), torch.tensor([3.0])], blend_of(LINEAR, [0, 0], [1, 1], True), DROPS
-    )
+    merged = merge(LINEAR, None, [torch.tensor([1.0]), torch.tensor([3.0])], blend_of(LINEAR, [0, 0], [1, 1], True))
     assert merged.tolist() == [2.0]
 
 
@@ -246,7 +329,7 @@ def test_a_mean_over_weights_that_are_all_zero_counts_all_the_same() -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_weights_that_are_all_zero_leave_the_base(method: Method, normalize: bool) -> None:
     base, *sources = tensors(3)
-    merged = method.merge(base, sources, blend_of(method, [0, 0], [0.5, 0.5], normalize), DROPS)
+    merged = merge(method, base, sources, blend_of(method, [0, 0], [0.5, 0.5], normalize))
     assert torch.equal(merged, base)
 
 
@@ -254,40 +337,40 @@ def test_weights_that_are_all_zero_leave_the_base(method: Method, normalize: boo
 @pytest.mark.parametrize("tiny", [5e-324, 1e-50, 1e-44, 1e-30])
 def test_weights_too_small_for_float32_are_no_trouble(method: Method, tiny: float) -> None:
     base, *sources = tensors(3)
-    merged = method.merge(base, sources, blend_of(method, [tiny, tiny], [1, 1], True), DROPS)
+    merged = merge(method, base, sources, blend_of(method, [tiny, tiny], [1, 1], True))
     assert torch.isfinite(merged).all()
     if method not in (TIES, DARE_TIES):  # these weigh each element for itself, in float32
-        halves = method.merge(base, sources, blend_of(method, [1, 1], [1, 1], True), DROPS)
+        halves = merge(method, base, sources, blend_of(method, [1, 1], [1, 1], True))
         assert torch.equal(merged, halves)
 
 
 def test_ties_elects_plus_where_the_sum_is_zero() -> None:
     sources = [torch.tensor([1.0, -1.0]), torch.tensor([-2.0, 2.0])]
-    merged = TIES.merge(torch.zeros(2), sources, blend_of(TIES, [1.0, 0.5], [1, 1], False), DROPS)
+    merged = merge(TIES, torch.zeros(2), sources, blend_of(TIES, [1.0, 0.5], [1, 1], False))
     assert merged.tolist() == [1.0, 1.0]
 
 
 def test_dare_with_density_zero_drops_a_source() -> None:
     base, first, second = tensors(3)
     for method in (DARE_LINEAR, DARE_TIES):
-        without = method.merge(base, [first], blend_of(method, [0.5], [1.0], False), DROPS)
+        without = merge(method, base, [first], blend_of(method, [0.5], [1.0], False))
         for density in (0.0, 1e-300):
-            merged = method.merge(base, [first, second], blend_of(method, [0.5, 0.5], [1.0, density], False), DROPS)
+            merged = merge(method, base, [first, second], blend_of(method, [0.5, 0.5], [1.0, density], False))
             assert torch.equal(merged, without)
 
 
 def test_dare_keeps_the_expectation() -> None:
     base, source = torch.zeros(200_000), torch.ones(200_000)
-    merged = DARE_LINEAR.merge(base, [source], blend_of(DARE_LINEAR, [1.0], [0.3], False), DROPS)
-    assert merged.unique().tolist() == pytest.approx([0.0, 1 / 0.3])
+    merged = merge(DARE_LINEAR, base, [source], blend_of(DARE_LINEAR, [1.0], [0.3], False))
+    assert merged.unique().tolist() == pytest.approx([0.0, LEVELS / level(0.3)])
     assert float(merged.mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_weights_add_up_unless_normalised() -> None:
     base, source = torch.zeros(3), torch.ones(3)
     for method in (TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES):
-        both = method.merge(base, [source, source], blend_of(method, [1, 1], [1, 1], False), DROPS)
-        mean = method.merge(base, [source, source], blend_of(method, [1, 1], [1, 1], True), DROPS)
+        both = merge(method, base, [source, source], blend_of(method, [1, 1], [1, 1], False))
+        mean = merge(method, base, [source, source], blend_of(method, [1, 1], [1, 1], True))
         assert both.tolist() == [2.0] * 3
         assert mean.tolist() == [1.0] * 3
 
@@ -297,7 +380,7 @@ def test_weights_add_up_unless_normalised() -> None:
 
 def test_methods_go_by_their_own_names() -> None:
     assert {name: find_method(name, "space.method") for name in METHODS} == METHODS
-    assert sorted(METHODS) == ["dare_linear", "dare_ties", "linear", "slerp", "task_arithmetic", "ties"]
+    assert len(METHODS) == 20
 
 
 def test_an_unknown_method_is_named_with_the_nearest() -> None:
@@ -305,8 +388,8 @@ def test_an_unknown_method_is_named_with_the_nearest() -> None:
         find_method("dare-ties", "space.method")
 
 
-def _double(base: Tensor | None, sources: list[Tensor], blend: Blend, drops: object) -> Tensor:
-    return 2 * sources[0].float()
+def _double(facts: Facts, blend: Blend) -> Pass:
+    return Combine({blend.sources[0]: 2.0})
 
 
 DOUBLE = Method(LINEAR.spec, _double)

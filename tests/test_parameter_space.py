@@ -91,8 +91,9 @@ def test_each_gene_moves_its_own_part_and_no_other() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 @given(data=st.data())
 def test_decode_is_total_and_pure(method: str, data: st.DataObject) -> None:
-    base = "base" if METHODS[method].spec.needs_base else None
-    space = build(method=method, base=base, granularity=2, sources=("base", "a", "b") if base else ("a", "b"))
+    spec = METHODS[method].spec
+    base, mixed = "base" if spec.needs_base else None, ("a", "b")[: spec.max_sources]
+    space = build(method=method, base=base, granularity=2, sources=(base, *mixed) if base else mixed)
     genome = np.array([data.draw(st.floats(p.low, p.high)) for p in space.parameters])
     recipe = space.decode(genome)
     assert recipe == space.decode(genome.copy())
@@ -148,7 +149,7 @@ def test_a_landmark_outside_the_bounds_has_no_genome() -> None:
         ({"method": "tie"}, "space.method", "Did you mean 'ties'?"),
         ({"bounds": {"weight": (1.0, 0.0)}}, "space.bounds.weight", "not below"),
         ({"bounds": {"weight": (1.0, 1.0)}}, "space.bounds.weight", "not below"),
-        ({"bounds": {"density": (0.0, 1.0)}}, "space.bounds.density", "it has: weight"),
+        ({"bounds": {"density": (0.0, 1.0)}}, "space.bounds.density", "it has: lambda, weight"),
         ({"fixed": {"weight": 1.0}}, "space.fixed", "nothing to search"),
         ({"fixed": {"weight": 1.0}, "bounds": {"weight": (0.0, 1.0)}}, "space.fixed.weight", "bounds as well"),
         ({"switches": {"normalise": True}}, "space.switches.normalise", "normalize"),

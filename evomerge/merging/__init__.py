@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evomerge.merging.methods import Method
+from evomerge.merging.plans import Method
 from evomerge.merging.registry import METHODS, find_method
 
 __all__ = ["METHODS", "Method", "find_method"]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from evomerge import __version__
 from evomerge.checkpoints.folder import TOKENIZER_FILES
-from evomerge.checkpoints.roles import tensor_roles
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter
-from evomerge.merging.materialise import check_recipe, merged_tensors
+from evomerge.checkpoints.structure import parse_config
+from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
+from evomerge.merging.materialise import Materialiser
+from evomerge.merging.path import giver
 from evomerge.recipe import Recipe
 
-_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_WRITERS = 2
+_AHEAD_BYTES = 256_000_000
 
 
 def write_model(
@@ -30,8 +35,9 @@ def write_model(
 ) -> None:
     """Make the folder ``out``: weights, configuration, tokenizer, generation settings, and ``texts`` by file name.
 
-    Peak memory is that of one tensor of every source. The folder appears when all is written and ``check``, given the
-    complete folder under its temporary name, has not raised; otherwise nothing is left behind.
+    Peak memory is that of one tensor of every source and a quarter of a gigabyte. The folder appears when all is
+    written and ``check``, given the complete folder under its temporary name, has not raised. A process that is killed
+    leaves its complete files of weights beside ``out``, and the same call goes on from them.
 
     Args:
         progress: called with the number of tensors written and of all.
@@ -39,30 +45,64 @@ def write_model(
     Raises:
         InputError: ``out`` cannot be written, the disk is too small, or the recipe does not fit the sources.
     """
-    check_recipe(recipe, sources)
+    materialiser = Materialiser(sources)
     model = sources[recipe.tokenizer]
-    roles = tensor_roles(model)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    layout = [(name, model.tensors[name].shape, dtype or model.read(name).dtype) for name in roles]
+    layout = materialiser.layout(recipe)
     folders = [source.folder for source in sources.values()]
-    with FolderWriter(out, layout, shard_bytes, sources=folders) as folder:
-        for done, (name, tensor) in enumerate(merged_tensors(recipe, sources, roles), start=1):
-            folder.write(name, tensor)
-            progress(done, len(layout))
-        folder.add_text("config.json", config_text(model, recipe))
-        for file in existing(model.folder, _SIDE_FILES):
+    key = _key(recipe, sources, layout, shard_bytes)
+    with (
+        FolderWriter(out, layout, shard_bytes, sources=folders, key=key) as folder,
+        ThreadPoolExecutor(_WRITERS) as pool,
+    ):
+        done = folder.done
+        waiting: deque[tuple[int, Future[None]]] = deque()
+        for number, (name, tensor) in enumerate(materialiser.tensors(recipe, done), start=len(done) + 1):
+            # Making the pages of a new file takes the system longer than a merge, so that is done side by side; but
+            # only as far as memory is not that of many tensors.
+            while waiting and sum(size for size, _ in waiting) + tensor.nbytes > _AHEAD_BYTES:
+                waiting.popleft()[1].result()
+            waiting.append((tensor.nbytes, pool.submit(folder.write, name, tensor)))
+            progress(number, len(layout))
+        for _, written in waiting:
+            written.result()
+        folder.add_text("config.json", config_text(recipe, sources))
+        tokenizer = () if model.tokenizer_texts else TOKENIZER_FILES
+        for file in existing(model.folder, (*tokenizer, "generation_config.json")):
             folder.add_file(file)
-        for name, text in texts.items():
+        for name, text in {**model.tokenizer_texts, **texts}.items():
             folder.add_text(name, text)
         if check is not None:
             check(folder.complete())
 
 
-def config_text(model: Source, recipe: Recipe) -> str:
-    """The configuration of the model's source, with the dtype of what is written."""
+def _key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, shard_bytes: int) -> str:
+    """What an export's bytes follow from: the recipe, and how the files of its sources look from outside."""
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for _, s in sorted(sources.items()) for f in s.files]
+    content = repr((__version__, recipe.canonical(), files, list(layout), shard_bytes))
+    return "k" + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def config_text(recipe: Recipe, sources: Mapping[str, Source]) -> str:
+    """The configuration of the tokenizer's source, with the dtype of what is written and the layers of the path."""
+    model = sources[recipe.tokenizer]
     config = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "torch_dtype")}
     config["dtype"] = recipe.dtype or str(model.dtype).removeprefix("torch.")
+    if [hop.layer for hop in recipe.hops] != list(range(model.layers)):
+        config |= _path_config(recipe, sources)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _path_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """The number of layers, under the architecture's own name for it, and what its configuration lists by layer."""
+    model = sources[recipe.tokenizer]
+    parsed = parse_config(model.config, model.place)
+    found: dict[str, Any] = {parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(recipe.hops)}
+    for key, value in model.config.items():
+        by_layer = isinstance(value, list) and len(value) == model.layers
+        if by_layer and not key.endswith("token_id"):
+            givers = [(giver(hop, recipe), hop) for hop in recipe.hops]
+            found[key] = [sources[name].config.get(key, value)[hop.layer_of(name)] for name, hop in givers]
+    return found
 
 
 def existing(folder: Path, names: Iterable[str]) -> list[Path]:

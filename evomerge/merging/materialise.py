@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.live import LiveModel, load_weights
+from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.drops import Drops
-from evomerge.merging.methods import Method
+from evomerge.merging.device import DeviceRunner, Residency
+from evomerge.merging.jobs import Crew, Job
+from evomerge.merging.passes import Pass
+from evomerge.merging.path import Merged, merged_tensors, ref
+from evomerge.merging.plans import Method
 from evomerge.merging.registry import find_method
-from evomerge.recipe import Blend, Recipe, Role, check_blend
+from evomerge.merging.statistics import Facts, Ref, Statistics
+from evomerge.recipe import Blend, Recipe, check_blend
 
 
 def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     """Refuse a recipe that cannot be made of these sources. Opens no tensor.
 
     Raises:
-        InputError: an unknown method, a blend that its method cannot compute, a source that is not open, or a path that
-            is not every layer of the sources once and in order.
+        InputError: an unknown method, a blend that its method cannot compute, a source that is not open, or a layer
+            that a source does not have.
     """
     if missing := sorted((recipe.used_sources() | {recipe.tokenizer}) - set(sources)):
         opened = ", ".join(sorted(sources))
@@ -29,75 +35,153 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     methods = {blend.method: find_method(blend.method, "recipe.blends") for blend in recipe.blends}
     for number, blend in enumerate(recipe.blends):
         _check_numbers(blend, methods[blend.method], f"recipe.blends[{number}]")
-    path = [hop.layer for hop in recipe.hops]
-    if path != list(range(len(path))):
-        raise InputError(
-            "recipe.hops",
-            f"visits layers {path}",
-            "Only paths that take every layer once, in order, can be made so far.",
-        )
-    for name in sorted(recipe.used_sources() | {recipe.tokenizer}):
-        if sources[name].layers != len(path):
-            raise InputError("recipe.hops", f"has {len(path)} hops, but {name} has {sources[name].layers} layers")
+    for number, hop in enumerate(recipe.hops):
+        for index in {hop.attention, hop.mlp, hop.norm}:
+            blend = recipe.blends[index]
+            for name in (*blend.sources, *((blend.base,) if blend.base else ())):
+                if hop.layer_of(name) >= sources[name].layers:
+                    raise InputError(
+                        f"recipe.hops[{number}]",
+                        f"takes layer {hop.layer_of(name)} of {name}, which has {sources[name].layers} layers",
+                    )
 
 
 def _check_numbers(blend: Blend, method: Method, place: str) -> None:
     check_blend(blend, method.spec, place)
     for name, (low, high) in method.limits.items():
-        value = blend.parameters[name]
+        value = blend.parameters.get(name, low)
         for number in value.values() if isinstance(value, dict) else (value,):
             if not low <= number <= high:
                 raise InputError(f"{place}.{name}", f"is {number:g}; it must be from {low:g} to {high:g}")
 
 
-def merged_tensors(
-    recipe: Recipe,
-    sources: Mapping[str, Source],
-    roles: Mapping[str, Role],
-    *,
-    names: Collection[str] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """The merged model's tensors, one at a time, in the order of ``roles``.
-
-    Everything is computed in float32 on the CPU, where the same recipe gives the same bits on every machine of a kind,
-    and cast once at the end. The memory needed is that of one tensor of every source in float32 and a few more like it.
-
-    Args:
-        recipe: as ``check_recipe`` lets it through.
-        sources: at least those that the recipe uses, and its tokenizer's.
-        roles: the role of every tensor to make.
-        names: make only these.
-
-    Yields:
-        (name, tensor in the recipe's dtype; in that of the tokenizer's source where the recipe has none).
-    """
-    methods = {blend.method: find_method(blend.method, "recipe.blends") for blend in recipe.blends}
-    for name, role in roles.items():
-        if names is not None and name not in names:
-            continue
-        blend = recipe.blend_for(role)
-        base = sources[blend.base].read(name) if blend.base is not None else None
-        tensors = [sources[source].read(name) for source in blend.sources]
-        stored = sources[recipe.tokenizer].read(name).dtype
-        merged = methods[blend.method].merge(base, tensors, blend, Drops(recipe.seed, name))
-        yield name, merged.to(getattr(torch, recipe.dtype) if recipe.dtype else stored)
-
-
 class Materialiser:
-    """Opened sources, kept for life, and the writing of recipes into a live model.
+    """Opened sources, what is known of their weights, and the making of recipes' tensors from them.
 
     Args:
-        sources: by the names that recipes use; all of one architecture.
+        sources: by the names that recipes use.
+        statistics: the file that keeps statistics of these very sources; see ``Statistics``.
+        residency: where sources are kept for a model on a GPU; see ``device``.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(
+        self, sources: Mapping[str, Source], *, statistics: Path | None = None, residency: Residency | None = None
+    ) -> None:
         self._sources = sources
+        self._crew = Crew()
+        self._residency = residency
+        self._runner: DeviceRunner | None = None
+        self._views: dict[Ref, Tensor] = {}
+        self._statistics = Statistics(self.read, self._crew, statistics)
+        self._written: dict[str, object] = {}
+        self._live: LiveModel | None = None
+
+    def read(self, found: Ref) -> Tensor:
+        """A tensor of a source, contiguous. Views of mapped files are kept; folds of adapters are made anew."""
+        if found in self._views:
+            return self._views[found]
+        source, name = found
+        tensor = self._sources[source].read(name).contiguous()
+        if name not in self._sources[source].changes:
+            self._views[found] = tensor
+        return tensor
 
     def write(self, recipe: Recipe, live: LiveModel) -> None:
         """Write the merged model in place into ``live``, whose parameters keep their memory, device and dtype.
 
+        Tensors that the last recipe written into this very model made in the same way are left as they are.
+
         Raises:
-            InputError: the recipe cannot be made of these sources.
+            InputError: the recipe cannot be made of these sources, or is of another depth than the model.
         """
         check_recipe(recipe, self._sources)
-        load_weights(live, merged_tensors(recipe, self._sources, live.roles))
+        depth = 1 + max(role.layer for role in live.roles.values() if role.layer is not None)
+        if len(recipe.hops) != depth:
+            problem = f"has a path of {len(recipe.hops)} hops, but the live model {depth} layers"
+            raise InputError("recipe.hops", problem, "Export it to a folder.")
+        if live is not self._live:
+            self._written, self._live = {}, live
+            self._runner = None if live.device.type == "cpu" else self._on(live.device)
+        changed = []
+        for merged in merged_tensors(recipe, self._sources):
+            way = self._way(merged, recipe)
+            if self._written.get(merged.name) != way:
+                # Forgotten until all are written: after an error half way nobody knows what a tensor holds.
+                self._written.pop(merged.name, None)
+                changed.append((merged, way))
+        plans = [(*self._planned(merged, recipe), live.tensors[merged.name]) for merged, _ in changed]
+        if self._runner is None:
+            self._crew.run([Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in plans])
+        else:
+            for plan, refs, out in plans:
+                self._runner.run(plan, refs, out)
+        self._statistics.save()
+        self._written |= {merged.name: way for merged, way in changed}
+
+    def tensors(self, recipe: Recipe, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """The merged model's tensors but those named in ``without``, one at a time, in the order of ``layout``.
+
+        The memory needed is that of one tensor and of the sources' pages that it is made from.
+
+        Raises:
+            InputError: the recipe cannot be made of these sources, or a tensor has NaN or Inf.
+        """
+        check_recipe(recipe, self._sources)
+        for merged, (name, shape, dtype) in zip(
+            merged_tensors(recipe, self._sources), self.layout(recipe), strict=True
+        ):
+            if name in without:
+                continue
+            out = torch.empty(shape, dtype=dtype)
+            plan, refs = self._planned(merged, recipe)
+            read = [self.read(ref) for ref in refs]
+            self._crew.run([Job(plan, read, out)])
+            self._check_finite(name, out, plan, read)
+            for source, stored in self._views:
+                self._sources[source].release(stored)
+            self._views.clear()
+            yield name, out
+
+    def _check_finite(self, name: str, out: Tensor, plan: Pass, read: Sequence[Tensor]) -> None:
+        # A sum is much faster than isfinite and never finite over a bad element; over good ones it may overflow.
+        if torch.isfinite(out.sum()) or torch.isfinite(out).all():
+            return
+        for source, tensor in zip(plan.inputs, read, strict=True):
+            if not torch.isfinite(tensor).all():
+                place, mend = self._sources[source].place, "The model is broken; download or train it again."
+                raise InputError(place, f"has NaN or Inf in what {name} is merged from", mend)
+        raise InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")
+
+    def layout(self, recipe: Recipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
+        """Name, shape and dtype of each of the merged model's tensors.
+
+        The dtype is the recipe's; where it has none, that in which the tokenizer's source stores the tensor.
+        """
+        found: list[tuple[str, Sequence[int], torch.dtype]] = []
+        for merged in merged_tensors(recipe, self._sources):
+            source = self._sources[recipe.tokenizer]
+            entry = source.tensors.get(merged.stored)
+            if entry is None:
+                entry = next(s.tensors[merged.stored] for s in self._sources.values() if merged.stored in s.tensors)
+            dtype = getattr(torch, recipe.dtype) if recipe.dtype else TORCH_DTYPES[entry.dtype]
+            found.append((merged.name, entry.shape, dtype))
+        return found
+
+    def _on(self, device: torch.device) -> DeviceRunner:
+        every = [(name, tensor) for name, source in self._sources.items() for tensor in source.tensors]
+        return DeviceRunner(device, self.read, every, self._residency)
+
+    def _way(self, merged: Merged, recipe: Recipe) -> object:
+        """All that a tensor of a recipe follows from."""
+        blend = recipe.blend_for(merged.role, merged.name)
+        layer = recipe.hops[merged.role.layer].layer if merged.role.layer is not None else None
+        return blend, layer, recipe.seed
+
+    def _planned(self, merged: Merged, recipe: Recipe) -> tuple[Pass, list[Ref]]:
+        """How a tensor is made, and the tensors that it is made from."""
+        blend = recipe.blend_for(merged.role, merged.name)
+        names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
+        refs = {name: ref(merged, recipe, name) for name in names}
+        method = find_method(blend.method, "recipe.blends")
+        plan = method.plan(Facts(merged.name, refs, self._statistics, recipe.seed), blend)
+        return plan, [refs[name] for name in plan.inputs]

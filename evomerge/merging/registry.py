@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from evomerge.errors import InputError
-from evomerge.merging.methods import DARE_LINEAR, DARE_TIES, LINEAR, SLERP, TASK_ARITHMETIC, TIES, Method
+from evomerge.merging import selective, span, sparse
+from evomerge.merging.plans import Method
 from evomerge.plugins import plugins, unknown_name
 
 GROUP = "evomerge.merge_methods"
 
 METHODS: Mapping[str, Method] = {
-    method.spec.name: method for method in (LINEAR, TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, SLERP)
+    method.spec.name: method for method in (*span.METHODS, *sparse.METHODS, *selective.METHODS)
 }
 """The methods that the project brings."""
 

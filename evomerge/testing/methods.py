@@ -15,11 +15,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merging.drops import Drops
-from evomerge.merging.methods import Method
+from evomerge.merging import jobs
+from evomerge.merging.jobs import Crew, Job
+from evomerge.merging.passes import Pass, by_rows
+from evomerge.merging.plans import Method
+from evomerge.merging.statistics import Facts, Ref, Statistics
 from evomerge.recipe import Blend, check_blend, default_parameters
 
-DROPS = Drops(seed=7, tensor="model.layers.0.mlp.up_proj.weight")
+SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
+CREW = Crew(2)
+
+
+def plan(method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend) -> tuple[Pass, list[Tensor]]:
+    """What a method plans for these tensors, which are ``blend.base`` and ``blend.sources``, and what it reads."""
+    held: dict[Ref, Tensor] = {(name, TENSOR): x for name, x in zip(blend.sources, sources, strict=True)}
+    if base is not None and blend.base is not None:
+        held[blend.base, TENSOR] = base
+    refs = {source: (source, tensor) for source, tensor in held}
+    planned = method.plan(Facts(TENSOR, refs, Statistics(held.__getitem__, CREW), SEED), blend)
+    return planned, [held[refs[name]] for name in planned.inputs]
+
+
+def merge(
+    method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """One tensor, merged as an export or a search would."""
+    planned, read = plan(method, base, sources, blend)
+    out = torch.full(sources[0].shape, torch.nan, dtype=dtype)
+    CREW.run([Job(planned, read, out)])
+    return out
 
 
 def tensors(
@@ -42,7 +66,7 @@ class MethodContract:
 
     method: ClassVar[Method]
     symmetric: ClassVar[bool] = True
-    whole: ClassVar[Mapping[str, float] | None] = {"weight": 1.0, "density": 1.0}
+    whole: ClassVar[Mapping[str, float] | None] = {"weight": 1.0, "density": 1.0, "scale": 1.0}
 
     @property
     def count(self) -> int:
@@ -62,7 +86,7 @@ class MethodContract:
     def merge(self, base: Tensor, sources: Sequence[Tensor], blend: Blend) -> Tensor:
         """Run the method, and see that it left its inputs as they were."""
         before = [each.clone() for each in (base, *sources)]
-        merged = self.method.merge(base if self.method.spec.needs_base else None, sources, blend, DROPS)
+        merged = merge(self.method, base, sources, blend)
         for old, new in zip(before, (base, *sources), strict=True):
             assert torch.equal(old, new), "the method wrote to its input"
         return merged
@@ -89,6 +113,33 @@ class MethodContract:
         base, *sources = tensors(1 + self.count, dtype=torch.bfloat16)
         wide = self.merge(base.float(), [x.float() for x in sources], self.blend())
         assert torch.equal(self.merge(base, sources, self.blend()), wide)
+
+    @pytest.mark.parametrize("shape", [(7,), (40, 6), (9, 5)])
+    def test_pieces_do_not_show(self, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        base, *sources = tensors(1 + self.count, shape)
+        whole = self.merge(base, sources, self.blend())
+        monkeypatch.setattr(jobs, "PIECE", 4)
+        assert torch.equal(self.merge(base, sources, self.blend()), whole)
+
+    @pytest.mark.parametrize("shape", [(7,), (6, 8), (9, 5)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_what_is_compiled_equals_the_plain_definition(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        base, *sources = tensors(1 + self.count, shape, dtype=dtype)
+        planned, read = plan(self.method, base, sources, self._graded(self.blend()))
+        rows = [x.view(-1, shape[-1]) if by_rows(planned) else x.view(-1) for x in read]
+        merged = merge(self.method, base, sources, self._graded(self.blend()))
+        assert torch.allclose(merged, planned.run(rows, 0).view(shape), rtol=1e-6, atol=1e-6)
+
+    def test_sources_of_different_dtypes_are_mixed_as_they_are(self) -> None:
+        base, *sources = tensors(1 + self.count)
+        mixed = [x.to(d) for x, d in zip(sources, [torch.bfloat16, torch.float16, torch.float32], strict=False)]
+        assert torch.equal(self.merge(base, mixed, self.blend()), self.merge(base, sources, self.blend()))
+
+    def test_weights_of_zero_leave_the_base(self) -> None:
+        if not self.method.spec.needs_base or "weight" not in {p.name for p in self.method.spec.parameters}:
+            pytest.skip("the method has no weights, or no base")
+        base, *sources = tensors(1 + self.count)
+        assert torch.equal(self.merge(base, sources, self.blend({"weight": 0.0})), base)
 
     def test_is_a_function_of_its_arguments(self) -> None:
         base, *sources = tensors(1 + self.count)

@@ -1,0 +1,138 @@
+"""Passes run on a GPU: where the sources lie, and the plain definitions of ``passes`` compiled for the device.
+
+Sources are read for every candidate, so where they lie decides what a merge costs: in the device's memory that is its
+bandwidth, in pinned host memory that of the bus, in mapped files that of the bus with a copy by the processor before
+it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import psutil
+import torch
+from torch import Tensor
+
+from evomerge.merging.passes import Compute, Pass, by_rows, call
+from evomerge.merging.statistics import Ref
+
+log = logging.getLogger(__name__)
+
+Residency = Literal["device", "pinned", "mapped"]
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
+
+_PIECE = 1 << 25  # elements: intermediate results of a definition that is not compiled take a few hundred MB
+_SPARE = 0.25  # share of the device's memory that is left to scoring: activations, cache, evaluators
+_HOST_SHARE = 0.5  # of the free memory of the host, which other workers want as well
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where sources lie for a worker, and why."""
+
+    residency: Residency
+    reason: str
+
+
+def choose_place(sources: int, device_free: int, device_total: int, host_free: int) -> Place:
+    """Where sources are best kept.
+
+    Args:
+        sources: bytes of all of them.
+        device_free, device_total: bytes of the device's memory, with the live model there already.
+        host_free: bytes of the host's memory that are available.
+    """
+    room = device_free - int(_SPARE * device_total)
+    if sources <= room:
+        return Place("device", f"the sources ({_gb(sources)}) fit beside the model ({_gb(room)} to spare)")
+    why = f"the sources ({_gb(sources)}) do not fit beside the model ({_gb(max(room, 0))} to spare)"
+    if sources <= _HOST_SHARE * host_free:
+        return Place("pinned", f"{why}; host memory takes them ({_gb(host_free)} free)")
+    return Place("mapped", f"{why}, nor into half of the host's free memory ({_gb(host_free)})")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+class DeviceRunner:
+    """Makes the tensors of a live model on its device.
+
+    Args:
+        device: of the live model.
+        read: gives a tensor of a source on the CPU.
+        refs: every tensor of every source, for counting bytes.
+        residency: where sources are kept; chosen by what fits when None.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        read: Callable[[Ref], Tensor],
+        refs: Iterable[Ref],
+        residency: Residency | None = None,
+    ) -> None:
+        self._device = device
+        self._read = read
+        self._kept: dict[Ref, Tensor] = {}
+        self.place = Place(residency, "asked for") if residency else self._choose(refs)
+        log.info("sources are kept in %s memory: %s", self.place.residency, self.place.reason)
+
+    def _choose(self, refs: Iterable[Ref]) -> Place:
+        if self._device.type != "cuda":
+            return Place("mapped", f"a {self._device.type} device reads the mapped files")
+        free, total = torch.cuda.mem_get_info(self._device)
+        size = sum(self._read(ref).nbytes for ref in refs)
+        return choose_place(size, free, total, psutil.virtual_memory().available)
+
+    def tensor(self, ref: Ref) -> Tensor:
+        """A tensor of a source on the device."""
+        if self.place.residency == "mapped":
+            return self._read(ref).to(self._device)
+        if ref not in self._kept:
+            read = self._read(ref)
+            self._kept[ref] = read.to(self._device) if self.place.residency == "device" else read.pin_memory()
+        # The device waits for the copy before it computes: both stand in one stream.
+        return self._kept[ref].to(self._device, non_blocking=True)
+
+    @torch.no_grad()
+    def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor) -> None:
+        """Make one tensor in place.
+
+        Args:
+            refs: what ``plan.inputs`` names.
+            out: contiguous, on the device.
+        """
+        row = out.shape[-1] if out.shape else 1
+        total, whole_rows = out.numel(), by_rows(plan)
+        flat = [self.tensor(ref).reshape(-1) for ref in refs]
+        step = max(1, _PIECE // row) * row if whole_rows and total else _PIECE
+        for begin in range(0, total, step):
+            pieces = [tensor[begin : begin + step] for tensor in flat]
+            if whole_rows:
+                pieces = [piece.view(-1, row) for piece in pieces]
+            out.view(-1)[begin : begin + step].copy_(plan.run(pieces, begin, computer(self._device)).view(-1))
+
+
+def computer(device: torch.device) -> Compute:
+    """How plain definitions are run on a device: compiled on CUDA, where torch brings Triton, else as they stand.
+
+    Compiling takes some ten seconds for each method and number of sources; torch keeps the result on disk.
+    """
+    if device.type == "cuda" and find_spec("triton") is not None:
+        return _call_compiled
+    return call
+
+
+def _call_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return _compile(function)(*arguments)
+
+
+@cache
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)

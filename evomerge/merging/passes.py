@@ -1,0 +1,207 @@
+"""What a merge does to one tensor, as data, and how it is done.
+
+A merge method does not touch weights. It plans: from its numbers and from statistics of the sources it decides which of
+three passes makes the tensor, and with which coefficients.
+
+* ``Combine``: a linear combination of tensors. Everything in the span of the sources is one (linear, SLERP, task
+  arithmetic, model stock, Karcher mean, ...), since angles and norms are known from inner products beforehand.
+* ``Sparsify``: the base and a sum of task vectors, each masked by magnitude or at random, with or without an elected
+  sign.
+* ``Elementwise``: any function of the rows of a tensor, for what is neither. It runs in plain torch, several times
+  slower than the other two, which are compiled for the CPU.
+
+``run`` here is the plain definition in torch, for any device; ``jobs`` runs the first two compiled on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from evomerge.merging.drops import LEVELS, limit, random_halves
+
+Compute = Callable[..., Tensor]
+"""(function, its arguments) -> its result: how a plain definition is run, as it stands or compiled for a device."""
+
+
+def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Run a plain definition as it stands."""
+    return function(*arguments)
+
+
+def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """sum_k c_k x_k in float32."""
+    total = coefficients[0] * tensors[0].float()
+    for k, tensor in enumerate(tensors[1:], start=1):
+        total = total + coefficients[k] * tensor.float()
+    return total
+
+
+def sparsify(
+    tensors: Sequence[Tensor],
+    numbers: Tensor,
+    masks: Sequence[tuple[Tensor, Tensor]] | None,
+    scale: Tensor,
+    elect: bool,
+    divide: bool,
+) -> Tensor:
+    """What ``Sparsify`` says, in float32.
+
+    Args:
+        tensors: the base and the sources.
+        numbers: float32 [parts, 4]: weight, low, high, share.
+        masks: for each part random bits and the largest that are kept; None for masks by magnitude.
+    """
+    base = tensors[0].float()
+    total, above, below = torch.zeros_like(base), torch.zeros_like(base), torch.zeros_like(base)
+    shares_above, shares_below = torch.zeros_like(base), torch.zeros_like(base)
+    for k, tensor in enumerate(tensors[1:]):
+        delta = tensor.float() - base
+        weight, low, high, share = numbers[k]
+        kept = (delta.abs() >= low) & (delta.abs() < high) if masks is None else masks[k][0] <= masks[k][1]
+        part = (weight * delta).where(kept, 0.0)
+        total = total + part
+        above, below = above + part.clamp(min=0), below + part.clamp(max=0)
+        shares_above, shares_below = shares_above + share * (part > 0), shares_below + share * (part < 0)
+    if not elect:
+        return base + total
+    positive = above + below >= 0  # a sum of zero counts as positive
+    elected, agreeing = torch.where(positive, above, below), torch.where(positive, shares_above, shares_below)
+    return base + (scale * (elected / agreeing.where(agreeing != 0, 1.0)) if divide else elected)
+
+
+@dataclass(frozen=True)
+class Combine:
+    """sum_k c_k x_k, by name of the source; the base may be one."""
+
+    coefficients: Mapping[str, float]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The sources that are read, in order: those whose coefficient is not zero, one of them at least."""
+        used = tuple(name for name, c in self.coefficients.items() if c != 0)
+        return used or tuple(self.coefficients)[:1]
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        coefficients = [self.coefficients[name] for name in self.inputs]
+        return compute(combine, tensors, torch.tensor(coefficients, device=tensors[0].device))
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Ranks of the magnitudes of a task vector within their rows.
+
+    Attributes:
+        table: uint8 [rows, 128]: the rank, 0 to 255, of a magnitude in each bin.
+        first_bin: number of the first bin, in eighths of an octave; all smaller magnitudes are in it.
+        mean: the mean rank of the task vector, from 0 to 1, weighted by magnitude.
+    """
+
+    table: Tensor
+    first_bin: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task vector of a sparsifying merge: w m (x - b).
+
+    Attributes:
+        source: its name.
+        weight: w, with every factor that rescales what is kept.
+        low, high: kept are the magnitudes of low <= |x - b| < high.
+        key: of the stream of random bits; None where nothing is drawn.
+        levels: how many of the 65,536 values of an element's bits keep it, one at least; of rank 0 where there are
+            ranks.
+        rise: by how much the limit that ``drops.limit`` gives for the levels rises with each of the 255 ranks.
+        ranks: None where the chance does not hang on the magnitude.
+        share: what the sum of elected parts is divided by, summed over those that agree; see ``Sparsify``.
+    """
+
+    source: str
+    weight: float
+    low: float = 0.0
+    high: float = math.inf
+    key: tuple[int, int] | None = None
+    levels: int = LEVELS
+    rise: int = 0
+    ranks: Ranks | None = None
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """b + scale * sum_k w_k m_k (x_k - b), all parts masked in the same way.
+
+    Attributes:
+        elect: keep of each element only the parts whose sign is that of their sum (a sum of zero counts as positive).
+        divide: divide by the sum of the shares of the kept parts, where that is not zero.
+        scale: used with ``divide``; elsewhere it is in the weights.
+    """
+
+    base: str
+    parts: tuple[Part, ...]
+    elect: bool = False
+    divide: bool = False
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.base, *(part.source for part in self.parts))
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        """``tensors`` are flat from element ``first`` of the whole, or whole rows where there are ranks."""
+        device, parts = tensors[0].device, self.parts
+        numbers = [[part.weight, part.low, part.high, part.share] for part in parts]
+        masks: list[tuple[Tensor, Tensor]] | None = None
+        if parts[0].key is not None:
+            masks = [(self._bits(part, tensors[0], first), self._limits(part, tensors, first)) for part in parts]
+        scale = torch.tensor(self.scale, device=device)
+        return compute(sparsify, tensors, torch.tensor(numbers, device=device), masks, scale, self.elect, self.divide)
+
+    @staticmethod
+    def _bits(part: Part, like: Tensor, first: int) -> Tensor:
+        assert part.key is not None
+        return random_halves(first, like.numel(), part.key, like.device).view(like.shape)
+
+    def _limits(self, part: Part, tensors: Sequence[Tensor], first: int) -> Tensor:
+        """What the bits must not exceed: one number, or one an element by its rank."""
+        base, lowest = tensors[0], torch.tensor(limit(part.levels), dtype=torch.int32, device=tensors[0].device)
+        if part.ranks is None:
+            return lowest
+        size = (tensors[1 + self.parts.index(part)].float() - base.float()).abs()
+        row, rows = first // base.shape[-1], len(base)
+        table = part.ranks.table[row : row + rows].to(base.device)
+        found = (size.view(torch.int32) >> 20) - part.ranks.first_bin
+        ranks = table.gather(1, found.clamp(0, table.shape[1] - 1).long())
+        return lowest + part.rise * ranks.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Any function of whole rows.
+
+    Attributes:
+        inputs: names of the tensors that it takes.
+        function: (float32 tensors [rows, length], number of the first row) -> float32 of that shape. What it gives for
+            a row may hang on that row alone.
+    """
+
+    inputs: tuple[str, ...]
+    function: Callable[[Sequence[Tensor], int], Tensor] = field(compare=False)
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        """``tensors`` are whole rows [rows, length] from element ``first`` of the whole."""
+        return self.function([tensor.float() for tensor in tensors], first // max(tensors[0].shape[-1], 1))
+
+
+Pass = Combine | Sparsify | Elementwise
+
+
+def by_rows(plan: Pass) -> bool:
+    """Whether a pass must be run on whole rows."""
+    return isinstance(plan, Elementwise) or (isinstance(plan, Sparsify) and plan.parts[0].ranks is not None)

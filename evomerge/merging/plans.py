@@ -1,0 +1,102 @@
+"""What a merge method is, and how its plans read a blend.
+
+A method plans: it turns a blend's numbers, and facts about the weights, into one of the three passes of ``passes``,
+which do the work on tensors of any float dtype in float32 and round once. "A tensor" is one named array of weights;
+norms, angles, ranks and densities are taken tensor by tensor.
+
+In the equations b is the base, x_i source i, d_i = x_i - b its task vector, w_i its weight, p_i its density and m_i a
+mask of zeros and ones.
+
+Weights are not normalised unless a blend says ``normalize: true``: merges that amplify (weights that sum to two, say)
+are often the best ones, and a search could not reach them. Methods that are means by definition do normalise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.statistics import Facts
+from evomerge.recipe import Blend, MethodParameter, MethodSpec
+
+Plan = Callable[[Facts, Blend], Pass]
+"""(facts about one tensor, blend) -> how it is made. Equal arguments give equal plans."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: what it needs and takes, and its equation.
+
+    ``limits`` are the values, (lowest, highest), that a parameter may have at all, where there are such: a recipe
+    outside them is refused. The ranges in ``spec`` are only what a search walks by default.
+    """
+
+    spec: MethodSpec
+    plan: Plan
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def number(blend: Blend, name: str, default: float) -> float:
+    """One number for all sources."""
+    return blend.value(name) if name in blend.parameters else default
+
+
+def values(blend: Blend, name: str) -> list[float]:
+    """One number for each source."""
+    return [blend.value(name, source) for source in blend.sources]
+
+
+def switch(blend: Blend, name: str, default: bool) -> bool:
+    """A yes or no."""
+    return bool(blend.parameters.get(name, default))
+
+
+def weights(blend: Blend, *, normalize: bool) -> list[float]:
+    """The weights, over their sum where the blend says so (or, silent, ``normalize``) and that is not nothing."""
+    found = values(blend, "weight")
+    total = sum(found)
+    return found if cancel(found) or not switch(blend, "normalize", normalize) else [w / total for w in found]
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether weights sum to zero, but for rounding: 0.1 + 0.2 - 0.3 is not quite 0."""
+    return abs(sum(weights)) <= 1e-8 * sum(abs(w) for w in weights)
+
+
+def base_of(blend: Blend) -> str:
+    """The base of a blend that ``check_blend`` let through for a method that needs one."""
+    if blend.base is None:
+        raise ValueError(f"{blend.method} needs a base")
+    return blend.base
+
+
+def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combine:
+    """b + sum_i f_i d_i."""
+    coefficients = {base: 1 - sum(factors)}
+    for source, factor in zip(sources, factors, strict=True):
+        coefficients[source] = coefficients.get(source, 0.0) + factor
+    return Combine(coefficients)
+
+
+# ---- parameters that several methods take ----------------------------------------------------------------------------
+
+FRACTION = (0.0, 1.0)
+
+
+def weight(default: float, high: float = 1.5) -> MethodParameter:
+    """1.5 leaves room above the optimum of the original work, whose weights sum to about two over three sources."""
+    return MethodParameter("weight", "source", low=0.0, high=high, default=default)
+
+
+def density(default: float) -> MethodParameter:
+    return MethodParameter("density", "source", low=0.1, high=1.0, default=default)
+
+
+def scale(*, searched: bool = False) -> MethodParameter:
+    """The lambda of the papers: a factor on the whole sum of task vectors.
+
+    Where weights are not normalised it only multiplies them, and a search over both would walk the same models many
+    times; so a search leaves it at 1 unless the method has no weights.
+    """
+    return MethodParameter("lambda", "blend", low=0.0, high=2.0, default=1.0, searched=searched)

@@ -1,0 +1,194 @@
+"""Readings of weights for statistics, compiled: each adds what it finds in a chunk to an array that the caller keeps.
+
+As in ``kernels``, tensors come flat, two elements at a time. Sums are taken in float64 over float32 differences, in an
+order that depends on the chunks alone, never on the machine's vector width or the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from evomerge.merging.kernels import RANK_BINS, U32, U64, ZERO, as_bits, as_signed, compiled, magnitude_bin, pair, pairs
+
+_BLOCK = 512  # pairs
+_LANES = 16  # sums kept side by side: enough to fill the vector units of today's processors
+BINS = 1 << 15  # the upper 16 bits of a float32 magnitude, whose sign bit is 0
+FINE_BINS = 1 << 16  # its lower 16 bits
+
+
+@compiled
+def inner_products(arrays: Any, total: Any) -> None:
+    """Add to ``total`` (float64 [n, n], lower triangle) the inner products of x_0, x_1 - x_0, x_2 - x_0, ...
+
+    Differences are taken first because fine-tunes of one base differ in the last digits: from the products of the
+    weights themselves, those of task vectors would be rounding errors.
+    """
+    block = np.zeros((len(arrays), 2 * _BLOCK), np.float32)
+    for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
+        count = min(U64(_BLOCK), U64(pairs(arrays[0]) - start))
+        if count < _BLOCK:
+            block[:] = 0
+        for i in range(count):
+            block[0, U64(2) * i], block[0, U64(2) * i + U64(1)] = pair(arrays[0], start + i)
+        for k in range(1, len(arrays)):
+            row, origin = block[U64(k)], block[0]
+            for i in range(count):
+                x, y = pair(arrays[k], start + i)
+                row[U64(2) * i] = x - origin[U64(2) * i]
+                row[U64(2) * i + U64(1)] = y - origin[U64(2) * i + U64(1)]
+        for k in range(len(arrays)):
+            for m in range(k + 1):
+                total[k, m] += _dot(block[U64(k)], block[U64(m)])
+
+
+@compiled
+def _dot(first: Any, second: Any) -> Any:
+    lanes = np.zeros(_LANES, np.float64)
+    for start in range(U64(0), U64(len(first)), U64(_LANES)):
+        for j in range(U64(_LANES)):
+            lanes[j] += np.float64(first[start + j]) * np.float64(second[start + j])
+    total = 0.0
+    for j in range(_LANES):
+        total += lanes[j]
+    return total
+
+
+@compiled
+def count_deltas(base: Any, source: Any, counts: Any) -> None:
+    """Count in ``counts`` (int64 [BINS]) the magnitudes |x - b| by their upper 16 bits."""
+    bins = np.empty(2 * _BLOCK, np.int32)
+    for start in range(U64(0), pairs(base), U64(_BLOCK)):
+        count = min(U64(_BLOCK), U64(pairs(base) - start))
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            x, y = pair(source, start + i)
+            bins[U64(2) * i], bins[U64(2) * i + U64(1)] = _upper(x - bx), _upper(y - by)
+        for i in range(U64(2) * count):
+            counts[U64(bins[i])] += 1
+
+
+@compiled
+def count_deltas_in(base: Any, source: Any, upper: Any, counts: Any) -> None:
+    """Count in ``counts`` (int64 [FINE_BINS]), by their lower bits, the magnitudes whose upper bits are ``upper``."""
+    for i in range(pairs(base)):
+        bx, by = pair(base, i)
+        x, y = pair(source, i)
+        for delta in (x - bx, y - by):
+            if _upper(delta) == upper:
+                counts[U64(as_bits(delta) & U32(0xFFFF))] += 1
+
+
+@compiled
+def _upper(delta: Any) -> Any:
+    return np.int32(as_signed(U32(as_bits(delta) & U32(0x7FFFFFFF))) >> np.int32(16))
+
+
+@compiled
+def count_values(values: Any, counts: Any) -> None:
+    """As ``count_deltas``, of the magnitudes of float32 ``values``."""
+    for i in range(len(values)):
+        counts[U64(_upper(values[i]))] += 1
+
+
+@compiled
+def count_values_in(values: Any, upper: Any, counts: Any) -> None:
+    """As ``count_deltas_in``, of the magnitudes of float32 ``values``."""
+    for i in range(len(values)):
+        if _upper(values[i]) == upper:
+            counts[U64(as_bits(values[i]) & U32(0xFFFF))] += 1
+
+
+@compiled
+def window_sums(base: Any, source: Any, low: Any, high: Any, total: Any) -> None:
+    """Add to ``total`` (float64 [2]) the sum of all |x - b|, and of those with low <= |x - b| < high."""
+    for i in range(pairs(base)):
+        bx, by = pair(base, i)
+        x, y = pair(source, i)
+        for delta in (x - bx, y - by):
+            size = np.float64(abs(delta))
+            total[0] += size
+            if low <= size < high:
+                total[1] += size
+
+
+@compiled
+def rank_rows(base: Any, source: Any, row: Any, first_bin: Any, ranks: Any, total: Any) -> None:
+    """For rows of ``row`` pairs, the rank in its row of a magnitude in each bin.
+
+    Args:
+        first_bin: number of the lowest bin.
+        ranks: uint8 [rows, RANK_BINS], written: 0 for the smallest of the row, 255 for the largest.
+        total: float64 [2], added to: sum of |d|, and of |d| times its rank.
+    """
+    counts, sums = np.empty(RANK_BINS, np.int64), np.empty(RANK_BINS, np.float64)
+    for number in range(len(ranks)):
+        counts[:] = 0
+        sums[:] = 0
+        for i in range(U64(number) * row, U64(number + 1) * row):
+            bx, by = pair(base, i)
+            x, y = pair(source, i)
+            for delta in (x - bx, y - by):
+                found = U64(magnitude_bin(delta, first_bin))
+                counts[found] += 1
+                sums[found] += np.float64(abs(delta))
+        below = 0
+        for j in range(RANK_BINS):
+            middle = (below + 0.5 * max(counts[j] - 1, 0)) / max(2 * row - 1, 1)
+            ranks[number, j] = np.uint8(min(255.0, 255.0 * middle + 0.5))
+            total[0] += sums[j]
+            total[1] += sums[j] * ranks[number, j]
+            below += counts[j]
+
+
+@compiled
+def delta_signs(arrays: Any, total: Any) -> None:
+    """Add up how the signs of task vectors d_k = x_(k+1) - x_0 lie to each other.
+
+    Args:
+        total: float64 [3, n, n] for n task vectors, lower triangles, added to: the number of elements where both are
+            not zero, that of equal signs less that of opposite ones, and on the diagonal the sum of |d_k|.
+    """
+    count_of = len(arrays) - 1
+    deltas, signs = np.zeros((count_of, 2 * _BLOCK), np.float32), np.zeros((count_of, 2 * _BLOCK), np.int8)
+    for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
+        count = min(U64(_BLOCK), U64(pairs(arrays[0]) - start))
+        if count < _BLOCK:
+            deltas[:] = 0
+        for k in range(count_of):
+            delta, sign = deltas[U64(k)], signs[U64(k)]
+            for i in range(count):
+                bx, by = pair(arrays[0], start + i)
+                x, y = pair(arrays[k + 1], start + i)
+                delta[U64(2) * i], delta[U64(2) * i + U64(1)] = x - bx, y - by
+            for i in range(U64(2 * _BLOCK)):
+                sign[i] = np.int8(delta[i] > ZERO) - np.int8(delta[i] < ZERO)
+            total[2, k, k] += _sum_of_sizes(delta)
+            for m in range(k + 1):
+                both, agreement = _sign_products(sign, signs[U64(m)])
+                total[0, k, m] += both
+                total[1, k, m] += agreement
+
+
+@compiled
+def _sum_of_sizes(values: Any) -> Any:
+    lanes = np.zeros(_LANES, np.float64)
+    for start in range(U64(0), U64(len(values)), U64(_LANES)):
+        for j in range(U64(_LANES)):
+            lanes[j] += np.float64(abs(values[start + j]))
+    total = 0.0
+    for j in range(_LANES):
+        total += lanes[j]
+    return total
+
+
+@compiled
+def _sign_products(first: Any, second: Any) -> Any:
+    """Of two rows of signs -1, 0, 1: how many products are not zero, and the sum of the products."""
+    both, total = np.int32(0), np.int32(0)
+    for i in range(U64(len(first))):
+        product = np.int8(first[i] * second[i])
+        both += np.int32(product != 0)
+        total += np.int32(product)
+    return both, total

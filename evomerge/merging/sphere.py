@@ -1,0 +1,107 @@
+"""Means on a sphere, by coefficients: all that they need of the vectors is a matrix of inner products.
+
+A vector in the span of x_1 ... x_n is given by its coefficients c; its inner product with another is c^T G c'. So these
+iterations cost nothing next to one reading of a weight. All are float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+_SMALL = 1e-8  # a norm below which a direction says nothing
+
+
+def slerp(inner: Vector, t: float, colinear: float) -> Vector:
+    """Coefficients of sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, with the angle a between the two.
+
+    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). Where |cos a| reaches ``colinear``, or one
+    vector is zero: 1 - t and t.
+
+    Args:
+        inner: [2, 2] inner products of x_1 and x_2, which need not be of unit length.
+    """
+    norms = math.sqrt(inner[0, 0]), math.sqrt(inner[1, 1])
+    cosine = inner[0, 1] / (norms[0] * norms[1]) if all(norms) else 1.0
+    if abs(cosine) >= colinear:
+        return np.array([1 - t, t])
+    angle = math.acos(cosine)
+    return np.array([math.sin((1 - t) * angle), math.sin(t * angle)]) / math.sin(angle)
+
+
+def multislerp(inner: Vector, weights: Vector) -> Vector:
+    """Coefficients of the barycentre of directions, in the tangent space at their weighted mean, at the mean length.
+
+    The rule of mergekit's multislerp (Goddard): with units u_i and m the direction of sum_i w_i u_i, the tangent
+    v = sum_i w_i (u_i - <u_i, m> m) is followed from m, and the result is as long as the weighted mean of the lengths.
+    Where the directions balance each other out there is no m: then the plain weighted mean.
+    """
+    norms = np.sqrt(np.diag(inner))
+    units = np.diag(1 / (norms + _SMALL))  # row i: coefficients of u_i
+    mean = weights @ units
+    length = _norm(mean, inner)
+    if length < _SMALL:
+        return weights
+    mean = mean / length
+    tangent = weights @ (units - np.outer(units @ inner @ mean, mean))
+    angle = _norm(tangent, inner) + _SMALL
+    found = mean * math.cos(angle) + tangent * (math.sin(angle) / angle)
+    return np.asarray(found * (norms @ weights))
+
+
+def karcher(inner: Vector, weights: Vector, steps: int = 10, tolerance: float = 1e-5) -> Vector:
+    """Coefficients of the Karcher mean of directions (the point of least mean squared angle), at the mean length.
+
+    Karcher, "Riemannian center of mass and mollifier smoothing" (1977), by its gradient descent: follow the mean of the
+    logarithms of all points from the point at hand, until it is shorter than ``tolerance``.
+
+    Args:
+        weights: of sum 1.
+    """
+    norms = np.sqrt(np.diag(inner))
+    valid = norms > tolerance
+    if not valid.any():
+        return np.zeros_like(weights)
+    shares = weights[valid] / (weights[valid].sum() or 1.0)
+    units = np.diag(1 / np.where(valid, norms, 1.0))[valid]
+    mean = shares @ units
+    length = _norm(mean, inner)
+    mean = units[0] if length < tolerance else mean / length
+    for _ in range(steps):
+        cosines = np.clip(units @ inner @ mean, -1.0, 1.0)
+        angles = np.arccos(cosines)
+        far = angles >= tolerance
+        pulls = shares[far] * angles[far] / np.sin(angles[far])
+        tangent = pulls @ (units[far] - np.outer(cosines[far], mean)) if far.any() else np.zeros_like(mean)
+        step = _norm(tangent, inner)
+        if step < tolerance:
+            break
+        mean = math.cos(step) * mean + math.sin(step) * tangent / step
+        mean = mean / (_norm(mean, inner) or 1.0)
+    return np.asarray(mean * (norms @ weights))
+
+
+def stock_ratio(inner: Vector) -> float:
+    """How far to go from the base to the mean of the sources: n cos / (1 + (n - 1) cos).
+
+    Jang et al., "Model Stock: all we need is just a few fine-tuned models" (arXiv 2403.19522), equation 5 for n models;
+    cos is the mean cosine between two task vectors. 0 where the quotient has no finite value.
+
+    Args:
+        inner: [n, n] inner products of the task vectors.
+    """
+    count = len(inner)
+    norms = np.sqrt(np.diag(inner))
+    products = np.maximum(np.outer(norms, norms), 1e-6)
+    cosines = np.clip(inner / products, -1.0, 1.0)[np.triu_indices(count, 1)]
+    cosine = float(cosines.mean()) if count > 1 else 1.0
+    below = 1 + (count - 1) * cosine
+    return 0.0 if abs(below) < 1e-6 else count * cosine / below
+
+
+def _norm(coefficients: Vector, inner: Vector) -> float:
+    return math.sqrt(max(float(coefficients @ inner @ coefficients), 0.0))
