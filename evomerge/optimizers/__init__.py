@@ -7,8 +7,9 @@ from pydantic import Field
 from evomerge.optimizers.base import Optimizer
 from evomerge.optimizers.cma_es import CmaSettings
 from evomerge.optimizers.optuna_samplers import OptunaSettings
+from evomerge.optimizers.soups import SoupSettings
 
-OptimizerSettings = Annotated[CmaSettings | OptunaSettings, Field(discriminator="name")]
+OptimizerSettings = Annotated[CmaSettings | OptunaSettings | SoupSettings, Field(discriminator="name")]
 """What the search file says under ``optimizer:``; its ``name`` decides which settings it takes."""
 
-__all__ = ["CmaSettings", "Optimizer", "OptimizerSettings", "OptunaSettings"]
+__all__ = ["CmaSettings", "Optimizer", "OptimizerSettings", "OptunaSettings", "SoupSettings"]

@@ -44,13 +44,18 @@ def sphere(genome: Genome, objectives: int = 1, parameters: Sequence[Parameter] 
 
 
 def drive(
-    optimizer: Optimizer, objectives: int, generations: int, between: Callable[[], object] = lambda: None
+    optimizer: Optimizer,
+    objectives: int,
+    generations: int,
+    between: Callable[[], object] = lambda: None,
+    parameters: Sequence[Parameter] = SPACE,
 ) -> list[Results]:
     """Ask for generations, score them by ``sphere`` and tell them; ``between`` runs before every ask and tell."""
     history = []
     for _ in range(generations):
         between()
-        results = [(genome, sphere(genome, objectives)) for genome in optimizer.ask(optimizer.population)]
+        genomes = optimizer.ask(optimizer.population)
+        results = [(genome, sphere(genome, objectives, parameters)) for genome in genomes]
         between()
         optimizer.tell(results)
         history.append(results)
@@ -76,17 +81,25 @@ def _equal(some: Sequence[Genome], others: Sequence[Genome]) -> bool:
     return [genome.tobytes() for genome in some] == [genome.tobytes() for genome in others]
 
 
-def run_elsewhere(module: str, name: str, text: str, objectives: int, generations: int) -> None:
+def run_elsewhere(
+    module: str, name: str, text: str, space: Sequence[Parameter], objectives: int, generations: int
+) -> None:
     """In a process of its own: build an optimizer from its settings, drive it, print its bits as JSON."""
     settings: Settings = getattr(importlib.import_module(module), name).model_validate_json(text)
-    print(json.dumps(bits(drive(settings.build(SPACE, objectives, 5), objectives, generations))))
+    history = drive(settings.build(space, objectives, 5), objectives, generations, parameters=space)
+    print(json.dumps(bits(history)))
 
 
 class OptimizerContract:
-    """What a search relies on. Override ``settings``, and ``objectives`` and ``generations`` where they do not fit."""
+    """What a search relies on. Override ``settings``, and the class's attributes where they do not fit.
+
+    An optimizer that takes only some spaces, draws nothing at random or ends by itself overrides the tests that expect
+    otherwise.
+    """
 
     objectives = 1
     generations = 3
+    space: Sequence[Parameter] = SPACE
 
     @pytest.fixture
     def settings(self) -> Settings:
@@ -94,10 +107,10 @@ class OptimizerContract:
 
     @pytest.fixture
     def make(self, settings: Settings) -> Callable[..., Optimizer]:
-        """Builds the optimizer: make(seed), make(seed, parameters)."""
+        """Builds the optimizer: make(seed)."""
 
-        def build(seed: int = 5, parameters: Sequence[Parameter] = SPACE) -> Optimizer:
-            return settings.build(parameters, self.objectives, seed)
+        def build(seed: int = 5) -> Optimizer:
+            return settings.build(self.space, self.objectives, seed)
 
         return build
 
@@ -114,8 +127,16 @@ class OptimizerContract:
         printed = capfd.readouterr()
         assert (printed.out, printed.err) == ("", "")
 
+    def _score(self, genome: Genome) -> list[float]:
+        return sphere(genome, self.objectives, self.space)
+
+    def _drive(
+        self, optimizer: Optimizer, generations: int | None = None, between: Callable[[], object] = lambda: None
+    ) -> list[Results]:
+        return drive(optimizer, self.objectives, generations or self.generations, between, self.space)
+
     def test_settings_suit_the_space(self, settings: Settings) -> None:
-        settings.check(SPACE, self.objectives, "optimizer")
+        settings.check(self.space, self.objectives, "optimizer")
 
     def test_asks_for_as_many_as_told(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
@@ -124,8 +145,8 @@ class OptimizerContract:
         for n in (0, 1, optimizer.population + 3, 2):
             genomes = optimizer.ask(n)
             assert len(genomes) == n
-            assert all(inside(genome, SPACE) for genome in genomes)
-            optimizer.tell([(genome, sphere(genome, self.objectives)) for genome in genomes])
+            assert all(inside(genome, self.space) for genome in genomes)
+            optimizer.tell([(genome, self._score(genome)) for genome in genomes])
 
     def test_stays_inside_the_bounds(self, settings: Settings) -> None:
         @hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
@@ -145,15 +166,16 @@ class OptimizerContract:
         assert {g[3] for g in genomes} == {0, 1, 2}
 
     def test_the_seed_decides(self, make: Callable[..., Optimizer]) -> None:
-        first, again, other = (bits(drive(make(seed), self.objectives, self.generations)) for seed in (5, 5, 6))
+        first, again, other = (bits(self._drive(make(seed))) for seed in (5, 5, 6))
         assert first == again
         assert first[0] != other[0]
 
     def test_same_in_another_process(self, settings: Settings, make: Callable[..., Optimizer]) -> None:
         kind = type(settings)
         code = (
-            f"from {__name__} import run_elsewhere; run_elsewhere({kind.__module__!r}, {kind.__qualname__!r}, "
-            f"{settings.model_dump_json()!r}, {self.objectives}, {self.generations})"
+            f"from {__name__} import Parameter, run_elsewhere; run_elsewhere({kind.__module__!r}, "
+            f"{kind.__qualname__!r}, {settings.model_dump_json()!r}, {tuple(self.space)}, {self.objectives}, "
+            f"{self.generations})"
         )
         # Other threads and another order of hashing: both differ between the machines of one search.
         surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7", "OPENBLAS_NUM_THREADS": "1"}
@@ -161,7 +183,7 @@ class OptimizerContract:
             [sys.executable, "-W", "ignore", "-c", code], env=os.environ | surroundings, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == bits(drive(make(), self.objectives, self.generations))
+        assert json.loads(done.stdout) == bits(self._drive(make()))
 
     def test_blind_to_global_generators_and_neighbours(self, make: Callable[..., Optimizer]) -> None:
         neighbour = make(99)
@@ -169,16 +191,16 @@ class OptimizerContract:
         def noise() -> None:
             np.random.seed(0)
             random.seed(0)
-            drive(neighbour, self.objectives, 1)
+            self._drive(neighbour, 1)
 
-        undisturbed = bits(drive(make(), self.objectives, self.generations))
-        assert bits(drive(make(), self.objectives, self.generations, between=noise)) == undisturbed
+        undisturbed = bits(self._drive(make()))
+        assert bits(self._drive(make(), between=noise)) == undisturbed
 
     def test_leaves_global_generators_alone(self, make: Callable[..., Optimizer]) -> None:
         np.random.seed(3)
         random.seed(3)
         before = np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
-        drive(make(), self.objectives, self.generations)
+        self._drive(make())
         assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # type: ignore[index]
 
     def test_replay_by_asking_continues_bit_for_bit(self, make: Callable[..., Optimizer]) -> None:
@@ -206,7 +228,7 @@ class OptimizerContract:
         steps: list[tuple[str, list[Genome], Results]] = []
 
         def tell(genomes: Sequence[Genome], failed: int = -1) -> None:
-            results = [(g, sphere(g, self.objectives)) for g in genomes]
+            results = [(g, self._score(g)) for g in genomes]
             if failed >= 0:
                 results[failed] = (results[failed][0], [np.inf] * self.objectives)
             optimizer.tell(results)
@@ -217,14 +239,14 @@ class OptimizerContract:
             steps.append(("ask", [g.copy() for g in genomes], []))
             return genomes
 
-        tell([np.array([p.default for p in SPACE])])
+        tell([np.array([p.default for p in self.space])])
         first = ask(optimizer.population)
         tell(first[::-1], failed=1)
         second = ask(optimizer.population + 1)
         tell(second[:2])
         third = ask(2)
         tell([*third, *second[2:]])
-        tell([np.array([p.high for p in SPACE])])
+        tell([np.array([p.high for p in self.space])])
         tell(ask(optimizer.population))
         ask(2)
         return steps
@@ -239,28 +261,28 @@ class OptimizerContract:
         for _ in range(self.generations):
             optimizer.tell([(genome, losses(genome)) for genome in optimizer.ask(optimizer.population)])
         assert optimizer.stopped is None
-        assert all(inside(genome, SPACE) for genome in optimizer.ask(optimizer.population))
-        drive(optimizer, self.objectives, 1)
+        assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
+        self._drive(optimizer, 1)
         assert optimizer.stopped is None
 
     def test_survives_single_failures(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
         for generation in range(self.generations):
-            results = [(g, sphere(g, self.objectives)) for g in optimizer.ask(optimizer.population)]
+            results = [(g, self._score(g)) for g in optimizer.ask(optimizer.population)]
             failed = generation % len(results)
             results[failed] = (results[failed][0], [np.inf] * self.objectives)
             optimizer.tell(results)
-        assert all(inside(genome, SPACE) for genome in optimizer.ask(optimizer.population))
+        assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
 
     def test_takes_genomes_that_it_never_asked_for(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
-        corners = [np.array([p.low for p in SPACE]), np.array([p.high for p in SPACE])]
-        optimizer.tell([(g, sphere(g, self.objectives)) for g in corners])
+        corners = [np.array([p.low for p in self.space]), np.array([p.high for p in self.space])]
+        optimizer.tell([(g, self._score(g)) for g in corners])
         optimizer.tell([(corners[0], [np.inf] * self.objectives)])
         for _ in range(self.generations):
             genomes = optimizer.ask(optimizer.population)
-            optimizer.tell([(g, sphere(g, self.objectives)) for g in [*reversed(genomes), *corners]])
-        assert all(inside(genome, SPACE) for genome in optimizer.ask(3))
+            optimizer.tell([(g, self._score(g)) for g in [*reversed(genomes), *corners]])
+        assert all(inside(genome, self.space) for genome in optimizer.ask(3))
 
 
 @strategies.composite

@@ -1,0 +1,27 @@
+"""The command that looks at models before anything is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+
+from evomerge.report.closeness import shown
+from evomerge.report.inspection import inspect_models
+from evomerge.report.screen import make_console
+
+
+def inspect(models: Sequence[str], base: str | None, *, as_json: bool) -> None:
+    """What models are, and how close they are to each other."""
+    screen = Console(stderr=True)  # what is printed may be read by a program
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("comparing weights", total=None)
+        found = inspect_models(models, base, lambda done, of: bar.update(task, completed=done, total=of))
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    console = make_console()
+    console.print(shown(found, console.width))
+    if base is None and found.base is not None:
+        console.print(f"\nThe base is {found.base}, because it was named first; --base names another.")

@@ -1,0 +1,397 @@
+"""How close models are, which tells what will merge: facts, task vectors compared, and what to beware of."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from evomerge.checkpoints.checks import check_compatible
+from evomerge.checkpoints.live import load_tokenizer
+from evomerge.checkpoints.places import split_reference
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.structure import parse_config
+from evomerge.errors import InputError
+from evomerge.merging.jobs import Crew
+from evomerge.merging.statistics import Statistics
+from evomerge.recipe import Role
+
+LARGE_CHANGE = 0.002
+"""Mean |d| from which on DARE is doubtful: the range of the fine-tunes that its paper (arXiv 2311.03099) finds it good
+for, and where continued pretraining, for which it fails, is beyond."""
+
+UNRELATED = 1.0
+"""|d| / |b| from which on a source is no fine-tune: two models that know nothing of each other are at about 1.4."""
+
+DUPLICATE, OPPOSITE = 0.98, -0.05
+"""Cosines of task vectors above and below which one source adds nothing to the other, or works against it."""
+
+
+class ModelFacts(BaseModel):
+    """What can be said of one model alone. ``tokens`` is None where its tokenizer cannot be loaded."""
+
+    name: str
+    reference: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    bytes: int
+    dtype: str
+    vocab_size: int
+    tokens: int | None
+    tied: bool
+    adapters: list[str]
+    warnings: list[str]
+
+
+class Distance(BaseModel):
+    """How far a source is from the base: in the whole, or in one part of the model.
+
+    ``relative_norm`` is |d| / |b| (None where b is zero), ``mean_change`` the mean of |d| over all elements, and
+    ``changed`` the share of elements that differ.
+    """
+
+    relative_norm: float | None
+    mean_change: float
+    changed: float
+
+
+class Closeness(BaseModel):
+    """How two task vectors lie to each other: in the whole, or in one part of the model.
+
+    ``cosine`` is None where one is zero; ``sign_agreement``, the share of equal signs among the elements that both
+    changed, where there is no such element.
+    """
+
+    cosine: float | None
+    sign_agreement: float | None
+
+
+class SourceDistance(BaseModel):
+    """A source against the base; ``parts`` in the order of ``Inspection.parts``."""
+
+    name: str
+    whole: Distance
+    parts: list[Distance]
+
+
+class Pair(BaseModel):
+    """Two sources against each other; ``parts`` in the order of ``Inspection.parts``."""
+
+    a: str
+    b: str
+    whole: Closeness
+    parts: list[Closeness]
+
+
+class Inspection(BaseModel):
+    """Models side by side. Of a single model there are ``models`` alone.
+
+    ``apart`` says of models that cannot be compared with the base why; ``left_out`` names tensors that not all of the
+    others have in one shape.
+    """
+
+    models: list[ModelFacts]
+    base: str | None = None
+    parts: list[str] = []
+    sources: list[SourceDistance] = []
+    pairs: list[Pair] = []
+    apart: dict[str, str] = {}
+    left_out: list[str] = []
+    warnings: list[str] = []
+
+
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)"""
+
+
+def inspect_models(
+    references: Sequence[str], base: str | None, progress: Progress = lambda done, of: None
+) -> Inspection:
+    """Open models and compare them with a base: each weight is read from its file once.
+
+    Args:
+        references: folders, hub ids or ``model+adapter``.
+        base: another; the first of ``references`` when None and there are several.
+
+    Raises:
+        InputError: a model cannot be opened.
+    """
+    wanted = dict.fromkeys([*([base] if base is not None else []), *references])
+    names = short_names(list(wanted))
+    opened = {
+        name: open_source(name, reference, place=reference) for name, reference in zip(names, wanted, strict=True)
+    }
+    facts = [_facts(source) for source in opened.values()]
+    if len(opened) == 1:
+        return Inspection(models=facts)
+    origin, *others = opened.values()
+    warnings = [f"{f.name}: {warning}." for f in facts for warning in f.warnings]
+    apart = {other.name: reason for other in others if (reason := _incomparable(origin, other))}
+    warnings += [f"{name} cannot be merged with {origin.name}: {reason}." for name, reason in apart.items()]
+    near = [other for other in others if other.name not in apart]
+    for other in near:
+        warnings += _unmergeable(origin, other)
+    shared, left_out = _shared_tensors([origin, *near])
+    parts, broken = _measure([origin, *near], shared, progress) if near else ({}, [])
+    if broken:
+        warnings.append(f"Not compared, because a model holds NaN or Inf there: {_listed(broken)}.")
+    found = Inspection(
+        models=facts,
+        base=origin.name,
+        parts=list(parts),
+        sources=_distances(near, parts),
+        pairs=_pairs(near, parts),
+        apart=apart,
+        left_out=left_out,
+        warnings=warnings,
+    )
+    found.warnings += _beware(found)
+    return found
+
+
+def short_names(references: Sequence[str]) -> list[str]:
+    """For each reference as much of its end as tells it from the others: maths for models/maths."""
+    split = [[Path(part).parts or (part,) for part in split_reference(reference, None)] for reference in references]
+    for depth in range(1, 1 + max(len(parts) for models in split for parts in models)):
+        names = ["+".join("/".join(parts[-depth:]) for parts in models) for models in split]
+        if len(set(names)) == len(names):
+            return names
+    return list(references)
+
+
+def _facts(source: Source) -> ModelFacts:
+    parsed = parse_config(source.config, source.place)
+    try:
+        tokens = len(load_tokenizer(source))
+    except InputError:
+        tokens = None
+    architectures = source.config.get("architectures") or [source.config["model_type"]]
+    return ModelFacts(
+        name=source.name,
+        reference=source.reference,
+        architecture=str(architectures[0]),
+        layers=source.layers,
+        hidden_size=parsed.hidden_size,
+        parameters=sum(math.prod(entry.shape) for entry in source.tensors.values()),
+        bytes=sum(entry.end - entry.begin for entry in source.tensors.values()),
+        dtype=str(source.dtype).removeprefix("torch."),
+        vocab_size=parsed.vocab_size,
+        tokens=tokens,
+        tied=source.tied,
+        adapters=split_reference(source.reference, None)[1:],
+        warnings=list(source.warnings),
+    )
+
+
+# ---- what can be compared --------------------------------------------------------------------------------------------
+
+
+def _incomparable(base: Source, other: Source) -> str:
+    """Why no layer of these two can be compared, or nothing. Embedding and head may differ: vocabularies do."""
+    mine, theirs = base.config["model_type"], other.config["model_type"]
+    if mine != theirs:
+        return f"it is a {theirs}, and {base.name} a {mine}"
+    if base.layers != other.layers:
+        return f"it has {other.layers} layers, and {base.name} {base.layers}"
+    roles = base.roles
+    for name in sorted(base.tensors.keys() | other.tensors.keys()):
+        if name not in base.tensors or name not in other.tensors:
+            has, lacks = (base, other) if name in base.tensors else (other, base)
+            if (roles.get(name) or other.roles[name]).layer is not None:
+                return f"{has.name} has {name}, and {lacks.name} does not"
+        elif roles[name].layer is not None and base.tensors[name].shape != other.tensors[name].shape:
+            shapes = [list(source.tensors[name].shape) for source in (other, base)]
+            return f"its {name} has shape {shapes[0]}, and that of {base.name} {shapes[1]}"
+    return ""
+
+
+def _unmergeable(base: Source, other: Source) -> list[str]:
+    try:
+        check_compatible({base.name: base, other.name: other})
+    except InputError as error:
+        return [f"{other.name} cannot be merged with {base.name} as it is: {error.problem}. {error.mend}".strip()]
+    return []
+
+
+def _shared_tensors(sources: Sequence[Source]) -> tuple[dict[str, Role], list[str]]:
+    """Roles of the tensors that all have in one shape, and the names of the others."""
+    roles = sources[0].roles
+    every = dict.fromkeys(name for source in sources for name in source.tensors)
+    shapes = {name: {s.tensors[name].shape if name in s.tensors else None for s in sources} for name in every}
+    return {n: r for n, r in roles.items() if len(shapes[n]) == 1}, [n for n in every if len(shapes[n]) > 1]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """Sums over elements, for n task vectors.
+
+    Attributes:
+        count: of elements.
+        products: float64 [n + 1, n + 1], inner products of b, d_1, ..., d_n.
+        signs: float64 [3, n, n]; see ``scans.delta_signs``.
+    """
+
+    count: int
+    products: NDArray[np.float64]
+    signs: NDArray[np.float64]
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.count + other.count, self.products + other.products, self.signs + other.signs)
+
+    def distance(self, k: int) -> Distance:
+        length = self.products[0, 0]
+        return Distance(
+            relative_norm=math.sqrt(self.products[k + 1, k + 1] / length) if length else None,
+            mean_change=self.signs[2, k, k] / self.count,
+            changed=self.signs[0, k, k] / self.count,
+        )
+
+    def closeness(self, k: int, m: int) -> Closeness:
+        """Of task vectors k < m."""
+        lengths = math.sqrt(self.products[k + 1, k + 1] * self.products[m + 1, m + 1])
+        both, agreement = self.signs[:2, m, k]
+        return Closeness(
+            cosine=float(np.clip(self.products[k + 1, m + 1] / lengths, -1, 1)) if lengths else None,
+            sign_agreement=(both + agreement) / (2 * both) if both else None,
+        )
+
+
+def _measure(
+    sources: Sequence[Source], tensors: Mapping[str, Role], progress: Progress
+) -> tuple[dict[str, _Sums], list[str]]:
+    """The sums of each part of the model, in the order of the forward pass; and tensors that are not finite.
+
+    Args:
+        sources: the base first.
+        tensors: that all of them have, with their roles.
+    """
+    by_name = {source.name: source for source in sources}
+    statistics = Statistics(lambda found: by_name[found[0]].read(found[1]).contiguous(), Crew(None))
+    sizes = {name: sum(s.tensors[name].end - s.tensors[name].begin for s in sources) for name in tensors}
+    parts: dict[str, _Sums] = {}
+    broken, done = [], 0
+    for name, role in tensors.items():
+        refs = [(source, name) for source in by_name]
+        size = math.prod(sources[0].tensors[name].shape)
+        sums = _Sums(size, statistics.products(refs), statistics.signs(refs))
+        part = role.kind if role.layer is None else f"layer {role.layer}"
+        if not np.isfinite(sums.products).all():
+            broken.append(name)
+        elif size:
+            parts[part] = parts[part] + sums if part in parts else sums
+        done += sizes[name]
+        progress(done, sum(sizes.values()))
+    return dict(sorted(parts.items(), key=lambda item: _position(item[0]))), broken
+
+
+def _distances(sources: Sequence[Source], parts: Mapping[str, _Sums]) -> list[SourceDistance]:
+    if not parts:
+        return []
+    whole = _whole(parts)
+    return [
+        SourceDistance(name=source.name, whole=whole.distance(k), parts=[sums.distance(k) for sums in parts.values()])
+        for k, source in enumerate(sources)
+    ]
+
+
+def _pairs(sources: Sequence[Source], parts: Mapping[str, _Sums]) -> list[Pair]:
+    if not parts:
+        return []
+    whole = _whole(parts)
+    return [
+        Pair(
+            a=sources[k].name,
+            b=sources[m].name,
+            whole=whole.closeness(k, m),
+            parts=[sums.closeness(k, m) for sums in parts.values()],
+        )
+        for k, m in combinations(range(len(sources)), 2)
+    ]
+
+
+def _whole(parts: Mapping[str, _Sums]) -> _Sums:
+    return reduce(operator.add, parts.values())
+
+
+def _position(part: str) -> tuple[int, int]:
+    kind, _, layer = part.partition(" ")
+    return ("embedding", "layer", "norm", "head").index(kind), int(layer or 0)
+
+
+# ---- what to beware of -----------------------------------------------------------------------------------------------
+
+
+def _beware(found: Inspection) -> list[str]:
+    of_sources = (sentence for source in found.sources for sentence in _of_source(source, found))
+    return [*of_sources, *_of_large(found.sources), *_of_pairs(found.pairs)]
+
+
+def _of_source(source: SourceDistance, found: Inspection) -> Iterable[str]:
+    whole, base = source.whole, found.base
+    if whole.changed == 0:
+        yield f"{source.name} has the weights of {base}: 0 elements differ."
+        return
+    if whole.relative_norm is not None and whole.relative_norm > UNRELATED:
+        yield (
+            f"{source.name} is no fine-tune of {base}: its change is {whole.relative_norm:.2f} times as long as the "
+            "base (models that have nothing to do with each other are at about 1.4)."
+        )
+    layers = [
+        i for part, d in zip(found.parts, source.parts, strict=True) if d.changed == 0 and (i := _layer(part)) >= 0
+    ]
+    if layers:
+        of = sum(part.startswith("layer ") for part in found.parts)
+        yield f"{source.name} left {len(layers)} of {of} layers as they are in {base}: {_ranges(layers)}."
+
+
+def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
+    large = [f"{s.name} ({s.whole.mean_change:.2g})" for s in sources if s.whole.mean_change > LARGE_CHANGE]
+    if large:
+        yield (
+            f"Above {LARGE_CHANGE} in the mean are the changes of {', '.join(large)}: dropping most of such a change, "
+            "as DARE and DELLA do, mostly fails. Keep their densities high, or take another method."
+        )
+
+
+def _layer(part: str) -> int:
+    return int(part.removeprefix("layer ")) if part.startswith("layer ") else -1
+
+
+def _of_pairs(pairs: Sequence[Pair]) -> Iterable[str]:
+    for pair in pairs:
+        cosine = pair.whole.cosine
+        if cosine is not None and cosine > DUPLICATE:
+            yield (
+                f"{pair.a} and {pair.b} are nearly the same change (cosine {cosine:.3f}): merging both adds little to "
+                "merging one."
+            )
+        elif cosine is not None and cosine < OPPOSITE:
+            yield f"{pair.a} and {pair.b} work against each other (cosine {cosine:.3f}): their sum undoes part of both."
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3, 7"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
