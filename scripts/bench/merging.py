@@ -1,0 +1,273 @@
+"""What a candidate's merge costs next to copying its bytes, and next to mergekit. Prints a table and JSON.
+
+Three synthetic bfloat16 models of 468 M parameters (a base and two fine-tunes of it) lie in memory. Each method makes
+the live model anew several times, with other numbers each time; the median counts. The roofline is a plain copy of the
+same tensors in the same run: bytes read and written over time. A merge of n tensors into one moves n + 1 of them.
+
+mergekit runs in an environment of its own on the same tensors, through its Python API, once as it comes and once with
+glibc told to keep freed memory (MALLOC_*), since much of its time goes into fresh pages.
+
+    python scripts/bench/merging.py [--mergekit PYTHON] [--end-to-end] [--layers 24] [--methods ties,linear] [--json
+    FILE]
+
+PYTHON is the interpreter of an environment with mergekit, such as `scripts/parity/run` makes. ``--end-to-end`` compares
+whole commands, `evomerge merge` and `mergekit-yaml`, with process start, reading and writing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evomerge.checkpoints.live import live_model
+from evomerge.checkpoints.source import open_source
+from evomerge.merging import METHODS
+from evomerge.merging.materialise import Materialiser
+from evomerge.recipe import Blend, Recipe, default_parameters
+from evomerge.yaml import dump_yaml
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+NAMES = ("base", "one", "two")
+REPEATS = 5
+
+# Method: (parameters beside weights, goal as a share of copy bandwidth). mergekit gets the same numbers.
+CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "linear": ({}, 0.9),
+    "slerp": ({}, 0.9),
+    "nuslerp": ({}, 0.9),
+    "task_arithmetic": ({}, 0.9),
+    "model_stock": ({}, 0.9),
+    "karcher": ({}, 0.9),
+    "ties": ({"density": 0.5, "normalize": False}, 0.5),
+    "ties, normalised": ({"density": 0.5, "normalize": True}, 0.5),
+    "dare_linear": ({"density": 0.5}, 0.5),
+    "dare_ties": ({"density": 0.5}, 0.5),
+    "breadcrumbs": ({"density": 0.5}, 0.5),
+    "della": ({"density": 0.5, "normalize": False}, 0.5),
+    "sce": ({"select_topk": 0.5}, 0.0),
+}
+
+MERGEKIT = """
+import json, sys, time, torch
+from safetensors.torch import load_file
+from mergekit.merge_methods.api import merge_state_dicts
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
+models = {name: load_file(f"{folder}/{name}/model.safetensors") for name in ("base", "one", "two")}
+for label, method, inputs, base, parameters, repeats in cases:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        merge_state_dicts([models[name] for name in inputs], method, parameters=parameters, base=base)
+        seconds.append(time.perf_counter() - start)
+        if seconds[0] > 20:
+            break
+    print(json.dumps([label, sorted(seconds)[len(seconds) // 2]]), flush=True)
+"""
+KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+def make_models(folder: Path, layers: int) -> None:
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16, vocab_size=32000
+    )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    for name in NAMES:
+        (folder / name).mkdir()
+        config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+        config.save_pretrained(folder / name)
+        for file in TOKENIZER:
+            shutil.copy(ROOT / "examples/miniatures/base" / file, folder / name)
+        tensors = {}
+        for number, (tensor, shape) in enumerate(shapes.items()):
+            base = torch.randn(shape, generator=torch.Generator().manual_seed(number)) * 0.02
+            seed = 1000 * NAMES.index(name) + number
+            delta = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.002
+            tensors[tensor] = (base + delta if name != "base" else base).bfloat16()
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+
+
+def blend(label: str, number: int) -> Blend:
+    """The blend of a case; ``number`` makes it another one each time."""
+    parameters, _ = CASES[label]
+    spec = METHODS[label.split(",")[0]].spec
+    names = NAMES[1:]
+    found: dict[str, Any] = default_parameters(spec, names)
+    for p in spec.parameters:
+        value = parameters.get(p.name, p.default) - 1e-4 * number * (p.high > p.low)
+        found[p.name] = dict.fromkeys(names, value) if p.scope == "source" else value
+    found |= {name: value for name, value in parameters.items() if name in spec.switches}
+    return Blend(method=spec.name, sources=names, base="base" if spec.needs_base else None, parameters=found)
+
+
+def median(run: Callable[[int], None]) -> float:
+    seconds = []
+    for number in range(REPEATS + 1):  # the first also computes statistics and compiles
+        start = time.perf_counter()
+        run(number)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def ours(folder: Path, labels: list[str]) -> tuple[float, int, list[dict[str, Any]]]:
+    """Copy bandwidth in bytes a second, bytes of a model, and a row a case."""
+    sources = {name: open_source(name, str(folder / name), place=name) for name in NAMES}
+    references = {name: str(folder / name) for name in NAMES}
+    layers = sources["base"].layers
+    live = live_model(sources["base"], torch.device("cpu"))
+    size = sum(tensor.nbytes for tensor in live.tensors.values())
+    materialiser = Materialiser(sources)
+    kept = {name: materialiser.read(("one", name)) for name in live.tensors}
+
+    def copy(number: int) -> None:
+        for name, tensor in live.tensors.items():
+            tensor.copy_(kept[name])
+
+    rows, bandwidths = [], []
+    for label in labels:
+        bandwidths.append(2 * size / median(copy))  # beside each case: a shared machine changes its pace
+
+        def merge(number: int, label: str = label) -> None:
+            recipe = Recipe.uniform(blend(label, number), sources=references, tokenizer="base", layers=layers)
+            materialiser.write(recipe, live)
+
+        start = time.perf_counter()
+        merge(-1)
+        first = time.perf_counter() - start
+        seconds = median(merge)
+        moved = size * (4 if METHODS[label.split(",")[0]].spec.needs_base else 3)
+        fraction = moved / seconds / bandwidths[-1]
+        rows.append({"name": label, "seconds": seconds, "fraction_of_copy": fraction, "first_seconds": first})
+        print(f"  {label:18} {seconds:7.3f} s  {fraction:5.0%} of copy  (first {first:.2f} s)", flush=True)
+    return statistics.median(bandwidths), size, rows
+
+
+def theirs(folder: Path, labels: list[str], python: str, environment: dict[str, str]) -> dict[str, float]:
+    cases = []
+    for label in labels:
+        mix = blend(label, 0)
+        base = "base" if mix.base or mix.method == "slerp" else None
+        inputs = ["one", "two"] if mix.base is None else ["base", "one", "two"]
+        parameters = {
+            name: list(value.values()) if isinstance(value, dict) else value
+            for name, value in mix.parameters.items()
+            if name not in ("flatten", "row_wise", "gamma", "lambda") and mix.method != "karcher"
+        }
+        cases.append([label, mix.method, inputs, 0 if base else None, parameters, 3])
+    command = [python, "-c", MERGEKIT, str(folder), json.dumps(cases)]
+    ran = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=3600
+    )
+    found = dict(json.loads(line) for line in ran.stdout.splitlines() if line.startswith("["))
+    if ran.returncode:
+        print(ran.stderr[-1500:], file=sys.stderr)
+    return found
+
+
+def end_to_end(folder: Path, labels: list[str], python: str | None) -> list[dict[str, Any]]:
+    """Seconds of whole commands."""
+    rows = []
+    commands = {"evomerge": [sys.executable, "-m", "evomerge", "merge"]}
+    if python is not None:
+        commands["mergekit"] = [str(Path(python).with_name("mergekit-yaml"))]
+    for label in labels:
+        mix = blend(label, 0)
+        models = [{"model": str(folder / name), "parameters": {
+            p: value[name] for p, value in mix.parameters.items() if isinstance(value, dict) and p not in ("gamma",)
+        }} for name in mix.sources]  # fmt: skip
+        if mix.method == "karcher":
+            models = [{"model": each["model"]} for each in models]
+        config: dict[str, Any] = {"merge_method": mix.method, "models": models, "dtype": "bfloat16"}
+        if mix.base or mix.method == "slerp":
+            config["base_model"] = str(folder / ("base" if mix.base else mix.sources[0]))
+        config["parameters"] = {
+            p: value
+            for p, value in mix.parameters.items()
+            if not isinstance(value, dict) and p not in ("flatten", "row_wise", "lambda", "filter_wise", "rescale")
+        }
+        file = folder / "merge.yaml"
+        file.write_text(dump_yaml({key: value for key, value in config.items() if value != {}}))
+        row: dict[str, Any] = {"name": label}
+        for name, command in commands.items():
+            seconds = []
+            for number in range(3 if name == "evomerge" else 1):
+                out = folder / f"out-{name}-{number}"
+                more = ["--no-copy-tokenizer"] if name == "mergekit" else []
+                whole = [*command, str(file), str(out), *more]
+                start = time.perf_counter()
+                ran = subprocess.run(whole, capture_output=True, text=True, check=False)
+                seconds.append(time.perf_counter() - start)
+                if ran.returncode:
+                    print(label, name, ran.stdout[-500:], ran.stderr[-1500:], file=sys.stderr)
+                shutil.rmtree(out, ignore_errors=True)
+            row[name] = statistics.median(seconds)
+        if python is not None:
+            row["times_faster"] = row["mergekit"] / row["evomerge"]
+        rows.append(row)
+        print("  " + "  ".join(f"{key} {value:.2f}" if key != "name" else f"{value:18}" for key, value in row.items()))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", metavar="PYTHON")
+    parser.add_argument("--end-to-end", action="store_true")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--methods", default=",".join(name for name in CASES if "," not in name))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    labels = [label for label in CASES if label.split(",")[0] in given.methods.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_models(folder, given.layers)
+        if given.end_to_end:
+            found: dict[str, Any] = {"end_to_end": end_to_end(folder, labels, given.mergekit)}
+        else:
+            bandwidth, size, rows = ours(folder, labels)
+            found = {"copy_bandwidth_gbps": bandwidth / 1e9, "model_gb": size / 1e9, "rows": rows}
+            if given.mergekit:
+                plain = theirs(folder, labels, given.mergekit, {})
+                kept = theirs(folder, labels, given.mergekit, KEPT)
+                for row in rows:
+                    row["vs_mergekit"] = plain[row["name"]] / row["seconds"] if row["name"] in plain else None
+                    row["vs_mergekit_malloc"] = kept[row["name"]] / row["seconds"] if row["name"] in kept else None
+            print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
+            for row in rows:
+                print(line_of(row))
+    text = json.dumps(found, indent=2)
+    if given.json:
+        given.json.write_text(text + "\n")
+    else:
+        print(text)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    goal = CASES[row["name"]][1]
+    against = [f"{row[key]:7.1f}x" if row.get(key) else "      -" for key in ("vs_mergekit", "vs_mergekit_malloc")]
+    return (
+        f"{row['name']:18} {row['seconds']:7.3f} s  {row['fraction_of_copy']:5.0%} of copy (goal {goal:.0%})"
+        f"  mergekit {against[0]}, with MALLOC_ {against[1]}"
+    )
+
+
+if __name__ == "__main__":
+    main()
