@@ -167,6 +167,32 @@ def merge(
 
 
 @app.command()
+def consolidate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed ZeRO has saved.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    model: Annotated[Path, typer.Option(metavar="MODEL", help="A folder with its config.json and tokenizer.")],
+) -> None:
+    """Put a DeepSpeed ZeRO checkpoint together as a plain model folder, which can be merged."""
+    from evomerge.commands.models import consolidate
+
+    consolidate(checkpoint, out, model)
+
+
+@app.command()
+def inspect(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders, hub ids, or model+adapter.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What they were tuned from; the first of several by default.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show what models are and how close they are, layer by layer, which tells what will merge."""
+    from evomerge.commands.inspect import inspect
+
+    inspect(models, base, as_json=json_)
+
+
+@app.command()
 def score(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
     file: SearchFileArgument,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from evomerge.checkpoints.live import live_model
 from evomerge.commands.look import send
@@ -200,6 +201,63 @@ dtype: bfloat16
 """)
     assert evomerge("merge", recipe, tmp_path / "out") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_merge_opens_each_source_once_and_copies_a_recipe_that_works_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evomerge.commands import models
+
+    opened: list[str] = []
+    open_source = models.open_source
+    monkeypatch.setattr(models, "open_source", lambda *a, **more: opened.append(a[1]) or open_source(*a, **more))
+    (tmp_path / "models").symlink_to(MINIATURES)
+    (tmp_path / "mergekit.yaml").write_text("""
+merge_method: linear
+models:
+  - {model: models/maths, parameters: {weight: 0.25}}
+  - {model: {path: models/japanese}, parameters: {weight: 0.75}}
+base_model: models/maths
+""")
+    assert evomerge("merge", tmp_path / "mergekit.yaml", tmp_path / "out") == 0
+    assert sorted(opened) == ["models/japanese", "models/maths"]
+    monkeypatch.undo()
+    assert evomerge("merge", tmp_path / "out" / "recipe.yaml", tmp_path / "again") == 0
+    ours, theirs = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "again"))
+    assert ours == theirs
+
+
+def test_merge_stacks_layers_of_several_models(tmp_path: Path) -> None:
+    """Eight layers of models that have six: each tensor is that of its source, by the numbers in the file."""
+    recipe = tmp_path / "stack.yaml"
+    recipe.write_text(f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {MINIATURES / "maths"}, layer_range: [0, 4]}}]
+  - sources:
+      - model: {MINIATURES / "japanese"}
+        layer_range: [2, 6]
+        parameters: {{scale: [{{filter: o_proj, value: 0.5}}, {{value: 1}}]}}
+""")
+    assert evomerge("merge", recipe, tmp_path / "out") == 0
+    sources = {name: load_file(MINIATURES / name / "model.safetensors") for name in ("maths", "japanese")}
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    taken = [("maths", 0), ("maths", 1), ("maths", 2), ("maths", 3), *(("japanese", layer) for layer in range(2, 6))]
+    expected = {
+        name.replace(f"layers.{layer}.", f"layers.{hop}."): tensor
+        * (0.5 if source == "japanese" and "o_proj" in name else 1)
+        for hop, (source, layer) in enumerate(taken)
+        for name, tensor in sources[source].items()
+        if f"layers.{layer}." in name
+    }
+    expected["model.embed_tokens.weight"] = sources["maths"]["model.embed_tokens.weight"]
+    expected["model.norm.weight"] = sources["japanese"]["model.norm.weight"]
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, expected[name]), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 8
+    assert torch.isfinite(model(torch.tensor([[1, 5, 7]])).logits).all()
 
 
 def test_score_of_a_source_equals_its_landmark(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,14 @@ from transformers.utils.logging import disable_progress_bar
 from evaluators.base import Split
 from evomerge.checkpoints.checks import check_compatible, check_finite
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, load_tokenizer
+from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.vocabulary import align
+from evomerge.checkpoints.zero import consolidate_zero
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe, load_recipe_file
 from evomerge.merging.export import write_model
+from evomerge.recipe import Role
 from evomerge.report.card import Provenance, card, lineage
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import Value, candidate_id, candidate_number, status_of
@@ -68,22 +73,25 @@ def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
 
 def merge(path: Path, out: Path) -> None:
     """Make one merged model from a recipe file."""
+    root = path.resolve().parent
+    opened: dict[str, Source] = {}
+
+    def look(reference: str) -> Mapping[str, Role]:
+        if reference not in opened:
+            opened[reference] = open_source(reference, reference, place=str(path), root=root)
+        return opened[reference].roles
+
+    recipe = load_recipe_file(path, look)
     sources: dict[str, Source] = {}
-
-    def layers(reference: str) -> int:
-        return open_source(reference, reference, place=str(path), root=path.resolve().parent).layers
-
-    recipe = load_recipe_file(path, layers)
     for name, reference in recipe.sources.items():
-        sources[name] = open_source(name, reference, place=f"{path}: sources.{name}", root=path.resolve().parent)
-    check_compatible(sources)
-    for source in sources.values():
-        check_finite(source)
-    # Folders become absolute, so that the copy of the recipe works from anywhere; a hub id does as it is.
-    found = {
-        name: r if not (path.parent / r).is_dir() else str(sources[name].folder) for name, r in recipe.sources.items()
-    }
-    recipe = recipe.model_copy(update={"sources": found})
+        place = f"{path}: sources.{name}"
+        source = opened.get(reference) or open_source(name, reference, place=place, root=root)
+        sources[name] = replace(source, name=name, place=place)
+    sources = align(sources, recipe.tokenizer, recipe.vocabulary)
+    check_compatible(sources, recipe, same_tokens=recipe.vocabulary.kind == "same", same_special=False)
+    recipe = recipe.model_copy(
+        update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
+    )
     texts = {
         "recipe.yaml": dump_recipe(recipe),
         "lineage.json": lineage(recipe, sources, None),
@@ -93,6 +101,20 @@ def merge(path: Path, out: Path) -> None:
     with _progress(console) as update:
         write_model(recipe, sources, out, texts=texts, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
+    """Put a DeepSpeed ZeRO checkpoint together as a model folder."""
+    console = make_console()
+    with _progress(console) as update:
+        consolidate_zero(checkpoint, out, model, progress=update)
+    console.print(f"consolidated into {out}", style="bold")
+
+
+def _from_anywhere(reference: str, root: Path) -> str:
+    """The reference with its folders absolute, for the copy of the recipe; a hub id does as it is."""
+    folders = [(part, root / Path(part).expanduser()) for part in split_reference(reference, root)]
+    return "+".join(str(folder) if folder.is_dir() else part for part, folder in folders)
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:

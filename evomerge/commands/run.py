@@ -55,7 +55,7 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
     prepared = _prepared(file)
     console = make_console()
     console.print(plan(prepared))
-    with closing(make_pool(prepared)) as pool, create_search(folder, prepared) as store, acquire(store):
+    with closing(make_pool(prepared, folder)) as pool, create_search(folder, prepared) as store, acquire(store):
         return _drive(folder, prepared, store, pool, console)
 
 
@@ -71,7 +71,7 @@ def resume(folder: Path, overrides: Sequence[str]) -> int:
             return 0
         with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
             prepared = _reopened(folder, store, overrides)
-            with closing(make_pool(prepared)) as pool:
+            with closing(make_pool(prepared, folder)) as pool:
                 record_resumed(folder, store, prepared.file)
                 return _drive(folder, prepared, store, pool, console)
 
@@ -81,7 +81,7 @@ def confirm(folder: Path) -> int:
     console = make_console()
     with open_store(folder) as store, acquire(store):
         prepared = _reopened(folder, store, ())
-        with closing(make_pool(prepared)) as pool, _session(store, pool, console) as (control, screen):
+        with closing(make_pool(prepared, folder)) as pool, _session(store, pool, console) as (control, screen):
             done = _confirm(folder, prepared, store, pool, control, screen)
         console.print(panel(status_of(store)))
     return 0 if done else INTERRUPTED

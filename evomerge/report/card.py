@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from evomerge import __version__
-from evomerge.checkpoints.fingerprints import fingerprint
+from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
 from evomerge.recipe import Blend, Recipe
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
@@ -30,7 +30,11 @@ class Provenance:
 
 
 def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:
-    """``lineage.json``: sources with the SHA-256 of each file, the recipe's hash, and the search."""
+    """``lineage.json``: sources with their files, the recipe's hash, and the search.
+
+    Files have the SHA-256 that the search recorded. A merge without a search gives their sizes in bytes alone: hashing
+    would take longer than merging.
+    """
     known = provenance.search.fingerprints["sources"] if provenance else {}
     content: dict[str, Any] = {
         "recipe_hash": recipe.hash,
@@ -39,7 +43,9 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             name: {
                 "reference": sources[name].reference,
                 "licence": licence_of(sources[name].folder),
-                "files": {file: found["sha256"] for file, found in fingerprint(sources[name], known.get(name)).items()},
+                "files": {file: found["sha256"] for file, found in known[name].items()}
+                if known
+                else {file: path.stat().st_size for file, path in named_files(sources[name]).items()},
             }
             for name in sorted(recipe.used_sources() | {recipe.tokenizer})
         },
@@ -111,6 +117,9 @@ def _parts(recipe: Recipe, number: int) -> str:
         hops = [str(i) for i, hop in enumerate(recipe.hops) if getattr(hop, kind) == number]
         if hops:
             names.append(f"{kind} of layers {', '.join(hops)}")
+    apart = [name for name, index in recipe.tensors.items() if index == number]
+    if apart:
+        names.append(", ".join(apart[:3]) + (f" and {len(apart) - 3} more tensors" if len(apart) > 3 else ""))
     return "; ".join(names)
 
 

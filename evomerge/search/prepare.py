@@ -10,6 +10,7 @@ import numpy as np
 from evaluators.base import Evaluator, EvaluatorSettings
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.merging.materialise import check_recipe
@@ -58,10 +59,11 @@ def prepare(file: SearchFile) -> Prepared:
 
 
 def open_sources(file: SearchFile) -> dict[str, Source]:
-    """Open every source of a search file and refuse those that cannot be merged with each other."""
+    """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
     sources = {name: open_source(name, reference, place=f"sources.{name}") for name, reference in file.sources.items()}
-    check_compatible(sources)
-    return sources
+    aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
+    check_compatible(aligned, same_tokens=file.vocabulary.kind == "same", same_special=file.tokenizer is None)
+    return aligned
 
 
 def build_space(file: SearchFile, sources: dict[str, Source]) -> SearchSpace:
@@ -76,6 +78,7 @@ def build_space(file: SearchFile, sources: dict[str, Source]) -> SearchSpace:
         method=lambda name: find_method(name, "space.method").spec,
         recipe_seed=file.seed,
         dtype=file.dtype,
+        vocabulary=file.merged_vocabulary,
     )
     space = file.space.build(context)
     # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.

@@ -25,6 +25,7 @@ from evaluators.base import EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import DType
+from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import load_yaml
 from search_spaces import space_settings
 from search_spaces.base import SpaceSettings
@@ -88,13 +89,15 @@ class Cluster(Section):
 
     ``address`` joins a running Ray cluster; left out, one is started on this machine and shut down at the end.
     ``workers`` left out means as many as the cluster has room for. ``cpus_per_worker`` is also the number of threads
-    that a worker computes with, in either pool.
+    that a worker computes with, in either pool. ``residency`` says where a worker on a GPU keeps the sources: in the
+    device's memory, in pinned host memory, or in mapped files; ``auto`` takes the first of these that has room.
     """
 
     address: str | None = None
     workers: PositiveInt | None = None
     gpus_per_worker: float | None = Field(default=None, ge=0)
     cpus_per_worker: PositiveInt = 1
+    residency: Literal["auto", "device", "pinned", "mapped"] = "auto"
 
 
 class SearchFile(Section):
@@ -105,6 +108,7 @@ class SearchFile(Section):
     sources: dict[Name, str] = Field(min_length=2)
     base: str | None = None
     tokenizer: str | None = None
+    vocabulary: Vocabulary = Vocabulary()
     dtype: DType | None = None
     space: SerializeAsAny[SpaceSettings]
     objectives: dict[Name, Objective] = Field(min_length=1)
@@ -133,6 +137,10 @@ class SearchFile(Section):
             name = getattr(self, field)
             if name is not None and name not in self.sources:
                 raise ValueError(f"{field}: there is no source {name!r}; the sources are {', '.join(self.sources)}")
+        if missing := sorted(self.vocabulary.used_sources() - set(self.sources)):
+            raise ValueError(
+                f"vocabulary: there is no source {missing[0]!r}; the sources are {', '.join(self.sources)}"
+            )
         if self.base is not None and len(self.sources) < 3:
             raise ValueError("sources: a base and one fine-tune leave nothing to mix; name at least two fine-tunes")
         return self
@@ -141,6 +149,13 @@ class SearchFile(Section):
     def tokenizer_source(self) -> str:
         """The source that gives tokenizer and configuration: as named, else the base, else the first source."""
         return self.tokenizer or self.base or next(iter(self.sources))
+
+    @property
+    def merged_vocabulary(self) -> Vocabulary:
+        """What recipes say of their tokens: missing rows are those of the base, unless another source is named."""
+        if not self.vocabulary.aligns or self.vocabulary.base is not None:
+            return self.vocabulary
+        return self.vocabulary.model_copy(update={"base": self.base})
 
     def evaluators(self) -> dict[str, EvaluatorSettings]:
         """The evaluator settings of each objective, by the objective's name; equal settings mean one evaluator."""
@@ -240,4 +255,6 @@ def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 def _absolute(reference: str, root: Path) -> str:
     """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
     folder = (root / Path(os.path.expanduser(reference))).resolve()
+    if "+" in reference and not folder.is_dir():  # a model and its adapters
+        return "+".join(_absolute(part, root) for part in reference.split("+"))
     return str(folder) if folder.is_dir() or reference.startswith((".", "/", "~")) else reference

@@ -24,6 +24,7 @@ from evomerge.store import CandidateRow, Store
 STORE_NAME = "search.db"
 FILE_NAME = "search.yaml"
 LOGS_NAME = "logs"
+STATISTICS_NAME = "statistics.safetensors"
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
 # candidates before and after two different searches.
@@ -170,16 +171,20 @@ def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
     return Recipe.from_canonical(row.recipe, sources)
 
 
-def make_pool(prepared: Prepared) -> Pool:
-    """The pool that the search file names; Ray is only imported when it is wanted."""
+def make_pool(prepared: Prepared, folder: Path) -> Pool:
+    """The pool that the search file names; Ray is only imported when it is wanted.
+
+    Statistics of the sources are kept in the search's folder: its fingerprints hold the sources to what they were.
+    """
+    kept = folder.absolute() / STATISTICS_NAME
     if prepared.file.pool == "ray":
         from evomerge.search.pools.ray import RayPool
 
-        return RayPool(prepared.file)
+        return RayPool(prepared.file, kept)
 
     from evomerge.search.worker import Worker
 
-    return InProcessPool(lambda: Worker.of("in-process", prepared))
+    return InProcessPool(lambda: Worker.of("in-process", prepared, kept))
 
 
 def environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,21 +61,30 @@ class Worker:
         self._evaluators = evaluators
 
     @classmethod
-    def start(cls, name: str, file: SearchFile) -> Worker:
-        """Open everything that a search file names."""
-        return cls._on(name, file, open_sources(file), [settings.build() for settings in distinct_evaluators(file)])
+    def start(cls, name: str, file: SearchFile, statistics: Path) -> Worker:
+        """Open everything that a search file names. ``statistics`` is the file that keeps those of its sources."""
+        evaluators = [settings.build() for settings in distinct_evaluators(file)]
+        return cls._on(name, file, open_sources(file), evaluators, statistics)
 
     @classmethod
-    def of(cls, name: str, prepared: Prepared) -> Worker:
+    def of(cls, name: str, prepared: Prepared, statistics: Path) -> Worker:
         """A worker on what this process has opened already."""
-        return cls._on(name, prepared.file, prepared.sources, prepared.evaluators)
+        return cls._on(name, prepared.file, prepared.sources, prepared.evaluators, statistics)
 
     @classmethod
-    def _on(cls, name: str, file: SearchFile, sources: Mapping[str, Source], evaluators: Sequence[Evaluator]) -> Worker:
+    def _on(
+        cls,
+        name: str,
+        file: SearchFile,
+        sources: Mapping[str, Source],
+        evaluators: Sequence[Evaluator],
+        statistics: Path,
+    ) -> Worker:
         # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
         torch.set_num_threads(file.cluster.cpus_per_worker)
         live = live_model(sources[file.tokenizer_source], choose_device(file.device), torch_dtype(file.dtype))
-        return cls(name, Materialiser(sources), live, evaluators)
+        residency = None if file.cluster.residency == "auto" else file.cluster.residency
+        return cls(name, Materialiser(sources, statistics=statistics, residency=residency), live, evaluators)
 
     def run(self, job: Job) -> Finished:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""

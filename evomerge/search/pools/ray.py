@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -24,10 +25,10 @@ _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TOKENIZERS_PA
 class RayWorker:
     """The actor: a ``Worker`` behind Ray's calls. Heavy imports happen in its own process."""
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], statistics: Path) -> None:
         from evomerge.search.worker import Worker
 
-        self._worker = Worker.start(name, SearchFile.model_validate(settings))
+        self._worker = Worker.start(name, SearchFile.model_validate(settings), statistics)
 
     def ready(self) -> int:
         """The process id, once the worker can take jobs."""
@@ -44,7 +45,8 @@ class RayPool:
     repeats nothing (``max_task_retries=0``): a call that ran twice could not be told from one that ran once.
     """
 
-    def __init__(self, file: SearchFile) -> None:
+    def __init__(self, file: SearchFile, statistics: Path) -> None:
+        self._statistics = statistics
         self._settings = file.model_dump(mode="json")
         self._cluster = file.cluster
         self._owns = _connect(file.cluster)
@@ -114,7 +116,7 @@ class RayPool:
                 max_task_retries=0,
                 runtime_env={"env_vars": environment},
             )
-            .remote(f"ray-{number}", self._settings)
+            .remote(f"ray-{number}", self._settings, self._statistics)
         )
         self._actors[number] = actor
         self._starting[actor.ready.remote()] = number

@@ -1,0 +1,194 @@
+"""An inspection as people see it: tables, a matrix and a heat map that fit a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+
+from rich.color import Color
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.report.inspection import Closeness, Inspection, ModelFacts, Pair
+
+_COLUMN = 6  # of the heat map: a number of five characters, and a space
+_DARK, _WARM, _COLD, _AGAINST = (40, 40, 40), (255, 170, 40), (70, 170, 255), (240, 70, 60)
+
+Cell = tuple[str, Style]
+
+
+def shown(found: Inspection, width: int) -> RenderableType:
+    """The whole inspection, no wider than ``width``."""
+    if found.base is None:
+        return _alone(found.models[0])
+    parts: list[RenderableType] = [_models(found)]
+    if found.sources:
+        title = f"task vectors d: each source less {found.base}, which is b"
+        parts += [Text(""), Text(title, style="italic"), _sources(found)]
+    if found.pairs:
+        title = "cosine of task vectors; above the diagonal, share of equal signs (by chance 0.5)"
+        parts += [Text(""), Text(title, style="italic"), _matrix(found)]
+    for table in _heat_maps(found, width):
+        parts += [Text(""), table]
+    if found.left_out:
+        names = ", ".join(found.left_out[:3]) + (f" and {len(found.left_out) - 3} more" if found.left_out[3:] else "")
+        parts += [Text(""), Text(f"not compared, since not all have them in one shape: {names}")]
+    if found.warnings:
+        parts += [Text(""), _listed(found.warnings)]
+    elif found.sources:
+        parts += [Text(""), Text("Nothing speaks against merging these.", style="green")]
+    return Group(*parts)
+
+
+def _alone(facts: ModelFacts) -> RenderableType:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", facts.reference)
+    table.add_row("architecture", f"{facts.architecture}, {facts.layers} layers, hidden size {facts.hidden_size:,}")
+    table.add_row("parameters", f"{_count(facts.parameters)}, {facts.dtype}, {_size(facts.bytes)}")
+    head = "the head is the embedding" if facts.tied else "the head has weights of its own"
+    table.add_row("vocabulary", f"{facts.vocab_size:,} rows, {_tokens(facts)} tokens; {head}")
+    for adapter in facts.adapters:
+        table.add_row("adapter", adapter)
+    for warning in facts.warnings:
+        table.add_row("warning", warning)
+    return table
+
+
+def _models(found: Inspection) -> Table:
+    table = _table("model", "architecture", "layers", "parameters", "dtype", "tokens")
+    for facts in found.models:
+        name = f"{facts.name} (base)" if facts.name == found.base else facts.name
+        table.add_row(
+            name, facts.architecture.removesuffix("ForCausalLM"), str(facts.layers), _count(facts.parameters),
+            facts.dtype, _tokens(facts),
+        )  # fmt: skip
+    return table
+
+
+def _sources(found: Inspection) -> Table:
+    table = _table("", "source", "|d| / |b|", "mean |d|", "elements changed")
+    for letter, source in zip(_letters(found), found.sources, strict=True):
+        whole = source.whole
+        table.add_row(
+            letter, source.name, _percent(whole.relative_norm), f"{whole.mean_change:.2g}", _percent(whole.changed)
+        )
+    return table
+
+
+def _matrix(found: Inspection) -> Table:
+    letters = _letters(found)
+    table = _table("", *letters, texts=1)
+    pairs = {frozenset((pair.a, pair.b)): pair.whole for pair in found.pairs}
+    for k, (letter, source) in enumerate(zip(letters, found.sources, strict=True)):
+        cells = []
+        for m, other in enumerate(found.sources):
+            if m == k:
+                cells.append(Text(""))
+                continue
+            near = pairs[frozenset((source.name, other.name))]
+            cells.append(Text(*(_cosine(near.cosine) if m < k else _agreement(near))))
+        table.add_row(letter, *cells)
+    return table
+
+
+def _heat_maps(found: Inspection, width: int) -> Iterator[Table]:
+    """Parts of the model by sources (their relative norm) and pairs, in as many tables as the width asks for."""
+    letters = dict(zip((source.name for source in found.sources), _letters(found), strict=True))
+    most = max((d.relative_norm or 0.0 for source in found.sources for d in source.parts), default=0.0)
+    columns: list[tuple[str, Sequence[Cell]]] = [
+        (f"d/b\n{letters[source.name]}", [_norm(d.relative_norm, most) for d in source.parts])
+        for source in found.sources
+    ]
+    columns += [(f"cos\n{_both(letters, pair)}", [_cosine(near.cosine) for near in pair.parts]) for pair in found.pairs]
+    label = max((len(part) for part in found.parts), default=0)
+    at_once = max(1, (width - label - 1) // _COLUMN)
+    for start in range(0, len(columns), at_once):
+        some = columns[start : start + at_once]
+        table = Table(box=None, pad_edge=False, padding=0)
+        table.add_column("", min_width=label + 1)
+        for title, _ in some:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row, part in enumerate(found.parts):
+            table.add_row(part, *(Text(f"{text:>{_COLUMN}}", style) for text, style in (c[row] for _, c in some)))
+        yield table
+
+
+def _both(letters: dict[str, str], pair: Pair) -> str:
+    return f"{letters[pair.a]}·{letters[pair.b]}"
+
+
+def _letters(found: Inspection) -> list[str]:
+    alphabet = string.ascii_uppercase
+    return [alphabet[i % 26] + (str(i // 26) if i >= 26 else "") for i in range(len(found.sources))]
+
+
+def _table(*titles: str, texts: int = 2) -> Table:
+    """A table whose first ``texts`` columns are words, and the others numbers."""
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="left" if i < texts else "right", overflow="fold")
+    return table
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _norm(value: float | None, most: float) -> Cell:
+    share = value / most if value and most else 0.0
+    return _percent(value), _style(_WARM, share)
+
+
+def _cosine(value: float | None) -> Cell:
+    """Blue for changes that go together, red for those that go against each other."""
+    if value is None:
+        return "·", Style()
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00", _style(
+        _COLD if value >= 0 else _AGAINST, abs(value) ** 0.5
+    )  # most are small
+
+
+def _agreement(near: Closeness) -> Cell:
+    return ("·" if near.sign_agreement is None else f"{near.sign_agreement:.2f}"), Style()
+
+
+def _style(colour: tuple[int, int, int], share: float) -> Style:
+    red, green, blue = (round(dark + (bright - dark) * share) for dark, bright in zip(_DARK, colour, strict=True))
+    luminance = 0.3 * red + 0.59 * green + 0.11 * blue
+    text = Color.from_rgb(0, 0, 0) if luminance > 110 else Color.from_rgb(255, 255, 255)
+    return Style(color=text.name, bgcolor=Color.from_rgb(red, green, blue).name)
+
+
+def _percent(share: float | None) -> str:
+    """At most five characters."""
+    if not share:
+        return "·" if share is None else "0%"
+    if share < 0.01:
+        return f"{share:.2%}" if share >= 0.0001 else "<.01%"
+    return f"{share:.1%}" if share < 0.9995 else f"{share:.0%}"
+
+
+def _tokens(facts: ModelFacts) -> str:
+    return "no" if facts.tokens is None else f"{facts.tokens:,}"
+
+
+def _listed(sentences: Sequence[str]) -> Table:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for sentence in sentences:
+        table.add_row("-", sentence, style="yellow")
+    return table
+
+
+def _size(count: int) -> str:
+    """A number of bytes as people say it: 14.5 GB, 2.8 MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _count(count: int) -> str:
+    """A number of parameters as people say it: 7.24 B, 1.4 M, 33.9 k."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} B"
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.1f} k"
