@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import moocore
 import numpy as np
@@ -274,6 +276,19 @@ def test_cma_finds_ints_and_choices() -> None:
     late = np.array(optimizer.ask(300))
     assert (np.std(late[:, :3], axis=0) < 0.05).all()
     assert (late[:, 3:] != target[3:]).mean() > 0.002  # ints go on mutating when the reals have settled
+
+
+@pytest.mark.parametrize("kind", ["real", "int"])
+def test_cma_takes_a_single_parameter(kind: Literal["real", "int"]) -> None:
+    """Such as slerp's t. The best is at an end of the range, where steps grow, or inside, where they shrink."""
+    for seed, target in itertools.product(range(20), (0.0, 6.0, 9.0)):
+        optimizer = CmaSettings(name="cma").build([Parameter("t", 0.0, 9.0, 0.0, kind=kind)], 1, seed)
+        best = np.inf
+        for _ in range(25):
+            results = [(g, [float(abs(g[0] - target))]) for g in optimizer.ask(optimizer.population)]
+            optimizer.tell(results)
+            best = min(best, *(losses[0] for _, losses in results))
+        assert best < 0.1
 
 
 def test_cma_stops_and_says_why() -> None:

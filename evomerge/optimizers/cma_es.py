@@ -29,6 +29,9 @@ FULL_COVARIANCE_UP_TO = 50
 SMALLEST_STEP = 1e-4
 """Fraction of each range below which a search has converged; bfloat16 cannot tell such weights apart."""
 
+LARGEST_STEP = 1 / 3
+"""Fraction of each range above which no step grows (pycma's own bound)."""
+
 INTEGER_STEP = 0.2
 """Least standard deviation of an int or choice, in units of one value: it keeps mutating, at 1% (pycma's own bound)."""
 
@@ -205,6 +208,9 @@ class Cma:
         ranks = np.argsort(np.argsort(scalars, kind="stable"), kind="stable")
         with _calm():
             self._es.tell([t.unit for t in told], ranks.astype(np.float64).tolist())
+            if self._es.N == 1:  # pycma cannot hold a single step within its own limits, and raises
+                (step,), (least,) = self._es.stds, self._least_step
+                self._es.sigma *= min(max(step, least), LARGEST_STEP) / step
             reason = self._converged()
         self._told.clear()
         self._foreign.clear()
@@ -249,7 +255,8 @@ class Cma:
             "bounds": [0, 1],
             "BoundaryHandler": cma.BoundTransform,
             "CMA_diagonal": x0.size > FULL_COVARIANCE_UP_TO if diagonal is None else diagonal,
-            "minstd": self._least_step.tolist(),
+            "minstd": self._least_step.tolist() if x0.size > 1 else 0,
+            "maxstd": LARGEST_STEP if x0.size > 1 else math.inf,
             "randn": self._normal,
             "seed": math.nan,
             # pycma's choices for 300 parameters and for small populations need samples in mirrored pairs, in order.

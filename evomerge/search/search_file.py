@@ -141,8 +141,6 @@ class SearchFile(Section):
             raise ValueError(
                 f"vocabulary: there is no source {missing[0]!r}; the sources are {', '.join(self.sources)}"
             )
-        if self.base is not None and len(self.sources) < 3:
-            raise ValueError("sources: a base and one fine-tune leave nothing to mix; name at least two fine-tunes")
         return self
 
     @property
