@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evomerge.merging import kernels
 from evomerge.merging.drops import limit
-from evomerge.merging.passes import Combine, Elementwise, Part, Pass, Sparsify, by_rows
+from evomerge.merging.passes import Combine, Elementwise, Part, Pass, Select, Sparsify, by_rows
 
 PIECE = 1 << 19  # elements: 1 MB of bfloat16, some 50 microseconds of work
 _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches: most of it would not stay there
@@ -77,6 +77,8 @@ class Job:
         (target,) = (_scratch(-1, len(out)).numpy(),) if half else as_pairs([out])
         if isinstance(self._plan, Combine):
             kernels.combine(arrays, *self._arguments, target, self._stream)
+        elif isinstance(self._plan, Select):
+            kernels.select(arrays[0], arrays[1:], *self._arguments, target, self._stream)
         else:
             row, first = np.uint64(max(self._row // 2, 1)), np.uint64(begin // 2)
             kernels.sparsify(arrays[0], arrays[1:], *self._arguments, first, row, target, self._stream)
@@ -88,6 +90,8 @@ def _arguments(plan: Pass) -> tuple[Any, ...]:
     """What a compiled pass takes beside arrays and places, as the types that it is compiled for."""
     if isinstance(plan, Combine):
         return (tuple(np.float32(plan.coefficients[name]) for name in plan.inputs),)
+    if isinstance(plan, Select):
+        return tuple(np.float32(share) for share in plan.shares.values()), np.float32(plan.least)
     assert isinstance(plan, Sparsify)
     parts = plan.parts
     drawn, ranked = parts[0].key is not None, parts[0].ranks is not None

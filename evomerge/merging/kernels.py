@@ -26,6 +26,7 @@ U32 = np.uint32
 U64 = np.uint64  # of indices: an unsigned index cannot count from the end, which spares a test that bars vectorising
 ZERO = np.float32(0)
 ONE = np.float32(1)
+TINY = np.float32(1e-6)
 RANK_BINS = 128
 _BLOCK = 1024  # pairs computed at a time into a buffer that stays in the first-level cache
 
@@ -306,6 +307,61 @@ def sparsify(
         _flush(block, out, start, count, stream)
         start += count
     _fence()
+
+
+@compiled
+def select(base: Any, sources: Any, shares: Any, least: Any, out: Any, stream: Any) -> None:
+    """out = base + sum_k g_k e_k d_k / sum_k g_k e_k where the d_k vary by ``least`` at least, else base.
+
+    e_k is 1 where d_k has the sign of sum_k d_k (a sum of zero counts as positive), else 0.
+
+    Args:
+        base, sources: array and tuple of arrays of pairs, of one dtype.
+        shares: tuple of float32, the g_k.
+        least: float32, compared with ``variance``.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block = _block_like(out)
+    for start in range(U64(0), pairs(out), U64(_BLOCK)):
+        count = min(U64(_BLOCK), U64(pairs(out) - start))
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            varies_x, varies_y = variance(base, sources, start + i)
+            sum_x, sum_y, up_x, up_y, down_x, down_y = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
+            above_x, above_y, below_x, below_y = ZERO, ZERO, ZERO, ZERO
+            for k in range(len(sources)):
+                x, y = pair(sources[k], start + i)
+                x, y, share = x - bx, y - by, shares[k]
+                sum_x, sum_y = sum_x + x, sum_y + y
+                up_x, up_y = up_x + share * max(x, ZERO), up_y + share * max(y, ZERO)
+                down_x, down_y = down_x + share * min(x, ZERO), down_y + share * min(y, ZERO)
+                above_x += share if x > ZERO else ZERO
+                above_y += share if y > ZERO else ZERO
+                below_x += share if x < ZERO else ZERO
+                below_y += share if y < ZERO else ZERO
+            x = up_x / max(above_x, TINY) if sum_x >= ZERO else down_x / max(below_x, TINY)
+            y = up_y / max(above_y, TINY) if sum_y >= ZERO else down_y / max(below_y, TINY)
+            put_pair(block, i, bx + (x if varies_x >= least else ZERO), by + (y if varies_y >= least else ZERO))
+        _flush(block, out, start, count, stream)
+    _fence()
+
+
+@compiled
+def variance(base: Any, sources: Any, index: Any) -> Any:
+    """Variances over the sources of their differences to the base, of the two elements of a pair; sums in float64."""
+    bx, by = pair(base, index)
+    sum_x, sum_y = 0.0, 0.0
+    for k in range(len(sources)):
+        x, y = pair(sources[k], index)
+        sum_x, sum_y = sum_x + np.float64(x - bx), sum_y + np.float64(y - by)
+    mean_x, mean_y = sum_x / len(sources), sum_y / len(sources)
+    sum_x, sum_y = 0.0, 0.0
+    for k in range(len(sources)):
+        x, y = pair(sources[k], index)
+        off_x, off_y = np.float64(x - bx) - mean_x, np.float64(y - by) - mean_y
+        sum_x, sum_y = sum_x + off_x * off_x, sum_y + off_y * off_y
+    return np.float32(sum_x / len(sources)), np.float32(sum_y / len(sources))
 
 
 @compiled

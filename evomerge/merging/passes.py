@@ -1,16 +1,17 @@
 """What a merge does to one tensor, as data, and how it is done.
 
 A merge method does not touch weights. It plans: from its numbers and from statistics of the sources it decides which of
-three passes makes the tensor, and with which coefficients.
+four passes makes the tensor, and with which coefficients.
 
 * ``Combine``: a linear combination of tensors. Everything in the span of the sources is one (linear, SLERP, task
   arithmetic, model stock, Karcher mean, ...), since angles and norms are known from inner products beforehand.
 * ``Sparsify``: the base and a sum of task vectors, each masked by magnitude or at random, with or without an elected
   sign.
+* ``Select``: the base and a mean of task vectors, over the elements that vary most between sources.
 * ``Elementwise``: any function of the rows of a tensor, for what is neither. It runs in plain torch, several times
-  slower than the other two, which are compiled for the CPU.
+  slower than the others, which are compiled for the CPU.
 
-``run`` here is the plain definition in torch, for any device; ``jobs`` runs the first two compiled on the CPU.
+``run`` here is the plain definition in torch, for any device; ``jobs`` runs the first three compiled on the CPU.
 """
 
 from __future__ import annotations
@@ -72,6 +73,16 @@ def sparsify(
     positive = above + below >= 0  # a sum of zero counts as positive
     elected, agreeing = torch.where(positive, above, below), torch.where(positive, shares_above, shares_below)
     return base + (scale * (elected / agreeing.where(agreeing != 0, 1.0)) if divide else elected)
+
+
+def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """What ``Select`` says, in float32; ``numbers`` are the shares and then the least variance."""
+    base = tensors[0].float()
+    deltas = torch.stack([tensor.float() - base for tensor in tensors[1:]])
+    varies = deltas.double().var(dim=0, unbiased=False).float()
+    agrees = deltas.sign() == torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
+    kept = numbers[:-1].view(-1, *[1] * base.ndim) * agrees
+    return base + ((deltas * kept).sum(dim=0) / kept.sum(dim=0).clamp(min=1e-6)).where(varies >= numbers[-1], 0.0)
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,28 @@ class Sparsify:
 
 
 @dataclass(frozen=True)
+class Select:
+    """b + sum_k g_k e_k d_k / sum_k g_k e_k where the task vectors vary enough between the sources, else b.
+
+    Attributes:
+        shares: g_k, by source.
+        least: smallest variance over the sources of an element that is selected.
+    """
+
+    base: str
+    shares: Mapping[str, float]
+    least: float
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.base, *self.shares)
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        numbers = torch.tensor([*self.shares.values(), self.least], device=tensors[0].device)
+        return compute(select, tensors, numbers)
+
+
+@dataclass(frozen=True)
 class Elementwise:
     """Any function of whole rows.
 
@@ -199,7 +232,7 @@ class Elementwise:
         return self.function([tensor.float() for tensor in tensors], first // max(tensors[0].shape[-1], 1))
 
 
-Pass = Combine | Sparsify | Elementwise
+Pass = Combine | Sparsify | Select | Elementwise
 
 
 def by_rows(plan: Pass) -> bool:

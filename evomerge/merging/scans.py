@@ -10,7 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.merging.kernels import RANK_BINS, U32, U64, ZERO, as_bits, as_signed, compiled, magnitude_bin, pair, pairs
+from evomerge.merging.kernels import (
+    RANK_BINS,
+    U32,
+    U64,
+    ZERO,
+    as_bits,
+    as_signed,
+    compiled,
+    magnitude_bin,
+    pair,
+    pairs,
+    variance,
+)
 
 _BLOCK = 512  # pairs
 _LANES = 16  # sums kept side by side: enough to fill the vector units of today's processors
@@ -192,3 +204,49 @@ def _sign_products(first: Any, second: Any) -> Any:
         both += np.int32(product != 0)
         total += np.int32(product)
     return both, total
+
+
+@compiled
+def count_variances(arrays: Any, counts: Any) -> None:
+    """As ``count_deltas``, of the variances over the sources (the base is the first of ``arrays``)."""
+    found = np.empty(2 * _BLOCK, np.float32)
+    for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
+        count = _variances(arrays, start, found)
+        for i in range(count):
+            counts[U64(_upper(found[i]))] += 1
+
+
+@compiled
+def count_variances_in(arrays: Any, upper: Any, counts: Any) -> None:
+    """As ``count_deltas_in``, of the variances over the sources."""
+    found = np.empty(2 * _BLOCK, np.float32)
+    for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
+        count = _variances(arrays, start, found)
+        for i in range(count):
+            if _upper(found[i]) == upper:
+                counts[U64(as_bits(found[i]) & U32(0xFFFF))] += 1
+
+
+@compiled
+def energies(arrays: Any, least: Any, total: Any) -> None:
+    """Add to ``total`` (float64 [sources]) the squared norms over the elements that vary by ``least`` at least."""
+    found, deltas = np.empty(2 * _BLOCK, np.float32), np.zeros(2 * _BLOCK, np.float32)
+    for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
+        count = _variances(arrays, start, found)
+        for k in range(1, len(arrays)):
+            for i in range(count // U64(2)):
+                bx, by = pair(arrays[0], start + i)
+                x, y = pair(arrays[k], start + i)
+                deltas[U64(2) * i] = x - bx if found[U64(2) * i] >= least else ZERO
+                deltas[U64(2) * i + U64(1)] = y - by if found[U64(2) * i + U64(1)] >= least else ZERO
+            deltas[np.int64(count) :] = 0
+            total[k - 1] += _dot(deltas, deltas)
+
+
+@compiled
+def _variances(arrays: Any, start: Any, found: Any) -> Any:
+    """Write the variances of a block of pairs to ``found``, and return how many these are."""
+    count = min(U64(_BLOCK), U64(pairs(arrays[0]) - start))
+    for i in range(count):
+        found[U64(2) * i], found[U64(2) * i + U64(1)] = variance(arrays[0], arrays[1:], start + i)
+    return U64(2) * count

@@ -1,6 +1,7 @@
 """Methods that choose element by element among few sources: SCE, RAM, Arcee Fusion, NearSwap.
 
-Notation and conventions are those of ``plans``. They run as plain torch on rows, several times slower than the others.
+Notation and conventions are those of ``plans``. All but SCE run as plain torch on rows, several times
+slower than the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.passes import Elementwise, Pass, Select
 from evomerge.merging.plans import FRACTION, Method, base_of, number, scale
 from evomerge.merging.statistics import Facts
 from evomerge.recipe import Blend, MethodParameter, MethodSpec
@@ -28,37 +29,17 @@ def sce(facts: Facts, blend: Blend) -> Pass:
     names, share = (base_of(blend), *blend.sources), number(blend, "select_topk", 1.0)
     least = 0.0
     if share < 1:
-        kind = "variances"
         # In float32, as mergekit counts: 5/6 of 2304 are 1920 there, and 1919 in float64.
-        least = facts.value_threshold(
-            kind, names, _variance, lambda count, nonzero: int(np.float32(nonzero) * np.float32(share))
-        )
-
-    def selected(rows: Sequence[Tensor]) -> Tensor:
-        deltas = _deltas(rows)
-        return deltas * (_variance(rows) >= least) if share < 1 else deltas
-
-    energy = facts.total(names, lambda rows: selected(rows).square().sum(dim=(1, 2), dtype=torch.float64))
-    energy = energy / facts.size
-    shares = energy / energy.sum() if energy.sum() >= 1e-6 else energy * 0 + 1 / len(energy)
-    weights = torch.from_numpy(shares).float()[:, None, None]
-
-    def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
-        deltas = selected(tensors)
-        agrees = deltas.sign() == torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
-        kept = weights.to(deltas.device) * agrees
-        return tensors[0] + (deltas * kept).sum(dim=0) / kept.sum(dim=0).clamp(min=1e-6)
-
-    return Elementwise(names, rows)
+        least = facts.variance_threshold(names, lambda varying: int(np.float32(varying) * np.float32(share)))
+    energies = facts.energies(names, least)
+    whole = energies.sum()
+    shares = energies / whole if whole >= 1e-6 * facts.size else np.full(len(energies), 1 / len(energies))
+    return Select(names[0], dict(zip(blend.sources, shares.tolist(), strict=True)), least)
 
 
 def _deltas(rows: Sequence[Tensor]) -> Tensor:
     """[sources, rows, length] task vectors."""
     return torch.stack([x - rows[0] for x in rows[1:]])
-
-
-def _variance(rows: Sequence[Tensor]) -> Tensor:
-    return _deltas(rows).var(dim=0, unbiased=False)
 
 
 def ram(facts: Facts, blend: Blend) -> Pass:
@@ -113,9 +94,7 @@ def arcee_fusion(facts: Facts, blend: Blend) -> Pass:
     names = (base_of(blend), *blend.sources)
 
     def quantile(share: float) -> float:
-        return facts.value_threshold(
-            "importances", names, _importance, lambda count, _: count - int(share * (count - 1))
-        )
+        return facts.value_threshold("importances", names, _importance, facts.size - int(share * (facts.size - 1)))
 
     low, middle, high = (quantile(share) for share in (0.25, 0.5, 0.75))
     least = middle + number(blend, "fence", _FENCE.default) * (high - low)

@@ -35,6 +35,15 @@ Values = Callable[[Sequence[Tensor]], Tensor]
 
 log = logging.getLogger(__name__)
 
+# Scans that take all tensors as one tuple, there being any number of them.
+_TOGETHER = (
+    scans.inner_products,
+    scans.delta_signs,
+    scans.count_variances,
+    scans.count_variances_in,
+    scans.energies,
+)
+
 _PIECE = 1 << 21  # elements; larger than that of a merge, since each piece has totals of its own
 
 
@@ -123,22 +132,35 @@ class Statistics:
         mean = ranked / total / 255 if total else 0.5
         return Ranks(torch.from_numpy(table[:-1]), first_bin, mean)
 
-    def value_threshold(self, kind: str, refs: Sequence[Ref], values: Values, k: Callable[[int, int], int]) -> float:
-        """The k-th largest of values computed from tensors, exactly.
+    def value_threshold(self, kind: str, refs: Sequence[Ref], values: Values, k: int) -> float:
+        """The k-th largest of values computed from tensors, exactly, k from 1.
 
         Args:
             kind: name of the values, for keeping their counts.
-            k: (number of values, of which not zero) -> k; for a k of 0 infinity is returned.
         """
         counts = self._once(kind, refs, lambda: _from_top(self._value_counts(refs, values)))
-        count = int(counts[1, -1])
-        nonzero = count - (self._zeros(counts) if counts[0, -1] == 0 else 0)
-        wanted = k(count, nonzero)
+        upper, rank = _kth_largest(counts, k)
+        fine = _from_top(self._value_counts(refs, values, upper))
+        return _magnitude(upper, _kth_largest(fine, rank)[0])
+
+    def variance_threshold(self, refs: Sequence[Ref], k: Callable[[int], int]) -> float:
+        """The k-th largest variance over x_1 - x_0, x_2 - x_0, ..., exactly; infinity for a k of 0.
+
+        Args:
+            k: (number of variances that are not zero) -> k.
+        """
+        counts = self._once("variances", refs, lambda: self._count(refs, scans.count_variances))
+        wanted = k(int(counts[1, -1]) - self._zeros(counts))
         if wanted == 0:
             return math.inf
         upper, rank = _kth_largest(counts, wanted)
-        fine = _from_top(self._value_counts(refs, values, upper))
-        return _magnitude(upper, _kth_largest(fine, rank)[0])
+        fine = self._scan(refs, np.zeros(scans.FINE_BINS, np.int64), scans.count_variances_in, np.int32(upper))
+        fine[0] -= self._padding(refs) if upper == 0 else 0
+        return _magnitude(upper, _kth_largest(_from_top(fine), rank)[0])
+
+    def energies(self, refs: Sequence[Ref], least: float) -> NDArray[np.float64]:
+        """Squared norms of x_1 - x_0, ..., over the elements whose variance is ``least`` at least."""
+        return self._scan(refs, np.zeros(len(refs) - 1), scans.energies, np.float32(least))
 
     def total(self, refs: Sequence[Ref], function: Callable[[Sequence[Tensor]], Tensor]) -> NDArray[np.float64]:
         """The sum over blocks of rows of what a function gives for them (float64 [n])."""
@@ -167,7 +189,7 @@ class Statistics:
             if len(parts[0]) % 2:  # a zero makes the last pair whole
                 parts = [torch.cat([part, part.new_zeros(1)]) for part in parts]
             arrays = as_pairs(parts)
-            together = scan in (scans.inner_products, scans.delta_signs)
+            together = scan in _TOGETHER
             scan(*(arrays,) if together else arrays, *more, totals[number])
 
         self._crew.each(work, range(len(totals)))
@@ -212,8 +234,10 @@ class Statistics:
 
     @staticmethod
     def _zeros(counts: NDArray[np.int64]) -> int:
-        before = int(counts[1, -2]) if counts.shape[1] > 1 else 0
-        return int(counts[1, -1]) - before
+        """How many values are zero, or too small for float32's exponents."""
+        if counts[0, -1] != 0:
+            return 0
+        return int(counts[1, -1]) - (int(counts[1, -2]) if counts.shape[1] > 1 else 0)
 
     def _rows(self, refs: Sequence[Ref]) -> Any:
         tensors = [_as_rows(self._read(ref)) for ref in refs]
@@ -291,7 +315,15 @@ class Facts:
         """Ranks of a task vector's magnitudes within their rows."""
         return self.statistics.ranks(self.refs[base], self.refs[source])
 
-    def value_threshold(self, kind: str, names: Sequence[str], values: Values, k: Callable[[int, int], int]) -> float:
+    def variance_threshold(self, names: Sequence[str], k: Callable[[int], int]) -> float:
+        """The k-th largest variance over task vectors, base named first; see ``Statistics.variance_threshold``."""
+        return self.statistics.variance_threshold([self.refs[name] for name in names], k)
+
+    def energies(self, names: Sequence[str], least: float) -> NDArray[np.float64]:
+        """Squared norms over the elements that vary by ``least``. The base is named first."""
+        return self.statistics.energies([self.refs[name] for name in names], least)
+
+    def value_threshold(self, kind: str, names: Sequence[str], values: Values, k: int) -> float:
         """The k-th largest of values computed from tensors; see ``Statistics.value_threshold``."""
         return self.statistics.value_threshold(kind, [self.refs[name] for name in names], values, k)
 
