@@ -26,6 +26,7 @@ U32 = np.uint32
 U64 = np.uint64  # of indices: an unsigned index cannot count from the end, which spares a test that bars vectorising
 ZERO = np.float32(0)
 ONE = np.float32(1)
+HALF = np.float32(0.5)
 TINY = np.float32(1e-6)
 RANK_BINS = 128
 _BLOCK = 1024  # pairs computed at a time into a buffer that stays in the first-level cache
@@ -71,6 +72,12 @@ def fma(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
     """a b + c, rounded once: on every machine alike, where a compiler's own choice to fuse would not be."""
     kind = types.float32
     return kind(kind, kind, kind), lambda _x, builder, _s, args: builder.fma(*args)
+
+
+@compiled
+def with_sign(size: Any, number: Any) -> Any:
+    """A float32 that is not negative, with the sign of another."""
+    return as_float(U32(as_bits(size) | U32(as_bits(number) & U32(0x80000000))))
 
 
 @instruction
@@ -283,26 +290,28 @@ def sparsify(
                     if high is not None:
                         x = x if size_x < high[k] else ZERO
                         y = y if size_y < high[k] else ZERO
-                if elect is None:
+                if shares is None:
+                    # The sum of the parts of one sign is half of the sum and the sum of magnitudes: two additions
+                    # a part where keeping both signs takes two more and four comparisons.
                     up_x, up_y = up_x + x, up_y + y
+                    if elect is not None:
+                        down_x, down_y = down_x + abs(x), down_y + abs(y)
                 else:
+                    share = shares[k]
                     up_x, up_y = up_x + max(x, ZERO), up_y + max(y, ZERO)
                     down_x, down_y = down_x + min(x, ZERO), down_y + min(y, ZERO)
-                    if shares is not None:
-                        share = shares[k]
-                        above_x += share if x > ZERO else ZERO
-                        above_y += share if y > ZERO else ZERO
-                        below_x += share if x < ZERO else ZERO
-                        below_y += share if y < ZERO else ZERO
-            if elect is not None:
+                    above_x += share if x > ZERO else ZERO
+                    above_y += share if y > ZERO else ZERO
+                    below_x += share if x < ZERO else ZERO
+                    below_y += share if y < ZERO else ZERO
+            if shares is not None:
                 positive_x, positive_y = up_x + down_x >= ZERO, up_y + down_y >= ZERO
-                up_x = up_x if positive_x else down_x
-                up_y = up_y if positive_y else down_y
-                if shares is not None:
-                    share_x = above_x if positive_x else below_x
-                    share_y = above_y if positive_y else below_y
-                    up_x = scale * (up_x / (share_x if share_x != ZERO else ONE))
-                    up_y = scale * (up_y / (share_y if share_y != ZERO else ONE))
+                share_x = above_x if positive_x else below_x
+                share_y = above_y if positive_y else below_y
+                up_x = scale * ((up_x if positive_x else down_x) / (share_x if share_x != ZERO else ONE))
+                up_y = scale * ((up_y if positive_y else down_y) / (share_y if share_y != ZERO else ONE))
+            elif elect is not None:
+                up_x, up_y = HALF * (up_x + with_sign(down_x, up_x)), HALF * (up_y + with_sign(down_y, up_y))
             put_pair(block, i, bx + up_x, by + up_y)
         _flush(block, out, start, count, stream)
         start += count
