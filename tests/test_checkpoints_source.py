@@ -503,3 +503,19 @@ def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     entries = read_header(file, "x")
     assert entries["a"].begin % 4
     assert torch.equal(view_entry(entries["a"], map_file(file)), torch.arange(4.0))
+
+
+def test_released_weights_are_read_again(tmp_path: Path) -> None:
+    """Also where a tensor is not aligned in its file, and is read as a copy."""
+    folder = save_model(tiny_config(), tmp_path / "model")
+    expected = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    for padding in (b"", b"  ", b"   "):
+        text = raw[8 : 8 + length] + padding
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+        source = open_source("a", str(folder), place="a")
+        for _ in range(2):
+            for name in source.tensors:
+                assert torch.equal(source.read(name), expected[name])
+                source.release(name)

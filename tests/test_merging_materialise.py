@@ -209,7 +209,7 @@ def test_after_a_failure_half_way_everything_that_it_touched_is_written_again(
 def test_statistics_are_read_back_by_the_next(
     sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipes = [recipe_of(blend(method, MIXED[method]), sources) for method in ("slerp", "ties", "della", "sce")]
+    recipes = [recipe_of(blend(method, MIXED[method]), sources) for method in ("slerp", "ties", "della", "model_stock")]
     live = live_model(sources["base"], torch.device("cpu"))
     made = []
     for _ in range(2):

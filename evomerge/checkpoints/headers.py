@@ -55,16 +55,16 @@ def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
     return raw.view(dtype).view(entry.shape)
 
 
-def release_pages(view: torch.Tensor) -> None:
-    """Drop the pages of a view of a mapped file from this process; the system's own cache of the file stays.
+def release_pages(mapped: torch.Tensor, begin: int, end: int) -> None:
+    """Drop bytes ``begin`` to ``end`` of a mapped file from this process's memory; the system's cache stays.
 
     Mapped pages count as memory of the process until it needs them elsewhere: a merge of a large model would seem to
-    hold all of its sources.
+    hold all of its sources. They are read again when they are touched.
     """
-    page = mmap.PAGESIZE
-    begin, end = view.data_ptr() // page * page, view.data_ptr() + view.nbytes
-    if view.nbytes:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+    begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        address, length = ctypes.c_void_p(mapped.data_ptr() + begin), ctypes.c_size_t(end - begin)
+        ctypes.CDLL(None).madvise(address, length, mmap.MADV_DONTNEED)
 
 
 def read_header(file: Path, place: str) -> dict[str, TensorEntry]:

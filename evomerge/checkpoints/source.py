@@ -88,7 +88,9 @@ class Source:
 
     def release(self, name: str) -> None:
         """Let the system take back the memory that holds a tensor of the mapped files. It is read anew when needed."""
-        release_pages(self._view(self.tensors[name]))
+        entry = self.tensors[name]
+        if entry.file in self._maps:
+            release_pages(self._maps[entry.file], entry.begin, entry.end)
 
     def _view(self, entry: TensorEntry) -> torch.Tensor:
         if entry.file not in self._maps:

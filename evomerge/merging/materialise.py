@@ -111,7 +111,8 @@ class Materialiser:
                 changed.append((merged, way))
         plans = [(*self._planned(merged, recipe), live.tensors[merged.name]) for merged, _ in changed]
         if self._runner is None:
-            self._crew.run([Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in plans])
+            # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
+            self._crew.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in plans)
         else:
             for plan, refs, out in plans:
                 self._runner.run(plan, refs, out)
@@ -137,7 +138,7 @@ class Materialiser:
             read = [self.read(ref) for ref in refs]
             self._crew.run([Job(plan, read, out)])
             self._check_finite(name, out, plan, read)
-            for source, stored in self._views:
+            for source, stored in {*refs, *self._views}:
                 self._sources[source].release(stored)
             self._views.clear()
             yield name, out

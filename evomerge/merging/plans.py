@@ -1,6 +1,6 @@
 """What a merge method is, and how its plans read a blend.
 
-A method plans: it turns a blend's numbers, and facts about the weights, into one of the three passes of ``passes``,
+A method plans: it turns a blend's numbers, and facts about the weights, into one of the four passes of ``passes``,
 which do the work on tensors of any float dtype in float32 and round once. "A tensor" is one named array of weights;
 norms, angles, ranks and densities are taken tensor by tensor.
 
