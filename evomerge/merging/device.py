@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -24,7 +24,6 @@ from evomerge.merging.statistics import Ref
 log = logging.getLogger(__name__)
 
 Residency = Literal["device", "pinned", "mapped"]
-RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
 _PIECE = 1 << 25  # elements: intermediate results of a definition that is not compiled take a few hundred MB
 _SPARE = 0.25  # share of the device's memory that is left to scoring: activations, cache, evaluators

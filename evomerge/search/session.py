@@ -67,9 +67,7 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
         ).close()
         partial.rename(folder)
     except OSError as error:
-        raise InputError(
-            str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir."
-        ) from error
+        raise _cannot_be_made(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Store.open(folder / STORE_NAME)
@@ -81,9 +79,7 @@ def refuse_existing(folder: Path) -> None:
         there = folder.exists()
         above = next(parent for parent in folder.absolute().parents if parent.exists())
     except OSError as error:
-        raise InputError(
-            str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir."
-        ) from error
+        raise _cannot_be_made(folder, error) from error
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(str(folder), f"cannot be made: {above} is no folder to write in", "Name another with --dir.")
     if there:
