@@ -161,7 +161,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
 ) -> None:
     """Make one merged model from a recipe, without a search."""
-    from evomerge.commands.models import merge
+    from evomerge.commands.merge import merge
 
     merge(recipe, out)
 
@@ -173,7 +173,7 @@ def consolidate(
     model: Annotated[Path, typer.Option(metavar="MODEL", help="A folder with its config.json and tokenizer.")],
 ) -> None:
     """Put a DeepSpeed ZeRO checkpoint together as a plain model folder, which can be merged."""
-    from evomerge.commands.models import consolidate
+    from evomerge.commands.merge import consolidate
 
     consolidate(checkpoint, out, model)
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.live import live_model
 from evomerge.commands.look import send
 from evomerge.commands.run import resume
-from evomerge.search.session import open_store, recipe_of
+from evomerge.search.folder import open_store
+from evomerge.search.session import recipe_of
 
 
 def test_help_is_quick() -> None:
@@ -206,11 +207,11 @@ dtype: bfloat16
 def test_merge_opens_each_source_once_and_copies_a_recipe_that_works_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evomerge.commands import models
+    from evomerge.commands import merge as command
 
     opened: list[str] = []
-    open_source = models.open_source
-    monkeypatch.setattr(models, "open_source", lambda *a, **more: opened.append(a[1]) or open_source(*a, **more))
+    open_source = command.open_source
+    monkeypatch.setattr(command, "open_source", lambda *a, **more: opened.append(a[1]) or open_source(*a, **more))
     (tmp_path / "models").symlink_to(MINIATURES)
     (tmp_path / "mergekit.yaml").write_text("""
 merge_method: linear

@@ -20,7 +20,7 @@ NAMES = ("base", "one", "two")
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from evomerge.commands.models import merge
+from evomerge.commands.merge import merge
 import evomerge.merging.kernels, evomerge.merging.scans
 merge(Path(sys.argv[1]), Path(sys.argv[2]))  # of small models first: what is imported and compiled is there then
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,9 +14,9 @@ import pytest
 from helpers_miniature import evomerge, json_of, search_file
 
 from evomerge.errors import InputError
+from evomerge.search.folder import open_store
 from evomerge.search.pools.ray import workers_that_fit
 from evomerge.search.search_file import Cluster
-from evomerge.search.session import open_store
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from evomerge.checkpoints.live import live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.tokenizer_files import open_tokenizer, tokenizer_folder
 from evomerge.checkpoints.vocabulary import align
-from evomerge.commands.models import merge
+from evomerge.commands.merge import merge
 from evomerge.errors import InputError
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import Blend, Recipe

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from evomerge.checkpoints.structure import first_line
+from evomerge.checkpoints.config import first_line
 from evomerge.errors import InputError
 from evomerge.plugins import unknown_name
 

@@ -8,10 +8,8 @@ Names and pieces come from transformers' own rules for loading and saving; no li
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,27 +23,17 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.pytorch_utils import Conv1D
 
-from evomerge.checkpoints.headers import DTYPE_BITS, TensorEntry
-from evomerge.checkpoints.structure import stored_tensors, tied_names
+from evomerge.checkpoints.blueprint import Blueprint
+from evomerge.checkpoints.parts import Cut, Part, check_shape
+from evomerge.checkpoints.roles import model_roles
+from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors, tied_names
 from evomerge.errors import InputError
 
-Cut = int | tuple[int, int]
-"""What a piece takes of one dimension: an index, or from a start to a stop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor of the model (``cuts`` is empty), or the piece ``tensor[cuts]`` of it."""
-
-    tensor: str
-    cuts: tuple[Cut, ...] = ()
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of that tensor: itself, or a view into it."""
-        if not self.cuts:
-            return tensor
-        return tensor[tuple(cut if isinstance(cut, int) else slice(*cut) for cut in self.cuts)]
+_SETTINGS = (
+    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+)  # fmt: skip
 
 
 def checkpoint_parts(model: Any) -> dict[str, Part]:
@@ -158,6 +146,49 @@ def locate(model: Any, shapes: Mapping[str, Sequence[int]], place: str) -> dict[
     return located
 
 
+def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> Blueprint:
+    """The blueprint of a checked config.json and the tensors of a checkpoint, made anew.
+
+    Raises:
+        InputError: transformers has no such model, or the tensors are not its own.
+    """
+    parsed = parse_config(config, place)
+    layers: int = parsed.num_hidden_layers
+    if layers > len(shapes):  # before building that many modules
+        raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {len(shapes)} tensors")
+    model = empty_model(parsed, place)
+    parts, stored = checkpoint_parts(model), stored_tensors(model)
+    try:
+        roles = model_roles(model, layers)
+    except LookupError as error:
+        mend = "Only models that are a stack of layers can be."
+        raise InputError(place, f"cannot be merged: {error}", mend) from None
+    located = locate(model, shapes, place)
+    for part, name in located.items():
+        if not part.cuts and part.tensor in stored:
+            check_shape(name, shapes[name], stored[part.tensor].shape, place)
+    ties = tied_names(model)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    copies = ((Part(copy), Part(original)) for copy, original in ties.items())
+    return Blueprint(
+        layers=layers,
+        settings={field: getattr(parsed, field, None) for field in _SETTINGS}
+        | {"depth": parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")},
+        parts=parts,
+        roles={name: roles[part.tensor] for name, part in parts.items()},
+        shapes={name: tuple(part.of(stored[part.tensor]).shape) for name, part in parts.items()},
+        located=tuple(located.items()),
+        copies={located[copy]: located[original] for copy, original in copies if copy in located},
+        tied=frozenset(name for name, part in parts.items() if part.tensor in ties.values()),
+        head=frozenset(name for name, part in parts.items() if stored[part.tensor] is head),
+        turned=frozenset(name for name, part in parts.items() if isinstance(_owner(model, part), Conv1D)),
+    )
+
+
+def _owner(model: Any, part: Part) -> Any:
+    return model.get_submodule(part.tensor.rpartition(".")[0])
+
+
 def find_names(model: Any, parts: Mapping[str, Part], names: Sequence[str]) -> dict[str, str | None]:
     """The tensor among ``parts`` that each name means: its own, one of another time, or that of a tied copy."""
     by_part = {part: name for name, part in parts.items()}
@@ -183,43 +214,3 @@ def _check_experts(located: Mapping[Part, str], tensors: Mapping[str, torch.Tens
                 f"there are {len(names)} experts like {names[0]}; config.json asks for {tensors[in_model].shape[0]}",
                 "Complete the download, or see that config.json is the one that belongs to these weights.",
             )
-
-
-def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[tuple[str, str, Part]]:
-    """For each part by its name, the checkpoint's tensor that holds it and what of that to take.
-
-    A part whose tensor lies whole in the checkpoint, as of experts that were saved in one, is a cut of it. Parts that
-    are nowhere are left out.
-    """
-    for name, part in parts.items():
-        if part in located:
-            yield name, located[part], Part(part.tensor)
-        elif (whole := Part(part.tensor)) in located:
-            yield name, located[whole], part
-
-
-def entries(
-    parts: Mapping[str, Part], located: Mapping[Part, str], found: Mapping[str, TensorEntry]
-) -> Iterator[tuple[str, TensorEntry]]:
-    """Where each part lies in the files, by its name; those that no file holds in one run of bytes are left out."""
-    for name, holder, part in holders(parts, located):
-        if (cut := _cut(found[holder], part)) is not None:
-            yield name, cut
-
-
-def _cut(entry: TensorEntry, part: Part) -> TensorEntry | None:
-    """The bytes of a part in those of its whole tensor; None where they do not lie together."""
-    shape, begin, size = entry.shape, 0, DTYPE_BITS[entry.dtype] // 8
-    kept: tuple[int, ...] = ()
-    for axis, cut in enumerate(part.cuts):
-        if kept:
-            return None
-        row = math.prod(shape[axis + 1 :])
-        if isinstance(cut, int):
-            begin += cut * row
-        else:
-            begin += cut[0] * row
-            kept = (cut[1] - cut[0],)
-    kept += shape[len(part.cuts) :]
-    start = entry.begin + begin * size
-    return replace(entry, shape=kept, begin=start, end=start + math.prod(kept) * size)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from evomerge.checkpoints.config import first_line
+from evomerge.checkpoints.finite import first_not_finite
 from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import empty_model, first_line, parse_config, stored_tensors
+from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
 from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
 from evomerge.recipe import Role
@@ -128,11 +130,8 @@ def check_live(live: LiveModel) -> None:
     Raises:
         NotFiniteError: naming the tensor, or "logits".
     """
-    # One sum a tensor and a single wait for the device; a sum may overflow over finite weights, so confirm.
-    sums = torch.stack([tensor.sum().float() for tensor in live.tensors.values()])
-    for (name, tensor), finite in zip(live.tensors.items(), torch.isfinite(sums).tolist(), strict=True):
-        if not finite and not torch.isfinite(tensor).all():
-            raise NotFiniteError(name)
+    if (name := first_not_finite(live.tensors)) is not None:
+        raise NotFiniteError(name)
     probe = torch.arange(_PROBE_TOKENS, device=live.device) % live.model.config.vocab_size
     if not torch.isfinite(live.model(probe[None], use_cache=False).logits).all():
         raise NotFiniteError("logits")

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter, refuse_alone
+from evomerge.checkpoints.blueprint import Blueprint, blueprint
+from evomerge.checkpoints.config import check_config
 from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
-from evomerge.checkpoints.layout import Part, checkpoint_parts, entries, find_names, locate
+from evomerge.checkpoints.parts import Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
-from evomerge.checkpoints.roles import model_roles
-from evomerge.checkpoints.structure import check_config, empty_model, parse_config, stored_tensors, tied_names
 from evomerge.errors import InputError
 from evomerge.recipe import Role
 
@@ -34,6 +33,7 @@ class Source:
         place: where the reference stands, for errors ("sources.maths").
         folder: where the files of the model are.
         config: config.json as parsed JSON.
+        settings: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
         tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
             model's modules, and where it is stored. What the files hold beside them is left out and named in
             ``warnings``.
@@ -52,6 +52,7 @@ class Source:
     place: str
     folder: Path
     config: dict[str, Any]
+    settings: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     parts: Mapping[str, Part]
     roles: Mapping[str, Role]
@@ -127,54 +128,40 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
     check_config(config, place)
     _check_side_files(folder, place)
     found = find_tensors(folder, place)
-    parsed = parse_config(config, place)
-    layers: int = parsed.num_hidden_layers
-    if layers > len(found):  # before building that many modules
-        raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {len(found)} tensors")
-    model = empty_model(parsed, place)
-    parts, roles = checkpoint_parts(model), _roles(model, layers, place)
-    located = locate(model, {name: entry.shape for name, entry in found.items()}, place)
-    tensors = _tensors(found, parts, located, model, place)
-    copies = _check_copies(found, located, model, place)
+    plan = blueprint(config, {name: entry.shape for name, entry in found.items()}, place)
+    tensors = _tensors(found, plan, place)
+    _check_copies(found, plan, place)
+    used = set(plan.parts.values()) | {Part(part.tensor) for part in plan.parts.values()}
+    extra = found.keys() - {name for part, name in plan.located if part in used} - plan.copies.keys()
     source = Source(
         name=name,
         reference=reference,
         place=place,
         folder=folder,
         config=config,
+        settings=plan.settings,
         tensors=tensors,
-        parts=parts,
-        roles={name: roles[part.tensor] for name, part in parts.items()},
-        layers=layers,
-        tied=bool(tied_names(model)),
+        parts=plan.parts,
+        roles=plan.roles,
+        layers=plan.layers,
+        tied=bool(plan.tied),
         files=_files(folder, found),
-        warnings=_warnings(tensors, sorted(found.keys() - _used(parts, located) - copies)),
+        warnings=_warnings(tensors, sorted(extra)),
     )
-    base = _base(source, model)
-    return _adapted(source, [open_adapter(adapter, base, place) for adapter in adapters])
+    return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
 
 
-def _roles(model: Any, layers: int, place: str) -> dict[str, Role]:
-    try:
-        return model_roles(model, layers)
-    except LookupError as error:
-        raise InputError(
-            place, f"cannot be merged: {error}", "Only models that are a stack of layers can be."
-        ) from None
+def _base(source: Source, plan: Blueprint) -> Base:
+    def find(names: Sequence[str]) -> dict[str, str | None]:
+        # Only here, for what transformers renames is not worth keeping: importing it takes seconds.
+        from evomerge.checkpoints.layout import find_names
+        from evomerge.checkpoints.structure import empty_model, parse_config
 
+        model = empty_model(parse_config(source.config, source.place), source.place)
+        return find_names(model, source.parts, names)
 
-def _base(source: Source, model: Any) -> Base:
-    tied = set(tied_names(model).values())
-    return Base(
-        shapes={name: entry.shape for name, entry in source.tensors.items()},
-        find=lambda names: find_names(model, source.parts, names),
-        turned=frozenset(n for n, part in source.parts.items() if isinstance(_owner(model, part), Conv1D)),
-        tied=frozenset(name for name, part in source.parts.items() if part.tensor in tied),
-    )
-
-
-def _owner(model: Any, part: Part) -> Any:
-    return model.get_submodule(part.tensor.rpartition(".")[0])
+    shapes = {name: entry.shape for name, entry in source.tensors.items()}
+    return Base(shapes=shapes, find=find, turned=plan.turned, tied=plan.tied)
 
 
 def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
@@ -210,26 +197,16 @@ def _check_side_files(folder: Path, place: str) -> None:
         )
 
 
-def _tensors(
-    found: Mapping[str, TensorEntry],
-    parts: Mapping[str, Part],
-    located: Mapping[Part, str],
-    model: Any,
-    place: str,
-) -> dict[str, TensorEntry]:
+def _tensors(found: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> dict[str, TensorEntry]:
     """Where every tensor of the model lies, checked for presence, shape and dtype."""
-    expected, head = stored_tensors(model), model.get_output_embeddings()
-    whole = {name: part for part, name in located.items() if not part.cuts and part.tensor in expected}
-    for name, part in whole.items():
-        _check_shape(name, found[name], expected[part.tensor].shape, place)
-    tensors = dict(entries(parts, located, found))
-    if missing := [name for name in parts if name not in tensors]:
+    tensors = dict(entries(plan.parts, dict(plan.located), found))
+    if missing := [name for name in plan.parts if name not in tensors]:
         mend = "Complete the download, or see that config.json is the one that belongs to these weights."
-        if head is not None and all(expected[parts[n].tensor] is getattr(head, "weight", None) for n in missing):
+        if plan.head.issuperset(missing):
             mend = "If its head is its embedding, set tie_word_embeddings to true in a copy of config.json."
         raise InputError(place, f"tensors that config.json asks for are missing from the files: {_few(missing)}", mend)
     for name, entry in tensors.items():
-        _check_shape(name, entry, parts[name].of(expected[parts[name].tensor]).shape, place)
+        check_shape(name, entry.shape, plan.shapes[name], place)
         if entry.dtype not in TORCH_DTYPES:
             raise InputError(
                 place,
@@ -239,23 +216,9 @@ def _tensors(
     return tensors
 
 
-def _check_shape(name: str, entry: TensorEntry, shape: Sequence[int], place: str) -> None:
-    if list(entry.shape) != list(shape):
-        raise InputError(
-            place, f"{name} has shape {list(entry.shape)} in {entry.file.name}; config.json asks for {list(shape)}"
-        )
-
-
-def _used(parts: Mapping[str, Part], located: Mapping[Part, str]) -> set[str]:
-    wanted = set(parts.values()) | {Part(part.tensor) for part in parts.values()}
-    return {name for part, name in located.items() if part in wanted}
-
-
-def _check_copies(found: Mapping[str, TensorEntry], located: Mapping[Part, str], model: Any, place: str) -> set[str]:
-    """Names of second copies of tied tensors in the files. They are fine as long as they are equal."""
-    tied = ((Part(copy), Part(original)) for copy, original in tied_names(model).items())
-    copies = {located[copy]: located[original] for copy, original in tied if copy in located}
-    for copy, original in copies.items():
+def _check_copies(found: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> None:
+    """Second copies of tied tensors in the files are fine as long as they are equal."""
+    for copy, original in plan.copies.items():
         one, other = found[copy], found[original]
         same = (one.dtype, one.shape) == (other.dtype, other.shape)
         if not same or not torch.equal(view_entry(one, map_file(one.file)), view_entry(other, map_file(other.file))):
@@ -264,7 +227,6 @@ def _check_copies(found: Mapping[str, TensorEntry], located: Mapping[Part, str],
                 f"config.json ties {copy} to {original} (tie_word_embeddings), but they differ in the files",
                 "Set tie_word_embeddings to false in a copy of config.json, if the model was trained so.",
             )
-    return set(copies)
 
 
 def _files(folder: Path, found: Mapping[str, TensorEntry]) -> tuple[Path, ...]:

@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, TokenizersBackend
 
+from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.folder import load_json
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import first_line
 from evomerge.errors import InputError
 
 _TEMPLATE = "chat_template.jinja"

@@ -291,7 +291,8 @@ def _aligned(source: Source, model: Source, table: _Table, texts: Mapping[str, s
         for name, entry in source.tensors.items()
     }
     own = {field.name: getattr(source, field.name) for field in fields(Source)}
-    own |= {"config": config, "tensors": tensors, "tokenizer_texts": texts}
+    settings = {**source.settings, "vocab_size": table.size}
+    own |= {"config": config, "settings": settings, "tensors": tensors, "tokenizer_texts": texts}
     return AlignedSource(**own, table=table)
 
 

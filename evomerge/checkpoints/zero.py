@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 
+from evomerge.checkpoints.config import check_config, first_line
 from evomerge.checkpoints.folder import TOKENIZER_FILES, check_links, load_json, zero_folder
-from evomerge.checkpoints.layout import Part, checkpoint_parts, holders, locate
-from evomerge.checkpoints.structure import check_config, empty_model, first_line, parse_config, stored_tensors
+from evomerge.checkpoints.layout import checkpoint_parts, locate
+from evomerge.checkpoints.parts import Part, holders
+from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
 from evomerge.checkpoints.writer import FolderWriter
 from evomerge.errors import InputError
 

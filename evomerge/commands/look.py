@@ -14,7 +14,7 @@ from rich.table import Table
 from evomerge.errors import InputError
 from evomerge.report.screen import Screen, cell, make_console, panel
 from evomerge.report.status import candidate_id, candidate_number, compared, entry, read_status, status_of
-from evomerge.search.session import open_store
+from evomerge.search.folder import open_store
 from evomerge.store import CandidateRow, Verb, current_holder
 
 

@@ -1,38 +1,32 @@
-"""The commands that make or score one model: export, merge, score."""
+"""The commands that make or score one model of a search: export, score."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from evaluators.base import Split
-from evomerge.checkpoints.checks import check_compatible, check_finite
+from evomerge.checkpoints.checks import check_finite
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, load_tokenizer
-from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.checkpoints.vocabulary import align
-from evomerge.checkpoints.zero import consolidate_zero
+from evomerge.commands.merge import progress_bar
 from evomerge.errors import InputError
-from evomerge.mergekit import dump_recipe, load_recipe_file
+from evomerge.mergekit import dump_recipe
 from evomerge.merging.export import write_model
-from evomerge.recipe import Role
 from evomerge.report.card import Provenance, card, lineage
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import Value, candidate_id, candidate_number, status_of
+from evomerge.search.folder import open_store
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.search_file import SearchFile, load_search_file
-from evomerge.search.session import check_unchanged, open_store, recipe_of, resumed_file
+from evomerge.search.session import check_unchanged, recipe_of, resumed_file
 from evomerge.search.setup import objective_values
 from evomerge.search.statistics import mean_and_error
 from evomerge.search.worker import choose_device
@@ -64,57 +58,11 @@ def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
         def check(written: Path) -> None:
             checked.extend(reproduce(written, store, number, prepared))
 
-        with _progress(console) as update:
+        with progress_bar(console) as update:
             write_model(recipe, prepared.sources, out, texts=texts, check=check if verify else None, progress=update)
     for line in checked:
         console.print(line)
     console.print(f"exported {candidate_id(number)} to {out}", style="bold")
-
-
-def merge(path: Path, out: Path) -> None:
-    """Make one merged model from a recipe file."""
-    root = path.resolve().parent
-    opened: dict[str, Source] = {}
-
-    def look(reference: str) -> Mapping[str, Role]:
-        if reference not in opened:
-            opened[reference] = open_source(reference, reference, place=str(path), root=root)
-        return opened[reference].roles
-
-    recipe = load_recipe_file(path, look)
-    sources: dict[str, Source] = {}
-    for name, reference in recipe.sources.items():
-        place = f"{path}: sources.{name}"
-        source = opened.get(reference) or open_source(name, reference, place=place, root=root)
-        sources[name] = replace(source, name=name, place=place)
-    sources = align(sources, recipe.tokenizer, recipe.vocabulary)
-    check_compatible(sources, recipe, same_tokens=recipe.vocabulary.kind == "same", same_special=False)
-    recipe = recipe.model_copy(
-        update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
-    )
-    texts = {
-        "recipe.yaml": dump_recipe(recipe),
-        "lineage.json": lineage(recipe, sources, None),
-        "README.md": card(out.name, recipe, sources, None),
-    }
-    console = make_console()
-    with _progress(console) as update:
-        write_model(recipe, sources, out, texts=texts, progress=update)
-    console.print(f"merged into {out}", style="bold")
-
-
-def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
-    """Put a DeepSpeed ZeRO checkpoint together as a model folder."""
-    console = make_console()
-    with _progress(console) as update:
-        consolidate_zero(checkpoint, out, model, progress=update)
-    console.print(f"consolidated into {out}", style="bold")
-
-
-def _from_anywhere(reference: str, root: Path) -> str:
-    """The reference with its folders absolute, for the copy of the recipe; a hub id does as it is."""
-    folders = [(part, root / Path(part).expanduser()) for part in split_reference(reference, root)]
-    return "+".join(str(folder) if folder.is_dir() else part for part, folder in folders)
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:
@@ -207,14 +155,3 @@ def plain_model(source: Source, file: SearchFile) -> LiveModel:
     except NotFiniteError as error:
         raise InputError(source.place, f"cannot be scored: {error}") from error
     return live
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("writing tensors", total=None)
-
-        def update(done: int, of: int) -> None:
-            bar.update(task, completed=done, total=of)
-
-        yield update

@@ -20,15 +20,14 @@ from evomerge.report.status import status_of
 from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.driver import Driver
+from evomerge.search.folder import LOGS_NAME, open_store
 from evomerge.search.pools.base import Pool
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.search_file import SearchFile, load_search_file
 from evomerge.search.session import (
-    LOGS_NAME,
     check_unchanged,
     create_search,
     make_pool,
-    open_store,
     recipe_of,
     record_resumed,
     refuse_existing,

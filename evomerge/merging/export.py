@@ -13,7 +13,6 @@ from typing import Any
 from evomerge import __version__
 from evomerge.checkpoints.folder import TOKENIZER_FILES
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import parse_config
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import giver
@@ -95,8 +94,7 @@ def config_text(recipe: Recipe, sources: Mapping[str, Source]) -> str:
 def _path_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
     """The number of layers, under the architecture's own name for it, and what its configuration lists by layer."""
     model = sources[recipe.tokenizer]
-    parsed = parse_config(model.config, model.place)
-    found: dict[str, Any] = {parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(recipe.hops)}
+    found: dict[str, Any] = {model.settings["depth"]: len(recipe.hops)}
     for key, value in model.config.items():
         by_layer = isinstance(value, list) and len(value) == model.layers
         if by_layer and not key.endswith("token_id"):

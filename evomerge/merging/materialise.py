@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.headers import TORCH_DTYPES
-from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.device import DeviceRunner, Residency
@@ -20,6 +21,9 @@ from evomerge.merging.plans import Method
 from evomerge.merging.registry import find_method
 from evomerge.merging.statistics import Facts, Ref, Statistics
 from evomerge.recipe import Blend, Recipe, check_blend
+
+if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
+    from evomerge.checkpoints.live import LiveModel
 
 
 def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
@@ -144,11 +148,10 @@ class Materialiser:
             yield name, out
 
     def _check_finite(self, name: str, out: Tensor, plan: Pass, read: Sequence[Tensor]) -> None:
-        # A sum is much faster than isfinite and never finite over a bad element; over good ones it may overflow.
-        if torch.isfinite(out.sum()) or torch.isfinite(out).all():
+        if all_finite(out):
             return
         for source, tensor in zip(plan.inputs, read, strict=True):
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 place, mend = self._sources[source].place, "The model is broken; download or train it again."
                 raise InputError(place, f"has NaN or Inf in what {name} is merged from", mend)
         raise InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")

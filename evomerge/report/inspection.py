@@ -18,7 +18,6 @@ from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.checkpoints.structure import parse_config
 from evomerge.errors import InputError
 from evomerge.merging.jobs import Crew
 from evomerge.merging.statistics import Statistics
@@ -170,7 +169,6 @@ def short_names(references: Sequence[str]) -> list[str]:
 
 
 def _facts(source: Source) -> ModelFacts:
-    parsed = parse_config(source.config, source.place)
     try:
         tokens = len(load_tokenizer(source))
     except InputError:
@@ -181,11 +179,11 @@ def _facts(source: Source) -> ModelFacts:
         reference=source.reference,
         architecture=str(architectures[0]),
         layers=source.layers,
-        hidden_size=parsed.hidden_size,
+        hidden_size=source.settings["hidden_size"],
         parameters=sum(math.prod(entry.shape) for entry in source.tensors.values()),
         bytes=sum(entry.end - entry.begin for entry in source.tensors.values()),
         dtype=str(source.dtype).removeprefix("torch."),
-        vocab_size=parsed.vocab_size,
+        vocab_size=source.settings["vocab_size"],
         tokens=tokens,
         tied=source.tied,
         adapters=split_reference(source.reference, None)[1:],

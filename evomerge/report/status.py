@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.errors import InputError
-from evomerge.search.session import open_store
+from evomerge.search.folder import open_store
 from evomerge.search.statistics import mean_and_error, paired_difference, sign_test
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 

@@ -15,16 +15,12 @@ import yaml
 from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
+from evomerge.search.folder import FILE_NAME, STATISTICS_NAME, STORE_NAME
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
 from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
 from evomerge.store import CandidateRow, Store
-
-STORE_NAME = "search.db"
-FILE_NAME = "search.yaml"
-LOGS_NAME = "logs"
-STATISTICS_NAME = "statistics.safetensors"
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
 # candidates before and after two different searches.
@@ -90,17 +86,6 @@ def refuse_existing(folder: Path) -> None:
 
 def _cannot_be_made(folder: Path, error: OSError) -> InputError:
     return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
-
-
-def open_store(folder: Path) -> Store:
-    """The store of a search folder.
-
-    Raises:
-        InputError: no search lies there, or one of a newer version.
-    """
-    if not (folder / STORE_NAME).is_file():
-        raise InputError(str(folder), "is not the folder of a search", "Start one: evomerge search FILE --dir DIR")
-    return Store.open(folder / STORE_NAME)
 
 
 def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> SearchFile:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from evomerge.commands.models import merge
+from evomerge.commands.merge import merge
 from evomerge.errors import InputError
 
 TEXTS = (

@@ -1,0 +1,88 @@
+"""What transformers knows of a model, as data: drawn once for a config.json and kept on disk.
+
+Importing transformers and building a model without memory takes seconds, longer than merging half a billion
+parameters. What comes of it follows from config.json, from the names and shapes of the tensors in the files, and from
+the code, so it is kept under a hash of these in the user's cache (XDG_CACHE_HOME on Linux).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+from pydantic import TypeAdapter, ValidationError
+
+from evomerge.checkpoints.parts import Part
+from evomerge.recipe import Role
+
+_CODE = ("blueprint.py", "layout.py", "parts.py", "roles.py", "structure.py")
+"""The files of this folder that a blueprint follows from: a change in one of them makes new ones."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model and where its tensors are in a checkpoint.
+
+    Attributes:
+        layers: number of layers in the stack.
+        settings: values of the parsed configuration that say what its weights mean; ``depth`` names the key of
+            config.json that holds the number of layers.
+        parts: the tensors that transformers writes for this model, in the order of its modules.
+        roles: the role of each of them.
+        shapes: the shape of each of them.
+        located: the checkpoint's tensor that each part is in; also parts that are not among ``parts``, as a whole.
+        copies: second copies of tied tensors in the checkpoint, with the name of what they must be equal to.
+        tied: names of the tensors that the model uses in two places.
+        head: names of the tensors that are the head's own.
+        turned: names of the weights that are stored as inputs by outputs.
+    """
+
+    layers: int
+    settings: dict[str, Any]
+    parts: dict[str, Part]
+    roles: dict[str, Role]
+    shapes: dict[str, tuple[int, ...]]
+    located: tuple[tuple[Part, str], ...]
+    copies: dict[str, str]
+    tied: frozenset[str]
+    head: frozenset[str]
+    turned: frozenset[str]
+
+
+_FORM = TypeAdapter(Blueprint)
+
+
+def blueprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> Blueprint:
+    """The blueprint of a checked config.json and the tensors of a checkpoint, by name.
+
+    Raises:
+        InputError: transformers has no such model, or the tensors are not its own.
+    """
+    kept = user_cache_path("evomerge") / "blueprints" / f"{_key(config, shapes)}.json"
+    with suppress(OSError, ValidationError):  # not there yet, or cut short by a full disk
+        return _FORM.validate_json(kept.read_bytes())
+    from evomerge.checkpoints.layout import draw  # which imports transformers
+
+    drawn = draw(config, shapes, place)
+    with suppress(OSError):  # a home that cannot be written to costs time alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(dir=kept.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(_FORM.dump_json(drawn))
+        Path(unfinished).rename(kept)
+    return drawn
+
+
+def _key(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    code = [(Path(__file__).parent / name).read_text("utf-8") for name in _CODE]
+    content = [metadata.version("transformers"), code, config, sorted(shapes.items())]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
