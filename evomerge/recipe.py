@@ -10,9 +10,11 @@ what lets a search over data flow repeat, skip or reorder layers with the same f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,11 +29,11 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.errors import InputError
 from evomerge.vocabulary import Vocabulary
 
 RoleKind = Literal["embedding", "attention", "mlp", "norm", "head"]
 DType = Literal["float32", "float16", "bfloat16"]
+Scaling = Literal["stream", "update"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +46,6 @@ class Role:
 
     kind: RoleKind
     layer: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MethodParameter:
-    """A number that a merge method takes, with the range that a search walks by default.
-
-    Scope "source" means one value for every source of the blend (base excepted), "blend" one value for all; the latter
-    may be left out of a blend, and then is the default. A search walks it if it is ``searched`` or has bounds given.
-    """
-
-    name: str
-    scope: Literal["source", "blend"]
-    low: float
-    high: float
-    default: float
-    searched: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class MethodSpec:
-    """What a merge method needs and takes, as data, so that a search space can be made for it.
-
-    ``switches`` are the method's yes/no settings with their defaults (``normalize``); a search does not walk them.
-    ``max_sources`` is None where any number will do. Sources are counted without the base.
-    """
-
-    name: str
-    parameters: tuple[MethodParameter, ...]
-    needs_base: bool
-    min_sources: int = 1
-    max_sources: int | None = None
-    switches: Mapping[str, bool] = field(default_factory=dict)
 
 
 def _no_negative_zero(value: float) -> float:
@@ -118,12 +88,14 @@ class Hop(_Frozen):
     """One step of the path: a layer of the sources, and the blends (by number) that make its three kinds of tensor.
 
     ``layer`` is one number where the sources give the same layer, and else a number for each source by name.
+    ``scale`` is a number of this step alone; what it multiplies is said by ``Recipe.scaling``.
     """
 
     layer: LayerIndex | dict[str, LayerIndex]
     attention: int = Field(ge=0)
     mlp: int = Field(ge=0)
     norm: int = Field(ge=0)
+    scale: Number = 1.0
 
     @field_validator("layer")
     @classmethod
@@ -133,6 +105,13 @@ class Hop(_Frozen):
         if isinstance(layer, dict) and len(set(layer.values())) == 1:  # equal hops must give equal text
             return next(iter(layer.values()))
         return layer
+
+    @model_serializer(mode="wrap")
+    def _leave_out_a_scale_of_one(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        if self.scale == 1.0:
+            written.pop("scale", None)
+        return written
 
     def layer_of(self, source: str) -> int:
         """The layer that ``source`` gives to this hop. KeyError where the hop takes none of it."""
@@ -152,6 +131,10 @@ class Recipe(_Frozen):
     the files of the tokenizer's source with the number of the hop in the layer's place, and the blend's number.
 
     ``vocabulary`` says which tokens the model knows where sources differ in that.
+
+    ``scaling`` says what the scale s of a hop does to the hidden state x of the residual stream: "stream" multiplies
+    all of it before the hop, x -> s x + blocks(norm(s x)); "update" what the hop adds, x -> x + s blocks(norm(x)).
+    Both exist in the wild and are different models (docs/data-flow.md).
     """
 
     sources: dict[str, str]
@@ -161,6 +144,7 @@ class Recipe(_Frozen):
     hops: tuple[Hop, ...]
     norm: int
     head: int
+    scaling: Scaling = "stream"
     tensors: dict[str, int] = Field(default_factory=dict)
     vocabulary: Vocabulary = Vocabulary()
     seed: int = 0
@@ -180,6 +164,9 @@ class Recipe(_Frozen):
         for number, hop in enumerate(self.hops):
             if isinstance(hop.layer, dict):
                 self._check_layers(number, hop, hop.layer)
+            if self.scaling == "stream" and hop.scale <= 0:
+                problem = f"hop {number} scales the stream by {hop.scale:g}; only numbers above 0 can be folded away"
+                raise ValueError(problem)
         return self
 
     def _check_layers(self, number: int, hop: Hop, layers: Mapping[str, int]) -> None:
@@ -197,6 +184,8 @@ class Recipe(_Frozen):
             written.pop("tensors", None)
         if self.vocabulary == Vocabulary():
             written.pop("vocabulary", None)
+        if not self.is_scaled:
+            written.pop("scaling", None)
         return written
 
     @classmethod
@@ -209,6 +198,8 @@ class Recipe(_Frozen):
         hops: Iterable[tuple[int | Mapping[str, int], Blend, Blend, Blend]],
         norm: Blend,
         head: Blend,
+        scales: Sequence[float] | None = None,
+        scaling: Scaling = "stream",
         tensors: Mapping[str, Blend] | None = None,
         vocabulary: Vocabulary | None = None,
         seed: int = 0,
@@ -216,8 +207,9 @@ class Recipe(_Frozen):
     ) -> Recipe:
         """Build a recipe from blends, numbering equal blends once, in order of first use.
 
-        ``hops`` gives (layer, attention, mlp, norm). The numbering is a function of the content, so two recipes that
-        say the same thing have the same text and hash; ``tensors`` are numbered last, in the order of their names.
+        ``hops`` gives (layer, attention, mlp, norm), ``scales`` a number for each of them. The numbering is a function
+        of the content, so two recipes that say the same thing have the same text and hash; ``tensors`` are numbered
+        last, in the order of their names.
         """
         numbers: dict[str, int] = {}
         blends: list[Blend] = []
@@ -230,14 +222,16 @@ class Recipe(_Frozen):
             return numbers[key]
 
         first = number(embedding)
+        stack = list(hops)
         path = tuple(
             Hop(
                 layer=layer if isinstance(layer, int) else dict(layer),
                 attention=number(attention),
                 mlp=number(mlp),
                 norm=number(layer_norm),
+                scale=scale,
             )
-            for layer, attention, mlp, layer_norm in hops
+            for (layer, attention, mlp, layer_norm), scale in zip(stack, scales or [1.0] * len(stack), strict=True)
         )
         final_norm, last = number(norm), number(head)
         exceptions = {name: number(blend) for name, blend in sorted((tensors or {}).items())}
@@ -249,6 +243,7 @@ class Recipe(_Frozen):
             hops=path,
             norm=final_norm,
             head=last,
+            scaling=scaling if any(hop.scale != 1.0 for hop in path) else "stream",
             tensors=exceptions,
             vocabulary=vocabulary or Vocabulary(),
             seed=seed,
@@ -294,6 +289,25 @@ class Recipe(_Frozen):
             index = {"attention": hop.attention, "mlp": hop.mlp}.get(role.kind, hop.norm)
         return self.blends[index]
 
+    @property
+    def is_scaled(self) -> bool:
+        """A hop has a scale other than 1."""
+        return any(hop.scale != 1.0 for hop in self.hops)
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What each hop's blocks are multiplied by before they are added to the residual stream.
+
+        With scaling "update" these are the scales. With "stream", let p_t be the product of the scales up to hop t, x_t
+        the hidden state after it, and y_t = x_t / p_t. Blocks see norms of the stream, which its size does not change,
+        so x_t = s_t x_{t-1} + blocks(norm(s_t x_{t-1})) is y_t = y_{t-1} + blocks(norm(y_{t-1})) / p_t: the factor is
+        1 / p_t, and the norm before the head takes out the rest. So a scaled path is a plain model with other output
+        projections. (The norms' eps, some 1e-6 beside the mean square of x, is not scaled along.)
+        """
+        if self.scaling == "update":
+            return tuple(hop.scale for hop in self.hops)
+        return tuple(1.0 / p for p in itertools.accumulate((hop.scale for hop in self.hops), operator.mul))
+
     def used_sources(self) -> set[str]:
         """Names of the sources whose weights this recipe reads."""
         return _sources(self.blends)
@@ -329,30 +343,6 @@ def _canonical(content: object) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def check_blend(blend: Blend, spec: MethodSpec, place: str) -> None:
-    """Refuse a blend that its method cannot compute: wrong number of sources, missing base, unknown or missing numbers.
-
-    Raises:
-        InputError: naming ``place`` and what to change.
-    """
-    count, most = len(blend.sources), spec.max_sources
-    if count < spec.min_sources or (most is not None and count > most):
-        wanted = f"{spec.min_sources}" if spec.min_sources == most else f"{spec.min_sources} or more"
-        raise InputError(place, f"{spec.name} mixes {wanted} sources, not {count} ({', '.join(blend.sources)})")
-    if spec.needs_base and blend.base is None:
-        raise InputError(place, f"{spec.name} needs a base", "Name the base model with `base:`.")
-    known = {p.name: p for p in spec.parameters}
-    for name, value in blend.parameters.items():
-        if name not in known and name not in spec.switches:
-            options = ", ".join([*known, *spec.switches]) or "none"
-            raise InputError(f"{place}.{name}", f"is not a parameter of {spec.name}; it takes: {options}")
-        if isinstance(value, dict) and set(value) != set(blend.sources):
-            raise InputError(f"{place}.{name}", f"must have one value for each of {', '.join(blend.sources)}")
-    for p in spec.parameters:
-        if p.scope == "source" and p.name not in blend.parameters:
-            raise InputError(place, f"{spec.name} needs a value for {p.name}")
-
-
 def renumber(name: str, role: Role, layer: int) -> str:
     """The name of the tensor that is in layer ``layer`` what ``name``, of this role, is in its own layer."""
     if role.layer is None:
@@ -371,11 +361,3 @@ def roles(layers: int) -> Iterator[Role]:
         yield Role("norm", layer)
     yield Role("norm")
     yield Role("head")
-
-
-def default_parameters(spec: MethodSpec, sources: Sequence[str]) -> dict[str, bool | float | dict[str, float]]:
-    """The method's own defaults, in the form of ``Blend.parameters``."""
-    values: dict[str, bool | float | dict[str, float]] = dict(spec.switches)
-    for p in spec.parameters:
-        values[p.name] = dict.fromkeys(sources, p.default) if p.scope == "source" else p.default
-    return values

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
-from evomerge.recipe import DType, MethodSpec
+from evomerge.method_spec import MethodSpec
+from evomerge.recipe import DType
 from evomerge.vocabulary import Vocabulary
 
 

@@ -17,7 +17,8 @@ from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Landmark, Parameter
-from evomerge.recipe import Blend, MethodSpec, Recipe, Role, check_blend, default_parameters, roles
+from evomerge.method_spec import MethodSpec, check_blend, default_parameters
+from evomerge.recipe import Blend, Recipe, Role, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 
 # Methods whose merge is the plain weighted sum when nothing is dropped, so that equal weights are the uniform average.

@@ -15,7 +15,8 @@ from evomerge.errors import InputError
 from evomerge.mergekit import from_mergekit, load_recipe_file, to_mergekit
 from evomerge.mergekit.grammar import GRAMMARS
 from evomerge.merging import METHODS
-from evomerge.recipe import Blend, Recipe, Role, check_blend
+from evomerge.method_spec import check_blend
+from evomerge.recipe import Blend, Recipe, Role
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import dump_yaml, load_yaml
 

@@ -14,7 +14,8 @@ from evomerge.merging import METHODS, device
 from evomerge.merging.device import DeviceRunner, Residency, choose_place
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
-from evomerge.recipe import Blend, Recipe, default_parameters
+from evomerge.method_spec import default_parameters
+from evomerge.recipe import Blend, Recipe
 
 GB = 10**9
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from evomerge.merging import METHODS
 from evomerge.merging.jobs import Job
 from evomerge.merging.materialise import Materialiser, check_recipe
 from evomerge.merging.statistics import Statistics
-from evomerge.recipe import Blend, Recipe, default_parameters
+from evomerge.method_spec import default_parameters
+from evomerge.recipe import Blend, Recipe
 from evomerge.testing import methods
 
 LAYERS = 2

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from evomerge.errors import InputError
 from evomerge.merging.registry import METHODS, find_method
-from evomerge.recipe import Recipe, Role, check_blend, roles
+from evomerge.method_spec import check_blend
+from evomerge.recipe import Recipe, Role, roles
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 

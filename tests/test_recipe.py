@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe, load_recipe_file
 from evomerge.merging import METHODS
-from evomerge.recipe import Blend, Hop, Recipe, Role, check_blend, default_parameters, renumber, roles
+from evomerge.method_spec import check_blend, default_parameters
+from evomerge.recipe import Blend, Hop, Recipe, Role, renumber, roles
 from evomerge.yaml import dump_yaml, load_yaml
 
 SOURCES = {"base": "models/base", "maths": "models/maths", "ja": "org/ja@main"}

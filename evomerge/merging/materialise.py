@@ -20,7 +20,8 @@ from evomerge.merging.path import Merged, merged_tensors, ref
 from evomerge.merging.plans import Method
 from evomerge.merging.registry import find_method
 from evomerge.merging.statistics import Facts, Ref, Statistics
-from evomerge.recipe import Blend, Recipe, check_blend
+from evomerge.method_spec import check_blend
+from evomerge.recipe import Blend, Recipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.statistics import Facts
-from evomerge.recipe import Blend, MethodParameter, MethodSpec
+from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.recipe import Blend
 
 Plan = Callable[[Facts, Blend], Pass]
 """(facts about one tensor, blend) -> how it is made. Equal arguments give equal plans."""

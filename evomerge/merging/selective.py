@@ -16,7 +16,8 @@ from torch import Tensor
 from evomerge.merging.passes import Elementwise, Pass, Select
 from evomerge.merging.plans import FRACTION, Method, base_of, number, scale
 from evomerge.merging.statistics import Facts
-from evomerge.recipe import Blend, MethodParameter, MethodSpec
+from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.recipe import Blend
 
 
 def sce(facts: Facts, blend: Blend) -> Pass:

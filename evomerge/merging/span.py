@@ -27,7 +27,8 @@ from evomerge.merging.plans import (
     weights,
 )
 from evomerge.merging.statistics import Facts
-from evomerge.recipe import Blend, MethodParameter, MethodSpec
+from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.recipe import Blend
 
 
 def linear(facts: Facts, blend: Blend) -> Pass:

@@ -20,7 +20,8 @@ from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Pass, by_rows
 from evomerge.merging.plans import Method
 from evomerge.merging.statistics import Facts, Ref, Statistics
-from evomerge.recipe import Blend, check_blend, default_parameters
+from evomerge.method_spec import check_blend, default_parameters
+from evomerge.recipe import Blend
 
 SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
 CREW = Crew(2)

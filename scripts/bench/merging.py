@@ -37,7 +37,8 @@ from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.merging import METHODS
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Blend, Recipe, default_parameters
+from evomerge.method_spec import default_parameters
+from evomerge.recipe import Blend, Recipe
 from evomerge.yaml import dump_yaml
 
 ROOT = Path(__file__).parents[2]
