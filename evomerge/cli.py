@@ -112,13 +112,15 @@ def top(
 @app.command()
 def show(
     folder: FolderArgument,
-    candidate: Annotated[str, typer.Argument(metavar="ID", help="A candidate, such as c0042.")],
+    candidate: Annotated[str, typer.Argument(metavar="ID", help="A candidate, such as c0042, a source, best, knee.")],
     json_: JsonOption = False,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print its recipe alone, for `evomerge merge`.")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw its path into an SVG file.")] = None,
 ) -> None:
-    """Show one candidate: its recipe, scores, attempts and log."""
+    """Show one candidate: its path, recipe, scores, attempts and log."""
     from evomerge.commands.look import show
 
-    show(folder, candidate, as_json=json_)
+    show(folder, candidate, as_json=json_, as_recipe=recipe, picture=picture)
 
 
 @app.command()

@@ -280,14 +280,16 @@ class Recipe(_Frozen):
 
         With ``name``, its name in the merged model, that of this very tensor, which may be made otherwise.
         """
+        return self.blends[self.blend_number(role, name)]
+
+    def blend_number(self, role: Role, name: str | None = None) -> int:
+        """The number of that blend."""
         if name in self.tensors:
-            return self.blends[self.tensors[name]]
+            return self.tensors[name]
         if role.layer is None:
-            index = {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
-        else:
-            hop = self.hops[role.layer]
-            index = {"attention": hop.attention, "mlp": hop.mlp}.get(role.kind, hop.norm)
-        return self.blends[index]
+            return {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
+        hop = self.hops[role.layer]
+        return {"attention": hop.attention, "mlp": hop.mlp}.get(role.kind, hop.norm)
 
     @property
     def is_scaled(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,9 +19,10 @@ from evomerge.vocabulary import Vocabulary
 class SpaceContext:
     """What the search knows of its models when it builds the space.
 
-    ``sources`` maps names to references and holds the base too, when there is one. ``layers`` counts the layers of each
-    source; ``tied`` says that the head is the embedding. ``method`` looks a merge method up by name and raises
-    InputError for an unknown one. ``recipe_seed``, ``dtype`` and ``vocabulary`` go into every recipe.
+    ``sources`` maps names to references and holds the base too, when there is one. ``layers`` counts the layers of the
+    tokenizer's source, ``depths`` those of each source whose number may be another; ``tied`` says that the head is the
+    embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
+    ``dtype`` and ``vocabulary`` go into every recipe.
     """
 
     sources: Mapping[str, str]
@@ -31,19 +34,33 @@ class SpaceContext:
     recipe_seed: int
     dtype: DType | None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    depths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mixed(self) -> tuple[str, ...]:
         """The sources that are merged: all but the base."""
         return tuple(name for name in self.sources if name != self.base)
 
+    def depth(self, source: str) -> int:
+        """How many layers a source has."""
+        return self.depths.get(source, self.layers)
+
 
 class SpaceSettings(BaseModel):
-    """What the search file says of a space; each space's file has its own subclass with its own ``kind``."""
+    """What the search file says of a space; each space's file has its own subclass with its own ``kind``.
+
+    ``mixes_tensors`` says that tensors of different sources are mixed, so that all must have equally many layers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    mixes_tensors: ClassVar[bool] = True
+
     kind: str
+
+    def at(self, root: Path) -> Self:
+        """These settings, with the paths in them taken from the folder ``root``."""
+        return self
 
     def build(self, context: SpaceContext) -> SearchSpace:
         """Make the space.

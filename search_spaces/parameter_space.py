@@ -95,6 +95,7 @@ class ParameterSpace:
         self._spec = context.method(settings.method)
         self._group_of = {role: self._group(role) for role in roles(context.layers)}
         self._genes, self.parameters = self._lay_out()
+        self.shelves = context.layers
         check_blend(self._blend("", {}), self._spec, "space")
 
     def decode(self, genome: Genome) -> Recipe:

@@ -37,7 +37,7 @@ def tiny_live(seed: int = 0, context: int = 512, vocabulary: int = 259) -> LiveM
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_rng_state(torch_state)
-    return LiveModel(model, byte_tokenizer(), roles={}, tensors={})
+    return LiveModel(model, byte_tokenizer())
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

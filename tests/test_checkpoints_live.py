@@ -81,7 +81,7 @@ def test_every_tensor_has_a_role_and_every_role_a_tensor(folders: dict[str, Path
     assert list(found) == list(source.tensors)
     lacking = set(roles(2)) - set(found.values())
     assert lacking == ({Role("head")} if source.tied else set())
-    assert live_model(source, CPU).roles == found
+    assert set(live_model(source, CPU).tensors) == set(found)
 
 
 EXPECTED: dict[str, dict[str, tuple[str, int | None]]] = {

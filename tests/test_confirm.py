@@ -73,6 +73,24 @@ def test_the_shortlist_holds_as_many_finds_as_asked_for_landmarks_apart(tmp_path
     assert len(shortlist["candidates"]) == setup.confirm.top  # type: ignore[arg-type]
 
 
+def test_a_landmark_that_nothing_beats_is_the_winner(tmp_path: Path) -> None:
+    """A search that found nothing better than what it started from must not name something worse."""
+    setup = make_setup(candidates=40)
+    best, *_ = [mark for mark in setup.space.landmarks() if mark.kind == "source"]
+
+    def a_source_is_best(job: Job) -> tuple[float, Measured | Failed]:
+        found = scores_of(job)
+        for scores in found.scores:
+            scores["acc"][:] = float(job.recipe.hash == best.recipe.hash)
+        return 1.0, found
+
+    drive(tmp_path, setup, simulation=a_source_is_best)
+    confirm(tmp_path, setup, simulation=a_source_is_best)
+    (winner,) = events(tmp_path, "winner")
+    with Store.open(tmp_path / "search.db") as store:
+        assert store.candidate(int(str(winner["candidate"]))).label == best.label
+
+
 def test_a_cached_candidate_can_win(tmp_path: Path) -> None:
     """A worker's death once let a later twin be scored first, and the earlier one was confirmed for ever."""
     setup = make_setup(space=FakeSpace(1, round_to=1), candidates=60)

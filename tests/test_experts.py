@@ -113,7 +113,7 @@ def test_experts_and_routers_are_of_the_mlp(folders: dict[str, Path], name: str)
     inside = {role for n, role in roles.items() if ".experts." in n or n.endswith(".gate.weight")}
     assert inside <= {Role("mlp", 0), Role("mlp", 1)}
     assert Role("mlp", 1) in inside
-    assert live_model(source, CPU).roles == roles
+    assert set(live_model(source, CPU).tensors) == set(roles)
 
 
 @pytest.mark.parametrize("name", MODELS)

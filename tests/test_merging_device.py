@@ -69,7 +69,7 @@ def test_a_device_makes_what_the_compiled_passes_make(
     live = live_model(sources["base"], CPU)
     materialiser = Materialiser(sources)
     monkeypatch.setattr(device, "_PIECE", 1 << 10)
-    monkeypatch.setattr(materialiser, "_live", live)
+    materialiser._stack(live)
     monkeypatch.setattr(materialiser, "_runner", materialiser._on(CPU))
     materialiser.write(recipe(method, sources), live)
     for name, tensor in live.tensors.items():

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.merging import kernels
-from evomerge.merging.drops import LEVELS, level, limit, random_halves, random_words, stream_key
+from evomerge.merging import words as compiled_words
+from evomerge.merging.drops import LEVELS, level, limit, random_halves, random_words, row_turns, stream_key
+from evomerge.merging.jobs import Crew, Job
+from evomerge.merging.passes import Part, Sparsify
 
 N = 200_000
 KEY = stream_key(3, "maths", "lm_head.weight")
@@ -41,7 +43,7 @@ def test_equals_the_plain_hash(first: int, k0: int, k1: int) -> None:
     expected = [plain_word(first + i, (k0, k1)) for i in range(5)]
     assert random_words(first, 5, (k0, k1)).tolist() == expected
     compiled = np.empty(5, np.uint32)
-    kernels.random_words(compiled, np.uint64(first), np.uint32(k0), np.uint32(k1))
+    compiled_words.random_words(compiled, np.uint64(first), np.uint32(k0), np.uint32(k1))
     assert compiled.tolist() == expected
 
 
@@ -128,6 +130,64 @@ def test_seed_source_and_tensor_each_change_the_mask() -> None:
 def test_stream_keys_do_not_run_together() -> None:
     assert stream_key(0, "a", "bc") != stream_key(0, "ab", "c")
     assert stream_key(0, "a", "w") == (3066886722, 336355000)  # fixed for ever: masks of old recipes hang on it
+
+
+# ---- by magnitude ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**40), st.integers(1, 50_000), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_a_row_is_turned_by_any_number_of_places_but_its_length(first: int, length: int, k0: int, k1: int) -> None:
+    turns = row_turns(first, 3, length, (k0, k1)).tolist()
+    assert all(1 <= turn < max(length, 2) for turn in turns)
+    key = np.uint32(k0), np.uint32(k1)
+    assert turns == [compiled_words.row_turn(np.uint64(first + i), np.uint64(length), *key) for i in range(3)]
+
+
+def chances(source: torch.Tensor, low: float, high: float, seeds: int) -> torch.Tensor:
+    """In which share of the seeds each element of a source is kept, the base being zero."""
+    base, out, total = torch.zeros_like(source), torch.empty_like(source), torch.zeros_like(source)
+    for seed in range(seeds):
+        key = stream_key(seed, "a", "w")
+        part = Part("a", 1.0, key=key, levels=level(low), rise=level(high) - level(low))
+        Crew(1).run([Job(Sparsify("b", (part,)), [base, source], out)])
+        total += out != 0
+    return total / seeds
+
+
+@pytest.mark.parametrize("length", [2, 2050, 5000])
+def test_rows_of_any_length_are_drawn_as_defined(length: int) -> None:
+    """Longer than what the compiled pass draws at a time, and with the ring closing anywhere."""
+    generator = torch.Generator().manual_seed(length)
+    base, *sources = (torch.randn(9, length, generator=generator).bfloat16() for _ in range(3))
+    plan = Sparsify("b", tuple(
+        Part(name, 1.0, key=stream_key(1, name, "w"), levels=level(0.3), rise=level(0.4)) for name in "ac"
+    ))  # fmt: skip
+    out = torch.empty(9, length)
+    Crew(2).run([Job(plan, [base, *sources], out)])
+    assert torch.allclose(out, plan.run([base, *sources], 0), rtol=1e-6, atol=1e-6)
+
+
+def test_the_chance_to_be_kept_rises_evenly_with_the_rank_in_the_row() -> None:
+    """As mergekit's DELLA has it: the smallest of a row with the lowest chance, the largest with the highest."""
+    seeds, rows, length = 1000, 16, 40
+    generator = torch.Generator().manual_seed(5)
+    source = torch.randn(rows, length, generator=generator) * torch.rand(rows, 1, generator=generator)
+    ranks = source.abs().argsort(dim=1).argsort(dim=1)
+    expected = 0.2 + 0.5 * ranks / (length - 1)
+    found = chances(source, 0.2, 0.7, seeds)
+    errors = (found - expected) / (expected * (1 - expected) / seeds).sqrt()
+    assert errors.abs().max() < 5
+    assert errors.square().mean() < 1.2  # within the noise of so many seeds, not only near it
+
+
+def test_equal_magnitudes_share_the_mean_of_their_ranks() -> None:
+    seeds, length = 2000, 32
+    source = torch.where(torch.arange(length) < 24, 1.0, 2.0).repeat(8, 1)  # ranks 0 to 23, and 24 to 31
+    source[:, ::2] *= -1
+    found = chances(source, 0.1, 0.9, seeds)
+    for part, rank in ((found[:, :24], 11.5), (found[:, 24:], 27.5)):
+        expected = 0.1 + 0.8 * rank / (length - 1)
+        assert abs(float(part.mean()) - expected) < 5 * math.sqrt(0.25 / (seeds * part.numel()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

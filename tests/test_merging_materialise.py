@@ -248,7 +248,13 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read(
             change(recipe, hops=(recipe.hops[0], recipe.hops[1].model_copy(update={"layer": 2}))),
             r"recipe.hops\[1\]: takes layer 2 of .*, which has 2 layers",
         ),
-        (change(recipe, hops=recipe.hops[:1]), "has a path of 1 hops, but the live model 2 layers"),
+        (
+            change(
+                recipe,
+                hops=(*recipe.hops, recipe.hops[0].model_copy(update={"layer": {"base": 0, "maths": 0, "ja": 1}})),
+            ),
+            "recipe.hops: is made of 3 different layers; the live model holds 2",
+        ),
     ]
     for wrong, message in cases:
         with pytest.raises(InputError, match=message):

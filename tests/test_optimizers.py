@@ -162,7 +162,7 @@ def test_default_populations() -> None:
 # --- goldens
 
 
-@pytest.mark.parametrize("name", ["cma", "tpe", "gp", "nsga2", "nsga3", "random", "qmc"])
+@pytest.mark.parametrize("name", ["cma", "catcma", "tpe", "gp", "nsga2", "nsga3", "random", "qmc"])
 def test_golden(name: str) -> None:
     """The first two generations on a sphere are those recorded.
 
@@ -173,7 +173,8 @@ def test_golden(name: str) -> None:
     settings: Settings = TypeAdapter(OptimizerSettings).validate_python({"name": name, "population": population})
     history = drive(settings.build(SPACE, 1, 1), 1, 2)
     found = [[genome.tolist() for genome, _ in results] for results in history]
-    versions = {p: importlib.metadata.version(p) for p in (("cma",) if name == "cma" else ("optuna",)) + ("numpy",)}
+    library = {"cma": "cma", "catcma": "cmaes"}.get(name, "optuna")
+    versions = {p: importlib.metadata.version(p) for p in (library, "numpy")}
     path = GOLDEN / f"{name}.json"
     if os.environ.get("EVOMERGE_REFRESH_GOLDEN"):
         path.write_text(json.dumps({"versions": versions, "generations": found}, indent=1) + "\n")

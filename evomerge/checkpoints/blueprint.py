@@ -21,10 +21,10 @@ from typing import Any
 from platformdirs import user_cache_path
 from pydantic import TypeAdapter, ValidationError
 
-from evomerge.checkpoints.parts import Part
+from evomerge.checkpoints.parts import Fold, Part
 from evomerge.recipe import Role
 
-_CODE = ("blueprint.py", "layout.py", "parts.py", "roles.py", "structure.py")
+_CODE = ("blueprint.py", "layout.py", "parts.py", "residual.py", "roles.py", "structure.py")
 """The files of this folder that a blueprint follows from: a change in one of them makes new ones."""
 
 
@@ -35,7 +35,7 @@ class Blueprint:
     Attributes:
         layers: number of layers in the stack.
         settings: values of the parsed configuration that say what its weights mean; ``depth`` names the key of
-            config.json that holds the number of layers.
+            config.json that holds the number of layers, and ``by_layer`` has what is listed for each of them.
         parts: the tensors that transformers writes for this model, in the order of its modules.
         roles: the role of each of them.
         shapes: the shape of each of them.
@@ -44,6 +44,8 @@ class Blueprint:
         tied: names of the tensors that the model uses in two places.
         head: names of the tensors that are the head's own.
         turned: names of the weights that are stored as inputs by outputs.
+        folds: how a factor on what a layer adds to the residual stream goes into its tensors; empty where nobody knows.
+        normed: layers read the stream through norms, so that its size does not matter to them.
     """
 
     layers: int
@@ -56,6 +58,8 @@ class Blueprint:
     tied: frozenset[str]
     head: frozenset[str]
     turned: frozenset[str]
+    folds: dict[str, Fold]
+    normed: bool
 
 
 _FORM = TypeAdapter(Blueprint)

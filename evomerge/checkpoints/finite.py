@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from evomerge.compiling import compiler
 
 # A float is NaN or infinite where all bits of its exponent are set; then adding the lowest of them carries into the bit
 # of the sign. Words of 32 bits hold one float32 or two of the others: the bits of exponents, and the lowest of each.
@@ -39,7 +41,7 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name in suspects if not all_finite(tensors[name])), None)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiler([Path(__file__)])
 def _any_carries(words: NDArray[np.uint32], bits: np.uint32, lowest: np.uint32) -> bool:
     """Whether the exponent of an element is all ones; uint32 [n]."""
     step = 1 << 14  # looked at without a branch, which is what makes it vectorise

@@ -27,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.parts import Cut, Part, check_shape
+from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.roles import model_roles
-from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors, tied_names
+from evomerge.checkpoints.structure import by_layer, empty_model, layer_stack, parse_config, stored_tensors, tied_names
 from evomerge.errors import InputError
 
 _SETTINGS = (
@@ -167,13 +168,21 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     for part, name in located.items():
         if not part.cuts and part.tensor in stored:
             check_shape(name, shapes[name], stored[part.tensor].shape, place)
+    name, stack = layer_stack(model, layers)
+    writers = [residual_writers(layer, parsed.model_type, parsed) for layer in stack]
+    folds = {
+        f"{name}.{number}.{inside}": fold
+        for number, found in enumerate(writers)
+        for inside, fold in (found.tensors.items() if found else ())
+    }
     ties = tied_names(model)
     head = getattr(model.get_output_embeddings(), "weight", None)
     copies = ((Part(copy), Part(original)) for copy, original in ties.items())
     return Blueprint(
         layers=layers,
         settings={field: getattr(parsed, field, None) for field in _SETTINGS}
-        | {"depth": parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")},
+        | {"depth": parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")}
+        | {"by_layer": by_layer(parsed.to_dict(), layers)},
         parts=parts,
         roles={name: roles[part.tensor] for name, part in parts.items()},
         shapes={name: tuple(part.of(stored[part.tensor]).shape) for name, part in parts.items()},
@@ -182,6 +191,8 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         tied=frozenset(name for name, part in parts.items() if part.tensor in ties.values()),
         head=frozenset(name for name, part in parts.items() if stored[part.tensor] is head),
         turned=frozenset(name for name, part in parts.items() if isinstance(_owner(model, part), Conv1D)),
+        folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
+        normed=all(found is not None and found.normed for found in writers),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from transformers import GenerationConfig
 
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.finite import first_not_finite
-from evomerge.checkpoints.roles import model_roles
+from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
+from evomerge.checkpoints.stack import Stack
+from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors
 from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
-from evomerge.recipe import Role
 
 _PROBE_TOKENS = 8
 
@@ -39,30 +39,40 @@ class LiveModel:
     Attributes:
         model: a transformers ``PreTrainedModel`` in eval mode, without gradients.
         tokenizer: its tokenizer, padding on the left, with a padding token.
-        roles: the role of every tensor that can be written, by its name in the source.
-        tensors: the tensors themselves, on the device. Experts that the model holds in one are views into it.
+        outside: the tensors outside the stack of layers, by their names in the source.
+        stack: its layers; None for a model that is never written to.
     """
 
     model: Any
     tokenizer: Any
-    roles: Mapping[str, Role]
-    tensors: Mapping[str, torch.Tensor]
+    outside: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    stack: Stack | None = None
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by their names in the merged model. Experts that the model holds in one are views into it."""
+        if self.stack is None:
+            return dict(self.model.named_parameters())
+        return {**self.outside, **dict(self.stack.tensors())}
 
-def live_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> LiveModel:
+
+def live_model(
+    source: Source, device: torch.device, dtype: torch.dtype | None = None, shelves: int | None = None
+) -> LiveModel:
     """Build the model of a source on a device, without its weights.
 
-    Weights are NaN until ``load_weights`` writes them, so that a tensor nobody wrote cannot pass ``check_live``.
+    Weights are NaN until they are written, so that a tensor nobody wrote cannot pass ``check_live``.
 
     Args:
         source: gives structure, tokenizer and generation settings.
         device: where the model lives.
         dtype: of its weights; that of the source when None.
+        shelves: most different layers that a recipe is made of; memory for as many as the source has is always there.
 
     Raises:
         InputError: the tokenizer or the generation settings cannot be loaded.
@@ -78,15 +88,18 @@ def live_model(source: Source, device: torch.device, dtype: torch.dtype | None =
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
     model.eval().requires_grad_(False)
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV would halve weights in place, once, and not those written later
     if (source.folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
         except Exception as error:  # whatever a strange value does inside transformers
             raise InputError(source.place, f"generation_config.json cannot be used: {first_line(error)}") from error
-    tensors = {name: part.of(stored[part.tensor]) for name, part in source.parts.items()}
-    by_model = model_roles(model, source.layers)
-    roles = {name: by_model[in_model] for name, in_model in source.names.items()}
-    return LiveModel(model, load_tokenizer(source), roles, tensors)
+    outside = {n: part.of(stored[part.tensor]) for n, part in source.parts.items() if source.roles[n].layer is None}
+    name, layers = layer_stack(model, source.layers)
+    writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
+    stack = Stack(model, name, layers, source.parts, source.roles, shelves or source.layers, writers)
+    return LiveModel(model, load_tokenizer(source), outside, stack)
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -114,8 +127,9 @@ def load_weights(live: LiveModel, tensors: Iterable[tuple[str, torch.Tensor]]) -
         KeyError: the model stores no tensor of that name (a tied head has none of its own).
         ValueError: the shapes differ.
     """
+    targets = live.tensors
     for name, tensor in tensors:
-        target = live.tensors[name]
+        target = targets[name]
         if tensor.shape != target.shape:  # copy_ would broadcast
             raise ValueError(f"{name} has shape {list(target.shape)}, not {list(tensor.shape)}")
         target.copy_(tensor)
@@ -130,8 +144,11 @@ def check_live(live: LiveModel) -> None:
     Raises:
         NotFiniteError: naming the tensor, or "logits".
     """
-    if (name := first_not_finite(live.tensors)) is not None:
-        raise NotFiniteError(name)
+    distinct: dict[object, tuple[str, torch.Tensor]] = {}  # a layer that is several hops is looked at once
+    for name, tensor in live.tensors.items():
+        distinct.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
+    if (broken := first_not_finite(dict(distinct.values()))) is not None:
+        raise NotFiniteError(broken)
     probe = torch.arange(_PROBE_TOKENS, device=live.device) % live.model.config.vocab_size
     if not torch.isfinite(live.model(probe[None], use_cache=False).logits).all():
         raise NotFiniteError("logits")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,10 @@ from evomerge.errors import InputError
 
 Cut = int | tuple[int, int]
 """What a piece takes of one dimension: an index, or from a start to a stop."""
+
+
+Fold = Literal["times", "shifted"]
+"""How a factor f goes into a stored tensor t: f t, or (1 + t) f - 1 for norms whose weight is 1 + t, as Gemma's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,12 @@ class Part:
         if not self.cuts:
             return tensor
         return tensor[tuple(cut if isinstance(cut, int) else slice(*cut) for cut in self.cuts)]
+
+
+def fold_in(tensor: torch.Tensor, factor: float, fold: Fold) -> None:
+    """Put a factor into a stored tensor in place, computed in float32."""
+    wide = tensor.float()
+    tensor.copy_(wide * factor if fold == "times" else (1.0 + wide) * factor - 1.0)
 
 
 def check_shape(name: str, shape: Sequence[int], wanted: Sequence[int], place: str) -> None:

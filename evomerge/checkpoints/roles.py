@@ -22,14 +22,15 @@ def model_roles(model: Any, layers: int) -> dict[str, Role]:
     for name in stored_tensors(model):
         if name.startswith(stack_name + "."):
             index, _, rest = name.removeprefix(stack_name + ".").partition(".")
-            roles[name] = Role(_inside_layer(stack[int(index)], rest), int(index))
+            roles[name] = Role(inside_layer(stack[int(index)], rest), int(index))
         else:
             owner = model.get_submodule(name.rpartition(".")[0])
             roles[name] = Role(_outside_stack(owner, embedding, head))
     return roles
 
 
-def _inside_layer(layer: nn.Module, rest: str) -> RoleKind:
+def inside_layer(layer: nn.Module, rest: str) -> RoleKind:
+    """The kind of a tensor by its name inside a layer."""
     module = getattr(layer, rest.partition(".")[0])
     if not isinstance(module, nn.Module):
         return "mlp"  # a parameter of the layer itself, such as a scale

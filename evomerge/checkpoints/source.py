@@ -17,7 +17,7 @@ from evomerge.checkpoints.blueprint import Blueprint, blueprint
 from evomerge.checkpoints.config import check_config
 from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
-from evomerge.checkpoints.parts import Part, check_shape, entries
+from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
 from evomerge.errors import InputError
 from evomerge.recipe import Role
@@ -41,6 +41,7 @@ class Source:
         roles: the role of each of them. A tied head has no tensor of its own, so there is then no role "head".
         layers: number of layers in the stack.
         tied: the head is the embedding, and has no tensor of its own.
+        folds, normed: how the scales of a path go into its tensors: see ``Blueprint``.
         files: all files that make this model what it is: weights, index, configurations, tokenizer, adapters.
         warnings: sentences for a person.
         changes: what adapters do to tensors, by name, in the order of the adapters.
@@ -58,6 +59,8 @@ class Source:
     roles: Mapping[str, Role]
     layers: int
     tied: bool
+    folds: Mapping[str, Fold]
+    normed: bool
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
@@ -145,6 +148,8 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         roles=plan.roles,
         layers=plan.layers,
         tied=bool(plan.tied),
+        folds=plan.folds,
+        normed=plan.normed,
         files=_files(folder, found),
         warnings=_warnings(tensors, sorted(extra)),
     )

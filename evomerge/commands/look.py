@@ -12,8 +12,20 @@ import yaml
 from rich.table import Table
 
 from evomerge.errors import InputError
+from evomerge.mergekit import dump_recipe
+from evomerge.recipe import Recipe
+from evomerge.report.path import path_svg, path_text
 from evomerge.report.screen import Screen, cell, make_console, panel
-from evomerge.report.status import candidate_id, candidate_number, compared, entry, read_status, status_of
+from evomerge.report.status import (
+    candidate_id,
+    candidate_number,
+    chosen,
+    compared,
+    depths_of,
+    entry,
+    read_status,
+    status_of,
+)
 from evomerge.search.folder import open_store
 from evomerge.store import CandidateRow, Verb, current_holder
 
@@ -53,12 +65,22 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
     make_console().print(table)
 
 
-def show(folder: Path, candidate: str, *, as_json: bool) -> None:
-    """One candidate: recipe, scores, attempts and the end of its log."""
+def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, picture: Path | None) -> None:
+    """One candidate: recipe, scores, attempts and the end of its log; or its recipe alone, or its path as a picture."""
     with open_store(folder) as store:
-        row = store.candidate(candidate_number(candidate, store))
+        row = store.candidate(chosen(store, candidate))
         search = store.search()
         held_out = status_of(store)
+        depths = depths_of(store)
+    recipe = Recipe.from_canonical(row.recipe, search.settings["sources"])
+    if picture is not None:
+        title = f"{search.name} {candidate_id(row.number)} {row.label}".strip()
+        _save(picture, path_svg(recipe, depths, title))
+        print(f"drawn into {picture}", file=sys.stderr)
+        return
+    if as_recipe:
+        print(dump_recipe(recipe), end="")
+        return
     names = [p["name"] for p in search.fingerprints["parameters"]]
     if as_json:
         more = {"recipe": json.loads(row.recipe), "attempts": row.attempts, "worker": row.worker}
@@ -81,6 +103,8 @@ def show(folder: Path, candidate: str, *, as_json: bool) -> None:
     if row.genome is not None:
         for name, number in zip(names, row.genome.tolist(), strict=True):
             console.print(f"    {name} = {number:.4f}")
+    for line in path_text(recipe, depths, console.width - 2):
+        console.print(f"  {line}")
     console.print(yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None))
     if row.failure:
         console.print(f"failed: {row.failure['reason']}: {row.failure['message']}", style="red")
@@ -89,6 +113,15 @@ def show(folder: Path, candidate: str, *, as_json: bool) -> None:
             console.print(log.read_text(encoding="utf-8")[-2000:])
     versions = ", ".join(f"{name} {version}" for name, version in search.environment.items())
     console.print(f"made with {versions}", style="dim")
+
+
+def _save(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(file)
+    except OSError as error:
+        raise InputError(str(file), f"cannot be written ({error.strerror})") from None
 
 
 def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -22,7 +21,7 @@ from evomerge.mergekit import dump_recipe
 from evomerge.merging.export import write_model
 from evomerge.report.card import Provenance, card, lineage
 from evomerge.report.screen import cell, make_console
-from evomerge.report.status import Value, candidate_id, candidate_number, status_of
+from evomerge.report.status import Value, candidate_id, chosen, status_of
 from evomerge.search.folder import open_store
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.search_file import SearchFile, load_search_file
@@ -31,7 +30,6 @@ from evomerge.search.setup import objective_values
 from evomerge.search.statistics import mean_and_error
 from evomerge.search.worker import choose_device
 from evomerge.store import Store
-from evomerge.store.front import knee
 
 
 def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
@@ -88,30 +86,6 @@ def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_js
     make_console().print(table)
 
 
-def chosen(store: Store, candidate: str) -> int:
-    """The candidate that ``--candidate`` means.
-
-    "best" is the winner of the confirmation, else the best by the first objective; "knee" the best compromise on the
-    front.
-
-    Raises:
-        InputError: there is no such candidate, or none has been scored.
-    """
-    status = status_of(store)
-    if candidate == "best":
-        if status.winner is not None:
-            return int(status.winner.removeprefix("c"))
-        if status.best is None:
-            raise InputError(store.place, "has no candidate with scores yet")
-        return int(status.best.id.removeprefix("c"))
-    if candidate == "knee":
-        front = store.front()
-        if not front:
-            raise InputError(store.place, "has no front yet")
-        return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number
-    return candidate_number(candidate, store)
-
-
 def reproduce(written: Path, store: Store, number: int, prepared: Prepared) -> list[str]:
     """Load an exported folder with plain transformers and score it again; a line for each evaluator.
 
@@ -149,7 +123,7 @@ def plain_model(source: Source, file: SearchFile) -> LiveModel:
         source.folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     model.eval().requires_grad_(False).to(choose_device(file.device))
-    live = LiveModel(model, load_tokenizer(source), roles={}, tensors=dict(model.named_parameters()))
+    live = LiveModel(model, load_tokenizer(source))
     try:
         check_live(live)
     except NotFiniteError as error:

@@ -31,7 +31,7 @@ def stream_key(seed: int, source: str, tensor: str) -> tuple[int, int]:
 
 
 def random_words(first: int, count: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """Words first .. first + count - 1 of a stream: int64 [count], each in [0, 2**32). ``kernels`` has it compiled."""
+    """Words first .. first + count - 1 of a stream: int64 [count], each in [0, 2**32). ``words`` has it compiled."""
     x = (torch.arange(first, first + count, device=device) & _LOW_32) ^ key[0]
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW_32
     x = (x + key[1]) & _LOW_32
@@ -44,6 +44,20 @@ def random_halves(first: int, count: int, key: tuple[int, int], device: torch.de
     words = random_words(first // 2, (first + count + 1) // 2 - first // 2, key, device)
     halves = torch.stack([words << 16, words & (0xFFFF << 16)], dim=-1).view(-1)
     return halves[first % 2 : first % 2 + count].to(torch.int32)
+
+
+def row_turns(first: int, rows: int, length: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """How many places further the element stands that one meets, in rows first .. first + rows - 1; see ``Part``.
+
+    The stream is another than that of the elements: that of the key with its halves exchanged.
+
+    Args:
+        length: of a row.
+
+    Returns:
+        int64 [rows], each from 1 to length - 1 (1 in rows of one element, which meets itself).
+    """
+    return 1 + (random_words(first, rows, key[::-1], device) * (length - 1) >> 32)
 
 
 def level(chance: float) -> int:

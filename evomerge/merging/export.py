@@ -92,14 +92,12 @@ def config_text(recipe: Recipe, sources: Mapping[str, Source]) -> str:
 
 
 def _path_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """The number of layers, under the architecture's own name for it, and what its configuration lists by layer."""
+    """The number of layers, under the architecture's own name for it, and what is listed or implied for each layer."""
     model = sources[recipe.tokenizer]
     found: dict[str, Any] = {model.settings["depth"]: len(recipe.hops)}
-    for key, value in model.config.items():
-        by_layer = isinstance(value, list) and len(value) == model.layers
-        if by_layer and not key.endswith("token_id"):
-            givers = [(giver(hop, recipe), hop) for hop in recipe.hops]
-            found[key] = [sources[name].config.get(key, value)[hop.layer_of(name)] for name, hop in givers]
+    for key, values in model.settings["by_layer"].items():
+        givers = [(giver(hop, recipe), hop) for hop in recipe.hops]
+        found[key] = [sources[name].settings["by_layer"].get(key, values)[hop.layer_of(name)] for name, hop in givers]
     return found
 
 

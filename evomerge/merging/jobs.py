@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evomerge.merging import kernels
 from evomerge.merging.drops import limit
-from evomerge.merging.passes import Combine, Elementwise, Part, Pass, Select, Sparsify, by_rows
+from evomerge.merging.passes import Combine, Elementwise, Pass, Select, Sparsify, by_rows
 
 PIECE = 1 << 19  # elements: 1 MB of bfloat16, some 50 microseconds of work
 _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches: most of it would not stay there
@@ -94,7 +94,7 @@ def _arguments(plan: Pass) -> tuple[Any, ...]:
         return tuple(np.float32(share) for share in plan.shares.values()), np.float32(plan.least)
     assert isinstance(plan, Sparsify)
     parts = plan.parts
-    drawn, ranked = parts[0].key is not None, parts[0].ranks is not None
+    drawn, meeting = parts[0].key is not None, parts[0].rise is not None
     windowed = not drawn and any(part.high < math.inf for part in parts)
     return (
         tuple(np.float32(part.weight) for part in parts),
@@ -102,16 +102,11 @@ def _arguments(plan: Pass) -> tuple[Any, ...]:
         tuple(np.float32(part.high) for part in parts) if windowed else None,
         tuple((np.uint32(k), np.uint32(m)) for k, m in (part.key or (0, 0) for part in parts)) if drawn else None,
         tuple(np.int32(limit(part.levels)) for part in parts),
-        tuple(_ranked(part) for part in parts) if ranked else None,
+        tuple(np.int32(part.rise or 0) for part in parts) if meeting else None,
         tuple(np.float32(part.share) for part in parts) if plan.divide else None,
         True if plan.elect else None,
         np.float32(plan.scale),
     )
-
-
-def _ranked(part: Part) -> tuple[Any, ...]:
-    assert part.ranks is not None
-    return part.ranks.table.numpy(), np.int32(part.ranks.first_bin), np.int32(part.rise)
 
 
 def as_pairs(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -11,20 +11,23 @@ from torch import Tensor
 
 from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.device import DeviceRunner, Residency
 from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Pass
-from evomerge.merging.path import Merged, merged_tensors, ref
+from evomerge.merging.path import Merged, giver, merged_tensors, ref
 from evomerge.merging.plans import Method
 from evomerge.merging.registry import find_method
+from evomerge.merging.shelving import Held, Made, assign, tensors_made
 from evomerge.merging.statistics import Facts, Ref, Statistics
 from evomerge.method_spec import check_blend
 from evomerge.recipe import Blend, Recipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
+    from evomerge.checkpoints.stack import Stack
 
 
 def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
@@ -40,6 +43,7 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     methods = {blend.method: find_method(blend.method, "recipe.blends") for blend in recipe.blends}
     for number, blend in enumerate(recipe.blends):
         _check_numbers(blend, methods[blend.method], f"recipe.blends[{number}]")
+    _check_scales(recipe, sources[recipe.tokenizer])
     for number, hop in enumerate(recipe.hops):
         for index in {hop.attention, hop.mlp, hop.norm}:
             blend = recipe.blends[index]
@@ -49,6 +53,18 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
                         f"recipe.hops[{number}]",
                         f"takes layer {hop.layer_of(name)} of {name}, which has {sources[name].layers} layers",
                     )
+
+
+def _check_scales(recipe: Recipe, model: Source) -> None:
+    if not recipe.is_scaled:
+        return
+    kind = model.config["model_type"]
+    if not model.folds:
+        problem = f"its hops have scales, and where the layers of a {kind} write to the residual stream is not known"
+        raise InputError("recipe.hops", problem, "Search without them: `scale: none`.")
+    if recipe.scaling == "stream" and not model.normed:
+        problem = f"scales the stream, but the layers of a {kind} read it without a norm, so that its size matters"
+        raise InputError("recipe.scaling", problem, "Scale what layers add: `scaling: update`.")
 
 
 def _check_numbers(blend: Blend, method: Method, place: str) -> None:
@@ -78,7 +94,7 @@ class Materialiser:
         self._runner: DeviceRunner | None = None
         self._views: dict[Ref, Tensor] = {}
         self._statistics = Statistics(self.read, self._crew, statistics)
-        self._written: dict[str, object] = {}
+        self._held: list[Held] = []  # by shelf, and last of the tensors outside the stack
         self._live: LiveModel | None = None
 
     def read(self, found: Ref) -> Tensor:
@@ -92,29 +108,27 @@ class Materialiser:
         return tensor
 
     def write(self, recipe: Recipe, live: LiveModel) -> None:
-        """Write the merged model in place into ``live``, whose parameters keep their memory, device and dtype.
+        """Write the merged model in place into ``live``, whose memory stays as it is, and lay its path of hops.
 
-        Tensors that the last recipe written into this very model made in the same way are left as they are.
+        Tensors that an earlier recipe written into this very model made in the same way are left as they are, and hops
+        that are made alike share a layer's memory.
 
         Raises:
-            InputError: the recipe cannot be made of these sources, or is of another depth than the model.
+            InputError: the recipe cannot be made of these sources, has more different layers than the model has room
+                for, or scales of an architecture for which nobody knows where its layers write.
         """
         check_recipe(recipe, self._sources)
-        depth = 1 + max(role.layer for role in live.roles.values() if role.layer is not None)
-        if len(recipe.hops) != depth:
-            problem = f"has a path of {len(recipe.hops)} hops, but the live model {depth} layers"
-            raise InputError("recipe.hops", problem, "Export it to a folder.")
-        if live is not self._live:
-            self._written, self._live = {}, live
-            self._runner = None if live.device.type == "cpu" else self._on(live.device)
-        changed = []
-        for merged in merged_tensors(recipe, self._sources):
-            way = self._way(merged, recipe)
-            if self._written.get(merged.name) != way:
-                # Forgotten until all are written: after an error half way nobody knows what a tensor holds.
-                self._written.pop(merged.name, None)
-                changed.append((merged, way))
-        plans = [(*self._planned(merged, recipe), live.tensors[merged.name]) for merged, _ in changed]
+        stack = self._stack(live)
+        outside, hops = tensors_made(recipe, self._sources)
+        path = assign(recipe, hops, stack, self._held[:-1])
+        changed: list[tuple[Made, Held, Tensor]] = []
+        self._compare(outside, self._held[-1], live.outside, changed)
+        seen = set()
+        for number, step in enumerate(path):
+            if step.shelf not in seen:
+                self._compare(hops[number], self._held[step.shelf], dict(stack.tensors_of(number, step)), changed)
+                seen.add(step.shelf)
+        plans = [(*self._planned(made.merged, recipe), target) for made, _, target in changed]
         if self._runner is None:
             # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
             self._crew.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in plans)
@@ -122,7 +136,29 @@ class Materialiser:
             for plan, refs, out in plans:
                 self._runner.run(plan, refs, out)
         self._statistics.save()
-        self._written |= {merged.name: way for merged, way in changed}
+        for made, held, _ in changed:
+            held[made.place] = made.way
+        stack.lay(path)
+
+    def _stack(self, live: LiveModel) -> Stack:
+        """The layers of the live model, of which nothing is known to be held if it is another than the last one."""
+        if live.stack is None:
+            raise ValueError("this model cannot be written to")
+        if live is not self._live:
+            self._live = live
+            self._runner = None if live.device.type == "cpu" else self._on(live.device)
+            self._held = [{} for _ in (None, *live.stack.shelves)]
+        return live.stack
+
+    @staticmethod
+    def _compare(
+        wanted: Sequence[Made], held: Held, targets: Mapping[str, Tensor], changed: list[tuple[Made, Held, Tensor]]
+    ) -> None:
+        """Add what is not held yet, and forget what is held there: after an error half way nobody knows what it is."""
+        for made in wanted:
+            if held.get(made.place) != made.way:
+                held.pop(made.place, None)
+                changed.append((made, held, targets[made.merged.name]))
 
     def tensors(self, recipe: Recipe, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The merged model's tensors but those named in ``without``, one at a time, in the order of ``layout``.
@@ -133,6 +169,7 @@ class Materialiser:
             InputError: the recipe cannot be made of these sources, or a tensor has NaN or Inf.
         """
         check_recipe(recipe, self._sources)
+        factors = recipe.factors
         for merged, (name, shape, dtype) in zip(
             merged_tensors(recipe, self._sources), self.layout(recipe), strict=True
         ):
@@ -142,6 +179,10 @@ class Materialiser:
             plan, refs = self._planned(merged, recipe)
             read = [self.read(ref) for ref in refs]
             self._crew.run([Job(plan, read, out)])
+            if (layer := merged.role.layer) is not None and factors[layer] != 1.0:
+                folds = self._sources[giver(recipe.hops[layer], recipe)].folds
+                if merged.stored in folds:
+                    fold_in(out, factors[layer], folds[merged.stored])
             self._check_finite(name, out, plan, read)
             for source, stored in {*refs, *self._views}:
                 self._sources[source].release(stored)
@@ -176,17 +217,11 @@ class Materialiser:
         every = [(name, tensor) for name, source in self._sources.items() for tensor in source.tensors]
         return DeviceRunner(device, self.read, every, self._residency)
 
-    def _way(self, merged: Merged, recipe: Recipe) -> object:
-        """All that a tensor of a recipe follows from."""
-        blend = recipe.blend_for(merged.role, merged.name)
-        layer = recipe.hops[merged.role.layer].layer if merged.role.layer is not None else None
-        return blend, layer, recipe.seed
-
     def _planned(self, merged: Merged, recipe: Recipe) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
         blend = recipe.blend_for(merged.role, merged.name)
         names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
         refs = {name: ref(merged, recipe, name) for name in names}
         method = find_method(blend.method, "recipe.blends")
-        plan = method.plan(Facts(merged.name, refs, self._statistics, recipe.seed), blend)
+        plan = method.plan(Facts(merged.stored, refs, self._statistics, recipe.seed), blend)
         return plan, [refs[name] for name in plan.inputs]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from evomerge.merging.drops import LEVELS, limit, random_halves
+from evomerge.merging.drops import LEVELS, limit, random_halves, row_turns
 
 Compute = Callable[..., Tensor]
 """(function, its arguments) -> its result: how a plain definition is run, as it stands or compiled for a device."""
@@ -102,21 +102,6 @@ class Combine:
         return compute(combine, tensors, torch.tensor(coefficients, device=tensors[0].device))
 
 
-@dataclass(frozen=True, eq=False)
-class Ranks:
-    """Ranks of the magnitudes of a task vector within their rows.
-
-    Attributes:
-        table: uint8 [rows, 128]: the rank, 0 to 255, of a magnitude in each bin.
-        first_bin: number of the first bin, in eighths of an octave; all smaller magnitudes are in it.
-        mean: the mean rank of the task vector, from 0 to 1, weighted by magnitude.
-    """
-
-    table: Tensor
-    first_bin: int
-    mean: float
-
-
 @dataclass(frozen=True)
 class Part:
     """One task vector of a sparsifying merge: w m (x - b).
@@ -126,10 +111,13 @@ class Part:
         weight: w, with every factor that rescales what is kept.
         low, high: kept are the magnitudes of low <= |x - b| < high.
         key: of the stream of random bits; None where nothing is drawn.
-        levels: how many of the 65,536 values of an element's bits keep it, one at least; of rank 0 where there are
-            ranks.
-        rise: by how much the limit that ``drops.limit`` gives for the levels rises with each of the 255 ranks.
-        ranks: None where the chance does not hang on the magnitude.
+        levels: how many of the 65,536 values of an element's bits keep it, one at least.
+        rise: None where the chance does not hang on the magnitude, else how many more keep an element that is larger
+            than the one it meets. Each element of a row meets the one so many places further as ``drops.row_turns``
+            says, the row being a ring. What it meets is then any other element of its row with equal chance, so the
+            chance to be the larger is its rank in the row, from 0 to 1, and the chance to be kept rises evenly with
+            the rank: no element is ever ranked. Magnitudes are compared by their upper 16 bits, about half a percent
+            apart; between equals the lowest of the element's bits decides.
         share: what the sum of elected parts is divided by, summed over those that agree; see ``Sparsify``.
     """
 
@@ -139,8 +127,7 @@ class Part:
     high: float = math.inf
     key: tuple[int, int] | None = None
     levels: int = LEVELS
-    rise: int = 0
-    ranks: Ranks | None = None
+    rise: int | None = None
     share: float = 0.0
 
 
@@ -165,7 +152,7 @@ class Sparsify:
         return (self.base, *(part.source for part in self.parts))
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
-        """``tensors`` are flat from element ``first`` of the whole, or whole rows where there are ranks."""
+        """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
         device, parts = tensors[0].device, self.parts
         numbers = [[part.weight, part.low, part.high, part.share] for part in parts]
         masks: list[tuple[Tensor, Tensor]] | None = None
@@ -180,16 +167,17 @@ class Sparsify:
         return random_halves(first, like.numel(), part.key, like.device).view(like.shape)
 
     def _limits(self, part: Part, tensors: Sequence[Tensor], first: int) -> Tensor:
-        """What the bits must not exceed: one number, or one an element by its rank."""
+        """What the bits must not exceed: one number, or one an element by what it meets."""
         base, lowest = tensors[0], torch.tensor(limit(part.levels), dtype=torch.int32, device=tensors[0].device)
-        if part.ranks is None:
+        if part.rise is None:
             return lowest
-        size = (tensors[1 + self.parts.index(part)].float() - base.float()).abs()
-        row, rows = first // base.shape[-1], len(base)
-        table = part.ranks.table[row : row + rows].to(base.device)
-        found = (size.view(torch.int32) >> 20) - part.ranks.first_bin
-        ranks = table.gather(1, found.clamp(0, table.shape[1] - 1).long())
-        return lowest + part.rise * ranks.to(torch.int32)
+        assert part.key is not None
+        size = (tensors[1 + self.parts.index(part)].float() - base.float()).abs().view(torch.int32) >> 16
+        rows, length = base.shape
+        turns = row_turns(first // length, rows, length, part.key, base.device)
+        met = size.gather(1, (torch.arange(length, device=base.device) + turns[:, None]) % length)
+        coin = (self._bits(part, base, first) >> 16) & 1
+        return torch.where(size > met - coin, limit(part.levels + part.rise), lowest)
 
 
 @dataclass(frozen=True)
@@ -237,4 +225,4 @@ Pass = Combine | Sparsify | Select | Elementwise
 
 def by_rows(plan: Pass) -> bool:
     """Whether a pass must be run on whole rows."""
-    return isinstance(plan, Elementwise) or (isinstance(plan, Sparsify) and plan.parts[0].ranks is not None)
+    return isinstance(plan, Elementwise) or (isinstance(plan, Sparsify) and plan.parts[0].rise is not None)

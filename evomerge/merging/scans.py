@@ -10,24 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.merging.kernels import (
-    RANK_BINS,
-    U32,
-    U64,
-    ZERO,
-    as_bits,
-    as_signed,
-    compiled,
-    magnitude_bin,
-    pair,
-    pairs,
-    variance,
-)
+from evomerge.merging.kernels import variance
+from evomerge.merging.words import U32, U64, ZERO, as_bits, as_signed, compiled, pair, pairs
 
 _BLOCK = 512  # pairs
 _LANES = 16  # sums kept side by side: enough to fill the vector units of today's processors
 BINS = 1 << 15  # the upper 16 bits of a float32 magnitude, whose sign bit is 0
 FINE_BINS = 1 << 16  # its lower 16 bits
+RANK_BINS = 128
 
 
 @compiled
@@ -126,16 +116,16 @@ def window_sums(base: Any, source: Any, low: Any, high: Any, total: Any) -> None
 
 
 @compiled
-def rank_rows(base: Any, source: Any, row: Any, first_bin: Any, ranks: Any, total: Any) -> None:
-    """For rows of ``row`` pairs, the rank in its row of a magnitude in each bin.
+def rank_sums(base: Any, source: Any, row: Any, first_bin: Any, total: Any) -> None:
+    """Add to ``total`` (float64 [2]) the sum of |d|, and of |d| times its rank in its row of ``row`` pairs.
+
+    A rank is from 0 for the smallest to 1 for the largest; magnitudes in one bin share the mean of theirs.
 
     Args:
         first_bin: number of the lowest bin.
-        ranks: uint8 [rows, RANK_BINS], written: 0 for the smallest of the row, 255 for the largest.
-        total: float64 [2], added to: sum of |d|, and of |d| times its rank.
     """
     counts, sums = np.empty(RANK_BINS, np.int64), np.empty(RANK_BINS, np.float64)
-    for number in range(len(ranks)):
+    for number in range(pairs(base) // row):
         counts[:] = 0
         sums[:] = 0
         for i in range(U64(number) * row, U64(number + 1) * row):
@@ -148,10 +138,16 @@ def rank_rows(base: Any, source: Any, row: Any, first_bin: Any, ranks: Any, tota
         below = 0
         for j in range(RANK_BINS):
             middle = (below + 0.5 * max(counts[j] - 1, 0)) / max(2 * row - 1, 1)
-            ranks[number, j] = np.uint8(min(255.0, 255.0 * middle + 0.5))
             total[0] += sums[j]
-            total[1] += sums[j] * ranks[number, j]
+            total[1] += sums[j] * min(1.0, middle)
             below += counts[j]
+
+
+@compiled
+def magnitude_bin(delta: Any, first_bin: Any) -> Any:
+    """The bin of a magnitude in a table of ranks: eight bins an octave, 16 octaves, the lowest taking all below."""
+    found = np.int32(as_signed(U32(as_bits(delta) & U32(0x7FFFFFFF))) >> np.int32(20)) - first_bin
+    return np.int32(min(max(np.int32(found), np.int32(0)), np.int32(RANK_BINS - 1)))
 
 
 @compiled

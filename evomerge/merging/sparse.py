@@ -138,12 +138,10 @@ def _dropped_by_rank(facts: Facts, blend: Blend, source: str) -> Part | None:
     epsilon = min(blend.value("epsilon", source), chance, 1 - chance)
     if level(chance) == 0:
         return None
-    ranks = facts.ranks(base_of(blend), source)
     lowest, highest = max(1, level(chance - epsilon)), max(1, level(chance + epsilon))
-    kept = (lowest + (highest - lowest) * ranks.mean) / LEVELS
+    kept = (lowest + (highest - lowest) * facts.mean_rank(base_of(blend), source)) / LEVELS
     factor = 1 / kept if switch(blend, "rescale", True) else 1.0
-    rise = ((highest - lowest) << 16) // 255
-    return Part(source, factor, key=facts.stream(source), levels=lowest, rise=rise, ranks=ranks)
+    return Part(source, factor, key=facts.stream(source), levels=lowest, rise=highest - lowest)
 
 
 # ---- what each method takes ------------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ from torch import Tensor
 from evomerge.merging import scans
 from evomerge.merging.drops import stream_key
 from evomerge.merging.jobs import Crew, as_pairs
-from evomerge.merging.kernels import RANK_BINS
-from evomerge.merging.passes import Ranks
 
 Ref = tuple[str, str]
 """A source and the name that the tensor has in its files."""
@@ -122,15 +120,13 @@ class Statistics:
         total = self._scan((base, source), np.zeros(2), scans.window_sums, np.float64(low), np.float64(high))
         return float(total[0]), float(total[1])
 
-    def ranks(self, base: Ref, source: Ref) -> Ranks:
-        """Ranks of |x - b| within each row."""
+    def mean_rank(self, base: Ref, source: Ref) -> float:
+        """The mean rank of |x - b| within its row, 0 for the smallest and 1 for the largest, weighted by |x - b|."""
         counts = self._once("deltas", (base, source), lambda: self._count((base, source), scans.count_deltas))
         # The highest bin is that of the largest magnitude: eight bins of ranks an octave are 16 of the upper bits each.
-        first_bin = int(counts[0, 0] >> 4) - RANK_BINS + 1
-        table = self._once("ranks", (base, source), lambda: self._rank(base, source, first_bin))
-        total, ranked = table[-1, :16].view(np.float64)
-        mean = ranked / total / 255 if total else 0.5
-        return Ranks(torch.from_numpy(table[:-1]), first_bin, mean)
+        first_bin = int(counts[0, 0] >> 4) - scans.RANK_BINS + 1
+        total, ranked = self._once("mean ranks", (base, source), lambda: self._rank(base, source, first_bin))
+        return float(ranked / total) if total else 0.5
 
     def value_threshold(self, kind: str, refs: Sequence[Ref], values: Values, k: int) -> float:
         """The k-th largest of values computed from tensors, exactly, k from 1.
@@ -200,27 +196,24 @@ class Statistics:
         counts[0] -= self._padding(refs)
         return _from_top(counts)
 
-    def _rank(self, base: Ref, source: Ref, first_bin: int) -> NDArray[np.uint8]:
-        """The table of ranks, and in a last row the bytes of its two sums."""
+    def _rank(self, base: Ref, source: Ref, first_bin: int) -> NDArray[np.float64]:
+        """The sums of ``scans.rank_sums``."""
         tensors = [_as_rows(self._read(ref)) for ref in (base, source)]
         rows, length = tensors[0].shape
-        table = np.zeros((rows + 1, RANK_BINS), np.uint8)
         step = max(1, _PIECE // length)
         starts = range(0, rows, step)
         sums = np.zeros((len(starts), 2))
 
         def work(number: int) -> None:
-            begin, end = starts[number], min(starts[number] + step, rows)
-            parts = [tensor[begin:end] for tensor in tensors]
+            parts = [tensor[starts[number] : starts[number] + step] for tensor in tensors]
             if length % 2:
                 parts = [torch.cat([part, part.new_zeros(len(part), 1)], dim=1) for part in parts]
             arrays = as_pairs([part.reshape(-1) for part in parts])
             half = np.uint64((length + 1) // 2)
-            scans.rank_rows(*arrays, half, np.int32(first_bin), table[begin:end], sums[number])
+            scans.rank_sums(*arrays, half, np.int32(first_bin), sums[number])
 
         self._crew.each(work, range(len(starts)))
-        table[-1, :16] = sums.sum(axis=0).view(np.uint8)
-        return table
+        return np.asarray(sums.sum(axis=0))
 
     def _value_counts(self, refs: Sequence[Ref], values: Values, upper: int | None = None) -> NDArray[np.int64]:
         counts = np.zeros(scans.BINS if upper is None else scans.FINE_BINS, np.int64)
@@ -311,9 +304,9 @@ class Facts:
         """L1 norms of a task vector: whole, and of its magnitudes from low to below high."""
         return self.statistics.window_sums(self.refs[base], self.refs[source], low, high)
 
-    def ranks(self, base: str, source: str) -> Ranks:
-        """Ranks of a task vector's magnitudes within their rows."""
-        return self.statistics.ranks(self.refs[base], self.refs[source])
+    def mean_rank(self, base: str, source: str) -> float:
+        """The mean rank of a task vector's magnitudes within their rows; see ``Statistics.mean_rank``."""
+        return self.statistics.mean_rank(self.refs[base], self.refs[source])
 
     def variance_threshold(self, names: Sequence[str], k: Callable[[int], int]) -> float:
         """The k-th largest variance over task vectors, base named first; see ``Statistics.variance_threshold``."""

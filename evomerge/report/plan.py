@@ -39,7 +39,10 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "objective", f"{objective.name}: {way} {objective.metric} of {evaluator.name}, {counts}"
     yield "optimizer", ", ".join(f"{k} {v}" for k, v in file.optimizer.model_dump(exclude_none=True).items())
     yield "budget", _budget(prepared)
-    yield "memory", f"{_gigabytes(_bytes(model))} of weights for each worker; the sources are mapped, not copied"
+    yield (
+        "memory",
+        f"{_gigabytes(_live_bytes(prepared))} of weights a worker; the sources are mapped, not copied",
+    )
     yield "disk", f"{_gigabytes(_bytes(model))} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
@@ -62,6 +65,13 @@ def _size(source: Source) -> str:
 
 def _bytes(source: Source) -> int:
     return sum(entry.end - entry.begin for entry in source.tensors.values())
+
+
+def _live_bytes(prepared: Prepared) -> int:
+    """Of the live model: what is outside the layers, and as many layers as a path may be made of."""
+    model = prepared.sources[prepared.file.tokenizer_source]
+    layers = sum(e.end - e.begin for name, e in model.tensors.items() if model.roles[name].layer is not None)
+    return _bytes(model) + layers * max(0, prepared.setup.space.shelves - model.layers) // model.layers
 
 
 def _store_bytes(prepared: Prepared) -> int:

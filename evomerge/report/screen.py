@@ -161,7 +161,9 @@ def confirmed_table(status: SearchStatus) -> Table:
         table.add_column(name, justify="right")
     table.add_column(f"{first}: gain over the best source", justify="right")
     for shown in status.confirmed_baselines:
-        table.add_row(shown.id, shown.label, *_cells(shown.objectives, status), "", style="dim")
+        won = shown.id == status.winner
+        mark, style = (f"{shown.label}, winner", "bold green") if won else (shown.label, "dim")
+        table.add_row(shown.id, mark, *_cells(shown.objectives, status), "", style=style)
     for found in sorted(status.confirmed, key=lambda e: e.objectives[first].mean, reverse=up):
         mark, style = ("winner", "bold green") if found.id == status.winner else (found.label, "")
         table.add_row(found.id, mark, *_cells(found.objectives, status), gain_text(found, status), style=style)

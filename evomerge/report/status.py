@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from evomerge.errors import InputError
 from evomerge.search.folder import open_store
 from evomerge.search.statistics import mean_and_error, paired_difference, sign_test
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
+from evomerge.store.front import knee
 
 _RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
 
@@ -126,6 +128,37 @@ def candidate_number(text: str, store: Store) -> int:
     raise InputError(text, "is no candidate of this search", "`evomerge top` lists them; a source goes by its name.")
 
 
+def chosen(store: Store, candidate: str) -> int:
+    """The number of the candidate that a person names: by its id, a source's name, "best" or "knee".
+
+    "best" is the winner of the confirmation, else the best by the first objective; "knee" the best compromise on the
+    front.
+
+    Raises:
+        InputError: there is no such candidate, or none has been scored.
+    """
+    status = status_of(store)
+    if candidate == "best":
+        if status.winner is not None:
+            return int(status.winner.removeprefix("c"))
+        if status.best is None:
+            raise InputError(store.place, "has no candidate with scores yet")
+        return int(status.best.id.removeprefix("c"))
+    if candidate == "knee":
+        front = store.front()
+        if not front:
+            raise InputError(store.place, "has no front yet")
+        return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number
+    return candidate_number(candidate, store)
+
+
+def depths_of(store: Store) -> dict[str, int]:
+    """How many layers each source has, from the landmarks: each source alone is one."""
+    sources = store.search().settings["sources"]
+    alone = {row.label: row.recipe for row in store.candidates(step=0) if row.label in sources}
+    return {name: len(json.loads(alone[name])["hops"]) for name in sources if name in alone}
+
+
 def read_status(folder: Path) -> SearchStatus:
     """The status of the search in a folder."""
     with open_store(folder) as store:
@@ -204,8 +237,9 @@ def _mean_seconds(rows: Sequence[CandidateRow]) -> dict[str, float]:
 
 
 def describe_space(space: dict[str, object]) -> str:
-    """The space in a few words: method and granularity."""
-    return " ".join(str(space[key]) for key in ("method", "granularity") if key in space) or str(space["kind"])
+    """The space in a few words: how paths are encoded, method and granularity."""
+    told = [str(space[key]) for key in ("encoding", "method", "granularity") if space.get(key) is not None]
+    return " ".join([*([str(space["kind"]).replace("_", " ")] if "encoding" in space else []), *told])
 
 
 def confirmation(

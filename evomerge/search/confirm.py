@@ -70,11 +70,11 @@ class Confirmation:
         ]
         if not self._dispatcher.run(todo, self._tasks, self):
             return False
-        scored = [row for row in shortlist if self._is_scored(row.number)]
-        if shortlist and not scored:
+        if shortlist and not any(self._is_scored(row.number) for row in shortlist):
             raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
-        if scored:
-            self._store.record_event("winner", {"candidate": max(scored, key=self._held_out_value).number})
+        # A landmark may win: a search that found nothing better than a source must not name something worse.
+        if winners := [row for row in rows.values() if self._is_scored(row.number)]:
+            self._store.record_event("winner", {"candidate": max(winners, key=self._held_out_value).number})
         return True
 
     def _freeze(self) -> list[CandidateRow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from evomerge.genome import SearchSpace
 from evomerge.merging.materialise import check_recipe
 from evomerge.merging.registry import find_method
 from evomerge.plugins import unknown_name
+from evomerge.recipe import Blend, Recipe
 from evomerge.search.search_file import SearchFile
 from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
 from search_spaces.base import SpaceContext
@@ -62,11 +63,31 @@ def open_sources(file: SearchFile) -> dict[str, Source]:
     """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
     sources = {name: open_source(name, reference, place=f"sources.{name}") for name, reference in file.sources.items()}
     aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
-    check_compatible(aligned, same_tokens=file.vocabulary.kind == "same", same_special=file.tokenizer is None)
+    check_compatible(
+        aligned,
+        None if file.space.mixes_tensors else _every_layer(file, aligned),
+        same_tokens=file.vocabulary.kind == "same",
+        same_special=file.tokenizer is None,
+    )
     return aligned
 
 
-def build_space(file: SearchFile, sources: dict[str, Source]) -> SearchSpace:
+def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> Recipe:
+    """One path through all layers of all sources: what must hold for a search that puts layers after each other."""
+    copies = {name: Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in sources}
+    model = copies[file.tokenizer_source]
+    return Recipe.compose(
+        sources=file.sources,
+        tokenizer=file.tokenizer_source,
+        embedding=model,
+        hops=[(i, copies[name], copies[name], copies[name]) for name, s in sources.items() for i in range(s.layers)],
+        norm=model,
+        head=model,
+        vocabulary=file.merged_vocabulary,
+    )
+
+
+def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
     """The search space of a search file over these sources."""
     model = sources[file.tokenizer_source]
     context = SpaceContext(
@@ -79,6 +100,7 @@ def build_space(file: SearchFile, sources: dict[str, Source]) -> SearchSpace:
         recipe_seed=file.seed,
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,
+        depths={name: source.layers for name, source in sources.items()},
     )
     space = file.space.build(context)
     # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.

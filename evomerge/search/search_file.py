@@ -6,7 +6,7 @@ import difflib
 import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -199,9 +199,28 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         raise explain(error, place, SearchFile) from None
     sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
     folders = tuple((root / folder).resolve() for folder in parsed.task_folders)
-    resolved = parsed.model_copy(update={"sources": sources, "task_folders": folders})
+    update = {
+        "sources": sources,
+        "space": parsed.space.at(root.resolve()),
+        "task_folders": folders,
+        "objectives": {name: _at(root.resolve(), name, objective) for name, objective in parsed.objectives.items()},
+    }
+    resolved = parsed.model_copy(update=update)
     resolved.evaluators()
     return resolved
+
+
+def _at(root: Path, name: str, objective: Objective) -> Objective:
+    """The objective with the paths in its evaluator's keys absolute."""
+    fields = evaluator_settings(objective.evaluator, f"objectives.{name}.evaluator").model_fields
+    paths = {key for key in objective.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
+    absolute = {key: str(root / Path(str(objective.evaluator_keys[key])).expanduser()) for key in paths}
+    return Objective.model_validate(objective.model_dump() | absolute) if absolute else objective
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    return get_args(annotation) or (annotation,)
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:

@@ -19,7 +19,7 @@ from evomerge.errors import InputError
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import DType
 from evomerge.search.jobs import Failed, Finished, Job, Measured
-from evomerge.search.prepare import Prepared, distinct_evaluators, open_sources
+from evomerge.search.prepare import Prepared, build_space, distinct_evaluators, open_sources
 from evomerge.search.search_file import SearchFile
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ class Worker:
     ) -> Worker:
         # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
         torch.set_num_threads(file.cluster.cpus_per_worker)
-        live = live_model(sources[file.tokenizer_source], choose_device(file.device), torch_dtype(file.dtype))
+        model, dtype = sources[file.tokenizer_source], torch_dtype(file.dtype)
+        live = live_model(model, choose_device(file.device), dtype, build_space(file, sources).shelves)
         residency = None if file.cluster.residency == "auto" else file.cluster.residency
         return cls(name, Materialiser(sources, statistics=statistics, residency=residency), live, evaluators)
 

@@ -1,0 +1,181 @@
+"""The layers of a live model: shelves that hold weights, and a path of hops through them.
+
+Parameter space is the simplest case: as many shelves as the model has layers, and a path that takes each once. A path
+that repeats, skips or reorders layers costs no weights: a hop is a copy of the layer's modules that shares the
+parameters of a shelf, with a place of its own in the cache (``layer_idx``; without it, cached generation is wrong).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from evomerge.checkpoints.parts import Part
+from evomerge.checkpoints.residual import Writers
+from evomerge.checkpoints.structure import by_layer
+from evomerge.recipe import Role, renumber
+
+_PLACES = {"layer_idx", "layer_id"}
+"""Where a module keeps the number of its layer, which says where its part of the cache is."""
+
+Shelf = Mapping[str, torch.Tensor]
+"""The weights of one layer by their names inside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A hop as a live model has it.
+
+    Attributes:
+        shelf: which holds its weights.
+        like: the model's layer whose modules and settings it has.
+        factor: what its blocks are multiplied by before they are added to the residual stream.
+    """
+
+    shelf: int
+    like: int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of a layer: its name in the files, its role, and what part it is of which tensor inside the layer."""
+
+    name: str
+    role: Role
+    inside: str
+    part: Part
+
+
+class Stack:
+    """The stack of layers of a model on a device.
+
+    Args:
+        model: with as many layers as its configuration says; their parameters are the first shelves.
+        name: of its list of layers.
+        layers: that list, whose content becomes the path.
+        parts, roles: of the model's source.
+        shelves: how many layers of weights are wanted; those beyond the model's own are allocated now.
+        writers: where each layer writes to the residual stream; None where that is not known: factors are refused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        layers: nn.ModuleList,
+        parts: Mapping[str, Part],
+        roles: Mapping[str, Role],
+        shelves: int,
+        writers: Sequence[Writers | None],
+    ) -> None:
+        self._config = model.config
+        self._list = layers
+        self._layers = list(layers)
+        self._writers = writers
+        self.shelves: list[Shelf] = [layer.state_dict(keep_vars=True) for layer in self._layers]
+        for number in range(len(self._layers), shelves):
+            self.shelves.append(_another(self.shelves[number % len(self._layers)]))
+        self._stored: list[list[_Stored]] = [[] for _ in self._layers]
+        for stored, part in parts.items():
+            role = roles[stored]
+            if role.layer is not None:
+                inside = part.tensor.removeprefix(f"{name}.{role.layer}.")
+                self._stored[role.layer].append(_Stored(stored, role, inside, part))
+        self._by_layer = by_layer(self._config.to_dict(), len(self._layers))
+        self._path: tuple[Step, ...] = ()
+        self.lay([Step(number, number) for number in range(len(self._layers))])
+
+    @property
+    def path(self) -> tuple[Step, ...]:
+        """The hops that the model has now."""
+        return self._path
+
+    @property
+    def depth(self) -> int:
+        """How many layers the model's configuration has."""
+        return len(self._layers)
+
+    def fits(self, shelf: int, like: int) -> bool:
+        """A shelf has room for the weights of a layer like this one."""
+        wanted, there = self.shelves[like], self.shelves[shelf]
+        return {n: t.shape for n, t in wanted.items()} == {n: t.shape for n, t in there.items()}
+
+    def lay(self, path: Sequence[Step]) -> None:
+        """Make the model's layers this path.
+
+        Raises:
+            LookupError: a factor other than 1 where nobody knows how to apply it.
+        """
+        if tuple(path) == self._path:
+            return
+        hops = [self._hop(number, step) for number, step in enumerate(path)]
+        self._list._modules = OrderedDict((str(number), hop) for number, hop in enumerate(hops))
+        self._config.num_hidden_layers = len(hops)
+        for key, values in self._by_layer.items():
+            setattr(self._config, key, [values[step.like] for step in path])
+        self._path = tuple(path)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the path by its name in the merged model; those that hops share come with each of them."""
+        for number, step in enumerate(self._path):
+            yield from self.tensors_of(number, step)
+
+    def tensors_of(self, number: int, step: Step) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a hop by their names in the merged model, where hop and merged model have this number."""
+        shelf = self.shelves[step.shelf]
+        for stored in self._stored[step.like]:
+            yield renumber(stored.name, stored.role, number), stored.part.of(shelf[stored.inside])
+
+    def _hop(self, number: int, step: Step) -> nn.Module:
+        hop = _sharing(self._layers[step.like], self.shelves[step.shelf], "")
+        for module in hop.modules():
+            for field in _PLACES & vars(module).keys():
+                setattr(module, field, number)
+        if step.factor != 1.0:
+            writers = self._writers[step.like]
+            if writers is None:
+                raise LookupError(f"where the layers of a {self._config.model_type} write to the residual stream")
+            for name in writers.modules:
+                hop.get_submodule(name).register_forward_hook(partial(_scale, step.factor))
+        return hop
+
+
+def _another(shelf: Shelf) -> Shelf:
+    """A shelf of the same shapes with memory of its own."""
+    return {
+        inside: nn.Parameter(t.detach().clone(), False) if isinstance(t, nn.Parameter) else t.clone()
+        for inside, t in shelf.items()
+    }
+
+
+def _sharing(module: nn.Module, shelf: Shelf, prefix: str) -> nn.Module:
+    """A copy of a module and all in it, which has hooks of its own and the parameters of the shelf."""
+    twin = copy.copy(module)
+    twin._forward_hooks = OrderedDict()
+    twin._forward_hooks_with_kwargs = OrderedDict()
+    twin._forward_hooks_always_called = OrderedDict()
+    twin._parameters = {
+        name: None if parameter is None else shelf[prefix + name]  # type: ignore[misc]
+        for name, parameter in module._parameters.items()
+    }
+    twin._buffers = {name: shelf.get(prefix + name, buffer) for name, buffer in module._buffers.items()}
+    twin._modules = {
+        name: None if child is None else _sharing(child, shelf, f"{prefix}{name}.")
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _scale(factor: float, module: nn.Module, given: Any, output: Any) -> Any:
+    """What a module that writes to the residual stream gives, times a factor; of several things it gives, the first."""
+    if isinstance(output, tuple):
+        return (output[0] * factor, *output[1:])
+    return output * factor

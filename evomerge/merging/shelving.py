@@ -1,0 +1,83 @@
+"""Which shelf of a live model holds which hop of a recipe, so that as little as possible is written anew."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.merging.path import Merged, giver, merged_tensors
+from evomerge.recipe import Recipe, renumber
+
+if TYPE_CHECKING:  # needs transformers, which takes seconds to import
+    from evomerge.checkpoints.stack import Stack, Step
+
+Held = dict[str, Hashable]
+"""What a shelf holds: for each tensor, by its name in a first layer, all that it was made from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor of a recipe's model.
+
+    Attributes:
+        merged: the tensor.
+        place: its name, in a layer that of the same tensor in a first layer.
+        way: all that it follows from but the sources; equal ways give equal tensors.
+    """
+
+    merged: Merged
+    place: str
+    way: Hashable
+
+
+def tensors_made(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[list[Made], list[list[Made]]]:
+    """The tensors outside the stack of layers, and those of each hop."""
+    blends = [blend.model_dump_json() for blend in recipe.blends]
+    layers = [hop.layer if isinstance(hop.layer, int) else tuple(sorted(hop.layer.items())) for hop in recipe.hops]
+    outside: list[Made] = []
+    hops: list[list[Made]] = [[] for _ in recipe.hops]
+    for merged in merged_tensors(recipe, sources):
+        blend = blends[recipe.blend_number(merged.role, merged.name)]
+        if merged.role.layer is None:
+            outside.append(Made(merged, merged.name, (blend, recipe.seed)))
+        else:
+            place = renumber(merged.stored, merged.origin, 0)
+            hops[merged.role.layer].append(Made(merged, place, (blend, layers[merged.role.layer], recipe.seed)))
+    return outside, hops
+
+
+def assign(recipe: Recipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:
+    """A shelf for every hop: one that holds its layer already, else a free one.
+
+    Hops made alike share a shelf. Of free shelves a hop gets the one with its own number where it can, so that a search
+    over weights alone finds each layer where it was and writes only the tensors that differ.
+
+    Args:
+        hops: the tensors of each.
+        held: what each shelf holds.
+
+    Raises:
+        InputError: there are not enough shelves.
+    """
+    from evomerge.checkpoints.stack import Step
+
+    contents = [frozenset((made.place, made.way) for made in hop) for hop in hops]
+    there = {frozenset(content.items()): shelf for shelf, content in enumerate(held)}
+    taken = {content: there[content] for content in contents if content in there}
+    free = [shelf for shelf in range(len(stack.shelves)) if shelf not in taken.values()]
+    path = []
+    for number, (hop, content, factor) in enumerate(zip(recipe.hops, contents, recipe.factors, strict=True)):
+        like = min(hop.layer_of(giver(hop, recipe)), stack.depth - 1)
+        if content not in taken:
+            fitting = [shelf for shelf in free if stack.fits(shelf, like)]
+            if not fitting:
+                problem = f"is made of {len(set(contents))} different layers; the live model holds {len(stack.shelves)}"
+                raise InputError("recipe.hops", problem, "Export it to a folder.")
+            # An empty shelf before one whose layer may come again.
+            taken[content] = number if number in fitting else min(fitting, key=lambda shelf: (bool(held[shelf]), shelf))
+            free.remove(taken[content])
+        path.append(Step(taken[content], like, factor))
+    return path

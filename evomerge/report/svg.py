@@ -1,0 +1,35 @@
+"""The few pieces that pictures of a search are drawn from: elements of SVG, safe for any name and number."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+
+def bound(rules: str, kind: str) -> str:
+    """CSS rules whose selectors hold within pictures of this class alone, for several may stand within one page."""
+    return re.sub(r"([^{}]+)({[^}]*})", lambda m: ",".join(f".{kind} {s}" for s in m[1].split(",")) + m[2], rules)
+
+
+def shape(parent: ET.Element, tag: str, kind: str, **numbers: float) -> ET.Element:
+    """An element of the class ``kind``, its numbers to a hundredth."""
+    values = {name: f"{number:.2f}".rstrip("0").rstrip(".") for name, number in numbers.items()}
+    return ET.SubElement(parent, tag, {"class": kind, **values})
+
+
+def label(parent: ET.Element, text: str, kind: str, x: float, y: float) -> ET.Element:
+    """A line of text."""
+    element = shape(parent, "text", kind, x=x, y=y)
+    element.text = legible(text)
+    return element
+
+
+def shortened(text: str, room: float, letter: float) -> str:
+    """The text if it fits into ``room``, a letter being ``letter`` wide, or else its beginning."""
+    most = max(1, int(room / letter))
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def legible(text: str) -> str:
+    """The text without the characters that XML cannot hold, even escaped."""
+    return re.sub("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]", "\ufffd", text)

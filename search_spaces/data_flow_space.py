@@ -1,0 +1,185 @@
+"""Data-flow space: the path that a token takes through the layers of all sources, whose weights stay as they are.
+
+This is the data-flow half of Akiba et al., "Evolutionary Optimization of Model Merging Recipes" (arXiv 2403.13187,
+section 3.2). Model A, the source that gives the tokenizer, also gives the embedding, the final norm and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Landmark
+from evomerge.plugins import unknown_name
+from evomerge.recipe import Blend, DType, Recipe
+from search_spaces.base import SpaceContext
+from search_spaces.paths import PathGenes, PathSettings
+
+
+class DataFlowSpaceSettings(PathSettings):
+    """``space:`` of a search file, beside what ``PathSettings`` says.
+
+    Args:
+        first: the name of model A, which must be the source that gives the tokenizer, as it is unless named.
+        others: the sources whose layers a path may take beside those of A; all of the file unless given. Of another
+            number of layers they may be, of another width not.
+    """
+
+    mixes_tensors: ClassVar[bool] = False
+
+    kind: Literal["data_flow_space"] = "data_flow_space"
+    first: str | None = None
+    others: tuple[str, ...] | None = None
+
+    def build(self, context: SpaceContext) -> DataFlowSpace:
+        first = context.tokenizer
+        if self.first is not None and self.first not in context.sources:
+            raise unknown_name(self.first, context.sources, "space.first", "source")
+        if self.first not in (None, first):
+            problem = f"is {self.first}, but {first} gives the tokenizer, and model A gives the embeddings for it"
+            raise InputError("space.first", problem, f"Write `tokenizer: {self.first}`.")
+        names = (first, *other_sources(self, self.others, context, first))
+        pool = [source_member(name, context.depth(name)) for name in names]
+        return DataFlowSpace(self, pool, context, seed=context.recipe_seed, dtype=context.dtype)
+
+
+def other_sources(
+    settings: PathSettings, others: Sequence[str] | None, context: SpaceContext, first: str | None
+) -> tuple[str, ...]:
+    """The sources that take part beside model A; ``first`` is its name if it is a source.
+
+    Raises:
+        InputError: ``others`` names what is no source, one twice, or A; or pruning, which is of A alone, has others.
+    """
+    if others is None:
+        return () if settings.encoding == "pruning" else tuple(name for name in context.sources if name != first)
+    for number, name in enumerate(others):
+        if name not in context.sources:
+            raise unknown_name(name, context.sources, "space.others", "source")
+        if name == first:
+            raise InputError("space.others", f"holds {name}, which is model A and takes part anyway", "Leave it out.")
+        if name in others[:number]:
+            raise InputError("space.others", f"holds {name} twice", "Layers may be used again as it is.")
+    if others and settings.encoding == "pruning":
+        raise InputError("space.others", "names sources, but pruning is of model A alone", "Leave it out.")
+    return tuple(others)
+
+
+class Layer(NamedTuple):
+    """What a hop is made of, as ``Recipe.compose`` takes it."""
+
+    layer: int | Mapping[str, int]
+    attention: Blend
+    mlp: Blend
+    norm: Blend
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the pool, by its label: its layers, and what stands outside them."""
+
+    label: str
+    embedding: Blend
+    layers: Sequence[Layer]
+    norm: Blend
+    head: Blend
+
+
+def source_member(name: str, layers: int) -> Member:
+    """A source as it is."""
+    blend = Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}})
+    return Member(name, blend, [Layer(layer, blend, blend, blend) for layer in range(layers)], blend, blend)
+
+
+class DataFlowSpace:
+    """Paths through the layers of a pool of models, the first of which is model A; see the module's text.
+
+    Args:
+        settings: of the paths.
+        pool: the models.
+        context: of the search.
+        seed: of every recipe.
+        dtype: of every recipe.
+
+    Raises:
+        InputError: settings that contradict each other or the pool.
+    """
+
+    def __init__(
+        self, settings: PathSettings, pool: Sequence[Member], context: SpaceContext, *, seed: int, dtype: DType | None
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._context = context
+        self._seed, self._dtype = seed, dtype
+        self._layers = [layer for member in pool for layer in member.layers]
+        self._genes = PathGenes(settings, {member.label: len(member.layers) for member in pool})
+        self.parameters = self._genes.parameters
+        self.shelves = len(self._layers)
+
+    def decode(self, genome: Genome) -> Recipe:
+        picks, scales = self._genes.read(genome.tolist())
+        return self._recipe(self._pool[0], [pick.layer for pick in picks], scales)
+
+    def landmarks(self) -> Iterator[Landmark]:
+        """Every model of the pool alone, and the paths that people stack by hand, each recipe once.
+
+        By hand: the lower half of A with the upper half of another model; the middle of another model between the
+        lowest and the highest quarter of A; and depth up-scaling, A without its last quarter and then A without its
+        first (Kim et al., "SOLAR 10.7B", arXiv 2312.15166), where there is room for so many hops. Where the ends of A
+        are fixed, these paths keep to that.
+        """
+        seen = set()
+        for member, layers in zip(self._pool, self._spans(), strict=True):
+            recipe = self._recipe(member, layers)
+            seen.add(recipe.hash)
+            yield Landmark(member.label, "source", recipe, self._point(layers) if member is self._pool[0] else None)
+        for label, path in self._by_hand():
+            path = self._genes.ended(path)
+            recipe = self._recipe(self._pool[0], path)
+            if len(path) <= self._genes.most and recipe.hash not in seen:
+                seen.add(recipe.hash)
+                yield Landmark(label, "default", recipe, self._point(path))
+
+    def _spans(self) -> list[range]:
+        """The numbers of each model's layers."""
+        spans, start = [], 0
+        for member in self._pool:
+            spans.append(range(start, start + len(member.layers)))
+            start += len(member.layers)
+        return spans
+
+    def _by_hand(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        (first, *others), (a, *rest) = self._pool, self._spans()
+        quarter = max(1, len(a) // 4)
+        for member, b in zip(others, rest, strict=True):
+            yield f"{first.label} then {member.label}", (*a[: len(a) // 2], *b[len(b) // 2 :])
+        for member, b in zip(others, rest, strict=True):
+            middle = b[max(1, len(b) // 4) : len(b) - max(1, len(b) // 4)]
+            yield f"{member.label} inside {first.label}", (*a[:quarter], *middle, *a[-quarter:])
+        if len(a) > 1:
+            yield f"{first.label} up-scaled", (*a[:-quarter], *a[quarter:])
+
+    def _point(self, path: Sequence[int]) -> Genome | None:
+        numbers = self._genes.point(path)
+        return None if numbers is None else np.array(numbers, dtype=np.float64)
+
+    def _recipe(self, ends: Member, path: Sequence[int], scales: Sequence[float] | None = None) -> Recipe:
+        """The recipe of a path; ``ends`` gives what stands outside of it."""
+        return Recipe.compose(
+            sources=self._context.sources,
+            tokenizer=self._context.tokenizer,
+            embedding=ends.embedding,
+            hops=(self._layers[layer] for layer in path),
+            norm=ends.norm,
+            head=ends.head,
+            scales=scales,
+            scaling=self._settings.scaling,
+            vocabulary=self._context.vocabulary,
+            seed=self._seed,
+            dtype=self._dtype,
+        )

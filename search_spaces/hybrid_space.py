@@ -1,0 +1,216 @@
+"""Hybrid space: weights and paths both, one after the other or at once.
+
+One after the other, as Akiba et al. do (arXiv 2403.13187, section 3.3): a merge that was found before joins the pool of
+a search over data flow as its model A. At once: every hop is itself a merge of layers of several sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NoReturn, Self
+
+import numpy as np
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Landmark, Parameter, SearchSpace
+from evomerge.mergekit import load_recipe_file
+from evomerge.method_spec import check_blend, default_parameters
+from evomerge.recipe import Blend, Recipe
+from search_spaces.base import SpaceContext
+from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_sources, source_member
+from search_spaces.parameter_space import ParameterSpaceSettings
+from search_spaces.path_encodings import Slot
+from search_spaces.paths import MOST_PARAMETERS, EncodingName, PathGenes, PathSettings
+
+WINNER = "winner"
+"""The name that a winner has in the pool."""
+
+
+class HybridSpaceSettings(PathSettings):
+    """``space:`` of a search file, beside what ``PathSettings`` says; either ``winner`` or ``method`` is given.
+
+    Args:
+        encoding: as of every path, but "integers" unless given.
+        winner: a recipe file, such as the ``recipe.yaml`` of an export; relative to the search file. What it merges
+            joins the sources under the name "winner" and is model A.
+        others: the sources whose layers a path may take beside those of the winner; all of the file unless given.
+        method: every hop is a merge by this method of the layers of one number.
+        granularity: what has weights of its own: with "hop", each slot of the encoding, the embedding, the final norm
+            and the head; with "model", only the model as a whole. "hop" unless given.
+    """
+
+    kind: Literal["hybrid_space"] = "hybrid_space"
+    encoding: EncodingName = "integers"
+    winner: Path | None = None
+    others: tuple[str, ...] | None = None
+    method: Literal["linear", "task_arithmetic"] | None = None
+    granularity: Literal["hop", "model"] | None = None
+
+    def at(self, root: Path) -> Self:
+        if self.winner is None:
+            return self
+        return self.model_copy(update={"winner": (root / self.winner.expanduser()).resolve()})
+
+    def build(self, context: SpaceContext) -> SearchSpace:
+        if self.winner is not None and self.method is not None:
+            problem = "is for hops that are merged anew, and those of the winner are merged already"
+            raise InputError("space.method", problem, "Leave out one of the two.")
+        if self.winner is not None:
+            return self._after(self.winner, context)
+        if self.method is None:
+            mend = "Give `winner: RECIPE.yaml` or `method: linear` (or task_arithmetic)."
+            raise InputError("space", "needs a merge to start from, or a method to merge hops by", mend)
+        if self.others is not None:
+            raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
+        marks = list(ParameterSpaceSettings(method=self.method).build(context).landmarks())
+        return JointSpace(self, context, self.method, marks)
+
+    def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
+        if self.granularity is not None:
+            raise InputError("space.granularity", "is for hops that are merged anew", "Leave it out.")
+        if WINNER in context.sources:
+            raise InputError(f"sources.{WINNER}", "is the name of the winner in the pool", "Give it another name.")
+        recipe = read_winner(winner, context)
+        others = other_sources(self, self.others, context, None)
+        pool = [winner_member(recipe), *(source_member(name, context.depth(name)) for name in others)]
+        return DataFlowSpace(self, pool, context, seed=recipe.seed, dtype=recipe.dtype)
+
+
+def read_winner(path: Path, context: SpaceContext) -> Recipe:
+    """The recipe of a winner, which the models and settings of this search make the same.
+
+    Raises:
+        InputError: it cannot be read, is of other models than the search or of other settings, or has scales or single
+            tensors of its own.
+    """
+    place = "space.winner"
+    try:
+        recipe = load_recipe_file(path, _no_mergekit)
+    except InputError as error:
+        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+    if recipe.is_scaled or recipe.tensors:
+        what = "scales hops" if recipe.is_scaled else "makes single tensors otherwise than their layer"
+        raise InputError(place, f"{what}, which its layers cannot keep on another path", "Give a merge of weights.")
+    used = recipe.used_sources() | recipe.vocabulary.used_sources() | {recipe.tokenizer}
+    for name in sorted(used):
+        if name not in context.sources:
+            raise InputError(place, f"merges {name}, which is no source of this search", f"Add it: `sources.{name}`.")
+        if recipe.sources[name] != context.sources[name]:
+            problem = f"means {recipe.sources[name]} by {name}, and this search {context.sources[name]}"
+            raise InputError(place, problem, "If they are one model, write the same in both files.")
+    for key, theirs, ours in (
+        ("tokenizer", recipe.tokenizer, context.tokenizer),
+        ("dtype", recipe.dtype, context.dtype or recipe.dtype),
+        ("vocabulary", recipe.vocabulary, context.vocabulary),
+    ):
+        if theirs != ours:
+            mend = f"Write the same `{key}:` as for the search that found the winner."
+            raise InputError(key, f"differs from that of the winner, which is {theirs}", mend)
+    _check_makable(recipe, context, place)
+    return recipe
+
+
+def _no_mergekit(reference: str) -> NoReturn:
+    mend = "Merge it with `evomerge merge`, and give the recipe.yaml of the folder that this writes."
+    raise InputError("merge_method", "is of a configuration of mergekit's", mend)
+
+
+def _check_makable(recipe: Recipe, context: SpaceContext, place: str) -> None:
+    for number, blend in enumerate(recipe.blends):
+        check_blend(blend, context.method(blend.method), f"{place}: blends[{number}]")
+    for number, hop in enumerate(recipe.hops):
+        blends = [recipe.blends[index] for index in (hop.attention, hop.mlp, hop.norm)]
+        for name in {name for blend in blends for name in (*blend.sources, *((blend.base,) if blend.base else ()))}:
+            if hop.layer_of(name) >= context.depth(name):
+                problem = f"takes layer {hop.layer_of(name)} of {name}, which has {context.depth(name)} layers"
+                raise InputError(f"{place}: hops[{number}]", problem)
+
+
+def winner_member(recipe: Recipe) -> Member:
+    """The model of a recipe, its hops as layers."""
+    blends = recipe.blends
+    layers = [Layer(hop.layer, blends[hop.attention], blends[hop.mlp], blends[hop.norm]) for hop in recipe.hops]
+    return Member(WINNER, blends[recipe.embedding], layers, blends[recipe.norm], blends[recipe.head])
+
+
+class JointSpace:
+    """Paths whose every hop is a merge of the layers that have one number in all sources.
+
+    Where a path takes every layer once and unscaled, this is the parameter space of ``method``.
+
+    Args:
+        settings: of the paths and the weights.
+        context: of the search.
+        method: by which hops are merged.
+        marks: the landmarks of the parameter space of this method with one weight a source.
+
+    Raises:
+        InputError: settings that contradict each other or the sources.
+    """
+
+    def __init__(
+        self, settings: HybridSpaceSettings, context: SpaceContext, method: str, marks: Sequence[Landmark]
+    ) -> None:
+        self._settings = settings
+        self._context = context
+        self._spec = context.method(method)
+        self._marks = marks
+        self._path = PathGenes(settings, {"merged": context.layers})
+        slots = [Slot(name, name) for name in ("embedding", "norm", *([] if context.tied else ["head"]))]
+        slots = [Slot("model", "model")] if self._one else [*self._path.slots, *slots]
+        self._merges = len(slots)
+        self.parameters = [*self._path.parameters, *self._weights(slots)]
+        if len(self.parameters) > MOST_PARAMETERS:
+            problem = f"makes {len(self.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
+            raise InputError("space.granularity", problem, "Set it to model.")
+        self.shelves = context.layers if self._one else max(self._path.most, context.layers)
+
+    @property
+    def _one(self) -> bool:
+        """The whole model has the same weights."""
+        return self._settings.granularity == "model"
+
+    def decode(self, genome: Genome) -> Recipe:
+        numbers = genome.tolist()
+        cut, size = len(self._path.parameters), len(self._context.mixed)
+        picks, scales = self._path.read(numbers[:cut])
+        blends = [self._blend(numbers[start : start + size]) for start in range(cut, len(numbers), size)]
+        of_slots = blends * len(self._path.slots) if self._one else blends
+        embedding, norm, *head = blends * 3 if self._one else blends[len(self._path.slots) :]
+        return Recipe.compose(
+            sources=self._context.sources,
+            tokenizer=self._context.tokenizer,
+            embedding=embedding,
+            hops=(Layer(pick.layer, *[of_slots[pick.slot]] * 3) for pick in picks),
+            norm=norm,
+            head=head[0] if head else embedding,  # a tied head is the embedding's own tensor
+            scales=scales,
+            scaling=self._settings.scaling,
+            vocabulary=self._context.vocabulary,
+            seed=self._context.recipe_seed,
+            dtype=self._context.dtype,
+        )
+
+    def landmarks(self) -> Iterator[Landmark]:
+        """Those of the parameter space: every source alone, the uniform average, and the method's usual defaults."""
+        path = self._path.point(range(self._context.layers))
+        for mark in self._marks:
+            if path is None or mark.genome is None:
+                yield replace(mark, genome=None)
+            else:
+                yield replace(mark, genome=np.concatenate([path, np.tile(mark.genome, self._merges)]))
+
+    def _weights(self, slots: Sequence[Slot]) -> Iterator[Parameter]:
+        (weight,) = (p for p in self._spec.parameters if p.name == "weight")
+        for slot in slots:
+            for source in self._context.mixed:
+                name = f"{slot.name}.weight.{source}"
+                yield Parameter(name, weight.low, weight.high, weight.default, group=slot.group)
+
+    def _blend(self, weights: Sequence[float]) -> Blend:
+        mixed = self._context.mixed
+        numbers = default_parameters(self._spec, mixed) | {"weight": dict(zip(mixed, weights, strict=True))}
+        base = self._context.base if self._spec.needs_base else None
+        return Blend(method=self._spec.name, sources=mixed, base=base, parameters=numbers)

@@ -1,0 +1,266 @@
+"""The likelihood of right answers: as a slow formula and lm-eval have it, in any batch; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers_lm_eval import tiny_live
+from helpers_miniature import MINIATURES, ROOT
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from evaluators.base import EvaluatorSettings
+from evaluators.likelihood import LikelihoodEvaluator, LikelihoodSettings
+from evomerge.checkpoints.live import LiveModel, load_tokenizer
+from evomerge.checkpoints.source import open_source
+from evomerge.errors import InputError
+from evomerge.testing.evaluators import EvaluatorContract
+
+DATA = ROOT / "evaluators" / "tasks" / "data"
+ITEMS = [{"question": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "answer": n + n * n, "id": n} for n in range(24)]
+TEMPLATES = {"prompt": "Q: {question}\nA:", "answer": " {answer}."}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def miniature() -> LiveModel:
+    """The expert in Japanese as it is, whose tokens are pieces of words, in float32."""
+    source = open_source("japanese", str(MINIATURES / "japanese"), place="japanese")
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    return LiveModel(model, load_tokenizer(source))
+
+
+def write(folder: Path, items: list[Any], name: str = "items.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    return path
+
+
+def shipped(folder: Path, count: int = 12) -> Path:
+    """Some items of the tasks that ship with the project, in both languages."""
+    lines: list[str] = []
+    for task in ("mini_math_ja", "mini_translate_ja", "mini_math_en"):
+        lines += (DATA / f"{task}.search.jsonl").read_text().splitlines()[:count]
+    path = folder / "shipped.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def pairs(evaluator: LikelihoodEvaluator, split: str = "search") -> list[tuple[str, str]]:
+    return [(item.prompt, item.answer) for item in evaluator._items[split]]  # type: ignore[index]
+
+
+def refusal(**given: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        LikelihoodSettings(**given).build()
+    return str(caught.value)
+
+
+def refusal_of(live: LiveModel, file: Path) -> str:
+    evaluator = LikelihoodSettings(file=file).build()
+    with pytest.raises(InputError) as caught:
+        evaluator.score(live, "search", [0])
+    return str(caught.value)
+
+
+class TestContract(EvaluatorContract):
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        return LikelihoodSettings(file=write(tmp_path, ITEMS), batch_tokens=120, **TEMPLATES)
+
+    @pytest.fixture
+    def live(self) -> LiveModel:
+        return tiny_live()
+
+
+class TestTwoFiles(TestContract):
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        held_out = write(tmp_path, ITEMS[12:], "held_out.jsonl")
+        return LikelihoodSettings(file=write(tmp_path, ITEMS[:12]), held_out_file=held_out, **TEMPLATES)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_it_is_the_sum_over_the_answers_tokens_one_by_one(tmp_path: Path, miniature: LiveModel) -> None:
+    evaluator = LikelihoodSettings(file=shipped(tmp_path), batch_tokens=500).build()
+    asked = pairs(evaluator)
+    scores = evaluator.score(miniature, "search", range(len(asked)))
+    for (prompt, answer), per_token, bits in zip(asked, scores["log_likelihood"], scores["bits_per_byte"], strict=True):
+        ids = miniature.tokenizer.encode(prompt + answer)
+        start = len(miniature.tokenizer.encode(prompt))
+        logs = [
+            torch.log_softmax(miniature.model(torch.tensor([ids[:t]])).logits[0, -1].double(), -1)[ids[t]].item()
+            for t in range(start, len(ids))
+        ]
+        assert per_token == pytest.approx(np.mean(logs), abs=1e-4)
+        assert bits == pytest.approx(-sum(logs) / math.log(2) / len(answer.encode()), abs=1e-4)
+
+
+def test_sums_are_those_of_lm_eval(tmp_path: Path, miniature: LiveModel) -> None:
+    """Spaces at the end of prompts, no prompt, and words that would be other tokens alone."""
+    items = [
+        {"p": p, "a": a}
+        for p in ("Q: How many? A:", "A: ", "Tom has 26   ", "", "問: りんご")
+        for a in (" 12 + 7", "個です。", "x")
+    ]
+    file = write(tmp_path, items)
+    other = write(tmp_path, [{"p": "", "a": "another"}], "held_out.jsonl")
+    evaluator = LikelihoodSettings(file=file, held_out_file=other, prompt="{p}", answer="{a}").build()
+    asked = pairs(evaluator)
+    lm = HFLM(pretrained=miniature.model, tokenizer=miniature.tokenizer, backend="causal", batch_size=4)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    theirs = [total for total, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    bits = evaluator.score(miniature, "search", range(len(asked)))["bits_per_byte"]
+    moved = [len(p) - len(p.rstrip()) for p, _ in asked]
+    ours = [-b * math.log(2) * (len(a.encode()) + s) for b, (_, a), s in zip(bits, asked, moved, strict=True)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
+def test_batches_and_order_move_nothing(tmp_path: Path, miniature: LiveModel, batch_tokens: int) -> None:
+    file = shipped(tmp_path)
+    reference = LikelihoodSettings(file=file, batch_tokens=300).build()
+    whole = range(len(reference.items("search")))
+    wanted = reference.score(miniature, "search", whole)
+    evaluator = LikelihoodSettings(file=file, batch_tokens=batch_tokens).build()
+    shuffled = np.random.default_rng(1).permutation(len(whole)).tolist()
+    found = evaluator.score(miniature, "search", shuffled)
+    for metric, values in found.items():
+        np.testing.assert_allclose(values, wanted[metric][shuffled], atol=1e-4)
+
+
+def test_batches_keep_to_their_tokens(tmp_path: Path) -> None:
+    live = tiny_live()
+    shapes = []
+    live.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    evaluator = LikelihoodSettings(file=write(tmp_path, ITEMS), batch_tokens=100, **TEMPLATES).build()
+    count = len(evaluator.items("search"))
+    evaluator.score(live, "search", range(count))
+    assert sum(rows for rows, _ in shapes) == count
+    assert all(rows == 1 or rows * (width + 1) <= 100 for rows, width in shapes)
+    assert any(rows > 1 for rows, _ in shapes)
+    assert [width for _, width in shapes] == sorted((width for _, width in shapes), reverse=True)
+
+
+def test_a_better_expert_finds_its_answers_likelier(tmp_path: Path, miniature: LiveModel) -> None:
+    base = AutoModelForCausalLM.from_pretrained(MINIATURES / "base", dtype=torch.float32).eval()
+    evaluator = LikelihoodSettings(file=DATA / "mini_translate_ja.search.jsonl").build()
+    ours, theirs = (
+        evaluator.score(live, "search", range(40)) for live in (miniature, LiveModel(base, miniature.tokenizer))
+    )
+    assert ours["log_likelihood"].mean() > theirs["log_likelihood"].mean()
+    assert ours["bits_per_byte"].mean() < theirs["bits_per_byte"].mean()
+
+
+# ---- items -----------------------------------------------------------------------------------------------------------
+
+
+def test_templates_are_filled(tmp_path: Path) -> None:
+    file = write(tmp_path, ITEMS)
+    evaluator = LikelihoodSettings(file=file, prompt="{{{id}}} {question}\n", answer="{answer}").build()
+    found = {*pairs(evaluator), *pairs(evaluator, "held_out")}
+    assert ("{7} so so what is 7 + 49?\n", "56") in found
+    assert len(found) == len(ITEMS)
+    assert evaluator.name == "items"
+
+
+def test_a_prompt_is_in_one_split_whatever_else_the_file_holds(tmp_path: Path) -> None:
+    many = [{"prompt": f"item {n % 500}", "answer": str(n)} for n in range(1000)]
+    evaluator = LikelihoodSettings(file=write(tmp_path, many), held_out=0.2).build()
+    search, held_out = ({prompt for prompt, _ in pairs(evaluator, split)} for split in ("search", "held_out"))
+    assert not search & held_out
+    assert len(search | held_out) == 500
+    assert 60 < len(held_out) < 140  # 100 wanted, 9 the standard deviation
+    part = LikelihoodSettings(file=write(tmp_path, many[:100], "part.jsonl"), held_out=0.2).build()
+    assert {prompt for prompt, _ in pairs(part, "held_out")} <= held_out
+
+
+def test_the_version_is_of_what_is_asked_and_not_of_where_it_lies(tmp_path: Path) -> None:
+    def version(file: Path, **changes: Any) -> str:
+        return LikelihoodSettings(file=file, **{**TEMPLATES, **changes}).build().version
+
+    first = version(write(tmp_path, ITEMS))
+    assert version(write(tmp_path, ITEMS, "elsewhere.jsonl")) == first
+    assert version(write(tmp_path, ITEMS), batch_tokens=7) == first
+    others = [version(write(tmp_path, ITEMS[:-1])), version(write(tmp_path, ITEMS), held_out=0.4)]
+    others += [version(write(tmp_path, ITEMS), answer="{answer}"), version(write(tmp_path, ITEMS[::-1]))]
+    assert len({first, *others}) == 5
+
+
+def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
+    items = [{"prompt": f"a\u2028b\x85c {n}", "answer": "1"} for n in range(9)]
+    evaluator = LikelihoodSettings(file=write(tmp_path, items)).build()
+    assert len(pairs(evaluator)) + len(pairs(evaluator, "held_out")) == 9
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    file = write(tmp_path, [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "1 + 2 ="}])
+    assert "no such file of items. A path is relative to the folder of the search file" in refusal(file=tmp_path / "no")
+    assert "cannot be read" in refusal(file=tmp_path)
+    assert "line 2: has no text or number in its field 'answer'; it has: prompt" in refusal(file=file)
+    assert "line 1: has no text or number in its field 'question'" in refusal(file=file, prompt="{question}")
+    file.write_text('{"prompt": "a", "answer": "b"}\n\n["a", "b"]\n')
+    assert "line 3: is not a JSON object" in refusal(file=file)
+    file.write_text('{"prompt": "a", "answer": \n')
+    assert "line 1: is not JSON" in refusal(file=file)
+    file.write_bytes(b"\xff\xfe")
+    assert "cannot be read" in refusal(file=file)
+    for answer in ("", " \n", None):
+        write(tmp_path, [{"prompt": "a", "answer": answer}])
+        assert "line 1: has" in refusal(file=file)
+
+
+def test_splits_that_cannot_be_used(tmp_path: Path) -> None:
+    file = write(tmp_path, ITEMS)
+    assert "gives no item to the" in refusal(file=write(tmp_path, ITEMS[:1], "one.jsonl"), **TEMPLATES)
+    assert "gives no item to the search split" in refusal(file=write(tmp_path, [], "none.jsonl"))
+    other = write(tmp_path, [{"question": "?", "answer": 1}, ITEMS[3], ITEMS[4]], "other.jsonl")
+    said = refusal(file=file, held_out_file=other, **TEMPLATES)
+    assert f"other.jsonl, line 2: is an item of {file} too, with 1 more" in said
+
+
+@pytest.mark.parametrize("template", ["{", "{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "a}"])
+def test_templates_that_are_none(template: str) -> None:
+    with pytest.raises(ValidationError):
+        LikelihoodSettings(file=Path("items.jsonl"), prompt=template)
+
+
+def test_items_that_do_not_fit_the_model(tmp_path: Path) -> None:
+    file = write(tmp_path, [{"prompt": "a" * n, "answer": "b"} for n in range(20, 60)])
+    LikelihoodSettings(file=file).build().score(tiny_live(context=59), "search", [0])
+    said = re.search(r"line (\d+): is (\d+) tokens long, .* context is 50", refusal_of(tiny_live(context=50), file))
+    assert said
+    lengths = [len(prompt) for prompt, _ in pairs(LikelihoodSettings(file=file).build())]
+    assert int(said[2]) == 19 + int(said[1]) == min(length for length in lengths if length > 50)
+    assert "the model has 60 embeddings" in refusal_of(tiny_live(vocabulary=60), file)
+
+
+def test_an_answer_without_tokens_of_its_own(tmp_path: Path) -> None:
+    live = tiny_live()
+    whole = live.tokenizer.encode
+    live.tokenizer.encode = lambda text, **more: whole(text, **more)[:3]  # a tokenizer that cuts long texts off
+    file = write(tmp_path, [{"prompt": f"abc{n}", "answer": "d"} for n in range(9)])
+    assert "its answer 'd' adds no token to those of its prompt" in refusal_of(live, file)
