@@ -41,6 +41,11 @@ class Evaluator(Protocol):
         ...
 
     @property
+    def measured(self) -> frozenset[str]:
+        """Metrics that are measured rather than computed, such as speed: the next time they are other numbers."""
+        ...
+
+    @property
     def seconds(self) -> Mapping[str, float]:
         """How long the last ``score`` took, by phase: "generate" is the model's part, "score" the grading's."""
         ...
@@ -52,8 +57,8 @@ class Evaluator(Protocol):
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> ItemScores:
         """Score the items at these positions of the split.
 
-        Deterministic: the same model and indices give the same numbers. An item's score does not depend on the other
-        items asked for, beyond the last bits that batching moves.
+        Deterministic but for what is ``measured``: the same model and indices give the same numbers. An item's score
+        does not depend on the other items asked for, beyond the last bits that batching moves.
         """
         ...
 

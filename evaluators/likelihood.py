@@ -106,6 +106,7 @@ class LikelihoodEvaluator:
     def __init__(self, settings: LikelihoodSettings) -> None:
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = {"log_likelihood": True, "bits_per_byte": False}
+        self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
         self._batch_tokens = settings.batch_tokens
         self._items = _splits(settings)

@@ -113,6 +113,7 @@ class LmEvalEvaluator:
         self.version = fingerprint(self._task, settings, parts)
         self._lm: ResidentLM | None = None
         self._truncated: dict[Split, int] = {}
+        self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
 
     @property

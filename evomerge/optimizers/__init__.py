@@ -5,11 +5,12 @@ from typing import Annotated
 from pydantic import Field
 
 from evomerge.optimizers.base import Optimizer
+from evomerge.optimizers.catcma import CatCmaSettings
 from evomerge.optimizers.cma_es import CmaSettings
 from evomerge.optimizers.optuna_samplers import OptunaSettings
 from evomerge.optimizers.soups import SoupSettings
 
-OptimizerSettings = Annotated[CmaSettings | OptunaSettings | SoupSettings, Field(discriminator="name")]
+OptimizerSettings = Annotated[CatCmaSettings | CmaSettings | OptunaSettings | SoupSettings, Field(discriminator="name")]
 """What the search file says under ``optimizer:``; its ``name`` decides which settings it takes."""
 
-__all__ = ["CmaSettings", "Optimizer", "OptimizerSettings", "OptunaSettings", "SoupSettings"]
+__all__ = ["CatCmaSettings", "CmaSettings", "Optimizer", "OptimizerSettings", "OptunaSettings", "SoupSettings"]

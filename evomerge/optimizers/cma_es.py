@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Settings, check_population, default_population, one_thread, random_state
-from evomerge.optimizers.scalarisation import Scalarisation
+from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
 FULL_COVARIANCE_UP_TO = 50
 """Parameters up to which covariances are learnt: there are 1,275 of 50, about as many as a search has candidates."""
@@ -58,23 +57,7 @@ class CmaSettings(Settings):
 
     def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
         check_population(self.population, 3, place)
-        if self.scalarisation is None:
-            if objectives > 1:
-                raise InputError(
-                    place,
-                    f"cma takes one objective, and the search has {objectives}",
-                    f"Add `scalarisation: {{name: chebyshev, weights: {[1] * objectives}}}` (or weighted_sum), "
-                    "or use an optimizer for several: nsga2, nsga3, tpe, gp, random or qmc.",
-                )
-            return
-        if objectives == 1:
-            raise InputError(f"{place}.scalarisation", "is for several objectives; the search has one", "Remove it.")
-        if len(self.scalarisation.weights) != objectives:
-            raise InputError(
-                f"{place}.scalarisation.weights",
-                f"has {len(self.scalarisation.weights)} weights for {objectives} objectives",
-                "Give one weight for each objective, in their order.",
-            )
+        check_scalarisation(self.scalarisation, objectives, self.name, place)
 
     def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> Cma:
         return Cma(self, parameters, objectives, seed)
@@ -141,7 +124,6 @@ class Cma:
     def __init__(self, settings: CmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
         self._settings = settings
         self._box = Box(parameters)
-        self._objectives = objectives
         self._seed = seed
         self._normal = _Normal()
         self._asks = 0
@@ -150,8 +132,7 @@ class Cma:
         self._asked: defaultdict[bytes, deque[tuple[int, Vector]]] = defaultdict(deque)
         self._told: list[_Told] = []
         self._foreign: list[_Told] = []
-        self._best = np.full(objectives, np.inf)
-        self._worst = np.full(objectives, -np.inf)
+        self._scalars = Scalars(settings.scalarisation, objectives)
         default = self._box.unit(np.array([p.default for p in parameters], dtype=np.float64))
         x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
         self._start(x0, settings.population or default_population(len(parameters)))
@@ -174,7 +155,7 @@ class Cma:
 
     def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
         for genome, values in results:
-            losses = self._losses(values)
+            losses = self._scalars.see(values)
             waiting = self._asked.get(genome.tobytes())
             if waiting:
                 self._told.append(_Told(*waiting.popleft(), losses))
@@ -185,21 +166,11 @@ class Cma:
         if len(self._told) >= self.population:
             self._learn()
 
-    def _losses(self, values: Sequence[float]) -> Vector:
-        losses = np.asarray(values, dtype=np.float64)
-        if losses.shape != (self._objectives,):
-            raise ValueError(f"{losses.size} losses for {self._objectives} objectives")
-        if not np.all(np.isfinite(losses)):
-            return np.full(self._objectives, np.inf)
-        self._best = np.minimum(self._best, losses)
-        self._worst = np.maximum(self._worst, losses)
-        return losses
-
     def _learn(self) -> None:
         told = sorted(self._told, key=lambda t: t.number)  # the order in which workers finish plays no part
-        scalars = self._scalars(told)
+        scalars = self._scalars.of([t.losses for t in told])
         if self._foreign:
-            foreign = self._scalars(self._foreign)
+            foreign = self._scalars.of([t.losses for t in self._foreign])
             first = int(np.argmin(foreign))
             if foreign[first] < np.median(scalars):
                 told.append(self._foreign[first])
@@ -221,17 +192,6 @@ class Cma:
             self._start(x0, 2 * self.population)
         elif reason:
             self.stopped = reason
-
-    def _scalars(self, told: Sequence[_Told]) -> Vector:
-        losses = np.stack([t.losses for t in told])
-        mix = self._settings.scalarisation
-        if mix is None:
-            return losses[:, 0]
-        scalars = np.full(len(losses), np.inf)
-        done = np.isfinite(losses[:, 0])
-        if done.any():
-            scalars[done] = mix(losses[done], self._best, self._worst)
-        return scalars
 
     def _converged(self) -> str | None:
         limit = np.maximum(SMALLEST_STEP, 1.01 * self._least_step)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+
+from evomerge.errors import InputError
 
 Weights = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=2)]
 """One weight above zero for each objective, in the order of the objectives."""
@@ -55,3 +58,63 @@ class Chebyshev(BaseModel):
 
 
 Scalarisation = Annotated[WeightedSum | Chebyshev, Field(discriminator="name")]
+
+
+def check_scalarisation(mix: Scalarisation | None, objectives: int, optimizer: str, place: str) -> None:
+    """Refuse several objectives without a way to make one of them, and a way that is not for so many.
+
+    Raises:
+        InputError: naming ``place`` (``optimizer``) and the mend.
+    """
+    if mix is None:
+        if objectives > 1:
+            raise InputError(
+                place,
+                f"{optimizer} takes one objective, and the search has {objectives}",
+                f"Add `scalarisation: {{name: chebyshev, weights: {[1] * objectives}}}` (or weighted_sum), "
+                "or use an optimizer for several: nsga2, nsga3, tpe, gp, random or qmc.",
+            )
+        return
+    if objectives == 1:
+        raise InputError(f"{place}.scalarisation", "is for several objectives; the search has one", "Remove it.")
+    if len(mix.weights) != objectives:
+        raise InputError(
+            f"{place}.scalarisation.weights",
+            f"has {len(mix.weights)} weights for {objectives} objectives",
+            "Give one weight for each objective, in their order.",
+        )
+
+
+class Scalars:
+    """Makes one loss of several, by the best and the worst that have been seen of each objective."""
+
+    def __init__(self, mix: Scalarisation | None, objectives: int) -> None:
+        self._mix = mix
+        self._best = np.full(objectives, np.inf)
+        self._worst = np.full(objectives, -np.inf)
+
+    def see(self, values: Sequence[float]) -> NDArray[np.float64]:
+        """The losses of a candidate as float64 [objectives], remembered; all inf if one of them is not finite.
+
+        Raises:
+            ValueError: there are not as many as objectives.
+        """
+        losses = np.asarray(values, dtype=np.float64)
+        if losses.shape != self._best.shape:
+            raise ValueError(f"{losses.size} losses for {self._best.size} objectives")
+        if not np.all(np.isfinite(losses)):
+            return np.full(self._best.size, np.inf)
+        self._best = np.minimum(self._best, losses)
+        self._worst = np.maximum(self._worst, losses)
+        return losses
+
+    def of(self, losses: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """One number for each candidate, inf for those that failed."""
+        rows = np.stack(list(losses))
+        if self._mix is None:
+            return rows[:, 0]
+        scalars = np.full(len(rows), np.inf)
+        done = np.isfinite(rows[:, 0])
+        if done.any():
+            scalars[done] = self._mix(rows[done], self._best, self._worst)
+        return scalars

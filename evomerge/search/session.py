@@ -33,6 +33,7 @@ _LIBRARIES = (
     "transformers",
     "safetensors",
     "cma",
+    "cmaes",
     "optuna",
     "lm-eval",
     "ray",

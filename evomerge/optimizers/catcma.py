@@ -1,0 +1,253 @@
+"""CatCMA with Margin: the library ``cmaes``, driven by ask and tell, for reals, ints and choices at once.
+
+Reals and ints are sampled from one Gaussian, choices each from a distribution over its values, and every int and choice
+goes on mutating at a low rate, the margin, when all else has settled. Hamano et al., CatCMA with Margin for Single- and
+Multi-Objective Mixed-Variable Black-Box Optimization, arXiv:2504.07884.
+
+The library is given the *ranks* of a generation, never its losses, as in ``cma_es``: its penalty for reals outside the
+box is in units of the losses' spread, which an infinite loss has not.
+
+``_v_raw`` of its solutions and ``_z_lim``, ``_mean``, ``_sigma``, ``_A``, ``_C``, ``_Delta``, ``_param_sum`` and
+``_eigen_decomposition`` of its optimizer are private and used here, so the project takes one minor release of it alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Settings, check_population, default_population, one_thread
+from evomerge.optimizers.cma_es import SMALLEST_STEP, Box
+from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
+
+MOST_GAUSSIAN = 1_000
+"""Reals and ints together. Their covariance matrix is always full; of 1,000, a generation of 24 takes three seconds."""
+
+Vector = NDArray[np.float64]
+
+
+class CatCmaSettings(Settings):
+    """CatCMA with Margin (Hamano et al., arXiv:2504.07884).
+
+    ``population`` defaults to 4 + floor(3 ln n). The search starts at each parameter's ``default``: reals and ints with
+    a first step of ``sigma``, a fraction of each range; a choice, or an int of two values, takes its default with
+    ``default_probability`` and the others share the rest. Akiba et al. (arXiv:2403.13187) start the layers of a path
+    two steps above zero, which is a probability of 0.977; 0.5 gives each of two values the same chance.
+    """
+
+    name: Literal["catcma"]
+    population: int | None = None
+    sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
+    default_probability: float = Field(default=0.9, ge=0.5, lt=1)
+    scalarisation: Scalarisation | None = None
+
+    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+        check_population(self.population, 4, place)
+        gaussian = sum(p.kind != "choice" for p in parameters)
+        if gaussian > MOST_GAUSSIAN:
+            raise InputError(
+                place,
+                f"catcma takes at most {MOST_GAUSSIAN:,} reals and ints, and the search space has {gaussian:,}",
+                "Use cma (or nsga2 for several objectives), or a coarser search space.",
+            )
+        check_scalarisation(self.scalarisation, objectives, self.name, place)
+
+    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> CatCma:
+        return CatCma(self, parameters, objectives, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    number: int  # of the genome in the order of asking
+    solution: Any  # the library's: the raw Gaussian sample, and the choices one-hot
+    losses: Vector
+
+
+class CatCma:
+    """One search by CatCMA with Margin.
+
+    A generation is ``population`` genomes of one ask or several, all from the distribution as it stands. What was told
+    beside them is foreign: landmarks, what was asked for beyond a generation, and late results of the generation
+    before. The best foreign genome takes the place of the worst of the generation, and only when it would be a parent,
+    that is better than the worst of the better half. That is as if one sample had fallen there. Its reals and ints
+    are first moved towards the mean, to the length of a usual sample (Hansen, Injecting External Solutions Into CMA-ES,
+    arXiv:1110.4181), so it cannot blow up the step size; the step of the choices has a fixed length whatever the
+    parents are. A bad foreign genome changes nothing.
+    """
+
+    stopped: str | None = None
+
+    def __init__(self, settings: CatCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+        self._settings = settings
+        self._box = Box(parameters)
+        self._seed = seed
+        self._asks = 0
+        self._given = 0
+        self._asked: defaultdict[bytes, deque[tuple[int, Any]]] = defaultdict(deque)
+        self._told: list[_Told] = []
+        self._foreign: list[_Told] = []
+        self._scalars = Scalars(settings.scalarisation, objectives)
+        self.population = settings.population or default_population(len(parameters))
+        self._divide([p.kind for p in parameters])
+        self._start(self._box.unit(np.array([p.default for p in parameters], dtype=np.float64)))
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        self._asks += 1
+        with _calm():
+            self._es.reseed_rng(int(np.random.SeedSequence((self._seed, self._asks)).generate_state(1)[0]))
+            solutions = [self._es.ask() for _ in range(n)]
+        genomes = [self._genome(solution) for solution in solutions]
+        for genome, solution in zip(genomes, solutions, strict=True):
+            self._asked[genome.tobytes()].append((self._given, solution))
+            self._given += 1
+        return genomes
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+        for genome, values in results:
+            losses = self._scalars.see(values)
+            waiting = self._asked.get(genome.tobytes())
+            if waiting:
+                self._told.append(_Told(*waiting.popleft(), losses))
+                if not waiting:
+                    del self._asked[genome.tobytes()]
+            elif np.isfinite(losses[0]):
+                self._foreign.append(_Told(-1, self._solution(self._box.unit(genome)), losses))
+        if len(self._told) >= self.population:
+            self._learn()
+
+    def _divide(self, kinds: Sequence[str]) -> None:
+        """Which parameters are sampled how; those of a single value are not sampled at all."""
+        values, varies = self._box.values, self._box.high > self._box.low
+        chosen = varies & ((np.array(kinds) == "choice") | (values == 2))  # as the library advises for two values
+        real = varies & (values == 0)
+        if not varies.any():
+            real[0] = True  # the library needs something to search
+        self._choices = np.flatnonzero(chosen)
+        self._reals = np.flatnonzero(real)
+        self._ints = np.flatnonzero(varies & ~chosen & ~real)
+        self._gaussian = np.concatenate([self._reals, self._ints])
+        self._counts = values[self._choices].astype(np.int64)
+
+    def _start(self, default: Vector) -> None:
+        with _calm():
+            from cmaes import CatCMAwM  # type: ignore[import-untyped]  # half a second, for scipy's distributions
+
+        space: dict[str, Any] = {}
+        if self._reals.size:
+            space["x_space"] = [[0.0, 1.0]] * self._reals.size
+        if self._ints.size:
+            parts = [int(count) for count in self._box.values[self._ints]]
+            space["z_space"] = [((np.arange(count) + 0.5) / count).tolist() for count in parts]
+        if self._gaussian.size:
+            space |= {
+                "mean": default[self._gaussian],
+                "cov": np.eye(self._gaussian.size),
+                "sigma": self._settings.sigma,
+            }
+        if self._choices.size:
+            usual, others = self._settings.default_probability, 1 - self._settings.default_probability
+            among = np.arange(self._counts.max()) < self._counts[:, None]
+            space["c_space"] = self._counts.tolist()
+            space["cat_param"] = np.where(
+                self._one_hot(default), usual, among * others / np.maximum(self._counts - 1, 1)[:, None]
+            )
+        with _calm():
+            self._es = CatCMAwM(**space, population_size=self.population)
+        if self._ints.size:
+            # The library fills its table of thresholds, for ints of fewer values than the widest, with thresholds that
+            # part the highest value from itself; an int that arrived there would stop mutating.
+            highest = np.array([1 - 1 / count for count in parts])
+            self._es._z_lim = np.minimum(self._es._z_lim, highest[:, None])
+
+    def _one_hot(self, unit: Vector) -> NDArray[np.bool_]:
+        """The choices of a point of the unit box: [choices, values of the widest]."""
+        taken = np.floor(unit[self._choices] * self._counts)
+        one_hot: NDArray[np.bool_] = np.arange(self._counts.max()) == taken[:, None]
+        return one_hot
+
+    def _genome(self, solution: Any) -> Genome:
+        unit = np.full(self._box.low.size, 0.5)
+        if self._reals.size:
+            unit[self._reals] = solution.x
+        if self._ints.size:
+            unit[self._ints] = solution.z
+        if self._choices.size:
+            unit[self._choices] = (solution.c.argmax(axis=1) + 0.5) / self._counts
+        return self._box.genome(unit)
+
+    def _solution(self, unit: Vector) -> Any:
+        """What the library would have returned, had it sampled this point of the unit box."""
+        return self._es.Solution(
+            c=self._one_hot(unit) if self._choices.size else None,
+            _v_raw=unit[self._gaussian] if self._gaussian.size else None,
+        )
+
+    def _learn(self) -> None:
+        told = sorted(self._told, key=lambda t: t.number)  # the order in which workers finish plays no part
+        generation, foreign = told[: self.population], [*self._foreign, *told[self.population :]]
+        scalars = self._scalars.of([t.losses for t in generation])
+        order = np.argsort(scalars, kind="stable")
+        ranked = [generation[i].solution for i in order]
+        with _calm():
+            if foreign:
+                others = self._scalars.of([t.losses for t in foreign])
+                first = int(np.argmin(others))
+                if others[first] < scalars[order[self.population // 2 - 1]]:
+                    place = int(np.searchsorted(scalars[order], others[first], side="right"))
+                    ranked.insert(place, self._near(foreign[first].solution))
+                    ranked.pop()
+            self._es.tell([(solution, float(rank)) for rank, solution in enumerate(ranked)])
+            self._hold_steps()
+        self._told.clear()
+        self._foreign.clear()
+        self._asked.clear()  # what is still out was sampled from the distribution before; told later, it is foreign
+
+    def _near(self, solution: Any) -> Any:
+        """The solution moved towards the mean, to at most the length of a usual sample (arXiv:1110.4181)."""
+        if not self._gaussian.size:
+            return solution
+        es, n = self._es, self._gaussian.size
+        basis, widths = es._eigen_decomposition()
+        away = solution._v_raw - es._mean
+        length = float(np.linalg.norm(basis.T @ (away / (es._sigma * es._A)) / widths))
+        usual = math.sqrt(n) + 2 * n / (n + 2)
+        return es.Solution(c=solution.c, _v_raw=es._mean + away * min(1.0, usual / max(length, usual)))
+
+    def _hold_steps(self) -> None:
+        """Stop when every real has settled and there is nothing else; else keep reals able to follow a mutation."""
+        es = self._es
+        if self._choices.size:
+            # Below, its rate beta is over 1, and soon over 2, where it takes the root of 2 - beta and gives NaN.
+            es._Delta = max(es._Delta, 1 / math.sqrt(es._param_sum))
+        if not self._reals.size:
+            return
+        spread = np.sqrt(np.diag(es._C))[: self._reals.size] * es._A[: self._reals.size]
+        largest = float(es._sigma * spread.max())
+        if largest < SMALLEST_STEP:
+            es._sigma *= SMALLEST_STEP / largest
+            if self._gaussian.size == self._reals.size and not self._choices.size:
+                self.stopped = f"catcma has converged: every step is below {SMALLEST_STEP:g} of its parameter's range"
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """One thread, and none of numpy's warnings (the library divides by zero and catches it afterwards)."""
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
