@@ -1,0 +1,103 @@
+"""Exported models in vLLM: the same greedy text as in transformers. Run by scripts/test-vllm, once in each environment.
+
+    python scripts/vllm/check.py export FOLDER      # where evomerge is: write models, and what transformers says
+    python scripts/vllm/check.py generate FOLDER    # where vLLM is: say the same, or fail
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = 20
+TOKENS = 32
+
+
+def export(folder: Path) -> None:
+    """Write a source alone, a merge, and paths with and without scales, each with the answers that transformers gives."""
+    from evomerge.checkpoints.source import open_source
+    from evomerge.merging.export import write_model
+    from evomerge.recipe import Blend, Recipe
+
+    miniatures = ROOT / "examples" / "miniatures"
+    sources = {
+        name: open_source(name, str(miniatures / name), place=name) for name in ("base", "maths", "japanese")
+    }
+    maths, japanese = (
+        Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in ("maths", "japanese")
+    )
+    both = Blend(
+        method="task_arithmetic", sources=("maths", "japanese"), base="base",
+        parameters={"weight": {"maths": 0.8, "japanese": 0.9}},
+    )  # fmt: skip
+    lower, upper = [(0, maths), (1, maths), (2, maths)], [(3, japanese), (4, japanese), (5, maths)]
+    paths: dict[str, tuple[list[tuple[int, Blend]], list[float] | None]] = {
+        "source": ([(layer, maths) for layer in range(6)], None),
+        "merge": ([(layer, both) for layer in range(6)], None),
+        "path": ([*lower, *upper], None),
+        "repeats": ([*lower, (2, maths), *upper], None),
+        "scaled": ([*lower, *upper], [0.9, 1.1, 1.2, 0.8, 1.05, 1.0]),
+    }
+    for name, (hops, scales) in paths.items():
+        ends = hops[0][1]
+        recipe = Recipe.compose(
+            sources={source: "" for source in sources}, tokenizer="maths", dtype="float32",
+            embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
+        )  # fmt: skip
+        write_model(recipe, sources, folder / name, texts={})
+        (folder / f"{name}.json").write_text(json.dumps(transformers_answers(folder / name)))
+
+
+def prompts() -> list[str]:
+    lines = (ROOT / "evaluators/tasks/data/mini_math_ja.search.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:PROMPTS]]
+
+
+def transformers_answers(model: Path) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    found = []
+    for prompt in prompts():
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        with torch.inference_mode():
+            answer = loaded.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+        found.append(answer[0, ids.shape[1] :].tolist())
+    return found
+
+
+def generate(folder: Path) -> int:
+    from vllm import LLM, SamplingParams
+
+    found = {}
+    for expected_file in sorted(folder.glob("*.json")):
+        model = folder / expected_file.stem
+        engine: Any = LLM(model=str(model), dtype="float32", enforce_eager=True, max_model_len=128)
+        asked = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
+        answers = [list(each.outputs[0].token_ids) for each in asked]
+        expected = json.loads(expected_file.read_text())
+        found[model.name] = sum(a == b for a, b in zip(answers, expected, strict=True)), len(expected)
+        del engine
+    for name, (same, count) in found.items():
+        print(f"{name:10} {same} of {count} answers are the same in vLLM")
+    return sum(same != count for same, count in found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("export", "generate"))
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    if given.what == "export":
+        export(given.folder)
+    else:
+        sys.exit(generate(given.folder))
+
+
+if __name__ == "__main__":
+    main()
