@@ -1,7 +1,7 @@
 """Exported models in vLLM: the same greedy text as in transformers. Run by scripts/test-vllm, once in each environment.
 
-    python scripts/vllm/check.py export FOLDER      # where evomerge is: write models, and what transformers says
-    python scripts/vllm/check.py generate FOLDER    # where vLLM is: say the same, or fail
+python scripts/vllm/check.py export FOLDER      # where evomerge is: write models, and what transformers says
+python scripts/vllm/check.py generate FOLDER    # where vLLM is: say the same, or fail
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ TOKENS = 32
 
 
 def export(folder: Path) -> None:
-    """Write a source alone, a merge, and paths with and without scales, each with the answers that transformers gives."""
+    """Write a source alone, a merge, and paths with and without scales, each with what transformers answers."""
     from evomerge.checkpoints.source import open_source
     from evomerge.merging.export import write_model
     from evomerge.recipe import Blend, Recipe
 
     miniatures = ROOT / "examples" / "miniatures"
-    sources = {
-        name: open_source(name, str(miniatures / name), place=name) for name in ("base", "maths", "japanese")
-    }
-    maths, japanese = (
-        Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in ("maths", "japanese")
-    )
+    sources = {name: open_source(name, str(miniatures / name), place=name) for name in ("base", "maths", "japanese")}
+    copies = [Blend(method="passthrough", sources=(n,), parameters={"scale": {n: 1.0}}) for n in ("maths", "japanese")]
+    maths, japanese = copies
     both = Blend(
         method="task_arithmetic", sources=("maths", "japanese"), base="base",
         parameters={"weight": {"maths": 0.8, "japanese": 0.9}},
@@ -45,7 +42,7 @@ def export(folder: Path) -> None:
     for name, (hops, scales) in paths.items():
         ends = hops[0][1]
         recipe = Recipe.compose(
-            sources={source: "" for source in sources}, tokenizer="maths", dtype="float32",
+            sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32",
             embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
         )  # fmt: skip
         write_model(recipe, sources, folder / name, texts={})
