@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers_checkpoints import save_model, tiny_config
-from transformers import GPTNeoXConfig
+from transformers import Gemma2Config, GPTNeoXConfig
 
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.source import Source, open_source
@@ -103,3 +103,20 @@ def test_names_are_those_of_the_architecture(tmp_path: Path) -> None:
         )  # fmt: skip
         opened[name] = open_source(name, str(save_model(config, tmp_path / name)), place=name)
     check_compatible(opened, recipe((0, BOTH), ({"two": 1, "four": 3}, BOTH), (2, copy_of("four"))))
+
+
+def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    """A path has the settings of the tokenizer's source, where a layer with full attention would get a window."""
+    kinds = {"two": ["sliding_attention", "full_attention"], "four": ["full_attention", "sliding_attention"]}
+    for name, layer_types in kinds.items():
+        config = Gemma2Config(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=4, sliding_window=4, layer_types=layer_types,
+        )  # fmt: skip
+        save_model(config, tmp_path / name)
+    sources = {name: open_source(name, str(tmp_path / name), place=name) for name in kinds}
+    path = recipe((0, copy_of("two")), (1, copy_of("four")))
+    with pytest.raises(
+        InputError, match="differ in layer_types of layer 1 and 1: sliding_attention and full_attention"
+    ):
+        check_compatible(sources, path.model_copy(update={"embedding": 0, "norm": 0, "head": 0}))

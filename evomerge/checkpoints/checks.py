@@ -112,6 +112,7 @@ def _check_path(sources: Mapping[str, Source], recipe: Recipe) -> None:
                 users.setdefault(source, set()).add(name)
         for source, names in users.items():
             layer = _layer(hop, source, sources[source], f"recipe.hops[{number}]")
+            _same_kind(model, sources[source], layer)
             theirs = {renumber(name, role, like) for name, role in roles[source].items() if role.layer == layer}
             if extra := sorted(theirs - {name for name, _ in here}):
                 _same(model, sources[source], f"tensors of a layer: {extra[0]}", "absent", "present")
@@ -119,6 +120,15 @@ def _check_path(sources: Mapping[str, Source], recipe: Recipe) -> None:
                 other = renumber(name, Role("mlp", like), layer)
                 what = f"shape of {name} and {other}"
                 _same(model, sources[source], what, _shape(model, name), _shape(sources[source], other))
+
+
+def _same_kind(model: Source, source: Source, layer: int) -> None:
+    """Refuse a layer that its own configuration says more of than the model's can: another kind of attention, say."""
+    like = min(layer, model.layers - 1)
+    for key, kinds in source.settings["by_layer"].items():
+        mine = model.settings["by_layer"].get(key)
+        what = f"{key} of layer {layer} and {like}"
+        _same(model, source, what, None if mine is None else mine[like], kinds[layer])
 
 
 def _mixed(blend: Blend) -> set[str]:
