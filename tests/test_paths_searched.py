@@ -57,6 +57,12 @@ def test_a_space_is_searched_and_exported(case: str, tmp_path: Path, capsys: pyt
     hops = json_of(capsys, "show", tmp_path / "search", number, "--json")["recipe"]["hops"]
     config = (tmp_path / "out" / "config.json").read_text()
     assert f'"num_hidden_layers": {len(hops)},' in config
+    drawn = [
+        (tmp_path / "out" / "path.svg").exists(),
+        "![The path](path.svg)" in (tmp_path / "out" / "README.md").read_text(),
+    ]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] or [hop["layer"] for hop in hops] == list(range(6))
     assert ET.parse(tmp_path / "path.svg").getroot().tag.endswith("svg")
     assert evomerge("show", tmp_path / "search", number) == 0
     assert "hops" in capsys.readouterr().out

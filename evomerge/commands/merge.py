@@ -16,10 +16,10 @@ from rich.progress import Progress
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.mergekit import dump_recipe, load_recipe_file
+from evomerge.mergekit import load_recipe_file
 from evomerge.merging.export import write_model
 from evomerge.recipe import Role
-from evomerge.report.card import card, lineage
+from evomerge.report.card import papers
 from evomerge.report.screen import make_console
 from evomerge.vocabulary import Vocabulary
 
@@ -48,11 +48,7 @@ def merge(path: Path, out: Path) -> None:
     recipe = recipe.model_copy(
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
     )
-    texts = {
-        "recipe.yaml": dump_recipe(recipe),
-        "lineage.json": lineage(recipe, sources, None),
-        "README.md": card(out.name, recipe, sources, None),
-    }
+    texts = papers(out.name, recipe, sources, None)
     console = make_console()
     with progress_bar(console) as update:
         write_model(recipe, sources, out, texts=texts, progress=update)

@@ -18,9 +18,8 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, loa
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.commands.merge import progress_bar
 from evomerge.errors import InputError
-from evomerge.mergekit import dump_recipe
 from evomerge.merging.export import write_model
-from evomerge.report.card import Provenance, card, lineage
+from evomerge.report.card import Provenance, papers
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import Value, candidate_id, chosen, status_of
 from evomerge.search.folder import open_store
@@ -47,11 +46,7 @@ def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
         check_unchanged(store, prepared)
         recipe = recipe_of(row, prepared.file.sources)
         provenance = Provenance(store.search(), status_of(store), row)
-        texts = {
-            "recipe.yaml": dump_recipe(recipe),
-            "lineage.json": lineage(recipe, prepared.sources, provenance),
-            "README.md": card(out.name, recipe, prepared.sources, provenance),
-        }
+        texts = papers(out.name, recipe, prepared.sources, provenance)
         checked: list[str] = []
 
         def check(written: Path) -> None:

@@ -13,11 +13,15 @@ import yaml
 from evomerge import __version__
 from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
+from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Blend, Recipe
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
+from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.screen import cell
 from evomerge.report.status import SearchStatus, Value, candidate_id
 from evomerge.store import CandidateRow, SearchRow
+
+_PICTURE = "path.svg"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,21 @@ class Provenance:
     search: SearchRow
     status: SearchStatus
     row: CandidateRow
+
+
+def papers(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> dict[str, str]:
+    """The texts that go with an exported model, by file name; a picture too where its path is more than its layers."""
+    found = {
+        "recipe.yaml": dump_recipe(recipe),
+        "lineage.json": lineage(recipe, sources, provenance),
+        "README.md": card(title, recipe, sources, provenance),
+    }
+    depths = _depths(sources)
+    return found if is_plain(recipe, depths) else found | {_PICTURE: path_svg(recipe, depths, title)}
+
+
+def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
+    return {name: source.layers for name, source in sources.items()}
 
 
 def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:
@@ -89,6 +108,8 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
         _sources_section(sources, licences),
         _recipe_section(recipe),
     ]
+    if not is_plain(recipe, _depths(sources)):
+        parts.append(_path_section(recipe, _depths(sources)))
     if provenance is not None:
         parts += [_scores_section(provenance), _limits_section(provenance)]
     parts.append(_again_section(provenance))
@@ -106,6 +127,11 @@ def _sources_section(sources: Mapping[str, Source], licences: Mapping[str, str])
 def _recipe_section(recipe: Recipe) -> str:
     shown = "\n".join(f"- {_parts(recipe, number)}: {_words(blend)}" for number, blend in enumerate(recipe.blends))
     return f"## Recipe\n\nThe whole recipe is in `recipe.yaml` (hash `{recipe.hash}`).\n\n{shown}"
+
+
+def _path_section(recipe: Recipe, depths: Mapping[str, int]) -> str:
+    lines = "\n".join(path_text(recipe, depths))
+    return f"## Path\n\nWhat a token passes through:\n\n```\n{lines}\n```\n\n![The path]({_PICTURE})"
 
 
 def _parts(recipe: Recipe, number: int) -> str:

@@ -79,6 +79,12 @@ def _used(path: Sequence[_Step], depths: Mapping[str, int]) -> dict[str, int]:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+def is_plain(recipe: Recipe, depths: Mapping[str, int]) -> bool:
+    """Hop i is layer i of the same sources, whole and unscaled: what a merge of weights alone is."""
+    path = _steps(recipe)
+    return _is_plain(path, _used(path, depths))
+
+
 def path_text(recipe: Recipe, depths: Mapping[str, int], width: int = 100) -> list[str]:
     """The path in runs of layers, then what it skips and repeats of each source.
 
