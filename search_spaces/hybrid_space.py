@@ -24,8 +24,8 @@ from search_spaces.parameter_space import ParameterSpaceSettings
 from search_spaces.path_encodings import Slot
 from search_spaces.paths import MOST_PARAMETERS, EncodingName, PathGenes, PathSettings
 
-WINNER = "winner"
-"""The name that a winner has in the pool."""
+MERGED = "merged"
+"""The name that a winner has in the pool; what a search confirms as its best is called winner."""
 
 
 class HybridSpaceSettings(PathSettings):
@@ -34,7 +34,7 @@ class HybridSpaceSettings(PathSettings):
     Args:
         encoding: as of every path, but "integers" unless given.
         winner: a recipe file, such as the ``recipe.yaml`` of an export; relative to the search file. What it merges
-            joins the sources under the name "winner" and is model A.
+            joins the sources under the name "merged" and is model A.
         others: the sources whose layers a path may take beside those of the winner; all of the file unless given.
         method: every hop is a merge by this method of the layers of one number.
         granularity: what has weights of its own: with "hop", each slot of the encoding, the embedding, the final norm
@@ -70,8 +70,8 @@ class HybridSpaceSettings(PathSettings):
     def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
         if self.granularity is not None:
             raise InputError("space.granularity", "is for hops that are merged anew", "Leave it out.")
-        if WINNER in context.sources:
-            raise InputError(f"sources.{WINNER}", "is the name of the winner in the pool", "Give it another name.")
+        if MERGED in context.sources:
+            raise InputError(f"sources.{MERGED}", "is the name of the winner in the pool", "Give it another name.")
         recipe = read_winner(winner, context)
         others = other_sources(self, self.others, context, None)
         pool = [winner_member(recipe), *(source_member(name, context.depth(name)) for name in others)]
@@ -132,7 +132,7 @@ def winner_member(recipe: Recipe) -> Member:
     """The model of a recipe, its hops as layers."""
     blends = recipe.blends
     layers = [Layer(hop.layer, blends[hop.attention], blends[hop.mlp], blends[hop.norm]) for hop in recipe.hops]
-    return Member(WINNER, blends[recipe.embedding], layers, blends[recipe.norm], blends[recipe.head])
+    return Member(MERGED, blends[recipe.embedding], layers, blends[recipe.norm], blends[recipe.head])
 
 
 class JointSpace:

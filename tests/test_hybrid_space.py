@@ -105,7 +105,7 @@ def check_path(recipe: Recipe, most: int) -> None:
 def test_the_winner_is_a_landmark_and_a_point_of_the_space(winner: Path, encoding: str) -> None:
     space = after(winner, encoding=encoding)
     mark, *others = space.landmarks()
-    assert (mark.label, mark.kind) == ("winner", "source")
+    assert (mark.label, mark.kind) == ("merged", "source")
     assert mark.recipe == merged()
     assert mark.genome is not None
     assert space.decode(mark.genome) == merged()
@@ -171,7 +171,7 @@ def too_deep() -> dict[str, Any]:
         ({"tensors": {"model.norm.weight": 0}}, {}, "space.winner", "single tensors"),
         ({}, {"sources": {"base": "models/base", "maths": "models/maths"}}, "space.winner", "`sources.japanese`"),
         ({}, {"sources": SOURCES | {"maths": "elsewhere"}}, "space.winner", "models/maths by maths"),
-        ({}, {"sources": SOURCES | {"winner": "models/w"}}, "sources.winner", "another name"),
+        ({}, {"sources": SOURCES | {"merged": "models/w"}}, "sources.merged", "another name"),
         ({}, {"tokenizer": "maths"}, "tokenizer", "base"),
         ({}, {"dtype": "float16"}, "dtype", "winner"),
         ({"dtype": "bfloat16"}, {"dtype": "float16"}, "dtype", "bfloat16"),

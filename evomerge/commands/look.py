@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     if row.same_as is not None:
         console.print(f"  answered by {candidate_id(row.same_as)}, which has the same recipe")
     if row.genome is not None:
-        for name, number in zip(names, row.genome.tolist(), strict=True):
-            console.print(f"    {name} = {number:.4f}")
+        for parameter, number in zip(search.fingerprints["parameters"], row.genome.tolist(), strict=True):
+            console.print(f"    {parameter['name']} = {_gene(parameter, number)}")
     for line in path_text(recipe, depths, console.width - 2):
         console.print(f"  {line}")
     console.print(yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None))
@@ -113,6 +114,13 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
             console.print(log.read_text(encoding="utf-8")[-2000:])
     versions = ", ".join(f"{name} {version}" for name, version in search.environment.items())
     console.print(f"made with {versions}", style="dim")
+
+
+def _gene(parameter: Mapping[str, Any], number: float) -> str:
+    """A number of a genome as people read it: a choice by its name."""
+    if parameter["kind"] == "choice":
+        return str(parameter["choices"][int(number)])
+    return f"{number:.0f}" if parameter["kind"] == "int" else f"{number:.4f}"
 
 
 def _save(file: Path, text: str) -> None:

@@ -205,7 +205,7 @@ def status_of(store: Store) -> SearchStatus:
             hours_spent=spent_s / 3600,
         ),
         directions={o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives},
-        sources=list(settings["sources"]),
+        sources=[row.label for row in landmarks if row.origin == "source"] or list(settings["sources"]),
         best=entry(best[0]) if best else None,
         baselines=[entry(row) for row in landmarks if row.objectives],
         front=[candidate_id(row.number) for row in front],

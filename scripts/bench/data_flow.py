@@ -234,7 +234,7 @@ def row(setting: str, label: str, runs: Sequence[dict[str, Any]]) -> str:
 def draw(found: dict[str, Any], out: Path) -> None:
     """The best log-likelihood so far over candidates: mean over the seeds, and its standard error as a band."""
     matplotlib.rcParams.update({"svg.hashsalt": "evomerge", "font.size": 9})
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, (setting, content) in zip(
         figure.subplots(1, len(found["settings"]), squeeze=False)[0], found["settings"].items(), strict=True
     ):
@@ -247,7 +247,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
             )
         axes.set(title=setting, xlabel="candidates", ylabel="best log-likelihood so far, search split")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 
