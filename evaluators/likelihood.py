@@ -9,10 +9,7 @@ Prompts and answers are cut into tokens as lm-eval does it, and a test holds the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import string
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from evaluators.base import EvaluatorSettings, Split
+from evaluators.item_files import check_template, digest, fill, read_lines, split_items
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,10 +53,7 @@ class LikelihoodSettings(EvaluatorSettings):
     @field_validator("prompt", "answer")
     @classmethod
     def _is_a_template(cls, text: str) -> str:
-        for _, field, form, conversion in string.Formatter().parse(text):
-            if field is not None and (not field.isidentifier() or form or conversion):
-                raise ValueError(f"{{{field}}} is not a field; write {{question}}, and {{{{ for a brace")
-        return text
+        return check_template(text)
 
     def build(self) -> LikelihoodEvaluator:
         """Read the items and fill the templates.
@@ -80,7 +75,11 @@ class _Item:
 
     @property
     def hash(self) -> str:
-        return _digest([self.prompt, self.answer])
+        return digest([self.prompt, self.answer])
+
+    @property
+    def asks(self) -> str:  # a text without a prompt is told by itself
+        return self.prompt or self.answer
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,11 @@ class LikelihoodEvaluator:
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
         self._batch_tokens = settings.batch_tokens
-        self._items = _splits(settings)
+        self._items = split_items(
+            lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
+        )
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
-        self.version = _digest(["likelihood 1", self._hashes])
+        self.version = digest(["likelihood 1", self._hashes])
         self._model: object = None
         self._tokens: dict[Split, list[_Tokens]] = {}
 
@@ -153,69 +154,12 @@ class LikelihoodEvaluator:
 # ---- items -----------------------------------------------------------------------------------------------------------
 
 
-def _splits(settings: LikelihoodSettings) -> dict[Split, list[_Item]]:
-    found = list(_read(settings.file, settings))
-    splits: dict[Split, list[_Item]] = {"search": found}
-    if settings.held_out_file is not None:
-        splits["held_out"] = list(_read(settings.held_out_file, settings))
-        ours = {item.hash for item in found}
-        if shared := [item for item in splits["held_out"] if item.hash in ours]:
-            problem = f"is an item of {settings.file} too, with {len(shared) - 1} more"
-            raise InputError(shared[0].place, problem, "Leave it out of one of the two files.")
-    else:  # by the prompt, so that a question never is in both splits with two answers
-        to_held_out = {item.prompt: _share(item.prompt) < settings.held_out for item in found}
-        splits["search"] = [item for item in found if not to_held_out[item.prompt]]
-        splits["held_out"] = [item for item in found if to_held_out[item.prompt]]
-    for split, items in splits.items():
-        if not items:
-            place, problem = str(settings.file), f"gives no item to the {split} split, of {len(found)} items"
-            raise InputError(place, problem, "Give more items, another share as `held_out:`, or a `held_out_file:`.")
-    return splits
-
-
-def _share(prompt: str) -> float:
-    """A number from 0 to 1 that hangs on the prompt alone."""
-    return int(_digest(prompt), 16) / 16**16
-
-
-def _read(file: Path, settings: LikelihoodSettings) -> Iterator[_Item]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, inside of texts
-    except FileNotFoundError:
-        mend = "A path is relative to the folder of the search file."
-        raise InputError(str(file), "there is no such file of items", mend) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(file), f"cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise InputError(place, f"is not JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise InputError(
-                place, "is not a JSON object", 'Write a line such as {"prompt": "1 + 1 =", "answer": "2"}.'
-            )
-        prompt = _fill("prompt", settings.prompt, fields, place)
-        answer = _fill("answer", settings.answer, fields, place)
+def _read(settings: LikelihoodSettings, file: Path) -> Iterator[_Item]:
+    for line in read_lines(file):
+        prompt, answer = fill("prompt", settings.prompt, line), fill("answer", settings.answer, line)
         if not answer.strip():
-            raise InputError(place, "has an empty answer", "Leave the item out.")
-        yield _Item(prompt, answer, place)
-
-
-def _fill(key: str, template: str, fields: Mapping[str, Any], place: str) -> str:
-    for _, field, _, _ in string.Formatter().parse(template):
-        if field is not None and not isinstance(fields.get(field), str | int | float):
-            problem = f"has no text or number in its field {field!r}; it has: {', '.join(sorted(fields)) or 'nothing'}"
-            raise InputError(place, problem, f"Mend the item, or the template `{key}: {template!r}`.")
-    return template.format_map(fields)
-
-
-def _digest(content: object) -> str:
-    """First 16 hex digits of the SHA-256 of the content as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+            raise InputError(line.place, "has an empty answer", "Leave the item out.")
+        yield _Item(prompt, answer, line.place)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

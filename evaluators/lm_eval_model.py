@@ -14,42 +14,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from evaluators.lm_eval_grading import give
+from evaluators.stopping import StopAtText
 from evomerge.errors import InputError
-
-
-class StopAtText(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch at the first of some texts.
-
-    lm-eval's own criterion ends a batch only when one and the same text has ended every row. Rows that end by different
-    texts then run to the token limit, and what follows a special token (which decoding leaves out) becomes part of the
-    answer, so that an item's score depends on its neighbours in the batch.
-
-    Attributes:
-        lengths: int64 [rows], tokens of prompt and answer when the row ended; the most there can be until it does.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt: int, rows: int) -> None:
-        self._tokenizer = tokenizer
-        self._texts = texts
-        self._prompt = prompt
-        # As lm-eval: two tokens more than the text's own, because a model may spell it with others.
-        self._window = 2 + max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-        self._open = list(range(rows))
-        self._done = torch.zeros(rows, dtype=torch.bool)
-        self.lengths = torch.full((rows,), torch.iinfo(torch.int64).max)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        answers = input_ids[:, self._prompt :][:, -self._window :].tolist()
-        tails = self._tokenizer.batch_decode([answers[row] for row in self._open])
-        for row, tail in zip(self._open, tails, strict=True):
-            if any(text in tail for text in self._texts):
-                self._done[row] = True
-                self.lengths[row] = input_ids.shape[1]
-        self._open = [row for row in self._open if not self._done[row]]
-        return self._done.to(input_ids.device)
 
 
 class ResidentLM(HFLM):  # type: ignore[misc]

@@ -31,7 +31,8 @@ from lm_eval.tasks import TaskManager
 from evaluators import evaluator_settings, lm_eval_tasks
 from evaluators.base import EvaluatorSettings
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
-from evaluators.lm_eval_model import ResidentLM, StopAtText
+from evaluators.lm_eval_model import ResidentLM
+from evaluators.stopping import StopAtText
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.testing.evaluators import EvaluatorContract

@@ -162,8 +162,8 @@ class SearchFile(Section):
             place = f"objectives.{name}"
             settings = evaluator_settings(objective.evaluator, f"{place}.evaluator")
             keys = objective.evaluator_keys
-            if "task_folders" in settings.model_fields:
-                keys |= {"task_folders": self.task_folders, "allow_task_code": self.allow_task_code}
+            shared = {"task_folders": self.task_folders, "allow_task_code": self.allow_task_code}
+            keys |= {key: value for key, value in shared.items() if key in settings.model_fields}
             try:
                 found[name] = settings.model_validate(keys)
             except ValidationError as error:

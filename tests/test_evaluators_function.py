@@ -1,0 +1,319 @@
+"""A person's own function as an evaluator: the README's example, the contract, and faults with their file and line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers_lm_eval import tiny_live
+from helpers_miniature import ROOT, evomerge, json_of, search_file
+
+from evaluators.base import EvaluatorSettings
+from evaluators.function import FunctionEvaluator, FunctionSettings
+from evaluators.generation import generate
+from evomerge.checkpoints.live import LiveModel
+from evomerge.errors import InputError
+from evomerge.testing.evaluators import EvaluatorContract
+
+ITEMS = [{"prompt": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "letters": n % 7, "more": [n]} for n in range(24)]
+
+LETTERS = """\
+def score(items, generate):
+    answers = generate([item["prompt"] for item in items], max_new_tokens=6)
+    return [len(answer) + sum(map(ord, answer)) % 97 / 97 for answer in answers]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def given(folder: Path, code: str = LETTERS, **changes: Any) -> FunctionSettings:
+    """Settings with the code and the items in files."""
+    (folder / "my_score.py").write_text(code)
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    keys = {
+        "file": folder / "my_score.py",
+        "items_file": folder / "items.jsonl",
+        "metrics": {"letters": "maximize"},
+        "allow_task_code": True,
+    }
+    return FunctionSettings.model_validate(keys | changes)
+
+
+def refusal(settings: FunctionSettings) -> str:
+    with pytest.raises(InputError) as caught:
+        settings.build()
+    return str(caught.value)
+
+
+def fault(folder: Path, code: str, **changes: Any) -> str:
+    """What is said when a function is loaded, but fails on items."""
+    evaluator = given(folder, code, **changes).build()
+    with pytest.raises(InputError) as caught:
+        evaluator.score(tiny_live(), "search", [0, 1, 2])
+    return str(caught.value)
+
+
+def readme() -> tuple[str, dict[str, Any]]:
+    """The function in the README, of at most 20 lines, and the part of a search file beside it."""
+    text = (ROOT / "evaluators" / "README.md").read_text()
+    section = re.split(r"^## ", text.split("## A function of your own\n")[1], flags=re.MULTILINE)[0]
+    code, keys = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "yaml"))
+    assert len(code) == len(keys) == 1
+    assert code[0].count("\n") <= 20
+    return code[0], yaml.safe_load(keys[0])
+
+
+class TestContract(EvaluatorContract):
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        return given(tmp_path)
+
+    @pytest.fixture
+    def live(self) -> LiveModel:
+        return tiny_live()
+
+
+class TestReadme(EvaluatorContract):
+    """The function of the README, with the objective beside it."""
+
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        code, content = readme()
+        objective = content["objectives"]["politeness"]
+        assert objective.pop("evaluator") == "python"
+        assert objective.pop("metric") in objective["metrics"]
+        paths = {key: tmp_path / objective.pop(key) for key in ("file", "items_file")}
+        settings = given(tmp_path, code, **objective, allow_task_code=content["allow_task_code"])
+        assert paths == {"file": settings.file, "items_file": settings.items_file}
+        return settings
+
+    @pytest.fixture
+    def live(self) -> LiveModel:
+        return tiny_live()
+
+    def test_its_numbers(self, evaluator: FunctionEvaluator, live: LiveModel) -> None:
+        items = [item.fields for item in evaluator._items["search"]]
+        found = evaluator.score(live, "search", range(len(items)))
+        answers = generate(live, [item["prompt"] for item in items], 32, ["\n"], 16)
+        wanted = [abs(len(answer) - item["letters"]) for item, answer in zip(items, answers, strict=True)]
+        assert found["miss"].tolist() == wanted
+        assert evaluator.metrics == {"polite": True, "miss": False}
+
+
+# ---- what a function gets and gives ----------------------------------------------------------------------------------
+
+
+def test_items_are_whole_and_each_time_new(tmp_path: Path) -> None:
+    code = """\
+def score(items, generate):
+    sums = [item["letters"] + sum(item["more"]) for item in items]
+    for item in items:
+        item["letters"] = 100
+        item["more"].append(100)
+    return sums
+"""
+    evaluator = given(tmp_path, code).build()
+    fields = [item.fields for item in evaluator._items["search"]]
+    wanted = [item["letters"] + item["more"][0] for item in ITEMS if item in fields]
+    for _ in range(2):
+        assert evaluator.score(tiny_live(), "search", range(len(fields)))["letters"].tolist() == wanted
+
+
+def test_every_item_is_in_one_split_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
+    settings = given(tmp_path)
+    evaluator = settings.build()
+    both = [*evaluator.items("search"), *evaluator.items("held_out")]
+    assert len(set(both)) == len(both) == len(ITEMS)
+    settings.items_file.write_text("".join(json.dumps(dict(reversed(i.items()))) + "\n" for i in reversed(ITEMS)))
+    turned = settings.build()
+    assert set(turned.items("held_out")) == set(evaluator.items("held_out"))
+
+
+def test_kinds_of_numbers(tmp_path: Path) -> None:
+    code = """\
+import numpy as np
+from fractions import Fraction
+def score(items, generate):
+    return {"a": [True, 2**70, Fraction(1, 2)], "b": np.array([1.5, 2.5, -3]), "c": np.array([True, False, True])}
+"""
+    metrics = dict.fromkeys("abc", "minimize")
+    found = given(tmp_path, code, metrics=metrics).build().score(tiny_live(), "search", [0, 1, 2])
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "a": [1.0, 2.0**70, 0.5], "b": [1.5, 2.5, -3.0], "c": [1.0, 0.0, 1.0],
+    }  # fmt: skip
+
+
+def test_generate_takes_stops_and_counts_its_time(tmp_path: Path) -> None:
+    code = """\
+def score(items, generate):
+    prompts = [item["prompt"] for item in items]
+    whole = generate(prompts, 8)
+    cut = generate(tuple(prompts), stop=[whole[0][2]], max_new_tokens=8)
+    return [float(c == w.split(whole[0][2])[0]) for c, w in zip(cut, whole)]
+"""
+    evaluator = given(tmp_path, code, batch_size=4).build()
+    assert evaluator.score(tiny_live(), "search", [0, 1, 2, 3, 4])["letters"].tolist() == [1.0] * 5
+    assert evaluator.seconds.keys() == {"generate", "score"}
+    assert evaluator.seconds["generate"] > 0
+    evaluator.score(tiny_live(), "search", [])
+    assert evaluator.seconds == {}
+
+
+def test_what_it_prints_is_no_output_of_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "print('loaded')\ndef score(items, generate):\n    print('scored')\n    return [1] * len(items)\n"
+    given(tmp_path, code).build().score(tiny_live(), "search", [0])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "loaded\nscored\n"
+
+
+def test_the_file_may_hold_what_python_files_hold(tmp_path: Path) -> None:
+    code = """\
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Answer:
+    text: str
+def good(items, generate):
+    return [len(Answer(item["prompt"]).text) for item in items]
+"""
+    evaluator = given(tmp_path, code, function="good").build()
+    prompts = [item.fields["prompt"] for item in evaluator._items["search"]]
+    assert evaluator.score(tiny_live(), "search", [1, 0])["letters"].tolist() == [len(prompts[1]), len(prompts[0])]
+
+
+def test_the_version_is_of_code_items_and_settings(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    first = given(tmp_path).build().version
+    assert given(elsewhere).build().version == first
+    others = [
+        given(tmp_path, LETTERS + "# other\n").build().version,
+        given(tmp_path, held_out=0.3).build().version,
+        given(tmp_path, metrics={"letters": "minimize"}).build().version,
+        given(tmp_path, LETTERS.replace("def score", "def other"), function="other").build().version,
+    ]
+    settings = given(tmp_path)
+    settings.items_file.write_text(settings.items_file.read_text().replace('"letters": 3', '"letters": 4'))
+    assert len({first, *others, settings.build().version}) == 6
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_runs_without_consent(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    said = refusal(given(tmp_path, f"open({str(ran)!r}, 'w')\n", allow_task_code=False))
+    assert "file: names my_score.py, which is code" in said
+    assert "`allow_task_code: true`" in said
+    assert not ran.exists()
+
+
+def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "my_score.py"
+    assert f"{tmp_path / 'none.py'}: cannot be read" in refusal(given(tmp_path, file=tmp_path / "none.py"))
+    assert f"{file}, line 2: is not Python" in refusal(given(tmp_path, "x = 1\ndef score(items:\n"))
+    said = refusal(given(tmp_path, "def f():\n    return 1 / 0\n\nf()\n"))
+    assert f"{file}, line 2: failed when it was loaded (ZeroDivisionError: division by zero)" in said
+    said = refusal(given(tmp_path, "import json\n\njson.loads('{')\n"))
+    assert f"{file}, line 3: failed when it was loaded (JSONDecodeError" in said  # where the person can look
+    said = refusal(given(tmp_path, "def scores(items, generate): pass\n"))
+    assert f"{file}: has no function 'score'; it has: scores. Name one as `function:`" in said
+    assert "null bytes" in refusal(given(tmp_path, "x = 1\0\n"))
+
+
+def test_a_fault_is_told_with_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "my_score.py"
+    code = "def one(item):\n    return item['lettres']\n\ndef score(items, generate):\n    return [*map(one, items)]\n"
+    assert f"{file}, line 2: score failed (KeyError: 'lettres')" in fault(tmp_path, code)
+    code = "def score(items, generate):\n    return generate('a text')\n"
+    assert f"{file}, line 2: score failed (TypeError: generate takes prompts as a list" in fault(tmp_path, code)
+    assert "score failed (TypeError" in fault(tmp_path, "def score(items): pass\n")
+
+
+def test_the_models_own_faults_are_not_the_functions(tmp_path: Path) -> None:
+    live = tiny_live()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    live.model.generate = full
+    evaluator = given(tmp_path).build()
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluator.score(live, "search", [0])
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("None", "letters: returned NoneType, not a number for each item"),
+        ("1.0", "letters: returned float, not a number for each item"),
+        ("[1.0]", "letters: returned 1 numbers for 3 items"),
+        ("[1, 'a', 2]", "letters: returned 'a' for the item at 1"),
+        ("[1, 2, float('nan')]", "letters: returned nan for the item at 2"),
+        ("[1e39, 1, 1]", "letters: returned 1e+39 for the item at 0"),
+        ("[1, 10**400, 1]", "letters: returned 1000"),
+        ("{}", "returned no metric, where letters is declared"),
+        ("{'letters': [1, 2, 3], 'b': [1, 2, 3]}", "returned letters, b, where letters is declared"),
+    ],
+)
+def test_anything_but_numbers(tmp_path: Path, returned: str, said: str) -> None:
+    code = f"def score(items, generate):\n    return {returned}\n"
+    assert f"my_score.py, score: {said}" in fault(tmp_path, code)
+
+
+def test_several_metrics_need_a_mapping(tmp_path: Path) -> None:
+    metrics = {"a": "maximize", "b": "minimize"}
+    code = "def score(items, generate):\n    return [1, 2, 3]\n"
+    assert "returned no mapping, and several metrics are declared" in fault(tmp_path, code, metrics=metrics)
+
+
+def test_items_that_cannot_be_used(tmp_path: Path) -> None:
+    assert "there is no such file of items" in refusal(given(tmp_path, items_file=tmp_path / "none.jsonl"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(ITEMS[3]) + "\n")
+    assert "other.jsonl, line 1: is an item of" in refusal(given(tmp_path, held_out_file=other))
+    settings = given(tmp_path)
+    settings.items_file.write_text("[1]\n")
+    assert "items.jsonl, line 1: is not a JSON object" in refusal(settings)
+
+
+def test_equal_settings_are_one_evaluator(tmp_path: Path) -> None:
+    one, other = (given(tmp_path, metrics=dict(m)) for m in ([("a", "maximize"), ("b", "minimize")],
+                                                             [("b", "minimize"), ("a", "maximize")]))  # fmt: skip
+    assert one == other
+    assert hash(one) == hash(other)
+    assert np.isscalar(one.build().version)
+
+
+def test_the_readmes_example_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the search file to the confirmed winner, with every other new kind of evaluator beside it."""
+    code, content = readme()
+    given(tmp_path, code)
+    objectives = content["objectives"] | {
+        "ours": {"evaluator": "language", "file": "items.jsonl", "language": "ja", "metric": "in_language"},
+        "rouge": {"evaluator": "rouge", "file": "items.jsonl", "answer": "{letters} です", "metric": "rouge_l"},
+    }
+    for name in ("ours", "rouge"):
+        objectives[name]["max_new_tokens"] = 8
+    keys = {"objectives": objectives, "allow_task_code": content["allow_task_code"], "confirm": {"top": 1}}
+    file = search_file(tmp_path, **keys, budget={"candidates": 6}, optimizer={"name": "random"})
+    assert evomerge("search", file, "--dir", tmp_path / "out") == 0
+    shown = json_of(capsys, "status", tmp_path / "out", "--json")
+    assert (shown["state"], shown["candidates"]["failed"]) == ("finished", 0)
+    file = search_file(tmp_path, **keys | {"allow_task_code": False})
+    assert evomerge("search", file, "--dir", tmp_path / "other") == 2
+    assert "allow_task_code: true" in capsys.readouterr().err
