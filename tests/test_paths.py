@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
+from evomerge.merging.passes import Pass
+from evomerge.merging.path import Merged
+from evomerge.merging.statistics import Ref
 from evomerge.recipe import Blend, Hop, Recipe, Scaling
 
 CPU = torch.device("cpu")
@@ -209,6 +213,25 @@ def test_layers_that_are_there_are_not_written_again(tmp_path: Path, monkeypatch
     )
     with pytest.raises(InputError, match="is made of 7 different layers; the live model holds 6"):
         materialiser.write(more, live)
+
+
+def test_over_many_paths_each_layer_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate("ab"):
+        save_model(tiny_config(num_hidden_layers=LAYERS), tmp_path / name, seed=seed)
+    sources = open_both(tmp_path)
+    live, materialiser = live_model(sources["a"], CPU, shelves=2 * LAYERS), Materialiser(sources)
+    made: list[str] = []
+    planned = materialiser._planned
+    monkeypatch.setattr(
+        materialiser, "_planned", lambda merged, recipe: made.append(merged.name) or planned(merged, recipe)
+    )
+    pool = [(name, layer) for name in "ab" for layer in range(LAYERS)]
+    rng = random.Random(0)
+    for _ in range(40):
+        materialiser.write(path_recipe(rng.choices(pool, k=rng.randint(1, 9))), live)
+    outside = sum(role.layer is None for role in sources["a"].roles.values())
+    in_layer = sum(role.layer == 0 for role in sources["a"].roles.values())
+    assert len(made) == outside + len(pool) * in_layer
 
 
 def test_masks_are_those_of_the_layer_not_of_the_hop(tmp_path: Path) -> None:

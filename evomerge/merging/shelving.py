@@ -52,7 +52,8 @@ def tensors_made(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[list[Ma
 def assign(recipe: Recipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:
     """A shelf for every hop: one that holds its layer already, else a free one.
 
-    Hops made alike share a shelf. Of free shelves a hop gets the one with its own number where it can, so that a search
+    Hops made alike share a shelf. Empty shelves are filled first, so that where there is one for each layer of each
+    source, every layer is written once. Of others a hop gets the one with its own number where it can, so that a search
     over weights alone finds each layer where it was and writes only the tensors that differ.
 
     Args:
@@ -76,8 +77,8 @@ def assign(recipe: Recipe, hops: Sequence[Sequence[Made]], stack: Stack, held: S
             if not fitting:
                 problem = f"is made of {len(set(contents))} different layers; the live model holds {len(stack.shelves)}"
                 raise InputError("recipe.hops", problem, "Export it to a folder.")
-            # An empty shelf before one whose layer may come again.
-            taken[content] = number if number in fitting else min(fitting, key=lambda shelf: (bool(held[shelf]), shelf))
+            # An empty shelf before one whose layer may come again, and the hop's own before others.
+            taken[content] = min(fitting, key=lambda shelf, own=number: (bool(held[shelf]), shelf != own, shelf))  # type: ignore[misc]
             free.remove(taken[content])
         path.append(Step(taken[content], like, factor))
     return path
