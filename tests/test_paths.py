@@ -20,9 +20,6 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.passes import Pass
-from evomerge.merging.path import Merged
-from evomerge.merging.statistics import Ref
 from evomerge.recipe import Blend, Hop, Recipe, Scaling
 
 CPU = torch.device("cpu")

@@ -78,7 +78,7 @@ def assign(recipe: Recipe, hops: Sequence[Sequence[Made]], stack: Stack, held: S
                 problem = f"is made of {len(set(contents))} different layers; the live model holds {len(stack.shelves)}"
                 raise InputError("recipe.hops", problem, "Export it to a folder.")
             # An empty shelf before one whose layer may come again, and the hop's own before others.
-            taken[content] = min(fitting, key=lambda shelf, own=number: (bool(held[shelf]), shelf != own, shelf))  # type: ignore[misc]
+            _, _, taken[content] = min((bool(held[shelf]), shelf != number, shelf) for shelf in fitting)
             free.remove(taken[content])
         path.append(Step(taken[content], like, factor))
     return path
