@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,21 +104,16 @@ class AnswersEvaluator(ABC):
         Raises:
             InputError: the model's context has no room for answers, or it lacks a token of its tokenizer.
         """
-        from evaluators.generation import generate
+        from evaluators.generation import grade_answers
 
         items, asked = self._items[split], self._answering
         if outside := [index for index in indices if not 0 <= index < len(items)]:
             raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
-        distinct = list(dict.fromkeys(indices))
-        self.seconds = {}
-        grades: dict[int, float] = {}
-        if distinct:
-            started = time.perf_counter()
-            prompts = [items[index].prompt for index in distinct]
-            answers = generate(model, prompts, asked.max_new_tokens, asked.stop, asked.batch_size)
-            answered = time.perf_counter()
-            grades = {i: self._grade(items[i], answer) for i, answer in zip(distinct, answers, strict=True)}
-            self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
+        grades, seconds = grade_answers(
+            model, {index: items[index].prompt for index in indices}, lambda i, answer: self._grade(items[i], answer),
+            asked.max_new_tokens, asked.stop, asked.batch_size,
+        )  # fmt: skip
+        self.seconds = seconds if grades else {}
         values = np.array([grades[index] for index in indices], dtype=np.float32)
         return dict.fromkeys(self.metrics, values)
 

@@ -8,9 +8,10 @@ likely but for those bits, the other one may be chosen. The same prompts always 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evomerge.errors import InputError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 log = logging.getLogger(__name__)
+
+Grade = TypeVar("Grade")
 
 GREEDY = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -55,6 +58,26 @@ def generate(
         for position, text in zip(batch, texts, strict=True):
             answers[position] = text
     return answers
+
+
+def grade_answers(
+    live: LiveModel,
+    prompts: Mapping[int, str],
+    grade: Callable[[int, str], Grade],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: int,
+) -> tuple[dict[int, Grade], dict[str, float]]:
+    """What ``grade`` gives for the model's answer to each prompt, by the prompts' numbers, and the seconds by phase.
+
+    Raises:
+        InputError: as ``generate``.
+    """
+    started = time.perf_counter()
+    answers = generate(live, list(prompts.values()), max_new_tokens, stop, batch_size)
+    answered = time.perf_counter()
+    grades = {number: grade(number, answer) for number, answer in zip(prompts, answers, strict=True)}
+    return grades, {"generate": answered - started, "score": time.perf_counter() - answered}
 
 
 def _encode(live: LiveModel, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:

@@ -6,7 +6,6 @@ compared with what the original work published, ``acc_ja_exact`` is right. Each 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -175,18 +174,16 @@ class MgsmEvaluator:
         Raises:
             InputError: the model's context has no room for answers, or it lacks a token of its tokenizer.
         """
-        from evaluators.generation import generate
+        from evaluators.generation import grade_answers
 
         problems, settings = self._problems[split], self._settings
         if outside := [index for index in indices if not 0 <= index < len(problems)]:
             raise IndexError(f"{self.name} has {len(problems)} items in its {split} split; no item {outside[0]}")
-        distinct = list(dict.fromkeys(indices))
-        prompts = [problems[index].prompt for index in distinct]
-        started = time.perf_counter()
-        answers = generate(model, prompts, settings.max_new_tokens, settings.asked[1], settings.batch_size)
-        answered = time.perf_counter()
-        grades = {i: self.grade(answer, problems[i].answer) for i, answer in zip(distinct, answers, strict=True)}
-        self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
+        grades, self.seconds = grade_answers(
+            model, {index: problems[index].prompt for index in indices},
+            lambda i, answer: self.grade(answer, problems[i].answer),
+            settings.max_new_tokens, settings.asked[1], settings.batch_size,
+        )  # fmt: skip
         values = np.array([grades[index] for index in indices], dtype=np.float32).reshape(-1, 2)
         return dict(zip(self.metrics, values.T.copy(), strict=True))
 
