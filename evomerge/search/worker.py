@@ -64,12 +64,14 @@ class Worker:
     def start(cls, name: str, file: SearchFile, statistics: Path) -> Worker:
         """Open everything that a search file names. ``statistics`` is the file that keeps those of its sources."""
         evaluators = [settings.build() for settings in distinct_evaluators(file)]
-        return cls._on(name, file, open_sources(file), evaluators, statistics)
+        sources = open_sources(file)
+        return cls._on(name, file, sources, evaluators, statistics, build_space(file, sources).shelves)
 
     @classmethod
     def of(cls, name: str, prepared: Prepared, statistics: Path) -> Worker:
         """A worker on what this process has opened already."""
-        return cls._on(name, prepared.file, prepared.sources, prepared.evaluators, statistics)
+        shelves = prepared.setup.space.shelves
+        return cls._on(name, prepared.file, prepared.sources, prepared.evaluators, statistics, shelves)
 
     @classmethod
     def _on(
@@ -79,11 +81,12 @@ class Worker:
         sources: Mapping[str, Source],
         evaluators: Sequence[Evaluator],
         statistics: Path,
+        shelves: int,
     ) -> Worker:
         # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
         torch.set_num_threads(file.cluster.cpus_per_worker)
         model, dtype = sources[file.tokenizer_source], torch_dtype(file.dtype)
-        live = live_model(model, choose_device(file.device), dtype, build_space(file, sources).shelves)
+        live = live_model(model, choose_device(file.device), dtype, shelves)
         residency = None if file.cluster.residency == "auto" else file.cluster.residency
         return cls(name, Materialiser(sources, statistics=statistics, residency=residency), live, evaluators)
 
