@@ -7,10 +7,21 @@ from pydantic import Field
 from evomerge.optimizers.base import Optimizer
 from evomerge.optimizers.catcma import CatCmaSettings
 from evomerge.optimizers.cma_es import CmaSettings
+from evomerge.optimizers.lq_cma import LqCmaSettings
 from evomerge.optimizers.optuna_samplers import OptunaSettings
 from evomerge.optimizers.soups import SoupSettings
 
-OptimizerSettings = Annotated[CatCmaSettings | CmaSettings | OptunaSettings | SoupSettings, Field(discriminator="name")]
+OptimizerSettings = Annotated[
+    CatCmaSettings | LqCmaSettings | CmaSettings | OptunaSettings | SoupSettings, Field(discriminator="name")
+]
 """What the search file says under ``optimizer:``; its ``name`` decides which settings it takes."""
 
-__all__ = ["CatCmaSettings", "CmaSettings", "Optimizer", "OptimizerSettings", "OptunaSettings", "SoupSettings"]
+__all__ = [
+    "CatCmaSettings",
+    "CmaSettings",
+    "LqCmaSettings",
+    "Optimizer",
+    "OptimizerSettings",
+    "OptunaSettings",
+    "SoupSettings",
+]

@@ -28,6 +28,15 @@ class Optimizer(Protocol):
         ...
 
     @property
+    def parents(self) -> int:
+        """How many of a generation, the best by rank, are learnt from: of the one that is out, or else of the next.
+
+        Racing ends the scoring of candidates that surely are not among them, so their own losses are then estimates
+        from few items; how they are ordered among each other should matter little or not at all.
+        """
+        ...
+
+    @property
     def stopped(self) -> str | None:
         """Why no further generation is worth scoring, or None. ``ask`` still answers afterwards."""
         ...

@@ -7,18 +7,17 @@ Multi-Objective Mixed-Variable Black-Box Optimization, arXiv:2504.07884.
 The library is given the *ranks* of a generation, never its losses, as in ``cma_es``: its penalty for reals outside the
 box is in units of the losses' spread, which an infinite loss has not.
 
-``_v_raw`` of its solutions and ``_z_lim``, ``_mean``, ``_sigma``, ``_A``, ``_C``, ``_Delta``, ``_param_sum`` and
-``_eigen_decomposition`` of its optimizer are private and used here, so the project takes one minor release of it alone.
+``_v_raw`` of its solutions and ``_z_lim``, ``_mean``, ``_sigma``, ``_A``, ``_C``, ``_Delta``, ``_mu``, ``_param_sum``
+and ``_eigen_decomposition`` of its optimizer are private and used here, so the project takes one minor release of it
+alone.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +28,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Settings, check_population, default_population, one_thread
 from evomerge.optimizers.cma_es import SMALLEST_STEP, Box
+from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
 MOST_GAUSSIAN = 1_000
@@ -67,13 +67,6 @@ class CatCmaSettings(Settings):
         return CatCma(self, parameters, objectives, seed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
-    number: int  # of the genome in the order of asking
-    solution: Any  # the library's: the raw Gaussian sample, and the choices one-hot
-    losses: Vector
-
-
 class CatCma:
     """One search by CatCMA with Margin.
 
@@ -93,14 +86,17 @@ class CatCma:
         self._box = Box(parameters)
         self._seed = seed
         self._asks = 0
-        self._given = 0
-        self._asked: defaultdict[bytes, deque[tuple[int, Any]]] = defaultdict(deque)
-        self._told: list[_Told] = []
-        self._foreign: list[_Told] = []
         self._scalars = Scalars(settings.scalarisation, objectives)
+        # A point is the library's solution: the raw Gaussian sample, and the choices one-hot.
+        self._ledger: Ledger[Any] = Ledger(self._scalars, lambda genome: self._solution(self._box.unit(genome)))
         self.population = settings.population or default_population(len(parameters))
         self._divide([p.kind for p in parameters])
         self._start(self._box.unit(np.array([p.default for p in parameters], dtype=np.float64)))
+
+    @property
+    def parents(self) -> int:
+        """The better half, which has positive weights; of the others only the order counts."""
+        return int(self._es._mu)
 
     def ask(self, n: int) -> list[Genome]:
         if n < 1:
@@ -111,24 +107,14 @@ class CatCma:
             solutions = [self._es.ask() for _ in range(n)]
         genomes = [self._genome(solution) for solution in solutions]
         for genome, solution in zip(genomes, solutions, strict=True):
-            self._asked[genome.tobytes()].append((self._given, solution))
-            self._given += 1
+            self._ledger.give(genome, solution)
         return genomes
 
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
         return self.ask(len(genomes))
 
     def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-        for genome, values in results:
-            losses = self._scalars.see(values)
-            waiting = self._asked.get(genome.tobytes())
-            if waiting:
-                self._told.append(_Told(*waiting.popleft(), losses))
-                if not waiting:
-                    del self._asked[genome.tobytes()]
-            elif np.isfinite(losses[0]):
-                self._foreign.append(_Told(-1, self._solution(self._box.unit(genome)), losses))
-        if len(self._told) >= self.population:
+        if self._ledger.receive(results) >= self.population:
             self._learn()
 
     def _divide(self, kinds: Sequence[str]) -> None:
@@ -199,24 +185,23 @@ class CatCma:
         )
 
     def _learn(self) -> None:
-        told = sorted(self._told, key=lambda t: t.number)  # the order in which workers finish plays no part
-        generation, foreign = told[: self.population], [*self._foreign, *told[self.population :]]
+        told = self._ledger.told
+        generation, foreign = told[: self.population], [*self._ledger.foreign, *told[self.population :]]
         scalars = self._scalars.of([t.losses for t in generation])
         order = np.argsort(scalars, kind="stable")
-        ranked = [generation[i].solution for i in order]
+        ranked = [generation[i].point for i in order]
         with _calm():
             if foreign:
                 others = self._scalars.of([t.losses for t in foreign])
                 first = int(np.argmin(others))
                 if others[first] < scalars[order[self.population // 2 - 1]]:
                     place = int(np.searchsorted(scalars[order], others[first], side="right"))
-                    ranked.insert(place, self._near(foreign[first].solution))
+                    ranked.insert(place, self._near(foreign[first].point))
                     ranked.pop()
             self._es.tell([(solution, float(rank)) for rank, solution in enumerate(ranked)])
             self._hold_steps()
-        self._told.clear()
-        self._foreign.clear()
-        self._asked.clear()  # what is still out was sampled from the distribution before; told later, it is foreign
+        self._ledger.close()
+        self._ledger.forget()
 
     def _near(self, solution: Any) -> Any:
         """The solution moved towards the mean, to at most the length of a usual sample (arXiv:1110.4181)."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +18,7 @@ from pydantic import Field
 
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Settings, check_population, default_population, one_thread, random_state
+from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
 FULL_COVARIANCE_UP_TO = 50
@@ -37,7 +36,26 @@ INTEGER_STEP = 0.2
 Vector = NDArray[np.float64]
 
 
-class CmaSettings(Settings):
+class StrategySettings(Settings):
+    """What the search file says of a strategy of pycma."""
+
+    name: str
+    population: int | None = None
+    sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
+    x0: Literal["centre", "default"] = "centre"
+    restarts: int = Field(default=0, ge=0)
+
+    def check_strategy(self, mix: Scalarisation | None, objectives: int, place: str) -> None:
+        """Refuse a population or a scalarisation that cannot work.
+
+        Raises:
+            InputError: naming ``place`` (``optimizer``) and the mend.
+        """
+        check_population(self.population, 3, place)
+        check_scalarisation(mix, objectives, self.name, place)
+
+
+class CmaSettings(StrategySettings):
     """CMA-ES (Hansen, arXiv:1604.00772) on the unit box.
 
     ``population`` defaults to 4 + floor(3 ln n). ``sigma`` is the first step as a fraction of each parameter's range;
@@ -48,16 +66,11 @@ class CmaSettings(Settings):
     """
 
     name: Literal["cma"]
-    population: int | None = None
-    sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
-    x0: Literal["centre", "default"] = "centre"
-    restarts: int = Field(default=0, ge=0)
     diagonal: bool | None = None
     scalarisation: Scalarisation | None = None
 
     def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
-        check_population(self.population, 3, place)
-        check_scalarisation(self.scalarisation, objectives, self.name, place)
+        self.check_strategy(self.scalarisation, objectives, place)
 
     def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> Cma:
         return Cma(self, parameters, objectives, seed)
@@ -102,111 +115,87 @@ class _Normal:
         return self._state.standard_normal(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
-    number: int  # of the genome in the order of asking
-    unit: Vector
-    losses: Vector
+class Strategy:
+    """pycma on the unit box, run after run: it is told the ranks of a generation, and restarted when it has converged.
 
-
-class Cma:
-    """One search by CMA-ES.
-
-    Genomes told without having been asked for, landmarks before the first ask among them, join the generation that is
-    being told: the best one of them, and only when it would be a parent. pycma shortens the step to it to the length
-    of a usual sample (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). So a good source pulls the
-    mean towards it, but cannot blow up the step size, as asking for it exactly would in many dimensions, and a bad one
-    changes nothing. The search starts where its settings say.
+    Attributes:
+        population: how many points the next generation holds.
+        stopped: why no further generation is worth scoring, or None.
     """
 
-    stopped: str | None = None
-
-    def __init__(self, settings: CmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+    def __init__(
+        self, settings: StrategySettings, parameters: Sequence[Parameter], box: Box, seed: int, diagonal: bool
+    ) -> None:
         self._settings = settings
-        self._box = Box(parameters)
+        self._box = box
         self._seed = seed
+        self._diagonal = diagonal
         self._normal = _Normal()
         self._asks = 0
-        self._given = 0
         self._restarts = 0
-        self._asked: defaultdict[bytes, deque[tuple[int, Vector]]] = defaultdict(deque)
-        self._told: list[_Told] = []
-        self._foreign: list[_Told] = []
-        self._scalars = Scalars(settings.scalarisation, objectives)
-        default = self._box.unit(np.array([p.default for p in parameters], dtype=np.float64))
+        self.stopped: str | None = None
+        default = box.unit(np.array([p.default for p in parameters], dtype=np.float64))
         x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
         self._start(x0, settings.population or default_population(len(parameters)))
 
-    def ask(self, n: int) -> list[Genome]:
-        if n < 1:
-            return []
+    @property
+    def parents(self) -> int:
+        """How many points of a generation, the best by rank, the mean moves to: those with a positive weight."""
+        return int(self._es.sp.weights.mu)
+
+    def ask(self, n: int) -> list[Vector]:
+        """Give ``n`` points of the unit box."""
         self._asks += 1
         self._normal.reseed(self._seed, self._asks)
-        with _calm():
-            units = self._es.ask(n)
-        genomes = [self._box.genome(unit) for unit in units]
-        for genome, unit in zip(genomes, units, strict=True):
-            self._asked[genome.tobytes()].append((self._given, unit))
-            self._given += 1
-        return genomes
+        with calm():
+            units: list[Vector] = self._es.ask(n)
+        return units
 
-    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        return self.ask(len(genomes))
+    def tell(self, units: Sequence[Vector], scalars: Vector, foreign: Sequence[Vector], others: Vector) -> bool:
+        """Take a generation, in the order of sampling, and say whether a new run has begun.
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-        for genome, values in results:
-            losses = self._scalars.see(values)
-            waiting = self._asked.get(genome.tobytes())
-            if waiting:
-                self._told.append(_Told(*waiting.popleft(), losses))
-                if not waiting:
-                    del self._asked[genome.tobytes()]
-            elif np.isfinite(losses[0]):
-                self._foreign.append(_Told(-1, self._box.unit(genome), losses))
-        if len(self._told) >= self.population:
-            self._learn()
-
-    def _learn(self) -> None:
-        told = sorted(self._told, key=lambda t: t.number)  # the order in which workers finish plays no part
-        scalars = self._scalars.of([t.losses for t in told])
-        if self._foreign:
-            foreign = self._scalars.of([t.losses for t in self._foreign])
-            first = int(np.argmin(foreign))
-            if foreign[first] < np.median(scalars):
-                told.append(self._foreign[first])
-                scalars = np.append(scalars, foreign[first])
+        Of ``foreign`` points, with the scalars ``others``, the best joins the generation when it would be a parent.
+        """
+        points = list(units)
+        if others.size and others.min() < np.median(scalars):
+            points.append(foreign[int(others.argmin())])
+            scalars = np.append(scalars, others.min())
         # Distinct ranks: the order that an unstable sort gives to equal losses differs between processors.
         ranks = np.argsort(np.argsort(scalars, kind="stable"), kind="stable")
-        with _calm():
-            self._es.tell([t.unit for t in told], ranks.astype(np.float64).tolist())
+        with calm():
+            self._es.tell(points, ranks.astype(np.float64).tolist())
             if self._es.N == 1:  # pycma cannot hold a single step within its own limits, and raises
                 (step,), (least,) = self._es.stds, self._least_step
                 self._es.sigma *= min(max(step, least), LARGEST_STEP) / step
             reason = self._converged()
-        self._told.clear()
-        self._foreign.clear()
         if reason and self._restarts < self._settings.restarts:
             self._restarts += 1
-            self._asked.clear()  # what is still out belongs to the run that ended; told later, it is foreign
             x0 = random_state(self._seed, self._asks, self._restarts).random_sample(self._box.low.size)
             self._start(x0, 2 * self.population)
-        elif reason:
+            return True
+        if reason:
             self.stopped = reason
+        return False
+
+    def inject(self, unit: Vector) -> None:
+        """Make the first point of the next generation one in the direction of this, at the length of a usual sample."""
+        with calm():
+            self._es.inject([self._es.boundary_handler.inverse(unit)])
 
     def _converged(self) -> str | None:
         limit = np.maximum(SMALLEST_STEP, 1.01 * self._least_step)
+        name = self._settings.name
         if np.all(self._es.stds <= limit):
-            return f"cma has converged: every step is below {SMALLEST_STEP:g} of its parameter's range"
+            return f"{name} has converged: every step is below {SMALLEST_STEP:g} of its parameter's range"
         if reasons := self._es.stop():
-            return f"cma has stopped: {', '.join(reasons)}"
+            return f"{name} has stopped: {', '.join(reasons)}"
         return None
 
     def _start(self, x0: Vector, population: int) -> None:
-        with _calm():
+        with calm():
             import cma  # over half a second, and a warning where matplotlib is absent
             from cma.sigma_adaptation import CMAAdaptSigmaCSA
 
-        diagonal = self._settings.diagonal
         values = np.maximum(self._box.values, 1)
         self.population = population
         self._least_step = np.where(self._box.values > 1, INTEGER_STEP / values, 0.0)
@@ -214,7 +203,7 @@ class Cma:
             "popsize": population,
             "bounds": [0, 1],
             "BoundaryHandler": cma.BoundTransform,
-            "CMA_diagonal": x0.size > FULL_COVARIANCE_UP_TO if diagonal is None else diagonal,
+            "CMA_diagonal": self._diagonal,
             "minstd": self._least_step.tolist() if x0.size > 1 else 0,
             "maxstd": LARGEST_STEP if x0.size > 1 else math.inf,
             "randn": self._normal,
@@ -227,8 +216,67 @@ class Cma:
             "verb_disp": 0,
             "signals_filename": None,
         }
-        with _calm():
+        with calm():
             self._es = cma.CMAEvolutionStrategy(x0.tolist(), self._settings.sigma, options | _NEVER)
+
+
+class Cma:
+    """One search by CMA-ES.
+
+    Genomes told without having been asked for, landmarks before the first ask among them, join the generation that is
+    being told: the best one of them, and only when it would be a parent. pycma shortens the step to it to the length
+    of a usual sample (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). So a good source pulls the
+    mean towards it, but cannot blow up the step size, as asking for it exactly would in many dimensions, and a bad one
+    changes nothing. The search starts where its settings say.
+    """
+
+    def __init__(self, settings: CmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+        self._box = Box(parameters)
+        self._scalars = Scalars(settings.scalarisation, objectives)
+        self._ledger = Ledger(self._scalars, self._box.unit)
+        diagonal = len(parameters) > FULL_COVARIANCE_UP_TO if settings.diagonal is None else settings.diagonal
+        self._strategy = Strategy(settings, parameters, self._box, seed, diagonal)
+
+    @property
+    def population(self) -> int:
+        return self._strategy.population
+
+    @property
+    def parents(self) -> int:
+        """Those that the mean moves to; of the others only the order counts, as directions to avoid."""
+        return self._strategy.parents
+
+    @property
+    def stopped(self) -> str | None:
+        return self._strategy.stopped
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        units = self._strategy.ask(n)
+        genomes = [self._box.genome(unit) for unit in units]
+        for genome, unit in zip(genomes, units, strict=True):
+            self._ledger.give(genome, unit)
+        return genomes
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+        if self._ledger.receive(results) >= self.population:
+            self._learn()
+
+    def _learn(self) -> None:
+        told, foreign = self._ledger.told, self._ledger.foreign
+        restarted = self._strategy.tell(
+            [t.point for t in told],
+            self._scalars.of([t.losses for t in told]),
+            [t.point for t in foreign],
+            self._scalars.of([t.losses for t in foreign]),
+        )
+        self._ledger.close()
+        if restarted:
+            self._ledger.forget()
 
 
 # Terminations that look at losses (told as ranks, they mean nothing) or count generations (that is the budget's part),
@@ -247,7 +295,7 @@ _NEVER: dict[str, Any] = {
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
+def calm() -> Iterator[None]:
     """One thread, and none of pycma's advice (on population sizes other than its own, plots, large values)."""
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -6,6 +6,7 @@ the study, so the study's trials are its whole state.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ GENERATION_KEYS = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler
 
 DEAR = ("tpe", "gp")
 """Samplers whose asks cost up to seconds each."""
+
+GOOD_SHARE, MOST_GOOD = 0.1, 25
+"""tpe models the best tenth of all trials, at most 25, as good: the default ``gamma`` of Optuna's TPESampler."""
 
 
 class OptunaSettings(Settings):
@@ -77,6 +81,19 @@ class OptunaOptimizer:
         self.population = settings.population or (default + default % 2 if self._genetic else default)
         with _calm():
             self._study = optuna.create_study(directions=["minimize"] * objectives)
+
+    @property
+    def parents(self) -> int:
+        match self._name:
+            case "tpe":  # the others are bad alike, however bad; with several objectives only the share holds
+                finished: int = sum(t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
+                good = math.ceil(GOOD_SHARE * (finished + self.population))
+                most = MOST_GOOD if len(self._study.directions) == 1 else good
+                return min(good, most, self.population)
+            case "random" | "qmc":  # they learn nothing; the best alone counts, as the result
+                return 1
+            case _:  # nsga2, nsga3: the elite of two generations may hold all; gp fits its model to every loss
+                return self.population
 
     def ask(self, n: int) -> list[Genome]:
         if n < 1:

@@ -110,7 +110,7 @@ class Scalars:
 
     def of(self, losses: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         """One number for each candidate, inf for those that failed."""
-        rows = np.stack(list(losses))
+        rows = np.array(losses, dtype=np.float64).reshape(-1, self._best.size)
         if self._mix is None:
             return rows[:, 0]
         scalars = np.full(len(rows), np.inf)

@@ -72,6 +72,11 @@ class GreedySoup:
         return max(1, len(waiting))
 
     @property
+    def parents(self) -> int:
+        """All: the order of every source decides when it is tried, and a trial is out alone."""
+        return len(self._out - self._losses.keys()) or self.population
+
+    @property
     def stopped(self) -> str | None:
         soup, left = self._progress()
         if left is None or left:

@@ -148,6 +148,15 @@ class OptimizerContract:
             assert all(inside(genome, self.space) for genome in genomes)
             optimizer.tell([(genome, self._score(genome)) for genome in genomes])
 
+    def test_learns_from_some_of_a_generation(self, make: Callable[..., Optimizer]) -> None:
+        optimizer = make()
+        for _ in range(self.generations):
+            parents, population = optimizer.parents, optimizer.population
+            assert 1 <= parents <= population
+            genomes = optimizer.ask(population)
+            assert optimizer.parents == parents  # of what is out now, not of what comes next
+            optimizer.tell([(g, self._score(g)) for g in genomes])
+
     def test_stays_inside_the_bounds(self, settings: Settings) -> None:
         @hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
         @given(strategies.lists(_parameters(), min_size=1, max_size=5), strategies.integers(0, 2**40))

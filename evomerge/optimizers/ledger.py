@@ -1,0 +1,82 @@
+"""What an optimizer that learns by generations keeps of the genomes that it gave and of the losses that it was told."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.genome import Genome
+from evomerge.optimizers.scalarisation import Scalars
+
+Point = TypeVar("Point")
+
+FOREIGN = -1
+"""The number of a genome that was never asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told(Generic[Point]):
+    """A scored genome: its number in the order of asking, the algorithm's own point, and its losses [objectives]."""
+
+    number: int
+    point: Point
+    losses: NDArray[np.float64]
+
+
+class Ledger(Generic[Point]):
+    """Matches results with the points that were asked for; what was not asked for, or not any more, is foreign.
+
+    Args:
+        scalars: sees every loss.
+        point: makes the algorithm's point of a foreign genome.
+    """
+
+    def __init__(self, scalars: Scalars, point: Callable[[Genome], Point]) -> None:
+        self._scalars = scalars
+        self._point = point
+        self._given = 0
+        self._out: defaultdict[bytes, deque[tuple[int, Point]]] = defaultdict(deque)
+        self._told: list[Told[Point]] = []
+        self.foreign: list[Told[Point]] = []
+
+    @property
+    def told(self) -> list[Told[Point]]:
+        """What was asked for and told since ``close``, by number: the order in which workers finish plays no part."""
+        return sorted(self._told, key=lambda t: t.number)
+
+    def give(self, genome: Genome, point: Point) -> int:
+        """Note that a genome is asked for; its number."""
+        self._out[genome.tobytes()].append((self._given, point))
+        self._given += 1
+        return self._given - 1
+
+    def receive(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> int:
+        """Enter results, and return how many of the told there are now. Foreign genomes that failed teach nothing.
+
+        Raises:
+            ValueError: a foreign genome is not of the search space, or there are not as many losses as objectives.
+        """
+        for genome, values in results:
+            losses = self._scalars.see(values)
+            waiting = self._out.get(genome.tobytes())
+            if waiting:
+                self._told.append(Told(*waiting.popleft(), losses))
+                if not waiting:
+                    del self._out[genome.tobytes()]
+            elif np.isfinite(losses[0]):
+                self.foreign.append(Told(FOREIGN, self._point(genome), losses))
+        return len(self._told)
+
+    def close(self) -> None:
+        """End a generation: what was told has been learnt from."""
+        self._told.clear()
+        self.foreign.clear()
+
+    def forget(self) -> None:
+        """What is still out belongs to a distribution that is no more; told later, it is foreign."""
+        self._out.clear()

@@ -1,0 +1,254 @@
+"""lq-CMA-ES: CMA-ES that scores a few of each generation, and takes the ranks of the rest from a quadratic model.
+
+Hansen, "A Global Surrogate Assisted CMA-ES" (GECCO 2019), with the model of the library ``cma``,
+``cma.fitness_models.LQModel``. The loop around it is the library's ``SurrogatePopulation.__call__`` (its Algorithm 1),
+cut open where it calls the function, so that genomes can be asked for and told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.cma_es import Box, Strategy, StrategySettings, Vector, calm
+from evomerge.optimizers.ledger import FOREIGN, Ledger
+from evomerge.optimizers.scalarisation import Scalarisation, Scalars
+
+MOST_PARAMETERS = 40
+"""The full model of n parameters has n (n + 3) / 2 + 1 coefficients, 861 of 40: about as many as a search has
+candidates. Beyond, a search ends before it has a model with interactions, and each ask and tell takes seconds."""
+
+# The constants of SurrogatePopulationSettings and LQModelSettings in cma.fitness_models.
+MIN_SHARE = 0.02  # min_evals_percent: of a generation, scored whatever the model says
+FIRST_POINTS = 3 / 0.75  # minimum_model_size / truncation_ratio: points before the model says anything
+GOOD_TAU = 0.85  # tau_truth_threshold: Kendall's tau of model against truth that is good enough
+LEAST_FOR_TAU = 15  # n_for_tau: points that tau is taken over, at least
+GROWTH = 0.5  # 1, 2, 3, 5, 8, 12, ... of a generation are scored, until the model is good enough
+
+
+class LqCmaSettings(StrategySettings):
+    """lq-CMA-ES (Hansen, GECCO 2019): for few parameters, up to 40.
+
+    ``population`` is the size of the generation that CMA-ES learns from, 4 + floor(3 ln n) unless given; most of it is
+    never scored. ``sigma``, ``x0`` and ``restarts`` are those of ``cma``; a restart begins with an empty model.
+    """
+
+    name: Literal["lq_cma"]
+    scalarisation: Scalarisation | None = None
+
+    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+        self.check_strategy(self.scalarisation, objectives, place)
+        n = len(parameters)
+        if n > MOST_PARAMETERS:
+            raise InputError(
+                place,
+                f"lq_cma takes at most {MOST_PARAMETERS} parameters, and the search space has {n:,}: its model would "
+                f"have {n * (n + 3) // 2 + 1:,} coefficients to learn, each from at least one candidate",
+                "Use cma, or a coarser search space.",
+            )
+
+    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> LqCma:
+        return LqCma(self, parameters, objectives, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    place: int  # in its generation; FOREIGN for a genome that was never asked for
+    unit: Vector
+
+
+class LqCma:
+    """One search by lq-CMA-ES.
+
+    A generation of CMA-ES is sampled at once. ``population`` genomes of it, the best by the model, are asked for; when
+    they are told, the model learns them. If it then orders the latest points as their losses do (Kendall's tau of 0.85
+    or more), CMA-ES is told the whole generation, ordered by the model, and the model's optimum is the first point of
+    the next; otherwise half as many again are asked for.
+
+    Landmarks and other foreign genomes enter the model too, and as in ``cma`` the best of them joins the generation
+    when it would be a parent. Of an int or a choice the model sees the middle of its part of the box. A candidate that
+    failed stands in the model with the worst loss that it holds, and CMA-ES ranks it last: left out of the model, a
+    region where all merges break would be asked for again and again.
+    """
+
+    def __init__(self, settings: LqCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+        self._box = Box(parameters)
+        self._scalars = Scalars(settings.scalarisation, objectives)
+        self._ledger = Ledger(self._scalars, lambda genome: _Sample(FOREIGN, self._box.unit(genome)))
+        self._strategy = Strategy(settings, parameters, self._box, seed, diagonal=False)
+        self._model = _Model(self._strategy.population, self._scalars)
+        self._samples: list[_Sample] = []  # the generation; empty before it is sampled
+        self._given: list[int] = []  # places in it, in the order of asking
+        self._learnt: dict[int, Vector] = {}  # losses by place
+        self._goal = 0  # how many of the generation are to be scored before the model is judged
+
+    @property
+    def population(self) -> int:
+        """How many more are to be scored before the model is judged; 1 when all those are out."""
+        goal = self._reachable_goal() if self._samples else self._first_goal()
+        return max(1, goal - len(self._given))
+
+    @property
+    def parents(self) -> int:
+        """The better half of what is out: the model weighs losses by their rank, the worst least."""
+        out = len(self._given) - len(self._ledger.told)
+        return max(1, (out or self.population) // 2)
+
+    @property
+    def stopped(self) -> str | None:
+        return self._strategy.stopped
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        if not self._samples:
+            self._goal = self._first_goal()
+            self._sample(self._strategy.population)
+        if (beyond := n - (len(self._samples) - len(self._given))) > 0:
+            self._sample(beyond)
+        waiting = [s for s in self._samples if s.place not in self._given]
+        values = self._model.values([self._cell(s.unit) for s in waiting])
+        genomes = []
+        for i in np.argsort(values, kind="stable")[:n]:
+            genomes.append(self._box.genome(waiting[i].unit))
+            self._ledger.give(genomes[-1], waiting[i])
+            self._given.append(waiting[i].place)
+        return genomes
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+        known = len(self._ledger.foreign)
+        scored = self._ledger.receive(results)
+        self._model.add([(t.point.unit, t.losses) for t in self._ledger.foreign[known:]])
+        if self._samples and scored >= self._reachable_goal():
+            self._judge()
+
+    def _first_goal(self) -> int:
+        """``number_evaluated`` before the loop of SurrogatePopulation.__call__."""
+        size = self._strategy.population
+        return min(size, int(1 + max(size * MIN_SHARE, FIRST_POINTS - self._model.size)))
+
+    def _reachable_goal(self) -> int:
+        return min(self._goal, len(self._samples))
+
+    def _sample(self, n: int) -> None:
+        first = len(self._samples)
+        self._samples += [_Sample(first + i, unit) for i, unit in enumerate(self._strategy.ask(n))]
+
+    def _cell(self, unit: Vector) -> Vector:
+        """Where the model sees a point: genomes that are equal are one point to it."""
+        return self._box.unit(self._box.genome(unit))
+
+    def _judge(self) -> None:
+        """The body of the loop of SurrogatePopulation.__call__, after the function has been called."""
+        new = [t for t in self._ledger.told if t.point.place not in self._learnt]
+        self._model.add([(self._cell(t.point.unit), t.losses) for t in new])
+        self._learnt |= {t.point.place: t.losses for t in new}
+        scored, size = len(self._learnt), len(self._samples)
+        self._model.sort(self._goal)
+        # n_for_tau of SurrogatePopulationSettings
+        tau = self._model.tau(int(max(LEAST_FOR_TAU, min(1.2 * scored, 0.75 * size))))
+        if tau >= GOOD_TAU or scored == size:
+            self._model.sort(scored)
+            self._model.widen(tau)
+            self._finish()
+            return
+        while self._goal <= scored:
+            self._goal += math.ceil(self._goal * GROWTH)
+
+    def _finish(self) -> None:
+        """Tell CMA-ES the generation: its losses where all are known, else the model's values, inf where it failed."""
+        foreign = self._ledger.foreign
+        if len(self._learnt) == len(self._samples):
+            scalars = self._scalars.of([self._learnt[s.place] for s in self._samples])
+            others = self._scalars.of([t.losses for t in foreign])
+        else:
+            failed = [s.place in self._learnt and not np.isfinite(self._learnt[s.place][0]) for s in self._samples]
+            scalars = np.where(failed, np.inf, self._model.values([self._cell(s.unit) for s in self._samples]))
+            others = self._model.values([t.point.unit for t in foreign])
+        units = [s.unit for s in self._samples]
+        if self._strategy.tell(units, scalars, [t.point.unit for t in foreign], others):
+            self._model = _Model(self._strategy.population, self._scalars)
+        else:
+            self._strategy.inject(self._model.optimum)
+        self._ledger.close()
+        self._ledger.forget()
+        self._samples, self._given, self._learnt = [], [], {}
+
+
+class _Model:
+    """``cma.fitness_models.LQModel`` on the unit box, for losses of several objectives and of failed candidates.
+
+    It is linear at first, then quadratic without interactions, then full, by the number of points that it holds; it
+    keeps the latest two for each coefficient, and the better a point, the more it counts. Its polynomials are centred
+    in the box: what too few points leave open is the centre's, not a corner's.
+
+    Args:
+        generation: points that it keeps at least.
+        scalars: makes one loss of several, by what has been seen so far; so all points are rated anew each time.
+    """
+
+    def __init__(self, generation: int, scalars: Scalars) -> None:
+        with calm():
+            from cma.fitness_models import LQModel
+
+        self._model: Any = LQModel()
+        self._model.settings.max_absolute_size = generation
+        self._model.set_xoffset(-0.5)
+        self._scalars = scalars
+        self._losses: dict[bytes, Vector] = {}
+
+    @property
+    def size(self) -> int:
+        """How many points it holds."""
+        return int(self._model.size)
+
+    def add(self, points: Sequence[tuple[Vector, Vector]]) -> None:
+        """Take points of the unit box with their losses [objectives], the latest last."""
+        if not points:
+            return
+        with calm():
+            for unit, losses in points:
+                if np.isfinite(losses[0]) or unit.tobytes() not in self._losses:
+                    self._losses[unit.tobytes()] = losses
+                if not self._model.isin(unit):
+                    self._model.add_data_row(unit, 0.0)
+        values = self._scalars.of([self._losses[row.tobytes()] for row in self._model.X])
+        known = values[np.isfinite(values)]
+        values[~np.isfinite(values)] = known.max() if known.size else 0.0
+        self._model.F, self._model.Y = values, values.copy()
+        self._model._coefficients_count = self._model._xopt_count = -1
+
+    def sort(self, n: int) -> None:
+        """Order the latest ``n`` by their losses: the worst of them leave the model first."""
+        self._model.sort(n)
+
+    def tau(self, n: int) -> float:
+        """Kendall's tau between losses and values of the latest ``n``; 0 for fewer than three, or if all are equal."""
+        with calm():
+            return float(self._model.kendall(n))
+
+    def widen(self, tau: float) -> None:
+        """Keep more points from now on, if the full model is this bad."""
+        self._model.adapt_max_relative_size(tau)
+
+    def values(self, units: Sequence[Vector]) -> Vector:
+        """One value for each point of the unit box; all 0 before there are two points."""
+        if self.size < 2:
+            return np.zeros(len(units))
+        with calm():
+            return np.array([float(self._model.eval(unit)) for unit in units])
+
+    @property
+    def optimum(self) -> Vector:
+        """The model's stationary point, or a step down its slope, moved into the unit box."""
+        with calm():
+            return np.clip(np.asarray(self._model.xopt, dtype=np.float64), 0.0, 1.0)
