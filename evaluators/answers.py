@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from evaluators.base import EvaluatorSettings, Split
+from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
 
 if TYPE_CHECKING:
+    import torch
+
     from evomerge.checkpoints.live import LiveModel
 
 
@@ -55,11 +59,15 @@ class AnswersSettings(EvaluatorSettings):
 
 @dataclass(frozen=True)
 class Question:
-    """``reference`` is the right answer, empty where none is needed; ``place`` is for people."""
+    """``reference`` is the right answer, empty where none is needed; ``place`` is for people.
+
+    ``benchmark`` has it as a test item.
+    """
 
     prompt: str
     reference: str
     place: str
+    benchmark: str | None
 
     @property
     def hash(self) -> str:
@@ -98,6 +106,10 @@ class AnswersEvaluator(ABC):
         """A hash of each item's prompt and reference, in the order of the file."""
         return self._hashes[split]
 
+    def test_items(self, split: Split) -> dict[str, int]:
+        """How many items are a public benchmark's test items."""
+        return count(item.benchmark for item in self._items[split])
+
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Have the model answer the items at these positions and grade it: float32 [len(indices)] for the metric.
 
@@ -109,18 +121,21 @@ class AnswersEvaluator(ABC):
         items, asked = self._items[split], self._answering
         if outside := [index for index in indices if not 0 <= index < len(items)]:
             raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
-        grades, seconds = grade_answers(
-            model, {index: items[index].prompt for index in indices}, lambda i, answer: self._grade(items[i], answer),
+        answers, seconds = grade_answers(
+            model, {index: items[index].prompt for index in indices}, lambda _, answer: answer,
             asked.max_new_tokens, asked.stop, asked.batch_size,
         )  # fmt: skip
-        self.seconds = seconds if grades else {}
+        started = time.perf_counter()
+        answered = [(items[index], answer) for index, answer in answers.items()]
+        grades = dict(zip(answers, self._grade(answered, model.device), strict=True))
+        self.seconds = seconds | {"score": time.perf_counter() - started} if grades else {}
         values = np.array([grades[index] for index in indices], dtype=np.float32)
         return dict.fromkeys(self.metrics, values)
 
     def _question(self, line: Line) -> Question:
         """The item that a line of the file is; one without a reference unless a subclass has it otherwise."""
-        return Question(fill("prompt", self._answering.prompt, line), "", line.place)
+        return Question(fill("prompt", self._answering.prompt, line), "", line.place, benchmark_of(line.fields))
 
     @abstractmethod
-    def _grade(self, item: Question, answer: str) -> float:
-        """The score of an answer."""
+    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> Sequence[float]:
+        """The score of each answer; ``device`` is the live model's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,10 @@ if TYPE_CHECKING:  # settings are read where no model is, and torch takes second
     from evomerge.checkpoints.live import LiveModel
 
 Split = Literal["search", "held_out"]
+
+MODEL = "a model"
+ModelReference = Annotated[str, MODEL]
+"""A setting that names a model: its folder, which the search file may give relative to itself, or an id on the hub."""
 
 ItemScores = Mapping[str, NDArray[np.float32]]
 """For each metric, float32 of shape [n_items]: the score of every item asked for, in the order asked."""
@@ -52,6 +56,13 @@ class Evaluator(Protocol):
 
     def items(self, split: Split) -> Sequence[str]:
         """A content hash for each item of the split, in order. Equal hashes mean equal items, in whichever split."""
+        ...
+
+    def test_items(self, split: Split) -> Mapping[str, int]:
+        """How many items of the split are test items of a public benchmark, by the benchmark's name.
+
+        Told by content, as ``evaluators.benchmarks`` does it. A search on such items needs a person's consent.
+        """
         ...
 
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> ItemScores:

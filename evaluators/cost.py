@@ -74,6 +74,10 @@ class CostEvaluator:
         """One item; another for each split, since nobody could learn anything from it."""
         return [hashlib.sha256(f"cost {split}".encode()).hexdigest()[:16]]
 
+    def test_items(self, split: Split) -> dict[str, int]:
+        """None: a model is no question."""
+        return {}
+
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """The model's cost: float32 [len(indices)] for each metric, the same at every place.
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evaluators.base import EvaluatorSettings, Split
+from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import digest, read_lines, split_items
 from evomerge.errors import InputError
 
@@ -110,6 +111,10 @@ class FunctionEvaluator:
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item, in the order of the file."""
         return self._hashes[split]
+
+    def test_items(self, split: Split) -> dict[str, int]:
+        """How many items are a public benchmark's test items."""
+        return count(benchmark_of(item.fields) for item in self._items[split])
 
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Have the function score the items at these positions: float32 [len(indices)] for each metric.

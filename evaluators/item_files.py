@@ -53,7 +53,7 @@ def read_lines(file: Path) -> Iterator[Line]:
         InputError: a file that cannot be read, or a line that is no JSON object.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, inside of texts
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028, inside of texts
     except FileNotFoundError:
         mend = "A path is relative to the folder of the search file."
         raise InputError(str(file), "there is no such file of items", mend) from None
@@ -81,14 +81,19 @@ def check_template(text: str) -> str:
     return text
 
 
+def template_fields(template: str) -> set[str]:
+    """The fields that a template stands for."""
+    return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+
+
 def fill(key: str, template: str, line: Line) -> str:
     """The template with the fields of the line; ``key`` is the template's name in the search file.
 
     Raises:
         InputError: a field is missing, or is neither text nor number.
     """
-    for _, field, _, _ in string.Formatter().parse(template):
-        if field is not None and not isinstance(line.fields.get(field), str | int | float):
+    for field in sorted(template_fields(template)):
+        if not isinstance(line.fields.get(field), str | int | float):
             has = ", ".join(sorted(line.fields)) or "nothing"
             problem = f"has no text or number in its field {field!r}; it has: {has}"
             raise InputError(line.place, problem, f"Mend the item, or the template `{key}: {template!r}`.")

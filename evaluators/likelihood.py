@@ -3,8 +3,6 @@
 Whether an answer is right says one bit of an item, and none where all candidates fail or all succeed; its likelihood
 moves with every change of the model, so that few items tell candidates apart. It says how well the model would have
 written these very answers, not that it would have found them.
-
-Prompts and answers are cut into tokens as lm-eval does it, and a test holds the numbers equal to its own.
 """
 
 from __future__ import annotations
@@ -14,14 +12,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from evaluators.base import EvaluatorSettings, Split
+from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import check_template, digest, fill, read_lines, split_items
+from evaluators.prefill import Pair, Prefill
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,12 +66,10 @@ class LikelihoodSettings(EvaluatorSettings):
 
 
 @dataclass(frozen=True)
-class _Item:
-    """``place`` says where it was read, for people."""
+class _Item(Pair):
+    """``benchmark`` has it as a test item."""
 
-    prompt: str
-    answer: str
-    place: str
+    benchmark: str | None
 
     @property
     def hash(self) -> str:
@@ -80,15 +78,6 @@ class _Item:
     @property
     def asks(self) -> str:  # a text without a prompt is told by itself
         return self.prompt or self.answer
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """An item as the model sees it: the token ids, of which the last ``scored`` are the answer's, in ``size`` bytes."""
-
-    ids: Sequence[int]
-    scored: int
-    size: int
 
 
 class LikelihoodEvaluator:
@@ -107,18 +96,20 @@ class LikelihoodEvaluator:
         self.metrics: Mapping[str, bool] = {"log_likelihood": True, "bits_per_byte": False}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
-        self._batch_tokens = settings.batch_tokens
         self._items = split_items(
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
         self.version = digest(["likelihood 1", self._hashes])
-        self._model: object = None
-        self._tokens: dict[Split, list[_Tokens]] = {}
+        self._prefill = Prefill(self._items, settings.batch_tokens)
 
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's prompt and answer, in the order of the file."""
         return self._hashes[split]
+
+    def test_items(self, split: Split) -> dict[str, int]:
+        """How many items are a public benchmark's test items."""
+        return count(item.benchmark for item in self._items[split])
 
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Score the items at these positions of the split: float32 [len(indices)] for each metric.
@@ -129,26 +120,12 @@ class LikelihoodEvaluator:
         count = len(self._items[split])
         if outside := [index for index in indices if not 0 <= index < count]:
             raise IndexError(f"{self.name} has {count} items in its {split} split; there is no item {outside[0]}")
-        tokens = self._tokens_of(model, split)
         started = time.perf_counter()
-        distinct = list(dict.fromkeys(indices))
-        sums = _log_likelihoods(model, [tokens[index] for index in distinct], self._batch_tokens)
-        found = dict(zip(distinct, sums, strict=True))
+        found = self._prefill.score(model, split, indices)
         self.seconds = {"generate": time.perf_counter() - started}
-        per_token = [found[index] / tokens[index].scored for index in indices]
-        bits = [-found[index] / math.log(2) / tokens[index].size for index in indices]
+        per_token = [found[index].log / found[index].tokens for index in indices]
+        bits = [-found[index].log / math.log(2) / found[index].size for index in indices]
         return {"log_likelihood": np.array(per_token, np.float32), "bits_per_byte": np.array(bits, np.float32)}
-
-    def _tokens_of(self, live: LiveModel, split: Split) -> list[_Tokens]:
-        """The items of a split as tokens, made when a model is first seen."""
-        if self._model is not live.model:
-            self._model, self._tokens = live.model, {}
-        if split not in self._tokens:
-            found = [_encode(live.tokenizer, item) for item in self._items[split]]
-            for item, tokens in zip(self._items[split], found, strict=True):
-                _check_fits(live, item, tokens)
-            self._tokens[split] = found
-        return self._tokens[split]
 
 
 # ---- items -----------------------------------------------------------------------------------------------------------
@@ -159,80 +136,4 @@ def _read(settings: LikelihoodSettings, file: Path) -> Iterator[_Item]:
         prompt, answer = fill("prompt", settings.prompt, line), fill("answer", settings.answer, line)
         if not answer.strip():
             raise InputError(line.place, "has an empty answer", "Leave the item out.")
-        yield _Item(prompt, answer, line.place)
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def _encode(tokenizer: Any, item: _Item) -> _Tokens:
-    """As lm-eval: spaces at the end of a prompt go to the answer, whose tokens are those that the whole has more.
-
-    lm_eval.api.model.TemplateLM._encode_pair. A token that reaches over the border would count as the prompt's.
-    """
-    prompt = item.prompt.rstrip()
-    answer = item.prompt[len(prompt) :] + item.answer
-    if prompt:
-        before = tokenizer.encode(prompt)
-        after = tokenizer.encode(prompt + answer)[len(before) :]
-    else:  # something must come before the first token
-        before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        after = tokenizer.encode(answer, add_special_tokens=False)
-    if not after:
-        raise InputError(
-            item.place, f"its answer {item.answer!r} adds no token to those of its prompt", "Leave it out."
-        )
-    return _Tokens([*before, *after], len(after), len(answer.encode("utf-8", "surrogatepass")))
-
-
-def _check_fits(live: LiveModel, item: _Item, tokens: _Tokens) -> None:
-    context = getattr(live.model.config, "max_position_embeddings", None)
-    length = len(tokens.ids) - 1  # nothing is predicted after the last token, so it is not fed in
-    if context is not None and length > context:
-        problem = f"is {length} tokens long, prompt and answer; the model's context is {context}"
-        raise InputError(item.place, problem, "Shorten the item or leave it out.")
-    rows = live.model.get_input_embeddings().weight.shape[0]
-    if (highest := max(tokens.ids)) >= rows:
-        problem = f"the tokenizer gives token {highest}, and the model has {rows} embeddings"
-        raise InputError(item.place, problem, "Take the tokenizer of a source that has all of its tokens.")
-
-
-def _batches(items: Sequence[_Tokens], most: int) -> Iterator[list[int]]:
-    """Positions of the items in batches of up to ``most`` tokens, the longest first: too large a one fails at once."""
-    batch: list[int] = []
-    for position in sorted(range(len(items)), key=lambda i: (-len(items[i].ids), items[i].ids)):
-        if batch and len(items[batch[0]].ids) * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(position)
-    if batch:
-        yield batch
-
-
-def _log_likelihoods(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
-    """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
-    import torch
-
-    found = [0.0] * len(items)
-    for batch in _batches(items, most):
-        rows = [torch.tensor(items[i].ids, device=live.device) for i in batch]
-        starts = [len(items[i].ids) - items[i].scored for i in batch]  # of the answers
-        first = min(starts)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where nothing looks back at it
-        lengths = torch.tensor([len(row) for row in rows], device=live.device)
-        mask = torch.arange(ids.shape[1], device=live.device) < lengths[:, None]
-        sums = []
-        with torch.inference_mode():
-            logits = live.model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1].long(),
-                use_cache=False,
-                logits_to_keep=ids.shape[1] - first,
-            ).logits  # [rows, width - first, vocabulary]: of the tokens from ``first`` on
-            for row, tokens, start in zip(logits, rows, starts, strict=True):
-                own = row[start - first : len(tokens) - first].float()
-                chosen = own.gather(1, tokens[start:, None]).squeeze(1)
-                sums.append((chosen - own.logsumexp(1)).sum(dtype=torch.float64))
-        for position, total in zip(batch, torch.stack(sums).tolist(), strict=True):
-            found[position] = total
-    return found
+        yield _Item(prompt, answer, line.place, benchmark_of(line.fields))

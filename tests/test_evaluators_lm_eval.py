@@ -525,3 +525,21 @@ def test_what_follows_an_end_token_is_no_answer(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(live.model, "generate", generate)
     tokens = lm._model_generate(torch.ones(2, 3, dtype=torch.long), max_length=20, stop=["\n", "</s>", ""])
     assert live.tokenizer.batch_decode(tokens[:, 3:], skip_special_tokens=True) == ["a", "bcdef\n"]
+
+
+def test_the_split_that_lm_eval_scores_is_a_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    robe = "A robe takes 2 bolts of blue fiber and half that much white fiber.  How many bolts in total does it take?"
+    rows = [*questions("validation", 5), questions("validation", 1)[0] | {"question": robe, "answer": "3"}]
+    write_task(tmp_path, "own", GENERATE, validation=rows, test=questions("test", 6))
+
+    def counts(search: str, held_out: str) -> list[dict[str, int]]:
+        settings = LmEvalSettings(
+            task="own", task_folders=(tmp_path,), allow_task_code=True, search=search, held_out=held_out
+        )
+        evaluator = settings.build()
+        return [evaluator.test_items(split) for split in ("search", "held_out")]
+
+    assert counts("validation", "test") == [{"gsm8k": 1}, {}]
+    monkeypatch.setattr(lm_eval_tasks, "LIBRARY_TASKS", tmp_path)
+    assert counts("validation", "test") == [{"gsm8k": 1}, {"own": 6}]
+    assert counts("test[2:]", "test[:2]") == [{"own": 4}, {"own": 2}]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -13,9 +15,13 @@ import numpy as np
 import pytest
 import torch
 from helpers_lm_eval import tiny_live
+from helpers_miniature import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from evaluators import evaluator_settings, generation
+from evaluators.agreement import Table, agreement, report, tables
 from evaluators.base import EvaluatorSettings
 from evaluators.generation import generate
 from evaluators.mgsm import LABELS, SAKANA_PROMPT, MgsmEvaluator, MgsmSettings
@@ -294,3 +300,119 @@ def test_what_no_answer_can_be_made_for() -> None:
         generate(tiny_live(vocabulary=60), ["what?"], 8, [], 4)
     with pytest.raises(InputError, match="'' has no tokens"):
         generate(tiny_live(), ["a", ""], 8, [], 4)
+
+
+# ---- the dataset on the hub ------------------------------------------------------------------------------------------
+
+
+def test_the_hubs_own_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """juletxara/mgsm: the test split has no worked answer, and its numbers are integers."""
+    asked_for = []
+    columns = {
+        "question": [f"卵は{n}個?" for n in range(20)],
+        "answer": [None] * 20,
+        "answer_number": [1000 * n - 3 for n in range(20)],
+        "equation_solution": [None] * 20,
+    }
+    schema = {"question": "string", "answer": "string", "answer_number": "int32", "equation_solution": "string"}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in schema.items()})
+
+    def load_dataset(path: str, name: str, *, split: str) -> datasets.Dataset:
+        asked_for.append((path, name, split))
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = asked(MgsmSettings(language="ja", scorer="sakana").build())
+    assert asked_for == [("juletxara/mgsm", "ja", "test")]
+    assert {question: answer for question, (_, answer) in found.items()} == {
+        f"卵は{n}個?": 1000 * n - 3 for n in range(20)
+    }
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = refusal(language="ja")
+    assert "juletxara/mgsm, ja, test: cannot be read (ConnectionError: no network). Name a `file:`" in said
+
+
+def test_right_answers_as_numbers(tmp_path: Path) -> None:
+    objects = [
+        {"question": "a", "answer_number": 1e20},
+        {"question": "b", "answer_number": None, "answer": "#### 1,018"},
+        {"question": "c", "answer_number": 0, "answer": "5"},
+        {"question": "d", "answer": 0.1},
+    ]
+    other = write(tmp_path, [("\ufeffe", "5")])
+    other.write_text("\ufeffe\t5\n", encoding="utf-8")
+    found = asked(build(write_objects(tmp_path, objects), held_out_file=other))
+    wanted = {"a": 10**20, "b": 1018, "c": 0, "d": Decimal("0.1"), "e": 5}
+    assert {question: answer for question, (_, answer) in found.items()} == wanted
+    nan = tmp_path / "nan.jsonl"
+    nan.write_text('{"question": "a", "answer_number": NaN}\n')
+    assert "its answer nan is no number" in refusal(file=nan)
+
+
+# ---- agreement of the scorers ----------------------------------------------------------------------------------------
+
+RESPONSES = [
+    ({"response": "卵は毎日16個です。\n合計は18ドルになりました。", "answer_number": 18}, (1, 1), (1, 1)),
+    ({"response": "彼女の利益は合計で1,234ドルになりました。", "answer_number": 1234}, (0, 0), (1, 1)),
+    ({"response": "彼女の利益は合計で1,234ドルになりました。", "answer": "#### 234"}, (1, 1), (0, 0)),
+    ({"response": "答えは18ドルです。彼女は朝食に卵を3個食べます。", "answer": "9 * 2\n#### 18"}, (0, 0), (1, 1)),
+    ({"response": "She sells the eggs and makes 18 dollars.", "answer_number": 18}, (1, 0), (1, 0)),
+    ({"response": "分かりません。", "answer_number": 18}, (0, 0), (0, 0)),
+    ({"response": "", "answer_number": 18}, (0, 0), (0, 0)),
+]
+
+
+def test_both_scorers_grade_the_same_answers(tmp_path: Path) -> None:
+    file = write_objects(tmp_path, [fields for fields, _, _ in RESPONSES])
+    graded = agreement(file, "ja")
+    assert [(g.sakana, g.exact) for g in graded] == [(sakana, exact) for _, sakana, exact in RESPONSES]
+    assert tables(graded) == (Table(2, 1, 2, 2), Table(1, 1, 2, 3))
+    lines = list(report(graded, "ja"))
+    assert lines[1].split() == ["acc", "3", "4", "|", "2", "1", "2", "2", "|", "0.160"]
+    assert lines[2].split() == ["acc_ja", "2", "3", "|", "1", "1", "2", "3", "|", "0.087"]
+    assert len(lines) == 3 + 3
+    assert "problems.jsonl, line 2: 1234 is right; sakana reads 234.0, exact 1234: ..." in lines[3]
+    assert lines[3].endswith("1,234ドルになりました。")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_kappa_is_observed_agreement_beyond_chance(verdicts: list[tuple[bool, bool]]) -> None:
+    pairs = [(bool(a), bool(b)) for a, b in verdicts]
+    table = Table(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+    first, second = np.array(pairs, dtype=float).T
+    observed = np.mean(first == second)
+    chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
+    if len({*first, *second}) == 1:
+        assert table.kappa is None
+    else:
+        assert table.kappa == pytest.approx((observed - chance) / (1 - chance))
+
+
+def test_agreement_on_the_command_line(tmp_path: Path) -> None:
+    def run(*given: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "evaluators.mgsm", *given]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    file = write_objects(tmp_path, [fields for fields, _, _ in RESPONSES])
+    said = run(str(file), "--language", "ja")
+    assert said.returncode == 0
+    assert said.stdout.splitlines() == list(report(agreement(file, "ja"), "ja"))
+    missing = run(str(tmp_path / "none.jsonl"))
+    assert missing.returncode == 2
+    assert "there is no such file" in missing.stderr
+
+
+def test_answers_that_cannot_be_graded(tmp_path: Path) -> None:
+    for objects, wanted in (
+        ([{"answer": "18"}], "line 1: has no text in its field 'response'"),
+        ([{"response": "18"}], "line 1: its answer None is no number"),
+        ([], "holds no answers"),
+    ):
+        with pytest.raises(InputError, match=wanted):
+            agreement(write_objects(tmp_path, objects), "ja")

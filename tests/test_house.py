@@ -29,6 +29,10 @@ PRIVATE = re.compile(
 )
 
 
+APART = {"vllm"}
+"""Extras that want other versions of what is pinned here; scripts/vllm/requirements.txt has the pins of this one."""
+
+
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     found = [line.split("==") for line in lines if not line.startswith("#")]
@@ -36,8 +40,8 @@ def pins() -> dict[str, str]:
 
 
 def direct_requirements() -> list[Requirement]:
-    texts = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
-    return [Requirement(text) for text in texts]
+    extras = [texts for name, texts in PROJECT["optional-dependencies"].items() if name not in APART]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *(text for texts in extras for text in texts)]]
 
 
 def all_requirements() -> list[Requirement]:

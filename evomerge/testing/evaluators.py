@@ -46,6 +46,11 @@ class EvaluatorContract:
         assert not set(search) & set(held_out)
 
     @pytest.mark.parametrize("split", SPLITS)
+    def test_it_says_which_items_are_a_benchmarks(self, evaluator: Evaluator, split: Split) -> None:
+        counts = evaluator.test_items(split)
+        assert all(name and 0 < number <= len(evaluator.items(split)) for name, number in counts.items())
+
+    @pytest.mark.parametrize("split", SPLITS)
     def test_every_item_gets_a_score(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
         count = len(evaluator.items(split))
         scores = evaluator.score(live, split, range(count))

@@ -1,0 +1,119 @@
+"""Do MGSM's two scorers agree? Both grade the same answers, and what they see differently is shown.
+
+    python -m evaluators.mgsm ANSWERS.jsonl --language ja
+
+Each line of the file is a JSON object: ``response``, what a model answered, and the right number as ``answer_number``
+or at the end of ``answer``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import get_args
+
+from evaluators.item_files import read_lines
+from evaluators.language import language_detector
+from evaluators.mgsm import right_answer, verdict
+from evaluators.numbers import answer_number, last_number_sakana
+from evaluators.numerals import Language
+from evomerge.errors import InputError
+
+_TAIL = 80  # characters of an answer that are shown: its last sentence
+
+
+@dataclass(frozen=True)
+class Graded:
+    """An answer and its verdicts: whether the number is right, and whether it is and the language too."""
+
+    place: str
+    answer: str
+    right: Decimal
+    sakana: tuple[bool, bool]
+    exact: tuple[bool, bool]
+
+
+@dataclass(frozen=True)
+class Table:
+    """How many answers both scorers count right, one of them alone, and neither."""
+
+    both: int
+    sakana_alone: int
+    exact_alone: int
+    neither: int
+
+    @property
+    def kappa(self) -> float | None:
+        """Cohen's kappa (1960): agreement beyond chance, 1 where it is perfect; None where each verdict is the same."""
+        n = self.both + self.sakana_alone + self.exact_alone + self.neither
+        sakana, exact = self.both + self.sakana_alone, self.both + self.exact_alone
+        chance = sakana * exact + (n - sakana) * (n - exact)
+        return None if chance == n * n else ((self.both + self.neither) * n - chance) / (n * n - chance)
+
+
+def agreement(file: Path, language: Language) -> list[Graded]:
+    """The verdicts of both scorers on each answer of a file. Outside of Japanese, sakana's numbers are read as there.
+
+    Raises:
+        InputError: a file or a line that cannot be read, one without a response, or no line at all.
+    """
+    detector = language_detector()
+    graded = []
+    for line in read_lines(file):
+        answer = line.fields.get("response")
+        if not isinstance(answer, str):
+            mend = 'Write a line such as {"response": "The answer is 2.", "answer_number": 2}.'
+            raise InputError(line.place, "has no text in its field 'response'", mend)
+        right = right_answer(line)
+        sakana, exact = (verdict(answer, right, scorer, language, detector) for scorer in ("sakana", "exact"))
+        graded.append(Graded(line.place, answer, right, sakana, exact))
+    if not graded:
+        raise InputError(str(file), "holds no answers")
+    return graded
+
+
+def tables(graded: Sequence[Graded]) -> tuple[Table, Table]:
+    """The table of the verdicts on numbers, and that of the verdicts on numbers and languages."""
+    first, second = (
+        Table(
+            both=sum(g.sakana[i] and g.exact[i] for g in graded),
+            sakana_alone=sum(g.sakana[i] and not g.exact[i] for g in graded),
+            exact_alone=sum(g.exact[i] and not g.sakana[i] for g in graded),
+            neither=sum(not g.sakana[i] and not g.exact[i] for g in graded),
+        )
+        for i in (0, 1)
+    )
+    return first, second
+
+
+def report(graded: Sequence[Graded], language: Language) -> Iterator[str]:
+    """Lines for people: what each scorer counts right, the tables, and each answer that they differ on."""
+    yield f"{len(graded)} answers     sakana   exact |   both  sakana alone  exact alone  neither |  kappa"
+    for name, t in zip(("acc", f"acc_{language}"), tables(graded), strict=True):
+        kappa = "none" if t.kappa is None else f"{t.kappa:.3f}"
+        yield (
+            f"{name:<{len(str(len(graded))) + 10}}{t.both + t.sakana_alone:9}{t.both + t.exact_alone:8} |{t.both:7}"
+            f"{t.sakana_alone:14}{t.exact_alone:13}{t.neither:9} |{kappa:>7}"
+        )
+    for each in graded:
+        if each.sakana == each.exact:
+            continue
+        read = f"sakana reads {last_number_sakana(each.answer)}, exact {answer_number(each.answer, language)}"
+        tail = " ".join(each.answer.split())[-_TAIL:]
+        yield f"{each.place}: {each.right} is right; {read}: ...{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print how far the scorers agree on a file of answers."""
+    parser = argparse.ArgumentParser(prog="python -m evaluators.mgsm", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path, metavar="ANSWERS.jsonl")
+    parser.add_argument("--language", choices=get_args(Language), default="ja")
+    given = parser.parse_args(arguments)
+    try:
+        for line in report(agreement(given.file, given.language), given.language):
+            print(line)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")

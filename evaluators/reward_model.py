@@ -1,0 +1,205 @@
+"""How a reward model likes the answers: the score that reinforcement learning from human feedback would train against.
+
+Nisan Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4: a language model with a head of
+one number, which scores a prompt with its answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator
+
+from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
+from evaluators.base import ModelReference
+from evaluators.item_files import check_template, template_fields
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_HEAD = "ForSequenceClassification"
+_PLAIN = "{prompt}{answer}"
+
+
+class RewardModelSettings(AnswersSettings):
+    """What the search file says of prompts and of the model that judges their answers.
+
+    Attributes:
+        model: a sequence classifier with one label: a folder, or ``org/name`` on the hub. Its weights must be
+            safetensors, and no code of its own is run.
+        template: how prompt and answer are put together, with ``{prompt}`` and ``{answer}``. Left out, it is the chat
+            template of the reward model where it has one, else the answer right behind the prompt.
+    """
+
+    kind: Literal["reward_model"] = "reward_model"
+    model: ModelReference
+    template: str | None = None
+
+    @field_validator("template")
+    @classmethod
+    def _holds_the_answer(cls, text: str | None) -> str | None:
+        if text is not None:
+            fields = template_fields(check_template(text))
+            if "answer" not in fields or not fields <= {"prompt", "answer"}:
+                raise ValueError("it must hold {answer}, and may hold {prompt}, and no other field")
+        return text
+
+    def build(self) -> RewardModelEvaluator:
+        """Read the items, and check the reward model. Its weights are read with the first answers.
+
+        Raises:
+            InputError: no reward model that can be used; a file or a line that cannot be read, a missing field, an
+                empty split, or an item that is in both.
+        """
+        return RewardModelEvaluator(self)
+
+
+class RewardModelEvaluator(AnswersEvaluator):
+    """Prompts; ``reward`` is what the reward model's head says of prompt and answer, its raw logit."""
+
+    def __init__(self, settings: RewardModelSettings) -> None:
+        self._judge = _Judge(settings)
+        super().__init__(settings, "reward", ["reward_model 1", settings.template or "", self._judge.fingerprint])
+
+    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> list[float]:
+        return self._judge.rewards([(item.prompt, answer) for item, answer in answered], device)
+
+
+class _Judge:
+    """A reward model.
+
+    Attributes:
+        fingerprint: a hash of its files.
+    """
+
+    def __init__(self, settings: RewardModelSettings) -> None:
+        from transformers import AutoTokenizer
+
+        from evomerge.checkpoints.config import first_line
+
+        self._folder, files = _check(settings.model)
+        self._template, self._batch_size = settings.template, settings.batch_size
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                self._folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raise bare Exceptions for broken files
+            raise InputError("model", f"its tokenizer cannot be loaded: {first_line(error)}") from error
+        self.fingerprint = _fingerprint(files)
+        self._model: Any = None
+
+    def rewards(self, pairs: Sequence[tuple[str, str]], device: torch.device) -> list[float]:
+        """The reward of each prompt with its answer, in order.
+
+        Raises:
+            InputError: the files lack weights of the reward model.
+        """
+        import torch
+
+        if self._model is None:
+            self._model = _load(self._folder, device)
+        encoded = [self._encode(prompt, answer) for prompt, answer in pairs]
+        found = [0.0] * len(pairs)
+        for batch in self._batches(encoded):
+            rows = [torch.tensor(encoded[position], device=device) for position in batch]
+            pad = self._padding() or 0  # without one, a row is alone and is not padded
+            # On the right, whatever the tokenizer would do: positions then begin at 0.
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            with torch.inference_mode():
+                logits = self._model(input_ids=ids, attention_mask=mask.long()).logits
+            for position, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
+                found[position] = reward
+        return found
+
+    def _encode(self, prompt: str, answer: str) -> list[int]:
+        """Tokens of a prompt with its answer; of too many, all of the first part but its first token is left out."""
+        if self._template is None and self._tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        else:
+            text = (self._template or _PLAIN).format(prompt=prompt, answer=answer)
+            ids = self._tokenizer.encode(text, verbose=False)
+        context = getattr(self._model.config, "max_position_embeddings", None)
+        if context is not None and len(ids) > context:
+            log.warning("a prompt with its answer has %d tokens; the reward model sees the last %d", len(ids), context)
+            ids = [ids[0], *ids[len(ids) - context + 1 :]]  # many begin with a token that the model leans on
+        return ids
+
+    def _padding(self) -> int | None:
+        """The token by whose absence the model knows where a row ends; None where its configuration has none."""
+        pad = self._model.config.get_text_config().pad_token_id
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        return pad if pad is not None and 0 <= pad < rows else None
+
+    def _batches(self, encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Positions of the rows in batches, the longest first; alone where the model could not tell padding."""
+        size = self._batch_size if self._padding() is not None else 1
+        order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), encoded[i]))
+        return (order[start : start + size] for start in range(0, len(order), size))
+
+
+# ---- its files -------------------------------------------------------------------------------------------------------
+
+
+def _check(reference: str) -> tuple[Path, list[Path]]:
+    """The folder of a reward model that can be used, and the files that make it what it is."""
+    from evomerge.checkpoints.config import check_config
+    from evomerge.checkpoints.folder import TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
+    from evomerge.checkpoints.places import find_folder
+    from evomerge.checkpoints.structure import parse_config
+
+    place = "model"
+    folder = find_folder(reference, place, None)
+    check_links(folder, place)
+    refuse_unreadable(folder, place)
+    config = load_json(folder / "config.json", place)
+    check_config(config, place)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and load_json(tokenizer, place).get("auto_map") is not None:
+        raise InputError(place, "tokenizer_config.json: auto_map asks for code from the model's folder")
+    architecture = str((config.get("architectures") or ["none"])[0])
+    if not architecture.endswith(_HEAD):
+        problem = f"config.json: architectures is {architecture}, which is no reward model"
+        raise InputError(place, problem, f"Name a model that was saved as one {_HEAD}, with one label.")
+    if (labels := parse_config(config, place).num_labels) != 1:
+        problem = f"its head has {labels} labels; a reward is one number"
+        raise InputError(place, problem, "Name a reward model, whose config.json has one label in id2label.")
+    weights = {entry.file for entry in find_tensors(folder, place).values()}
+    others = {folder / name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()}
+    return folder, sorted(weights | others)
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """A hash of the files' names and of all that they hold."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            whole.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _load(folder: Path, device: torch.device) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    from evomerge.checkpoints.config import first_line
+
+    try:
+        model, said = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    except Exception as error:  # whatever strange weights do inside transformers
+        raise InputError("model", f"cannot be loaded as a reward model: {first_line(error)}") from error
+    if missing := sorted(said["missing_keys"]):  # they would be random numbers
+        raise InputError("model", f"its files lack the weight {missing[0]}", "Complete the download.")
+    return model.to(device).eval().requires_grad_(False)
