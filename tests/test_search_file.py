@@ -60,7 +60,7 @@ def test_overrides_are_yaml_values_at_key_paths(path: Path) -> None:
 def test_equal_evaluator_settings_are_equal(path: Path) -> None:
     file = load_search_file(path, ["objectives.right={task: mini_math_ja, metric: acc}"])
     settings = file.evaluators()
-    assert settings["maths"] == settings["right"] != settings["translation"]
+    assert settings["objectives.maths"] == settings["objectives.right"] != settings["objectives.translation"]
 
 
 @pytest.mark.parametrize(

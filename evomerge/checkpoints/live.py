@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -32,6 +32,18 @@ class NotFiniteError(Exception):
         return f"NaN or Inf in {self.where}"
 
 
+class Engine(Protocol):
+    """A serving engine that answers prompts with a live model's weights, in place of transformers."""
+
+    def load(self, live: LiveModel) -> None:
+        """Take the weights as they are now, and forget whatever was computed with older ones."""
+        ...
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """The greedy answer to each prompt of token ids, in order, up to the first of the stop texts."""
+        ...
+
+
 @dataclass
 class LiveModel:
     """A model on a device, ready to be written to and scored.
@@ -41,12 +53,14 @@ class LiveModel:
         tokenizer: its tokenizer, padding on the left, with a padding token.
         outside: the tensors outside the stack of layers, by their names in the source.
         stack: its layers; None for a model that is never written to.
+        engine: what answers prompts; None for transformers.
     """
 
     model: Any
     tokenizer: Any
     outside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stack: Stack | None = None
+    engine: Engine | None = None
 
     @property
     def device(self) -> torch.device:

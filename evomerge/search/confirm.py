@@ -1,19 +1,22 @@
 """Confirmation: the choice among the best, made on items that the search never saw.
 
 The best of many noisy scores is mostly luck: of 1,000 equally good candidates, the best looks 4 points better than it
-is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every landmark.
+is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every landmark. More of
+the best may be scored there to draw how far search scores fall; they come when the winner is named, and never win.
+
+The winner keeps the constraints there too. Where no model does, it is the one that misses them least, and the record
+says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
-from evomerge.search.dispatch import Dispatcher, Pending
-from evomerge.search.driver import write_log
+from evomerge.search.dispatch import Dispatcher, Pending, write_log
 from evomerge.search.jobs import Failed, Finished, Measured
 from evomerge.search.pools.base import Pool
 from evomerge.search.scores import to_scores
@@ -59,49 +62,66 @@ class Confirmation:
             self._store.set_state(before, why=why)
 
     def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
-        shortlist = self._freeze()
+        shortlist, drawn = self._freeze()
         landmarks = [row for row in self._store.candidates(step=0) if row.status in ("done", "cached")]
         rows = {row.number: row for row in [*landmarks, *shortlist]}
-        todo = [
-            # A cached candidate's scores are those of the one that answered it.
-            Pending(row.number if row.same_as is None else row.same_as, 1, recipe_of(row), row.recipe_hash)
-            for row in rows.values()
-            if not self._is_scored(row.number)
-        ]
-        if not self._dispatcher.run(todo, self._tasks, self):
+        if not self._score(rows.values(), recipe_of):
             return False
         if shortlist and not any(self._is_scored(row.number) for row in shortlist):
             raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
         # A landmark may win: a search that found nothing better than a source must not name something worse.
-        if winners := [row for row in rows.values() if self._is_scored(row.number)]:
-            self._store.record_event("winner", {"candidate": max(winners, key=self._held_out_value).number})
-        return True
+        if contenders := [row for row in rows.values() if self._is_scored(row.number)]:
+            ranks = {row.number: self._held_out_rank(row.number) for row in contenders}
+            winner = min(ranks, key=lambda number: ranks[number])
+            self._store.record_event("winner", {"candidate": winner, "feasible": ranks[winner][0] == 0.0})
+        return self._score(drawn, recipe_of)
 
-    def _freeze(self) -> list[CandidateRow]:
-        """The front and the best by the first objective, written down before any held-out item is scored.
+    def _score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
+        """Score what has no held-out scores yet; False when a stop came first."""
+        todo = [
+            # A cached candidate's scores are those of the one that answered it.
+            Pending(row.number if row.same_as is None else row.same_as, 1, recipe_of(row), row.recipe_hash, self._tasks)
+            for row in rows
+            if not self._is_scored(row.number)
+        ]
+        return self._dispatcher.run(todo, self)
 
-        A landmark on the front is scored anyway and is no find of the search; of equal recipes the first is taken.
+    def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
+        """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn.
+
+        The shortlist is the front and the best by the first objective; of equal recipes the first is taken.
         """
-        first = self._setup.objectives[0]
-        top = self._setup.confirm.top
-        landmarks = len(self._store.candidates(step=0))
-        best = self._store.best(first.name, maximise=first.maximise, k=top + landmarks)
-        finds = [row for row in best if row.step > 0][:top]
-        found = {row.recipe_hash: row for row in reversed([*self._store.front(), *finds]) if row.step > 0}
+        settings = self._setup.confirm
+        best = self._best(max(settings.top, settings.drawn))
+        finds = [row for row in [*self._store.front(), *best[: settings.top]] if _is_find(row)]
+        found = {row.recipe_hash: row for row in reversed(finds)}
         shortlist = sorted(found.values(), key=lambda row: row.number)
-        self._store.record_event("shortlist", {"candidates": [row.number for row in shortlist]})
-        return shortlist
+        drawn = [row for row in best[: settings.drawn] if row.recipe_hash not in found]
+        numbers = {"candidates": [row.number for row in shortlist], "drawn": [row.number for row in drawn]}
+        self._store.record_event("shortlist", numbers)
+        return shortlist, drawn
 
-    def _held_out_value(self, row: CandidateRow) -> float:
-        """The first objective on the held-out split, so that more is better."""
+    def _best(self, count: int) -> list[CandidateRow]:
+        """The best finds by the first objective, best first."""
         first = self._setup.objectives[0]
-        version = self._setup.evaluators[first.evaluator].version
-        (scores,) = [s for s in self._store.scores(row.number, "held_out") if s.evaluator == version]
-        return -first.loss(mean_and_error(scores.metrics[first.metric])["mean"])
+        landmarks = len(self._store.candidates(step=0))
+        best = self._store.best(first.name, maximise=first.maximise, k=count + landmarks)
+        return [row for row in best if _is_find(row)][:count]
+
+    def _held_out_rank(self, number: int) -> tuple[float, float]:
+        """How good a model is on the held-out split, less is better: constraints first, then the first objective."""
+        found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
+        means = {
+            m.name: mean_and_error(found[self._setup.evaluators[m.evaluator].version][m.metric])
+            for m in self._setup.measures
+        }
+        first = self._setup.objectives[0]
+        return self._setup.violation(means), first.loss(means[first.name]["mean"])
 
     def _is_scored(self, number: int) -> bool:
+        """Whether all that objectives and constraints are measured by has held-out scores; the screen needs none."""
         found = {scores.evaluator for scores in self._store.scores(number, "held_out")}
-        return all(evaluator.version in found for evaluator in self._setup.evaluators)
+        return all(self._setup.evaluators[evaluator].version in found for evaluator in self._setup.counts())
 
     # What the dispatcher reports -----------------------------------------------------------------------------------
 
@@ -111,8 +131,8 @@ class Confirmation:
     def dispatched(self, pending: Pending) -> None:
         self._store.record_event("confirm", {"candidate": pending.number, "attempt": pending.attempt})
 
-    def measured(self, finished: Finished, result: Measured) -> None:
-        scores = to_scores(self._setup, result, self._tasks)
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+        scores = to_scores(self._setup, result, pending.tasks)
         self._store.record_scores(finished.candidate, finished.attempt, scores)
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
@@ -123,3 +143,8 @@ class Confirmation:
 
     def late(self, finished: Finished) -> None:
         self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
+
+
+def _is_find(row: CandidateRow) -> bool:
+    """Whether the search found it: a landmark is scored anyway, and must not take the place of a find."""
+    return row.step > 0

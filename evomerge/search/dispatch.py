@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from evomerge.recipe import Recipe
@@ -18,7 +19,7 @@ _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
 
 @dataclass(frozen=True)
 class Pending:
-    """A candidate that is yet to be scored.
+    """A candidate that is yet to be scored on ``tasks``.
 
     ``attempt`` is the number of the attempt to come, from 1; ``faults`` counts the attempts that workers have failed.
     An attempt that died with its driver is in the first and not in the second.
@@ -28,6 +29,7 @@ class Pending:
     attempt: int
     recipe: Recipe
     recipe_hash: str
+    tasks: Sequence[Task]
     faults: int = 0
 
 
@@ -40,7 +42,7 @@ class Recorder(Protocol):
 
     def dispatched(self, pending: Pending) -> None: ...
 
-    def measured(self, finished: Finished, result: Measured) -> None: ...
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
 
@@ -63,7 +65,7 @@ class Dispatcher:
         self._attempts = attempts
         self._idle = idle
 
-    def run(self, batch: Iterable[Pending], tasks: list[Task], recorder: Recorder) -> bool:
+    def run(self, batch: Iterable[Pending], recorder: Recorder) -> bool:
         """Score a batch; True when every candidate of it is finished, False when a stop came first.
 
         Of candidates with one recipe, one is scored at a time: when it is done the others are answered from it.
@@ -78,7 +80,7 @@ class Dispatcher:
             if self._control.stopping and not running:
                 return False
             if not (self._control.paused or self._control.stopping):
-                self._fill(waiting, running, tasks, recorder)
+                self._fill(waiting, running, recorder)
             if not running:
                 if waiting:  # paused: nothing runs, and nothing may start
                     time.sleep(_PAUSE_S)
@@ -95,9 +97,7 @@ class Dispatcher:
                     waiting.appendleft(again)
         return True
 
-    def _fill(
-        self, waiting: deque[Pending], running: dict[int, Pending], tasks: list[Task], recorder: Recorder
-    ) -> None:
+    def _fill(self, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> None:
         """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting."""
         held: list[Pending] = []
         busy = {pending.recipe_hash for pending in running.values()}
@@ -110,7 +110,7 @@ class Dispatcher:
                 held.append(pending)
                 continue
             recorder.dispatched(pending)
-            self._pool.submit(Job(pending.number, pending.attempt, pending.recipe, tasks))
+            self._pool.submit(Job(pending.number, pending.attempt, pending.recipe, pending.tasks))
             running[pending.number] = pending
             busy.add(pending.recipe_hash)
         waiting.extendleft(reversed(held))
@@ -118,9 +118,19 @@ class Dispatcher:
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
         """Record how an attempt ended; the next attempt when there is to be one."""
         if isinstance(finished.result, Measured):
-            recorder.measured(finished, finished.result)
+            recorder.measured(pending, finished, finished.result)
             return None
         faults = pending.faults + 1
         again = finished.result.reason in WORKER_FAULTS and faults < self._attempts
         recorder.failed(finished, finished.result, final=not again)
         return replace(pending, attempt=pending.attempt + 1, faults=faults) if again else None
+
+
+def write_log(folder: Path, finished: Finished, failure: Failed, prefix: str) -> str:
+    """Keep what a failed attempt left behind; the file's name, relative to the search folder, or "" for nothing."""
+    if not failure.log:
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{prefix}{finished.candidate:04d}.{finished.attempt}.log"
+    path.write_text(f"{failure.reason}: {failure.message}\nworker {finished.worker}\n\n{failure.log}", encoding="utf-8")
+    return f"{folder.name}/{path.name}"

@@ -7,43 +7,26 @@ kills it, a new driver brings a fresh optimizer to the same point by replaying t
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
 from evomerge.optimizers import Optimizer
 from evomerge.recipe import Recipe, text_hash
 from evomerge.search.control import Control
-from evomerge.search.dispatch import Dispatcher, Pending
-from evomerge.search.jobs import Failed, Finished, Measured
+from evomerge.search.dispatch import Dispatcher
+from evomerge.search.generation import Candidate, Scoring
 from evomerge.search.pools.base import Pool
-from evomerge.search.scores import estimate_objectives, to_scores
+from evomerge.search.ranking import Ranking
+from evomerge.search.scores import Sheet
 from evomerge.search.setup import Setup
-from evomerge.store import CandidateRow, Estimate, NewCandidate, Store
+from evomerge.store import CandidateRow, NewCandidate, Store
 from evomerge.store.front import extend_front
 
 Ending = Literal["finished", "stopped", "cancelled"]
-
-
-@dataclass
-class _Known:
-    """What the driver keeps of a candidate for the length of a generation."""
-
-    number: int
-    genome: Genome | None
-    recipe: Recipe
-    recipe_hash: str
-    text: str = ""
-    attempts: int = 0
-    faults: int = 0
-    losses: list[float] | None = None
 
 
 class Driver:
@@ -73,17 +56,15 @@ class Driver:
         self._setup = setup
         self._store = store
         self._control = control
-        self._logs = logs
         self._clock = clock
         self._started = clock()
         self._spent_before_s = 0.0
-        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle)
+        self._scoring = Scoring(setup, store, Dispatcher(pool, control, setup.attempts, idle), logs)
+        self._ranking = Ranking(setup, self._scoring.screening)
         self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
-        self._tasks = setup.tasks("search")
         self._step = 0
         self._asked = 0
-        self._generation: list[_Known] = []
-        self._answers: dict[str, tuple[int, Mapping[str, Estimate]]] = {}
+        self._generation: list[Candidate] = []
         self._front: dict[int, Sequence[float]] = {}
         self._unchanged = 0
         self.why = ""
@@ -99,7 +80,6 @@ class Driver:
             if self._generation and not self._score_generation():
                 return self._end_early()
             if self._generation:
-                self._check_landmarks()
                 self._tell()
             if reason := self._spent():
                 return self._end("finished", reason)
@@ -124,11 +104,11 @@ class Driver:
         most = self._setup.budget.candidates
         return self._optimizer.population if most is None else min(self._optimizer.population, most - self._asked)
 
-    def _next(self, i: int, genome: Genome | None, recipe: Recipe) -> _Known:
+    def _next(self, i: int, genome: Genome | None, recipe: Recipe) -> Candidate:
         text = recipe.canonical()
-        return _Known(self._asked + i, genome, recipe, text_hash(text), text)
+        return Candidate(self._asked + i, genome, recipe, text_hash(text), text)
 
-    def _record_ask(self, asked: list[_Known], origins: Sequence[tuple[str, str]]) -> None:
+    def _record_ask(self, asked: list[Candidate], origins: Sequence[tuple[str, str]]) -> None:
         new = [
             NewCandidate(k.number, origin, k.text, k.recipe_hash, k.genome, label)
             for k, (origin, label) in zip(asked, origins, strict=True)
@@ -137,11 +117,35 @@ class Driver:
         self._generation = asked
         self._asked += len(asked)
 
+    def _score_generation(self) -> bool:
+        if self._step == 0:
+            return self._scoring.score_landmarks(self._generation)
+        return self._scoring.score(self._generation, list(self._front.values()), self._optimizer.parents)
+
     def _tell(self) -> None:
-        losses = {known.number: known.losses for known in self._generation if known.losses is not None}
-        self._update_front(losses)
-        self._store.record_tell(self._step, losses, front=self._front, spent_s=self._spent_s())
-        self._tell_optimizer(self._generation)
+        outcomes = self._scoring.conclude(self._generation)
+        self._ranking.rank(self._generation)
+        self._check_landmarks()
+        self._update_front()
+        losses = {c.number: c.losses for c in self._generation if c.losses is not None}
+        self._store.record_tell(self._step, losses, front=self._front, spent_s=self._spent_s(), outcomes=outcomes)
+        self._told()
+        if (screening := self._scoring.screening) is not None:
+            found = {"pairs": screening.pairs, "tau": screening.tau, "on": screening.is_on}
+            self._store.record_event("screen", found)
+        self._record_item_response()
+
+    def _record_item_response(self) -> None:
+        """Write down what is known of item response, if that is new; it is only with each new fit."""
+        if told := dict(self._scoring.predictions.told()):
+            before = self._store.events(kinds=("item response",), newest=1)
+            if not before or before[0].payload != told:
+                self._store.record_event("item response", told)
+
+    def _told(self) -> None:
+        """A generation is over: everything that learns from it does, and the next one can be asked for."""
+        self._optimizer.tell([(c.genome, c.losses) for c in self._generation if c.genome is not None and c.losses])
+        self._scoring.learn(self._generation, landmarks=self._step == 0)
         self._generation = []
         self._step += 1
 
@@ -151,7 +155,7 @@ class Driver:
         Raises:
             InputError: with the first failure's message.
         """
-        if self._step == 0 and all(not np.isfinite(k.losses or math.inf).all() for k in self._generation):
+        if self._step == 0 and all(c.status == "failed" for c in self._generation):
             failure = self._store.candidate(0).failure or {}
             raise InputError(
                 "landmarks",
@@ -159,72 +163,11 @@ class Driver:
                 f"See {failure['log']} in the folder of the search." if failure.get("log") else "",
             )
 
-    def _tell_optimizer(self, generation: Sequence[_Known]) -> None:
-        told = [(k.genome, k.losses) for k in generation if k.genome is not None and k.losses is not None]
-        if told:
-            self._optimizer.tell(told)
-
-    def _update_front(self, losses: dict[int, list[float]]) -> None:
+    def _update_front(self) -> None:
         before = set(self._front)
-        scored = {number: values for number, values in losses.items() if np.isfinite(values).all()}
-        self._front = extend_front(self._front, scored)
+        eligible = {c.number: c.losses for c in self._generation if c.eligible and c.losses is not None}
+        self._front = extend_front(self._front, eligible)
         self._unchanged = 0 if set(self._front) != before else self._unchanged + 1
-
-    # Scoring ------------------------------------------------------------------------------------------------------
-
-    def _score_generation(self) -> bool:
-        todo = [
-            Pending(k.number, k.attempts + 1, k.recipe, k.recipe_hash, k.faults)
-            for k in self._generation
-            if k.losses is None
-        ]
-        return self._dispatcher.run(todo, self._tasks, self)
-
-    def answer(self, pending: Pending) -> bool:
-        twin = self._answers.get(pending.recipe_hash)
-        if twin is None:
-            return False
-        number, objectives = twin
-        self._store.record_cached(pending.number, number, objectives)
-        self._set_losses(pending.number, self._losses(objectives))
-        return True
-
-    def dispatched(self, pending: Pending) -> None:
-        self._store.record_dispatch(pending.number, pending.attempt, "")
-
-    def measured(self, finished: Finished, result: Measured) -> None:
-        scores = to_scores(self._setup, result, self._tasks)
-        objectives = estimate_objectives(self._setup, scores)
-        if not self._store.record_result(
-            finished.candidate, finished.attempt, scores, result.timings, objectives, finished.worker
-        ):
-            return
-        known = self._set_losses(finished.candidate, self._losses(objectives))
-        self._answers[known.recipe_hash] = (known.number, objectives)
-
-    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
-        log = write_log(self._logs, finished, failure, "c")
-        what = {"reason": failure.reason, "message": failure.message, "log": log, "worker": finished.worker}
-        self._store.record_failure(finished.candidate, finished.attempt, what, final=final)
-        if final:
-            self._set_losses(finished.candidate, [math.inf] * len(self._setup.objectives))
-
-    def late(self, finished: Finished) -> None:
-        self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
-
-    def _set_losses(self, number: int, losses: list[float]) -> _Known:
-        known = self._generation[number - self._generation[0].number]
-        known.losses = losses
-        return known
-
-    def _losses_of(self, row: CandidateRow) -> list[float] | None:
-        """What the optimizer was or will be told of a recorded candidate; None while it is unfinished."""
-        if row.status == "failed":
-            return [math.inf] * len(self._setup.objectives)
-        return self._losses(row.objectives) if row.objectives else None
-
-    def _losses(self, objectives: Mapping[str, Estimate]) -> list[float]:
-        return [o.loss(objectives[o.name]["mean"]) for o in self._setup.objectives]
 
     # Budget -------------------------------------------------------------------------------------------------------
 
@@ -266,18 +209,17 @@ class Driver:
                 self._step = step.step
                 self._generation = self._replay_ask(step.step)
             else:
-                self._tell_optimizer(self._generation)
-                self._update_front({k.number: k.losses for k in self._generation if k.losses is not None})
-                self._generation = []
-                self._step += 1
+                self._ranking.remember(self._generation)
+                self._update_front()
+                self._told()
         self._spent_before_s = self._store.search().spent_s
-        unfinished = {k.number: k for k in self._generation if k.losses is None}
+        unfinished = {c.number: c for c in self._generation if c.losses is None}
         if unfinished:
             for event in self._store.events(kinds=("failure",)):
                 if event.candidate in unfinished:
                     unfinished[event.candidate].faults += 1
 
-    def _replay_ask(self, step: int) -> list[_Known]:
+    def _replay_ask(self, step: int) -> list[Candidate]:
         rows = self._store.candidates(step=step)
         if step == 0:
             points = [(mark.genome, mark.recipe) for mark in self._setup.space.landmarks()]
@@ -291,13 +233,20 @@ class Driver:
             if _bits(genome) != _bits(row.genome) or recipe.hash != row.recipe_hash:
                 place = f"candidate {row.number} (step {step})"
                 raise _drift(place, "gives another genome or recipe than was recorded")
-            if row.status == "done":
-                self._answers.setdefault(row.recipe_hash, (row.number, row.objectives))
-            known = _Known(row.number, genome, recipe, row.recipe_hash, attempts=row.attempts)
-            known.losses = self._losses_of(row)
-            generation.append(known)
+            generation.append(self._restore(row, genome, recipe))
         self._asked += len(rows)
         return generation
+
+    def _restore(self, row: CandidateRow, genome: Genome | None, recipe: Recipe) -> Candidate:
+        """A recorded candidate as it was when the store last heard of it."""
+        found = Candidate(row.number, genome, recipe, row.recipe_hash, attempts=row.attempts)
+        # To be scored again, in place of an attempt that died with its driver.
+        found.status = "asked" if row.status == "running" else row.status
+        found.twin, found.timings = row.same_as, dict(row.timings)
+        found.objectives, found.losses, found.eligible = row.objectives, row.losses, row.eligible
+        if row.losses is None:
+            found.sheet = Sheet.of(self._setup, self._store.scores(row.number, "search"))
+        return found
 
 
 def _drift(place: str, problem: str) -> InputError:
@@ -310,13 +259,3 @@ def _drift(place: str, problem: str) -> InputError:
 
 def _bits(genome: Genome | None) -> bytes | None:
     return None if genome is None else genome.tobytes()
-
-
-def write_log(folder: Path, finished: Finished, failure: Failed, prefix: str) -> str:
-    """Keep what a failed attempt left behind; the file's name, relative to the search folder, or "" for nothing."""
-    if not failure.log:
-        return ""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{prefix}{finished.candidate:04d}.{finished.attempt}.log"
-    path.write_text(f"{failure.reason}: {failure.message}\nworker {finished.worker}\n\n{failure.log}", encoding="utf-8")
-    return f"{folder.name}/{path.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from evomerge.merging.registry import find_method
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
 from evomerge.search.search_file import SearchFile
-from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ObjectiveInfo, ScreenInfo, Setup
 from search_spaces.base import SpaceContext
 
 
@@ -38,16 +39,21 @@ def prepare(file: SearchFile) -> Prepared:
     Raises:
         InputError: naming the key of the search file, or the file of a source, and the mend.
     """
+    _check_engine(file)
     sources = open_sources(file)
     space = build_space(file, sources)
     settings = distinct_evaluators(file)
     evaluators = tuple(_build(file, each) for each in settings)
+    _refuse_test_items(file, settings, evaluators)
     setup = Setup(
         name=file.name,
         seed=file.seed,
         space=space,
         optimizer=file.optimizer,
         objectives=tuple(_objective(file, name, settings, evaluators) for name in file.objectives),
+        constraints=tuple(_constraint(file, name, settings, evaluators) for name in file.constraints),
+        screen=_screen(file, settings, evaluators),
+        racing=file.racing,
         evaluators=tuple(
             EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out"))) for e in evaluators
         ),
@@ -57,6 +63,17 @@ def prepare(file: SearchFile) -> Prepared:
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer")
     return Prepared(file, setup, sources, evaluators)
+
+
+def _check_engine(file: SearchFile) -> None:
+    """Refuse an engine that is not installed here, or has no room for what the space makes."""
+    if file.engine == "vllm":
+        if file.space.kind != "parameter_space":
+            problem = "vLLM has room for models of one depth, and this space makes paths of many"
+            raise InputError("engine", problem, "Leave `engine` out.")
+        from evaluators.vllm_engine import import_vllm
+
+        import_vllm()
 
 
 def open_sources(file: SearchFile) -> dict[str, Source]:
@@ -130,26 +147,77 @@ def _build(file: SearchFile, settings: EvaluatorSettings) -> Evaluator:
     try:
         return settings.build()
     except InputError as error:
-        name = next(name for name, found in file.evaluators().items() if found == settings)
-        raise InputError(f"objectives.{name}: {error.place}", error.problem, error.mend) from error
+        place = next(place for place, found in file.evaluators().items() if found == settings)
+        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+
+
+def _refuse_test_items(
+    file: SearchFile, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> None:
+    """A search on the test items of a public benchmark makes its score there worthless, and is not to happen unseen."""
+    for place, wanted in file.evaluators().items():
+        evaluator = evaluators[settings.index(wanted)]
+        for benchmark, count in evaluator.test_items("search").items():
+            if not file.search_on_test_items:
+                items = len(evaluator.items("search"))
+                raise InputError(
+                    place,
+                    f"{count} of the {items} items to search on are test items of {benchmark}",
+                    "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
+                )
+
+
+class _Found(NamedTuple):
+    """Where a measure's evaluator stands, which way its metric is better, and how many items it is the mean of."""
+
+    evaluator: int
+    higher_is_better: bool
+    items: int
+
+
+def _find(
+    file: SearchFile, place: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> _Found:
+    measure = file.measures[place]
+    position = settings.index(file.evaluators()[place])
+    evaluator = evaluators[position]
+    if measure.metric not in evaluator.metrics:
+        raise unknown_name(measure.metric, evaluator.metrics, f"{place}.metric", "metric")
+    items = len(evaluator.items("search"))
+    if measure.items is not None and measure.items > items:
+        raise InputError(f"{place}.items", f"asks for {measure.items} of {items} items in the search split")
+    return _Found(position, evaluator.metrics[measure.metric], measure.items or items)
 
 
 def _objective(
     file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
 ) -> ObjectiveInfo:
     objective = file.objectives[name]
-    position = settings.index(file.evaluators()[name])
-    evaluator = evaluators[position]
-    if objective.metric not in evaluator.metrics:
-        raise unknown_name(objective.metric, evaluator.metrics, f"objectives.{name}.metric", "metric")
-    higher_is_better = evaluator.metrics[objective.metric]
-    items = len(evaluator.items("search"))
-    if objective.items is not None and objective.items > items:
-        raise InputError(f"objectives.{name}.items", f"asks for {objective.items} of {items} items in the search split")
-    return ObjectiveInfo(
-        name=name,
-        evaluator=position,
-        metric=objective.metric,
-        maximise=higher_is_better if objective.direction is None else objective.direction == "maximize",
-        items=objective.items or items,
-    )
+    found = _find(file, f"objectives.{name}", settings, evaluators)
+    maximise = found.higher_is_better if objective.direction is None else objective.direction == "maximize"
+    return ObjectiveInfo(name, found.evaluator, objective.metric, maximise, found.items)
+
+
+def _constraint(
+    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> ConstraintInfo:
+    constraint = file.constraints[name]
+    found = _find(file, f"constraints.{name}", settings, evaluators)
+    least = constraint.at_least is not None
+    threshold = constraint.at_least if constraint.at_least is not None else constraint.at_most
+    assert threshold is not None  # the search file has checked that there is one
+    return ConstraintInfo(name, found.evaluator, constraint.metric, least, found.items, threshold)
+
+
+def _screen(
+    file: SearchFile, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> ScreenInfo | None:
+    screen = file.screen
+    if screen is None:
+        return None
+    found = _find(file, "screen", settings, evaluators)
+    objective = list(file.objectives).index(screen.objective) if screen.objective is not None else 0
+    return ScreenInfo(
+        "screen", found.evaluator, screen.metric, found.higher_is_better, found.items,
+        objective=objective, least_tau=screen.least_tau, drop=screen.drop,
+    )  # fmt: skip

@@ -1,13 +1,18 @@
-"""From what workers measured to what the store keeps."""
+"""From what workers measured to what the store keeps, and to what candidates are judged by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from evaluators.base import Split
+from evomerge.search.items import ItemOrder
 from evomerge.search.jobs import Measured, Task
-from evomerge.search.setup import Setup, objective_values
+from evomerge.search.racing import difference_estimate, stratified_estimate
+from evomerge.search.setup import Counts, MeasureInfo, Setup
 from evomerge.search.statistics import mean_and_error
 from evomerge.store import Estimate, Scores
 
@@ -25,7 +30,109 @@ def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Sco
     ]
 
 
-def estimate_objectives(setup: Setup, scores: Sequence[Scores]) -> dict[str, Estimate]:
-    """Each objective's mean over its items of the search split, with its standard error."""
-    metrics = [each.metrics for each in scores]
-    return {o.name: mean_and_error(objective_values(o, metrics, "search")) for o in setup.objectives}
+class Sheet:
+    """A candidate's scores on the search split as far as they are known.
+
+    For each evaluator and metric float32 [items], by position in the split; NaN where there is no score yet.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, dict[str, NDArray[np.float32]]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._values
+
+    @classmethod
+    def of(cls, setup: Setup, scores: Sequence[Scores]) -> Self:
+        """The sheet of a recorded candidate."""
+        sheet, versions = cls(), [evaluator.version for evaluator in setup.evaluators]
+        for each in scores:
+            sheet.add(setup, versions.index(each.evaluator), each.items, each.metrics)
+        return sheet
+
+    def add(
+        self,
+        setup: Setup,
+        evaluator: int,
+        items: NDArray[np.int32] | Sequence[int],
+        metrics: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        """Enter scores of items at these positions."""
+        count = setup.evaluators[evaluator].search_items
+        mine = self._values.setdefault(evaluator, {})
+        for metric, values in metrics.items():
+            mine.setdefault(metric, np.full(count, np.nan, dtype=np.float32))[np.asarray(items, dtype=np.int64)] = (
+                values
+            )
+
+    def values(self, measure: MeasureInfo) -> NDArray[np.float32]:
+        """The scores that a measure is the mean of: float32 [measure.items], NaN where there is none."""
+        mine = self._values.get(measure.evaluator, {}).get(measure.metric)
+        return np.full(measure.items, np.nan, dtype=np.float32) if mine is None else mine[: measure.items]
+
+    def missing(self, evaluator: int, positions: NDArray[np.int32]) -> list[int]:
+        """Which of these positions have no score of an evaluator yet, rising."""
+        mine = next(iter(self._values.get(evaluator, {}).values()), None)
+        wanted = positions if mine is None else positions[np.isnan(mine[positions])]
+        return sorted(int(position) for position in wanted)
+
+    def scores(self, setup: Setup) -> list[Scores]:
+        """In the store's form, items rising."""
+        found = []
+        for evaluator, metrics in sorted(self._values.items()):
+            known = np.flatnonzero(~np.isnan(next(iter(metrics.values())))).astype(np.int32)
+            kept = {metric: values[known] for metric, values in metrics.items()}
+            found.append(Scores(setup.evaluators[evaluator].version, "search", known, kept))
+        return found
+
+    def take(self, setup: Setup, other: Sheet, evaluator: int, positions: NDArray[np.int32]) -> None:
+        """Enter what another sheet knows of an evaluator's items at these positions."""
+        known = np.setdiff1d(positions, other.missing(evaluator, positions)).astype(np.int32)
+        if len(known):
+            theirs = other._values[evaluator]
+            self.add(setup, evaluator, known, {metric: values[known] for metric, values in theirs.items()})
+
+    def update(self, setup: Setup, other: Sheet) -> None:
+        """Enter all that another sheet knows."""
+        for evaluator in other._values:
+            self.take(setup, other, evaluator, np.arange(setup.evaluators[evaluator].search_items, dtype=np.int32))
+
+    def within(self, setup: Setup, orders: Sequence[ItemOrder], counts: Counts) -> Sheet:
+        """What would be known had no more than each evaluator's first items, in its order, been scored."""
+        sheet = Sheet()
+        for evaluator, count in counts.items():
+            sheet.take(setup, self, evaluator, orders[evaluator].positions[:count])
+        return sheet
+
+
+Prediction = Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]
+"""From the positions of the items scored and the scores there to a score for every item."""
+
+
+def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Prediction | None) -> Estimate | None:
+    """A measure's mean over all of its items, with its standard error; None without a score.
+
+    When some are not scored, they are estimated: each as it is predicted, plus the mean of what the prediction misses
+    on the items that were scored.
+    """
+    values = sheet.values(measure)
+    known = np.flatnonzero(~np.isnan(values))
+    if not len(known):
+        return None
+    if len(known) == len(values):
+        return mean_and_error(values)
+    sample = order.sample(known.astype(np.int32), measure.items)
+    scores = values[known].astype(np.float64)
+    if predict is None:
+        return stratified_estimate(scores, sample)
+    return difference_estimate(scores, known, predict(known, scores), sample)
+
+
+def missing_tasks(sheet: Sheet, orders: Sequence[ItemOrder], counts: Counts, split: Split = "search") -> list[Task]:
+    """What is still to be scored so that each evaluator's first items, in its order, are all known."""
+    tasks = []
+    for evaluator, count in sorted(counts.items()):
+        if missing := sheet.missing(evaluator, orders[evaluator].positions[:count]):
+            tasks.append(Task(evaluator, split, missing))
+    return tasks

@@ -6,7 +6,7 @@ import difflib
 import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from evaluators import evaluator_settings
-from evaluators.base import EvaluatorSettings
+from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import DType
@@ -33,31 +33,85 @@ from search_spaces.base import SpaceSettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
+AnyMeasure = TypeVar("AnyMeasure", bound="Measure")
+
+
 class Section(BaseModel):
     """A part of the search file: frozen, and a key that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Objective(Section):
-    """A metric of an evaluator, and which way is better.
+class Measure(Section):
+    """A metric of an evaluator.
 
-    Keys that are not named here (``task: mini_math_ja``) are the evaluator's own settings. ``direction`` is the
-    metric's own when left out. ``items`` bounds how many items of the search split a candidate is scored on; the
-    held-out split is always scored whole.
+    Keys that are not named here (``task: mini_math_ja``) are the evaluator's own settings. ``items`` bounds how many
+    items of the search split a candidate is scored on; the held-out split is always scored whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     evaluator: str = "lm_eval"
     metric: str
-    direction: Literal["maximize", "minimize"] | None = None
     items: PositiveInt | None = None
 
     @property
     def evaluator_keys(self) -> dict[str, Any]:
         """The keys that belong to the evaluator's settings."""
         return dict(self.model_extra or {})
+
+
+class Objective(Measure):
+    """What the search makes better. ``direction`` is the metric's own when left out."""
+
+    direction: Literal["maximize", "minimize"] | None = None
+
+
+class Constraint(Measure):
+    """What a candidate must keep: a mean of ``at_least`` or ``at_most``. Those that miss it rank after all others."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("needs one of at_least and at_most")
+        return self
+
+
+class Screen(Measure):
+    """A cheap metric that is scored first, so that candidates it finds poor need not be scored on the objectives.
+
+    It decides only while its ranks agree with those of ``objective`` (the first when left out): while Kendall's tau,
+    measured during the search, is ``least_tau`` or more. Then the ``drop`` share of each generation that it finds
+    poorest is left out.
+    """
+
+    objective: str | None = None
+    least_tau: float = Field(default=0.5, gt=0, lt=1)
+    drop: float = Field(default=0.5, gt=0, lt=1)
+
+
+class Racing(Section):
+    """Scores every candidate on few items, and on more only where that decides something.
+
+    ``rungs`` are numbers of items, rising. At each one the candidates whose place is clear, with ``confidence`` in each
+    comparison, leave the race. The last rung ends it for all but those that challenge the best: these go on to all
+    items. ``estimate`` says what predicts the scores of items that were not scored: the best ``landmark``, or a model
+    of ``item_response``, which is used only while it is found to be the better of the two.
+    """
+
+    rungs: tuple[Annotated[int, Field(ge=10)], ...] = Field(min_length=1)
+    confidence: float = Field(default=0.9, gt=0.5, lt=1)
+    estimate: Literal["landmark", "item_response"] = "landmark"
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(rungs) != sorted(set(rungs)):
+            raise ValueError("must rise from one to the next")
+        return rungs
 
 
 class Budget(Section):
@@ -78,9 +132,14 @@ class Budget(Section):
 
 
 class Confirm(Section):
-    """What is scored on the held-out split at the end: the front, the ``top`` by the first objective, the landmarks."""
+    """What is scored on the held-out split at the end: the front, the ``top`` by the first objective, the landmarks.
+
+    ``drawn`` of the best by the first objective are scored there too, once the winner is named, to draw the winner's
+    curse alone. ``confidence`` is that of all intervals of an objective together.
+    """
 
     top: PositiveInt = 5
+    drawn: int = Field(default=0, ge=0)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
 
@@ -112,15 +171,20 @@ class SearchFile(Section):
     dtype: DType | None = None
     space: SerializeAsAny[SpaceSettings]
     objectives: dict[Name, Objective] = Field(min_length=1)
+    constraints: dict[Name, Constraint] = {}
+    racing: Racing | None = None
+    screen: Screen | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
     budget: Budget
     confirm: Confirm = Confirm()
     pool: Literal["in_process", "ray"] = "in_process"
     cluster: Cluster = Cluster()
     device: str | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
     attempts: PositiveInt = 2
     task_folders: tuple[Path, ...] = ()
     allow_task_code: bool = False
+    search_on_test_items: bool = False
 
     @field_validator("space", mode="before")
     @classmethod
@@ -137,6 +201,10 @@ class SearchFile(Section):
             name = getattr(self, field)
             if name is not None and name not in self.sources:
                 raise ValueError(f"{field}: there is no source {name!r}; the sources are {', '.join(self.sources)}")
+        if both := sorted(set(self.objectives) & set(self.constraints)):
+            raise ValueError(f"constraints: {both[0]} is the name of an objective already")
+        if self.screen is not None and self.screen.objective not in (None, *self.objectives):
+            raise ValueError(f"screen.objective: there is no objective {self.screen.objective!r}")
         if missing := sorted(self.vocabulary.used_sources() - set(self.sources)):
             raise ValueError(
                 f"vocabulary: there is no source {missing[0]!r}; the sources are {', '.join(self.sources)}"
@@ -155,17 +223,23 @@ class SearchFile(Section):
             return self.vocabulary
         return self.vocabulary.model_copy(update={"base": self.base})
 
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """Everything that names an evaluator, by its place in the file; objectives come first."""
+        found: dict[str, Measure] = {f"objectives.{name}": objective for name, objective in self.objectives.items()}
+        found |= {f"constraints.{name}": constraint for name, constraint in self.constraints.items()}
+        return found if self.screen is None else found | {"screen": self.screen}
+
     def evaluators(self) -> dict[str, EvaluatorSettings]:
-        """The evaluator settings of each objective, by the objective's name; equal settings mean one evaluator."""
+        """The evaluator settings of each measure, by the measure's place; equal settings mean one evaluator."""
         found = {}
-        for name, objective in self.objectives.items():
-            place = f"objectives.{name}"
-            settings = evaluator_settings(objective.evaluator, f"{place}.evaluator")
-            keys = objective.evaluator_keys
+        for place, measure in self.measures.items():
+            settings = evaluator_settings(measure.evaluator, f"{place}.evaluator")
+            keys = measure.evaluator_keys
             shared = {"task_folders": self.task_folders, "allow_task_code": self.allow_task_code}
             keys |= {key: value for key, value in shared.items() if key in settings.model_fields}
             try:
-                found[name] = settings.model_validate(keys)
+                found[place] = settings.model_validate(keys)
             except ValidationError as error:
                 raise explain(error, place, settings) from None
         return found
@@ -203,19 +277,23 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "sources": sources,
         "space": parsed.space.at(root.resolve()),
         "task_folders": folders,
-        "objectives": {name: _at(root.resolve(), name, objective) for name, objective in parsed.objectives.items()},
+        "objectives": {n: _at(root.resolve(), f"objectives.{n}", each) for n, each in parsed.objectives.items()},
+        "constraints": {n: _at(root.resolve(), f"constraints.{n}", each) for n, each in parsed.constraints.items()},
+        "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
     }
     resolved = parsed.model_copy(update=update)
     resolved.evaluators()
     return resolved
 
 
-def _at(root: Path, name: str, objective: Objective) -> Objective:
-    """The objective with the paths in its evaluator's keys absolute."""
-    fields = evaluator_settings(objective.evaluator, f"objectives.{name}.evaluator").model_fields
-    paths = {key for key in objective.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
-    absolute = {key: str(root / Path(str(objective.evaluator_keys[key])).expanduser()) for key in paths}
-    return Objective.model_validate(objective.model_dump() | absolute) if absolute else objective
+def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:
+    """The measure with the paths in its evaluator's keys absolute."""
+    fields = evaluator_settings(measure.evaluator, f"{place}.evaluator").model_fields
+    paths = {key for key in measure.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
+    models = {key for key in measure.evaluator_keys if key in fields and MODEL in fields[key].metadata}
+    absolute = {key: str(root / Path(str(measure.evaluator_keys[key])).expanduser()) for key in paths}
+    absolute |= {key: _absolute(str(measure.evaluator_keys[key]), root) for key in models}
+    return type(measure).model_validate(measure.model_dump() | absolute) if absolute else measure
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

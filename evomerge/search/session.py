@@ -20,6 +20,7 @@ from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
 from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
+from evomerge.search.setup import MeasureInfo
 from evomerge.store import CandidateRow, Store
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
@@ -95,7 +96,9 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     Raises:
         InputError: it differs elsewhere; the difference is in the message.
     """
-    before = store.search().settings
+    # Parsed again, because a program that was older than one of the keys wrote nothing for it.
+    recorded = parse_search_file(store.search().settings, place=FILE_NAME, root=folder.resolve())
+    before = recorded.model_dump(mode="json")
     path = folder / FILE_NAME
     edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
     for override in overrides:
@@ -138,12 +141,18 @@ def check_unchanged(store: Store, prepared: Prepared) -> None:
 
 
 def fingerprints(prepared: Prepared) -> dict[str, Any]:
-    """What a search was started on, as JSON data: files of its sources, its evaluators, and its objectives resolved."""
+    """What a search was started on, as JSON data: files of its sources, its evaluators, and its measures resolved."""
     setup = prepared.setup
+
+    def told(measure: MeasureInfo) -> dict[str, Any]:
+        return asdict(measure) | {"version": setup.evaluators[measure.evaluator].version}
+
     return {
         "sources": {name: fingerprint(source) for name, source in prepared.sources.items()},
         "evaluators": [asdict(evaluator) for evaluator in setup.evaluators],
-        "objectives": [asdict(o) | {"version": setup.evaluators[o.evaluator].version} for o in setup.objectives],
+        "objectives": [told(objective) for objective in setup.objectives],
+        "constraints": [told(constraint) for constraint in setup.constraints],
+        "screen": None if setup.screen is None else told(setup.screen),
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
     }
 

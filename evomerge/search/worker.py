@@ -87,6 +87,10 @@ class Worker:
         torch.set_num_threads(file.cluster.cpus_per_worker)
         model, dtype = sources[file.tokenizer_source], torch_dtype(file.dtype)
         live = live_model(model, choose_device(file.device), dtype, shelves)
+        if file.engine == "vllm":
+            from evaluators.vllm_engine import VllmEngine
+
+            live.engine = VllmEngine(model, live)
         residency = None if file.cluster.residency == "auto" else file.cluster.residency
         return cls(name, Materialiser(sources, statistics=statistics, residency=residency), live, evaluators)
 
@@ -118,6 +122,8 @@ class Worker:
         started = time.perf_counter()
         self._materialiser.write(job.recipe, self._live)
         check_live(self._live)
+        if self._live.engine is not None:
+            self._live.engine.load(self._live)
         timings = {"merge": time.perf_counter() - started}
         scores: list[Mapping[str, NDArray[np.float32]]] = []
         for task in job.tasks:

@@ -1,7 +1,7 @@
 """The results store: everything a search asked, dispatched, measured and told."""
 
 from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
-from evomerge.store.rows import CandidateRow, Estimate, EventRow, NewCandidate, Scores, SearchRow, Step, Verb
+from evomerge.store.rows import CandidateRow, Estimate, EventRow, NewCandidate, Outcome, Scores, SearchRow, Step, Verb
 from evomerge.store.store import Store
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Lease",
     "LeaseLostError",
     "NewCandidate",
+    "Outcome",
     "Scores",
     "SearchRow",
     "Step",

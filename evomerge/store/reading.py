@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Row, Select, func, inspect, select
+from sqlalchemy import Connection, Engine, Row, Select, exists, func, inspect, select
 
 from evomerge.errors import InputError
 from evomerge.store import tables
@@ -73,9 +73,11 @@ class ReadStore:
             raise InputError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
         if len(rows) > 1:
             raise InputError(self.place, f"holds {len(rows)} searches", "Say which one by its name.")
-        if rows[0].schema_version > tables.SCHEMA_VERSION:
-            problem = f"was written by a newer Evomerge (format {rows[0].schema_version}; this one reads "
-            raise InputError(self.place, f"{problem}{tables.SCHEMA_VERSION})", "Update Evomerge to open it.")
+        version = rows[0].schema_version
+        if version != tables.SCHEMA_VERSION:
+            age, mend = ("newer", "Update") if version > tables.SCHEMA_VERSION else ("older", "Use that version of")
+            problem = f"was written by {'a' if age == 'newer' else 'an'} {age} Evomerge (format {version}; this one"
+            raise InputError(self.place, f"{problem} reads {tables.SCHEMA_VERSION})", f"{mend} Evomerge to open it.")
         return int(rows[0].id)
 
     def close(self) -> None:
@@ -137,6 +139,24 @@ class ReadStore:
             found = connection.execute(query.group_by(columns.status)).all()
         return dict.fromkeys(STATUSES, 0) | dict(row._tuple() for row in found)
 
+    def items_scored(self, objectives: Collection[str]) -> int:
+        """How many item scores the values of these objectives rest on, over all candidates with scores of their own."""
+        columns, measured = tables.candidate.c, tables.objective.c
+        own = (columns.search_id == measured.search_id) & (columns.number == measured.candidate)
+        query = select(func.coalesce(func.sum(measured.n), 0)).join_from(tables.objective, tables.candidate, own)
+        query = query.where(measured.search_id == self.search_id, measured.name.in_(list(objectives)))
+        with self.transaction() as connection:
+            return int(connection.execute(query.where(columns.same_as.is_(None))).scalar_one())
+
+    def eliminated_without(self, objective: str) -> int:
+        """How many candidates were eliminated before they had a value of this objective."""
+        columns, measured = tables.candidate.c, tables.objective.c
+        its = (measured.search_id == columns.search_id) & (measured.candidate == columns.number)
+        value = exists().where(its, measured.name == objective)
+        query = select(func.count()).where(columns.search_id == self.search_id, columns.status == "eliminated", ~value)
+        with self.transaction() as connection:
+            return int(connection.execute(query).scalar_one())
+
     # Candidates
 
     def candidates(
@@ -173,7 +193,7 @@ class ReadStore:
         return self._rows(self._select().where(tables.candidate.c.on_front).order_by(tables.candidate.c.number))
 
     def best(self, objective: str, *, maximise: bool, k: int = 1) -> list[CandidateRow]:
-        """The k best candidates in one objective on the search split, best first; of equals the lower number first."""
+        """The k best eligible candidates in one objective, best first; of equals the lower number first."""
         mean, columns = tables.objective.c.mean, tables.candidate.c
         query = (
             self._select()
@@ -181,7 +201,7 @@ class ReadStore:
                 tables.objective,
                 (tables.objective.c.search_id == columns.search_id) & (tables.objective.c.candidate == columns.number),
             )
-            .where(tables.objective.c.name == objective, mean.is_not(None), columns.same_as.is_(None))
+            .where(tables.objective.c.name == objective, mean.is_not(None), columns.eligible, columns.same_as.is_(None))
         )
         return self._rows(query.order_by(mean.desc() if maximise else mean, columns.number).limit(k))
 

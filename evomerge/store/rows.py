@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.genome import Genome
 
-Status = Literal["asked", "running", "done", "failed", "cached"]
-STATUSES: tuple[Status, ...] = ("asked", "running", "done", "failed", "cached")
+Status = Literal["asked", "running", "done", "eliminated", "failed", "cached"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 Verb = Literal["pause", "resume", "stop", "cancel"]
 
@@ -55,11 +55,27 @@ class NewCandidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """How a race ended for a candidate: "done", "eliminated", or "cached" when its scores are those of ``same_as``.
+
+    ``eligible`` says whether it may be on the front and be confirmed.
+    """
+
+    number: int
+    status: Status
+    objectives: Mapping[str, Estimate]
+    eligible: bool
+    same_as: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CandidateRow:
     """A candidate and what is known of it, scores of items apart. Times are seconds since 1970.
 
     ``failure`` holds at least "reason" and "message"; after a failure that is tried again, that of the last attempt.
-    ``timings`` are seconds by phase. ``losses`` is what the optimizer was told, None before it was told.
+    ``timings`` are seconds by phase. ``losses`` is what the optimizer was told, None before it was told. ``eligible``:
+    scored on every item that the objectives want, and within all constraints. An "eliminated" candidate left its race
+    before that, as too poor for the optimizer to learn from; ``objectives`` are then estimates from fewer items.
     """
 
     number: int
@@ -74,6 +90,7 @@ class CandidateRow:
     attempts: int
     worker: str
     on_front: bool
+    eligible: bool
     objectives: dict[str, Estimate]
     losses: list[float] | None
     timings: dict[str, float]

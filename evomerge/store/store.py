@@ -17,7 +17,7 @@ from evomerge.errors import InputError
 from evomerge.store import tables
 from evomerge.store.lease import check_fence
 from evomerge.store.reading import ReadStore
-from evomerge.store.rows import STATUSES, Estimate, NewCandidate, Scores, Status, Verb
+from evomerge.store.rows import STATUSES, Estimate, NewCandidate, Outcome, Scores, Status, Verb
 
 
 class Store(ReadStore):
@@ -118,10 +118,12 @@ class Store(ReadStore):
             "asked_at": now,
         }
 
-    def record_cached(self, number: int, same_as: int, objectives: Mapping[str, Estimate]) -> None:
+    def record_cached(
+        self, number: int, same_as: int, objectives: Mapping[str, Estimate], *, eligible: bool = True
+    ) -> None:
         """A candidate that was asked is answered by the scores of another, of the same recipe."""
         with self.writing() as connection:
-            values = {"status": "cached", "same_as": same_as, "finished_at": time.time()}
+            values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
             if not self._change(connection, number, values, statuses=("asked",)):
                 raise ValueError(f"candidate {number} is not waiting")
             self._insert_objectives(connection, number, objectives)
@@ -144,15 +146,33 @@ class Store(ReadStore):
         timings: Mapping[str, float],
         objectives: Mapping[str, Estimate],
         worker: str,
+        *,
+        eligible: bool = True,
     ) -> bool:
         """An attempt succeeded. False, and only an event "stale", when it is not the one that runs."""
-        values = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker}
+        values = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker, "eligible": eligible}
         with self.writing() as connection:
             if not self._finish(connection, number, attempt, "result", values | {"finished_at": time.time()}):
                 return False
             self._insert_scores(connection, number, scores)
             self._insert_objectives(connection, number, objectives)
             self.append_event(connection, "result", number, attempt, {"worker": worker})
+            return True
+
+    def record_rung(
+        self, number: int, attempt: int, scores: Sequence[Scores], timings: Mapping[str, float], worker: str
+    ) -> bool:
+        """An attempt scored a candidate up to a rung of its race; it waits for the race to go on.
+
+        ``scores`` and ``timings`` are all of its so far. False as for ``record_result``.
+        """
+        values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker}
+        with self.writing() as connection:
+            if not self._finish(connection, number, attempt, "rung", values):
+                return False
+            self._insert_scores(connection, number, scores)
+            items = {s.evaluator: len(s.items) for s in scores}
+            self.append_event(connection, "rung", number, attempt, {"items": items, "worker": worker})
             return True
 
     def record_failure(self, number: int, attempt: int, failure: Mapping[str, Any], *, final: bool) -> bool:
@@ -180,16 +200,27 @@ class Store(ReadStore):
         *,
         front: Collection[int],
         spent_s: float,
+        outcomes: Sequence[Outcome] = (),
     ) -> None:
-        """What the optimizer was told, in the order told; the candidates that form the Pareto front now; and the
-        seconds that drivers have spent on the search.
+        """What the optimizer was told, in the order told; the candidates that form the Pareto front now; the seconds
+        that drivers have spent on the search; and how a race ended for those that were still in it.
         """
         with self.writing() as connection:
+            for outcome in outcomes:
+                self._end_race(connection, outcome)
             for number, values in losses.items():
                 self._change(connection, number, {"losses": list(values)})
             self._set_front(connection, set(front))
             self._change_search(connection, spent_s=spent_s)
             self.append_event(connection, "tell", payload={"step": step, "candidates": list(losses)})
+
+    def _end_race(self, connection: Connection, outcome: Outcome) -> None:
+        values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
+        if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, statuses=("asked",)):
+            raise ValueError(f"candidate {outcome.number} is not waiting")
+        self._insert_objectives(connection, outcome.number, outcome.objectives)
+        items = max((each["n"] for each in outcome.objectives.values()), default=0)
+        self.append_event(connection, outcome.status, outcome.number, payload={"items": items})
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:
         columns = tables.candidate.c

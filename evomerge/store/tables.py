@@ -6,7 +6,7 @@ from sqlalchemy import Boolean, Column, Double, Index, Integer, MetaData, String
 
 from evomerge.store.columns import Array, Json, PackedText
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -39,6 +39,7 @@ candidate = Table(
     Column("same_as", Integer),  # a cached candidate's scores are those of this one
     Column("attempts", Integer, nullable=False),
     Column("worker", String(200), nullable=False),
+    Column("eligible", Boolean, nullable=False, server_default=false()),  # for the front and for confirmation
     Column("on_front", Boolean, nullable=False, server_default=false()),
     Column("losses", Json),  # what the optimizer was told
     Column("timings", Json),

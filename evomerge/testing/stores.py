@@ -196,7 +196,7 @@ class StoreContract(LeaseContract):
     # What a status page and a resumed driver ask
 
     def test_every_candidate_is_counted_once(self, store: Store, lease: Lease, reader: Store) -> None:
-        assert reader.counts() == {"asked": 0, "running": 0, "done": 0, "failed": 0, "cached": 0}
+        assert reader.counts() == dict.fromkeys(("asked", "running", "done", "eliminated", "failed", "cached"), 0)
         store.record_ask(0, [candidate(number) for number in range(4)])
         store.record_ask(1, [candidate(4)])
         finish(store, 0, mean=0.5)
@@ -204,7 +204,7 @@ class StoreContract(LeaseContract):
         store.record_dispatch(1, 1, "w")
         store.record_dispatch(2, 1, "w")
         store.record_failure(2, 1, {"reason": "nan", "message": ""}, final=True)
-        assert reader.counts() == {"asked": 1, "running": 1, "done": 1, "failed": 1, "cached": 1}
+        assert reader.counts() == {"asked": 1, "running": 1, "done": 1, "eliminated": 0, "failed": 1, "cached": 1}
 
     def test_candidates_are_found_by_what_they_are(self, store: Store, lease: Lease) -> None:
         store.record_ask(0, [candidate(0, origin="landmark"), candidate(1, origin="landmark")])

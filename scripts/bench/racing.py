@@ -1,0 +1,152 @@
+"""How often a race is wrong: candidates that it eliminates though the optimizer would have learnt from them.
+
+Generations of searches that scored every candidate on every item (recorded by ``search_cost.py``, or simulated here)
+are raced again from their scores. A candidate is wrongly eliminated when it is among the best ``keep`` by all items.
+
+    python scripts/bench/racing.py [--recorded FOLDER] [--json docs/racing.json]
+
+FOLDER holds the searches of ``search_cost.py run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.search.items import ItemOrder, item_order
+from evomerge.search.racing import surely_better, verdicts
+from evomerge.store import Store
+
+Losses = NDArray[np.float64]
+RUNGS = ((25, 75), (50, 150), (100, 300))
+CONFIDENCES = (0.8, 0.9, 0.95)
+ORDERS = 10  # of items, for each recorded search
+
+
+@dataclass
+class Tally:
+    """Candidates by how their race ended, and the items that they took."""
+
+    candidates: int = 0
+    eliminated: int = 0
+    wrongly: int = 0
+    settled: int = 0
+    items: int = 0
+    of_items: int = 0
+
+    def row(self) -> dict[str, float]:
+        return {
+            "candidates": self.candidates,
+            "eliminated": self.eliminated / self.candidates,
+            "wrongly_eliminated": self.wrongly / self.candidates,
+            "wrongly_of_eliminated": self.wrongly / max(1, self.eliminated),
+            "settled": self.settled / self.candidates,
+            "items": self.items / self.of_items,
+        }
+
+
+def race(losses: Losses, order: ItemOrder, rungs: Sequence[int], keep: int, confidence: float, tally: Tally) -> None:
+    """Race one generation, losses [candidates, items], up to all items."""
+    count, items = losses.shape
+    scored = np.zeros(count, dtype=np.int64)
+    racing = np.ones(count, dtype=np.bool_)
+    eliminated, settled = np.zeros((2, count), dtype=np.bool_)
+    for rung in rungs:
+        scored[racing] = rung
+        better = np.zeros((count, count), dtype=np.bool_)
+        for level in sorted(set(scored.tolist())):
+            there = np.flatnonzero(scored >= level)
+            known = order.positions[:level]
+            found = surely_better([losses[np.ix_(there, known)]], [order.sample(known, items)], confidence)
+            lower = np.minimum(scored[there][:, None], scored[there][None, :]) == level
+            block = better[np.ix_(there, there)]
+            block[lower] = found[lower]
+            better[np.ix_(there, there)] = block
+        now = verdicts(better, keep)
+        eliminated |= now.eliminated & racing
+        settled |= now.settled & racing & ~eliminated
+        racing &= ~(eliminated | settled)
+    scored[racing] = items
+    means = np.sort(losses.mean(axis=1))
+    selected = losses.mean(axis=1) < means[keep]  # a tie with the first that is not kept is no loss
+    tally.candidates += count
+    tally.eliminated += int(eliminated.sum())
+    tally.wrongly += int((eliminated & selected).sum())
+    tally.settled += int(settled.sum())
+    tally.items += int(scored.sum())
+    tally.of_items += count * items
+
+
+def recorded(folder: Path) -> Iterator[list[Losses]]:
+    """Each search's generations, landmarks first."""
+    for path in sorted(folder.glob("*/search.db")):
+        with Store.open(path) as store:
+            settings = store.search().settings
+            if settings.get("racing") or settings.get("screen"):
+                continue
+            (objective,) = store.search().fingerprints["objectives"]
+            sign = -1.0 if objective["maximise"] else 1.0
+            generations: dict[int, list[Losses]] = {}
+            for row in store.candidates(statuses=("done", "cached")):
+                (scores,) = store.scores(row.number, "search")
+                losses = sign * scores.metrics[objective["metric"]].astype(np.float64)
+                generations.setdefault(row.step, []).append(losses)
+            yield [np.array(found) for found in generations.values()]
+
+
+def simulated(searches: int, items: int = 500, population: int = 9) -> Iterator[list[Losses]]:
+    """Searches whose generations are spread wide at first and narrow later, as those of an optimizer that converges.
+
+    An item is solved with a probability that is logistic in ability less difficulty, and which half of the randomness
+    is the item's own, the same for all candidates, is drawn for each search.
+    """
+    for seed in range(searches):
+        random = np.random.default_rng(seed)
+        difficulty, own = random.normal(0, 1.5, items), random.uniform(0.1, 1.0)
+        generations = []
+        for spread in (1.5, 1.2, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05):
+            ability = random.normal(0, spread, (population, 1))
+            noise = random.logistic(0, own, (population, items))
+            generations.append(-(ability - difficulty + noise > 0).astype(np.float64))
+        yield generations
+
+
+def measure(searches: Sequence[list[Losses]], orders: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for rungs in RUNGS:
+        for confidence in CONFIDENCES:
+            tally = Tally()
+            for number, (landmarks, *generations) in enumerate(searches):
+                for seed in range(orders):
+                    order = item_order(landmarks, 1000 * number + seed)
+                    for losses in generations:
+                        if len(losses) > 3:
+                            race(losses, order, rungs, len(losses) // 2, confidence, tally)
+            rows.append({"rungs": list(rungs), "confidence": confidence} | tally.row())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recorded", type=Path)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    found = {"simulated": measure(list(simulated(100)), 1)}
+    if given.recorded is not None:
+        found["recorded"] = measure(list(recorded(given.recorded)), ORDERS)
+    for kind, rows in found.items():
+        for row in rows:
+            told = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"{kind}  {told}")
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""What a good merge costs: items generated until a search's held-out score is as good as plain CMA-ES makes it.
+
+The reference is a search by the settings of the original work (DARE-TIES, a weight and a density a source, CMA-ES at
+its defaults, 1,000 candidates, each scored on every item). Every technique searches the same space on the same items,
+and whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The
+curves are those held-out scores over the items generated so far. The goal of a technique is 95% of the gain over the
+best landmark that the reference has when its budget is spent.
+
+    python scripts/bench/search_cost.py run FOLDER [--seeds 0 1 2 3 4] [--only NAME ...]   # hours; can be interrupted
+    python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost.svg
+
+Runs of several processes, each with its own seeds, may share a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.search.control import Control
+from evomerge.search.driver import Driver
+from evomerge.search.jobs import Finished, Job, Measured, Task
+from evomerge.search.pools.base import PoolState
+from evomerge.search.prepare import Prepared, prepare
+from evomerge.search.search_file import parse_search_file
+from evomerge.search.session import create_search, recipe_of
+from evomerge.search.worker import Worker
+from evomerge.store import Store, acquire
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "evaluators" / "tasks" / "data"
+SHARE = 0.95  # of the reference's gain
+REFERENCE = "full evaluation, plain CMA-ES"
+
+SETTINGS: dict[str, Any] = {
+    "sources": {name: str(ROOT / "examples" / "miniatures" / name) for name in ("base", "maths", "japanese")},
+    "base": "base",
+    "space": {"kind": "parameter_space", "method": "dare_ties", "granularity": "model", "bounds": {"weight": [0, 1.5]}},
+    "objectives": {"maths": {"task": "mini_math_ja", "metric": "acc_ja", "batch_size": 100}},
+}
+SCREEN = {
+    "evaluator": "likelihood", "metric": "log_likelihood", "items": 100,
+    "file": str(DATA / "mini_math_ja.search.jsonl"), "held_out_file": str(DATA / "mini_math_ja.held_out.jsonl"),
+}  # fmt: skip
+RACING = {"rungs": [25, 75]}
+LITTLE = {"candidates": 300}
+CASES: dict[str, dict[str, Any]] = {
+    REFERENCE: {"budget": {"candidates": 1000}, "optimizer": {"name": "cma"}},
+    "racing": {"budget": LITTLE, "optimizer": {"name": "cma"}, "racing": RACING},
+    "screen": {"budget": LITTLE, "optimizer": {"name": "cma"}, "screen": SCREEN},
+    "surrogate: lq-CMA-ES": {"budget": LITTLE, "optimizer": {"name": "lq_cma"}},
+    "surrogate: GP": {"budget": {"candidates": 120}, "optimizer": {"name": "gp"}},
+    "racing, lq-CMA-ES": {"budget": LITTLE, "optimizer": {"name": "lq_cma"}, "racing": RACING},
+    "racing, GP": {"budget": {"candidates": 120}, "optimizer": {"name": "gp"}, "racing": RACING},
+    "racing, screen": {"budget": LITTLE, "optimizer": {"name": "cma"}, "racing": RACING, "screen": SCREEN},
+    "racing, screen, GP": {
+        "budget": {"candidates": 120}, "optimizer": {"name": "gp"}, "racing": RACING, "screen": SCREEN,
+    },
+}  # fmt: skip
+
+
+class CountingPool:
+    """One worker in this process; remembers how many items each attempt was asked to answer and to screen."""
+
+    def __init__(self, prepared: Prepared, statistics: Path) -> None:
+        self.worker = Worker.of("bench", prepared, statistics)
+        self.asked: dict[tuple[int, int], Mapping[int, int]] = {}
+        self._waiting: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self.asked[job.candidate, job.attempt] = {task.evaluator: len(task.indices) for task in job.tasks}
+        self._waiting.append(job)
+
+    def wait(self, timeout_s: float) -> list[Finished]:
+        return [self.worker.run(self._waiting.pop(0))] if self._waiting else []
+
+    def state(self) -> PoolState:
+        return PoolState(workers=1, busy=len(self._waiting))
+
+    def close(self) -> None:
+        self._waiting.clear()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A change of the best candidate: when, what it scored on the search split, and what it scores held out."""
+
+    items: int
+    screened: int
+    candidates: int
+    search: float
+    held_out: float
+
+
+def run(folder: Path, name: str, seed: int) -> None:
+    """One search, with its curve in FOLDER/NAME-SEED.json; nothing when that is there already."""
+    key = "".join(letter if letter.isalnum() else "_" for letter in name)
+    out = folder / f"{key}-{seed}.json"
+    if out.exists():
+        return
+    started = time.time()
+    content = SETTINGS | CASES[name] | {"name": key, "seed": seed}
+    prepared = prepare(parse_search_file(content, place=name, root=ROOT))
+    place = folder / f"{key}-{seed}.{int(started)}"
+    store = create_search(place, prepared)
+    with store, acquire(store):
+        pool = CountingPool(prepared, place / "statistics")
+        driver = Driver(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")
+        driver.run()
+        curve = _curve(store, prepared, pool)
+        landmarks = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
+    found = {"name": name, "seed": seed, "why": driver.why, "seconds": time.time() - started}
+    found |= {"landmarks": landmarks, "points": [vars(point) for point in curve], "folder": place.name}
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(found))
+    partial.rename(out)
+    print(f"{name}, seed {seed}: {curve[-1]}, {driver.why}, {found['seconds']:.0f} s", flush=True)
+
+
+def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
+    """The best candidate after every tell that changed it, and one more point when the search ended."""
+    points, items, screened, candidates, best = [], 0, 0, 0, -1
+    screen = prepared.setup.screen
+    for event in store.events(kinds=("ask", "dispatch", "front", "tell")):
+        if event.kind == "ask":
+            candidates += len(event.payload["candidates"])
+        elif event.kind == "dispatch" and event.candidate is not None and event.attempt is not None:
+            asked = pool.asked[event.candidate, event.attempt]
+            items += asked.get(0, 0)
+            screened += asked.get(screen.evaluator, 0) if screen is not None else 0
+        elif event.kind == "front":
+            (best,) = event.payload["candidates"]
+            points.append(_point(store, prepared, pool, best, items, screened, candidates))
+    points.append(_point(store, prepared, pool, best, items, screened, candidates))
+    return points
+
+
+def _point(
+    store: Store, prepared: Prepared, pool: CountingPool, best: int, items: int, screened: int, candidates: int
+) -> Point:
+    search = store.candidate(best).objectives["maths"]["mean"]
+    return Point(items, screened, candidates, search, _held_out(best, store, prepared, pool))
+
+
+def _held_out(number: int, store: Store, prepared: Prepared, pool: CountingPool) -> float:
+    row = store.candidate(number)
+    tasks = [Task(0, "held_out", range(prepared.setup.evaluators[0].held_out_items))]
+    finished = pool.worker.run(Job(number, 0, recipe_of(row, prepared.file.sources), tasks))
+    assert isinstance(finished.result, Measured), finished.result
+    return float(finished.result.scores[0]["acc_ja"].mean(dtype=np.float64))
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One technique's runs. ``grid``: items; ``held_out``: float [seeds, grid], each run's held-out score there."""
+
+    runs: Sequence[Mapping[str, Any]]
+
+    def at(self, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+        """float [seeds, grid]: the held-out score of the best candidate at so many items; its last one beyond."""
+        rows = []
+        for found in self.runs:
+            items = np.array([point["items"] for point in found["points"]])
+            scores = np.array([point["held_out"] for point in found["points"]])
+            at = np.searchsorted(items, grid, side="right") - 1
+            rows.append(np.where(at >= 0, scores[np.maximum(at, 0)], np.nan))
+        return np.array(rows)
+
+    @property
+    def last(self) -> NDArray[np.float64]:
+        return np.array([found["points"][-1]["held_out"] for found in self.runs])
+
+    @property
+    def spent(self) -> float:
+        return float(np.mean([found["points"][-1]["items"] for found in self.runs]))
+
+
+def report(folder: Path) -> None:
+    """Put the curves of all runs together."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    curves = {name: Curves([each for each in runs if each["name"] == name]) for name in CASES}
+    curves = {name: found for name, found in curves.items() if found.runs}
+    reference = curves[REFERENCE]
+    start = float(np.mean([max(each["landmarks"].values()) for each in reference.runs]))
+    goal = start + SHARE * (float(reference.last.mean()) - start)
+    grid = np.unique(np.concatenate([[p["items"] for p in each["points"]] for each in runs])).astype(np.float64)
+    found = {name: _row(each, reference, grid, goal) for name, each in curves.items()}
+    together = min(
+        (name for name in found if name.count(",")), key=lambda name: found[name]["items"], default=REFERENCE
+    )
+    content = {
+        "seeds": len(reference.runs),
+        "best_landmark": start,
+        "goal": goal,
+        "reference_items": reference.spent,
+        "items_fraction_of_full": found[together]["fraction_of_full"],
+        "together": together,
+        "techniques": found,
+    }
+    docs = ROOT / "docs"
+    (docs / "search_cost.json").write_text(json.dumps(content, indent=2) + "\n")
+    for name, row in found.items():
+        print(f"{name:34} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    _plot(curves, grid, goal, start, docs / "search_cost.svg")
+
+
+def _row(curves: Curves, reference: Curves, grid: NDArray[np.float64], goal: float) -> dict[str, float]:
+    """What a technique needs. ``items``: where the mean over seeds first reaches the goal, NaN if it never does."""
+    mean = curves.at(grid).mean(axis=0)
+    reached = np.flatnonzero(mean >= goal)
+    items = float(grid[reached[0]]) if len(reached) else float("nan")
+    gap = curves.last - reference.last[: len(curves.last)]
+    error = float(gap.std(ddof=1) / np.sqrt(len(gap))) if len(gap) > 1 else float("nan")
+    return {
+        "items": items,
+        "fraction_of_full": items / reference.spent,
+        "held_out_at_the_end": float(curves.last.mean()),
+        "difference_from_full": float(gap.mean()),
+        "difference_stderr": error,
+        "items_at_the_end": curves.spent,
+        "screened_at_the_end": float(np.mean([each["points"][-1]["screened"] for each in curves.runs])),
+        "seeds": len(curves.runs),
+    }
+
+
+def _plot(curves: Mapping[str, Curves], grid: NDArray[np.float64], goal: float, start: float, out: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "search cost"
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, found in curves.items():
+        inside = grid[grid <= found.spent]
+        values = found.at(inside)
+        (line,) = axes.plot(inside, values.mean(axis=0), label=name, lw=2 if name == REFERENCE else 1.4)
+        error = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
+        axes.fill_between(
+            inside, values.mean(axis=0) - error, values.mean(axis=0) + error, alpha=0.12, color=line.get_color()
+        )
+    axes.axhline(goal, color="0.4", ls="--", lw=1)
+    axes.text(grid[-1], goal, f"{SHARE:.0%} of the reference's gain ", ha="right", va="bottom", color="0.35")
+    axes.axhline(start, color="0.4", ls=":", lw=1)
+    axes.text(grid[-1], start, "best landmark ", ha="right", va="bottom", color="0.35")
+    axes.set(xscale="log", xlabel="items generated", ylabel="held-out score of the best candidate so far")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    given = parser.parse_args()
+    if given.what == "report":
+        report(given.folder)
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for seed in given.seeds:
+        for name in given.only:
+            run(given.folder, name, seed)
+
+
+if __name__ == "__main__":
+    main()
