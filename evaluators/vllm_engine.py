@@ -1,0 +1,194 @@
+"""vLLM in place of transformers for generated answers: one engine for a worker's life, its weights replaced in place.
+
+Written against vLLM 0.32. All that hangs on vLLM's insides is in this file: the weights go through its own
+``reload_weights`` (which packs them anew where its kernels want another layout), what that leaves behind is mended, and
+the prefix cache, which knows prompts and not weights, is emptied.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from evaluators.generation import _text
+from evomerge.checkpoints.config import first_line
+from evomerge.checkpoints.live import LiveModel
+from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.tokenizer_files import tokenizer_folder
+from evomerge.errors import InputError
+
+ENVIRONMENT = {
+    # The engine in this very process, where it can be handed the live model's own tensors instead of copies of them.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it writes to the screen, that of the search, and warns of every reload
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM reads when it is imported; what the user has set counts, but for the first."""
+
+_GPU_SHARE = 0.5  # of what is free beside the live model: the other half is for sources kept on the device, and merging
+_HOST_CACHE = 1 << 30  # bytes of keys and values on a CPU, which are touched at once; VLLM_CPU_KVCACHE_SPACE overrides
+_PROBES, _PROBE_TOKENS = 32, 8
+# Rounding decides between tokens that are equally likely, which few are; with other weights hardly a probe agrees.
+_AGREEING = 0.75
+
+
+def import_vllm() -> Any:
+    """The module ``vllm``, set up for an engine in this process.
+
+    Raises:
+        InputError: it is not installed, or cannot be imported.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        return importlib.import_module("vllm")
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise InputError("engine", f"vllm cannot be imported: {first_line(error)}") from error
+        mend = "pip install 'evomerge[vllm]', or leave `engine` out."
+        raise InputError("engine", "vllm is not installed", mend) from None
+
+
+class VllmEngine:
+    """An ``Engine`` that answers with vLLM.
+
+    Memory, beside the live model's: on a GPU half of what is free when the engine starts, for its weights, activations
+    and cache; on a CPU its weights and 1 GiB of cache.
+
+    Args:
+        source: gives configuration and tokenizer.
+        live: the built model that will be loaded: its dtype, device and context are the engine's as well.
+
+    Raises:
+        InputError: vLLM is not installed, or cannot serve this model here.
+    """
+
+    def __init__(self, source: Source, live: LiveModel) -> None:
+        self._vllm = import_vllm()
+        self._tokenizer = live.tokenizer
+        ends = live.model.generation_config.eos_token_id
+        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+        self._compared = False
+        _hide_from_scans()
+        try:
+            with tokenizer_folder(source) as folder:
+                self._llm = self._vllm.LLM(
+                    model=str(folder),
+                    load_format="dummy",
+                    dtype=str(live.model.dtype).removeprefix("torch."),
+                    max_model_len=getattr(live.model.config, "max_position_embeddings", None),
+                    generation_config="vllm",  # none: `answer` says everything itself
+                    enable_prefix_caching=True,
+                    **_memory(live.device),
+                )
+        except Exception as error:  # whatever a model that it does not know does inside vLLM
+            problem = f"vLLM cannot serve {source.name}: {first_line(error)}"
+            raise InputError("engine", problem, "Leave `engine` out.") from error
+
+    @torch.inference_mode()
+    def load(self, live: LiveModel) -> None:
+        """Write the live model's weights into the engine's, in place, and empty the prefix cache.
+
+        The first time, the likeliest tokens after some probes are compared, so that a model which vLLM computes
+        otherwise, or whose weights it does not take, is refused instead of scored.
+
+        Raises:
+            InputError: the live model is a path that vLLM cannot have, or the tokens differ.
+            RuntimeError: the prefix cache cannot be emptied.
+        """
+        _check_path(live)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(live.tensors.items())})
+        self._llm.apply_model(_repack_head)
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache, whose answers are another candidate's")
+        if not self._compared:
+            self._compare(live)
+            self._compared = True
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """The greedy answer to each prompt of token ids, in order, up to the first of the stop texts."""
+        settings = self._vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=max_new_tokens,
+            stop=list(stop),
+            skip_special_tokens=False,  # a special token may be a stop text, as it may in transformers
+            # Exactly the ends that transformers knows: vLLM would add the tokenizer's own.
+            ignore_eos=True,
+            stop_token_ids=self._ends,
+        )
+        asked = [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        found = self._llm.generate(asked, settings, use_tqdm=False)
+        # Decoded here and not by vLLM, which keeps a leading space that decoding an answer by itself leaves out.
+        return [_text(self._tokenizer, list(each.outputs[0].token_ids), stop) for each in found]
+
+    def _compare(self, live: LiveModel) -> None:
+        """Refuse an engine that goes on from probes otherwise than the live model."""
+        count = _PROBES * _PROBE_TOKENS
+        probes = (torch.arange(count, device=live.device) % live.model.config.vocab_size).view(_PROBES, _PROBE_TOKENS)
+        expected = live.model(probes, use_cache=False).logits[:, -1].argmax(-1).tolist()
+        settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+        asked = [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in probes.tolist()]
+        found = [each.outputs[0].token_ids[0] for each in self._llm.generate(asked, settings, use_tqdm=False)]
+        same = sum(a == b for a, b in zip(expected, found, strict=True))
+        if same < _AGREEING * _PROBES:
+            problem = f"vLLM goes on from {same} of {_PROBES} probes as transformers does, so it computes another model"
+            raise InputError("engine", problem, "Leave `engine` out.")
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    """What the engine asks for. On a CPU without compilation, which would keep the weights that it was compiled for."""
+    if device.type == "cpu":
+        return {"kv_cache_memory_bytes": _HOST_CACHE, "enforce_eager": True}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"gpu_memory_utilization": _GPU_SHARE * free / total}
+
+
+def _check_path(live: LiveModel) -> None:
+    """Refuse a live model whose layers are not those of the configuration, each once, in order and unscaled."""
+    if live.stack is None:
+        return
+    path = live.stack.path
+    if [(step.like, step.factor) for step in path] != [(layer, 1.0) for layer in range(live.stack.depth)]:
+        problem = (
+            f"vLLM has room for the {live.stack.depth} layers of the model in their own order, and this candidate is a "
+            f"path of {len(path)} hops: data-flow and hybrid spaces cannot be searched with it"
+        )
+        raise InputError("engine", problem, "Leave `engine` out.")
+
+
+def _repack_head(model: Any) -> None:
+    """Have vLLM's head take its weights again.
+
+    A head that is the embedding gets no weights of its own, so vLLM's reload passes it by. On a CPU it computes with a
+    packed copy, which would stay the one of the first candidate. Elsewhere, and for other heads, this changes nothing.
+    """
+    kind = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding").ParallelLMHead
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.quant_method.process_weights_after_loading(module)
+
+
+@cache
+def _hide_from_scans() -> None:
+    """Have llvmlite's library object answer that it has no ``__dict__``, as is the case.
+
+    It answers to any name with a function of that name. On a CPU, vLLM looks into the ``__dict__`` of everything that
+    any module holds, and falls over that function.
+    """
+    from llvmlite.binding import ffi
+
+    kind = type(ffi.lib)
+    found = kind.__getattr__
+
+    def only_functions(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return found(self, name)
+
+    kind.__getattr__ = only_functions
