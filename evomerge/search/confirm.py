@@ -16,7 +16,7 @@ from pathlib import Path
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
-from evomerge.search.dispatch import Dispatcher, Pending, write_log
+from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.jobs import Failed, Finished, Measured
 from evomerge.search.pools.base import Pool
 from evomerge.search.scores import to_scores
@@ -84,7 +84,7 @@ class Confirmation:
             for row in rows
             if not self._is_scored(row.number)
         ]
-        return self._dispatcher.run(todo, self)
+        return self._dispatcher.run(feed_of(todo), self)
 
     def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
         """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn.

@@ -51,8 +51,18 @@ class Recorder(Protocol):
         ...
 
 
+Feed = Callable[[], Pending | None]
+"""Gives the next candidate to score whenever a worker is free; None when there is none, for now."""
+
+
+def feed_of(candidates: Iterable[Pending]) -> Feed:
+    """A feed of these candidates, in order."""
+    left = iter(candidates)
+    return lambda: next(left, None)
+
+
 class Dispatcher:
-    """Runs batches of candidates on a pool.
+    """Runs candidates on a pool.
 
     Args:
         attempts: how often a candidate is tried when workers are at fault; the candidate's own faults are final.
@@ -65,14 +75,15 @@ class Dispatcher:
         self._attempts = attempts
         self._idle = idle
 
-    def run(self, batch: Iterable[Pending], recorder: Recorder) -> bool:
-        """Score a batch; True when every candidate of it is finished, False when a stop came first.
+    def run(self, feed: Feed, recorder: Recorder) -> bool:
+        """Score what the feed gives, until it gives nothing and nothing runs; False when a stop came first.
 
         Of candidates with one recipe, one is scored at a time: when it is done the others are answered from it.
         """
-        waiting = deque(batch)
+        waiting: deque[Pending] = deque()
         running: dict[int, Pending] = {}
-        while waiting or running:
+        exhausted = False
+        while True:
             self._idle()
             self._control.poll()
             if self._control.cancelled:
@@ -80,10 +91,11 @@ class Dispatcher:
             if self._control.stopping and not running:
                 return False
             if not (self._control.paused or self._control.stopping):
-                self._fill(waiting, running, recorder)
+                exhausted = self._fill(feed, waiting, running, recorder)
             if not running:
-                if waiting:  # paused: nothing runs, and nothing may start
-                    time.sleep(_PAUSE_S)
+                if exhausted and not waiting:
+                    return True
+                time.sleep(_PAUSE_S)  # paused: nothing runs, and nothing may start
                 continue
             for finished in self._pool.wait(timeout_s=1.0):
                 pending = running.get(finished.candidate)
@@ -95,15 +107,22 @@ class Dispatcher:
                 if again is not None:
                     # In front, so that a later candidate of the same recipe still waits for this one.
                     waiting.appendleft(again)
-        return True
 
-    def _fill(self, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> None:
-        """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting."""
+    def _fill(self, feed: Feed, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> bool:
+        """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting.
+
+        Returns:
+            Whether the feed has nothing more, for now.
+        """
         held: list[Pending] = []
         busy = {pending.recipe_hash for pending in running.values()}
         room = self._pool.state().workers
-        while waiting and len(running) < room:
-            pending = waiting.popleft()
+        exhausted = False
+        while len(running) < room and len(held) <= room:
+            pending = waiting.popleft() if waiting else feed()
+            if pending is None:
+                exhausted = True
+                break
             if recorder.answer(pending):
                 continue
             if pending.recipe_hash in busy:
@@ -114,6 +133,7 @@ class Dispatcher:
             running[pending.number] = pending
             busy.add(pending.recipe_hash)
         waiting.extendleft(reversed(held))
+        return exhausted
 
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
         """Record how an attempt ended; the next attempt when there is to be one."""

@@ -1,13 +1,15 @@
 """The driver: one search from its first landmark to the end of its budget.
 
-It asks the optimizer for a generation of genomes, decodes them, has them scored by a pool, and tells the optimizer. It
-alone writes to the store, each step in one transaction, before anything is done on the strength of it. So whatever
-kills it, a new driver brings a fresh optimizer to the same point by replaying the recorded asks and tells, and goes on.
+It asks the optimizer for genomes, decodes them, has them scored by a pool, and tells the optimizer: generation after
+generation, or, without a barrier, whenever a worker is free and whenever a candidate is known. It alone writes to the
+store, each step in one transaction, before anything is done on the strength of it. So whatever kills it, a new driver
+brings a fresh optimizer to the same point by replaying the recorded asks and tells in their order, and goes on.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,12 +19,14 @@ from evomerge.genome import Genome
 from evomerge.optimizers import Optimizer
 from evomerge.recipe import Recipe, text_hash
 from evomerge.search.control import Control
-from evomerge.search.dispatch import Dispatcher
-from evomerge.search.generation import Candidate, Scoring
+from evomerge.search.dispatch import Dispatcher, Pending
+from evomerge.search.generation import GenerationScoring
 from evomerge.search.pools.base import Pool
 from evomerge.search.ranking import Ranking
 from evomerge.search.scores import Sheet
+from evomerge.search.scoring import Candidate
 from evomerge.search.setup import Setup
+from evomerge.search.steady import SteadyScoring
 from evomerge.store import CandidateRow, NewCandidate, Store
 from evomerge.store.front import extend_front
 
@@ -59,14 +63,19 @@ class Driver:
         self._clock = clock
         self._started = clock()
         self._spent_before_s = 0.0
-        self._scoring = Scoring(setup, store, Dispatcher(pool, control, setup.attempts, idle), logs)
-        self._ranking = Ranking(setup, self._scoring.screening)
         self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
+        dispatcher = Dispatcher(pool, control, setup.attempts, idle)
+        self._scoring: GenerationScoring | SteadyScoring
+        if setup.mode == "generational":
+            self._scoring = GenerationScoring(setup, store, dispatcher, logs)
+        else:
+            self._scoring = SteadyScoring(setup, store, dispatcher, logs, self._optimizer.population)
+        self._ranking = Ranking(setup, self._scoring.screening)
         self._step = 0
         self._asked = 0
-        self._generation: list[Candidate] = []
+        self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._front: dict[int, Sequence[float]] = {}
-        self._unchanged = 0
+        self._unchanged = 0.0  # generations since the front last changed
         self.why = ""
 
     def run(self) -> Ending:
@@ -76,14 +85,48 @@ class Driver:
         self._store.set_state("running")
         if not self._asked:
             self._ask_landmarks()
-        while True:
-            if self._generation and not self._score_generation():
+        if 0 in self._open:  # the landmarks are not told yet
+            if not self._scoring.score_landmarks(list(self._open.values())):
                 return self._end_early()
-            if self._generation:
-                self._tell()
-            if reason := self._spent():
-                return self._end("finished", reason)
-            self._ask()
+            self._tell(list(self._open.values()))
+        ended = self._run_generations if isinstance(self._scoring, GenerationScoring) else self._run_steadily
+        return self._end("finished", self._spent()) if ended() else self._end_early()
+
+    def _run_generations(self) -> bool:
+        """Generation after generation; False when a stop came first."""
+        assert isinstance(self._scoring, GenerationScoring)  # by which ``run`` chose
+        while True:
+            if generation := list(self._open.values()):
+                if not self._scoring.score(generation, list(self._front.values()), self._optimizer.parents):
+                    return False
+                self._tell(generation)
+            if self._spent():
+                return True
+            self._ask(self._optimizer.population)
+
+    def _run_steadily(self) -> bool:
+        """A new candidate whenever a worker is free; False when a stop came first."""
+        assert isinstance(self._scoring, SteadyScoring)  # by which ``run`` chose
+        self._scoring.begin(list(self._open.values()))
+        self._scoring.back = deque(self._open.values())
+        return self._scoring.run(self._next_job)
+
+    def _next_job(self) -> Pending | None:
+        """The next rung of a candidate that came back, or a new candidate; those that are known now are told."""
+        assert isinstance(self._scoring, SteadyScoring)  # the feed of no other
+        while True:
+            if self._scoring.back:
+                candidate = self._scoring.back.popleft()
+            elif self._spent():
+                return None
+            else:
+                (candidate,) = self._ask(1)
+                self._scoring.begin([candidate])
+            keep = self._optimizer.parents / self._optimizer.population
+            pending = self._scoring.next_job(candidate, list(self._front.values()), keep)
+            if pending is not None:
+                return pending
+            self._tell([candidate])
 
     # Asking and telling -------------------------------------------------------------------------------------------
 
@@ -94,15 +137,14 @@ class Driver:
             [(mark.kind, mark.label) for mark in marks],
         )
 
-    def _ask(self) -> None:
-        genomes = self._optimizer.ask(self._room())
-        asked = [self._next(i, genome, self._setup.space.decode(genome)) for i, genome in enumerate(genomes)]
-        self._record_ask(asked, [(self._setup.optimizer.name, "")] * len(asked))
-
-    def _room(self) -> int:
-        """The size of the next generation: the optimizer's, or what is left of the budget."""
+    def _ask(self, count: int) -> list[Candidate]:
+        """So many new candidates, or what is left of the budget."""
         most = self._setup.budget.candidates
-        return self._optimizer.population if most is None else min(self._optimizer.population, most - self._asked)
+        genomes = self._optimizer.ask(count if most is None else min(count, most - self._asked))
+        asked = [self._next(i, genome, self._setup.space.decode(genome)) for i, genome in enumerate(genomes)]
+        self._step += 1
+        self._record_ask(asked, [(self._setup.optimizer.name, "")] * len(asked))
+        return asked
 
     def _next(self, i: int, genome: Genome | None, recipe: Recipe) -> Candidate:
         text = recipe.canonical()
@@ -114,26 +156,26 @@ class Driver:
             for k, (origin, label) in zip(asked, origins, strict=True)
         ]
         self._store.record_ask(self._step, new)
-        self._generation = asked
+        self._open |= {c.number: c for c in asked}
         self._asked += len(asked)
 
-    def _score_generation(self) -> bool:
-        if self._step == 0:
-            return self._scoring.score_landmarks(self._generation)
-        return self._scoring.score(self._generation, list(self._front.values()), self._optimizer.parents)
-
-    def _tell(self) -> None:
-        outcomes = self._scoring.conclude(self._generation)
-        self._ranking.rank(self._generation)
-        self._check_landmarks()
-        self._update_front()
-        losses = {c.number: c.losses for c in self._generation if c.losses is not None}
+    def _tell(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
+        outcomes = self._scoring.conclude(candidates)
+        self._ranking.rank(candidates, self._scoring.recent)
+        self._check_landmarks(candidates)
+        self._update_front(candidates)
+        losses = {c.number: c.losses for c in candidates if c.losses is not None}
         self._store.record_tell(self._step, losses, front=self._front, spent_s=self._spent_s(), outcomes=outcomes)
-        self._told()
+        self._told(candidates)
+        self._record_screen()
+        self._record_item_response()
+
+    def _record_screen(self) -> None:
+        """Write down what is known of the screen, if that is new."""
         if (screening := self._scoring.screening) is not None:
             found = {"pairs": screening.pairs, "tau": screening.tau, "on": screening.is_on}
             self._store.record_event("screen", found)
-        self._record_item_response()
 
     def _record_item_response(self) -> None:
         """Write down what is known of item response, if that is new; it is only with each new fit."""
@@ -142,20 +184,20 @@ class Driver:
             if not before or before[0].payload != told:
                 self._store.record_event("item response", told)
 
-    def _told(self) -> None:
-        """A generation is over: everything that learns from it does, and the next one can be asked for."""
-        self._optimizer.tell([(c.genome, c.losses) for c in self._generation if c.genome is not None and c.losses])
-        self._scoring.learn(self._generation, landmarks=self._step == 0)
-        self._generation = []
-        self._step += 1
+    def _told(self, candidates: Sequence[Candidate]) -> None:
+        """Let everything learn that learns from what was told."""
+        self._optimizer.tell([(c.genome, c.losses) for c in candidates if c.genome is not None and c.losses])
+        self._scoring.learn(candidates, landmarks=0 in {c.number for c in candidates})
+        for c in candidates:
+            del self._open[c.number]
 
-    def _check_landmarks(self) -> None:
+    def _check_landmarks(self, told: Sequence[Candidate]) -> None:
         """When every landmark fails, what is wrong is not a merge, and a whole budget would be spent on finding out.
 
         Raises:
             InputError: with the first failure's message.
         """
-        if self._step == 0 and all(c.status == "failed" for c in self._generation):
+        if told[0].number == 0 and all(c.status == "failed" for c in told):
             failure = self._store.candidate(0).failure or {}
             raise InputError(
                 "landmarks",
@@ -163,11 +205,12 @@ class Driver:
                 f"See {failure['log']} in the folder of the search." if failure.get("log") else "",
             )
 
-    def _update_front(self) -> None:
+    def _update_front(self, told: Sequence[Candidate]) -> None:
         before = set(self._front)
-        eligible = {c.number: c.losses for c in self._generation if c.eligible and c.losses is not None}
+        eligible = {c.number: c.losses for c in told if c.eligible and c.losses is not None}
         self._front = extend_front(self._front, eligible)
-        self._unchanged = 0 if set(self._front) != before else self._unchanged + 1
+        generation = 1.0 if self._setup.mode == "generational" else len(told) / self._optimizer.population
+        self._unchanged = 0.0 if set(self._front) != before else self._unchanged + generation
 
     # Budget -------------------------------------------------------------------------------------------------------
 
@@ -207,17 +250,17 @@ class Driver:
         for step in self._store.steps():
             if step.kind == "ask":
                 self._step = step.step
-                self._generation = self._replay_ask(step.step)
+                self._open |= {c.number: c for c in self._replay_ask(step.step)}
             else:
-                self._ranking.remember(self._generation)
-                self._update_front()
-                self._told()
+                told = [self._open[number] for number in step.candidates]
+                self._ranking.remember(told)
+                self._update_front(told)
+                self._told(told)
         self._spent_before_s = self._store.search().spent_s
-        unfinished = {c.number: c for c in self._generation if c.losses is None}
-        if unfinished:
+        if self._open:
             for event in self._store.events(kinds=("failure",)):
-                if event.candidate in unfinished:
-                    unfinished[event.candidate].faults += 1
+                if event.candidate in self._open:
+                    self._open[event.candidate].faults += 1
 
     def _replay_ask(self, step: int) -> list[Candidate]:
         rows = self._store.candidates(step=step)

@@ -54,6 +54,7 @@ def prepare(file: SearchFile) -> Prepared:
         constraints=tuple(_constraint(file, name, settings, evaluators) for name in file.constraints),
         screen=_screen(file, settings, evaluators),
         racing=file.racing,
+        mode=file.mode,
         evaluators=tuple(
             EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out"))) for e in evaluators
         ),

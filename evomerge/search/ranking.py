@@ -8,11 +8,11 @@ genetic algorithms", CMAME 186, 2000), the least miss first, and the failed last
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from evomerge.search.generation import Candidate
+from evomerge.search.scoring import Candidate
 from evomerge.search.screening import Screening
 from evomerge.search.setup import Setup
 
@@ -26,10 +26,11 @@ class Ranking:
         self._best = np.full(len(setup.objectives), math.inf)
         self._worst = np.full(len(setup.objectives), -math.inf)
 
-    def rank(self, generation: Sequence[Candidate]) -> None:
-        """Set the losses of every candidate of a generation from its estimates."""
+    def rank(self, generation: Sequence[Candidate], recent: Collection[Candidate] = ()) -> None:
+        """Set the losses of candidates from their estimates: of a generation, or of one beside recently told ones."""
         own = {c.number: self._own(c) for c in generation if c.status != "failed"}
-        kept = [own[c.number] for c in generation if c.number in own and not c.is_eliminated and self._is_feasible(c)]
+        kept = [own[c.number] for c in generation if c.number in own and self._is_kept(c)]
+        kept += [np.array(c.losses) for c in recent if self._is_kept(c)]
         floor = np.max(kept, axis=0) if kept else np.where(np.isfinite(self._worst), self._worst, 0.0)
         for c in generation:
             if c.status == "failed":
@@ -79,6 +80,9 @@ class Ranking:
         worst = np.where(np.isfinite(self._worst), self._worst, 0.0)
         spread = np.where(np.isfinite(self._worst - self._best), self._worst - self._best, 0.0)
         return [float(loss) for loss in worst + np.where(spread > 0, spread, 1.0) * (1.0 + violation)]
+
+    def _is_kept(self, candidate: Candidate) -> bool:
+        return not candidate.is_eliminated and self._is_feasible(candidate)
 
     def _is_feasible(self, candidate: Candidate) -> bool:
         return self._setup.violation(candidate.objectives) == 0.0

@@ -159,6 +159,10 @@ class Cluster(Section):
     residency: Literal["auto", "device", "pinned", "mapped"] = "auto"
 
 
+Mode = Literal["generational", "asynchronous"]
+"""Whether a generation waits for its last candidate, and gives the same search every time, or no worker ever waits."""
+
+
 class SearchFile(Section):
     """A whole search file. Paths in it are relative to the file's own folder (``root``)."""
 
@@ -175,6 +179,7 @@ class SearchFile(Section):
     racing: Racing | None = None
     screen: Screen | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
+    mode: Mode = "generational"
     budget: Budget
     confirm: Confirm = Confirm()
     pool: Literal["in_process", "ray"] = "in_process"

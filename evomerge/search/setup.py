@@ -13,7 +13,7 @@ from evaluators.base import ItemScores, Split
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import OptimizerSettings
 from evomerge.search.jobs import Task
-from evomerge.search.search_file import Budget, Confirm, Racing
+from evomerge.search.search_file import Budget, Confirm, Mode, Racing
 from evomerge.store import Estimate
 
 
@@ -98,6 +98,7 @@ class Setup:
     constraints: tuple[ConstraintInfo, ...] = ()
     screen: ScreenInfo | None = None
     racing: Racing | None = None
+    mode: Mode = "generational"
 
     @property
     def measures(self) -> Iterator[ObjectiveInfo | ConstraintInfo]:
