@@ -8,12 +8,10 @@ or at the end of ``answer``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import get_args
 
 from evaluators.item_files import read_lines
 from evaluators.language import language_detector
@@ -104,16 +102,3 @@ def report(graded: Sequence[Graded], language: Language) -> Iterator[str]:
         read = f"sakana reads {last_number_sakana(each.answer)}, exact {answer_number(each.answer, language)}"
         tail = " ".join(each.answer.split())[-_TAIL:]
         yield f"{each.place}: {each.right} is right; {read}: ...{tail}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print how far the scorers agree on a file of answers."""
-    parser = argparse.ArgumentParser(prog="python -m evaluators.mgsm", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path, metavar="ANSWERS.jsonl")
-    parser.add_argument("--language", choices=get_args(Language), default="ja")
-    given = parser.parse_args(arguments)
-    try:
-        for line in report(agreement(given.file, given.language), given.language):
-            print(line)
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")

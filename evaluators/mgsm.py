@@ -289,9 +289,3 @@ def right_answer(line: Line) -> Decimal:
     if found is None:
         raise InputError(line.place, f"its answer {given!r} is no number", "Leave it out.")
     return found
-
-
-if __name__ == "__main__":
-    from evaluators.agreement import main
-
-    main()

@@ -126,14 +126,26 @@ def show(
 @app.command()
 def compare(
     folder: FolderArgument,
-    a: Annotated[str, typer.Argument(metavar="A", help="A candidate, or the name of a source.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A candidate, such as c0042, a source, best, knee.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     json_: JsonOption = False,
 ) -> None:
-    """Compare two candidates item by item: paired differences with confidence intervals."""
+    """Compare two candidates item by item: paired differences, each with the interval of one comparison."""
     from evomerge.commands.look import compare
 
     compare(folder, a, b, as_json=json_)
+
+
+@app.command()
+def curse(
+    folder: FolderArgument,
+    json_: JsonOption = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it into an SVG file.")] = None,
+) -> None:
+    """Show the winner's curse: how far the best search scores fall on held-out items."""
+    from evomerge.commands.look import curse
+
+    curse(folder, as_json=json_, picture=picture)
 
 
 @app.command()
@@ -202,10 +214,22 @@ def score(
     split: Annotated[str, typer.Option(help="search or held_out.")] = "held_out",
     json_: JsonOption = False,
 ) -> None:
-    """Score any model on the objectives of a search file."""
+    """Score any model on the objectives and constraints of a search file."""
     from evomerge.commands.models import score
 
     score(str(model), file, set_, split, as_json=json_)
+
+
+@app.command()
+def agreement(
+    file: Annotated[Path, typer.Argument(metavar="ANSWERS.jsonl", help="Answers, each with its right number.")],
+    language: Annotated[str, typer.Option(metavar="CODE", help="The language that answers should be in.")] = "ja",
+    json_: JsonOption = False,
+) -> None:
+    """Grade answers by both scorers of the evaluator mgsm, and show where they do not agree."""
+    from evomerge.commands.agreement import agreement
+
+    agreement(file, language, as_json=json_)
 
 
 def _command(folder: Path, verb: Literal["pause", "stop", "cancel"]) -> None:

@@ -56,7 +56,7 @@ def test_status_as_json(searched: Path, capsys: pytest.CaptureFixture[str]) -> N
     status = json_of(capsys, "status", searched, "--json")
     assert status["state"] == "finished"
     assert status["candidates"] == {
-        "asked": 17, "done": status["candidates"]["done"], "failed": 0,
+        "asked": 17, "done": status["candidates"]["done"], "eliminated": 0, "failed": 0,
         "cached": 17 - status["candidates"]["done"], "running": 0,
     }  # fmt: skip
     assert [b["label"] for b in status["baselines"]][:4] == ["base", "maths", "japanese", "uniform average"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
+from evomerge.search.search_file import Confirm
 from evomerge.search.setup import Setup
 from evomerge.store import CandidateRow, Store, acquire
 
@@ -165,3 +167,60 @@ def test_when_nothing_can_be_confirmed_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no candidate could be scored on the held-out split: too long"):
         confirm(tmp_path, setup, lambda job: (1.0, Failed("error", "too long", "a traceback")))
     assert "a traceback" in next((tmp_path / "logs").glob("confirm-c*.log")).read_text()
+
+
+def test_what_is_only_drawn_is_scored_when_the_winner_is_named_and_never_wins(tmp_path: Path) -> None:
+    """The drawn are made perfect on held-out items: shortlist and winner are still as without them."""
+    setup = make_setup(candidates=60)
+    drive(tmp_path, setup)
+    confirm(tmp_path, setup)
+    (shortlist,) = events(tmp_path, "shortlist")
+    (winner,) = events(tmp_path, "winner")
+    assert shortlist["drawn"] == []
+    known = {*shortlist["candidates"], *range(3)}  # type: ignore[misc]
+    order: list[int] = []
+
+    def others_are_perfect(job: Job) -> tuple[float, Measured | Failed]:
+        assert len(events(tmp_path, "winner")) == 2, "the winner is named before"
+        order.append(job.candidate)
+        found = scores_of(job)
+        for scores in found.scores:
+            scores["acc"][:] = 1.0
+        return 1.0, found
+
+    assert confirm(tmp_path, replace(setup, confirm=Confirm(top=3, drawn=12)), others_are_perfect)
+    again = events(tmp_path, "shortlist")[-1]
+    assert again["candidates"] == shortlist["candidates"]
+    assert events(tmp_path, "winner")[-1] == winner
+    assert again["drawn"] == order
+    with Store.open(tmp_path / "search.db") as store:
+        best = [row.number for row in store.best("o0", maximise=True, k=15) if row.step > 0][:12]
+    assert set(order) == set(best) - known
+    assert order
+
+
+def test_a_stop_while_drawing_leaves_the_winner_and_the_rest_to_do(tmp_path: Path) -> None:
+    setup = replace(make_setup(candidates=60), confirm=Confirm(top=3, drawn=12))
+    drive(tmp_path, setup)
+
+    def stop_when_named(word: Control) -> None:
+        if events(tmp_path, "winner"):
+            word.hear("stop")
+
+    assert not confirm(tmp_path, setup, idle=stop_when_named)
+    assert len(events(tmp_path, "winner")) == 1
+    assert confirm(tmp_path, setup)
+    with Store.open(tmp_path / "search.db") as store:
+        for number in events(tmp_path, "shortlist")[-1]["drawn"]:  # type: ignore[attr-defined]
+            assert store.scores(number, "held_out")
+
+
+def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:
+    setup = replace(make_setup(candidates=60), confirm=Confirm(top=3, drawn=12))
+    drive(tmp_path, setup)
+
+    def fail_when_named(job: Job) -> tuple[float, Measured | Failed]:
+        return (1.0, Failed("error", "broken")) if events(tmp_path, "winner") else simulate(job)
+
+    assert confirm(tmp_path, setup, fail_when_named)
+    assert events(tmp_path, "confirm failed")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers_lm_eval import tiny_live
-from helpers_miniature import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -392,20 +389,6 @@ def test_kappa_is_observed_agreement_beyond_chance(verdicts: list[tuple[bool, bo
         assert table.kappa is None
     else:
         assert table.kappa == pytest.approx((observed - chance) / (1 - chance))
-
-
-def test_agreement_on_the_command_line(tmp_path: Path) -> None:
-    def run(*given: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "evaluators.mgsm", *given]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    file = write_objects(tmp_path, [fields for fields, _, _ in RESPONSES])
-    said = run(str(file), "--language", "ja")
-    assert said.returncode == 0
-    assert said.stdout.splitlines() == list(report(agreement(file, "ja"), "ja"))
-    missing = run(str(tmp_path / "none.jsonl"))
-    assert missing.returncode == 2
-    assert "there is no such file" in missing.stderr
 
 
 def test_answers_that_cannot_be_graded(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from evomerge.report.confirmed import Choice
+from evomerge.report.entries import ConfirmedEntry, ConfirmedValue, Constraint, Entry, Gap, Value
 from evomerge.report.licences import licence_of, most_restrictive
-from evomerge.report.screen import Screen, duration, line, panel
-from evomerge.report.status import Budget, ConfirmedEntry, ConfirmedValue, Counts, Entry, Gap, SearchStatus, Value
+from evomerge.report.screen import Screen, choice_text, duration, line, p_text, panel, screen_text
+from evomerge.report.status import Budget, Counts, ItemResponse, Racing, ScreenState, SearchStatus
 from evomerge.search.jobs import PoolState
 
 
@@ -17,18 +19,23 @@ def status(**changes: object) -> SearchStatus:
     def entry(number: int, label: str, mean: float) -> Entry:
         return Entry(id=f"c{number:04d}", label=label, objectives={"maths": Value(mean=mean, stderr=0.02, n=200)})
 
-    gaps = [Gap(to="base", mean=0.4, low=0.3, high=0.5), Gap(to="ja", mean=0.31, low=0.26, high=0.36)]
+    gaps = [Gap(to="base", mean=0.4, low=0.3, high=0.5, p=0.001), Gap(to="ja", mean=0.31, low=0.26, high=0.36, p=0.002)]
+    choice = Choice(
+        frozen_at=0.0, shortlist=1, shortlists=1, drawn=0, comparisons=2, confidence=0.95, luck=0.0123
+    )  # fmt: skip
     confirmed = ConfirmedValue(mean=0.61, stderr=0.02, n=500, difference=gaps)
     content: dict[str, object] = {
         "name": "demo", "state": "running", "why": "", "space": "ties layer", "optimizer": "cma", "parameters": 18,
-        "candidates": Counts(asked=50, done=40, failed=3, cached=2, running=2),
+        "candidates": Counts(asked=50, done=40, eliminated=0, failed=3, cached=2, running=2), "items": 8000,
         "budget": Budget(candidates=100, hours=None, hours_spent=0.5),
-        "directions": {"maths": "maximize"}, "sources": ["base", "ja"],
+        "directions": {"maths": "maximize"}, "wanted": {"maths": 200}, "sources": ["base", "ja"],
+        "constraints": {}, "racing": None, "screen": None, "item_response": {},
         "best": entry(7, "", 0.63), "baselines": [entry(0, "base", 0.2), entry(1, "ja", 0.3)],
         "front": ["c0007"], "front_entries": [entry(7, "", 0.63)], "failures": {"not_finite": 2, "worker_died": 1},
         "seconds": {"merge": 0.25, "generate": 1.5},
         "confirmed": [ConfirmedEntry(id="c0007", label="", objectives={"maths": confirmed})],
         "confirmed_baselines": [entry(0, "base", 0.21), entry(1, "ja", 0.3)], "winner": "c0007",
+        "choice": choice,
     }  # fmt: skip
     return SearchStatus.model_validate(content | changes)
 
@@ -50,8 +57,11 @@ def test_the_panel_says_what_a_person_wants_to_know() -> None:
         "failures: 2 not_finite, 1 worker_died",
         "+0.310 [+0.260, +0.360] over ja",
         "winner",
+        "Intervals hold all at once with 95%: corrected for 2 comparisons (1 candidate with 2 landmarks).",
+        "The winner is the best of 3 there: of its maths 0.610, about 0.012 may be luck of the choice.",
     ):
         assert words in text
+    assert "shortlist" not in text
 
 
 def test_a_minimised_objective_points_down_and_compares_with_the_lowest_source() -> None:
@@ -60,9 +70,121 @@ def test_a_minimised_objective_points_down_and_compares_with_the_lowest_source()
     assert "over base" in text
 
 
+def test_of_several_objectives_and_shortlists_it_says_so() -> None:
+    found = status()
+    assert found.choice is not None
+    several = found.model_copy(
+        update={
+            "directions": {"maths": "maximize", "words": "maximize"},
+            "choice": found.choice.model_copy(update={"shortlists": 2}),
+        }
+    )
+    first, _, last = choice_text(several)
+    assert first.endswith("(1 candidate with 2 landmarks) in each objective.")
+    assert "shortlist 2" in last
+
+
+def test_before_there_is_a_winner_nothing_is_said_of_luck() -> None:
+    assert len(choice_text(status(winner=None))) == 1
+    assert choice_text(status(choice=None)) == []
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.0002, "< 0.001"), (0.0312, "0.031"), (1.0, "1.000")])
+def test_p_is_not_finer_than_it_is_known(p: float, text: str) -> None:
+    assert p_text(p) == text
+
+
+def thrifty(**changes: object) -> SearchStatus:
+    """The status of a search with racing, a screen and a constraint that the baseline "ja" misses."""
+    plain = status()
+
+    def limited(shown: Entry, mean: float) -> Entry:
+        value = Value(mean=mean, stderr=0.01, n=100)
+        return shown.model_copy(update={"constraints": {"english": value}, "feasible": mean >= 0.9})
+
+    content: dict[str, object] = {
+        "candidates": Counts(asked=60, done=20, eliminated=33, failed=1, cached=2, running=3), "items": 5400,
+        "wanted": {"maths": 200, "english": 100}, "constraints": {"english": Constraint(threshold=0.9, at_least=True)},
+        "racing": Racing(rungs=[25, 75], confidence=0.9, estimate="item_response"), "screen": SCREEN,
+        "item_response": {"maths": ItemResponse(reference=0.034, item_response=0.021, p_irt=0.05, used=True)},
+        "baselines": [limited(plain.baselines[0], 0.95), limited(plain.baselines[1], 0.4)],
+        "front_entries": [limited(plain.front_entries[0], 0.93)],
+        "confirmed": [limited(plain.confirmed[0], 0.92)],
+        "confirmed_baselines": [limited(b, m) for b, m in zip(plain.confirmed_baselines, (0.94, 0.3), strict=True)],
+    }  # fmt: skip
+    return plain.model_copy(update=content | changes)
+
+
+SCREEN = ScreenState(
+    metric="log_likelihood", objective="maths", items=100, least_tau=0.5, tau=0.71, pairs=60, on=True, left_out=33
+)
+
+
+def test_the_panel_says_what_racing_the_screen_and_constraints_do() -> None:
+    text = drawn(thrifty())
+    for words in (
+        "candidates 60 of 100: 20 scored, 33 eliminated, 2 cached, 1 failed, 3 running",
+        "racing: rungs 25, 75; 5,400 items scored in all",
+        "screen: log_likelihood agrees with maths, tau 0.71 over 60 candidates: on, 33 left out",
+        "item response: used for maths (held-out error 0.021, by the best landmark 0.034)",
+        "english ≥ 0.9",
+        "0.400 ± 0.010 missed",
+        "The winner is the best of the 2 there that keep english ≥ 0.9: of its maths 0.610",
+    ):
+        assert words in text
+    assert "0.930 ± 0.010 missed" not in text
+    assert text.count("missed") == 2  # the landmark on either split, and in words
+
+
+def test_a_winner_that_keeps_no_constraint_is_told() -> None:
+    found = thrifty()
+    assert found.choice is not None
+    infeasible = found.model_copy(update={"choice": found.choice.model_copy(update={"feasible": False})})
+    told = " ".join(choice_text(infeasible))
+    assert "No model keeps every constraint there (english ≥ 0.9)" in told
+    assert "luck" not in told
+    assert "none scored on every item keeps all constraints yet" in drawn(thrifty(best=None, front_entries=[]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tau": None, "pairs": 0, "on": False, "left_out": 0}, "was not compared with maths yet: off"),
+        (
+            {"tau": 0.6, "pairs": 18, "on": False, "left_out": 0},
+            "tau 0.60 over 18 candidates: off, too few to trust it",
+        ),
+        ({"tau": 0.31, "on": False}, "well enough, tau 0.31 over 60 candidates, 0.5 is asked for: off, 33 left out"),
+    ],
+)
+def test_a_screen_that_is_off_says_why(changes: dict[str, object], words: str) -> None:
+    assert words in screen_text(SCREEN.model_copy(update=changes))
+
+
+def test_eliminated_candidates_are_finished_ones_for_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 of 100 are left after 60 in a minute: with the eliminated forgotten it would look longer."""
+    moments = iter([0.0, 60.0])
+    monkeypatch.setattr("evomerge.report.screen.time.monotonic", lambda: next(moments))
+    counts = iter([(0, 0), (1, 0), (20, 40)])
+    screen = Screen(Console(force_terminal=False), status)
+
+    def eta() -> float | None:
+        done, eliminated = next(counts)
+        counted = Counts(asked=100, done=done, eliminated=eliminated, failed=0, cached=0, running=0)
+        return screen._eta(status(candidates=counted))
+
+    next(counts)
+    assert eta() is None
+    assert eta() == pytest.approx(40 * 60 / 59)
+
+
 def test_the_line_for_logs_is_one_line() -> None:
     text = line(status(), eta=60)
     assert text == ("[30m00s] 45/100 candidates, 3 failed; best c0007: maths 0.630 ± 0.020; ETA 1m00s")
+
+
+def test_the_line_for_logs_counts_the_eliminated_and_shows_objectives_alone() -> None:
+    assert line(thrifty()) == "[30m00s] 56/100 candidates, 33 eliminated, 1 failed; best c0007: maths 0.630 ± 0.020"
 
 
 def test_without_a_terminal_the_screen_prints_few_plain_lines() -> None:

@@ -1,14 +1,24 @@
-"""Means, errors, paired differences and the sign test, against scipy's own tests."""
+"""Means, errors, differences alone and in families, and the sign test, against scipy's own tests."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evomerge.search.statistics import mean_and_error, paired_difference, sign_test
+from evomerge.search.statistics import (
+    Corrected,
+    Matrix,
+    kendall_tau,
+    luck_of_choice,
+    mean_and_error,
+    paired_difference,
+    shift,
+    sign_test,
+    simultaneous_differences,
+)
 
 
 @given(st.lists(st.integers(0, 1), min_size=2, max_size=50))
@@ -58,3 +68,150 @@ def test_sign_test() -> None:
     assert sign_test(0, 0) == 1.0
     assert sign_test(5, 5) == 1.0
     assert sign_test(10, 0) == pytest.approx(2 / 2**10)
+
+
+# ---- families of comparisons -----------------------------------------------------------------------------------------
+
+
+def family(n: int, comparisons: int, correlation: float, seed: int = 0) -> Matrix:
+    """Normal differences, float64 [n, comparisons], any two of them with this correlation, and no true difference."""
+    rng = np.random.default_rng(seed)
+    own, common = rng.standard_normal((n, comparisons)), rng.standard_normal((n, 1))
+    return np.asarray(np.sqrt(1 - correlation) * own + np.sqrt(correlation) * common)
+
+
+def reach_of(found: Corrected) -> float:
+    return (found.high - found.low) / 2
+
+
+def test_intervals_hold_all_at_once_with_the_probability_of_the_multivariate_t() -> None:
+    """The box of as many standard errors has 95% of scipy's multivariate t, with the correlation of the items."""
+    n = 2000
+    differences = family(n, 3, 0.6)
+    errors = stats.sem(differences, axis=0)
+    found = simultaneous_differences(differences, 0.95, seed=0)
+    box = np.array([reach_of(each) for each in found]) / errors
+    reference = stats.multivariate_t(shape=np.corrcoef(differences.T), df=n - 1, allow_singular=True, seed=0)
+    inside = reference.cdf(box, lower_limit=-box, maxpts=200_000)
+    assert inside == pytest.approx(0.95, abs=0.01)
+
+
+def test_it_costs_more_than_one_comparison_and_less_than_bonferroni() -> None:
+    differences = family(1000, 20, 0.8)
+    (found, *_) = simultaneous_differences(differences, 0.95, seed=0)
+    error = float(stats.sem(differences[:, 0]))
+    one, bonferroni = (float(stats.t.ppf(1 - a / 2, 999)) * error for a in (0.05, 0.05 / 20))
+    assert one * 1.05 < reach_of(found) < bonferroni * 0.95
+
+
+def test_comparisons_that_are_the_same_cost_nothing() -> None:
+    one = family(300, 1, 0.0)
+    (alone,) = simultaneous_differences(one, 0.95, seed=0)
+    many = simultaneous_differences(np.repeat(one, 30, axis=1), 0.95, seed=0)
+    assert reach_of(many[0]) == pytest.approx(reach_of(alone), rel=0.03)
+
+
+@given(st.integers(0, 10_000), st.floats(-1, 1), st.sampled_from([0.9, 0.95, 0.99]))
+@settings(max_examples=25, deadline=None)
+def test_p_says_what_the_interval_says(seed: int, effect: float, confidence: float) -> None:
+    """Zero is outside of the interval when p is below 1 - confidence, but for the grain of the draws."""
+    for found in simultaneous_differences(family(60, 4, 0.5, seed) + effect, confidence, seed):
+        grain = 2 / 5001
+        if found.low > 0 or found.high < 0:
+            assert found.p <= 1 - confidence + grain
+        else:
+            assert found.p >= 1 - confidence - grain
+        assert found.low <= found.mean <= found.high
+
+
+def test_a_single_comparison_has_the_p_of_the_paired_t_test() -> None:
+    for effect in (0.02, 0.05, 0.08):
+        differences = family(2000, 1, 0.0) + effect
+        (found,) = simultaneous_differences(differences, 0.95, seed=0)
+        assert found.p == pytest.approx(float(stats.ttest_1samp(differences[:, 0], 0.0).pvalue), abs=0.02)
+
+
+@pytest.mark.parametrize("rare", [0.01, 0.05, 0.3])
+def test_right_or_wrong_scores_that_rarely_differ_are_covered_too(rare: float) -> None:
+    """Eight candidates against four landmarks that change few answers of one model, 100 items.
+
+    Intervals of Student's t with Bonferroni's correction, the plain formula, hold the truth far too seldom there.
+    """
+    rng = np.random.default_rng(7)
+    n, repeats = 100, 120
+    often = [rare * (1 + i / 8) for i in range(8)], [rare * (1 + i / 4) for i in range(4)]
+    truth = np.array([0.1 * (a - b) for a in often[0] for b in often[1]])  # a changed answer is right with 0.7, not 0.6
+    held = plain = 0
+    for repeat in range(repeats):
+        answers = rng.random(n) < 0.6
+        ours, theirs = (
+            [np.where(rng.random(n) < share, rng.random(n) < 0.7, answers).astype(float) for share in shares]
+            for shares in often
+        )
+        differences = np.stack([a - b for a in ours for b in theirs], axis=1)
+        found = simultaneous_differences(differences, 0.95, seed=repeat)
+        held += all(each.low <= true <= each.high for each, true in zip(found, truth, strict=True))
+        reach = stats.t.ppf(1 - 0.025 / len(truth), n - 1) * stats.sem(differences, axis=0)
+        plain += bool(np.all(np.abs(differences.mean(axis=0) - truth) <= reach))
+    assert held / repeats >= 0.93
+    assert rare > 0.01 or plain / repeats < 0.5
+
+
+def test_families_without_differences_or_with_one_item_are_points() -> None:
+    for differences, mean in ((np.zeros((5, 2)), 0.0), (np.ones((1, 2)), 1.0)):
+        assert simultaneous_differences(differences, 0.95, seed=0) == [Corrected(mean, mean, mean, 1.0)] * 2
+
+
+def test_a_comparison_without_any_difference_has_an_interval_all_the_same() -> None:
+    differences = np.zeros((50, 2))
+    differences[:9, 1] = 1.0
+    equal, other = simultaneous_differences(differences, 0.95, seed=3)
+    assert equal.low < 0 < equal.high
+    assert equal.p == 1.0
+    assert other.p < 0.1
+    assert [equal, other] == simultaneous_differences(differences, 0.95, seed=3)
+
+
+# ---- what the choice adds --------------------------------------------------------------------------------------------
+
+
+def test_luck_of_choice_is_how_much_the_best_of_equals_looks_too_good() -> None:
+    """Against the truth: the best of eight equally good, correlated candidates, in many repetitions."""
+    rng = np.random.default_rng(0)
+    true, estimated = [], []
+    for seed in range(200):
+        values = 0.5 + 0.1 * rng.standard_normal((100, 8)) + 0.3 * rng.standard_normal((100, 1))
+        true.append(float(values.mean(axis=0).max() - values.mean()))
+        estimated.append(luck_of_choice(values, seed))
+    assert np.mean(estimated) == pytest.approx(np.mean(true), rel=0.12)
+
+
+def test_there_is_no_luck_in_a_sure_choice_or_in_none() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((100, 3)) * 0.1 + np.array([0.0, 0.5, 5.0])
+    assert luck_of_choice(values, 0) < 0.001
+    assert luck_of_choice(values[:, :1], 0) == 0.0
+    assert luck_of_choice(values[:1], 0) == 0.0
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_shift_is_welchs_interval(confidence: float) -> None:
+    rng = np.random.default_rng(2)
+    before, after = rng.random(80), rng.random(30) * 0.5
+    found = shift(before, after, confidence)
+    reference = stats.ttest_ind(before, after, equal_var=False).confidence_interval(confidence)
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+    assert found.mean == pytest.approx(before.mean() - after.mean())
+    assert shift(np.ones(4), np.zeros(3), 0.95).low == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=20))
+def test_kendalls_tau_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    x, y = np.array(pairs, dtype=np.float64).T
+    assert kendall_tau(x, y) == pytest.approx(float(stats.kendalltau(x, y).statistic), nan_ok=True)
+
+
+def test_a_weight_of_zero_leaves_out() -> None:
+    x, y = np.random.default_rng(0).random((2, 9))
+    weights = np.array([1.0] * 6 + [0.0] * 3)
+    assert kendall_tau(x, y, weights) == pytest.approx(float(stats.kendalltau(x[:6], y[:6]).statistic))

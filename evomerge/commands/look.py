@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -15,20 +16,27 @@ from rich.table import Table
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
+from evomerge.report.candidate import score_lines, status_text
+from evomerge.report.comparing import compared
+from evomerge.report.curse import Point, curse_of, curse_text
+from evomerge.report.curse_picture import curse_svg
+from evomerge.report.entries import candidate_id, entry
 from evomerge.report.path import path_svg, path_text
-from evomerge.report.screen import Screen, cell, make_console, panel
-from evomerge.report.status import (
-    candidate_id,
-    candidate_number,
-    chosen,
-    compared,
-    depths_of,
-    entry,
-    read_status,
-    status_of,
+from evomerge.report.screen import (
+    Screen,
+    cell,
+    cells,
+    choice_text,
+    constraint_titles,
+    gain_text,
+    make_console,
+    panel,
 )
+from evomerge.report.status import chosen, depths_of, read_status, status_of
 from evomerge.search.folder import open_store
 from evomerge.store import CandidateRow, Verb, current_holder
+
+_FEW, _MANY = 20, 50  # candidates in a picture of the winner's curse: too few to see it, and enough
 
 
 def status(folder: Path, *, as_json: bool, watch: bool) -> None:
@@ -49,21 +57,35 @@ def status(folder: Path, *, as_json: bool, watch: bool) -> None:
 def top(folder: Path, k: int | None, *, as_json: bool) -> None:
     """The k best by the first objective, or all in the order asked."""
     with open_store(folder) as store:
-        objectives = store.search().fingerprints["objectives"]
-        names = [p["name"] for p in store.search().fingerprints["parameters"]]
-        first = objectives[0]
+        fingerprints = store.search().fingerprints
+        names = [p["name"] for p in fingerprints["parameters"]]
+        first = fingerprints["objectives"][0]
         rows = store.candidates() if k is None else store.best(first["name"], maximise=first["maximise"], k=k)
+        known = status_of(store)
     if as_json:
         print(json.dumps([_as_json(row, names) for row in rows], indent=2))
         return
     table = Table(box=None, pad_edge=False)
-    for title in ("candidate", "origin", "status", *(o["name"] for o in objectives), "front"):
+    titles = ["candidate", "origin", "status", *known.directions, *constraint_titles(known), "front"]
+    confirmed = {found.id: found for found in known.confirmed}
+    for title in titles + [f"{first['name']} held out", "gain over the best source there"] * bool(confirmed):
         table.add_column(title)
     for row in rows:
-        values = [cell(entry(row).objectives[o["name"]]) if row.objectives else "" for o in objectives]
+        values = cells(entry(row, fingerprints), known)
         origin = f"{row.origin} {row.label}".strip()
-        table.add_row(candidate_id(row.number), origin, row.status, *values, "front" if row.on_front else "")
-    make_console().print(table)
+        name = candidate_id(row.number)
+        held_out = known.confirmed_values(name).get(first["name"])
+        there = [cell(held_out)] if held_out else []
+        there += [gain_text(confirmed[name], known)] if name in confirmed else []
+        table.add_row(name, origin, status_text(row, known), *values, "front" if row.on_front else "", *there)
+    console = make_console()
+    console.print(table)
+    if not rows:
+        console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
+    if k is None and any("~" in text for row in rows for text in cells(entry(row, fingerprints), known)):
+        console.print("~ is estimated from the scores of so many items (in brackets).", style="dim")
+    for line in choice_text(known):
+        console.print(line, style="dim")
 
 
 def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, picture: Path | None) -> None:
@@ -71,7 +93,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     with open_store(folder) as store:
         row = store.candidate(chosen(store, candidate))
         search = store.search()
-        held_out = status_of(store)
+        known = status_of(store)
         depths = depths_of(store)
     recipe = Recipe.from_canonical(row.recipe, search.settings["sources"])
     if picture is not None:
@@ -92,10 +114,8 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     console.print(
         f"{candidate_id(row.number)}  {row.origin} {row.label}  {row.status}, asked in step {row.step}", style="bold"
     )
-    for name, value in entry(row).objectives.items():
-        console.print(f"  {name}: {cell(value)} on {value.n} search items")
-    for name, value in held_out.confirmed_values(candidate_id(row.number)).items():
-        console.print(f"  {name}: {cell(value)} on {value.n} held-out items")
+    for line in score_lines(row, search.fingerprints, known):
+        console.print(f"  {line}")
     if row.timings:
         console.print("  " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in row.timings.items()))
     console.print(f"  attempts {row.attempts}, worker {row.worker or 'none'}, recipe {row.recipe_hash}")
@@ -135,14 +155,14 @@ def _save(file: Path, text: str) -> None:
 def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
     """Two candidates item by item, on every split that both were scored on."""
     with open_store(folder) as store:
-        found = compared(store, candidate_number(a, store), candidate_number(b, store))
+        found = compared(store, chosen(store, a), chosen(store, b))
     if not found:
         raise InputError(f"{a}, {b}", "were not scored on the same items", "`evomerge confirm` scores the best ones.")
     if as_json:
         print(json.dumps([row.model_dump() for row in found], indent=2))
         return
     table = Table(box=None, pad_edge=False)
-    titles = ("objective", "split", "items", a, b, f"{a} better by", "interval", f"{a} won", f"{b} won", "p")
+    titles = ("objective", "split", "items", a, b, f"{a} better by", "interval of one", f"{a} won", f"{b} won", "p")
     for title in titles:
         table.add_column(title, justify="right" if title not in ("objective", "split") else "left", no_wrap=True)
     for row in found:
@@ -151,7 +171,56 @@ def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
             row.objective, row.split, str(row.n), f"{row.a:.3f}", f"{row.b:.3f}", f"{row.difference:+.3f}", interval,
             str(row.better_a), str(row.better_b), f"{row.p:.2g}",
         )  # fmt: skip
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    for row in found:
+        if row.n < row.wanted:
+            console.print(
+                f"{row.objective}, {row.split} split: both were scored on {row.n} of {row.wanted} items, and only "
+                "these are compared. A race asks first for items on which the landmarks differ, so that means of all "
+                "items are others.",
+                style="dim",
+            )
+    note = (
+        f"Each interval is of one comparison ({found[0].confidence:.0%}) and not corrected: of many pairs some differ "
+    )
+    console.print(f"{note}by luck. On the search split whoever was chosen for its score looks too good.", style="dim")
+
+
+def curse(folder: Path, *, as_json: bool, picture: Path | None) -> None:
+    """How far the best search scores fall on held-out items: as a table, as JSON, or as a picture."""
+    with open_store(folder) as store:
+        found = curse_of(store)
+    if not found.found:
+        raise InputError(str(folder), "has no candidate with held-out scores", f"Score them: evomerge confirm {folder}")
+    if picture is not None:
+        _save(picture, curse_svg(found))
+        print(f"drawn into {picture}", file=sys.stderr)
+        return
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    table = Table(title=found.objective, title_justify="left", box=None, pad_edge=False)
+    for title in ("candidate", "", "search", "held out", "falls by"):
+        table.add_column(title, justify="left" if title in ("candidate", "") else "right")
+    for point in found.points:
+        fall = (point.search.mean - point.held_out.mean) * (1 if found.maximise else -1)
+        style = "bold green" if point.winner else "dim" if point.landmark else ""
+        table.add_row(point.id, _role(point), cell(point.search), cell(point.held_out), f"{fall:+.3f}", style=style)
+    console = make_console()
+    console.print(table)
+    for line in curse_text(found):
+        console.print(line)
+    if len(found.found) < _FEW:
+        more = f"evomerge resume {shlex.quote(str(folder))} --set confirm.drawn={_MANY}"
+        console.print(f"{len(found.found)} candidates draw a poor picture. More of the best: {more}", style="dim")
+
+
+def _role(point: Point) -> str:
+    """What a candidate is in the picture of the curse."""
+    if point.winner:
+        return f"{point.label}, winner".removeprefix(", ")
+    return point.label or ("shortlist" if point.confirmed else "drawn only")
 
 
 def send(folder: Path, verb: Verb) -> None:
@@ -176,5 +245,6 @@ def _as_json(row: CandidateRow, names: list[str]) -> dict[str, Any]:
         "recipe_hash": row.recipe_hash,
         "status": row.status,
         "scores": row.objectives,
+        "eligible": row.eligible,
         "on_front": row.on_front,
     }

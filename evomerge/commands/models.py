@@ -20,8 +20,10 @@ from evomerge.commands.merge import progress_bar
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
 from evomerge.report.card import Provenance, papers
+from evomerge.report.curse import curse_of
+from evomerge.report.entries import Constraint, Value, candidate_id
 from evomerge.report.screen import cell, make_console
-from evomerge.report.status import Value, candidate_id, chosen, status_of
+from evomerge.report.status import chosen, status_of
 from evomerge.search.folder import open_store
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.search_file import SearchFile, load_search_file
@@ -29,7 +31,7 @@ from evomerge.search.session import check_unchanged, recipe_of, resumed_file
 from evomerge.search.setup import objective_values
 from evomerge.search.statistics import Values, mean_and_error, sign_test
 from evomerge.search.worker import choose_device
-from evomerge.store import Store
+from evomerge.store import CandidateRow, Estimate, Store
 
 
 def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
@@ -38,19 +40,19 @@ def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
     with open_store(folder) as store:
         number = chosen(store, candidate)
         row = store.candidate(number)
-        if row.status not in ("done", "cached"):
+        if row.status not in ("done", "eliminated", "cached"):
             raise InputError(
                 candidate_id(number), f"is {row.status}: it has no scores", "`evomerge top` lists those with."
             )
         prepared = prepare(resumed_file(folder, store, ()))
         check_unchanged(store, prepared)
         recipe = recipe_of(row, prepared.file.sources)
-        provenance = Provenance(store.search(), status_of(store), row)
+        provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
         texts = papers(out.name, recipe, prepared.sources, provenance)
         checked: list[str] = []
 
         def check(written: Path) -> None:
-            checked.extend(reproduce(written, store, number, prepared, exact=not recipe.is_scaled))
+            checked.extend(reproduce(written, store, row, prepared, folded=recipe.is_scaled))
 
         with progress_bar(console) as update:
             write_model(recipe, prepared.sources, out, texts=texts, check=check if verify else None, progress=update)
@@ -60,7 +62,7 @@ def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:
-    """Score a model folder on the objectives of a search file."""
+    """Score a model folder on the objectives and constraints of a search file; its screen is left out."""
     if split not in ("search", "held_out"):
         raise InputError("--split", f"{split!r} is neither search nor held_out")
     which: Split = "search" if split == "search" else "held_out"
@@ -68,49 +70,86 @@ def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_js
     source = open_source("model", model, place="MODEL")
     check_finite(source)
     live = plain_model(source, prepared.file)
-    tasks = prepared.setup.tasks(which)
-    scores = [prepared.evaluators[t.evaluator].score(live, which, t.indices) for t in tasks]
-    values = {o.name: mean_and_error(objective_values(o, scores, which)) for o in prepared.setup.objectives}
+    setup = prepared.setup
+    values = _scored(live, prepared, which)
     if as_json:
-        print(json.dumps({"model": model, "split": split, "objectives": values}, indent=2))
+        told = {
+            "objectives": {o.name: values[o.name] for o in setup.objectives},
+            "constraints": {c.name: values[c.name] for c in setup.constraints},
+        }
+        print(
+            json.dumps({"model": model, "split": split, **told, "feasible": setup.violation(values) == 0.0}, indent=2)
+        )
         return
     table = Table(box=None, pad_edge=False)
     for title in ("objective", "score", "items"):
         table.add_column(title)
-    for name, found in values.items():
-        table.add_row(name, cell(Value(**found)), f"{found['n']} {split}")
+    for objective in setup.objectives:
+        value = Value(**values[objective.name])
+        table.add_row(objective.name, cell(value), f"{value.n} {split}")
+    for each in setup.constraints:
+        value, limit = Value(**values[each.name]), Constraint(threshold=each.threshold, at_least=each.maximise)
+        kept = "kept" if limit.is_kept(value) else "missed"
+        table.add_row(f"{each.name} {limit.text}", f"{cell(value)}, {kept}", f"{value.n} {split}")
     make_console().print(table)
 
 
-def reproduce(written: Path, store: Store, number: int, prepared: Prepared, *, exact: bool) -> list[str]:
+def _scored(live: LiveModel, prepared: Prepared, split: Split) -> dict[str, Estimate]:
+    """What a model is worth in each objective and constraint, on as many items of a split as a search scores."""
+    setup = prepared.setup
+    evaluators = enumerate(zip(setup.evaluators, prepared.evaluators, strict=True))
+    wanted = setup.counts()
+    scores = [
+        evaluator.score(live, split, range(wanted[e] if split == "search" else info.held_out_items))
+        if e in wanted  # the screen's is not
+        else {}
+        for e, (info, evaluator) in evaluators
+    ]
+    return {m.name: mean_and_error(objective_values(m, scores, split)) for m in setup.measures}
+
+
+def reproduce(written: Path, store: Store, row: CandidateRow, prepared: Prepared, *, folded: bool) -> list[str]:
     """Load an exported folder with plain transformers and score it again; a line for each evaluator.
 
-    Args:
-        exact: each item must score as recorded. Otherwise, for scales that were folded into rounded weights, no more
-            than one in twenty may score otherwise, and not all the same way.
+    Each item must score as recorded, but for two causes of rounding: scales that were ``folded`` into the weights, and
+    items that a race scored in several batches, for padding is another in each. Then no more than one in twenty may
+    score otherwise, and not all the same way.
 
     Raises:
         InputError: it does not score what was recorded.
     """
     live = plain_model(open_source("export", str(written), place=str(written)), prepared.file)
-    lines = []
+    lines, raced = [], _raced(store, row) if prepared.setup.racing is not None else {}
     for split in ("search", "held_out"):
-        recorded = {scores.evaluator: scores for scores in store.scores(number, split)}
+        recorded = {scores.evaluator: scores for scores in store.scores(row.number, split)}
         for evaluator in prepared.evaluators:
             if evaluator.version not in recorded:
                 continue
             before = recorded[evaluator.version]
             now = evaluator.score(live, split, before.items.tolist())
-            place = f"{evaluator.name} ({split})"
-            most = 0
+            place, name = f"{evaluator.name} ({split})", candidate_id(row.number)
+            parts = split == "search" and len(raced.get(evaluator.version, set()) | {len(before.items)}) > 1
+            exact, most = not (folded or parts), 0
             for metric, values in before.metrics.items():
                 if metric not in evaluator.measured:
-                    most = max(most, _differing(now[metric], values, candidate_id(number), f"{place}: {metric}", exact))
+                    most = max(most, _differing(now[metric], values, name, f"{place}: {metric}", exact))
             told = f"{len(before.items)} {split} items score exactly as recorded"
             if most:
-                told = f"{most} of {len(before.items)} {split} items score otherwise, by rounding of folded scales"
+                why = "of folded scales" if folded else "in other batches than those of its race"
+                told = f"{most} of {len(before.items)} {split} items score otherwise, by rounding {why}"
             lines.append(f"verified: {evaluator.name}, {told}")
     return lines
+
+
+def _raced(store: Store, row: CandidateRow) -> dict[str, set[int]]:
+    """For each evaluator's version the numbers of items at which scoring this recipe was broken off."""
+    same = {other.number for other in store.candidates() if other.recipe_hash == row.recipe_hash}
+    found: dict[str, set[int]] = {}
+    for event in store.events(kinds=("rung",)):
+        if event.candidate in same:
+            for version, count in event.payload["items"].items():
+                found.setdefault(version, set()).add(count)
+    return found
 
 
 def _differing(now: Values, before: Values, candidate: str, place: str, exact: bool) -> int:

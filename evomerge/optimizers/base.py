@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,7 +110,12 @@ def one_thread() -> AbstractContextManager[Any]:
 
     Two threads add in another order than one, so a search resumed on a machine with more cores would drift in the last
     bits (seen at 100 parameters with a full covariance matrix). At these sizes one thread is also the quicker, tenfold.
-    Libraries are looked up afresh, 1 ms, because some are loaded only at the first ask.
     """
-    context: AbstractContextManager[Any] = ThreadpoolController().limit(limits=1)
+    context: AbstractContextManager[Any] = _libraries(len(sys.modules)).limit(limits=1)
     return context
+
+
+@lru_cache(maxsize=1)
+def _libraries(modules: int) -> ThreadpoolController:
+    """The libraries with threads that are loaded, looked up again (1 ms) when modules have been imported since."""
+    return ThreadpoolController()

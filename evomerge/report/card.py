@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,33 +17,49 @@ from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
 from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Blend, Recipe
+from evomerge.report.curse import Curse, curse_text
+from evomerge.report.curse_picture import curse_svg
+from evomerge.report.entries import Entry, Value, candidate_id, entry, measures_of
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
-from evomerge.report.screen import cell
-from evomerge.report.status import SearchStatus, Value, candidate_id
+from evomerge.report.screen import cell, cells, choice_text, constraint_titles, p_text, screen_text
+from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow, SearchRow
 
-_PICTURE = "path.svg"
+_PICTURE, _CURSE_PICTURE = "path.svg", "curse.svg"
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The search that a candidate comes from."""
+    """The search that a candidate comes from; ``curse`` is None where its scores were not looked up."""
 
     search: SearchRow
     status: SearchStatus
     row: CandidateRow
+    curse: Curse | None = None
 
 
 def papers(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> dict[str, str]:
-    """The texts that go with an exported model, by file name; a picture too where its path is more than its layers."""
+    """The texts that go with an exported model, by file name, and its pictures.
+
+    Its path is drawn where it is more than its layers, and the winner's curse where candidates were confirmed.
+    """
     found = {
         "recipe.yaml": dump_recipe(recipe),
         "lineage.json": lineage(recipe, sources, provenance),
         "README.md": card(title, recipe, sources, provenance),
     }
     depths = _depths(sources)
-    return found if is_plain(recipe, depths) else found | {_PICTURE: path_svg(recipe, depths, title)}
+    if not is_plain(recipe, depths):
+        found[_PICTURE] = path_svg(recipe, depths, title)
+    if provenance is not None and (curse := _drawn(provenance)):
+        found[_CURSE_PICTURE] = curse_svg(curse)
+    return found
+
+
+def _drawn(provenance: Provenance) -> Curse | None:
+    """The winner's curse, if there is anything to draw of it."""
+    return provenance.curse if provenance.curse is not None and provenance.curse.found else None
 
 
 def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
@@ -78,6 +96,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             "space": search.settings["space"],
             "optimizer": search.settings["optimizer"],
             "objectives": search.settings["objectives"],
+            "constraints": search.settings.get("constraints", {}),
             "evaluators": search.fingerprints["evaluators"],
             "candidates": provenance.status.candidates.asked,
             "candidate": candidate_id(row.number),
@@ -111,7 +130,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
     if not is_plain(recipe, _depths(sources)):
         parts.append(_path_section(recipe, _depths(sources)))
     if provenance is not None:
-        parts += [_scores_section(provenance), _limits_section(provenance)]
+        parts += [_scores_section(provenance), _choice_section(provenance), _limits_section(provenance)]
     parts.append(_again_section(provenance))
     return "\n\n".join(parts) + "\n"
 
@@ -164,38 +183,129 @@ def _words(blend: Blend) -> str:
 
 def _scores_section(provenance: Provenance) -> str:
     status, row = provenance.status, provenance.row
-    ours = _score_table(row, status)
+    ours = _score_table(entry(row, provenance.search.fingerprints), status)
     text = "## Scores\n\nMean ± standard error. The search chose by its own split; the held-out split was read only to "
     text += f"confirm.\n\n{ours}"
     gaps = [
-        f"| {name} | {gap.to} | {gap.mean:+.3f} | [{gap.low:+.3f}, {gap.high:+.3f}] |"
+        f"| {name} | {gap.to} | {gap.mean:+.3f} | [{gap.low:+.3f}, {gap.high:+.3f}] | {p_text(gap.p)} |"
         for found in status.confirmed
         if found.id == candidate_id(row.number)
         for name, value in found.objectives.items()
         for gap in value.difference
     ]
     if gaps:
-        confidence = provenance.search.settings["confirm"]["confidence"]
-        text += "\n\nPaired differences on the held-out split (positive is better), with "
-        text += f"{confidence:.0%} confidence intervals:\n\n"
-        text += "| objective | against | difference | interval |\n| --- | --- | --- | --- |\n" + "\n".join(gaps)
+        text += "\n\nPaired differences on the held-out split; positive is better. "
+        text += f"{choice_text(status)[0]} So are the two-sided p.\n\n"
+        text += "| objective | against | difference | interval | p |\n| --- | --- | --- | --- | --- |\n" + "\n".join(
+            gaps
+        )
     return text
 
 
-def _score_table(row: CandidateRow, status: SearchStatus) -> str:
-    titles = ["model", "split", *status.directions, "n"]
+def _score_table(ours: Entry, status: SearchStatus) -> str:
+    titles = ["model", "split", *status.directions, *constraint_titles(status), "n"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
 
-    def add(name: str, split: str, values: Mapping[str, Value]) -> None:
-        cells = " | ".join(cell(values[o]) for o in status.directions)
-        lines.append(f"| {name} | {split} | {cells} | {', '.join(str(v.n) for v in values.values())} |")
+    def add(name: str, shown: Entry, split: str) -> None:
+        items = ", ".join(str(value.n) for value in [*shown.objectives.values(), *shown.constraints.values()])
+        told = [*cells(shown, status, whole=split == "held out"), items]
+        lines.append(f"| {name} | {split} | {' | '.join(text or 'not scored' for text in told)} |")
 
-    add("this model", "search", {name: Value(**found) for name, found in row.objectives.items()})
-    if confirmed := status.confirmed_values(candidate_id(row.number)):
-        add("this model", "held out", confirmed)
+    add("this model", ours, "search")
+    if (confirmed := status.confirmed_entry(ours.id)) is not None:
+        add("this model", confirmed, "held out")
     for baseline in status.confirmed_baselines:
-        add(baseline.label, "held out", baseline.objectives)
+        add(baseline.label, baseline, "held out")
     return "\n".join(lines)
+
+
+def _choice_section(provenance: Provenance) -> str:
+    """How many candidates there were, how the winner was chosen among them, and how much of its score that was."""
+    choice, row = provenance.status.choice, provenance.row
+    parts = [" ".join([_counted(provenance), *_thrift(provenance.status)])]
+    if constrained := _constrained(provenance):
+        parts += [constrained]
+    if choice is not None:
+        frozen = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(choice.frozen_at))
+        first, top = next(iter(provenance.status.directions)), provenance.search.settings["confirm"]["top"]
+        shortlist = (
+            f"A shortlist of {choice.shortlist} was written down at {frozen}, before any of its held-out items was "
+            f"scored: the front, and the best {top} by {first}."
+        )
+        if choice.drawn:
+            shortlist += f" {choice.drawn} more were scored there for the picture alone; they could not win."
+        parts += [" ".join([shortlist, *choice_text(provenance.status)[1:]])]
+        if provenance.status.winner not in (None, candidate_id(row.number)):
+            parts += [f"**This model is {candidate_id(row.number)}, and not the winner: somebody picked it.**"]
+    told = _fall_of(row, provenance.status)
+    if curse := _drawn(provenance):
+        parts += [" ".join([*told, *curse_text(curse)]), f"![Search and held-out scores]({_CURSE_PICTURE})"]
+    elif told:
+        parts += [" ".join(told)]
+    return "## How it was chosen\n\n" + "\n\n".join(parts)
+
+
+def _counted(provenance: Provenance) -> str:
+    """How many candidates there were, what became of them, and how many items that took."""
+    status, counts, each = provenance.status, provenance.status.candidates, _items_each(provenance.search)
+    rest = f"{counts.cached} had the recipe of one of these, and {counts.failed} failed."
+    asked = f"The search asked for {counts.asked} candidates: {counts.done} were scored,"
+    if status.racing is None and status.screen is None:
+        return f"{asked} each on {each:,} items of the search split ({counts.done * each:,} in all), {rest}"
+    return (
+        f"{asked} on up to {each:,} items of the search split each, {counts.eliminated} were eliminated as too poor "
+        f"before that, {rest} That took {status.items:,} scores of items in all."
+    )
+
+
+def _thrift(status: SearchStatus) -> list[str]:
+    """What spared items, a sentence for each."""
+    told = []
+    if status.racing is not None:
+        rungs = ", ".join(str(rung) for rung in status.racing.rungs)
+        by = "item response" if status.racing.estimate == "item_response" else "the best landmark's scores"
+        told.append(
+            f"Candidates were raced: scored on {rungs} items first, and on more only where they might lead "
+            f"(confidence {status.racing.confidence:g} in each comparison); the rest was estimated by {by}."
+        )
+    if status.screen is not None:
+        told.append(f"All were screened by {status.screen.items} items first; in the end {screen_text(status.screen)}.")
+    return told
+
+
+def _constrained(provenance: Provenance) -> str:
+    """Which constraints there were, and whether this model keeps them on items that the search never saw."""
+    status, constraints = provenance.status, provenance.status.constraints
+    if not constraints:
+        return ""
+    confirmed = status.confirmed_entry(candidate_id(provenance.row.number))
+    if confirmed is None:
+        return f"Candidates had to keep {', '.join(constraint_titles(status))}."
+    told = []
+    for name, limit in constraints.items():
+        value = confirmed.constraints[name]
+        kept = "kept" if limit.is_kept(value) else "**missed**"
+        told.append(f"{name} {limit.text} is {kept} with {cell(value)}")
+    return f"Candidates had to keep constraints. On held-out items of this model {'; '.join(told)}."
+
+
+def _items_each(search: SearchRow) -> int:
+    """How many items of the search split a candidate is scored on at most, over all evaluators but the screen's."""
+    most: dict[int, int] = {}
+    for measure in measures_of(search.fingerprints):
+        most[measure["evaluator"]] = max(measure["items"], most.get(measure["evaluator"], 0))
+    return sum(most.values())
+
+
+def _fall_of(row: CandidateRow, status: SearchStatus) -> list[str]:
+    """What this model scores on search items, and on held-out ones, in each objective."""
+    confirmed = status.confirmed_values(candidate_id(row.number))
+    told = []
+    for name, value in confirmed.items():
+        before = row.objectives[name]
+        change, error = value.mean - before["mean"], math.hypot(value.stderr, before["stderr"])
+        told.append(f"{name} {before['mean']:.3f} became {value.mean:.3f} ({change:+.3f} ± {error:.3f})")
+    return [f"From search to held-out items, this model's {'; '.join(told)}."] if told else []
 
 
 def _limits_section(provenance: Provenance) -> str:

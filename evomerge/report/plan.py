@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from evomerge.checkpoints.source import Source
+from evomerge.report.entries import Constraint
 from evomerge.search.prepare import Prepared
+from evomerge.search.screening import LEAST_PAIRS
+from evomerge.search.setup import Setup
+
+LEAST_GAIN = 2
+"""A race whose first rung is more than one part in so many of all items cannot spare much."""
 
 
 def plan(prepared: Prepared) -> Table:
@@ -37,6 +43,9 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         way = "maximize" if objective.maximise else "minimize"
         counts = f"{objective.items} of {evaluator.search_items} search items, {evaluator.held_out_items} held out"
         yield "objective", f"{objective.name}: {way} {objective.metric} of {evaluator.name}, {counts}"
+    yield from _constraints(setup)
+    yield from _screen(setup)
+    yield from _racing(setup)
     yield "optimizer", ", ".join(f"{k} {v}" for k, v in file.optimizer.model_dump(exclude_none=True).items())
     yield "budget", _budget(prepared)
     yield (
@@ -48,14 +57,65 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "workers", where
 
 
+def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:
+    for each in setup.constraints:
+        evaluator = setup.evaluators[each.evaluator]
+        limit = Constraint(threshold=each.threshold, at_least=each.maximise)
+        counts = f"{each.items} of {evaluator.search_items} search items, {evaluator.held_out_items} held out"
+        yield "constraint", f"{each.name}: {each.metric} of {evaluator.name} {limit.text}, {counts}"
+
+
+def _screen(setup: Setup) -> Iterator[tuple[str, str]]:
+    if (screen := setup.screen) is None:
+        return
+    objective = setup.objectives[screen.objective].name
+    yield (
+        "screen",
+        f"{screen.metric} of {setup.evaluators[screen.evaluator].name} on {screen.items} items; leaves out up to "
+        f"{screen.drop:.0%} of a generation while its tau with {objective} is {screen.least_tau:g} or more "
+        f"(of {LEAST_PAIRS} candidates at least)",
+    )
+
+
+def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
+    """The rungs of a race in scores of items, and what would keep it from sparing any."""
+    if (racing := setup.racing) is None:
+        return
+    sizes = [sum(counts.values()) for counts in setup.rungs]
+    shown = [str(size) for size in sizes]
+    ordinary, beyond = shown[: setup.ordinary_rungs], shown[setup.ordinary_rungs :]
+    for_the_best = f", then {', '.join(beyond)} for those that challenge the best" if beyond else ""
+    by = "item response" if racing.estimate == "item_response" else "the best landmark"
+    yield "racing", f"{', '.join(ordinary)} items a candidate{for_the_best}; the rest is estimated by {by}"
+    if sizes[-1] < LEAST_GAIN * sizes[0]:
+        yield "warning", f"racing: the first rung is {sizes[0]} of all {sizes[-1]} items, so it can spare little"
+    optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
+    if optimizer.parents >= optimizer.population:
+        told = f"racing: {setup.optimizer.name} learns from every candidate of a generation, so none is eliminated"
+        yield "warning", f"{told}; only the rungs bound what each is scored on"
+
+
 def _budget(prepared: Prepared) -> str:
     file, setup = prepared.file, prepared.setup
     parts = [f"{value} {name}" for name, value in file.budget.model_dump(exclude_none=True).items()]
-    per_candidate = sum(len(task.indices) for task in setup.tasks("search"))
-    text = f"{', '.join(parts)}; {per_candidate} items a candidate"
+    least, usual, most = _items_each(setup)
+    each = f"{most} items a candidate" if least == most else f"{least} to {most} items a candidate, {usual} for most"
+    text = f"{', '.join(parts)}; {each}"
     if file.budget.candidates:
-        text += f", {file.budget.candidates * per_candidate:,} in all"
+        landmarks = len(list(setup.space.landmarks()))
+        whole = sum(setup.all_counts().values())
+        low, high = (landmarks * whole + (file.budget.candidates - landmarks) * bound for bound in (least, most))
+        text += f", {high:,} in all" if low == high else f", {low:,} to {high:,} in all"
     return text
+
+
+def _items_each(setup: Setup) -> tuple[int, str, int]:
+    """Scores of items a candidate needs at least, for most ("125 to 175"), and at most; the screen's are in them."""
+    screen = sum(setup.all_counts().values()) - sum(setup.counts().values())
+    rungs = [screen + sum(counts.values()) for counts in setup.rungs]
+    ordinary = rungs[: setup.ordinary_rungs]
+    usual = f"{ordinary[0]} to {ordinary[-1]}" if len(ordinary) > 1 else str(ordinary[0])
+    return (rungs[0] if setup.screen is None else setup.screen.items), usual, rungs[-1]
 
 
 def _size(source: Source) -> str:

@@ -3,68 +3,45 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.errors import InputError
+from evomerge.report.confirmed import Choice, confirmation
+from evomerge.report.entries import (
+    ConfirmedEntry,
+    Constraint,
+    Entry,
+    Measure,
+    Value,
+    candidate_id,
+    constraints_of,
+    entry,
+    measures_of,
+)
 from evomerge.search.folder import open_store
-from evomerge.search.statistics import mean_and_error, paired_difference, sign_test
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.front import knee
 
 _RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
 
 
-class Value(BaseModel):
-    """An objective of a candidate: the mean over ``n`` items and its standard error, as the metric gives it."""
-
-    mean: float
-    stderr: float
-    n: int
-
-
-class Gap(BaseModel):
-    """The paired difference to another model on the same items; positive is better, whichever way the metric goes."""
-
-    to: str
-    mean: float
-    low: float
-    high: float
-
-
-class ConfirmedValue(Value):
-    """A value on the held-out split, with its differences to every source and the uniform average."""
-
-    difference: list[Gap]
-
-
-class Entry(BaseModel):
-    """A candidate with its objectives on the search split."""
-
-    id: str
-    label: str
-    objectives: dict[str, Value]
-
-
-class ConfirmedEntry(BaseModel):
-    """A candidate with its objectives on the held-out split."""
-
-    id: str
-    label: str
-    objectives: dict[str, ConfirmedValue]
-
-
 class Counts(BaseModel):
-    """Candidates by what became of them: asked = done + failed + cached + running + those that wait."""
+    """Candidates by what became of them: asked = done + eliminated + failed + cached + running + those that wait.
+
+    Eliminated are those that left their race early, as too poor, and those that the screen left out.
+    """
 
     asked: int
     done: int
+    eliminated: int
     failed: int
     cached: int
     running: int
@@ -78,8 +55,49 @@ class Budget(BaseModel):
     hours_spent: float
 
 
+class Racing(BaseModel):
+    """How candidates are raced: the rungs that the search file names, and what estimates unscored items."""
+
+    rungs: list[int]
+    confidence: float
+    estimate: Literal["landmark", "item_response"]
+
+
+class ScreenState(BaseModel):
+    """The screen, and how far it can be trusted.
+
+    ``tau`` is Kendall's, over the latest ``pairs`` of candidates scored by both, None while there are too few;
+    ``left_out`` counts the candidates that were never scored on the objectives.
+    """
+
+    metric: str
+    objective: str
+    items: int
+    least_tau: float
+    tau: float | None
+    pairs: int
+    on: bool
+    left_out: int
+
+
+class ItemResponse(BaseModel):
+    """Mean absolute errors of a measure's estimates from the first rung, on models that were left out of the fit.
+
+    ``reference`` is by the best landmark's scores. Item response is ``used`` while its own error is the smaller one.
+    """
+
+    reference: float
+    item_response: float
+    p_irt: float
+    used: bool
+
+
 class SearchStatus(BaseModel):
-    """A search at one moment. ``best`` is the best by the first objective; ``winner`` is chosen on held-out items."""
+    """A search at one moment. ``best`` is the best by the first objective; ``winner`` is chosen on held-out items.
+
+    ``wanted`` says of how many items each objective and constraint is the mean, and ``items`` how many item scores
+    of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit.
+    """
 
     name: str
     state: str
@@ -88,8 +106,14 @@ class SearchStatus(BaseModel):
     optimizer: str
     parameters: int
     candidates: Counts
+    items: int
     budget: Budget
     directions: dict[str, str]
+    wanted: dict[str, int]
+    constraints: dict[str, Constraint]
+    racing: Racing | None
+    screen: ScreenState | None
+    item_response: dict[str, ItemResponse]
     sources: list[str]
     best: Entry | None
     baselines: list[Entry]
@@ -100,17 +124,16 @@ class SearchStatus(BaseModel):
     confirmed: list[ConfirmedEntry]
     confirmed_baselines: list[Entry]
     winner: str | None
+    choice: Choice | None
 
     def confirmed_values(self, candidate: str) -> Mapping[str, Value]:
         """A candidate's objectives on the held-out split, baselines included; empty when it has none."""
-        known: dict[str, Mapping[str, Value]] = {found.id: found.objectives for found in self.confirmed}
-        known |= {found.id: found.objectives for found in self.confirmed_baselines}
-        return known.get(candidate, {})
+        found = self.confirmed_entry(candidate)
+        return {} if found is None else found.objectives
 
-
-def candidate_id(number: int) -> str:
-    """How a candidate is named to people: c0042."""
-    return f"c{number:04d}"
+    def confirmed_entry(self, candidate: str) -> Entry | None:
+        """A candidate on the held-out split, baselines included; None when it was not scored there."""
+        return next((found for found in [*self.confirmed, *self.confirmed_baselines] if found.id == candidate), None)
 
 
 def candidate_number(text: str, store: Store) -> int:
@@ -142,7 +165,8 @@ def chosen(store: Store, candidate: str) -> int:
         if status.winner is not None:
             return int(status.winner.removeprefix("c"))
         if status.best is None:
-            raise InputError(store.place, "has no candidate with scores yet")
+            problem = "has no candidate yet that was scored on every item and keeps all constraints"
+            raise InputError(store.place, problem, "`evomerge top DIR --all` lists every candidate by its id.")
         return int(status.best.id.removeprefix("c"))
     if candidate == "knee":
         front = store.front()
@@ -168,7 +192,8 @@ def read_status(folder: Path) -> SearchStatus:
 def status_of(store: Store) -> SearchStatus:
     """The status of a search. Costs a few queries, however many candidates there are."""
     search = store.search()
-    settings, objectives = search.settings, search.fingerprints["objectives"]
+    settings, fingerprints = search.settings, search.fingerprints
+    objectives, measures = fingerprints["objectives"], measures_of(fingerprints)
     counts = store.counts()
     driven = current_holder(store) is not None
     state = search.state
@@ -180,48 +205,92 @@ def status_of(store: Store) -> SearchStatus:
         spent_s += time.time() - last.time
     first = objectives[0]
     best = store.best(first["name"], maximise=first["maximise"])
-    recent = store.candidates(statuses=["done"], newest=_RECENT)
+    recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
     failed = store.candidates(statuses=["failed"], newest=_RECENT)
     front = store.front()
     landmarks = store.candidates(step=0)
-    confirmed, confirmed_baselines, winner = confirmation(store, search, landmarks)
+    held = confirmation(store, search, landmarks)
     return SearchStatus(
         name=search.name,
         state=state,
         why=search.why,
         space=describe_space(settings["space"]),
         optimizer=settings["optimizer"]["name"],
-        parameters=len(search.fingerprints["parameters"]),
+        parameters=len(fingerprints["parameters"]),
         candidates=Counts(
             asked=sum(counts.values()),
             done=counts["done"],
+            eliminated=counts["eliminated"],
             failed=counts["failed"],
             cached=counts["cached"],
             running=counts["running"],
         ),
+        items=_items(store, search, counts["done"]),
         budget=Budget(
             candidates=settings["budget"]["candidates"],
             hours=settings["budget"]["hours"],
             hours_spent=spent_s / 3600,
         ),
         directions={o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives},
+        wanted={m["name"]: m["items"] for m in measures},
+        constraints=constraints_of(fingerprints),
+        racing=_racing(search),
+        screen=_screen(store, search),
+        item_response=_item_response(store),
         sources=[row.label for row in landmarks if row.origin == "source"] or list(settings["sources"]),
-        best=entry(best[0]) if best else None,
-        baselines=[entry(row) for row in landmarks if row.objectives],
+        best=entry(best[0], fingerprints) if best else None,
+        baselines=[entry(row, fingerprints) for row in landmarks if row.objectives],
         front=[candidate_id(row.number) for row in front],
-        front_entries=[entry(row) for row in front],
+        front_entries=[entry(row, fingerprints) for row in front],
         failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
         seconds=_mean_seconds(recent),
-        confirmed=confirmed,
-        confirmed_baselines=confirmed_baselines,
-        winner=winner,
+        confirmed=held.entries,
+        confirmed_baselines=held.baselines,
+        winner=held.winner,
+        choice=held.choice,
     )
 
 
-def entry(row: CandidateRow) -> Entry:
-    """A row of the store in the words of people."""
-    values = {name: Value(**found) for name, found in row.objectives.items()}
-    return Entry(id=candidate_id(row.number), label=row.label, objectives=values)
+def _items(store: Store, search: SearchRow, done: int) -> int:
+    """How many item scores of objectives and constraints were measured."""
+    most: dict[int, Measure] = {}
+    for measure in measures_of(search.fingerprints):  # of those on one evaluator, that with the most items holds all
+        if measure["items"] > most.get(measure["evaluator"], {"items": 0})["items"]:
+            most[measure["evaluator"]] = measure
+    if search.settings.get("racing") is None and search.fingerprints.get("screen") is None:
+        return done * sum(int(measure["items"]) for measure in most.values())  # and no row needs to be looked at
+    return store.items_scored([measure["name"] for measure in most.values()])
+
+
+def _racing(search: SearchRow) -> Racing | None:
+    racing = search.settings.get("racing")
+    return None if racing is None else Racing(**racing)
+
+
+def _screen(store: Store, search: SearchRow) -> ScreenState | None:
+    """The screen as the driver last spoke of it."""
+    screen = search.fingerprints.get("screen")
+    if screen is None:
+        return None
+    events = store.events(kinds=("screen",), newest=1)
+    last: dict[str, Any] = events[0].payload if events else {"pairs": 0, "tau": math.nan, "on": False}
+    objective = search.fingerprints["objectives"][screen["objective"]]["name"]
+    return ScreenState(
+        metric=screen["metric"],
+        objective=objective,
+        items=screen["items"],
+        least_tau=screen["least_tau"],
+        tau=None if math.isnan(last["tau"]) else last["tau"],
+        pairs=last["pairs"],
+        on=last["on"],
+        left_out=store.eliminated_without(objective),
+    )
+
+
+def _item_response(store: Store) -> dict[str, ItemResponse]:
+    """What the driver last said of item response, by measure."""
+    events = store.events(kinds=("item response",), newest=1)
+    return {name: ItemResponse(**found) for event in events for name, found in event.payload.items()}
 
 
 def _unconfirmed(store: Store) -> list[str]:
@@ -240,120 +309,3 @@ def describe_space(space: dict[str, object]) -> str:
     """The space in a few words: how paths are encoded, method and granularity."""
     told = [str(space[key]) for key in ("encoding", "method", "granularity") if space.get(key) is not None]
     return " ".join([*([str(space["kind"]).replace("_", " ")] if "encoding" in space else []), *told])
-
-
-def confirmation(
-    store: Store, search: SearchRow, landmarks: Sequence[CandidateRow]
-) -> tuple[list[ConfirmedEntry], list[Entry], str | None]:
-    """What is known from the held-out split: the shortlist with its paired differences, baselines, and the winner."""
-    events = store.events(kinds=("shortlist", "winner"))
-    shortlist = [event for event in events if event.kind == "shortlist"]
-    if not shortlist:
-        return [], [], None
-    objectives = search.fingerprints["objectives"]
-    confidence = search.settings["confirm"]["confidence"]
-    scored = {row.number: held_out(store, row.number, objectives) for row in landmarks}
-    others = {row.label: scored[row.number] for row in landmarks if row.origin in ("source", "average")}
-    confirmed = []
-    for number in shortlist[-1].payload["candidates"]:
-        if ours := held_out(store, number, objectives):
-            values = {o["name"]: _confirmed(o, ours, others, confidence) for o in objectives}
-            label = store.candidate(number).label
-            confirmed.append(ConfirmedEntry(id=candidate_id(number), label=label, objectives=values))
-    baselines = [
-        Entry(
-            id=candidate_id(row.number),
-            label=row.label,
-            objectives={name: Value(**mean_and_error(values)) for name, values in scored[row.number].items()},
-        )
-        for row in landmarks
-        if scored[row.number]
-    ]
-    # A winner of an earlier shortlist is none: the one that counts has not been scored to its end.
-    winners = [e.payload["candidate"] for e in events if e.kind == "winner" and e.seq > shortlist[-1].seq]
-    winner = candidate_id(winners[-1]) if winners else None
-    return confirmed, baselines, winner
-
-
-def held_out(store: Store, number: int, objectives: Sequence[dict[str, object]]) -> dict[str, NDArray[np.float32]]:
-    """A candidate's held-out scores, float32 [items], for each objective; empty while it has none."""
-    found = {scores.evaluator: scores.metrics for scores in store.scores(number, "held_out")}
-    if any(o["version"] not in found for o in objectives):
-        return {}
-    return {str(o["name"]): found[str(o["version"])][str(o["metric"])] for o in objectives}
-
-
-def _confirmed(
-    objective: dict[str, object],
-    ours: dict[str, NDArray[np.float32]],
-    others: dict[str, dict[str, NDArray[np.float32]]],
-    confidence: float,
-) -> ConfirmedValue:
-    name, sign = str(objective["name"]), 1.0 if objective["maximise"] else -1.0
-    gaps = [
-        Gap(to=label, **vars(paired_difference(sign * ours[name], sign * theirs[name], confidence)))
-        for label, theirs in others.items()
-        if theirs
-    ]
-    return ConfirmedValue(**mean_and_error(ours[name]), difference=gaps)
-
-
-class Comparison(BaseModel):
-    """Two candidates in one objective on one split; positive differences mean that the first is better.
-
-    ``p`` is that of the two-sided sign test on the items where they differ: for right-or-wrong scores, McNemar's exact
-    test.
-    """
-
-    objective: str
-    split: str
-    n: int
-    a: float
-    b: float
-    difference: float
-    low: float
-    high: float
-    better_a: int
-    better_b: int
-    p: float
-
-
-def compared(store: Store, a: int, b: int) -> list[Comparison]:
-    """Two candidates on every split that both were scored on."""
-    search = store.search()
-    confidence = search.settings["confirm"]["confidence"]
-    found = []
-    for split in ("search", "held_out"):
-        scores_a, scores_b = ({s.evaluator: s for s in store.scores(number, split)} for number in (a, b))
-        for objective in search.fingerprints["objectives"]:
-            version, metric = objective["version"], objective["metric"]
-            if version in scores_a and version in scores_b:
-                items = objective["items"] if split == "search" else None
-                one, other = (scores[version].metrics[metric][:items] for scores in (scores_a, scores_b))
-                found.append(_compare(objective, split, one, other, confidence))
-    return found
-
-
-def _compare(
-    objective: dict[str, object],
-    split: str,
-    one: NDArray[np.float32],
-    other: NDArray[np.float32],
-    confidence: float,
-) -> Comparison:
-    sign = 1.0 if objective["maximise"] else -1.0
-    gap = paired_difference(sign * one, sign * other, confidence)
-    better_a, better_b = int((sign * one > sign * other).sum()), int((sign * one < sign * other).sum())
-    return Comparison(
-        objective=str(objective["name"]),
-        split=split,
-        n=len(one),
-        a=float(one.mean(dtype=np.float64)),
-        b=float(other.mean(dtype=np.float64)),
-        difference=gap.mean,
-        low=gap.low,
-        high=gap.high,
-        better_a=better_a,
-        better_b=better_b,
-        p=sign_test(better_a, better_b),
-    )

@@ -5,6 +5,13 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
+LIGHT = {"ground": "#ffffff", "ink": "#1f2328", "quiet": "#59636e", "guide": "#d1d9e0"}
+DARK = {"ground": "#0d1117", "ink": "#e6edf3", "quiet": "#9198a1", "guide": "#30363d"}
+COLOURS = (  # on a light and on a dark ground, each at 4.5:1 or more
+    ("#0969da", "#58a6ff"), ("#bc4c00", "#f0883e"), ("#1a7f37", "#3fb950"),
+    ("#8250df", "#bc8cff"), ("#bf3989", "#f778ba"), ("#0f766e", "#2dd4bf"),
+)  # fmt: skip
+
 
 def bound(rules: str, kind: str) -> str:
     """CSS rules whose selectors hold within pictures of this class alone, for several may stand within one page."""

@@ -73,6 +73,8 @@ class Driver:
         self._ranking = Ranking(setup, self._scoring.screening)
         self._step = 0
         self._asked = 0
+        self._landmarks = len(list(setup.space.landmarks()))
+        self._lost_landmarks = 0
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._front: dict[int, Sequence[float]] = {}
         self._unchanged = 0.0  # generations since the front last changed
@@ -85,7 +87,8 @@ class Driver:
         self._store.set_state("running")
         if not self._asked:
             self._ask_landmarks()
-        if 0 in self._open:  # the landmarks are not told yet
+        waits = isinstance(self._scoring, GenerationScoring) or self._setup.racing is not None
+        if waits and 0 in self._open:  # the landmarks are not told yet, and a race needs what they tell of items
             if not self._scoring.score_landmarks(list(self._open.values())):
                 return self._end_early()
             self._tell(list(self._open.values()))
@@ -141,14 +144,14 @@ class Driver:
         """So many new candidates, or what is left of the budget."""
         most = self._setup.budget.candidates
         genomes = self._optimizer.ask(count if most is None else min(count, most - self._asked))
-        asked = [self._next(i, genome, self._setup.space.decode(genome)) for i, genome in enumerate(genomes)]
         self._step += 1
+        asked = [self._next(i, genome, self._setup.space.decode(genome)) for i, genome in enumerate(genomes)]
         self._record_ask(asked, [(self._setup.optimizer.name, "")] * len(asked))
         return asked
 
     def _next(self, i: int, genome: Genome | None, recipe: Recipe) -> Candidate:
         text = recipe.canonical()
-        return Candidate(self._asked + i, genome, recipe, text_hash(text), text)
+        return Candidate(self._asked + i, genome, recipe, text_hash(text), text, self._step)
 
     def _record_ask(self, asked: list[Candidate], origins: Sequence[tuple[str, str]]) -> None:
         new = [
@@ -187,7 +190,7 @@ class Driver:
     def _told(self, candidates: Sequence[Candidate]) -> None:
         """Let everything learn that learns from what was told."""
         self._optimizer.tell([(c.genome, c.losses) for c in candidates if c.genome is not None and c.losses])
-        self._scoring.learn(candidates, landmarks=0 in {c.number for c in candidates})
+        self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
         for c in candidates:
             del self._open[c.number]
 
@@ -197,7 +200,8 @@ class Driver:
         Raises:
             InputError: with the first failure's message.
         """
-        if told[0].number == 0 and all(c.status == "failed" for c in told):
+        self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
+        if told[0].step == 0 and self._lost_landmarks == self._landmarks:
             failure = self._store.candidate(0).failure or {}
             raise InputError(
                 "landmarks",
@@ -253,6 +257,7 @@ class Driver:
                 self._open |= {c.number: c for c in self._replay_ask(step.step)}
             else:
                 told = [self._open[number] for number in step.candidates]
+                self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
                 self._ranking.remember(told)
                 self._update_front(told)
                 self._told(told)
@@ -282,7 +287,7 @@ class Driver:
 
     def _restore(self, row: CandidateRow, genome: Genome | None, recipe: Recipe) -> Candidate:
         """A recorded candidate as it was when the store last heard of it."""
-        found = Candidate(row.number, genome, recipe, row.recipe_hash, attempts=row.attempts)
+        found = Candidate(row.number, genome, recipe, row.recipe_hash, step=row.step, attempts=row.attempts)
         # To be scored again, in place of an attempt that died with its driver.
         found.status = "asked" if row.status == "running" else row.status
         found.twin, found.timings = row.same_as, dict(row.timings)

@@ -8,13 +8,17 @@ genetic algorithms", CMAME 186, 2000), the least miss first, and the failed last
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.search.scoring import Candidate
 from evomerge.search.screening import Screening
 from evomerge.search.setup import Setup
+
+Losses = NDArray[np.float64]
+"""One loss for each objective."""
 
 
 class Ranking:
@@ -29,9 +33,7 @@ class Ranking:
     def rank(self, generation: Sequence[Candidate], recent: Collection[Candidate] = ()) -> None:
         """Set the losses of candidates from their estimates: of a generation, or of one beside recently told ones."""
         own = {c.number: self._own(c) for c in generation if c.status != "failed"}
-        kept = [own[c.number] for c in generation if c.number in own and self._is_kept(c)]
-        kept += [np.array(c.losses) for c in recent if self._is_kept(c)]
-        floor = np.max(kept, axis=0) if kept else np.where(np.isfinite(self._worst), self._worst, 0.0)
+        floor = self._floor(generation, own, recent) if any(c.is_eliminated for c in generation) else np.empty(0)
         for c in generation:
             if c.status == "failed":
                 c.losses = [math.inf] * len(self._setup.objectives)
@@ -44,6 +46,14 @@ class Ranking:
             if c.number in own and not self._is_feasible(c):
                 c.losses = self._beyond(self._setup.violation(c.objectives))
 
+    def _floor(
+        self, generation: Sequence[Candidate], own: Mapping[int, Losses], recent: Collection[Candidate]
+    ) -> Losses:
+        """The worst of the losses that are kept: where those of eliminated candidates begin."""
+        kept = [own[c.number] for c in generation if c.number in own and self._is_kept(c)]
+        kept += [np.array(c.losses) for c in recent if self._is_kept(c)]
+        return np.asarray(np.max(kept, axis=0) if kept else np.where(np.isfinite(self._worst), self._worst, 0.0))
+
     def remember(self, generation: Sequence[Candidate]) -> None:
         """Take a generation that has been ranked before, as on resume."""
         for c in generation:
@@ -51,7 +61,7 @@ class Ranking:
                 self._best = np.minimum(self._best, c.losses)
                 self._worst = np.maximum(self._worst, c.losses)
 
-    def _own(self, candidate: Candidate) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def _own(self, candidate: Candidate) -> Losses:
         """A candidate's losses by its own estimates; NaN where it has none."""
         found = [candidate.objectives.get(o.name) for o in self._setup.objectives]
         losses = [
@@ -64,9 +74,7 @@ class Ranking:
             losses[screen.objective] = target.loss(self._screening.predict(candidate.objectives[screen.name]["mean"]))
         return np.array(losses, dtype=np.float64)
 
-    def _after(
-        self, own: np.ndarray[tuple[int], np.dtype[np.float64]], floor: np.ndarray[tuple[int], np.dtype[np.float64]]
-    ) -> list[float]:
+    def _after(self, own: Losses, floor: Losses) -> list[float]:
         """Losses of an eliminated candidate. With one objective it ranks after all that were kept.
 
         With several it keeps its own: it was found to be dominated, and no one number says by how much. What was not

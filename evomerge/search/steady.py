@@ -59,6 +59,8 @@ class SteadyScoring(Scoring):
 
     def _next_counts(self, candidate: Candidate, incumbents: Sequence[Sequence[float]]) -> Counts | None:
         """The items of a candidate's next rung, the screen's first; None at the end of its way."""
+        if candidate.step == 0:
+            return None if candidate.reached == len(self._rungs) - 1 else self._setup.all_counts()
         screen = self._setup.screen
         if screen is not None and candidate.reached < 0 and math.isnan(self._screen_mean(candidate)):
             return {screen.evaluator: screen.items}
@@ -72,6 +74,9 @@ class SteadyScoring(Scoring):
 
     def _arrive(self, candidate: Candidate, counts: Counts, keep: float) -> None:
         """A candidate has all scores of a rung, or of the screen: whether it goes on is decided."""
+        if candidate.step == 0:
+            candidate.reached = len(self._rungs) - 1
+            return
         if counts not in self._rungs:
             self._screen(candidate)
             return

@@ -44,26 +44,27 @@ SETTINGS: dict[str, Any] = {
     "sources": {name: str(ROOT / "examples" / "miniatures" / name) for name in ("base", "maths", "japanese")},
     "base": "base",
     "space": {"kind": "parameter_space", "method": "dare_ties", "granularity": "model", "bounds": {"weight": [0, 1.5]}},
-    "objectives": {"maths": {"task": "mini_math_ja", "metric": "acc_ja", "batch_size": 100}},
+    "objectives": {"maths": {"task": "mini_math_ja", "metric": "acc_ja", "items": 250, "batch_size": 250}},
 }
 SCREEN = {
     "evaluator": "likelihood", "metric": "log_likelihood", "items": 100,
     "file": str(DATA / "mini_math_ja.search.jsonl"), "held_out_file": str(DATA / "mini_math_ja.held_out.jsonl"),
 }  # fmt: skip
 RACING = {"rungs": [25, 75]}
-LITTLE = {"candidates": 300}
+LITTLE = {"candidates": 150}  # by then the curves are level
+CMA, LQ_CMA, GP = ({"name": name} for name in ("cma", "lq_cma", "gp"))
 CASES: dict[str, dict[str, Any]] = {
-    REFERENCE: {"budget": {"candidates": 1000}, "optimizer": {"name": "cma"}},
-    "racing": {"budget": LITTLE, "optimizer": {"name": "cma"}, "racing": RACING},
-    "screen": {"budget": LITTLE, "optimizer": {"name": "cma"}, "screen": SCREEN},
-    "surrogate: lq-CMA-ES": {"budget": LITTLE, "optimizer": {"name": "lq_cma"}},
-    "surrogate: GP": {"budget": {"candidates": 120}, "optimizer": {"name": "gp"}},
-    "racing, lq-CMA-ES": {"budget": LITTLE, "optimizer": {"name": "lq_cma"}, "racing": RACING},
-    "racing, GP": {"budget": {"candidates": 120}, "optimizer": {"name": "gp"}, "racing": RACING},
-    "racing, screen": {"budget": LITTLE, "optimizer": {"name": "cma"}, "racing": RACING, "screen": SCREEN},
-    "racing, screen, GP": {
-        "budget": {"candidates": 120}, "optimizer": {"name": "gp"}, "racing": RACING, "screen": SCREEN,
+    REFERENCE: {"budget": {"candidates": 1000}, "optimizer": CMA},
+    "racing": {"budget": LITTLE, "optimizer": CMA, "racing": RACING},
+    "screen": {"budget": LITTLE, "optimizer": CMA, "screen": SCREEN},
+    "surrogate (lq-CMA-ES)": {"budget": LITTLE, "optimizer": LQ_CMA},
+    "surrogate (GP)": {"budget": LITTLE, "optimizer": GP},
+    "racing, surrogate (lq-CMA-ES)": {"budget": LITTLE, "optimizer": LQ_CMA, "racing": RACING},
+    "racing, surrogate (GP)": {"budget": LITTLE, "optimizer": GP, "racing": RACING},
+    "racing, item response": {
+        "budget": LITTLE, "optimizer": CMA, "racing": RACING | {"estimate": "item_response"},
     },
+    "racing, screen": {"budget": LITTLE, "optimizer": CMA, "racing": RACING, "screen": SCREEN},
 }  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""The command that grades answers by both scorers of MGSM: agreement."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast, get_args
+
+from evaluators.agreement import agreement as graded_by_both
+from evaluators.agreement import report, tables
+from evaluators.numerals import Language
+from evomerge.plugins import unknown_name
+from evomerge.report.screen import make_console
+
+
+def agreement(file: Path, language: str, *, as_json: bool) -> None:
+    """How far both scorers agree on a file of answers, and each answer that they do not agree on."""
+    if language not in get_args(Language):
+        raise unknown_name(language, get_args(Language), "--language", "language")
+    code = cast(Language, language)
+    graded = graded_by_both(file, code)
+    if not as_json:
+        console = make_console()
+        for line in report(graded, code):
+            console.print(line, soft_wrap=True)
+        return
+    found = zip(("acc", f"acc_{code}"), tables(graded), strict=True)
+    told = {
+        "answers": len(graded),
+        "metrics": {name: asdict(table) | {"kappa": table.kappa} for name, table in found},
+        "differ": [asdict(each) | {"right": str(each.right)} for each in graded if each.sakana != each.exact],
+    }
+    print(json.dumps(told, indent=2, ensure_ascii=False))

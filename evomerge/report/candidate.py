@@ -1,0 +1,64 @@
+"""One candidate as people see it: what it scored on either split, and what became of it in its race."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from evomerge.report.entries import ConfirmedValue, Entry, Value, candidate_id, entry
+from evomerge.report.screen import cell, choice_text, p_text
+from evomerge.report.status import SearchStatus
+from evomerge.store import CandidateRow
+
+
+def is_screened_out(row: CandidateRow, status: SearchStatus) -> bool:
+    """Whether the screen left a candidate out, so that it was never scored on the objectives."""
+    return row.status == "eliminated" and not any(name in row.objectives for name in status.directions)
+
+
+def status_text(row: CandidateRow, status: SearchStatus) -> str:
+    """A candidate's status, and of an eliminated one by what."""
+    if row.status != "eliminated":
+        return row.status
+    return f"eliminated by {'screen' if is_screened_out(row, status) else 'race'}"
+
+
+def score_lines(row: CandidateRow, fingerprints: Mapping[str, Any], status: SearchStatus) -> Iterator[str]:
+    """What became of a candidate, and its scores on either split, a line for each."""
+    name = candidate_id(row.number)
+    if told := _fate(row, status):
+        yield told
+    yield from _values(entry(row, fingerprints), status, "search")
+    if (confirmed := status.confirmed_entry(name)) is not None:
+        yield from _values(confirmed, status, "held-out")
+    if name in {found.id for found in status.confirmed}:
+        yield from choice_text(status)
+
+
+def _fate(row: CandidateRow, status: SearchStatus) -> str:
+    """Why a candidate was not scored on every item; nothing if it was."""
+    if is_screened_out(row, status) and status.screen is not None:
+        value = Value(**row.objectives["screen"])
+        return (
+            f"eliminated by the screen: among the poorest of its generation in {status.screen.metric} "
+            f"({cell(value)} on {value.n} items), so it was not scored on the objectives"
+        )
+    few = [
+        name for name, wanted in status.wanted.items() if name in row.objectives and row.objectives[name]["n"] < wanted
+    ]
+    scored = ", ".join(f"{row.objectives[name]['n']} of {status.wanted[name]} items of {name}" for name in few)
+    if row.status == "eliminated":
+        return f"eliminated by its race after {scored}: too many others of its generation are surely better"
+    return f"its race ended after {scored}; nothing more hung on it" if few else ""
+
+
+def _values(shown: Entry, status: SearchStatus, split: str) -> Iterator[str]:
+    for name, value in [*shown.objectives.items(), *shown.constraints.items()]:
+        title, mark = name, ""
+        if (limit := status.constraints.get(name)) is not None:
+            title, mark = f"{name} {limit.text}", ", kept" if limit.is_kept(value) else ", missed"
+        estimated = split == "search" and value.n < status.wanted[name]
+        text = f"~{cell(value)} estimated from" if estimated else f"{cell(value)} on"
+        yield f"{title}: {text} {value.n} {split} items{mark}"
+        for gap in value.difference if isinstance(value, ConfirmedValue) else ():
+            yield f"  {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] over {gap.to}, p {p_text(gap.p)}"
