@@ -5,8 +5,10 @@
 # whose object store lives in shared memory.
 FROM nvidia/cuda:13.0.0-base-ubuntu24.04
 
+# wget is for KubeRay, which asks with it whether Ray is well.
+# hadolint ignore=DL3008 (Ubuntu keeps no old versions of its packages to pin)
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends python3 python3-venv wget \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/evomerge
 ENV PATH=/opt/evomerge/bin:$PATH PIP_NO_CACHE_DIR=1

@@ -7,6 +7,7 @@ and each node reads them where the search file says.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shlex
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,8 @@ def job_client(address: str) -> Any:
     from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every package and connection on the screen
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
@@ -232,12 +236,13 @@ async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None
     while True:
         seen = 0
         try:
-            async for text in client.tail_job_logs(job):
-                heard = time.monotonic()
-                if fresh := text[max(0, shown - seen) :]:
-                    write(fresh)
-                seen += len(text)
-                shown = max(shown, seen)
+            async with aclosing(client.tail_job_logs(job)) as log:
+                async for text in log:
+                    heard = time.monotonic()
+                    if fresh := text[max(0, shown - seen) :]:
+                        write(fresh)
+                    seen += len(text)
+                    shown = max(shown, seen)
             if _ended(client.get_job_info(job).status):
                 return
             heard = time.monotonic()
@@ -324,20 +329,24 @@ def _listening() -> Iterator[Listener]:
 
 def _role(command: Sequence[str]) -> str:
     """What a process of Ray's is, for people."""
-    names = [Path(word).name for word in command[:3]]
-    known = {"gcs_server": "gcs", "raylet": "raylet", "dashboard.py": "job server", "log_monitor.py": "log monitor"}
-    for name in names:
+    known = {"gcs_server": "gcs", "raylet": "raylet", "dashboard.py": "job server"}
+    for word in command[:3]:
+        name = Path(word).name
         if name in known:
             return known[name]
-        if "agent" in name:
+        if "agent" in name.lower():
             return "agent"
-    return "worker" if any("::" in word or "default_worker" in word for word in command[:3]) else (names or ["?"])[0]
+    return "worker"
 
 
 def who_listens(found: Sequence[Listener]) -> str:
-    """One line for people: what can be reached from other machines, and what from this one alone."""
-    groups: dict[bool, set[str]] = {True: set(), False: set()}
+    """One line for people: what other machines can reach, and what this one alone can."""
+    near: dict[str, list[str]] = {}
+    far: dict[str, list[str]] = {}
     for each in found:
-        groups[each.host in ("127.0.0.1", "::1")].add(f"{each.process} {each.port}")
-    near, far = ", ".join(sorted(groups[True])) or "nothing", ", ".join(sorted(groups[False])) or "nothing"
-    return f"Ray listens on every interface: {far}; on this machine alone: {near}; all of it asks for a token"
+        ports = near if each.host in ("127.0.0.1", "::1") else far
+        ports.setdefault(each.process, []).append(str(each.port))
+    sides = [
+        "; ".join(f"{name} {' '.join(ports)}" for name, ports in side.items()) or "nothing" for side in (far, near)
+    ]
+    return f"Ray listens on every interface: {sides[0]}. On this machine alone: {sides[1]}."
