@@ -51,11 +51,31 @@ def search(
     file: SearchFileArgument,
     dir_: Annotated[Path | None, typer.Option("--dir", help="Folder to make; searches/NAME by default.")] = None,
     set_: SetOption = [],  # noqa: B006
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|ray://...|http://...", help="Run it as a job of this Ray cluster.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="With --address: do not follow the job's log.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Join a cluster that asks for no token.")] = False,
 ) -> None:
     """Run a search to the end of its budget, then confirm its best on the held-out split."""
+    settings = [*set_, "cluster.insecure=true"] if insecure else set_
+    if address is not None:
+        from evomerge.search.launch import launch
+
+        raise typer.Exit(launch(file, dir_, settings, address, detach=detach, insecure=insecure))
     from evomerge.commands.run import search
 
-    raise typer.Exit(search(file, dir_, set_))
+    raise typer.Exit(search(file, dir_, settings))
+
+
+@app.command("list")
+def list_(
+    address: Annotated[str, typer.Option(metavar="auto|ray://...|http://...", help="A Ray cluster.")] = "auto",
+) -> None:
+    """List the searches that run as jobs of a Ray cluster."""
+    from evomerge.commands.run import list_jobs
+
+    list_jobs(address)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from evomerge.checkpoints.checks import check_finite
 from evomerge.errors import InputError
@@ -163,3 +164,15 @@ def _prepared(file: SearchFile) -> Prepared:
     for source in prepared.sources.values():
         check_finite(source)
     return prepared
+
+
+def list_jobs(address: str) -> None:
+    """The searches whose drivers are jobs of a Ray cluster."""
+    from evomerge.search.launch import running
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("search", "state", "folder", "job"):
+        table.add_column(title)
+    for row in running(address):
+        table.add_row(row.name, row.status, row.folder, row.job)
+    make_console().print(table)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import psutil
 from rich.table import Table
 
 from evomerge.checkpoints.source import Source
 from evomerge.report.entries import Constraint
-from evomerge.search.prepare import Prepared
+from evomerge.report.hardware import lines, model_shape, work_of
+from evomerge.search.prepare import Prepared, distinct_evaluators
 from evomerge.search.screening import LEAST_PAIRS
 from evomerge.search.setup import Setup
 
 LEAST_GAIN = 2
 """A race whose first rung is more than one part in so many of all items cannot spare much."""
+
+
+LEAST_ESTIMATED = 10**9
+"""Bytes of weights from which on it matters which GPU a worker has."""
 
 
 def plan(prepared: Prepared) -> Table:
@@ -52,9 +58,25 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         "memory",
         f"{_gigabytes(_live_bytes(prepared))} of weights a worker; the sources are mapped, not copied",
     )
+    if _live_bytes(prepared) >= LEAST_ESTIMATED:
+        for line in _hardware(prepared):
+            yield "estimate", line
     yield "disk", f"{_gigabytes(_bytes(model))} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
+
+
+def _hardware(prepared: Prepared) -> list[str]:
+    """A worker on the GPUs that people have: arithmetic, not measured."""
+    file, model = prepared.file, prepared.sources[prepared.file.tokenizer_source]
+    settings, tasks = distinct_evaluators(file), prepared.setup.tasks("search")
+    works = [
+        work_of(settings[t.evaluator], list(prepared.evaluators[t.evaluator].metrics), len(t.indices)) for t in tasks
+    ]
+    sources = sum(_bytes(source) for source in prepared.sources.values())
+    layers = max(model.layers, prepared.setup.space.shelves)
+    shape = model_shape(model.config, _live_bytes(prepared), sources, layers, model.dtype.itemsize)
+    return lines(shape, works, file.engine, psutil.virtual_memory().available)
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:

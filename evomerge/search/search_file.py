@@ -150,12 +150,14 @@ class Cluster(Section):
     ``workers`` left out means as many as the cluster has room for. ``cpus_per_worker`` is also the number of threads
     that a worker computes with, in either pool. ``residency`` says where a worker on a GPU keeps the sources: in the
     device's memory, in pinned host memory, or in mapped files; ``auto`` takes the first of these that has room.
+    ``insecure`` joins a cluster that asks for no token.
     """
 
     address: str | None = None
     workers: PositiveInt | None = None
     gpus_per_worker: float | None = Field(default=None, ge=0)
     cpus_per_worker: PositiveInt = 1
+    insecure: bool = False
     residency: Literal["auto", "device", "pinned", "mapped"] = "auto"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from evomerge.errors import InputError
 from evomerge.search.jobs import Failed, FailureReason, Finished, Job, PoolState
+from evomerge.search.launch import check_secured, listeners, who_listens
 from evomerge.search.search_file import Cluster, SearchFile
 
 # Threads are set before torch starts in the worker; a worker that takes every core slows all the others down.
@@ -205,7 +207,7 @@ def _connect(cluster: Cluster) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _private_files():
         try:
-            ray.init(
+            context = ray.init(
                 address=cluster.address or "local",
                 include_dashboard=False if cluster.address is None else None,
                 log_to_driver=False,
@@ -214,6 +216,13 @@ def _connect(cluster: Cluster) -> bool:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError("cluster.address", f"no Ray cluster answers at {cluster.address}: {error}") from None
+    try:
+        check_secured(context.dashboard_url if cluster.address else None, insecure=cluster.insecure)
+    except InputError:
+        ray.shutdown()
+        raise
+    if cluster.address is None:
+        print(who_listens(listeners()), file=sys.stderr)
     return True
 
 
