@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +28,6 @@ class TestSqlite(StoreContract):
     @pytest.fixture
     def place(self, tmp_path: Path) -> Path:
         return tmp_path / "store.db"
-
-
-@pytest.mark.skipif("EVOMERGE_TEST_DATABASE" not in os.environ, reason="EVOMERGE_TEST_DATABASE names no empty database")
-class TestDatabaseServer(StoreContract):
-    """The contract on a database server: EVOMERGE_TEST_DATABASE=postgresql+psycopg://user@host/database."""
-
-    @pytest.fixture
-    def place(self) -> str:
-        url = os.environ["EVOMERGE_TEST_DATABASE"]
-        with Store._connect(url).transaction(writes=True) as connection:
-            tables.metadata.drop_all(connection)
-        return url
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -119,8 +106,11 @@ def test_a_sqlite_url_is_the_same_as_its_path(tmp_path: Path) -> None:
 
 
 def test_a_password_is_never_shown() -> None:
-    pytest.importorskip("psycopg", reason="needs a driver to make the engine")
     assert "secret" not in Store._connect("postgresql+psycopg://user:secret@host/database").place
+    for wrong in ("postgresql://host/database?password=secret", "postgresql://user:secret@host:port/database"):
+        with pytest.raises(InputError) as refusal:
+            Store.open(wrong)
+        assert "secret" not in str(refusal.value)
 
 
 def test_a_write_waits_for_the_disk_once_a_second(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy import update
 
 from evomerge.errors import InputError
-from evomerge.store import tables
-from evomerge.store.lease import Holder, acquire, current_holder
+from evomerge.store import lease, tables
+from evomerge.store.lease import EXPIRY_S, Holder, acquire, current_holder
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import create, expire
 
@@ -88,8 +88,8 @@ def test_a_pid_that_is_gone_is_followed_at_once(place: Path) -> None:
             process.kill()
             process.wait()
         assert current_holder(store) is None
-        with acquire(store) as lease:
-            assert lease.epoch == 2
+        with acquire(store) as taken:
+            assert taken.epoch == 2
 
 
 def test_a_driver_that_slept_past_its_lease_writes_no_more(place: Path) -> None:
@@ -133,3 +133,28 @@ def test_setting_the_clock_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: created + 3600)
     assert not me.is_dead()
+
+
+@pytest.mark.parametrize("jump_s", [3600, -3600])
+def test_setting_the_clock_neither_ends_a_lease_nor_prolongs_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    now, since_boot = lease._now, lease.since_boot
+    with Store.open(place) as store, acquire(store):
+        monkeypatch.setattr(lease, "_now", lambda connection: now(connection) + jump_s)
+        assert current_holder(store) is not None
+        with pytest.raises(InputError, match="is driven by"):
+            acquire(store)
+        monkeypatch.setattr(lease, "since_boot", lambda: since_boot() + EXPIRY_S + 1)
+        assert current_holder(store) is None
+
+
+def test_another_machine_goes_by_the_clock_of_the_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = lease._now
+    with Store.open(place) as store, acquire(store):
+        monkeypatch.setattr(lease, "boot_id", lambda: "another machine, or this one started again")
+        monkeypatch.setattr(time, "time", lambda: 0.0)  # its own clock does not count
+        monkeypatch.setattr(lease, "since_boot", lambda: 1e9)
+        assert current_holder(store) is not None
+        monkeypatch.setattr(lease, "_now", lambda connection: now(connection) + EXPIRY_S + 1)
+        assert current_holder(store) is None

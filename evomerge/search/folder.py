@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from evomerge.errors import InputError
 from evomerge.store import Store
+from evomerge.store.engine import PASSWORD_MEND, parse_place, without_password
+from evomerge.yaml import load_yaml
 
 STORE_NAME = "search.db"
 FILE_NAME = "search.yaml"
 LOGS_NAME = "logs"
 STATISTICS_NAME = "statistics.safetensors"
 
+STORE_VARIABLE = "EVOMERGE_STORE"
+"""The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""
+
 
 def open_store(folder: Path) -> Store:
-    """The store of a search folder.
+    """The store of a search folder: the file in it, or the one that its search file names.
 
     Raises:
-        InputError: no search lies there, or one of a newer version.
+        InputError: no search lies there, or one of a newer version; or its database cannot be reached.
     """
-    if not (folder / STORE_NAME).is_file():
+    if (folder / STORE_NAME).is_file():
+        return Store.open(folder / STORE_NAME)
+    named, name = _named(folder / FILE_NAME)
+    place = store_place(folder, named)
+    if name is None or isinstance(place, Path):
         raise InputError(str(folder), "is not the folder of a search", "Start one: evomerge search FILE --dir DIR")
-    return Store.open(folder / STORE_NAME)
+    return Store.open(place, name=name)
+
+
+def is_search(folder: Path) -> bool:
+    """Whether a search was started in a folder, wherever its store is."""
+    return (folder / STORE_NAME).is_file() or (folder / FILE_NAME).is_file()
+
+
+def store_place(folder: Path, named: str | None) -> str | Path:
+    """Where the store of a search is: at the URL that its search file names, else at the environment's, else in its
+    folder. Where the two name one database, the environment's is taken: it may hold the password.
+
+    Raises:
+        InputError: one of them is not a URL of a database.
+    """
+    given = os.environ.get(STORE_VARIABLE) or None
+    if named is None:
+        return folder / STORE_NAME if given is None else given
+    if given is not None and public_url(given) == public_url(named):
+        return given
+    return named
+
+
+def public_url(url: str) -> str:
+    """The URL of a database as the files of a search hold it: without its password."""
+    return without_password(parse_place(url)).render_as_string(hide_password=False)
+
+
+def check_store_url(url: str, place: str) -> None:
+    """Refuse what a search file may not say of its store; ``place`` names the key.
+
+    Raises:
+        InputError: not a database URL, or one with a password.
+    """
+    if "://" not in url:
+        raise InputError(place, "is not a database URL", "Write it like postgresql://user@host/database.")
+    if parse_place(url).password is not None:
+        raise InputError(place, "holds a password, and the file is copied to the folder of the search", PASSWORD_MEND)
+
+
+def _named(file: Path) -> tuple[str | None, str | None]:
+    """The store's URL and the name of the search, as a search file says."""
+    if not file.is_file():
+        return None, None
+    content = load_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(content, dict):
+        return None, None
+    store, name = content.get("store"), content.get("name")
+    return (None if store is None else str(store)), (None if name is None else str(name))

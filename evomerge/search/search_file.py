@@ -25,6 +25,7 @@ from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import DType
+from evomerge.search.folder import check_store_url
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import load_yaml
 from search_spaces import space_settings
@@ -192,6 +193,7 @@ class SearchFile(Section):
     task_folders: tuple[Path, ...] = ()
     allow_task_code: bool = False
     search_on_test_items: bool = False
+    store: str | None = None
 
     @field_validator("space", mode="before")
     @classmethod
@@ -278,6 +280,8 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         parsed = SearchFile.model_validate(content)
     except ValidationError as error:
         raise explain(error, place, SearchFile) from None
+    if parsed.store is not None:
+        check_store_url(parsed.store, f"{place}: store")
     sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
     folders = tuple((root / folder).resolve() for folder in parsed.task_folders)
     update = {

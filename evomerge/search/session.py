@@ -15,7 +15,15 @@ import yaml
 from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
-from evomerge.search.folder import FILE_NAME, STATISTICS_NAME, STORE_NAME
+from evomerge.search.folder import (
+    FILE_NAME,
+    STATISTICS_NAME,
+    STORE_NAME,
+    is_search,
+    open_store,
+    public_url,
+    store_place,
+)
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
@@ -25,7 +33,7 @@ from evomerge.store import CandidateRow, Store
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
 # candidates before and after two different searches.
-RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts")
+RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts", "store")
 FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
 
 _LIBRARIES = (
@@ -51,13 +59,16 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
     """
     refuse_existing(folder)
     settings = prepared.file.model_dump(mode="json")
+    place = store_place(folder, prepared.file.store)
+    if isinstance(place, str):
+        settings["store"] = public_url(place)  # the environment may name another one when the search is looked at
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         (partial / FILE_NAME).write_text(_as_yaml(settings), encoding="utf-8")
         Store.create(
-            partial / STORE_NAME,
+            partial / STORE_NAME if isinstance(place, Path) else place,
             name=prepared.file.name,
             settings=settings,
             fingerprints=fingerprints(prepared),
@@ -68,7 +79,7 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
         raise _cannot_be_made(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Store.open(folder / STORE_NAME)
+    return open_store(folder)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -81,8 +92,7 @@ def refuse_existing(folder: Path) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(str(folder), f"cannot be made: {above} is no folder to write in", "Name another with --dir.")
     if there:
-        ours = (folder / STORE_NAME).is_file()
-        go_on = f"Go on with it (evomerge resume {folder}), or name" if ours else "Name"
+        go_on = f"Go on with it (evomerge resume {folder}), or name" if is_search(folder) else "Name"
         raise InputError(str(folder), "exists already", f"{go_on} another folder with --dir.")
 
 

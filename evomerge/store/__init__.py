@@ -1,6 +1,7 @@
 """The results store: everything a search asked, dispatched, measured and told."""
 
 from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
+from evomerge.store.listing import ListedSearch, searches
 from evomerge.store.rows import CandidateRow, Estimate, EventRow, NewCandidate, Outcome, Scores, SearchRow, Step, Verb
 from evomerge.store.store import Store
 
@@ -10,6 +11,7 @@ __all__ = [
     "EventRow",
     "Lease",
     "LeaseLostError",
+    "ListedSearch",
     "NewCandidate",
     "Outcome",
     "Scores",
@@ -19,4 +21,5 @@ __all__ = [
     "Verb",
     "acquire",
     "current_holder",
+    "searches",
 ]

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from evomerge.errors import InputError
 
+PASSWORD_MEND = "Keep it in ~/.pgpass, or give the whole URL in the environment variable EVOMERGE_STORE."
+
 BUSY_S = 30
 """How long a statement waits for another process's lock before it is an error."""
+
+IDLE_S = 15
+"""How long a server keeps a transaction of which it hears nothing, and its locks. Ours take milliseconds; one that is
+silent for so long belongs to a connection that was cut, or to a process that was stopped."""
+
+# What libpq is told unless the URL says otherwise: a host that vanishes must not hang a driver for hours.
+_LIBPQ = {
+    "application_name": "evomerge",
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
 
 # By SQLite's primary result code (https://www.sqlite.org/rescode.html) and PostgreSQL's SQLSTATE.
 _FULL = {13, "53100"}
@@ -25,6 +44,10 @@ _EXPLANATIONS: dict[int | str, tuple[str, str]] = {
     11: ("is damaged", "Restore it from a backup."),
     14: ("cannot be opened", "Check that the folder exists and may be written."),
     26: ("is not a store, or is damaged", "Restore it from a backup."),
+    "25006": ("may not be written: the server is a read-only copy", "Give the address of the primary server."),
+    "42501": ("may not be used like this by its user", "Grant the user all rights on the database and its schema."),
+    "42703": ("holds tables of another program", "Give Evomerge a database or a schema of its own."),
+    "55P03": (f"has been locked by another process for {BUSY_S} s", "End the process that holds it."),
 }
 
 
@@ -32,39 +55,74 @@ class StoreFullError(InputError):
     """The disk under the store is full. Nothing that was acknowledged is lost, and the store can be used again."""
 
 
+class ServerAwayError(InputError):
+    """The database server cannot be reached, or the connection to it was lost in the middle of a transaction."""
+
+
 def parse_place(place: str | Path) -> URL:
     """A path is an SQLite file, anything with ``://`` a database URL of SQLAlchemy's.
 
     Raises:
-        InputError: not a URL, or an SQLite database that is no file.
+        InputError: not a URL, a password where it would be shown, or an SQLite database that is no file.
     """
     if isinstance(place, Path) or "://" not in place:
         return URL.create("sqlite", database=str(place))
     try:
         url = make_url(place)
-    except ArgumentError as error:
-        raise InputError(place, "is not a database URL", "Write it like postgresql://user@host/database.") from error
+    except (ArgumentError, ValueError) as error:
+        shown = re.sub(r":[^:/]*@", ":***@", place)
+        raise InputError(shown, "is not a database URL", "Write it like postgresql://user@host/database.") from error
+    if "password" in url.query:
+        shown = url.set(query={}).render_as_string(hide_password=True)
+        raise InputError(shown, "has a password among its options", PASSWORD_MEND)
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise InputError(place, "names no file", "A store must outlive its process: give a path.")
     return url
+
+
+def without_password(url: URL) -> URL:
+    """The URL as it may be written down: files and events never hold a password."""
+    return URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
 
 
 def connect(url: URL) -> Engine:
     """An engine whose transactions read, or write when the execution option ``writes`` is set (also ``synced``).
 
     Raises:
-        InputError: a database without its driver.
+        InputError: a kind of database that is not known here, or one without its driver.
     """
-    try:
-        if url.get_backend_name() != "sqlite":
-            return create_engine(url, pool_pre_ping=True)
+    kind = url.get_backend_name()
+    place = url.render_as_string(hide_password=True)
+    if kind == "sqlite":
         engine = create_engine(url, connect_args={"timeout": BUSY_S})
-    except (NoSuchModuleError, ModuleNotFoundError) as error:
-        place = url.render_as_string(hide_password=True)
-        raise InputError(place, f"needs a database driver ({error})", "Install it with pip.") from error
-    event.listen(engine, "connect", _set_up_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    if kind != "postgresql":
+        raise InputError(place, "needs a database driver that Evomerge has not", "Use SQLite or PostgreSQL.")
+    told = {name: value for name, value in _LIBPQ.items() if name not in url.query}
+    try:
+        # psycopg whatever the URL says: what errors mean is read from its attributes.
+        url = url.set(drivername="postgresql+psycopg")
+        engine = create_engine(url, connect_args=told, use_native_hstore=False)  # whose type costs a query
+    except ModuleNotFoundError as error:
+        raise InputError(place, f"needs a database driver ({error})", "pip install 'evomerge[postgresql]'") from error
+    event.listen(engine, "connect", _set_up_postgresql)
     return engine
+
+
+def for_reading(engine: Engine) -> Engine:
+    """The engine with transactions that see one consistent state, however many queries they make."""
+    if engine.dialect.name == "sqlite":
+        return engine  # where every transaction does
+    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+
+def _set_up_postgresql(connection: Any, _: ConnectionPoolEntry) -> None:
+    connection.autocommit = True
+    timeouts = f"SET lock_timeout = '{BUSY_S}s'; SET idle_in_transaction_session_timeout = '{IDLE_S}s'"
+    connection.execute(timeouts)
+    connection.autocommit = False
 
 
 def _set_up_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
@@ -104,12 +162,16 @@ def plain_errors(place: str) -> Iterator[None]:
     """Turn the database errors that a person can mend into InputErrors; let others through.
 
     Raises:
+        ServerAwayError: the connection to the server was lost, or cannot be made.
         StoreFullError: the disk is full.
         InputError: the database is locked, damaged, read-only or not there.
     """
     try:
         yield
     except DBAPIError as error:
+        if is_lost(error):
+            mend = "Check that the server runs, and its address, user and database."
+            raise ServerAwayError(place, f"cannot be reached ({_first_line(error)})", mend) from error
         code = _code(error)
         if code in _FULL:
             mend = "Free some space; all that was recorded is intact."
@@ -125,3 +187,14 @@ def _code(error: DBAPIError) -> int | str | None:
         return int(sqlite_code) & 0xFF  # the upper bits say which kind of I/O error, and the like
     state = getattr(error.orig, "sqlstate", None)
     return None if state is None else str(state)
+
+
+def is_lost(error: DBAPIError) -> bool:
+    """Whether the connection is gone, or could not be made. A server that refuses it gives no SQLSTATE to libpq."""
+    if isinstance(error.orig, sqlite3.Error):
+        return False
+    return error.connection_invalidated or (isinstance(error, OperationalError) and _code(error) is None)
+
+
+def _first_line(error: DBAPIError) -> str:
+    return str(error.orig).strip().partition("\n")[0]

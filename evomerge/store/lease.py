@@ -3,6 +3,9 @@
 Every take-over raises the lease's epoch, and every write of a driver checks, in its own transaction, that the epoch is
 still its own. So a driver that was stopped, slept or was cut off does no harm when it wakes (Gray and Cheriton,
 "Leases", SOSP 1989; the epoch is what is now called a fencing token).
+
+How long a holder has been silent is told by a clock that it and the observer share: on one machine the seconds since
+its start, which nobody can set; between machines the clock of the database. No host's own clock is ever compared.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,12 +29,16 @@ from sqlalchemy import Connection, Row, func, select, update
 from evomerge.errors import InputError
 from evomerge.store import tables
 from evomerge.store.engine import check_intact
+from evomerge.store.outage import ride_out
 
 if TYPE_CHECKING:
     from evomerge.store.store import Store
 
 EXPIRY_S = 60.0
 """How long a driver on another host may be silent before its search may be taken over."""
+
+MISSED_S = 1.0
+"""When a heartbeat that failed is tried again."""
 
 
 class LeaseLostError(InputError):
@@ -82,9 +93,10 @@ class Lease:
 
     def renew(self) -> None:
         """Promise to be back within ``expiry_s``. Raises LeaseLostError when the search has been taken over."""
-        with self._store.writing() as connection:
-            expires_at = _now(connection) + self._expiry_s
-            connection.execute(update(tables.lease).where(self._is_ours()).values(expires_at=expires_at))
+        store = self._store
+        with store.transaction(writes=True) as connection:
+            until = _until(connection, self._expiry_s)
+            check_fence(connection, store.search_id, self.epoch, store.place, until)
 
     def release(self) -> None:
         """Let another driver in at once, and write no more."""
@@ -107,13 +119,15 @@ class Lease:
         return (tables.lease.c.search_id == self._store.search_id) & (tables.lease.c.epoch == self.epoch)
 
     def _beat(self) -> None:
-        while not self._released.wait(self._expiry_s / 4):
+        pause = self._expiry_s / 4
+        while not self._released.wait(pause):
+            pause = self._expiry_s / 4
             try:
                 self.renew()
             except LeaseLostError:
                 return  # the driver hears of it at its next write
-            except Exception:
-                continue  # a full disk or a lock: the driver meets it too; one missed beat costs nothing
+            except Exception:  # a full disk, a lock, a server that is away: the driver meets it too
+                pause = min(pause, MISSED_S)
 
 
 def acquire(store: Store, *, expiry_s: float = EXPIRY_S) -> Lease:
@@ -125,46 +139,94 @@ def acquire(store: Store, *, expiry_s: float = EXPIRY_S) -> Lease:
     Raises:
         InputError: another driver is at work (names its process, host and since when), or the file is damaged.
     """
-    me = Holder.this_process()
-    with store.transaction() as connection:
-        check_intact(connection, store.place)  # a resumed search builds on all that is there
-    with store.transaction(writes=True) as connection:
-        row = _lease_row(connection, store.search_id, lock=True)
-        if (holder := _live(connection, row)) is not None:
-            since = datetime.fromtimestamp(row.acquired_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            mend = f"Stop it first, or wait: {expiry_s:.0f} s after its last sign of life it can be taken over."
-            raise InputError(store.place, f"is driven by {holder} since {since}", mend)
-        epoch, now = row.epoch + 1, _now(connection)
-        taken = {"host": me.host, "namespace": me.namespace, "pid": me.pid, "started": me.started}
-        connection.execute(
-            update(tables.lease)
-            .where(tables.lease.c.search_id == store.search_id)
-            .values(**taken, epoch=epoch, acquired_at=now, expires_at=now + expiry_s)
-        )
-        store.drop_commands(connection)
-        store.append_event(connection, "lease", payload={"epoch": epoch, "host": me.host, "pid": me.pid})
-    store.epoch = epoch
-    return Lease(store, epoch, expiry_s)
+    store.epoch = ride_out(_Taking(store, expiry_s))
+    store.writes = 0
+    return Lease(store, store.epoch, expiry_s)
+
+
+class _Taking:
+    """Takes a lease; called again when the connection was lost, it sees whether it had it already."""
+
+    def __init__(self, store: Store, expiry_s: float) -> None:
+        self._store = store
+        self._expiry_s = expiry_s
+        self._tried: dict[str, Any] = {}
+
+    def __call__(self) -> int:
+        store = self._store
+        with store.transaction() as connection:
+            check_intact(connection, store.place)  # a resumed search builds on all that is there
+        with store.transaction(writes=True) as connection:
+            row = _lease_row(connection, store.search_id, lock=True)
+            if self._tried and all(row._mapping[name] == value for name, value in self._tried.items()):
+                return int(row.epoch)
+            if (holder := live_holder(connection, row)) is not None:
+                since = datetime.fromtimestamp(row.acquired_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+                mend = f"Stop it first, or wait: {self._expiry_s:.0f} s after its last sign of life it is free."
+                raise InputError(store.place, f"is driven by {holder} since {since}", mend)
+            me = Holder.this_process()
+            taken = {"host": me.host, "namespace": me.namespace, "pid": me.pid, "started": me.started, "writes": 0}
+            taken |= {"epoch": row.epoch + 1, "acquired_at": _now(connection)} | _until(connection, self._expiry_s)
+            connection.execute(update(tables.lease).where(tables.lease.c.search_id == store.search_id).values(**taken))
+            store.drop_commands(connection)
+            store.append_event(connection, "lease", payload={"epoch": taken["epoch"], "host": me.host, "pid": me.pid})
+            self._tried = taken
+        return int(row.epoch) + 1
 
 
 def current_holder(store: Store) -> Holder | None:
     """The process that drives the search now; None when there is none, or it is dead or silent for too long."""
-    with store.transaction() as connection:
-        return _live(connection, _lease_row(connection, store.search_id))
+
+    def look() -> Holder | None:
+        with store.transaction() as connection:
+            return live_holder(connection, _lease_row(connection, store.search_id))
+
+    return ride_out(look)
 
 
-def check_fence(connection: Connection, search_id: int, epoch: int | None, place: str) -> None:
-    """Refuse the write of a process that is not, or no longer, the driver.
+def living_holders(connection: Connection) -> list[Holder]:
+    """The drivers of all searches of a database, in a store of any format: it asks for columns that all have."""
+    columns = tables.lease.c
+    query = select(columns.host, columns.namespace, columns.pid, columns.started)
+    rows = connection.execute(query.where(columns.host.is_not(None), columns.expires_at > _now(connection)))
+    return [holder for holder in (Holder(*row) for row in rows) if not holder.is_dead()]
+
+
+def check_fence(
+    connection: Connection, search_id: int, epoch: int | None, place: str, changes: Mapping[str, Any]
+) -> None:
+    """Change the lease, and refuse the write of a process that is not, or no longer, the driver.
 
     Raises:
         LeaseLostError: says who the driver is now.
     """
     if epoch is None:
         raise LeaseLostError(place, "was opened for reading", "Acquire its lease before writing.")
+    ours = (tables.lease.c.search_id == search_id) & (tables.lease.c.epoch == epoch)
+    if connection.execute(update(tables.lease).where(ours).values(**changes)).rowcount != 1:
+        raise _taken_over(_lease_row(connection, search_id), place)
+
+
+def last_write(connection: Connection, search_id: int, epoch: int | None, place: str) -> int:
+    """The number of the driver's last write that was committed, once one that is still under way has ended.
+
+    Raises:
+        LeaseLostError: another driver writes now.
+    """
     row = _lease_row(connection, search_id, lock=True)
     if row.epoch != epoch:
-        now_driven = f" by process {row.pid} on {row.host}" if row.host else ""
-        raise LeaseLostError(place, f"was taken over{now_driven}", "This driver must end; the other one goes on.")
+        raise _taken_over(row, place)
+    return int(row.writes)
+
+
+def _taken_over(row: Row[Any], place: str) -> LeaseLostError:
+    now_driven = f" by process {row.pid} on {row.host}" if row.host else ""
+    return LeaseLostError(place, f"was taken over{now_driven}", "This driver must end; the other one goes on.")
+
+
+def lock_search(connection: Connection, search_id: int) -> None:
+    """Wait until no other transaction writes to the search, and keep others out until this one ends."""
+    _lease_row(connection, search_id, lock=True)
 
 
 def _lease_row(connection: Connection, search_id: int, *, lock: bool = False) -> Row[Any]:
@@ -172,17 +234,45 @@ def _lease_row(connection: Connection, search_id: int, *, lock: bool = False) ->
     return connection.execute(query.with_for_update() if lock else query).one()
 
 
-def _live(connection: Connection, row: Row[Any]) -> Holder | None:
-    if row.host is None or _now(connection) >= row.expires_at:
+def live_holder(connection: Connection, row: Row[Any]) -> Holder | None:
+    """The process that a row of ``lease`` names, unless it released the lease, is dead, or silent for too long."""
+    if row.host is None:
+        return None
+    if row.boot is not None and row.boot == boot_id():
+        silent = since_boot() >= row.expires_since_boot
+    else:
+        silent = _now(connection) >= row.expires_at
+    if silent:
         return None
     holder = Holder(host=row.host, namespace=row.namespace, pid=row.pid, started=row.started)
     return None if holder.is_dead() else holder
+
+
+def _until(connection: Connection, expiry_s: float) -> dict[str, Any]:
+    """The columns that say until when a lease holds, by either clock."""
+    boot = boot_id()
+    since_start = None if boot is None else since_boot() + expiry_s
+    return {"expires_at": _now(connection) + expiry_s, "boot": boot, "expires_since_boot": since_start}
 
 
 def _now(connection: Connection) -> float:
     """Seconds since 1970 by the database's clock, which drivers on two hosts share."""
     now: datetime = connection.execute(select(func.now())).scalar_one()
     return (now if now.tzinfo else now.replace(tzinfo=UTC)).timestamp()
+
+
+@cache
+def boot_id() -> str | None:
+    """Which start of which machine this is: containers of one machine share it, and its clock. None outside Linux."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def since_boot() -> float:
+    """Seconds since the machine started, asleep ones included; setting the clock does not change it. Linux only."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _started(process: psutil.Process) -> float:

@@ -6,18 +6,21 @@ Counts, the front and the best are short queries on indices, so a status page co
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Row, Select, exists, func, inspect, select
+from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.engine import connect, parse_place, plain_errors
+from evomerge.store.engine import ServerAwayError, connect, for_reading, is_lost, parse_place, plain_errors
+from evomerge.store.outage import repeated
 from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
 
 SYNC_EVERY_S = 1.0
@@ -27,17 +30,22 @@ SYNC_EVERY_S = 1.0
 class ReadStore:
     """What may be done with a store without being its driver. Use it through ``Store``.
 
-    Every method reads one consistent state, and raises InputError when the database is locked, damaged or gone.
+    Every method reads one consistent state, waits for a database server that is away (``outage``), and raises
+    InputError when the database is locked, damaged or gone for too long.
     """
 
     def __init__(self, engine: Engine, place: str, search_id: int) -> None:
         self.place = place
         self.search_id = search_id
-        self.epoch: int | None = None
+        self.epoch: int | None = None  # of the lease, while this process holds it
+        self.writes = 0  # of the driver, in this epoch
+        self._turn = threading.Lock()
         self._engine = engine
+        self._reader = for_reading(engine)
         self._writer = engine.execution_options(writes=True)
         self._synced_writer = engine.execution_options(writes=True, synced=True)
         self._synced_at = -math.inf
+        self._lost: tuple[float, str] | None = None  # when the connection was lost, and why, until an event says so
 
     @classmethod
     def open(cls, place: str | Path, *, name: str | None = None) -> Self:
@@ -46,16 +54,21 @@ class ReadStore:
         Raises:
             InputError: no search there, several and no name, a newer program's store, a damaged file.
         """
-        url = parse_place(place)
-        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            raise InputError(str(place), "holds no search", "Check the folder.")  # connecting would make the file
-        store = cls._connect(place)
+        store = cls.connect_existing(place)
         try:
             store.search_id = store._find(name)
         except BaseException:
             store.close()
             raise
         return store
+
+    @classmethod
+    def connect_existing(cls, place: str | Path) -> Self:
+        """A database with no search chosen yet. Raises InputError where its file is missing."""
+        url = parse_place(place)
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            raise InputError(str(place), "holds no search", "Check the folder.")  # connecting would make the file
+        return cls._connect(place)
 
     @classmethod
     def _connect(cls, place: str | Path) -> Self:
@@ -73,12 +86,19 @@ class ReadStore:
             raise InputError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
         if len(rows) > 1:
             raise InputError(self.place, f"holds {len(rows)} searches", "Say which one by its name.")
-        version = rows[0].schema_version
-        if version != tables.SCHEMA_VERSION:
-            age, mend = ("newer", "Update") if version > tables.SCHEMA_VERSION else ("older", "Use that version of")
-            problem = f"was written by {'a' if age == 'newer' else 'an'} {age} Evomerge (format {version}; this one"
-            raise InputError(self.place, f"{problem} reads {tables.SCHEMA_VERSION})", f"{mend} Evomerge to open it.")
+        self.come_up_to_date(rows[0].schema_version)
         return int(rows[0].id)
+
+    def come_up_to_date(self, version: int) -> None:
+        """Refuse the format of a newer program, and migrate that of an older one."""
+        if version > tables.SCHEMA_VERSION:
+            problem = f"was written by a newer Evomerge (format {version}; this one reads {tables.SCHEMA_VERSION})"
+            raise InputError(self.place, problem, "Update Evomerge to open it.")
+        if version < tables.SCHEMA_VERSION:
+            from evomerge.store.schema import migrate  # which takes a second to import, and is rarely wanted
+
+            with self.transaction(writes=True) as connection:
+                migrate(connection, self.place)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -94,23 +114,51 @@ class ReadStore:
     # Transactions
 
     @contextmanager
-    def transaction(self, *, writes: bool = False) -> Iterator[Connection]:
-        """One transaction: committed at the end, rolled back by an exception."""
+    def transaction(
+        self, *, writes: bool = False, was_committed: Callable[[], bool] = lambda: False
+    ) -> Iterator[Connection]:
+        """One transaction: committed at the end, rolled back by an exception.
+
+        Args:
+            was_committed: finds out what became of it when the answer to the commit was lost.
+
+        Raises:
+            ServerAwayError: the connection was lost, and it was not committed as far as is known.
+        """
         synced = writes and time.monotonic() - self._synced_at > SYNC_EVERY_S
-        engine = self._synced_writer if synced else self._writer if writes else self._engine
-        with plain_errors(self.place), engine.begin() as connection:
-            yield connection
+        engine = self._synced_writer if synced else self._writer if writes else self._reader
+        try:
+            with plain_errors(self.place), engine.connect() as connection:
+                connection.begin()
+                yield connection
+                self._commit(connection, was_committed)
+        except ServerAwayError as error:
+            self._note_loss(error.problem)
+            raise
         if synced:
             self._synced_at = time.monotonic()
 
+    def _commit(self, connection: Connection, was_committed: Callable[[], bool]) -> None:
+        try:
+            connection.commit()
+        except DBAPIError as error:
+            if not is_lost(error) or not was_committed():
+                raise
+            self._note_loss("the connection was lost after a commit")
+
+    def _note_loss(self, why: str) -> None:
+        self._lost = self._lost or (time.monotonic(), why)
+
     # The search
 
+    @repeated
     def search(self) -> SearchRow:
         columns = tables.search.c
         with self.transaction() as connection:
             row = connection.execute(select(tables.search).where(columns.id == self.search_id)).one()
         return SearchRow(**{name: value for name, value in row._mapping.items() if name != "id"})
 
+    @repeated
     def events(
         self, *, since: int = 0, kinds: Collection[str] | None = None, newest: int | None = None
     ) -> list[EventRow]:
@@ -131,6 +179,7 @@ class ReadStore:
             for event in self.events(kinds=("ask", "tell"))
         ]
 
+    @repeated
     def counts(self) -> dict[Status, int]:
         """How many candidates are in each status; a candidate is in exactly one."""
         columns = tables.candidate.c
@@ -139,15 +188,20 @@ class ReadStore:
             found = connection.execute(query.group_by(columns.status)).all()
         return dict.fromkeys(STATUSES, 0) | dict(row._tuple() for row in found)
 
+    @repeated
     def items_scored(self, objectives: Collection[str]) -> int:
         """How many item scores the values of these objectives rest on, over all candidates with scores of their own."""
         columns, measured = tables.candidate.c, tables.objective.c
-        own = (columns.search_id == measured.search_id) & (columns.number == measured.candidate)
-        query = select(func.coalesce(func.sum(measured.n), 0)).join_from(tables.objective, tables.candidate, own)
-        query = query.where(measured.search_id == self.search_id, measured.name.in_(list(objectives)))
+        answered = select(columns.number).where(columns.search_id == self.search_id, columns.same_as.is_not(None))
+        query = select(func.coalesce(func.sum(measured.n), 0)).where(
+            measured.search_id == self.search_id,
+            measured.name.in_(list(objectives)),
+            measured.candidate.not_in(answered),  # twice as quick as a join
+        )
         with self.transaction() as connection:
-            return int(connection.execute(query.where(columns.same_as.is_(None))).scalar_one())
+            return int(connection.execute(query).scalar_one())
 
+    @repeated
     def eliminated_without(self, objective: str) -> int:
         """How many candidates were eliminated before they had a value of this objective."""
         columns, measured = tables.candidate.c, tables.objective.c
@@ -205,6 +259,7 @@ class ReadStore:
         )
         return self._rows(query.order_by(mean.desc() if maximise else mean, columns.number).limit(k))
 
+    @repeated
     def scores(self, number: int, split: str) -> list[Scores]:
         """Per-item scores of a candidate on a split, by evaluator; of a cached candidate, those that answer it."""
         columns = tables.candidate.c
@@ -224,6 +279,7 @@ class ReadStore:
         query = select(tables.candidate, recipes.genome, recipes.recipe).join(tables.recipe, same)
         return query.where(columns.search_id == self.search_id)
 
+    @repeated
     def _rows(self, query: Select[Any]) -> list[CandidateRow]:
         objectives = tables.objective.c
         numbers = query.with_only_columns(tables.candidate.c.number).correlate(None)

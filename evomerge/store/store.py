@@ -15,9 +15,11 @@ from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.lease import check_fence
+from evomerge.store.lease import check_fence, last_write, lock_search
+from evomerge.store.outage import repeated
 from evomerge.store.reading import ReadStore
 from evomerge.store.rows import STATUSES, Estimate, NewCandidate, Outcome, Scores, Status, Verb
+from evomerge.store.schema import make_tables
 
 
 class Store(ReadStore):
@@ -27,6 +29,9 @@ class Store(ReadStore):
     when this process is not the driver; StoreFullError when the disk is full; InputError when the database is locked,
     damaged or read-only. What a method has returned from survives the death of the process; what is older than the
     lease's heartbeat (15 s) also survives that of the machine.
+
+    On a database server every method waits for one that is away, and has then written once or not at all, even where
+    the answer to a commit was lost: see ``outage``. Only ``create`` and ``open`` refuse at once.
     """
 
     @classmethod
@@ -46,18 +51,18 @@ class Store(ReadStore):
         Raises:
             InputError: a search is there already, or the place cannot be written.
         """
+        row = {"name": name, "schema_version": tables.SCHEMA_VERSION, "created_at": time.time(), "state": "created"}
+        row |= {"settings": settings, "fingerprints": fingerprints, "environment": environment}
         store = cls._connect(place)
         try:
-            with store.transaction(writes=True) as connection:
-                tables.metadata.create_all(connection)
+            with store.transaction(writes=True, was_committed=lambda: store._was_created(row)) as connection:
+                make_tables(connection, store.place)
                 is_file = connection.dialect.name == "sqlite"
                 if is_file and connection.execute(select(tables.search.c.id)).first() is not None:
                     raise InputError(store.place, "holds a search already", "Resume it, or choose another folder.")
-                row = {"name": name, "schema_version": tables.SCHEMA_VERSION, "created_at": time.time()}
-                row |= {"state": "created", "settings": settings, "fingerprints": fingerprints}
-                new = insert(tables.search).values(**row, environment=environment).returning(tables.search.c.id)
+                new = insert(tables.search).values(**row).returning(tables.search.c.id)
                 store.search_id = connection.execute(new).scalar_one()
-                connection.execute(insert(tables.lease).values(search_id=store.search_id, epoch=0))
+                connection.execute(insert(tables.lease).values(search_id=store.search_id, epoch=0, writes=0))
                 store.append_event(connection, "created")
         except IntegrityError as error:
             store.close()
@@ -67,12 +72,40 @@ class Store(ReadStore):
             raise
         return store
 
+    @repeated
+    def _was_created(self, row: Mapping[str, Any]) -> bool:
+        columns = tables.search.c
+        ours = select(columns.id).where(columns.name == row["name"], columns.created_at == row["created_at"])
+        with self.transaction(writes=True) as connection:
+            make_tables(connection, self.place)  # waits for whoever makes them
+            return connection.execute(ours).first() is not None
+
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """One transaction of the driver, refused when it no longer holds the lease."""
+        """One transaction of the driver, refused when it no longer holds the lease; one thread at a time.
+
+        The first one after the connection was lost also says so, in an event "reconnected".
+        """
+        with self._turn:
+            number = self.writes + 1
+            lost, self._lost = self._lost, None
+            try:
+                with self.transaction(writes=True, was_committed=lambda: self._was_last(number)) as connection:
+                    check_fence(connection, self.search_id, self.epoch, self.place, {"writes": number})
+                    if lost is not None:
+                        payload = {"seconds": round(time.monotonic() - lost[0], 3), "why": lost[1]}
+                        self.append_event(connection, "reconnected", payload=payload)
+                    yield connection
+            except BaseException:
+                self._lost = lost or self._lost
+                raise
+            self.writes = number
+
+    @repeated
+    def _was_last(self, number: int) -> bool:
+        """Whether the driver's last write that was committed is that of this number."""
         with self.transaction(writes=True) as connection:
-            check_fence(connection, self.search_id, self.epoch, self.place)
-            yield connection
+            return last_write(connection, self.search_id, self.epoch, self.place) == number
 
     def append_event(
         self,
@@ -88,6 +121,7 @@ class Store(ReadStore):
 
     # What the driver writes about candidates
 
+    @repeated
     def record_ask(self, step: int, candidates: Sequence[NewCandidate]) -> None:
         """All candidates of one ask, in the order asked."""
         now = time.time()
@@ -118,6 +152,7 @@ class Store(ReadStore):
             "asked_at": now,
         }
 
+    @repeated
     def record_cached(
         self, number: int, same_as: int, objectives: Mapping[str, Estimate], *, eligible: bool = True
     ) -> None:
@@ -129,6 +164,7 @@ class Store(ReadStore):
             self._insert_objectives(connection, number, objectives)
             self.append_event(connection, "cached", number, payload={"same_as": same_as})
 
+    @repeated
     def record_dispatch(self, number: int, attempt: int, worker: str) -> None:
         """An attempt begins. Attempts count from 1; a higher one makes every lower one stale."""
         with self.writing() as connection:
@@ -138,6 +174,7 @@ class Store(ReadStore):
                 raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
             self.append_event(connection, "dispatch", number, attempt, {"worker": worker})
 
+    @repeated
     def record_result(
         self,
         number: int,
@@ -159,6 +196,7 @@ class Store(ReadStore):
             self.append_event(connection, "result", number, attempt, {"worker": worker})
             return True
 
+    @repeated
     def record_rung(
         self, number: int, attempt: int, scores: Sequence[Scores], timings: Mapping[str, float], worker: str
     ) -> bool:
@@ -175,6 +213,7 @@ class Store(ReadStore):
             self.append_event(connection, "rung", number, attempt, {"items": items, "worker": worker})
             return True
 
+    @repeated
     def record_failure(self, number: int, attempt: int, failure: Mapping[str, Any], *, final: bool) -> bool:
         """An attempt failed: for good, or to be asked for again. False as for ``record_result``."""
         values: dict[str, Any] = {"status": "asked", "failure": dict(failure)}
@@ -186,6 +225,7 @@ class Store(ReadStore):
             self.append_event(connection, "failure", number, attempt, {**failure, "final": final})
             return True
 
+    @repeated
     def record_scores(self, number: int, attempt: int, scores: Sequence[Scores]) -> None:
         """More scores of a finished candidate, such as those on held-out items. They replace older ones like them."""
         with self.writing() as connection:
@@ -193,6 +233,7 @@ class Store(ReadStore):
             payload = {"scores": [[s.evaluator, s.split, len(s.items)] for s in scores]}
             self.append_event(connection, "scores", number, attempt, payload)
 
+    @repeated
     def record_tell(
         self,
         step: int,
@@ -234,6 +275,7 @@ class Store(ReadStore):
 
     # What the driver writes about the search
 
+    @repeated
     def set_state(self, state: str, *, why: str = "", spent_s: float | None = None) -> None:
         """What the search is doing now; ``why`` says what ended it, ``spent_s`` the seconds spent where they grew."""
         spent = {} if spent_s is None else {"spent_s": spent_s}
@@ -241,6 +283,7 @@ class Store(ReadStore):
             self._change_search(connection, state=state, why=why, **spent)
             self.append_event(connection, "state", payload={"state": state, "why": why})
 
+    @repeated
     def update_settings(self, settings: Mapping[str, Any]) -> None:
         """Replace the resolved search file, as when its budget is raised; the event keeps the one before."""
         with self.writing() as connection:
@@ -249,6 +292,7 @@ class Store(ReadStore):
             self._change_search(connection, settings=settings)
             self.append_event(connection, "settings", payload={"before": before})
 
+    @repeated
     def record_event(self, kind: str, payload: Mapping[str, Any]) -> None:
         with self.writing() as connection:
             self.append_event(connection, kind, payload=payload)
@@ -262,10 +306,17 @@ class Store(ReadStore):
         """Ask the driver to pause, resume, stop or cancel. Needs no lease."""
         if verb not in get_args(Verb):
             raise ValueError(f"unknown command {verb!r}")
-        row = {"search_id": self.search_id, "verb": verb, "requested_at": time.time()}
-        with self.transaction(writes=True) as connection:
-            connection.execute(insert(tables.command), row)
+        self._insert_command({"search_id": self.search_id, "verb": verb, "requested_at": time.time()})
 
+    @repeated
+    def _insert_command(self, row: Mapping[str, Any]) -> None:
+        ours = [tables.command.c[name] == value for name, value in row.items()]
+        with self.transaction(writes=True) as connection:
+            lock_search(connection, self.search_id)  # so that an earlier try has ended, one way or the other
+            if connection.execute(select(tables.command.c.id).where(*ours)).first() is None:
+                connection.execute(insert(tables.command), row)
+
+    @repeated
     def take_commands(self) -> list[Verb]:
         """The commands given since the last call, oldest first; each is taken once."""
         columns = tables.command.c

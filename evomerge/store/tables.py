@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, Column, Double, Index, Integer, MetaData, String, Table, false
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    false,
+)
 
 from evomerge.store.columns import Array, Json, PackedText
 
-SCHEMA_VERSION = 2
-"""Raised whenever a program that knows the older number would misread a store."""
+SCHEMA_VERSION = 3
+"""Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
 
@@ -108,12 +119,15 @@ lease = Table(
     metadata,
     Column("search_id", Integer, primary_key=True, autoincrement=False),
     Column("epoch", Integer, nullable=False),  # how often the search has been taken; a lower one may not write
+    Column("writes", Integer, nullable=False, server_default="0"),  # in this epoch: tells a write that was done
     Column("host", String(255)),  # null: nobody holds it
     Column("namespace", String(100)),
     Column("pid", Integer),
     Column("started", Double),  # seconds from the host's start to the process's
     Column("acquired_at", Double),
-    Column("expires_at", Double),
+    Column("expires_at", Double),  # by the database's clock, for whoever is on another machine than the holder
+    Column("boot", String(64)),  # which start of which machine the holder is of
+    Column("expires_since_boot", Double),  # seconds from that start, for whoever is on the same machine
 )
 
 command = Table(
@@ -125,4 +139,12 @@ command = Table(
     Column("requested_at", Double, nullable=False),
     Column("taken_at", Double),
     Index("command_by_search", "search_id", "taken_at"),
+)
+
+# Alembic's, with the number of the last migration: SCHEMA_VERSION.
+alembic_version = Table(
+    "alembic_version",
+    metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
 )

@@ -18,9 +18,9 @@ from evomerge.store.store import Store
 SETTINGS = {"name": "unit", "budget": {"candidates": 40}, "bounds": [0.0, math.inf], "sources": {"maths": "数学"}}
 
 
-def create(place: str | Path) -> Store:
+def create(place: str | Path, name: str = "unit") -> Store:
     """A store at a fresh place, its lease not taken."""
-    return Store.create(place, name="unit", settings=SETTINGS, fingerprints={"maths": "ab12"}, environment={"cma": "4"})
+    return Store.create(place, name=name, settings=SETTINGS, fingerprints={"maths": "ab12"}, environment={"cma": "4"})
 
 
 def candidate(number: int, **changes: object) -> NewCandidate:
@@ -50,7 +50,7 @@ def finish(store: Store, number: int, mean: float) -> None:
 def expire(store: Store) -> None:
     """Make the lease look as if its holder had been silent for long."""
     with store.transaction(writes=True) as connection:
-        connection.execute(update(tables.lease).values(expires_at=0.0))
+        connection.execute(update(tables.lease).values(expires_at=0.0, expires_since_boot=0.0))
 
 
 def content(row: CandidateRow) -> dict[str, object]:

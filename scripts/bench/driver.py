@@ -2,9 +2,10 @@
 
 A search of many parameters runs in a simulated pool whose workers take no time, so that everything the clock shows is
 the driver's: asking, decoding, hashing, every transaction of the store, the front. Prints a curve over the number of
-candidates, which should be flat.
+candidates, which should be flat. The store is an SQLite file, or in the database of a URL, where the search stays.
 
-    python scripts/bench/driver.py [--parameters 200] [--candidates 2000] [--json]
+    python scripts/bench/driver.py [--parameters 200] [--candidates 2000] [--store postgresql://user@host/database]
+                                   [--json]
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ def make_space(parameters: int) -> ParameterSpace:
     return ParameterSpace(ParameterSpaceSettings(method="task_arithmetic", granularity="layer"), context)
 
 
-def run(parameters: int, candidates: int) -> tuple[int, list[tuple[int, float]]]:
-    """The number of parameters, and (candidates finished, seconds since the start) along the search."""
+def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int, list[tuple[int, float]]]:
+    """The number of parameters, and (candidates finished, seconds since the start) along the search.
+
+    ``place`` is the URL of a database for the store; left out, the store is a file.
+    """
     space = make_space(parameters)
     setup = Setup(
         name="bench",
@@ -72,8 +76,9 @@ def run(parameters: int, candidates: int) -> tuple[int, list[tuple[int, float]]]
 
     curve: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "search.db"
-        store = Store.create(path, name="bench", settings={}, fingerprints={}, environment={})
+        name = f"bench-{time.time_ns()}"  # a database may hold the searches of earlier runs
+        path = place or Path(folder) / "search.db"
+        store = Store.create(path, name=name, settings={}, fingerprints={}, environment={})
         with store, acquire(store):
             clock = SimulatedClock()
             control = Control(store.take_commands)
@@ -104,9 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=200)
     parser.add_argument("--candidates", type=int, default=2000)
+    parser.add_argument("--store", metavar="URL")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    parameters, curve = run(arguments.parameters, arguments.candidates)
+    parameters, curve = run(arguments.parameters, arguments.candidates, arguments.store)
     stretches = slopes(curve, 8)
     count, seconds = curve[-1]
     each = 1000 * seconds / count

@@ -26,7 +26,7 @@ from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import Blend, Recipe
-from evomerge.store import Store
+from evomerge.search.folder import open_store
 
 ROOT = Path(__file__).parents[2]
 MINIATURES = ROOT / "examples" / "miniatures"
@@ -184,7 +184,7 @@ def searched(folder: Path, engine: str) -> Scores:
     file.write_text(yaml.safe_dump(search_file(engine)))
     subprocess.run([sys.executable, "-m", "evomerge", "search", str(file), "--dir", str(found)], check=True)
     scores: Scores = {"search": {}, "held_out": {}}
-    with Store.open(found / "search.db") as store:
+    with open_store(found) as store:
         for row in store.candidates():
             for split, kept in scores.items():
                 for score in store.scores(row.number, split):

@@ -1,0 +1,61 @@
+"""The searches of a database: what a list of them shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import func, inspect, select
+
+from evomerge.store import tables
+from evomerge.store.lease import Holder, live_holder
+from evomerge.store.reading import ReadStore
+
+
+@dataclass(frozen=True, slots=True)
+class ListedSearch:
+    """A search in a list. ``state`` and ``why`` are what its driver wrote last; ``driver`` says whether one lives.
+
+    ``created_at`` is in seconds since 1970, ``spent_s`` the seconds in which a driver was at work, ``asked`` the number
+    of candidates so far.
+    """
+
+    name: str
+    state: str
+    why: str
+    created_at: float
+    spent_s: float
+    asked: int
+    driver: Holder | None
+
+
+def searches(place: str | Path) -> list[ListedSearch]:
+    """The searches in a database, the newest first; none in one that is empty.
+
+    Raises:
+        InputError: no file or server there, or a newer program's store.
+    """
+    asked = (
+        select(tables.candidate.c.search_id, func.count().label("asked"))
+        .group_by(tables.candidate.c.search_id)
+        .subquery()
+    )
+    query = (
+        select(tables.search, tables.lease, func.coalesce(asked.c.asked, 0).label("asked"))
+        .join(tables.lease, tables.lease.c.search_id == tables.search.c.id)
+        .outerjoin(asked, asked.c.search_id == tables.search.c.id)
+        .order_by(tables.search.c.created_at.desc(), tables.search.c.id.desc())
+    )
+    with ReadStore.connect_existing(place) as store:
+        with store.transaction() as connection:
+            if not inspect(connection).has_table("search"):
+                return []
+            formats = list(connection.execute(select(tables.search.c.schema_version)).scalars())
+        store.come_up_to_date(max(formats, default=tables.SCHEMA_VERSION))
+        with store.transaction() as connection:
+            return [
+                ListedSearch(
+                    row.name, row.state, row.why, row.created_at, row.spent_s, row.asked, live_holder(connection, row)
+                )
+                for row in connection.execute(query)
+            ]

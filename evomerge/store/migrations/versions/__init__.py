@@ -1,0 +1,1 @@
+"""One migration for each format of the store."""
