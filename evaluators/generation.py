@@ -1,8 +1,9 @@
-"""Greedy answers of a live model to prompts, in batches: what every evaluator of generated text shares.
+"""Greedy answers of a live model to prompts, many at once: what every evaluator of generated text shares.
 
 The answer to a prompt does not depend on the prompts beside it, but for what no batching escapes: with more rows, or
 longer ones, sums are added up in another order, and logits differ in their last bits. Where two tokens are equally
-likely but for those bits, the other one may be chosen. The same prompts always make the same batches.
+likely but for those bits, the other one may be chosen. The same prompts always make the same batches, unless memory
+runs out.
 """
 
 from __future__ import annotations
@@ -11,16 +12,28 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
+
+from pydantic import Field
 
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from evomerge.checkpoints.live import LiveModel
 
 log = logging.getLogger(__name__)
 
 Grade = TypeVar("Grade")
+Found = TypeVar("Found")
+
+BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
+"""Most prompts in one forward pass. Where memory runs out on a GPU, half as many are from then on."""
+
+_AUTO = 256
+"""Where ``auto`` starts. With more rows a forward pass takes longer, and answers become hardly more a second."""
 
 GREEDY = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -28,9 +41,20 @@ GREEDY = {
 }  # fmt: skip
 """Over what the model's generation_config.json says. The last line has no effect, but other values are warned of."""
 
+_IDLE = {
+    "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "early_stopping", "eos_token_id",
+    "epsilon_cutoff", "eta_cutoff", "length_penalty", "max_length", "max_new_tokens", "min_p", "output_attentions",
+    "output_hidden_states", "output_logits", "output_scores", "pad_token_id", "return_dict_in_generate", "temperature",
+    "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
+}  # fmt: skip
+"""Settings that do not change which token is the likeliest: of sampling, of beams, of what transformers returns."""
+
+_FACTORS = {"encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "repetition_penalty"}
+"""Settings that change nothing when they are 1. The others change nothing when they are 0, false or empty."""
+
 
 def generate(
-    live: LiveModel, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str], batch_size: int
+    live: LiveModel, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
 ) -> list[str]:
     """The model's greedy answer to each prompt, in order, without the prompt.
 
@@ -42,22 +66,90 @@ def generate(
         prompts: given as they are, without a chat template.
         max_new_tokens: most tokens of an answer.
         stop: an answer ends before the first of these texts, and at the model's end token.
-        batch_size: most prompts in one forward pass. Prompts of like lengths go together, the longest first.
+        batch_size: most prompts in one forward pass.
 
     Raises:
         InputError: the context has no room for ``max_new_tokens``, or the model lacks a token of its tokenizer.
     """
     if not prompts:
         return []
-    encoded = _encode(live, prompts, max_new_tokens)
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), encoded[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        texts = _answer(live, [encoded[i] for i in batch], max_new_tokens, stop)
-        for position, text in zip(batch, texts, strict=True):
-            answers[position] = text
-    return answers
+    return answer_tokens(live, _encode(live, prompts, max_new_tokens), max_new_tokens, stop, batch_size)
+
+
+def answer_tokens(
+    live: LiveModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: BatchSize,
+) -> list[str]:
+    """As ``generate``, for prompts of one token at least that fit the model."""
+    if live.engine is not None:
+        return live.engine.answer(prompts, max_new_tokens, stop)
+    from evaluators.decoding import Decoder, NoTableError
+    from evaluators.stopping import TextEnds
+
+    ends = live.model.generation_config.eos_token_id
+    last = frozenset([ends] if isinstance(ends, int) else ends or ())
+    try:
+        decoder = Decoder(live.model, prompts, max_new_tokens, last, TextEnds(live.tokenizer, stop))
+    except NoTableError as error:
+        return _in_batches(live, prompts, max_new_tokens, stop, 1 if error.alone else batch_size)
+    if shaping(live.model, GREEDY):
+        return _in_batches(live, prompts, max_new_tokens, stop, batch_size)
+    _room(live.model).fit(batch_size, len(prompts), live.device, decoder.run)
+    return [_text(live.tokenizer, tokens, stop) for tokens in decoder.answers]
+
+
+def shaping(model: Any, settings: Mapping[str, Any]) -> list[str]:
+    """The settings by which the answers would not be plainly greedy: those given, over the model's own."""
+    said = {**model.generation_config.to_diff_dict(), **settings}
+    return [
+        name for name, value in said.items() if name not in _IDLE and value and (name not in _FACTORS or value != 1)
+    ]
+
+
+class Room:
+    """How many rows memory has room for, found by running out of it."""
+
+    def __init__(self) -> None:
+        self._most: int | None = None
+
+    def rows(self, batch_size: BatchSize) -> int:
+        """As many as are wanted, or as there was room for before."""
+        rows = _AUTO if batch_size == "auto" else batch_size
+        return min(rows, self._most or rows)
+
+    def fit(self, batch_size: BatchSize, count: int, device: torch.device, work: Callable[[int], Found]) -> Found:
+        """What ``work`` gives for a number of rows, no more than ``count``.
+
+        ``work`` is called again with half of them when it runs out of memory, and has to keep what it has done.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for one.
+        """
+        import torch
+
+        rows = min(self.rows(batch_size), count)
+        while True:
+            try:
+                return work(rows)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+            # Only here is the exception gone, and with it what the frames that it went through held.
+            self._most = rows = rows // 2
+            log.info("no room for more than %d rows at once", rows)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+_rooms: WeakKeyDictionary[Any, Room] = WeakKeyDictionary()
+
+
+def _room(model: Any) -> Room:
+    """The same for a model's life, which is that of its worker."""
+    return _rooms.setdefault(model, Room())
 
 
 def grade_answers(
@@ -66,7 +158,7 @@ def grade_answers(
     grade: Callable[[int, str], Grade],
     max_new_tokens: int,
     stop: Sequence[str],
-    batch_size: int,
+    batch_size: BatchSize,
 ) -> tuple[dict[int, Grade], dict[str, float]]:
     """What ``grade`` gives for the model's answer to each prompt, by the prompts' numbers, and the seconds by phase.
 
@@ -104,6 +196,23 @@ def _encode(live: LiveModel, prompts: Sequence[str], max_new_tokens: int) -> lis
 def _warn(message: str) -> None:
     """Once for each message, because the same items come again with every candidate."""
     log.warning(message)
+
+
+def _in_batches(
+    live: LiveModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
+) -> list[str]:
+    """Answers by transformers' own loop: a batch is done when its last row is. The longest prompts come first."""
+    answers: dict[int, str] = {}
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+
+    def work(rows: int) -> None:
+        while left := order[len(answers) :]:
+            batch = left[:rows]
+            texts = _answer(live, [prompts[i] for i in batch], max_new_tokens, stop)
+            answers.update(zip(batch, texts, strict=True))
+
+    _room(live.model).fit(batch_size, len(prompts), live.device, work)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _answer(live: LiveModel, rows: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:

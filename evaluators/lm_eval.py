@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
 from evaluators.base import EvaluatorSettings, Split
+from evaluators.benchmarks import benchmark_of, count
+from evaluators.generation import BatchSize
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class LmEvalSettings(EvaluatorSettings):
         generation: changes to the task's ``generation_kwargs``, such as ``max_gen_toks`` (lm-eval's default is 256).
         apply_chat_template: put prompts in the chat template of the model's tokenizer.
         system_instruction: text put before every prompt.
-        batch_size: prompts in one forward pass.
+        batch_size: most prompts in one forward pass; ``auto`` is 256, or as many as a GPU has room for.
         max_length: most tokens of prompt and answer; the model's context when left out.
         task_folders: folders of a person's own task files.
         allow_task_code: consent to run the code that files in ``task_folders`` hold.
@@ -58,7 +60,7 @@ class LmEvalSettings(EvaluatorSettings):
     generation: dict[str, JsonValue] = Field(default_factory=dict)
     apply_chat_template: bool = False
     system_instruction: str | None = None
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: BatchSize = "auto"
     max_length: int | None = Field(default=None, ge=2)
     task_folders: tuple[Path, ...] = ()
     allow_task_code: bool = False
@@ -98,7 +100,9 @@ class LmEvalEvaluator:
         self.name = settings.task
         self._settings = settings
         with quiet(), undisturbed(), contextlib.redirect_stdout(sys.stderr):  # some task files print
-            self._task = load_task(settings)
+            self._task, public = load_task(settings)
+            config = self._task.config  # of a task that comes with lm-eval, the split that lm-eval itself scores
+            self._benchmark_split = (config.test_split or config.validation_split) if public else None
             self._items = read_splits(self._task, settings)
             self._requests = {
                 split: build_requests(self._task, items, settings) for split, items in self._items.items()
@@ -124,6 +128,13 @@ class LmEvalEvaluator:
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's question, choices and answer, in order."""
         return self._items[split].hashes
+
+    def test_items(self, split: Split) -> dict[str, int]:
+        """All items of the split that lm-eval scores, where the task comes with it; else those known by content."""
+        items = self._items[split]
+        if items.source == self._benchmark_split:
+            return {self.name: len(items.docs)}
+        return count(benchmark_of(doc) for doc in items.docs)
 
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Score the items at these positions of the split: float32 [len(indices)] for each metric.
@@ -159,7 +170,8 @@ class LmEvalEvaluator:
         from evaluators.lm_eval_model import ResidentLM, count_truncated
 
         if self._lm is None or self._lm.model is not model.model or self._lm.tokenizer is not model.tokenizer:
-            lm = ResidentLM(model.model, model.tokenizer, self._settings.batch_size, self._settings.max_length)
+            settings = self._settings
+            lm = ResidentLM(model.model, model.tokenizer, settings.batch_size, settings.max_length, model.engine)
             if self._settings.apply_chat_template:
                 self._apply_chat_template(lm)
             self._lm, self._truncated = lm, {}

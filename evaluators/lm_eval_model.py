@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -13,11 +15,13 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from evaluators.generation import BatchSize, Room, answer_tokens, shaping
 from evaluators.lm_eval_grading import give
 from evaluators.stopping import StopAtText
+from evomerge.checkpoints.live import Engine, LiveModel
 from evomerge.errors import InputError
 
 
@@ -25,11 +29,19 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     """HFLM for a model that stays while its weights change: it shares the model, and encodes each text once."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int | None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: BatchSize,
+        max_length: int | None,
+        engine: Engine | None = None,
     ) -> None:
+        room = Room()
+        rows = room.rows(batch_size)
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, max_length=max_length
         )
+        self._live, self._wanted, self._room = LiveModel(model, tokenizer, engine=engine), batch_size, room
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -42,11 +54,59 @@ class ResidentLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         # loglikelihood_rolling asks for a progress bar whatever it was told itself
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        ask = super()._loglikelihood_tokens
+
+        def work(rows: int) -> Any:
+            self.batch_size_per_gpu = rows
+            return ask(requests, disable_tqdm=True, override_bs=override_bs)
+
+        # Not by how many they are: loglikelihood_rolling asks bit by bit, and cuts by the batch size it finds here.
+        return self._room.fit(self._wanted, self._room.rows(self._wanted), self.device, work)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each request; those that are plainly greedy are given as every evaluator's are.
+
+        Raises:
+            InputError: a serving engine is asked for answers that are not.
+        """
+        groups: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(position)
+        answers = [""] * len(requests)
+        for group in groups.values():
+            found = self._generate([requests[position] for position in group])
+            for position, text in zip(group, found, strict=True):
+                answers[position] = text
+        return answers
+
+    def _generate(self, requests: list[Instance]) -> list[str]:
+        """The answers to requests with the same settings."""
+        settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
+        most, until = int(settings.pop("max_gen_toks")), settings.pop("until")
+        wishes = [*shaping(self.model, settings), *({"max_length"} & settings.keys())]
+        if wishes and self._live.engine is not None:
+            problem = f"{', '.join(wishes)}, of the task or the model's generation_config.json, is not plainly greedy"
+            mend = "Set it to what has no effect, such as `repetition_penalty: 1.0`, or leave `engine` out."
+            raise InputError("generation", problem, mend)
+        if wishes:
+            work = partial(self._generate_as_lm_eval, requests)
+            return self._room.fit(self._wanted, len(requests), self.device, work)
+        stop = handle_stop_sequences(until, eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
+        room = self.max_length - most
+        prompts = [(self.tok_encode(each.args[0]) or [self.prefix_token_id])[-room:] for each in requests]
+        return answer_tokens(self._live, prompts, most, [text for text in stop if text], self._wanted)
+
+    def _generate_as_lm_eval(self, requests: list[Instance], rows: int) -> list[str]:
+        self.batch_size_per_gpu = rows
+        found: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return found
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
+        if generation_kwargs.get("num_beams", 1) > 1:  # whose rows change places: lm-eval looks at them all again
+            beams: torch.Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+            return beams
         generation_kwargs.pop("temperature", None)
         generation_kwargs["do_sample"] = False
         pad = self.tokenizer.pad_token_id

@@ -33,8 +33,11 @@ LIBRARY_TASKS = Path(lm_eval.__file__).parent / "tasks"
 TASK_KEYS = {field.name for field in dataclasses.fields(TaskConfig)} | {"class", "group", "task_list"}
 
 
-def load_task(settings: LmEvalSettings) -> ConfigurableTask:
+def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
     """Find the task, check its file, load it with its data, and put the settings into it.
+
+    Returns:
+        The task, and whether it comes with lm-eval.
 
     Raises:
         InputError: no such task, a group of tasks, a broken file or data, code without consent, sampled answers.
@@ -59,7 +62,8 @@ def load_task(settings: LmEvalSettings) -> ConfigurableTask:
         raise InputError(place, "is a Python class that lm-eval cannot configure, so its items cannot be split")
     _set_fewshot(task, settings, place)
     _set_generation(task, settings, place)
-    return task
+    file = manager.task_index[name].yaml_path  # None for tasks that lm-eval makes in Python
+    return task, file is None or file.is_relative_to(LIBRARY_TASKS)
 
 
 def find_manager(name: str, folders: tuple[Path, ...]) -> TaskManager:

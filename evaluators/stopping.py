@@ -39,3 +39,36 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
                 self.lengths[row] = input_ids.shape[1]
         self._open = [row for row in self._open if not self._done[row]]
         return self._done.to(input_ids.device)
+
+
+class TextEnds:
+    """Tells of growing answers which have come to the first of some texts.
+
+    A text of n bytes is spelled by n tokens at most, but for tokens that say nothing, so only the last few tokens of an
+    answer are decoded at each step, and each such tail once: answers to the items of a task end alike.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._texts = [text for text in texts if text]
+        # One token more, because a tokenizer may take a space from the first one that it decodes; and one that began
+        # in the midst of a character.
+        self._window = 2 + max((len(text.encode()) for text in self._texts), default=0)
+        self._known: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each answer ends; the answers of one step, all their tokens so far."""
+        if not self._texts:
+            return [False] * len(answers)
+        tails = [tuple(answer[-self._window :]) for answer in answers]
+        if new := [tail for tail in dict.fromkeys(tails) if tail not in self._known]:
+            for tail, text in zip(new, self._tokenizer.batch_decode([list(tail) for tail in new]), strict=True):
+                self._known[tail] = self._says_one(text)
+        return [
+            # Decoders write some first tokens otherwise than later ones, so the whole answer has the last word.
+            self._known[tail] and self._says_one(self._tokenizer.decode(answer))
+            for tail, answer in zip(tails, answers, strict=True)
+        ]
+
+    def _says_one(self, text: str) -> bool:
+        return any(ending in text for ending in self._texts)

@@ -250,7 +250,7 @@ def test_the_models_own_faults_are_not_the_functions(tmp_path: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("full")
 
-    live.model.generate = full
+    live.model.forward = full
     evaluator = given(tmp_path).build()
     with pytest.raises(torch.OutOfMemoryError):
         evaluator.score(live, "search", [0])

@@ -1,0 +1,338 @@
+"""Greedy decoding of many prompts at once: rows that end make room for prompts that wait.
+
+``model.generate`` computes a batch until its slowest row ends, copies the whole cache at every step, and computes
+few-shot examples anew for every prompt. Here the cache is one table of keys and values, written in place:
+
+- What all prompts have in common is computed once and copied to rows.
+- A row that ended gives its place to the last row, so that only open rows are computed; places are filled again in
+  groups, by prompts of like lengths.
+- Every row ends at the same column. So each row is padded on the left and nowhere else, as in ``generate``, and
+  positions that a model derives from distances (ALiBi) are right as well.
+
+A row attends to its own tokens alone: those beside it change the order of sums, and so the last bits, and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+_COLUMNS = 64
+"""Room for so many tokens is made at once: making it copies the table."""
+
+_PREFILL_TOKENS = 8192
+"""Most tokens of prompts in one forward pass: a layer's activations need far more memory than its keys and values."""
+
+_REFILL = 4
+"""Rows wait until a quarter of them is free: a forward pass of few prompts takes about as long as one of many."""
+
+
+class NoTableError(Exception):
+    """The model's cache is not keys and values of every token, so there is no table of it.
+
+    Attributes:
+        alone: whether it has no cache of either kind that transformers knows. Such a state is not kept apart by rows:
+            RWKV's mixes them, and takes padding for text.
+    """
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+
+class Decoder:
+    """Greedy answers of a model to some prompts, in a table of rows.
+
+    Args:
+        model: a transformers model in eval mode.
+        prompts: token ids, at least one each.
+        most: most tokens of an answer.
+        ends: tokens that end an answer; they are its last token.
+        ended: which of some answers end by their text.
+
+    Attributes:
+        answers: of each prompt the tokens so far.
+
+    Raises:
+        NoTableError: ``model.generate`` must do it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        most: int,
+        ends: frozenset[int],
+        ended: Callable[[Sequence[Sequence[int]]], Sequence[bool]],
+    ) -> None:
+        self._model, self._prompts, self._most, self._ends, self._ended = model, prompts, most, ends, ended
+        self.answers: list[list[int]] = [[] for _ in prompts]
+        # The longest first: a prompt that joins later then always fits left of the column that is written next.
+        self._order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        self._finished: set[int] = set()
+        self._accepted = inspect.signature(model.forward).parameters
+        self._shared = _common(prompts)
+        self._prefix = self._prefix_cache(prompts[0][: max(self._shared, 1)], max(map(len, prompts)) + most)
+
+    @torch.inference_mode()
+    def run(self, rows: int) -> None:
+        """Answer what is not answered yet, at most ``rows`` at a time.
+
+        Raises:
+            torch.OutOfMemoryError: too many rows. It can be run again with fewer: answers that have ended stay.
+        """
+        waiting = [i for i in self._order if i not in self._finished]
+        for number in waiting:
+            self.answers[number] = []
+        table = _Table(self._prefix, min(rows, len(waiting)))
+        while waiting or table.open:
+            if (rows - len(table.open)) * _REFILL >= rows:
+                while waiting and len(table.open) < rows:
+                    group = self._group(waiting, rows - len(table.open))
+                    del waiting[: len(group)]
+                    self._close(table, self._admit(table, group), len(group))
+            if table.open:
+                self._close(table, self._step(table), len(table.open))
+
+    def _group(self, waiting: Sequence[int], free: int) -> Sequence[int]:
+        width = max(1, len(self._prompts[waiting[0]]) - self._shared)
+        return waiting[: min(free, max(1, _PREFILL_TOKENS // width))]
+
+    def _admit(self, table: _Table, group: Sequence[int]) -> list[int]:
+        """Put prompts into the last rows of the table; the first token of each answer.
+
+        All prompts of a group end at the same column and are fed in from the same column on, the first one at which
+        some prompt leaves the common prefix. Left of it, rows are copies of the prefix, each from its own offset.
+        """
+        prompts = [self._prompts[i] for i in group]
+        longest, device = len(prompts[0]), self._model.device
+        fed = max(1, longest - self._shared)
+        offsets = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        window = table.admit(group, [len(ids) for ids in prompts], offsets, fed)
+        tokens = torch.tensor([[0] * (fed - len(ids)) + list(ids[-fed:]) for ids in prompts], device=device)
+        positions = torch.arange(longest - fed, longest, device=device) - offsets[:, None]
+        return self._forward(table, window, tokens, positions.clamp(min=0))
+
+    def _step(self, table: _Table) -> list[int]:
+        device = self._model.device
+        tokens = torch.tensor([[self.answers[i][-1]] for i in table.open], device=device)
+        positions = torch.tensor(table.lengths, device=device)[:, None]
+        return self._forward(table, table.advance(), tokens, positions)
+
+    def _forward(self, table: _Table, window: _Window, tokens: torch.Tensor, positions: torch.Tensor) -> list[int]:
+        """The likeliest next token of every row of the window."""
+        table.window = window
+        out = self._model(
+            input_ids=tokens,
+            attention_mask=table.mask[window.rows, window.start : window.at + tokens.shape[1]],
+            past_key_values=table,
+            use_cache=True,
+            **self._known(position_ids=positions, logits_to_keep=1),
+        )
+        found: list[int] = out.logits[:, -1].float().argmax(-1).tolist()
+        return found
+
+    def _close(self, table: _Table, tokens: Sequence[int], count: int) -> None:
+        """Write down the tokens of the last ``count`` rows, and take out of the table those that ended."""
+        first = len(table.open) - count
+        answers = [self.answers[i] for i in table.open[first:]]
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.append(token)
+        by_text = self._ended(answers)
+        closed = [
+            first + row
+            for row, answer in enumerate(answers)
+            if by_text[row] or answer[-1] in self._ends or len(answer) == self._most
+        ]
+        self._finished.update(table.open[row] for row in closed)
+        table.remove(closed)
+
+    @torch.inference_mode()
+    def _prefix_cache(self, tokens: Sequence[int], longest: int) -> Sequence[DynamicLayer]:
+        """The cache that the model itself makes of the tokens, layer by layer.
+
+        Args:
+            longest: most tokens of a row. A window of more never moves, so that such a layer keeps every token.
+        """
+        inputs = self._known(logits_to_keep=1)
+        out = self._model(input_ids=torch.tensor([tokens], device=self._model.device), use_cache=True, **inputs)
+        cache: Any = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise NoTableError(alone=getattr(out, "cache_params", None) is None)
+        if type(cache) is not DynamicCache or not all(
+            _keeps_all(layer, len(tokens), longest) for layer in cache.layers
+        ):
+            raise NoTableError(alone=False)
+        if type(self._model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+            raise NoTableError(alone=False)  # it needs other inputs than these at some step
+        layers: Sequence[DynamicLayer] = cache.layers
+        return layers
+
+    def _known(self, **inputs: Any) -> dict[str, Any]:
+        """Those of the inputs that the model takes."""
+        return {name: value for name, value in inputs.items() if name in self._accepted}
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The part of the table that a forward pass sees: it reads columns from ``start`` and writes from ``at`` on."""
+
+    rows: slice
+    start: int
+    at: int
+
+
+class _Table(Cache):  # type: ignore[misc]
+    """Keys and values of the open rows, which are the first ones, and which all end at the same column.
+
+    Attributes:
+        open: which prompt each row is of.
+        lengths: tokens of each row, prompt and answer.
+        mask: int64 [rows, columns], 1 where a row has a token.
+        window: what the next forward pass sees.
+    """
+
+    def __init__(self, prefix: Sequence[DynamicLayer], rows: int) -> None:
+        super().__init__(layers=[_TableLayer(self, layer.keys, layer.values, rows) for layer in prefix])
+        self.open: list[int] = []
+        self.lengths: list[int] = []
+        self.window = _Window(slice(0, 0), 0, 0)
+        self.mask = torch.zeros(rows, 0, dtype=torch.int64, device=prefix[0].keys.device)
+        self._end = 0
+
+    def admit(self, numbers: Sequence[int], lengths: Sequence[int], offsets: torch.Tensor, fed: int) -> _Window:
+        """Rows for prompts of these lengths, the longest first; all but the ``fed`` last columns hold the prefix.
+
+        ``offsets``: int64 [prompts], by how much each is shorter than the first.
+        """
+        longest = lengths[0]
+        if not self.open:
+            self._end = 0
+            self._make_room(longest)
+            self._end = longest
+        rows, start = slice(len(self.open), len(self.open) + len(numbers)), self._end - longest
+        self.mask[rows] = 0
+        self.mask[rows, start : self._end] = (torch.arange(longest, device=offsets.device) >= offsets[:, None]).long()
+        if longest > fed:
+            source = (torch.arange(longest - fed, device=offsets.device) - offsets[:, None]).clamp(min=0)
+            for layer in self.layers:
+                layer.copy_prefix(rows, slice(start, self._end - fed), source)
+        self.open.extend(numbers)
+        self.lengths.extend(lengths)
+        return _Window(rows, start, self._end - fed)
+
+    def advance(self) -> _Window:
+        """One more column for every open row."""
+        self._make_room(1)
+        start = self._end - max(self.lengths)
+        self.mask[: len(self.open), self._end] = 1
+        self._end += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        return _Window(slice(0, len(self.open)), start, self._end - 1)
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Take out rows, in ascending order: the last ones that stay move into the places of those."""
+        if not rows:
+            return
+        gone, left = set(rows), len(self.open) - len(rows)
+        to = [row for row in rows if row < left]
+        movers = [row for row in range(left, len(self.open)) if row not in gone]
+        if to:
+            start = self._end - max(self.lengths)
+            at, of = (torch.tensor(found, device=self.mask.device) for found in (to, movers))
+            self.mask[at] = self.mask[of]
+            for layer in self.layers:
+                layer.move(of, at, slice(start, self._end))
+        for place, mover in zip(to, movers, strict=True):
+            self.open[place], self.lengths[place] = self.open[mover], self.lengths[mover]
+        del self.open[left:], self.lengths[left:]
+
+    def _make_room(self, columns: int) -> None:
+        """Have so many columns right of the end: by moving what is in use to the left, or by a larger table."""
+        if self._end + columns <= self.mask.shape[1]:
+            return
+        used = slice(self._end - max(self.lengths, default=0), self._end)
+        width = used.stop - used.start
+        wide = max(self.mask.shape[1], width + columns + _COLUMNS)
+        self.mask = _moved(self.mask, (*self.mask.shape[:-1], wide), used, -1)
+        for layer in self.layers:
+            layer.resize(wide, used)
+        self._end = width
+
+
+class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, [rows, heads, columns, width]; the prefix's, [1, heads, tokens, width]."""
+
+    is_sliding = False
+
+    def __init__(self, table: _Table, prefix_keys: torch.Tensor, prefix_values: torch.Tensor, rows: int) -> None:
+        super().__init__()
+        self._table, self._prefix = table, (prefix_keys, prefix_values)
+        # Zeros, because nothing that is not finite may stand where no row has a token: 0 times NaN is NaN.
+        self.keys, self.values = (part.new_zeros(rows, part.shape[1], 0, part.shape[3]) for part in self._prefix)
+        self.is_initialized = True
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        window = self._table.window
+        end = window.at + keys.shape[2]
+        self.keys[window.rows, :, window.at : end] = keys
+        self.values[window.rows, :, window.at : end] = values
+        return self.keys[window.rows, :, window.start : end], self.values[window.rows, :, window.start : end]
+
+    def get_seq_length(self) -> int:
+        return self._table.window.at - self._table.window.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """There from the start."""
+
+    def copy_prefix(self, rows: slice, columns: slice, source: torch.Tensor) -> None:
+        """``source``: int64 [rows, columns], the token of the prefix that goes there."""
+        for part, prefix in zip((self.keys, self.values), self._prefix, strict=True):
+            part[rows, :, columns] = prefix[0, :, source].transpose(0, 1)
+
+    def move(self, rows: torch.Tensor, to: torch.Tensor, columns: slice) -> None:
+        for part in (self.keys, self.values):
+            part[to, :, columns] = part[rows, :, columns]
+
+    def resize(self, columns: int, used: slice) -> None:
+        self.keys, self.values = (
+            _moved(part, (*part.shape[:2], columns, part.shape[3]), used, -2) for part in (self.keys, self.values)
+        )
+
+
+def _moved(part: torch.Tensor, shape: Sequence[int], used: slice, dim: int) -> torch.Tensor:
+    """Zeros of that shape that begin with the columns in use."""
+    width = used.stop - used.start
+    found = part.new_zeros(shape)
+    found.narrow(dim, 0, width).copy_(part.narrow(dim, used.start, width))
+    return found
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share; one at least is left to each, to go on from."""
+    low, high = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all that lie between share
+    same = next((i for i, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
+    return min(same, min(map(len, prompts)) - 1)
+
+
+def _keeps_all(layer: Any, tokens: int, longest: int) -> bool:
+    if type(layer) is DynamicSlidingWindowLayer:
+        if layer.sliding_window <= longest:
+            return False
+    elif type(layer) is not DynamicLayer:
+        return False
+    return bool(layer.is_initialized) and all(
+        part.ndim == 4 and part.shape[0] == 1 and part.shape[2] == tokens for part in (layer.keys, layer.values)
+    )

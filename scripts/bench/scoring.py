@@ -1,0 +1,219 @@
+"""Scoring a candidate: Evomerge against ``lm_eval.simple_evaluate``, on the same task, model and items, in one run.
+
+Figures are seconds of one core for one candidate: processor time of this process on one thread, which a worker has too,
+medians of runs that take turns. ``simple_evaluate`` gets every advantage: the model is in memory and wrapped once,
+tasks are indexed once, of several batch sizes it has its best, it neither bootstraps nor keeps samples, and what it
+asks of pip and git about the machine, in subprocesses, is left out. Evomerge runs by its defaults.
+
+In float32 the scores of all items must be equal. In bfloat16, in which searches mostly run, two tokens are often
+equally likely but for rounding, and lm-eval's own scores hang on its batch size; so the items that differ are counted.
+
+Answers alone are timed in three steps: transformers' own batches, rows that end making room for others, and the common
+beginning of all prompts computed once.
+
+    python scripts/bench/scoring.py [--repeats 3] [--items 500] [--output docs/scoring.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from evaluators import decoding, generation
+from evaluators.base import ItemScores
+from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
+from evaluators.lm_eval_model import quiet
+from evomerge.checkpoints.live import LiveModel, live_model, load_weights
+from evomerge.checkpoints.source import open_source
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ROOT / "evaluators" / "tasks"
+MODEL = ROOT / "examples" / "miniatures" / "japanese"
+BATCH_SIZES = (64, 128, 250, 500)
+STEPS = ("transformers' batches", "rows make room", "and one prefix")
+
+FEWSHOT = """\
+task: bench_{shots}
+dataset_path: json
+dataset_kwargs: {{data_files: {files}}}
+validation_split: search
+test_split: held_out
+fewshot_split: search
+fewshot_config: {{sampler: first_n}}
+output_type: generate_until
+num_fewshot: {shots}
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+generation_kwargs: {{until: ["\\n"], do_sample: false, max_gen_toks: 32}}
+process_results: !function miniatures.score_math_ja
+metric_list:
+  - {{metric: acc_ja, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+
+
+def write_task(folder: Path, shots: int) -> str:
+    """mini_math_ja with worked examples; its own file fixes their number at 0. The task's name."""
+    shutil.copy(TASKS / "miniatures.py", folder)
+    files = json.dumps({split: str(TASKS / "data" / f"mini_math_ja.{split}.jsonl") for split in ("search", "held_out")})
+    (folder / f"bench_{shots}.yaml").write_text(FEWSHOT.format(shots=shots, files=files))
+    return f"bench_{shots}"
+
+
+def load(dtype: torch.dtype) -> LiveModel:
+    source = open_source("japanese", str(MODEL), place="model")
+    live = live_model(source, torch.device("cpu"), dtype)
+    load_weights(live, ((name, source.read(name)) for name in source.tensors))
+    return live
+
+
+class Theirs:
+    """``simple_evaluate`` on a task."""
+
+    def __init__(self, live: LiveModel, folder: Path, task: str, items: int) -> None:
+        self._live, self._task, self._items = live, task, items
+        self._manager = TaskManager(include_path=[str(folder), str(TASKS)], include_defaults=False)
+        self._models: dict[int, HFLM] = {}
+
+    def __call__(self, batch_size: int, samples: bool = False) -> dict[int, tuple[float, ...]]:
+        """Every item's scores, where samples are kept."""
+        if batch_size not in self._models:
+            self._models[batch_size] = HFLM(self._live.model, tokenizer=self._live.tokenizer, batch_size=batch_size)
+        found = lm_eval.simple_evaluate(
+            model=self._models[batch_size],
+            tasks=[self._task],
+            task_manager=self._manager,
+            bootstrap_iters=0,
+            limit=self._items,
+            log_samples=samples,
+            verbosity="CRITICAL",
+        )
+        return {s["doc_id"]: (s["acc_ja"], s["acc"]) for s in found["samples"][self._task]} if samples else {}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def interleaved(repeats: int, works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of each, run in turns, after one turn that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            lasted = seconds(work)
+            if repeat:
+                taken[name].append(lasted)
+    return {name: statistics.median(found) for name, found in taken.items()}
+
+
+def unaware() -> Any:
+    """simple_evaluate without its questions to pip and git."""
+    return mock.patch.multiple("lm_eval.evaluator", add_env_info=lambda *_: None, get_git_commit_hash=lambda *_: None)
+
+
+def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) -> dict[str, Any]:
+    """Seconds a candidate, theirs and ours, and how many items' scores differ."""
+    settings = LmEvalSettings(
+        task=task, task_folders=(folder,), allow_task_code=True, search=f"validation[:{items}]",
+        held_out=f"test[:{items}]",
+    )  # fmt: skip
+    ours, theirs = settings.build(), Theirs(live, folder, task, items)
+
+    def score() -> ItemScores:
+        return ours.score(live, "held_out", range(items))
+
+    with unaware():
+        kept: dict[int, dict[int, tuple[float, ...]]] = {}
+        trial: dict[int, float] = {}
+        for size in (*BATCH_SIZES, BATCH_SIZES[0]):  # the first run of all is slow
+            started = time.process_time()
+            kept[size] = theirs(size, samples=True)
+            trial[size] = time.process_time() - started
+        best = min(trial, key=lambda size: trial[size])
+        taken = interleaved(repeats, {"simple_evaluate": lambda: theirs(best), "evomerge": score})
+    found = score()
+    mine = {i: (found["acc_ja"][i], found["acc"][i]) for i in range(items)}
+    differ = {size: sum(mine[i] != kept[size][i] for i in range(items)) for size in BATCH_SIZES}
+    if live.model.dtype == torch.float32 and any(differ.values()):
+        raise AssertionError(f"{task}: items are scored otherwise than by simple_evaluate: {differ}")
+    return {
+        "seconds": taken,
+        "times as fast": taken["simple_evaluate"] / taken["evomerge"],
+        "simple_evaluate by batch size": trial,
+        "batch size of simple_evaluate": best,
+        "items that differ": max(differ.values()),
+        "items that differ within lm-eval": sum(len({kept[size][i] for size in BATCH_SIZES}) > 1 for i in range(items)),
+        "mean acc_ja": float(found["acc_ja"].mean()),
+        "answers alone": answers_alone(live, ours, items, repeats),
+    }
+
+
+def answers_alone(live: LiveModel, evaluator: LmEvalEvaluator, items: int, repeats: int) -> dict[str, float]:
+    """Seconds to answer the prompts of the items, by each step."""
+    prompts = [live.tokenizer.encode(group[0].args[0]) for group in evaluator._requests["held_out"][:items]]
+    batches: Callable[[], Sequence[str]] = lambda: generation._in_batches(live, prompts, 32, ["\n"], "auto")  # noqa: E731
+    rows: Callable[[], Sequence[str]] = lambda: generation.answer_tokens(live, prompts, 32, ["\n"], "auto")  # noqa: E731
+
+    def without_prefix() -> Sequence[str]:
+        with mock.patch.object(decoding, "_common", return_value=0):
+            return rows()
+
+    return interleaved(repeats, dict(zip(STEPS, (batches, without_prefix, rows), strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument(
+        "--shots", type=int, default=3, help="worked examples; the context of 256 tokens has no room for 5"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "scoring.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, Any]] = {}
+    head = f"{'':34}{'simple_evaluate':>16}{'evomerge':>10}{'ratio':>7}{'differ':>8}   answers alone: " + ", ".join(
+        STEPS
+    )
+    print(head)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        tasks = {"no examples": "mini_math_ja", f"{given.shots} examples": write_task(Path(folder), given.shots)}
+        for dtype in (torch.float32, torch.bfloat16):
+            live = load(dtype)
+            for label, task in tasks.items():
+                name = f"{task}, {str(dtype).removeprefix('torch.')}, {label}"
+                found = results[name] = compare(live, Path(folder), task, given.items, given.repeats)
+                taken, alone = found["seconds"], found["answers alone"]
+                print(
+                    f"{name:34}{taken['simple_evaluate']:15.2f}s{taken['evomerge']:9.2f}s{found['times as fast']:7.1f}"
+                    f"{found['items that differ']:8}   " + ", ".join(f"{alone[step]:.2f}s" for step in STEPS),
+                    flush=True,
+                )
+    rounded = json.loads(
+        json.dumps(results), parse_float=lambda text: float(np.format_float_positional(float(text), 3))
+    )
+    given.output.write_text(
+        json.dumps({"items": given.items, "repeats": given.repeats, "runs": rounded}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
