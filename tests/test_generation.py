@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from helpers_search import FakeSpace, drive, make_setup, table, weights_of
 
+from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
+from evomerge.optimizers.cma_es import Cma
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.search_file import Racing
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
@@ -136,6 +139,31 @@ def test_the_best_of_a_generation_is_scored_on_every_item_before_it_leads(tmp_pa
         fronts = [event.payload["candidates"] for event in store.events(kinds=("front",))]
     assert len(fronts) > 2  # it changed
     assert all(scored[number] == COUNT for front in fronts for number in front)
+
+
+def test_the_mean_of_the_distribution_is_scored_beside_each_generation_and_not_told(tmp_path: Path) -> None:
+    told: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+
+    class Watched(Cma):
+        def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+            told.extend(genome for genome, _ in results)
+            super().tell(results)
+
+    with mock.patch.object(CmaSettings, "build", lambda self, p, o, s: Watched(self, p, o, s)):
+        drive(tmp_path, setup_of(racing=RACE), simulation=simulate)
+    with Store.open(tmp_path / "search.db") as store:
+        rows = store.candidates()
+    favourites = [row for row in rows if row.origin == "favourite"]
+    assert [row.step for row in favourites] == list(range(1, len(favourites) + 1))
+    assert favourites[0].genome is not None
+    assert favourites[0].genome.tolist() == [0.5, 0.5]  # where the search starts
+    taught = {genome.tobytes() for genome in told}
+    assert all(row.genome is not None and row.genome.tobytes() not in taught for row in favourites)
+    asked = [row for row in rows if row.origin == "cma" and row.losses]
+    assert {row.genome.tobytes() for row in asked if row.genome is not None} <= taught
+    drive(tmp_path / "full", setup_of(), simulation=simulate)
+    with Store.open(tmp_path / "full" / "search.db") as store:
+        assert all(row.origin != "favourite" for row in store.candidates())
 
 
 def test_rungs_grow_by_three_beyond_the_last_that_is_named() -> None:

@@ -39,6 +39,15 @@ class Optimizer(Protocol):
         ...
 
     @property
+    def favourite(self) -> Genome | None:
+        """The genome that the optimizer believes in most now; None where it has no such thing, or none of its own.
+
+        Under noise the mean of a distribution is better than the best of its samples, which is mostly lucky. Racing has
+        it scored beside each generation. It is not told.
+        """
+        ...
+
+    @property
     def stopped(self) -> str | None:
         """Why no further generation is worth scoring, or None. ``ask`` still answers afterwards."""
         ...

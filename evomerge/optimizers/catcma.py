@@ -79,6 +79,7 @@ class CatCma:
     parents are. A bad foreign genome changes nothing.
     """
 
+    favourite: Genome | None = None
     stopped: str | None = None
 
     def __init__(self, settings: CatCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:

@@ -143,6 +143,12 @@ class Strategy:
         """How many points of a generation, the best by rank, the mean moves to: those with a positive weight."""
         return int(self._es.sp.weights.mu)
 
+    @property
+    def mean(self) -> Vector:
+        """The mean of the distribution, a point of the unit box."""
+        with calm():
+            return np.clip(np.asarray(self._es.result.xfavorite, dtype=np.float64), 0.0, 1.0)
+
     def ask(self, n: int) -> list[Vector]:
         """Give ``n`` points of the unit box."""
         self._asks += 1
@@ -245,6 +251,11 @@ class Cma:
     def parents(self) -> int:
         """Those that the mean moves to; of the others only the order counts, as directions to avoid."""
         return self._strategy.parents
+
+    @property
+    def favourite(self) -> Genome:
+        """The mean of the distribution, under noise the best estimate there is (Hansen, arXiv:1604.00772, B.1)."""
+        return self._box.genome(self._strategy.mean)
 
     @property
     def stopped(self) -> str | None:

@@ -77,6 +77,8 @@ class LqCma:
     region where all merges break would be asked for again and again.
     """
 
+    favourite: Genome | None = None
+
     def __init__(self, settings: LqCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
         self._box = Box(parameters)
         self._scalars = Scalars(settings.scalarisation, objectives)

@@ -67,6 +67,7 @@ class OptunaOptimizer:
     like the others; under nsga2 and nsga3, landmarks are of the first generation, beside the genomes first asked for.
     """
 
+    favourite: Genome | None = None
     stopped: str | None = None
 
     def __init__(self, settings: OptunaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:

@@ -60,6 +60,8 @@ class GreedySoup:
     soup, are not asked for again. Of a genome told twice the first loss counts.
     """
 
+    favourite: Genome | None = None
+
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._names = [p.name.rpartition(".")[2] for p in parameters]
         self._losses: dict[bytes, float] = {}

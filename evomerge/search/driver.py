@@ -8,6 +8,7 @@ brings a fresh optimizer to the same point by replaying the recorded asks and te
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from evomerge.search.generation import GenerationScoring
 from evomerge.search.pools.base import Pool
 from evomerge.search.ranking import Ranking
 from evomerge.search.scores import Sheet
-from evomerge.search.scoring import Candidate
+from evomerge.search.scoring import FAVOURITE, Candidate
 from evomerge.search.setup import Setup
 from evomerge.search.steady import SteadyScoring
 from evomerge.store import CandidateRow, NewCandidate, Store
@@ -73,6 +74,7 @@ class Driver:
         self._ranking = Ranking(setup, self._scoring.screening)
         self._step = 0
         self._asked = 0
+        self._asked_since_favourite = 0
         self._landmarks = len(list(setup.space.landmarks()))
         self._lost_landmarks = 0
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
@@ -123,8 +125,9 @@ class Driver:
             elif self._spent():
                 return None
             else:
-                (candidate,) = self._ask(1)
-                self._scoring.begin([candidate])
+                candidate, *others = self._ask(1)
+                self._scoring.begin([candidate, *others])
+                self._scoring.back.extend(others)
             keep = self._optimizer.parents / self._optimizer.population
             pending = self._scoring.next_job(candidate, list(self._front.values()), keep)
             if pending is not None:
@@ -135,28 +138,37 @@ class Driver:
 
     def _ask_landmarks(self) -> None:
         marks = list(self._setup.space.landmarks())
-        self._record_ask(
-            [self._next(i, mark.genome, mark.recipe) for i, mark in enumerate(marks)],
-            [(mark.kind, mark.label) for mark in marks],
-        )
+        asked = [self._next(i, mark.kind, mark.genome, mark.recipe) for i, mark in enumerate(marks)]
+        self._record_ask(asked, [mark.label for mark in marks])
 
     def _ask(self, count: int) -> list[Candidate]:
-        """So many new candidates, or what is left of the budget."""
-        most = self._setup.budget.candidates
-        genomes = self._optimizer.ask(count if most is None else min(count, most - self._asked))
+        """So many new candidates, or what is left of the budget; with racing, the optimizer's favourite beside them."""
+        room = math.inf if self._setup.budget.candidates is None else self._setup.budget.candidates - self._asked
+        name: str = self._setup.optimizer.name
+        points = [(name, genome) for genome in self._optimizer.ask(int(min(count, room)))]
+        self._asked_since_favourite += len(points)
+        if len(points) < room and (favourite := self._favourite()) is not None:
+            points.append((FAVOURITE, favourite))
         self._step += 1
-        asked = [self._next(i, genome, self._setup.space.decode(genome)) for i, genome in enumerate(genomes)]
-        self._record_ask(asked, [(self._setup.optimizer.name, "")] * len(asked))
+        asked = [self._next(i, origin, g, self._setup.space.decode(g)) for i, (origin, g) in enumerate(points)]
+        self._record_ask(asked, [""] * len(asked))
         return asked
 
-    def _next(self, i: int, genome: Genome | None, recipe: Recipe) -> Candidate:
-        text = recipe.canonical()
-        return Candidate(self._asked + i, genome, recipe, text_hash(text), text, self._step)
+    def _favourite(self) -> Genome | None:
+        """The optimizer's favourite, once a generation, where scores are estimates and the best are mostly lucky."""
+        if self._setup.racing is None or self._asked_since_favourite < self._optimizer.population:
+            return None
+        self._asked_since_favourite = 0
+        return self._optimizer.favourite
 
-    def _record_ask(self, asked: list[Candidate], origins: Sequence[tuple[str, str]]) -> None:
+    def _next(self, i: int, origin: str, genome: Genome | None, recipe: Recipe) -> Candidate:
+        text = recipe.canonical()
+        return Candidate(self._asked + i, genome, recipe, text_hash(text), text, self._step, origin)
+
+    def _record_ask(self, asked: list[Candidate], labels: Sequence[str]) -> None:
         new = [
-            NewCandidate(k.number, origin, k.text, k.recipe_hash, k.genome, label)
-            for k, (origin, label) in zip(asked, origins, strict=True)
+            NewCandidate(c.number, c.origin, c.text, c.recipe_hash, c.genome, label)
+            for c, label in zip(asked, labels, strict=True)
         ]
         self._store.record_ask(self._step, new)
         self._open |= {c.number: c for c in asked}
@@ -189,7 +201,8 @@ class Driver:
 
     def _told(self, candidates: Sequence[Candidate]) -> None:
         """Let everything learn that learns from what was told."""
-        self._optimizer.tell([(c.genome, c.losses) for c in candidates if c.genome is not None and c.losses])
+        taught = [c for c in candidates if c.origin != FAVOURITE]
+        self._optimizer.tell([(c.genome, c.losses) for c in taught if c.genome is not None and c.losses])
         self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
         for c in candidates:
             del self._open[c.number]
@@ -272,8 +285,12 @@ class Driver:
         if step == 0:
             points = [(mark.genome, mark.recipe) for mark in self._setup.space.landmarks()]
         else:
-            asked = self._optimizer.replay([row.genome for row in rows if row.genome is not None])
-            points = [(genome, self._setup.space.decode(genome)) for genome in asked]
+            ours = [row.genome for row in rows if row.genome is not None and row.origin != FAVOURITE]
+            genomes = self._optimizer.replay(ours)
+            self._asked_since_favourite += len(genomes)
+            if len(genomes) < len(rows) and (favourite := self._favourite()) is not None:
+                genomes.append(favourite)
+            points = [(genome, self._setup.space.decode(genome)) for genome in genomes]
         if len(points) != len(rows):
             raise _drift(f"step {step}", f"gives {len(points)} candidates where {len(rows)} were recorded")
         generation = []
@@ -287,7 +304,7 @@ class Driver:
 
     def _restore(self, row: CandidateRow, genome: Genome | None, recipe: Recipe) -> Candidate:
         """A recorded candidate as it was when the store last heard of it."""
-        found = Candidate(row.number, genome, recipe, row.recipe_hash, step=row.step, attempts=row.attempts)
+        found = Candidate(row.number, genome, recipe, row.recipe_hash, "", row.step, row.origin, row.attempts)
         # To be scored again, in place of an attempt that died with its driver.
         found.status = "asked" if row.status == "running" else row.status
         found.twin, found.timings = row.same_as, dict(row.timings)

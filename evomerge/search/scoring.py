@@ -28,10 +28,14 @@ from evomerge.search.setup import Counts, ObjectiveInfo, Setup
 from evomerge.store import Estimate, Outcome, Store
 from evomerge.store.rows import Status
 
+FAVOURITE = "favourite"
+"""Where a candidate comes from that the optimizer believes in and did not ask for."""
+
 
 @dataclass
 class Candidate:
-    """A candidate that is being scored. ``step`` is the ask that it came in.
+    """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a landmark's kind, the name
+    of the optimizer, or FAVOURITE.
 
     ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``twin`` is an
     earlier candidate of the same recipe, whose scores are its own.
@@ -43,6 +47,7 @@ class Candidate:
     recipe_hash: str
     text: str = ""
     step: int = 0
+    origin: str = ""
     attempts: int = 0
     faults: int = 0
     status: Status = "asked"

@@ -157,6 +157,18 @@ class OptimizerContract:
             assert optimizer.parents == parents  # of what is out now, not of what comes next
             optimizer.tell([(g, self._score(g)) for g in genomes])
 
+    def test_to_look_at_the_favourite_changes_nothing(self, make: Callable[..., Optimizer]) -> None:
+        looked, plain = make(), make()
+        for _ in range(self.generations):
+            favourite = looked.favourite
+            assert favourite is None or inside(favourite, self.space)
+            genomes = looked.ask(looked.population)
+            assert _equal(genomes, plain.ask(plain.population))
+            for optimizer in (looked, plain):
+                optimizer.tell([(g, self._score(g)) for g in genomes])
+            if favourite is not None and looked.favourite is not None:
+                assert favourite.tobytes() != looked.favourite.tobytes() or len(genomes) < looked.population
+
     def test_stays_inside_the_bounds(self, settings: Settings) -> None:
         @hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
         @given(strategies.lists(_parameters(), min_size=1, max_size=5), strategies.integers(0, 2**40))
