@@ -127,7 +127,7 @@ class Decoder:
 
     def _forward(self, table: _Table, window: _Window, tokens: torch.Tensor, positions: torch.Tensor) -> list[int]:
         """The likeliest next token of every row of the window."""
-        table.window = window
+        table.place.window = window
         out = self._model(
             input_ids=tokens,
             attention_mask=table.mask[window.rows, window.start : window.at + tokens.shape[1]],
@@ -188,6 +188,15 @@ class _Window:
     at: int
 
 
+class _Place:
+    """Where the next forward pass reads and writes. A table and its layers share it, and know no more of each other: in a
+    circle of references, tables of gigabytes would stay until Python's collector comes by.
+    """
+
+    def __init__(self) -> None:
+        self.window = _Window(slice(0, 0), 0, 0)
+
+
 class _Table(Cache):  # type: ignore[misc]
     """Keys and values of the open rows, which are the first ones, and which all end at the same column.
 
@@ -195,14 +204,14 @@ class _Table(Cache):  # type: ignore[misc]
         open: which prompt each row is of.
         lengths: tokens of each row, prompt and answer.
         mask: int64 [rows, columns], 1 where a row has a token.
-        window: what the next forward pass sees.
+        place: what the next forward pass sees.
     """
 
     def __init__(self, prefix: Sequence[DynamicLayer], rows: int) -> None:
-        super().__init__(layers=[_TableLayer(self, layer.keys, layer.values, rows) for layer in prefix])
+        self.place = _Place()
+        super().__init__(layers=[_TableLayer(self.place, layer.keys, layer.values, rows) for layer in prefix])
         self.open: list[int] = []
         self.lengths: list[int] = []
-        self.window = _Window(slice(0, 0), 0, 0)
         self.mask = torch.zeros(rows, 0, dtype=torch.int64, device=prefix[0].keys.device)
         self._end = 0
 
@@ -271,22 +280,22 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, table: _Table, prefix_keys: torch.Tensor, prefix_values: torch.Tensor, rows: int) -> None:
+    def __init__(self, place: _Place, prefix_keys: torch.Tensor, prefix_values: torch.Tensor, rows: int) -> None:
         super().__init__()
-        self._table, self._prefix = table, (prefix_keys, prefix_values)
+        self._place, self._prefix = place, (prefix_keys, prefix_values)
         # Zeros, because nothing that is not finite may stand where no row has a token: 0 times NaN is NaN.
         self.keys, self.values = (part.new_zeros(rows, part.shape[1], 0, part.shape[3]) for part in self._prefix)
         self.is_initialized = True
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        window = self._table.window
+        window = self._place.window
         end = window.at + keys.shape[2]
         self.keys[window.rows, :, window.at : end] = keys
         self.values[window.rows, :, window.at : end] = values
         return self.keys[window.rows, :, window.start : end], self.values[window.rows, :, window.start : end]
 
     def get_seq_length(self) -> int:
-        return self._table.window.at - self._table.window.start
+        return self._place.window.at - self._place.window.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

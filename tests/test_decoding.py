@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -357,3 +358,16 @@ def test_a_task_that_is_not_greedy_is_answered_by_transformers(
         shaped = found.score(live, "held_out", range(5))["sum_of_codes"]
     plain = task().build().score(live, "held_out", range(5))["sum_of_codes"]
     assert shaped.tolist() != plain.tolist()
+
+
+def test_nothing_of_a_table_outlives_its_answers() -> None:
+    """Python's collector comes by too seldom for tables of gigabytes: they must go with the last reference."""
+    live = tiny_live()
+    gc.collect()
+    gc.disable()
+    try:
+        generate(live, ["a b", "c", "d e f"], 4, (), 2)
+        left = [found for found in gc.get_objects() if type(found).__module__ == decoding.__name__]
+        assert not [found for found in left if isinstance(found, Decoder | decoding._Table | decoding._TableLayer)]
+    finally:
+        gc.enable()
