@@ -189,8 +189,10 @@ class _Window:
 
 
 class _Place:
-    """Where the next forward pass reads and writes. A table and its layers share it, and know no more of each other: in a
-    circle of references, tables of gigabytes would stay until Python's collector comes by.
+    """Where the next forward pass reads and writes.
+
+    A table and its layers share it, and the layers know no more of the table: in a circle of references, tables of
+    gigabytes would stay until Python's collector comes by.
     """
 
     def __init__(self) -> None:
