@@ -99,6 +99,19 @@ def status(
 
 
 @app.command()
+def observe(
+    folder: FolderArgument,
+    observers: Annotated[
+        list[str], typer.Argument(metavar="OBSERVER...", help="As in a search file: '{kind: prometheus, port: 9090}'.")
+    ],
+) -> None:
+    """Tell observers of a search, such as Prometheus or TensorBoard, until nobody drives it."""
+    from evomerge.commands.observe import observe
+
+    observe(folder, observers)
+
+
+@app.command()
 def pause(folder: FolderArgument) -> None:
     """Start nothing new until `resume`; what runs goes on."""
     _command(folder, "pause")

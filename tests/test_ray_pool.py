@@ -1,22 +1,36 @@
-"""The Ray pool: a search on it, the death of a worker in the middle of a candidate, and what does not fit."""
+"""The Ray pool: a search on it, what does not fit, and workers that die, hang, join, leave and are about to leave."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 from helpers_miniature import evomerge, json_of, search_file
+from helpers_search import FakeSpace
+from pydantic import BaseModel
+from ray.cluster_utils import Cluster as LocalCluster
+from test_deadlines import Notes
 
 from evomerge.errors import InputError
+from evomerge.search.control import Control
+from evomerge.search.deadlines import Deadlines
+from evomerge.search.dispatch import Dispatcher, Pending, feed_of
 from evomerge.search.folder import open_store
-from evomerge.search.pools.ray import workers_that_fit
-from evomerge.search.search_file import Cluster
+from evomerge.search.jobs import Failed, Finished, Job, Measured
+from evomerge.search.pools import nodes
+from evomerge.search.pools import ray as ray_pool
+from evomerge.search.pools.nodes import worker_limits, workers_that_fit
+from evomerge.search.pools.ray import RayPool, RayWorker
+from evomerge.search.search_file import Cluster, load_search_file
 
 
 @pytest.mark.parametrize(
@@ -121,3 +135,171 @@ def test_when_no_worker_can_start_the_search_ends_and_says_why(
     status = json_of(capsys, "status", tmp_path / "search", "--json")
     assert status["state"] == "interrupted"
     assert status["candidates"]["failed"] == 0
+
+
+# A cluster of several nodes, and workers that only do what they are told ---------------------------------------------
+
+RECIPE = next(FakeSpace().landmarks()).recipe
+CRASHES, HANGS, HOLDS = 3, 5, 100
+
+
+class Stub(RayWorker):
+    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 100 and more wait for the file ``go``."""
+
+    def __init__(self, name: str, settings: dict[str, Any], folder: Path) -> None:
+        self._go = folder / "go"
+
+    def run(self, job: Job) -> Finished:
+        if job.candidate == CRASHES:
+            os._exit(1)
+        while (job.candidate, job.attempt) == (HANGS, 1) or (job.candidate >= HOLDS and not self._go.exists()):
+            time.sleep(0.05)
+        return Finished(job.candidate, job.attempt, self.ready(), Measured([], {}))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """A head without room for workers, and one node with room for one."""
+    ray.shutdown()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    found = LocalCluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0})
+    add_node(found)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def add_node(cluster: LocalCluster) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+
+@pytest.fixture
+def start(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayPool]]:
+    """Starts a pool of stubs; ``workers`` as in the search file."""
+    monkeypatch.setattr(ray_pool, "_LOOK_S", 0.2)
+    pools: list[RayPool] = []
+
+    def start(workers: Any = None) -> RayPool:
+        file = load_search_file(search_file(tmp_path, pool="ray"))
+        file = file.model_copy(update={"cluster": Cluster.model_construct(**{**dict(Cluster()), "workers": workers})})
+        pools.append(RayPool(file, tmp_path, Stub))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def until(pool: RayPool, reached: Callable[[], bool]) -> list[Finished]:
+    """Wait on the pool until something is so; what finished meanwhile. The test's own limit ends a wait in vain."""
+    finished: list[Finished] = []
+    while not reached():
+        finished += pool.wait(0.1)
+    return finished
+
+
+def hold(pool: RayPool, candidate: int) -> None:
+    pool.submit(Job(candidate, 1, RECIPE, []))
+
+
+@pytest.mark.timeout(120)
+def test_a_candidate_that_kills_two_workers_fails_and_one_that_hangs_is_tried_again(
+    start: Callable[..., RayPool],
+) -> None:
+    notes = Notes()
+    dispatcher = Dispatcher(start(), Control(list), 2, lambda: None, Deadlines(most_s=2.0))
+    assert dispatcher.run(feed_of([Pending(n, 1, RECIPE, str(n), []) for n in range(8)]), notes)
+    assert sorted(notes.done) == [(n, 2 if n == HANGS else 1) for n in range(8) if n != CRASHES]
+    assert notes.final == [CRASHES]
+    assert sorted(notes.reasons) == ["timeout", "worker_died", "worker_died"]
+
+
+@pytest.mark.timeout(180)
+def test_workers_follow_the_nodes(start: Callable[..., RayPool], cluster: LocalCluster, tmp_path: Path) -> None:
+    pool = start()
+    hold(pool, HOLDS)
+    until(pool, lambda: pool.state().busy == 1)
+    second = add_node(cluster)
+    hold(pool, HOLDS + 1)
+    until(pool, lambda: pool.state().busy == 2)
+    assert pool.state().workers == 2
+
+    cluster.remove_node(second)
+    lost: list[Finished] = []
+    while not lost:
+        lost = pool.wait(0.1)
+    assert [(f.candidate, f.result.reason) for f in lost if isinstance(f.result, Failed)] == [
+        (HOLDS + 1, "worker_died")
+    ]
+    until(pool, lambda: (pool.state().workers, pool.state().starting) == (1, 0))
+
+    third = add_node(cluster)
+    until(pool, lambda: (pool.state().workers, pool.state().starting) == (2, 0))
+    drain(third)
+    until(pool, lambda: third.node_id not in nodes.usable_nodes() and pool.state().workers == 1)
+    (tmp_path / "go").touch()
+    for candidate in range(HOLDS + 2, HOLDS + 5):
+        hold(pool, candidate)
+    done: list[Finished] = []
+    while len(done) < 4:
+        done += pool.wait(0.1)
+    assert {f.worker for f in done} == {done[0].worker} != {third.node_id}
+    cluster.remove_node(third)
+
+
+def drain(node: Any) -> None:
+    """Announce that a node goes away in an hour, as a provider of spot machines does."""
+    from ray.core.generated import autoscaler_pb2
+
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = client.drain_node(node.node_id, reason, "", (time.time_ns() // 10**6) + 3_600_000)
+    assert accepted, why
+
+
+@pytest.mark.timeout(120)
+def test_when_every_node_is_gone_jobs_wait_for_one(
+    start: Callable[..., RayPool], cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = start()
+    until(pool, lambda: pool.state().starting == 0)
+    monkeypatch.setattr(ray_pool, "usable_nodes", dict)
+    until(pool, lambda: pool.state().workers == 0)
+    hold(pool, 1)
+    assert pool.wait(0.0) == []
+    monkeypatch.setattr(ray_pool, "usable_nodes", nodes.usable_nodes)
+    done: list[Finished] = []
+    while not done:
+        done = pool.wait(0.1)
+    assert isinstance(done[0].result, Measured)
+
+
+class Limits(BaseModel):
+    """``cluster.workers`` of a cluster that grows and shrinks."""
+
+    min: int
+    max: int
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.timeout(120)
+def test_the_autoscaler_is_told_how_many_are_wanted_until_the_end(
+    start: Callable[..., RayPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    pool = start(Limits(min=1, max=3))
+    assert pool.state().workers == 1
+    pool.close()
+    assert asked == [[{"CPU": 1.0}] * 3, []]
+    with pytest.raises(InputError, match="2 x 1 CPU = 2 of 1"):
+        start(Limits(min=2, max=3))
+
+
+def test_no_worker_is_spread_over_two_nodes() -> None:
+    asked = Cluster(cpus_per_worker=2)
+    assert workers_that_fit(asked, {"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 1.0}) == 2
+    with pytest.raises(InputError, match="each on one node"):
+        workers_that_fit(Cluster(cpus_per_worker=2, workers=3), {"CPU": 3.0}, {"CPU": 3.0})
+    assert worker_limits(Cluster()) == (1, None)

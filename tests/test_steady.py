@@ -91,7 +91,7 @@ def test_a_race_without_a_barrier_scores_fewer_items(tmp_path: Path) -> None:
     [
         steady(candidates=25, round_to=1),
         steady(racing=RACE, candidates=25, round_to=1),
-        steady(racing=Racing(rungs=(20,)), screen=True, least=0.45, candidates=40, round_to=2),
+        steady(racing=Racing(rungs=(20,)), screen=True, least=0.45, candidates=26, round_to=2),
         steady(candidates=25, optimizer=OptunaSettings(name="tpe", population=6)),
     ],
     ids=["plain", "race", "race, screen and constraint", "tpe"],

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from evomerge.checkpoints.checks import check_finite
 from evomerge.errors import InputError
+from evomerge.observers import Observers
 from evomerge.report.plan import plan
 from evomerge.report.screen import Screen, make_console, panel
 from evomerge.report.status import status_of
@@ -81,8 +82,8 @@ def confirm(folder: Path) -> int:
     console = make_console()
     with open_store(folder) as store, acquire(store):
         prepared = _reopened(folder, store, ())
-        with closing(make_pool(prepared, folder)) as pool, _session(store, pool, console) as (control, screen):
-            done = _confirm(folder, prepared, store, pool, control, screen)
+        with closing(make_pool(prepared, folder)) as pool, _session(folder, prepared, store, pool, console) as session:
+            done = _confirm(folder, prepared, store, pool, *session)
         console.print(panel(status_of(store)))
     return 0 if done else INTERRUPTED
 
@@ -91,11 +92,10 @@ def _drive(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: 
     """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
     code = INTERRUPTED
     try:
-        with _session(store, pool, console) as (control, screen):
-            idle = _idle(store, control, screen)
+        with _session(folder, prepared, store, pool, console) as (control, idle):
             driver = Driver(prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle)
             ending = driver.run()
-            if ending == "finished" and _confirm(folder, prepared, store, pool, control, screen):
+            if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle):
                 code = 0
         console.print(panel(status_of(store)))
     except InputError as error:
@@ -124,23 +124,27 @@ def _reopened(folder: Path, store: Store, overrides: Sequence[str]) -> Prepared:
     return prepared
 
 
-def _confirm(folder: Path, prepared: Prepared, store: Store, pool: Pool, control: Control, screen: Screen) -> bool:
-    idle = _idle(store, control, screen)
+def _confirm(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, control: Control, idle: Callable[[], None]
+) -> bool:
     confirmation = Confirmation(prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle)
     return confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
 
 
 @contextmanager
-def _session(store: Store, pool: Pool, console: Console) -> Iterator[tuple[Control, Screen]]:
-    """Hear signals and commands, and show the screen, while open."""
+def _session(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console
+) -> Iterator[tuple[Control, Callable[[], None]]]:
+    """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
     control = Control(store.take_commands)
     screen = Screen(console, lambda: status_of(store), pool.state)
-    with screen, control.signals(screen.say):
-        yield control, screen
+    observers = Observers(store, folder, prepared.file.observers)
+    with closing(observers), screen, control.signals(screen.say):
+        yield control, _idle(store, pool, control, screen, observers)
 
 
-def _idle(store: Store, control: Control, screen: Screen) -> Callable[[], None]:
-    """What to do while waiting: show a pause to those who read the store, and draw the screen."""
+def _idle(store: Store, pool: Pool, control: Control, screen: Screen, observers: Observers) -> Callable[[], None]:
+    """What to do while waiting: show a pause to those who read the store, draw the screen, tell observers."""
     paused_from = ""
 
     def idle() -> None:
@@ -152,12 +156,15 @@ def _idle(store: Store, control: Control, screen: Screen) -> Callable[[], None]:
             store.set_state(paused_from)
             paused_from = ""
         screen.draw()
+        observers.poll(pool.state)
 
     return idle
 
 
 def _prepared(file: SearchFile) -> Prepared:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for observer in file.observers:
+        observer.check()
     prepared = prepare(file)
     if file.pool == "in_process":
         choose_device(file.device)

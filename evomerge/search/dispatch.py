@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
+from evomerge.search.deadlines import Deadlines
 from evomerge.search.jobs import WORKER_FAULTS, Failed, Finished, Job, Measured, Task
 from evomerge.search.pools.base import Pool
 
 _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
+_CHECK_S = 1.0  # how often it is looked who has run too long; bounds are a minute and more
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,23 @@ class Dispatcher:
     Args:
         attempts: how often a candidate is tried when workers are at fault; the candidate's own faults are final.
         idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
+        deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
     """
 
-    def __init__(self, pool: Pool, control: Control, attempts: int, idle: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        control: Control,
+        attempts: int,
+        idle: Callable[[], None],
+        deadlines: Deadlines | None = None,
+    ) -> None:
         self._pool = pool
         self._control = control
         self._attempts = attempts
         self._idle = idle
+        self._deadlines = deadlines or Deadlines()
+        self._checked_at = float("-inf")
 
     def run(self, feed: Feed, recorder: Recorder) -> bool:
         """Score what the feed gives, until it gives nothing and nothing runs; False when a stop came first.
@@ -95,18 +107,22 @@ class Dispatcher:
             if not running:
                 if exhausted and not waiting:
                     return True
-                time.sleep(_PAUSE_S)  # paused: nothing runs, and nothing may start
-                continue
-            for finished in self._pool.wait(timeout_s=1.0):
+                time.sleep(_PAUSE_S)  # nothing runs: paused, or no worker is left, for now
+            begun = self._pool.running()
+            for finished in self._pool.wait(timeout_s=1.0 if running else 0.0):
                 pending = running.get(finished.candidate)
                 if pending is None or pending.attempt != finished.attempt:
                     recorder.late(finished)
                     continue
                 del running[finished.candidate]
+                started = begun.get((finished.candidate, finished.attempt))
+                if started is not None and isinstance(finished.result, Measured):
+                    self._deadlines.learn(pending.tasks, self._pool.now() - started)
                 again = self._end(pending, finished, recorder)
                 if again is not None:
                     # In front, so that a later candidate of the same recipe still waits for this one.
                     waiting.appendleft(again)
+            self._end_overdue(running)
 
     def _fill(self, feed: Feed, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> bool:
         """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting.
@@ -134,6 +150,18 @@ class Dispatcher:
             busy.add(pending.recipe_hash)
         waiting.extendleft(reversed(held))
         return exhausted
+
+    def _end_overdue(self, running: Mapping[int, Pending]) -> None:
+        """Have the pool end what has run longer than it may; it comes back as failed."""
+        now = self._pool.now()
+        if now - self._checked_at < _CHECK_S:
+            return
+        self._checked_at = now
+        for (candidate, attempt), started in self._pool.running().items():
+            if (pending := running.get(candidate)) is None or pending.attempt != attempt:
+                continue
+            if self._deadlines.is_over(pending.tasks, now - started):
+                self._pool.cancel(candidate, attempt)
 
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
         """Record how an attempt ended; the next attempt when there is to be one."""

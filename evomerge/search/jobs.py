@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from evaluators.base import Split
 from evomerge.recipe import Recipe
 
-FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died"]
+FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout"]
 
 # Failures that say something of the worker or its machine rather than of the candidate: another attempt may succeed.
-WORKER_FAULTS: frozenset[FailureReason] = frozenset({"out_of_memory", "worker_died"})
+WORKER_FAULTS: frozenset[FailureReason] = frozenset({"out_of_memory", "worker_died", "timeout"})
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pydantic import (
 from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
+from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import DType
 from evomerge.search.folder import check_store_url
@@ -194,6 +195,7 @@ class SearchFile(Section):
     allow_task_code: bool = False
     search_on_test_items: bool = False
     store: str | None = None
+    observers: ObserverList = ()
 
     @field_validator("space", mode="before")
     @classmethod

@@ -33,7 +33,7 @@ from evomerge.store import CandidateRow, Store
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
 # candidates before and after two different searches.
-RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts", "store")
+RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts", "store", "observers")
 FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
 
 _LIBRARIES = (

@@ -84,6 +84,15 @@ class CountingPool:
     def close(self) -> None:
         self._waiting.clear()
 
+    def running(self) -> Mapping[tuple[int, int], float]:
+        return {}
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def cancel(self, candidate: int, attempt: int) -> None:
+        """A job that runs in this process cannot be ended."""
+
 
 @dataclass(frozen=True)
 class Point:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from evomerge.search.jobs import Finished, Job, PoolState
@@ -20,6 +21,21 @@ class Pool(Protocol):
 
     def wait(self, timeout_s: float) -> list[Finished]:
         """Wait until something has finished, at most ``timeout_s`` seconds, and return all that has, oldest first."""
+        ...
+
+    def running(self) -> Mapping[tuple[int, int], float]:
+        """When each (candidate, attempt) that a worker is at began, by ``now``; one that is queued has not begun."""
+        ...
+
+    def now(self) -> float:
+        """Seconds of the clock that the jobs run by."""
+        ...
+
+    def cancel(self, candidate: int, attempt: int) -> None:
+        """End an attempt that is running, and its worker where there is no other way; returns at once.
+
+        It comes back from ``wait`` as failed by ``timeout``, or as it ended if it has just done so.
+        """
         ...
 
     def state(self) -> PoolState:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from evomerge.search.jobs import Finished, Job, PoolState
@@ -16,7 +17,10 @@ class JobRunner(Protocol):
 
 
 class InProcessPool:
-    """Runs one job in each ``wait``. For one machine, for tests, and wherever exact repeatability counts."""
+    """Runs one job in each ``wait``. For one machine, for tests, and wherever exact repeatability counts.
+
+    A job that hangs hangs the search: nothing else runs in this process that could end it.
+    """
 
     def __init__(self, make_worker: Callable[[], JobRunner]) -> None:
         self._make_worker = make_worker
@@ -32,6 +36,15 @@ class InProcessPool:
         if self._worker is None:
             self._worker = self._make_worker()
         return [self._worker.run(self._queue.popleft())]
+
+    def running(self) -> Mapping[tuple[int, int], float]:
+        return {}  # outside ``wait``, where a job runs to its end, none does
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def cancel(self, candidate: int, attempt: int) -> None:
+        pass  # none runs that could be ended
 
     def state(self) -> PoolState:
         return PoolState(workers=1, busy=min(1, len(self._queue)), queued=max(0, len(self._queue) - 1))

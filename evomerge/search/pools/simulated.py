@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from evomerge.search.deadlines import LEAST_S
 from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolState
 
 Simulation = Callable[[Job], tuple[float, Measured | Failed]]
@@ -26,7 +28,8 @@ class SimulatedClock:
 class SimulatedPool:
     """``workers`` workers whose jobs end in the order of the simulated clock.
 
-    While a job runs, ``wait`` jumps to the next end however far that is: nothing else happens on this clock.
+    While a job runs, ``wait`` jumps to the next end, but over no more than the shortest deadline: nothing else happens
+    on this clock. A job that takes ``math.inf`` seconds hangs.
     """
 
     def __init__(self, workers: int, simulate: Simulation, clock: SimulatedClock) -> None:
@@ -37,6 +40,7 @@ class SimulatedPool:
         self._free = list(range(workers - 1, -1, -1))
         # (end, order of start, worker, result); the order breaks ties so that equal times keep one order.
         self._running: list[tuple[float, int, int, Finished]] = []
+        self._began: dict[tuple[int, int], float] = {}
         self._started = 0
 
     def submit(self, job: Job) -> None:
@@ -47,14 +51,33 @@ class SimulatedPool:
         if not self._running:
             self._clock.now += timeout_s
             return []
+        if self._running[0][0] > self._clock.now + LEAST_S:
+            self._clock.now += LEAST_S
+            return []
         finished: list[Finished] = []
-        self._clock.now = self._running[0][0]
+        self._clock.now = max(self._clock.now, self._running[0][0])
         while self._running and self._running[0][0] <= self._clock.now:
             _, _, worker, result = heapq.heappop(self._running)
             self._free.append(worker)
+            del self._began[result.candidate, result.attempt]
             finished.append(result)
         self._start()
         return finished
+
+    def running(self) -> Mapping[tuple[int, int], float]:
+        return dict(self._began)
+
+    def now(self) -> float:
+        return self._clock.now
+
+    def cancel(self, candidate: int, attempt: int) -> None:
+        for i, (_, order, worker, result) in enumerate(self._running):
+            if (result.candidate, result.attempt) == (candidate, attempt):
+                seconds = self._clock.now - self._began[candidate, attempt]
+                ended = replace(result, result=Failed("timeout", f"ended after {seconds:.0f} s"))
+                self._running[i] = (self._clock.now, order, worker, ended)
+                heapq.heapify(self._running)
+                return
 
     def state(self) -> PoolState:
         return PoolState(workers=self._workers, busy=len(self._running), queued=len(self._queue))
@@ -62,11 +85,13 @@ class SimulatedPool:
     def close(self) -> None:
         self._queue.clear()
         self._running.clear()
+        self._began.clear()
 
     def _start(self) -> None:
         while self._free and self._queue:
             job, worker = self._queue.popleft(), self._free.pop()
             seconds, result = self._simulate(job)
             ended = Finished(job.candidate, job.attempt, f"simulated-{worker}", result)
+            self._began[job.candidate, job.attempt] = self._clock.now
             heapq.heappush(self._running, (self._clock.now + seconds, self._started, worker, ended))
             self._started += 1

@@ -1,0 +1,32 @@
+"""The command that tells observers of a search from a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from evomerge.observers import ObserverList, follow
+from evomerge.search.folder import open_store
+from evomerge.search.search_file import explain
+from evomerge.yaml import load_yaml
+
+
+class _Given(BaseModel):
+    observers: ObserverList
+
+
+def observe(folder: Path, observers: Sequence[str]) -> None:
+    """Tell observers, each given as in a search file, what happened in a search, until nobody drives it."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        given = _Given.model_validate({"observers": [load_yaml(text, "OBSERVER") for text in observers]})
+    except ValidationError as error:
+        raise explain(error, "evomerge observe", _Given) from None
+    for each in given.observers:
+        each.check()
+    with open_store(folder) as store, contextlib.suppress(KeyboardInterrupt):
+        follow(store, folder, given.observers)

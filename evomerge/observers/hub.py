@@ -1,0 +1,202 @@
+"""Reads what is new in a store and tells the observers, beside the driver or in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.observers.base import News, Observer, ObserverSettings, Workers, ends
+from evomerge.store.lease import current_holder
+from evomerge.store.reading import ReadStore
+from evomerge.store.rows import CandidateRow, EventRow, SearchRow
+from evomerge.store.store import Store
+
+EVERY_S = 1.0
+"""How often observers are told at most."""
+
+_PATIENCE_S = 30.0
+"""How long the end of a search waits for its observers, such as one that cannot reach its server."""
+
+_log = logging.getLogger(__name__)
+
+
+class Observers:
+    """The observers of one search, each in a thread: none ends the search, holds it up, or holds up another.
+
+    Args:
+        store: is only read.
+        folder: of the search, where observers keep what is theirs.
+        settings: the search file's.
+    """
+
+    def __init__(self, store: ReadStore, folder: Path, settings: Sequence[ObserverSettings]) -> None:
+        self._listeners = [Listener(store, folder, each) for each in settings]
+        self._told_at = -math.inf
+
+    def poll(self, workers: Callable[[], Workers]) -> None:
+        """Tell the observers if it is time; the caller, a driver, never waits for them."""
+        moment = time.monotonic()
+        if not self._listeners or moment - self._told_at < EVERY_S:
+            return
+        self._told_at = moment
+        found = workers()
+        for listener in self._listeners:
+            if not listener.is_busy():
+                listener.start(partial(listener.look, found))
+
+    def look(self) -> None:
+        """Tell every observer what is new, in this thread."""
+        for listener in self._listeners:
+            listener.look()
+
+    def close(self) -> None:
+        """Tell the observers all that is left, and let go of them; waits for half a minute at most."""
+        end = time.monotonic() + _PATIENCE_S
+        for listener in self._listeners:
+            listener.finish()
+        if left := [each.kind for each in self._listeners if each.is_busy(max(0.0, end - time.monotonic()))]:
+            _log.warning("observers have not ended and are left behind: %s", ", ".join(left))
+
+
+class Listener:
+    """One observer: starts it, tells it what is new, and drops it when it fails, which is logged once."""
+
+    def __init__(self, store: ReadStore, folder: Path, settings: ObserverSettings) -> None:
+        self.kind = settings.kind
+        self.observer: Observer | None = None
+        self._store = store
+        self._start_it = partial(settings.build, folder)
+        self._is_dropped = False
+        self._is_away = False
+        self._news: News | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, target: Callable[[], None]) -> None:
+        """Run something in a thread of this observer's."""
+        self._thread = threading.Thread(target=target, name=f"observer {self.kind}", daemon=True)
+        self._thread.start()
+
+    def is_busy(self, wait_s: float = 0.0) -> bool:
+        """Whether what was started has not ended, after waiting for it."""
+        if self._thread is None:
+            return False
+        self._thread.join(wait_s)
+        return self._thread.is_alive()
+
+    def look(self, workers: Workers | None = None) -> None:
+        """Read what is new and tell it; starts the observer at the first time, because that may ask a server."""
+        if self._is_dropped:
+            return
+        try:
+            if self.observer is None:
+                search = self._store.search()
+                self.observer = self._guarded("could not be started", partial(self._start_it, search))
+            news = self._read(workers) if self.observer is not None else None
+        except Exception as error:  # the store is the driver's business: here, the next look may find it again
+            if not self._is_away:
+                _log.warning("observer %s cannot read the store: %s", self.kind, error)
+            self._is_away = True
+            return
+        self._is_away = False
+        if self.observer is not None and news is not None:
+            told = self._guarded("failed", partial(_told, self.observer, news))
+            if not told:
+                self._end()
+
+    def finish(self) -> None:
+        """Look for the last time and let go of the observer, in its thread, after the look that goes on there."""
+        before = self._thread
+
+        def last() -> None:
+            if before is not None:
+                before.join()
+            self.look()
+            self._end()
+
+        self.start(last)
+
+    def _end(self) -> None:
+        if self.observer is not None:
+            self._guarded("failed at its end", self.observer.close)
+            self.observer = None
+
+    def _guarded(self, what: str, call: Callable[[], Any]) -> Any:
+        """Whatever a library raises, a search does not end by it."""
+        try:
+            return call()
+        except Exception as error:
+            _log.warning("observer %s %s and is dropped: %s: %s", self.kind, what, type(error).__name__, error)
+            self._is_dropped = True
+            return None
+
+    # Reading
+
+    def _read(self, workers: Workers | None) -> News:
+        events = self._store.events(since=self.observer.seq if self.observer is not None else 0)
+        if self._news is not None and not events:
+            self._news = replace(self._news, events=[], candidates={}, workers=workers)
+            return self._news
+        search = self._store.search()
+        objectives = search.fingerprints["objectives"]
+        best = {o["name"]: self._store.best(o["name"], maximise=o["maximise"]) for o in objectives}
+        named = self._store.events(kinds=("shortlist", "winner"), newest=1)
+        self._news = News(
+            search=search,
+            events=events,
+            candidates=self._rows({e.candidate for e in events if e.candidate is not None and ends(e)}),
+            counts=self._store.counts(),
+            front=self._store.front(),
+            best={name: rows[0] for name, rows in best.items() if rows},
+            held_out=self._held_out(search, events),
+            winner=next((event.payload["candidate"] for event in named if event.kind == "winner"), None),
+            workers=workers,
+        )
+        return self._news
+
+    def _rows(self, numbers: Collection[int]) -> dict[int, CandidateRow]:
+        """These candidates, in one query: what ends now was asked for lately, so few are read that are not wanted."""
+        while numbers:
+            rows = self._store.candidates(newest=sum(self._store.counts().values()) - min(numbers))
+            if rows[0].number <= min(numbers):  # else more have been asked for since they were counted
+                return {row.number: row for row in rows if row.number in numbers}
+        return {}
+
+    def _held_out(self, search: SearchRow, events: Sequence[EventRow]) -> dict[int, Mapping[str, float]]:
+        """The means of all that has held-out scores; only what is new is read."""
+        known = {} if self._news is None else dict(self._news.held_out)
+        scored = events if self._news is not None else self._store.events(kinds=("scores",))
+        for number in {e.candidate for e in scored if e.kind == "scores" and e.candidate is not None}:
+            found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
+            known[number] = {
+                o["name"]: float(found[o["version"]][o["metric"]].astype(np.float64).mean())
+                for o in search.fingerprints["objectives"]
+                if o["version"] in found
+            }
+        return known
+
+
+def _told(observer: Observer, news: News) -> bool:
+    observer.tell(news)
+    observer.seq = news.events[-1].seq if news.events else observer.seq
+    return True
+
+
+def follow(store: Store, folder: Path, settings: Sequence[ObserverSettings]) -> None:
+    """Tell observers of a search from a process of its own, until nobody drives it."""
+    with closing(Observers(store, folder, settings)) as observers:
+        while True:
+            driven = current_holder(store) is not None  # asked first, so that what the driver did last is told
+            observers.look()
+            if not driven:
+                return
+            time.sleep(EVERY_S)

@@ -1,0 +1,84 @@
+"""A structured log of a search: one JSON object a line, for whatever collects logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from evomerge.observers.base import News, Observer, ObserverSettings, locked, named
+from evomerge.store.rows import CandidateRow, EventRow, SearchRow
+
+FILE = Path("logs", "search.jsonl")
+"""In the search's folder, beside the logs of failed attempts."""
+
+
+class LogsSettings(ObserverSettings):
+    """Writes every event as a line of ``logs/search.jsonl``."""
+
+    kind: Literal["logs"]
+
+    def build(self, folder: Path, search: SearchRow) -> Logs:
+        return Logs(folder / FILE)
+
+
+class Logs(Observer):
+    """Appends to a file, after the last whole line that is there: each event has one line, however often it is resumed.
+
+    A line has ``time`` (ISO 8601, UTC), ``search``, ``seq``, ``kind``, ``candidate`` (its id), ``attempt``, and the
+    event's ``payload``. Where it ended a candidate, ``seconds`` are those of each phase, ``objectives`` its values.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = locked(path, "logs")
+        self.seq = _last_seq(self._file)
+
+    def tell(self, news: News) -> None:
+        lines = [_line(news.search.name, event, news.ended_by(event)) for event in news.events]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(search: str, event: EventRow, ended: CandidateRow | None) -> str:
+    content: dict[str, Any] = {
+        "time": datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds"),
+        "search": search,
+        "seq": event.seq,
+        "kind": event.kind,
+    }
+    if event.candidate is not None:
+        content["candidate"] = named(event.candidate)
+    if event.attempt is not None:
+        content["attempt"] = event.attempt
+    if event.payload:
+        content["payload"] = event.payload
+    if ended is not None:
+        content |= {"seconds": ended.timings, "objectives": ended.objectives}
+    return json.dumps(_plain(content), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The same without what JSON has no word for: numbers that are none become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _last_seq(file: IO[bytes]) -> int:
+    """The event of the last line, 0 without one; half a line, which a kill left, is cut off."""
+    if file.seek(0, 2) == 0:
+        return 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        last = text[text.rfind(b"\n", 0, max(end - 1, 0)) + 1 : end]
+    file.truncate(end)
+    return int(json.loads(last)["seq"]) if last else 0

@@ -1,0 +1,68 @@
+"""Weights & Biases: one run a search."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from evomerge.errors import InputError
+from evomerge.observers.base import FOLDER_NAME, Kept, News, ObserverSettings, named, package
+from evomerge.observers.tracker import Row, Tracker
+from evomerge.store.rows import CandidateRow, SearchRow
+
+
+class WandbSettings(ObserverSettings):
+    """Logs to a project of Weights & Biases. The key is wandb's own business: ``wandb login``, or WANDB_API_KEY.
+
+    ``mode: offline`` writes to ``observers/wandb/`` in the search's folder alone, for ``wandb sync``.
+    """
+
+    kind: Literal["wandb"]
+    project: str = "evomerge"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+    def check(self) -> None:
+        wandb = package("wandb", "wandb")
+        if self.mode == "online" and not wandb.login(prompt=False, verify=False):
+            mend = "Run `wandb login`, set WANDB_API_KEY, or say mode: offline."
+            raise InputError("observers: wandb", "has no key", mend)
+
+    def build(self, folder: Path, search: SearchRow) -> Wandb:
+        return Wandb(Kept(folder, "wandb"), folder / FOLDER_NAME, search, self)
+
+
+class Wandb(Tracker):
+    """A history row a candidate; a resumed search goes on with the run of the same id."""
+
+    def __init__(self, kept: Kept, folder: Path, search: SearchRow, settings: WandbSettings) -> None:
+        super().__init__(kept)
+        if "run" not in kept.content:
+            kept.save(run=uuid.uuid4().hex[:16])  # before the run is made, so that there is never a second
+        self._wandb: Any = package("wandb", "wandb")
+        self._run = self._wandb.init(
+            project=settings.project, entity=settings.entity, mode=settings.mode, name=search.name,
+            id=kept.content["run"], resume="allow", reinit="create_new", dir=str(folder), config=search.settings,
+            # Neither the screen nor the code of whoever runs a search is wandb's.
+            settings=self._wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+        )  # fmt: skip
+
+    def candidate(self, step: int, row: CandidateRow, values: Mapping[str, float], genome: Mapping[str, float]) -> None:
+        told = {"candidate": named(row.number), "status": row.status, **values}
+        self._run.log(told | {f"genome/{name}": value for name, value in genome.items()}, step=step)
+
+    def front(self, step: int, rows: Sequence[Row], news: News) -> None:
+        columns = list(rows[0]) if rows else []
+        table = self._wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+        self._run.log({"front": table}, step=step)
+        if news.winner is not None:
+            self._run.summary["winner"] = named(news.winner)
+
+    def flush(self) -> None:
+        """Nothing: a process of wandb's own sends what it was given."""
+
+    def close(self) -> None:
+        self._run.finish()
+        super().close()
