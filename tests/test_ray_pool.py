@@ -16,7 +16,6 @@ import pytest
 import ray
 from helpers_miniature import evomerge, json_of, search_file
 from helpers_search import FakeSpace
-from pydantic import BaseModel
 from ray.cluster_utils import Cluster as LocalCluster
 from test_deadlines import Notes
 
@@ -30,7 +29,7 @@ from evomerge.search.pools import nodes
 from evomerge.search.pools import ray as ray_pool
 from evomerge.search.pools.nodes import worker_limits, workers_that_fit
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.search_file import Cluster, load_search_file
+from evomerge.search.search_file import Cluster, Workers, load_search_file
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,7 @@ def start(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def start(workers: Any = None) -> RayPool:
         file = load_search_file(search_file(tmp_path, pool="ray"))
-        file = file.model_copy(update={"cluster": Cluster.model_construct(**{**dict(Cluster()), "workers": workers})})
+        file = file.model_copy(update={"cluster": Cluster(workers=workers)})
         pools.append(RayPool(file, tmp_path, Stub))
         return pools[-1]
 
@@ -275,26 +274,18 @@ def test_when_every_node_is_gone_jobs_wait_for_one(
     assert isinstance(done[0].result, Measured)
 
 
-class Limits(BaseModel):
-    """``cluster.workers`` of a cluster that grows and shrinks."""
-
-    min: int
-    max: int
-
-
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.timeout(120)
 def test_the_autoscaler_is_told_how_many_are_wanted_until_the_end(
     start: Callable[..., RayPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[dict[str, float]]] = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
-    pool = start(Limits(min=1, max=3))
+    pool = start(Workers(min=1, max=3))
     assert pool.state().workers == 1
     pool.close()
     assert asked == [[{"CPU": 1.0}] * 3, []]
     with pytest.raises(InputError, match="2 x 1 CPU = 2 of 1"):
-        start(Limits(min=2, max=3))
+        start(Workers(min=2, max=3))
 
 
 def test_no_worker_is_spread_over_two_nodes() -> None:

@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
@@ -145,18 +146,32 @@ class Confirm(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
 
+class Workers(Section):
+    """How many workers there may be, where nodes come and go. The search begins when ``min`` fit."""
+
+    min: NonNegativeInt = 1
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, {self.max}")
+        return self
+
+
 class Cluster(Section):
     """The workers.
 
     ``address`` joins a running Ray cluster; left out, one is started on this machine and shut down at the end.
-    ``workers`` left out means as many as the cluster has room for. ``cpus_per_worker`` is also the number of threads
-    that a worker computes with, in either pool. ``residency`` says where a worker on a GPU keeps the sources: in the
-    device's memory, in pinned host memory, or in mapped files; ``auto`` takes the first of these that has room.
-    ``insecure`` joins a cluster that asks for no token.
+    ``workers`` left out means as many as the cluster has room for; a number, so many; ``{min, max}``, as many as fit
+    while nodes come and go. ``cpus_per_worker`` is also the number of threads that a worker computes with, in either
+    pool. ``residency`` says where a worker on a GPU keeps the sources: in the device's memory, in pinned host memory,
+    or in mapped files; ``auto`` takes the first of these that has room. ``insecure`` joins a cluster that asks for no
+    token.
     """
 
     address: str | None = None
-    workers: PositiveInt | None = None
+    workers: PositiveInt | Workers | None = None
     gpus_per_worker: float | None = Field(default=None, ge=0)
     cpus_per_worker: PositiveInt = 1
     insecure: bool = False

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 
 from evomerge.errors import InputError
-from evomerge.search.search_file import Cluster
+from evomerge.search.search_file import Cluster, Workers
 
 Resources = Mapping[str, float]
 """Amounts by kind, as Ray names them: CPU, GPU."""
@@ -33,14 +32,11 @@ def room(needs: Resources, *nodes: Resources) -> int:
 
 
 def worker_limits(cluster: Cluster) -> tuple[int, int | None]:
-    """The least and the most workers that are wanted; None is as many as fit.
-
-    ``cluster.workers`` is a number or has ``min`` and ``max``.
-    """
-    wanted: Any = cluster.workers
-    if wanted is None or isinstance(wanted, int):
-        return wanted or 1, wanted
-    return wanted.min, wanted.max
+    """The least and the most workers that are wanted; None is as many as fit."""
+    wanted = cluster.workers
+    if isinstance(wanted, Workers):
+        return wanted.min, wanted.max
+    return wanted or 1, wanted
 
 
 def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
