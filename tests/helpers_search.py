@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -150,3 +151,27 @@ def table(folder: Path) -> list[tuple[object, ...]]:
 
 def numbers(rows: Sequence[tuple[object, ...]], status: str) -> list[object]:
     return [row[0] for row in rows if row[6] == status]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the driver may do anything about it."""
+
+
+def dying(after_commits: int) -> mock._patch[object]:
+    """Let the driver's n-th next write commit, and then die."""
+    left = [after_commits]
+    names = ("record_ask", "record_dispatch", "record_rung", "record_result", "record_cached", "record_tell")
+
+    def wrap(name: str) -> object:
+        original = getattr(Store, name)
+
+        def method(self: Store, *args: object, **kwargs: object) -> object:
+            found = original(self, *args, **kwargs)
+            left[0] -= 1
+            if left[0] <= 0:
+                raise Killed
+            return found
+
+        return method
+
+    return mock.patch.multiple(Store, **{name: wrap(name) for name in names})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, drive, make_setup, numbers, scores_of, simulate, table, weights_of
+from helpers_search import FakeSpace, Killed, drive, dying, make_setup, numbers, scores_of, simulate, table, weights_of
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
@@ -182,30 +181,6 @@ def test_killed_at_every_write_and_resumed_it_is_the_same_search(tmp_path: Path,
             deaths += 1
     assert deaths > 20
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the driver may do anything about it."""
-
-
-def dying(after_commits: int) -> mock._patch[object]:
-    """Let the driver's n-th next write commit, and then die."""
-    left = [after_commits]
-    names = ("record_ask", "record_dispatch", "record_result", "record_cached", "record_tell")
-
-    def wrap(name: str) -> object:
-        original = getattr(Store, name)
-
-        def method(self: Store, *args: object, **kwargs: object) -> object:
-            found = original(self, *args, **kwargs)
-            left[0] -= 1
-            if left[0] <= 0:
-                raise Killed
-            return found
-
-        return method
-
-    return mock.patch.multiple(Store, **{name: wrap(name) for name in names})
 
 
 def test_a_changed_library_is_noticed_on_resume(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, drive, make_setup, table, weights_of
+from helpers_search import FakeSpace, Killed, drive, dying, make_setup, table, weights_of
 
 from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
@@ -293,27 +293,3 @@ def test_a_candidate_that_fails_in_the_midst_of_a_race_leaves_it(tmp_path: Path)
         assert len(failed) > 3
         assert all(row.losses == [np.inf] and row.attempts > 1 for row in failed)
         assert sum(store.counts().values()) == 60
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the driver may do anything about it."""
-
-
-def dying(after_commits: int) -> mock._patch[object]:
-    """Let the driver's n-th next write commit, and then die."""
-    left = [after_commits]
-    names = ("record_ask", "record_dispatch", "record_rung", "record_result", "record_cached", "record_tell")
-
-    def wrap(name: str) -> object:
-        original = getattr(Store, name)
-
-        def method(self: Store, *args: object, **kwargs: object) -> object:
-            found = original(self, *args, **kwargs)
-            left[0] -= 1
-            if left[0] <= 0:
-                raise Killed
-            return found
-
-        return method
-
-    return mock.patch.multiple(Store, **{name: wrap(name) for name in names})

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_search import drive, table
-from test_generation import COUNT, RACE, Killed, dying, items_scored, setup_of, simulate
+from helpers_search import Killed, drive, dying, table
+from test_generation import COUNT, RACE, items_scored, setup_of, simulate
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
