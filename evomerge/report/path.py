@@ -14,15 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.recipe import Blend, Recipe
-from evomerge.report.svg import bound, label, legible, shape, shortened
+from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
 
 _PLOT, _LEFT, _RIGHT = 880.0, 40.0, 16.0  # the plot's usual width and its margins, in the picture's units
 _BANDS = 420.0  # the usual height of all bands together
 _TOP, _NAME, _GAP, _ROW = 58.0, 20.0, 12.0, 20.0  # title and hops; a source's name; below a band; a line of the legend
-_COLOURS = (  # on a light and on a dark ground, each at 4.5:1 or more
-    ("#0969da", "#58a6ff"), ("#bc4c00", "#f0883e"), ("#1a7f37", "#3fb950"),
-    ("#8250df", "#bc8cff"), ("#bf3989", "#f778ba"), ("#0f766e", "#2dd4bf"),
-)  # fmt: skip
 _KIND = "evomerge-path"
 _GLUE = "\N{NO-BREAK SPACE}"  # textwrap does not break lines at it
 
@@ -253,7 +249,7 @@ class _Picture:
         return self._radius * (0.25 + (abs(scale) - self._low) / (self._high - self._low))
 
     def _colour(self, name: str) -> str:
-        return f"s{list(self._sources).index(name) % len(_COLOURS)}"
+        return f"s{list(self._sources).index(name) % len(COLOURS)}"
 
     def draw(self, title: str) -> str:
         mixed = any(len(step.shares) > 1 for step in self._path)
@@ -370,8 +366,6 @@ def _hop_words(step: _Step) -> str:
 
 def _style() -> str:
     """Colours for light and dark; every rule is bound to this kind of picture, for it may stand within a page."""
-    light = {"ground": "#ffffff", "ink": "#1f2328", "quiet": "#59636e", "guide": "#d1d9e0"}
-    dark = {"ground": "#0d1117", "ink": "#e6edf3", "quiet": "#9198a1", "guide": "#30363d"}
     rules = [
         "text{font-family:system-ui,sans-serif;font-size:11px}",
         ".title{font-size:15px;font-weight:600}",
@@ -383,7 +377,7 @@ def _style() -> str:
         ".reach{fill:transparent}.hop:hover .reach{fill:currentColor;fill-opacity:.12}",
     ]
     common = "".join(bound(rule, _KIND) for rule in rules)
-    return common + _scheme(light, 0) + "@media(prefers-color-scheme:dark){" + _scheme(dark, 1) + "}"
+    return common + _scheme(LIGHT, 0) + "@media(prefers-color-scheme:dark){" + _scheme(DARK, 1) + "}"
 
 
 def _scheme(tones: Mapping[str, str], column: int) -> str:
@@ -392,7 +386,7 @@ def _scheme(tones: Mapping[str, str], column: int) -> str:
         f".plain,.reach{{color:{tones['ink']}}}.quiet,.tick{{fill:{tones['quiet']}}}.jump{{color:{tones['quiet']}}}"
         f".guide{{stroke:{tones['guide']}}}.join{{stroke:{tones['ink']}}}"
     )
-    sources = "".join(f".s{n}{{color:{pair[column]}}}" for n, pair in enumerate(_COLOURS))
+    sources = "".join(f".s{n}{{color:{pair[column]}}}" for n, pair in enumerate(COLOURS))
     return bound(text + sources, _KIND)
 
 
