@@ -187,7 +187,7 @@ class Driver:
         self._record_item_response()
 
     def _record_screen(self) -> None:
-        """Write down what is known of the screen, if that is new."""
+        """Write down what is known of the screen."""
         if (screening := self._scoring.screening) is not None:
             found = {"pairs": screening.pairs, "tau": screening.tau, "on": screening.is_on}
             self._store.record_event("screen", found)

@@ -32,6 +32,11 @@ class Predictions:
         self._models: dict[str, ItemModel] = {}
         self.errors: dict[str, HeldOutError] = {}
 
+    @property
+    def learns(self) -> bool:
+        """Whether models scored on every item teach it anything: with ``estimate: item_response`` alone."""
+        return self._setup.racing is not None and self._setup.racing.estimate == "item_response"
+
     def of(self, measure: MeasureInfo) -> Prediction | None:
         """What predicts a measure's scores; None before the landmarks are known."""
         if self._reference is None:
@@ -52,7 +57,7 @@ class Predictions:
 
     def take(self, scored: Sequence[Sheet], orders: Sequence[ItemOrder]) -> None:
         """Take models that were scored on every item; fits again when there are enough new ones."""
-        if self._setup.racing is None or self._setup.racing.estimate != "item_response":
+        if not self.learns:
             return
         self._scored.extend(scored)
         if len(self._scored) >= max(3, GROWTH * self._fitted):

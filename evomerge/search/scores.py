@@ -8,7 +8,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.base import Split
 from evomerge.search.items import ItemOrder
 from evomerge.search.jobs import Measured, Task
 from evomerge.search.racing import difference_estimate, stratified_estimate
@@ -129,10 +128,10 @@ def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Pred
     return difference_estimate(scores, known, predict(known, scores), sample)
 
 
-def missing_tasks(sheet: Sheet, orders: Sequence[ItemOrder], counts: Counts, split: Split = "search") -> list[Task]:
+def missing_tasks(sheet: Sheet, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:
     """What is still to be scored so that each evaluator's first items, in its order, are all known."""
     tasks = []
     for evaluator, count in sorted(counts.items()):
         if missing := sheet.missing(evaluator, orders[evaluator].positions[:count]):
-            tasks.append(Task(evaluator, split, missing))
+            tasks.append(Task(evaluator, "search", missing))
     return tasks

@@ -109,7 +109,7 @@ class Scoring:
                 self._twins[c.recipe_hash] = c.number
         if landmarks and self._setup.racing is not None:
             self._learn_items([c for c in told if c.status != "failed"])
-        elif self._setup.racing is not None:
+        elif self.predictions.learns:  # the others never look at these scores
             full = [c.number for c in told if c.status == "done" and c.eligible]
             self.predictions.take([self._recorded_sheet(number) for number in full], self._orders)
         self._learn_screen(told)
@@ -153,12 +153,10 @@ class Scoring:
         self._wanted[candidate.number] = counts
         self._learn_from_twin(candidate, counts)
         tasks = missing_tasks(candidate.sheet, self._orders, counts)
+        if not tasks:
+            return None
         number, attempt = candidate.number, candidate.attempts + 1
-        return (
-            Pending(number, attempt, candidate.recipe, candidate.recipe_hash, tasks, candidate.faults)
-            if tasks
-            else None
-        )
+        return Pending(number, attempt, candidate.recipe, candidate.recipe_hash, tasks, candidate.faults)
 
     def _score_all(self, wanted: Sequence[tuple[Candidate, Counts]]) -> bool:
         """Score candidates on these items each; False when a stop came first."""
