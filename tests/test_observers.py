@@ -353,6 +353,21 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
 # ---- trackers --------------------------------------------------------------------------------------------------------
 
 
+def test_writers_of_one_second_do_not_overwrite_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tensorboardX names its files by whole seconds; the second of two would begin by emptying the first one's."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("tensorboardX.event_file_writer.time.time", lambda: 1_700_000_000.0)
+    create(tmp_path / "search")
+    for candidates in (12, 24):
+        search(tmp_path / "search", candidates)
+        observe(tmp_path / "search", "tensorboard")
+    found = EventAccumulator(str(tmp_path / "search" / "tensorboard"), size_guidance={"scalars": 0})
+    found.Reload()
+    steps = [event.step for event in found.Scalars("number")]
+    assert steps == list(range(1, len(ended(tmp_path / "search")) + 1))
+
+
 def test_tensorboard_reads_the_curves(searched: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,10 @@ class TensorBoard(Tracker):
 
     def __init__(self, kept: Kept, folder: Path) -> None:
         super().__init__(kept)
-        self._writer: Any = package("tensorboardX", "tensorboard").SummaryWriter(str(folder))
+        # It names a file by the whole second and would empty the one of an earlier writer in the same; readers take
+        # files in the order of their names.
+        suffix = f".{time.time_ns()}"
+        self._writer: Any = package("tensorboardX", "tensorboard").SummaryWriter(str(folder), filename_suffix=suffix)
 
     def candidate(self, step: int, row: CandidateRow, values: Mapping[str, float], genome: Mapping[str, float]) -> None:
         curves = {**values, **{f"genome/{name}": value for name, value in genome.items()}, "number": row.number}

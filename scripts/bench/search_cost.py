@@ -1,10 +1,10 @@
 """What a good merge costs: items generated until a search's held-out score is as good as plain CMA-ES makes it.
 
 The reference is a search by the settings of the original work (DARE-TIES, a weight and a density a source, CMA-ES at
-its defaults, each candidate scored on every item), with 500 candidates, half of theirs. Every technique searches the
-same space on the same items, and whenever its best candidate changes, that candidate is scored on the held-out split,
-which no search reads. The curves are those held-out scores over the items generated so far. The goal of a technique is
-95% of the gain over the best landmark that the reference has when its budget is spent.
+its defaults, 1,000 candidates, each scored on every item). Every technique searches the same space on the same items,
+and whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The
+curves are those held-out scores over the items generated so far. The goal of a technique is 95% of the gain over the
+best landmark that the reference has when its budget is spent.
 
     python scripts/bench/search_cost.py run FOLDER [--seeds 0 1 2 3 4] [--only NAME ...]   # hours; can be interrupted
     python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost.svg
@@ -54,7 +54,7 @@ RACING = {"rungs": [25, 75]}
 LITTLE = {"candidates": 150}  # by then the curves are level
 CMA, LQ_CMA = {"name": "cma"}, {"name": "lq_cma"}
 CASES: dict[str, dict[str, Any]] = {
-    REFERENCE: {"budget": {"candidates": 500}, "optimizer": CMA},
+    REFERENCE: {"budget": {"candidates": 1000}, "optimizer": CMA},
     "racing": {"budget": LITTLE, "optimizer": CMA, "racing": RACING},
     "screen": {"budget": LITTLE, "optimizer": CMA, "screen": SCREEN},
     "surrogate (lq-CMA-ES)": {"budget": LITTLE, "optimizer": LQ_CMA},
