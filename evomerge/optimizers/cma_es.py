@@ -155,6 +155,7 @@ class Strategy:
         self._normal.reseed(self._seed, self._asks)
         with calm():
             units: list[Vector] = self._es.ask(n)
+        self._was_asked = True
         return units
 
     def tell(self, units: Sequence[Vector], scalars: Vector, foreign: Sequence[Vector], others: Vector) -> bool:
@@ -169,7 +170,10 @@ class Strategy:
         # Distinct ranks: the order that an unstable sort gives to equal losses differs between processors.
         ranks = np.argsort(np.argsort(scalars, kind="stable"), kind="stable")
         with calm():
+            if not self._was_asked:  # without a barrier; pycma begins an iteration when it is asked, and only then
+                self._es.ask(1)
             self._es.tell(points, ranks.astype(np.float64).tolist())
+            self._was_asked = False
             if self._es.N == 1:  # pycma cannot hold a single step within its own limits, and raises
                 (step,), (least,) = self._es.stds, self._least_step
                 self._es.sigma *= min(max(step, least), LARGEST_STEP) / step
@@ -204,6 +208,7 @@ class Strategy:
 
         values = np.maximum(self._box.values, 1)
         self.population = population
+        self._was_asked = False  # since the last tell
         self._least_step = np.where(self._box.values > 1, INTEGER_STEP / values, 0.0)
         options: dict[str, Any] = {
             "popsize": population,

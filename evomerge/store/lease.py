@@ -14,7 +14,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +23,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, Update, func, select, update
 
 from evomerge.errors import InputError
 from evomerge.store import tables
 from evomerge.store.engine import check_intact
 from evomerge.store.outage import ride_out
+from evomerge.store.statements import CHANGE_LEASE
 
 if TYPE_CHECKING:
     from evomerge.store.store import Store
@@ -95,8 +95,8 @@ class Lease:
         """Promise to be back within ``expiry_s``. Raises LeaseLostError when the search has been taken over."""
         store = self._store
         with store.transaction(writes=True) as connection:
-            until = _until(connection, self._expiry_s)
-            check_fence(connection, store.search_id, self.epoch, store.place, until)
+            longer = CHANGE_LEASE.values(**_until(connection, self._expiry_s))
+            check_fence(connection, store.search_id, self.epoch, store.place, longer)
 
     def release(self) -> None:
         """Let another driver in at once, and write no more."""
@@ -193,17 +193,20 @@ def living_holders(connection: Connection) -> list[Holder]:
 
 
 def check_fence(
-    connection: Connection, search_id: int, epoch: int | None, place: str, changes: Mapping[str, Any]
+    connection: Connection, search_id: int, epoch: int | None, place: str, changing: Update, **values: Any
 ) -> None:
     """Change the lease, and refuse the write of a process that is not, or no longer, the driver.
+
+    Args:
+        changing: CHANGE_LEASE, or what is made of it; ``values`` are the columns to change.
 
     Raises:
         LeaseLostError: says who the driver is now.
     """
     if epoch is None:
         raise LeaseLostError(place, "was opened for reading", "Acquire its lease before writing.")
-    ours = (tables.lease.c.search_id == search_id) & (tables.lease.c.epoch == epoch)
-    if connection.execute(update(tables.lease).where(ours).values(**changes)).rowcount != 1:
+    ours = {"of_search_id": search_id, "of_epoch": epoch}
+    if connection.execute(changing, {**values, **ours}).rowcount != 1:
         raise _taken_over(_lease_row(connection, search_id), place)
 
 

@@ -7,18 +7,18 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
-from evomerge.store import tables
+from evomerge.store import statements, tables
 from evomerge.store.lease import check_fence, last_write, lock_search
 from evomerge.store.outage import repeated
 from evomerge.store.reading import ReadStore
-from evomerge.store.rows import STATUSES, Estimate, NewCandidate, Outcome, Scores, Status, Verb
+from evomerge.store.rows import Estimate, NewCandidate, Outcome, Scores, Status, Verb
 from evomerge.store.schema import make_tables
 
 
@@ -91,7 +91,9 @@ class Store(ReadStore):
             lost, self._lost = self._lost, None
             try:
                 with self.transaction(writes=True, was_committed=lambda: self._was_last(number)) as connection:
-                    check_fence(connection, self.search_id, self.epoch, self.place, {"writes": number})
+                    check_fence(
+                        connection, self.search_id, self.epoch, self.place, statements.CHANGE_LEASE, writes=number
+                    )
                     if lost is not None:
                         payload = {"seconds": round(time.monotonic() - lost[0], 3), "why": lost[1]}
                         self.append_event(connection, "reconnected", payload=payload)
@@ -117,7 +119,7 @@ class Store(ReadStore):
     ) -> None:
         row = {"search_id": self.search_id, "time": time.time(), "kind": kind}
         row |= {"candidate": candidate, "attempt": attempt, "payload": payload or {}}
-        connection.execute(insert(tables.event), row)
+        connection.execute(statements.NEW_EVENT, row)
 
     # What the driver writes about candidates
 
@@ -127,9 +129,9 @@ class Store(ReadStore):
         now = time.time()
         with self.writing() as connection:
             rows = [self._asked(step, new, now) for new in candidates]
-            connection.execute(insert(tables.candidate), rows)
+            connection.execute(statements.NEW_CANDIDATE, rows)
             connection.execute(
-                insert(tables.recipe),
+                statements.NEW_RECIPE,
                 [
                     {"search_id": self.search_id, "candidate": new.number, "genome": new.genome, "recipe": new.recipe}
                     for new in candidates
@@ -159,7 +161,7 @@ class Store(ReadStore):
         """A candidate that was asked is answered by the scores of another, of the same recipe."""
         with self.writing() as connection:
             values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
-            if not self._change(connection, number, values, statuses=("asked",)):
+            if not self._change(connection, number, values, ("asked",)):
                 raise ValueError(f"candidate {number} is not waiting")
             self._insert_objectives(connection, number, objectives)
             self.append_event(connection, "cached", number, payload={"same_as": same_as})
@@ -169,8 +171,7 @@ class Store(ReadStore):
         """An attempt begins. Attempts count from 1; a higher one makes every lower one stale."""
         with self.writing() as connection:
             values = {"status": "running", "attempts": attempt, "worker": worker}
-            fresh = tables.candidate.c.attempts < attempt
-            if not self._change(connection, number, values, fresh, statuses=("asked", "running")):
+            if not self._change(connection, number, values, ("asked", "running"), fewer_attempts_than=attempt):
                 raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
             self.append_event(connection, "dispatch", number, attempt, {"worker": worker})
 
@@ -257,16 +258,14 @@ class Store(ReadStore):
 
     def _end_race(self, connection: Connection, outcome: Outcome) -> None:
         values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
-        if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, statuses=("asked",)):
+        if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, ("asked",)):
             raise ValueError(f"candidate {outcome.number} is not waiting")
         self._insert_objectives(connection, outcome.number, outcome.objectives)
         items = max((each["n"] for each in outcome.objectives.values()), default=0)
         self.append_event(connection, outcome.status, outcome.number, payload={"items": items})
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:
-        columns = tables.candidate.c
-        query = select(columns.number).where(columns.search_id == self.search_id, columns.on_front)
-        before = set(connection.execute(query).scalars())
+        before = set(connection.execute(statements.ON_FRONT, {"of_search_id": self.search_id}).scalars())
         for changed, on_front in ((before - after, False), (after - before, True)):
             for number in changed:
                 self._change(connection, number, {"on_front": on_front})
@@ -298,7 +297,7 @@ class Store(ReadStore):
             self.append_event(connection, kind, payload=payload)
 
     def _change_search(self, connection: Connection, **values: Any) -> None:
-        connection.execute(update(tables.search).where(tables.search.c.id == self.search_id).values(**values))
+        connection.execute(statements.CHANGE_SEARCH, {"of_search_id": self.search_id, **values})
 
     # Commands: written by anyone, taken by the driver
 
@@ -347,18 +346,24 @@ class Store(ReadStore):
         connection: Connection,
         number: int,
         values: Mapping[str, Any],
-        *conditions: ColumnElement[bool],
-        statuses: Sequence[Status] = STATUSES,
+        statuses: tuple[Status, ...] = (),
+        *,
+        attempt: int | None = None,
+        fewer_attempts_than: int | None = None,
     ) -> bool:
-        """Update a candidate if it is in one of ``statuses`` and the conditions hold; whether it was."""
-        columns = tables.candidate.c
-        where = (columns.search_id == self.search_id, columns.number == number, columns.status.in_(statuses))
-        result = connection.execute(update(tables.candidate).where(*where, *conditions).values(**values))
-        return result.rowcount == 1
+        """Update a candidate, where these are given only in one of ``statuses``, only at an attempt; whether it was."""
+        which = {"of_search_id": self.search_id, "of_number": number}
+        attempts: Literal["any", "this", "fewer"] = "any"
+        if attempt is not None:
+            attempts, which["of_attempt"] = "this", attempt
+        elif fewer_attempts_than is not None:
+            attempts, which["of_attempt"] = "fewer", fewer_attempts_than
+        changing = statements.change_candidate(statuses, attempts)
+        return connection.execute(changing, {**values, **which}).rowcount == 1
 
     def _finish(self, connection: Connection, number: int, attempt: int, what: str, values: Mapping[str, Any]) -> bool:
         """End a running attempt; an answer that comes too late, or twice, leaves a mark and no more."""
-        if self._change(connection, number, values, tables.candidate.c.attempts == attempt, statuses=("running",)):
+        if self._change(connection, number, values, ("running",), attempt=attempt):
             return True
         self.append_event(connection, "stale", number, attempt, {"what": what})
         return False
@@ -376,19 +381,17 @@ class Store(ReadStore):
             for name, estimate in objectives.items()
         ]
         if rows:
-            connection.execute(insert(tables.objective), rows)
+            connection.execute(statements.NEW_OBJECTIVE, rows)
 
     def _insert_scores(self, connection: Connection, number: int, scores: Sequence[Scores]) -> None:
-        columns = tables.score.c
         for one in scores:
-            key = {"candidate": number, "evaluator": one.evaluator, "split": one.split}
-            where = [columns.search_id == self.search_id, *(columns[name] == value for name, value in key.items())]
-            connection.execute(delete(tables.score).where(*where))
+            key = {"search_id": self.search_id, "candidate": number, "evaluator": one.evaluator, "split": one.split}
+            connection.execute(statements.OLD_SCORE, {f"of_{name}": value for name, value in key.items()})
             values = np.stack([np.asarray(array, dtype=np.float32) for array in one.metrics.values()])
             if values.shape[1:] != (len(one.items),):
                 raise ValueError(f"{one.evaluator}: {len(one.items)} items, but scores of shape {values.shape}")
-            row = {"search_id": self.search_id, "items": one.items, "metrics": list(one.metrics), "scores": values}
-            connection.execute(insert(tables.score), key | row)
+            row = {"items": one.items, "metrics": list(one.metrics), "scores": values}
+            connection.execute(statements.NEW_SCORE, key | row)
 
 
 def _null_if_nan(value: float) -> float | None:

@@ -157,6 +157,14 @@ class OptimizerContract:
             assert optimizer.parents == parents  # of what is out now, not of what comes next
             optimizer.tell([(g, self._score(g)) for g in genomes])
 
+    def test_generations_may_come_back_with_no_ask_in_between(self, make: Callable[..., Optimizer]) -> None:
+        """With many workers and no barrier, more than one generation is out, and may be told before the next ask."""
+        optimizer = make(0)
+        out = [genome for _ in range(3 * optimizer.population) for genome in optimizer.ask(1)]
+        for genome in out:
+            optimizer.tell([(genome, sphere(genome, self.objectives, self.space))])
+        assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
+
     def test_to_look_at_the_favourite_changes_nothing(self, make: Callable[..., Optimizer]) -> None:
         looked, plain = make(), make()
         for _ in range(self.generations):

@@ -18,35 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from evomerge.merging.registry import find_method
-from evomerge.optimizers import CmaSettings
 from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.search_file import Budget, Confirm
-from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
 from evomerge.store import Store, acquire
-from search_spaces.base import SpaceContext
-from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
+from evomerge.testing.searches import made_up_setup, made_up_space
 
 ITEMS = 1000
-
-
-def make_space(parameters: int) -> ParameterSpace:
-    """Three sources over a base, weights by layer: 3 x (layers + 3) parameters, as near as that gets."""
-    sources = {"base": "", "one": "", "two": "", "three": ""}
-    context = SpaceContext(
-        sources=sources,
-        base="base",
-        tokenizer="base",
-        layers=max(1, round(parameters / 3) - 3),
-        tied=False,
-        method=lambda name: find_method(name, "method").spec,
-        recipe_seed=0,
-        dtype=None,
-    )
-    return ParameterSpace(ParameterSpaceSettings(method="task_arithmetic", granularity="layer"), context)
 
 
 def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int, list[tuple[int, float]]]:
@@ -54,18 +33,9 @@ def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int
 
     ``place`` is the URL of a database for the store; left out, the store is a file.
     """
-    space = make_space(parameters)
-    setup = Setup(
-        name="bench",
-        seed=0,
-        space=space,
-        optimizer=CmaSettings(name="cma"),
-        objectives=(ObjectiveInfo("score", 0, "acc", True, ITEMS),),
-        evaluators=(EvaluatorInfo("task", "v", ITEMS, ITEMS),),
-        budget=Budget(candidates=candidates),
-        confirm=Confirm(),
-        attempts=1,
-    )
+    # Three sources, weights by layer: 3 x (layers + 3) parameters, as near as that gets.
+    space = made_up_space(max(1, round(parameters / 3) - 3), "layer")
+    setup = made_up_setup(space, candidates, ITEMS)
     rng = np.random.default_rng(0)
 
     simulated = [0]

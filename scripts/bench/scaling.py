@@ -19,17 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.merging.registry import find_method
 from evomerge.optimizers import CmaSettings
 from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.search_file import Budget, Confirm, Mode
-from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.search_file import Mode
 from evomerge.store import Store, acquire
-from search_spaces.base import SpaceContext
-from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
+from evomerge.testing.searches import made_up_setup, made_up_space
 
 ITEMS = 250
 SPREAD = 0.5  # standard deviation of the logarithm of a candidate's seconds
@@ -37,35 +34,12 @@ STRAGGLERS, SLOWER = 0.1, 10.0
 FAILURES = 0.02
 
 
-def make_setup(mode: Mode, workers: int, candidates: int) -> Setup:
-    """Three sources with a weight each; generations as large as there are workers, the best case of that mode."""
-    context = SpaceContext(
-        sources={"base": "", "one": "", "two": "", "three": ""},
-        base="base",
-        tokenizer="base",
-        layers=8,
-        tied=False,
-        method=lambda name: find_method(name, "method").spec,
-        recipe_seed=0,
-        dtype=None,
-    )
-    return Setup(
-        name="bench",
-        seed=0,
-        space=ParameterSpace(ParameterSpaceSettings(method="task_arithmetic", granularity="model"), context),
-        optimizer=CmaSettings(name="cma", population=workers, restarts=50),
-        objectives=(ObjectiveInfo("score", 0, "acc", True, ITEMS),),
-        evaluators=(EvaluatorInfo("task", "v", ITEMS, ITEMS),),
-        budget=Budget(candidates=candidates),
-        confirm=Confirm(),
-        attempts=1,
-        mode=mode,
-    )
-
-
 def run(mode: Mode, workers: int, candidates: int) -> dict[str, Any]:
     """One search: the share of the workers' time that they waited, and milliseconds of the driver a candidate."""
-    setup, random, busy = make_setup(mode, workers, candidates), np.random.default_rng(0), [0.0]
+    # Generations as large as there are workers: the best case of that mode.
+    optimizer = CmaSettings(name="cma", population=workers, restarts=50)
+    setup = made_up_setup(made_up_space(), candidates, ITEMS, mode=mode, optimizer=optimizer)
+    random, busy = np.random.default_rng(0), [0.0]
     clock, jobs = SimulatedClock(), list[tuple[float, float]]()
     curve: list[tuple[int, float]] = []
 

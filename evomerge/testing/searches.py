@@ -1,0 +1,47 @@
+"""A made-up search in a real space: what measures the driver, or breaks it, needs no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomerge.merging.registry import find_method
+from evomerge.optimizers import CmaSettings
+from evomerge.search.search_file import Budget, Confirm
+from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from search_spaces.base import SpaceContext
+from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
+
+
+def made_up_space(layers: int = 8, granularity: str = "model", sources: int = 3) -> ParameterSpace:
+    """Weights of so many sources over a base that nobody has: one each by "model", ``layers`` + 3 each by "layer"."""
+    names = ("base", *(f"source {i}" for i in range(sources)))
+    context = SpaceContext(
+        sources=dict.fromkeys(names, ""),
+        base="base",
+        tokenizer="base",
+        layers=layers,
+        tied=False,
+        method=lambda name: find_method(name, "method").spec,
+        recipe_seed=0,
+        dtype=None,
+    )
+    settings = ParameterSpaceSettings.model_validate({"method": "task_arithmetic", "granularity": granularity})
+    return ParameterSpace(settings, context)
+
+
+def made_up_setup(space: ParameterSpace, candidates: int, items: int, **others: Any) -> Setup:
+    """A search for one made-up score by CMA-ES. ``others`` are fields of ``Setup`` that are to be otherwise."""
+    return Setup(
+        **{
+            "name": "made up",
+            "seed": 0,
+            "space": space,
+            "optimizer": CmaSettings(name="cma"),
+            "objectives": (ObjectiveInfo("score", 0, "acc", True, items),),
+            "evaluators": (EvaluatorInfo("task", "v", items, items),),
+            "budget": Budget(candidates=candidates),
+            "confirm": Confirm(),
+            "attempts": 1,
+            **others,
+        }
+    )
