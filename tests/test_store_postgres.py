@@ -27,7 +27,7 @@ __all__ = ["database", "postgres"]  # fixtures
 FORMAT_1 = (
     "ALTER TABLE candidate DROP COLUMN eligible",
     "ALTER TABLE lease DROP COLUMN writes, DROP COLUMN boot, DROP COLUMN expires_since_boot",
-    "DROP TABLE alembic_version",
+    "DROP TABLE alembic_version, answer, item",
     "UPDATE search SET schema_version = 1",
 )
 

@@ -132,7 +132,9 @@ class Strategy:
         self._diagonal = diagonal
         self._normal = _Normal()
         self._asks = 0
+        self._was_asked = False  # since the last tell
         self._restarts = 0
+        self._es: Any
         self.stopped: str | None = None
         default = box.unit(np.array([p.default for p in parameters], dtype=np.float64))
         x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
@@ -208,7 +210,7 @@ class Strategy:
 
         values = np.maximum(self._box.values, 1)
         self.population = population
-        self._was_asked = False  # since the last tell
+        self._was_asked = False
         self._least_step = np.where(self._box.values > 1, INTEGER_STEP / values, 0.0)
         options: dict[str, Any] = {
             "popsize": population,

@@ -2,13 +2,27 @@
 
 from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
 from evomerge.store.listing import ListedSearch, searches
-from evomerge.store.rows import CandidateRow, Estimate, EventRow, NewCandidate, Outcome, Scores, SearchRow, Step, Verb
+from evomerge.store.rows import (
+    Answers,
+    CandidateRow,
+    Estimate,
+    EventRow,
+    ItemTexts,
+    NewCandidate,
+    Outcome,
+    Scores,
+    SearchRow,
+    Step,
+    Verb,
+)
 from evomerge.store.store import Store
 
 __all__ = [
+    "Answers",
     "CandidateRow",
     "Estimate",
     "EventRow",
+    "ItemTexts",
     "Lease",
     "LeaseLostError",
     "ListedSearch",

@@ -5,6 +5,7 @@ Counts, the front and the best are short queries on indices, so a status page co
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Row, Select, exists, func, inspect, select
+from sqlalchemy import Connection, Engine, Row, ScalarSelect, Select, exists, func, inspect, select
 from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
@@ -262,16 +263,38 @@ class ReadStore:
     @repeated
     def scores(self, number: int, split: str) -> list[Scores]:
         """Per-item scores of a candidate on a split, by evaluator; of a cached candidate, those that answer it."""
-        columns = tables.candidate.c
-        scored = (
-            select(func.coalesce(columns.same_as, columns.number))
-            .where(columns.search_id == self.search_id, columns.number == number)
-            .scalar_subquery()
-        )
-        mine = (tables.score.c.search_id == self.search_id) & (tables.score.c.candidate == scored)
+        mine = (tables.score.c.search_id == self.search_id) & (tables.score.c.candidate == self._scored(number))
         query = select(tables.score).where(mine, tables.score.c.split == split).order_by(tables.score.c.evaluator)
         with self.transaction() as connection:
             return [_scores(row) for row in connection.execute(query)]
+
+    @repeated
+    def answers(self, number: int, split: str) -> dict[str, dict[int, str]]:
+        """What a candidate answered to items of a split, by evaluator and position; nothing where none were kept."""
+        columns = tables.answer.c
+        query = select(columns.evaluator, columns["items"], columns.texts).where(
+            columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split
+        )
+        found: dict[str, dict[int, str]] = {}
+        with self.transaction() as connection:
+            for evaluator, items, texts in connection.execute(query.order_by(columns.evaluator, columns.attempt)):
+                found.setdefault(evaluator, {}).update(zip(items.tolist(), json.loads(texts), strict=True))
+        return found
+
+    @repeated
+    def item_texts(self, evaluator: str, split: str) -> list[tuple[str, str]]:
+        """(question, right answer) of each item of a split, in order; nothing where none were kept."""
+        columns = tables.item.c
+        ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
+        with self.transaction() as connection:
+            texts = connection.execute(select(columns.texts).where(ours)).scalar_one_or_none()
+        return [] if texts is None else [(question, right) for question, right in json.loads(texts)]
+
+    def _scored(self, number: int) -> ScalarSelect[int]:
+        """The candidate that was scored in place of this one: mostly itself, of a cached one another."""
+        columns = tables.candidate.c
+        ours = (columns.search_id == self.search_id) & (columns.number == number)
+        return select(func.coalesce(columns.same_as, columns.number)).where(ours).scalar_subquery()
 
     def _select(self) -> Select[Any]:
         columns, recipes = tables.candidate.c, tables.recipe.c

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -40,6 +40,31 @@ class Scores:
     split: str
     items: NDArray[np.int32]
     metrics: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """What the model of one attempt answered to items of one split, for people to read.
+
+    Args:
+        evaluator: the evaluator's version.
+        items: positions in the split.
+        texts: the answer to each.
+    """
+
+    evaluator: str
+    split: str
+    items: Sequence[int]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemTexts:
+    """What the items of a split ask, in order: (question, right answer), the latter empty where there is none."""
+
+    evaluator: str
+    split: str
+    texts: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,9 +18,17 @@ NEW_RECIPE = insert(tables.recipe)
 NEW_EVENT = insert(tables.event)
 NEW_OBJECTIVE = insert(tables.objective)
 NEW_SCORE = insert(tables.score)
+NEW_ANSWER = insert(tables.answer)
 
 OLD_SCORE = delete(tables.score).where(
     *(tables.score.c[name] == bindparam(f"of_{name}") for name in ("search_id", "candidate", "evaluator", "split"))
+)
+
+OLD_ANSWER = delete(tables.answer).where(
+    *(
+        tables.answer.c[name] == bindparam(f"of_{name}")
+        for name in ("search_id", "candidate", "evaluator", "split", "attempt")
+    )
 )
 
 CHANGE_SEARCH = update(tables.search).where(tables.search.c.id == bindparam("of_search_id"))

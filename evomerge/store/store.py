@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
 from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
-from evomerge.store import statements, tables
+from evomerge.store import insertion, statements, tables
 from evomerge.store.lease import check_fence, last_write, lock_search
 from evomerge.store.outage import repeated
 from evomerge.store.reading import ReadStore
-from evomerge.store.rows import Estimate, NewCandidate, Outcome, Scores, Status, Verb
+from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Outcome, Scores, Status, Verb
 from evomerge.store.schema import make_tables
 
 
@@ -43,10 +41,12 @@ class Store(ReadStore):
         settings: Mapping[str, Any],
         fingerprints: Mapping[str, Any],
         environment: Mapping[str, Any],
+        items: Sequence[ItemTexts] = (),
     ) -> Self:
         """Make a store for a new search. ``place`` is the path of an SQLite file or a database URL.
 
-        A file holds one search; a database server holds many, told apart by ``name``.
+        A file holds one search; a database server holds many, told apart by ``name``. ``items`` are what people read
+        beside answers and scores.
 
         Raises:
             InputError: a search is there already, or the place cannot be written.
@@ -63,6 +63,7 @@ class Store(ReadStore):
                 new = insert(tables.search).values(**row).returning(tables.search.c.id)
                 store.search_id = connection.execute(new).scalar_one()
                 connection.execute(insert(tables.lease).values(search_id=store.search_id, epoch=0, writes=0))
+                insertion.insert_items(connection, store.search_id, items)
                 store.append_event(connection, "created")
         except IntegrityError as error:
             store.close()
@@ -163,7 +164,7 @@ class Store(ReadStore):
             values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
             if not self._change(connection, number, values, ("asked",)):
                 raise ValueError(f"candidate {number} is not waiting")
-            self._insert_objectives(connection, number, objectives)
+            insertion.insert_objectives(connection, self.search_id, number, objectives)
             self.append_event(connection, "cached", number, payload={"same_as": same_as})
 
     @repeated
@@ -186,30 +187,41 @@ class Store(ReadStore):
         worker: str,
         *,
         eligible: bool = True,
+        answers: Sequence[Answers] = (),
     ) -> bool:
         """An attempt succeeded. False, and only an event "stale", when it is not the one that runs."""
         values = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker, "eligible": eligible}
         with self.writing() as connection:
             if not self._finish(connection, number, attempt, "result", values | {"finished_at": time.time()}):
                 return False
-            self._insert_scores(connection, number, scores)
-            self._insert_objectives(connection, number, objectives)
+            insertion.insert_scores(connection, self.search_id, number, scores)
+            insertion.insert_answers(connection, self.search_id, number, attempt, answers)
+            insertion.insert_objectives(connection, self.search_id, number, objectives)
             self.append_event(connection, "result", number, attempt, {"worker": worker})
             return True
 
     @repeated
     def record_rung(
-        self, number: int, attempt: int, scores: Sequence[Scores], timings: Mapping[str, float], worker: str
+        self,
+        number: int,
+        attempt: int,
+        scores: Sequence[Scores],
+        timings: Mapping[str, float],
+        worker: str,
+        *,
+        answers: Sequence[Answers] = (),
     ) -> bool:
         """An attempt scored a candidate up to a rung of its race; it waits for the race to go on.
 
-        ``scores`` and ``timings`` are all of its so far. False as for ``record_result``.
+        ``scores`` and ``timings`` are all of its so far, ``answers`` those of the attempt. False as for
+        ``record_result``.
         """
         values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker}
         with self.writing() as connection:
             if not self._finish(connection, number, attempt, "rung", values):
                 return False
-            self._insert_scores(connection, number, scores)
+            insertion.insert_scores(connection, self.search_id, number, scores)
+            insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             items = {s.evaluator: len(s.items) for s in scores}
             self.append_event(connection, "rung", number, attempt, {"items": items, "worker": worker})
             return True
@@ -227,10 +239,13 @@ class Store(ReadStore):
             return True
 
     @repeated
-    def record_scores(self, number: int, attempt: int, scores: Sequence[Scores]) -> None:
+    def record_scores(
+        self, number: int, attempt: int, scores: Sequence[Scores], *, answers: Sequence[Answers] = ()
+    ) -> None:
         """More scores of a finished candidate, such as those on held-out items. They replace older ones like them."""
         with self.writing() as connection:
-            self._insert_scores(connection, number, scores)
+            insertion.insert_scores(connection, self.search_id, number, scores)
+            insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             payload = {"scores": [[s.evaluator, s.split, len(s.items)] for s in scores]}
             self.append_event(connection, "scores", number, attempt, payload)
 
@@ -260,7 +275,7 @@ class Store(ReadStore):
         values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
         if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, ("asked",)):
             raise ValueError(f"candidate {outcome.number} is not waiting")
-        self._insert_objectives(connection, outcome.number, outcome.objectives)
+        insertion.insert_objectives(connection, self.search_id, outcome.number, outcome.objectives)
         items = max((each["n"] for each in outcome.objectives.values()), default=0)
         self.append_event(connection, outcome.status, outcome.number, payload={"items": items})
 
@@ -367,32 +382,3 @@ class Store(ReadStore):
             return True
         self.append_event(connection, "stale", number, attempt, {"what": what})
         return False
-
-    def _insert_objectives(self, connection: Connection, number: int, objectives: Mapping[str, Estimate]) -> None:
-        rows = [
-            {
-                "search_id": self.search_id,
-                "candidate": number,
-                "name": name,
-                "mean": _null_if_nan(estimate["mean"]),
-                "stderr": _null_if_nan(estimate["stderr"]),
-                "n": int(estimate["n"]),
-            }
-            for name, estimate in objectives.items()
-        ]
-        if rows:
-            connection.execute(statements.NEW_OBJECTIVE, rows)
-
-    def _insert_scores(self, connection: Connection, number: int, scores: Sequence[Scores]) -> None:
-        for one in scores:
-            key = {"search_id": self.search_id, "candidate": number, "evaluator": one.evaluator, "split": one.split}
-            connection.execute(statements.OLD_SCORE, {f"of_{name}": value for name, value in key.items()})
-            values = np.stack([np.asarray(array, dtype=np.float32) for array in one.metrics.values()])
-            if values.shape[1:] != (len(one.items),):
-                raise ValueError(f"{one.evaluator}: {len(one.items)} items, but scores of shape {values.shape}")
-            row = {"items": one.items, "metrics": list(one.metrics), "scores": values}
-            connection.execute(statements.NEW_SCORE, key | row)
-
-
-def _null_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

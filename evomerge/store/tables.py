@@ -17,7 +17,7 @@ from sqlalchemy import (
 
 from evomerge.store.columns import Array, Json, PackedText
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -98,6 +98,29 @@ score = Table(
     Column("items", Array("<i4"), nullable=False),  # positions in the split
     Column("metrics", Json, nullable=False),  # names, in the order of the rows of `scores`
     Column("scores", Array("<f4"), nullable=False),  # shape [metrics, items]
+)
+
+# What an attempt's model answered; an item that several attempts answered has the answer of the last.
+answer = Table(
+    "answer",
+    metadata,
+    Column("search_id", Integer, primary_key=True),
+    Column("candidate", Integer, primary_key=True, autoincrement=False),
+    Column("evaluator", String(200), primary_key=True),
+    Column("split", String(20), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("items", Array("<i4"), nullable=False),
+    Column("texts", PackedText, nullable=False),  # a JSON list
+)
+
+# What the items ask, for people.
+item = Table(
+    "item",
+    metadata,
+    Column("search_id", Integer, primary_key=True),
+    Column("evaluator", String(200), primary_key=True),
+    Column("split", String(20), primary_key=True),
+    Column("texts", PackedText, nullable=False),  # a JSON list of [question, right answer]
 )
 
 event = Table(

@@ -12,7 +12,7 @@ from sqlalchemy import update
 
 from evomerge.store import tables
 from evomerge.store.lease import Lease, acquire
-from evomerge.store.rows import CandidateRow, Estimate, NewCandidate, Scores
+from evomerge.store.rows import CandidateRow, Estimate, ItemTexts, NewCandidate, Scores
 from evomerge.store.store import Store
 
 SETTINGS = {"name": "unit", "budget": {"candidates": 40}, "bounds": [0.0, math.inf], "sources": {"maths": "数学"}}
@@ -20,7 +20,14 @@ SETTINGS = {"name": "unit", "budget": {"candidates": 40}, "bounds": [0.0, math.i
 
 def create(place: str | Path, name: str = "unit") -> Store:
     """A store at a fresh place, its lease not taken."""
-    return Store.create(place, name=name, settings=SETTINGS, fingerprints={"maths": "ab12"}, environment={"cma": "4"})
+    return Store.create(
+        place,
+        name=name,
+        settings=SETTINGS,
+        fingerprints={"maths": "ab12"},
+        environment={"cma": "4"},
+        items=[ItemTexts("task@1", "search", [("いくつ？", "12"), ("why", "")])],
+    )
 
 
 def candidate(number: int, **changes: object) -> NewCandidate:

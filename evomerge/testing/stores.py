@@ -14,7 +14,7 @@ from sqlalchemy import update
 from evomerge.errors import InputError
 from evomerge.store import tables
 from evomerge.store.lease import Lease
-from evomerge.store.rows import Estimate, Scores
+from evomerge.store.rows import Answers, Estimate, Scores
 from evomerge.store.store import Store
 from evomerge.testing.leases import LeaseContract
 from evomerge.testing.store_fixtures import SETTINGS, candidate, content, create, estimate, finish, scores
@@ -103,6 +103,32 @@ class StoreContract(LeaseContract):
             assert values.dtype == np.float32
             assert values.tobytes() == given.metrics[name].tobytes()
         assert reader.scores(0, "held_out") == []
+
+    def test_answers_are_kept_by_item_and_the_last_attempt_counts(self, store: Store, lease: Lease) -> None:
+        store.record_ask(0, [candidate(0), candidate(1, recipe_hash="hash0")])
+        store.record_dispatch(0, 1, "w")
+        first = Answers("task@1", "search", [4, 0], ["答えは 1", 'a "quote"\n\0'])
+        assert store.record_rung(0, 1, [scores()], {}, "w", answers=[first])
+        store.record_dispatch(0, 2, "w")
+        second = Answers("task@1", "search", [0, 7], ["later", ""])
+        assert store.record_result(0, 2, [scores()], {}, {"acc": estimate(0.5)}, "w", answers=[second])
+        store.record_scores(0, 3, [scores("held_out")], answers=[Answers("task@2", "held_out", [1], ["x"])])
+        store.record_cached(1, 0, {"acc": estimate(0.5)})
+        assert store.answers(0, "search") == {"task@1": {4: "答えは 1", 0: "later", 7: ""}}
+        assert store.answers(1, "search") == store.answers(0, "search")
+        assert store.answers(0, "held_out") == {"task@2": {1: "x"}}
+
+    def test_answers_of_a_stale_attempt_are_not_kept(self, store: Store, lease: Lease) -> None:
+        store.record_ask(0, [candidate(0)])
+        store.record_dispatch(0, 1, "w")
+        store.record_dispatch(0, 2, "w")
+        late = Answers("task@1", "search", [0], ["late"])
+        assert not store.record_result(0, 1, [scores()], {}, {"acc": estimate(0.5)}, "w", answers=[late])
+        assert store.answers(0, "search") == {}
+
+    def test_what_items_ask_is_kept(self, store: Store) -> None:
+        assert store.item_texts("task@1", "search") == [("いくつ？", "12"), ("why", "")]
+        assert store.item_texts("task@1", "held_out") == []
 
     def test_an_estimate_may_be_nan_or_infinite(self, store: Store, lease: Lease) -> None:
         store.record_ask(0, [candidate(0)])

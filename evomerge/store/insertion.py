@@ -1,0 +1,74 @@
+"""Rows about a candidate, or about items, put into an open transaction of the driver's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, insert
+
+from evomerge.store import statements, tables
+from evomerge.store.rows import Answers, Estimate, ItemTexts, Scores
+
+
+def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTexts]) -> None:
+    for one in items:
+        row = {"search_id": search_id, "evaluator": one.evaluator, "split": one.split}
+        connection.execute(insert(tables.item), row | {"texts": _json(one.texts)})
+
+
+def insert_objectives(connection: Connection, search_id: int, number: int, objectives: Mapping[str, Estimate]) -> None:
+    rows = [
+        {
+            "search_id": search_id,
+            "candidate": number,
+            "name": name,
+            "mean": _null_if_nan(estimate["mean"]),
+            "stderr": _null_if_nan(estimate["stderr"]),
+            "n": int(estimate["n"]),
+        }
+        for name, estimate in objectives.items()
+    ]
+    if rows:
+        connection.execute(statements.NEW_OBJECTIVE, rows)
+
+
+def insert_scores(connection: Connection, search_id: int, number: int, scores: Sequence[Scores]) -> None:
+    """Scores replace older ones of the same evaluator on the same split."""
+    for one in scores:
+        key = {"search_id": search_id, "candidate": number, "evaluator": one.evaluator, "split": one.split}
+        connection.execute(statements.OLD_SCORE, _of(key))
+        values = np.stack([np.asarray(array, dtype=np.float32) for array in one.metrics.values()])
+        if values.shape[1:] != (len(one.items),):
+            raise ValueError(f"{one.evaluator}: {len(one.items)} items, but scores of shape {values.shape}")
+        row = {"items": one.items, "metrics": list(one.metrics), "scores": values}
+        connection.execute(statements.NEW_SCORE, key | row)
+
+
+def insert_answers(
+    connection: Connection, search_id: int, number: int, attempt: int, answers: Sequence[Answers]
+) -> None:
+    """Answers replace older ones of the same attempt."""
+    for one in answers:
+        if len(one.items) != len(one.texts):
+            raise ValueError(f"{one.evaluator}: {len(one.items)} items, but {len(one.texts)} answers")
+        key: dict[str, Any] = {"search_id": search_id, "candidate": number, "attempt": attempt}
+        key |= {"evaluator": one.evaluator, "split": one.split}
+        connection.execute(statements.OLD_ANSWER, _of(key))
+        row = {"items": np.array(one.items, dtype=np.int32), "texts": _json(one.texts)}
+        connection.execute(statements.NEW_ANSWER, key | row)
+
+
+def _of(key: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"of_{name}": value for name, value in key.items()}
+
+
+def _json(texts: Sequence[Any]) -> str:
+    return json.dumps(list(texts), ensure_ascii=False)
+
+
+def _null_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
