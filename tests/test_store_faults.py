@@ -52,13 +52,15 @@ def drive(place: Path, acknowledge: Connection) -> None:
         number += 4
 
 
-def run_and_kill(place: Path, after_s: float) -> list[tuple[str, int]]:
-    """What a driver reported before SIGKILL."""
+def run_and_kill(place: Path, after_s: float, *, begun: bool) -> list[tuple[str, int]]:
+    """What a driver reported before SIGKILL, so long after its start, or after its first report when it has begun."""
     context = multiprocessing.get_context("fork")  # starts in milliseconds; no database is open across it
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=drive, args=(place, theirs))
     process.start()
     theirs.close()
+    if begun:
+        ours.poll(None)
     time.sleep(after_s)
     process.kill()
     process.join()
@@ -80,8 +82,8 @@ def test_a_killed_driver_loses_nothing_that_it_reported(tmp_path: Path) -> None:
     create(place).close()
     reported: list[tuple[str, int]] = []
     times = random.Random(7)
-    for _ in range(KILLS):
-        reported += run_and_kill(place, after_s=times.uniform(0.02, 0.25))
+    for kill in range(KILLS):
+        reported += run_and_kill(place, after_s=times.uniform(0.0, 0.2), begun=kill % 4 != 0)
         with Store.open(place) as store:
             rows = {row.number: row for row in store.candidates()}
             steps = {(step.kind, step.step) for step in store.steps()}
