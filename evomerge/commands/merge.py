@@ -5,6 +5,7 @@ Neither scores anything, so what they have in common imports no transformers: th
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,15 +18,17 @@ from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.mergekit import load_recipe_file
+from evomerge.merging.delivery import check_free, upload
 from evomerge.merging.export import write_model
+from evomerge.objects import Storage, is_url
 from evomerge.recipe import Role
 from evomerge.report.card import papers
 from evomerge.report.screen import make_console
 from evomerge.vocabulary import Vocabulary
 
 
-def merge(path: Path, out: Path) -> None:
-    """Make one merged model from a recipe file."""
+def merge(path: Path, out: str | Path) -> None:
+    """Make one merged model from a recipe file, as a folder or, by its URL, in object storage."""
     root = path.resolve().parent
     opened: dict[str, Source] = {}
 
@@ -48,10 +51,10 @@ def merge(path: Path, out: Path) -> None:
     recipe = recipe.model_copy(
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
     )
-    texts = papers(out.name, recipe, sources, None)
     console = make_console()
-    with progress_bar(console) as update:
-        write_model(recipe, sources, out, texts=texts, progress=update)
+    with local_folder(out, console) as folder, progress_bar(console) as update:
+        texts = papers(folder.name, recipe, sources, None)
+        write_model(recipe, sources, folder, texts=texts, progress=update)
     console.print(f"merged into {out}", style="bold")
 
 
@@ -72,9 +75,29 @@ def _from_anywhere(reference: str, root: Path) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+def local_folder(out: str | Path, console: Console) -> Iterator[Path]:
+    """The folder to make where a model is to be at ``out``: that one, or a temporary one that is uploaded in the end.
+
+    Raises:
+        InputError: nothing can be put at this URL.
+    """
+    if not is_url(str(out)):
+        yield Path(out)
+        return
+    storage = Storage(str(out), "OUT")
+    check_free(storage)
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as above:
+        console.print(f"made in {above} first (TMPDIR names another disk), then uploaded", style="dim", soft_wrap=True)
+        folder = Path(above) / storage.name
+        yield folder
+        with progress_bar(console, "uploading") as update:
+            upload(folder, storage, update)
+
+
+@contextmanager
+def progress_bar(console: Console, what: str = "writing tensors") -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("writing tensors", total=None)
+        task = bar.add_task(what, total=None)
 
         def update(done: int, of: int) -> None:
             bar.update(task, completed=done, total=of)

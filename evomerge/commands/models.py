@@ -16,7 +16,7 @@ from evaluators.base import Split
 from evomerge.checkpoints.checks import check_finite
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, load_tokenizer
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.commands.merge import progress_bar
+from evomerge.commands.merge import local_folder, progress_bar
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
 from evomerge.report.card import Provenance, papers
@@ -34,8 +34,11 @@ from evomerge.search.worker import choose_device
 from evomerge.store import CandidateRow, Estimate, Store
 
 
-def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
-    """Write a candidate of a search as a model folder, and see that it scores as recorded."""
+def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> None:
+    """Write a candidate of a search as a model folder, and see that it scores as recorded.
+
+    ``out`` is a folder, or a URL: then the model is made and seen to score in a temporary folder, and uploaded.
+    """
     console = make_console()
     with open_store(folder) as store:
         number = chosen(store, candidate)
@@ -48,14 +51,14 @@ def export(folder: Path, out: Path, candidate: str, *, verify: bool) -> None:
         check_unchanged(store, prepared)
         recipe = recipe_of(row, prepared.file.sources)
         provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
-        texts = papers(out.name, recipe, prepared.sources, provenance)
         checked: list[str] = []
 
         def check(written: Path) -> None:
             checked.extend(reproduce(written, store, row, prepared, folded=recipe.is_scaled))
 
-        with progress_bar(console) as update:
-            write_model(recipe, prepared.sources, out, texts=texts, check=check if verify else None, progress=update)
+        with local_folder(out, console) as model, progress_bar(console) as update:
+            texts = papers(model.name, recipe, prepared.sources, provenance)
+            write_model(recipe, prepared.sources, model, texts=texts, check=check if verify else None, progress=update)
     for line in checked:
         console.print(line)
     console.print(f"exported {candidate_id(number)} to {out}", style="bold")

@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -15,10 +15,13 @@ from rich.table import Table
 
 from evomerge.checkpoints.checks import check_finite
 from evomerge.errors import InputError
+from evomerge.objects import Storage, is_url
 from evomerge.observers import Observers
 from evomerge.report.plan import plan
 from evomerge.report.screen import Screen, make_console, panel
 from evomerge.report.status import status_of
+from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url, fetch
+from evomerge.search.claim import Claim
 from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.driver import Driver
@@ -53,17 +56,26 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
     file = load_search_file(path, overrides)
     folder = folder or Path("searches") / file.name
     refuse_existing(folder)
-    prepared = _prepared(file)
+    prepared = _prepared(file, folder)
     console = make_console()
     console.print(plan(prepared))
-    with closing(make_pool(prepared, folder)) as pool, create_search(folder, prepared) as store, acquire(store):
-        return _drive(folder, prepared, store, pool, console)
+    # What is left is copied last of all, when the lease is released and no worker waits for it.
+    with ExitStack() as last, closing(make_pool(prepared, folder)) as pool, create_search(folder, prepared) as store:
+        artifacts = last.enter_context(_copying(folder, file, console))
+        with acquire(store):
+            return _drive(folder, prepared, store, pool, artifacts, console)
 
 
-def resume(folder: Path, overrides: Sequence[str]) -> int:
-    """Go on with a search; the exit code. A driver that is paused is woken instead."""
+def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None) -> int:
+    """Go on with a search; the exit code. A driver that is paused is woken instead.
+
+    Args:
+        place: the search's folder, or the URL of its copy in object storage, which is fetched first.
+        into: with a URL, the folder to make.
+    """
     console = make_console()
-    with open_store(folder) as store:
+    folder = _local(str(place), into, console)
+    with ExitStack() as last, open_store(folder) as store:
         if current_holder(store) is not None and store.search().state == "paused":
             if overrides:
                 raise InputError("--set", "a paused search is only woken", "Stop it first to change its settings.")
@@ -73,26 +85,46 @@ def resume(folder: Path, overrides: Sequence[str]) -> int:
         with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
             prepared = _reopened(folder, store, overrides)
             with closing(make_pool(prepared, folder)) as pool:
+                artifacts = last.enter_context(_copying(folder, prepared.file, console))
                 record_resumed(folder, store, prepared.file)
-                return _drive(folder, prepared, store, pool, console)
+                return _drive(folder, prepared, store, pool, artifacts, console)
+
+
+def _local(place: str, into: Path | None, console: Console) -> Path:
+    """The folder of a search; one that is named by the URL of its copy is fetched, unless it was before."""
+    if not is_url(place):
+        if into is not None:
+            raise InputError("--dir", "is where to put a search that is named by a URL", "Leave it out.")
+        return Path(place)
+    storage = Storage(place, "DIR")
+    folder = into or Path("searches") / storage.name
+    if not Claim(storage, folder).is_ours():
+        refuse_existing(folder)
+        fetch(place, folder)
+        console.print(f"fetched into {folder}", style="dim")
+    return folder
 
 
 def confirm(folder: Path) -> int:
     """Score the front and the best on the held-out split; the exit code."""
     console = make_console()
-    with open_store(folder) as store, acquire(store):
+    with ExitStack() as last, open_store(folder) as store, acquire(store):
         prepared = _reopened(folder, store, ())
-        with closing(make_pool(prepared, folder)) as pool, _session(folder, prepared, store, pool, console) as session:
-            done = _confirm(folder, prepared, store, pool, *session)
+        with closing(make_pool(prepared, folder)) as pool:
+            artifacts = last.enter_context(_copying(folder, prepared.file, console))
+            with _session(folder, prepared, store, pool, artifacts, console) as session:
+                done = _confirm(folder, prepared, store, pool, *session)
         console.print(panel(status_of(store)))
     return 0 if done else INTERRUPTED
 
 
-def _drive(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> int:
+def _drive(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
+) -> int:
     """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
     code = INTERRUPTED
     try:
-        with _session(folder, prepared, store, pool, console) as (control, idle):
+        with _session(folder, prepared, store, pool, artifacts, console) as (control, idle):
             driver = Driver(prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle)
             ending = driver.run()
             if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle):
@@ -119,7 +151,7 @@ def _spent(store: Store) -> str:
 
 def _reopened(folder: Path, store: Store, overrides: Sequence[str]) -> Prepared:
     """Everything that a recorded search names, opened again and seen to be unchanged."""
-    prepared = _prepared(resumed_file(folder, store, overrides))
+    prepared = _prepared(resumed_file(folder, store, overrides), folder)
     check_unchanged(store, prepared)
     return prepared
 
@@ -132,18 +164,41 @@ def _confirm(
 
 
 @contextmanager
+def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artifacts | None]:
+    """Copy the folder to object storage while open, where the search file says so, and all that is left at the end."""
+    if file.artifacts is None:
+        yield None
+        return
+    artifacts = Artifacts(copy_url(file.artifacts, file.name), folder)
+    artifacts.take()
+    artifacts.start()
+    try:
+        yield artifacts
+    finally:
+        with console.status(f"copying what is left to {artifacts.url}"):
+            artifacts.close()
+        if artifacts.is_complete:
+            console.print(f"copied; to go on elsewhere: evomerge resume {shlex.quote(artifacts.url)}", soft_wrap=True)
+        else:
+            again = f"evomerge resume {shlex.quote(str(folder))}"
+            console.print(f"the copy at {artifacts.url} is not complete; to try again: {again}", soft_wrap=True)
+
+
+@contextmanager
 def _session(
-    folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> Iterator[tuple[Control, Callable[[], None]]]:
     """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
     control = Control(store.take_commands)
     screen = Screen(console, lambda: status_of(store), pool.state)
     observers = Observers(store, folder, prepared.file.observers)
     with closing(observers), screen, control.signals(screen.say):
-        yield control, _idle(store, pool, control, screen, observers)
+        yield control, _idle(store, pool, control, screen, observers, artifacts)
 
 
-def _idle(store: Store, pool: Pool, control: Control, screen: Screen, observers: Observers) -> Callable[[], None]:
+def _idle(
+    store: Store, pool: Pool, control: Control, screen: Screen, observers: Observers, artifacts: Artifacts | None
+) -> Callable[[], None]:
     """What to do while waiting: show a pause to those who read the store, draw the screen, tell observers."""
     paused_from = ""
 
@@ -157,14 +212,18 @@ def _idle(store: Store, pool: Pool, control: Control, screen: Screen, observers:
             paused_from = ""
         screen.draw()
         observers.poll(pool.state)
+        if artifacts is not None:
+            artifacts.poll(store)
 
     return idle
 
 
-def _prepared(file: SearchFile) -> Prepared:
+def _prepared(file: SearchFile, folder: Path | None = None) -> Prepared:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for observer in file.observers:
         observer.check()
+    if file.artifacts is not None:
+        check_artifacts(file.artifacts, file.name, folder)
     prepared = prepare(file)
     if file.pool == "in_process":
         choose_device(file.device)

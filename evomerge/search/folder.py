@@ -39,6 +39,11 @@ def is_search(folder: Path) -> bool:
     return (folder / STORE_NAME).is_file() or (folder / FILE_NAME).is_file()
 
 
+def has_store(folder: Path) -> bool:
+    """Whether the folder holds its store, or its search file names one elsewhere."""
+    return (folder / STORE_NAME).is_file() or _named(folder / FILE_NAME)[0] is not None
+
+
 def store_place(folder: Path, named: str | None) -> str | Path:
     """Where the store of a search is: at the URL that its search file names, else at the environment's, else in its
     folder. Where the two name one database, the environment's is taken: it may hold the password.

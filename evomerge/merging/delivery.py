@@ -1,0 +1,79 @@
+"""Putting a model folder into object storage, so that a reader finds it whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from evomerge.errors import InputError
+from evomerge.objects import PARTIAL, Storage, StorageError
+
+SUMS = "SHA256SUMS"
+"""Goes first: the checksums of all that belongs to the upload, as `sha256sum --check` reads them."""
+
+LAST = "config.json"
+"""Goes last: without it no loader sees a model."""
+
+
+def check_free(storage: Storage) -> None:
+    """See that a model can be put here: the place can be written, and is empty or holds an upload that was cut off.
+
+    Raises:
+        InputError: it holds something else, or cannot be written.
+    """
+    storage.probe()
+    there = set(storage.files()) - {SUMS + PARTIAL}
+    if LAST in there:
+        raise InputError(storage.url, "holds a model already", "Choose another place, or remove it.")
+    if there and SUMS not in there:
+        raise InputError(storage.url, "is not empty", "Choose another place, or remove what is there.")
+
+
+def upload(folder: Path, storage: Storage, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+    """Copy a model folder to a place that ``check_free`` has let through.
+
+    At any moment all that lies there is of one model: the files that the sums there tell. So an upload that was cut off
+    is gone on with; what it brought of another model is removed first.
+
+    Args:
+        progress: called with the number of bytes that are there, and of all.
+
+    Raises:
+        StorageError: the storage failed. There is no config.json then, and the same call goes on.
+    """
+    files = {file.name: file for file in sorted(folder.iterdir(), key=lambda file: (file.name == LAST, file.name))}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    sums = {name: _sum(file) for name, file in files.items()}
+    there = storage.files()
+    before = _parsed((storage.read(SUMS) or b"").decode())
+    kept = {name for name in files if before.get(name) == sums[name] and there.get(name) == sizes[name]}
+    stale = {name for name, found in before.items() if sums.get(name) != found}
+    storage.remove([name for name in there if name.removesuffix(PARTIAL) in stale])
+    storage.write(SUMS, "".join(f"{found}  {name}\n" for name, found in sums.items()).encode())
+    done, total = sum(sizes[name] for name in kept), sum(sizes.values())
+
+    def told(sent: int) -> None:
+        progress(done + sent, total)
+
+    for name in [name for name in files if name not in kept]:
+        _put(storage, files[name], told)
+        done += sizes[name]
+
+
+def _put(storage: Storage, file: Path, progress: Callable[[int], None]) -> None:
+    storage.put(file, file.name, progress)
+    if (size := storage.size(file.name)) != file.stat().st_size:
+        problem = f"has {size:,} bytes of {file.name}, which is {file.stat().st_size:,} bytes long"
+        raise StorageError(storage.url, problem, "Run the command again.")
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _parsed(sums: str) -> Mapping[str, str]:
+    """Sums by the names of their files."""
+    rows = (line.partition("  ") for line in sums.splitlines())
+    return {name: found for found, _, name in rows}

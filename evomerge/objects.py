@@ -1,0 +1,188 @@
+"""Object storage: a folder that a URL such as s3://bucket/prefix names, in any storage that fsspec knows.
+
+The storage's own library finds the credentials, in its environment variables and files. No URL holds one here, and no
+message shows one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from evomerge.errors import InputError
+
+PARTIAL = ".partial"
+"""The end of the name of a file that is being written, in a storage where others could see it half."""
+
+_PROBE = ".evomerge-probe-"
+
+# Here an object appears whole or not at all, and there are no folders: to make one could make a bucket.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
+_EXTRAS = {"s3": "s3", "s3a": "s3"}  # the extra of ours that brings what a kind of URL needs
+
+_SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD", re.IGNORECASE)
+_SECRET_LENGTH = 8  # what is shorter is no secret, and would be found in ordinary words
+_WITH_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+_MOST_SHOWN = 300  # characters of what a storage's library says
+
+
+class StorageError(InputError):
+    """The storage cannot be reached, or refuses what was asked of it. Another time it may not."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a place is a URL, not a path."""
+    return "://" in text
+
+
+def check_url(url: str, place: str) -> None:
+    """Refuse what is not the URL of a folder in a storage, or would tell a secret; ``place`` says who named it.
+
+    Raises:
+        InputError: the message never holds the URL.
+    """
+    if not is_url(url):
+        raise InputError(place, "is not a URL", "Write it like s3://bucket/prefix.")
+    rest = url.partition("://")[2]
+    if ":" in rest.rpartition("@")[0] or "?" in rest:
+        mend = "Leave it out: the storage's own environment variables and files hold it, as AWS_PROFILE or ~/.aws do."
+        raise InputError(place, "holds a password, a key or options, and URLs are written down and shown", mend)
+    if "::" in url or not rest.strip("/"):
+        raise InputError(place, "is not the URL of one folder", "Write it like s3://bucket/prefix.")
+
+
+class Storage:
+    """A folder in object storage. Names of its files are relative to it; one in a folder below is ``logs/c0001.log``.
+
+    Every method raises StorageError when the storage cannot be reached or refuses.
+
+    Args:
+        url: of the folder, which need not exist.
+        place: what messages name where the URL cannot be used at all: a key of the search file, an argument.
+
+    Raises:
+        InputError: the URL holds a secret, is of no kind that is known, or needs a package that is missing.
+    """
+
+    def __init__(self, url: str, place: str | None = None) -> None:
+        check_url(url, place or "the URL of the storage")
+        self.url = url.rstrip("/")
+        self.name = self.url.rpartition("/")[2]
+        kind = url.partition("://")[0]
+        self._has_folders = kind not in _OBJECT_STORES
+        _check_kind(kind, place or self.url)
+        from fsspec.core import url_to_fs
+
+        # Other processes write there too, so nothing that was seen before is believed.
+        options = {} if self._has_folders else {"use_listings_cache": False}
+        with self._faults("opened"):
+            self._system, root = url_to_fs(self.url, skip_instance_cache=True, **options)
+        self._root = str(root).rstrip("/")
+
+    def probe(self) -> datetime:
+        """See that files can be written, looked at and removed here; the time by the storage's own clock."""
+        name = _PROBE + secrets.token_hex(4)
+        self.write(name, b"evomerge")
+        try:
+            return self.modified(name)
+        finally:
+            self.remove([name])
+
+    def files(self) -> dict[str, int]:
+        """All files here and below, with their sizes in bytes; but for what a probe left that was cut off."""
+        with self._faults("listed"):
+            found = self._system.find(self._root, detail=True)
+        above = f"{self._root}/"
+        inside = {path[len(above) :]: each for path, each in found.items() if path.startswith(above)}
+        return {name: int(each["size"]) for name, each in sorted(inside.items()) if not name.startswith(_PROBE)}
+
+    def put(self, file: Path, name: str, progress: Callable[[int], None] = lambda sent: None) -> None:
+        """Copy a file there, whole or not at all; ``progress`` hears how many of its bytes were sent."""
+        from fsspec.callbacks import Callback
+
+        told = Callback(hooks={"sent": lambda size, value, **_: progress(value)})
+        self._whole(name, lambda path: self._system.put_file(str(file), path, callback=told))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        self._whole(name, lambda path: self._system.pipe_file(path, content))
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file; None where there is none."""
+        with self._faults("read"):
+            try:
+                content: bytes = self._system.cat_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return None
+            return content
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy a file from there; folders above ``file`` are made."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with self._faults("read"):
+            self._system.get_file(f"{self._root}/{name}", str(file))
+
+    def size(self, name: str) -> int:
+        """How many bytes a file has there."""
+        with self._faults("looked at"):
+            return int(self._system.info(f"{self._root}/{name}")["size"])
+
+    def modified(self, name: str) -> datetime:
+        """When a file was last written, by the storage's clock."""
+        with self._faults("looked at"):
+            found: datetime = self._system.modified(f"{self._root}/{name}")
+            return found
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files, one after the other; those that are not there are passed over."""
+        with self._faults("removed from"):
+            for name in names:
+                if self._system.exists(f"{self._root}/{name}"):
+                    self._system.rm_file(f"{self._root}/{name}")
+
+    def _whole(self, name: str, write: Callable[[str], None]) -> None:
+        path = f"{self._root}/{name}"
+        with self._faults("written to"):
+            if not self._has_folders:
+                write(path)
+                return
+            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            write(path + PARTIAL)
+            self._system.mv(path + PARTIAL, path)
+
+    @contextmanager
+    def _faults(self, done: str) -> Iterator[None]:
+        """Every storage has exceptions of its own, few of them OSErrors."""
+        try:
+            yield
+        except Exception as error:
+            mend = "Check the URL, the network, and the credentials in the environment."
+            raise StorageError(self.url, f"cannot be {done} ({_public(error)})", mend) from None
+
+
+def _check_kind(kind: str, place: str) -> None:
+    """Refuse a kind of storage that is not known or not installed."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(kind)
+    except ImportError as error:
+        mend = f"pip install 'evomerge[{_EXTRAS[kind]}]'" if kind in _EXTRAS else f"{error}."
+        raise InputError(place, f"{kind}:// needs a package that is not installed here", mend) from None
+    except ValueError:
+        mend = "Known are s3://, gs://, abfs://, file:// and others of fsspec's."
+        raise InputError(place, f"{kind}:// is no storage that is known", mend) from None
+
+
+def _public(error: Exception) -> str:
+    """What an exception says, in a line, without what the environment keeps secret."""
+    text = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH:
+            text = text.replace(value, "***")
+    return _WITH_PASSWORD.sub("://***@", text)[:_MOST_SHOWN]

@@ -1,0 +1,144 @@
+"""Who copies a search to object storage: one folder at a time, so that none overwrites what another brought further.
+
+A store that is a file knows its driver, but a copy of it elsewhere does not. So beside the copy lies ``driver.json``,
+with a token that each new driver changes. A folder may go on copying while the token is the last that it knows: that of
+its own last driver, or that of the copy which it was fetched from. Object storage has no locks; two machines that take
+a copy up in the same second both start, and the one that wrote first ends its copying within a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError
+from evomerge.objects import Storage
+from evomerge.store.lease import Holder
+
+RECORD = "driver.json"
+"""In the copy: who drives the search, and the token."""
+
+KEPT = ".artifacts.json"
+"""In the folder: where its copy is, and the tokens that are its own."""
+
+BEAT_S = 60.0
+"""How often a driver gives a sign of life."""
+
+SILENT_S = 3 * BEAT_S
+"""How long it may give none before its search may be taken up elsewhere: one sign may be lost, and one late."""
+
+
+class TakenUpError(InputError):
+    """The search was gone on with from another folder: this one may copy no more."""
+
+
+class Claim:
+    """A folder's right to be what is copied. The right is there from ``take`` to ``release``.
+
+    Every method raises StorageError when the storage fails.
+    """
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self._storage = storage
+        self._kept = folder / KEPT
+        self._token = ""
+
+    def check(self) -> None:
+        """Refuse a place that holds a search that is not this folder's.
+
+        Raises:
+            InputError: another search, or this one, taken up by another folder.
+        """
+        there, ours = _record(self._storage), self._tokens()
+        if there is None or there["token"] in ours:
+            return
+        if not ours:
+            url = self._storage.url
+            mend = f"Go on with it (evomerge resume {url}), or choose another name or another prefix."
+            raise InputError(url, f"holds a search already, last driven by {_holder(there)}", mend)
+        raise self._taken_up(there)
+
+    def is_ours(self) -> bool:
+        """Whether the folder exists and is the last that went on with what lies in the storage."""
+        there = _record(self._storage)
+        return there is not None and there["token"] in self._tokens()
+
+    def take(self) -> None:
+        """Become what is copied. Raises InputError like ``check``."""
+        self.check()
+        ours = self._tokens()
+        self._token = secrets.token_hex(8)
+        # The old ones stay until the new one is known to be there: this process may die in between.
+        self._keep([*ours, self._token])
+        self._write("driving")
+        self._keep([self._token])
+
+    def beat(self) -> None:
+        """Give a sign of life. Raises TakenUpError where another folder has the right now."""
+        there = _record(self._storage)
+        if there is not None and there["token"] != self._token:
+            raise self._taken_up(there)
+        self._write("driving")
+
+    def release(self) -> None:
+        """Let another folder have it at once."""
+        self._write("ended")
+
+    def follow(self) -> None:
+        """Let the folder, a copy of what lies in the storage now, go on from it, unless its driver lives.
+
+        Raises:
+            InputError: the driver gave a sign of life in the last SILENT_S, by the storage's clock.
+        """
+        there = _record(self._storage)
+        if there is None:
+            return
+        holder = _holder(there)
+        if there["state"] == "driving" and not holder.is_dead():
+            silent_s = (self._storage.probe() - self._storage.modified(RECORD)).total_seconds()
+            if silent_s < SILENT_S:
+                problem = f"is driven by {holder}, which gave a sign of life {max(silent_s, 0):.0f} s ago"
+                mend = f"Stop it first, or wait: {SILENT_S:.0f} s after its last sign of life it is free."
+                raise InputError(self._storage.url, problem, mend)
+        self._keep([there["token"]])
+
+    def _taken_up(self, there: dict[str, Any]) -> TakenUpError:
+        mend = (
+            f"Go on from there (evomerge resume {self._storage.url} --dir NEW), or give this folder a copy of its own: "
+            f"evomerge resume {self._kept.parent} --set artifacts=URL"
+        )
+        return TakenUpError(self._storage.url, f"was gone on with from another folder, by {_holder(there)}", mend)
+
+    def _write(self, state: str) -> None:
+        content = {"token": self._token, "state": state, **asdict(Holder.this_process())}
+        self._storage.write(RECORD, json.dumps(content).encode())
+
+    def _tokens(self) -> list[str]:
+        if not self._kept.is_file():
+            return []
+        kept = json.loads(self._kept.read_text())
+        return list(kept["tokens"]) if kept["url"] == self._storage.url else []
+
+    def _keep(self, tokens: list[str]) -> None:
+        partial = self._kept.with_name(f"{KEPT}.partial")
+        partial.write_text(json.dumps({"url": self._storage.url, "tokens": tokens}))
+        partial.replace(self._kept)
+
+
+def _record(storage: Storage) -> dict[str, Any] | None:
+    content = storage.read(RECORD)
+    if content is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(content)
+        _holder(found), found["token"], found["state"]
+    except (ValueError, LookupError, TypeError):
+        raise InputError(storage.url, f"holds a {RECORD} of something else", "Choose another prefix.") from None
+    return found
+
+
+def _holder(record: dict[str, Any]) -> Holder:
+    return Holder(record["host"], record["namespace"], record["pid"], record["started"])
