@@ -93,6 +93,7 @@ class AnswersEvaluator(ABC):
         self.metrics: Mapping[str, bool] = {metric: True}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
+        self.answers: Mapping[int, str] = {}
         self._answering = settings
         self._items = split_items(
             lambda file: [self._question(line) for line in read_lines(file)],
@@ -105,6 +106,10 @@ class AnswersEvaluator(ABC):
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's prompt and reference, in the order of the file."""
         return self._hashes[split]
+
+    def texts(self, split: Split) -> list[tuple[str, str]]:
+        """Each item's prompt and reference."""
+        return [(item.prompt, item.reference) for item in self._items[split]]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
@@ -121,13 +126,14 @@ class AnswersEvaluator(ABC):
         items, asked = self._items[split], self._answering
         if outside := [index for index in indices if not 0 <= index < len(items)]:
             raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
-        answers, seconds = grade_answers(
+        _, answers, seconds = grade_answers(
             model, {index: items[index].prompt for index in indices}, lambda _, answer: answer,
             asked.max_new_tokens, asked.stop, asked.batch_size,
         )  # fmt: skip
         started = time.perf_counter()
         answered = [(items[index], answer) for index, answer in answers.items()]
         grades = dict(zip(answers, self._grade(answered, model.device), strict=True))
+        self.answers = answers
         self.seconds = seconds | {"score": time.perf_counter() - started} if grades else {}
         values = np.array([grades[index] for index in indices], dtype=np.float32)
         return dict.fromkeys(self.metrics, values)

@@ -54,6 +54,18 @@ class Evaluator(Protocol):
         """How long the last ``score`` took, by phase: "generate" is the model's part, "score" the grading's."""
         ...
 
+    @property
+    def answers(self) -> Mapping[int, str]:
+        """What the model wrote, or chose, in the last ``score``, by the item's position; empty where it does neither.
+
+        For people to read beside the scores.
+        """
+        ...
+
+    def texts(self, split: Split) -> Sequence[tuple[str, str]]:
+        """What each item asks and its right answer, for people, in order; "" where there is none."""
+        ...
+
     def items(self, split: Split) -> Sequence[str]:
         """A content hash for each item of the split, in order. Equal hashes mean equal items, in whichever split."""
         ...

@@ -10,13 +10,14 @@ few-shot examples anew for every prompt. Here the cache is one table of keys and
   positions that a model derives from distances (ALiBi) are right as well.
 
 A row attends to its own tokens alone: those beside it change the order of sums, and so the last bits, and nothing else.
+So rows may even be of several models that share their modules: before a forward pass the groups of its rows are told.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +47,23 @@ class NoTableError(Exception):
         self.alone = alone
 
 
+Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each layer, [groups, heads, tokens, width]: the tokens that the prompts of a group begin with."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Prompts that are answered by models of their own, which differ in what one model's modules compute for a row.
+
+    Attributes:
+        of: the group of each prompt; groups are counted from 0, and none is empty.
+        tell: is given the group of every row before each forward pass.
+    """
+
+    of: Sequence[int]
+    tell: Callable[[Sequence[int]], None] = field(default=lambda rows: None)
+
+
 class Decoder:
     """Greedy answers of a model to some prompts, in a table of rows.
 
@@ -55,6 +73,7 @@ class Decoder:
         most: most tokens of an answer.
         ends: tokens that end an answer; they are its last token.
         ended: which of some answers end by their text.
+        groups: of the prompts; None where all are answered by the one model.
 
     Attributes:
         answers: of each prompt the tokens so far.
@@ -70,15 +89,20 @@ class Decoder:
         most: int,
         ends: frozenset[int],
         ended: Callable[[Sequence[Sequence[int]]], Sequence[bool]],
+        groups: Groups | None = None,
     ) -> None:
         self._model, self._prompts, self._most, self._ends, self._ended = model, prompts, most, ends, ended
+        self._groups = groups or Groups([0] * len(prompts))
         self.answers: list[list[int]] = [[] for _ in prompts]
         # The longest first: a prompt that joins later then always fits left of the column that is written next.
         self._order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         self._finished: set[int] = set()
         self._accepted = inspect.signature(model.forward).parameters
-        self._shared = _common(prompts)
-        self._prefix = self._prefix_cache(prompts[0][: max(self._shared, 1)], max(map(len, prompts)) + most)
+        of = self._groups.of
+        members = [[prompts[i] for i in range(len(prompts)) if of[i] == group] for group in range(max(of) + 1)]
+        self._shared = min(map(_common, members))  # of every group as many, so that one batch computes them all
+        starts = [each[0][: max(self._shared, 1)] for each in members]
+        self._prefix = self._prefixes(starts, max(map(len, prompts)) + most)
 
     @torch.inference_mode()
     def run(self, rows: int) -> None:
@@ -114,7 +138,8 @@ class Decoder:
         longest, device = len(prompts[0]), self._model.device
         fed = max(1, longest - self._shared)
         offsets = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-        window = table.admit(group, [len(ids) for ids in prompts], offsets, fed)
+        groups = torch.tensor([self._groups.of[i] for i in group], device=device)
+        window = table.admit(group, [len(ids) for ids in prompts], offsets, fed, groups)
         tokens = torch.tensor([[0] * (fed - len(ids)) + list(ids[-fed:]) for ids in prompts], device=device)
         positions = torch.arange(longest - fed, longest, device=device) - offsets[:, None]
         return self._forward(table, window, tokens, positions.clamp(min=0))
@@ -128,6 +153,7 @@ class Decoder:
     def _forward(self, table: _Table, window: _Window, tokens: torch.Tensor, positions: torch.Tensor) -> list[int]:
         """The likeliest next token of every row of the window."""
         table.place.window = window
+        self._groups.tell([self._groups.of[i] for i in table.open[window.rows]])
         out = self._model(
             input_ids=tokens,
             attention_mask=table.mask[window.rows, window.start : window.at + tokens.shape[1]],
@@ -154,25 +180,37 @@ class Decoder:
         table.remove(closed)
 
     @torch.inference_mode()
-    def _prefix_cache(self, tokens: Sequence[int], longest: int) -> Sequence[DynamicLayer]:
-        """The cache that the model itself makes of the tokens, layer by layer.
+    def _prefixes(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
+        """The prefix of every group; ``starts`` are their tokens, equally many."""
+        step = max(1, _PREFILL_TOKENS // len(starts[0]))
+        found: list[Prefix] = []
+        for first in range(0, len(starts), step):
+            part = starts[first : first + step]
+            self._groups.tell(range(first, first + len(part)))
+            found.append(self._prefix_cache(part, longest))
+        if len(found) == 1:
+            return found[0]
+        layers = zip(*found, strict=True)
+        return [(torch.cat([keys for keys, _ in each]), torch.cat([values for _, values in each])) for each in layers]
+
+    def _prefix_cache(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
+        """What is in the cache that the model itself makes of some rows of tokens.
 
         Args:
             longest: most tokens of a row. A window of more never moves, so that such a layer keeps every token.
         """
-        inputs = self._known(logits_to_keep=1)
-        out = self._model(input_ids=torch.tensor([tokens], device=self._model.device), use_cache=True, **inputs)
+        tokens = torch.tensor([list(ids) for ids in starts], device=self._model.device)
+        out = self._model(input_ids=tokens, use_cache=True, **self._known(logits_to_keep=1))
         cache: Any = getattr(out, "past_key_values", None)
         if cache is None:
             raise NoTableError(alone=getattr(out, "cache_params", None) is None)
         if type(cache) is not DynamicCache or not all(
-            _keeps_all(layer, len(tokens), longest) for layer in cache.layers
+            _keeps_all(layer, tokens.shape, longest) for layer in cache.layers
         ):
             raise NoTableError(alone=False)
         if type(self._model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
             raise NoTableError(alone=False)  # it needs other inputs than these at some step
-        layers: Sequence[DynamicLayer] = cache.layers
-        return layers
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _known(self, **inputs: Any) -> dict[str, Any]:
         """Those of the inputs that the model takes."""
@@ -209,18 +247,22 @@ class _Table(Cache):  # type: ignore[misc]
         place: what the next forward pass sees.
     """
 
-    def __init__(self, prefix: Sequence[DynamicLayer], rows: int) -> None:
+    def __init__(self, prefix: Prefix, rows: int) -> None:
         self.place = _Place()
-        super().__init__(layers=[_TableLayer(self.place, layer.keys, layer.values, rows) for layer in prefix])
+        super().__init__(layers=[_TableLayer(self.place, keys, values, rows) for keys, values in prefix])
         self.open: list[int] = []
         self.lengths: list[int] = []
-        self.mask = torch.zeros(rows, 0, dtype=torch.int64, device=prefix[0].keys.device)
+        keys, _ = prefix[0]
+        self.mask = torch.zeros(rows, 0, dtype=torch.int64, device=keys.device)
         self._end = 0
+        self._several = keys.shape[0] > 1
 
-    def admit(self, numbers: Sequence[int], lengths: Sequence[int], offsets: torch.Tensor, fed: int) -> _Window:
+    def admit(
+        self, numbers: Sequence[int], lengths: Sequence[int], offsets: torch.Tensor, fed: int, groups: torch.Tensor
+    ) -> _Window:
         """Rows for prompts of these lengths, the longest first; all but the ``fed`` last columns hold the prefix.
 
-        ``offsets``: int64 [prompts], by how much each is shorter than the first.
+        ``offsets``: int64 [prompts], by how much each is shorter than the first; ``groups``: int64 [prompts].
         """
         longest = lengths[0]
         if not self.open:
@@ -229,11 +271,14 @@ class _Table(Cache):  # type: ignore[misc]
             self._end = longest
         rows, start = slice(len(self.open), len(self.open) + len(numbers)), self._end - longest
         self.mask[rows] = 0
+        if self._several:  # one model's NaN, left where another's row has no token, would be in that one's sums
+            for layer in self.layers:
+                layer.clear(rows)
         self.mask[rows, start : self._end] = (torch.arange(longest, device=offsets.device) >= offsets[:, None]).long()
         if longest > fed:
             source = (torch.arange(longest - fed, device=offsets.device) - offsets[:, None]).clamp(min=0)
             for layer in self.layers:
-                layer.copy_prefix(rows, slice(start, self._end - fed), source)
+                layer.copy_prefix(rows, slice(start, self._end - fed), source, groups)
         self.open.extend(numbers)
         self.lengths.extend(lengths)
         return _Window(rows, start, self._end - fed)
@@ -278,7 +323,7 @@ class _Table(Cache):  # type: ignore[misc]
 
 
 class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, [rows, heads, columns, width]; the prefix's, [1, heads, tokens, width]."""
+    """One layer's keys and values, [rows, heads, columns, width]; the prefix's, [groups, heads, tokens, width]."""
 
     is_sliding = False
 
@@ -308,10 +353,14 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """There from the start."""
 
-    def copy_prefix(self, rows: slice, columns: slice, source: torch.Tensor) -> None:
-        """``source``: int64 [rows, columns], the token of the prefix that goes there."""
+    def copy_prefix(self, rows: slice, columns: slice, source: torch.Tensor, groups: torch.Tensor) -> None:
+        """``source``: int64 [rows, columns], the token of the prefix of the row's group that goes there."""
         for part, prefix in zip((self.keys, self.values), self._prefix, strict=True):
-            part[rows, :, columns] = prefix[0, :, source].transpose(0, 1)
+            part[rows, :, columns] = prefix[groups[:, None], :, source].transpose(1, 2)
+
+    def clear(self, rows: slice) -> None:
+        for part in (self.keys, self.values):
+            part[rows] = 0
 
     def move(self, rows: torch.Tensor, to: torch.Tensor, columns: slice) -> None:
         for part in (self.keys, self.values):
@@ -338,12 +387,13 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     return min(same, min(map(len, prompts)) - 1)
 
 
-def _keeps_all(layer: Any, tokens: int, longest: int) -> bool:
+def _keeps_all(layer: Any, made_of: Sequence[int], longest: int) -> bool:
+    """Whether a layer of a cache made of so many rows and tokens holds each of them, and will go on to do so."""
     if type(layer) is DynamicSlidingWindowLayer:
         if layer.sliding_window <= longest:
             return False
     elif type(layer) is not DynamicLayer:
         return False
     return bool(layer.is_initialized) and all(
-        part.ndim == 4 and part.shape[0] == 1 and part.shape[2] == tokens for part in (layer.keys, layer.values)
+        part.ndim == 4 and [part.shape[0], part.shape[2]] == list(made_of) for part in (layer.keys, layer.values)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import sys
 import time
 import traceback
@@ -101,6 +102,7 @@ class FunctionEvaluator:
         self.metrics: Mapping[str, bool] = {name: way == "maximize" for name, way in settings.metrics.items()}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
+        self.answers: Mapping[int, str] = {}
         self._settings = settings
         self._items = split_items(_read, settings.items_file, settings.held_out_file, settings.held_out)
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
@@ -111,6 +113,10 @@ class FunctionEvaluator:
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item, in the order of the file."""
         return self._hashes[split]
+
+    def texts(self, split: Split) -> list[tuple[str, str]]:
+        """Each item's fields as JSON: nobody but the function knows which are question and answer."""
+        return [(json.dumps(dict(item.fields), ensure_ascii=False), "") for item in self._items[split]]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
@@ -126,7 +132,7 @@ class FunctionEvaluator:
         if outside := [index for index in indices if not 0 <= index < len(items)]:
             raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
         distinct = list(dict.fromkeys(indices))
-        self.seconds = {}
+        self.seconds, self.answers = {}, {}
         if not distinct:
             return {metric: np.empty(0, np.float32) for metric in self.metrics}
         generate = _Generate(model, self._settings.batch_size)
@@ -141,6 +147,8 @@ class FunctionEvaluator:
             raise _blame(self._settings.file, f"{self._settings.function} failed", error) from error
         whole = time.perf_counter() - started
         self.seconds = {"generate": generate.seconds, "score": whole - generate.seconds}
+        if len(generate.answers) == len(distinct):  # which of the answers are which item's only the function knows else
+            self.answers = dict(zip(distinct, generate.answers, strict=True))
         found = self._checked(returned, len(distinct))
         places = {index: place for place, index in enumerate(distinct)}
         return {metric: values[[places[index] for index in indices]] for metric, values in found.items()}
@@ -165,11 +173,13 @@ class _Generate:
 
     Attributes:
         seconds: how long the model took so far.
+        answers: all that it wrote so far.
         failed: what the model itself raised, if it did.
     """
 
     def __init__(self, live: LiveModel, batch_size: int) -> None:
         self.seconds = 0.0
+        self.answers: list[str] = []
         self.failed: Exception | None = None
         self._live = live
         self._batch_size = batch_size
@@ -183,7 +193,9 @@ class _Generate:
 
         started = time.perf_counter()
         try:
-            return generate(self._live, list(prompts), max_new_tokens, list(stop), self._batch_size)
+            answers = generate(self._live, list(prompts), max_new_tokens, list(stop), self._batch_size)
+            self.answers += answers
+            return answers
         except Exception as error:
             self.failed = error
             raise

@@ -8,9 +8,11 @@ runs out.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -86,19 +88,73 @@ def answer_tokens(
     """As ``generate``, for prompts of one token at least that fit the model."""
     if live.engine is not None:
         return live.engine.answer(prompts, max_new_tokens, stop)
-    from evaluators.decoding import Decoder, NoTableError
+    request = Request(prompts, max_new_tokens, tuple(stop), batch_size)
+    if (answering := _answering.get(live.model)) is not None:
+        return answering(request)
+    return answer_requests(live, [request], lambda rows: None)[0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``answer_tokens`` is asked, but for the model."""
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    batch_size: BatchSize
+
+
+_answering: WeakKeyDictionary[Any, Callable[[Request], list[str]]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def answered_by(live: LiveModel, answer: Callable[[Request], list[str]]) -> Iterator[None]:
+    """Within, another function gives the answers that are asked of the model, whichever evaluator asks for them."""
+    _answering[live.model] = answer
+    try:
+        yield
+    finally:
+        del _answering[live.model]
+
+
+def answer_requests(
+    live: LiveModel, requests: Sequence[Request], choose: Callable[[Sequence[int]], None]
+) -> list[list[str]]:
+    """The answers to several requests that differ in their prompts alone, decoded in one go.
+
+    Args:
+        live: a transformers model, without a serving engine.
+        requests: one for each of the models that ``live`` can be, row by row.
+        choose: is told before each forward pass which request every row is of; a single number stands for all rows.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for one row.
+    """
+    from evaluators.decoding import Decoder, Groups, NoTableError
     from evaluators.stopping import TextEnds
 
+    first = requests[0]
     ends = live.model.generation_config.eos_token_id
     last = frozenset([ends] if isinstance(ends, int) else ends or ())
+    batch_size: BatchSize | None = None  # of transformers' own loop, where there is no table
+    prompts = [ids for request in requests for ids in request.prompts]
+    groups = Groups([number for number, request in enumerate(requests) for _ in request.prompts], choose)
     try:
-        decoder = Decoder(live.model, prompts, max_new_tokens, last, TextEnds(live.tokenizer, stop))
+        ended = TextEnds(live.tokenizer, first.stop)
+        decoder = Decoder(live.model, prompts, first.max_new_tokens, last, ended, groups)
+        if shaping(live.model, GREEDY):
+            batch_size = first.batch_size
     except NoTableError as error:
-        return _in_batches(live, prompts, max_new_tokens, stop, 1 if error.alone else batch_size)
-    if shaping(live.model, GREEDY):
-        return _in_batches(live, prompts, max_new_tokens, stop, batch_size)
-    _room(live.model).fit(batch_size, len(prompts), live.device, decoder.run)
-    return [_text(live.tokenizer, tokens, stop) for tokens in decoder.answers]
+        batch_size = 1 if error.alone else first.batch_size
+    if batch_size is not None:
+        found = []
+        for number, request in enumerate(requests):
+            choose([number])
+            found.append(_in_batches(live, request.prompts, first.max_new_tokens, first.stop, batch_size))
+        return found
+    _room(live.model).fit(first.batch_size, len(prompts), live.device, decoder.run)
+    texts = iter([_text(live.tokenizer, tokens, first.stop) for tokens in decoder.answers])
+    return [[next(texts) for _ in request.prompts] for request in requests]
 
 
 def shaping(model: Any, settings: Mapping[str, Any]) -> list[str]:
@@ -159,17 +215,21 @@ def grade_answers(
     max_new_tokens: int,
     stop: Sequence[str],
     batch_size: BatchSize,
-) -> tuple[dict[int, Grade], dict[str, float]]:
-    """What ``grade`` gives for the model's answer to each prompt, by the prompts' numbers, and the seconds by phase.
+) -> tuple[dict[int, Grade], dict[int, str], dict[str, float]]:
+    """What ``grade`` gives for the model's answer to each prompt, and the answer, by the prompts' numbers.
+
+    Returns:
+        Grades, answers, and the seconds by phase.
 
     Raises:
         InputError: as ``generate``.
     """
     started = time.perf_counter()
-    answers = generate(live, list(prompts.values()), max_new_tokens, stop, batch_size)
+    texts = generate(live, list(prompts.values()), max_new_tokens, stop, batch_size)
+    answers = dict(zip(prompts, texts, strict=True))
     answered = time.perf_counter()
-    grades = {number: grade(number, answer) for number, answer in zip(prompts, answers, strict=True)}
-    return grades, {"generate": answered - started, "score": time.perf_counter() - answered}
+    grades = {number: grade(number, answer) for number, answer in answers.items()}
+    return grades, answers, {"generate": answered - started, "score": time.perf_counter() - answered}
 
 
 def _encode(live: LiveModel, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:

@@ -96,6 +96,7 @@ class LikelihoodEvaluator:
         self.metrics: Mapping[str, bool] = {"log_likelihood": True, "bits_per_byte": False}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
+        self.answers: Mapping[int, str] = {}
         self._items = split_items(
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
@@ -106,6 +107,10 @@ class LikelihoodEvaluator:
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's prompt and answer, in the order of the file."""
         return self._hashes[split]
+
+    def texts(self, split: Split) -> list[tuple[str, str]]:
+        """Each item's prompt and answer."""
+        return [(item.prompt, item.answer) for item in self._items[split]]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""

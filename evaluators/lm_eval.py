@@ -119,6 +119,7 @@ class LmEvalEvaluator:
         self._truncated: dict[Split, int] = {}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
+        self.answers: Mapping[int, str] = {}
 
     @property
     def truncated(self) -> int:
@@ -128,6 +129,10 @@ class LmEvalEvaluator:
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's question, choices and answer, in order."""
         return self._items[split].hashes
+
+    def texts(self, split: Split) -> list[tuple[str, str]]:
+        """Each item's question and right answer."""
+        return list(self._items[split].texts)
 
     def test_items(self, split: Split) -> dict[str, int]:
         """All items of the split that lm-eval scores, where the task comes with it; else those known by content."""
@@ -142,13 +147,14 @@ class LmEvalEvaluator:
         Raises:
             InputError: the model's context, vocabulary or chat template does not fit the task.
         """
-        from evaluators.lm_eval_grading import grade
+        from evaluators.lm_eval_grading import grade, written
         from evaluators.lm_eval_model import ask, quiet, undisturbed
 
         docs = self._items[split].docs
         if outside := [index for index in indices if not 0 <= index < len(docs)]:
             raise IndexError(f"{self.name} has {len(docs)} items in its {split} split; there is no item {outside[0]}")
         distinct = list(dict.fromkeys(indices))
+        self.answers = {}
         if not distinct:
             return {key: np.empty(0, dtype=np.float32) for key in self._measures}
         with quiet(), undisturbed():
@@ -157,6 +163,8 @@ class LmEvalEvaluator:
             started = time.perf_counter()
             ask(lm, requests)
             answered = time.perf_counter()
+            texts = {i: written(self._task, docs[i], group) for i, group in zip(distinct, requests, strict=True)}
+            self.answers = {i: text for i, text in texts.items() if text is not None}
             graded = dict(zip(distinct, grade(self._task, [docs[index] for index in distinct], requests), strict=True))
             values = {
                 key: np.array([measure.of(graded[index]) for index in indices], dtype=np.float32)

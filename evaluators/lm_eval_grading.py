@@ -74,6 +74,18 @@ def grade(
     return graded
 
 
+def written(task: ConfigurableTask, doc: Mapping[str, Any], requests: Sequence[Instance]) -> str | None:
+    """What the model wrote to an item, or which choice it found likeliest; None for what is neither."""
+    answers = [request.resps[0] for request in requests]
+    if requests[0].request_type == "generate_until":
+        return str(answers[0])
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return None
+    choices = task.doc_to_choice(doc)
+    likeliest = max(range(len(choices)), key=lambda i: answers[i][0])  # some tasks ask more after their choices
+    return str(choices[likeliest])
+
+
 def find_measures(
     task: ConfigurableTask, items: Items, requests: Sequence[Sequence[Instance]], place: str
 ) -> dict[str, Measure]:

@@ -35,12 +35,14 @@ class Items:
         rows: their positions in it.
         docs: one mapping per item.
         hashes: one per item, of what it asks and what it wants.
+        texts: one per item: what it asks, and what it wants, for people.
     """
 
     source: str
     rows: range
     docs: Sequence[Mapping[str, Any]]
     hashes: Sequence[str]
+    texts: Sequence[tuple[str, str]]
 
 
 def read_splits(task: ConfigurableTask, settings: LmEvalSettings) -> dict[Split, Items]:
@@ -94,11 +96,12 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
         raise InputError(place, f"{spec!r} has no items; {source!r} has {len(docs)}")
     found = [dict(docs[row]) for row in rows]
     check = _ItemCheck(task, place)
-    return Items(source, rows, found, [check(row, doc) for row, doc in zip(rows, found, strict=True)])
+    hashes, texts = zip(*(check(row, doc) for row, doc in zip(rows, found, strict=True)), strict=True)
+    return Items(source, rows, found, hashes, texts)
 
 
 class _ItemCheck:
-    """Refuses items that lm-eval would score wrongly without a word, and hashes the others."""
+    """Refuses items that lm-eval would score wrongly without a word, and hashes and reads the others."""
 
     def __init__(self, task: ConfigurableTask, place: str) -> None:
         self._task, self._place = task, place
@@ -111,8 +114,8 @@ class _ItemCheck:
                 else:
                     self._templates.append(strict.from_string(text))
 
-    def __call__(self, row: int, doc: Mapping[str, Any]) -> str:
-        """The item's hash."""
+    def __call__(self, row: int, doc: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
+        """The item's hash; its question and answer."""
         task = self._task
         try:
             self._refuse_gaps(doc)
@@ -122,7 +125,8 @@ class _ItemCheck:
                 _check_gold(question if task.multiple_input else answer, choices)
         except Exception as error:
             raise explain(error, f"{self._place}, row {row}") from error
-        return digest([question, choices, answer])
+        asked = answer if task.multiple_input else question  # where the choices stand before one and the same ending
+        return digest([question, choices, answer]), (str(asked), _answer_text(answer, choices))
 
     def _refuse_gaps(self, doc: Mapping[str, Any]) -> None:
         """``datasets`` fills a missing field with None, which Jinja prints as the word "None"."""
@@ -131,6 +135,12 @@ class _ItemCheck:
         for column in self._columns:
             if doc[column] is None:
                 raise UndefinedError(f"{column!r} has no value")
+
+
+def _answer_text(answer: Any, choices: Any) -> str:
+    """The right answer, or all of several: choices are named by their places."""
+    found = answer if isinstance(answer, list) else [answer]
+    return " | ".join(str(choices[each]) if isinstance(each, int) and choices else str(each) for each in found)
 
 
 def _no_none(value: Any) -> Any:

@@ -162,6 +162,7 @@ class MgsmEvaluator:
         self.metrics: Mapping[str, bool] = {right: True, in_language: True}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
+        self.answers: Mapping[int, str] = {}
         self._settings = settings
         self._problems = _splits(settings)
         self._hashes = {split: [problem.hash for problem in found] for split, found in self._problems.items()}
@@ -172,6 +173,10 @@ class MgsmEvaluator:
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each problem's question and number, in order."""
         return self._hashes[split]
+
+    def texts(self, split: Split) -> list[tuple[str, str]]:
+        """Each problem's question and number."""
+        return [(problem.question, str(problem.answer)) for problem in self._problems[split]]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many problems are a public benchmark's test items."""
@@ -188,7 +193,7 @@ class MgsmEvaluator:
         problems, settings = self._problems[split], self._settings
         if outside := [index for index in indices if not 0 <= index < len(problems)]:
             raise IndexError(f"{self.name} has {len(problems)} items in its {split} split; no item {outside[0]}")
-        grades, self.seconds = grade_answers(
+        grades, self.answers, self.seconds = grade_answers(
             model, {index: problems[index].prompt for index in indices},
             lambda i, answer: self.grade(answer, problems[i].answer),
             settings.max_new_tokens, settings.asked[1], settings.batch_size,

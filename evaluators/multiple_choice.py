@@ -106,6 +106,7 @@ class MultipleChoiceEvaluator:
         self.metrics: Mapping[str, bool] = {"acc": True, "acc_norm": True, "acc_bytes": True, "margin": True}
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
+        self.answers: Mapping[int, str] = {}
         self._items = split_items(
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
@@ -125,6 +126,10 @@ class MultipleChoiceEvaluator:
         """A hash of each item's prompt, choices and right answer, in the order of the file."""
         return self._hashes[split]
 
+    def texts(self, split: Split) -> list[tuple[str, str]]:
+        """Each item's prompt and right choice."""
+        return [(item.prompt, item.choices[item.right]) for item in self._items[split]]
+
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
         return count(item.benchmark for item in self._items[split])
@@ -142,7 +147,9 @@ class MultipleChoiceEvaluator:
         asked = {index: range(starts[index], starts[index + 1]) for index in indices}
         found = self._prefill.score(model, split, [pair for pairs in asked.values() for pair in pairs])
         self.seconds = {"generate": time.perf_counter() - started}
-        grades = {index: _grade(items[index], [found[pair].log for pair in pairs]) for index, pairs in asked.items()}
+        logs = {index: [found[pair].log for pair in pairs] for index, pairs in asked.items()}
+        self.answers = {index: items[index].choices[int(np.argmax(found))] for index, found in logs.items()}
+        grades = {index: _grade(items[index], found) for index, found in logs.items()}
         values = np.array([grades[index] for index in indices], dtype=np.float32).reshape(-1, len(self.metrics))
         return dict(zip(self.metrics, values.T.copy(), strict=True))
 

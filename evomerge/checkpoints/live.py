@@ -149,7 +149,6 @@ def load_weights(live: LiveModel, tensors: Iterable[tuple[str, torch.Tensor]]) -
         target.copy_(tensor)
 
 
-@torch.inference_mode()
 def check_live(live: LiveModel) -> None:
     """Refuse a model with NaN or Inf in its weights or in its logits for a short probe.
 
@@ -158,11 +157,29 @@ def check_live(live: LiveModel) -> None:
     Raises:
         NotFiniteError: naming the tensor, or "logits".
     """
+    check_weights(live)
+    if not all(finite_rows(live, 1)):
+        raise NotFiniteError("logits")
+
+
+@torch.inference_mode()
+def check_weights(live: LiveModel) -> None:
+    """Refuse a model with NaN or Inf in its weights.
+
+    Raises:
+        NotFiniteError: naming the tensor.
+    """
     distinct: dict[object, tuple[str, torch.Tensor]] = {}  # a layer that is several hops is looked at once
     for name, tensor in live.tensors.items():
         distinct.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
     if (broken := first_not_finite(dict(distinct.values()))) is not None:
         raise NotFiniteError(broken)
+
+
+@torch.inference_mode()
+def finite_rows(live: LiveModel, rows: int) -> list[bool]:
+    """Whether the logits for a short probe are finite, in each of so many equal rows."""
     probe = torch.arange(_PROBE_TOKENS, device=live.device) % live.model.config.vocab_size
-    if not torch.isfinite(live.model(probe[None], use_cache=False).logits).all():
-        raise NotFiniteError("logits")
+    logits = live.model(probe.expand(rows, -1), use_cache=False).logits
+    found: list[bool] = torch.isfinite(logits).flatten(1).all(dim=1).tolist()
+    return found

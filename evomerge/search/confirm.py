@@ -19,7 +19,7 @@ from evomerge.search.control import Control
 from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.jobs import Failed, Finished, Measured
 from evomerge.search.pools.base import Pool
-from evomerge.search.scores import to_scores
+from evomerge.search.scores import to_answers, to_scores
 from evomerge.search.setup import Setup
 from evomerge.search.statistics import mean_and_error
 from evomerge.store import CandidateRow, Store
@@ -133,7 +133,8 @@ class Confirmation:
 
     def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
         scores = to_scores(self._setup, result, pending.tasks)
-        self._store.record_scores(finished.candidate, finished.attempt, scores)
+        answers = to_answers(self._setup, result, pending.tasks)
+        self._store.record_scores(finished.candidate, finished.attempt, scores, answers=answers)
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
         self._last_failure = failure.message

@@ -55,6 +55,7 @@ def prepare(file: SearchFile) -> Prepared:
         screen=_screen(file, settings, evaluators),
         racing=file.racing,
         mode=file.mode,
+        answers=file.answers,
         evaluators=tuple(
             EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out"))) for e in evaluators
         ),

@@ -13,7 +13,7 @@ from evomerge.search.jobs import Measured, Task
 from evomerge.search.racing import difference_estimate, stratified_estimate
 from evomerge.search.setup import Counts, MeasureInfo, Setup
 from evomerge.search.statistics import mean_and_error
-from evomerge.store import Estimate, Scores
+from evomerge.store import Answers, Estimate, Scores
 
 
 def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Scores]:
@@ -26,6 +26,16 @@ def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Sco
             metrics=metrics,
         )
         for task, metrics in zip(tasks, result.scores, strict=True)
+    ]
+
+
+def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Answers]:
+    """What the model wrote, in the store's form; nothing of what the search does not keep."""
+    found = zip(tasks, result.answers, strict=True) if result.answers else ()
+    return [
+        Answers(setup.evaluators[task.evaluator].version, task.split, list(texts), list(texts.values()))
+        for task, texts in found
+        if texts and setup.answers in ("all", task.split)
     ]
 
 

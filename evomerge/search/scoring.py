@@ -22,7 +22,7 @@ from evomerge.search.items import ItemOrder, item_order, plain_order
 from evomerge.search.jobs import Failed, Finished, Measured
 from evomerge.search.prediction import Predictions
 from evomerge.search.racing import surely_better, verdicts
-from evomerge.search.scores import Sheet, estimate, missing_tasks
+from evomerge.search.scores import Sheet, estimate, missing_tasks, to_answers
 from evomerge.search.screening import Screening
 from evomerge.search.setup import Counts, ObjectiveInfo, Setup
 from evomerge.store import Estimate, Outcome, Store
@@ -291,14 +291,16 @@ class Scoring:
         sheet.update(self._setup, c.sheet)
         scores = sheet.scores(self._setup)
         timings = {p: c.timings.get(p, 0.0) + result.timings.get(p, 0.0) for p in [*c.timings, *result.timings]}
-        attempt = (c.number, finished.attempt)
+        attempt, answers = (c.number, finished.attempt), to_answers(self._setup, result, pending.tasks)
         if not self._is_full(sheet):
-            if not self._store.record_rung(*attempt, scores, timings, finished.worker):
+            if not self._store.record_rung(*attempt, scores, timings, finished.worker, answers=answers):
                 return
         else:
             objectives = self._estimates(sheet, len(self._rungs) - 1)
             eligible = self._setup.violation(objectives) == 0.0
-            if not self._store.record_result(*attempt, scores, timings, objectives, finished.worker, eligible=eligible):
+            if not self._store.record_result(
+                *attempt, scores, timings, objectives, finished.worker, eligible=eligible, answers=answers
+            ):
                 return
             c.status, c.objectives, c.eligible = "done", objectives, eligible
         c.sheet, c.timings, c.twin = sheet, timings, None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from evaluators.base import Split
 from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
@@ -29,12 +31,14 @@ from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
 from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
 from evomerge.search.setup import MeasureInfo
-from evomerge.store import CandidateRow, Store
+from evomerge.store import CandidateRow, ItemTexts, Store
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
 # candidates before and after two different searches.
-RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts", "store", "observers")
+RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts", "store", "observers", "answers", "artifacts")
 FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
+
+_URL = re.compile(r"[a-z0-9+]{2,}:/")  # as it is left of s3://bucket in a path, where two slashes are one
 
 _LIBRARIES = (
     "evomerge",
@@ -73,6 +77,7 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
             settings=settings,
             fingerprints=fingerprints(prepared),
             environment=environment(),
+            items=_item_texts(prepared),
         ).close()
         partial.rename(folder)
     except OSError as error:
@@ -84,6 +89,9 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
 
 def refuse_existing(folder: Path) -> None:
     """Refuse to start a search in a folder that is there already, or that cannot be made."""
+    if _URL.match(str(folder)):
+        mend = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
+        raise InputError("--dir", "is a URL, and a search lives on a disk", mend)
     try:
         there = folder.exists()
         above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -148,6 +156,12 @@ def check_unchanged(store: Store, prepared: Prepared) -> None:
                 "scores otherwise than when the search began: its data, its task file or lm-eval has changed",
                 "Put the old ones back, or start a new search.",
             )
+
+
+def _item_texts(prepared: Prepared) -> list[ItemTexts]:
+    """What the items of every evaluator ask: to be read beside scores, and beside answers where they are kept."""
+    splits: tuple[Split, ...] = get_args(Split)
+    return [ItemTexts(e.version, split, e.texts(split)) for e in prepared.evaluators for split in splits]
 
 
 def fingerprints(prepared: Prepared) -> dict[str, Any]:

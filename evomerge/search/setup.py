@@ -13,7 +13,7 @@ from evaluators.base import ItemScores, Split
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import OptimizerSettings
 from evomerge.search.jobs import Task
-from evomerge.search.search_file import Budget, Confirm, Mode, Racing
+from evomerge.search.search_file import Budget, Confirm, KeptAnswers, Mode, Racing
 from evomerge.store import Estimate
 
 
@@ -99,6 +99,7 @@ class Setup:
     screen: ScreenInfo | None = None
     racing: Racing | None = None
     mode: Mode = "generational"
+    answers: KeptAnswers = "all"
 
     @property
     def measures(self) -> Iterator[ObjectiveInfo | ConstraintInfo]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from evaluators.base import Evaluator
-from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, live_model
+from evomerge.checkpoints.live import LiveModel, check_live, live_model
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import DType
 from evomerge.search.jobs import Failed, Finished, Job, Measured
+from evomerge.search.measuring import failure, measured, score_task
 from evomerge.search.prepare import Prepared, build_space, distinct_evaluators, open_sources
 from evomerge.search.search_file import SearchFile
+from evomerge.search.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +48,26 @@ class Worker:
 
     Args:
         name: shown beside every candidate it scored.
-        materialiser: the opened sources, ready to write a recipe.
+        sources: by the names that recipes use.
+        materialiser: of these sources, ready to write a recipe.
         live: the one model that every candidate is written into.
         evaluators: in the order that jobs refer to them.
     """
 
-    def __init__(self, name: str, materialiser: Materialiser, live: LiveModel, evaluators: Sequence[Evaluator]) -> None:
+    def __init__(
+        self,
+        name: str,
+        sources: Mapping[str, Source],
+        materialiser: Materialiser,
+        live: LiveModel,
+        evaluators: Sequence[Evaluator],
+    ) -> None:
         self._name = name
+        self._sources = sources
         self._materialiser = materialiser
         self._live = live
         self._evaluators = evaluators
+        self._together: Together | None = None
 
     @classmethod
     def start(cls, name: str, file: SearchFile, statistics: Path) -> Worker:
@@ -92,31 +101,33 @@ class Worker:
 
             live.engine = VllmEngine(model, live)
         residency = None if file.cluster.residency == "auto" else file.cluster.residency
-        return cls(name, Materialiser(sources, statistics=statistics, residency=residency), live, evaluators)
+        materialiser = Materialiser(sources, statistics=statistics, residency=residency)
+        return cls(name, sources, materialiser, live, evaluators)
 
     def run(self, job: Job) -> Finished:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
         try:
             result: Measured | Failed = self._measure(job)
-        except NotFiniteError as error:
-            result = Failed("not_finite", str(error))
-        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            result = Failed("out_of_memory", str(error), traceback.format_exc())
         except Exception as error:
-            if type(error).__name__ == "AcceleratorError":  # after one, CUDA fails every later call of this process
-                return Finished(job.candidate, job.attempt, self._name, Failed("worker_died", str(error)))
-            result = Failed("error", f"{type(error).__name__}: {error}", traceback.format_exc())
-        return Finished(job.candidate, job.attempt, self._name, result)
+            result = failure(error)
+        return self._finished(job, result)
 
-    @staticmethod
-    def _check(evaluator: Evaluator, found: Mapping[str, NDArray[np.float32]], items: int) -> None:
-        """An evaluator is somebody's plug-in: what it gives is checked before it is recorded."""
-        for metric in evaluator.metrics:
-            if metric not in found or found[metric].shape != (items,):
-                shape = found[metric].shape if metric in found else "nothing"
-                raise ValueError(f"{evaluator.name} gave {shape} for {metric} of {items} items")
+    def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
+        """Score several candidates at once, each a weighted sum of low-rank adapters; their ends, in order.
+
+        What goes wrong comes back as ``Failed``, of the candidates that it concerns, as do recipes that are something
+        else. Scores are those of ``run`` but for rounding: nothing is added up in the weights' own dtype here.
+        """
+        try:
+            if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
+                self._together = Together(self._sources, self._materialiser, self._live, self._evaluators)
+            results = self._together.run(jobs)
+        except Exception as error:
+            results = [failure(error)] * len(jobs)
+        return [self._finished(job, result) for job, result in zip(jobs, results, strict=True)]
+
+    def _finished(self, job: Job, result: Measured | Failed) -> Finished:
+        return Finished(job.candidate, job.attempt, self._name, result)
 
     def _measure(self, job: Job) -> Measured:
         started = time.perf_counter()
@@ -125,15 +136,4 @@ class Worker:
         if self._live.engine is not None:
             self._live.engine.load(self._live)
         timings = {"merge": time.perf_counter() - started}
-        scores: list[Mapping[str, NDArray[np.float32]]] = []
-        for task in job.tasks:
-            evaluator = self._evaluators[task.evaluator]
-            found = evaluator.score(self._live, task.split, task.indices)
-            self._check(evaluator, found, len(task.indices))
-            for metric, values in found.items():
-                if not np.isfinite(values).all():
-                    raise NotFiniteError(f"{evaluator.name}: {metric} of {int((~np.isfinite(values)).sum())} items")
-            scores.append(found)
-            for phase, seconds in evaluator.seconds.items():
-                timings[phase] = timings.get(phase, 0.0) + seconds
-        return Measured(scores, timings)
+        return measured([score_task(self._evaluators[task.evaluator], self._live, task) for task in job.tasks], timings)

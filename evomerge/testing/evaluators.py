@@ -60,6 +60,20 @@ class EvaluatorContract:
             assert values.dtype == np.float32
             assert np.isfinite(values).all()
 
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_every_item_can_be_read(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
+        texts = evaluator.texts(split)
+        assert len(texts) == len(evaluator.items(split))
+        assert all(isinstance(text, str) for pair in texts for text in pair)
+        last = len(texts) - 1
+        evaluator.score(live, split, [last])
+        first = dict(evaluator.answers)
+        assert first.keys() <= {last}
+        evaluator.score(live, split, range(last + 1))
+        assert evaluator.answers.keys() in (first.keys(), set(range(last + 1)))
+        evaluator.score(live, split, [])
+        assert not evaluator.answers
+
     def test_the_same_again(self, evaluator: Evaluator, live: LiveModel) -> None:
         whole = range(len(evaluator.items("search")))
         first = evaluator.score(live, "search", whole)

@@ -1,0 +1,149 @@
+"""Low-rank adapters beside the live model of their base, mixed for each row of a batch by coefficients of its own.
+
+A weighted sum of adapters is written into the weights nowhere: a module of stored weight W0 gives, with the factors
+A_k, B_k and the scaling s_k of adapter k,
+
+    y = x W0^T + sum_k c_k s_k (x A_k^T) B_k^T      (Hu et al. 2021, arXiv:2106.09685, section 4.1, for each k)
+
+and c hangs on the row of x. So rows of many merged models share one forward pass, and one model's memory. The factors
+of a module lie side by side, which makes two products of matrices of all its adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
+from evomerge.checkpoints.live import LiveModel, NotFiniteError
+from evomerge.checkpoints.source import Source
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """All that adapters change of one weight.
+
+    Attributes:
+        module: of the transformers model, that holds the weight.
+        down: every A below the other, [ranks, inputs].
+        up: every B turned, below the other, [ranks, outputs].
+        ranks: where these ranks are among those of all weights.
+    """
+
+    module: str
+    down: Tensor
+    up: Tensor
+    ranks: slice
+
+
+class LowRankRows:
+    """The adapters of some sources, held once on the device of a live model, in its dtype.
+
+    Args:
+        live: of the base of all sources.
+        sources: in the order of a candidate's coefficients. Their adapters are low-rank changes of whole weights alone,
+            without magnitudes.
+        weights: all that any of them changes, by the sources' names, in the order of a candidate's coefficients.
+    """
+
+    def __init__(self, live: LiveModel, sources: Sequence[Source], weights: Sequence[str]) -> None:
+        self._model, self._weights = live.model, weights
+        self._pairs: list[_Pair] = []
+        where: list[tuple[int, int]] = []  # of each rank, the numbers of its weight and of its source
+        scales: list[float] = []
+        for number, weight in enumerate(weights):
+            downs, ups, first = [], [], len(where)
+            for owner, source in enumerate(sources):
+                for change in source.changes.get(weight, ()):
+                    assert isinstance(change, LowRank)
+                    down, up = (_read(entry).to(live.device, live.model.dtype) for entry in (change.down, change.up))
+                    broken = not (torch.isfinite(down).all() and torch.isfinite(up).all())
+                    # A candidate that leaves the adapter out is sound, so that its own zeros may not meet the NaN.
+                    downs.append(torch.zeros_like(down) if broken else down)
+                    ups.append(torch.zeros_like(up).T if broken else up.T)
+                    scales += [math.nan if broken else change.scale] * len(down)
+                    where += [(number, owner)] * len(down)
+            module = sources[0].parts[weight].tensor.removesuffix(".weight")
+            self._pairs.append(_Pair(module, torch.cat(downs), torch.cat(ups), slice(first, len(where))))
+        self._where = torch.tensor(where).T
+        self._scales = torch.tensor(scales, dtype=torch.float32)
+        self._shares = self._chosen = torch.empty(0)
+        self._of: int | list[int] | None = None
+        self._reached: set[str] = set()
+
+    def shares(self, coefficients: Tensor) -> Tensor:
+        """What a candidate multiplies every rank of all adapters by: float32 [ranks], its coefficients times scalings.
+
+        Args:
+            coefficients: float32 [weights, sources].
+
+        Raises:
+            NotFiniteError: one is NaN or Inf, or the factors are that it multiplies.
+        """
+        own = coefficients[tuple(self._where)]
+        found = torch.where(own == 0, 0.0, own * self._scales)
+        if len(broken := torch.nonzero(~torch.isfinite(found))):
+            raise NotFiniteError(self._weights[int(self._where[0, broken[0]])])
+        return found
+
+    @contextlib.contextmanager
+    def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:
+        """Within, rows of the model are of the candidates with these shares, as ``choose`` says."""
+        self._shares = torch.stack(list(shares)).to(self._model.device)
+        self._of = None
+        self._reached.clear()
+        hooks = []
+        try:
+            for pair in self._pairs:
+                module = self._model.get_submodule(pair.module)
+                if not isinstance(module, nn.Linear | Conv1D):
+                    raise ValueError(
+                        f"{pair.module} is a {type(module).__name__}, to whose output nothing can be added"
+                    )
+                hooks.append(module.register_forward_hook(partial(self._add, pair)))
+            self.choose(0)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def choose(self, candidates: int | Sequence[int]) -> None:
+        """Say which candidate the next forward passes are of: one for all rows, or one for each."""
+        chosen = candidates if isinstance(candidates, int) else list(candidates)
+        if chosen == self._of:
+            return
+        self._of = chosen
+        rows = torch.tensor([chosen] if isinstance(chosen, int) else chosen, device=self._shares.device)
+        self._chosen = self._shares[rows]
+
+    def check_reached(self) -> None:
+        """Refuse a model that computes with an adapted weight, but not through its module, so that nothing was added.
+
+        Raises:
+            ValueError: no forward pass since ``mixed`` came through the module of a weight.
+        """
+        if missed := [pair.module for pair in self._pairs if pair.module not in self._reached]:
+            raise ValueError(f"the model computes without calling {missed[0]}: its adapters cannot be mixed by rows")
+
+    def _add(self, pair: _Pair, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        """Add the low-rank part to what a module gives. A batch comes as [rows, tokens, width], or rows and tokens as
+        one dimension, each row's tokens together."""
+        self._reached.add(pair.module)
+        shares = self._chosen[:, pair.ranks]  # [rows, ranks], or one row for all
+        inner = F.linear(given[0], pair.down)
+        mixed = inner.reshape(len(shares), -1, inner.shape[-1]) * shares[:, None]  # in float32, as the shares are
+        output.view(-1, output.shape[-1]).addmm_(mixed.to(inner.dtype).view(-1, inner.shape[-1]), pair.up)
+
+
+def _read(entry: TensorEntry) -> Tensor:
+    return view_entry(entry, map_file(entry.file))

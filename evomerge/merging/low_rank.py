@@ -1,0 +1,161 @@
+"""Recipes that are a weighted sum of low-rank adapters on one model: their coefficients, weight by weight.
+
+Where every source is the base or an adapter of it (LoRA), and every tensor is a linear combination of the sources whose
+coefficients sum to 1, the merged weight is W0 + sum_k c_k s_k B_k A_k: nothing but the few numbers c_k tells candidates
+apart, and several can be computed in one forward pass (``checkpoints.low_rank_rows``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.source import Source
+from evomerge.merging.jobs import Crew
+from evomerge.merging.materialise import check_recipe
+from evomerge.merging.passes import Combine
+from evomerge.merging.path import Merged, merged_tensors, ref
+from evomerge.merging.registry import find_method
+from evomerge.merging.statistics import Facts, Ref, Statistics
+from evomerge.recipe import Blend, Recipe
+
+_ROUNDING = 1e-6
+"""By how much coefficients may miss a sum of 1, beside the sum of their sizes: float32 tells no more of a weight."""
+
+
+class NotLowRankError(ValueError):
+    """Why sources or a recipe are no weighted sum of low-rank adapters, in words for a person."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model and sources that are low-rank adapters of it.
+
+    Attributes:
+        base: the source that is the model itself.
+        adapted: the sources that are not.
+        weights: what any of them changes, in the order of the model.
+    """
+
+    base: str
+    adapted: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+class _WeightsReadError(Exception):
+    """A method asks for statistics of the weights."""
+
+
+def low_rank_problem(recipe: Recipe, sources: Mapping[str, Source]) -> str | None:
+    """Why a recipe of these sources is no weighted sum of low-rank adapters; None where it is. Opens no tensor.
+
+    Raises:
+        InputError: the recipe cannot be made of these sources at all.
+    """
+    try:
+        coefficients(recipe, sources, family_of(sources))
+    except NotLowRankError as error:
+        return str(error)
+    return None
+
+
+def family_of(sources: Mapping[str, Source]) -> Family:
+    """What sources have in common, if they are one model and low-rank adapters of it.
+
+    Raises:
+        NotLowRankError: they are not.
+    """
+    base = next((name for name, source in sources.items() if not source.changes), None)
+    if base is None:
+        raise NotLowRankError("the model under the adapters is not a source itself")
+    for name, source in sources.items():
+        _check_adapters(name, source, base, sources[base])
+    adapted = tuple(name for name, source in sources.items() if source.changes)
+    if not adapted:
+        raise NotLowRankError("no source has a low-rank adapter")
+    changed = {weight for name in adapted for weight in sources[name].changes}
+    return Family(base, adapted, tuple(weight for weight in sources[base].tensors if weight in changed))
+
+
+def _check_adapters(name: str, source: Source, base: str, model: Source) -> None:
+    if source.folder != model.folder:
+        raise NotLowRankError(f"{name} is another model than {base}, not an adapter of it")
+    if type(source) is not Source:
+        raise NotLowRankError("the sources' embeddings are laid out for another vocabulary")
+    if whole := [tensor for tensor, entry in source.tensors.items() if entry != model.tensors[tensor]]:
+        raise NotLowRankError(f"the adapter of {name} holds {whole[0]} in full (modules_to_save, or a trained bias)")
+    for tensor, changes in source.changes.items():
+        if source.roles[tensor].kind == "embedding":
+            raise NotLowRankError(f"the adapter of {name} changes the embedding, {tensor}")
+        if source.parts[tensor].cuts:
+            raise NotLowRankError(f"the adapter of {name} changes {tensor}, which is one piece of a larger tensor")
+        for change in changes:
+            if not isinstance(change, LowRank):
+                raise NotLowRankError(f"the adapter of {name} moves the bias {tensor} (lora_bias)")
+            if change.magnitude is not None:
+                raise NotLowRankError(f"the adapter of {name} is a DoRA: its norms are no sum")
+
+
+def base_recipe(recipe: Recipe, family: Family) -> Recipe:
+    """The model under the adapters alone, else as in ``recipe``."""
+    blend = Blend(
+        method="linear", sources=(family.base,), parameters={"weight": {family.base: 1.0}, "normalize": False}
+    )
+    return Recipe.uniform(
+        blend,
+        sources=recipe.sources,
+        tokenizer=recipe.tokenizer,
+        layers=len(recipe.hops),
+        vocabulary=recipe.vocabulary,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+    )
+
+
+def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) -> Tensor:
+    """What a recipe multiplies each adapted source's change of each weight by: float32 [weights, adapted sources].
+
+    Raises:
+        NotLowRankError: the recipe is no weighted sum of the family.
+        InputError: it cannot be made of these sources at all.
+    """
+    check_recipe(recipe, sources)
+    if recipe.is_scaled:
+        raise NotLowRankError("its hops have scales")
+    if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
+        raise NotLowRankError("its hops are not the model's own layers in their order")
+    statistics = Statistics(_refuse_to_read, Crew())
+    found: dict[str, list[float]] = {}
+    for merged in merged_tensors(recipe, sources):
+        combined = _combined(merged, recipe, statistics)
+        found[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
+    return torch.tensor([found[weight] for weight in family.weights], dtype=torch.float64).float()
+
+
+def _combined(merged: Merged, recipe: Recipe, statistics: Statistics) -> Mapping[str, float]:
+    """The coefficients of a tensor by source: a linear combination that leaves what sources share as it is."""
+    blend = recipe.blend_for(merged.role, merged.name)
+    names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
+    facts = Facts(merged.stored, {name: ref(merged, recipe, name) for name in names}, statistics, recipe.seed)
+    try:
+        plan = find_method(blend.method, "recipe.blends").plan(facts, blend)
+    except _WeightsReadError:
+        problem = f"{blend.method} plans by what the weights are, where only numbers of the recipe may decide"
+        raise NotLowRankError(problem) from None
+    if not isinstance(plan, Combine):
+        raise NotLowRankError(f"{blend.method} makes {merged.name} otherwise than as a weighted sum")
+    total, size = sum(plan.coefficients.values()), sum(map(abs, plan.coefficients.values()))
+    if not abs(total - 1) <= _ROUNDING * max(1.0, size):
+        problem = (
+            f"{blend.method} gives {merged.name} coefficients that sum to {total:g}, not to 1, which scales the base"
+        )
+        raise NotLowRankError(problem)
+    return plan.coefficients
+
+
+def _refuse_to_read(found: Ref) -> Tensor:
+    raise _WeightsReadError

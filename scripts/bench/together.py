@@ -1,0 +1,143 @@
+"""Candidates of LoRA adapters scored together, their rows in one batch, against one at a time, in one run.
+
+The adapters are the largest singular values of what maths and japanese of the miniatures changed in the base's linear
+layers. Candidates are task arithmetic over both with random weights in every layer; each is scored on the same few
+items of mini_math_ja, as in a race's first rung. Figures are seconds of one core (processor time of this process on one
+thread) for all candidates, medians of runs that take turns, and the items whose score is another one: sums are added
+in another order, so that of two tokens that are equally likely but for rounding the other may be chosen.
+
+    python scripts/bench/together.py [--candidates 16] [--items 25] [--rank 16] [--dtype float32] [--repeats 3]
+        [--json docs/together.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from evaluators.lm_eval import LmEvalSettings
+from evaluators.lm_eval_model import quiet
+from evomerge.checkpoints.live import live_model
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.merging.materialise import Materialiser
+from evomerge.recipe import Blend, Recipe
+from evomerge.search.jobs import Finished, Job, Measured, Task
+from evomerge.search.worker import Worker
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ROOT / "evaluators" / "tasks"
+MINIATURES = ROOT / "examples" / "miniatures"
+ADAPTED = ("maths", "japanese")
+
+
+def write_adapter(name: str, rank: int, folder: Path) -> Path:
+    """The best LoRA of that rank of what a miniature changed in the base's linear layers, as peft writes it."""
+    base, model = (open_source(each, str(MINIATURES / each), place=each) for each in ("base", name))
+    tensors: dict[str, torch.Tensor] = {}
+    for weight in base.tensors:
+        if weight.endswith("_proj.weight"):
+            up, sizes, down = torch.linalg.svd(model.read(weight).float() - base.read(weight).float())
+            module = f"base_model.model.{weight.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = (sizes[:rank, None] * down[:rank]).contiguous()
+            tensors[f"{module}.lora_B.weight"] = up[:, :rank].contiguous()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "init_lora_weights": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def open_family(rank: int, folder: Path) -> dict[str, Source]:
+    base = MINIATURES / "base"
+    references = {"base": str(base)}
+    for name in ADAPTED:
+        references[name] = f"{base}+{write_adapter(name, rank, folder / name)}"
+    return {name: open_source(name, reference, place=name) for name, reference in references.items()}
+
+
+def recipes_of(sources: Mapping[str, Source], count: int) -> list[Recipe]:
+    """Task arithmetic with random weights in every layer."""
+    numbers = np.random.default_rng(1)
+
+    def blend() -> Blend:
+        weights = dict(zip(ADAPTED, numbers.uniform(0.0, 1.2, len(ADAPTED)).tolist(), strict=True))
+        return Blend(method="task_arithmetic", sources=ADAPTED, base="base", parameters={"weight": weights})
+
+    found = []
+    for _ in range(count):
+        layers = [blend() for _ in range(sources["base"].layers)]
+        found.append(
+            Recipe.compose(
+                sources={name: source.reference for name, source in sources.items()}, tokenizer="base",
+                embedding=layers[0], norm=layers[0], head=layers[0],
+                hops=((number, each, each, each) for number, each in enumerate(layers)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def scores(finished: list[Finished]) -> np.ndarray:
+    """[candidates, items]"""
+    found = []
+    for each in finished:
+        assert isinstance(each.result, Measured), each.result
+        found.append(each.result.scores[0]["acc_ja"])
+    return np.stack(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--items", type=int, default=25)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        sources = open_family(given.rank, Path(folder))
+        evaluator = LmEvalSettings(task="mini_math_ja", task_folders=(TASKS,), allow_task_code=True).build()
+        live = live_model(sources["base"], torch.device("cpu"), getattr(torch, given.dtype))
+        worker = Worker("bench", sources, Materialiser(sources), live, [evaluator])
+        task = Task(0, "search", range(given.items))
+        jobs = [Job(n, 1, recipe, [task]) for n, recipe in enumerate(recipes_of(sources, given.candidates))]
+        works: dict[str, Callable[[], list[Finished]]] = {
+            "one at a time": lambda: [worker.run(job) for job in jobs],
+            "together": lambda: worker.run_together(jobs),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        found: dict[str, np.ndarray] = {}
+        for repeat in range(given.repeats + 1):
+            for name, work in works.items():
+                started = time.process_time()
+                finished = work()
+                if repeat:  # the first turn imports and compiles
+                    taken[name].append(time.process_time() - started)
+                found[name] = scores(finished)
+    alone, together = (statistics.median(taken[name]) for name in works)
+    differing = int((found["one at a time"] != found["together"]).sum())
+    said = {
+        "candidates": given.candidates, "items": given.items, "rank": given.rank, "dtype": given.dtype,
+        "seconds_one_at_a_time": round(alone, 3), "seconds_together": round(together, 3),
+        "ratio": round(alone / together, 2), "scores_that_differ": differing, "scores": found["together"].size,
+        "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
+    }  # fmt: skip
+    for key, value in said.items():
+        print(f"{key:24} {value}")
+    if given.json:
+        given.json.write_text(json.dumps(said, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
