@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_search import drive, make_setup, scores_of, simulate, table
+from helpers_search import Killed, create_store, drive, make_setup, scores_of, simulate, table
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.search.control import Control
-from evomerge.search.deadlines import ENOUGH, FACTOR, LEAST_S, MOST_S, Deadlines
+from evomerge.search.deadlines import ENOUGH, FACTOR, LEAST_S, MOST_S, Deadlines, recorded_attempts
 from evomerge.search.dispatch import Dispatcher, Pending, feed_of
+from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.search_file import Mode
-from evomerge.store import Store
+from evomerge.search.search_file import Mode, Racing
+from evomerge.store import EventRow, Store, acquire
 
 
 def items(*counts: int) -> list[Task]:
@@ -146,3 +147,71 @@ def test_what_was_ended_and_tried_again_leaves_no_trace_in_the_search(tmp_path: 
     assert table(tmp_path / "slow") == table(tmp_path / "plain")
     with Store.open(tmp_path / "slow" / "search.db") as store:
         assert len(store.events(kinds=("failure",))) == 24 - 16
+
+
+def event(seq: int, time: float, kind: str, candidate: int, attempt: int, items: int = 0) -> EventRow:
+    return EventRow(seq, time, kind, candidate, attempt, {"items": {"v": items}})
+
+
+def test_recorded_attempts_are_what_was_scored_between_dispatch_and_record() -> None:
+    told = [
+        ("rung", 5.0, 1, 2, 30), ("dispatch", 10.0, 2, 1, 0), ("dispatch", 11.0, 3, 1, 0), ("rung", 15.0, 2, 1, 10),
+        ("dispatch", 20.0, 2, 2, 0), ("dispatch", 26.0, 2, 3, 0), ("result", 33.0, 2, 3, 40),
+        ("result", 9.0, 3, 1, 40), ("dispatch", 40.0, 1, 3, 0), ("result", 50.0, 1, 3, 40),
+    ]  # fmt: skip
+    events = [event(i, time, kind, c, attempt, items) for i, (kind, time, c, attempt, items) in enumerate(told)]
+    found = list(recorded_attempts(events, lambda each: {0: each.payload["items"]["v"]}))
+    # Not of candidate 1, of which nobody knows what the first rung scored; not of 3, when the clock was set back.
+    assert found == [({0: 10}, 5.0), ({0: 30}, 7.0)]
+
+
+@pytest.mark.parametrize("racing", [None, Racing(rungs=(10, 20))])
+def test_a_resumed_search_knows_how_long_attempts_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, racing: Racing | None
+) -> None:
+    """After the resume every worker hangs at once: they are ended by what the first driver saw, not by a day."""
+    setup = replace(make_setup(candidates=20), racing=racing)
+    clock, begun = SimulatedClock(), 1.7e9
+    monkeypatch.setattr("time.time", lambda: begun + clock.now)
+
+    def search(simulation: Simulation) -> Store:
+        path = tmp_path / "search.db"
+        store = Store.open(path) if path.exists() else create_store(tmp_path, setup)
+        with acquire(store):
+            pool = SimulatedPool(3, simulation, clock)
+            Driver(setup, store, pool, Control(store.take_commands), logs=tmp_path, clock=clock).run()
+        return store
+
+    def first(job: Job) -> tuple[float, Measured | Failed]:
+        if job.candidate >= 14:
+            raise Killed
+        return uneven(job)
+
+    hung: set[int] = set()
+
+    def second(job: Job) -> tuple[float, Measured | Failed]:
+        seconds, found = uneven(job)
+        hang = len(hung) < 3 and job.candidate not in hung
+        hung.add(job.candidate)
+        return (math.inf if hang else seconds), found
+
+    with pytest.raises(Killed):
+        search(first)
+    before = clock.now
+    with search(second) as store:
+        reasons = [each.payload["reason"] for each in store.events(kinds=("failure",))]
+    assert reasons == ["timeout"] * 3
+    assert clock.now - before < 30 * 60
+
+
+def test_the_longest_attempt_is_what_the_search_file_says(tmp_path: Path) -> None:
+    def hangs(job: Job) -> tuple[float, Measured | Failed]:
+        return (math.inf if job.attempt == 1 and job.candidate == 0 else 1.0), scores_of(job)
+
+    setup = make_setup(candidates=12)
+    with create_store(tmp_path, setup) as store, acquire(store):
+        clock = SimulatedClock()
+        pool = SimulatedPool(3, hangs, clock)
+        word = Control(store.take_commands)
+        Driver(setup, store, pool, word, logs=tmp_path, clock=clock, deadlines=Deadlines(most_s=1800.0)).run()
+    assert 1800 < clock.now < 1800 + 2 * LEAST_S

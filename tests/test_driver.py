@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, Killed, drive, dying, make_setup, numbers, scores_of, simulate, table, weights_of
+from helpers_search import (
+    FakeSpace,
+    Killed,
+    create_store,
+    drive,
+    dying,
+    make_setup,
+    numbers,
+    scores_of,
+    simulate,
+    table,
+    weights_of,
+)  # fmt: skip
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
 from evomerge.search.control import Control
-from evomerge.search.jobs import Failed, Job, Measured
-from evomerge.store import Store
+from evomerge.search.driver import Driver
+from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews
+from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.store import Store, acquire
 
 
 def test_budget_of_candidates_is_exact_and_counts_landmarks(tmp_path: Path) -> None:
@@ -135,6 +150,63 @@ def test_a_workers_fault_is_tried_again_and_then_final(tmp_path: Path) -> None:
     with Store.open(tmp_path / "search.db") as store:
         assert store.candidate(5).status == "failed"
         assert (store.candidate(7).status, store.candidate(7).attempts) == ("done", 2)
+
+
+def test_a_lost_node_uses_up_no_attempts_neither_live_nor_in_replay(tmp_path: Path) -> None:
+    """Candidate 5 loses its node four times, two of them before a new driver takes over, and its worker twice."""
+    lost = ["node_lost", "node_lost", "driver", "node_lost", "worker_died", "node_lost", "worker_died"]
+    ends = iter(lost)
+
+    def breaks(job: Job) -> tuple[float, Measured | Failed]:
+        if job.candidate != 5 or (end := next(ends, None)) is None:
+            return simulate(job)
+        if end == "driver":
+            raise Killed
+        return 1.0, Failed(end, "gone")  # type: ignore[arg-type]
+
+    setup = make_setup(candidates=12, attempts=2)
+    with pytest.raises(Killed):
+        drive(tmp_path, setup, simulation=breaks)
+    drive(tmp_path, setup, simulation=breaks)
+    with Store.open(tmp_path / "search.db") as store:
+        row = store.candidate(5)
+        failures = [(e.payload["reason"], e.payload["final"]) for e in store.events(kinds=("failure",))]
+    assert failures == [(end, end == "worker_died" and i == 6) for i, end in enumerate(lost) if end != "driver"]
+    assert (row.status, row.attempts) == ("failed", len(lost)), "two dead workers are two, whatever came between them"
+
+
+class TellingPool(SimulatedPool):
+    """Has news of a node with each job that it is given."""
+
+    def submit(self, job: Job) -> None:
+        super().submit(job)
+        self._told = [
+            *getattr(self, "_told", []),
+            PoolNews("worker died", "node-1", "ray-1@node-1", f"at {job.candidate}"),
+        ]
+
+    def wait(self, timeout_s: float) -> list[Finished]:
+        if self.now() > 20.0:
+            raise InputError("cluster", "no worker could be started")
+        return super().wait(timeout_s)
+
+    def news(self) -> Sequence[PoolNews]:
+        told, self._told = self._told, []
+        return told
+
+
+def test_what_happens_to_nodes_and_workers_is_recorded_also_when_it_ends_the_search(tmp_path: Path) -> None:
+    setup = make_setup(candidates=40)
+    with create_store(tmp_path, setup) as store, acquire(store):
+        clock = SimulatedClock()
+        pool = TellingPool(3, simulate, clock)
+        driver = Driver(setup, store, pool, Control(store.take_commands), logs=tmp_path, clock=clock)
+        with pytest.raises(InputError, match="no worker could be started"):
+            driver.run()
+        told = [event.payload for event in store.events(kinds=("worker died",))]
+        dispatched = [event.candidate for event in store.events(kinds=("dispatch",))]
+    expected = [{"node": "node-1", "worker": "ray-1@node-1", "why": f"at {number}"} for number in dispatched]
+    assert told == expected
 
 
 def test_recipes_are_scored_once(tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ import psutil
 import pytest
 import ray
 from helpers_miniature import evomerge, json_of, search_file
-from helpers_search import FakeSpace
 from ray.cluster_utils import Cluster as LocalCluster
 from test_deadlines import Notes
+from test_pools import RECIPE, PoolContract
 
 from evomerge.errors import InputError
 from evomerge.search.control import Control
 from evomerge.search.deadlines import Deadlines
 from evomerge.search.dispatch import Dispatcher, Pending, feed_of
 from evomerge.search.folder import open_store
-from evomerge.search.jobs import Failed, Finished, Job, Measured
-from evomerge.search.pools import nodes
+from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews
+from evomerge.search.pools import nodes, starts
 from evomerge.search.pools import ray as ray_pool
 from evomerge.search.pools.nodes import worker_limits, workers_that_fit
 from evomerge.search.pools.ray import RayPool, RayWorker
@@ -124,8 +124,9 @@ def test_a_worker_killed_mid_candidate_loses_nothing(
 
 @pytest.mark.timeout(120)
 def test_when_no_worker_can_start_the_search_ends_and_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(starts, "FIRST_PAUSE_S", 0.1)
     file = search_file(tmp_path, pool="ray", cluster={"workers": 1}, device="cuda:7")
     assert evomerge("search", file, "--dir", tmp_path / "search") == 2
     error = capsys.readouterr().err
@@ -134,26 +135,36 @@ def test_when_no_worker_can_start_the_search_ends_and_says_why(
     status = json_of(capsys, "status", tmp_path / "search", "--json")
     assert status["state"] == "interrupted"
     assert status["candidates"]["failed"] == 0
+    with open_store(tmp_path / "search") as store:
+        words = [event.payload["why"] for event in store.events(kinds=("worker failed to start",))]
+    assert len(words) == starts.TRIES_AT_FIRST
+    assert "'cuda:7' cannot be used here" in words[0]
 
 
 # A cluster of several nodes, and workers that only do what they are told ---------------------------------------------
 
-RECIPE = next(FakeSpace().landmarks()).recipe
 CRASHES, HANGS, HOLDS = 3, 5, 100
 
 
 class Stub(RayWorker):
-    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 100 and more wait for the file ``go``."""
+    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 100 and more wait for the file ``go``.
+
+    It cannot start while there is a file ``broken``.
+    """
 
     def __init__(self, name: str, settings: dict[str, Any], folder: Path) -> None:
         self._go = folder / "go"
+
+    def load(self) -> None:
+        if self._go.with_name("broken").exists():
+            raise OSError("the sources cannot be read here")
 
     def run(self, job: Job) -> Finished:
         if job.candidate == CRASHES:
             os._exit(1)
         while (job.candidate, job.attempt) == (HANGS, 1) or (job.candidate >= HOLDS and not self._go.exists()):
             time.sleep(0.05)
-        return Finished(job.candidate, job.attempt, self.ready(), Measured([], {}))
+        return Finished(job.candidate, job.attempt, "", Measured([], {}))
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +225,28 @@ def test_a_candidate_that_kills_two_workers_fails_and_one_that_hangs_is_tried_ag
     assert sorted(notes.reasons) == ["timeout", "worker_died", "worker_died"]
 
 
+class TestRay(PoolContract):
+    one_process = False
+
+    @pytest.fixture
+    def pool(self, start: Callable[..., RayPool]) -> RayPool:
+        return start()
+
+
+def all_news(pool: RayPool, told: list[PoolNews]) -> list[PoolNews]:
+    """All news so far."""
+    told += pool.news()
+    return told
+
+
+def kinds_of(told: list[PoolNews], node: Any) -> list[str]:
+    """What was told of a node and its workers, in order."""
+    return [each.kind for each in told if each.node.endswith(node.node_id[:6])]
+
+
 @pytest.mark.timeout(180)
 def test_workers_follow_the_nodes(start: Callable[..., RayPool], cluster: LocalCluster, tmp_path: Path) -> None:
-    pool = start()
+    pool, told = start(), list[PoolNews]()
     hold(pool, HOLDS)
     until(pool, lambda: pool.state().busy == 1)
     second = add_node(cluster)
@@ -228,9 +258,7 @@ def test_workers_follow_the_nodes(start: Callable[..., RayPool], cluster: LocalC
     lost: list[Finished] = []
     while not lost:
         lost = pool.wait(0.1)
-    assert [(f.candidate, f.result.reason) for f in lost if isinstance(f.result, Failed)] == [
-        (HOLDS + 1, "worker_died")
-    ]
+    assert [(f.candidate, f.result.reason) for f in lost if isinstance(f.result, Failed)] == [(HOLDS + 1, "node_lost")]
     until(pool, lambda: (pool.state().workers, pool.state().starting) == (1, 0))
 
     third = add_node(cluster)
@@ -243,8 +271,38 @@ def test_workers_follow_the_nodes(start: Callable[..., RayPool], cluster: LocalC
     done: list[Finished] = []
     while len(done) < 4:
         done += pool.wait(0.1)
-    assert {f.worker for f in done} == {done[0].worker} != {third.node_id}
+    assert {f.worker for f in done} == {done[0].worker}
+    assert not done[0].worker.endswith(third.node_id[:6])
+    assert kinds_of(all_news(pool, told), second) == ["node joined", "worker started", "worker died", "node left"]
+    assert kinds_of(told, third)[:4] == ["node joined", "worker started", "node drains", "worker dropped"]
     cluster.remove_node(third)
+    until(pool, lambda: kinds_of(all_news(pool, told), third)[4:] == ["node left"])
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_cannot_start_is_tried_again(
+    start: Callable[..., RayPool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starts, "FIRST_PAUSE_S", 0.1)
+    (tmp_path / "broken").touch()
+    pool, told = start(), list[PoolNews]()
+    until(pool, lambda: [each.kind for each in all_news(pool, told)][-1:] == ["worker failed to start"])
+    assert told[-1].why == "OSError: the sources cannot be read here"
+    assert told[-1].worker == f"ray-0@{told[-1].node}"
+    (tmp_path / "broken").unlink()
+    hold(pool, 1)
+    done: list[Finished] = []
+    while not done:
+        done = pool.wait(0.1)
+    assert done[0].worker == f"ray-1@{told[-1].node}"
+
+    pool.close()
+    (tmp_path / "broken").touch()
+    hopeless = start()
+    with pytest.raises(InputError, match=r"no worker could be started: .*: OSError: the sources cannot be read here"):
+        until(hopeless, lambda: False)
+    failed = [each.kind for each in hopeless.news() if each.kind != "node joined"]
+    assert failed == ["worker failed to start"] * starts.TRIES_AT_FIRST
 
 
 def drain(node: Any) -> None:
@@ -294,3 +352,24 @@ def test_no_worker_is_spread_over_two_nodes() -> None:
     with pytest.raises(InputError, match="each on one node"):
         workers_that_fit(Cluster(cpus_per_worker=2, workers=3), {"CPU": 3.0}, {"CPU": 3.0})
     assert worker_limits(Cluster()) == (1, None)
+
+
+# The last one, for Ray goes on to send workers to that node until it misses it, which the others should not wait for.
+@pytest.mark.timeout(120)
+def test_a_node_that_vanishes_is_not_waited_for_until_ray_misses_it(
+    start: Callable[..., RayPool], cluster: LocalCluster
+) -> None:
+    pool = start()
+    second = add_node(cluster)
+    hold(pool, HOLDS)
+    hold(pool, HOLDS + 1)
+    until(pool, lambda: pool.state().busy == 2)
+    cluster.remove_node(second, allow_graceful=False)
+    lost: list[Finished] = []
+    while not lost:
+        lost = pool.wait(0.1)
+    missed = second.node_id not in nodes.usable_nodes()
+    assert [f.result.reason for f in lost if isinstance(f.result, Failed)] == ["node_lost"]
+    until(pool, lambda: pool.state().workers == 1)
+    assert kinds_of(list(pool.news()), second)[-2:] == ["worker died", "node left"]
+    assert not missed, "or Ray is quicker now, and answers() is not needed any more"

@@ -11,8 +11,19 @@ from evomerge.report.confirmed import Choice
 from evomerge.report.entries import ConfirmedEntry, ConfirmedValue, Constraint, Entry, Gap, Value
 from evomerge.report.licences import licence_of, most_restrictive
 from evomerge.report.screen import Screen, choice_text, duration, line, p_text, panel, screen_text
-from evomerge.report.status import Budget, Counts, ItemResponse, Racing, ScreenState, SearchStatus
+from evomerge.report.status import (
+    Budget,
+    Counts,
+    ItemResponse,
+    Racing,
+    ScreenState,
+    SearchStatus,
+    Slow,
+    slow_ones,
+    status_of,
+)  # fmt: skip
 from evomerge.search.jobs import PoolState
+from evomerge.store import NewCandidate, Store, acquire
 
 
 def status(**changes: object) -> SearchStatus:
@@ -32,7 +43,7 @@ def status(**changes: object) -> SearchStatus:
         "constraints": {}, "racing": None, "screen": None, "item_response": {},
         "best": entry(7, "", 0.63), "baselines": [entry(0, "base", 0.2), entry(1, "ja", 0.3)],
         "front": ["c0007"], "front_entries": [entry(7, "", 0.63)], "failures": {"not_finite": 2, "worker_died": 1},
-        "seconds": {"merge": 0.25, "generate": 1.5},
+        "seconds": {"merge": 0.25, "generate": 1.5}, "slow": [],
         "confirmed": [ConfirmedEntry(id="c0007", label="", objectives={"maths": confirmed})],
         "confirmed_baselines": [entry(0, "base", 0.21), entry(1, "ja", 0.3)], "winner": "c0007",
         "choice": choice,
@@ -185,6 +196,57 @@ def test_the_line_for_logs_is_one_line() -> None:
 
 def test_the_line_for_logs_counts_the_eliminated_and_shows_objectives_alone() -> None:
     assert line(thrifty()) == "[30m00s] 56/100 candidates, 33 eliminated, 1 failed; best c0007: maths 0.630 ± 0.020"
+
+
+def paces(**seconds: list[float]) -> list[tuple[str, float]]:
+    """Seconds an item by worker; a_0 is worker 0 of node a."""
+    return [(f"ray-{n}@{node}", s) for name, all_ in seconds.items() for node, n in [name.split("_")] for s in all_]
+
+
+def test_a_slow_node_is_named_by_its_median_and_its_workers_are_not() -> None:
+    found = slow_ones(paces(a_0=[1.0] * 4 + [9.0] * 2, a_1=[1.1] * 5, b_2=[2.0] * 5, b_3=[2.2] * 6, c_4=[5.0] * 4))
+    # 11 of node a, of which two took long for once; node c has finished too few to say anything.
+    assert found == [
+        Slow(kind="node", name="b", seconds=2.2, candidates=11, others_seconds=1.1, others_candidates=11)
+    ]  # fmt: skip
+
+
+def test_a_slow_worker_of_an_ordinary_node_is_named() -> None:
+    (found,) = slow_ones(paces(a_0=[1.0] * 9, a_1=[1.6] * 5, b_2=[1.0] * 9))
+    assert (found.kind, found.name, found.seconds, found.candidates) == ("worker", "ray-1@a", 1.6, 5)
+    assert (found.others_seconds, found.others_candidates) == (1.0, 18)
+    assert slow_ones(paces(a_0=[1.0] * 9, a_1=[1.5] * 9)) == [], "not more than half as long again"
+    assert slow_ones(paces(a_0=[1.0] * 9)) == [], "there is nobody to compare with"
+
+
+def test_the_status_names_slow_workers_from_what_is_recorded(tmp_path: Path) -> None:
+    """Seconds are of the 40 items that both measures share, and of candidates that were scored on all of them."""
+    told: dict[str, object] = {"evaluator": 0, "metric": "acc", "maximise": True, "items": 40, "version": "v"}
+    fingerprints = {
+        "objectives": [told | {"name": "maths"}],
+        "constraints": [told | {"name": "easy", "items": 30, "threshold": 0.1}],
+        "parameters": [], "screen": None,
+    }  # fmt: skip
+    settings = {
+        "space": {"kind": "made_up"}, "optimizer": {"name": "cma"}, "budget": {"candidates": 60, "hours": None},
+        "sources": {}, "racing": None,
+    }  # fmt: skip
+    create = {"name": "s", "settings": settings, "fingerprints": fingerprints, "environment": {}}
+    with Store.create(tmp_path / "search.db", **create) as store, acquire(store):  # type: ignore[arg-type]
+        store.record_ask(1, [NewCandidate(n, "cma", "{}", f"hash {n}") for n in range(24)])
+        for n in range(24):
+            worker, seconds = ("ray-1@b", 20.0) if n % 2 else ("ray-0@a", 8.0)
+            known = {"maths": {"mean": 0.5, "stderr": 0.1, "n": 40}, "easy": {"mean": 0.5, "stderr": 0.1, "n": 30}}
+            if n >= 20:
+                known["maths"]["n"], seconds = 39, 1e6
+            store.record_dispatch(n, 1, "")
+            assert store.record_result(n, 1, [], {"merge": 2.0, "score": seconds - 2.0}, known, worker)  # type: ignore[arg-type]
+        found = status_of(store)
+    assert found.slow == [
+        Slow(kind="node", name="b", seconds=0.5, candidates=10, others_seconds=0.2, others_candidates=10)
+    ]  # fmt: skip
+    assert "slow: node b takes 0.5 s an item, the others 0.2 s (medians of 10 and 10 candidates)" in drawn(found)
+    assert line(found).endswith("; slow: b")
 
 
 def test_without_a_terminal_the_screen_prints_few_plain_lines() -> None:

@@ -57,6 +57,18 @@ def test_overrides_are_yaml_values_at_key_paths(path: Path) -> None:
     assert file.objectives["maths"].items == 20
 
 
+def test_the_longest_attempt_is_a_day_unless_said_and_never_under_a_minute(path: Path) -> None:
+    assert load_search_file(path).attempt_hours == 24
+    assert load_search_file(path, ["attempt_hours=0.5"]).attempt_hours == 0.5
+    for hours in ("0", "-3", "0.01", ".inf", ".nan"):
+        with pytest.raises(InputError, match=r"search\.yaml: attempt_hours"):
+            load_search_file(path, [f"attempt_hours={hours}"])
+    with pytest.raises(
+        InputError, match=r"must be 0.0167 or more: no attempt of less than a minute .* \(given: 0.01\)"
+    ):
+        load_search_file(path, ["attempt_hours=0.01"])
+
+
 def test_equal_evaluator_settings_are_equal(path: Path) -> None:
     file = load_search_file(path, ["objectives.right={task: mini_math_ja, metric: acc}"])
     settings = file.evaluators()

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from evomerge.report.confirmed import Choice
 from evomerge.report.entries import ConfirmedEntry, Entry, Value
-from evomerge.report.status import ItemResponse, ScreenState, SearchStatus
+from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
 from evomerge.search.jobs import PoolState
 
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
@@ -103,6 +103,7 @@ def panel(status: SearchStatus, pool: PoolState | None = None, eta: float | None
     if status.failures:
         causes = ", ".join(f"{count} {reason}" for reason, count in sorted(status.failures.items()))
         parts.append(Text(f"failures: {causes}", style="red"))
+    parts += [Text(f"slow: {slow_text(found)}", style="yellow") for found in status.slow]
     if status.confirmed:
         parts += [Text(""), confirmed_table(status), *(Text(told, style="dim") for told in choice_text(status))]
     return Group(*parts)
@@ -163,6 +164,13 @@ def screen_text(screen: ScreenState) -> str:
 def _item_response(name: str, found: ItemResponse) -> str:
     used = "used" if found.used else "not used"
     return f"{used} for {name} (held-out error {found.item_response:.3f}, by the best landmark {found.reference:.3f})"
+
+
+def slow_text(found: Slow) -> str:
+    """Who is slow, and by how much: node gpu07-3fa2c1 takes 0.42 s an item, the others 0.21 s (medians of ...)."""
+    medians = f"medians of {found.candidates} and {found.others_candidates} candidates"
+    seconds = f"{found.seconds:.3g} s an item, the others {found.others_seconds:.3g} s"
+    return f"{found.kind} {found.name} takes {seconds} ({medians})"
 
 
 def scores(status: SearchStatus) -> Table:
@@ -284,6 +292,8 @@ def line(status: SearchStatus, eta: float | None = None) -> str:
         text += f"; best {status.best.id}{f' ({status.best.label})' if status.best.label else ''}: {values}"
     if len(status.directions) > 1:
         text += f"; {len(status.front)} on the front"
+    if status.slow:
+        text += f"; slow: {', '.join(found.name for found in status.slow)}"
     return text + (f"; ETA {duration(eta)}" if eta is not None and status.state == "running" else "")
 
 

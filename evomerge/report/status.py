@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from evomerge.search.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.front import knee
 
+_SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
+_EACH = 5  # candidates that a node or worker has scored before it is compared
 _RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
 
 
@@ -92,6 +95,20 @@ class ItemResponse(BaseModel):
     used: bool
 
 
+class Slow(BaseModel):
+    """A node, or a worker of an ordinary node, that takes far longer than the others.
+
+    ``seconds`` of an item, merging included: the median over the ``candidates`` that it has scored lately on all items.
+    """
+
+    kind: Literal["node", "worker"]
+    name: str
+    seconds: float
+    candidates: int
+    others_seconds: float
+    others_candidates: int
+
+
 class SearchStatus(BaseModel):
     """A search at one moment. ``best`` is the best by the first objective; ``winner`` is chosen on held-out items.
 
@@ -121,6 +138,7 @@ class SearchStatus(BaseModel):
     front_entries: list[Entry]
     failures: dict[str, int]
     seconds: dict[str, float]
+    slow: list[Slow]
     confirmed: list[ConfirmedEntry]
     confirmed_baselines: list[Entry]
     winner: str | None
@@ -244,6 +262,7 @@ def status_of(store: Store) -> SearchStatus:
         front_entries=[entry(row, fingerprints) for row in front],
         failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
         seconds=_mean_seconds(recent),
+        slow=slow_ones(_paces(recent, measures)),
         confirmed=held.entries,
         confirmed_baselines=held.baselines,
         winner=held.winner,
@@ -253,13 +272,24 @@ def status_of(store: Store) -> SearchStatus:
 
 def _items(store: Store, search: SearchRow, done: int) -> int:
     """How many item scores of objectives and constraints were measured."""
+    measures = measures_of(search.fingerprints)
+    if search.settings.get("racing") is None and search.fingerprints.get("screen") is None:
+        return done * _distinct_items(measures)  # and no row needs to be looked at
+    return store.items_scored([measure["name"] for measure in _largest(measures)])
+
+
+def _largest(measures: Sequence[Measure]) -> list[Measure]:
+    """Of the measures on one evaluator the one with the most items, which holds those of all."""
     most: dict[int, Measure] = {}
-    for measure in measures_of(search.fingerprints):  # of those on one evaluator, that with the most items holds all
+    for measure in measures:
         if measure["items"] > most.get(measure["evaluator"], {"items": 0})["items"]:
             most[measure["evaluator"]] = measure
-    if search.settings.get("racing") is None and search.fingerprints.get("screen") is None:
-        return done * sum(int(measure["items"]) for measure in most.values())  # and no row needs to be looked at
-    return store.items_scored([measure["name"] for measure in most.values()])
+    return list(most.values())
+
+
+def _distinct_items(measures: Sequence[Measure]) -> int:
+    """How many items a candidate is scored on for all of its measures."""
+    return sum(int(measure["items"]) for measure in _largest(measures))
 
 
 def _racing(search: SearchRow) -> Racing | None:
@@ -303,6 +333,41 @@ def _mean_seconds(rows: Sequence[CandidateRow]) -> dict[str, float]:
     """Mean seconds of each phase over these candidates."""
     phases = dict.fromkeys(phase for row in rows for phase in row.timings)
     return {phase: float(np.mean([row.timings.get(phase, 0.0) for row in rows])) for phase in phases}
+
+
+def _paces(rows: Sequence[CandidateRow], measures: Sequence[Measure]) -> list[tuple[str, float]]:
+    """Worker and seconds an item of each candidate that was scored on all items, so that like is compared with like.
+
+    What several workers have scored of a candidate, rung by rung, counts as the last one's: that had most of the items.
+    """
+    wanted = {m["name"]: m["items"] for m in measures}
+    items = _distinct_items(measures)
+    return [
+        (row.worker, sum(row.timings.values()) / items)
+        for row in rows
+        if row.timings and all(row.objectives.get(name, {"n": 0})["n"] >= n for name, n in wanted.items())
+    ]
+
+
+def slow_ones(paces: Sequence[tuple[str, float]]) -> list[Slow]:
+    """The nodes that are slow, by worker and seconds an item of candidates; and the slow workers of the other nodes."""
+    nodes = _outliers("node", [(worker.partition("@")[2], pace) for worker, pace in paces if "@" in worker])
+    known = {node.name for node in nodes}
+    return nodes + _outliers("worker", [found for found in paces if found[0].partition("@")[2] not in known])
+
+
+def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]]) -> list[Slow]:
+    by: dict[str, list[float]] = {}
+    for name, pace in paces:
+        by.setdefault(name, []).append(pace)
+    by = {name: found for name, found in sorted(by.items()) if len(found) >= _EACH}
+    slow = []
+    for name, ours in by.items():
+        others = [pace for other, found in by.items() if other != name for pace in found]
+        if others and statistics.median(ours) > _SLOW * statistics.median(others):
+            medians = {"seconds": statistics.median(ours), "others_seconds": statistics.median(others)}
+            slow.append(Slow(kind=kind, name=name, candidates=len(ours), others_candidates=len(others), **medians))
+    return slow
 
 
 def describe_space(space: dict[str, object]) -> str:

@@ -8,11 +8,12 @@ difference between candidates or machines of one cluster, and costs little when 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from evomerge.search.jobs import Task
+from evomerge.store import EventRow
 
 FACTOR = 5.0
 """Times the quantile: a merge that answers at full length, or a card of an older kind, is slower by less than this."""
@@ -30,7 +31,14 @@ HISTORY = 200
 """The newest finished attempts that count, so that the bound follows a cluster that changes."""
 
 MOST_S = 24 * 3600.0
-"""Until enough have finished, and at most: a search in which everything hangs from the start goes on all the same."""
+"""Until enough have finished, and at most, unless the search file says otherwise (``attempt_hours``): a search in which
+everything hangs from the start goes on all the same."""
+
+ATTEMPT_EVENTS = ("dispatch", "rung", "result")
+"""The events that tell how long attempts took which gave scores."""
+
+EVENTS_READ = 10 * HISTORY
+"""The newest of them that a new driver looks at: enough for HISTORY attempts, also where races make many of each."""
 
 
 class Deadlines:
@@ -46,7 +54,11 @@ class Deadlines:
 
     def learn(self, tasks: Sequence[Task], seconds: float) -> None:
         """An attempt gave scores after so many seconds on its worker."""
-        self._finished.append((_items(tasks), seconds))
+        self.remember(_items(tasks), seconds)
+
+    def remember(self, items: Mapping[int, int], seconds: float) -> None:
+        """The same of an attempt at so many items of each evaluator, by the evaluator's position."""
+        self._finished.append((items, seconds))
 
     def is_over(self, tasks: Sequence[Task], seconds: float) -> bool:
         """Whether an attempt at these tasks that still runs after so many seconds is to be ended."""
@@ -67,6 +79,33 @@ class Deadlines:
         if len(alike) < ENOUGH:
             return self._most_s
         return min(self._most_s, max(LEAST_S, FACTOR * float(np.quantile(alike, QUANTILE))))
+
+
+def recorded_attempts(
+    events: Sequence[EventRow], scored: Callable[[EventRow], Mapping[int, int]]
+) -> Iterator[tuple[dict[int, int], float]]:
+    """Attempts that gave scores, oldest first: items by evaluator, and seconds.
+
+    The seconds are those from dispatch to record. They hold the wait for a worker that was still starting, so they are
+    too long rather than too short. Candidates whose first attempt came before these events are left out: what they had
+    been scored on by then is not known.
+
+    Args:
+        events: of the kinds in ATTEMPT_EVENTS, oldest first.
+        scored: how many items of each evaluator a candidate has been scored on in all, by the event that says so.
+    """
+    known: dict[int | None, Mapping[int, int]] = {}
+    begun: dict[int | None, float] = {}
+    for event in events:
+        if event.kind == "dispatch":
+            begun[event.candidate] = event.time
+            if event.attempt == 1:
+                known[event.candidate] = {}
+        elif event.candidate in known:
+            before, after = known[event.candidate], scored(event)
+            known[event.candidate] = after
+            if (seconds := event.time - begun[event.candidate]) >= 0.0:  # else the clock was set back meanwhile
+                yield {e: n - before.get(e, 0) for e, n in after.items() if n > before.get(e, 0)}, seconds
 
 
 def _items(tasks: Sequence[Task]) -> dict[int, int]:

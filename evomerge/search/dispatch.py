@@ -12,7 +12,7 @@ from typing import Protocol
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
 from evomerge.search.deadlines import Deadlines
-from evomerge.search.jobs import WORKER_FAULTS, Failed, Finished, Job, Measured, Task
+from evomerge.search.jobs import BLAMELESS, WORKER_FAULTS, Failed, Finished, Job, Measured, PoolNews, Task
 from evomerge.search.pools.base import Pool
 
 _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
@@ -24,7 +24,7 @@ class Pending:
     """A candidate that is yet to be scored on ``tasks``.
 
     ``attempt`` is the number of the attempt to come, from 1; ``faults`` counts the attempts that workers have failed.
-    An attempt that died with its driver is in the first and not in the second.
+    An attempt that died with its driver, or with a node, is in the first and not in the second.
     """
 
     number: int
@@ -70,6 +70,7 @@ class Dispatcher:
         attempts: how often a candidate is tried when workers are at fault; the candidate's own faults are final.
         idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
         deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
+        report: takes what happens to nodes and workers.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Dispatcher:
         attempts: int,
         idle: Callable[[], None],
         deadlines: Deadlines | None = None,
+        report: Callable[[PoolNews], None] = lambda news: None,
     ) -> None:
         self._pool = pool
         self._control = control
         self._attempts = attempts
         self._idle = idle
         self._deadlines = deadlines or Deadlines()
+        self._report = report
         self._checked_at = float("-inf")
 
     def run(self, feed: Feed, recorder: Recorder) -> bool:
@@ -109,7 +112,7 @@ class Dispatcher:
                     return True
                 time.sleep(_PAUSE_S)  # nothing runs: paused, or no worker is left, for now
             begun = self._pool.running()
-            for finished in self._pool.wait(timeout_s=1.0 if running else 0.0):
+            for finished in self._wait(1.0 if running else 0.0):
                 pending = running.get(finished.candidate)
                 if pending is None or pending.attempt != finished.attempt:
                     recorder.late(finished)
@@ -123,6 +126,14 @@ class Dispatcher:
                     # In front, so that a later candidate of the same recipe still waits for this one.
                     waiting.appendleft(again)
             self._end_overdue(running)
+
+    def _wait(self, timeout_s: float) -> list[Finished]:
+        """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
+        try:
+            return self._pool.wait(timeout_s)
+        finally:
+            for news in self._pool.news():
+                self._report(news)
 
     def _fill(self, feed: Feed, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> bool:
         """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting.
@@ -168,8 +179,9 @@ class Dispatcher:
         if isinstance(finished.result, Measured):
             recorder.measured(pending, finished, finished.result)
             return None
-        faults = pending.faults + 1
-        again = finished.result.reason in WORKER_FAULTS and faults < self._attempts
+        reason = finished.result.reason
+        faults = pending.faults + (reason not in BLAMELESS)
+        again = reason in BLAMELESS or (reason in WORKER_FAULTS and faults < self._attempts)
         recorder.failed(finished, finished.result, final=not again)
         return replace(pending, attempt=pending.attempt + 1, faults=faults) if again else None
 

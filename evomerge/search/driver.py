@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +20,17 @@ from evomerge.genome import Genome
 from evomerge.optimizers import Optimizer
 from evomerge.recipe import Recipe, text_hash
 from evomerge.search.control import Control
+from evomerge.search.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.dispatch import Dispatcher, Pending
 from evomerge.search.generation import GenerationScoring
+from evomerge.search.jobs import BLAMELESS, PoolNews
 from evomerge.search.pools.base import Pool
 from evomerge.search.ranking import Ranking
 from evomerge.search.scores import Sheet
 from evomerge.search.scoring import FAVOURITE, Candidate
 from evomerge.search.setup import Setup
 from evomerge.search.steady import SteadyScoring
-from evomerge.store import CandidateRow, NewCandidate, Store
+from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
 from evomerge.store.front import extend_front
 
 Ending = Literal["finished", "stopped", "cancelled"]
@@ -45,6 +47,7 @@ class Driver:
         logs: folder for the logs of failed attempts.
         idle: called at least once a second while waiting, and after each step.
         clock: seconds, for the budget of hours.
+        deadlines: how long an attempt may take; filled with what earlier drivers have recorded.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Driver:
         logs: Path,
         idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        deadlines: Deadlines | None = None,
     ) -> None:
         self._setup = setup
         self._store = store
@@ -65,7 +69,8 @@ class Driver:
         self._started = clock()
         self._spent_before_s = 0.0
         self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
-        dispatcher = Dispatcher(pool, control, setup.attempts, idle)
+        self._deadlines = deadlines or Deadlines()
+        dispatcher = Dispatcher(pool, control, setup.attempts, idle, self._deadlines, self._record_news)
         self._scoring: GenerationScoring | SteadyScoring
         if setup.mode == "generational":
             self._scoring = GenerationScoring(setup, store, dispatcher, logs)
@@ -133,6 +138,9 @@ class Driver:
             if pending is not None:
                 return pending
             self._tell([candidate])
+
+    def _record_news(self, news: PoolNews) -> None:
+        self._store.record_event(news.kind, news.payload)
 
     # Asking and telling -------------------------------------------------------------------------------------------
 
@@ -277,8 +285,19 @@ class Driver:
         self._spent_before_s = self._store.search().spent_s
         if self._open:
             for event in self._store.events(kinds=("failure",)):
-                if event.candidate in self._open:
+                if event.candidate in self._open and event.payload["reason"] not in BLAMELESS:
                     self._open[event.candidate].faults += 1
+        ended = self._store.events(kinds=ATTEMPT_EVENTS, newest=EVENTS_READ)
+        for items, seconds in recorded_attempts(ended, self._scored_by):
+            self._deadlines.remember(items, seconds)
+
+    def _scored_by(self, event: EventRow) -> Mapping[int, int]:
+        """How many items of each evaluator a candidate had been scored on, by its event "rung" or "result"."""
+        if event.kind == "result":
+            landmark = event.candidate is not None and event.candidate < self._landmarks
+            return self._setup.all_counts() if landmark else self._setup.counts()
+        items = event.payload["items"]
+        return {i: items[e.version] for i, e in enumerate(self._setup.evaluators) if e.version in items}
 
     def _replay_ask(self, step: int) -> list[Candidate]:
         rows = self._store.candidates(step=step)

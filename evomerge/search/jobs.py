@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from evaluators.base import Split
 from evomerge.recipe import Recipe
 
-FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout"]
+FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost"]
 
 # Failures that say something of the worker or its machine rather than of the candidate: another attempt may succeed.
-WORKER_FAULTS: frozenset[FailureReason] = frozenset({"out_of_memory", "worker_died", "timeout"})
+WORKER_FAULTS: frozenset[FailureReason] = frozenset({"out_of_memory", "worker_died", "timeout", "node_lost"})
+
+# Of these, those that no candidate can bring about: they use up none of its attempts. A candidate can kill its worker.
+BLAMELESS: frozenset[FailureReason] = frozenset({"node_lost"})
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a worker measured: for each task of the job, scores by metric (float32 [n_items]); seconds by phase."""
+    """What a worker measured: for each task of the job, scores by metric (float32 [n_items]); seconds by phase.
+
+    ``answers``, for each task or not at all: what the model wrote, by the item's position, where it wrote anything.
+    """
 
     scores: Sequence[Mapping[str, NDArray[np.float32]]]
     timings: Mapping[str, float]
+    answers: Sequence[Mapping[int, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one attempt."""
+    """The end of one attempt. ``worker`` is its name, and after an @ that of its node where there are several."""
 
     candidate: int
     attempt: int
@@ -75,3 +82,31 @@ class PoolState:
     busy: int
     starting: int = 0
     queued: int = 0
+
+
+NewsKind = Literal[
+    "node joined",
+    "node drains",
+    "node left",
+    "worker started",
+    "worker failed to start",
+    "worker dropped",
+    "worker died",
+]
+"""What happens to nodes and workers, in the words of the search's events. Who is dropped is ended by the pool."""
+
+
+@dataclass(frozen=True)
+class PoolNews:
+    """Something that happened to a node or to a worker; ``why`` is empty where there is nothing to say."""
+
+    kind: NewsKind
+    node: str
+    worker: str = ""
+    why: str = ""
+
+    @property
+    def payload(self) -> dict[str, str]:
+        """What the event says beside its kind."""
+        told = {"node": self.node, "worker": self.worker, "why": self.why}
+        return {name: value for name, value in told.items() if value}

@@ -24,9 +24,11 @@ from pydantic import (
 from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
+from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import DType
+from evomerge.search.deadlines import LEAST_S, MOST_S
 from evomerge.search.folder import check_store_url
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import load_yaml
@@ -179,6 +181,9 @@ class Cluster(Section):
 
 
 Mode = Literal["generational", "asynchronous"]
+
+KeptAnswers = Literal["all", "held_out", "none"]
+"""Of which splits the store keeps what models wrote: to be read, and for nothing else."""
 """Whether a generation waits for its last candidate, and gives the same search every time, or no worker ever waits."""
 
 
@@ -206,11 +211,14 @@ class SearchFile(Section):
     device: str | None = None
     engine: Literal["transformers", "vllm"] = "transformers"
     attempts: PositiveInt = 2
+    attempt_hours: float = Field(default=MOST_S / 3600, allow_inf_nan=False)
     task_folders: tuple[Path, ...] = ()
     allow_task_code: bool = False
     search_on_test_items: bool = False
+    answers: KeptAnswers = "all"
     store: str | None = None
     observers: ObserverList = ()
+    artifacts: str | None = None
 
     @field_validator("space", mode="before")
     @classmethod
@@ -220,6 +228,13 @@ class SearchFile(Section):
             return value
         kind = str(value.get("kind", "parameter_space"))
         return space_settings(kind, "space.kind").model_validate(dict(value) | {"kind": kind})
+
+    @field_validator("attempt_hours")
+    @classmethod
+    def _not_hurried(cls, hours: float) -> float:
+        if hours * 3600 < LEAST_S:
+            raise ValueError(f"must be {LEAST_S / 3600:.3g} or more: no attempt of less than a minute is ever ended")
+        return hours
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -299,6 +314,8 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         raise explain(error, place, SearchFile) from None
     if parsed.store is not None:
         check_store_url(parsed.store, f"{place}: store")
+    if parsed.artifacts is not None:
+        check_url(parsed.artifacts, f"{place}: artifacts")
     sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
     folders = tuple((root / folder).resolve() for folder in parsed.task_folders)
     update = {

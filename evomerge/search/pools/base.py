@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from evomerge.search.jobs import Finished, Job, PoolState
+from evomerge.search.jobs import Finished, Job, PoolNews, PoolState
 
 
 class Pool(Protocol):
@@ -40,6 +40,10 @@ class Pool(Protocol):
 
     def state(self) -> PoolState:
         """What the workers are doing now."""
+        ...
+
+    def news(self) -> Sequence[PoolNews]:
+        """What happened to nodes and workers since the last call, oldest first. A pool of one process has none."""
         ...
 
     def close(self) -> None:

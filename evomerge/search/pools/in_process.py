@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from evomerge.search.jobs import Finished, Job, PoolState
+from evomerge.search.jobs import Finished, Job, PoolNews, PoolState
 
 
 class JobRunner(Protocol):
@@ -48,6 +48,9 @@ class InProcessPool:
 
     def state(self) -> PoolState:
         return PoolState(workers=1, busy=min(1, len(self._queue)), queued=max(0, len(self._queue) - 1))
+
+    def news(self) -> Sequence[PoolNews]:
+        return ()
 
     def close(self) -> None:
         self._queue.clear()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Mapping
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from evomerge.errors import InputError
 from evomerge.search.search_file import Cluster, Workers
 
 Resources = Mapping[str, float]
 """Amounts by kind, as Ray names them: CPU, GPU."""
+
+_ANSWER_S = 2.0  # a raylet of the same cluster takes milliseconds to accept a connection
+_WORDS = 300  # letters of an error that are kept; what matters comes first
 
 
 def gpus_per_worker(cluster: Cluster, resources: Resources) -> float:
@@ -61,13 +67,46 @@ def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
 
 def usable_nodes() -> dict[str, Resources]:
     """Resources of the nodes that live and are not about to go, by node id."""
-    leaving = _draining()
+    leaving = draining_nodes()
     return {
         node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
     }
 
 
-def _draining() -> set[str]:
+def node_names() -> dict[str, str]:
+    """What to call each node that Ray knows of, by its id: its host, and enough of the id where a host has several."""
+    return {node["NodeID"]: f"{node['NodeManagerHostname']}-{node['NodeID'][:6]}" for node in ray.nodes()}
+
+
+def answers(node: str) -> bool:
+    """Whether a node's raylet accepts connections. Ray itself takes 15 s to miss a node that is gone."""
+    if ray.util.client.ray.is_connected():
+        return True  # a Ray client's process need not reach the nodes
+    for found in ray.nodes():
+        if found["NodeID"] == node:
+            try:
+                socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _ANSWER_S).close()
+            except OSError:
+                return False
+            return True
+    return False
+
+
+def tells_of_lost_node(error: RayError) -> bool:
+    """Whether Ray says that an actor died with its node. It keeps the cause from Python, but for these words."""
+    return "node has died" in str(error)
+
+
+def words_of(error: RayError) -> str:
+    """What an error says, in a line: the last of one that was raised in a worker, else all but how Ray names things."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RayTaskError):
+        return lines[-1][:_WORDS]
+    told = [line for line in lines if not re.match(r"(class_name|actor_id|pid|name|namespace|ip): ", line)]
+    return " ".join(told[1:] or told)[:_WORDS]
+
+
+def draining_nodes() -> set[str]:
     """Nodes that are to be taken away: by an autoscaler, or by whoever rents them out.
 
     Ray tells it to its own libraries alone (``ray.train`` asks in this way); a Ray client's process cannot ask.

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
-import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evomerge.errors import InputError
-from evomerge.search.jobs import Failed, FailureReason, Finished, Job, PoolState
-from evomerge.search.launch import check_secured, listeners, who_listens
+from evomerge.search.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState
 from evomerge.search.pools.in_process import JobRunner
+from evomerge.search.pools.joining import connect
 from evomerge.search.pools.nodes import (
+    Resources,
+    answers,
     ask_for,
+    draining_nodes,
     needs_of_worker,
+    node_names,
     room,
+    tells_of_lost_node,
     usable_nodes,
+    words_of,
     worker_limits,
     workers_that_fit,
 )
-from evomerge.search.search_file import Cluster, SearchFile
+from evomerge.search.pools.starts import Starts
+from evomerge.search.search_file import SearchFile
 
 # Threads are set before torch starts in the worker; a worker that takes every core slows all the others down.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_SILENT_S = 30.0  # how long a node that did not answer is left alone: twice what Ray takes to miss it
 _LOOK_S = 5.0  # how often the nodes are looked at; a node takes longer than that to come or to be missed
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TOKENIZERS_PARALLELISM")
 
@@ -39,16 +47,35 @@ class RayWorker:
     """The actor: a ``Worker`` behind Ray's calls. Heavy imports happen in its own process."""
 
     def __init__(self, name: str, settings: dict[str, Any], statistics: Path) -> None:
+        self._arguments = (name, settings, statistics)
+
+    def node(self) -> str:
+        """The id of the node that Ray has put it on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def load(self) -> None:
+        """Open the sources; once this is done the worker can take jobs."""
         from evomerge.search.worker import Worker
 
+        name, settings, statistics = self._arguments
         self._worker: JobRunner = Worker.start(name, SearchFile.model_validate(settings), statistics)
-
-    def ready(self) -> str:
-        """The id of its node, once the worker can take jobs."""
-        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, job: Job) -> Finished:
         return self._worker.run(job)
+
+
+@dataclass(eq=False)
+class _Hired:
+    """A worker as the pool sees it. ``node`` is where it is wanted, and once it is placed, where it is."""
+
+    number: int
+    actor: Any
+    node: str
+    phase: Literal["placing", "placed", "loading", "idle", "busy"] = "placing"
+
+    @property
+    def has_loaded(self) -> bool:
+        return self.phase in ("idle", "busy")
 
 
 class RayPool:
@@ -57,7 +84,8 @@ class RayPool:
     An actor that dies is replaced where there is room, and its job comes back as failed; the driver decides on another
     attempt. Ray itself repeats nothing (``max_task_retries=0``): a call that ran twice could not be told from one that
     ran once. Workers follow the cluster: they are started as nodes join, up to ``cluster.workers``, and those on a node
-    that is about to go get no more work. When no node is left, jobs wait for one.
+    that is about to go get no more work. When no node is left, jobs wait for one. Of a node, one worker loads first and
+    a few at once after it; where a start fails, another is tried after a pause (``starts``).
 
     Args:
         worker: the actor's class.
@@ -66,30 +94,33 @@ class RayPool:
     def __init__(self, file: SearchFile, statistics: Path, worker: type[RayWorker] = RayWorker) -> None:
         self._arguments = (file.model_dump(mode="json"), statistics)
         self._worker = worker
-        self._owns = _connect(file.cluster)
-        self._nodes = usable_nodes()
+        self._owns = connect(file.cluster)
+        nodes = usable_nodes()
         try:
-            fitting = workers_that_fit(file.cluster, *self._nodes.values())
+            fitting = workers_that_fit(file.cluster, *nodes.values())
         except InputError:
             self._disconnect()
             raise
         self._threads = file.cluster.cpus_per_worker
-        self._needs = needs_of_worker(file.cluster, *self._nodes.values())
+        self._needs = needs_of_worker(file.cluster, *nodes.values())
         _, self._most = worker_limits(file.cluster)
         self._asked_for = self._most if self._most is not None and self._most > fitting else 0
         if self._asked_for:
             ask_for(self._needs, self._asked_for)
         self._queue: deque[Job] = deque()
-        self._calls: dict[Any, tuple[int, Job]] = {}
+        self._calls: dict[Any, tuple[_Hired, Job]] = {}
         self._began: dict[tuple[int, int], float] = {}
         self._ended: list[Finished] = []  # by ourselves, and not given back yet
-        self._starting: dict[Any, int] = {}
-        self._actors: dict[int, Any] = {}
-        self._homes: dict[int, str] = {}  # the node of each worker that has started
-        self._idle: list[int] = []
-        self._started = 0
-        self._failed_starts = 0  # since the nodes last changed; where a worker cannot start, the next one cannot
-        self._failed_start = ""
+        self._news: list[PoolNews] = []
+        self._workers: dict[int, _Hired] = {}
+        self._starting: dict[Any, _Hired] = {}  # by the call that is awaited of it
+        self._idle: list[_Hired] = []
+        self._hired = 0
+        self._starts = Starts()
+        self._nodes: Mapping[str, Resources] = {}
+        self._draining: set[str] = set()
+        self._silent: dict[str, float] = {}  # when a node was found not to answer that Ray has not missed yet
+        self._names: Mapping[str, str] = {}
         self._look_at = 0.0
         self._look()
 
@@ -113,6 +144,7 @@ class RayPool:
             time.sleep(timeout_s)
         if time.monotonic() >= self._look_at:
             self._look()
+        self._load()
         self._feed()
         return finished
 
@@ -123,26 +155,29 @@ class RayPool:
         return time.monotonic()
 
     def cancel(self, candidate: int, attempt: int) -> None:
-        for call, (number, job) in self._calls.items():
+        for call, (worker, job) in self._calls.items():
             if (job.candidate, job.attempt) == (candidate, attempt):
                 del self._calls[call]  # nothing is awaited of the worker: it may be out of reach
                 seconds = time.monotonic() - self._began.pop((candidate, attempt))
                 failure = Failed("timeout", f"ended after {seconds:.0f} s")
-                self._ended.append(Finished(candidate, attempt, f"ray-{number}", failure))
-                self._drop(number)
+                self._ended.append(Finished(candidate, attempt, self._name(worker), failure))
+                self._drop(worker, "worker dropped", f"candidate {candidate} took longer than {seconds:.0f} s")
                 return
 
     def state(self) -> PoolState:
-        return PoolState(
-            workers=len(self._actors), busy=len(self._calls), starting=len(self._starting), queued=len(self._queue)
-        )
+        starting = sum(not worker.has_loaded for worker in self._workers.values())
+        return PoolState(workers=len(self._workers), busy=len(self._calls), starting=starting, queued=len(self._queue))
+
+    def news(self) -> Sequence[PoolNews]:
+        news, self._news = self._news, []
+        return news
 
     def close(self) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
-        if self._asked_for and self._actors:
+        for worker in self._workers.values():
+            ray.kill(worker.actor)
+        if self._asked_for and self._workers:
             ask_for(self._needs, 0)
-        self._actors.clear()
+        self._workers.clear()
         self._calls.clear()
         self._starting.clear()
         self._disconnect()
@@ -157,25 +192,47 @@ class RayPool:
     def _look(self) -> None:
         """Follow the nodes that join, leave, and are about to leave."""
         self._look_at = time.monotonic() + _LOOK_S
-        nodes = usable_nodes()
-        if nodes.keys() != self._nodes.keys():
-            self._failed_starts = 0
-        self._nodes = nodes
-        for number in [number for number in self._idle if self._homes[number] not in nodes]:
-            self._idle.remove(number)
-            self._drop(number)
-        fitting = room(self._needs, *nodes.values())
-        wanted = (fitting if self._most is None else min(fitting, self._most)) - self._failed_starts
-        here = [number for number in self._actors if self._homes.get(number) in (None, *nodes)]
-        for _ in range(wanted - len(here)):
-            self._start_worker()
-        # Those for which there is no room any more would wait for ever.
-        waiting = sorted(self._starting, key=lambda call: self._starting[call])
-        for call in waiting[max(0, len(waiting) - max(0, len(here) - wanted)) :]:
-            self._drop(self._starting.pop(call))
+        self._look_at_nodes()
+        for worker in [worker for worker in self._workers.values() if worker.phase != "busy"]:
+            if worker.node not in self._nodes:
+                self._drop(worker, "worker dropped", "its node is gone or about to go")
+            elif self._starts.is_hopeless(worker.node) and worker.phase in ("placing", "placed"):
+                self._drop(worker, "worker dropped", "no worker starts on its node")
+        here = Counter(worker.node for worker in self._workers.values())
+        free = {node: self._free(node, here[node]) for node in self._nodes}
+        left = math.inf if self._most is None else self._most - sum(here[node] for node in self._nodes)
+        while left > 0 and free and (node := max(free, key=lambda each: free[each])) and free[node] > 0:
+            self._hire(node)
+            free[node] -= 1
+            left -= 1
 
-    def _start_worker(self) -> None:
-        number, self._started = self._started, self._started + 1
+    def _look_at_nodes(self) -> None:
+        """Take in which nodes there are, and tell what has changed."""
+        now = time.monotonic()
+        self._silent = {node: since for node, since in self._silent.items() if now - since < _SILENT_S}
+        before, draining_before = self._nodes, self._draining
+        self._nodes = {node: found for node, found in usable_nodes().items() if node not in self._silent}
+        if self._nodes.keys() != before.keys():
+            self._names = node_names()
+        self._draining = draining_nodes()
+        for node in self._nodes.keys() - before.keys():
+            self._tell("node joined", node)
+        for node in before.keys() - self._nodes.keys():
+            self._tell("node drains" if node in self._draining else "node left", node)
+        for node in draining_before - self._draining:
+            self._tell("node left", node)
+
+    def _free(self, node: str, here: int) -> float:
+        """How many more workers may be sent to a node on which so many are, or are to be."""
+        loaded = self._loaded(node)
+        return min(room(self._needs, self._nodes[node]) - here, self._starts.most(node, here, loaded, self.now()))
+
+    def _loaded(self, node: str) -> int:
+        return sum(worker.has_loaded and worker.node == node for worker in self._workers.values())
+
+    def _hire(self, node: str) -> None:
+        """Have Ray start a worker's process: on this node, unless somebody else has taken the room there."""
+        number, self._hired = self._hired, self._hired + 1
         environment = {name: str(self._threads) for name in _THREADS}
         environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         actor = (
@@ -185,102 +242,119 @@ class RayPool:
                 num_gpus=self._needs.get("GPU", 0),
                 max_restarts=0,
                 max_task_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True),
                 runtime_env={"env_vars": environment},
             )
             .remote(f"ray-{number}", *self._arguments)
         )
-        self._actors[number] = actor
-        self._starting[actor.ready.remote()] = number
+        worker = self._workers[number] = _Hired(number, actor, node)
+        self._starting[actor.node.remote()] = worker
+
+    def _load(self) -> None:
+        """Let workers that have their place open the sources, no more of a node at once than ``starts`` allows."""
+        for worker in self._workers.values():
+            if worker.phase == "placed":
+                there = [other for other in self._workers.values() if other.node == worker.node]
+                loading = sum(other.phase == "loading" for other in there)
+                if loading < self._starts.limit(worker.node, self._loaded(worker.node), self.now()):
+                    worker.phase = "loading"
+                    self._starting[worker.actor.load.remote()] = worker
 
     def _greet(self, call: Any) -> None:
-        """A worker has started, or has failed to."""
-        number = self._starting.pop(call)
+        """A worker has its place, or has loaded; or has failed to."""
+        worker = self._starting.pop(call)
         try:
-            self._homes[number] = ray.get(call)
+            found = ray.get(call)
         except RayError as error:
-            self._actors.pop(number)
-            self._failed_starts += 1
-            self._failed_start = str(error)
+            self._fail_to_start(worker, error)
+            return
+        if worker.phase == "placing":
+            worker.node, worker.phase = found, "placed"
         else:
-            self._idle.append(number)
+            worker.phase = "idle"
+            self._idle.append(worker)
+            self._starts.started(worker.node)
+            self._tell("worker started", worker.node, self._name(worker))
 
-    def _drop(self, number: int) -> None:
+    def _fail_to_start(self, worker: _Hired, error: RayError) -> None:
+        words = words_of(error)
+        if self._is_lost(worker.node, error):
+            self._drop(worker, "worker died", words)
+            return
+        self._starts.failed(worker.node, self.now(), f"{self._node_name(worker.node)}: {words}")
+        self._drop(worker, "worker failed to start", words)
+
+    def _drop(self, worker: _Hired, kind: NewsKind, why: str) -> None:
         """End a worker; another is started when the cluster is next looked at, which is soon."""
-        ray.kill(self._actors.pop(number))
-        self._homes.pop(number, None)
+        ray.kill(self._workers.pop(worker.number).actor)
+        self._starting = {call: other for call, other in self._starting.items() if other is not worker}
+        self._idle = [other for other in self._idle if other is not worker]
+        self._tell(kind, worker.node, self._name(worker), why)
         self._look_at = 0.0
+
+    def _is_lost(self, node: str, error: RayError) -> bool:
+        """Whether a worker's node is gone or about to go, so that the node is what has ended the worker."""
+        if isinstance(error, RayTaskError):
+            return False
+        if tells_of_lost_node(error) or node in self._silent or node not in usable_nodes():
+            return True
+        if isinstance(error, ActorDiedError) or answers(node):
+            return False  # its raylet has seen the process die, or would have
+        self._silent[node] = self.now()
+        return True
+
+    def _tell(self, kind: NewsKind, node: str, worker: str = "", why: str = "") -> None:
+        self._news.append(PoolNews(kind, self._node_name(node), worker, why))
+
+    def _node_name(self, node: str) -> str:
+        return self._names.get(node, node[:6])
+
+    def _name(self, worker: _Hired) -> str:
+        return f"ray-{worker.number}@{self._node_name(worker.node)}"
 
     # Jobs ---------------------------------------------------------------------------------------------------------
 
     def _feed(self) -> None:
         while self._idle and self._queue:
-            number, job = self._idle.pop(0), self._queue.popleft()
-            self._calls[self._actors[number].run.remote(job)] = (number, job)
+            worker, job = self._idle.pop(0), self._queue.popleft()
+            worker.phase = "busy"
+            self._calls[worker.actor.run.remote(job)] = (worker, job)
             self._began[job.candidate, job.attempt] = time.monotonic()
 
     def _collect(self, call: Any) -> Finished:
-        number, job = self._calls.pop(call)
+        worker, job = self._calls.pop(call)
         self._began.pop((job.candidate, job.attempt))
         try:
             finished = cast(Finished, ray.get(call))
         except RayError as error:  # its process, its node or its owner is gone; a task error is of our own making
-            reason: FailureReason = "error" if isinstance(error, RayTaskError) else "worker_died"
-            self._drop(number)
-            first = str(error).strip().splitlines()[0]
-            return Finished(job.candidate, job.attempt, f"ray-{number}", Failed(reason, first, str(error)))
-        beyond_use = isinstance(finished.result, Failed) and finished.result.reason == "worker_died"
-        if beyond_use or self._homes[number] not in self._nodes:
-            self._drop(number)  # it says so of itself, or its node is about to go
+            reason, words = self._blame(worker, error), words_of(error)
+            message = f"its node is gone or about to go: {words}" if reason == "node_lost" else words
+            failure = Failed(reason, message, str(error))
+            self._drop(worker, "worker dropped" if reason == "error" else "worker died", message)
+            return Finished(job.candidate, job.attempt, self._name(worker), failure)
+        worker.phase = "idle"
+        if isinstance(finished.result, Failed) and finished.result.reason == "worker_died":  # it says so of itself
+            self._drop(worker, "worker dropped", finished.result.message)
+        elif worker.node not in self._nodes:
+            self._drop(worker, "worker dropped", "its node is gone or about to go")
         else:
-            self._idle.append(number)
-        return finished
+            self._idle.append(worker)
+        return replace(finished, worker=self._name(worker))
+
+    def _blame(self, worker: _Hired, error: RayError) -> FailureReason:
+        if isinstance(error, RayTaskError):
+            return "error"
+        return "node_lost" if self._is_lost(worker.node, error) else "worker_died"
 
     def _check_alive(self) -> None:
-        """When every worker failed to start, nothing will ever finish: say why instead of waiting for ever.
+        """When no worker can start anywhere, nothing will ever finish: say why instead of waiting for ever.
 
         Raises:
             InputError: with the last words of the worker that failed to start.
         """
-        if self._actors or self._ended:
+        if self._workers or self._ended:
             return
-        self._look()  # there may be another node by now; and those of a lost node did not fail by themselves
-        if self._actors or not self._failed_starts:
-            return
-        lines = [line.strip() for line in self._failed_start.splitlines() if line.strip()]
-        raise InputError("cluster", f"no worker could be started: {lines[-1] if lines else 'none is left'}")
-
-
-def _connect(cluster: Cluster) -> bool:
-    """Join the cluster, or start one on this machine; True when it was started here and is ours to end."""
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _private_files():
-        try:
-            context = ray.init(
-                address=cluster.address or "local",
-                include_dashboard=False if cluster.address is None else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError("cluster.address", f"no Ray cluster answers at {cluster.address}: {error}") from None
-    try:
-        check_secured(context.dashboard_url if cluster.address else None, insecure=cluster.insecure)
-    except InputError:
-        ray.shutdown()
-        raise
-    if cluster.address is None:
-        print(who_listens(listeners()), file=sys.stderr)
-    return True
-
-
-@contextmanager
-def _private_files() -> Iterator[None]:
-    """Ray writes its authentication token readable by everyone on the machine unless the umask forbids it."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
+        self._look()  # there may be another node by now, or a pause may be over
+        able = [node for node, found in self._nodes.items() if room(self._needs, found)]
+        if not self._workers and able and all(self._starts.is_hopeless(node) for node in able):
+            raise InputError("cluster", f"no worker could be started: {self._starts.last_words}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from evomerge.search.deadlines import LEAST_S
-from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolState
+from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews, PoolState
 
 Simulation = Callable[[Job], tuple[float, Measured | Failed]]
 """From a job to how many simulated seconds it takes and how it ends."""
@@ -81,6 +81,9 @@ class SimulatedPool:
 
     def state(self) -> PoolState:
         return PoolState(workers=self._workers, busy=len(self._running), queued=len(self._queue))
+
+    def news(self) -> Sequence[PoolNews]:
+        return ()
 
     def close(self) -> None:
         self._queue.clear()

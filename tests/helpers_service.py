@@ -1,0 +1,97 @@
+"""A root with a small finished made-up search, and the service over it, for the service's tests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import yaml
+from fastapi import FastAPI
+from helpers_miniature import MINIATURES
+from helpers_search import drive, make_setup
+from starlette.testclient import TestClient
+
+from evomerge.search.setup import Setup
+from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.root import Root
+from evomerge.store import Store
+
+TOKEN = "a-token-for-tests"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+NAME = "made-up"
+
+
+def make_search(root: Path, name: str = NAME, **changes: Any) -> Path:
+    """A finished made-up search of two objectives in a folder of a root; ``changes`` are those of ``make_setup``."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    setup = make_setup(**{"objectives": 2, "candidates": 30, **changes})
+    settings = _settings(name, setup)
+    fingerprints = _fingerprints(setup)
+    Store.create(
+        folder / "search.db", name=name, settings=settings, fingerprints=fingerprints, environment={"evomerge": "0"}
+    ).close()
+    (folder / "search.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    drive(folder, setup)
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / "logs" / "c0007.log").write_text("what c0007 said\n")
+    return folder
+
+
+def _settings(name: str, setup: Setup) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seed": 0,
+        "sources": {"base": "b", "one": "x", "two": "y"},
+        "base": "base",
+        "space": {"kind": "parameter_space", "method": "task_arithmetic", "granularity": "layer"},
+        "objectives": {o.name: {"task": o.name, "metric": o.metric} for o in setup.objectives},
+        "optimizer": {"name": "cma"},
+        "budget": setup.budget.model_dump(),
+        "confirm": setup.confirm.model_dump(),
+        "racing": None,
+    }
+
+
+def _fingerprints(setup: Setup) -> dict[str, Any]:
+    return {
+        "sources": {},
+        "evaluators": [asdict(each) for each in setup.evaluators],
+        "objectives": [asdict(o) | {"version": setup.evaluators[o.evaluator].version} for o in setup.objectives],
+        "constraints": [],
+        "screen": None,
+        "parameters": [asdict(parameter) for parameter in setup.space.parameters],
+    }
+
+
+def make_app(root: Path, token: str | None = TOKEN) -> FastAPI:
+    """The service over the searches in a folder; it may use the miniature models."""
+    settings = ServiceSettings(Root.of(str(root), root), token, ("testserver", "127.0.0.1"), (MINIATURES,))
+    return create_app(settings)
+
+
+@contextmanager
+def client_of(app: FastAPI, **headers: str) -> Iterator[TestClient]:
+    """A client that shows the token, and follows no redirect."""
+    with TestClient(app, headers=BEARER | headers, follow_redirects=False) as client:
+        yield client
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app behind a real port of this machine; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,329 @@
+"""The pages without a browser: what they say against the store and the API, and that nothing of a person's is HTML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from fastapi import FastAPI
+from helpers_service import BEARER, NAME, client_of, make_app, make_search
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from evaluators import evaluator_settings
+from evomerge.merging.registry import METHODS
+from evomerge.optimizers import OptimizerSettings
+from evomerge.report.comparing import Comparison
+from evomerge.search.search_file import Budget, Cluster, Confirm, Racing, SearchFile
+from evomerge.service.pages import forms
+from evomerge.service.pages.candidate import sentence
+from evomerge.service.pages.lines import line_of
+from evomerge.service.pages.rendering import sparkline
+from evomerge.store import Store
+from evomerge.yaml import dump_yaml
+from search_spaces import space_settings
+
+SEARCH = f"/searches/{NAME}"
+PAGES = (
+    "/", SEARCH, f"{SEARCH}?status=done&sort=o0&order=asc&front=true", f"{SEARCH}/candidates/0",
+    f"{SEARCH}/candidates/12", f"{SEARCH}/compare", f"{SEARCH}/compare?a=best&b=one&differ=true",
+    f"{SEARCH}/exports", "/new", "/login", "/nothing",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    make_search(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(root: Path) -> FastAPI:
+    return make_app(root)
+
+
+@pytest.fixture(scope="module")
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with client_of(app, accept="text/html") as found:
+        yield found
+
+
+class Seen(HTMLParser):
+    """What a page is made of: its text, headings, addresses, and what must not be there."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.headings: list[int] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.handlers: list[str] = []
+        self.inline_scripts = 0
+        self.rows = 0
+        self._in_script = self._in_template = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.handlers += [name for name in values if name.startswith("on")]
+        self.addresses += [str(values[name]) for name in ("href", "src", "action") if name in values]
+        self._in_template = self._in_template or tag == "template"
+        self.ids += [str(values["id"])] if "id" in values and not self._in_template else []
+        self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
+        self.rows += tag == "tr" and "data-key" in values
+        if tag == "script" and "src" not in values and values.get("type") != "application/json":
+            self.inline_scripts += 1
+        self._in_script = tag == "script"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+        self._in_template = self._in_template and tag != "template"
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._in_script else data
+
+
+def seen(client: TestClient, path: str) -> Seen:
+    return Seen(client.get(path).text)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_is_well_made_and_loads_nothing_from_elsewhere(client: TestClient, path: str) -> None:
+    response = client.get(path)
+    assert response.status_code == (404 if path == "/nothing" else 200)
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    page = Seen(response.text)
+    assert page.handlers == []
+    assert page.inline_scripts == 0
+    assert all(address.startswith(("/", "#")) and not address.startswith("//") for address in page.addresses)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.headings.count(1) == 1
+    assert page.headings[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(page.headings))
+
+
+def test_links_of_a_page_lead_somewhere(client: TestClient) -> None:
+    ours = {a.split("#")[0] for path in PAGES for a in seen(client, path).addresses}
+    kinds = {re.sub(r"\d+", "0", address): address for address in ours}  # one candidate stands for all
+    for address in sorted(set(kinds.values()) - {"", "/dashboard/", "/api/v1/openapi.json"}):  # the API's tests read it
+        assert client.get(address).status_code == 200, address
+
+
+def test_the_page_of_a_search_says_what_the_store_says(client: TestClient, root: Path) -> None:
+    with Store.open(root / NAME / "search.db") as store:
+        best = store.best("o0", maximise=True)[0]
+        counts = store.counts()
+    text = seen(client, SEARCH).text
+    assert f"{best.objectives['o0']['mean']:.3f} ± {best.objectives['o0']['stderr']:.3f}" in text
+    assert f"{counts['done']} scored" in text
+    assert "finished" in text
+    assert "uniform average" in text
+
+
+def test_the_table_of_candidates_is_filtered_sorted_and_paged_as_the_api_does(client: TestClient) -> None:
+    def numbers(path: str) -> list[int]:
+        return [int(found) for found in re.findall(r'data-key="(\d+)/', client.get(path).text)]
+
+    assert numbers(SEARCH) == list(range(29, 4, -1))
+    (following,) = {a for a in seen(client, SEARCH).addresses if "cursor=" in a}
+    assert numbers(following) == list(range(4, -1, -1))
+    api = client.get(f"/api/v1{SEARCH}/candidates", params={"sort": "o1", "status": "done", "limit": 25}).json()
+    expected = [each["number"] for each in api["candidates"]]
+    assert numbers(f"{SEARCH}?sort=o1&order=asc&status=done") == expected
+    assert numbers(f"{SEARCH}?origin=source") == [1, 0]
+
+
+def test_a_candidate_shows_its_recipe_its_genome_and_whom_it_beat(client: TestClient, root: Path) -> None:
+    with Store.open(root / NAME / "search.db") as store:
+        row, scores = store.candidate(12), store.scores(12, "search")
+        sources = {r.label: r.objectives["o0"]["mean"] for r in store.candidates() if r.origin == "source"}
+        best = max(sources, key=sources.__getitem__)
+        theirs = store.scores(list(sources).index(best), "search")
+    page = seen(client, f"{SEARCH}/candidates/12").text
+    assert row.genome is not None
+    assert all(f"{number:.4f}" in page for number in row.genome.tolist())
+    assert "method: task_arithmetic" in page
+    mine, other = scores[0].metrics["acc"], theirs[0].metrics["acc"]
+    assert f"Won: {int((mine > other).sum())}" in page
+    assert f"Lost: {int((mine < other).sum())}" in page
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/searches/nothing", 404, "There is no such search"),
+        (f"{SEARCH}/candidates/99", 404, "c0099 is no candidate"),
+        (f"{SEARCH}?sort=nonsense", 422, "nonsense"),
+        (f"{SEARCH}?status=nonsense", 422, "The request is not valid"),
+        (f"{SEARCH}/compare?a=best&b=nobody", 200, "nobody is no candidate of this search"),
+        ("/nothing", 404, "There is no such page"),
+    ],
+)
+def test_faults_are_pages_for_people_and_problems_for_programs(
+    client: TestClient, path: str, status: int, words: str
+) -> None:
+    response = client.get(path)
+    assert (response.status_code, words in Seen(response.text).text) == (status, True)
+    if status != 200:
+        problem = client.get(path, headers={"accept": "application/json"})
+        assert problem.headers["content-type"] == "application/problem+json"
+        assert problem.json()["status"] == status
+
+
+def test_what_broke_is_not_told(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr("evomerge.service.pages.search.summaries_of", broken)
+    with TestClient(app, headers=BEARER | {"accept": "text/html"}, raise_server_exceptions=False) as client:
+        response = client.get("/")
+    assert response.status_code == 500
+    assert "Something broke here" in response.text
+    assert "secret" not in response.text
+
+
+def test_without_a_search_the_page_says_how_to_start_one(tmp_path: Path) -> None:
+    with client_of(make_app(tmp_path), accept="text/html") as client:
+        page = seen(client, "/")
+    assert "No search yet" in page.text
+    assert f"evomerge search search.yaml --dir {tmp_path}/NAME" in page.text
+
+
+def test_whoever_has_no_token_is_sent_to_the_login_and_back(root: Path) -> None:
+    with TestClient(make_app(root), headers={"accept": "text/html"}, follow_redirects=False) as client:
+        sent = client.get(f"{SEARCH}/compare?a=best")
+        assert sent.status_code == 303
+        form = client.get(sent.headers["location"])
+        assert form.status_code == 200
+        assert f'value="{SEARCH}/compare?a=best"' in form.text
+        assert "not the one of this server" in client.get("/login?failed=1").text
+
+
+# ---- the form against the classes that it writes for -----------------------------------------------------------------
+
+
+def test_the_form_knows_every_method_and_optimizer() -> None:
+    assert set(forms.METHODS) == set(METHODS)
+    names = {
+        n for each in get_args(get_args(OptimizerSettings)[0]) for n in get_args(each.model_fields["name"].annotation)
+    }
+    assert set(forms.OPTIMIZER[0].options) == names
+
+
+def test_the_form_writes_keys_that_the_search_file_knows() -> None:
+    for group in forms.SPACES:
+        kind = space_settings(group.name, "space.kind")
+        defaults = {field.key: field.default for field in group.fields if field.default}
+        kind.model_validate(defaults)
+        assert {field.key for field in group.fields} <= set(kind.model_fields)
+        for field in group.fields:
+            for option in filter(None, field.options):
+                kind.model_validate(defaults | {field.key: option})
+    assert {field.key for field in forms.BUDGET} == set(Budget.model_fields)
+    known = {**Racing.model_fields, **Confirm.model_fields, **Cluster.model_fields, **SearchFile.model_fields}
+    assert {field.key for field in forms.MORE} <= set(known)
+
+
+@pytest.mark.parametrize("group", forms.EVALUATORS, ids=lambda group: group.name)
+def test_the_form_writes_keys_that_the_evaluator_knows(group: forms.Group) -> None:
+    fields = evaluator_settings(group.name, "evaluator").model_fields
+    for field in group.fields:
+        assert field.key == "metric" or field.key in fields
+        for option in field.options:
+            if field.key != "metric":
+                assert option in get_args(fields[field.key].annotation)
+
+
+# ---- small parts -----------------------------------------------------------------------------------------------------
+
+KEYS = st.text("abcdefghij_-", min_size=1, max_size=6)
+CONTENT = st.recursive(
+    st.integers() | st.text("xyz: #'\"\n", max_size=12) | st.booleans() | st.lists(st.integers(), max_size=3),
+    lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=4),
+    max_leaves=12,
+)
+
+
+def paths(content: Any, path: str = "") -> Iterator[str]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            inner = f"{path}.{key}" if path else key
+            yield inner
+            yield from paths(value, inner)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(KEYS, CONTENT, min_size=1, max_size=4))
+def test_the_line_of_a_fault_is_the_one_that_holds_its_key(content: dict[str, Any]) -> None:
+    text = dump_yaml(content)
+    lines = text.splitlines()
+    for path in paths(content):
+        line = line_of(text, f"search file: {path}")
+        key = path.rpartition(".")[2]
+        assert re.search(rf"(^|[\s{{'\"]){re.escape(key)}['\"]?:", lines[line - 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "line"),
+    [
+        ("a: 1\nb:\n  c: 2\n", "search file: b.c", 3),
+        ("a: 1\nb:\n  c: 2\n", "b.missing", 2),
+        ("a: 1\n", "nothing.at.all", 0),
+        ("a: [\n", "search file, line 2", 2),
+        ("a: [\n", "a", 0),
+        ("", "a", 0),
+        ("- 1\n", "a", 0),
+        ("a: &x {b: *x}\n", "a.b.b", 1),
+    ],
+)
+def test_lines(text: str, field: str, line: int) -> None:
+    assert line_of(text, field) == line
+
+
+def comparison(**changes: Any) -> Comparison:
+    found = {
+        "objective": "maths", "split": "held_out", "n": 500, "wanted": 500, "a": 0.6, "b": 0.5, "difference": 0.1,
+        "confidence": 0.95, "low": 0.05, "high": 0.15, "better_a": 80, "better_b": 30, "p": 0.0001,
+    }  # fmt: skip
+    return Comparison.model_validate(found | changes)
+
+
+def test_a_comparison_in_words() -> None:
+    assert sentence(comparison(), "c0007", "ja") == (
+        "maths, on 500 held-out items: c0007 is 0.100 better than ja, 95% interval +0.050 to +0.150. "
+        "It won 80 items and lost 30 (p < 0.001)."
+    )
+    unsure = sentence(comparison(difference=-0.1, low=-0.3, high=0.1, split="search"), "c0007", "ja")
+    assert "on 500 search items: c0007 is 0.100 worse than ja" in unsure
+    assert "That may be luck" in unsure
+    assert "c0007 and ja score the same" in sentence(comparison(difference=0.0), "c0007", "ja")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.none() | st.floats(-1e6, 1e6))
+def test_a_sparkline_stays_in_its_box_and_rises_where_the_numbers_do(points: list[float], source: float | None) -> None:
+    found = sparkline(points, source)
+    assert found is not None
+    heights = [float(each) for each in re.findall(r"V([\d.]+)H", found["line"])]
+    assert len(heights) == len(points)
+    assert all(0 <= each <= 30 for each in heights)
+    for (a, b), (y, z) in zip(pairwise(points), pairwise(heights), strict=True):
+        assert (a < b and z <= y) or (a > b and z >= y) or a == b
+    assert ("source" in found) == (source is not None)
+
+
+def test_nothing_makes_no_sparkline() -> None:
+    assert sparkline([], 0.5) is None
+
+
+def test_the_line_of_a_fault_is_answered(client: TestClient) -> None:
+    file = "name: x\nspace:\n  method: nonsense\n"
+    found = client.post("/new/line", json={"file": file, "field": "search file: space.method"})
+    assert found.json() == {"line": 3}

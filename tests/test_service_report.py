@@ -1,0 +1,239 @@
+"""The report of a search in a real browser without a network, and optuna-dashboard behind the service."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import helpers_figures as made
+import pytest
+from fastapi import FastAPI
+from helpers_search import make_setup
+from helpers_service import serving
+from playwright.sync_api import Browser, Page, sync_playwright
+from starlette.testclient import TestClient
+
+from evomerge.cli import main
+from evomerge.report.status import status_of
+from evomerge.service import dashboard
+from evomerge.service.app import ServiceSettings
+from evomerge.service.report import commands, report_html
+from evomerge.service.root import Root
+from evomerge.store import Store, acquire
+
+CHROMIUM = "/usr/bin/chromium-headless-shell"
+PLOTLY = "plotly.js v"
+TIMEOUT_MS = 200_000  # for a machine that is busy with something else
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    made.search(folder, "two", made.two_objectives())
+    made.search(folder, "paths", made.paths(), made.path_scores)
+    made.search(folder, "failing", make_setup(candidates=20), made.failing)
+    made.create(folder, "empty", make_setup(objectives=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@contextmanager
+def page(browser: Browser, **options: Any) -> Iterator[tuple[Page, list[str], list[str]]]:
+    """A page, what it complains of, and what it asks for."""
+    context = browser.new_context(**options)
+    shown, complaints, asked = context.new_page(), [], []
+    shown.set_default_timeout(TIMEOUT_MS)
+    shown.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    shown.on("pageerror", lambda error: complaints.append(str(error)))
+    shown.on("request", lambda request: asked.append(request.url))
+    try:
+        yield shown, complaints, asked
+    finally:
+        context.close()
+
+
+def evomerge(*arguments: object) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("name", ["two", "paths", "failing", "empty"])
+def test_a_report_opens_from_disk_in_light_and_dark_and_on_a_phone_with_no_network(
+    root: Path, browser: Browser, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "report.html"
+    assert evomerge("report", root / name, "--out", out) == 0
+    with page(browser, offline=True, color_scheme="light", viewport={"width": 375, "height": 700}) as found:
+        shown, complaints, asked = found
+        shown.goto(out.as_uri())
+        shown.wait_for_function("document.documentElement.dataset.drawn === 'yes'")
+        boxes = shown.locator(".figure")
+        assert (boxes.count() > 0) == (name != "empty")
+        assert shown.locator(".figure .main-svg").count() >= boxes.count()
+        assert shown.evaluate("document.documentElement.scrollWidth") <= 375
+        inks = [_check_ink(shown)]
+        shown.emulate_media(color_scheme="dark")
+        inks.append(_check_ink(shown))
+        assert inks[0] != inks[1]
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def _check_ink(shown: Page) -> str:
+    """The colour of the page's text, which is that of the figures' text."""
+    ink = _hex(shown.locator("body").evaluate("(body) => getComputedStyle(body).color"))
+    shown.wait_for_function(
+        "(ink) => [...document.querySelectorAll('.figure')].every((box) => box.layout.font.color === ink)", arg=ink
+    )
+    return ink
+
+
+def _hex(colour: str) -> str:
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3])
+
+
+def test_a_report_says_what_the_store_holds(root: Path) -> None:
+    with Store.open(root / "two" / "search.db") as store:
+        html, status = report_html(store, root / "two"), status_of(store)
+        best = store.best("o0", maximise=True, k=1)[0]
+    text = " ".join(re.sub(r"<script.*?</script>|<style.*?</style>", "", html, flags=re.S).split())
+    assert html.count(PLOTLY) >= 1
+    assert html.count("<script>") == 2  # plotly once, and what draws with it
+    assert f"<strong>{status.winner}</strong>, chosen on held-out items" in text
+    estimate = best.objectives["o0"]
+    assert f"{estimate['mean']:.3f} ± {estimate['stderr']:.3f}" in text
+    for found in status.confirmed:
+        for gap in found.objectives["o0"].difference:
+            row = f'<td>o0</td><td>{gap.to}</td><td class="number">{gap.mean:+.3f}</td>'
+            assert row in text
+            assert f"[{gap.low:+.3f}, {gap.high:+.3f}]" in text
+    assert status.choice is not None
+    assert f"The shortlist of {status.choice.shortlist} was written down at" in text
+    assert "granularity: layer" in text
+    assert "<dt>cma</dt><dd>4.5</dd>" in text
+
+
+def test_commands_name_the_folder_so_that_a_shell_takes_it(root: Path) -> None:
+    with Store.open(root / "two" / "search.db") as store:
+        status = status_of(store)
+    told = dict(commands(Path("my searches/two"), status))
+    assert told["Run the same search again"] == "evomerge search 'my searches/two/search.yaml' --dir two-again"
+    assert told["Write the model"] == f"evomerge export 'my searches/two' two-model --candidate {status.winner}"
+    assert (
+        told["Score that model again on held-out items"]
+        == "evomerge score two-model 'my searches/two/search.yaml' --split held_out"
+    )
+
+
+def test_failures_are_in_a_table_and_escaped(root: Path) -> None:
+    with Store.open(root / "failing" / "search.db") as store:
+        html, events = report_html(store, root / "failing"), store.events(kinds=("failure", "confirm failed"))
+    assert "layer 3 holds &lt;b&gt;NaN&lt;/b&gt;" in html
+    assert html.count('class="bad"') == len(events)
+
+
+def test_names_cannot_leave_their_place(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    folder = made.search(tmp_path, "named", make_setup(candidates=5))
+    with Store.open(folder / "search.db") as store:
+        with acquire(store):
+            store.update_settings(
+                store.search().settings | {"sources": {**store.search().settings["sources"], evil: ""}}
+            )
+        html = report_html(store, Path(evil))
+    assert "<script>alert" not in html
+
+
+def test_a_path_is_drawn_where_there_is_one(root: Path) -> None:
+    with Store.open(root / "paths" / "search.db") as store:
+        assert 'class="evomerge-path"' in report_html(store, root / "paths")
+    with Store.open(root / "two" / "search.db") as store:
+        assert 'class="evomerge-path"' not in report_html(store, root / "two")
+
+
+def test_a_report_that_cannot_be_written_says_so_and_leaves_the_old_one(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "report.html"
+    old.mkdir()
+    assert evomerge("report", root / "two", "--out", old) == 2
+    assert evomerge("report", root / "two", "--out", tmp_path / "none" / "report.html") == 2
+    assert evomerge("report", tmp_path, "--out", tmp_path / "x.html") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
+
+
+# ---- optuna-dashboard ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def app(root: Path) -> FastAPI:
+    found = FastAPI(openapi_url=None)
+    found.state.settings = ServiceSettings(Root.of(str(root), root), None)
+    dashboard.install(found, Root.of(str(root), root))
+    return found
+
+
+def test_the_dashboards_own_requests_are_answered(app: FastAPI, root: Path) -> None:
+    with TestClient(app) as client:
+        studies = client.get("/api/studies").json()["study_summaries"]
+        assert {study["study_name"] for study in studies} == {"two", "paths", "failing", "empty"}
+        number = next(study["study_id"] for study in studies if study["study_name"] == "two")
+        detail = client.get(f"/api/studies/{number}").json()
+        with Store.open(root / "two" / "search.db") as store:
+            rows = [row for row in store.candidates() if row.status == "done" and row.genome is not None]
+        assert [trial["number"] for trial in detail["trials"]] == [row.number for row in rows]
+        assert [trial["values"] for trial in detail["trials"]] == [
+            [row.objectives[name]["mean"] for name in ("o0", "o1")] for row in rows
+        ]
+        for path in (
+            "/dashboard", "/dashboard/studies/0", "/dashboard/static/bundle.js", "/api/meta",
+            f"/api/studies/{number}/param_importances", f"/api/studies/{number}/plot/slice", f"/csv/{number}",
+        ):  # fmt: skip
+            assert client.get(path).status_code == 200, path
+
+
+def test_the_dashboard_can_only_be_read(app: FastAPI, root: Path) -> None:
+    before = (root / "two" / "search.db").read_bytes()
+    with TestClient(app) as client:
+        assert client.post("/api/studies", json={"study_name": "x", "directions": ["minimize"]}).status_code == 405
+        assert client.delete("/api/studies/0").status_code == 405
+        assert client.put("/api/studies/0/note", json={}).status_code == 405
+        assert client.post("/api/trials/0/tell", json={}).status_code == 404
+        assert client.get("/artifacts/0/0").status_code == 404
+        assert client.get("/dashboard/static/../index.html").status_code in (200, 404)  # the page itself, or nothing
+        assert "DASHBOARD = " not in client.get("/dashboard/static/%2e%2e%2f_app.py").text
+        assert len(client.get("/api/studies").json()["study_summaries"]) == 4
+    assert (root / "two" / "search.db").read_bytes() == before
+
+
+def test_the_dashboard_works_in_a_browser_under_its_policy(app: FastAPI, browser: Browser) -> None:
+    with serving(app) as url, page(browser) as (shown, complaints, asked):
+        failed: list[str] = []
+        shown.on("response", lambda r: failed.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        answer = shown.goto(f"{url}/dashboard")
+        assert answer is not None
+        assert answer.headers["content-security-policy"] == dashboard.CONTENT_POLICY
+        shown.get_by_text("two", exact=True).first.click()
+        shown.wait_for_url("**/dashboard/studies/*")
+        shown.locator(".js-plotly-plot .main-svg").first.wait_for()
+        shown.goto(f"{shown.url.rstrip('/')}/analytics")
+        shown.locator(".js-plotly-plot").first.wait_for()
+    assert failed == []
+    assert [text for text in complaints if "Content Security Policy" in text or "Failed" in text] == []
+    assert {url_ for url_ in asked if not url_.startswith((url, "data:", "blob:"))} == set()
+    assert json.dumps(asked).count("/api/v1") == 0
