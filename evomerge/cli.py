@@ -23,8 +23,17 @@ app = typer.Typer(
 
 SearchFileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A search file (YAML).")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a search.")]
+OutArgument = Annotated[
+    str, typer.Argument(metavar="OUT", help="The model folder to make, or where in object storage: s3://bucket/merged.")
+]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the search file; repeatable.")
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server", metavar="URL", help="Ask this server: DIR is the search's name, EVOMERGE_TOKEN the token."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -71,19 +80,35 @@ def search(
 @app.command("list")
 def list_(
     address: Annotated[str, typer.Option(metavar="auto|ray://...|http://...", help="A Ray cluster.")] = "auto",
+    server: ServerOption = None,
 ) -> None:
-    """List the searches that run as jobs of a Ray cluster."""
+    """List the searches that run as jobs of a Ray cluster, or those of a server."""
+    if server is not None:
+        from evomerge.commands.remote import list_searches
+
+        list_searches(server)
+        return
     from evomerge.commands.run import list_jobs
 
     list_jobs(address)
 
 
 @app.command()
-def resume(folder: FolderArgument, set_: SetOption = []) -> None:  # noqa: B006
+def resume(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a search, or the URL of its copy.")],
+    dir_: Annotated[Path | None, typer.Option("--dir", help="With a URL: folder to make; searches/NAME else.")] = None,
+    set_: SetOption = [],  # noqa: B006
+    server: ServerOption = None,
+) -> None:
     """Go on with a search that was interrupted, or whose budget is raised with --set budget.candidates=N."""
+    if server is not None:
+        from evomerge.commands.remote import resume as resume_there
+
+        resume_there(server, folder, set_)
+        return
     from evomerge.commands.run import resume
 
-    raise typer.Exit(resume(folder, set_))
+    raise typer.Exit(resume(folder, set_, dir_))
 
 
 @app.command()
@@ -91,8 +116,14 @@ def status(
     folder: FolderArgument,
     json_: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until the search ends.")] = False,
+    server: ServerOption = None,
 ) -> None:
     """Show where a search stands."""
+    if server is not None:
+        from evomerge.commands.remote import status as status_there
+
+        status_there(server, str(folder), as_json=json_, watch=watch)
+        return
     from evomerge.commands.look import status
 
     status(folder, as_json=json_, watch=watch)
@@ -112,21 +143,21 @@ def observe(
 
 
 @app.command()
-def pause(folder: FolderArgument) -> None:
+def pause(folder: FolderArgument, server: ServerOption = None) -> None:
     """Start nothing new until `resume`; what runs goes on."""
-    _command(folder, "pause")
+    _command(folder, "pause", server)
 
 
 @app.command()
-def stop(folder: FolderArgument) -> None:
+def stop(folder: FolderArgument, server: ServerOption = None) -> None:
     """Let what runs finish, then end. The search can be resumed."""
-    _command(folder, "stop")
+    _command(folder, "stop", server)
 
 
 @app.command()
-def cancel(folder: FolderArgument) -> None:
+def cancel(folder: FolderArgument, server: ServerOption = None) -> None:
     """End now. The search can be resumed."""
-    _command(folder, "cancel")
+    _command(folder, "cancel", server)
 
 
 @app.command()
@@ -135,8 +166,14 @@ def top(
     k: Annotated[int, typer.Option("-k", help="How many.", min=1)] = 10,
     all_: Annotated[bool, typer.Option("--all", help="Every candidate, in the order asked.")] = False,
     json_: JsonOption = False,
+    server: ServerOption = None,
 ) -> None:
     """List the best candidates."""
+    if server is not None:
+        from evomerge.commands.remote import top as top_there
+
+        top_there(server, str(folder), None if all_ else k, as_json=json_)
+        return
     from evomerge.commands.look import top
 
     top(folder, None if all_ else k, as_json=json_)
@@ -182,6 +219,17 @@ def curse(
 
 
 @app.command()
+def report(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path("report.html"),
+) -> None:
+    """Write a search as one HTML file: pictures, tables, settings, and the commands to do it again."""
+    from evomerge.commands.report import report
+
+    report(folder, out)
+
+
+@app.command()
 def confirm(folder: FolderArgument) -> None:
     """Score the front and the best candidates on the held-out split, and name the winner."""
     from evomerge.commands.run import confirm
@@ -192,7 +240,7 @@ def confirm(folder: FolderArgument) -> None:
 @app.command()
 def export(
     folder: FolderArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    out: OutArgument,
     candidate: Annotated[str, typer.Option(help="best (the confirmed winner), knee, or an id: c0042.")] = "best",
     verify: Annotated[bool, typer.Option(help="Reload it and reproduce the recorded scores.")] = True,
 ) -> None:
@@ -205,7 +253,7 @@ def export(
 @app.command()
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe of Evomerge's or mergekit's.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    out: OutArgument,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
     from evomerge.commands.merge import merge
@@ -223,6 +271,34 @@ def consolidate(
     from evomerge.commands.merge import consolidate
 
     consolidate(checkpoint, out, model)
+
+
+@app.command()
+def serve(
+    place: Annotated[str, typer.Argument(metavar="ROOT|DATABASE-URL", help="A folder of searches, or a database.")],
+    host: Annotated[str, typer.Option(help="The address to listen on; another than loopback is for others too.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any that is free.")] = 8080,
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="With a database: where folders of new searches are made.")
+    ] = Path("searches"),
+    sources: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="A folder whose models and data searches may use; repeatable.")
+    ] = [],  # noqa: B006
+    allow_host: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Another name that browsers call this server by; repeatable.")
+    ] = [],  # noqa: B006
+    no_token: Annotated[bool, typer.Option("--no-token", help="Let everybody in who reaches the address.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="With --no-token: also from other machines.")] = False,
+) -> None:
+    """Serve searches to browsers and programs, and print the link to open. EVOMERGE_TOKEN gives the token."""
+    from evomerge.commands.serve import serve
+
+    serve(
+        place, host=host, port=port, folder=folder, sources=sources, names=allow_host, needs_token=not no_token,
+        insecure=insecure,
+    )  # fmt: skip
 
 
 @app.command()
@@ -265,7 +341,12 @@ def agreement(
     agreement(file, language, as_json=json_)
 
 
-def _command(folder: Path, verb: Literal["pause", "stop", "cancel"]) -> None:
+def _command(folder: Path, verb: Literal["pause", "stop", "cancel"], server: str | None) -> None:
+    if server is not None:
+        from evomerge.commands.remote import tell
+
+        tell(server, str(folder), verb)
+        return
     from evomerge.commands.look import send
 
     send(folder, verb)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Row, Select, func, select, tuple_
+from sqlalchemy import Select, func, select
 
 from evomerge.store import tables
 from evomerge.store.outage import ride_out
@@ -49,7 +49,8 @@ class Brief:
 class Order:
     """How a list of candidates is sorted: by number, or by an objective, where only those that have a value are in it.
 
-    ``after`` is where the list goes on: the number of the last one seen, or its mean and number.
+    Of equals the lower number comes first. ``after`` is where the list goes on: the number of the last one seen, or its
+    mean and number.
     """
 
     objective: str | None = None
@@ -162,16 +163,20 @@ def page(
         query = query.where(candidates.origin == origin)
     if front:
         query = query.where(candidates.on_front)
-    keys: list[Any] = [candidates.number]
-    if order.objective is not None:
+    number, mean = candidates.number, table.mean
+    if order.objective is None:
+        if order.after:
+            query = query.where(number < order.after[-1] if order.descending else number > order.after[-1])
+        query = query.order_by(number.desc() if order.descending else number)
+    else:
         its = (table.search_id == candidates.search_id) & (table.candidate == candidates.number)
         query = query.join(tables.objective, its).where(table.name == order.objective, table.mean.is_not(None))
-        keys = [table.mean, candidates.number]
-    if order.after:
-        here, there = tuple_(*keys), tuple_(*order.after)
-        query = query.where(here < there if order.descending else here > there)
-    query = query.order_by(*(key.desc() if order.descending else key for key in keys)).limit(limit)
-    return _briefs(store, query, sort=False)
+        if order.after:
+            last = order.after[0]
+            query = query.where(mean <= last if order.descending else mean >= last)  # which the index can begin at
+            query = query.where((mean != last) | (number > order.after[1]))
+        query = query.order_by(mean.desc() if order.descending else mean, number)
+    return _briefs(store, query.limit(limit), sort=False)
 
 
 def events_after(store: ReadStore, seq: int, limit: int) -> list[EventRow]:
@@ -196,8 +201,8 @@ def _brief() -> Select[Any]:
     return select(*(tables.candidate.c[name] for name in _BRIEF))
 
 
-def _all(store: ReadStore, query: Select[Any]) -> Sequence[Row[Any]]:
-    def read() -> Sequence[Row[Any]]:
+def _all(store: ReadStore, query: Select[Any]) -> Sequence[Any]:
+    def read() -> Sequence[Any]:
         with store.transaction() as connection:
             return connection.execute(query).all()
 
@@ -219,7 +224,7 @@ def _briefs(store: ReadStore, query: Select[Any], *, sort: bool = True) -> list[
     return [_as_brief(row, known.get(row.number, {})) for row in rows]
 
 
-def _as_brief(row: Row[Any], objectives: dict[str, Estimate]) -> Brief:
+def _as_brief(row: Any, objectives: dict[str, Estimate]) -> Brief:
     told = row._asdict()
     seconds = sum((told.pop("timings") or {}).values())
     return Brief(**told, seconds=seconds, objectives=objectives)

@@ -1,0 +1,101 @@
+"""The commands that look at searches, and tell them what to do, through a server (``--server URL``)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rich.table import Table
+
+from evomerge.errors import InputError
+from evomerge.report.screen import make_console, panel
+from evomerge.service.bodies import CandidateSummary, Mean
+from evomerge.service.client import Client
+from evomerge.yaml import load_yaml
+
+_WATCH_S = 1.0
+_ENDED = ("finished", "stopped", "cancelled", "failed", "interrupted")
+
+
+def status(url: str, search: str, *, as_json: bool, watch: bool) -> None:
+    """Where a search stands; with ``watch``, again and again until it ends."""
+    with Client(url) as client:
+        found = client.status(search)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+            return
+        console = make_console()
+        console.print(panel(found))
+        while watch and found.state not in _ENDED:
+            time.sleep(_WATCH_S)
+            found = client.status(search)
+            console.print(panel(found))
+
+
+def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel"]) -> None:
+    """Give a search a word."""
+    with Client(url) as client:
+        print(client.tell(search, word), file=sys.stderr)
+
+
+def resume(url: str, search: str, overrides: Sequence[str]) -> None:
+    """Go on with a search, with another budget where one is given."""
+    bounds: dict[str, Any] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        section, _, bound = key.strip().partition(".")
+        if section != "budget" or bound not in ("candidates", "hours", "patience"):
+            mend = "On a server only --set budget.candidates=N, budget.hours=H and budget.patience=P can be set."
+            raise InputError(f"--set {override}", "cannot be set through a server", mend)
+        bounds[bound] = load_yaml(text, f"--set {override}")
+    with Client(url) as client:
+        told = client.change_budget(search, resume=True, **bounds) if bounds else client.tell(search, "resume")
+    print(told, file=sys.stderr)
+
+
+def list_searches(url: str) -> None:
+    """The searches of a server."""
+    with Client(url) as client:
+        found = client.searches()
+    table = Table(box=None, pad_edge=False)
+    for title in ("search", "state", "candidates", "best", "of the sources"):
+        table.add_column(title)
+    for each in found:
+        first = each.objectives[0].name if each.objectives else ""
+        values = [("" if row is None else _cell(row.objectives.get(first))) for row in (each.best, each.best_source)]
+        table.add_row(each.name, each.state, str(each.counts.asked), *values)
+    make_console().print(table)
+
+
+def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
+    """The k best by the first objective of a search, or all in the order asked."""
+    with Client(url) as client:
+        names = list(client.status(search).directions.items())
+        first, way = names[0]
+        rows: list[CandidateSummary] = []
+        wanted = {} if k is None else {"sort": first, "order": "desc" if way == "maximize" else "asc"}
+        for row in client.candidates(search, **wanted):
+            if k is None or (row.eligible and row.same_as is None):
+                rows.append(row)
+            if k is not None and len(rows) == k:
+                break
+    if as_json:
+        print(json.dumps([row.model_dump() for row in rows], indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("candidate", "origin", "status", *(name for name, _ in names), "front"):
+        table.add_column(title)
+    for row in rows:
+        values = [_cell(row.objectives.get(name)) for name, _ in names]
+        origin = f"{row.origin} {row.label}".strip()
+        table.add_row(row.id, origin, row.status, *values, "front" if row.on_front else "")
+    make_console().print(table)
+
+
+def _cell(value: Mean | None) -> str:
+    if value is None or value.mean is None:
+        return ""
+    return f"{value.mean:.3f}" if value.stderr is None else f"{value.mean:.3f} ± {value.stderr:.3f}"

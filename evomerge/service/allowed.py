@@ -1,0 +1,166 @@
+"""What a search file may say when it comes over HTTP, from somebody who need not have an account on this machine.
+
+It may name models and data in the folders that the server allows, and models on the hub. It may not run code, reach
+other places, or be a text that takes more than a moment to read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.checkpoints.places import split_reference
+from evomerge.errors import InputError
+from evomerge.search.search_file import SearchFile, parse_search_file
+from evomerge.yaml import load_yaml
+
+PLACE = "search file"
+
+MOST_CHARACTERS = 2**16
+MOST_VALUES = 20_000
+"""Of the text, and of what it says once its aliases are written out."""
+
+_REFUSED = ("store", "observers", "artifacts", "cluster.address", "cluster.insecure", "allow_task_code")
+"""Keys by which a search would reach other machines or run code of its own."""
+
+_CODE_KEYS = ("trust_remote_code", "allow_task_code")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_PATH = re.compile(r"^[/~]|(^|/)\.\.(/|$)|^\./")
+_DEEP = re.compile(r"(?:[\[{]\s*){50}")  # which takes PyYAML seconds to give up
+_CODE_FILE = re.compile(r"\.pyc?\s*$", re.IGNORECASE)
+
+
+def checked_file(text: str, folders: Sequence[Path]) -> SearchFile:
+    """The search file that a text says, its paths absolute; relative ones are so to the first folder.
+
+    Args:
+        folders: where the models and data may lie that it names.
+
+    Raises:
+        InputError: names the key that is not allowed here, or what is wrong with the file.
+    """
+    content = _content(text)
+    for key in _REFUSED:
+        if _at(content, key) not in (None, False):
+            problem = "is not allowed in a search file that comes over HTTP"
+            raise InputError(f"{PLACE}: {key}", problem, "Leave it out, or start the search from the command line.")
+    try:
+        file = parse_search_file(content, place=PLACE, root=folders[0])
+    except (ValueError, OverflowError, RecursionError, OSError):  # a number of 10,000 digits, a path with a null byte
+        raise InputError(PLACE, "holds a value that cannot be read") from None
+    for key, reference in file.sources.items():
+        located(reference, f"{PLACE}: sources.{key}", folders)
+    settings = file.model_dump(mode="json", exclude={"sources"})
+    for key, name, value in _leaves(settings, ""):
+        _check(key, name, value, folders)
+    return file
+
+
+def located(reference: str, place: str, folders: Sequence[Path]) -> str:
+    """A reference to a model with its folders absolute; relative ones are so to the first folder.
+
+    Raises:
+        InputError: it lies neither in these folders nor on the hub. Names ``place``, never what lies there.
+    """
+    found = []
+    for part in split_reference(reference, folders[0]):
+        if not part:
+            raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
+        local = os.path.join(folders[0], os.path.expanduser(part))
+        found.append(os.path.realpath(local) if os.path.isdir(local) else part)
+        is_hub_id = _HUB_ID.fullmatch(part) is not None and ".." not in part
+        if not is_inside(found[-1], folders) and not (is_hub_id and found[-1] == part):
+            raise InputError(place, "names a folder that this server does not allow", _mend(folders))
+    return "+".join(found)
+
+
+def is_inside(path: str, folders: Sequence[Path]) -> bool:
+    """Whether an absolute path lies in one of these folders, links followed."""
+    try:
+        real = Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return False
+    return Path(path).is_absolute() and any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+
+
+def _content(text: str) -> Mapping[str, Any]:
+    """The content of a search file's text, once it is known to be small enough to be read."""
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(PLACE, f"is longer than {MOST_CHARACTERS} characters")
+    if _DEEP.search(text):
+        raise InputError(PLACE, "is nested too deeply")
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)  # where an alias is the node that it stands for, not a copy
+        if node is not None:
+            _count(node, {}, ())
+    except yaml.YAMLError:
+        pass  # load_yaml says it with its line
+    except (RecursionError, ValueError):
+        raise InputError(PLACE, "is nested too deeply") from None
+    content = load_yaml(text, PLACE)
+    if not isinstance(content, dict):
+        raise InputError(PLACE, "is not a search file: its top level must be keys such as `sources:` and `space:`")
+    return content
+
+
+def _count(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """How many values a node is once its aliases are written out."""
+    if id(node) in above:
+        raise InputError(PLACE, "holds an alias of itself")
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_count(part, known, (*above, id(node))) for part in inner)
+        if known[id(node)] > MOST_VALUES:
+            raise InputError(PLACE, f"says more than {MOST_VALUES} values once its aliases are written out")
+    return known[id(node)]
+
+
+def _at(content: Mapping[str, Any], key: str) -> Any:
+    value: Any = content
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if value not in ([], {}, ()) else None
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, str, Any]]:
+    """(key path, last key, value) of every value that is no container; keys themselves are values too."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, key)
+    else:
+        yield key, key.rpartition(".")[2], value
+
+
+def _check(key: str, name: str, value: Any, folders: Sequence[Path]) -> None:
+    """Refuse a value by which a search would run code, or read what lies outside the folders.
+
+    Whatever a setting means, also one of a plug-in: all paths are absolute by now, or look like one.
+    """
+    place = f"{PLACE}: {key}"
+    if name in _CODE_KEYS and value:
+        raise InputError(place, "would run code, which no search file may that comes over HTTP", "Leave it out.")
+    if name == "evaluator" and value == "python":
+        problem = "runs a Python file, which no search file may that comes over HTTP"
+        raise InputError(place, problem, "Start the search from the command line.")
+    if not isinstance(value, str):
+        return
+    if _CODE_FILE.search(value):
+        raise InputError(place, "names a Python file, which no search file may that comes over HTTP")
+    if _PATH.search(value) and not is_inside(value, folders):
+        raise InputError(place, "names a path that this server does not allow", _mend(folders))
+
+
+def _mend(folders: Sequence[Path]) -> str:
+    return f"Allowed are {', '.join(map(str, folders))}, and models on the hub; evomerge serve --sources DIR adds more."

@@ -1,0 +1,138 @@
+"""Candidates of a search: listed, shown, on the front, compared item by item."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+from fastapi import APIRouter, Path, Query
+
+from evomerge.report.comparing import compared
+from evomerge.service.app import RootDependency
+from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
+from evomerge.service.problems import RESPONSES, Fault, ProblemError
+from evomerge.service.summary import candidate_detail, candidate_summary, measure_named
+from evomerge.store import Store, summaries
+from evomerge.store.rows import Status
+from evomerge.store.summaries import Brief, Order
+
+router = APIRouter(prefix="/api/v1/searches/{name}", tags=["candidates"], responses=RESPONSES)
+
+MOST_LISTED = 500
+_LARGEST = 2**31 - 1
+
+CandidateNumber = Annotated[int, Path(ge=0, le=_LARGEST)]
+CandidateQuery = Annotated[int, Query(ge=0, le=_LARGEST)]
+
+
+@router.get("/candidates")
+def candidates(
+    name: str,
+    root: RootDependency,
+    status: Annotated[list[Status] | None, Query()] = None,
+    origin: Annotated[str | None, Query(max_length=40)] = None,
+    sort: Annotated[str, Query(max_length=100, description="number, or an objective")] = "number",
+    order: Literal["asc", "desc"] = "asc",
+    front: bool = False,
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+) -> CandidatePage:
+    """A page of candidates that fit. Sorted by an objective, only those are in the list that have a value of it."""
+    with root.store(name) as store:
+        objective = None if sort == "number" else str(measure_named(store.search(), sort)["name"])
+        after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 2)
+        rows = summaries.page(
+            store,
+            Order(objective, order == "desc", after),
+            limit + 1,
+            statuses=status or (),
+            origin=origin,
+            front=front,
+        )
+    more = _cursor(rows[limit - 1], objective) if len(rows) > limit else None
+    return CandidatePage(candidates=[candidate_summary(row) for row in rows[:limit]], next=more)
+
+
+@router.get("/candidates/{number}")
+def candidate(name: str, number: CandidateNumber, root: RootDependency) -> CandidateDetail:
+    """All that is known of one candidate."""
+    with root.store(name) as store:
+        _check(store, number)
+        return candidate_detail(store, number)
+
+
+@router.get("/front")
+def front(name: str, root: RootDependency) -> Front:
+    """The candidates on the Pareto front."""
+    with root.store(name) as store:
+        rows = summaries.page(store, Order(), _LARGEST, front=True)
+    return Front(candidates=[candidate_summary(row) for row in rows])
+
+
+@router.get("/compare")
+def compare(
+    name: str,
+    root: RootDependency,
+    a: CandidateQuery,
+    b: CandidateQuery,
+    split: Literal["search", "held_out"] = "search",
+    objective: Annotated[str | None, Query(max_length=100)] = None,
+) -> Compared:
+    """Two candidates in every objective and constraint, and item by item in one: the first unless another is named."""
+    with root.store(name) as store:
+        _check(store, a, b)
+        comparisons = [found for found in compared(store, a, b) if found.split == split]
+        measure = measure_named(store.search(), objective)
+        items = _items(store, a, b, split, measure["version"], measure["metric"])
+    return Compared(comparisons=comparisons, objective=measure["name"], items=items)
+
+
+def _items(store: Store, a: int, b: int, split: str, evaluator: str, metric: str) -> list[ComparedItem]:
+    """The items that both were scored on, with texts and answers where the search kept them."""
+    sides = []
+    for number in (a, b):
+        answers = store.answers(number, split).get(evaluator, {})
+        found = next((s for s in store.scores(number, split) if s.evaluator == evaluator), None)
+        items = [] if found is None else found.items.tolist()
+        scores = [] if found is None else found.metrics[metric].tolist()
+        sides.append(
+            {
+                item: Side(score=score, answer=answers.get(item))
+                for item, score in zip(items, scores, strict=True)
+            }
+        )  # fmt: skip
+    texts = dict(enumerate(store.item_texts(evaluator, split)))
+    return [
+        ComparedItem(item=item, text=text, gold=right or None, a=sides[0][item], b=sides[1][item])
+        for item in np.intersect1d(list(sides[0]), list(sides[1])).astype(int).tolist()
+        for text, right in [texts.get(item, (None, None))]
+    ]
+
+
+def _check(store: Store, *numbers: int) -> None:
+    """Refuse candidates that there are not (404)."""
+    there = {row.number for row in summaries.briefs(store, numbers)}
+    if missing := [number for number in numbers if number not in there]:
+        raise ProblemError(404, "There is no such candidate", detail=f"The search has none of number {missing[0]}.")
+
+
+def _cursor(last: Brief, objective: str | None) -> str:
+    """Where the next page begins: what the list is sorted by, of the last one on this page."""
+    keys = [last.number] if objective is None else [last.objectives[objective]["mean"], last.number]
+    return base64.urlsafe_b64encode(json.dumps(keys).encode()).decode()
+
+
+def _read_cursor(text: str, length: int) -> tuple[float, ...]:
+    try:
+        keys = json.loads(base64.urlsafe_b64decode(text.encode()))
+        if not isinstance(keys, list) or len(keys) != length or not 0 <= keys[-1] <= _LARGEST:
+            raise ValueError
+        if not all(type(key) in (int, float) and math.isfinite(key) for key in keys) or type(keys[-1]) is not int:
+            raise ValueError
+        return tuple(key if i == length - 1 else float(key) for i, key in enumerate(keys))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        fault = Fault(field="cursor", problem="is not one that this list gave", mend="Begin again without it.")
+        raise ProblemError(422, "The request is not valid", fault) from None

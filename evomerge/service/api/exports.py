@@ -1,0 +1,41 @@
+"""Exports of a search: started, watched, and their files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from starlette.responses import FileResponse
+
+from evomerge.service import bodies
+from evomerge.service.app import ExportsDependency
+from evomerge.service.problems import RESPONSES
+
+router = APIRouter(prefix="/api/v1/searches/{name}/exports", tags=["exports"], responses=RESPONSES)
+
+ExportName = Annotated[str, Path(max_length=64)]
+
+
+@router.get("")
+def all_exports(name: str, exports: ExportsDependency) -> bodies.Exports:
+    """The exports that were started here."""
+    return bodies.Exports(exports=exports.all(name))
+
+
+@router.post("", status_code=202)
+def start(name: str, wanted: bodies.NewExport, exports: ExportsDependency) -> bodies.Export:
+    """Start an export of a candidate as a plain model folder, in the search's own folder."""
+    return exports.start(name, wanted)
+
+
+@router.get("/{export}")
+def one(name: str, export: ExportName, exports: ExportsDependency) -> bodies.Export:
+    """How far an export is."""
+    return exports.one(name, export)
+
+
+@router.get("/{export}/files/{path:path}", response_class=FileResponse)
+def file(name: str, export: ExportName, path: str, exports: ExportsDependency) -> FileResponse:
+    """A file of an export that is done, to be saved."""
+    found = exports.file(name, export, path)
+    return FileResponse(found, media_type="application/octet-stream", filename=found.name)

@@ -1,0 +1,70 @@
+"""Health, metrics for Prometheus, and the way in and out for browsers."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Form, Request
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+from evomerge.service.api.searches import summaries_of
+from evomerge.service.app import DriversDependency, RootDependency
+from evomerge.service.bodies import Health
+from evomerge.service.guard import Door, address_of, local_target, too_often
+from evomerge.service.problems import RESPONSES
+
+router = APIRouter(responses=RESPONSES)
+
+
+@router.get("/api/v1/health", tags=["system"])
+def health() -> Health:
+    """Whether the server answers. The only part of the API that needs no token."""
+    return Health(status="ok")
+
+
+@router.get("/api/v1/metrics", tags=["system"], response_class=PlainTextResponse)
+def metrics(root: RootDependency, drivers: DriversDependency) -> str:
+    """Every search in the text format of Prometheus."""
+    registry = CollectorRegistry()
+
+    def gauge(name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"evomerge_{name}", text, ("search", *labels), registry=registry)
+
+    state = gauge("search_state", "1 for the state that a search is in.", "state")
+    driven = gauge("search_driven", "Whether a driver is at work.")
+    spent = gauge("search_spent_seconds", "Seconds in which a driver was at work.")
+    candidates = gauge("search_candidates", "Candidates by status.", "status")
+    best = gauge("search_best", "The best mean of the first objective on the search split so far.", "objective")
+    for each in summaries_of(root, drivers):
+        state.labels(each.name, each.state).set(1)
+        driven.labels(each.name).set(each.driver)
+        spent.labels(each.name).set(each.spent_s)
+        for status, count in each.counts.model_dump().items():
+            candidates.labels(each.name, status).set(count)
+        for objective in each.objectives[:1]:
+            mean = None if each.best is None else each.best.objectives[objective.name].mean
+            if mean is not None:
+                best.labels(each.name, objective.name).set(mean)
+    return generate_latest(registry).decode()
+
+
+@router.post("/login", include_in_schema=False)
+def login(request: Request, token: str = Form(max_length=1000), next: str = Form("/", max_length=2000)) -> Response:
+    """Give a browser its cookie for the token of the form."""
+    door: Door = request.app.state.door
+    address = address_of(request.scope)
+    if wait := door.wait_s(address):
+        return too_often(wait)
+    if not door.opens(token.strip(), address):
+        return RedirectResponse("/login?failed=1", 303)
+    response = RedirectResponse(local_target(next), 303)
+    door.let_in(response, request.url.scheme)
+    return response
+
+
+@router.post("/logout", include_in_schema=False)
+def logout(request: Request) -> Response:
+    """Take the browser's cookie away."""
+    door: Door = request.app.state.door
+    response = RedirectResponse("/login", 303)
+    door.see_off(response)
+    return response

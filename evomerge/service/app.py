@@ -1,0 +1,122 @@
+"""The app: all routers together. ``create_app`` is what a server runs and what tests talk to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from starlette.types import ASGIApp
+
+from evomerge import __version__
+from evomerge.service import problems
+from evomerge.service.checking import Checker
+from evomerge.service.drivers import Drivers
+from evomerge.service.exports import Exports
+from evomerge.service.guard import Door, Guard
+from evomerge.service.root import Root
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a server is set up.
+
+    Attributes:
+        root: the searches.
+        token: what clients must show; None lets everybody in, which only a loopback address or a flag allows.
+        hosts: names by which a browser may call this server (against DNS rebinding).
+        sources: folders that search files which come over HTTP may name paths in.
+    """
+
+    root: Root
+    token: str | None
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    sources: tuple[Path, ...] = field(default=())
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where models and data may lie: the sources, and the root with its exports."""
+        return (*self.sources, self.root.folder)
+
+
+def settings_of(request: Request) -> ServiceSettings:
+    found: ServiceSettings = request.app.state.settings
+    return found
+
+
+def root_of(request: Request) -> Root:
+    return settings_of(request).root
+
+
+def drivers_of(request: Request) -> Drivers:
+    found: Drivers = request.app.state.drivers
+    return found
+
+
+def exports_of(request: Request) -> Exports:
+    found: Exports = request.app.state.exports
+    return found
+
+
+def checker_of(request: Request) -> Checker:
+    found: Checker = request.app.state.checker
+    return found
+
+
+SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
+RootDependency = Annotated[Root, Depends(root_of)]
+DriversDependency = Annotated[Drivers, Depends(drivers_of)]
+ExportsDependency = Annotated[Exports, Depends(exports_of)]
+CheckerDependency = Annotated[Checker, Depends(checker_of)]
+
+
+class _Service(FastAPI):
+    """The app with the guard around all of it, the answer to an error of ours included."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document, with what routes only refer to."""
+        if self.openapi_schema is None:
+            from evomerge.report.inspection import Inspection  # which brings torch, and nothing else here needs it
+
+            schemas = super().openapi()["components"]["schemas"]
+            for model in (problems.Problem, Inspection):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+                schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
+        return super().openapi()
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Guard(super().build_middleware_stack(), self.state.settings, self.state.door)
+
+
+@asynccontextmanager
+async def _running(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.checker.close()
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    from evomerge.service import dashboard, pages
+    from evomerge.service.api import candidates, events, exports, figures, searches, sources, system
+
+    app = _Service(
+        title="Evomerge",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/v1/openapi.json",
+        lifespan=_running,
+    )
+    app.state.settings = settings
+    app.state.door = Door(settings.token)
+    app.state.drivers = Drivers(settings.root)
+    app.state.exports = Exports(settings.root)
+    app.state.checker = Checker(settings.root)
+    for part in (system, searches, candidates, figures, events, exports, sources):
+        app.include_router(part.router)
+    problems.install(app)
+    pages.install(app)
+    dashboard.install(app, settings.root)
+    return app

@@ -1,0 +1,281 @@
+"""What the answers and requests of the API are made of; the client reads the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveFloat, PositiveInt
+
+from evomerge.report.comparing import Comparison
+from evomerge.report.status import Counts
+from evomerge.search.search_file import Name
+
+
+def _none_if_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_none_if_nan)]
+"""A number that may not be known: NaN and infinities, which JSON has no words for, are null."""
+
+
+class Wanted(BaseModel):
+    """The body of a request: a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Mean(BaseModel):
+    """A measure of a candidate: the mean over ``n`` items and its standard error."""
+
+    mean: Number
+    stderr: Number
+    n: int
+
+
+class Objective(BaseModel):
+    """An objective of a search, and which way is better."""
+
+    name: str
+    maximise: bool
+
+
+class Spending(BaseModel):
+    """What a search may spend, as its search file says."""
+
+    candidates: int | None
+    hours: float | None
+    patience: int | None
+
+
+class CandidateName(BaseModel):
+    """A candidate with what it is worth: ``id`` is how people call it, c0042."""
+
+    id: str
+    number: int
+    label: str
+    objectives: dict[str, Mean]
+
+
+class CandidateSummary(CandidateName):
+    """A candidate as a list shows it. Times are seconds since 1970; ``seconds`` were spent on it.
+
+    ``same_as`` is the candidate with the same recipe that answered it; ``failure`` the reason of its last failure.
+    """
+
+    step: int
+    origin: str
+    status: Literal["asked", "running", "done", "eliminated", "failed", "cached"]
+    same_as: int | None
+    attempts: int
+    worker: str
+    eligible: bool
+    on_front: bool
+    seconds: float
+    failure: str | None
+    asked_at: float
+    finished_at: float | None
+
+
+class CandidatePage(BaseModel):
+    """A page of candidates; ``next`` is the cursor of the one after it, null on the last."""
+
+    candidates: list[CandidateSummary]
+    next: str | None
+
+
+class CandidateDetail(CandidateSummary):
+    """All that is known of a candidate, scores of items apart.
+
+    ``recipe`` is the recipe as YAML; ``mergekit`` the same as `evomerge show --recipe` prints it, null where mergekit
+    cannot say it. ``genome`` is by parameter, choices by their names. ``failed`` holds reason, message and log of its
+    last failure, and ``held_out`` its objectives there.
+    """
+
+    recipe_hash: str
+    recipe: str
+    mergekit: str | None
+    genome: dict[str, float | int | str]
+    losses: list[Number] | None
+    timings: dict[str, float]
+    failed: dict[str, JsonValue] | None
+    held_out: dict[str, Mean]
+
+
+class SearchSummary(BaseModel):
+    """A search as a list shows it.
+
+    ``driver``: whether a process drives it. ``eta_s`` are seconds until its budget is spent at the pace so far,
+    ``sparkline`` the best so far at a few equal steps of candidates, ``gpu_hours`` what its workers spent on GPUs, null
+    where they have none or it cannot be told. ``best_source`` is the best of the models that it began with.
+    """
+
+    name: str
+    state: str
+    why: str
+    driver: bool
+    created_at: float
+    spent_s: float
+    counts: Counts
+    budget: Spending
+    eta_s: float | None
+    best: CandidateName | None
+    best_source: CandidateName | None
+    sparkline: list[float]
+    gpu_hours: float | None
+    objectives: list[Objective]
+
+    @classmethod
+    def unreadable(cls, name: str, why: str) -> Self:
+        """What can be said of a search whose store cannot be opened."""
+        counts = Counts(asked=0, done=0, eliminated=0, failed=0, cached=0, running=0)
+        return cls(
+            name=name, state="unreadable", why=why, driver=False, created_at=0.0, spent_s=0.0, counts=counts,
+            budget=Spending(candidates=None, hours=None, patience=None), eta_s=None, best=None, best_source=None,
+            sparkline=[], gpu_hours=None, objectives=[],
+        )  # fmt: skip
+
+
+class Searches(BaseModel):
+    searches: list[SearchSummary]
+
+
+class GivenFile(Wanted):
+    """A search file as YAML text. Paths in it that are relative are so to the first of the server's source folders."""
+
+    file: str = Field(max_length=2**16)
+
+
+class NewSearch(GivenFile):
+    """A search to make, and whether to start its driver at once."""
+
+    start: bool = True
+
+
+class PlanRow(BaseModel):
+    """A line of a plan: what, and how much."""
+
+    key: str
+    text: str
+
+
+class Plan(BaseModel):
+    """What a search is going to do and cost."""
+
+    name: str
+    rows: list[PlanRow]
+
+
+class Told(BaseModel):
+    """What was done with a request that takes its time."""
+
+    told: str
+
+
+class NewBudget(Wanted):
+    """A budget that replaces what is given of it; a null lifts that bound. ``resume`` also goes on with the search."""
+
+    candidates: PositiveInt | None = None
+    hours: PositiveFloat | None = None
+    patience: PositiveInt | None = None
+    resume: bool = False
+
+
+class Side(BaseModel):
+    """A candidate at one item: its score, and its answer where answers were kept."""
+
+    score: Number
+    answer: str | None
+
+
+class ComparedItem(BaseModel):
+    """An item that both candidates were scored on: its place in the split, question and right answer where kept."""
+
+    item: int
+    text: str | None
+    gold: str | None
+    a: Side
+    b: Side
+
+
+class Compared(BaseModel):
+    """Two candidates: a comparison for each objective and constraint, and the items of ``objective``."""
+
+    comparisons: list[Comparison]
+    objective: str | None
+    items: list[ComparedItem]
+
+
+class Front(BaseModel):
+    """The candidates on the Pareto front, by number."""
+
+    candidates: list[CandidateSummary]
+
+
+class Happening(BaseModel):
+    """An event of a search, as the stream gives it; ``time`` in seconds since 1970."""
+
+    seq: int
+    time: float
+    kind: str
+    candidate: int | None
+    attempt: int | None
+    payload: dict[str, JsonValue]
+
+
+class NewExport(Wanted):
+    """A candidate to export: best, knee, a source's name or an id; ``name`` of the folder, its id when left out."""
+
+    candidate: str = Field(default="best", min_length=1, max_length=200)
+    name: Name | None = None
+    verify: bool = True
+
+
+class ExportFile(BaseModel):
+    name: str
+    bytes: int
+
+
+class Export(BaseModel):
+    """An export. ``progress`` goes from 0 to 1; ``files`` are there when it is done, ``log`` when it is not.
+
+    ``command`` is the command line that does the same.
+    """
+
+    id: str
+    candidate: str
+    state: Literal["running", "done", "failed"]
+    progress: float
+    folder: str
+    command: str
+    files: list[ExportFile]
+    log: str
+
+
+class Exports(BaseModel):
+    exports: list[Export]
+
+
+class GivenSources(Wanted):
+    """Models to inspect, by name, and which of them is the base."""
+
+    sources: dict[Name, str] = Field(min_length=1, max_length=16)
+    base: str | None = None
+
+
+class Found(BaseModel):
+    """A model folder that search files may name. ``bytes`` are of its weights."""
+
+    name: str
+    reference: str
+    model_type: str
+    bytes: int
+
+
+class Sources(BaseModel):
+    sources: list[Found]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]

@@ -1,0 +1,119 @@
+"""optuna-dashboard over the searches as Optuna studies, at /dashboard/. It can only be read.
+
+Its page asks for absolute paths. Its script is asked for in a page that is ours to write, and so lies below /dashboard;
+the rest of what it reads (_READ) has names that no route of ours has, and is answered where it asks. Whatever else it
+could do, all of it writing, has no route at all; and the storage behind it refuses writes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import cast
+
+import optuna_dashboard
+from a2wsgi import WSGIMiddleware
+from fastapi import FastAPI
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from evomerge.errors import InputError
+from evomerge.service.projection import ReadOnlyStorage, Told, projection_of
+from evomerge.service.root import Root, UnknownSearchError
+
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; connect-src 'self'; font-src 'self'; form-action 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+"""Of the dashboard's page. Weaker than ours in ``unsafe-eval`` alone: its parallel coordinates are drawn by programs for
+WebGL that are put together as text."""
+
+_READ = ("/api/meta", "/api/studies", "/api/studies/{rest:path}", "/csv/{rest:path}")
+_MOST_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
+
+
+class Studies:
+    """The searches of a root as Optuna studies, by the names of the searches.
+
+    Trials are kept with the projection that they were made from, and made again when there is a newer one.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._known: dict[str, Told] = {}
+        self._kept: OrderedDict[str, tuple[object, list[FrozenTrial]]] = OrderedDict()
+
+    def told(self) -> Mapping[str, Told]:
+        """Every search that can be opened, those that began first before the others."""
+        names = self._root.names()[::-1]
+        with self._lock:
+            known = {name: self._known[name] for name in names if name in self._known}
+        for name in names:
+            if name not in known and (told := self._look(name)) is not None:
+                known[name] = told
+        with self._lock:
+            self._known = known
+        return known
+
+    def _look(self, name: str) -> Told | None:
+        try:
+            with self._root.store(name) as store:
+                objectives = store.search().fingerprints["objectives"]
+        except (InputError, UnknownSearchError):
+            return None
+        up = [bool(objective["maximise"]) for objective in objectives]
+        directions = [StudyDirection.MAXIMIZE if each else StudyDirection.MINIMIZE for each in up]
+        return Told(name, directions, [objective["name"] for objective in objectives], [])
+
+    def trials(self, name: str) -> list[FrozenTrial]:
+        """The trials of a study: candidates that were scored whole."""
+        with self._root.store(name) as store:
+            projection = projection_of(store)
+        with self._lock:
+            kept = self._kept.get(name)
+        if kept is not None and kept[0] is projection:
+            return kept[1]
+        trials = cast(list[FrozenTrial], projection.study(None).get_trials(deepcopy=False))
+        with self._lock:
+            self._kept[name] = projection, trials
+            self._kept.move_to_end(name)
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+        return trials
+
+
+class _Whole:
+    """An ASGI app that sees the path that was asked for, whatever route led to it."""
+
+    def __init__(self, app: ASGIApp, prefix: str = "") -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(self._prefix)
+        await self._app({**scope, "root_path": "", "path": path, "raw_path": path.encode()}, receive, send)
+
+
+def install(app: FastAPI, root: Root) -> None:
+    """Serve the dashboard. Call it before anything is mounted at a path of its own."""
+    studies = Studies(root)
+    storage = ReadOnlyStorage(studies.told, studies.trials)
+    wsgi = cast(ASGIApp, WSGIMiddleware(optuna_dashboard.wsgi(storage)))
+    app.router.routes.append(Route("/dashboard/static/{name}", _Whole(wsgi, "/dashboard"), methods=["GET"]))
+    app.router.routes.extend(Route(path, _Whole(wsgi), methods=["GET"]) for path in _READ)
+    page = (files("optuna_dashboard") / "index.html").read_text(encoding="utf-8")
+    page = page.replace('src="/static/', 'src="/dashboard/static/')
+
+    def show(request: Request) -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": CONTENT_POLICY})
+
+    app.router.routes.append(Route("/dashboard", show, methods=["GET"]))
+    app.router.routes.append(Route("/dashboard/{rest:path}", show, methods=["GET"]))

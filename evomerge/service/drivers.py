@@ -1,0 +1,157 @@
+"""Drivers of searches: started as processes of their own, told what to do through the store, found again by its lease.
+
+Nothing of them is kept in this process, so that the server may end at any time and a new one knows as much.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from evomerge.errors import InputError
+from evomerge.search.folder import FILE_NAME, STORE_VARIABLE
+from evomerge.search.search_file import Budget, parse_search_file
+from evomerge.service import processes
+from evomerge.service.bodies import NewBudget
+from evomerge.service.problems import ProblemError
+from evomerge.service.root import Root
+from evomerge.store import Store, Verb, current_holder
+from evomerge.yaml import load_yaml
+
+LOG_NAME = "driver.log"
+RECORD_NAME = "driver.json"
+
+UNFINISHED = ("created", "running", "paused", "confirming")
+"""States that a driver leaves behind only where it did not end as it should."""
+
+
+@dataclass(frozen=True)
+class DriverState:
+    """What is known of a search's driver.
+
+    Attributes:
+        state: of the search, "starting" and "interrupted" among them.
+        why: what ended the search, or what a driver that did not come up said last.
+        holds: whether a process holds the lease.
+    """
+
+    state: str
+    why: str
+    holds: bool
+
+
+class Drivers:
+    """Starts, tells and finds the drivers of the searches in a root."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._starting = threading.Lock()
+
+    def look(self, name: str, store: Store) -> DriverState:
+        """What the driver of a search is doing. Costs a few short queries and two small files."""
+        search = store.search()
+        if current_holder(store) is not None:
+            return DriverState(search.state, search.why, holds=True)
+        if self._is_starting(name, store):
+            return DriverState("starting", "", holds=False)
+        if search.state not in UNFINISHED:
+            return DriverState(search.state, search.why, holds=False)
+        state = search.state if search.state == "created" else "interrupted"
+        return DriverState(state, search.why or self._complaint(name), holds=False)
+
+    def tell(self, name: str, verb: Verb) -> str:
+        """Give the driver a word; what was done, for people.
+
+        Raises:
+            ProblemError: there is no driver (409).
+        """
+        with self._root.store(name) as store:
+            holder = current_holder(store)
+            if holder is None and self._is_starting(name, store):
+                raise ProblemError(409, "The driver is starting", detail="It hears nothing yet: wait a few seconds.")
+            if holder is None:
+                raise ProblemError(409, "No driver is at work", detail=f"{name} has none; resume it.")
+            store.request_command(verb)
+        return f"told {holder} to {verb}"
+
+    def resume(self, name: str) -> str:
+        """Wake a driver that is paused, or start one; what was done, for people."""
+        with self._root.store(name) as store:
+            if current_holder(store) is not None:
+                return self.tell(name, "resume")
+        self.start(name)
+        return f"started a driver of {name}"
+
+    def start(self, name: str) -> None:
+        """Start a driver that goes on with a search.
+
+        Raises:
+            ProblemError: one is starting already (409), or cannot be started (500).
+        """
+        folder = self._root.folder_of(name)
+        with self._starting, self._root.store(name) as store:
+            if self._is_starting(name, store):
+                raise ProblemError(409, "A driver is starting already")
+            arguments = [sys.executable, "-m", "evomerge", "resume", str(folder)]
+            more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
+            log, record = folder / LOG_NAME, folder / RECORD_NAME
+            processes.start(arguments, self._root.folder, log, record, {}, **more)
+
+    def change_budget(self, name: str, wanted: NewBudget) -> str:
+        """Write another budget into the search file of a search that nobody drives, and go on if that is wanted.
+
+        Raises:
+            ProblemError: a driver is at work, which has read the file already (409).
+            InputError: no bound is left.
+        """
+        folder = self._root.folder_of(name)
+        with self._root.store(name) as store:
+            if current_holder(store) is not None or self._is_starting(name, store):
+                raise ProblemError(409, "A driver is at work", detail="Stop it first; it has read its budget already.")
+            content = _content(folder, store)
+        content["budget"] |= wanted.model_dump(exclude_unset=True, exclude={"resume"})
+        file = parse_search_file(content, place=FILE_NAME, root=folder.resolve())
+        _write(folder / FILE_NAME, content)
+        told = _told(file.budget)
+        return f"{told}; {self.resume(name)}" if wanted.resume else told
+
+    def _is_starting(self, name: str, store: Store) -> bool:
+        """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
+        record = processes.read(self._root.folder / name / RECORD_NAME)
+        if record is None or not processes.is_alive(record):
+            return False
+        taken = store.events(kinds=("lease",), newest=1)
+        return not any(event.payload["pid"] == record["pid"] and event.time > record["created"] for event in taken)
+
+    def _complaint(self, name: str) -> str:
+        """What a driver that ended said last of a fault."""
+        lines = processes.tail(self._root.folder / name / LOG_NAME).splitlines()
+        return next((line for line in reversed(lines) if line.startswith("error: ")), "")[:500]
+
+
+def _content(folder: Path, store: Store) -> dict[str, Any]:
+    """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
+    path = folder / FILE_NAME
+    content = load_yaml(path.read_text(encoding="utf-8"), FILE_NAME) if path.is_file() else store.search().settings
+    if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
+        raise InputError(FILE_NAME, "is no search file any more", "Put back the one that the search was started with.")
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(path)
+
+
+def _told(budget: Budget) -> str:
+    bounds: dict[Literal["candidates", "hours", "patience"], str] = {
+        "candidates": "candidates", "hours": "hours", "patience": "generations without a better front"
+    }  # fmt: skip
+    parts = [f"{getattr(budget, key):g} {words}" for key, words in bounds.items() if getattr(budget, key) is not None]
+    return f"the budget is {', '.join(parts)}"

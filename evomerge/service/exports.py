@@ -1,0 +1,128 @@
+"""Exports that the service runs: each a process of its own, which makes a model folder whole or not at all.
+
+They lie in the search's folder, ``exports/NAME``; beside each a hidden record of its process and its log, by which a
+new server finds it again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from evomerge.report.entries import candidate_id
+from evomerge.report.status import chosen
+from evomerge.search.folder import STORE_VARIABLE
+from evomerge.service import processes
+from evomerge.service.bodies import Export, ExportFile, NewExport
+from evomerge.service.contained import contained
+from evomerge.service.problems import ProblemError
+from evomerge.service.root import Root
+from evomerge.store import SearchRow
+
+FOLDER_NAME = "exports"
+_WRITTEN = 0.9  # of the progress is writing; the rest is loading the model and scoring it again
+
+
+class Exports:
+    """Starts exports of the searches in a root, and finds them."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._starting = threading.Lock()
+
+    def start(self, search: str, wanted: NewExport) -> Export:
+        """Start an export.
+
+        Raises:
+            InputError: there is no such candidate, or the search's folder is not here.
+            ProblemError: one of this name is there or under way (409).
+        """
+        folder = self._root.folder_of(search)
+        with self._root.store(search) as store:
+            number = chosen(store, wanted.candidate)
+            expected = _expected_bytes(store.search())
+        candidate = candidate_id(number)
+        name = wanted.name or candidate
+        out = folder / FOLDER_NAME / name
+        arguments = ["export", str(folder), str(out), "--candidate", candidate]
+        arguments += [] if wanted.verify else ["--no-verify"]
+        with self._starting:
+            record = _record(out)
+            if out.exists() or processes.is_alive(processes.read(record)):
+                raise ProblemError(409, "There is an export of this name already", detail=name)
+            out.parent.mkdir(exist_ok=True)
+            _log(out).unlink(missing_ok=True)
+            told = {"candidate": candidate, "bytes": expected, "command": shlex.join(["evomerge", *arguments])}
+            more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
+            command = [sys.executable, "-m", "evomerge", *arguments]
+            processes.start(command, self._root.folder, _log(out), record, told, **more)
+        return _export(out, processes.read(record) or told)
+
+    def all(self, search: str) -> list[Export]:
+        """The exports of a search, by name; those that were started here."""
+        folder = self._root.folder_of(search) / FOLDER_NAME
+        if not folder.is_dir() or folder.is_symlink():
+            return []
+        found = []
+        for record in sorted(folder.glob(".*.json")):
+            if (told := processes.read(record)) is not None:
+                found.append(_export(folder / record.name[1 : -len(".json")], told))
+        return found
+
+    def one(self, search: str, name: str) -> Export:
+        """Raises ProblemError when there is no such export (404)."""
+        for each in self.all(search):
+            if each.id == name:
+                return each
+        raise ProblemError(404, "There is no such export")
+
+    def file(self, search: str, name: str, path: str) -> Path:
+        """A file of an export that is done. Raises ProblemError when there is none (404)."""
+        self.one(search, name)
+        return contained(self._root.folder_of(search), f"{FOLDER_NAME}/{name}/{path}")
+
+
+def _record(out: Path) -> Path:
+    return out.with_name(f".{out.name}.json")
+
+
+def _log(out: Path) -> Path:
+    return out.with_name(f".{out.name}.log")
+
+
+def _export(out: Path, told: dict[str, Any]) -> Export:
+    done = out.is_dir() and not out.is_symlink()
+    running = not done and processes.is_alive(told if "pid" in told else None)
+    files = [each for each in sorted(out.iterdir()) if each.is_file() and not each.is_symlink()] if done else []
+    return Export(
+        id=out.name,
+        candidate=told["candidate"],
+        state="done" if done else "running" if running else "failed",
+        progress=1.0 if done else _progress(out, told["bytes"]),
+        folder=str(out),
+        command=told["command"],
+        files=[ExportFile(name=each.name, bytes=each.stat().st_size) for each in files],
+        log="" if done else processes.tail(_log(out)),
+    )
+
+
+def _progress(out: Path, expected: int) -> float:
+    """How far an export is: by the bytes that lie under its temporary name."""
+    written = 0
+    for partial in out.parent.glob(f".{out.name}.partial-*"):
+        try:
+            written += sum(file.stat().st_size for file in partial.iterdir())
+        except OSError:  # it has just been moved to where it belongs
+            continue
+    return _WRITTEN * min(1.0, written / expected) if expected else 0.0
+
+
+def _expected_bytes(search: SearchRow) -> int:
+    """About as many bytes as the source has that gives the tokenizer."""
+    settings = search.settings
+    name = settings.get("tokenizer") or settings.get("base") or next(iter(settings["sources"]))
+    files = search.fingerprints.get("sources", {}).get(name, {})
+    return sum(int(each["size"]) for each in files.values())

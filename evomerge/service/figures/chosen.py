@@ -1,0 +1,133 @@
+"""What becomes of the chosen: search against held-out scores, and how constraints are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from evomerge.report.curse import Curse, Point, curse_of, curse_text
+from evomerge.report.entries import constraints_of
+from evomerge.service.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    MOST_POINTS,
+    ORANGE,
+    PINK,
+    Mark,
+    drawn_note,
+    figure,
+    markers,
+    safe,
+)
+from evomerge.service.reading import columns_of, thinned, value_text
+from evomerge.store import Store
+
+_CONFIRMED = Mark(BLUE, "circle", 8)
+_DRAWN = Mark(BLUE, "circle-open", 8)
+_LANDMARK = Mark(ORANGE, "diamond", 9)
+_WINNER = Mark(GREEN, "star", 15)
+_KEPT, _MISSED = Mark(BLUE, "circle", 5), Mark(PINK, "x-thin-open", 7)
+
+
+def curse(store: Store) -> go.Figure:
+    """Search against held-out score in the first objective, of all that have both.
+
+    On the diagonal a candidate is as good as it looked. Bars are standard errors.
+    """
+    found = curse_of(store)
+    if not found.points:
+        return figure(notes=["No candidate has held-out scores yet."])
+    groups = (
+        ("shortlist", _CONFIRMED, [p for p in found.found if p.confirmed and not p.winner]),
+        ("drawn only", _DRAWN, [p for p in found.found if not p.confirmed and not p.winner]),
+        ("landmarks", _LANDMARK, [p for p in found.landmarks if not p.winner]),
+        ("winner", _WINNER, [p for p in found.points if p.winner]),
+    )
+    traces = [*_lines(found), *(_points(name, mark, points) for name, mark, points in groups if points)]
+    title = f"{found.objective} {'↑' if found.maximise else '↓'}"
+    return figure(
+        traces,
+        notes=curse_text(found),
+        height=400,
+        xaxis={"title": {"text": safe(f"{title} on search items")}},
+        yaxis={"title": {"text": "on held-out items"}},
+    )
+
+
+def _lines(found: Curse) -> list[go.Scatter]:
+    """The diagonal, and the regression among what was found."""
+    means = [value.mean for point in found.points for value in (point.search, point.held_out)]
+    ends = [min(means), max(means)]
+    look = {"color": GREY, "width": 1.2, "dash": "dash"}
+    lines = [go.Scatter(x=ends, y=ends, mode="lines", name="as good as it looked", line=look, hoverinfo="skip")]
+    if found.slope is not None:
+        x, y = (
+            [value.mean for value in side] for side in zip(*((p.search, p.held_out) for p in found.found), strict=True)
+        )
+        at = [min(x), max(x)]
+        heights = [float(np.mean(y) + found.slope * (end - np.mean(x))) for end in at]
+        look = {"color": BLUE, "width": 2}
+        lines.append(go.Scatter(x=at, y=heights, mode="lines", name="regression", line=look, hoverinfo="skip"))
+    return lines
+
+
+def _points(name: str, mark: Mark, points: list[Point]) -> go.Scatter:
+    thin = {"type": "data", "color": mark.colour, "thickness": 1, "width": 0}
+    return go.Scatter(
+        x=[p.search.mean for p in points],
+        y=[p.held_out.mean for p in points],
+        error_x={**thin, "array": [p.search.stderr for p in points]},
+        error_y={**thin, "array": [p.held_out.stderr for p in points]},
+        mode="markers",
+        name=name,
+        marker=markers(mark),
+        customdata=[int(p.id.removeprefix("c")) for p in points],
+        hovertext=[_words(p) for p in points],
+        hoverinfo="text",
+    )
+
+
+def _words(point: Point) -> str:
+    name = f"{point.id} {point.label}".strip()
+    splits = (("search", point.search), ("held out", point.held_out))
+    return "<br>".join([f"<b>{safe(name)}</b>", *(f"{s} {v.mean:.3f} ± {v.stderr:.3f} (n {v.n})" for s, v in splits)])
+
+
+def constraints(store: Store) -> go.Figure:
+    """Each constraint over the candidates, with its threshold; those that miss it have another shape."""
+    found = columns_of(store)
+    limits = constraints_of(found.search.fingerprints)
+    if not limits:
+        return figure(notes=["The search has no constraints."])
+    titles = [f"{name} {limit.text}" for name, limit in limits.items()]
+    rows = make_subplots(rows=len(limits), shared_xaxes=True, subplot_titles=[safe(t) for t in titles])
+    wanted = {m["name"]: m["items"] for m in found.measures}
+    drawn, all_ = 0, 0
+    for row, (name, limit) in enumerate(limits.items(), start=1):
+        means, errors, items = found.measured(store, name)
+        known = np.isfinite(means) & found.own
+        shown = thinned(known, found.landmark | found.on_front, MOST_POINTS)
+        drawn, all_ = max(drawn, int(shown.sum())), max(all_, int(known.sum()))
+        kept = means >= limit.threshold if limit.at_least else means <= limit.threshold
+        for title, mark, mask in (("kept", _KEPT, shown & kept), ("missed", _MISSED, shown & ~kept)):
+            words = [
+                f"<b>{safe(found.names[i])}</b><br>"
+                + safe(value_text(name, means[i], errors[i], items[i], wanted[name]))
+                for i in np.flatnonzero(mask).tolist()
+            ]
+            points = go.Scatter(
+                x=found.numbers[mask], y=means[mask], mode="markers", name=title, legendgroup=title,
+                showlegend=row == 1, marker=markers(mark, opacity=0.7), customdata=found.numbers[mask],
+                hovertext=words, hoverinfo="text",
+            )  # fmt: skip
+            rows.add_trace(points, row=row, col=1)
+        rows.add_hline(y=limit.threshold, line={"color": ORANGE, "width": 2, "dash": "dash"}, row=row, col=1)
+    if not all_:
+        return figure(notes=["No candidate has been scored yet."])
+    layout = rows.layout.to_plotly_json()
+    layout.pop("template", None)
+    layout["height"] = 130 + 200 * len(limits)
+    layout[f"xaxis{len(limits) if len(limits) > 1 else ''}"]["title"] = {"text": "candidate"}
+    return figure(rows.data, notes=drawn_note(drawn, all_), **layout)

@@ -1,0 +1,226 @@
+"""The front of a search, and every candidate beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from evomerge.report.entries import Measure, Value, candidate_id
+from evomerge.service.figures.style import (
+    BLUE,
+    GREEN,
+    MARKS,
+    MOST_POINTS,
+    drawn_note,
+    figure,
+    markers,
+    safe,
+)
+from evomerge.service.reading import (
+    Columns,
+    Mask,
+    Values,
+    axis_title,
+    columns_of,
+    confirmed_values,
+    thinned,
+    value_text,
+)
+from evomerge.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """One axis: values and errors float64 [n]; without a measure they are candidates' numbers."""
+
+    measure: Measure | None
+    values: Values
+    errors: Values
+
+    @property
+    def title(self) -> str:
+        if self.measure is None:
+            return "candidate"
+        return safe(axis_title(self.measure))
+
+
+def front(store: Store, x: str | None = None, y: str | None = None) -> go.Figure:
+    """Candidates by two objectives, ``x`` and ``y`` (the first two), or by number and the only objective.
+
+    Each point's ``customdata`` is the candidate's number. Bars are standard errors, drawn for what is marked; every
+    point says its own on hovering. Held-out scores are stars, joined to the search score of the same candidate.
+
+    Raises:
+        KeyError: ``x`` or ``y`` is no objective of the search.
+    """
+    found = columns_of(store)
+    return _Front(store, found, *_axes(store, found, x, y)).draw()
+
+
+def _axes(store: Store, found: Columns, x: str | None, y: str | None) -> tuple[_Axis, _Axis]:
+    def axis(measure: Measure) -> _Axis:
+        means, errors, _ = found.measured(store, measure["name"])
+        return _Axis(measure, means, errors)
+
+    if len(found.objectives) == 1:
+        numbers = found.numbers.astype(np.float64)
+        return _Axis(None, numbers, np.full(len(numbers), np.nan)), axis(found.objective(y or x))
+    first, second = (found.objectives[i]["name"] if name is None else name for i, name in enumerate((x, y)))
+    return axis(found.objective(first)), axis(found.objective(second))
+
+
+class _Front:
+    """What is drawn, group by group."""
+
+    def __init__(self, store: Store, found: Columns, x: _Axis, y: _Axis) -> None:
+        self._store, self._found, self._x, self._y = store, found, x, y
+        self._known: Mask = np.isfinite(x.values) & np.isfinite(y.values) & found.own
+        wanted = np.ones(len(found.numbers), dtype=np.bool_)
+        for axis in (x, y):
+            if axis.measure is not None:
+                wanted &= found.measured(store, axis.measure["name"])[2] >= axis.measure["items"]
+        self._whole = self._known & wanted
+        self._marked: Mask = found.on_front | found.landmark
+
+    def draw(self) -> go.Figure:
+        if not self._known.any():
+            return figure(notes=["No candidate has been scored yet."])
+        plain = self._known & ~self._marked
+        shown = thinned(plain, np.zeros_like(plain), MOST_POINTS)
+        missing = self._whole & ~self._found.eligible
+        groups = (
+            ("estimated, left their race", shown & ~self._whole, {"opacity": 0.45}),
+            ("miss a constraint", shown & missing, {"opacity": 0.6}),
+            ("candidates", shown & self._whole & ~missing, {"opacity": 0.7}),
+        )
+        traces = [self._points(name, mask, **style) for name, mask, style in groups if mask.any()]
+        traces += self._front_traces()
+        for name, origin in (("sources", "source"), ("uniform average", "average"), ("defaults", "default")):
+            if (mask := self._known & self._found.landmark & self._found.of_origin(origin)).any():
+                traces.append(self._named(name, mask) if origin == "source" else self._marked_points(name, mask))
+        traces += self._held_out()
+        return figure(
+            traces,
+            notes=[*self._notes(), *drawn_note(int(shown.sum()), int(plain.sum()))],
+            xaxis={"title": {"text": self._x.title}},
+            yaxis={"title": {"text": self._y.title}},
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if len(self._found.objectives) > 2:
+            yield f"The front is that of all {len(self._found.objectives)} objectives, of which two are drawn."
+
+    def _hover(self, mask: Mask) -> list[str]:
+        told = []
+        measures = [
+            (m["name"], m["items"], *self._found.measured(self._store, m["name"])) for m in self._found.measures
+        ]
+        for at in np.flatnonzero(mask).tolist():
+            lines = [f"<b>{safe(self._found.names[at])}</b>"]
+            for name, wanted, means, errors, items in measures:
+                if np.isfinite(means[at]):
+                    lines.append(safe(value_text(name, means[at], errors[at], items[at], wanted)))
+            told.append("<br>".join(lines))
+        return told
+
+    def _points(self, name: str, mask: Mask, **style: Any) -> go.Scatter:
+        return go.Scatter(
+            x=self._x.values[mask],
+            y=self._y.values[mask],
+            mode="markers",
+            name=name,
+            marker=markers(MARKS[name], **style),
+            customdata=self._found.numbers[mask],
+            hovertext=self._hover(mask),
+            hoverinfo="text",
+        )
+
+    def _marked_points(self, name: str, mask: Mask) -> go.Scatter:
+        trace = self._points(name, mask)
+        colour = MARKS[name].colour
+        trace.error_y = _bars(self._y.errors[mask], colour)
+        if self._x.measure is not None:
+            trace.error_x = _bars(self._x.errors[mask], colour)
+        return trace
+
+    def _named(self, name: str, mask: Mask) -> go.Scatter:
+        """Candidates with their names above them."""
+        trace = self._marked_points(name, mask)
+        names = [safe(self._found.labels[at]) for at in np.flatnonzero(mask)]
+        return trace.update(
+            mode="markers+text", text=names, textposition="top center", textfont={"size": 11}, cliponaxis=False
+        )
+
+    def _front_traces(self) -> list[go.Scatter]:
+        """The front, along with the line that bounds what it reaches where all of it is seen."""
+        mask = self._known & self._found.on_front
+        if not mask.any():
+            return []
+        if self._x.measure is None:
+            return [self._marked_points("best", mask)]
+        points = self._marked_points("front", mask)
+        if len(self._found.objectives) > 2:
+            return [points]
+        order = np.argsort(self._x.values[mask], kind="stable")
+        # Between two points the better of them in y counts that reaches as far in x.
+        shape = "vh" if self._x.measure["maximise"] else "hv"
+        line = go.Scatter(
+            x=self._x.values[mask][order],
+            y=self._y.values[mask][order],
+            mode="lines",
+            line={"color": BLUE, "width": 1.5, "shape": shape},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+        return [line, points]
+
+    def _held_out(self) -> list[go.Scatter]:
+        """Held-out scores of the shortlist, and lines from their search scores."""
+        names = [axis.measure["name"] for axis in (self._x, self._y) if axis.measure is not None]
+        confirmed = {
+            number: values
+            for number, values in confirmed_values(self._store, self._found).items()
+            if all(name in values for name in names)
+        }
+        if not confirmed:
+            return []
+        at = {number: int(np.searchsorted(self._found.numbers, number)) for number in confirmed}
+        ends = {number: self._at(number, values) for number, values in confirmed.items()}
+        joined_x = [v for n, end in ends.items() for v in (float(self._x.values[at[n]]), end[0], None)]
+        joined_y = [v for n, end in ends.items() for v in (float(self._y.values[at[n]]), end[1], None)]
+        line = {"color": GREEN, "width": 1, "dash": "dot"}
+        joins = go.Scatter(
+            x=joined_x, y=joined_y, mode="lines", line=line, opacity=0.6, hoverinfo="skip", showlegend=False
+        )
+        stars = go.Scatter(
+            x=[end[0] for end in ends.values()],
+            y=[end[1] for end in ends.values()],
+            mode="markers",
+            name="held out",
+            marker=markers(MARKS["held out"]),
+            customdata=list(confirmed),
+            hovertext=[self._held_out_words(n, values) for n, values in confirmed.items()],
+            hoverinfo="text",
+            error_y=_bars([values[names[-1]].stderr for values in confirmed.values()], GREEN),
+        )
+        if len(names) == 2:
+            stars.error_x = _bars([values[names[0]].stderr for values in confirmed.values()], GREEN)
+        return [joins, stars]
+
+    def _at(self, number: int, values: Mapping[str, Value]) -> tuple[float, float]:
+        x, y = (None if axis.measure is None else values[axis.measure["name"]].mean for axis in (self._x, self._y))
+        return (float(number) if x is None else x), (float(number) if y is None else y)
+
+    def _held_out_words(self, number: int, values: Mapping[str, Value]) -> str:
+        label = self._found.labels[int(np.searchsorted(self._found.numbers, number))]
+        name = f"{candidate_id(number)} {label}".strip()
+        lines = [f"{measure} {v.mean:.3f} ± {v.stderr:.3f} on {v.n} held-out items" for measure, v in values.items()]
+        return "<br>".join([f"<b>{safe(name)}</b>", *map(safe, lines)])
+
+
+def _bars(errors: Values | Sequence[float], colour: str) -> dict[str, Any]:
+    return {"type": "data", "array": np.nan_to_num(np.asarray(errors)), "color": colour, "thickness": 1, "width": 2}

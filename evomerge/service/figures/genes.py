@@ -1,0 +1,154 @@
+"""How genes relate to the score: Optuna's own pictures of the projected study, in our colours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import optuna
+import plotly.graph_objects as go
+from optuna.visualization import plot_parallel_coordinate, plot_param_importances, plot_slice
+from plotly.colors import sample_colorscale
+
+from evomerge.report.entries import Measure
+from evomerge.service.figures.style import BLUE, MARK_SCALE, figure, safe
+from evomerge.service.projection import Projection, projection_of
+from evomerge.service.reading import Mask
+from evomerge.store import Store
+
+LEAST = 10
+"""Candidates of which an importance is told at all; PED-ANOVA looks at the best tenth."""
+
+_STEADY = 50  # from so many on that tenth holds the five that its authors ask for
+_MOST_LINES = 100  # of parallel coordinates, half of them the best: more is a carpet
+_LETTERS = 28  # of a parameter's name on an axis
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def importance(store: Store, objective: str | None = None) -> go.Figure:
+    """How much each parameter decides whether a candidate is among the best tenth, by PED-ANOVA.
+
+    Watanabe, Bansal and Hutter, "PED-ANOVA" (IJCAI 2023), as Optuna computes it by default.
+
+    Raises:
+        KeyError: ``objective`` is none of the search.
+    """
+    found = projection_of(store)
+    measure = found.columns.objective(objective)
+    if len(found.numbers) < LEAST:
+        return _too_few(found, LEAST)
+    drawn = plot_param_importances(found.study(measure))
+    unsteady = [f"Of {len(found.numbers)} candidates only: it will change."] * (len(found.numbers) < _STEADY)
+    bars = [
+        go.Bar(
+            x=trace.x, y=[_name(name) for name in trace.y], text=trace.text, orientation="h", textposition="outside",
+            cliponaxis=False, marker={"color": BLUE}, hovertext=[safe(name) for name in trace.y], hoverinfo="text+x",
+        )
+        for trace in drawn.data
+    ]  # fmt: skip
+    return figure(
+        bars,
+        notes=[f"For the best tenth in {measure['name']} (PED-ANOVA).", *unsteady, *found.notes],
+        xaxis={"title": {"text": "importance"}},
+        showlegend=False,
+    )
+
+
+def slice_(store: Store, parameter: str | None = None, objective: str | None = None) -> go.Figure:
+    """Score by one parameter, a point a candidate; coloured by when it came.
+
+    ``parameter`` is one of the space, or a mean of several as the other pictures name it; the first one by none.
+
+    Raises:
+        KeyError: there is no such parameter or objective.
+    """
+    found = projection_of(store)
+    measure = found.columns.objective(objective)
+    gene = found.gene(parameter) if parameter is not None else next(iter(found.genes), None)
+    if gene is None or not len(found.numbers):
+        return _too_few(found, 1)
+    drawn = plot_slice(found.study(measure, [gene]), target_name=measure["name"])
+    (trace,) = drawn.data
+    bar = {"title": {"text": "candidate"}, "thickness": 12, "len": 0.9}
+    points = go.Scatter(
+        x=trace.x, y=trace.y, mode="markers", customdata=found.numbers, showlegend=False,
+        marker={"color": found.numbers, "colorscale": MARK_SCALE, "colorbar": bar, "size": 6, "opacity": 0.8},
+        hovertext=[safe(found.columns.names[i]) for i in _places(found)], hoverinfo="text+x+y",
+    )  # fmt: skip
+    notes = [note for note in found.notes if note.startswith("From")]
+    return figure(
+        [points],
+        notes=notes,
+        xaxis={"title": {"text": safe(gene.name)}},
+        yaxis={"title": {"text": safe(measure["name"])}},
+    )
+
+
+def parallel(store: Store, objective: str | None = None) -> go.Figure:
+    """Parameters and score as lines, a line a candidate, coloured by its score.
+
+    Raises:
+        KeyError: ``objective`` is none of the search.
+    """
+    found = projection_of(store)
+    measure = found.columns.objective(objective)
+    if not len(found.numbers):
+        return _too_few(found, 1)
+    few = _few(found, measure)
+    genes = [replace(gene, name=safe(gene.name)) for gene in few.genes]
+    drawn = plot_parallel_coordinate(few.study(measure, genes), target_name=safe(measure["name"]))
+    notes = [note for note in found.notes if not note.startswith("From")]
+    if len(few.numbers) < found.all:
+        half = _MOST_LINES // 2
+        notes.insert(0, f"{len(few.numbers)} of {found.all:,} candidates: the {half} best, and others evenly.")
+    return _restyled(drawn, measure, notes)
+
+
+def _few(found: Projection, measure: Measure) -> Projection:
+    """The candidates that parallel coordinates have room for: the best half of them, and the rest evenly."""
+    if len(found.numbers) <= _MOST_LINES:
+        return found
+    place = next(i for i, o in enumerate(found.columns.objectives) if o["name"] == measure["name"])
+    order = np.argsort(found.values[:, place] * (-1.0 if measure["maximise"] else 1.0), kind="stable")
+    half = _MOST_LINES // 2
+    rest = np.sort(order[half:])
+    taken: Mask = np.zeros(len(order), dtype=np.bool_)
+    taken[order[:half]] = True
+    taken[rest[np.linspace(0, len(rest) - 1, half).round().astype(np.int64)]] = True
+    return Projection(
+        found.columns, found.genes, found.numbers[taken], found.genomes[taken], found.values[taken], found.all
+    )
+
+
+def _restyled(drawn: go.Figure, measure: Measure, notes: list[str]) -> go.Figure:
+    """Optuna's parallel coordinates without its title and ground, in a scale that is legible in light and dark.
+
+    Its lines begin at the objective, scaled to 0 to 1; the last trace is the colour bar.
+    """
+    *lines, bar = drawn.data
+    for line in lines:
+        (line.line.color,) = sample_colorscale(MARK_SCALE, [min(1.0, max(0.0, float(line.y[0])))])
+        line.opacity = 0.7
+    bar.marker.update(colorscale=MARK_SCALE, reversescale=False)
+    bar.marker.colorbar.update(title={"text": safe(measure["name"])}, thickness=12)
+    layout: dict[str, Any] = drawn.layout.to_plotly_json()
+    for key in ("title", "template", "width", "height", "paper_bgcolor", "plot_bgcolor"):
+        layout.pop(key, None)
+    return figure([*lines, bar], notes=notes, **layout)
+
+
+def _places(found: Projection) -> list[int]:
+    return list(np.searchsorted(found.columns.numbers, found.numbers).tolist())
+
+
+def _name(name: str) -> str:
+    return safe(name if len(name) <= _LETTERS else "…" + name[1 - _LETTERS :])
+
+
+def _too_few(found: Projection, least: int) -> go.Figure:
+    if not found.genes:
+        return figure(notes=["The search has no parameters."])
+    what = "1 candidate that was" if len(found.numbers) == 1 else f"{len(found.numbers)} candidates that were"
+    return figure(notes=[f"There are {what} scored on every item and have a genome; {least} are needed."])

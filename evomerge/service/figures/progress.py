@@ -1,0 +1,177 @@
+"""How far a search has come: the best so far, and the volume that its front covers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+
+from evomerge.report.entries import Measure, candidate_id
+from evomerge.service.figures.style import BLUE, MARKS, MOST_POINTS, ORANGE, PURPLE, drawn_note, figure, markers, safe
+from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, thinned, value_text
+from evomerge.store import Store
+from evomerge.store.front import hypervolume as volume_of
+from evomerge.store.front import nondominated
+
+Over = Literal["candidates", "hours"]
+
+
+def history(store: Store, over: Over = "candidates", objective: str | None = None) -> go.Figure:
+    """The best so far of those that may win, beside the best source and the uniform average.
+
+    ``over`` candidates in the order asked, or hours since the search began, pauses included, in the order finished.
+
+    Raises:
+        KeyError: ``objective`` is none of the search.
+    """
+    found = columns_of(store)
+    measure = found.objective(objective)
+    means, errors, items = found.measured(store, measure["name"])
+    where = found.numbers.astype(np.float64) if over == "candidates" else found.hours()
+    known: Mask = found.eligible & np.isfinite(means) & np.isfinite(where)
+    if not known.any():
+        return figure(notes=["No candidate that may win has been scored yet."])
+    order = np.flatnonzero(known)[np.argsort(where[known], kind="stable")]
+    best = running_best(means[order], maximise=measure["maximise"])
+    steps = np.flatnonzero(np.r_[True, best[1:] != best[:-1]])
+    end = float(where[order][-1])
+    each = known & found.own
+    shown = thinned(each, found.landmark, MOST_POINTS)
+    traces = [
+        _dots(found, shown & ~found.landmark, where, means, errors, items, measure),
+        *_landmark_lines(found, known, means, errors, measure, end),
+        _best_line(found, order, steps, where, best, errors, end),
+    ]
+    axis = "candidate" if over == "candidates" else "hours since the start, pauses included"
+    return figure(
+        traces,
+        notes=drawn_note(int(shown.sum()), int(each.sum())),
+        xaxis={"title": {"text": axis}},
+        yaxis={"title": {"text": safe(axis_title(measure))}},
+    )
+
+
+def running_best(means: Values, *, maximise: bool) -> Values:
+    """The best of the first i values, for each i: float64 [n]."""
+    return np.asarray(np.maximum.accumulate(means) if maximise else np.minimum.accumulate(means))
+
+
+def _dots(
+    found: Columns, mask: Mask, where: Values, means: Values, errors: Values, items: Any, measure: Measure
+) -> go.Scatter:
+    words = [
+        f"<b>{safe(found.names[i])}</b><br>"
+        + safe(value_text(measure["name"], means[i], errors[i], items[i], measure["items"]))
+        for i in np.flatnonzero(mask).tolist()
+    ]
+    return go.Scatter(
+        x=where[mask], y=means[mask], mode="markers", name="candidates", customdata=found.numbers[mask],
+        marker=markers(MARKS["candidates"], opacity=0.5), hovertext=words, hoverinfo="text",
+    )  # fmt: skip
+
+
+def _best_line(
+    found: Columns, order: Any, steps: Any, where: Values, best: Values, errors: Values, end: float
+) -> go.Scatter:
+    """The line of the best, which changes at ``steps``, up to the last candidate."""
+    at = order[steps]
+    words = [
+        f"<b>best so far: {safe(found.names[i])}</b><br>{value:.3f} ± {errors[i]:.3f}; chosen for it, so partly luck"
+        for i, value in zip(at.tolist(), best[steps].tolist(), strict=True)
+    ]
+    return go.Scatter(
+        x=np.append(where[at], end), y=np.append(best[steps], best[-1]), mode="lines+markers", name="best so far",
+        line={"color": BLUE, "width": 2.5, "shape": "hv"}, marker={"size": [6] * len(at) + [0], "color": BLUE},
+        customdata=np.append(found.numbers[at], found.numbers[at[-1]]), hovertext=[*words, words[-1]], hoverinfo="text",
+    )  # fmt: skip
+
+
+def _landmark_lines(
+    found: Columns, known: Mask, means: Values, errors: Values, measure: Measure, end: float
+) -> list[go.Scatter]:
+    """The best source with its error as a band, and the uniform average."""
+    traces = []
+    sources = np.flatnonzero(known & found.landmark & found.of_origin("source"))
+    if len(sources):
+        at = sources[np.argmax(means[sources]) if measure["maximise"] else np.argmin(means[sources])]
+        mean, error = means[at], np.nan_to_num(errors[at])
+        band = {"x": [0.0, end, end, 0.0], "y": [mean - error, mean - error, mean + error, mean + error]}
+        look = {"fill": "toself", "fillcolor": ORANGE, "opacity": 0.18, "line": {"width": 0}, "mode": "lines"}
+        traces.append(go.Scatter(**band, **look, hoverinfo="skip", showlegend=False))
+        name = f"best source: {found.labels[at]}"
+        traces.append(_level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {mean:.3f} ± {error:.3f}"))
+    for at in np.flatnonzero(known & found.landmark & found.of_origin("average")).tolist():
+        words = f"{found.names[at]} {means[at]:.3f} ± {errors[at]:.3f}"
+        traces.append(_level(found.labels[at], means[at], end, PURPLE, "dot", words))
+    return traces
+
+
+def _level(name: str, value: float, end: float, colour: str, dash: str, words: str) -> go.Scatter:
+    line = {"color": colour, "width": 2, "dash": dash}
+    ends = {"x": [0.0, end], "y": [value, value]}
+    return go.Scatter(**ends, mode="lines", name=safe(name), line=line, hovertext=safe(words), hoverinfo="text")
+
+
+# ---- hypervolume -----------------------------------------------------------------------------------------------------
+
+
+def hypervolume(store: Store) -> go.Figure:
+    """The volume between the front and a reference point, the worst of the landmarks in each objective."""
+    found = columns_of(store)
+    if len(found.objectives) == 1:
+        return figure(notes=["There is one objective: the best so far says it all."])
+    losses = _losses(store, found)
+    known = found.eligible & found.own & np.isfinite(losses).all(axis=1)
+    if not known.any():
+        return figure(notes=["No candidate that may win has been scored yet."])
+    reference = reference_of(losses, known, found.landmark)
+    at, volumes = growth(losses, known, reference)
+    signs = [-1.0 if o["maximise"] else 1.0 for o in found.objectives]
+    place = ", ".join(
+        f"{o['name']} {sign * value:.3f}" for o, sign, value in zip(found.objectives, signs, reference, strict=True)
+    )
+    last = int(np.flatnonzero(known)[-1])
+    words = [f"<b>{candidate_id(int(found.numbers[i]))}</b><br>{v:.5g}" for i, v in zip(at, volumes, strict=True)]
+    line = go.Scatter(
+        x=np.append(found.numbers[at], found.numbers[last]), y=np.append(volumes, volumes[-1]), mode="lines+markers",
+        line={"color": BLUE, "width": 2.5, "shape": "hv"}, marker={"size": [6] * len(at) + [0], "color": BLUE},
+        customdata=np.append(found.numbers[at], found.numbers[at[-1]]), hovertext=[*words, words[-1]],
+        hoverinfo="text", showlegend=False,
+    )  # fmt: skip
+    return figure(
+        [line],
+        notes=[f"Volume beyond {place}, the worst of the landmarks in each objective."],
+        xaxis={"title": {"text": "candidate"}},
+        yaxis={"title": {"text": "hypervolume"}, "rangemode": "tozero"},
+    )
+
+
+def _losses(store: Store, found: Columns) -> Values:
+    """All objectives so that less is better: float64 [n, objectives]."""
+    columns = [(-1.0 if o["maximise"] else 1.0) * found.measured(store, o["name"])[0] for o in found.objectives]
+    return np.stack(columns, axis=1)
+
+
+def reference_of(losses: Values, known: Mask, landmark: Mask) -> Values:
+    """The worst of the landmarks in each objective, float64 [m]; the worst of all where no landmark is known."""
+    marks = known & landmark
+    return np.asarray(losses[marks if marks.any() else known].max(axis=0))
+
+
+def growth(losses: Values, known: Mask, reference: Values) -> tuple[list[int], list[float]]:
+    """Where the front of the known rows so far covers more than before, and what it covers then."""
+    front = np.empty((0, losses.shape[1]))
+    at: list[int] = []
+    volumes: list[float] = []
+    for row in np.flatnonzero(known).tolist():
+        point = losses[row]
+        if len(front) and (front <= point).all(axis=1).any():
+            continue
+        front = np.vstack([front, point])
+        front = front[nondominated(front)]
+        volume = volume_of(front, reference)
+        if not volumes or volume > volumes[-1]:
+            at.append(row)
+            volumes.append(volume)
+    return at, volumes

@@ -1,0 +1,119 @@
+"""The recipe of one candidate as a picture: what every part of the model takes of every source, and its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from evomerge.recipe import Blend, Hop, Recipe
+from evomerge.report.entries import candidate_id
+from evomerge.report.path import path_svg
+from evomerge.report.status import depths_of
+from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
+from evomerge.store import Store
+
+_ROW, _ROOM, _LEAST = 15, 130, 240  # pixels of a part, of axes and notes, and of the whole at least
+
+
+def recipe(store: Store, number: int) -> go.Figure:
+    """A heat map of weights: parts of the model from embedding (below) to head, by sources.
+
+    A weight is the one that the blend gives to a source, as it stands in the recipe. Layers have a row each, or two
+    where attention and mlp are made otherwise. All numbers of a blend are told on hovering.
+
+    Raises:
+        InputError: there is no such candidate.
+    """
+    found = recipe_of(store, number)
+    names = list(store.search().settings["sources"])
+    used = [name for name in names if name in found.used_sources()]
+    rows = list(_parts(found))
+    weights = np.array([[weight_of(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
+    words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
+    signs = bool(np.nanmin(weights) < 0)
+    most = float(np.nanmax(np.abs(weights))) or 1.0
+    cells = go.Heatmap(
+        z=weights, x=[safe(name) for name in used], y=[part for part, _, _ in rows], text=words, hoverinfo="text",
+        colorscale=SIGN_SCALE if signs else AREA_SCALE, zmin=-most if signs else 0.0, zmax=most, xgap=2, ygap=1,
+        colorbar={"title": {"text": "weight"}, "thickness": 12},
+    )  # fmt: skip
+    return figure(
+        [cells],
+        notes=_notes(found),
+        height=max(_LEAST, _ROOM + _ROW * len(rows)),
+        xaxis={"type": "category", "side": "bottom", "showgrid": False},
+        yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
+    )
+
+
+def path(store: Store, number: int) -> str:
+    """The path of a candidate as an SVG picture that needs nothing else. Raises InputError: no such candidate."""
+    row = store.candidate(number)
+    title = f"{store.search().name} {candidate_id(number)} {row.label}".strip()
+    return path_svg(recipe_of(store, number), depths_of(store), title)
+
+
+def recipe_of(store: Store, number: int) -> Recipe:
+    """The recipe of a candidate."""
+    return Recipe.from_canonical(store.candidate(number).recipe, store.search().settings["sources"])
+
+
+def weight_of(blend: Blend, source: str) -> float:
+    """What a blend takes of a source: its weight or scale; of methods without any, the share. NaN for nothing.
+
+    SLERP goes by its share t from the first source to the second; methods without numbers take all alike.
+    """
+    if source not in blend.sources:
+        return 0.0 if source == blend.base else float("nan")
+    for name in ("weight", "scale"):
+        if name in blend.parameters:
+            return blend.value(name, source if isinstance(blend.parameters[name], dict) else None)
+    if "t" in blend.parameters and len(blend.sources) == 2:
+        t = blend.value("t")
+        return t if source == blend.sources[1] else 1.0 - t
+    return 1.0 / len(blend.sources)
+
+
+def _parts(found: Recipe) -> Iterator[tuple[str, Blend, Hop | None]]:
+    """Every part of the model with its blend, in the order of the forward pass."""
+    yield "embedding", found.blends[found.embedding], None
+    for number, hop in enumerate(found.hops):
+        name = f"layer {number}" if hop.layer == number else f"hop {number}: layer {_layers(hop)}"
+        if hop.attention == hop.mlp:
+            yield name, found.blends[hop.attention], hop
+        else:
+            yield f"{name} attention", found.blends[hop.attention], hop
+            yield f"{name} mlp", found.blends[hop.mlp], hop
+    yield "norm", found.blends[found.norm], None
+    yield "head", found.blends[found.head], None
+
+
+def _layers(hop: Hop) -> str:
+    if isinstance(hop.layer, int):
+        return str(hop.layer)
+    return ", ".join(f"{layer} of {name}" for name, layer in hop.layer.items())
+
+
+def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
+    numbers = []
+    for name, value in blend.parameters.items():
+        mine: Any = value.get(source) if isinstance(value, dict) else value
+        if mine is not None and mine is not False:
+            numbers.append(name if mine is True else f"{name} {mine:.4g}")
+    onto = f" on {blend.base}" if blend.base else ""
+    lines = [f"{part}, {source}", f"{blend.method}{onto}", *numbers]
+    if hop is not None and hop.scale != 1.0:
+        lines.append(f"the hop's scale {hop.scale:.4g}")
+    return "<br>".join(safe(line) for line in lines)
+
+
+def _notes(found: Recipe) -> list[str]:
+    told = []
+    if found.tensors:
+        told.append(f"{len(found.tensors)} tensors are made otherwise than their part.")
+    if any(hop.norm not in (hop.attention, hop.mlp) for hop in found.hops):
+        told.append("Norms of layers have weights of their own, which are not shown.")
+    return told

@@ -1,0 +1,121 @@
+"""How figures look: colours, words and axes. The page lays its own ink and lines under them, in light and in dark.
+
+Colours are those of the light scheme of every other picture: each has a contrast of 3:1 or more on light and on dark
+ground, as graphics need. Every kind of mark has a shape of its own as well, for those who cannot tell colours apart.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+
+from evomerge.report.svg import COLOURS
+
+BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL = (light for light, _ in COLOURS)
+GREY = "#767676"  # 4.5:1 on white and 4.2:1 on the dark ground: for what stands back, and for text until it is themed
+CLEAR = "rgba(0,0,0,0)"
+MARK_SCALE = [[0.0, BLUE], [1.0, ORANGE]]  # for points and lines: of middle lightness from end to end
+AREA_SCALE = "Cividis"  # for areas: made for the colour-blind, and even in lightness
+SIGN_SCALE = "PuOr"  # for areas of either sign
+
+MOST_POINTS = 2000
+"""A figure draws no more of one kind: SVG grows slow beyond that, and the eye cannot tell them apart. It says so."""
+
+_WIDTH = 54  # letters of a line of the notes: what a phone has room for
+_LINE, _TOP, _PLOT = 16, 14, 360  # pixels of such a line, of the room above all, and of the rest of a figure
+
+
+class Mark(NamedTuple):
+    """How a kind of candidate is drawn: colour, shape and size."""
+
+    colour: str
+    symbol: str
+    size: int
+
+
+MARKS: Mapping[str, Mark] = {
+    "candidates": Mark(BLUE, "circle", 5),
+    "estimated, left their race": Mark(GREY, "circle-open", 5),
+    "miss a constraint": Mark(PINK, "x-thin-open", 6),
+    "front": Mark(BLUE, "diamond", 10),
+    "best": Mark(BLUE, "diamond", 10),
+    "sources": Mark(ORANGE, "square", 11),
+    "uniform average": Mark(PURPLE, "triangle-up", 12),
+    "defaults": Mark(TEAL, "triangle-down", 11),
+    "held out": Mark(GREEN, "star", 13),
+}
+
+
+def safe(text: str) -> str:
+    """Text that plotly shows as it is: it reads a few tags, and a name may hold any letter."""
+    return html.escape(text, quote=False)
+
+
+def figure(traces: Iterable[Any] = (), notes: Iterable[str] = (), height: int = _PLOT, **layout: Any) -> go.Figure:
+    """A figure with ``notes`` above it, each a sentence. Without traces the notes are all there is.
+
+    Args:
+        height: in pixels, without the notes.
+        layout: of plotly's.
+    """
+    drawn = go.Figure(list(traces))
+    lines = [line for note in notes for line in textwrap.wrap(note, _WIDTH)]
+    title = {"text": "<br>".join(safe(line) for line in lines), "font": {"size": 12}}
+    drawn.update_layout(
+        template="none",
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
+        font={"color": GREY, "size": 12},
+        title={
+            **title,
+            "xref": "container",
+            "x": 0.01,
+            "xanchor": "left",
+            "yref": "paper",
+            "y": 1,
+            "yanchor": "bottom",
+        },
+        title_pad={"b": 8},
+        margin={"l": 56, "r": 16, "t": _TOP + _LINE * len(lines), "b": 48},
+        legend={"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
+        hovermode="closest",
+        height=height + _LINE * len(lines),
+    )
+    drawn.update_layout(**layout)
+    drawn.update_xaxes(automargin=True, zeroline=False)
+    drawn.update_yaxes(automargin=True, zeroline=False)
+    return drawn
+
+
+def words_of(drawn: go.Figure) -> str:
+    """The notes of a figure as plain text."""
+    return html.unescape((drawn.layout.title.text or "").replace("<br>", " "))
+
+
+def without_notes(drawn: go.Figure) -> go.Figure:
+    """The same figure for a page that says ``words_of`` it in a text of its own."""
+    text = drawn.layout.title.text or ""
+    lines = text.count("<br>") + 1 if text else 0
+    return go.Figure(drawn).update_layout(
+        title={"text": ""}, margin={"t": _TOP}, height=drawn.layout.height - _LINE * lines
+    )
+
+
+def is_empty(drawn: go.Figure) -> bool:
+    """Whether there is nothing to draw, so that the notes say why."""
+    return not drawn.data
+
+
+def markers(mark: Mark, **changes: Any) -> dict[str, Any]:
+    """A mark as plotly wants it."""
+    outline = {"width": 1.5 if mark.symbol.endswith("open") else 0.5, "color": mark.colour}
+    return {"color": mark.colour, "symbol": mark.symbol, "size": mark.size, "line": outline} | changes
+
+
+def drawn_note(drawn: int, all_: int, what: str = "candidates") -> list[str]:
+    """What is left out of a figure, if anything is."""
+    return [] if drawn == all_ else [f"{drawn:,} of {all_:,} {what} are drawn, evenly over the search."]

@@ -1,0 +1,196 @@
+"""What workers did and what failed, over time."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from evomerge.report.entries import candidate_id
+from evomerge.report.svg import COLOURS
+from evomerge.service.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, TEAL, figure, safe
+from evomerge.store import EventRow, Store, current_holder
+
+MOST_ATTEMPTS = 1500
+"""Of a timeline, the newest."""
+
+_ENDS = ("rung", "result", "failure")
+_COLOURS = {"scored": BLUE, "scored up to a rung": TEAL, "running": GREY}
+_REASONS = {"error": PINK, "not_finite": PURPLE, "out_of_memory": ORANGE, "worker_died": "#a40e26", "timeout": GREEN}
+_PATTERNS = ("/", "\\", "x", "-", "|", "+", ".")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at a candidate: when it ran (seconds since 1970), on which worker, and how it ended."""
+
+    candidate: int
+    number: int
+    begun: float
+    ended: float
+    worker: str
+    how: str
+
+    @property
+    def seconds(self) -> float:
+        return max(0.0, self.ended - self.begun)  # a clock may be set back meanwhile
+
+
+def timeline(store: Store) -> go.Figure:
+    """A bar for each attempt at a candidate, from dispatch to record, on its worker; coloured by how it ended.
+
+    The confirmation's attempts are not in it: the store does not say where they ran.
+    """
+    events = store.events(kinds=("dispatch", *_ENDS), newest=2 * MOST_ATTEMPTS)
+    attempts = attempts_of(events, time.time() if current_holder(store) is not None else None)
+    if not attempts:
+        return figure(notes=["Nothing has been dispatched yet."])
+    workers = sorted({attempt.worker for attempt in attempts}, key=_natural)
+    hows = dict.fromkeys(attempt.how for attempt in attempts)
+    bars = [_bars(how, [attempt for attempt in attempts if attempt.how == how]) for how in hows]
+    share = idle_share(attempts)
+    notes = (
+        [] if share is None else [f"Workers were idle for {share:.1%} of the time from their first to last attempt."]
+    )
+    if len(events) == 2 * MOST_ATTEMPTS:
+        notes.append(f"The newest {len(attempts):,} attempts.")
+    return figure(
+        bars,
+        notes=notes,
+        barmode="overlay",
+        bargap=0.25,
+        height=max(220, 150 + 26 * len(workers)),
+        xaxis={"type": "date"},
+        yaxis={"type": "category", "categoryorder": "array", "categoryarray": [safe(w) for w in reversed(workers)]},
+    )
+
+
+def attempts_of(events: Iterable[EventRow], now: float | None) -> list[Attempt]:
+    """Attempts from their events, oldest first.
+
+    An attempt whose driver died has no end and no worker that is known; it is left out. What still runs, where ``now``
+    is given because a driver lives, lasts until then.
+    """
+    begun: dict[int, EventRow] = {}
+    found = []
+    for event in events:
+        if event.candidate is None:
+            continue
+        if event.kind == "dispatch":
+            begun[event.candidate] = event
+            continue
+        start = begun.pop(event.candidate, None)
+        if start is not None and start.attempt == event.attempt:
+            found.append(_attempt(start, event.time, str(event.payload.get("worker") or "unknown"), _how(event)))
+    if now is not None:
+        found += [_attempt(start, now, "not known yet", "running") for start in begun.values()]
+    return sorted(found, key=lambda attempt: attempt.begun)
+
+
+def _attempt(start: EventRow, ended: float, worker: str, how: str) -> Attempt:
+    return Attempt(start.candidate or 0, start.attempt or 0, start.time, ended, worker, how)
+
+
+def _how(event: EventRow) -> str:
+    if event.kind == "failure":
+        return f"failed: {str(event.payload['reason']).replace('_', ' ')}"
+    return "scored" if event.kind == "result" else "scored up to a rung"
+
+
+def idle_share(attempts: Sequence[Attempt]) -> float | None:
+    """What share of the time between its first and its last attempt a worker did nothing, over all workers.
+
+    None where no worker has finished anything.
+    """
+    spans: dict[str, tuple[float, float]] = {}
+    busy = 0.0
+    for attempt in attempts:
+        if attempt.how == "running":
+            continue
+        low, high = spans.get(attempt.worker, (math.inf, -math.inf))
+        spans[attempt.worker] = min(low, attempt.begun), max(high, attempt.ended)
+        busy += attempt.seconds
+    there = sum(high - low for low, high in spans.values())
+    return max(0.0, 1.0 - busy / there) if there > 0 else None
+
+
+def _bars(how: str, attempts: Sequence[Attempt]) -> go.Bar:
+    reason = how.removeprefix("failed: ").replace(" ", "_")
+    failed = how.startswith("failed")
+    colour = _REASONS.get(reason, GREY) if failed else _COLOURS[how]
+    pattern = {"shape": _PATTERNS[list(_REASONS).index(reason) % len(_PATTERNS)] if reason in _REASONS else "."}
+    return go.Bar(
+        base=[_moment(attempt.begun) for attempt in attempts],
+        x=[1000.0 * attempt.seconds for attempt in attempts],
+        y=[safe(attempt.worker) for attempt in attempts],
+        orientation="h",
+        name=how,
+        marker={"color": colour, "line": {"width": 0.5, "color": GREY}, "pattern": pattern if failed else {}},
+        customdata=[attempt.candidate for attempt in attempts],
+        hovertext=[
+            f"<b>{candidate_id(a.candidate)}</b>, attempt {a.number}<br>{safe(how)}<br>{a.seconds:.1f} s on "
+            f"{safe(a.worker)}<br>from {_moment(a.begun):%Y-%m-%d %H:%M:%S}"
+            for a in attempts
+        ],
+        hoverinfo="text",
+    )
+
+
+def _moment(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds)
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Names in the order of the numbers in them: worker 2 before worker 10."""
+    words = "".join(f" {c} " if not c.isdigit() else c for c in name).split()
+    return tuple((int(word), "") if word.isdecimal() else (-1, word) for word in words)
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def failures(store: Store) -> go.Figure:
+    """How many attempts have failed so far, by cause, over the hours of the search."""
+    search = store.search()
+    events = store.events(kinds=("failure", "confirm failed"))
+    if not events:
+        return figure(notes=["Nothing has failed."])
+    causes: dict[str, list[EventRow]] = {}
+    for event in events:
+        where = " in confirmation" if event.kind == "confirm failed" else ""
+        causes.setdefault(f"{str(event.payload['reason']).replace('_', ' ')}{where}", []).append(event)
+    lines = []
+    for place, (cause, found) in enumerate(sorted(causes.items(), key=lambda item: -len(item[1]))):
+        numbers = [int(event.payload["candidate"] if event.candidate is None else event.candidate) for event in found]
+        lines.append(
+            go.Scatter(
+                x=[(event.time - search.created_at) / 3600 for event in found],
+                y=list(range(1, len(found) + 1)),
+                mode="lines+markers",
+                name=f"{safe(cause)} ({len(found)})",
+                line={"shape": "hv", "dash": _DASHES[place % len(_DASHES)], "color": COLOURS[place % len(COLOURS)][0]},
+                customdata=numbers,
+                hovertext=[_failure_words(n, event) for n, event in zip(numbers, found, strict=True)],
+                hoverinfo="text",
+            )
+        )
+    final = sum(bool(event.payload.get("final")) for event in events)
+    again = len(events) - final
+    return figure(
+        lines,
+        notes=[f"{len(events)} attempts failed: {final} for good, {again} to be tried again."],
+        xaxis={"title": {"text": "hours since the start, pauses included"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "failed attempts"}, "rangemode": "tozero"},
+    )
+
+
+def _failure_words(number: int, event: EventRow) -> str:
+    message = str(event.payload.get("message") or "")
+    final = "for good" if event.payload.get("final") else "to be tried again"
+    lines = [message[i : i + 80] for i in range(0, min(len(message), 240), 80)]
+    return "<br>".join([f"<b>{candidate_id(number)}</b>, {final}", *map(safe, lines)])

@@ -1,0 +1,259 @@
+"""Who may call the service, and how: Host, body size, origin, token. The outermost layer, in plain ASGI.
+
+A caller shows the token as ``Authorization: Bearer``. A browser gives it once, by the printed link (``?token=``) or the
+login form, and from then on shows a cookie, which is no token: it is random and ends with this process.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable
+from hashlib import sha256
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, quote, urlencode
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evomerge.service.problems import Problem, answer
+
+if TYPE_CHECKING:
+    from evomerge.service.app import ServiceSettings
+
+MOST_BYTES = 2**20
+"""Of a request's body. A search file is a few kilobytes."""
+
+MOST_FAILURES, FAILURES_S = 10, 60.0
+"""Wrong tokens from one address, within so many seconds, before it has to wait."""
+
+_MOST_ADDRESSES = 10_000  # that failures are remembered of, so that they cannot fill the memory
+
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "connect-src 'self'; font-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+_HEADERS = {
+    "content-security-policy": CONTENT_POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+"""Of every answer, where a route has not set its own."""
+
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_API = "/api/"
+
+
+class Door:
+    """Knows the token and the cookie that stands for it, and who has tried wrong ones.
+
+    Args:
+        token: None lets everybody in.
+    """
+
+    def __init__(self, token: str | None) -> None:
+        self.token = token
+        self._cookie = secrets.token_urlsafe(32)
+        # By the token, so that two servers of one host do not take each other's cookies away.
+        self.cookie_name = f"evomerge-{sha256((token or '').encode()).hexdigest()[:8]}"
+        self._failures: dict[str, deque[float]] = {}
+
+    def knows(self, cookie: str | None) -> bool:
+        """Whether a browser has logged in here. Guessing a cookie is hopeless, so tries are not counted."""
+        return cookie is not None and secrets.compare_digest(cookie.encode(), self._cookie.encode())
+
+    def opens(self, given: str, address: str) -> bool:
+        """Whether this is the token; a wrong one is held against the address."""
+        if self.token is None or secrets.compare_digest(given.encode(), self.token.encode()):
+            return True
+        if address not in self._failures and len(self._failures) >= _MOST_ADDRESSES:
+            self._failures.pop(next(iter(self._failures)))
+        self._failures.setdefault(address, deque(maxlen=MOST_FAILURES)).append(time.monotonic())
+        return False
+
+    def wait_s(self, address: str) -> float:
+        """How long an address has to wait before it may try a token again; 0 where it need not."""
+        tried = self._failures.get(address, deque[float]())
+        if len(tried) < MOST_FAILURES:
+            return 0.0
+        return max(0.0, tried[0] + FAILURES_S - time.monotonic())
+
+    def let_in(self, response: Response, scheme: str) -> None:
+        """Give the browser its cookie."""
+        response.set_cookie(
+            self.cookie_name, self._cookie, path="/", httponly=True, samesite="strict", secure=scheme == "https"
+        )
+
+    def see_off(self, response: Response) -> None:
+        """Take the cookie away."""
+        response.delete_cookie(self.cookie_name, path="/", httponly=True, samesite="strict")
+
+
+class Guard:
+    """ASGI middleware: lets through what may come, answers the rest itself, and adds headers to every answer."""
+
+    def __init__(self, app: ASGIApp, settings: ServiceSettings, door: Door) -> None:
+        self._app = app
+        self._door = door
+        self._hosts = {host.lower() for host in settings.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # there are no websockets here
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, sending)
+            return
+        if scope["method"] in _SAFE:  # whose bodies nobody reads
+            await self._app(scope, receive, sending)
+            return
+        body = await _body(receive)
+        if body is None:
+            await _too_large()(scope, receive, sending)
+            return
+        await self._app(scope, _again(body, receive), sending)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """What to answer to one who may not come; None to one who may."""
+        headers = Headers(scope=scope)
+        if _host(headers.get("host", "")) not in self._hosts:
+            mend = "Open it by the address that was printed, or start it with --allow-host NAME."
+            return _refused(421, "This server is not called so", mend)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > MOST_BYTES:
+            return _too_large()
+        if not _is_ours(scope, headers):
+            return _refused(403, "The request comes from another site")
+        if scope["path"] in ("/login", "/api/v1/health") or scope["path"].startswith("/static/"):
+            return None if "token" not in _query(scope) else self._by_link(scope)
+        return self._stranger(scope, headers)
+
+    def _stranger(self, scope: Scope, headers: Headers) -> Response | None:
+        """The answer to one who has not shown that he may come."""
+        door = self._door
+        if scope["method"] == "GET" and "token" in _query(scope) and not scope["path"].startswith(_API):
+            return self._by_link(scope)
+        if door.token is None or door.knows(_cookie(headers, door.cookie_name)):
+            return None
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer":
+            if wait := door.wait_s(address_of(scope)):
+                return too_often(wait)
+            if door.opens(given.strip(), address_of(scope)):
+                return None
+            return _refused(401, "The token is wrong")
+        if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
+            return RedirectResponse(f"/login?{urlencode({'next': _here(scope)})}", 303)
+        return _refused(401, "A token is needed", "Show it as `Authorization: Bearer TOKEN`, or open the printed link.")
+
+    def _by_link(self, scope: Scope) -> Response:
+        """Log a browser in by a link, and take the token out of its address bar."""
+        if wait := self._door.wait_s(address_of(scope)):
+            return too_often(wait)
+        if not self._door.opens(_query(scope)["token"], address_of(scope)):
+            return RedirectResponse("/login?failed=1", 303)
+        response = RedirectResponse(_here(scope), 303)
+        self._door.let_in(response, scope["scheme"])
+        return response
+
+
+def address_of(scope: Scope) -> str:
+    """The address that a request comes from."""
+    return str((scope.get("client") or ("",))[0])
+
+
+def too_often(wait_s: float) -> Response:
+    """The answer to an address that has tried too many wrong tokens."""
+    return answer(Problem(title="Too many wrong tokens", status=429), {"retry-after": str(int(wait_s) + 1)})
+
+
+def local_target(text: str) -> str:
+    """Where to go after a login: the path that was asked for, never another site."""
+    return quote("/" + text.lstrip("/\\"), safe="/?&=%+,:;@~-._")
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body, however it is cut up; None when it is too much, of which no more is read then."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MOST_BYTES:
+            return None
+        if not message.get("more_body"):  # or the client has gone
+            return bytes(body)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read already, and then what else comes."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _is_ours(scope: Scope, headers: Headers) -> bool:
+    """Whether a request that changes something comes from our own page, or from no browser.
+
+    Every browser of today sends one of the two headers with such a request; one with neither, and with a cookie, is
+    none of ours.
+    """
+    if scope["method"] in _SAFE or headers.get("authorization", "").lower().startswith("bearer "):
+        return True
+    if (site := headers.get("sec-fetch-site")) is not None:
+        return site == "same-origin"
+    if (origin := headers.get("origin")) is not None:
+        return origin.lower() == f"{scope['scheme']}://{headers.get('host', '')}".lower()
+    return "cookie" not in headers
+
+
+def _refused(status: int, title: str, detail: str = "") -> Response:
+    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+    return answer(Problem(title=title, status=status, detail=detail), headers)
+
+
+def _too_large() -> Response:
+    return _refused(413, "The body is too large", f"{MOST_BYTES} bytes are the most.")
+
+
+def _host(value: str) -> str:
+    """A Host header without its port."""
+    name, _, port = value.lower().rpartition(":")
+    return name if port.isdecimal() and name else value.lower()
+
+
+def _cookie(headers: Headers, name: str) -> str | None:
+    pairs: Iterable[str] = headers.get("cookie", "").split(";")
+    return next((value for key, _, value in (pair.strip().partition("=") for pair in pairs) if key == name), None)
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    return dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+
+
+def _here(scope: Scope) -> str:
+    """The path and query of a request without its token."""
+    kept = [(k, v) for k, v in parse_qsl(scope["query_string"].decode("latin-1")) if k != "token"]
+    path = quote("/" + scope["path"].lstrip("/\\"))
+    return f"{path}?{urlencode(kept)}" if kept else path

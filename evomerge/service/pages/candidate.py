@@ -1,0 +1,232 @@
+"""The pages of candidates: one with its recipe and its items, and two side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import HTMLResponse
+from markupsafe import Markup
+from pydantic import BaseModel, Field
+
+from evomerge.errors import InputError
+from evomerge.mergekit import dump_recipe
+from evomerge.recipe import Recipe
+from evomerge.report.candidate import status_text
+from evomerge.report.comparing import Comparison
+from evomerge.report.entries import candidate_id
+from evomerge.report.path import is_plain, path_svg, path_text
+from evomerge.report.screen import choice_text, p_text
+from evomerge.report.status import SearchStatus, chosen, depths_of
+from evomerge.service.api.candidates import compare as paired
+from evomerge.service.api.searches import show
+from evomerge.service.app import DriversDependency, RootDependency
+from evomerge.service.bodies import ComparedItem
+from evomerge.service.contained import contained
+from evomerge.service.pages.rendering import page, signed
+from evomerge.service.pages.search import choices, log_url
+from evomerge.service.problems import ProblemError
+from evomerge.service.root import Root
+from evomerge.store import CandidateRow, Store
+from evomerge.yaml import dump_yaml
+
+router = APIRouter(include_in_schema=False)
+
+MOST_ITEMS = 8
+"""Items that a candidate won, and that it lost, on its own page; the comparison has them all."""
+
+PAGE_ITEMS = 25
+"""Items on a page of the comparison."""
+
+LOG_CHARACTERS = 4000
+"""Of the end of a log on a candidate's page."""
+
+_SPLITS: tuple[Literal["search", "held_out"], ...] = ("search", "held_out")
+_PATH_WIDTH = 10_000  # no line of the path is broken: the page does that
+
+
+class Pair(BaseModel):
+    """What the page of comparisons shows."""
+
+    a: str = ""
+    b: str = ""
+    objective: str = ""
+    split: Literal["search", "held_out"] = "search"
+    differ: bool = False
+    page: int = Field(default=1, ge=1, le=10_000)
+
+
+@dataclass(frozen=True)
+class Gene:
+    """A parameter of the search space with its value, as people read them."""
+
+    name: str
+    value: str
+    low: str
+    high: str
+
+
+@router.get("/searches/{name}/candidates/{number}")
+def candidate(
+    request: Request, root: RootDependency, drivers: DriversDependency, name: str, number: int,
+    against: str = "", objective: str = "",
+) -> HTMLResponse:  # fmt: skip
+    """One candidate: scores on both splits, recipe, failure, and the items that it won and lost against another."""
+    mine, status = candidate_id(number), show(name, root, drivers)
+    if not 0 <= number < status.candidates.asked:
+        raise ProblemError(404, f"{mine} is no candidate of {name}", detail="The search's page lists them.")
+    measures = [*status.directions, *status.constraints]
+    wanted = objective if objective in measures else measures[0]
+    with root.store(name) as store:
+        row, search, depths = store.candidate(number), store.search(), depths_of(store)
+        other = _opponent(store, status, number, against)
+    found = None if other is None else paired(name, root, number, other, "search", wanted)
+    recipe = Recipe.from_canonical(row.recipe, search.settings["sources"])
+    told = [each for each in found.comparisons if each.objective == wanted] if found else []
+    up = is_up(status, wanted)
+    won, lost = _won_and_lost(found.items, up) if found else ([], [])
+    theirs = "" if other is None else called(status, other)
+    return page(
+        request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
+        fate=status_text(row, status), held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
+        path=path_text(recipe, depths, _PATH_WIDTH), recipe_yaml=_mergekit(recipe, row.recipe),
+        picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
+        genome=_genes(row, search.fingerprints["parameters"]),
+        log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
+        sentences=[sentence(each, mine, theirs) for each in told], won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS],
+        won_count=len(won), lost_count=len(lost), name_a=mine, name_b=theirs, maximise=up, lead=ahead,
+    )  # fmt: skip
+
+
+@router.get("/searches/{name}/compare")
+def compare(
+    request: Request, root: RootDependency, drivers: DriversDependency, name: str, query: Annotated[Pair, Query()]
+) -> HTMLResponse:
+    """Two candidates: the paired test in words, and their items side by side."""
+    status = show(name, root, drivers)
+    measures = [*status.directions, *status.constraints]
+    wanted = query.objective if query.objective in measures else measures[0]
+    fault, comparisons, items, name_a, name_b = "", [], [], query.a, query.b
+    if query.a and query.b:
+        try:
+            with root.store(name) as store:
+                a, b = chosen(store, query.a), chosen(store, query.b)
+            found = {split: paired(name, root, a, b, split, wanted) for split in _SPLITS}
+            comparisons = [each for split in _SPLITS for each in found[split].comparisons]
+            items, name_a, name_b = found[query.split].items, called(status, a), called(status, b)
+            fault = "" if comparisons else f"{name_a} and {name_b} were not scored on the same items."
+        except InputError as error:
+            fault = f"{error.place} {error.problem}."
+    up = is_up(status, wanted)
+    items = [each for each in items if not query.differ or ahead(each, up)]
+    begin, shown = (query.page - 1) * PAGE_ITEMS, query.model_copy(update={"objective": wanted})
+    return page(
+        request, "compare.html", here="", status=status, query=shown, measures=measures, choices=choices(status),
+        fault=fault, compared=comparisons, name_a=name_a, name_b=name_b, maximise=up, lead=ahead,
+        sentences=[sentence(each, name_a, name_b) for each in comparisons],
+        shown=items[begin : begin + PAGE_ITEMS], total=len(items), more=len(items) > begin + PAGE_ITEMS,
+    )  # fmt: skip
+
+
+def called(status: SearchStatus, number: int) -> str:
+    """What people call a candidate: a landmark by its label, any other by its id."""
+    name = candidate_id(number)
+    return next((each.label for each in status.baselines if each.id == name and each.label), name)
+
+
+def sentence(found: Comparison, a: str, b: str) -> str:
+    """A paired comparison in words."""
+    where = f"{found.objective}, on {found.n} {'held-out' if found.split == 'held_out' else 'search'} items"
+    counts = f"It won {found.better_a} items and lost {found.better_b} (p {p_text(found.p)})."
+    interval = f"{found.confidence:.0%} interval {signed(found.low)} to {signed(found.high)}"
+    if found.difference == 0:
+        return f"{where}: {a} and {b} score the same. {counts}"
+    how = "better" if found.difference > 0 else "worse"
+    sure = "" if found.low > 0 or found.high < 0 else " That may be luck: the interval holds 0."
+    gap = signed(abs(found.difference))[1:]
+    return f"{where}: {a} is {gap} {how} than {b}, {interval}.{sure} {counts}"
+
+
+def is_up(status: SearchStatus, measure: str) -> bool:
+    """Whether more of an objective or a constraint is better."""
+    limit = status.constraints.get(measure)
+    return status.directions[measure] == "maximize" if limit is None else limit.at_least
+
+
+def ahead(item: ComparedItem, maximise: bool) -> float:
+    """By how much the first candidate is better at an item; 0 where a score is not known."""
+    if item.a.score is None or item.b.score is None:
+        return 0.0
+    return (item.a.score - item.b.score) * (1 if maximise else -1)
+
+
+def _won_and_lost(items: Sequence[ComparedItem], maximise: bool) -> tuple[list[ComparedItem], list[ComparedItem]]:
+    gaps = [(ahead(each, maximise), each) for each in items]
+    return [each for gap, each in gaps if gap > 0], [each for gap, each in gaps if gap < 0]
+
+
+def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> int | None:
+    """Whom a candidate is compared with: the one that was asked for, else the best source; None if that is itself."""
+    if against:
+        return chosen(store, against)
+    first = next(iter(status.directions))
+    known = {
+        e.id: e.objectives[first].mean for e in status.baselines if e.label in status.sources and first in e.objectives
+    }
+    if not known:
+        return None
+    best = (max if status.directions[first] == "maximize" else min)(known, key=known.__getitem__)
+    other = int(best.removeprefix("c"))
+    return None if other == number else other
+
+
+def _gaps(status: SearchStatus, name: str) -> list[str]:
+    """The corrected differences of a confirmed candidate to the landmarks, in words."""
+    found = next((each for each in status.confirmed if each.id == name), None)
+    if found is None:
+        return []
+    told = [
+        f"{measure}: {signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}] over {gap.to}, p {p_text(gap.p)}"
+        for measure, value in found.objectives.items()
+        for gap in value.difference
+    ]
+    return [*told, *choice_text(status)[:1]]
+
+
+def _genes(row: CandidateRow, parameters: Sequence[dict[str, Any]]) -> list[Gene]:
+    if row.genome is None:
+        return []
+    return [
+        Gene(each["name"], _gene(each, number), f"{each['low']:g}", f"{each['high']:g}")
+        for each, number in zip(parameters, row.genome.tolist(), strict=True)
+    ]
+
+
+def _gene(parameter: dict[str, Any], number: float) -> str:
+    """A number of a genome as people read it: a choice by its name."""
+    if parameter["kind"] == "choice":
+        return str(parameter["choices"][int(number)])
+    return f"{number:.0f}" if parameter["kind"] == "int" else f"{number:.4f}"
+
+
+def _mergekit(recipe: Recipe, canonical: str) -> str:
+    """The recipe as mergekit reads it, or as we keep it where mergekit has no words for it."""
+    try:
+        return dump_recipe(recipe)
+    except InputError:
+        return dump_yaml(json.loads(canonical))
+
+
+def _log(root: Root, name: str, row: CandidateRow) -> str:
+    """The end of the log of a failure; nothing where it is not here."""
+    log = (row.failure or {}).get("log")
+    if not log:
+        return ""
+    try:
+        path = contained(root.folder_of(name), str(log))
+        return path.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:]
+    except (InputError, ProblemError, OSError):
+        return ""

@@ -1,0 +1,52 @@
+"""The page of exports: choose, watch, get the folder and its model card."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+
+from evomerge.errors import InputError
+from evomerge.service.api.searches import show
+from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency
+from evomerge.service.bodies import Export
+from evomerge.service.exports import Exports
+from evomerge.service.pages.rendering import page, shell_place
+from evomerge.service.pages.search import choices, place
+from evomerge.service.problems import ProblemError
+
+router = APIRouter(include_in_schema=False)
+
+CARD_NAME = "README.md"
+
+
+@router.get("/searches/{name}/exports")
+def exports(
+    request: Request, root: RootDependency, drivers: DriversDependency, known: ExportsDependency, name: str,
+    candidate: str = "best",
+) -> HTMLResponse:  # fmt: skip
+    """What was exported, and a form that exports more."""
+    status = show(name, root, drivers)
+    try:
+        found = known.all(name)
+    except InputError:  # its folder is on another machine
+        found = []
+    taken = {each.id for each in found}
+    wanted = f"{name[:40]}-{candidate}".replace(" ", "-")
+    proposal = next(
+        each for each in (wanted, *(f"{wanted}-{i}" for i in range(2, len(taken) + 3))) if each not in taken
+    )
+    return page(
+        request, "exports.html", here="", status=status, exports=found, candidate=candidate, proposal=proposal,
+        cards={each.id: _card(known, name, each) for each in found}, choices=choices(status),
+        place=shell_place(place(root, name)),
+    )  # fmt: skip
+
+
+def _card(known: Exports, name: str, export: Export) -> str:
+    """The model card of an export that is done."""
+    if export.state != "done":
+        return ""
+    try:
+        return known.file(name, export.id, CARD_NAME).read_text(encoding="utf-8", errors="replace")
+    except (ProblemError, OSError):
+        return ""

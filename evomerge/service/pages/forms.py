@@ -1,0 +1,163 @@
+"""The fields of the form for a new search: the keys of the search file that people set most.
+
+Names are written out, for the classes that hold them take seconds to import; tests hold this list to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key of the search file as a field: a list of ``options``, a text with ``suggestions``, or a switch."""
+
+    key: str
+    label: str
+    kind: Literal["text", "number", "numbers", "switch"] = "text"
+    default: str | bool = ""
+    hint: str = ""
+    example: str = ""
+    options: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """An evaluator or a space: its name in the search file, its name for people, what it is, and its fields."""
+
+    name: str
+    label: str
+    hint: str
+    fields: tuple[Field, ...]
+
+
+METHODS = (
+    "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
+    "breadcrumbs_ties", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "ram", "ramplus_tl",
+    "arcee_fusion", "nearswap", "passthrough",
+)  # fmt: skip
+
+_ENCODING = Field("encoding", "Encoding", options=("blocks", "indicators", "integers", "pruning"), default="blocks")
+_MAX_HOPS = Field("max_hops", "Most hops", "number", hint="the longest path; twice the layers unless given")
+_SCALING = Field("scaling", "Scales", options=("", "stream", "update"), hint="what the scale of a hop multiplies")
+
+SPACES = (
+    Group(
+        "parameter_space", "Weights", "how much of each source goes into each layer",
+        (
+            Field("method", "Method", default="task_arithmetic", options=METHODS),
+            Field("granularity", "Granularity", options=("model", "layer", "block"), default="model",
+                  hint="what has numbers of its own; by hand also a number of layers"),
+        ),
+    ),
+    Group(
+        "data_flow_space", "Paths", "which layers of which source a token passes through",
+        (
+            _ENCODING,
+            Field("segments", "Segments", "number", example="4", hint="of blocks: runs of layers"),
+            _MAX_HOPS,
+            _SCALING,
+        ),
+    ),
+    Group(
+        "hybrid_space", "Both at once", "a path whose hops are merges of layers",
+        (
+            Field("method", "Method", default="task_arithmetic", options=("linear", "task_arithmetic")),
+            Field("granularity", "Weights for", default="model", options=("model", "hop")),
+            Field("encoding", "Encoding", options=("pruning", "integers", "blocks", "indicators"), default="pruning"),
+            _MAX_HOPS,
+            _SCALING,
+        ),
+    ),
+)  # fmt: skip
+
+_METRIC = "Metric"
+_FILE = Field("file", "File of items", example="items.jsonl", hint="JSON objects, one on each line")
+_HELD_OUT = Field("held_out", "Held out", "number", example="0.5", hint="the share of items to confirm on")
+_PROMPT = Field("prompt", "Prompt", example="{prompt}", hint="{question} stands for that field of an item")
+_TOKENS = Field("max_new_tokens", "Most tokens of an answer", "number", example="256")
+
+
+def _metric(*names: str) -> Field:
+    return Field("metric", _METRIC, default=names[0], suggestions=names)
+
+
+EVALUATORS = (
+    Group(
+        "lm_eval", "an lm-eval task", "Any task of lm-eval, or one of this project's own.",
+        (
+            Field("task", "Task", example="gsm8k",
+                  suggestions=("mini_math_ja", "mini_math_en", "mini_translate_ja", "gsm8k", "mgsm_direct_ja")),
+            Field("metric", _METRIC, example="exact_match,flexible-extract",
+                  suggestions=("acc", "acc_ja", "acc_norm", "exact_match", "exact_match,flexible-extract")),
+            Field("search", "Search split", example="validation", hint="a split, also a slice: test[:250]"),
+            Field("held_out", "Held-out split", "text", example="test", hint="no item may be in both"),
+            Field("num_fewshot", "Worked examples", "number"),
+            Field("batch_size", "Prompts at once", "number"),
+        ),
+    ),
+    Group(
+        "mgsm", "MGSM word problems", "Word problems in seven languages, scored as the original work does, or exactly.",
+        (
+            Field("language", "Language", options=("ja", "en", "de", "es", "fr", "ru", "zh"), default="ja"),
+            Field("scorer", "Scorer", options=("exact", "sakana"), default="exact"),
+            _metric("acc_exact", "acc_ja_exact", "acc_sakana", "acc_ja_sakana"),
+            Field("file", "File of problems", hint="the hub's unless given"), _HELD_OUT, _TOKENS,
+        ),
+    ),
+    Group(
+        "multiple_choice", "multiple choice", "Which choice is the likeliest. Quick: nothing is decoded.",
+        (_FILE, _metric("acc", "acc_norm", "acc_bytes", "margin"), _PROMPT, _HELD_OUT),
+    ),
+    Group(
+        "likelihood", "likelihood of answers",
+        "Log-probability of the right answers. Quick, and it moves where no answer changes yet.",
+        (
+            _FILE, _metric("log_likelihood", "bits_per_byte"), _PROMPT,
+            Field("answer", "Answer", example=" {answer}", hint="a space between prompt and answer belongs here"),
+            _HELD_OUT,
+        ),
+    ),
+    Group(
+        "rouge", "ROUGE-L", "How much of a reference an answer says.",
+        (_FILE, _metric("rouge_l"), _PROMPT, Field("answer", "Reference", example="{answer}"), _HELD_OUT, _TOKENS),
+    ),
+    Group(
+        "language", "language of answers", "Whether answers are in a language; good as a second objective.",
+        (_FILE, _metric("in_language"), Field("language", "Language", example="ja"), _PROMPT, _HELD_OUT, _TOKENS),
+    ),
+    Group(
+        "reward_model", "reward model", "How another model likes the answers.",
+        (_FILE, _metric("reward"), Field("model", "Reward model", example="org/name"), _PROMPT, _HELD_OUT, _TOKENS),
+    ),
+    Group(
+        "cost", "cost of running it", "Layers, parameters or speed: for smaller and faster models.",
+        (
+            _metric("layers", "parameters", "tokens_per_second"),
+            Field("measure", "Measure the speed", "switch", hint="for tokens_per_second"),
+        ),
+    ),
+)  # fmt: skip
+
+BUDGET = (
+    Field("candidates", "Candidates", "number", default="100", hint="landmarks count"),
+    Field("hours", "Hours", "number"),
+    Field("patience", "Patience", "number", hint="generations without a change of the front"),
+)
+
+OPTIMIZER = (
+    Field("name", "Optimizer", default="cma",
+          options=("cma", "lq_cma", "catcma", "nsga2", "nsga3", "tpe", "gp", "random", "qmc", "greedy_soup"),
+          hint="several objectives: nsga2, nsga3, tpe, gp; paths: catcma"),
+    Field("population", "Population", "number", hint="4 + 3 ln(parameters) unless given"),
+)  # fmt: skip
+
+MORE = (
+    Field("rungs", "Racing: rungs", "numbers", example="50, 150", hint="score on few items first"),
+    Field("top", "Confirm: top", "number", example="5", hint="on the held-out split, beside the front"),
+    Field("drawn", "Confirm: drawn", "number", example="0", hint="more of the best, to draw the winner's curse"),
+    Field("pool", "Workers run in", options=("", "in_process", "ray"), hint="one process unless given"),
+    Field("workers", "Workers", "number", hint="with ray; as many as fit unless given"),
+)

@@ -1,0 +1,45 @@
+"""The page that makes a new search: a form, the search file that it writes, and the line of a fault in it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
+
+from evomerge.service.app import RootDependency
+from evomerge.service.bodies import GivenFile
+from evomerge.service.pages import forms
+from evomerge.service.pages.lines import line_of
+from evomerge.service.pages.rendering import page
+
+router = APIRouter(include_in_schema=False)
+
+
+class Fault(GivenFile):
+    """A search file, and the field of it that is wrong."""
+
+    field: str
+
+
+class Line(BaseModel):
+    """Where that field stands: a line from 1, or 0 where it cannot be told."""
+
+    line: int
+
+
+@router.get("/new")
+def new(request: Request, root: RootDependency) -> HTMLResponse:
+    """The form."""
+    taken = set(root.names())
+    proposal = next(name for i in range(1, len(taken) + 2) if (name := f"search-{i}") not in taken)
+    return page(
+        request, "new.html", here="new", proposal=proposal, spaces=forms.SPACES, evaluators=forms.EVALUATORS,
+        budget=forms.BUDGET, optimizer=forms.OPTIMIZER, more=forms.MORE,
+        about={"evaluators": {each.name: each.hint for each in forms.EVALUATORS}},
+    )  # fmt: skip
+
+
+@router.post("/new/line")
+def line(fault: Fault) -> Line:
+    """The line of a fault in a search file."""
+    return Line(line=line_of(fault.file, fault.field))

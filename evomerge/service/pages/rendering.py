@@ -1,0 +1,167 @@
+"""From data to HTML: the templates with autoescape, and how numbers, times and names are written in them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from evomerge import __version__
+from evomerge.report.entries import candidate_id
+from evomerge.report.screen import duration, p_text
+from evomerge.report.status import Counts
+from evomerge.service.bodies import SearchSummary
+
+HERE = Path(__file__).resolve().parent.parent
+TEMPLATES, STATIC = HERE / "templates", HERE / "static"
+
+_WIDTH, _HEIGHT, _EDGE = 100.0, 30.0, 2.0  # of a sparkline, in its own units; the line keeps off the edge
+
+
+def page(request: Request, template: str, *, status_code: int = 200, **content: Any) -> HTMLResponse:
+    """A page. ``query_url(key=value)`` in it is this page's address with other parameters; None takes one away."""
+
+    def query_url(**changes: object) -> str:
+        kept = {key: value for key, value in request.query_params.items() if key not in changes}
+        kept |= {key: str(value) for key, value in changes.items() if value is not None}
+        return f"{request.url.path}?{urlencode(kept)}"
+
+    html = _environment().get_template(template).render(query_url=query_url, **content)
+    return HTMLResponse(html, status_code)
+
+
+@cache
+def _environment() -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    found.filters |= {
+        "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
+        "moment": _moment, "candidate_id": _candidate_id, "finished": finished, "spark": sparkline, "p_text": p_text,
+        "first": _first,
+    }  # fmt: skip
+    found.globals |= {
+        "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
+        "difference": difference,
+    }  # fmt: skip
+    return found
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+
+def search_url(name: str) -> str:
+    """The page of a search."""
+    return f"/searches/{quote(name, safe='')}"
+
+
+def api_url(name: str) -> str:
+    """A search in the API."""
+    return f"/api/v1/searches/{quote(name, safe='')}"
+
+
+def candidate_url(name: str, candidate: int | str) -> str:
+    """The page of a candidate, given by its number or its id."""
+    return f"{search_url(name)}/candidates/{_number(candidate)}"
+
+
+def shell_place(folder: Path) -> str:
+    """The folder of a search as a command line names it."""
+    return shlex.quote(str(folder))
+
+
+# ---- numbers and names -----------------------------------------------------------------------------------------------
+
+
+def score(value: float | None) -> str:
+    """A score or its error; a dash where it is not known."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """A difference: with its sign, the minus as long as the plus."""
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def finished(counts: Counts) -> int:
+    """How many candidates are over and done with."""
+    return counts.done + counts.eliminated + counts.failed + counts.cached
+
+
+def difference(summary: SearchSummary) -> str:
+    """By how much the best is better than the best source in the first objective; positive is better either way."""
+    gain = gain_over_source(summary)
+    return "–" if gain is None else signed(gain)
+
+
+def gain_over_source(summary: SearchSummary) -> float | None:
+    """The same as a number; None while one of the two has no score."""
+    if summary.best is None or summary.best_source is None:
+        return None
+    first = summary.objectives[0]
+    best, source = (found.objectives.get(first.name) for found in (summary.best, summary.best_source))
+    if best is None or source is None or best.mean is None or source.mean is None:
+        return None
+    return (best.mean - source.mean) * (1 if first.maximise else -1)
+
+
+def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str] | None:
+    """Paths of a sparkline: the ``line``, the ``area`` below it, and the level of the best ``source``; None of nothing.
+
+    The best so far stays as it is until a better one comes, so the line goes in steps.
+    """
+    if not points:
+        return None
+    levels = [*points, *([] if source is None else [source])]
+    low, high = min(levels), max(levels)
+
+    def y(value: float) -> str:
+        share = 0.5 if high == low else (value - low) / (high - low)
+        return f"{_HEIGHT - _EDGE - share * (_HEIGHT - 2 * _EDGE):.2f}"
+
+    step = _WIDTH / len(points)
+    line = f"M0 {y(points[0])}" + "".join(f"V{y(each)}H{step * (i + 1):.2f}" for i, each in enumerate(points))
+    found = {"line": line, "area": f"{line}V{_HEIGHT:g}H0Z"}
+    return found if source is None else found | {"source": f"M0 {y(source)}H{_WIDTH:g}"}
+
+
+def _first(values: Any) -> Any:
+    return next(iter(values))
+
+
+def _candidate_id(number: int | str) -> str:
+    return candidate_id(_number(number))
+
+
+def _number(candidate: int | str) -> int:
+    return int(str(candidate).removeprefix("c"))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 60:
+        return duration(seconds)
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"
+
+
+def _moment(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d %H:%M UTC")

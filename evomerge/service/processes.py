@@ -1,0 +1,79 @@
+"""Processes that outlive the server: started in a session of their own, and found again by a file that names them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TOKEN_VARIABLE = "EVOMERGE_TOKEN"
+"""The environment variable with the service's token, which processes that it starts do not get."""
+
+_SAME_S = 1.0  # by how much psutil may tell the start of one process differently
+
+
+def start(
+    arguments: Sequence[str], folder: Path, log: Path, record: Path, told: Mapping[str, Any], **environment: str
+) -> None:
+    """Start a command in ``folder``, with its output added to ``log``; ``record`` keeps which it is, and ``told``.
+
+    Raises:
+        OSError: it cannot be started, or the files cannot be written.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            arguments, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env=inherited | environment, start_new_session=True,
+        )  # fmt: skip
+    threading.Thread(target=process.wait, daemon=True).start()  # so that none stays behind as a zombie
+    started = {"pid": process.pid, "created": _created(process.pid), "host": socket.gethostname()}
+    partial = record.with_name(f".{record.name}.partial")
+    partial.write_text(json.dumps({**told, **started}), encoding="utf-8")
+    partial.replace(record)
+
+
+def read(record: Path) -> dict[str, Any] | None:
+    """What a record keeps; None where there is none, or it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def is_alive(record: Mapping[str, Any] | None) -> bool:
+    """Whether the process of a record runs, as far as can be seen from this machine."""
+    if record is None or record["host"] != socket.gethostname() or record["created"] is None:
+        return False
+    try:
+        process = psutil.Process(record["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+    except psutil.NoSuchProcess:
+        return False
+    return abs(process.create_time() - float(record["created"])) < _SAME_S  # a pid may be another's by now
+
+
+def tail(log: Path, characters: int = 4000) -> str:
+    """The end of a log; nothing where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - characters))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _created(pid: int) -> float | None:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:  # it has ended already
+        return None

@@ -1,0 +1,338 @@
+"""A search as an Optuna study, for Optuna's own pictures and dashboard. The store is the truth; this is made from it.
+
+A study holds the candidates that were scored whole and have a genome. Genomes of many parameters are told by their
+means over layer groups, because neither a picture nor the dashboard can show 200 of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from evomerge.report.entries import Measure, candidate_id
+from evomerge.service.reading import Columns, Mask, Numbers, PerState, Values, columns_of, thinned
+from evomerge.store import Store, summaries
+
+MOST_PARAMETERS = 20
+"""Of a study; the dashboard sends each of them with every trial."""
+
+MOST_TRIALS = 1000
+"""Of a study: evenly over the search, with all landmarks and the front."""
+
+_METRIC_NAMES = "study:metric_names"  # where ``Study.set_metric_names`` keeps them
+
+
+@dataclass(frozen=True, eq=False)
+class Gene:
+    """A parameter of the study: a parameter of the space, or the mean of those that mean the same in other groups.
+
+    ``places`` are positions in the genome.
+    """
+
+    name: str
+    places: tuple[int, ...]
+    distribution: BaseDistribution
+
+    def values(self, genomes: Values) -> list[Any]:
+        """Its value in each genome [n, parameters]: a number, or a choice by its name."""
+        if isinstance(self.distribution, CategoricalDistribution):
+            return [self.distribution.choices[int(at)] for at in genomes[:, self.places[0]]]
+        found = genomes[:, list(self.places)].mean(axis=1)
+        return (
+            [round(value) for value in found.tolist()]
+            if isinstance(self.distribution, IntDistribution)
+            else found.tolist()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """What studies of a search are made from.
+
+    Attributes:
+        genes: of its studies.
+        numbers: int64 [n], candidates that were scored whole and have a genome.
+        genomes: float64 [n, parameters].
+        values: float64 [n, objectives].
+        all: how many such candidates there are; n of them are taken.
+    """
+
+    columns: Columns
+    genes: tuple[Gene, ...]
+    numbers: Numbers
+    genomes: Values
+    values: Values
+    all: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What a study leaves out, in sentences."""
+        told = []
+        if len(self.numbers) < self.all:
+            told.append(f"From {len(self.numbers):,} of {self.all:,} candidates, evenly over the search.")
+        if any(len(gene.places) > 1 for gene in self.genes):
+            told.append("Parameters are means over all layer groups.")
+        shown, all_ = sum(len(gene.places) for gene in self.genes), len(self.columns.search.fingerprints["parameters"])
+        if shown < all_:
+            told.append(f"{shown} of {all_} parameters are shown, those that vary most.")
+        return told
+
+    def study(self, objective: Measure | None, genes: Sequence[Gene] | None = None) -> optuna.Study:
+        """A study of one objective, or of all of them; with these genes, or the projection's."""
+        objectives = self.columns.objectives
+        chosen = objectives if objective is None else [objective]
+        places = [i for i, each in enumerate(objectives) if any(each["name"] == one["name"] for one in chosen)]
+        told = Told(
+            name=self.columns.search.name,
+            directions=[StudyDirection.MAXIMIZE if o["maximise"] else StudyDirection.MINIMIZE for o in chosen],
+            metrics=[o["name"] for o in chosen],
+            notes=self.notes,
+        )
+        trials = self._trials(self.genes if genes is None else genes, self.values[:, places])
+        storage = ReadOnlyStorage(lambda: {told.name: told}, lambda name: trials)
+        return optuna.load_study(study_name=told.name, storage=storage)
+
+    def _trials(self, genes: Sequence[Gene], values: Values) -> list[FrozenTrial]:
+        distributions = {gene.name: gene.distribution for gene in genes}
+        columns = [gene.values(self.genomes) for gene in genes]
+        names, at = [gene.name for gene in genes], np.searchsorted(self.columns.numbers, self.numbers).tolist()
+        ended = self.columns.finished_at[at].tolist()
+        rows = zip(self.numbers.tolist(), at, ended, values.tolist(), *columns, strict=True)
+        return [
+            _trial(number, self.columns.labels[place], end, means, dict(zip(names, genome, strict=True)), distributions)
+            for number, place, end, means, *genome in rows
+        ]
+
+    def gene(self, name: str) -> Gene:
+        """A gene of the studies, or a parameter of the space, by name. KeyError where there is none."""
+        for gene in self.genes:
+            if gene.name == name:
+                return gene
+        for place, parameter in enumerate(self.columns.search.fingerprints["parameters"]):
+            if parameter["name"] == name:
+                return Gene(name, (place,), distribution_of([parameter]))
+        raise KeyError(name)
+
+
+def _trial(
+    number: int,
+    label: str,
+    ended_at: float,
+    values: list[float],
+    params: dict[str, Any],
+    distributions: dict[str, BaseDistribution],
+) -> FrozenTrial:
+    """A candidate as Optuna has it. Not by ``create_trial``, which checks every value against its bounds: of 1,000
+    trials that is a third of a second.
+    """
+    moment = None if math.isnan(ended_at) else datetime.datetime.fromtimestamp(ended_at)
+    return FrozenTrial(
+        number=number, trial_id=number, state=TrialState.COMPLETE, value=None, values=values, params=params,
+        distributions=distributions, datetime_start=moment, datetime_complete=moment, intermediate_values={},
+        user_attrs={"candidate": candidate_id(number), "label": label}, system_attrs={},
+    )  # fmt: skip
+
+
+def _project(store: Store) -> Projection:
+    columns = columns_of(store)
+    measured = [columns.measured(store, o["name"]) for o in columns.objectives]
+    whole: Mask = columns.own & np.array([status == "done" for status in columns.statuses], dtype=np.bool_)
+    for objective, (means, _, items) in zip(columns.objectives, measured, strict=True):
+        whole &= np.isfinite(means) & (items >= objective["items"])
+    numbers, genomes = summaries.genomes(store)
+    whole &= np.isin(columns.numbers, numbers)
+    taken = thinned(whole, columns.landmark | columns.on_front, MOST_TRIALS)
+    chosen = genomes[np.isin(numbers, columns.numbers[taken])]
+    parameters = columns.search.fingerprints["parameters"]
+    return Projection(
+        columns=columns,
+        genes=genes_of(parameters, chosen),
+        numbers=columns.numbers[taken],
+        genomes=chosen,
+        values=np.stack([means[taken] for means, _, _ in measured], axis=1),
+        all=int(whole.sum()),
+    )
+
+
+projection_of: PerState[Projection] = PerState(_project)
+"""The projection of a search, made again when the store has more to say."""
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def genes_of(parameters: Sequence[Mapping[str, Any]], genomes: Values) -> tuple[Gene, ...]:
+    """At most MOST_PARAMETERS genes: the parameters themselves, or else means of those alike in all layer groups.
+
+    Where that leaves too many, the ones are taken whose values spread most over their range.
+
+    Args:
+        parameters: as a search's fingerprints say them.
+        genomes: float64 [n, parameters].
+    """
+    if len(parameters) <= MOST_PARAMETERS:
+        return tuple(Gene(p["name"], (i,), distribution_of([p])) for i, p in enumerate(parameters))
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for place, parameter in enumerate(parameters):
+        alike.setdefault(_likeness(parameter), []).append(place)
+    found = [
+        Gene(
+            key[0] if len(places) > 1 else parameters[places[0]]["name"],
+            tuple(places),
+            distribution_of([parameters[place] for place in places]),
+        )
+        for key, places in alike.items()
+    ]
+    if len(found) > MOST_PARAMETERS:
+        spread = [_spread(gene, parameters, genomes) for gene in found]
+        kept = sorted(np.argsort(spread, kind="stable")[::-1][:MOST_PARAMETERS].tolist())
+        found = [found[i] for i in kept]
+    return tuple(found)
+
+
+def _likeness(parameter: Mapping[str, Any]) -> tuple[str, ...]:
+    """What parameters of several groups share that may be averaged: the name without the group, and the range.
+
+    Of a choice among several a mean says nothing, so it stays alone.
+    """
+    name, group = parameter["name"], parameter["group"]
+    rest = name.removeprefix(f"{group}.") if group else name
+    if parameter["kind"] == "choice" and len(parameter["choices"]) > 2:
+        return (name,)
+    return (f"mean {rest}", str(parameter["kind"]), str(parameter["low"]), str(parameter["high"]))
+
+
+def distribution_of(parameters: Sequence[Mapping[str, Any]]) -> BaseDistribution:
+    """The range of a parameter, or of the mean of several that have the same one."""
+    first = parameters[0]
+    if len(parameters) > 1 or first["kind"] == "real":
+        return FloatDistribution(first["low"], first["high"])
+    if first["kind"] == "int":
+        return IntDistribution(int(first["low"]), int(first["high"]))
+    return CategoricalDistribution(tuple(first["choices"]))
+
+
+def _spread(gene: Gene, parameters: Sequence[Mapping[str, Any]], genomes: Values) -> float:
+    """The standard deviation of a gene as a share of its range."""
+    first = parameters[gene.places[0]]
+    width = first["high"] - first["low"]
+    return float(genomes[:, list(gene.places)].mean(axis=1).std() / width) if width and len(genomes) else 0.0
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Told:
+    """What Optuna is told of a study beside its trials."""
+
+    name: str
+    directions: list[StudyDirection]
+    metrics: list[str]
+    notes: list[str]
+
+
+class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
+    """An Optuna storage over studies that are made when they are asked for. It refuses every write.
+
+    Trials are given as they are, never copied: Optuna's pictures ask for copies many times, which takes seconds.
+
+    Args:
+        studies: every study by its name.
+        trials: the trials of a study.
+    """
+
+    def __init__(self, studies: Callable[[], Mapping[str, Told]], trials: Callable[[str], list[FrozenTrial]]) -> None:
+        self._studies = studies
+        self._trials = trials
+        self._ids: dict[str, int] = {}  # a study keeps its number for as long as this lives
+
+    def _id(self, name: str) -> int:
+        return self._ids.setdefault(name, len(self._ids))
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        if study_name not in self._studies():
+            raise KeyError(study_name)
+        return self._id(study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        return self._told(study_id).name
+
+    def _told(self, study_id: int) -> Told:
+        for name, told in self._studies().items():
+            if self._id(name) == study_id:
+                return told
+        raise KeyError(study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self._told(study_id).directions
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        notes = self._told(study_id).notes
+        return {"note": " ".join(notes)} if notes else {}
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return {_METRIC_NAMES: self._told(study_id).metrics}
+
+    def get_all_studies(self) -> list[Any]:
+        from optuna.study._frozen import FrozenStudy  # what this method must return has no public name
+
+        def frozen(name: str, told: Told) -> FrozenStudy:
+            number = self._id(name)
+            return FrozenStudy(
+                study_name=name, direction=None, directions=told.directions, study_id=number,
+                user_attrs=self.get_study_user_attrs(number), system_attrs=self.get_study_system_attrs(number),
+            )  # fmt: skip
+
+        return [frozen(name, told) for name, told in self._studies().items()]
+
+    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        trials = self._trials(self._told(study_id).name)
+        return [trial for trial in trials if states is None or trial.state in states]
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        raise _refusal()  # trials of several studies may share an id; nothing that reads asks for one alone
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        raise _refusal()
+
+    def delete_study(self, study_id: int) -> None:
+        raise _refusal()
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        raise _refusal()
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        raise _refusal()
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        raise _refusal()
+
+    def set_trial_param(self, trial_id: int, *args: Any, **kwargs: Any) -> None:
+        raise _refusal()
+
+    def set_trial_state_values(self, trial_id: int, *args: Any, **kwargs: Any) -> bool:
+        raise _refusal()
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        raise _refusal()
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        raise _refusal()
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        raise _refusal()
+
+
+def _refusal() -> RuntimeError:
+    return RuntimeError("a study projected from a search can only be read")

@@ -1,0 +1,162 @@
+"""What figures and studies are made from: columns over all candidates, kept until something happens in the store."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.report.confirmed import held_out
+from evomerge.report.entries import Measure, Value, candidate_id, measures_of
+from evomerge.search.statistics import mean_and_error
+from evomerge.store import Store, summaries
+
+Numbers = NDArray[np.int64]
+Values = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+Found = TypeVar("Found")
+
+_COLUMNS = ("number", "step", "origin", "label", "status", "same_as", "eligible", "on_front", "finished_at")
+_MOST_KEPT = 4  # searches at once whose columns are kept: 10,000 candidates of 200 parameters take some 20 MB
+
+
+class PerState(Generic[Found]):
+    """A function of a store, computed again only when the store has a new event."""
+
+    def __init__(self, compute: Callable[[Store], Found]) -> None:
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, int], tuple[int, Found]] = OrderedDict()
+
+    def __call__(self, store: Store) -> Found:
+        key, newest = (store.place, store.search_id), summaries.last_event(store)
+        with self._lock:
+            kept = self._kept.get(key)
+        if kept is not None and kept[0] == newest:
+            return kept[1]
+        found = self._compute(store)
+        with self._lock:
+            self._kept[key] = newest, found
+            self._kept.move_to_end(key)
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+
+class Columns:
+    """All candidates of a search, by number.
+
+    Attributes:
+        numbers: int64 [n]; ``step``, ``eligible``, ``on_front`` and ``finished_at`` (seconds since 1970, NaN before)
+            have the same order.
+        origins, labels, statuses: texts [n].
+        own: bool [n]: scores are of the candidate itself, and not of another with the same recipe.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.search = store.search()
+        found = summaries.columns(store, _COLUMNS)
+        self.numbers: Numbers = np.array(found["number"], dtype=np.int64)
+        self.step: Numbers = np.array(found["step"], dtype=np.int64)
+        self.origins: list[str] = found["origin"]
+        self.labels: list[str] = found["label"]
+        self.statuses: NDArray[np.str_] = np.array(found["status"], dtype=np.str_)
+        self.own: Mask = np.array([same is None for same in found["same_as"]], dtype=np.bool_)
+        self.eligible: Mask = np.array(found["eligible"], dtype=np.bool_)
+        self.on_front: Mask = np.array(found["on_front"], dtype=np.bool_)
+        self.finished_at: Values = np.array(
+            [np.nan if at is None else at for at in found["finished_at"]], dtype=np.float64
+        )
+        self._measured: dict[str, tuple[Values, Values, Numbers]] = {}
+
+    @property
+    def objectives(self) -> list[Measure]:
+        """The objectives of the search, in order."""
+        found: list[Measure] = self.search.fingerprints["objectives"]
+        return found
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Objectives and constraints."""
+        return measures_of(self.search.fingerprints)
+
+    def objective(self, name: str | None) -> Measure:
+        """An objective by name; the first one by none. KeyError where there is no such."""
+        return self.objectives[0] if name is None else {o["name"]: o for o in self.objectives}[name]
+
+    def measured(self, store: Store, name: str) -> tuple[Values, Values, Numbers]:
+        """Means, standard errors (NaN where not known) and items (0) of a measure, [n] each; read once."""
+        if name not in self._measured:
+            found = summaries.measured(store, name)
+            means, errors = np.full((2, len(self.numbers)), np.nan)
+            items = np.zeros(len(self.numbers), dtype=np.int64)
+            at = np.searchsorted(self.numbers, found.numbers)
+            there = at < len(self.numbers)  # else it came after the columns were read
+            at = at[there]
+            means[at], errors[at], items[at] = found.means[there], found.errors[there], found.items[there]
+            self._measured[name] = means, errors, items
+        return self._measured[name]
+
+    @cached_property
+    def landmark(self) -> Mask:
+        """Which candidates are landmarks: those asked first."""
+        return np.asarray(self.step == 0)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """How each is called to people: its id, and its label if it has one."""
+        ids = map(candidate_id, self.numbers.tolist())
+        return [f"{name} {label}".strip() for name, label in zip(ids, self.labels, strict=True)]
+
+    def of_origin(self, origin: str) -> Mask:
+        """Which candidates came so: landmarks of this kind, or what an optimizer asked for."""
+        return np.array([found == origin for found in self.origins], dtype=np.bool_)
+
+    def hours(self) -> Values:
+        """Hours from the start of the search, pauses included, to the end of each; NaN before that."""
+        return (self.finished_at - self.search.created_at) / 3600
+
+
+columns_of: PerState[Columns] = PerState(Columns)
+"""The candidates of a search, read again when it has more to say."""
+
+
+def confirmed_values(store: Store, found: Columns) -> dict[int, Mapping[str, Value]]:
+    """What is known from the held-out split of the latest shortlist: measures by number."""
+    frozen = store.events(kinds=("shortlist",), newest=1)
+    if not frozen:
+        return {}
+    shortlist: list[int] = frozen[0].payload["candidates"]
+    return {number: values for number in shortlist if (values := _held_out(store, number, found.measures))}
+
+
+def _held_out(store: Store, number: int, measures: list[Measure]) -> dict[str, Value]:
+    items = held_out(store, number, measures)
+    return {name: Value(**mean_and_error(values)) for name, values in items.items()}
+
+
+def thinned(mask: Mask, keep: Mask, most: int) -> Mask:
+    """At most ``most`` of ``mask`` [n], evenly from first to last, and all of them that are in ``keep`` [n]."""
+    rest = np.flatnonzero(mask & ~keep)
+    if len(rest) > most:
+        rest = rest[np.linspace(0, len(rest) - 1, most).round().astype(np.int64)]
+    found: Mask = mask & keep
+    found[rest] = True
+    return found
+
+
+def value_text(name: str, mean: float, error: float, items: int, wanted: int) -> str:
+    """A measure of a candidate on the search split: 'maths 0.620 ± 0.024 on 200 items'."""
+    told = f"{name} {mean:.3f} ± {error:.3f}"
+    return f"{told} on {items} items" if items >= wanted else f"{told} estimated from {items} of {wanted} items"
+
+
+def axis_title(measure: Measure) -> str:
+    """A measure and which way is better, in few letters: a phone has no room for more."""
+    return f"{measure['name']} {'↑' if measure['maximise'] else '↓'}"

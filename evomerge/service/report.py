@@ -1,0 +1,226 @@
+"""One search as one file: pictures, tables, settings, versions and commands. It opens from disk, without a network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from evomerge import __version__
+from evomerge.report.candidate import status_text
+from evomerge.report.confirmed import Choice
+from evomerge.report.entries import Entry, candidate_id, entry
+from evomerge.report.path import is_plain
+from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text
+from evomerge.report.status import SearchStatus, depths_of, status_of
+from evomerge.search.folder import FILE_NAME
+from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
+from evomerge.service.figures.recipe import recipe_of
+from evomerge.service.figures.style import is_empty, without_notes, words_of
+from evomerge.store import SearchRow, Store
+
+_TOP = 15  # candidates in the table of the best
+_FAILURES = 50  # in the table of failures, the newest
+
+_FIGURES: tuple[tuple[Name, Wish, str, str], ...] = (
+    ("front", Wish(), "Candidates and the front", "All candidates; bars are standard errors."),
+    ("history", Wish(), "Best so far", "Chosen by this very score, so partly luck."),
+    ("history", Wish(over="hours"), "Best so far, by time", ""),
+    ("hypervolume", Wish(), "Hypervolume", "What the front covers."),
+    ("curse", Wish(), "Search against held-out score", "How much of a good score was luck."),
+    ("importance", Wish(), "What matters", "How much each parameter decides whether a candidate is good."),
+    ("parallel", Wish(), "Parameters and score", "A line a candidate."),
+    ("constraints", Wish(), "Constraints", ""),
+    ("timeline", Wish(), "Workers", "A bar an attempt."),
+    ("failures", Wish(), "Failures", "By cause, over time."),
+)  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """A figure of the report: plotly's JSON, or empty with ``words`` that say why there is none."""
+
+    title: str
+    about: str
+    words: str
+    json: Markup
+
+
+class Row(NamedTuple):
+    """A candidate in a table."""
+
+    id: str
+    label: str
+    what: str
+    cells: list[str]
+    is_winner: bool
+
+
+class GapRow(NamedTuple):
+    """A confirmed candidate against another model in an objective, as text."""
+
+    id: str
+    objective: str
+    to: str
+    difference: str
+    interval: str
+    p: str
+
+
+class FailureRow(NamedTuple):
+    """An attempt that failed."""
+
+    id: str
+    attempt: int
+    reason: str
+    message: str
+    log: str
+    final: bool
+
+
+def report_html(store: Store, folder: Path) -> str:
+    """The report of a search as one HTML page that needs nothing else.
+
+    Args:
+        folder: of the search, as commands name it.
+    """
+    search, status = store.search(), status_of(store)
+    environment = Environment(
+        loader=PackageLoader("evomerge.service"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    shown = _shown(status)
+    return environment.get_template("report.html").render(
+        status=status,
+        search=search,
+        version=__version__,
+        written=_moment(time.time()),
+        began=_moment(search.created_at),
+        spent=duration(status.budget.hours_spent * 3600),
+        pictures=[_picture(store, *wanted) for wanted in _FIGURES if wanted[0] != "constraints" or status.constraints],
+        chosen=None if shown is None else shown.id,
+        recipe=None if shown is None else _recipe_picture(store, shown),
+        path=None if shown is None else _path(store, shown),
+        measures=[*status.directions, *constraint_titles(status)],
+        best=list(_best(store, search, status)),
+        confirmed=list(_confirmed(status)),
+        gaps=list(_gaps(status)),
+        choice=_choice(status),
+        failures=list(_failures(store)),
+        settings=yaml.safe_dump(search.settings, sort_keys=False, allow_unicode=True),
+        versions=search.environment,
+        commands=list(commands(folder, status)),
+        plotly=Markup((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")),
+    )
+
+
+def commands(folder: Path, status: SearchStatus) -> Iterator[tuple[str, str]]:
+    """What each command does, and the command."""
+    here, file = shlex.quote(str(folder)), shlex.quote(str(folder / FILE_NAME))
+    model = shlex.quote(f"{status.name}-model")
+    again = shlex.quote(f"{status.name}-again")
+    yield "Run the same search again", f"evomerge search {file} --dir {again}"
+    yield "Go on with it", f"evomerge resume {here}"
+    yield "Score the best on the held-out split", f"evomerge confirm {here}"
+    shown = _shown(status)
+    if shown is not None:
+        yield "Write the model", f"evomerge export {here} {model} --candidate {shown.id}"
+        yield "Score that model again on held-out items", f"evomerge score {model} {file} --split held_out"
+        yield "See its recipe", f"evomerge show {here} {shown.id} --recipe"
+    yield "See where it stands", f"evomerge status {here}"
+
+
+def _shown(status: SearchStatus) -> Entry | None:
+    """The candidate whose recipe is drawn: the winner, or else the best by search score."""
+    if status.winner is not None and (found := status.confirmed_entry(status.winner)) is not None:
+        return found
+    return status.best
+
+
+def _picture(store: Store, name: Name, wish: Wish, title: str, about: str) -> Picture:
+    return _told(draw(store, name, wish), title, about)
+
+
+def _told(drawn: Any, title: str, about: str) -> Picture:
+    """A figure whose notes stand in the page's own text, where they wrap."""
+    json_ = Markup("") if is_empty(drawn) else _script(without_notes(drawn).to_json())
+    return Picture(title, about, words_of(drawn), json_)
+
+
+def _script(text: str) -> Markup:
+    """JSON that may stand within a script element, whatever names are in it."""
+    return Markup(json.dumps(json.loads(text)).replace("<", "\\u003c"))
+
+
+def _recipe_picture(store: Store, shown: Entry) -> Picture:
+    about = "What every part of the model takes of every source."
+    return _told(draw_recipe(store, _number(shown.id)), f"Recipe of {shown.id} {shown.label}".strip(), about)
+
+
+def _path(store: Store, shown: Entry) -> Markup | None:
+    """The path as a picture, where it is not simply all layers in order."""
+    number = _number(shown.id)
+    if is_plain(recipe_of(store, number), depths_of(store)):
+        return None
+    return Markup(draw_path(store, number))  # its texts are escaped by the XML library
+
+
+def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
+    first = search.fingerprints["objectives"][0]
+    for row in store.best(first["name"], maximise=first["maximise"], k=_TOP):
+        found = entry(row, search.fingerprints)
+        what = [row.origin, *(["front"] if row.on_front else []), status_text(row, status)]
+        yield Row(found.id, found.label, ", ".join(what), list(cells(found, status)), found.id == status.winner)
+
+
+def _confirmed(status: SearchStatus) -> Iterator[Row]:
+    for found in status.confirmed:
+        what = gain_text(found, status)
+        yield Row(found.id, found.label, what, list(cells(found, status, whole=True)), found.id == status.winner)
+    for mark in status.confirmed_baselines:
+        told = list(cells(mark, status, whole=True))
+        yield Row(mark.id, mark.label, "landmark", told, mark.id == status.winner)
+
+
+def _gaps(status: SearchStatus) -> Iterator[GapRow]:
+    for found in status.confirmed:
+        for name, value in found.objectives.items():
+            for gap in value.difference:
+                interval = f"[{gap.low:+.3f}, {gap.high:+.3f}]"
+                yield GapRow(found.id, name, gap.to, f"{gap.mean:+.3f}", interval, p_text(gap.p))
+
+
+def _choice(status: SearchStatus) -> list[str]:
+    choice: Choice | None = status.choice
+    if choice is None:
+        return []
+    frozen = f"The shortlist of {choice.shortlist} was written down at {_moment(choice.frozen_at)}, before that."
+    return [frozen, *choice_text(status)]
+
+
+def _failures(store: Store) -> Iterator[FailureRow]:
+    for event in store.events(kinds=("failure", "confirm failed"), newest=_FAILURES)[::-1]:
+        told = event.payload
+        number = told["candidate"] if event.candidate is None else event.candidate
+        yield FailureRow(
+            candidate_id(number),
+            event.attempt or 0,
+            str(told["reason"]).replace("_", " "),
+            str(told.get("message", "")),
+            str(told.get("log") or ""),
+            bool(told.get("final")),
+        )
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("c"))
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))

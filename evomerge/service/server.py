@@ -1,0 +1,110 @@
+"""Running the service: its port, its link, and uvicorn."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from evomerge.errors import InputError
+from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.processes import TOKEN_VARIABLE
+from evomerge.service.root import Root
+
+_LEAST_TOKEN = 8  # characters of one that a person chooses
+_GRACE_S = 2  # streams of events never end by themselves
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def serve(
+    place: str,
+    *,
+    host: str,
+    port: int,
+    folder: Path,
+    sources: Sequence[Path],
+    names: Sequence[str],
+    needs_token: bool,
+    insecure: bool,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve the searches of a folder or a database until the process is told to end.
+
+    Args:
+        place: a folder, or the URL of a database.
+        folder: with a database, where new searches live.
+        sources: folders that search files which come over HTTP may name paths in.
+        names: more names by which the server may be called.
+        insecure: let everybody in who reaches an address that is not this machine's own.
+
+    Raises:
+        InputError: the port is taken, a folder is missing, or everybody could come in.
+    """
+    if not needs_token and not is_loopback(host) and not insecure:
+        mend = "Leave out --no-token; or, where something else guards it, add --insecure."
+        raise InputError("--no-token", f"would let everybody in who reaches {host}", mend)
+    root = Root.of(place, folder)
+    if root.database is None and not root.folder.is_dir():
+        raise InputError(place, "is no folder", "Make it; searches are folders in it.")
+    for each in sources:
+        if not each.is_dir():
+            raise InputError("--sources", f"{each} is no folder")
+    root.names()  # a database that cannot be reached is said at once
+    token = _token() if needs_token else None
+    with _listen(host, port) as listening:
+        port = listening.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        hosts = tuple(dict.fromkeys([*_LOOPBACK, shown.lower(), *_own_names(host), *names]))
+        settings = ServiceSettings(root, token, hosts, tuple(each.resolve() for each in sources))
+        visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+        say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))
+        config = uvicorn.Config(
+            create_app(settings), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _token() -> str:
+    given = os.environ.get(TOKEN_VARIABLE)
+    if given is None:
+        return secrets.token_urlsafe(32)
+    if len(given) < _LEAST_TOKEN or not given.isascii() or not given.isprintable() or " " in given:
+        problem = f"is shorter than {_LEAST_TOKEN} characters, or holds other than letters, digits and signs"
+        raise InputError(TOKEN_VARIABLE, problem, "Leave it out, and a random one is made.")
+    return given
+
+
+def _own_names(host: str) -> list[str]:
+    """By what a server is called that other machines reach: the name of this one."""
+    return [] if is_loopback(host) else [socket.gethostname().lower(), socket.getfqdn().lower()]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen(128)
+        except BaseException:
+            listening.close()
+            raise
+    except OSError as error:
+        mend = "Choose another with --port; 0 takes any that is free." if error.errno == 98 else ""
+        raise InputError(f"{host}:{port}", f"cannot be listened on ({error.strerror})", mend) from None
+    return listening

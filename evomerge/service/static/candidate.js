@@ -1,0 +1,5 @@
+// One candidate: its figures, and copying.
+import "./common.js";
+import { start } from "./figures.js";
+
+start();

@@ -1,0 +1,146 @@
+// What every page uses: calls of the API, words to the person, copying, and keeping parts of a page up to date.
+
+/** Call the API; a fault becomes an Error whose `problem` is the answer's problem+json. */
+export async function call(address, method = "GET", body = undefined) {
+  const headers = { Accept: "application/json" };
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const answer = await fetch(address, {
+    method, headers, credentials: "same-origin", body: body === undefined ? undefined : JSON.stringify(body),
+  });
+  const text = await answer.text();
+  let content = null;
+  try { content = text ? JSON.parse(text) : null; } catch { content = null; }
+  if (answer.status === 401) { location.assign(`/login?next=${encodeURIComponent(location.pathname + location.search)}`); }
+  if (!answer.ok) {
+    const error = new Error(words(content) || `the server answered ${answer.status}`);
+    error.problem = content || { title: error.message, faults: [] };
+    error.status = answer.status;
+    throw error;
+  }
+  return content;
+}
+
+/** A problem in one or a few sentences. */
+export function words(problem) {
+  if (!problem) return "";
+  const faults = (problem.faults || []).map((f) => `${f.field ? `${f.field}: ` : ""}${f.problem}${f.mend ? `. ${f.mend}` : ""}`);
+  return faults.length ? faults.join("\n") : problem.detail || problem.title || "";
+}
+
+/** A message that goes away; it is read out as well. */
+export function toast(text, kind = "good") {
+  const place = document.getElementById("toast");
+  const note = element("div", `note ${kind}`, text);
+  place.replaceChildren(note);
+  setTimeout(() => note.remove(), kind === "bad" ? 12000 : 5000);
+}
+
+let spokenAt = 0;
+/** Words for screen readers alone, not more often than one can listen to. */
+export function speak(text, now = false) {
+  const place = document.getElementById("spoken");
+  if (place.textContent === text || (!now && Date.now() - spokenAt < 15000)) return;
+  spokenAt = Date.now();
+  place.textContent = text;
+}
+
+export function element(tag, kind = "", text = "") {
+  const made = document.createElement(tag);
+  if (kind) made.className = kind;
+  if (text) made.textContent = text;
+  return made;
+}
+
+/** Run `act` soon, and not again before `pause` milliseconds have passed; the last call is never lost. */
+export function throttled(act, pause) {
+  let timer = null, last = 0, busy = false, again = false;
+  async function run() {
+    timer = null;
+    if (busy) { again = true; return; }
+    busy = true;
+    last = Date.now();
+    try { await act(); } finally {
+      busy = false;
+      if (again) { again = false; ask(); }
+    }
+  }
+  function ask() {
+    if (timer === null) timer = setTimeout(run, Math.max(0, last + pause - Date.now()));
+  }
+  return ask;
+}
+
+const seen = new Map();
+
+/** Fetch this page again and put in place what has changed of its parts marked `data-live`. */
+export async function refresh(address = location.href) {
+  const answer = await fetch(address, { headers: { Accept: "text/html" }, credentials: "same-origin" });
+  if (answer.redirected && new URL(answer.url).pathname === "/login") { location.assign(answer.url); return; }
+  if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const fresh = page.getElementById(part.id);
+    if (fresh === null) continue;
+    const html = fresh.outerHTML;
+    if (seen.get(part.id) === html) continue;
+    if (!seen.has(part.id) && part.outerHTML === html) { seen.set(part.id, html); continue; }
+    seen.set(part.id, html);
+    replace(part, document.adoptNode(fresh));
+  }
+}
+
+/** Swap a part, keeping what is open, what has the focus, and how far tables are scrolled. */
+function replace(old, fresh) {
+  const keys = new Set([...old.querySelectorAll("[data-key]")].map((row) => row.dataset.key));
+  for (const details of old.querySelectorAll("details[id]")) {
+    const same = fresh.querySelector(`#${CSS.escape(details.id)}`);
+    if (same) same.open = details.open;
+  }
+  const focus = old.contains(document.activeElement) ? handle(document.activeElement) : null;
+  const scrolled = [...old.querySelectorAll(".scroll")].map((each) => each.scrollLeft);
+  old.replaceWith(fresh);
+  [...fresh.querySelectorAll(".scroll")].forEach((each, i) => { each.scrollLeft = scrolled[i] || 0; });
+  if (focus) fresh.querySelector(focus)?.focus({ preventScroll: true });
+  if (keys.size) {
+    for (const row of fresh.querySelectorAll("[data-key]")) if (!keys.has(row.dataset.key)) row.classList.add("fresh");
+  }
+}
+
+/** A selector that finds an element again after its part was swapped. */
+function handle(active) {
+  if (active.id) return `#${CSS.escape(active.id)}`;
+  for (const name of ["data-verb", "href", "aria-label"]) {
+    if (active.hasAttribute(name)) return `[${name}="${CSS.escape(active.getAttribute(name))}"]`;
+  }
+  return null;
+}
+
+/** Follow a stream of events, and say in the page's head whether it is connected; `hear` gets each event. */
+export function follow(address, hear) {
+  const shown = document.getElementById("connection");
+  const show = (state, text) => { if (shown && shown.dataset.state !== state) { shown.dataset.state = state; shown.textContent = text; } };
+  const stream = new EventSource(address);
+  stream.onopen = () => { show("live", "live"); hear({ kind: "open" }); };
+  stream.onerror = () => show("away", "not connected, trying again");
+  const kinds = ["created", "lease", "state", "ask", "dispatch", "result", "rung", "failure", "cached", "done", "eliminated",
+    "tell", "front", "scores", "shortlist", "winner", "command", "settings", "screen", "confirm failed", "reconnected"];
+  stream.onmessage = () => hear({ kind: "message" });
+  for (const kind of kinds) stream.addEventListener(kind, (event) => hear({ kind, data: event.data }));
+  addEventListener("pagehide", () => stream.close());
+  return stream;
+}
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy], [data-copy-from]");
+  if (!button) return;
+  const text = button.dataset.copy ?? document.getElementById(button.dataset.copyFrom).textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    toast("Copied.");
+  } catch {
+    toast("The browser does not let this page copy: mark the text and copy it by hand.", "bad");
+  }
+});
+
+// A page that came back from the browser's memory shows what was; fetch it anew.
+addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });

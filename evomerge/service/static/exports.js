@@ -1,0 +1,39 @@
+// Exports: start one, watch it, see its card.
+import { call, element, refresh, speak, toast } from "./common.js";
+
+const EVERY_MS = 1000;
+const form = document.getElementById("export");
+const { api, place } = form.dataset;
+const quoted = (text) => (/^[\w./@:+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
+form.addEventListener("input", () => {
+  const command = `evomerge export ${place} ${place}/exports/${quoted(form.elements.name.value)} --candidate ${quoted(form.elements.candidate.value)}`;
+  form.querySelector(".command .code").textContent = command;
+  form.querySelector("[data-copy]").dataset.copy = command;
+});
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const fault = document.getElementById("export-fault");
+  fault.replaceChildren();
+  try {
+    await call(api, "POST", { candidate: form.elements.candidate.value, name: form.elements.name.value });
+    toast("The export has begun.");
+    await refresh();
+  } catch (error) {
+    fault.append(element("div", "note bad", error.message));
+  }
+});
+
+const running = () => [...document.querySelectorAll("[data-export]")].filter((each) => each.dataset.state === "running");
+async function turn() {
+  const before = running().length;
+  if (before && !document.hidden) {
+    try {
+      await refresh();
+      if (running().length < before) speak("An export has ended.", true);
+    } catch { /* the next turn tries again */ }
+  }
+  setTimeout(turn, EVERY_MS);
+}
+turn();

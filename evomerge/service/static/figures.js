@@ -1,0 +1,130 @@
+// Plotly figures: drawn when they come into view, in the page's colours, and again when something has changed.
+import { call } from "./common.js";
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const drawn = new Map(); // of each figure: its address and the answer, as text
+const listeners = new Map();
+const TOP = 12; // pixels above a plot
+
+function tone(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
+
+// What figures are drawn with on a light ground, and the same on a dark one (evomerge/report/svg.py).
+const DARKER = {
+  "#0969da": "#58a6ff", "#bc4c00": "#f0883e", "#1a7f37": "#3fb950", "#8250df": "#bc8cff", "#bf3989": "#f778ba",
+  "#0f766e": "#2dd4bf",
+};
+const recoloured = (text) => (dark.matches ? text.replace(/#[0-9a-f]{6}/gi, (tone) => DARKER[tone.toLowerCase()] ?? tone) : text);
+
+/** A figure says what it leaves out in its title; here that is a paragraph above it, which wraps and is read out. */
+function tell(box, layout) {
+  const text = new DOMParser().parseFromString((layout.title?.text ?? "").replace(/<br\s*\/?>/g, " "), "text/html").body.textContent;
+  let told = box.previousElementSibling;
+  if (!told?.classList.contains("told")) {
+    told = document.createElement("p");
+    told.className = "told quiet small";
+    box.before(told);
+  }
+  told.textContent = text;
+  told.hidden = text === "";
+}
+
+/** Lay the page's colours under what a figure says itself. */
+function themed(layout, box) {
+  const ink = tone("--ink"), quiet = tone("--quiet"), line = tone("--line");
+  const axis = (own) => ({
+    gridcolor: line, zerolinecolor: line, linecolor: line, tickcolor: line, automargin: true, ...own,
+    tickfont: { color: quiet, ...(own || {}).tickfont },
+    title: typeof (own || {}).title === "string" ? { text: own.title } : (own || {}).title,
+  });
+  const found = {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
+    margin: { l: 48, r: 12, t: 12, b: 44 }, hovermode: "closest", ...layout,
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, ...(layout.font || {}), color: ink },
+    legend: { orientation: "h", y: -0.22, x: 0, font: { color: ink }, ...(layout.legend || {}) },
+    hoverlabel: { bgcolor: tone("--surface"), bordercolor: tone("--edge"), font: { color: ink }, ...(layout.hoverlabel || {}) },
+  };
+  for (const name of new Set(["xaxis", "yaxis", ...Object.keys(layout)])) {
+    if (/^[xy]axis\d*$/.test(name)) found[name] = axis(layout[name]);
+  }
+  if (layout.coloraxis) {
+    found.coloraxis = { ...layout.coloraxis, colorbar: { ...layout.coloraxis.colorbar, tickfont: { color: ink } } };
+  }
+  delete found.template;
+  delete found.title;
+  found.margin = { ...found.margin, t: TOP };
+  delete found.width;
+  const height = layout.height && layout.height - ((layout.margin?.t ?? TOP) - TOP); // without the room for its title
+  if (height) box.style.minHeight = `${height}px`;
+  found.height = height || box.clientHeight || undefined;
+  return found;
+}
+
+function waiting(box, text) {
+  if (globalThis.Plotly && box.classList.contains("js-plotly-plot")) globalThis.Plotly.purge(box);
+  box.classList.add("lesser");
+  const note = document.createElement("div");
+  note.className = "waiting";
+  note.textContent = text;
+  box.replaceChildren(note);
+}
+
+async function paint(box, force) {
+  const address = box.dataset.figure;
+  let figure;
+  try {
+    figure = await call(address);
+  } catch (error) {
+    drawn.delete(box);
+    waiting(box, error.status === 404 || error.status === 422 || error.status === 409 ? error.message : `This figure cannot be drawn: ${error.message}`);
+    return;
+  }
+  if (box.dataset.figure !== address) return; // another one was asked for meanwhile
+  const text = recoloured(JSON.stringify(figure));
+  if (!force && drawn.get(box) === text) return;
+  drawn.set(box, text);
+  figure = JSON.parse(text);
+  const empty = !(figure.data || []).length;
+  tell(box, figure.layout ?? {});
+  if (empty) { waiting(box, box.previousElementSibling.textContent || "Nothing to draw yet."); box.previousElementSibling.hidden = true; return; }
+  box.classList.remove("lesser");
+  box.querySelector(":scope > .waiting")?.remove();
+  await globalThis.Plotly.react(box, figure.data, themed(figure.layout || {}, box), {
+    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "sendDataToCloud"],
+    doubleClickDelay: 400,
+  });
+  const listen = listeners.get(box);
+  if (listen && !box.dataset.listens) {
+    box.dataset.listens = "yes";
+    box.on("plotly_click", (event) => listen(event.points[0]));
+  }
+}
+
+const inView = new Set();
+const watcher = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (isIntersecting) { inView.add(target); if (!drawn.has(target) && target.dataset.figure) paint(target, false); } else inView.delete(target);
+  }
+}, { rootMargin: "200px" });
+
+/** Draw every figure of the page as it comes into view. */
+export function start() {
+  for (const box of document.querySelectorAll(".figure")) watcher.observe(box);
+  dark.addEventListener("change", () => { for (const box of drawn.keys()) paint(box, true); });
+}
+
+/** Have a figure show something else. */
+export function show(box, address) {
+  if (box.dataset.figure === address && drawn.has(box)) return;
+  box.dataset.figure = address;
+  drawn.delete(box);
+  if (inView.has(box)) paint(box, false);
+}
+
+/** Called with the point that somebody clicks. */
+export function onPoint(box, listen) { listeners.set(box, listen); }
+
+/** Draw again what is in view; the rest when it comes there. */
+export async function update() {
+  for (const box of [...drawn.keys()]) if (!inView.has(box)) drawn.delete(box);
+  for (const box of inView) if (box.dataset.figure) await paint(box, false);
+}

@@ -1,0 +1,322 @@
+// A new search: a form that writes the search file, the file itself, what the server says of it, and the start.
+import { call, element, speak, toast, words } from "./common.js";
+import { drawInspection } from "./inspection.js";
+import { dump } from "./yaml.js";
+
+const byId = (id) => document.getElementById(id);
+const about = JSON.parse(byId("about").textContent);
+const form = byId("form"), file = byId("file"), gutter = byId("gutter"), verdict = byId("verdict");
+const sources = new Map(); // reference -> short name
+let byHand = false, numbers = 0;
+
+// ---- sources ----
+
+function shortName(reference) {
+  const wanted = reference.split("@")[0].split("/").pop().replace(/[^A-Za-z0-9_-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "") || "model";
+  const taken = new Set(sources.values());
+  for (let i = 1; ; i += 1) { const name = i === 1 ? wanted : `${wanted}-${i}`; if (!taken.has(name)) return name; }
+}
+
+function addSource(reference) {
+  if (!reference || sources.has(reference)) return;
+  sources.set(reference, shortName(reference));
+  sourcesChanged();
+}
+
+function removeSource(reference) { sources.delete(reference); sourcesChanged(); }
+
+async function listFolders() {
+  const place = byId("folders"), note = byId("folders-note");
+  try {
+    const found = await call("/api/v1/sources");
+    const folders = found.sources ?? found.folders ?? found;
+    note.hidden = folders.length > 0;
+    note.textContent = "No model folder is known here. Start the server with --sources FOLDER, or name models of the hub.";
+    for (const each of folders) {
+      const reference = each.reference ?? each.path ?? each.folder ?? each;
+      const label = element("label", "inline");
+      const box = element("input");
+      box.type = "checkbox";
+      box.dataset.folder = reference;
+      box.addEventListener("change", () => (box.checked ? addSource(reference) : removeSource(reference)));
+      const text = element("span");
+      text.append(element("span", "", each.name ?? reference.split("/").pop()), " ", element("span", "hint", reference));
+      label.append(box, text);
+      place.append(label);
+    }
+  } catch (error) {
+    note.textContent = `Model folders cannot be listed: ${error.message}`;
+  }
+}
+
+function sourcesChanged() {
+  const place = byId("sources");
+  place.replaceChildren();
+  for (const [reference, name] of sources) {
+    const row = element("div", "row"), input = element("input"), label = element("label", "hidden-text", `Short name of ${reference}`);
+    input.id = `source-${name}`;
+    label.htmlFor = input.id;
+    input.value = name;
+    input.style.width = "12rem";
+    input.spellcheck = false;
+    input.addEventListener("change", () => {
+      const taken = [...sources].some(([other, its]) => other !== reference && its === input.value);
+      if (taken || !/^[A-Za-z0-9][A-Za-z0-9_-]*$/.test(input.value)) { toast("A short name is of letters, digits, - and _, and of one source.", "bad"); input.value = name; return; }
+      sources.set(reference, input.value);
+      sourcesChanged();
+    });
+    const remove = element("button", "tiny", "Remove");
+    remove.type = "button";
+    remove.append(element("span", "hidden-text", ` ${name}`));
+    remove.addEventListener("click", () => {
+      const box = [...document.querySelectorAll("[data-folder]")].find((each) => each.dataset.folder === reference);
+      if (box) box.checked = false;
+      removeSource(reference);
+    });
+    row.append(label, input, element("span", "hint", reference), remove);
+    place.append(row);
+  }
+  for (const [id, none] of [["base", "none"], ["tokenizer", "the base"]]) {
+    const picker = byId(id), before = picker.value;
+    picker.replaceChildren(new Option(none, ""), ...[...sources.values()].map((name) => new Option(name, name)));
+    if ([...sources.values()].includes(before)) picker.value = before;
+    else if (id === "base") picker.value = [...sources.values()].find((name) => /base/i.test(name)) ?? "";
+  }
+  build();
+  inspect();
+}
+
+let inspecting = 0;
+async function inspect() {
+  const place = byId("inspection"), turn = ++inspecting;
+  if (sources.size < 2) { place.replaceChildren(); return; }
+  place.replaceChildren(element("p", "quiet", "Comparing the models; each weight is read once…"));
+  try {
+    const named = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
+    const found = await call("/api/v1/sources/inspect", "POST", { sources: named, base: byId("base").value || null });
+    if (turn === inspecting) drawInspection(place, found);
+  } catch (error) {
+    if (turn === inspecting) place.replaceChildren(element("div", "note bad", error.message));
+  }
+}
+
+// ---- fields ----
+
+/** What the fields within a place say, by their keys; empty ones say nothing. */
+function said(place) {
+  const found = {};
+  for (const input of place.querySelectorAll("[data-key]")) {
+    const { key, kind } = input.dataset;
+    if (kind === "switch") { if (input.checked) found[key] = true; continue; }
+    // A space before an answer belongs to it, and \n in a prompt is a new line.
+    const text = ["prompt", "answer"].includes(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
+    if (text === "") continue;
+    if (kind === "numbers") found[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
+    else found[key] = kind === "number" || /^-?\d+(\.\d+)?$/.test(text) && kind !== "text" ? number(text) : text;
+  }
+  return found;
+}
+function number(text) { return Number.isFinite(Number(text)) ? Number(text) : text; }
+
+function addObjective(evaluator) {
+  numbers += 1;
+  const made = byId("objective-template").content.cloneNode(true);
+  const box = made.querySelector("[data-objective]");
+  for (const each of [box, ...box.querySelectorAll("*")]) {
+    for (const name of ["id", "for", "aria-describedby", "list"]) {
+      if (each.hasAttribute(name)) each.setAttribute(name, each.getAttribute(name).replace(/^N-/, `o${numbers}-`));
+    }
+  }
+  box.dataset.number = numbers;
+  box.querySelector("legend").textContent = `Objective ${numbers}`;
+  const remove = box.querySelector("[data-remove]");
+  remove.querySelector("span").textContent = ` objective ${numbers}`;
+  remove.addEventListener("click", () => { box.remove(); build(); byId("add-objective").focus(); });
+  const picker = box.querySelector("[data-evaluator-of]");
+  picker.value = evaluator;
+  picker.addEventListener("change", () => { settings(box, picker.value); build(); });
+  byId("objectives").append(made);
+  settings(box, evaluator);
+  return box;
+}
+
+function settings(box, evaluator) {
+  const place = box.querySelector("[data-settings]"), number = box.dataset.number;
+  const made = document.querySelector(`template[data-evaluator="${CSS.escape(evaluator)}"]`).content.cloneNode(true);
+  for (const each of made.querySelectorAll("*")) {
+    for (const name of ["id", "for", "aria-describedby", "list"]) {
+      if (each.hasAttribute(name)) each.setAttribute(name, each.getAttribute(name).replace(/^N-/, `o${number}-`));
+    }
+  }
+  place.replaceChildren(made);
+  box.querySelector("[data-about]").textContent = about.evaluators[evaluator] ?? "";
+}
+
+// ---- the file ----
+
+function content() {
+  const found = { name: byId("name").value.trim() };
+  const seed = number(byId("seed").value.trim() || "0");
+  if (seed !== 0) found.seed = seed;
+  found.sources = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
+  for (const key of ["base", "tokenizer", "dtype"]) if (byId(key).value) found[key] = byId(key).value;
+  const kind = form.querySelector("[name=space]:checked").value;
+  found.space = { kind, ...said(form.querySelector(`[data-space="${kind}"]`)) };
+  found.objectives = {};
+  for (const box of form.querySelectorAll("[data-objective]")) {
+    const evaluator = box.querySelector("[data-evaluator-of]").value;
+    const its = said(box.querySelector("[data-settings]"));
+    const name = box.querySelector("[data-name]").value.trim() || String(its.task ?? evaluator).replace(/[^A-Za-z0-9_-]+/g, "_");
+    const items = box.querySelector("[data-items]").value.trim(), direction = box.querySelector("[data-direction]").value;
+    const unique = name in found.objectives ? `${name}_${box.dataset.number}` : name;
+    found.objectives[unique] = {
+      ...(evaluator === "lm_eval" ? {} : { evaluator }), ...its,
+      ...(items ? { items: number(items) } : {}), ...(direction ? { direction } : {}),
+    };
+  }
+  const more = said(form.querySelector("[data-section=more]"));
+  if (more.rungs) found.racing = { rungs: more.rungs };
+  found.optimizer = said(form.querySelector("[data-section=optimizer]"));
+  found.budget = said(form.querySelector("[data-section=budget]"));
+  const confirm = { ...(more.top ? { top: more.top } : {}), ...(more.drawn ? { drawn: more.drawn } : {}) };
+  if (Object.keys(confirm).length) found.confirm = confirm;
+  if (more.pool) found.pool = more.pool;
+  if (more.workers) found.cluster = { workers: more.workers };
+  return found;
+}
+
+function build() {
+  if (byHand) return;
+  file.value = dump(content());
+  drawGutter();
+}
+
+function drawGutter(fault = 0) {
+  const lines = file.value.split("\n").length;
+  gutter.replaceChildren(...Array.from({ length: lines }, (_, i) => {
+    const line = element("span", i + 1 === fault ? "fault" : "", String(i + 1));
+    return line;
+  }));
+  gutter.style.height = `${file.clientHeight}px`;
+  gutter.scrollTop = file.scrollTop;
+}
+
+function setByHand(value) {
+  byHand = value;
+  byId("hand").hidden = !value;
+  byId("rebuild").hidden = !value;
+}
+
+file.addEventListener("input", () => { setByHand(true); file.removeAttribute("aria-invalid"); drawGutter(); });
+file.addEventListener("scroll", () => { gutter.scrollTop = file.scrollTop; });
+file.addEventListener("keydown", (event) => {
+  // Tab leaves the field, as everywhere, for whoever goes by keyboard.
+  if (event.key === "Enter") {
+    const before = file.value.slice(0, file.selectionStart).split("\n").pop().match(/^ */)[0];
+    if (before) { event.preventDefault(); document.execCommand("insertText", false, `\n${before}`); }
+  }
+});
+new ResizeObserver(() => { gutter.style.height = `${file.clientHeight}px`; }).observe(file);
+byId("rebuild").addEventListener("click", () => { setByHand(false); verdict.replaceChildren(); build(); file.focus(); });
+byId("copy").addEventListener("click", async () => {
+  try { await navigator.clipboard.writeText(file.value); toast("Copied."); } catch { file.select(); toast("Marked: copy it with the keyboard.", "bad"); }
+});
+
+// ---- what the server says ----
+
+function tellFaults(problem) {
+  const box = element("div", "note bad"), line = problem.line ?? problem.faults?.find((each) => each.line)?.line ?? 0;
+  box.append(element("strong", "", problem.title || "That does not work"));
+  for (const fault of problem.faults?.length ? problem.faults : [{ field: "", problem: problem.detail ?? "" }]) {
+    const told = element("p");
+    if (fault.field) told.append(element("code", "", fault.field), " ");
+    told.append(fault.problem);
+    if (fault.mend) told.append(element("br"), fault.mend);
+    box.append(told);
+  }
+  if (line) {
+    const go = element("button", "tiny", `Go to line ${line}`);
+    go.type = "button";
+    go.addEventListener("click", () => goTo(line));
+    box.append(go);
+  }
+  verdict.replaceChildren(box);
+  file.setAttribute("aria-invalid", "true");
+  drawGutter(line);
+  if (line) scrollTo(line);
+}
+
+function scrollTo(line) {
+  const height = parseFloat(getComputedStyle(file).lineHeight);
+  file.scrollTop = Math.max(0, (line - 4) * height);
+}
+
+function goTo(line) {
+  const lines = file.value.split("\n");
+  const begin = lines.slice(0, line - 1).reduce((sum, each) => sum + each.length + 1, 0);
+  file.focus();
+  file.setSelectionRange(begin, begin + lines[line - 1].length);
+  scrollTo(line);
+}
+
+function tellPlan(plan) {
+  const box = element("div", "note good"), list = element("dl", "facts");
+  box.append(element("strong", "", "It can be started. This is what it will do and cost:"));
+  for (const row of plan.rows ?? []) {
+    const text = element("dd", "", row.text);
+    list.append(element("dt", "", row.key), text);
+  }
+  for (const text of plan.estimates ?? []) list.append(element("dt", "", "estimate"), element("dd", "", typeof text === "string" ? text : text.text));
+  box.append(list);
+  verdict.replaceChildren(box);
+  file.removeAttribute("aria-invalid");
+  drawGutter();
+}
+
+/** Where in the file a fault is: the server finds the line, for it reads YAML. */
+async function locate(problem) {
+  if (problem.line || !problem.faults?.length) return problem;
+  try {
+    const found = await call("/new/line", "POST", { file: file.value, field: problem.faults[0].field });
+    return { ...problem, line: found.line };
+  } catch { return problem; }
+}
+
+async function ask(button, busy, act) {
+  button.disabled = true;
+  verdict.replaceChildren(element("p", "quiet", busy));
+  try {
+    await act();
+  } catch (error) {
+    if (error.problem) tellFaults(await locate(error.problem)); else tellFaults({ title: error.message });
+    speak(words(error.problem) || error.message, true);
+  } finally {
+    button.disabled = false;
+  }
+}
+
+byId("check").addEventListener("click", () => ask(byId("check"), "Opening everything that the file names…", async () => {
+  tellPlan(await call("/api/v1/searches/validate", "POST", { file: file.value }));
+}));
+byId("start").addEventListener("click", () => ask(byId("start"), "Checking, then starting…", async () => {
+  const made = await call("/api/v1/searches", "POST", { file: file.value, start: byId("at-once").checked });
+  location.assign(`/searches/${encodeURIComponent(made.name)}`);
+}));
+
+// ---- begin ----
+
+for (const radio of form.querySelectorAll("[name=space]")) {
+  radio.addEventListener("change", () => {
+    for (const each of form.querySelectorAll("[data-space]")) each.hidden = each.dataset.space !== radio.value;
+  });
+}
+byId("add-reference").addEventListener("click", () => { addSource(byId("reference").value.trim()); byId("reference").value = ""; });
+byId("reference").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); byId("add-reference").click(); } });
+byId("base").addEventListener("change", inspect);
+byId("add-objective").addEventListener("click", () => { addObjective("lm_eval").querySelector("[data-name]").focus(); build(); });
+form.addEventListener("input", build);
+form.addEventListener("change", build);
+form.addEventListener("submit", (event) => event.preventDefault());
+addObjective("lm_eval");
+build();
+listFolders();

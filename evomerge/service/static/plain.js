@@ -1,0 +1,2 @@
+// Pages that need nothing but copying.
+import "./common.js";

@@ -1,0 +1,139 @@
+// One search, live: parts of the page and figures follow the stream of events; buttons send commands.
+import { call, element, follow, refresh, speak, throttled, toast } from "./common.js";
+import * as figures from "./figures.js";
+
+const PAGE_MS = 1500, FIGURES_MS = 6000; // how often at most they are fetched again
+const head = document.getElementById("search");
+const { api, name, here, seq } = head.dataset;
+const byId = (id) => document.getElementById(id);
+
+// ---- what is shown follows the search ----
+
+const update = throttled(async () => {
+  const before = document.querySelector("#title .badge")?.textContent;
+  await refresh();
+  const state = document.querySelector("#title .badge")?.textContent;
+  const line = `${name}: ${byId("finished")?.textContent} candidates`;
+  if (before !== state) speak(`${name} is ${state}`, true); else speak(line);
+}, PAGE_MS);
+const redraw = throttled(figures.update, FIGURES_MS);
+let away = false;
+
+function hear(event) {
+  if (document.hidden) { away = true; return; } // drawn when somebody looks again
+  update();
+  if (event.kind !== "dispatch" && event.kind !== "open") redraw();
+}
+follow(`${api}/events?since=${seq}`, hear);
+document.addEventListener("visibilitychange", () => { if (!document.hidden && away) { away = false; update(); redraw(); } });
+
+// ---- figures ----
+
+const chosen = byId("selected-figure"), picker = byId("select-candidate");
+
+function select(number) {
+  const id = `c${String(number).padStart(4, "0")}`;
+  byId("selected-name").textContent = id;
+  byId("selected-link").href = `${here}/candidates/${number}`;
+  byId("selected-compare").href = `${here}/compare?a=${id}`;
+  byId("selected-export").href = `${here}/exports?candidate=${id}`;
+  if (![...picker.options].some((option) => option.value === String(number))) {
+    const option = element("option", "", id);
+    option.value = String(number);
+    picker.append(option);
+  }
+  picker.value = String(number);
+  figures.show(chosen, `${api}/candidates/${number}/figures/recipe`);
+}
+picker.addEventListener("change", () => select(Number(picker.value)));
+figures.onPoint(byId("front-figure"), (point) => {
+  const found = [point.customdata].flat().find((each) => Number.isInteger(Number(each)) || /^c\d+$/.test(each));
+  if (found === undefined) return;
+  select(Number(String(found).replace(/^c/, "")));
+  speak(`Recipe of ${byId("selected-name").textContent}`, true);
+});
+if (picker.value) select(Number(picker.value));
+
+for (const button of document.querySelectorAll("[data-over]")) {
+  button.addEventListener("click", () => {
+    for (const each of document.querySelectorAll("[data-over]")) each.setAttribute("aria-pressed", String(each === button));
+    figures.show(byId("history-figure"), `${api}/figures/history?over=${button.dataset.over}`);
+  });
+}
+
+const parameter = byId("parameter"), objective = byId("about-objective");
+function genes() {
+  const about = new URLSearchParams();
+  if (objective) about.set("objective", objective.value);
+  for (const box of document.querySelectorAll("#genes .figure")) {
+    const kind = box.dataset.figure.split("?")[0];
+    const query = new URLSearchParams(about);
+    if (box.id === "slice-figure" && parameter.value) query.set("parameter", parameter.value);
+    figures.show(box, query.size ? `${kind}?${query}` : kind);
+  }
+}
+parameter.addEventListener("change", genes);
+objective?.addEventListener("change", genes);
+genes();
+figures.start();
+
+// ---- the table of candidates: links and filters change it alone ----
+
+async function table(address) {
+  history.replaceState(null, "", address);
+  await refresh(address);
+}
+byId("filters").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const wanted = new URLSearchParams([...new FormData(event.target)].filter(([, value]) => value !== ""));
+  table(`${here}?${wanted}`).catch((error) => toast(error.message, "bad"));
+});
+byId("filters").addEventListener("change", () => byId("filters").requestSubmit());
+byId("candidates").addEventListener("click", (event) => {
+  const link = event.target.closest("a[data-table]");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  table(link.href).catch((error) => toast(error.message, "bad"));
+});
+
+// ---- commands ----
+
+const DONE = { pause: "It pauses: what runs finishes, nothing new begins.", resume: "It goes on.",
+  stop: "It stops when what runs has finished.", cancel: "It is cancelled." };
+const SURE = { stop: "Stop this search? What runs finishes, and the best are confirmed no more. It can be resumed later.",
+  cancel: "Cancel this search at once? What runs is thrown away. It can be resumed later." };
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-verb]");
+  if (!button) return;
+  const verb = button.dataset.verb;
+  if (SURE[verb] && !confirm(SURE[verb])) return;
+  button.setAttribute("aria-disabled", "true");
+  try {
+    await call(`${api}/${verb}`, "POST");
+    toast(DONE[verb]);
+    setTimeout(update, 500);
+  } catch (error) {
+    toast(error.message, "bad");
+  } finally {
+    button.removeAttribute("aria-disabled");
+  }
+});
+
+const budget = byId("budget");
+document.addEventListener("click", (event) => { if (event.target.closest("#raise")) budget.showModal(); });
+budget.addEventListener("close", async () => {
+  if (budget.returnValue !== "raise") return;
+  const form = new FormData(budget.querySelector("form"));
+  const number = (key) => (form.get(key) === "" ? null : Number(form.get(key)));
+  try {
+    await call(`${api}/budget`, "POST", {
+      candidates: number("candidates"), hours: number("hours"), patience: number("patience"), resume: form.has("resume"),
+    });
+    toast("The budget is changed.");
+    setTimeout(update, 500);
+  } catch (error) {
+    toast(error.message, "bad");
+  }
+  budget.returnValue = "";
+});

@@ -1,0 +1,195 @@
+"""What lists and answers say of a search and of its candidates, from light queries alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+
+from evomerge.errors import InputError
+from evomerge.mergekit import dump_recipe
+from evomerge.recipe import Recipe
+from evomerge.report.confirmed import confirmation
+from evomerge.report.entries import candidate_id, measures_of
+from evomerge.report.status import Counts
+from evomerge.service.bodies import (
+    CandidateDetail,
+    CandidateName,
+    CandidateSummary,
+    Mean,
+    Objective,
+    SearchSummary,
+    Spending,
+)
+from evomerge.service.drivers import DriverState
+from evomerge.store import SearchRow, Store, summaries
+from evomerge.store.rows import Estimate
+from evomerge.store.summaries import Brief
+
+_POINTS = 24  # of a sparkline
+_RECENT = 200  # candidates that the mean cost is taken from
+
+_KNOWN: dict[tuple[str, int, str], tuple[int, list[tuple[int, float]]]] = {}  # (newest event, best so far)
+_MOST_KNOWN = 1000  # searches
+
+
+def summary_of(store: Store, driver: DriverState) -> SearchSummary:
+    """A search as a list shows it."""
+    search, counts = store.search(), store.counts()
+    first, asked = search.fingerprints["objectives"][0], sum(counts.values())
+    finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
+    spent_s = search.spent_s + (_unrecorded_s(store) if driver.holds and driver.state == "running" else 0.0)
+    best = summaries.best(store, first["name"], maximise=first["maximise"])
+    steps = _steps(store, first)
+    budget = Spending(**{key: search.settings["budget"].get(key) for key in Spending.model_fields})
+    return SearchSummary(
+        name=search.name,
+        state=driver.state,
+        why=driver.why,
+        driver=driver.holds,
+        created_at=search.created_at,
+        spent_s=spent_s,
+        counts=Counts.model_validate({**counts, "asked": asked}),
+        budget=budget,
+        eta_s=_eta_s(budget, finished, spent_s) if driver.holds else None,
+        best=None if best is None else candidate_name(best),
+        best_source=_best_source(store, first),
+        sparkline=sparkline(steps, asked),
+        gpu_hours=_gpu_hours(store, search, counts["done"] + counts["eliminated"]),
+        objectives=[Objective(name=o["name"], maximise=o["maximise"]) for o in search.fingerprints["objectives"]],
+    )
+
+
+def _steps(store: Store, objective: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The best so far. It looks at all candidates, so what is known of a search is kept until the search has more."""
+    key = (store.place, store.search_id, objective["name"])
+    newest = summaries.last_event(store)
+    if (known := _KNOWN.get(key)) is not None and known[0] == newest:
+        return known[1]
+    steps = summaries.best_so_far(store, objective["name"], maximise=objective["maximise"])
+    if len(_KNOWN) >= _MOST_KNOWN:
+        _KNOWN.clear()
+    _KNOWN[key] = newest, steps
+    return steps
+
+
+def sparkline(steps: list[tuple[int, float]], asked: int) -> list[float]:
+    """The best so far after equal shares of the candidates, from when there is one: at most _POINTS numbers."""
+    at = [math.ceil(asked * (i + 1) / _POINTS) for i in range(_POINTS)] if asked > _POINTS else range(1, asked + 1)
+    numbers = np.array([number for number, _ in steps])
+    places = [int(np.searchsorted(numbers, end)) for end in at] if steps else []
+    return [steps[place - 1][1] for place in places if place > 0]
+
+
+def candidate_name(row: Brief) -> CandidateName:
+    """A candidate in a few words."""
+    return CandidateName(
+        id=candidate_id(row.number), number=row.number, label=row.label, objectives=values(row.objectives)
+    )
+
+
+def candidate_summary(row: Brief) -> CandidateSummary:
+    """A candidate as a list shows it."""
+    return CandidateSummary(**_told(row))
+
+
+def candidate_detail(store: Store, number: int) -> CandidateDetail:
+    """All that is known of a candidate. Raises InputError when there is none of this number."""
+    row, search = store.candidate(number), store.search()
+    (brief,) = summaries.briefs(store, [number])
+    held = confirmation(store, search, store.candidates(step=0))
+    found = next((each for each in [*held.entries, *held.baselines] if each.id == candidate_id(number)), None)
+    there = {} if found is None else {**found.objectives, **found.constraints}
+    return CandidateDetail(
+        **_told(brief),
+        recipe_hash=row.recipe_hash,
+        recipe=yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None, allow_unicode=True),
+        mergekit=_mergekit(row.recipe, search.settings["sources"]),
+        genome={} if row.genome is None else dict(_genes(search, row.genome.tolist())),
+        losses=None if row.losses is None else [*row.losses],
+        timings=row.timings,
+        failed=row.failure,
+        held_out={name: Mean(mean=each.mean, stderr=each.stderr, n=each.n) for name, each in there.items()},
+    )
+
+
+def values(estimates: Mapping[str, Estimate]) -> dict[str, Mean]:
+    return {name: Mean(**found) for name, found in estimates.items()}
+
+
+def _told(row: Brief) -> dict[str, Any]:
+    same = ("number", "label", "step", "origin", "status", "same_as", "attempts", "worker", "eligible", "on_front",
+            "seconds", "asked_at", "finished_at")  # fmt: skip
+    told = {name: getattr(row, name) for name in same}
+    reason = None if row.failure is None else str(row.failure.get("reason"))
+    return told | {"id": candidate_id(row.number), "objectives": values(row.objectives), "failure": reason}
+
+
+def _genes(search: SearchRow, genome: Iterable[float]) -> Iterable[tuple[str, float | int | str]]:
+    for parameter, number in zip(search.fingerprints["parameters"], genome, strict=True):
+        kind = parameter["kind"]
+        yield (
+            parameter["name"],
+            str(parameter["choices"][int(number)]) if kind == "choice" else int(number) if kind == "int" else number,
+        )
+
+
+def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
+    try:
+        return dump_recipe(Recipe.from_canonical(recipe, sources))
+    except InputError:  # mergekit has no words for it
+        return None
+
+
+def _unrecorded_s(store: Store) -> float:
+    """Seconds that a driver at work has spent since it last wrote them down."""
+    last = store.events(kinds=("lease", "tell"), newest=1)
+    return max(0.0, time.time() - last[0].time) if last else 0.0
+
+
+def _eta_s(budget: Spending, finished: int, spent_s: float) -> float | None:
+    """Seconds until the first bound of the budget is reached at the pace so far; that of patience is not foreseen."""
+    left = []
+    if budget.candidates is not None and finished:
+        left.append(max(0, budget.candidates - finished) * spent_s / finished)
+    if budget.hours is not None:
+        left.append(max(0.0, budget.hours * 3600 - spent_s))
+    return min(left, default=None)
+
+
+def _best_source(store: Store, objective: Mapping[str, Any]) -> CandidateName | None:
+    name, sign = objective["name"], 1 if objective["maximise"] else -1
+    sources = [row for row in summaries.landmarks(store) if row.origin == "source" and name in row.objectives]
+    known = [row for row in sources if not math.isnan(row.objectives[name]["mean"])]
+    return candidate_name(max(known, key=lambda row: sign * row.objectives[name]["mean"])) if known else None
+
+
+def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:
+    """Hours of GPUs that candidates took, by the mean of the latest; None without a GPU."""
+    gpus = search.settings.get("cluster", {}).get("gpus_per_worker")
+    if gpus is None and str(search.settings.get("device") or "").startswith("cuda"):
+        gpus = 1.0
+    if not gpus:
+        return None
+    order = summaries.Order(descending=True)
+    recent = summaries.page(store, order, _RECENT, statuses=("done", "eliminated"))
+    return float(gpus) * scored * float(np.mean([row.seconds for row in recent])) / 3600 if recent else 0.0
+
+
+def measure_named(search: SearchRow, name: str | None) -> Mapping[str, Any]:
+    """An objective or a constraint of a search; the first objective when no name is given.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    measures = measures_of(search.fingerprints)
+    for measure in measures:
+        if name in (None, measure["name"]):
+            return measure
+    known = ", ".join(str(measure["name"]) for measure in measures)
+    raise InputError("objective", f"there is none called {name!r}", f"There are {known}.")
