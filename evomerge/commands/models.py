@@ -54,7 +54,8 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         checked: list[str] = []
 
         def check(written: Path) -> None:
-            checked.extend(reproduce(written, store, row, prepared, folded=recipe.is_scaled))
+            rounds = recipe.is_scaled or prepared.file.together > 1
+            checked.extend(reproduce(written, store, row, prepared, rounds=rounds))
 
         with local_folder(out, console) as model, progress_bar(console) as update:
             texts = papers(model.name, recipe, prepared.sources, provenance)
@@ -111,12 +112,12 @@ def _scored(live: LiveModel, prepared: Prepared, split: Split) -> dict[str, Esti
     return {m.name: mean_and_error(objective_values(m, scores, split)) for m in setup.measures}
 
 
-def reproduce(written: Path, store: Store, row: CandidateRow, prepared: Prepared, *, folded: bool) -> list[str]:
+def reproduce(written: Path, store: Store, row: CandidateRow, prepared: Prepared, *, rounds: bool) -> list[str]:
     """Load an exported folder with plain transformers and score it again; a line for each evaluator.
 
-    Each item must score as recorded, but for two causes of rounding: scales that were ``folded`` into the weights, and
-    items that a race scored in several batches, for padding is another in each. Then no more than one in twenty may
-    score otherwise, and not all the same way.
+    Each item must score as recorded, but for what rounds: scales that were folded into the weights and adapters that
+    were not (``rounds``), and items that a race scored in several batches, for padding is another in each. Then no more
+    than one in twenty may score otherwise, and not all the same way.
 
     Raises:
         InputError: it does not score what was recorded.
@@ -132,7 +133,7 @@ def reproduce(written: Path, store: Store, row: CandidateRow, prepared: Prepared
             now = evaluator.score(live, split, before.items.tolist())
             place, name = f"{evaluator.name} ({split})", candidate_id(row.number)
             parts = split == "search" and len(raced.get(evaluator.version, set()) | {len(before.items)}) > 1
-            exact, most = not (folded or parts), 0
+            exact, most = not (rounds or parts), 0
             for metric, values in before.metrics.items():
                 if metric not in evaluator.measured:
                     most = max(most, _differing(now[metric], values, name, f"{place}: {metric}", exact))

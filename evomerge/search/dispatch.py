@@ -136,14 +136,15 @@ class Dispatcher:
                 self._report(news)
 
     def _fill(self, feed: Feed, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> bool:
-        """Submit as many as there are workers; what shares a recipe with a running candidate keeps waiting.
+        """Submit as many as the workers take; what shares a recipe with a running candidate keeps waiting.
 
         Returns:
             Whether the feed has nothing more, for now.
         """
         held: list[Pending] = []
         busy = {pending.recipe_hash for pending in running.values()}
-        room = self._pool.state().workers
+        state = self._pool.state()
+        room = state.workers * state.together
         exhausted = False
         while len(running) < room and len(held) <= room:
             pending = waiting.popleft() if waiting else feed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -76,12 +77,24 @@ class Finished:
 
 @dataclass(frozen=True)
 class PoolState:
-    """What a pool is doing, for the screen: workers by what they do now."""
+    """What a pool is doing, for the screen: workers by what they do now. Each takes up to ``together`` jobs at once."""
 
     workers: int
     busy: int
     starting: int = 0
     queued: int = 0
+    together: int = 1
+
+
+def batch(queue: deque[Job], most: int) -> list[Job]:
+    """Take the next jobs that one worker is to score at once, at least one and no more than ``most``.
+
+    One that has failed before is scored alone: what it did to its worker, it does to those beside it.
+    """
+    jobs = [queue.popleft()]
+    while queue and len(jobs) < most and jobs[0].attempt == queue[0].attempt == 1:
+        jobs.append(queue.popleft())
+    return jobs
 
 
 NewsKind = Literal[

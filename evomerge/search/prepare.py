@@ -14,6 +14,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
+from evomerge.merging.low_rank import low_rank_problem
 from evomerge.merging.materialise import check_recipe
 from evomerge.merging.registry import find_method
 from evomerge.plugins import unknown_name
@@ -45,6 +46,7 @@ def prepare(file: SearchFile) -> Prepared:
     settings = distinct_evaluators(file)
     evaluators = tuple(_build(file, each) for each in settings)
     _refuse_test_items(file, settings, evaluators)
+    _check_together(file, space, sources, evaluators)
     setup = Setup(
         name=file.name,
         seed=file.seed,
@@ -151,6 +153,25 @@ def _build(file: SearchFile, settings: EvaluatorSettings) -> Evaluator:
     except InputError as error:
         place = next(place for place, found in file.evaluators().items() if found == settings)
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+
+
+def _check_together(
+    file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], evaluators: Sequence[Evaluator]
+) -> None:
+    """Refuse to score several candidates at once where they are not adapters' weighted sums on one model."""
+    if file.together == 1:
+        return
+    mend = "Leave `together` out."
+    if file.engine != "transformers":
+        raise InputError("together", f"is {file.together}, and {file.engine} answers for one candidate at a time", mend)
+    for evaluator in evaluators:
+        if evaluator.measured:
+            what = ", ".join(sorted(evaluator.measured))
+            raise InputError("together", f"{evaluator.name} measures {what}, which several candidates share", mend)
+    middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
+    for recipe in (*(mark.recipe for mark in space.landmarks()), space.decode(middle)):
+        if problem := low_rank_problem(recipe, sources):
+            raise InputError("together", problem, mend)
 
 
 def _refuse_test_items(

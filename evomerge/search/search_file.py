@@ -210,6 +210,7 @@ class SearchFile(Section):
     cluster: Cluster = Cluster()
     device: str | None = None
     engine: Literal["transformers", "vllm"] = "transformers"
+    together: PositiveInt = 1
     attempts: PositiveInt = 2
     attempt_hours: float = Field(default=MOST_S / 3600, allow_inf_nan=False)
     task_folders: tuple[Path, ...] = ()

@@ -199,7 +199,7 @@ def make_pool(prepared: Prepared, folder: Path) -> Pool:
 
     from evomerge.search.worker import Worker
 
-    return InProcessPool(lambda: Worker.of("in-process", prepared, kept))
+    return InProcessPool(lambda: Worker.of("in-process", prepared, kept), prepared.file.together)
 
 
 def environment() -> dict[str, str]:

@@ -32,8 +32,8 @@ CONTENT_POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; font-src 'self'; form-action 'none'; base-uri 'none'; "
     "frame-ancestors 'none'"
 )
-"""Of the dashboard's page. Weaker than ours in ``unsafe-eval`` alone: its parallel coordinates are drawn by programs for
-WebGL that are put together as text."""
+"""Of the dashboard's page. Weaker than ours in ``unsafe-eval`` alone: its parallel coordinates are drawn by programs
+for WebGL that are put together as text."""
 
 _READ = ("/api/meta", "/api/studies", "/api/studies/{rest:path}", "/csv/{rest:path}")
 _MOST_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
@@ -48,30 +48,32 @@ class Studies:
     def __init__(self, root: Root) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._known: dict[str, Told] = {}
+        self._known: dict[str, tuple[float, Told]] = {}
         self._kept: OrderedDict[str, tuple[object, list[FrozenTrial]]] = OrderedDict()
 
     def told(self) -> Mapping[str, Told]:
-        """Every search that can be opened, those that began first before the others."""
-        names = self._root.names()[::-1]
+        """Every search that can be opened, the oldest first, so that they keep their numbers."""
+        names = self._root.names()
         with self._lock:
             known = {name: self._known[name] for name in names if name in self._known}
         for name in names:
-            if name not in known and (told := self._look(name)) is not None:
-                known[name] = told
+            if name not in known and (found := self._look(name)) is not None:
+                known[name] = found
         with self._lock:
             self._known = known
-        return known
+        return {name: known[name][1] for name in sorted(known, key=lambda name: (known[name][0], name))}
 
-    def _look(self, name: str) -> Told | None:
+    def _look(self, name: str) -> tuple[float, Told] | None:
+        """When a search began, and what is told of it."""
         try:
             with self._root.store(name) as store:
-                objectives = store.search().fingerprints["objectives"]
+                search = store.search()
         except (InputError, UnknownSearchError):
             return None
+        objectives = search.fingerprints["objectives"]
         up = [bool(objective["maximise"]) for objective in objectives]
         directions = [StudyDirection.MAXIMIZE if each else StudyDirection.MINIMIZE for each in up]
-        return Told(name, directions, [objective["name"] for objective in objectives], [])
+        return search.created_at, Told(name, directions, [objective["name"] for objective in objectives], [])
 
     def trials(self, name: str) -> list[FrozenTrial]:
         """The trials of a study: candidates that were scored whole."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from evomerge.search.jobs import Finished, Job, PoolNews, PoolState
+from evomerge.search.jobs import Finished, Job, PoolNews, PoolState, batch
 
 
 class JobRunner(Protocol):
@@ -15,15 +15,21 @@ class JobRunner(Protocol):
 
     def run(self, job: Job) -> Finished: ...
 
+    def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
+        """Several at once; asked for only where the search file has ``together``."""
+        ...
+
 
 class InProcessPool:
-    """Runs one job in each ``wait``. For one machine, for tests, and wherever exact repeatability counts.
+    """Runs one job in each ``wait``, or up to ``together`` at once. For one machine, for tests, and wherever exact
+    repeatability counts.
 
     A job that hangs hangs the search: nothing else runs in this process that could end it.
     """
 
-    def __init__(self, make_worker: Callable[[], JobRunner]) -> None:
+    def __init__(self, make_worker: Callable[[], JobRunner], together: int = 1) -> None:
         self._make_worker = make_worker
+        self._together = together
         self._worker: JobRunner | None = None
         self._queue: deque[Job] = deque()
 
@@ -35,7 +41,8 @@ class InProcessPool:
             return []
         if self._worker is None:
             self._worker = self._make_worker()
-        return [self._worker.run(self._queue.popleft())]
+        jobs = batch(self._queue, self._together)
+        return self._worker.run_together(jobs) if len(jobs) > 1 else [self._worker.run(jobs[0])]
 
     def running(self) -> Mapping[tuple[int, int], float]:
         return {}  # outside ``wait``, where a job runs to its end, none does
@@ -47,7 +54,8 @@ class InProcessPool:
         pass  # none runs that could be ended
 
     def state(self) -> PoolState:
-        return PoolState(workers=1, busy=min(1, len(self._queue)), queued=max(0, len(self._queue) - 1))
+        waiting = len(self._queue)
+        return PoolState(workers=1, busy=min(1, waiting), queued=max(0, waiting - 1), together=self._together)
 
     def news(self) -> Sequence[PoolNews]:
         return ()

@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evomerge.errors import InputError
-from evomerge.search.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState
+from evomerge.search.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState, batch
 from evomerge.search.pools.in_process import JobRunner
 from evomerge.search.pools.joining import connect
 from evomerge.search.pools.nodes import (
@@ -63,6 +63,9 @@ class RayWorker:
     def run(self, job: Job) -> Finished:
         return self._worker.run(job)
 
+    def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
+        return self._worker.run_together(jobs)
+
 
 @dataclass(eq=False)
 class _Hired:
@@ -102,13 +105,14 @@ class RayPool:
             self._disconnect()
             raise
         self._threads = file.cluster.cpus_per_worker
+        self._together = file.together
         self._needs = needs_of_worker(file.cluster, *nodes.values())
         _, self._most = worker_limits(file.cluster)
         self._asked_for = self._most if self._most is not None and self._most > fitting else 0
         if self._asked_for:
             ask_for(self._needs, self._asked_for)
         self._queue: deque[Job] = deque()
-        self._calls: dict[Any, tuple[_Hired, Job]] = {}
+        self._calls: dict[Any, tuple[_Hired, list[Job]]] = {}
         self._began: dict[tuple[int, int], float] = {}
         self._ended: list[Finished] = []  # by ourselves, and not given back yet
         self._news: list[PoolNews] = []
@@ -126,17 +130,19 @@ class RayPool:
 
     def submit(self, job: Job) -> None:
         self._queue.append(job)
-        self._feed()
+        if self._together == 1:  # else the next ``wait`` shares out all that have come by then
+            self._feed()
 
     def wait(self, timeout_s: float) -> list[Finished]:
         self._check_alive()
+        self._feed()
         finished, self._ended = self._ended, []
         pending = [*self._calls, *self._starting]
         if pending:
             ready, _ = ray.wait(pending, num_returns=1, timeout=0 if finished else timeout_s)
             if ready:  # take everything that has ended by now, not only the first
                 ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
-            finished += [self._collect(call) for call in ready if call in self._calls]
+            finished += [each for call in ready if call in self._calls for each in self._collect(call)]
             for call in ready:
                 if call in self._starting:
                     self._greet(call)
@@ -155,18 +161,18 @@ class RayPool:
         return time.monotonic()
 
     def cancel(self, candidate: int, attempt: int) -> None:
-        for call, (worker, job) in self._calls.items():
-            if (job.candidate, job.attempt) == (candidate, attempt):
+        for call, (worker, jobs) in self._calls.items():
+            if (candidate, attempt) in [(job.candidate, job.attempt) for job in jobs]:
                 del self._calls[call]  # nothing is awaited of the worker: it may be out of reach
-                seconds = time.monotonic() - self._began.pop((candidate, attempt))
+                seconds = max([time.monotonic() - self._began.pop((job.candidate, job.attempt)) for job in jobs])
                 failure = Failed("timeout", f"ended after {seconds:.0f} s")
-                self._ended.append(Finished(candidate, attempt, self._name(worker), failure))
+                self._ended += self._failed(worker, jobs, failure)
                 self._drop(worker, "worker dropped", f"candidate {candidate} took longer than {seconds:.0f} s")
                 return
 
     def state(self) -> PoolState:
         starting = sum(not worker.has_loaded for worker in self._workers.values())
-        return PoolState(workers=len(self._workers), busy=len(self._calls), starting=starting, queued=len(self._queue))
+        return PoolState(len(self._workers), len(self._calls), starting, len(self._queue), self._together)
 
     def news(self) -> Sequence[PoolNews]:
         news, self._news = self._news, []
@@ -316,30 +322,39 @@ class RayPool:
 
     def _feed(self) -> None:
         while self._idle and self._queue:
-            worker, job = self._idle.pop(0), self._queue.popleft()
+            share = math.ceil(len(self._queue) / len(self._idle))  # that no worker is left without
+            worker, jobs = self._idle.pop(0), batch(self._queue, min(self._together, share))
             worker.phase = "busy"
-            self._calls[worker.actor.run.remote(job)] = (worker, job)
-            self._began[job.candidate, job.attempt] = time.monotonic()
+            actor = worker.actor
+            call = actor.run_together.remote(jobs) if len(jobs) > 1 else actor.run.remote(jobs[0])
+            self._calls[call] = (worker, jobs)
+            self._began |= {(job.candidate, job.attempt): time.monotonic() for job in jobs}
 
-    def _collect(self, call: Any) -> Finished:
-        worker, job = self._calls.pop(call)
-        self._began.pop((job.candidate, job.attempt))
+    def _collect(self, call: Any) -> list[Finished]:
+        worker, jobs = self._calls.pop(call)
+        for job in jobs:
+            self._began.pop((job.candidate, job.attempt))
         try:
-            finished = cast(Finished, ray.get(call))
+            found = ray.get(call)
+            finished = cast(list[Finished], found if len(jobs) > 1 else [found])
         except RayError as error:  # its process, its node or its owner is gone; a task error is of our own making
             reason, words = self._blame(worker, error), words_of(error)
             message = f"its node is gone or about to go: {words}" if reason == "node_lost" else words
             failure = Failed(reason, message, str(error))
             self._drop(worker, "worker dropped" if reason == "error" else "worker died", message)
-            return Finished(job.candidate, job.attempt, self._name(worker), failure)
+            return self._failed(worker, jobs, failure)
         worker.phase = "idle"
-        if isinstance(finished.result, Failed) and finished.result.reason == "worker_died":  # it says so of itself
-            self._drop(worker, "worker dropped", finished.result.message)
+        results = [each.result for each in finished]
+        if died := [each for each in results if isinstance(each, Failed) and each.reason == "worker_died"]:
+            self._drop(worker, "worker dropped", died[0].message)  # it says so of itself
         elif worker.node not in self._nodes:
             self._drop(worker, "worker dropped", "its node is gone or about to go")
         else:
             self._idle.append(worker)
-        return replace(finished, worker=self._name(worker))
+        return [replace(each, worker=self._name(worker)) for each in finished]
+
+    def _failed(self, worker: _Hired, jobs: Sequence[Job], failure: Failed) -> list[Finished]:
+        return [Finished(job.candidate, job.attempt, self._name(worker), failure) for job in jobs]
 
     def _blame(self, worker: _Hired, error: RayError) -> FailureReason:
         if isinstance(error, RayTaskError):

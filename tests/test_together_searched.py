@@ -1,0 +1,73 @@
+"""A search whose candidates are scored together, as a person runs it: the same as one that scores each alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_miniature import MINIATURES, evomerge, search_file
+from test_adapters import LINEAR, train
+
+from evomerge.search.folder import open_store
+
+BASE = MINIATURES / "base"
+ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:12]", "held_out": "test[:4]"}
+SPEED = {"evaluator": "cost", "metric": "tokens_per_second", "measure": True, "at_least": 1}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two")):  # weak, so that no answer hangs on the last bits
+        train(BASE, folder / name, seed=seed, r=4, lora_alpha=0.5, target_modules=LINEAR)
+    return {"base": str(BASE), **{name: f"{BASE}+{folder / name}" for name in ("one", "two")}}
+
+
+def write(tmp_path: Path, sources: dict[str, str], **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "space": {"method": "task_arithmetic"}, "objectives": {"maths": ITEMS}, "budget": {"candidates": 10},
+        "confirm": {"top": 1},
+    }  # fmt: skip
+    return search_file(tmp_path, sources=sources, **settings | changes)
+
+
+def rows(folder: Path) -> list[tuple[object, ...]]:
+    with open_store(folder) as store:
+        return [
+            (row.number, row.recipe_hash, row.status, row.objectives, store.answers(row.number, "search"))
+            for row in store.candidates()
+        ]
+
+
+def test_it_is_the_search_that_scores_each_alone_and_exports(tmp_path: Path, sources: dict[str, str]) -> None:
+    assert evomerge("search", write(tmp_path, sources), "--dir", tmp_path / "alone") == 0
+    assert evomerge("search", write(tmp_path, sources, together=4), "--dir", tmp_path / "together") == 0
+    assert rows(tmp_path / "together") == rows(tmp_path / "alone")
+    assert all(answers for *_, answers in rows(tmp_path / "together"))
+    with open_store(tmp_path / "together") as store:
+        began = [event.kind for event in store.events(kinds=("dispatch", "result"))]
+    assert began[:4] == ["dispatch"] * 4  # of one worker
+    assert evomerge("export", tmp_path / "together", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {"method": "ties"}}, "ties"),
+        ({"constraints": {"speed": SPEED}}, "measures tokens_per_second"),
+    ],
+)
+def test_what_cannot_be_scored_together_is_refused(
+    tmp_path: Path,
+    sources: dict[str, str],
+    changes: dict[str, Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evomerge("validate", write(tmp_path, sources, together=4, **changes)) == 2
+    said = capsys.readouterr().err
+    assert "together: " in said
+    assert words in said
