@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from evomerge.search.control import Control
 from evomerge.search.driver import Driver
-from evomerge.search.jobs import Finished, Job, Measured, Task
+from evomerge.search.jobs import Finished, Job, Measured, PoolNews, Task
 from evomerge.search.pools.base import PoolState
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.search_file import parse_search_file
@@ -38,6 +38,7 @@ from evomerge.store import Store, acquire
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "evaluators" / "tasks" / "data"
 SHARE = 0.95  # of the reference's gain
+PARTS = (0.02, 0.03, 0.05)  # of the reference's items, at which it is told how much of the gain a technique has
 REFERENCE = "full evaluation, plain CMA-ES"
 
 SETTINGS: dict[str, Any] = {
@@ -89,6 +90,9 @@ class CountingPool:
 
     def now(self) -> float:
         return time.monotonic()
+
+    def news(self) -> Sequence[PoolNews]:
+        return ()
 
     def cancel(self, candidate: int, attempt: int) -> None:
         """A job that runs in this process cannot be ended."""
@@ -200,36 +204,41 @@ def report(folder: Path) -> None:
     start = float(np.mean([max(each["landmarks"].values()) for each in reference.runs]))
     goal = start + SHARE * (float(reference.last.mean()) - start)
     grid = np.unique(np.concatenate([[p["items"] for p in each["points"]] for each in runs])).astype(np.float64)
-    found = {name: _row(each, reference, grid, goal) for name, each in curves.items()}
-    together = min(
-        (name for name in found if name.count(",")), key=lambda name: found[name]["items"], default=REFERENCE
-    )
+    found = {name: _row(each, reference, grid, start, goal) for name, each in curves.items()}
+    reaching = [name for name in found if name != REFERENCE and found[name]["items"] is not None]
+    best = min(reaching, key=lambda name: found[name]["items"] or 0.0, default=None)
     content = {
         "seeds": len(reference.runs),
         "best_landmark": start,
         "goal": goal,
         "reference_items": reference.spent,
-        "items_fraction_of_full": found[together]["fraction_of_full"],
-        "together": together,
+        "items_fraction_of_full": None if best is None else found[best]["fraction_of_full"],
+        "by": best,
         "techniques": found,
     }
     docs = ROOT / "docs"
     (docs / "search_cost.json").write_text(json.dumps(content, indent=2) + "\n")
     for name, row in found.items():
-        print(f"{name:34} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        print(
+            f"{name:34} " + "  ".join(f"{key} {'-' if value is None else f'{value:.4g}'}" for key, value in row.items())
+        )
     _plot(curves, grid, goal, start, docs / "search_cost.svg")
 
 
-def _row(curves: Curves, reference: Curves, grid: NDArray[np.float64], goal: float) -> dict[str, float]:
-    """What a technique needs. ``items``: where the mean over seeds first reaches the goal, NaN if it never does."""
+def _row(
+    curves: Curves, reference: Curves, grid: NDArray[np.float64], start: float, goal: float
+) -> dict[str, float | None]:
+    """What a technique needs. ``items``: where the mean over seeds first reaches the goal, None if it never does."""
     mean = curves.at(grid).mean(axis=0)
     reached = np.flatnonzero(mean >= goal)
-    items = float(grid[reached[0]]) if len(reached) else float("nan")
+    items = float(grid[reached[0]]) if len(reached) else None
+    shares = (mean - start) / (float(reference.last.mean()) - start)
     gap = curves.last - reference.last[: len(curves.last)]
     error = float(gap.std(ddof=1) / np.sqrt(len(gap))) if len(gap) > 1 else float("nan")
     return {
         "items": items,
-        "fraction_of_full": items / reference.spent,
+        "fraction_of_full": None if items is None else items / reference.spent,
+        **{f"share_of_gain_at_{part:g}": float(shares[grid <= part * reference.spent][-1]) for part in PARTS},
         "held_out_at_the_end": float(curves.last.mean()),
         "difference_from_full": float(gap.mean()),
         "difference_stderr": error,
