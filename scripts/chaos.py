@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -40,6 +41,7 @@ from evomerge.store import EventRow, Store
 NODES, WORKERS_PER_NODE = 2, 2
 LAST = 0.8  # of the candidates; a node takes seconds to start, in which nothing is injected and the search goes on
 HUNG_S = 120.0  # longer than Ray takes to miss a node, to start one and to start workers on a crowded machine
+STARTS = 4
 HOUR = 3600.0
 AWAY_S = 3.0  # how long a killed PostgreSQL is left so
 
@@ -81,6 +83,16 @@ def plan_faults(count: int, candidates: int, seed: int, store: str) -> list[Faul
     return faults
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """What ``start`` gives. Ray gives a process 30 s to start, too little for once on a crowded machine."""
+    for _ in range(STARTS - 1):
+        try:
+            return start()
+        except Exception as error:  # Ray raises nothing more particular; what did start ends with this process
+            print(error, file=sys.stderr)
+    return start()
+
+
 class Chaos:
     """Watches a search, breaks things, and starts its driver again.
 
@@ -108,13 +120,14 @@ class Chaos:
         (folder / "plan.json").write_text(json.dumps(self._planned))
         # A node is lost when five checks in a row find nobody, each as long after the other.
         head = {"num_cpus": 0, "_system_config": {"health_check_period_ms": int(NOTICE_S / 5 * 1000)}}
-        self.cluster = LocalCluster(initialize_head=True, head_node_args=head)
+        self.cluster = patiently(lambda: LocalCluster(initialize_head=True, head_node_args=head))
         self.nodes: list[Any] = []
         for _ in range(NODES):
             self._add_node()
 
     def _add_node(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=WORKERS_PER_NODE, object_store_memory=80 * 2**20))
+        wanted = {"num_cpus": WORKERS_PER_NODE, "object_store_memory": 80 * 2**20}
+        self.nodes.append(patiently(lambda: self.cluster.add_node(**wanted)))
 
     def run(self) -> None:
         """Until the search has finished, or hangs for the third time."""

@@ -126,7 +126,7 @@ def test_a_worker_killed_mid_candidate_loses_nothing(
 def test_when_no_worker_can_start_the_search_ends_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starts, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(starts, "TRIES_AT_FIRST", 1)  # a worker takes long to start; stubs below are tried again
     file = search_file(tmp_path, pool="ray", cluster={"workers": 1}, device="cuda:7")
     assert evomerge("search", file, "--dir", tmp_path / "search") == 2
     error = capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_when_no_worker_can_start_the_search_ends_and_says_why(
     assert status["candidates"]["failed"] == 0
     with open_store(tmp_path / "search") as store:
         words = [event.payload["why"] for event in store.events(kinds=("worker failed to start",))]
-    assert len(words) == starts.TRIES_AT_FIRST
+    assert len(words) == 1
     assert "'cuda:7' cannot be used here" in words[0]
 
 

@@ -185,6 +185,12 @@ def test_the_best_source_has_its_error_as_a_band(two: Store) -> None:
     assert set(band.y) == {mean - error, mean + error}
 
 
+def test_sources_are_drawn_also_where_they_miss_a_constraint(root: Path) -> None:
+    with Store.open(root / "constrained" / "search.db") as store:
+        assert not any(row.eligible for row in store.candidates(step=0))
+        assert set(trace(draw(store, "history"), "best source: one").y) == {store.candidate(0).objectives["o0"]["mean"]}
+
+
 def area(points: list[tuple[float, float]], corner: tuple[float, float]) -> float:
     """The area between points and a corner, both minimised, in thin strips between all coordinates."""
     edges = sorted({x for x, _ in points if x < corner[0]} | {corner[0]})
@@ -242,7 +248,8 @@ def plain_study(store: Store, objective: str, direction: str) -> optuna.Study:
 @pytest.mark.parametrize(("objective", "direction"), [("o0", "maximize"), ("o1", "minimize")])
 def test_importances_are_optunas_own(two: Store, objective: str, direction: str) -> None:
     (bars,) = draw(two, "importance", Wish(objective=objective)).data
-    expected = optuna.importance.get_param_importances(plain_study(two, objective, direction))
+    study, evaluator = plain_study(two, objective, direction), optuna.importance.PedAnovaImportanceEvaluator()
+    expected = optuna.importance.get_param_importances(study, evaluator=evaluator)
     assert dict(zip(bars.y, bars.x, strict=True)) == pytest.approx(expected)
 
 

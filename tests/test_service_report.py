@@ -21,6 +21,7 @@ from evomerge.cli import main
 from evomerge.report.status import status_of
 from evomerge.service import dashboard
 from evomerge.service.app import ServiceSettings
+from evomerge.service.guard import CONTENT_POLICY
 from evomerge.service.report import commands, report_html
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire
@@ -227,13 +228,18 @@ def test_the_dashboard_works_in_a_browser_under_its_policy(app: FastAPI, browser
         shown.on("response", lambda r: failed.append(f"{r.status} {r.url}") if r.status >= 400 else None)
         answer = shown.goto(f"{url}/dashboard")
         assert answer is not None
-        assert answer.headers["content-security-policy"] == dashboard.CONTENT_POLICY
-        shown.get_by_text("two", exact=True).first.click()
+        assert answer.headers["content-security-policy"] == CONTENT_POLICY
+        shown.get_by_text(re.compile(r"^\d+\. two$")).click()
         shown.wait_for_url("**/dashboard/studies/*")
+        study = shown.url.rstrip("/")
         shown.locator(".js-plotly-plot .main-svg").first.wait_for()
-        shown.goto(f"{shown.url.rstrip('/')}/analytics")
-        shown.locator(".js-plotly-plot").first.wait_for()
+        shown.goto(f"{study}/analytics")
+        shown.locator(".js-plotly-plot .contour, .js-plotly-plot .contourlayer").first.wait_for(state="attached")
+        shown.goto(f"{study}/trials")
+        shown.get_by_text("Trial 0", exact=False).first.wait_for()
     assert failed == []
-    assert [text for text in complaints if "Content Security Policy" in text or "Failed" in text] == []
+    assert [
+        text for text in complaints if "Content Security Policy" in text or "Failed" in text or "eval" in text
+    ] == []
     assert {url_ for url_ in asked if not url_.startswith((url, "data:", "blob:"))} == set()
     assert json.dumps(asked).count("/api/v1") == 0

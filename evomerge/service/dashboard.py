@@ -2,7 +2,8 @@
 
 Its page asks for absolute paths. Its script is asked for in a page that is ours to write, and so lies below /dashboard;
 the rest of what it reads (_READ) has names that no route of ours has, and is answered where it asks. Whatever else it
-could do, all of it writing, has no route at all; and the storage behind it refuses writes.
+could do, all of it writing, has no route at all; and the storage behind it refuses writes. Its own policy for contents
+allows ``unsafe-eval``, of which its pages that only read make no use: ours is enough for them.
 """
 
 from __future__ import annotations
@@ -24,16 +25,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evomerge.errors import InputError
+from evomerge.service.guard import CONTENT_POLICY
 from evomerge.service.projection import ReadOnlyStorage, Told, projection_of
 from evomerge.service.root import Root, UnknownSearchError
-
-CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; font-src 'self'; form-action 'none'; base-uri 'none'; "
-    "frame-ancestors 'none'"
-)
-"""Of the dashboard's page. Weaker than ours in ``unsafe-eval`` alone: its parallel coordinates are drawn by programs
-for WebGL that are put together as text."""
 
 _READ = ("/api/meta", "/api/studies", "/api/studies/{rest:path}", "/csv/{rest:path}")
 _MOST_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB

@@ -103,7 +103,7 @@ def report_html(store: Store, folder: Path) -> str:
         written=_moment(time.time()),
         began=_moment(search.created_at),
         spent=duration(status.budget.hours_spent * 3600),
-        pictures=[_picture(store, *wanted) for wanted in _FIGURES if wanted[0] != "constraints" or status.constraints],
+        pictures=[_picture(store, *wanted) for wanted in _FIGURES if _applies(wanted[0], status)],
         chosen=None if shown is None else shown.id,
         recipe=None if shown is None else _recipe_picture(store, shown),
         path=None if shown is None else _path(store, shown),
@@ -141,6 +141,13 @@ def _shown(status: SearchStatus) -> Entry | None:
     if status.winner is not None and (found := status.confirmed_entry(status.winner)) is not None:
         return found
     return status.best
+
+
+def _applies(name: Name, status: SearchStatus) -> bool:
+    """Whether a search may ever have such a figure."""
+    if name == "constraints":
+        return bool(status.constraints)
+    return name != "hypervolume" or len(status.directions) > 1
 
 
 def _picture(store: Store, name: Name, wish: Wish, title: str, about: str) -> Picture:

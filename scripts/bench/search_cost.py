@@ -268,7 +268,7 @@ def _plot(curves: Mapping[str, Curves], grid: NDArray[np.float64], goal: float, 
     axes.axhline(start, color="0.4", ls=":", lw=1)
     axes.text(grid[-1], start, "best landmark ", ha="right", va="bottom", color="0.35")
     axes.set(xscale="log", xlabel="items generated", ylabel="held-out score of the best candidate so far")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left")
     figure.savefig(out, metadata={"Date": None})
 
 

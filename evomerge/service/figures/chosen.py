@@ -101,8 +101,7 @@ def constraints(store: Store) -> go.Figure:
     limits = constraints_of(found.search.fingerprints)
     if not limits:
         return figure(notes=["The search has no constraints."])
-    titles = [f"{name} {limit.text}" for name, limit in limits.items()]
-    rows = make_subplots(rows=len(limits), shared_xaxes=True, subplot_titles=[safe(t) for t in titles])
+    rows = make_subplots(rows=len(limits), shared_xaxes=True)
     wanted = {m["name"]: m["items"] for m in found.measures}
     drawn, all_ = 0, 0
     for row, (name, limit) in enumerate(limits.items(), start=1):
@@ -123,6 +122,7 @@ def constraints(store: Store) -> go.Figure:
                 hovertext=words, hoverinfo="text",
             )  # fmt: skip
             rows.add_trace(points, row=row, col=1)
+        rows.update_yaxes(title={"text": safe(f"{name} {limit.text}")}, row=row, col=1)
         rows.add_hline(y=limit.threshold, line={"color": ORANGE, "width": 2, "dash": "dash"}, row=row, col=1)
     if not all_:
         return figure(notes=["No candidate has been scored yet."])

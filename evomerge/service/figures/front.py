@@ -95,7 +95,7 @@ class _Front:
         groups = (
             ("estimated, left their race", shown & ~self._whole, {"opacity": 0.45}),
             ("miss a constraint", shown & missing, {"opacity": 0.6}),
-            ("candidates", shown & self._whole & ~missing, {"opacity": 0.7}),
+            ("candidates", shown & self._whole & ~missing, {"opacity": 0.85}),
         )
         traces = [self._points(name, mask, **style) for name, mask, style in groups if mask.any()]
         traces += self._front_traces()

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import optuna
 import plotly.graph_objects as go
+from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.visualization import plot_parallel_coordinate, plot_param_importances, plot_slice
 from plotly.colors import sample_colorscale
 
 from evomerge.report.entries import Measure
-from evomerge.service.figures.style import BLUE, MARK_SCALE, figure, safe
+from evomerge.service.figures.style import BLUE, GREY, MARK_SCALE, figure, safe
 from evomerge.service.projection import Projection, projection_of
 from evomerge.service.reading import Mask
 from evomerge.store import Store
@@ -22,6 +23,7 @@ LEAST = 10
 
 _STEADY = 50  # from so many on that tenth holds the five that its authors ask for
 _MOST_LINES = 100  # of parallel coordinates, half of them the best: more is a carpet
+_MOST_TICKED = 7  # axes of parallel coordinates that have room for their values
 _LETTERS = 28  # of a parameter's name on an axis
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -30,7 +32,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def importance(store: Store, objective: str | None = None) -> go.Figure:
     """How much each parameter decides whether a candidate is among the best tenth, by PED-ANOVA.
 
-    Watanabe, Bansal and Hutter, "PED-ANOVA" (IJCAI 2023), as Optuna computes it by default.
+    Watanabe, Bansal and Hutter, "PED-ANOVA" (IJCAI 2023), by Optuna.
 
     Raises:
         KeyError: ``objective`` is none of the search.
@@ -39,7 +41,7 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
     measure = found.columns.objective(objective)
     if len(found.numbers) < LEAST:
         return _too_few(found, LEAST)
-    drawn = plot_param_importances(found.study(measure))
+    drawn = plot_param_importances(found.study(measure), PedAnovaImportanceEvaluator())
     unsteady = [f"Of {len(found.numbers)} candidates only: it will change."] * (len(found.numbers) < _STEADY)
     bars = [
         go.Bar(
@@ -134,6 +136,10 @@ def _restyled(drawn: go.Figure, measure: Measure, notes: list[str]) -> go.Figure
     bar.marker.update(colorscale=MARK_SCALE, reversescale=False)
     bar.marker.colorbar.update(title={"text": safe(measure["name"])}, thickness=12)
     layout: dict[str, Any] = drawn.layout.to_plotly_json()
+    if len(drawn.layout.xaxis.tickvals) > _MOST_TICKED:
+        layout.pop("annotations")  # values of neighbouring axes, which would lie upon each other; hovering tells them
+    for annotation in layout.get("annotations", ()):
+        annotation["font"] = {"color": GREY, "size": 10}
     for key in ("title", "template", "width", "height", "paper_bgcolor", "plot_bgcolor"):
         layout.pop(key, None)
     return figure([*lines, bar], notes=notes, **layout)

@@ -40,7 +40,7 @@ def history(store: Store, over: Over = "candidates", objective: str | None = Non
     shown = thinned(each, found.landmark, MOST_POINTS)
     traces = [
         _dots(found, shown & ~found.landmark, where, means, errors, items, measure),
-        *_landmark_lines(found, known, means, errors, measure, end),
+        *_landmark_lines(found, means, errors, measure, end),
         _best_line(found, order, steps, where, best, errors, end),
     ]
     axis = "candidate" if over == "candidates" else "hours since the start, pauses included"
@@ -87,12 +87,11 @@ def _best_line(
     )  # fmt: skip
 
 
-def _landmark_lines(
-    found: Columns, known: Mask, means: Values, errors: Values, measure: Measure, end: float
-) -> list[go.Scatter]:
-    """The best source with its error as a band, and the uniform average."""
+def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Measure, end: float) -> list[go.Scatter]:
+    """The best source with its error as a band, and the uniform average, whether or not they keep constraints."""
+    known = found.landmark & np.isfinite(means)
     traces = []
-    sources = np.flatnonzero(known & found.landmark & found.of_origin("source"))
+    sources = np.flatnonzero(known & found.of_origin("source"))
     if len(sources):
         at = sources[np.argmax(means[sources]) if measure["maximise"] else np.argmin(means[sources])]
         mean, error = means[at], np.nan_to_num(errors[at])
@@ -101,7 +100,7 @@ def _landmark_lines(
         traces.append(go.Scatter(**band, **look, hoverinfo="skip", showlegend=False))
         name = f"best source: {found.labels[at]}"
         traces.append(_level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {mean:.3f} ± {error:.3f}"))
-    for at in np.flatnonzero(known & found.landmark & found.of_origin("average")).tolist():
+    for at in np.flatnonzero(known & found.of_origin("average")).tolist():
         words = f"{found.names[at]} {means[at]:.3f} ± {errors[at]:.3f}"
         traces.append(_level(found.labels[at], means[at], end, PURPLE, "dot", words))
     return traces

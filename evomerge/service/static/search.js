@@ -14,6 +14,7 @@ const update = throttled(async () => {
   await refresh();
   const state = document.querySelector("#title .badge")?.textContent;
   const line = `${name}: ${byId("finished")?.textContent} candidates`;
+  offer();
   if (before !== state) speak(`${name} is ${state}`, true); else speak(line);
 }, PAGE_MS);
 const redraw = throttled(figures.update, FIGURES_MS);
@@ -45,10 +46,22 @@ function select(number) {
   picker.value = String(number);
   figures.show(chosen, `${api}/candidates/${number}/figures/recipe`);
 }
-picker.addEventListener("change", () => select(Number(picker.value)));
+
+/** Offer the candidates that are best by now; until somebody has chosen, the best of them is shown. */
+let isChosen = false;
+function offer() {
+  const options = [...byId("choices").children].map((each) => new Option(each.textContent, each.dataset.number));
+  const before = picker.value, [best] = options;
+  if (before && !options.some((each) => each.value === before)) options.push(new Option(`c${before.padStart(4, "0")}`, before));
+  picker.replaceChildren(...options);
+  picker.value = before;
+  if (!isChosen && best && best.value !== before) select(Number(best.value));
+}
+picker.addEventListener("change", () => { isChosen = true; select(Number(picker.value)); });
 figures.onPoint(byId("front-figure"), (point) => {
   const found = [point.customdata].flat().find((each) => Number.isInteger(Number(each)) || /^c\d+$/.test(each));
   if (found === undefined) return;
+  isChosen = true;
   select(Number(String(found).replace(/^c/, "")));
   speak(`Recipe of ${byId("selected-name").textContent}`, true);
 });
