@@ -139,7 +139,7 @@ def reproduce(written: Path, store: Store, row: CandidateRow, prepared: Prepared
                     most = max(most, _differing(now[metric], values, name, f"{place}: {metric}", exact))
             told = f"{len(before.items)} {split} items score exactly as recorded"
             if most:
-                why = "of folded scales" if folded else "in other batches than those of its race"
+                why = "of what was folded in" if rounds else "in other batches than those of its race"
                 told = f"{most} of {len(before.items)} {split} items score otherwise, by rounding {why}"
             lines.append(f"verified: {evaluator.name}, {told}")
     return lines

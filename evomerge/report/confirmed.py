@@ -93,7 +93,7 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         frozen_at=next(event.time for event in frozen if event.payload["candidates"] == last["candidates"]),
         shortlist=len(last["candidates"]),
         shortlists=len({tuple(event.payload["candidates"]) for event in frozen}),
-        drawn=sum(bool(held_out(store, number, measures)) for number in last["drawn"]),
+        drawn=sum(bool(held_out(store, number, measures)) for number in last.get("drawn", [])),
         comparisons=len(ours) * len(others),
         confidence=confidence,
         luck=_luck(objectives[0], contenders, seed),
