@@ -24,6 +24,7 @@ from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url, fetc
 from evomerge.search.claim import Claim
 from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
+from evomerge.search.deadlines import Deadlines
 from evomerge.search.driver import Driver
 from evomerge.search.folder import LOGS_NAME, open_store
 from evomerge.search.pools.base import Pool
@@ -125,7 +126,9 @@ def _drive(
     code = INTERRUPTED
     try:
         with _session(folder, prepared, store, pool, artifacts, console) as (control, idle):
-            driver = Driver(prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle)
+            driver = Driver(
+                prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle, deadlines=_deadlines(prepared)
+            )
             ending = driver.run()
             if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle):
                 code = 0
@@ -159,8 +162,14 @@ def _reopened(folder: Path, store: Store, overrides: Sequence[str]) -> Prepared:
 def _confirm(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, control: Control, idle: Callable[[], None]
 ) -> bool:
-    confirmation = Confirmation(prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle)
+    confirmation = Confirmation(
+        prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle, deadlines=_deadlines(prepared)
+    )
     return confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
+
+
+def _deadlines(prepared: Prepared) -> Deadlines:
+    return Deadlines(prepared.file.attempt_hours * 3600)
 
 
 @contextmanager

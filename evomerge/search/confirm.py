@@ -16,6 +16,7 @@ from pathlib import Path
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
+from evomerge.search.deadlines import Deadlines
 from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.jobs import Failed, Finished, Measured
 from evomerge.search.pools.base import Pool
@@ -39,13 +40,16 @@ class Confirmation:
         *,
         logs: Path,
         idle: Callable[[], None] = lambda: None,
+        deadlines: Deadlines | None = None,
     ) -> None:
         self._setup = setup
         self._store = store
         self._logs = logs
         self._last_failure = ""
         self._tasks = setup.tasks("held_out")
-        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle)
+        self._dispatcher = Dispatcher(
+            pool, control, setup.attempts, idle, deadlines, lambda news: store.record_event(news.kind, news.payload)
+        )
 
     def run(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         """Score what has no held-out scores yet; True when the winner is named, False when a stop came first.

@@ -35,7 +35,18 @@ from evomerge.store import CandidateRow, ItemTexts, Store
 
 # What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
 # candidates before and after two different searches.
-RESUMABLE = ("budget", "confirm", "pool", "cluster", "attempts", "store", "observers", "answers", "artifacts")
+RESUMABLE = (
+    "budget",
+    "confirm",
+    "pool",
+    "cluster",
+    "attempts",
+    "attempt_hours",
+    "store",
+    "observers",
+    "answers",
+    "artifacts",
+)
 FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
 
 _URL = re.compile(r"[a-z0-9+]{2,}:/")  # as it is left of s3://bucket in a path, where two slashes are one
