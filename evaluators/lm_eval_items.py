@@ -96,8 +96,8 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
         raise InputError(place, f"{spec!r} has no items; {source!r} has {len(docs)}")
     found = [dict(docs[row]) for row in rows]
     check = _ItemCheck(task, place)
-    hashes, texts = zip(*(check(row, doc) for row, doc in zip(rows, found, strict=True)), strict=True)
-    return Items(source, rows, found, hashes, texts)
+    read = [check(row, doc) for row, doc in zip(rows, found, strict=True)]
+    return Items(source, rows, found, [hashed for hashed, _ in read], [texts for _, texts in read])
 
 
 class _ItemCheck:

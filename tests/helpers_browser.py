@@ -29,6 +29,7 @@ from evomerge.service.app import ServiceSettings, create_app
 from evomerge.service.root import Root
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
+expect.set_options(timeout=30_000)  # not a bound of ours: machines that run tests are slow at times
 PHONE, DESK = ViewportSize(width=390, height=844), ViewportSize(width=1280, height=900)
 
 

@@ -154,13 +154,16 @@ def test_wandb_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     code = "from evomerge.observers import WandbSettings; WandbSettings(kind='wandb').check()"
     ran = []
-    for key in ("", "0" * 40):
+    for number, key in enumerate(("", "0" * 40)):
         place = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "WANDB_API_KEY": key}
-        command = [sys.executable, "-c", code]
-        ran.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    without, with_one = [(process.communicate()[1], process.returncode) for process in ran]
-    assert "observers: wandb: has no key" in without[0]
-    assert with_one[1] == 0, with_one[0]
+        # Not a pipe: wandb leaves a process behind that would hold it open.
+        with (tmp_path / f"said-{number}").open("w") as said:
+            command = [sys.executable, "-c", code]
+            ran.append(subprocess.Popen(command, env=os.environ | place, stdin=subprocess.DEVNULL, stderr=said))
+    without, with_one = [process.wait(timeout=120) for process in ran]
+    assert without != 0
+    assert "observers: wandb: has no key" in (tmp_path / "said-0").read_text()
+    assert with_one == 0, (tmp_path / "said-1").read_text()
 
 
 @pytest.mark.parametrize(

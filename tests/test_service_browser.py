@@ -12,7 +12,7 @@ from helpers_browser import DESK, PHONE, app_of, click_on_a_source, open_browser
 from helpers_service import NAME, make_search
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from sqlalchemy import insert, update
 
 from evomerge.store import Store, tables
@@ -102,6 +102,23 @@ def test_the_table_of_candidates_changes_without_leaving_the_page(browser: Brows
     page.get_by_role("link", name="Next page").click()
     expect(page.locator("#table tbody tr")).to_have_count(5)
     assert page.evaluate("window.kept")
+    context.close()
+
+
+def test_an_answer_that_was_overtaken_changes_nothing(browser: Browser, small: str) -> None:
+    """The page asks again for itself as the search goes on, and just then somebody filters the table."""
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go(SEARCH)
+    slow: list[Route] = []
+    page.route(re.compile(r"/searches/[^/?]+$"), lambda route: slow.append(route))
+    with page.expect_request(re.compile(r"/searches/[^/?]+$")):
+        page.evaluate("window.overtaken = import('/static/common.js').then((common) => common.refresh()); null")
+    page.select_option("#filter-origin", "source")
+    expect(page.locator("#table tbody tr")).to_have_count(2)
+    for route in slow:
+        route.continue_()
+    page.evaluate("window.overtaken")  # waits for it
+    assert page.locator("#table tbody tr").count() == 2
     context.close()
 
 

@@ -71,13 +71,17 @@ export function throttled(act, pause) {
 }
 
 const seen = new Map();
+let asked = 0, shown = 0; // answers may overtake each other; the page never goes back to what was asked for earlier
 
 /** Fetch this page again and put in place what has changed of its parts marked `data-live`. */
 export async function refresh(address = location.href) {
+  const mine = ++asked;
   const answer = await fetch(address, { headers: { Accept: "text/html" }, credentials: "same-origin" });
   if (answer.redirected && new URL(answer.url).pathname === "/login") { location.assign(answer.url); return; }
   if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (mine < shown) return;
+  shown = mine;
   for (const part of document.querySelectorAll("[data-live]")) {
     const fresh = page.getElementById(part.id);
     if (fresh === null) continue;
