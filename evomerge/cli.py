@@ -290,14 +290,19 @@ def serve(
         list[str], typer.Option(metavar="NAME", help="Another name that browsers call this server by; repeatable.")
     ] = [],  # noqa: B006
     no_token: Annotated[bool, typer.Option("--no-token", help="Let everybody in who reaches the address.")] = False,
-    insecure: Annotated[bool, typer.Option("--insecure", help="With --no-token: also from other machines.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|http://...", help="Start drivers as jobs of this Ray cluster.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Consent to --no-token for other machines, and to a cluster without one.")
+    ] = False,
 ) -> None:
     """Serve searches to browsers and programs, and print the link to open. EVOMERGE_TOKEN gives the token."""
-    from evomerge.commands.serve import serve
+    from evomerge.service.server import serve
 
     serve(
         place, host=host, port=port, folder=folder, sources=sources, names=allow_host, needs_token=not no_token,
-        insecure=insecure,
+        insecure=insecure, address=address,
     )  # fmt: skip
 
 

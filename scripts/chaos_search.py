@@ -25,7 +25,8 @@ from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Finished, Job, Measured
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.search_file import Budget, Cluster, Confirm, SearchFile
+from evomerge.search.search_file import SearchFile
+from evomerge.search.sections import Budget, Cluster, Confirm
 from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
 from evomerge.store import Store, acquire
 from search_spaces.base import SpaceContext

@@ -17,7 +17,7 @@ from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.search_file import Confirm
+from evomerge.search.sections import Confirm
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, Setup
 from evomerge.store import CandidateRow, Store, acquire
 from search_spaces.base import SpaceContext

@@ -16,7 +16,7 @@ from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.search_file import Budget, Confirm
+from evomerge.search.sections import Budget, Confirm
 from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
 from evomerge.store import Store, acquire
 

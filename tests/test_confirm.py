@@ -16,7 +16,7 @@ from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.search_file import Confirm
+from evomerge.search.sections import Confirm
 from evomerge.search.setup import Setup
 from evomerge.store import CandidateRow, Store, acquire
 

@@ -21,7 +21,7 @@ from evomerge.report.status import Value, status_of
 from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.search_file import Confirm
+from evomerge.search.sections import Confirm
 from evomerge.search.setup import Setup
 from evomerge.store import CandidateRow, Store, acquire
 

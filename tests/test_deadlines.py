@@ -18,7 +18,7 @@ from evomerge.search.dispatch import Dispatcher, Pending, feed_of
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.search_file import Mode, Racing
+from evomerge.search.sections import Mode, Racing
 from evomerge.store import EventRow, Store, acquire
 
 

@@ -15,7 +15,7 @@ from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.cma_es import Cma
 from evomerge.search.jobs import Failed, Job, Measured
-from evomerge.search.search_file import Racing
+from evomerge.search.sections import Racing
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
 from evomerge.store import Store
 

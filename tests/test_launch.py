@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -37,10 +37,26 @@ from evomerge.search.launch import (
     stage,
     who_listens,
 )
+from evomerge.search.prepare import prepare
 from evomerge.search.search_file import load_search_file
+from evomerge.search.session import create_search
+from evomerge.service.drivers import Drivers, DriverState
+from evomerge.service.problems import ProblemError
+from evomerge.service.ray_jobs import RayJobs
+from evomerge.service.root import Root
+
+WAIT_S = 200.0
 
 TOKEN = "only-of-this-test-" + "0" * 20
 VENV = str(Path(sys.executable).parent)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait until something is so, for a bounded time."""
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -248,6 +264,42 @@ def test_a_search_runs_as_a_job_is_listed_left_and_followed_to_its_end(
     with open_store(folder) as store:
         assert store.search().state == "finished"
         assert len(store.candidates()) == 6
+
+
+@pytest.mark.timeout(300)
+def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> None:
+    environment = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
+    cluster_settings = {"workers": 1, "runtime_env": environment}
+    path = search_file(tmp_path, budget={"candidates": 6}, confirm={"top": 1}, cluster=cluster_settings)
+    root = Root.of(str(tmp_path / "searches"), tmp_path)
+    folder = root.folder / "small"
+    create_search(folder, prepare(load_search_file(path))).close()
+    jobs = RayJobs(cluster, insecure=False)
+    drivers = Drivers(root, jobs)
+    whole = (folder / "search.yaml").read_text()
+    with root.store("small") as store:
+        (folder / "search.yaml").write_text(whole + "oops: 1\n")
+        drivers.start("small")
+        with pytest.raises(ProblemError, match="starting already"):
+            drivers.start("small")
+        until(lambda: drivers.look("small", store).why != "")
+        assert drivers.look("small", store).why.startswith("error: search.yaml: oops")
+        assert "error: search.yaml: oops" in (folder / "driver.log").read_text()
+
+        (folder / "search.yaml").write_text(whole)
+        drivers.start("small")
+        (job,) = running(cluster)
+        assert (job.name, job.folder) == ("small", str(folder))
+        assert job_client(cluster).get_job_info(job.job).runtime_env == environment
+        again = Drivers(root, RayJobs(cluster, insecure=False))  # as after a restart of the server
+        assert again.look("small", store) == DriverState("starting", "", holds=False)
+        until(lambda: again.look("small", store).state == "finished" and not again.look("small", store).holds)
+        assert len(store.candidates()) == 6
+        assert store.search().settings["cluster"] | cluster_settings == store.search().settings["cluster"]
+        assert store.search().settings["pool"] == "ray"
+        assert {row.worker.partition("-")[0] for row in store.candidates()} == {"ray"}
+    assert not jobs.is_alive({"job": "never was"})
+    assert jobs.complaint({"job": "never was"}) == ""
 
 
 @pytest.mark.timeout(120)

@@ -29,7 +29,9 @@ from evomerge.search.pools import nodes, starts
 from evomerge.search.pools import ray as ray_pool
 from evomerge.search.pools.nodes import worker_limits, workers_that_fit
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.search_file import Cluster, Workers, load_search_file
+from evomerge.search.runtime_env import runtime_env_of
+from evomerge.search.search_file import load_search_file
+from evomerge.search.sections import Cluster, Workers
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ CRASHES, HANGS, HOLDS = 3, 5, 100
 class Stub(RayWorker):
     """Knows no models: 3 ends its process, 5 hangs at the first attempt, 100 and more wait for the file ``go``.
 
-    It cannot start while there is a file ``broken``.
+    Its seconds are what the environment variable STUB says. It cannot start while there is a file ``broken``.
     """
 
     def __init__(self, name: str, settings: dict[str, Any], folder: Path) -> None:
@@ -164,7 +166,7 @@ class Stub(RayWorker):
             os._exit(1)
         while (job.candidate, job.attempt) == (HANGS, 1) or (job.candidate >= HOLDS and not self._go.exists()):
             time.sleep(0.05)
-        return Finished(job.candidate, job.attempt, "", Measured([], {}))
+        return Finished(job.candidate, job.attempt, "", Measured([], {"score": float(os.environ.get("STUB", "0"))}))
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +188,13 @@ def add_node(cluster: LocalCluster) -> Any:
 
 @pytest.fixture
 def start(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayPool]]:
-    """Starts a pool of stubs; ``workers`` as in the search file."""
+    """Starts a pool of stubs; its arguments are keys of ``cluster`` in the search file."""
     monkeypatch.setattr(ray_pool, "_LOOK_S", 0.2)
     pools: list[RayPool] = []
 
-    def start(workers: Any = None) -> RayPool:
+    def start(**cluster: Any) -> RayPool:
         file = load_search_file(search_file(tmp_path, pool="ray"))
-        file = file.model_copy(update={"cluster": Cluster(workers=workers)})
+        file = file.model_copy(update={"cluster": Cluster(**cluster)})
         pools.append(RayPool(file, tmp_path, Stub))
         return pools[-1]
 
@@ -223,6 +225,42 @@ def test_a_candidate_that_kills_two_workers_fails_and_one_that_hangs_is_tried_ag
     assert sorted(notes.done) == [(n, 2 if n == HANGS else 1) for n in range(8) if n != CRASHES]
     assert notes.final == [CRASHES]
     assert sorted(notes.reasons) == ["timeout", "worker_died", "worker_died"]
+
+
+def test_ray_sets_up_what_the_search_file_says(start: Callable[..., RayPool]) -> None:
+    pool = start(runtime_env={"env_vars": {"STUB": "4.5"}})
+    pool.submit(Job(0, 1, RECIPE, []))
+    finished: list[Finished] = []
+    while not finished:
+        finished = pool.wait(0.1)
+    assert isinstance(finished[0].result, Measured)
+    assert finished[0].result.timings == {"score": 4.5}
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "place", "problem"),
+    [
+        ({"env_var": {"A": "1"}}, "cluster.runtime_env.env_var", "not a key that is known"),
+        ({"working_dir": "."}, "cluster.runtime_env.working_dir", "not a key that is known"),
+        ({"env_vars": {"A": 1}}, "cluster.runtime_env", "must be of type Dict[str, str]"),
+        ({"pip": ["a"], "conda": "b"}, "cluster.runtime_env", "cannot be specified at the same time"),
+        ({"pip": "no-such-file.txt"}, "cluster.runtime_env", "no-such-file.txt"),
+    ],
+)
+def test_a_wrong_runtime_env_is_refused_before_anything_starts(
+    runtime_env: dict[str, Any], place: str, problem: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        runtime_env_of(Cluster(runtime_env=runtime_env))
+    assert refused.value.place == place
+    assert problem in refused.value.problem
+
+
+def test_requirements_are_read_from_their_file(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("one==1\ntwo\n")
+    found = runtime_env_of(Cluster(runtime_env={"pip": str(tmp_path / "requirements.txt")}))
+    assert found["pip"]["packages"] == ["one==1", "two"]
+    assert runtime_env_of(Cluster(runtime_env=found)) == found  # as it travels with a job
 
 
 class TestRay(PoolContract):
@@ -338,12 +376,12 @@ def test_the_autoscaler_is_told_how_many_are_wanted_until_the_end(
 ) -> None:
     asked: list[list[dict[str, float]]] = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
-    pool = start(Workers(min=1, max=3))
+    pool = start(workers=Workers(min=1, max=3))
     assert pool.state().workers == 1
     pool.close()
     assert asked == [[{"CPU": 1.0}] * 3, []]
     with pytest.raises(InputError, match="2 x 1 CPU = 2 of 1"):
-        start(Workers(min=2, max=3))
+        start(workers=Workers(min=2, max=3))
 
 
 def test_no_worker_is_spread_over_two_nodes() -> None:

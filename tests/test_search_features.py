@@ -29,7 +29,7 @@ from evomerge.search.control import Control
 from evomerge.search.folder import FILE_NAME, open_store
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.search_file import Racing
+from evomerge.search.sections import Racing
 from evomerge.search.session import resumed_file
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
 from evomerge.store import CandidateRow, Store, acquire

@@ -20,7 +20,8 @@ from evaluators import evaluator_settings
 from evomerge.merging.registry import METHODS
 from evomerge.optimizers import OptimizerSettings
 from evomerge.report.comparing import Comparison
-from evomerge.search.search_file import Budget, Cluster, Confirm, Racing, SearchFile
+from evomerge.search.search_file import SearchFile
+from evomerge.search.sections import Budget, Cluster, Confirm, Racing
 from evomerge.service.pages import forms
 from evomerge.service.pages.candidate import sentence
 from evomerge.service.pages.lines import line_of

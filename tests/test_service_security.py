@@ -391,6 +391,7 @@ ATTACKS: dict[str, dict[str, Any] | str] = {
     "artifacts": {"artifacts": "s3://evil/x"},
     "a cluster": {"cluster": {"address": "ray://evil.example:10001"}},
     "an insecure cluster": {"cluster": {"insecure": True}},
+    "a package for its workers": {"cluster": {"runtime_env": {"pip": ["evil"]}}},
     "a name that is a path": {"name": "../attack"},
     "a hidden name": {"name": ".attack"},
     "a bomb of aliases": bomb(),

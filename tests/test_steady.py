@@ -15,7 +15,7 @@ from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
 from evomerge.search.control import Control
 from evomerge.search.jobs import Failed, Job, Measured
-from evomerge.search.search_file import Racing
+from evomerge.search.sections import Racing
 from evomerge.search.setup import Setup
 from evomerge.store import Store
 

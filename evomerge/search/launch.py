@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ import yaml
 
 import evomerge
 from evomerge.errors import InputError
+from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.search_file import SearchFile, load_search_file
 
 INTERRUPTED = 130
@@ -95,14 +96,15 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="evomerge-") as staging:
         for left in stage(file, Path(staging)):
             say(f"not uploaded, so it must be at the same place on the cluster: {left}")
-        job = _submit(client, file.name, folder, Path(staging))
+        with_files = runtime_env_of(file.cluster) | {"working_dir": staging}
+        job = submit(client, file.name, folder, entrypoint(folder), with_files)
     again = f"ray job logs --address {client.get_address()} --follow {job}"
     say(f"{file.name} is job {job} at {client.get_address()}, in {folder}")
     if detach:
         say(f"follow: {again}")
         return 0
     code = follow(client, job, lambda text: print(text, end="", flush=True))
-    if code == INTERRUPTED and not _ended(client.get_job_info(job).status):
+    if code == INTERRUPTED and not has_ended(client.get_job_info(job).status):
         say(f"\ndetached: the search goes on. Follow it again: {again}")
     return code
 
@@ -145,7 +147,7 @@ def stage(file: SearchFile, into: Path) -> list[str]:
     """
     settings = file.model_dump(mode="json")
     settings["pool"] = "ray"
-    settings["cluster"]["address"] = "auto"
+    settings["cluster"] |= {"address": "auto", "runtime_env": runtime_env_of(file.cluster)}
     sources = settings.pop("sources")
     left: list[str] = []
     copies: dict[str, str] = {}
@@ -195,16 +197,21 @@ def entrypoint(folder: Path) -> str:
     )
 
 
-def _submit(client: Any, name: str, folder: Path, staging: Path) -> str:
+def submit(client: Any, name: str, folder: Path, command: str, runtime_env: Mapping[str, Any]) -> str:
+    """Start a shell command as a job that ``running`` finds as the search of this name; the job's id.
+
+    Raises:
+        InputError: the cluster does not take it.
+    """
     metadata = {_SEARCH: name, _FOLDER: str(folder), _VERSION: evomerge.__version__}
     try:
         job: str = client.submit_job(
-            entrypoint=entrypoint(folder),
+            entrypoint=command,
             submission_id=f"{name}-{secrets.token_hex(4)}",
-            runtime_env={"working_dir": str(staging)},
+            runtime_env=dict(runtime_env),
             metadata=metadata,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise InputError("--address", f"the cluster does not take the job: {error}") from None
     return job
 
@@ -243,7 +250,7 @@ async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None
                         write(fresh)
                     seen += len(text)
                     shown = max(shown, seen)
-            if _ended(client.get_job_info(job).status):
+            if has_ended(client.get_job_info(job).status):
                 return
             heard = time.monotonic()
         except (RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
@@ -252,7 +259,8 @@ async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None
         await asyncio.sleep(_RETRY_S)
 
 
-def _ended(status: Any) -> bool:
+def has_ended(status: Any) -> bool:
+    """Whether a job of this status will do no more."""
     return bool(status.is_terminal())
 
 
@@ -265,7 +273,7 @@ def running(address: str) -> list[Running]:
     found = []
     for each in job_client(address).list_jobs():
         metadata = each.metadata or {}
-        if _SEARCH in metadata and not _ended(each.status):
+        if _SEARCH in metadata and not has_ended(each.status):
             started = (each.start_time or 0) / 1000
             folder = metadata.get(_FOLDER, "")
             found.append(Running(metadata[_SEARCH], folder, each.submission_id, each.status.value, started))

@@ -19,6 +19,7 @@ from evomerge.merging.materialise import check_recipe
 from evomerge.merging.registry import find_method
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
+from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.search_file import SearchFile
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ObjectiveInfo, ScreenInfo, Setup
 from search_spaces.base import SpaceContext
@@ -41,6 +42,8 @@ def prepare(file: SearchFile) -> Prepared:
         InputError: naming the key of the search file, or the file of a source, and the mend.
     """
     _check_engine(file)
+    if file.pool == "ray":
+        runtime_env_of(file.cluster)
     sources = open_sources(file)
     space = build_space(file, sources)
     settings = distinct_evaluators(file)

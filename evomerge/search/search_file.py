@@ -6,14 +6,11 @@ import difflib
 import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     ValidationError,
@@ -30,161 +27,26 @@ from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import DType
 from evomerge.search.deadlines import LEAST_S, MOST_S
 from evomerge.search.folder import check_store_url
+from evomerge.search.sections import (
+    Budget,
+    Cluster,
+    Confirm,
+    Constraint,
+    KeptAnswers,
+    Measure,
+    Mode,
+    Name,
+    Objective,
+    Racing,
+    Screen,
+    Section,
+)
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import load_yaml
 from search_spaces import space_settings
 from search_spaces.base import SpaceSettings
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-
-
-AnyMeasure = TypeVar("AnyMeasure", bound="Measure")
-
-
-class Section(BaseModel):
-    """A part of the search file: frozen, and a key that it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Measure(Section):
-    """A metric of an evaluator.
-
-    Keys that are not named here (``task: mini_math_ja``) are the evaluator's own settings. ``items`` bounds how many
-    items of the search split a candidate is scored on; the held-out split is always scored whole.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    evaluator: str = "lm_eval"
-    metric: str
-    items: PositiveInt | None = None
-
-    @property
-    def evaluator_keys(self) -> dict[str, Any]:
-        """The keys that belong to the evaluator's settings."""
-        return dict(self.model_extra or {})
-
-
-class Objective(Measure):
-    """What the search makes better. ``direction`` is the metric's own when left out."""
-
-    direction: Literal["maximize", "minimize"] | None = None
-
-
-class Constraint(Measure):
-    """What a candidate must keep: a mean of ``at_least`` or ``at_most``. Those that miss it rank after all others."""
-
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @model_validator(mode="after")
-    def _one_side(self) -> Self:
-        if (self.at_least is None) == (self.at_most is None):
-            raise ValueError("needs one of at_least and at_most")
-        return self
-
-
-class Screen(Measure):
-    """A cheap metric that is scored first, so that candidates it finds poor need not be scored on the objectives.
-
-    It decides only while its ranks agree with those of ``objective`` (the first when left out): while Kendall's tau,
-    measured during the search, is ``least_tau`` or more. Then the ``drop`` share of each generation that it finds
-    poorest is left out.
-    """
-
-    objective: str | None = None
-    least_tau: float = Field(default=0.5, gt=0, lt=1)
-    drop: float = Field(default=0.5, gt=0, lt=1)
-
-
-class Racing(Section):
-    """Scores every candidate on few items, and on more only where that decides something.
-
-    ``rungs`` are numbers of items, rising. At each one the candidates whose place is clear, with ``confidence`` in each
-    comparison, leave the race. The last rung ends it for all but those that challenge the best: these go on to all
-    items. ``estimate`` says what predicts the scores of items that were not scored: the best ``landmark``, or a model
-    of ``item_response``, which is used only while it is found to be the better of the two.
-    """
-
-    rungs: tuple[Annotated[int, Field(ge=10)], ...] = Field(min_length=1)
-    confidence: float = Field(default=0.9, gt=0.5, lt=1)
-    estimate: Literal["landmark", "item_response"] = "landmark"
-
-    @field_validator("rungs")
-    @classmethod
-    def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
-        if list(rungs) != sorted(set(rungs)):
-            raise ValueError("must rise from one to the next")
-        return rungs
-
-
-class Budget(Section):
-    """When the search ends: whichever comes first. Landmarks and cached candidates count as candidates.
-
-    ``patience`` counts generations in which the front did not change.
-    """
-
-    candidates: PositiveInt | None = None
-    hours: PositiveFloat | None = None
-    patience: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _ends(self) -> Self:
-        if self.candidates is None and self.hours is None and self.patience is None:
-            raise ValueError("needs candidates, hours or patience, or the search would have no end")
-        return self
-
-
-class Confirm(Section):
-    """What is scored on the held-out split at the end: the front, the ``top`` by the first objective, the landmarks.
-
-    ``drawn`` of the best by the first objective are scored there too, once the winner is named, to draw the winner's
-    curse alone. ``confidence`` is that of all intervals of an objective together.
-    """
-
-    top: PositiveInt = 5
-    drawn: int = Field(default=0, ge=0)
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
-
-
-class Workers(Section):
-    """How many workers there may be, where nodes come and go. The search begins when ``min`` fit."""
-
-    min: NonNegativeInt = 1
-    max: PositiveInt
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min is {self.min}, more than max, {self.max}")
-        return self
-
-
-class Cluster(Section):
-    """The workers.
-
-    ``address`` joins a running Ray cluster; left out, one is started on this machine and shut down at the end.
-    ``workers`` left out means as many as the cluster has room for; a number, so many; ``{min, max}``, as many as fit
-    while nodes come and go. ``cpus_per_worker`` is also the number of threads that a worker computes with, in either
-    pool. ``residency`` says where a worker on a GPU keeps the sources: in the device's memory, in pinned host memory,
-    or in mapped files; ``auto`` takes the first of these that has room. ``insecure`` joins a cluster that asks for no
-    token.
-    """
-
-    address: str | None = None
-    workers: PositiveInt | Workers | None = None
-    gpus_per_worker: float | None = Field(default=None, ge=0)
-    cpus_per_worker: PositiveInt = 1
-    insecure: bool = False
-    residency: Literal["auto", "device", "pinned", "mapped"] = "auto"
-
-
-Mode = Literal["generational", "asynchronous"]
-
-KeptAnswers = Literal["all", "held_out", "none"]
-"""Of which splits the store keeps what models wrote: to be read, and for nothing else."""
-"""Whether a generation waits for its last candidate, and gives the same search every time, or no worker ever waits."""
+AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
 class SearchFile(Section):
@@ -199,7 +61,7 @@ class SearchFile(Section):
     dtype: DType | None = None
     space: SerializeAsAny[SpaceSettings]
     objectives: dict[Name, Objective] = Field(min_length=1)
-    constraints: dict[Name, Constraint] = {}
+    constraints: dict[Name, Constraint] = Field(default_factory=dict)
     racing: Racing | None = None
     screen: Screen | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))

@@ -13,7 +13,7 @@ from evaluators.base import ItemScores, Split
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import OptimizerSettings
 from evomerge.search.jobs import Task
-from evomerge.search.search_file import Budget, Confirm, KeptAnswers, Mode, Racing
+from evomerge.search.sections import Budget, Confirm, KeptAnswers, Mode, Racing
 from evomerge.store import Estimate
 
 

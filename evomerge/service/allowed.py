@@ -25,7 +25,15 @@ MOST_CHARACTERS = 2**16
 MOST_VALUES = 20_000
 """Of the text, and of what it says once its aliases are written out."""
 
-_REFUSED = ("store", "observers", "artifacts", "cluster.address", "cluster.insecure", "allow_task_code")
+_REFUSED = (
+    "store",
+    "observers",
+    "artifacts",
+    "cluster.address",
+    "cluster.insecure",
+    "cluster.runtime_env",
+    "allow_task_code",
+)
 """Keys by which a search would reach other machines or run code of its own."""
 
 _CODE_KEYS = ("trust_remote_code", "allow_task_code")

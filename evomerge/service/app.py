@@ -17,6 +17,7 @@ from evomerge.service.checking import Checker
 from evomerge.service.drivers import Drivers
 from evomerge.service.exports import Exports
 from evomerge.service.guard import Door, Guard
+from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 
 
@@ -29,12 +30,14 @@ class ServiceSettings:
         token: what clients must show; None lets everybody in, which only a loopback address or a flag allows.
         hosts: names by which a browser may call this server (against DNS rebinding).
         sources: folders that search files which come over HTTP may name paths in.
+        jobs: where drivers are started; on this machine when left out.
     """
 
     root: Root
     token: str | None
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     sources: tuple[Path, ...] = field(default=())
+    jobs: RayJobs | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -111,7 +114,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.door = Door(settings.token)
-    app.state.drivers = Drivers(settings.root)
+    app.state.drivers = Drivers(settings.root, settings.jobs)
     app.state.exports = Exports(settings.root)
     app.state.checker = Checker(settings.root)
     for part in (system, searches, candidates, figures, events, exports, sources):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, P
 
 from evomerge.report.comparing import Comparison
 from evomerge.report.status import Counts
-from evomerge.search.search_file import Name
+from evomerge.search.sections import Name
 
 
 def _none_if_nan(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Drivers of searches: started as processes of their own, told what to do through the store, found again by its lease.
+"""Drivers of searches: started as processes or Ray jobs, told what to do through the store, found again by its lease.
 
 Nothing of them is kept in this process, so that the server may end at any time and a new one knows as much.
 """
@@ -15,10 +15,12 @@ import yaml
 
 from evomerge.errors import InputError
 from evomerge.search.folder import FILE_NAME, STORE_VARIABLE
-from evomerge.search.search_file import Budget, parse_search_file
+from evomerge.search.search_file import parse_search_file
+from evomerge.search.sections import Budget, Cluster
 from evomerge.service import processes
 from evomerge.service.bodies import NewBudget
 from evomerge.service.problems import ProblemError
+from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 from evomerge.store import Store, Verb, current_holder
 from evomerge.yaml import load_yaml
@@ -46,10 +48,15 @@ class DriverState:
 
 
 class Drivers:
-    """Starts, tells and finds the drivers of the searches in a root."""
+    """Starts, tells and finds the drivers of the searches in a root.
 
-    def __init__(self, root: Root) -> None:
+    Args:
+        jobs: where drivers are started; on this machine when left out.
+    """
+
+    def __init__(self, root: Root, jobs: RayJobs | None = None) -> None:
         self._root = root
+        self._jobs = jobs
         self._starting = threading.Lock()
 
     def look(self, name: str, store: Store) -> DriverState:
@@ -97,10 +104,15 @@ class Drivers:
         with self._starting, self._root.store(name) as store:
             if self._is_starting(name, store):
                 raise ProblemError(409, "A driver is starting already")
+            log, record = folder / LOG_NAME, folder / RECORD_NAME
+            told = {"after": _last_lease(store)}
+            if self._jobs is not None:
+                cluster = Cluster.model_validate(store.search().settings["cluster"])
+                processes.write(record, told | self._jobs.start(name, folder, log, cluster))
+                return
             arguments = [sys.executable, "-m", "evomerge", "resume", str(folder)]
             more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
-            log, record = folder / LOG_NAME, folder / RECORD_NAME
-            processes.start(arguments, self._root.folder, log, record, {}, **more)
+            processes.start(arguments, self._root.folder, log, record, told, **more)
 
     def change_budget(self, name: str, wanted: NewBudget) -> str:
         """Write another budget into the search file of a search that nobody drives, and go on if that is wanted.
@@ -123,15 +135,24 @@ class Drivers:
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
         record = processes.read(self._root.folder / name / RECORD_NAME)
-        if record is None or not processes.is_alive(record):
+        if record is None or _last_lease(store) > record["after"]:
             return False
-        taken = store.events(kinds=("lease",), newest=1)
-        return not any(event.payload["pid"] == record["pid"] and event.time > record["created"] for event in taken)
+        if "job" in record:
+            return self._jobs is not None and self._jobs.is_alive(record)
+        return processes.is_alive(record)
 
     def _complaint(self, name: str) -> str:
         """What a driver that ended said last of a fault."""
+        record = processes.read(self._root.folder / name / RECORD_NAME)
+        if self._jobs is not None and record is not None and "job" in record:
+            return self._jobs.complaint(record)[:500]
         lines = processes.tail(self._root.folder / name / LOG_NAME).splitlines()
         return next((line for line in reversed(lines) if line.startswith("error: ")), "")[:500]
+
+
+def _last_lease(store: Store) -> int:
+    """The number of the event with which a driver last took the search; 0 when none ever has."""
+    return max((event.seq for event in store.events(kinds=("lease",), newest=1)), default=0)
 
 
 def _content(folder: Path, store: Store) -> dict[str, Any]:

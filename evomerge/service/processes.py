@@ -35,8 +35,13 @@ def start(
         )  # fmt: skip
     threading.Thread(target=process.wait, daemon=True).start()  # so that none stays behind as a zombie
     started = {"pid": process.pid, "created": _created(process.pid), "host": socket.gethostname()}
+    write(record, {**told, **started})
+
+
+def write(record: Path, told: Mapping[str, Any]) -> None:
+    """Keep what names a process, whole or not at all."""
     partial = record.with_name(f".{record.name}.partial")
-    partial.write_text(json.dumps({**told, **started}), encoding="utf-8")
+    partial.write_text(json.dumps(dict(told)), encoding="utf-8")
     partial.replace(record)
 
 

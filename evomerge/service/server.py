@@ -14,11 +14,16 @@ import uvicorn
 from evomerge.errors import InputError
 from evomerge.service.app import ServiceSettings, create_app
 from evomerge.service.processes import TOKEN_VARIABLE
+from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 
 _LEAST_TOKEN = 8  # characters of one that a person chooses
 _GRACE_S = 2  # streams of events never end by themselves
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def _print(link: str) -> None:
+    print(link, flush=True)
 
 
 def serve(
@@ -31,7 +36,8 @@ def serve(
     names: Sequence[str],
     needs_token: bool,
     insecure: bool,
-    say: Callable[[str], None] = print,
+    address: str | None = None,
+    say: Callable[[str], None] = _print,
 ) -> None:
     """Serve the searches of a folder or a database until the process is told to end.
 
@@ -40,10 +46,13 @@ def serve(
         folder: with a database, where new searches live.
         sources: folders that search files which come over HTTP may name paths in.
         names: more names by which the server may be called.
-        insecure: let everybody in who reaches an address that is not this machine's own.
+        insecure: consent to letting everybody in who reaches an address that is not this machine's own, and to a
+            cluster that asks for no token.
+        address: of a Ray cluster, where drivers are started as jobs; on this machine when left out.
+        say: takes the link to open.
 
     Raises:
-        InputError: the port is taken, a folder is missing, or everybody could come in.
+        InputError: the port is taken, a folder is missing, no cluster answers, or everybody could come in.
     """
     if not needs_token and not is_loopback(host) and not insecure:
         mend = "Leave out --no-token; or, where something else guards it, add --insecure."
@@ -55,12 +64,13 @@ def serve(
         if not each.is_dir():
             raise InputError("--sources", f"{each} is no folder")
     root.names()  # a database that cannot be reached is said at once
+    jobs = None if address is None else RayJobs(address, insecure=insecure)
     token = _token() if needs_token else None
     with _listen(host, port) as listening:
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         hosts = tuple(dict.fromkeys([*_LOOPBACK, shown.lower(), *_own_names(host), *names]))
-        settings = ServiceSettings(root, token, hosts, tuple(each.resolve() for each in sources))
+        settings = ServiceSettings(root, token, hosts, tuple(each.resolve() for each in sources), jobs)
         visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
         say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))
         config = uvicorn.Config(

@@ -6,7 +6,7 @@ from typing import Any
 
 from evomerge.merging.registry import find_method
 from evomerge.optimizers import CmaSettings
-from evomerge.search.search_file import Budget, Confirm
+from evomerge.search.sections import Budget, Confirm
 from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings

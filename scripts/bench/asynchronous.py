@@ -32,7 +32,8 @@ from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Job, Measured, Task
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.prepare import prepare
-from evomerge.search.search_file import Mode, parse_search_file
+from evomerge.search.search_file import parse_search_file
+from evomerge.search.sections import Mode
 from evomerge.search.session import recipe_of
 from evomerge.search.setup import Setup
 from evomerge.search.worker import Worker

@@ -24,7 +24,7 @@ from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.search_file import Mode
+from evomerge.search.sections import Mode
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space
 

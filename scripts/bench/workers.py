@@ -24,7 +24,8 @@ from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Finished, Job, Measured
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.search_file import Cluster, SearchFile
+from evomerge.search.search_file import SearchFile
+from evomerge.search.sections import Cluster
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space
 

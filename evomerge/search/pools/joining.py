@@ -12,7 +12,7 @@ import ray
 
 from evomerge.errors import InputError
 from evomerge.search.launch import check_secured, listeners, who_listens
-from evomerge.search.search_file import Cluster
+from evomerge.search.sections import Cluster
 
 
 def connect(cluster: Cluster) -> bool:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from evomerge.errors import InputError
-from evomerge.search.search_file import Cluster, Workers
+from evomerge.search.sections import Cluster, Workers
 
 Resources = Mapping[str, float]
 """Amounts by kind, as Ray names them: CPU, GPU."""

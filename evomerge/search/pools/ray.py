@@ -34,6 +34,7 @@ from evomerge.search.pools.nodes import (
     workers_that_fit,
 )
 from evomerge.search.pools.starts import Starts
+from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.search_file import SearchFile
 
 # Threads are set before torch starts in the worker; a worker that takes every core slows all the others down.
@@ -97,6 +98,7 @@ class RayPool:
     def __init__(self, file: SearchFile, statistics: Path, worker: type[RayWorker] = RayWorker) -> None:
         self._arguments = (file.model_dump(mode="json"), statistics)
         self._worker = worker
+        self._runtime_env = runtime_env_of(file.cluster)
         self._owns = connect(file.cluster)
         nodes = usable_nodes()
         try:
@@ -241,6 +243,7 @@ class RayPool:
         number, self._hired = self._hired, self._hired + 1
         environment = {name: str(self._threads) for name in _THREADS}
         environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        environment |= self._runtime_env.get("env_vars", {})
         actor = (
             ray.remote(self._worker)
             .options(
@@ -249,7 +252,7 @@ class RayPool:
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True),
-                runtime_env={"env_vars": environment},
+                runtime_env=self._runtime_env | {"env_vars": environment},
             )
             .remote(f"ray-{number}", *self._arguments)
         )

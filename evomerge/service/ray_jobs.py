@@ -1,0 +1,59 @@
+"""Drivers as jobs of a Ray cluster, which sees the searches' folders at the same paths as the server does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.search.launch import check_secured, has_ended, job_client, submit
+from evomerge.search.runtime_env import runtime_env_of
+from evomerge.search.sections import Cluster
+
+
+class RayJobs:
+    """Starts drivers as jobs, and finds them again by the records that name them.
+
+    Args:
+        address: of the cluster, as ``evomerge search --address`` takes it.
+        insecure: join a cluster that asks for no token.
+
+    Raises:
+        InputError: no job server answers there, or the cluster asks for no token.
+    """
+
+    def __init__(self, address: str, *, insecure: bool) -> None:
+        self._client = job_client(address)
+        check_secured(self._client.get_address(), insecure=insecure, place="--address")
+        self._insecure = insecure
+
+    def start(self, name: str, folder: Path, log: Path, cluster: Cluster) -> dict[str, Any]:
+        """Start a driver that goes on with a search on the workers of the cluster; what names the job in a record.
+
+        What it says is added to ``log``, where people look, and stands in Ray's own log of the job.
+        """
+        command = ["evomerge", "resume", str(folder), "--set", "pool=ray", "--set", "cluster.address=auto"]
+        if self._insecure:
+            command += ["--set", "cluster.insecure=true"]
+        said = f"{shlex.join(command)} 2>&1 | tee -a {shlex.quote(str(log))}"
+        entrypoint = f"bash -o pipefail -c {shlex.quote(said)}"
+        return {"job": submit(self._client, name, folder, entrypoint, runtime_env_of(cluster))}
+
+    def is_alive(self, record: Mapping[str, Any]) -> bool:
+        """Whether the job of a record has not ended. One that the cluster does not know any more has."""
+        found = self._look(record)
+        return found is not None and not has_ended(found.status)
+
+    def complaint(self, record: Mapping[str, Any]) -> str:
+        """What a job that failed said last; nothing where it ended well, or is not known any more."""
+        found = self._look(record)
+        lines = str(found.message or "").splitlines() if found is not None and found.status == "FAILED" else []
+        return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+
+    def _look(self, record: Mapping[str, Any]) -> Any:
+        """What the cluster knows of a job; None where it knows nothing, or does not answer."""
+        try:
+            return self._client.get_job_info(record["job"])
+        except (RuntimeError, OSError):
+            return None
