@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from helpers_browser import DESK, PHONE, app_of, click_on_a_source, open_browser, served, settle, watched
-from helpers_service import NAME, make_search
+from helpers_browser import DESK, PHONE, app_of, click_on_a_source, open_browser, settle, watched
+from helpers_service import NAME, make_search, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Route, expect
@@ -42,7 +42,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with a finished made-up search."""
     root = tmp_path_factory.mktemp("root")
     make_search(root)
-    with served(app_of(root)) as address:
+    with serving(app_of(root)) as address:
         yield address
 
 
@@ -169,7 +169,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (model / "README.md").write_text(ATTACK)
     told = {"candidate": ATTACK, "bytes": 1, "command": ATTACK}
     (model.parent / ".model.json").write_text(json.dumps(told))
-    with served(app_of(root)) as address:
+    with serving(app_of(root)) as address:
         yield address
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import helpers_figures as made
 import pytest
 from fastapi import FastAPI
+from helpers_browser import open_browser
 from helpers_search import make_setup
 from helpers_service import serving
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from starlette.testclient import TestClient
 
 from evomerge.cli import main
@@ -26,7 +27,6 @@ from evomerge.service.report import commands, report_html
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire
 
-CHROMIUM = "/usr/bin/chromium-headless-shell"
 PLOTLY = "plotly.js v"
 TIMEOUT_MS = 200_000  # for a machine that is busy with something else
 
@@ -43,10 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as found:
         yield found
-        found.close()
 
 
 @contextmanager

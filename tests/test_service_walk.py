@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers_browser import DESK, PHONE, Watched, app_of, click_on_a_source, open_browser, served, settle
+from helpers_browser import DESK, PHONE, Watched, app_of, click_on_a_source, open_browser, settle
 from helpers_miniature import MINIATURES, ROOT
-from helpers_service import TOKEN
+from helpers_service import TOKEN, serving
 from playwright.sync_api import Browser, Page, expect
 
 from evomerge.store import Store, current_holder
@@ -32,7 +32,7 @@ def browser() -> Iterator[Browser]:
 def test_the_whole_walk(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What a person does with the miniature models, from the link to the model card."""
     root = tmp_path_factory.mktemp("walk")
-    with served(app_of(root, ROOT / "examples")) as address, ended(root / "walk"):
+    with serving(app_of(root, ROOT / "examples")) as address, ended(root / "walk"):
         context = browser.new_context(viewport=DESK)
         context.set_default_timeout(WALK_MS)
         found = Watched(context.new_page(), address)

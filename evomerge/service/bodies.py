@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, P
 from evomerge.report.comparing import Comparison
 from evomerge.report.status import Counts
 from evomerge.search.sections import Name
+from evomerge.store.rows import Status
 
 
 def _none_if_nan(value: Any) -> Any:
@@ -66,7 +67,7 @@ class CandidateSummary(CandidateName):
 
     step: int
     origin: str
-    status: Literal["asked", "running", "done", "eliminated", "failed", "cached"]
+    status: Status
     same_as: int | None
     attempts: int
     worker: str

@@ -51,8 +51,7 @@ class Root:
             UnknownSearchError: there is none of this name.
             InputError: its store cannot be opened.
         """
-        if name not in self.names():  # so that no name reaches out of the root
-            raise UnknownSearchError(f"no search is called {name!r} here")
+        self._check(name)
         with open_store(self.folder / name) if self.database is None else Store.open(self.database, name=name) as found:
             yield found
 
@@ -63,9 +62,13 @@ class Root:
             UnknownSearchError: there is no search of this name.
             InputError: its folder is on another machine.
         """
-        if name not in self.names():
-            raise UnknownSearchError(f"no search is called {name!r} here")
+        self._check(name)
         folder = self.folder / name
         if not is_search(folder):
             raise InputError(name, "was started elsewhere, and its folder is not here", "Use the machine that has it.")
         return folder
+
+    def _check(self, name: str) -> None:
+        """Refuse a name that is no search's, so that none reaches out of the root."""
+        if name not in self.names():
+            raise UnknownSearchError(f"no search is called {name!r} here")
