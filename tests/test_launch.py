@@ -15,10 +15,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from helpers_miniature import environment, search_file
+from helpers_miniature import environment, evomerge, search_file
 
 from evomerge.errors import InputError
 from evomerge.search import launch as launching
@@ -44,6 +45,7 @@ from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.problems import ProblemError
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
+from evomerge.store import Store
 
 WAIT_S = 200.0
 
@@ -235,6 +237,13 @@ def cluster() -> Iterator[str]:
     shutil.rmtree(sessions, ignore_errors=True)
 
 
+def told_of(store: Store) -> list[Any]:
+    """What decides a search: of each candidate its genome, its recipe and what it is worth."""
+    rows = store.candidates()
+    genomes = [None if row.genome is None else row.genome.tolist() for row in rows]
+    return [(genome, row.recipe_hash, row.objectives) for genome, row in zip(genomes, rows, strict=True)]
+
+
 @pytest.mark.timeout(300)
 def test_a_search_runs_as_a_job_is_listed_left_and_followed_to_its_end(
     tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
@@ -261,9 +270,11 @@ def test_a_search_runs_as_a_job_is_listed_left_and_followed_to_its_end(
     assert "".join(whole).startswith("".join(shown))
     assert "evomerge resume" in "".join(whole)
     assert running(cluster) == []
-    with open_store(folder) as store:
+    assert evomerge("search", file, "--dir", tmp_path / "here") == 0
+    with open_store(folder) as store, open_store(tmp_path / "here") as here:
         assert store.search().state == "finished"
         assert len(store.candidates()) == 6
+        assert told_of(store) == told_of(here)  # of a job on a cluster, and of this process
 
 
 @pytest.mark.timeout(300)
