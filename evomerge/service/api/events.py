@@ -48,7 +48,7 @@ async def events(
         found = await asyncio.to_thread(_next, root, name, seq)
         for event in found:
             seq = event.seq
-            yield ServerSentEvent(data=Happening(**asdict(event)), event=event.kind, id=str(seq))
+            yield ServerSentEvent(data=Happening(**asdict(event)), id=str(seq))
         if len(found) < _AT_ONCE:
             await asyncio.sleep(POLL_S)
 

@@ -126,11 +126,7 @@ export function follow(address, hear) {
   const stream = new EventSource(address);
   stream.onopen = () => { show("live", "live"); hear({ kind: "open" }); };
   stream.onerror = () => show("away", "not connected, trying again");
-  const kinds = ["created", "lease", "state", "ask", "dispatch", "result", "rung", "failure", "cached", "done", "eliminated",
-    "tell", "tick", "front", "scores", "confirm", "confirm failed", "shortlist", "winner", "command", "settings", "screen",
-    "item response", "artifacts", "restart", "stale", "reconnected"];
-  stream.onmessage = () => hear({ kind: "message" });
-  for (const kind of kinds) stream.addEventListener(kind, (event) => hear({ kind, data: event.data }));
+  stream.onmessage = (message) => hear(JSON.parse(message.data));
   addEventListener("pagehide", () => stream.close());
   return stream;
 }
