@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.live import live_model
 from evomerge.commands.look import send
 from evomerge.commands.run import resume
+from evomerge.errors import InputError
 from evomerge.search.folder import open_store
+from evomerge.search.search_file import load_search_file
 from evomerge.search.session import recipe_of
 
 
@@ -414,7 +416,7 @@ def test_the_knee_and_a_named_candidate_are_exported(searched: Path, tmp_path: P
 def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A thread stands for the other terminal: it pauses the search, sees it paused, and wakes it."""
+    """A thread stands for the other terminal: it pauses the search, and wakes it with a larger budget."""
     folder = tmp_path / "search"
     seen: list[str] = []
 
@@ -427,7 +429,9 @@ def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
         send(folder, "pause")
         wait_for(lambda: state() == "paused")
         seen.append(state())
-        assert resume(folder, ()) == 0
+        with pytest.raises(InputError, match="only its budget can be changed"):
+            resume(folder, ["seed=3"])
+        assert resume(folder, ["budget.candidates=64"]) == 0
         wait_for(lambda: state() != "paused")
         seen.append(state())
 
@@ -437,6 +441,10 @@ def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
     thread.join()
     assert seen[0] == "paused"
     assert seen[1] == "running"
+    with open_store(folder) as store:
+        assert len(store.candidates()) == 64  # the budget that the other terminal gave it
+        assert store.search().settings["budget"]["candidates"] == 64
+    assert load_search_file(folder / "search.yaml").budget.candidates == 64
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:

@@ -28,6 +28,7 @@ from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.search.sections import Budget
 from evomerge.store import Store, acquire
 
 
@@ -329,6 +330,25 @@ def test_pause_starts_nothing_new_until_resume(tmp_path: Path) -> None:
     drive(tmp_path, make_setup(candidates=20), simulation=count, idle=pause_a_while)
     assert seen[0] == seen[1] < 20
     assert len(started) == 20
+
+
+def test_a_budget_changed_meanwhile_is_the_one_that_ends_it(tmp_path: Path) -> None:
+    budgets = iter([None, Budget(candidates=33)])  # the first is refused
+    steps = iter(range(10**6))
+
+    def control(word: Control) -> None:
+        word._reread = lambda: next(budgets)
+
+    def change(word: Control) -> None:
+        if next(steps) in (3, 5):
+            word.hear("reread")
+
+    driver = drive(tmp_path, make_setup(candidates=20), control=control, idle=change)
+    assert driver.why == "33 candidates asked"
+    assert len(table(tmp_path)) == 33
+    drive(tmp_path, make_setup(candidates=33))
+    drive(tmp_path / "at once", make_setup(candidates=33))
+    assert table(tmp_path) == table(tmp_path / "at once")
 
 
 def test_pauses_are_not_spent() -> None:

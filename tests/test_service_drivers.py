@@ -16,6 +16,8 @@ from helpers_miniature import COMMAND, MINIATURES, environment
 from helpers_service import TOKEN, make_search
 
 from evomerge.errors import InputError
+from evomerge.search.rebudget import reread_budget
+from evomerge.search.sections import Budget
 from evomerge.service.bodies import NewBudget
 from evomerge.service.client import Client
 from evomerge.service.drivers import RECORD_NAME, Drivers, DriverState
@@ -124,8 +126,8 @@ def test_a_search_and_an_export_outlive_the_server_and_are_found_again(
     until(lambda: server.client.status("small").state == "paused")
     server.client.tell("small", "resume")
     until(lambda: server.client.status("small").state == "running")
-    with pytest.raises(InputError, match="a driver is at work"):
-        server.client.change_budget("small", candidates=5000)
+    assert server.client.change_budget("small", candidates=5000) == "the budget is 5000 candidates"
+    until(lambda: server.client.status("small").budget.candidates == 5000)
     assert psutil.Process(holder.pid).is_running()  # the same one all the time
     server.client.tell("small", "stop")
     until(lambda: not server.client.searches()[0].driver)
@@ -175,9 +177,17 @@ def test_the_budget_is_written_into_the_search_file(root: Path) -> None:
     with pytest.raises(InputError, match="needs candidates, hours or patience"):
         drivers.change_budget("made-up", NewBudget(hours=None))
     assert path.read_text() == before
-    at_work = pytest.raises(ProblemError, match="A driver is at work")
-    with Store.open(root / "made-up" / "search.db") as store, acquire(store), at_work:
+    with Store.open(root / "made-up" / "search.db") as store, acquire(store):
         drivers.change_budget("made-up", NewBudget(candidates=60))
+        assert store.take_commands() == ["reread"]
+        assert reread_budget(root / "made-up", store) == Budget(candidates=60, hours=2.5)
+        assert store.search().settings["budget"]["candidates"] == 60
+        store.set_state("confirming")
+        with pytest.raises(ProblemError, match="Not now"):
+            drivers.change_budget("made-up", NewBudget(candidates=70))
+        path.write_text("budget: 7")
+        assert reread_budget(root / "made-up", store) is None
+        assert store.events(kinds=("settings refused",), newest=1)[0].payload["why"].startswith("search.yaml")
 
 
 def test_a_process_is_known_by_when_it_started(tmp_path: Path) -> None:

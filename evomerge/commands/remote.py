@@ -6,15 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from rich.table import Table
 
-from evomerge.errors import InputError
 from evomerge.report.screen import make_console, panel
+from evomerge.search.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary, Mean
 from evomerge.service.client import Client
-from evomerge.yaml import load_yaml
 
 _WATCH_S = 1.0
 _ENDED = ("finished", "stopped", "cancelled", "failed", "interrupted")
@@ -43,14 +42,8 @@ def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel
 
 def resume(url: str, search: str, overrides: Sequence[str]) -> None:
     """Go on with a search, with another budget where one is given."""
-    bounds: dict[str, Any] = {}
-    for override in overrides:
-        key, _, text = override.partition("=")
-        section, _, bound = key.strip().partition(".")
-        if section != "budget" or bound not in ("candidates", "hours", "patience"):
-            mend = "On a server only --set budget.candidates=N, budget.hours=H and budget.patience=P can be set."
-            raise InputError(f"--set {override}", "cannot be set through a server", mend)
-        bounds[bound] = load_yaml(text, f"--set {override}")
+    mend = "Through a server only budget.candidates, budget.hours and budget.patience can be set."
+    bounds = bounds_of(overrides, mend)
     with Client(url) as client:
         told = client.change_budget(search, resume=True, **bounds) if bounds else client.tell(search, "resume")
     print(told, file=sys.stderr)

@@ -29,6 +29,7 @@ from evomerge.search.driver import Driver
 from evomerge.search.folder import LOGS_NAME, open_store
 from evomerge.search.pools.base import Pool
 from evomerge.search.prepare import Prepared, prepare
+from evomerge.search.rebudget import bounds_of, change_budget, reread_budget
 from evomerge.search.search_file import SearchFile, load_search_file
 from evomerge.search.session import (
     check_unchanged,
@@ -68,7 +69,7 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
 
 
 def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None) -> int:
-    """Go on with a search; the exit code. A driver that is paused is woken instead.
+    """Go on with a search; the exit code. A driver that is at work is given another budget, or woken, instead.
 
     Args:
         place: the search's folder, or the URL of its copy in object storage, which is fetched first.
@@ -77,11 +78,8 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
     console = make_console()
     folder = _local(str(place), into, console)
     with ExitStack() as last, open_store(folder) as store:
-        if current_holder(store) is not None and store.search().state == "paused":
-            if overrides:
-                raise InputError("--set", "a paused search is only woken", "Stop it first to change its settings.")
-            store.request_command("resume")
-            console.print(f"told the driver of {folder} to go on")
+        if current_holder(store) is not None and (overrides or store.search().state == "paused"):
+            _tell_driver(folder, store, overrides, console)
             return 0
         with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
             prepared = _reopened(folder, store, overrides)
@@ -89,6 +87,18 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 artifacts = last.enter_context(_copying(folder, prepared.file, console))
                 record_resumed(folder, store, prepared.file)
                 return _drive(folder, prepared, store, pool, artifacts, console)
+
+
+def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: Console) -> None:
+    """Give a driver at work another budget, and wake it if it is paused."""
+    bounds = bounds_of(overrides, "While a driver is at work only its budget can be changed; stop it first.")
+    if bounds:
+        change_budget(folder, store, bounds)
+        store.request_command("reread")
+        console.print(f"gave the driver of {folder} another budget")
+    if store.search().state == "paused":
+        store.request_command("resume")
+        console.print(f"told the driver of {folder} to go on")
 
 
 def _local(place: str, into: Path | None, console: Console) -> Path:
@@ -198,7 +208,7 @@ def _session(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> Iterator[tuple[Control, Callable[[], None]]]:
     """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
-    control = Control(store.take_commands)
+    control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
     screen = Screen(console, lambda: status_of(store), pool.state)
     observers = Observers(store, folder, prepared.file.observers)
     with closing(observers), screen, control.signals(screen.say):

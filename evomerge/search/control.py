@@ -1,4 +1,4 @@
-"""The five verbs, as the driver hears them: from the store, from signals, from whoever holds the object."""
+"""The verbs, as the driver hears them: from the store, from signals, from whoever holds the object."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from evomerge.search.sections import Budget
 from evomerge.store import Verb
 
 
@@ -15,12 +16,16 @@ class Control:
     """What was asked of a running search.
 
     ``pause`` starts nothing new until ``resume``; ``stop`` lets what runs finish and ends; ``cancel`` ends now. The
-    last two stick.
+    last two stick. ``reread`` takes up the budget that the search file has by now.
+
+    Attributes:
+        budget: what the search may spend, since that was last changed; None as long as it never was.
 
     Args:
         read: gives the verbs that arrived since the last call, oldest first (the store's command table).
         interval_s: how often ``read`` is asked at the most.
         clock: seconds, to tell how long pauses last.
+        reread: gives the budget that the search file has; None when it has none that can be used.
     """
 
     def __init__(
@@ -28,16 +33,19 @@ class Control:
         read: Callable[[], Sequence[Verb]],
         interval_s: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
+        reread: Callable[[], Budget | None] = lambda: None,
     ) -> None:
         self._read = read
         self._interval_s = interval_s
         self._asked_at = float("-inf")
         self._clock = clock
+        self._reread = reread
         self._paused_at = 0.0
         self._paused_before_s = 0.0
         self.paused = False
         self.stopping = False
         self.cancelled = False
+        self.budget: Budget | None = None
 
     def poll(self) -> None:
         """Take in what has arrived."""
@@ -59,6 +67,8 @@ class Control:
             self.stopping = True
         elif verb == "cancel":
             self.stopping = self.cancelled = True
+        elif verb == "reread":
+            self.budget = self._reread() or self.budget
 
     def paused_s(self) -> float:
         """Seconds spent in pauses so far."""

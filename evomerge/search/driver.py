@@ -28,6 +28,7 @@ from evomerge.search.pools.base import Pool
 from evomerge.search.ranking import Ranking
 from evomerge.search.scores import Sheet
 from evomerge.search.scoring import FAVOURITE, Candidate
+from evomerge.search.sections import Budget
 from evomerge.search.setup import Setup
 from evomerge.search.steady import SteadyScoring
 from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
@@ -151,7 +152,7 @@ class Driver:
 
     def _ask(self, count: int) -> list[Candidate]:
         """So many new candidates, or what is left of the budget; with racing, the optimizer's favourite beside them."""
-        room = math.inf if self._setup.budget.candidates is None else self._setup.budget.candidates - self._asked
+        room = math.inf if self._budget.candidates is None else self._budget.candidates - self._asked
         name: str = self._setup.optimizer.name
         points = [(name, genome) for genome in self._optimizer.ask(int(min(count, room)))]
         self._asked_since_favourite += len(points)
@@ -239,13 +240,17 @@ class Driver:
 
     # Budget -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _budget(self) -> Budget:
+        return self._control.budget or self._setup.budget
+
     def _spent_s(self) -> float:
         """Seconds in which a driver was at work on this search, earlier ones included and pauses not."""
         return self._spent_before_s + self._clock() - self._started - self._control.paused_s()
 
     def _spent(self) -> str:
         """Why the search should end now, or nothing."""
-        budget = self._setup.budget
+        budget = self._budget
         if budget.candidates is not None and self._asked >= budget.candidates:
             return f"{budget.candidates} candidates asked"
         if budget.hours is not None and self._spent_s() >= budget.hours * 3600:

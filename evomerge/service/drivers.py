@@ -8,14 +8,10 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from evomerge.errors import InputError
-from evomerge.search.folder import FILE_NAME, STORE_VARIABLE
-from evomerge.search.search_file import parse_search_file
+from evomerge.search.folder import STORE_VARIABLE
+from evomerge.search.rebudget import change_budget
 from evomerge.search.sections import Budget, Cluster
 from evomerge.service import processes
 from evomerge.service.bodies import NewBudget
@@ -23,7 +19,6 @@ from evomerge.service.problems import ProblemError
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 from evomerge.store import Store, Verb, current_holder
-from evomerge.yaml import load_yaml
 
 LOG_NAME = "driver.log"
 RECORD_NAME = "driver.json"
@@ -115,22 +110,22 @@ class Drivers:
             processes.start(arguments, self._root.folder, log, record, told, **more)
 
     def change_budget(self, name: str, wanted: NewBudget) -> str:
-        """Write another budget into the search file of a search that nobody drives, and go on if that is wanted.
+        """Give a search another budget, also one that a driver is at work on; and go on with it if that is wanted.
 
         Raises:
-            ProblemError: a driver is at work, which has read the file already (409).
+            ProblemError: the driver hears nothing now (409).
             InputError: no bound is left.
         """
-        folder = self._root.folder_of(name)
         with self._root.store(name) as store:
-            if current_holder(store) is not None or self._is_starting(name, store):
-                raise ProblemError(409, "A driver is at work", detail="Stop it first; it has read its budget already.")
-            content = _content(folder, store)
-        content["budget"] |= wanted.model_dump(exclude_unset=True, exclude={"resume"})
-        file = parse_search_file(content, place=FILE_NAME, root=folder.resolve())
-        _write(folder / FILE_NAME, content)
-        told = _told(file.budget)
-        return f"{told}; {self.resume(name)}" if wanted.resume else told
+            state = self.look(name, store)
+            if state.state in ("starting", "confirming"):
+                detail = f"The search is {state.state}, and hears nothing of budgets: wait until that is over."
+                raise ProblemError(409, "Not now", detail=detail)
+            changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
+            told = _told(change_budget(self._root.folder_of(name), store, changes))
+            if state.holds:
+                store.request_command("reread")
+        return f"{told}; {self.resume(name)}" if wanted.resume and state.state != "running" else told
 
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
@@ -153,21 +148,6 @@ class Drivers:
 def _last_lease(store: Store) -> int:
     """The number of the event with which a driver last took the search; 0 when none ever has."""
     return max((event.seq for event in store.events(kinds=("lease",), newest=1)), default=0)
-
-
-def _content(folder: Path, store: Store) -> dict[str, Any]:
-    """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
-    path = folder / FILE_NAME
-    content = load_yaml(path.read_text(encoding="utf-8"), FILE_NAME) if path.is_file() else store.search().settings
-    if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
-        raise InputError(FILE_NAME, "is no search file any more", "Put back the one that the search was started with.")
-    return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(path)
 
 
 def _told(budget: Budget) -> str:

@@ -14,7 +14,7 @@ from evomerge.genome import Genome
 Status = Literal["asked", "running", "done", "eliminated", "failed", "cached"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
-Verb = Literal["pause", "resume", "stop", "cancel"]
+Verb = Literal["pause", "resume", "stop", "cancel", "reread"]
 
 
 class Estimate(TypedDict):

@@ -88,7 +88,7 @@ def search_file(name: str, root: RootDependency) -> PlainTextResponse:
 
 @router.post("/{name}/budget", status_code=202)
 def budget(name: str, wanted: NewBudget, drivers: DriversDependency) -> Told:
-    """Change the budget of a search that nobody drives, and go on with it if that is wanted."""
+    """Change the budget of a search, also while it runs, and go on with it if that is wanted."""
     return Told(told=drivers.change_budget(name, wanted))
 
 
