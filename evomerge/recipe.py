@@ -214,12 +214,16 @@ class Recipe(_Frozen):
         numbers: dict[str, int] = {}
         blends: list[Blend] = []
 
+        met: dict[int, int] = {}  # by identity: a blend takes a while to write down, and often stands in many places
+
         def number(blend: Blend) -> int:
-            key = _canonical(blend.model_dump(mode="json"))
-            if key not in numbers:
-                numbers[key] = len(blends)
-                blends.append(blend)
-            return numbers[key]
+            if id(blend) not in met:
+                key = _canonical(blend.model_dump(mode="json"))
+                if key not in numbers:
+                    numbers[key] = len(blends)
+                    blends.append(blend)
+                met[id(blend)] = numbers[key]
+            return met[id(blend)]
 
         first = number(embedding)
         stack = list(hops)

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.engine import ServerAwayError, connect, for_reading, is_lost, parse_place, plain_errors
+from evomerge.store.engine import ServerAwayError, begin, connect, for_reading, is_lost, parse_place, plain_errors
 from evomerge.store.outage import repeated
 from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
 
@@ -130,7 +130,7 @@ class ReadStore:
         engine = self._synced_writer if synced else self._writer if writes else self._reader
         try:
             with plain_errors(self.place), engine.connect() as connection:
-                connection.begin()
+                begin(connection)
                 yield connection
                 self._commit(connection, was_committed)
         except ServerAwayError as error:
