@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from evomerge.report.status import (
     Slow,
     slow_ones,
     status_of,
+    unrecorded_s,
 )  # fmt: skip
 from evomerge.search.jobs import PoolState
 from evomerge.store import NewCandidate, Store, acquire
@@ -247,6 +249,47 @@ def test_the_status_names_slow_workers_from_what_is_recorded(tmp_path: Path) -> 
     ]  # fmt: skip
     assert "slow: node b takes 0.5 s an item, the others 0.2 s (medians of 10 and 10 candidates)" in drawn(found)
     assert line(found).endswith("; slow: b")
+
+
+def test_seconds_of_pauses_startups_and_earlier_drivers_are_not_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: moment[0])
+
+    def after(seconds: float) -> None:
+        moment[0] += seconds
+
+    create = {"name": "s", "settings": {}, "fingerprints": {}, "environment": {}}
+    with Store.create(tmp_path / "search.db", **create) as store:  # type: ignore[arg-type]
+        assert unrecorded_s(store) == 0.0
+        for _ in range(2):  # drivers, of which the first is killed
+            with acquire(store):
+                after(7)  # while models are opened
+                assert unrecorded_s(store) == 0.0
+                store.set_state("running")
+                after(3)
+                assert unrecorded_s(store) == 3.0
+                store.set_state("paused")
+                after(50)
+                store.record_tell(0, {}, front=[], spent_s=3.0)  # what ran then has finished
+                after(50)
+                assert unrecorded_s(store) == 0.0
+                store.set_state("running")
+                after(2)
+                store.set_state("paused")
+                after(50)
+                assert unrecorded_s(store) == 2.0
+                store.set_state("running")
+                after(4)
+                assert unrecorded_s(store) == 6.0
+            after(1000)
+        with acquire(store):
+            store.set_state("running")
+            after(5)
+            store.set_state("cancelled", spent_s=14.0)
+            after(5)
+            assert unrecorded_s(store) == 0.0
 
 
 def test_without_a_terminal_the_screen_prints_few_plain_lines() -> None:

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import schemathesis
+import yaml
 from fastapi import FastAPI
 from helpers_miniature import evomerge
 from helpers_miniature import json_of as json_of_command
@@ -124,7 +125,9 @@ def test_pages_together_are_the_whole_list_in_order(client: TestClient, store: S
     sign = -1 if order == "desc" else 1
 
     def key(row: Any) -> Any:
-        return sign * row.number if sort == "number" else (sign * row.objectives[sort]["mean"], row.number)
+        if sort == "number":
+            return sign * row.number
+        return sign * row.objectives[sort]["mean"], not row.on_front, row.number
 
     rows = sorted(store.candidates(), key=key)
     assert [each["number"] for each in found] == [row.number for row in rows]
@@ -306,7 +309,23 @@ def test_what_happens_later_comes_too(tmp_path: Path) -> None:
             return await reading
 
     (event, *_) = asyncio.run(run())
-    assert (event["event"], json.loads(event["data"])["payload"]) == ("noticed", {"what": "a thing"})
+    found = json.loads(event["data"])
+    assert (found["kind"], found["payload"]) == ("noticed", {"what": "a thing"})
+
+
+def test_the_name_of_a_search_that_is_there_is_refused_before_anything_is_opened(client: TestClient) -> None:
+    content = {
+        "name": NAME,
+        "sources": {"base": "base", "maths": "maths"},
+        "base": "base",
+        "space": {"method": "task_arithmetic"},
+        "objectives": {"maths": {"task": "no_such_task", "metric": "acc"}},
+        "budget": {"candidates": 8},
+    }
+    for path in ("", "/validate"):
+        answer = client.post(f"{API}/searches{path}", json={"file": yaml.safe_dump(content)})
+        assert answer.status_code == 409
+        assert answer.json()["faults"][0]["field"] == "search file: name"
 
 
 # The client

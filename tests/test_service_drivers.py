@@ -176,6 +176,8 @@ def test_the_budget_is_written_into_the_search_file(root: Path) -> None:
     before = path.read_text()
     with pytest.raises(InputError, match="needs candidates, hours or patience"):
         drivers.change_budget("made-up", NewBudget(hours=None))
+    with pytest.raises(InputError, match="is 7, and 8 candidates are asked already"):
+        drivers.change_budget("made-up", NewBudget(candidates=7))
     assert path.read_text() == before
     with Store.open(root / "made-up" / "search.db") as store, acquire(store):
         drivers.change_budget("made-up", NewBudget(candidates=60))

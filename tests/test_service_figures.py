@@ -361,10 +361,11 @@ def test_idle_is_what_lies_between_a_workers_attempts() -> None:
         Attempt(1, 1, 0.0, 4.0, "a", "scored"),
         Attempt(2, 1, 6.0, 10.0, "a", "scored"),
         Attempt(3, 1, 5.0, 10.0, "b", "scored"),
-        Attempt(4, 1, 9.0, 99.0, "not known yet", "running"),
+        Attempt(4, 1, 7.0, 12.0, "b", "scored"),  # which waited until 10 for the one before it
+        Attempt(5, 1, 9.0, 99.0, "not known yet", "running"),
     ]
-    assert idle_share(attempts) == pytest.approx(2.0 / 15.0)
-    assert idle_share(attempts[3:]) is None
+    assert idle_share(attempts) == pytest.approx(2.0 / 17.0)
+    assert idle_share(attempts[4:]) is None
 
 
 def test_failures_are_counted_by_cause(root: Path) -> None:

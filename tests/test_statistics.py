@@ -21,6 +21,20 @@ from evomerge.search.statistics import (
 )
 
 
+def test_an_interval_of_right_and_wrong_stays_within_what_is_possible() -> None:
+    """Of a proportion's difference; means of other scores have no bounds that are known."""
+    sure = np.ones((40, 2))
+    sure[0, 0] = 0.0
+    for found in simultaneous_differences(-sure, 0.95, seed=0):
+        assert found.low == -1.0
+        assert found.mean < found.high < 0.0
+    assert simultaneous_differences(1.5 * sure, 0.95, seed=0)[0].high > 1.5
+    ours = np.ones(10, dtype=np.float32)
+    found = paired_difference(ours, np.array([1] + [0] * 9, dtype=np.float32), 0.99)
+    assert found.high == 1.0
+    assert found.mean == pytest.approx(0.9)
+
+
 @given(st.lists(st.integers(0, 1), min_size=2, max_size=50))
 def test_mean_and_error_of_right_and_wrong(answers: list[int]) -> None:
     values = np.array(answers, dtype=np.float32)

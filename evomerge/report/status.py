@@ -217,10 +217,6 @@ def status_of(store: Store) -> SearchStatus:
     state = search.state
     if state in ("running", "paused", "confirming") and not driven:
         state = "interrupted"
-    spent_s = search.spent_s
-    if driven and state == "running":  # what is spent is recorded with each tell
-        (last,) = store.events(kinds=("lease", "tell"), newest=1)
-        spent_s += time.time() - last.time
     first = objectives[0]
     best = store.best(first["name"], maximise=first["maximise"])
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
@@ -247,7 +243,7 @@ def status_of(store: Store) -> SearchStatus:
         budget=Budget(
             candidates=settings["budget"]["candidates"],
             hours=settings["budget"]["hours"],
-            hours_spent=spent_s / 3600,
+            hours_spent=(search.spent_s + (unrecorded_s(store) if driven else 0.0)) / 3600,
         ),
         directions={o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives},
         wanted={m["name"]: m["items"] for m in measures},
@@ -268,6 +264,25 @@ def status_of(store: Store) -> SearchStatus:
         winner=held.winner,
         choice=held.choice,
     )
+
+
+def unrecorded_s(store: Store) -> float:
+    """Seconds that a driver at work has spent since it last wrote them down, with a tell; pauses are not spent."""
+    wanted = {"lease": 1, "tell": 1, "state": _RECENT}
+    events = [event for kind, newest in wanted.items() for event in store.events(kinds=(kind,), newest=newest)]
+    spent, since = 0.0, math.nan  # since when it runs; NaN while it does not
+    for event in sorted(events, key=lambda each: each.seq):
+        runs = not math.isnan(since)
+        if event.kind == "lease":  # whatever the driver before it left unrecorded is lost
+            spent, since = 0.0, math.nan
+        elif event.kind == "tell":
+            spent, since = 0.0, event.time if runs else math.nan
+        elif event.payload["state"] == "running":
+            since = event.time
+        else:
+            paused = event.payload["state"] == "paused"
+            spent, since = (spent + event.time - since if runs else spent) if paused else 0.0, math.nan
+    return spent if math.isnan(since) else spent + time.time() - since
 
 
 def _items(store: Store, search: SearchRow, done: int) -> int:

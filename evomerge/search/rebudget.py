@@ -38,16 +38,25 @@ def change_budget(folder: Path, store: Store, changes: Mapping[str, Any]) -> Bud
     A driver at work hears of it by the verb "reread".
 
     Raises:
-        InputError: no bound is left, one is not a number, or the search file cannot be read any more.
+        InputError: no bound is left, one is no number or spent already, or the search file cannot be read any more.
     """
     path = folder / FILE_NAME
     content = _content(path, store)
     content["budget"] |= changes
     file = parse_search_file(content, place=FILE_NAME, root=folder.resolve())
+    check_budget(file.budget, store)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(path)
     return file.budget
+
+
+def check_budget(budget: Budget, store: Store) -> None:
+    """Refuse a budget of fewer candidates than a search has asked for (InputError)."""
+    asked = sum(store.counts().values())
+    if budget.candidates is not None and budget.candidates < asked:
+        problem = f"is {budget.candidates}, and {asked} candidates are asked already"
+        raise InputError("budget.candidates", problem, f"Give {asked} to end it here, or more to go on.")
 
 
 def reread_budget(folder: Path, store: Store) -> Budget | None:
@@ -55,6 +64,7 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
     try:
         content = _content(folder / FILE_NAME, store)
         budget = parse_search_file(content, place=FILE_NAME, root=folder.resolve()).budget
+        check_budget(budget, store)
     except InputError as error:
         store.record_event("settings refused", {"why": str(error)})
         return None

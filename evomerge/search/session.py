@@ -29,6 +29,7 @@ from evomerge.search.folder import (
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
+from evomerge.search.rebudget import check_budget
 from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
 from evomerge.search.setup import MeasureInfo
 from evomerge.store import CandidateRow, ItemTexts, Store
@@ -123,7 +124,7 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     """The search file to go on with: the folder's copy with overrides, if it differs only where it may.
 
     Raises:
-        InputError: it differs elsewhere; the difference is in the message.
+        InputError: it differs elsewhere; the difference is in the message. Or its budget is less than what is spent.
     """
     # Parsed again, because a program that was older than one of the keys wrote nothing for it.
     recorded = parse_search_file(store.search().settings, place=FILE_NAME, root=folder.resolve())
@@ -133,6 +134,7 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     for override in overrides:
         apply_override(edited, override)
     file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
+    check_budget(file.budget, store)
     differences = list(_differences(before, file.model_dump(mode="json"), ""))
     forbidden = [line for key, line in differences if key.split(".")[0] not in RESUMABLE or key in FIXED]
     if forbidden:

@@ -53,7 +53,13 @@ def paired_difference(ours: Values, theirs: Values, confidence: float) -> Differ
         return Difference(mean, mean, mean)
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
     reach = float(special.stdtrit(len(differences) - 1, 0.5 + confidence / 2)) * error
-    return Difference(mean, mean - reach, mean + reach)
+    bound = _bound(differences)
+    return Difference(mean, max(-bound, mean - reach), min(bound, mean + reach))
+
+
+def _bound(differences: Matrix) -> float:
+    """How far from 0 a mean can be, of which these are some: 1 where scores are right or wrong, else no bound."""
+    return 1.0 if np.isin(differences, (-1.0, 0.0, 1.0)).all() else math.inf
 
 
 def simultaneous_differences(differences: Matrix, confidence: float, seed: int) -> list[Corrected]:
@@ -91,7 +97,9 @@ def simultaneous_differences(differences: Matrix, confidence: float, seed: int) 
     t_squared = 2 * wanted / (squares + np.sqrt(squares**2 + 4 * typical * wanted) + np.finfo(np.float64).tiny)
     as_large = _DRAWS - np.searchsorted(largest, np.sqrt(t_squared), side="left")
     p = (1 + as_large) / (1 + _DRAWS)
-    return [Corrected(*map(float, found)) for found in zip(means, means - reach, means + reach, p, strict=True)]
+    bound = _bound(differences)
+    low, high = np.maximum(means - reach, -bound), np.minimum(means + reach, bound)
+    return [Corrected(*map(float, found)) for found in zip(means, low, high, p, strict=True)]
 
 
 def _largest_t(centred: Matrix, squares: Matrix, seed: int) -> Matrix:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
 from evomerge.report.confirmed import confirmation
 from evomerge.report.entries import candidate_id, measures_of
-from evomerge.report.status import Counts
+from evomerge.report.status import Counts, unrecorded_s
 from evomerge.service.bodies import (
     CandidateDetail,
     CandidateName,
@@ -43,7 +42,7 @@ def summary_of(store: Store, driver: DriverState) -> SearchSummary:
     search, counts = store.search(), store.counts()
     first, asked = search.fingerprints["objectives"][0], sum(counts.values())
     finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
-    spent_s = search.spent_s + (_unrecorded_s(store) if driver.holds and driver.state == "running" else 0.0)
+    spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
     best = summaries.best(store, first["name"], maximise=first["maximise"])
     steps = _steps(store, first)
     budget = Spending(**{key: search.settings["budget"].get(key) for key in Spending.model_fields})
@@ -56,7 +55,7 @@ def summary_of(store: Store, driver: DriverState) -> SearchSummary:
         spent_s=spent_s,
         counts=Counts.model_validate({**counts, "asked": asked}),
         budget=budget,
-        eta_s=_eta_s(budget, finished, spent_s) if driver.holds else None,
+        eta_s=_eta_s(budget, finished, spent_s) if driver.holds and driver.state == "running" else None,
         best=None if best is None else candidate_name(best),
         best_source=_best_source(store, first),
         sparkline=sparkline(steps, asked),
@@ -144,12 +143,6 @@ def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
         return dump_recipe(Recipe.from_canonical(recipe, sources))
     except InputError:  # mergekit has no words for it
         return None
-
-
-def _unrecorded_s(store: Store) -> float:
-    """Seconds that a driver at work has spent since it last wrote them down."""
-    last = store.events(kinds=("lease", "tell"), newest=1)
-    return max(0.0, time.time() - last[0].time) if last else 0.0
 
 
 def _eta_s(budget: Spending, finished: int, spent_s: float) -> float | None:

@@ -248,7 +248,7 @@ class ReadStore:
         return self._rows(self._select().where(tables.candidate.c.on_front).order_by(tables.candidate.c.number))
 
     def best(self, objective: str, *, maximise: bool, k: int = 1) -> list[CandidateRow]:
-        """The k best eligible candidates in one objective, best first; of equals the lower number first."""
+        """The k best eligible candidates in one objective, best first; of equals those on the front."""
         mean, columns = tables.objective.c.mean, tables.candidate.c
         query = (
             self._select()
@@ -258,7 +258,8 @@ class ReadStore:
             )
             .where(tables.objective.c.name == objective, mean.is_not(None), columns.eligible, columns.same_as.is_(None))
         )
-        return self._rows(query.order_by(mean.desc() if maximise else mean, columns.number).limit(k))
+        order = (mean.desc() if maximise else mean, columns.on_front.desc(), columns.number)
+        return self._rows(query.order_by(*order).limit(k))
 
     @repeated
     def scores(self, number: int, split: str) -> list[Scores]:

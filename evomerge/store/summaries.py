@@ -49,8 +49,8 @@ class Brief:
 class Order:
     """How a list of candidates is sorted: by number, or by an objective, where only those that have a value are in it.
 
-    Of equals the lower number comes first. ``after`` is where the list goes on: the number of the last one seen, or its
-    mean and number.
+    Of equals those on the front come first, then those of lower number. ``after`` is where the list goes on: the number
+    of the last one seen, or its mean, whether it is on the front (1 or 0), and its number.
     """
 
     objective: str | None = None
@@ -123,13 +123,14 @@ def best_so_far(store: ReadStore, objective: str, *, maximise: bool) -> list[tup
 
 
 def best(store: ReadStore, objective: str, *, maximise: bool) -> Brief | None:
-    """The best eligible candidate in one objective; of equals the one with the lowest number."""
+    """The best eligible candidate in one objective; of equals one on the front, and the one with the lowest number."""
     table, candidates = tables.objective.c, tables.candidate.c
     its = (table.search_id == candidates.search_id) & (table.candidate == candidates.number)
     query = select(candidates.number).join(tables.objective, its)
     query = query.where(*_of(store), candidates.eligible, candidates.same_as.is_(None))
     query = query.where(table.name == objective, table.mean.is_not(None))
-    rows = _all(store, query.order_by(table.mean.desc() if maximise else table.mean, candidates.number).limit(1))
+    order = (table.mean.desc() if maximise else table.mean, candidates.on_front.desc(), candidates.number)
+    rows = _all(store, query.order_by(*order).limit(1))
     return briefs(store, [rows[0].number])[0] if rows else None
 
 
@@ -172,10 +173,14 @@ def page(
         its = (table.search_id == candidates.search_id) & (table.candidate == candidates.number)
         query = query.join(tables.objective, its).where(table.name == order.objective, table.mean.is_not(None))
         if order.after:
-            last = order.after[0]
+            last, on_front, last_number = order.after
             query = query.where(mean <= last if order.descending else mean >= last)  # which the index can begin at
-            query = query.where((mean != last) | (number > order.after[1]))
-        query = query.order_by(mean.desc() if order.descending else mean, number)
+            later = number > last_number
+            if on_front:
+                query = query.where((mean != last) | ~candidates.on_front | later)
+            else:
+                query = query.where((mean != last) | (~candidates.on_front & later))
+        query = query.order_by(mean.desc() if order.descending else mean, candidates.on_front.desc(), number)
     return _briefs(store, query.limit(limit), sort=False)
 
 

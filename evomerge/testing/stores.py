@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import update
 
 from evomerge.errors import InputError
-from evomerge.store import tables
+from evomerge.store import summaries, tables
 from evomerge.store.lease import Lease
 from evomerge.store.rows import Answers, Estimate, Scores
 from evomerge.store.store import Store
@@ -262,6 +262,13 @@ class StoreContract(LeaseContract):
         assert [row.number for row in store.best("cost", maximise=False, k=9)] == [2, 3, 0]
         assert store.best("cost", maximise=True)[0].objectives["cost"]["mean"] == 3.0
         assert store.best("unknown", maximise=True) == []
+        store.record_tell(1, {}, front=[1, 2], spent_s=1.0)
+        assert [row.number for row in store.best("acc", maximise=True, k=3)] == [1, 2, 0], (
+            "of equals those on the front"
+        )
+        found = summaries.best(store, "cost", maximise=False)
+        assert found is not None
+        assert found.number == 2
 
     def test_the_front_is_replaced(self, store: Store, lease: Lease, reader: Store) -> None:
         store.record_ask(0, [candidate(number) for number in range(4)])

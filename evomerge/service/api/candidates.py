@@ -43,7 +43,7 @@ def candidates(
     """A page of candidates that fit. Sorted by an objective, only those are in the list that have a value of it."""
     with root.store(name) as store:
         objective = None if sort == "number" else str(measure_named(store.search(), sort)["name"])
-        after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 2)
+        after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 3)
         rows = summaries.page(
             store,
             Order(objective, order == "desc", after),
@@ -121,7 +121,8 @@ def _check(store: Store, *numbers: int) -> None:
 
 def _cursor(last: Brief, objective: str | None) -> str:
     """Where the next page begins: what the list is sorted by, of the last one on this page."""
-    keys = [last.number] if objective is None else [last.objectives[objective]["mean"], last.number]
+    mean = [] if objective is None else [last.objectives[objective]["mean"], int(last.on_front)]
+    keys = [*mean, last.number]
     return base64.urlsafe_b64encode(json.dumps(keys).encode()).decode()
 
 

@@ -11,12 +11,13 @@ from starlette.responses import FileResponse, PlainTextResponse
 from evomerge.errors import InputError
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.folder import FILE_NAME, LOGS_NAME
-from evomerge.service.allowed import checked_file
+from evomerge.search.search_file import SearchFile
+from evomerge.service.allowed import PLACE, checked_file
 from evomerge.service.app import CheckerDependency, DriversDependency, RootDependency, SettingsDependency
 from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary, Told
 from evomerge.service.contained import contained
 from evomerge.service.drivers import LOG_NAME, Drivers
-from evomerge.service.problems import RESPONSES, ProblemError
+from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.service.root import Root, UnknownSearchError
 from evomerge.service.summary import summary_of
 
@@ -50,9 +51,7 @@ def create(
     settings: SettingsDependency,
 ) -> SearchStatus:
     """Make a search from a search file, which is checked as `evomerge validate` does, and start its driver."""
-    file = checked_file(given.file, settings.folders)
-    if file.name in root.names():
-        raise ProblemError(409, "There is a search of this name already", detail=file.name)
+    _check_name(checked_file(given.file, settings.folders), root)
     name = checker.create(given.file, settings.folders)
     if given.start:
         drivers.start(name)
@@ -60,9 +59,9 @@ def create(
 
 
 @router.post("/validate")
-def validate(given: GivenFile, checker: CheckerDependency, settings: SettingsDependency) -> Plan:
+def validate(given: GivenFile, root: RootDependency, checker: CheckerDependency, settings: SettingsDependency) -> Plan:
     """Check a search file wholly, and say what the search is going to do and cost. Nothing is scored."""
-    checked_file(given.file, settings.folders)
+    _check_name(checked_file(given.file, settings.folders), root)
     return checker.plan(given.file, settings.folders)
 
 
@@ -122,6 +121,13 @@ def log(name: str, file: Annotated[str, Path(max_length=200)], root: RootDepende
     folder = root.folder_of(name)
     found = contained(folder, file if file == LOG_NAME else f"{LOGS_NAME}/{file}")
     return FileResponse(found, media_type="text/plain; charset=utf-8")
+
+
+def _check_name(file: SearchFile, root: Root) -> None:
+    """Refuse the name of a search that is there (409)."""
+    if file.name in root.names():
+        fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} is there already", mend="Choose another.")
+        raise ProblemError(409, "There is a search of this name already", fault, detail=file.name)
 
 
 def _status(name: str, root: Root, drivers: Drivers) -> SearchStatus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,15 +107,15 @@ def idle_share(attempts: Sequence[Attempt]) -> float | None:
     None where no worker has finished anything.
     """
     spans: dict[str, tuple[float, float]] = {}
-    busy = 0.0
-    for attempt in attempts:
+    idle = 0.0
+    for attempt in sorted(attempts, key=lambda each: each.begun):  # some wait in line while others run
         if attempt.how == "running":
             continue
-        low, high = spans.get(attempt.worker, (math.inf, -math.inf))
-        spans[attempt.worker] = min(low, attempt.begun), max(high, attempt.ended)
-        busy += attempt.seconds
+        low, high = spans.get(attempt.worker, (attempt.begun, attempt.begun))
+        idle += max(0.0, attempt.begun - high)
+        spans[attempt.worker] = low, max(high, attempt.ended)
     there = sum(high - low for low, high in spans.values())
-    return max(0.0, 1.0 - busy / there) if there > 0 else None
+    return idle / there if there > 0 else None
 
 
 def _bars(how: str, attempts: Sequence[Attempt]) -> go.Bar:
