@@ -271,7 +271,7 @@ def test_the_command_of_the_job_resumes_and_takes_a_stopped_search_as_done(
     folder = tmp_path / "ja-math"
     if there:
         folder.mkdir()
-        (folder / "search.db").touch()
+        (folder / "search.yaml").touch()
     (tmp_path / "evomerge").write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
     (tmp_path / "evomerge").chmod(0o755)
     command = job["spec"]["entrypoint"].replace("/searches/ja-math", str(folder))

@@ -128,7 +128,7 @@ def test_the_jobs_command_starts_a_search_and_resumes_one_that_is_there(tmp_path
     assert run() == ["search", f"{folder}.files/search.yaml", "--dir", str(folder)]
     assert Path(f"{folder}.files/search.yaml").read_text() == "name: x\n"
     folder.mkdir()
-    (folder / "search.db").touch()
+    (folder / "search.yaml").touch()  # in its folder wherever its store is
     assert run() == ["resume", str(folder)]
     assert {path.name for path in tmp_path.rglob("oops")} == set()
 

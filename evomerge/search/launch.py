@@ -192,7 +192,7 @@ def entrypoint(folder: Path) -> str:
     """
     there, files = shlex.quote(str(folder)), shlex.quote(f"{folder}.files")
     return (
-        f"if [ -e {there}/search.db ]; then exec evomerge resume {there}; fi; "
+        f"if [ -e {there}/search.yaml ]; then exec evomerge resume {there}; fi; "
         f"mkdir -p {files} && cp -R . {files} && exec evomerge search {files}/{_FILE} --dir {there}"
     )
 
