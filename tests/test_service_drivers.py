@@ -151,7 +151,9 @@ def test_a_driver_that_did_not_come_up_says_why(root: Path, monkeypatch: pytest.
     monkeypatch.setattr("evomerge.service.drivers.sys.executable", str(program))
     with Store.open(root / "made-up" / "search.db") as store:
         with acquire(store):
+            assert drivers.look("made-up", store) == DriverState("starting", "", holds=True)  # it opens models
             store.set_state("running")
+            assert drivers.look("made-up", store) == DriverState("running", "", holds=True)
         assert drivers.look("made-up", store) == DriverState("interrupted", "", holds=False)
         drivers.start("made-up")
         until(lambda: drivers.look("made-up", store).state != "starting")

@@ -58,6 +58,8 @@ class Drivers:
         """What the driver of a search is doing. Costs a few short queries and two small files."""
         search = store.search()
         if current_holder(store) is not None:
+            if _last(store, "lease") > _last(store, "state"):  # it opens models and tasks
+                return DriverState("starting", "", holds=True)
             return DriverState(search.state, search.why, holds=True)
         if self._is_starting(name, store):
             return DriverState("starting", "", holds=False)
@@ -100,7 +102,7 @@ class Drivers:
             if self._is_starting(name, store):
                 raise ProblemError(409, "A driver is starting already")
             log, record = folder / LOG_NAME, folder / RECORD_NAME
-            told = {"after": _last_lease(store)}
+            told = {"after": _last(store, "lease")}
             if self._jobs is not None:
                 cluster = Cluster.model_validate(store.search().settings["cluster"])
                 processes.write(record, told | self._jobs.start(name, folder, log, cluster))
@@ -118,19 +120,19 @@ class Drivers:
         """
         with self._root.store(name) as store:
             state = self.look(name, store)
-            if state.state in ("starting", "confirming"):
+            if state.state == "confirming" or (state.state == "starting" and not state.holds):
                 detail = f"The search is {state.state}, and hears nothing of budgets: wait until that is over."
                 raise ProblemError(409, "Not now", detail=detail)
             changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
             told = _told(change_budget(self._root.folder_of(name), store, changes))
             if state.holds:
                 store.request_command("reread")
-        return f"{told}; {self.resume(name)}" if wanted.resume and state.state != "running" else told
+        return f"{told}; {self.resume(name)}" if wanted.resume and state.state not in ("starting", "running") else told
 
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
         record = processes.read(self._root.folder / name / RECORD_NAME)
-        if record is None or _last_lease(store) > record["after"]:
+        if record is None or _last(store, "lease") > record["after"]:
             return False
         if "job" in record:
             return self._jobs is not None and self._jobs.is_alive(record)
@@ -145,9 +147,9 @@ class Drivers:
         return next((line for line in reversed(lines) if line.startswith("error: ")), "")[:500]
 
 
-def _last_lease(store: Store) -> int:
-    """The number of the event with which a driver last took the search; 0 when none ever has."""
-    return max((event.seq for event in store.events(kinds=("lease",), newest=1)), default=0)
+def _last(store: Store, kind: str) -> int:
+    """The number of the newest event of a kind; 0 where there is none."""
+    return max((event.seq for event in store.events(kinds=(kind,), newest=1)), default=0)
 
 
 def _told(budget: Budget) -> str:
