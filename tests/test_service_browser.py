@@ -122,6 +122,141 @@ def test_an_answer_that_was_overtaken_changes_nothing(browser: Browser, small: s
     context.close()
 
 
+def test_the_point_of_the_shown_candidate_has_a_ring(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go(SEARCH)
+    settle(page)
+    number = click_on_a_source(page)
+    ringed, expected = page.evaluate(
+        """(number) => {
+            const box = document.querySelector('#front-figure');
+            const trace = box._fullData.find((each) => each.name === 'sources');
+            const at = [...trace.customdata].indexOf(number);
+            return [box.layout.shapes.map((each) => [each.xanchor, each.yanchor]), [trace.x[at], trace.y[at]]];
+        }""",
+        number,
+    )
+    assert ringed == [expected]
+    context.close()
+
+
+def test_buttons_of_a_figure_cover_nothing(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go(SEARCH)
+    settle(page)
+    colour, bottom, top = page.evaluate(
+        """() => {
+            const box = document.querySelector('#front-figure');
+            const at = (each) => box.querySelector(each).getBoundingClientRect();
+            return [box._fullLayout.modebar.bgcolor, at('.modebar-group').bottom, at('.nsewdrag').top];
+        }"""
+    )
+    assert colour == "rgba(0,0,0,0)"
+    assert bottom <= top
+    context.close()
+
+
+def test_on_a_phone_captions_wrap_and_the_first_column_stays(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=PHONE)
+    page = watched(context, small).go(SEARCH)
+    region = page.get_by_role("region", name="Table of candidates")
+    place = region.bounding_box()
+    caption, cell = region.locator("caption"), region.locator("tbody th").first
+    before, words = cell.bounding_box(), caption.bounding_box()
+    assert place is not None
+    assert before is not None
+    assert words is not None
+    assert words["width"] <= place["width"]
+    region.evaluate("(each) => { each.scrollLeft = 100; }")
+    assert region.evaluate("(each) => each.scrollLeft") > 0
+    after = cell.bounding_box()
+    assert after is not None
+    assert after["x"] == pytest.approx(before["x"], abs=1)
+    context.close()
+
+
+def test_a_budget_that_is_refused_is_mended_in_its_dialog(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go(SEARCH)
+    problem = {
+        "title": "That does not work",
+        "status": 422,
+        "detail": "",
+        "faults": [{"field": "", "problem": "too low"}],
+    }
+    page.route("**/budget", lambda route: route.fulfill(status=422, json=problem))
+    page.locator("#raise").click()
+    page.get_by_role("button", name="Raise", exact=True).click()
+    expect(page.locator("#budget-fault")).to_contain_text("too low")
+    expect(page.locator("dialog")).to_be_visible()
+    page.unroute("**/budget")
+    page.route("**/budget", lambda route: route.fulfill(status=202, json={"told": "done"}))
+    page.get_by_role("button", name="Raise", exact=True).click()
+    expect(page.locator("dialog")).to_be_hidden()
+    context.close()
+
+
+def test_the_name_of_an_export_follows_its_candidate_until_it_is_written(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go(f"{SEARCH}/exports")
+    name, command = page.locator("#name"), page.locator("#export .command .code")
+    page.locator("#candidate").fill("c0005")
+    expect(name).to_have_value(f"{NAME}-c0005")
+    expect(command).to_contain_text(f"exports/{NAME}-c0005 --candidate c0005")
+    page.locator("#candidate").fill("uniform average")
+    expect(name).to_have_value(f"{NAME}-uniform-average")
+    name.fill("mine")
+    page.locator("#candidate").fill("c0006")
+    expect(name).to_have_value("mine")
+    context.close()
+
+
+# ---- the form of a new search ----------------------------------------------------------------------------------------
+
+
+def test_several_objectives_have_an_optimizer_for_several_unless_one_is_chosen(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go("/new")
+    optimizer, more = page.locator("#optimizer-name"), page.get_by_role("button", name="Add an objective")
+    more.click()
+    expect(optimizer).to_have_value("nsga2")
+    page.get_by_role("button", name="Remove objective 2").click()
+    expect(optimizer).to_have_value("cma")
+    optimizer.select_option("tpe")
+    more.click()
+    expect(optimizer).to_have_value("tpe")
+    expect(page.locator("#file")).to_have_value(re.compile("name: tpe"))
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "field"),
+    [
+        ("task mini_math_ja: held_out", "held_out: nothing", "#o1-held_out"),
+        ("task mini_math_ja", "task: mini_math_ja", "#o1-task"),
+        ("objectives.mini_math_ja.metric", "metric: acc", "#o1-metric"),
+        ("budget.candidates", "candidates: 100", "#budget-candidates"),
+        ("search file: name", "name: search-1", "#name"),
+    ],
+)
+def test_a_fault_marks_its_line_and_its_field(browser: Browser, small: str, fault: str, line: str, field: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go("/new")
+    for name, text in (("task", "mini_math_ja"), ("metric", "acc"), ("held_out", "nothing")):
+        page.locator(f"#o1-{name}").fill(text)
+    assert page.locator("#o1-task").get_attribute("required") is not None
+    problem = {"title": "That does not work", "status": 422, "faults": [{"field": fault, "problem": "is wrong"}]}
+    page.route("**/validate", lambda route: route.fulfill(status=422, json=problem))
+    page.get_by_role("button", name="Check it").click()
+    expect(page.locator("#gutter .fault")).to_have_count(1)
+    lines = page.locator("#file").input_value().splitlines()
+    assert lines[int(page.locator("#gutter .fault").inner_text()) - 1].strip() == line
+    expect(page.locator(field)).to_have_attribute("aria-invalid", "true")
+    page.locator("#verdict").get_by_role("button", name="Go to the field").click()
+    expect(page.locator(field)).to_be_focused()
+    context.close()
+
+
 # ---- attacks ---------------------------------------------------------------------------------------------------------
 
 ATTACKS = (

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from helpers_search import SOURCES, drive, make_setup
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from evomerge.recipe import Blend, Recipe
@@ -36,7 +37,7 @@ from evomerge.service.figures.workers import Attempt, attempts_of, idle_share
 from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, thinned
 from evomerge.service.root import Root
-from evomerge.store import CandidateRow, EventRow, NewCandidate, Store, acquire
+from evomerge.store import CandidateRow, EventRow, NewCandidate, Store, acquire, tables
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -132,7 +133,7 @@ def test_one_objective_is_drawn_over_candidates(root: Path) -> None:
         misses = {n for n, row in rows.items() if row.objectives["language"]["mean"] < 0.85 and row.step > 0}
         assert misses  # or the test tests nothing
         assert set(trace(drawn, "miss a constraint").customdata) == misses
-        best = trace(drawn, "best")
+        best = trace(drawn, "best in search")
         assert list(best.x) == list(best.customdata)
         eligible = [row.objectives["o0"]["mean"] for row in rows.values() if row.eligible]
         assert list(best.y) == [max(eligible)]
@@ -414,12 +415,36 @@ def test_the_heat_map_holds_the_weights_of_the_recipe(two: Store) -> None:
     row = two.candidate(20)
     recipe = Recipe.from_canonical(row.recipe, SOURCES)
     (cells,) = draw_recipe(two, 20).data
-    assert list(cells.x) == ["base", "one", "two"]
+    assert list(cells.x) == ["one", "two"]  # what the base is added to has no weight
+    assert "added to base" in words_of(draw_recipe(two, 20))
     assert list(cells.y) == ["embedding", *(f"layer {i}" for i in range(4)), "norm", "head"]
     for i, hop in enumerate(recipe.hops):
         blend = recipe.blends[hop.attention]
-        assert list(cells.z[i + 1]) == [0.0, blend.value("weight", "one"), blend.value("weight", "two")]
-        assert f"weight {blend.value('weight', 'one'):.4g}" in cells.text[i + 1][1]
+        assert list(cells.z[i + 1]) == [blend.value("weight", "one"), blend.value("weight", "two")]
+        assert f"weight {blend.value('weight', 'one'):.4g}" in cells.text[i + 1][0]
+
+
+def test_heat_maps_of_a_search_have_one_scale(tmp_path: Path) -> None:
+    found = []
+    for name in ("model.weight.one", "model.density.one"):
+        folder = made.create(tmp_path, name, make_setup())
+        with Store.open(folder / "search.db") as store:
+            parameter = {"name": name, "low": 0.0, "high": 1.5, "default": 0.4, "kind": "real", "choices": []}
+            told = store.search().fingerprints | {"parameters": [parameter]}
+            with store.transaction(writes=True) as connection:
+                connection.execute(update(tables.search).values(fingerprints=told))
+            recipes = [
+                Recipe.uniform(
+                    Blend(method="linear", sources=("one",), parameters={"weight": {"one": weight}}),
+                    sources={"one": "x"}, tokenizer="one", layers=2,
+                )
+                for weight in (0.3, 0.6)
+            ]  # fmt: skip
+            news = [NewCandidate(i, "cma", r.canonical(), r.hash, np.zeros(4)) for i, r in enumerate(recipes)]
+            with acquire(store):
+                store.record_ask(1, news)
+            found.append([draw_recipe(store, number).data[0].zmax for number in (0, 1)])
+    assert found == [[1.5, 1.5], [1.0, 1.0]]
 
 
 def test_weights_of_other_methods() -> None:
@@ -499,7 +524,9 @@ def test_colours_stand_out_from_light_and_from_dark_ground() -> None:
         for ground in (LIGHT["ground"], DARK["ground"]):
             high, low = sorted((luminance(mark.colour), luminance(ground)), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 3.0
-    assert len({mark.symbol for mark in MARKS.values()}) == len(MARKS) - 1  # "best" is the front of one objective
+    assert (
+        len({mark.symbol for mark in MARKS.values()}) == len(MARKS) - 1
+    )  # "best in search" is the front of one objective
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.data())

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
+import helpers_figures as made
 import pytest
 from fastapi import FastAPI
 from helpers_service import BEARER, NAME, client_of, make_app, make_search
@@ -20,12 +21,18 @@ from evaluators import evaluator_settings
 from evomerge.merging.registry import METHODS
 from evomerge.optimizers import OptimizerSettings
 from evomerge.report.comparing import Comparison
+from evomerge.report.screen import gain_text
+from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.search_file import SearchFile
 from evomerge.search.sections import Budget, Cluster, Confirm, Racing
+from evomerge.service.bodies import SearchSummary
 from evomerge.service.pages import forms
+from evomerge.service.pages import search as pages_search
 from evomerge.service.pages.candidate import sentence
-from evomerge.service.pages.lines import line_of
+from evomerge.service.pages.lines import line_of, place_of
+from evomerge.service.pages.model_card import card_of
 from evomerge.service.pages.rendering import sparkline
+from evomerge.service.pages.search import choices
 from evomerge.store import Store
 from evomerge.yaml import dump_yaml
 from search_spaces import space_settings
@@ -54,6 +61,17 @@ def app(root: Path) -> FastAPI:
 def client(app: FastAPI) -> Iterator[TestClient]:
     with client_of(app, accept="text/html") as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def confirmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, SearchStatus]]:
+    """A client of a search with a winner, /searches/two, and its status."""
+    folder = tmp_path_factory.mktemp("confirmed")
+    made.search(folder, "two", made.two_objectives())
+    with Store.open(folder / "two" / "search.db") as store:
+        status = status_of(store)
+    with client_of(make_app(folder), accept="text/html") as found:
+        yield found, status
 
 
 class Seen(HTMLParser):
@@ -126,6 +144,73 @@ def test_the_page_of_a_search_says_what_the_store_says(client: TestClient, root:
     assert f"{counts['done']} scored" in text
     assert "finished" in text
     assert "uniform average" in text
+
+
+def test_the_winner_and_the_best_in_search_are_told_apart(confirmed: tuple[TestClient, SearchStatus]) -> None:
+    client, status = confirmed
+    assert status.best is not None
+    offered = choices(status)
+    assert offered[0].id == status.winner
+    assert {each.id for each in offered if "winner" in each.text} == {status.winner}
+    assert {each.id for each in offered if "best in search" in each.text} == {status.best.id}
+    for path in ("/searches/two", "/searches/two/candidates/5"):
+        assert offered[0].text in seen(client, path).text
+    assert f'value="{status.winner}"' in client.get("/searches/two/compare").text
+    assert "Resume" not in seen(client, "/searches/two").text
+
+
+def test_the_tile_of_a_confirmed_search_says_the_gain_with_its_interval(
+    confirmed: tuple[TestClient, SearchStatus],
+) -> None:
+    client, status = confirmed
+    (winner,) = [each for each in status.confirmed if each.id == status.winner]
+    value, limits = gain_text(winner, status).split(" over ")[0].replace("-", "\N{MINUS SIGN}").split(" [")
+    low, high = limits.rstrip("]").split(", ")
+    assert re.search(rf"{re.escape(value)}\s*{re.escape(low)} to {re.escape(high)}", seen(client, "/searches/two").text)
+
+
+def test_before_the_confirmation_the_gain_is_said_to_be_of_the_search_split(client: TestClient) -> None:
+    assert re.search(r"Over the best source\s*[+−]0\.\d{3}\s*on the search split", seen(client, SEARCH).text)
+
+
+def test_a_caption_counts_what_of_the_front_is_shown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(root / NAME / "search.db") as store:
+        status = status_of(store)
+    front, landmarks = set(status.front), {each.id for each in status.baselines}
+    rows = list(pages_search._rows(status))
+    assert front <= {row.entry.id for row in rows}
+    assert pages_search._caption(status, rows).endswith("and the front")
+    monkeypatch.setattr(pages_search, "MOST_ON_FRONT", 1)
+    rows = list(pages_search._rows(status))
+    shown = sum(row.entry.id in front for row in rows)
+    assert 0 < shown <= len(front & landmarks) + 1 < len(front)
+    assert f"{shown} of {len(front)} on the front" in pages_search._caption(status, rows)
+
+
+@pytest.mark.parametrize(
+    ("state", "driver", "winner", "budget", "verbs"),
+    [
+        ("finished", False, "c0003", 30, []),
+        ("finished", False, "c0003", 31, [("resume", "Resume")]),
+        ("finished", False, None, 30, [("resume", "Confirm")]),
+        ("starting", False, None, 40, []),
+        ("starting", True, None, 40, [("pause", "Pause"), ("stop", "Stop"), ("cancel", "Cancel")]),
+        ("stopped", False, None, 40, [("resume", "Resume")]),
+        ("paused", True, None, 40, [("resume", "Resume"), ("stop", "Stop"), ("cancel", "Cancel")]),
+        ("running", True, None, 40, [("pause", "Pause"), ("stop", "Stop"), ("cancel", "Cancel")]),
+    ],
+)
+def test_only_what_would_do_something_is_offered(
+    state: str, driver: bool, winner: str | None, budget: int, verbs: list[tuple[str, str]]
+) -> None:
+    summary = SearchSummary.unreadable("x", "").model_copy(update={"state": state, "driver": driver})
+    summary.counts.asked, summary.budget.candidates = 30, budget
+    assert [(verb, text) for verb, text, _ in pages_search._verbs(summary, winner)] == verbs
+
+
+def test_the_table_says_how_many_there_are(client: TestClient) -> None:
+    assert "25 of 30 candidates, sorted by number" in seen(client, SEARCH).text
+    assert "2 that are like that" in seen(client, f"{SEARCH}?origin=source").text
 
 
 def test_the_table_of_candidates_is_filtered_sorted_and_paged_as_the_api_does(client: TestClient) -> None:
@@ -229,7 +314,8 @@ def test_the_form_writes_keys_that_the_search_file_knows() -> None:
                 kind.model_validate(defaults | {field.key: option})
     assert {field.key for field in forms.BUDGET} == set(Budget.model_fields)
     known = {**Racing.model_fields, **Confirm.model_fields, **Cluster.model_fields, **SearchFile.model_fields}
-    assert {field.key for field in forms.MORE} <= set(known)
+    assert {field.key for field in (*forms.MORE, *forms.WORKERS)} <= set(known)
+    assert forms.SEVERAL in forms.OPTIMIZER[0].options
 
 
 @pytest.mark.parametrize("group", forms.EVALUATORS, ids=lambda group: group.name)
@@ -271,6 +357,18 @@ def test_the_line_of_a_fault_is_the_one_that_holds_its_key(content: dict[str, An
         assert re.search(rf"(^|[\s{{'\"]){re.escape(key)}['\"]?:", lines[line - 1])
 
 
+FILE = """\
+name: x
+objectives:
+  first:
+    task: mini_math_ja
+    metric: acc
+    held_out: test
+  second:
+    file: items.jsonl
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "field", "line"),
     [
@@ -282,10 +380,22 @@ def test_the_line_of_a_fault_is_the_one_that_holds_its_key(content: dict[str, An
         ("", "a", 0),
         ("- 1\n", "a", 0),
         ("a: &x {b: *x}\n", "a.b.b", 1),
+        (FILE, "task mini_math_ja: held_out", 6),
+        (FILE, "task mini_math_ja: search", 3),  # which is not there: the objective
+        (FILE, "task mini_math_ja", 4),
+        (FILE, "task mini_math_ja, row 3 of 'validation'", 4),
+        (FILE, "task nothing: held_out", 0),
+        (FILE, "objectives.second: file", 8),
+        (FILE, "search file: objectives.first.metric", 5),
     ],
 )
 def test_lines(text: str, field: str, line: int) -> None:
     assert line_of(text, field) == line
+
+
+def test_the_keys_of_a_fault_lead_to_the_objective_on_the_task() -> None:
+    assert place_of(FILE, "task mini_math_ja: held_out").path == ("objectives", "first", "held_out")
+    assert place_of(FILE, "task mini_math_ja").path == ("objectives", "first", "task")
 
 
 def comparison(**changes: Any) -> Comparison:
@@ -301,6 +411,7 @@ def test_a_comparison_in_words() -> None:
         "maths, on 500 held-out items: c0007 is 0.100 better than ja, 95% interval +0.050 to +0.150. "
         "It won 80 items and lost 30 (p < 0.001)."
     )
+    assert "It won 1 item and lost 30" in sentence(comparison(better_a=1), "c0007", "ja")
     unsure = sentence(comparison(difference=-0.1, low=-0.3, high=0.1, split="search"), "c0007", "ja")
     assert "on 500 search items: c0007 is 0.100 worse than ja" in unsure
     assert "That may be luck" in unsure
@@ -324,7 +435,55 @@ def test_nothing_makes_no_sparkline() -> None:
     assert sparkline([], 0.5) is None
 
 
+# ---- model cards -----------------------------------------------------------------------------------------------------
+
+
+def test_a_card_is_read_as_headings_tables_and_front_matter() -> None:
+    text = (
+        "---\nlicense: mit\n---\n# Made\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n![curve](curve.svg) [web](https://x.y/)\n"
+    )
+    card = card_of(text, "/files/")
+    assert card is not None
+    assert card.front == "license: mit"
+    assert "<h4>Made</h4>" in card.body
+    assert "<td>1</td>" in card.body
+    assert '<a href="/files/curve.svg">curve</a>' in card.body
+    assert '<a href="https://x.y/" rel="noreferrer noopener">web</a>' in card.body
+    assert card_of("", "/files/") is None
+
+
+class Tags(HTMLParser):
+    """The tags of a text with their attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+PIECES = st.sampled_from(
+    ["<script>", "<img src=x onerror=y>", "[a](javascript:b)", "![a](javascript:b)", "[a](//b.c)", "<a href=x>", "\n",
+     "[a](../..)", "[a]: data:text/html,b", "[a]", "![](x 'onerror=y')", "<javascript:a>", "`", "|", "#", "**", '"']
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(PIECES | st.text(max_size=4), max_size=12))
+def test_a_card_holds_no_html_and_no_address_of_its_own(pieces: list[str]) -> None:
+    card = card_of("".join(pieces) or "x", "/files/")
+    assert card is not None
+    for tag, attributes in Tags(card.body).found:
+        assert tag not in ("script", "img", "iframe", "style", "form", "svg")
+        assert set(attributes) <= {"href", "rel", "class", "start", "style"}
+        assert attributes.get("style") in (None, "text-align:left", "text-align:right", "text-align:center")
+        address = attributes.get("href") or "#"
+        assert address.startswith(("#", "http://", "https://", "/files/"))
+
+
 def test_the_line_of_a_fault_is_answered(client: TestClient) -> None:
     file = "name: x\nspace:\n  method: nonsense\n"
     found = client.post("/new/line", json={"file": file, "field": "search file: space.method"})
-    assert found.json() == {"line": 3}
+    assert found.json() == {"line": 3, "path": ["space", "method"]}

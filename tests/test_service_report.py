@@ -15,11 +15,12 @@ from fastapi import FastAPI
 from helpers_browser import open_browser
 from helpers_search import make_setup
 from helpers_service import serving
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 from starlette.testclient import TestClient
 
 from evomerge.cli import main
 from evomerge.report.status import status_of
+from evomerge.report.svg import COLOURS
 from evomerge.service import dashboard
 from evomerge.service.app import ServiceSettings
 from evomerge.service.guard import CONTENT_POLICY
@@ -164,6 +165,62 @@ def test_a_path_is_drawn_where_there_is_one(root: Path) -> None:
         assert 'class="evomerge-path"' not in report_html(store, root / "two")
 
 
+def test_held_out_scores_are_the_landmarks_and_then_the_best_first(root: Path) -> None:
+    with Store.open(root / "two" / "search.db") as store:
+        html, status = report_html(store, root / "two"), status_of(store)
+    table = html.partition("Confirmed on held-out items</h2>")[2].partition("</table>")[0]
+    best = sorted(status.confirmed, key=lambda each: -each.objectives["o0"].mean)
+    expected = [each.id for each in [*status.confirmed_baselines, *best]]
+    assert re.findall(r'<th scope="row">(c\d+)', table) == expected
+
+
+def test_on_a_phone_every_row_of_the_held_out_table_is_seen(root: Path, browser: Browser, tmp_path: Path) -> None:
+    assert evomerge("report", root / "two", "--out", tmp_path / "report.html") == 0
+    with page(browser, viewport={"width": 390, "height": 800}) as (shown, _, _):
+        shown.goto((tmp_path / "report.html").as_uri())
+        rows = shown.locator("table").first.locator("tbody tr")
+        line = shown.locator("body").evaluate("(body) => parseFloat(getComputedStyle(body).lineHeight)")
+        for row in rows.all():
+            place = row.locator("td").first.bounding_box()
+            assert place is not None
+            assert place["height"] <= 4 * line
+            assert place["x"] < 390
+
+
+def test_on_paper_all_is_open_light_and_as_wide_as_the_page(root: Path, browser: Browser, tmp_path: Path) -> None:
+    assert evomerge("report", root / "two", "--out", tmp_path / "report.html") == 0
+    with page(browser, color_scheme="dark", viewport={"width": 1400, "height": 800}) as (shown, _, _):
+        shown.goto((tmp_path / "report.html").as_uri())
+        shown.wait_for_function("document.documentElement.dataset.drawn === 'yes'")
+        assert shown.locator("details[open]").count() == 0
+        shown.evaluate(
+            """() => addEventListener('beforeprint', () => {
+                window.printed = {
+                    closed: document.querySelectorAll('details:not([open])').length,
+                    widths: [...document.querySelectorAll('.figure')].map((box) => box._fullLayout.width),
+                    inks: [...document.querySelectorAll('.figure')].map((box) => box.layout.font.color),
+                };
+            })"""
+        )
+        assert shown.pdf(format="A4")[:4] == b"%PDF"
+        printed = shown.evaluate("window.printed")
+        assert printed["closed"] == 0
+        assert set(printed["widths"]) == {340, 696}
+        assert set(printed["inks"]) == {"#1f2328"}
+        assert shown.locator("details[open]").count() == 0
+
+
+def test_a_dark_report_has_the_palette_of_the_dark(root: Path, browser: Browser, tmp_path: Path) -> None:
+    assert evomerge("report", root / "two", "--out", tmp_path / "report.html") == 0
+    with page(browser, color_scheme="dark") as (shown, _, _):
+        shown.goto((tmp_path / "report.html").as_uri())
+        shown.wait_for_function("document.documentElement.dataset.drawn === 'yes'")
+        drawn = shown.evaluate("JSON.stringify([...document.querySelectorAll('.figure')].map((box) => box.data))")
+    light, dark = zip(*COLOURS, strict=True)
+    assert any(colour in drawn for colour in dark)
+    assert not any(colour in drawn for colour in light)
+
+
 def test_a_report_that_cannot_be_written_says_so_and_leaves_the_old_one(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +284,12 @@ def test_the_dashboard_works_in_a_browser_under_its_policy(app: FastAPI, browser
         answer = shown.goto(f"{url}/dashboard")
         assert answer is not None
         assert answer.headers["content-security-policy"] == CONTENT_POLICY
-        shown.get_by_text(re.compile(r"^\d+\. two$")).click()
+        studies = shown.get_by_text(re.compile(r"^\d+\. two$"))
+        studies.wait_for()
+        assert not shown.get_by_role("button", name=re.compile("create|rename|delete", re.IGNORECASE)).count()
+        expect(shown.get_by_role("link", name="Evomerge")).to_have_attribute("href", "/")
+        expect(shown.locator("#evomerge")).to_contain_text("read-only")
+        studies.click()
         shown.wait_for_url("**/dashboard/studies/*")
         study = shown.url.rstrip("/")
         shown.locator(".js-plotly-plot .main-svg").first.wait_for()

@@ -359,8 +359,8 @@ def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
     large = [f"{s.name} ({s.whole.mean_change:.2g})" for s in sources if s.whole.mean_change > LARGE_CHANGE]
     if large:
         yield (
-            f"Above {LARGE_CHANGE} in the mean are the changes of {', '.join(large)}: dropping most of such a change, "
-            "as DARE and DELLA do, mostly fails. Keep their densities high, or take another method."
+            f"The changes of {', '.join(large)} are large (more than {LARGE_CHANGE} in the mean): dropping most "
+            "of such, as DARE and DELLA do, mostly fails. Keep their densities high, or take another method."
         )
 
 

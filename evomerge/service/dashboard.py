@@ -30,6 +30,22 @@ from evomerge.service.projection import ReadOnlyStorage, Told, projection_of
 from evomerge.service.root import Root, UnknownSearchError
 
 _READ = ("/api/meta", "/api/studies", "/api/studies/{rest:path}", "/csv/{rest:path}")
+_HEAD = """<style>
+button:has([data-testid="AddBoxIcon"], [data-testid="EditIcon"]),
+[aria-label="rename study"], [aria-label="delete study"] {
+  display: none !important;
+}
+#evomerge {
+  position: fixed; top: 0.875rem; right: 1.25rem; z-index: 2000; padding: 0.375rem 0.75rem; border-radius: 999px;
+  background: rgb(0 0 0 / 72%); color: #fff; font: 0.875rem/1.5 system-ui, sans-serif;
+}
+#evomerge a { color: #fff; }
+</style>
+</head>"""
+_BODY = """<body><div id="evomerge" role="note"><a href="/">Evomerge</a> · read-only</div>"""
+"""What its page is given: a way back, and no buttons for what is refused. A version that names them otherwise shows
+them again, and refuses still."""
+
 _MOST_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
 
 
@@ -106,7 +122,7 @@ def install(app: FastAPI, root: Root) -> None:
     app.router.routes.append(Route("/dashboard/static/{name}", _Whole(wsgi, "/dashboard"), methods=["GET"]))
     app.router.routes.extend(Route(path, _Whole(wsgi), methods=["GET"]) for path in _READ)
     page = (files("optuna_dashboard") / "index.html").read_text(encoding="utf-8")
-    page = page.replace('src="/static/', 'src="/dashboard/static/')
+    page = page.replace('src="/static/', 'src="/dashboard/static/').replace("</head>", _HEAD).replace("<body>", _BODY)
 
     def show(request: Request) -> Response:
         return HTMLResponse(page, headers={"content-security-policy": CONTENT_POLICY})

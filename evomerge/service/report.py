@@ -17,10 +17,11 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import Entry, candidate_id, entry
+from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, entry
 from evomerge.report.path import is_plain
 from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text
 from evomerge.report.status import SearchStatus, depths_of, status_of
+from evomerge.report.svg import COLOURS
 from evomerge.search.folder import FILE_NAME
 from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
 from evomerge.service.figures.recipe import recipe_of
@@ -44,6 +45,9 @@ _FIGURES: tuple[tuple[Name, Wish, str, str], ...] = (
 )  # fmt: skip
 
 
+_WIDE = ("parallel", "timeline")  # figures that take the room of two
+
+
 class Picture(NamedTuple):
     """A figure of the report: plotly's JSON, or empty with ``words`` that say why there is none."""
 
@@ -51,6 +55,7 @@ class Picture(NamedTuple):
     about: str
     words: str
     json: Markup
+    is_wide: bool
 
 
 class Row(NamedTuple):
@@ -116,6 +121,7 @@ def report_html(store: Store, folder: Path) -> str:
         settings=yaml.safe_dump(search.settings, sort_keys=False, allow_unicode=True),
         versions=search.environment,
         commands=list(commands(folder, status)),
+        darker=Markup(json.dumps(dict(COLOURS))),
         plotly=Markup((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")),
     )
 
@@ -151,13 +157,13 @@ def _applies(name: Name, status: SearchStatus) -> bool:
 
 
 def _picture(store: Store, name: Name, wish: Wish, title: str, about: str) -> Picture:
-    return _told(draw(store, name, wish), title, about)
+    return _told(draw(store, name, wish), title, about, is_wide=name in _WIDE)
 
 
-def _told(drawn: Any, title: str, about: str) -> Picture:
+def _told(drawn: Any, title: str, about: str, *, is_wide: bool = False) -> Picture:
     """A figure whose notes stand in the page's own text, where they wrap."""
     json_ = Markup("") if is_empty(drawn) else _script(without_notes(drawn).to_json())
-    return Picture(title, about, words_of(drawn), json_)
+    return Picture(title, about, words_of(drawn), json_, is_wide)
 
 
 def _script(text: str) -> Markup:
@@ -178,25 +184,34 @@ def _path(store: Store, shown: Entry) -> Markup | None:
     return Markup(draw_path(store, number))  # its texts are escaped by the XML library
 
 
+def _ordered(status: SearchStatus) -> list[ConfirmedEntry]:
+    """The confirmed candidates, the best in the first objective first."""
+    first = next(iter(status.directions))
+    up = status.directions[first] == "maximize"
+    return sorted(status.confirmed, key=lambda each: each.objectives[first].mean, reverse=up)
+
+
 def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
     first = search.fingerprints["objectives"][0]
     for row in store.best(first["name"], maximise=first["maximise"], k=_TOP):
         found = entry(row, search.fingerprints)
-        what = [row.origin, *(["front"] if row.on_front else []), status_text(row, status)]
+        best = status.best is not None and candidate_id(row.number) == status.best.id
+        marks = [*["best in search"] * best, *["front"] * row.on_front]
+        what = [row.origin, *marks, status_text(row, status)]
         yield Row(found.id, found.label, ", ".join(what), list(cells(found, status)), found.id == status.winner)
 
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
-    for found in status.confirmed:
-        what = gain_text(found, status)
-        yield Row(found.id, found.label, what, list(cells(found, status, whole=True)), found.id == status.winner)
     for mark in status.confirmed_baselines:
         told = list(cells(mark, status, whole=True))
         yield Row(mark.id, mark.label, "landmark", told, mark.id == status.winner)
+    for found in _ordered(status):
+        what = gain_text(found, status)
+        yield Row(found.id, found.label, what, list(cells(found, status, whole=True)), found.id == status.winner)
 
 
 def _gaps(status: SearchStatus) -> Iterator[GapRow]:
-    for found in status.confirmed:
+    for found in _ordered(status):
         for name, value in found.objectives.items():
             for gap in value.difference:
                 interval = f"[{gap.low:+.3f}, {gap.high:+.3f}]"

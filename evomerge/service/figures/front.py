@@ -161,7 +161,7 @@ class _Front:
         if not mask.any():
             return []
         if self._x.measure is None:
-            return [self._marked_points("best", mask)]
+            return [self._marked_points("best in search", mask)]
         points = self._marked_points("front", mask)
         if len(self._found.objectives) > 2:
             return [points]

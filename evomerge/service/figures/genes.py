@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,9 @@ _STEADY = 50  # from so many on that tenth holds the five that its authors ask f
 _MOST_LINES = 100  # of parallel coordinates, half of them the best: more is a carpet
 _MOST_TICKED = 7  # axes of parallel coordinates that have room for their values
 _LETTERS = 28  # of a parameter's name on an axis
+_LINE = 16  # letters of a line of it, where its parts stand below each other
+_AXIS, _SIDES = 90, 50  # pixels of an axis of parallel coordinates, at the least, and beside them all
+_ROOM = 1.2  # times the longest bar, for the number behind it
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -53,7 +57,7 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
     return figure(
         bars,
         notes=[f"For the best tenth in {measure['name']} (PED-ANOVA).", *unsteady, *found.notes],
-        xaxis={"title": {"text": "importance"}},
+        xaxis={"title": {"text": "importance"}, "range": [0.0, _ROOM * max(max(bar.x, default=0.0) for bar in bars)]},
         showlegend=False,
     )
 
@@ -105,7 +109,8 @@ def parallel(store: Store, objective: str | None = None) -> go.Figure:
     if len(few.numbers) < found.all:
         half = _MOST_LINES // 2
         notes.insert(0, f"{len(few.numbers)} of {found.all:,} candidates: the {half} best, and others evenly.")
-    return _restyled(drawn, measure, notes)
+    notes.append(f"Coloured by {measure['name']}.")
+    return _restyled(drawn, [measure["name"], *sorted((gene.name for gene in few.genes), key=safe)], notes)
 
 
 def _few(found: Projection, measure: Measure) -> Projection:
@@ -124,22 +129,26 @@ def _few(found: Projection, measure: Measure) -> Projection:
     )
 
 
-def _restyled(drawn: go.Figure, measure: Measure, notes: list[str]) -> go.Figure:
+def _restyled(drawn: go.Figure, names: list[str], notes: list[str]) -> go.Figure:
     """Optuna's parallel coordinates without its title and ground, in a scale that is legible in light and dark.
 
-    Its lines begin at the objective, scaled to 0 to 1; the last trace is the colour bar.
+    Its lines begin at the objective, scaled to 0 to 1, and go on through ``names``, which Optuna sorts; the last trace
+    is the colour bar, which the axis of the objective makes needless.
     """
     *lines, bar = drawn.data
     for line in lines:
         (line.line.color,) = sample_colorscale(MARK_SCALE, [min(1.0, max(0.0, float(line.y[0])))])
         line.opacity = 0.7
-    bar.marker.update(colorscale=MARK_SCALE, reversescale=False)
-    bar.marker.colorbar.update(title={"text": safe(measure["name"])}, thickness=12)
+    bar.marker.showscale = False
     layout: dict[str, Any] = drawn.layout.to_plotly_json()
     if len(drawn.layout.xaxis.tickvals) > _MOST_TICKED:
-        layout.pop("annotations")  # values of neighbouring axes, which would lie upon each other; hovering tells them
+        layout.pop("annotations", None)  # of neighbouring axes they would lie upon each other; hovering tells them
     for annotation in layout.get("annotations", ()):
         annotation["font"] = {"color": GREY, "size": 10}
+    layout["xaxis"]["ticktext"] = [_lines(name) for name in names]
+    layout["xaxis"]["tickangle"] = 0
+    layout["margin"] = {"r": _SIDES}  # room for half of the last name
+    layout["meta"] = {"least_width": _AXIS * len(names) + _SIDES}
     for key in ("title", "template", "width", "height", "paper_bgcolor", "plot_bgcolor"):
         layout.pop(key, None)
     return figure([*lines, bar], notes=notes, **layout)
@@ -147,6 +156,16 @@ def _restyled(drawn: go.Figure, measure: Measure, notes: list[str]) -> go.Figure
 
 def _places(found: Projection) -> list[int]:
     return list(np.searchsorted(found.columns.numbers, found.numbers).tolist())
+
+
+def _lines(name: str) -> str:
+    """A parameter's name in short lines, broken behind its dots and underscores."""
+    lines = [""]
+    for part in re.findall(r"[^._]*[._]|[^._]+", name):
+        if lines[-1] and len(lines[-1]) + len(part) > _LINE:
+            lines.append("")
+        lines[-1] += part
+    return "<br>".join(safe(line) for line in lines)
 
 
 def _name(name: str) -> str:

@@ -15,13 +15,15 @@ from evomerge.report.status import depths_of
 from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
 from evomerge.store import Store
 
+_WEIGHTS = frozenset({"weight", "scale", "t"})  # in the names of parameters: what ``weight_of`` reads
 _ROW, _ROOM, _LEAST = 15, 130, 240  # pixels of a part, of axes and notes, and of the whole at least
 
 
 def recipe(store: Store, number: int) -> go.Figure:
     """A heat map of weights: parts of the model from embedding (below) to head, by sources.
 
-    A weight is the one that the blend gives to a source, as it stands in the recipe. Layers have a row each, or two
+    A weight is the one that the blend gives to a source, as it stands in the recipe. A base to which changes are added
+    has none, and no column. Layers have a row each, or two
     where attention and mlp are made otherwise. All numbers of a blend are told on hovering.
 
     Raises:
@@ -29,16 +31,17 @@ def recipe(store: Store, number: int) -> go.Figure:
     """
     found = recipe_of(store, number)
     names = list(store.search().settings["sources"])
-    used = [name for name in names if name in found.used_sources()]
+    used = [name for name in names if any(name in blend.sources for blend in found.blends)]
     rows = list(_parts(found))
     weights = np.array([[weight_of(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
     words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
-    signs = bool(np.nanmin(weights) < 0)
-    most = float(np.nanmax(np.abs(weights))) or 1.0
+    low, high = _bounds(store)  # the same of every candidate, so that pictures can be compared
+    signs = bool(min(float(np.nanmin(weights)), low) < 0)
+    most = max(float(np.nanmax(np.abs(weights))), -low, high)
     cells = go.Heatmap(
         z=weights, x=[safe(name) for name in used], y=[part for part, _, _ in rows], text=words, hoverinfo="text",
         colorscale=SIGN_SCALE if signs else AREA_SCALE, zmin=-most if signs else 0.0, zmax=most, xgap=2, ygap=1,
-        colorbar={"title": {"text": "weight"}, "thickness": 12},
+        colorbar={"title": {"text": "weight", "side": "right"}, "thickness": 12},
     )  # fmt: skip
     return figure(
         [cells],
@@ -47,6 +50,12 @@ def recipe(store: Store, number: int) -> go.Figure:
         xaxis={"type": "category", "side": "bottom", "showgrid": False},
         yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
     )
+
+
+def _bounds(store: Store) -> tuple[float, float]:
+    """The least and the largest weight that the search may give; 0 and 1 where it searches none."""
+    named = [p for p in store.search().fingerprints["parameters"] if _WEIGHTS & set(p["name"].split("."))]
+    return min((float(p["low"]) for p in named), default=0.0), max((float(p["high"]) for p in named), default=1.0)
 
 
 def path(store: Store, number: int) -> str:
@@ -112,6 +121,9 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
 
 def _notes(found: Recipe) -> list[str]:
     told = []
+    bases = dict.fromkeys(blend.base for blend in found.blends if blend.base and blend.base not in blend.sources)
+    if bases:
+        told.append(f"Weights are of changes, which are added to {' and '.join(bases)}.")
     if found.tensors:
         told.append(f"{len(found.tensors)} tensors are made otherwise than their part.")
     if any(hop.norm not in (hop.attention, hop.mlp) for hop in found.hops):

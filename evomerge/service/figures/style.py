@@ -42,7 +42,7 @@ MARKS: Mapping[str, Mark] = {
     "estimated, left their race": Mark(GREY, "circle-open", 5),
     "miss a constraint": Mark(PINK, "x-thin-open", 6),
     "front": Mark(BLUE, "diamond", 10),
-    "best": Mark(BLUE, "diamond", 10),
+    "best in search": Mark(BLUE, "diamond", 10),
     "sources": Mark(ORANGE, "square", 11),
     "uniform average": Mark(PURPLE, "triangle-up", 12),
     "defaults": Mark(TEAL, "triangle-down", 11),

@@ -93,6 +93,7 @@ def candidate(
         request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
         fate=status_text(row, status), held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
         path=path_text(recipe, depths, _PATH_WIDTH), recipe_yaml=_mergekit(recipe, row.recipe),
+        hold=choice_text(status)[:1] if status.confirmed_entry(mine) else [],
         picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
         genome=_genes(row, search.fingerprints["parameters"]),
         log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
@@ -105,8 +106,12 @@ def candidate(
 def compare(
     request: Request, root: RootDependency, drivers: DriversDependency, name: str, query: Annotated[Pair, Query()]
 ) -> HTMLResponse:
-    """Two candidates: the paired test in words, and their items side by side."""
+    """Two candidates: the paired test in words, and their items side by side.
+
+    Whoever names none sees the best, the winner where there is one, against the best source.
+    """
     status = show(name, root, drivers)
+    query = _proposed(query, status)
     measures = [*status.directions, *status.constraints]
     wanted = query.objective if query.objective in measures else measures[0]
     fault, comparisons, items, name_a, name_b = "", [], [], query.a, query.b
@@ -131,6 +136,14 @@ def compare(
     )  # fmt: skip
 
 
+def _proposed(query: Pair, status: SearchStatus) -> Pair:
+    """The pair that was asked for; what is left open is the best, and the best source."""
+    best = status.winner or (status.best.id if status.best else "")
+    a = query.a or best
+    source = best_source(status)
+    return query.model_copy(update={"a": a, "b": query.b or (source if source != a else "")})
+
+
 def called(status: SearchStatus, number: int) -> str:
     """What people call a candidate: a landmark by its label, any other by its id."""
     name = candidate_id(number)
@@ -140,7 +153,8 @@ def called(status: SearchStatus, number: int) -> str:
 def sentence(found: Comparison, a: str, b: str) -> str:
     """A paired comparison in words."""
     where = f"{found.objective}, on {found.n} {'held-out' if found.split == 'held_out' else 'search'} items"
-    counts = f"It won {found.better_a} items and lost {found.better_b} (p {p_text(found.p)})."
+    items = "item" if found.better_a == 1 else "items"
+    counts = f"It won {found.better_a} {items} and lost {found.better_b} (p {p_text(found.p)})."
     interval = f"{found.confidence:.0%} interval {signed(found.low)} to {signed(found.high)}"
     if found.difference == 0:
         return f"{where}: {a} and {b} score the same. {counts}"
@@ -172,15 +186,18 @@ def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> 
     """Whom a candidate is compared with: the one that was asked for, else the best source; None if that is itself."""
     if against:
         return chosen(store, against)
+    best = best_source(status)
+    other = int(best.removeprefix("c")) if best else number
+    return None if other == number else other
+
+
+def best_source(status: SearchStatus) -> str:
+    """The id of the best source on the search split; nothing while none is scored."""
     first = next(iter(status.directions))
     known = {
         e.id: e.objectives[first].mean for e in status.baselines if e.label in status.sources and first in e.objectives
     }
-    if not known:
-        return None
-    best = (max if status.directions[first] == "maximize" else min)(known, key=known.__getitem__)
-    other = int(best.removeprefix("c"))
-    return None if other == number else other
+    return (max if status.directions[first] == "maximize" else min)(known, key=known.__getitem__, default="")
 
 
 def _gaps(status: SearchStatus, name: str) -> list[str]:
@@ -188,12 +205,11 @@ def _gaps(status: SearchStatus, name: str) -> list[str]:
     found = next((each for each in status.confirmed if each.id == name), None)
     if found is None:
         return []
-    told = [
+    return [
         f"{measure}: {signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}] over {gap.to}, p {p_text(gap.p)}"
         for measure, value in found.objectives.items()
         for gap in value.difference
     ]
-    return [*told, *choice_text(status)[:1]]
 
 
 def _genes(row: CandidateRow, parameters: Sequence[dict[str, Any]]) -> list[Gene]:

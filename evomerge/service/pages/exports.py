@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
@@ -10,7 +12,8 @@ from evomerge.service.api.searches import show
 from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency
 from evomerge.service.bodies import Export
 from evomerge.service.exports import Exports
-from evomerge.service.pages.rendering import page, shell_place
+from evomerge.service.pages.model_card import Card, card_of
+from evomerge.service.pages.rendering import api_url, page, shell_place
 from evomerge.service.pages.search import choices, place
 from evomerge.service.problems import ProblemError
 
@@ -31,22 +34,24 @@ def exports(
     except InputError:  # its folder is on another machine
         found = []
     taken = {each.id for each in found}
-    wanted = f"{name[:40]}-{candidate}".replace(" ", "-")
+    wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{name[:40]}-{candidate}")[:60]
     proposal = next(
         each for each in (wanted, *(f"{wanted}-{i}" for i in range(2, len(taken) + 3))) if each not in taken
     )
     return page(
         request, "exports.html", here="", status=status, exports=found, candidate=candidate, proposal=proposal,
-        cards={each.id: _card(known, name, each) for each in found}, choices=choices(status),
+        cards={each.id: _card(known, name, each) for each in found},
+        choices=choices(status),
         place=shell_place(place(root, name)),
     )  # fmt: skip
 
 
-def _card(known: Exports, name: str, export: Export) -> str:
+def _card(known: Exports, name: str, export: Export) -> Card | None:
     """The model card of an export that is done."""
     if export.state != "done":
-        return ""
+        return None
     try:
-        return known.file(name, export.id, CARD_NAME).read_text(encoding="utf-8", errors="replace")
+        text = known.file(name, export.id, CARD_NAME).read_text(encoding="utf-8", errors="replace")
     except (ProblemError, OSError):
-        return ""
+        return None
+    return card_of(text, f"{api_url(name)}/exports/{export.id}/files/")

@@ -11,7 +11,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Field:
-    """A key of the search file as a field: a list of ``options``, a text with ``suggestions``, or a switch."""
+    """A key of the search file as a field: a list of ``options``, a text with ``suggestions``, or a switch.
+
+    ``labels`` are what people read of the options, the options themselves unless given.
+    """
 
     key: str
     label: str
@@ -19,7 +22,9 @@ class Field:
     default: str | bool = ""
     hint: str = ""
     example: str = ""
+    required: bool = False
     options: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     suggestions: tuple[str, ...] = ()
 
 
@@ -74,26 +79,26 @@ SPACES = (
 )  # fmt: skip
 
 _METRIC = "Metric"
-_FILE = Field("file", "File of items", example="items.jsonl", hint="JSON objects, one on each line")
+_FILE = Field("file", "File of items", example="items.jsonl", hint="JSON objects, one on each line", required=True)
 _HELD_OUT = Field("held_out", "Held out", "number", example="0.5", hint="the share of items to confirm on")
 _PROMPT = Field("prompt", "Prompt", example="{prompt}", hint="{question} stands for that field of an item")
 _TOKENS = Field("max_new_tokens", "Most tokens of an answer", "number", example="256")
 
 
 def _metric(*names: str) -> Field:
-    return Field("metric", _METRIC, default=names[0], suggestions=names)
+    return Field("metric", _METRIC, default=names[0], suggestions=names, required=True)
 
 
 EVALUATORS = (
     Group(
         "lm_eval", "an lm-eval task", "Any task of lm-eval, or one of this project's own.",
         (
-            Field("task", "Task", example="gsm8k",
+            Field("task", "Task", example="gsm8k", required=True,
                   suggestions=("mini_math_ja", "mini_math_en", "mini_translate_ja", "gsm8k", "mgsm_direct_ja")),
-            Field("metric", _METRIC, example="exact_match,flexible-extract",
+            Field("metric", _METRIC, example="exact_match,flexible-extract", required=True,
                   suggestions=("acc", "acc_ja", "acc_norm", "exact_match", "exact_match,flexible-extract")),
-            Field("search", "Search split", example="validation", hint="a split, also a slice: test[:250]"),
-            Field("held_out", "Held-out split", "text", example="test", hint="no item may be in both"),
+            Field("search", "Search split", default="validation", hint="a split, also a slice: test[:250]"),
+            Field("held_out", "Held-out split", "text", default="test", hint="no item may be in both"),
             Field("num_fewshot", "Worked examples", "number"),
             Field("batch_size", "Prompts at once", "number"),
         ),
@@ -130,7 +135,10 @@ EVALUATORS = (
     ),
     Group(
         "reward_model", "reward model", "How another model likes the answers.",
-        (_FILE, _metric("reward"), Field("model", "Reward model", example="org/name"), _PROMPT, _HELD_OUT, _TOKENS),
+        (
+            _FILE, _metric("reward"), Field("model", "Reward model", example="org/name", required=True), _PROMPT,
+            _HELD_OUT, _TOKENS,
+        ),
     ),
     Group(
         "cost", "cost of running it", "Layers, parameters or speed: for smaller and faster models.",
@@ -147,6 +155,9 @@ BUDGET = (
     Field("patience", "Patience", "number", hint="generations without a change of the front"),
 )
 
+SEVERAL = "nsga2"
+"""The optimizer that the form proposes for several objectives."""
+
 OPTIMIZER = (
     Field("name", "Optimizer", default="cma",
           options=("cma", "lq_cma", "catcma", "nsga2", "nsga3", "tpe", "gp", "random", "qmc", "greedy_soup"),
@@ -158,6 +169,9 @@ MORE = (
     Field("rungs", "Racing: rungs", "numbers", example="50, 150", hint="score on few items first"),
     Field("top", "Confirm: top", "number", example="5", hint="on the held-out split, beside the front"),
     Field("drawn", "Confirm: drawn", "number", example="0", hint="more of the best, to draw the winner's curse"),
-    Field("pool", "Workers run in", options=("", "in_process", "ray"), hint="one process unless given"),
-    Field("workers", "Workers", "number", hint="with ray; as many as fit unless given"),
+)
+
+WORKERS = (
+    Field("pool", "Workers run in", options=("", "ray"), labels=("this process, one", "Ray, several at once")),
+    Field("workers", "Workers", "number", hint="of Ray; as many as fit unless given"),
 )

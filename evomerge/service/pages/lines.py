@@ -3,32 +3,70 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import yaml
 
 _LINE = re.compile(r"\bline (\d+)$")
+_TASK = re.compile(r"\btask ([^\s:,]+)(?:: ([\w.]+))?")
+_MEASURES = ("objectives", "constraints")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line from 1, 0 where it cannot be told, and the keys that lead to what is wrong."""
+
+    line: int
+    path: tuple[str, ...] = ()
 
 
 def line_of(text: str, field: str) -> int:
-    """The line, from 1, of the key that ``field`` names; of the innermost part of it that is there; 0 if none is.
+    """The line of ``place_of``."""
+    return place_of(text, field).line
+
+
+def place_of(text: str, field: str) -> Place:
+    """Where the key stands that ``field`` names; the innermost part of it that is there.
 
     Args:
         text: YAML, whole or broken.
-        field: as errors name it: ``search file: objectives.maths.metric``, ``sources.maths``, ``search file, line 7``.
+        field: as errors name it: ``search file: objectives.maths.metric``, ``sources.maths``, ``search file, line 7``,
+            ``objectives.maths: file``, ``task gsm8k: held_out`` of the objective on that task.
     """
     if (found := _LINE.search(field)) is not None:
-        return min(int(found[1]), text.count("\n") + 1)
+        return Place(min(int(found[1]), text.count("\n") + 1))
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
-        return 0
-    line = 0
-    for key in field.rpartition(": ")[2].split("."):
+        return Place(0)
+    path = _path(root, field)
+    line, node = 0, root
+    for key in path:
         pair = next((pair for pair in _pairs(node) if pair[0].value == key), None)
         if pair is None:
             break
         line, node = pair[0].start_mark.line + 1, pair[1]
-    return line
+    return Place(line, tuple(path))
+
+
+def _path(root: yaml.Node | None, field: str) -> Sequence[str]:
+    """The keys that a place names, from the outermost."""
+    if (task := _TASK.search(field)) is not None and (found := _of_task(root, task[1])) is not None:
+        return [*found, *(task[2] or "task").split(".")]
+    known = {key.value for key, _ in _pairs(root)}
+    parts = [part.split(".") for part in field.split(": ")]
+    begin = next((i for i, part in enumerate(parts) if part[0] in known), len(parts) - 1)
+    return [key for part in parts[begin:] for key in part]
+
+
+def _of_task(root: yaml.Node | None, task: str) -> Sequence[str] | None:
+    """Which objective or constraint is on a task of lm-eval."""
+    for section, measures in _pairs(root):
+        for name, settings in _pairs(measures) if section.value in _MEASURES else ():
+            if any(key.value == "task" and getattr(value, "value", None) == task for key, value in _pairs(settings)):
+                return section.value, name.value
+    return None
 
 
 def _pairs(node: yaml.Node | None) -> list[tuple[yaml.ScalarNode, yaml.Node]]:

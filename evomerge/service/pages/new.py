@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from evomerge.service.app import RootDependency
 from evomerge.service.bodies import GivenFile
 from evomerge.service.pages import forms
-from evomerge.service.pages.lines import line_of
+from evomerge.service.pages.lines import place_of
 from evomerge.service.pages.rendering import page
 
 router = APIRouter(include_in_schema=False)
@@ -22,9 +22,10 @@ class Fault(GivenFile):
 
 
 class Line(BaseModel):
-    """Where that field stands: a line from 1, or 0 where it cannot be told."""
+    """Where that field stands: a line from 1, or 0 where it cannot be told, and the keys that lead there."""
 
     line: int
+    path: list[str]
 
 
 @router.get("/new")
@@ -34,12 +35,13 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
     proposal = next(name for i in range(1, len(taken) + 2) if (name := f"search-{i}") not in taken)
     return page(
         request, "new.html", here="new", proposal=proposal, spaces=forms.SPACES, evaluators=forms.EVALUATORS,
-        budget=forms.BUDGET, optimizer=forms.OPTIMIZER, more=forms.MORE,
-        about={"evaluators": {each.name: each.hint for each in forms.EVALUATORS}},
+        budget=forms.BUDGET, optimizer=forms.OPTIMIZER, more=forms.MORE, workers=forms.WORKERS,
+        about={"evaluators": {each.name: each.hint for each in forms.EVALUATORS}, "several": forms.SEVERAL},
     )  # fmt: skip
 
 
 @router.post("/new/line")
 def line(fault: Fault) -> Line:
     """The line of a fault in a search file."""
-    return Line(line=line_of(fault.file, fault.field))
+    found = place_of(fault.file, fault.field)
+    return Line(line=found.line, path=[*found.path])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
-from evomerge.report.entries import Entry
+from evomerge.report.entries import Entry, Gap
 from evomerge.report.screen import choice_text, gain_text, thrift_lines
 from evomerge.report.status import SearchStatus
 from evomerge.service.api.candidates import candidates
@@ -36,12 +36,16 @@ MOST_FAILURES = 25
 PAGE_ROWS = 25
 """Candidates on a page of their table."""
 
+BEST = "best in search"
+"""What people call the best by search score; the best on held-out items is the winner."""
+
 _MEANINGS = {
     "pause": ("Pause", "What runs finishes, nothing new begins. The driver waits and keeps its workers."),
     "resume": ("Resume", "Goes on where it was, with the same candidates, bit for bit."),
     "stop": ("Stop", "What runs finishes, then the driver ends. It can be resumed."),
     "cancel": ("Cancel", "Ends at once and throws away what runs. It can be resumed."),
 }
+_CONFIRM = ("resume", "Confirm", "Scores the best on the held-out split, and names the winner.")
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,12 @@ def search(
         name, root, status=[query.status] if query.status else None, origin=query.origin or None, sort=query.sort,
         order=query.order, front=query.front, limit=PAGE_ROWS, cursor=query.cursor,
     )  # fmt: skip
+    rows = list(_rows(status))
     return page(
-        request, "search.html", here="", status=status, summary=summary, query=query, seq=seq, verbs=_verbs(summary),
-        measures=[*status.directions, *status.constraints], rows=list(_rows(status)), thrift=thrift_lines(status),
+        request, "search.html", here="", status=status, summary=summary, query=query, seq=seq,
+        verbs=_verbs(summary, status.winner), caption=_caption(status, rows), gained=_gained(status),
+        work_s=_work_s(status),
+        measures=[*status.directions, *status.constraints], rows=rows, thrift=thrift_lines(status),
         choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
         parameters=[each["name"] for each in found.fingerprints["parameters"]], origins=origins, page=table,
         patience=found.settings["budget"].get("patience"), place=shell_place(place(root, name)),
@@ -137,17 +144,15 @@ def gain_words(summary: SearchSummary) -> str:
 
 
 def choices(status: SearchStatus) -> list[Choice]:
-    """The candidates that people pick most: best, front and landmarks."""
-    best = status.best.id if status.best else ""
-    front = {
-        each.id: each for each in [*status.front_entries, *([status.best] if status.best else []), *status.baselines]
-    }
+    """The candidates that people pick most: the winner, the best in search, then front and landmarks."""
+    best, front = status.best.id if status.best else "", set(status.front)
+    winner = None if status.winner is None else status.confirmed_entry(status.winner)
+    known = [*status.front_entries, *status.baselines, *(each for each in (status.best, winner) if each is not None)]
     found = []
-    for name, each in front.items():
-        what = [each.label] if each.label else []
-        what += ["best"] * (name == best) + ["winner"] * (name == status.winner) + ["front"] * (name in status.front)
+    for name, each in {each.id: each for each in known}.items():
+        what = [*["winner"] * (name == status.winner), *_marks(each, best, front)]
         found.append(Choice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
-    return sorted(found, key=lambda choice: (choice.id != best, choice.number))
+    return sorted(found, key=lambda choice: (choice.id != status.winner, choice.id != best, choice.number))
 
 
 def place(root: Root, name: str) -> Path:
@@ -155,15 +160,47 @@ def place(root: Root, name: str) -> Path:
     return root.folder / name
 
 
-def _verbs(summary: SearchSummary) -> list[tuple[str, str, str]]:
-    """What can be done with a search now: verb, word on the button, what it means."""
-    if summary.state == "starting":
+def _verbs(summary: SearchSummary, winner: str | None) -> list[tuple[str, str, str]]:
+    """What can be done with a search now: verb, word on the button, what it means.
+
+    A driver of a search that has spent its candidates and is confirmed would find nothing to do.
+    """
+    if summary.state == "finished" and winner is None:
+        return [_CONFIRM]
+    if summary.state == "finished" and summary.counts.asked == summary.budget.candidates:
         return []
     if not summary.driver:
-        wanted = ["resume"]
+        wanted = [] if summary.state == "starting" else ["resume"]
     else:
         wanted = ["resume" if summary.state == "paused" else "pause", "stop", "cancel"]
     return [(verb, *_MEANINGS[verb]) for verb in wanted]
+
+
+def _gained(status: SearchStatus) -> Gap | None:
+    """The winner against the best source on held-out items; None before there is one, or where it is a landmark."""
+    winner = next((each for each in status.confirmed if each.id == status.winner), None)
+    first = next(iter(status.directions))
+    means = {e.label: e.objectives[first].mean for e in status.confirmed_baselines if e.label in status.sources}
+    if winner is None or not means:
+        return None
+    best = (max if status.directions[first] == "maximize" else min)(means, key=means.__getitem__)
+    return next((gap for gap in winner.objectives[first].difference if gap.to == best), None)
+
+
+def _work_s(status: SearchStatus) -> float:
+    """Seconds that workers spent on candidates, by the mean of the latest."""
+    return sum(status.seconds.values()) * (status.candidates.done + status.candidates.eliminated)
+
+
+def _caption(status: SearchStatus, rows: Sequence[Row]) -> str:
+    """What the rows of the table of scores are."""
+    if len(status.directions) == 1:
+        return f"Landmarks, and the {BEST}"
+    front = set(status.front)
+    shown = sum(row.entry.id in front for row in rows)
+    told = "and the front" if shown == len(front) else f"and {shown} of {len(front)} on the front"
+    other = any(BEST in row.marks and row.entry.id not in front for row in rows)
+    return f"Landmarks, {f'the {BEST}, ' if other else ''}{told}" if front else "Landmarks"
 
 
 def _rows(status: SearchStatus) -> Iterator[Row]:
@@ -182,18 +219,22 @@ def _rows(status: SearchStatus) -> Iterator[Row]:
 
 
 def _marks(shown: Entry, best: str, front: set[str]) -> list[str]:
-    return [*([shown.label] if shown.label else []), *["best"] * (shown.id == best), *["front"] * (shown.id in front)]
+    return [*([shown.label] if shown.label else []), *[BEST] * (shown.id == best), *["front"] * (shown.id in front)]
 
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
     """The held-out split: landmarks, then the shortlist, the best first."""
-    first = next(iter(status.directions))
+    first, best = next(iter(status.directions)), status.best.id if status.best else ""
     for each in status.confirmed_baselines:
-        yield Row(each, [each.label, *["winner"] * (each.id == status.winner)], landmark=True)
+        yield Row(each, _held_out_marks(each, status.winner, best), landmark=True)
     up = status.directions[first] == "maximize"
     for found in sorted(status.confirmed, key=lambda each: each.objectives[first].mean, reverse=up):
-        marks = [*([found.label] if found.label else []), *["winner"] * (found.id == status.winner)]
-        yield Row(found, marks, landmark=False, gain=gain_text(found, status))
+        yield Row(found, _held_out_marks(found, status.winner, best), landmark=False, gain=gain_text(found, status))
+
+
+def _held_out_marks(shown: Entry, winner: str | None, best: str) -> list[str]:
+    label = [shown.label] if shown.label else []
+    return [*label, *["winner"] * (shown.id == winner), *[BEST] * (shown.id == best)]
 
 
 def _failures(store: Store, name: str) -> list[Failed]:

@@ -3,10 +3,22 @@ import { call, element, refresh, speak, toast } from "./common.js";
 
 const EVERY_MS = 1000;
 const form = document.getElementById("export");
-const { api, place } = form.dataset;
+const { api, place, search } = form.dataset;
 const quoted = (text) => (/^[\w./@:+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
-form.addEventListener("input", () => {
+/** The folder's name follows the candidate until somebody has written another. */
+let isOwn = false;
+function propose() {
+  const taken = new Set([...document.querySelectorAll("[data-export]")].map((each) => each.dataset.export));
+  const wanted = `${search.slice(0, 40)}-${form.elements.candidate.value.trim()}`.replace(/[^A-Za-z0-9_-]+/g, "-").slice(0, 60);
+  let name = wanted;
+  for (let i = 2; taken.has(name); i += 1) name = `${wanted}-${i}`;
+  form.elements.name.value = name;
+}
+
+form.addEventListener("input", (event) => {
+  if (event.target === form.elements.name) isOwn = true;
+  if (event.target === form.elements.candidate && !isOwn) propose();
   const command = `evomerge export ${place} ${place}/exports/${quoted(form.elements.name.value)} --candidate ${quoted(form.elements.candidate.value)}`;
   form.querySelector(".command .code").textContent = command;
   form.querySelector("[data-copy]").dataset.copy = command;

@@ -4,7 +4,7 @@ import { call } from "./common.js";
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map(); // of each figure: its address and the answer, as text
 const listeners = new Map();
-const TOP = 12; // pixels above a plot
+const TOP = 12, TOOLS = 26; // pixels above a plot, and of the buttons there, which so cover nothing
 
 function tone(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
 
@@ -43,6 +43,8 @@ function themed(layout, box) {
     legend: { orientation: "h", y: -0.22, x: 0, font: { color: ink }, ...(layout.legend || {}) },
     hoverlabel: { bgcolor: tone("--surface"), bordercolor: tone("--edge"), font: { color: ink }, ...(layout.hoverlabel || {}) },
   };
+  found.modebar = { bgcolor: "rgba(0,0,0,0)", color: quiet, activecolor: tone("--accent"), orientation: "h" };
+  if (layout.annotations) found.annotations = layout.annotations.map((each) => ({ ...each, bgcolor: tone("--surface"), font: { ...each.font, color: quiet } }));
   for (const name of new Set(["xaxis", "yaxis", ...Object.keys(layout)])) {
     if (/^[xy]axis\d*$/.test(name)) found[name] = axis(layout[name]);
   }
@@ -51,11 +53,12 @@ function themed(layout, box) {
   }
   delete found.template;
   delete found.title;
-  found.margin = { ...found.margin, t: TOP };
+  found.margin = { ...found.margin, t: TOP + TOOLS };
   delete found.width;
   const height = layout.height && layout.height - ((layout.margin?.t ?? TOP) - TOP); // without the room for its title
-  if (height) box.style.minHeight = `${height}px`;
-  found.height = height || box.clientHeight || undefined;
+  if (height) box.style.minHeight = `${height + TOOLS}px`;
+  found.height = height ? height + TOOLS : box.clientHeight || undefined;
+  box.style.minWidth = layout.meta?.least_width ? `${layout.meta.least_width}px` : "";
   return found;
 }
 
@@ -89,14 +92,30 @@ async function paint(box, force) {
   box.classList.remove("lesser");
   box.querySelector(":scope > .waiting")?.remove();
   await globalThis.Plotly.react(box, figure.data, themed(figure.layout || {}, box), {
-    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "sendDataToCloud"],
-    doubleClickDelay: 400,
+    responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]], doubleClickDelay: 400,
   });
+  if (ringed.has(box)) ring(box, ringed.get(box));
   const listen = listeners.get(box);
   if (listen && !box.dataset.listens) {
     box.dataset.listens = "yes";
     box.on("plotly_click", (event) => listen(event.points[0]));
   }
+}
+
+const RING = 9; // pixels from its middle
+const ringed = new Map(); // of each figure: the candidate whose point has a ring
+
+/** Draw a ring around the point of a candidate, where there is one; it stays as the figure is drawn again. */
+export function ring(box, number) {
+  ringed.set(box, number);
+  if (!box.classList.contains("js-plotly-plot") || !box._fullData) return;
+  const at = box._fullData.map((trace) => [trace, [...(trace.customdata ?? [])].findIndex((each) => Number(each) === number)]);
+  const [trace, i] = at.find(([, i]) => i >= 0) ?? [];
+  const shapes = trace === undefined ? [] : [{
+    type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: trace.x[i], yanchor: trace.y[i], x0: -RING, x1: RING, y0: -RING,
+    y1: RING, line: { color: tone("--ink"), width: 2.5 }, name: "selected",
+  }];
+  globalThis.Plotly.relayout(box, { shapes });
 }
 
 const inView = new Set();

@@ -131,14 +131,23 @@ function addObjective(evaluator) {
   box.querySelector("legend").textContent = `Objective ${numbers}`;
   const remove = box.querySelector("[data-remove]");
   remove.querySelector("span").textContent = ` objective ${numbers}`;
-  remove.addEventListener("click", () => { box.remove(); build(); byId("add-objective").focus(); });
+  remove.addEventListener("click", () => { box.remove(); propose(); build(); byId("add-objective").focus(); });
   const picker = box.querySelector("[data-evaluator-of]");
   picker.value = evaluator;
   picker.addEventListener("change", () => { settings(box, picker.value); build(); });
   byId("objectives").append(made);
   settings(box, evaluator);
+  propose();
   return box;
 }
+
+/** The optimizer is one for as many objectives as there are, until somebody has chosen another. */
+const optimizer = byId("optimizer-name"), forOne = optimizer.value;
+let hasChosen = false;
+function propose() {
+  if (!hasChosen) optimizer.value = form.querySelectorAll("[data-objective]").length > 1 ? about.several : forOne;
+}
+optimizer.addEventListener("change", () => { hasChosen = true; });
 
 function settings(box, evaluator) {
   const place = box.querySelector("[data-settings]"), number = box.dataset.number;
@@ -169,6 +178,7 @@ function content() {
     const name = box.querySelector("[data-name]").value.trim() || String(its.task ?? evaluator).replace(/[^A-Za-z0-9_-]+/g, "_");
     const items = box.querySelector("[data-items]").value.trim(), direction = box.querySelector("[data-direction]").value;
     const unique = name in found.objectives ? `${name}_${box.dataset.number}` : name;
+    box.dataset.called = unique;
     found.objectives[unique] = {
       ...(evaluator === "lm_eval" ? {} : { evaluator }), ...its,
       ...(items ? { items: number(items) } : {}), ...(direction ? { direction } : {}),
@@ -180,8 +190,9 @@ function content() {
   found.budget = said(form.querySelector("[data-section=budget]"));
   const confirm = { ...(more.top ? { top: more.top } : {}), ...(more.drawn ? { drawn: more.drawn } : {}) };
   if (Object.keys(confirm).length) found.confirm = confirm;
-  if (more.pool) found.pool = more.pool;
-  if (more.workers) found.cluster = { workers: more.workers };
+  const { pool, workers } = said(form.querySelector("[data-section=workers]"));
+  if (pool) found.pool = pool;
+  if (workers) found.cluster = { workers };
   return found;
 }
 
@@ -199,6 +210,29 @@ function drawGutter(fault = 0) {
   }));
   gutter.style.height = `${file.clientHeight}px`;
   gutter.scrollTop = file.scrollTop;
+}
+
+// ---- the field of a fault ----
+
+const ELSEWHERE = { racing: "more", confirm: "more", cluster: "workers" }; // where a section's fields stand in the form
+
+/** The field of the form that writes a key of the file, where there is one. */
+function fieldOf([first, second, third]) {
+  const within = (place, key) => place?.querySelector(`[data-key="${CSS.escape(key ?? "")}"]`) ?? null;
+  if (first === "sources") return byId("reference");
+  if (first === "space") return within(form.querySelector("[data-space]:not([hidden])"), second);
+  if (first === "objectives") {
+    const box = [...form.querySelectorAll("[data-objective]")].find((each) => each.dataset.called === second);
+    if (["items", "direction"].includes(third)) return box?.querySelector(`[data-${third}]`) ?? null;
+    return within(box, third ?? "task") ?? box?.querySelector("[data-name]") ?? byId("add-objective");
+  }
+  if (first === "pool") return byId("workers-pool");
+  if (second === undefined) return form.querySelector(`#${CSS.escape(first ?? "")}:is(input, select)`);
+  return within(form.querySelector(`[data-section="${CSS.escape(ELSEWHERE[first] ?? first)}"]`), second);
+}
+
+function clearField() {
+  for (const each of form.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
 }
 
 function setByHand(value) {
@@ -225,6 +259,7 @@ byId("copy").addEventListener("click", async () => {
 // ---- what the server says ----
 
 function tellFaults(problem) {
+  clearField();
   const box = element("div", "note bad"), line = problem.line ?? problem.faults?.find((each) => each.line)?.line ?? 0;
   box.append(element("strong", "", problem.title || "That does not work"));
   for (const fault of problem.faults?.length ? problem.faults : [{ field: "", problem: problem.detail ?? "" }]) {
@@ -239,6 +274,14 @@ function tellFaults(problem) {
     go.type = "button";
     go.addEventListener("click", () => goTo(line));
     box.append(go);
+  }
+  const field = byHand ? null : fieldOf(problem.path ?? []);
+  if (field) {
+    field.setAttribute("aria-invalid", "true");
+    const show = element("button", "tiny", "Go to the field");
+    show.type = "button";
+    show.addEventListener("click", () => { if (field.closest("details")) field.closest("details").open = true; field.focus(); });
+    box.append(" ", show);
   }
   verdict.replaceChildren(box);
   file.setAttribute("aria-invalid", "true");
@@ -260,6 +303,7 @@ function goTo(line) {
 }
 
 function tellPlan(plan) {
+  clearField();
   const box = element("div", "note good"), list = element("dl", "facts");
   box.append(element("strong", "", "It can be started. This is what it will do and cost:"));
   for (const row of plan.rows ?? []) {
@@ -278,7 +322,7 @@ async function locate(problem) {
   if (problem.line || !problem.faults?.length) return problem;
   try {
     const found = await call("/new/line", "POST", { file: file.value, field: problem.faults[0].field });
-    return { ...problem, line: found.line };
+    return { ...problem, line: found.line, path: found.path };
   } catch { return problem; }
 }
 
@@ -314,7 +358,7 @@ byId("add-reference").addEventListener("click", () => { addSource(byId("referenc
 byId("reference").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); byId("add-reference").click(); } });
 byId("base").addEventListener("change", inspect);
 byId("add-objective").addEventListener("click", () => { addObjective("lm_eval").querySelector("[data-name]").focus(); build(); });
-form.addEventListener("input", build);
+form.addEventListener("input", (event) => { event.target.removeAttribute("aria-invalid"); build(); });
 form.addEventListener("change", build);
 form.addEventListener("submit", (event) => event.preventDefault());
 addObjective("lm_eval");

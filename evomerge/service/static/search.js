@@ -44,6 +44,7 @@ function select(number) {
     picker.append(option);
   }
   picker.value = String(number);
+  figures.ring(byId("front-figure"), number);
   figures.show(chosen, `${api}/candidates/${number}/figures/recipe`);
 }
 
@@ -113,8 +114,8 @@ byId("candidates").addEventListener("click", (event) => {
 
 const DONE = { pause: "It pauses: what runs finishes, nothing new begins.", resume: "It goes on.",
   stop: "It stops when what runs has finished.", cancel: "It is cancelled." };
-const SURE = { stop: "Stop this search? What runs finishes, and the best are confirmed no more. It can be resumed later.",
-  cancel: "Cancel this search at once? What runs is thrown away. It can be resumed later." };
+const SURE = { stop: "Stop this search? Candidates that are running are finished first. Nothing is scored on the held-out split. You can resume it later.",
+  cancel: "Cancel this search at once? Candidates that are running are thrown away. You can resume it later." };
 
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-verb]");
@@ -133,20 +134,24 @@ document.addEventListener("click", async (event) => {
   }
 });
 
-const budget = byId("budget");
-document.addEventListener("click", (event) => { if (event.target.closest("#raise")) budget.showModal(); });
-budget.addEventListener("close", async () => {
-  if (budget.returnValue !== "raise") return;
-  const form = new FormData(budget.querySelector("form"));
+const budget = byId("budget"), refused = byId("budget-fault");
+document.addEventListener("click", (event) => {
+  if (event.target.closest("#raise")) { refused.replaceChildren(); budget.showModal(); }
+});
+budget.addEventListener("submit", async (event) => {
+  if (event.submitter?.value !== "raise") return;
+  event.preventDefault(); // the dialog stays until the budget is taken, so that what is refused can be mended in it
+  const form = new FormData(event.target);
   const number = (key) => (form.get(key) === "" ? null : Number(form.get(key)));
+  refused.replaceChildren();
   try {
     await call(`${api}/budget`, "POST", {
       candidates: number("candidates"), hours: number("hours"), patience: number("patience"), resume: form.has("resume"),
     });
+    budget.close();
     toast("The budget is changed.");
     setTimeout(update, 500);
   } catch (error) {
-    toast(error.message, "bad");
+    refused.append(element("p", "note bad", error.message));
   }
-  budget.returnValue = "";
 });
