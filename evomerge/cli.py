@@ -79,18 +79,26 @@ def search(
 
 @app.command("list")
 def list_(
-    address: Annotated[str, typer.Option(metavar="auto|ray://...|http://...", help="A Ray cluster.")] = "auto",
+    root: Annotated[
+        str, typer.Argument(metavar="ROOT|DATABASE-URL", help="A folder of searches, or a database.")
+    ] = "searches",
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|ray://...|http://...", help="Those that are jobs of this Ray cluster.")
+    ] = None,
     server: ServerOption = None,
 ) -> None:
-    """List the searches that run as jobs of a Ray cluster, or those of a server."""
+    """List the searches of a folder; or those that run as jobs of a Ray cluster, or those of a server."""
     if server is not None:
         from evomerge.commands.remote import list_searches
 
         list_searches(server)
         return
-    from evomerge.commands.run import list_jobs
+    from evomerge.commands.listing import list_folder, list_jobs
 
-    list_jobs(address)
+    if address is not None:
+        list_jobs(address)
+        return
+    list_folder(root)
 
 
 @app.command()
@@ -221,7 +229,9 @@ def curse(
 @app.command()
 def report(
     folder: FolderArgument,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path("report.html"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file to write; report.html in DIR by default.")
+    ] = None,
 ) -> None:
     """Write a search as one HTML file: pictures, tables, settings, and the commands to do it again."""
     from evomerge.commands.report import report

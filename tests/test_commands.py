@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from evomerge.checkpoints.live import live_model
 from evomerge.commands.look import send
 from evomerge.commands.run import resume
 from evomerge.errors import InputError
+from evomerge.report.screen import p_text
 from evomerge.search.folder import open_store
 from evomerge.search.search_file import load_search_file
 from evomerge.search.session import recipe_of
@@ -37,6 +39,48 @@ def test_help_is_quick() -> None:
         seconds.append(time.perf_counter() - started)
     assert "validate" in done.stdout
     assert min(seconds) < 0.5
+
+
+CHECKED_FIRST = """
+import sys
+from evomerge.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"torch", "transformers", "ray", "lm_eval"} & set(sys.modules)))
+"""
+
+
+def test_what_a_person_got_wrong_is_told_before_anything_heavy_is_imported(searched: Path, tmp_path: Path) -> None:
+    """The commands run in one process each, at once, because starting one takes longer than what it does."""
+    file = search_file(tmp_path)
+    (tmp_path / "broken.yaml").write_text("name: [")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    wrong = {
+        "there is no such file": ["validate", tmp_path / "nope.yaml"],
+        "broken.yaml": ["search", tmp_path / "broken.yaml"],
+        "is not a key": ["validate", file, "--set", "budgets.candidates=4"],
+        "must be a whole number": ["score", MINIATURES / "maths", file, "--set", "seed=x"],
+        "exists already": ["search", file, "--dir", searched],
+        "space.method: 'task_arithmetic' -> 'ties'": ["resume", searched, "--set", "space.method=ties"],
+        "exists and is not empty": ["export", searched, tmp_path / "full"],
+        "full: exists and is not empty": ["merge", file, tmp_path / "full"],
+        "neither search nor held_out": ["score", MINIATURES / "maths", file, "--split", "all"],
+    }
+    started = {
+        words: subprocess.Popen(
+            [sys.executable, "-c", CHECKED_FIRST, *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )
+        for words, arguments in wrong.items()
+    }  # fmt: skip
+    for words, process in started.items():
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert error.startswith("error: "), error
+        assert words in error
+        assert out == "[]\n", words
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +139,57 @@ def test_show_and_compare(searched: Path, capsys: pytest.CaptureFixture[str]) ->
     for row in found:
         assert row["difference"] == pytest.approx(row["a"] - row["b"])
         assert (row["better_a"] - row["better_b"]) / row["n"] == pytest.approx(row["difference"])
+
+
+def test_two_candidates_are_compared_on_a_narrow_screen(
+    searched: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.commands.look.make_console", lambda: Console(width=80, highlight=False))
+    rows = {
+        (row["objective"], row["split"]): row for row in json_of(capsys, "compare", searched, "best", "maths", "--json")
+    }
+    assert evomerge("compare", searched, "best", "maths") == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for row in rows.values():
+        assert f"[{row['low']:+.3f}, {row['high']:+.3f}]" in text
+        assert p_text(row["p"]) in text
+    winner = json_of(capsys, "status", searched, "--json")["winner"]
+    assert f"best is {winner}, maths is c0001" in text
+
+
+def test_the_searches_of_a_folder_are_listed(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").symlink_to(searched)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "search.db").write_text("no database")
+    (tmp_path / "notes").mkdir()
+    assert evomerge("list", tmp_path) == 0
+    told = capsys.readouterr()
+    lines = {line.split()[0]: line for line in told.out.splitlines()}
+    assert set(lines) == {"search", "mine", "broken"}
+    best = json_of(capsys, "status", searched, "--json")["best"]["objectives"]["mini_math_ja"]
+    assert f"17 of 17  mini_math_ja  {best['mean']:.3f} ± {best['stderr']:.3f}" in lines["mine"]
+    assert "cannot be opened" in lines["broken"]
+    assert str(tmp_path / "broken") in told.err
+    assert evomerge("list", searched) == 2
+    assert "is the folder of a search, not one of searches" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "notes")
+    assert evomerge("list") == 0
+    assert "no search is in searches yet" in capsys.readouterr().out
+
+
+def test_a_report_goes_into_the_folder_of_its_search(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert evomerge("report", searched) == 0
+    assert f"written to {searched / 'report.html'}" in capsys.readouterr().err
+    assert (searched / "report.html").is_file()
+    assert evomerge("report", searched, "--out", "elsewhere.html") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere.html"]
 
 
 def test_confirm_again_names_a_winner(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,16 +264,16 @@ def test_a_process_without_evomerge_generates_what_the_candidate_did(exported: P
 def test_an_export_that_scores_otherwise_is_refused_and_leaves_nothing(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from evomerge.commands import models
+    from evomerge.commands import rescoring
 
-    load = models.plain_model
+    load = rescoring.plain_model
 
     def another_model(*arguments: Any) -> Any:
         live = load(*arguments)
         live.model.lm_head.weight.data.mul_(0)
         return live
 
-    monkeypatch.setattr(models, "plain_model", another_model)
+    monkeypatch.setattr(rescoring, "plain_model", another_model)
     assert evomerge("export", searched, tmp_path / "out") == 2
     assert "otherwise than was recorded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -209,11 +304,11 @@ dtype: bfloat16
 def test_merge_opens_each_source_once_and_copies_a_recipe_that_works_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evomerge.commands import merge as command
+    from evomerge.checkpoints import source as opening
 
     opened: list[str] = []
-    open_source = command.open_source
-    monkeypatch.setattr(command, "open_source", lambda *a, **more: opened.append(a[1]) or open_source(*a, **more))
+    open_source = opening.open_source
+    monkeypatch.setattr(opening, "open_source", lambda *a, **more: opened.append(a[1]) or open_source(*a, **more))
     (tmp_path / "models").symlink_to(MINIATURES)
     (tmp_path / "mergekit.yaml").write_text("""
 merge_method: linear
@@ -306,7 +401,7 @@ def test_bad_input_ends_with_code_2_and_leaves_nothing(
     file = search_file(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert evomerge("search", file, "--dir", tmp_path / "search", "--set", override) == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.removeprefix("opening models and tasks…\n")
     assert error.startswith("error: ")
     assert place in error
     assert words in error

@@ -287,7 +287,8 @@ def test_the_card_discloses_how_many_there_were_and_how_the_winner_was_chosen(pl
         f"({40 * counts.done:,} in all), {counts.cached} had the recipe of one of these, and 0 failed.",
         "A shortlist of 3 was written down at",
         "9 more were scored there for the picture alone; they could not win.",
-        "Intervals hold all at once with 95%: corrected for 9 comparisons (3 candidates with 3 landmarks).",
+        "Intervals hold all at once with 95%: corrected for 9 comparisons "
+        "(3 candidates with one, two, uniform average).",
         "may be luck of the choice",
         f"this model's o0 {row.objectives['o0']['mean']:.3f} became",
         "the 12 best by o0 are",

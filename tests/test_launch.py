@@ -195,10 +195,23 @@ def test_ports_of_processes_of_ours_are_found_and_told_apart() -> None:
     child.communicate("")
     assert {(each.host, each.port) for each in found} >= {("127.0.0.1", near), ("0.0.0.0", far)}
     ours = [each for each in found if each.port in (near, far)]
-    assert who_listens(ours) == (f"Ray listens on every interface: worker {far}. On this machine alone: worker {near}.")
-    assert who_listens([Listener("gcs", "::", 1), Listener("gcs", "::", 2)]) == (
-        "Ray listens on every interface: gcs 1 2. On this machine alone: nothing."
+    told = who_listens(ours, secured=True, ports=True)
+    assert told == (
+        "Ray runs on this machine, open to whoever has its private token (docs/cluster.md, Who may get in). "
+        f"On every interface: worker {far}. On this machine alone: worker {near}."
     )
+
+
+def test_a_person_is_told_who_can_reach_a_cluster_without_its_ports() -> None:
+    def told(host: str, secured: bool) -> str:
+        found = [Listener("gcs", host, 6379), Listener("gcs", host, 6380)]
+        assert who_listens(found, secured=secured, ports=True).count("gcs 6379 6380") == 1
+        return who_listens(found, secured=secured, ports=False)
+
+    assert "open to whoever has its private token" in told("::", True)
+    assert "open to anybody: it asks for no token" in told("::", False)
+    assert "open to this machine alone" in told("127.0.0.1", False)
+    assert "6379" not in told("::", True)
 
 
 # ---- a job of a real cluster -----------------------------------------------------------------------------------------

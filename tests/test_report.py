@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from rich.console import Console
 
 from evomerge.report.confirmed import Choice
 from evomerge.report.entries import ConfirmedEntry, ConfirmedValue, Constraint, Entry, Gap, Value
+from evomerge.report.fitting import heading
 from evomerge.report.licences import licence_of, most_restrictive
-from evomerge.report.screen import Screen, choice_text, duration, line, p_text, panel, screen_text
+from evomerge.report.live import Screen
+from evomerge.report.screen import choice_text, duration, line, p_text, panel, screen_text
 from evomerge.report.status import (
     Budget,
     Counts,
@@ -68,10 +71,12 @@ def test_the_panel_says_what_a_person_wants_to_know() -> None:
         "workers 3 busy of 4, 1 starting",
         "0.630 ± 0.020",
         "failures: 2 not_finite, 1 worker_died",
-        "+0.310 [+0.260, +0.360] over ja",
+        "gain over ja",
+        "+0.310 [+0.260, +0.360]",
         "winner",
-        "Intervals hold all at once with 95%: corrected for 2 comparisons (1 candidate with 2 landmarks).",
-        "The winner is the best of 3 there: of its maths 0.610, about 0.012 may be luck of the choice.",
+        "Intervals hold all at once with 95%: corrected for 2 comparisons (1 candidate with base, ja).",
+        "The winner is the best of the 3 there (1 candidate and 2 landmarks): of its maths 0.610, ",
+        "about 0.012 may be luck of the choice.",
     ):
         assert words in text
     assert "shortlist" not in text
@@ -80,7 +85,7 @@ def test_the_panel_says_what_a_person_wants_to_know() -> None:
 def test_a_minimised_objective_points_down_and_compares_with_the_lowest_source() -> None:
     text = drawn(status(directions={"maths": "minimize"}))
     assert "maths ↓" in text
-    assert "over base" in text
+    assert "gain over base" in text
 
 
 def test_of_several_objectives_and_shortlists_it_says_so() -> None:
@@ -93,7 +98,7 @@ def test_of_several_objectives_and_shortlists_it_says_so() -> None:
         }
     )
     first, _, last = choice_text(several)
-    assert first.endswith("(1 candidate with 2 landmarks) in each objective.")
+    assert first.endswith("(1 candidate with base, ja) in each objective.")
     assert "shortlist 2" in last
 
 
@@ -177,7 +182,7 @@ def test_a_screen_that_is_off_says_why(changes: dict[str, object], words: str) -
 def test_eliminated_candidates_are_finished_ones_for_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 of 100 are left after 60 in a minute: with the eliminated forgotten it would look longer."""
     moments = iter([0.0, 60.0])
-    monkeypatch.setattr("evomerge.report.screen.time.monotonic", lambda: next(moments))
+    monkeypatch.setattr("evomerge.report.live.time.monotonic", lambda: next(moments))
     counts = iter([(0, 0), (1, 0), (20, 40)])
     screen = Screen(Console(force_terminal=False), status)
 
@@ -290,6 +295,55 @@ def test_seconds_of_pauses_startups_and_earlier_drivers_are_not_spent(
             store.set_state("cancelled", spent_s=14.0)
             after(5)
             assert unrecorded_s(store) == 0.0
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_table_is_cut_on_a_narrow_screen(width: int) -> None:
+    """Two objectives with long names: every number is there whole, and the source compared with is named once."""
+    names = ("mini_translate_from_japanese", "mini_math_in_japanese")
+
+    def entry(number: int, label: str = "") -> dict[str, object]:
+        gap = {"to": "japanese", "mean": 0.31, "low": 0.26, "high": 0.36, "p": 0.002}
+        value = {"mean": 0.5 + number / 1000, "stderr": 0.02, "n": 200, "difference": [gap]}
+        return {"id": f"c{number:04d}", "label": label, "objectives": dict.fromkeys(names, value)}
+
+    landmarks = [entry(0, "japanese"), entry(1, "task_arithmetic defaults")]
+    found = status(
+        directions=dict.fromkeys(names, "maximize"), wanted=dict.fromkeys(names, 200), sources=["japanese"],
+        best=entry(9), baselines=landmarks, confirmed_baselines=landmarks, confirmed=[entry(8), entry(9)],
+        front=["c0009"], front_entries=[entry(9)], winner="c0009",
+    )  # fmt: skip
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(panel(found))
+    text = console.export_text()
+    assert "…" not in text
+    assert text.count("+0.310 [+0.260, +0.360]") == 2
+    assert text.count("0.509") >= 4  # of each objective, on each split
+    assert text.count("gain over japanese") == 1
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_a_title_is_broken_after_spaces_and_signs_alone() -> None:
+    assert heading("mini_translate_ja ≥ 0.9", 13) == "mini_\ntranslate_ja\n≥ 0.9"
+    assert heading("unbroken", 3) == "unbroken"
+
+
+@pytest.mark.parametrize("height", [24, 40, 100])
+def test_a_live_screen_is_no_taller_than_the_terminal_and_keeps_the_caveats(height: int) -> None:
+    one = status().confirmed[0]
+    many = [one.model_copy(update={"id": f"c{i:04d}"}) for i in range(7, 37)]
+    marks = [status().baselines[0].model_copy(update={"id": f"c{i:04d}", "label": f"mark {i}"}) for i in range(5)]
+    found = status(
+        confirmed=many, front_entries=many, baselines=marks, confirmed_baselines=[*marks, *status().baselines]
+    )
+    file = io.StringIO()
+    console = Console(width=120, height=height, force_terminal=True, file=file)
+    with Screen(console, lambda: found) as screen:
+        screen.draw()
+        drawn = file.getvalue()
+    assert drawn.count("\n") < height
+    assert "The winner is the best of" in drawn
+    assert "more confirmed" in drawn or height == 100
 
 
 def test_without_a_terminal_the_screen_prints_few_plain_lines() -> None:

@@ -29,8 +29,8 @@ from evomerge.search.control import Control
 from evomerge.search.folder import FILE_NAME, open_store
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
+from evomerge.search.resuming import resumed_file
 from evomerge.search.sections import Racing
-from evomerge.search.session import resumed_file
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
 from evomerge.store import CandidateRow, Store, acquire
 
@@ -402,6 +402,9 @@ def test_a_search_file_of_an_older_program_is_no_difference(featured: Path) -> N
 
             def search(self) -> Any:
                 return replace(store.search(), settings=older)
+
+            def counts(self) -> Any:
+                return store.counts()
 
         assert resumed_file(featured, Older(), ()).name == "small"  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"racing\.rungs"):

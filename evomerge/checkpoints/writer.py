@@ -21,6 +21,7 @@ import torch
 
 from evomerge.checkpoints.folder import INDEX, WEIGHTS
 from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
 
 SHARD_BYTES = 5_000_000_000
@@ -87,7 +88,7 @@ class FolderWriter:
         self._held: BinaryIO | None = None
         self._lock = threading.Lock()
         self._need = sum(shard.size for shard in self._shards) + _SLACK_BYTES
-        self._check_out([folder.resolve() for folder in sources])
+        check_target(self.out, sources)
         self._check_space()
 
     def __enter__(self) -> Self:
@@ -207,20 +208,6 @@ class FolderWriter:
                 raise InputError(str(self.out), "was made by someone else in the meantime") from None
             raise
         _sync_folder(self.out.parent)
-
-    def _check_out(self, sources: Sequence[Path]) -> None:
-        place = str(self.out)
-        for folder in sources:
-            if self.out.resolve().is_relative_to(folder):
-                raise InputError(place, f"lies in the folder of a source ({folder})", "Choose another folder.")
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise InputError(place, "is not a folder", "Choose another name.")
-        if self.out.exists() and any(self.out.iterdir()):
-            raise InputError(place, "exists and is not empty", "Choose another folder, or remove it.")
-        if not self.out.parent.is_dir():
-            raise InputError(place, f"there is no folder {self.out.parent} to put it in", "Create it.")
-        if not os.access(self.out.parent, os.W_OK | os.X_OK):
-            raise InputError(place, f"the folder {self.out.parent} cannot be written to", "Choose another folder.")
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.out.parent).free

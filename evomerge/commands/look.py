@@ -16,22 +16,15 @@ from rich.table import Table
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
-from evomerge.report.candidate import score_lines, status_text
+from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import candidate_id, entry
+from evomerge.report.lists import comparison_table, top_table
+from evomerge.report.live import Screen
 from evomerge.report.path import path_svg, path_text
-from evomerge.report.screen import (
-    Screen,
-    cell,
-    cells,
-    choice_text,
-    constraint_titles,
-    gain_text,
-    make_console,
-    panel,
-)
+from evomerge.report.screen import cell, cells, choice_text, make_console, panel
 from evomerge.report.status import chosen, depths_of, read_status, status_of
 from evomerge.search.folder import open_store
 from evomerge.store import CandidateRow, Verb, current_holder
@@ -65,21 +58,8 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([_as_json(row, names) for row in rows], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    titles = ["candidate", "origin", "status", *known.directions, *constraint_titles(known), "front"]
-    confirmed = {found.id: found for found in known.confirmed}
-    for title in titles + [f"{first['name']} held out", "gain over the best source there"] * bool(confirmed):
-        table.add_column(title)
-    for row in rows:
-        values = cells(entry(row, fingerprints), known)
-        origin = f"{row.origin} {row.label}".strip()
-        name = candidate_id(row.number)
-        held_out = known.confirmed_values(name).get(first["name"])
-        there = [cell(held_out)] if held_out else []
-        there += [gain_text(confirmed[name], known)] if name in confirmed else []
-        table.add_row(name, origin, status_text(row, known), *values, "front" if row.on_front else "", *there)
     console = make_console()
-    console.print(table)
+    console.print(top_table(rows, known, fingerprints, best=k is not None))
     if not rows:
         console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
     if k is None and any("~" in text for row in rows for text in cells(entry(row, fingerprints), known)):
@@ -155,24 +135,19 @@ def _save(file: Path, text: str) -> None:
 def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
     """Two candidates item by item, on every split that both were scored on."""
     with open_store(folder) as store:
-        found = compared(store, chosen(store, a), chosen(store, b))
+        numbers = chosen(store, a), chosen(store, b)
+        found = compared(store, *numbers)
+    one, other = (candidate_id(number) for number in numbers)
     if not found:
         raise InputError(f"{a}, {b}", "were not scored on the same items", "`evomerge confirm` scores the best ones.")
     if as_json:
         print(json.dumps([row.model_dump() for row in found], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    titles = ("objective", "split", "items", a, b, f"{a} better by", "interval of one", f"{a} won", f"{b} won", "p")
-    for title in titles:
-        table.add_column(title, justify="right" if title not in ("objective", "split") else "left", no_wrap=True)
-    for row in found:
-        interval = f"[{row.low:+.3f}, {row.high:+.3f}]"
-        table.add_row(
-            row.objective, row.split, str(row.n), f"{row.a:.3f}", f"{row.b:.3f}", f"{row.difference:+.3f}", interval,
-            str(row.better_a), str(row.better_b), f"{row.p:.2g}",
-        )  # fmt: skip
     console = make_console()
-    console.print(table)
+    called = [f"{name} is {who}" for name, who in ((a, one), (b, other)) if name != who]
+    if called:
+        console.print(", ".join(called), style="dim")
+    console.print(comparison_table(found, a, b))
     for row in found:
         if row.n < row.wanted:
             console.print(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from evomerge.report.lists import Listed, searches_table
 from evomerge.report.screen import make_console, panel
 from evomerge.search.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary, Mean
@@ -53,14 +54,16 @@ def list_searches(url: str) -> None:
     """The searches of a server."""
     with Client(url) as client:
         found = client.searches()
-    table = Table(box=None, pad_edge=False)
-    for title in ("search", "state", "candidates", "best", "of the sources"):
-        table.add_column(title)
+    console = make_console()
+    rows = []
     for each in found:
-        first = each.objectives[0].name if each.objectives else ""
-        values = [("" if row is None else _cell(row.objectives.get(first))) for row in (each.best, each.best_source)]
-        table.add_row(each.name, each.state, str(each.counts.asked), *values)
-    make_console().print(table)
+        objective = each.objectives[0].name if each.objectives else ""
+        best, source = (
+            "" if row is None else _cell(row.objectives.get(objective)) for row in (each.best, each.best_source)
+        )
+        of = f" of {each.budget.candidates}" if each.budget.candidates else ""
+        rows.append(Listed(each.name, each.state, f"{each.counts.asked}{of}", objective, best, source))
+    console.print(searches_table(rows) if rows else f"{url} has no searches yet")
 
 
 def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:

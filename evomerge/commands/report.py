@@ -11,14 +11,15 @@ from evomerge.search.folder import open_store
 from evomerge.service.report import report_html
 
 
-def report(folder: Path, out: Path) -> None:
-    """Write the report of a search. A file that is there already is replaced once the new one is whole.
+def report(folder: Path, out: Path | None) -> None:
+    """Write the report of a search: into its folder, unless a file is named. One that is there is replaced as a whole.
 
     Raises:
         InputError: no search lies in the folder, or the file cannot be written.
     """
     with open_store(folder) as store:
         page = report_html(store, folder)
+    out = out or folder / "report.html"
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.write_text(page, encoding="utf-8")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psutil
 from rich.table import Table
@@ -43,7 +44,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         for warning in source.warnings:
             yield "warning", f"{name}: {warning}"
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
-    yield "space", f"{len(setup.space.parameters)} parameters: {', '.join(f'{k} {v}' for k, v in space.items())}"
+    yield "space", f"{len(setup.space.parameters)} parameters: {_told(space)}"
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]
         way = "maximize" if objective.maximise else "minimize"
@@ -52,7 +53,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _constraints(setup)
     yield from _screen(setup)
     yield from _racing(setup)
-    yield "optimizer", ", ".join(f"{k} {v}" for k, v in file.optimizer.model_dump(exclude_none=True).items())
+    yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
     yield (
         "memory",
@@ -64,6 +65,11 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "disk", f"{_gigabytes(_bytes(model))} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    """Settings in one line: name cma, sigma 0.167, x0 centre."""
+    return ", ".join(f"{key} {f'{v:.3g}' if isinstance(v, float) else v}" for key, v in settings.items())
 
 
 def _hardware(prepared: Prepared) -> list[str]:

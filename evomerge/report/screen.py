@@ -1,24 +1,25 @@
-"""The screen of a search: a live panel on a terminal, plain lines anywhere else."""
+"""What people are told of a search: as tables, as sentences, as one line."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from collections.abc import Sequence
+from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from evomerge.report.confirmed import Choice
 from evomerge.report.entries import ConfirmedEntry, Entry, Value
+from evomerge.report.fitting import Column, FittedTable, named, terse
 from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
 from evomerge.search.jobs import PoolState
 
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
+
+
+Rows = Sequence[Sequence[str]]
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 def make_console() -> Console:
@@ -26,86 +27,22 @@ def make_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
 
 
-class Screen:
-    """Draws a status again and again, and never more often than is useful.
-
-    Args:
-        read: gives the status of now.
-        workers: gives what the pool does, when this process has one.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        read: Callable[[], SearchStatus],
-        workers: Callable[[], PoolState] | None = None,
-    ) -> None:
-        self._console = console
-        self._read = read
-        self._workers = workers
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self._every_s = 1.0 if self._live else 10.0
-        self._drawn_at = float("-inf")
-        self._first: tuple[float, int] | None = None  # when candidates began to come in, and how many had by then
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
-
-    def draw(self, *, now: bool = False) -> None:
-        """Draw the status if it is time, or at once."""
-        moment = time.monotonic()
-        if not now and moment - self._drawn_at < self._every_s:
-            return
-        self._drawn_at = moment
-        status = self._read()
-        pool = self._workers() if self._workers else None
-        eta = self._eta(status)
-        if self._live:
-            self._live.update(panel(status, pool, eta), refresh=True)
-        else:
-            self._console.print(line(status, eta), highlight=False, soft_wrap=True)
-
-    def say(self, text: str) -> None:
-        """A line for the person, above the panel."""
-        self._console.print(text, highlight=False)
-
-    def _eta(self, status: SearchStatus) -> float | None:
-        """Seconds to the end of the budget, at the rate since workers had started; None while unknown."""
-        finished = _finished(status)
-        moment = time.monotonic()
-        if self._first is None or (finished and not self._first[1]):
-            self._first = (moment, finished)
-        spent, gained = moment - self._first[0], finished - self._first[1]
-        ends = []
-        if status.budget.candidates and gained:
-            ends.append((status.budget.candidates - finished) * spent / gained)
-        if status.budget.hours:
-            ends.append((status.budget.hours - status.budget.hours_spent) * 3600)
-        return max(0.0, min(ends)) if ends else None
-
-
-def panel(status: SearchStatus, pool: PoolState | None = None, eta: float | None = None) -> RenderableType:
-    """The whole status as tables."""
+def panel(
+    status: SearchStatus, pool: PoolState | None = None, eta: float | None = None, *, rows: int | None = None
+) -> RenderableType:
+    """The whole status as tables, each of at most ``rows`` landmarks and as many others."""
     parts: list[RenderableType] = [
         Text(headline(status, eta), style="bold"),
         Text(counts_line(status, pool)),
         *(Text(told) for told in thrift_lines(status)),
-        scores(status),
+        scores(status, rows),
     ]
     if status.failures:
         causes = ", ".join(f"{count} {reason}" for reason, count in sorted(status.failures.items()))
         parts.append(Text(f"failures: {causes}", style="red"))
     parts += [Text(f"slow: {slow_text(found)}", style="yellow") for found in status.slow]
     if status.confirmed:
-        parts += [Text(""), confirmed_table(status), *(Text(told, style="dim") for told in choice_text(status))]
+        parts += [Text(""), confirmed_table(status, rows), *(Text(told, style="dim") for told in choice_text(status))]
     return Group(*parts)
 
 
@@ -173,64 +110,91 @@ def slow_text(found: Slow) -> str:
     return f"{found.kind} {found.name} takes {seconds} ({medians})"
 
 
-def scores(status: SearchStatus) -> Table:
-    """Baselines, the best and the front, with standard errors, on the search split."""
-    table = Table(title="search split", title_justify="left", box=None, pad_edge=False)
-    table.add_column("candidate")
-    table.add_column("")
-    for name, direction in status.directions.items():
-        table.add_column(f"{name} {'↑' if direction == 'maximize' else '↓'}", justify="right")
-    for title in constraint_titles(status):
-        table.add_column(title)
+def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
+    """Landmarks, the best and the front, with standard errors, on the search split."""
     best = status.best.id if status.best else ""
     front = {e.id for e in status.front_entries}
-    for shown in status.baselines:
-        table.add_row(shown.id, _mark(shown, best, front), *cells(shown, status), style="dim")
-    found = [e for e in status.front_entries if e.id not in {b.id for b in status.baselines}]
-    first = next(iter(status.directions))
-    found.sort(key=lambda e: e.objectives[first].mean, reverse=status.directions[first] == "maximize")
-    for shown in found[:_FRONT_ROWS]:
-        style = "bold green" if shown.id == best else ""
-        table.add_row(shown.id, _mark(shown, best, front), *cells(shown, status), style=style)
-    if len(found) > _FRONT_ROWS:
-        table.add_row("", f"and {len(found) - _FRONT_ROWS} more on the front")
+    known = {b.id for b in status.baselines}
+    found = _ranked([e for e in status.front_entries if e.id not in known], status)
+    few = found[: rows or _FRONT_ROWS]
+    shown = [*_few(status.baselines, status, rows), *few]
+    styles = ["bold green" if e.id == best and e in few else "dim" if e.id in known else "" for e in shown]
+    titles = [f"{name} {'↑' if way == 'maximize' else '↓'}" for name, way in status.directions.items()]
+    marks = [_mark(e, best, front) for e in shown]
+    below = _more(len(status.baselines) + len(few) - len(shown), len(found) - len(few), "on the front")
     if status.best is None and status.constraints and status.candidates.done:
-        table.add_row("", "none scored on every item keeps all constraints yet")
-    return table
+        below.append(Text("none scored on every item keeps all constraints yet"))
+    columns = _columns(shown, marks, [*titles, *constraint_titles(status)], [cells(e, status) for e in shown])
+    return Group(FittedTable(columns, [named(marks), terse], title="search split", styles=styles), *below)
 
 
-def confirmed_table(status: SearchStatus) -> Table:
+def confirmed_table(status: SearchStatus, rows: int | None = None) -> RenderableType:
     """What the held-out split says: every confirmed candidate, and how far it is from the best source."""
+    few = _ranked(status.confirmed, status)[:rows]
+    landmarks = _few(status.confirmed_baselines, status, rows)
+    shown = [*landmarks, *few]
+    marks = [", ".join([e.label] * bool(e.label) + ["winner"] * (e.id == status.winner)) for e in shown]
+    styles = ["bold green" if e.id == status.winner else "dim" if e in landmarks else "" for e in shown]
+    titles = [*status.directions, *constraint_titles(status)]
+    columns = _columns(shown, marks, titles, [cells(e, status, whole=True) for e in shown])
+    gains = [*("" for _ in landmarks), *(gap_text(e, status) for e in few)]
+    columns.append(Column(gain_title(status), gains, right=True))
+    below = _more(len(status.confirmed_baselines) - len(landmarks), len(status.confirmed) - len(few), "confirmed")
+    title = "held-out split (never seen by the search)"
+    return Group(FittedTable(columns, [named(marks), terse], title=title, styles=styles), *below)
+
+
+def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str], rows: Rows) -> list[Column]:
+    """Who, what it is, and what it is worth: a column for each title, of which ``rows`` holds the texts by row."""
+    values = [Column(title, [row[i] for row in rows], right=True) for i, title in enumerate(titles)]
+    return [Column("candidate", [e.id for e in shown]), Column("", marks), *values]
+
+
+def _ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
+    """The best by the first objective first."""
     first = next(iter(status.directions))
-    up = status.directions[first] == "maximize"
-    table = Table(title="held-out split (never seen by the search)", title_justify="left", box=None, pad_edge=False)
-    table.add_column("candidate")
-    table.add_column("")
-    for name in status.directions:
-        table.add_column(name, justify="right")
-    for title in constraint_titles(status):
-        table.add_column(title)
-    table.add_column(f"{first}: gain over the best source", justify="right")
-    for shown in status.confirmed_baselines:
-        won = shown.id == status.winner
-        mark, style = (f"{shown.label}, winner", "bold green") if won else (shown.label, "dim")
-        table.add_row(shown.id, mark, *cells(shown, status, whole=True), "", style=style)
-    for found in sorted(status.confirmed, key=lambda e: e.objectives[first].mean, reverse=up):
-        mark, style = ("winner", "bold green") if found.id == status.winner else (found.label, "")
-        table.add_row(found.id, mark, *cells(found, status, whole=True), gain_text(found, status), style=style)
-    return table
+    return sorted(found, key=lambda e: e.objectives[first].mean, reverse=status.directions[first] == "maximize")
+
+
+def _few(landmarks: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
+    """All landmarks as they were asked, or the best of them where only a few rows are wanted."""
+    return list(landmarks) if rows is None or len(landmarks) <= rows else _ranked(landmarks, status)[:rows]
+
+
+def _more(landmarks: int, others: int, what: str) -> list[RenderableType]:
+    """What is said of those that are not shown."""
+    told = [f"{others} more {what}"] * (others > 0) + [f"{_count(landmarks, 'landmark')} more"] * (landmarks > 0)
+    return [Text(f"and {', '.join(told)}", style="dim")] if told else []
 
 
 def gain_text(found: ConfirmedEntry, status: SearchStatus) -> str:
     """The paired difference to the best source in the first objective: +0.320 [0.250, 0.390] over japanese."""
-    first = next(iter(status.directions))
-    up = status.directions[first] == "maximize"
-    means = {e.label: e.objectives[first].mean for e in status.confirmed_baselines if e.label in status.sources}
-    if not means:
+    best = best_source(status)
+    return f"{gap_text(found, status)} over {best}" if best else ""
+
+
+def gap_text(found: ConfirmedEntry, status: SearchStatus) -> str:
+    """The paired difference to the best source in the first objective, where the source is named elsewhere."""
+    best = best_source(status)
+    if not best:
         return ""
-    best = (max if up else min)(means, key=lambda label: means[label])
-    gap = next(g for g in found.objectives[first].difference if g.to == best)
-    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] over {best}"
+    gap = next(g for g in found.objectives[next(iter(status.directions))].difference if g.to == best)
+    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+
+
+def gain_title(status: SearchStatus) -> str:
+    """What stands above gains: gain over japanese, in maths. The objective is named where there are several."""
+    best = best_source(status)
+    inside = f" in {next(iter(status.directions))}" if len(status.directions) > 1 else ""
+    return f"gain over {best}{inside}" if best else ""
+
+
+def best_source(status: SearchStatus) -> str:
+    """The label of the source that is best in the first objective on the held-out split; empty while none is known."""
+    first = next(iter(status.directions))
+    means = {e.label: e.objectives[first].mean for e in status.confirmed_baselines if e.label in status.sources}
+    way = max if status.directions[first] == "maximize" else min
+    return way(means, key=lambda label: means[label]) if means else ""
 
 
 def choice_text(status: SearchStatus) -> list[str]:
@@ -256,15 +220,16 @@ def _winner_text(winner: str, choice: Choice, status: SearchStatus) -> str:
     first = next(iter(status.directions))
     known = status.confirmed_values(winner)[first].mean
     among = sum(shown.feasible for shown in [*status.confirmed, *status.confirmed_baselines])
-    who = f"the {among} there that keep {limits}" if limits else f"{among} there"
+    of = f"{_count(len(status.confirmed), 'candidate')} and {_count(len(status.confirmed_baselines), 'landmark')}"
+    who = f"the {among} there that keep {limits}" if limits else f"the {among} there ({of})"
     luck = f"about {choice.luck:.3f} may be luck of the choice"
     return f"The winner is the best of {who}: of its {first} {known:.3f}, {luck}."
 
 
 def _comparisons(choice: Choice, status: SearchStatus) -> str:
-    """How many comparisons there are: 20 comparisons (5 candidates with 4 landmarks) in each objective."""
-    ours = len(status.confirmed)
-    who = f"{_count(ours, 'candidate')} with {_count(choice.comparisons // ours, 'landmark')}"
+    """How many comparisons there are, and of whom: 2 comparisons (1 candidate with base, uniform average)."""
+    gaps = next(iter(status.confirmed[0].objectives.values())).difference
+    who = f"{_count(len(status.confirmed), 'candidate')} with {', '.join(gap.to for gap in gaps)}"
     what = f"{_count(choice.comparisons, 'comparison')} ({who})"
     return f"{what} in each objective" if len(status.directions) > 1 else what
 
@@ -282,7 +247,7 @@ def line(status: SearchStatus, eta: float | None = None) -> str:
         return f"confirming on the held-out split: {done} scored so far"
     c = status.candidates
     of = f"/{status.budget.candidates}" if status.budget.candidates else ""
-    text = f"[{duration(status.budget.hours_spent * 3600)}] {_finished(status)}{of} candidates"
+    text = f"[{duration(status.budget.hours_spent * 3600)}] {finished(status)}{of} candidates"
     if c.eliminated:
         text += f", {c.eliminated} eliminated"
     if c.failed:
@@ -328,7 +293,7 @@ def _mark(shown: Entry, best: str, front: set[str]) -> str:
     return ", ".join(marks)
 
 
-def _finished(status: SearchStatus) -> int:
+def finished(status: SearchStatus) -> int:
     """How many candidates are over and done with."""
     c = status.candidates
     return c.done + c.eliminated + c.failed + c.cached

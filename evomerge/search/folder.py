@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from evomerge.errors import InputError
@@ -17,6 +18,9 @@ STATISTICS_NAME = "statistics.safetensors"
 
 STORE_VARIABLE = "EVOMERGE_STORE"
 """The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""
+
+
+_URL = re.compile(r"[a-z0-9+]{2,}:/")  # as it is left of s3://bucket in a path, where two slashes are one
 
 
 def open_store(folder: Path) -> Store:
@@ -62,6 +66,28 @@ def store_place(folder: Path, named: str | None) -> str | Path:
 def public_url(url: str) -> str:
     """The URL of a database as the files of a search hold it: without its password."""
     return without_password(parse_place(url)).render_as_string(hide_password=False)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse to start a search in a folder that is there already, or that cannot be made."""
+    if _URL.match(str(folder)):
+        mend = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
+        raise InputError("--dir", "is a URL, and a search lives on a disk", mend)
+    try:
+        there = folder.exists()
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+    except OSError as error:
+        raise cannot_be_made(folder, error) from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(str(folder), f"cannot be made: {above} is no folder to write in", "Name another with --dir.")
+    if there:
+        go_on = f"Go on with it (evomerge resume {folder}), or name" if is_search(folder) else "Name"
+        raise InputError(str(folder), "exists already", f"{go_on} another folder with --dir.")
+
+
+def cannot_be_made(folder: Path, error: OSError) -> InputError:
+    """The error for a folder of a search that the system does not let us make."""
+    return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
 
 
 def check_store_url(url: str, place: str) -> None:

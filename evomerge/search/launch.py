@@ -298,13 +298,18 @@ def check_secured(job_server: str | None, *, insecure: bool, place: str = "clust
         return
     asks = None if job_server is None else asks_for_token(job_server)
     if asks is None:
-        asks = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+        asks = in_token_mode()
     if not asks:
         raise InputError(
             place,
             "the Ray cluster asks for no token: whoever reaches its ports can run commands on it",
             "Start it with RAY_AUTH_MODE=token (docs/cluster.md), or consent: --insecure, or `cluster.insecure: true`.",
         )
+
+
+def in_token_mode() -> bool:
+    """Whether Ray asks for a token in this process, and in the clusters that it starts."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def asks_for_token(job_server: str) -> bool | None:
@@ -347,14 +352,22 @@ def _role(command: Sequence[str]) -> str:
     return "worker"
 
 
-def who_listens(found: Sequence[Listener]) -> str:
-    """One line for people: what other machines can reach, and what this one alone can."""
+def who_listens(found: Sequence[Listener], *, secured: bool, ports: bool) -> str:
+    """One line for people: whether other machines can reach the cluster of this search, and what that takes.
+
+    Args:
+        secured: whether the cluster asks for a token.
+        ports: name every port, for a log.
+    """
     near: dict[str, list[str]] = {}
     far: dict[str, list[str]] = {}
     for each in found:
-        ports = near if each.host in ("127.0.0.1", "::1") else far
-        ports.setdefault(each.process, []).append(str(each.port))
-    sides = [
-        "; ".join(f"{name} {' '.join(ports)}" for name, ports in side.items()) or "nothing" for side in (far, near)
-    ]
-    return f"Ray listens on every interface: {sides[0]}. On this machine alone: {sides[1]}."
+        side = near if each.host in ("127.0.0.1", "::1") else far
+        side.setdefault(each.process, []).append(str(each.port))
+    who = "whoever has its private token" if secured else "anybody: it asks for no token"
+    who = who if far else "this machine alone"
+    text = f"Ray runs on this machine, open to {who} (docs/cluster.md, Who may get in)"
+    if not ports:
+        return text
+    sides = ["; ".join(f"{name} {' '.join(each)}" for name, each in side.items()) or "nothing" for side in (far, near)]
+    return f"{text}. On every interface: {sides[0]}. On this machine alone: {sides[1]}."

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
-
-import yaml
 
 from evaluators.base import Split
 from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
@@ -21,36 +17,18 @@ from evomerge.search.folder import (
     FILE_NAME,
     STATISTICS_NAME,
     STORE_NAME,
-    is_search,
+    cannot_be_made,
     open_store,
     public_url,
+    refuse_existing,
     store_place,
 )
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
-from evomerge.search.rebudget import check_budget
-from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
+from evomerge.search.resuming import as_yaml
 from evomerge.search.setup import MeasureInfo
 from evomerge.store import CandidateRow, ItemTexts, Store
-
-# What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
-# candidates before and after two different searches.
-RESUMABLE = (
-    "budget",
-    "confirm",
-    "pool",
-    "cluster",
-    "attempts",
-    "attempt_hours",
-    "store",
-    "observers",
-    "answers",
-    "artifacts",
-)
-FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
-
-_URL = re.compile(r"[a-z0-9+]{2,}:/")  # as it is left of s3://bucket in a path, where two slashes are one
 
 _LIBRARIES = (
     "evomerge",
@@ -82,7 +60,7 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / FILE_NAME).write_text(_as_yaml(settings), encoding="utf-8")
+        (partial / FILE_NAME).write_text(as_yaml(settings), encoding="utf-8")
         Store.create(
             partial / STORE_NAME if isinstance(place, Path) else place,
             name=prepared.file.name,
@@ -93,68 +71,10 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
         ).close()
         partial.rename(folder)
     except OSError as error:
-        raise _cannot_be_made(folder, error) from error
+        raise cannot_be_made(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_store(folder)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Refuse to start a search in a folder that is there already, or that cannot be made."""
-    if _URL.match(str(folder)):
-        mend = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
-        raise InputError("--dir", "is a URL, and a search lives on a disk", mend)
-    try:
-        there = folder.exists()
-        above = next(parent for parent in folder.absolute().parents if parent.exists())
-    except OSError as error:
-        raise _cannot_be_made(folder, error) from error
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(str(folder), f"cannot be made: {above} is no folder to write in", "Name another with --dir.")
-    if there:
-        go_on = f"Go on with it (evomerge resume {folder}), or name" if is_search(folder) else "Name"
-        raise InputError(str(folder), "exists already", f"{go_on} another folder with --dir.")
-
-
-def _cannot_be_made(folder: Path, error: OSError) -> InputError:
-    return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
-
-
-def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> SearchFile:
-    """The search file to go on with: the folder's copy with overrides, if it differs only where it may.
-
-    Raises:
-        InputError: it differs elsewhere; the difference is in the message. Or its budget is less than what is spent.
-    """
-    # Parsed again, because a program that was older than one of the keys wrote nothing for it.
-    recorded = parse_search_file(store.search().settings, place=FILE_NAME, root=folder.resolve())
-    before = recorded.model_dump(mode="json")
-    path = folder / FILE_NAME
-    edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
-    for override in overrides:
-        apply_override(edited, override)
-    file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
-    check_budget(file.budget, store)
-    differences = list(_differences(before, file.model_dump(mode="json"), ""))
-    forbidden = [line for key, line in differences if key.split(".")[0] not in RESUMABLE or key in FIXED]
-    if forbidden:
-        raise InputError(
-            f"{folder}/{FILE_NAME}",
-            "differs from the search that was started: " + "; ".join(forbidden),
-            f"Only {', '.join(RESUMABLE)} can change on resume; start a new search for anything else.",
-        )
-    return file
-
-
-def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
-    """Write down the settings that a search goes on with."""
-    settings = file.model_dump(mode="json")
-    if settings == store.search().settings:
-        return
-    store.update_settings(settings)
-    partial = folder / f".{FILE_NAME}.partial"
-    partial.write_text(_as_yaml(settings), encoding="utf-8")
-    partial.rename(folder / FILE_NAME)
 
 
 def check_unchanged(store: Store, prepared: Prepared) -> None:
@@ -224,17 +144,3 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _as_yaml(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(key path, what changed there) for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in {**before, **after}:
-            path = f"{key}.{name}" if key else name
-            yield from _differences(before.get(name), after.get(name), path)
-    elif before != after:
-        yield key, f"{key}: {before!r} -> {after!r}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import ray
 
 from evomerge.errors import InputError
-from evomerge.search.launch import check_secured, listeners, who_listens
+from evomerge.search.launch import check_secured, in_token_mode, listeners, who_listens
 from evomerge.search.sections import Cluster
 
 
@@ -37,7 +37,8 @@ def connect(cluster: Cluster) -> bool:
         ray.shutdown()
         raise
     if cluster.address is None:
-        print(who_listens(listeners()), file=sys.stderr)
+        told = who_listens(listeners(), secured=in_token_mode(), ports=not sys.stderr.isatty())
+        print(told, file=sys.stderr)
     return True
 
 

@@ -1,0 +1,189 @@
+"""A driver at work in this process: the heavy half of the commands that run a search.
+
+Torch, transformers and the evaluators are imported here, so `run` imports this only once it has checked what it can.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from evomerge.checkpoints.checks import check_finite
+from evomerge.errors import InputError
+from evomerge.observers import Observers
+from evomerge.report.live import Screen
+from evomerge.report.screen import panel
+from evomerge.report.status import status_of
+from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url
+from evomerge.search.confirm import Confirmation
+from evomerge.search.control import Control
+from evomerge.search.deadlines import Deadlines
+from evomerge.search.driver import Driver
+from evomerge.search.folder import LOGS_NAME
+from evomerge.search.pools.base import Pool
+from evomerge.search.prepare import Prepared, prepare
+from evomerge.search.rebudget import reread_budget
+from evomerge.search.resuming import record_resumed
+from evomerge.search.search_file import SearchFile
+from evomerge.search.session import check_unchanged, create_search, make_pool, recipe_of
+from evomerge.search.worker import choose_device
+from evomerge.store import Store, acquire
+
+INTERRUPTED = 130
+
+
+def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
+    """Start a search in a new folder and drive it to its end; the exit code."""
+    # What is left is copied last of all, when the lease is released and no worker waits for it.
+    with ExitStack() as last, closing(make_pool(prepared, folder)) as pool, create_search(folder, prepared) as store:
+        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        with acquire(store):
+            return _drive(folder, prepared, store, pool, artifacts, console)
+
+
+def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
+    """Go on with a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
+    with closing(make_pool(prepared, folder)) as pool:
+        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        record_resumed(folder, store, prepared.file)
+        return _drive(folder, prepared, store, pool, artifacts, console)
+
+
+def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
+    """Only confirm a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
+    with closing(make_pool(prepared, folder)) as pool:
+        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        with _session(folder, prepared, store, pool, artifacts, console) as session:
+            done = _confirm(folder, prepared, store, pool, *session)
+    console.print(panel(status_of(store)))
+    return 0 if done else INTERRUPTED
+
+
+def open_all(file: SearchFile, folder: Path | None = None) -> Prepared:
+    """Open and check everything that a search file names; ``folder`` is that of the search, where there is one."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for observer in file.observers:
+        observer.check()
+    if file.artifacts is not None:
+        check_artifacts(file.artifacts, file.name, folder)
+    prepared = prepare(file)
+    if file.pool == "in_process":
+        choose_device(file.device)
+    for source in prepared.sources.values():
+        check_finite(source)
+    return prepared
+
+
+def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
+    """Everything that a recorded search names, opened again and seen to be unchanged."""
+    prepared = open_all(file, folder)
+    check_unchanged(store, prepared)
+    return prepared
+
+
+def _drive(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
+) -> int:
+    """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
+    code = INTERRUPTED
+    try:
+        with _session(folder, prepared, store, pool, artifacts, console) as (control, idle):
+            driver = Driver(
+                prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle, deadlines=_deadlines(prepared)
+            )
+            ending = driver.run()
+            if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle):
+                code = 0
+        console.print(panel(status_of(store)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        store.set_state("cancelled", why="interrupted twice")
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    how, more = ("go on with more", f" --set {_spent(store)}=N") if code == 0 else ("resume", "")
+    console.print(f"{how}: evomerge resume {shlex.quote(str(folder))}{more}", soft_wrap=True)
+    return code
+
+
+def _spent(store: Store) -> str:
+    """The part of the budget that ended the search."""
+    why = store.search().why
+    return "budget.hours" if "hours" in why else "budget.patience" if "front" in why else "budget.candidates"
+
+
+def _confirm(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, control: Control, idle: Callable[[], None]
+) -> bool:
+    confirmation = Confirmation(
+        prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle, deadlines=_deadlines(prepared)
+    )
+    return confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
+
+
+def _deadlines(prepared: Prepared) -> Deadlines:
+    return Deadlines(prepared.file.attempt_hours * 3600)
+
+
+@contextmanager
+def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artifacts | None]:
+    """Copy the folder to object storage while open, where the search file says so, and all that is left at the end."""
+    if file.artifacts is None:
+        yield None
+        return
+    artifacts = Artifacts(copy_url(file.artifacts, file.name), folder)
+    artifacts.take()
+    artifacts.start()
+    try:
+        yield artifacts
+    finally:
+        with console.status(f"copying what is left to {artifacts.url}"):
+            artifacts.close()
+        if artifacts.is_complete:
+            console.print(f"copied; to go on elsewhere: evomerge resume {shlex.quote(artifacts.url)}", soft_wrap=True)
+        else:
+            again = f"evomerge resume {shlex.quote(str(folder))}"
+            console.print(f"the copy at {artifacts.url} is not complete; to try again: {again}", soft_wrap=True)
+
+
+@contextmanager
+def _session(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
+) -> Iterator[tuple[Control, Callable[[], None]]]:
+    """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
+    control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
+    screen = Screen(console, lambda: status_of(store), pool.state)
+    observers = Observers(store, folder, prepared.file.observers)
+    with closing(observers), screen, control.signals(screen.say):
+        yield control, _idle(store, pool, control, screen, observers, artifacts)
+
+
+def _idle(
+    store: Store, pool: Pool, control: Control, screen: Screen, observers: Observers, artifacts: Artifacts | None
+) -> Callable[[], None]:
+    """What to do while waiting: show a pause to those who read the store, draw the screen, tell observers."""
+    paused_from = ""
+
+    def idle() -> None:
+        nonlocal paused_from
+        if control.paused and not paused_from:
+            paused_from = store.search().state
+            store.set_state("paused")
+        elif paused_from and not control.paused:
+            store.set_state(paused_from)
+            paused_from = ""
+        screen.draw()
+        observers.poll(pool.state)
+        if artifacts is not None:
+            artifacts.poll(store)
+
+    return idle

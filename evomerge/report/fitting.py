@@ -1,0 +1,107 @@
+"""Tables that fit the screen: told as fully as it is wide."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+_ANY_WIDTH = 10_000  # wider than any table, so that a table says how wide it would like to be
+_LEAST_TITLE = 8  # characters; narrower titles would be broken into syllables
+_MOST_NAME = 24  # characters of a candidate with what it is, before it takes a second line
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title and a text for each row.
+
+    Attributes:
+        right: whether texts end in line, as numbers do.
+        most: characters from which on a text takes another line.
+    """
+
+    title: str
+    texts: Sequence[str]
+    right: bool = False
+    most: int | None = None
+
+
+Columns = Sequence[Column]
+Step = Callable[[Columns], Columns]
+"""What makes a table narrower."""
+
+
+def without(title: str) -> Step:
+    """Leave out the column of this title."""
+    return lambda columns: [each for each in columns if each.title != title]
+
+
+def named(marks: Sequence[str]) -> Step:
+    """Put what candidates are into the first column, beside their ids, and leave out the second."""
+
+    def joined(columns: Columns) -> Columns:
+        first, _, *rest = columns
+        texts = [f"{name} {mark}".strip() for name, mark in zip(first.texts, marks, strict=True)]
+        return [replace(first, texts=texts, most=_MOST_NAME), *rest]
+
+    return joined
+
+
+def terse(columns: Columns) -> Columns:
+    """Leave out standard errors: 0.620 ± 0.024 becomes 0.620."""
+    return [replace(each, texts=[re.sub(r" ± [\d.]+", "", text) for text in each.texts]) for each in columns]
+
+
+class FittedTable:
+    """A table that is told more tersely, step by step, until it is no wider than the screen.
+
+    First of all titles are broken into lines; then each step is taken in turn. What columns were left out for want of
+    width is said below.
+
+    Args:
+        styles: one for each row; none for any when empty.
+    """
+
+    def __init__(
+        self, columns: Columns, steps: Sequence[Step] = (), *, title: str | None = None, styles: Sequence[str] = ()
+    ) -> None:
+        self._columns, self._steps, self._title, self._styles = columns, steps, title, styles
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        freely = options.update(max_width=_ANY_WIDTH)
+        columns = self._columns
+        table = self._table(columns, broken=False)
+        for step in (list, *self._steps):  # at first titles are broken, and nothing else
+            if Measurement.get(console, freely, table).maximum <= options.max_width:
+                break
+            columns = step(columns)
+            table = self._table(columns, broken=True)
+        yield table
+        shown = {each.title for each in columns}
+        if left_out := [each.title for each in self._columns if each.title and each.title not in shown]:
+            yield Text(f"A wider screen also shows: {', '.join(left_out)}.", style="dim")
+
+    def _table(self, columns: Columns, *, broken: bool) -> Table:
+        table = Table(title=self._title, title_justify="left", box=None, pad_edge=False)
+        for each in columns:
+            width = max([_LEAST_TITLE, *(len(text) for text in each.texts)])
+            title = heading(each.title, width) if broken else each.title
+            table.add_column(title, justify="right" if each.right else "left", max_width=each.most)
+        for number, texts in enumerate(zip(*(each.texts for each in columns), strict=True)):
+            table.add_row(*texts, style=self._styles[number] if self._styles else None)
+        return table
+
+
+def heading(text: str, width: int) -> str:
+    """The title of a column in lines of at most ``width`` characters, broken after spaces and signs alone."""
+    lines = [""]
+    for piece in re.findall(r"[^ _./:-]*[ _./:-]+|[^ _./:-]+", text):
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,93 @@
+"""The screen of a search that runs: a live panel on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from evomerge.report.screen import finished, line, panel
+from evomerge.report.status import SearchStatus
+from evomerge.search.jobs import PoolState
+
+_LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of landmarks, and of others, in a table: as many as there is room for
+
+
+class Screen:
+    """Draws a status again and again, and never more often than is useful.
+
+    On a terminal it takes no more lines than there are, and is gone in the end: whoever closes it prints it in full.
+
+    Args:
+        read: gives the status of now.
+        workers: gives what the pool does, when this process has one.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        read: Callable[[], SearchStatus],
+        workers: Callable[[], PoolState] | None = None,
+    ) -> None:
+        self._console = console
+        self._read = read
+        self._workers = workers
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._every_s = 1.0 if self._live else 10.0
+        self._drawn_at = float("-inf")
+        self._first: tuple[float, int] | None = None  # when candidates began to come in, and how many had by then
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def draw(self, *, now: bool = False) -> None:
+        """Draw the status if it is time, or at once."""
+        moment = time.monotonic()
+        if not now and moment - self._drawn_at < self._every_s:
+            return
+        self._drawn_at = moment
+        status = self._read()
+        pool = self._workers() if self._workers else None
+        eta = self._eta(status)
+        if self._live:
+            self._live.update(self._fitted(status, pool, eta), refresh=True)
+        else:
+            self._console.print(line(status, eta), highlight=False, soft_wrap=True)
+
+    def _fitted(self, status: SearchStatus, pool: PoolState | None, eta: float | None) -> RenderableType:
+        """The panel with as many rows in each table as fit on the terminal."""
+        for rows in _LIVE_ROWS:
+            found = panel(status, pool, eta, rows=rows)
+            if len(self._console.render_lines(found)) < self._console.height:
+                break
+        return found
+
+    def say(self, text: str) -> None:
+        """A line for the person, above the panel."""
+        self._console.print(text, highlight=False)
+
+    def _eta(self, status: SearchStatus) -> float | None:
+        """Seconds to the end of the budget, at the rate since workers had started; None while unknown."""
+        over = finished(status)
+        moment = time.monotonic()
+        if self._first is None or (over and not self._first[1]):
+            self._first = (moment, over)
+        spent, gained = moment - self._first[0], over - self._first[1]
+        ends = []
+        if status.budget.candidates and gained:
+            ends.append((status.budget.candidates - over) * spent / gained)
+        if status.budget.hours:
+            ends.append((status.budget.hours - status.budget.hours_spent) * 3600)
+        return max(0.0, min(ends)) if ends else None
