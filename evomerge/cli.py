@@ -88,17 +88,14 @@ def list_(
     server: ServerOption = None,
 ) -> None:
     """List the searches of a folder; or those that run as jobs of a Ray cluster, or those of a server."""
+    from evomerge.commands.listing import list_folder, list_jobs, list_server
+
     if server is not None:
-        from evomerge.commands.remote import list_searches
-
-        list_searches(server)
-        return
-    from evomerge.commands.listing import list_folder, list_jobs
-
-    if address is not None:
+        list_server(server)
+    elif address is not None:
         list_jobs(address)
-        return
-    list_folder(root)
+    else:
+        list_folder(root)
 
 
 @app.command()

@@ -211,8 +211,22 @@ class Chaos:
             self.server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'chaos'")
             fault.injected = True
         elif fault.kind == "clock jump":
-            (self.folder / "clock").write_text(str(random.Random(fault.at).choice((-HOUR, HOUR))))
-            fault.injected = True
+            fault.injected = self._jump(fault)
+
+    def _jump(self, fault: Fault) -> bool:
+        """Set the driver's clock an hour off, or right again; False if it ended before it wrote down a time."""
+        clock, began = self.folder / "clock", time.monotonic()
+        offset = 0.0 if clock.exists() else random.Random(fault.at).choice((-HOUR, HOUR))
+        if offset:
+            clock.write_text(str(offset))
+        else:
+            clock.unlink()
+        while self.driver.poll() is None and time.monotonic() - began < HUNG_S:
+            (newest,) = self.store.events(newest=1)
+            if newest.seq > fault.after and abs(newest.time - time.time() - offset) < HOUR / 2:
+                return True
+            time.sleep(0.05)
+        return False
 
     def _replace_node(self, node_id: str, *, with_workers: bool) -> bool:
         """SIGKILL for a node's raylet, its workers going with it or living on, and another node in its place.

@@ -86,7 +86,7 @@ def left_of(job: int) -> list[psutil.Process]:
 def test_a_search_runs_stops_when_its_time_is_up_and_resumes_when_requeued(tmp_path: Path) -> None:
     job = 700_000 + os.getpid()
     slurm = Slurm(tmp_path, job)
-    search_file(tmp_path, budget={"candidates": 400}, cluster={"workers": 2})
+    search_file(tmp_path, budget={"candidates": 400}, cluster={"workers": 1})
     folder = tmp_path / "search"
     first = slurm.run()
     try:

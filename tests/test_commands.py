@@ -172,7 +172,7 @@ def test_the_searches_of_a_folder_are_listed(
     assert set(lines) == {"search", "mine", "broken"}
     best = json_of(capsys, "status", searched, "--json")["best"]["objectives"]["mini_math_ja"]
     assert f"17 of 17  mini_math_ja  {best['mean']:.3f} ± {best['stderr']:.3f}" in lines["mine"]
-    assert "cannot be opened" in lines["broken"]
+    assert "unreadable" in lines["broken"]
     assert str(tmp_path / "broken") in told.err
     assert evomerge("list", searched) == 2
     assert "is the folder of a search, not one of searches" in capsys.readouterr().err

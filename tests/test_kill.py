@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_miniature import COMMAND, environment, search_file
+from helpers_miniature import COMMAND, environment, evomerge, search_file
 from helpers_search import table
 
 from evomerge.store import Store
@@ -41,8 +41,7 @@ def events(folder: Path) -> int:
 @pytest.mark.timeout(600)
 def test_kill_9_three_times_and_resume_gives_the_same_search_bit_for_bit(tmp_path: Path) -> None:
     file = search_file(tmp_path, budget={"candidates": 29})
-    whole = run("search", file, "--dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
     expected = all_candidates(tmp_path / "whole")
 
     folder = tmp_path / "killed"
@@ -60,8 +59,7 @@ def test_kill_9_three_times_and_resume_gives_the_same_search_bit_for_bit(tmp_pat
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         arguments = ["resume", folder]
-    last = run("resume", folder)
-    assert last.returncode == 0, last.stderr
+    assert evomerge("resume", folder) == 0
     assert all_candidates(folder) == expected
     assert len(expected) == 29
     assert table(folder) == table(tmp_path / "whole")  # down to the score of every item
@@ -87,4 +85,4 @@ def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path) -> No
     status = json.loads(run("status", folder, "--json").stdout)
     assert status["state"] == "stopped"
     assert status["candidates"]["running"] == 0
-    assert run("resume", folder, "--set", f"budget.candidates={status['candidates']['asked']}").returncode == 0
+    assert evomerge("resume", folder, "--set", f"budget.candidates={status['candidates']['asked']}") == 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +14,11 @@ from evomerge.errors import InputError
 from evomerge.report.lists import Listed, searches_table
 from evomerge.report.screen import make_console
 from evomerge.search.folder import is_search
+from evomerge.service.bodies import CandidateName, SearchSummary
+from evomerge.service.client import Client
 from evomerge.service.drivers import Drivers
 from evomerge.service.root import Root
-from evomerge.store import Store, summaries
-from evomerge.store.rows import Estimate
+from evomerge.service.summary import summaries_of
 
 
 def list_folder(place: str) -> None:
@@ -32,45 +32,32 @@ def list_folder(place: str) -> None:
         raise InputError(place, "is the folder of a search, not one of searches", f"Look: evomerge status {place}")
     if root.database is None and root.folder.exists() and not root.folder.is_dir():
         raise InputError(place, "is not a folder")
-    found: list[tuple[float, Listed]] = []
-    faults: list[str] = []
-    drivers = Drivers(root)
-    for name in root.names():
-        try:
-            with root.store(name) as store:
-                began = store.search().created_at
-                found.append((began, _listed(store, name, drivers.look(name, store).state)))
-        except InputError as error:
-            found.append((0.0, Listed(name, "cannot be opened", "", "", "", "")))
-            faults.append(str(error))
-    console = make_console()
-    if not found:
-        console.print(f"no search is in {place} yet; to start one: evomerge search FILE")
-        return
-    found.sort(key=lambda each: each[0], reverse=True)
-    console.print(searches_table([row for _, row in found]))
-    for fault in faults:
-        print(fault, file=sys.stderr)
+    _print(list(summaries_of(root, Drivers(root))), f"no search is in {place} yet; to start one: evomerge search FILE")
 
 
-def _listed(store: Store, name: str, state: str) -> Listed:
-    """A search in a few light queries, however many candidates it has."""
-    search = store.search()
-    first, budget = search.fingerprints["objectives"][0], search.settings["budget"]["candidates"]
-    objective, maximise = first["name"], first["maximise"]
-    best = summaries.best(store, objective, maximise=maximise)
-    known = [row.objectives.get(objective) for row in summaries.landmarks(store) if row.origin == "source"]
-    sources = [value for value in known if value is not None and not math.isnan(value["mean"])]
-    top = (max if maximise else min)(sources, key=lambda value: value["mean"], default=None)
-    of = f" of {budget}" if budget else ""
-    shown = "" if best is None else _text(best.objectives[objective])
-    return Listed(
-        name, state, f"{sum(store.counts().values())}{of}", objective, shown, "" if top is None else _text(top)
-    )
+def list_server(url: str) -> None:
+    """The searches of a server."""
+    with Client(url) as client:
+        _print(client.searches(), f"{url} has no searches yet")
 
 
-def _text(value: Estimate) -> str:
-    return f"{value['mean']:.3f} ± {value['stderr']:.3f}"
+def _print(found: Sequence[SearchSummary], none: str) -> None:
+    make_console().print(searches_table([_listed(each) for each in found]) if found else none)
+    for each in found:
+        if each.state == "unreadable":
+            print(each.why, file=sys.stderr)
+
+
+def _listed(search: SearchSummary) -> Listed:
+    first = search.objectives[0].name if search.objectives else ""
+    of = f" of {search.budget.candidates}" if search.budget.candidates else ""
+    best, source = (_text(each, first) for each in (search.best, search.best_source))
+    return Listed(search.name, search.state, f"{search.counts.asked}{of}", first, best, source)
+
+
+def _text(candidate: CandidateName | None, objective: str) -> str:
+    value = None if candidate is None else candidate.objectives.get(objective)
+    return "" if value is None else value.text
 
 
 def list_jobs(address: str) -> None:

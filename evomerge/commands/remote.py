@@ -10,10 +10,9 @@ from typing import Literal
 
 from rich.table import Table
 
-from evomerge.report.lists import Listed, searches_table
 from evomerge.report.screen import make_console, panel
 from evomerge.search.rebudget import bounds_of
-from evomerge.service.bodies import CandidateSummary, Mean
+from evomerge.service.bodies import CandidateSummary
 from evomerge.service.client import Client
 
 _WATCH_S = 1.0
@@ -50,22 +49,6 @@ def resume(url: str, search: str, overrides: Sequence[str]) -> None:
     print(told, file=sys.stderr)
 
 
-def list_searches(url: str) -> None:
-    """The searches of a server."""
-    with Client(url) as client:
-        found = client.searches()
-    console = make_console()
-    rows = []
-    for each in found:
-        objective = each.objectives[0].name if each.objectives else ""
-        best, source = (
-            "" if row is None else _cell(row.objectives.get(objective)) for row in (each.best, each.best_source)
-        )
-        of = f" of {each.budget.candidates}" if each.budget.candidates else ""
-        rows.append(Listed(each.name, each.state, f"{each.counts.asked}{of}", objective, best, source))
-    console.print(searches_table(rows) if rows else f"{url} has no searches yet")
-
-
 def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
     """The k best by the first objective of a search, or all in the order asked."""
     with Client(url) as client:
@@ -85,13 +68,7 @@ def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
     for title in ("candidate", "origin", "status", *(name for name, _ in names), "front"):
         table.add_column(title)
     for row in rows:
-        values = [_cell(row.objectives.get(name)) for name, _ in names]
+        values = [row.objectives[name].text if name in row.objectives else "" for name, _ in names]
         origin = f"{row.origin} {row.label}".strip()
         table.add_row(row.id, origin, row.status, *values, "front" if row.on_front else "")
     make_console().print(table)
-
-
-def _cell(value: Mean | None) -> str:
-    if value is None or value.mean is None:
-        return ""
-    return f"{value.mean:.3f}" if value.stderr is None else f"{value.mean:.3f} ± {value.stderr:.3f}"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from evomerge.errors import InputError
 from evomerge.store import Store
@@ -88,6 +92,13 @@ def refuse_existing(folder: Path) -> None:
 def cannot_be_made(folder: Path, error: OSError) -> InputError:
     """The error for a folder of a search that the system does not let us make."""
     return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the search file of a search's folder, whole or not at all."""
+    partial = folder / f".{FILE_NAME}.partial"
+    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(folder / FILE_NAME)
 
 
 def check_store_url(url: str, place: str) -> None:

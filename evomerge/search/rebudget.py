@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.errors import InputError
-from evomerge.search.folder import FILE_NAME
+from evomerge.search.folder import FILE_NAME, write_settings
 from evomerge.search.search_file import parse_search_file
 from evomerge.search.sections import Budget
 from evomerge.store import Store
@@ -40,14 +38,11 @@ def change_budget(folder: Path, store: Store, changes: Mapping[str, Any]) -> Bud
     Raises:
         InputError: no bound is left, one is no number or spent already, or the search file cannot be read any more.
     """
-    path = folder / FILE_NAME
-    content = _content(path, store)
+    content = _content(folder / FILE_NAME, store)
     content["budget"] |= changes
     file = parse_search_file(content, place=FILE_NAME, root=folder.resolve())
     check_budget(file.budget, store)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(path)
+    write_settings(folder, content)
     return file.budget
 
 

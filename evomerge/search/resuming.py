@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.errors import InputError
-from evomerge.search.folder import FILE_NAME
+from evomerge.search.folder import FILE_NAME, write_settings
 from evomerge.search.rebudget import check_budget
 from evomerge.search.search_file import SearchFile, apply_override, load_search_file, parse_search_file
 from evomerge.store import Store
@@ -63,17 +61,9 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
 def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
     """Write down the settings that a search goes on with."""
     settings = file.model_dump(mode="json")
-    if settings == store.search().settings:
-        return
-    store.update_settings(settings)
-    partial = folder / f".{FILE_NAME}.partial"
-    partial.write_text(as_yaml(settings), encoding="utf-8")
-    partial.rename(folder / FILE_NAME)
-
-
-def as_yaml(settings: dict[str, Any]) -> str:
-    """Settings as the copy of the search file in a search's folder."""
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    if settings != store.search().settings:
+        store.update_settings(settings)
+        write_settings(folder, settings)
 
 
 def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:

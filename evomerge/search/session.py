@@ -14,7 +14,6 @@ from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.folder import (
-    FILE_NAME,
     STATISTICS_NAME,
     STORE_NAME,
     cannot_be_made,
@@ -22,11 +21,11 @@ from evomerge.search.folder import (
     public_url,
     refuse_existing,
     store_place,
+    write_settings,
 )
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
-from evomerge.search.resuming import as_yaml
 from evomerge.search.setup import MeasureInfo
 from evomerge.store import CandidateRow, ItemTexts, Store
 
@@ -60,7 +59,7 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / FILE_NAME).write_text(as_yaml(settings), encoding="utf-8")
+        write_settings(partial, settings)
         Store.create(
             partial / STORE_NAME if isinstance(place, Path) else place,
             name=prepared.file.name,

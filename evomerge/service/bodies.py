@@ -34,6 +34,13 @@ class Mean(BaseModel):
     stderr: Number
     n: int
 
+    @property
+    def text(self) -> str:
+        """The mean with its error, for people; nothing where it is not known."""
+        if self.mean is None:
+            return ""
+        return f"{self.mean:.3f}" if self.stderr is None else f"{self.mean:.3f} ± {self.stderr:.3f}"
+
 
 class Objective(BaseModel):
     """An objective of a search, and which way is better."""

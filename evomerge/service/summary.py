@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from evomerge.service.bodies import (
     SearchSummary,
     Spending,
 )
-from evomerge.service.drivers import DriverState
+from evomerge.service.drivers import Drivers, DriverState
+from evomerge.service.root import Root, UnknownSearchError
 from evomerge.store import SearchRow, Store, summaries
 from evomerge.store.rows import Estimate
 from evomerge.store.summaries import Brief
@@ -35,6 +36,18 @@ _RECENT = 200  # candidates that the mean cost is taken from
 
 _KNOWN: dict[tuple[str, int, str], tuple[int, list[tuple[int, float]]]] = {}  # (newest event, best so far)
 _MOST_KNOWN = 1000  # searches
+
+
+def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
+    """Every search in short; one that cannot be opened is in the state "unreadable", and says why."""
+    for name in root.names():
+        try:
+            with root.store(name) as store:
+                yield summary_of(store, drivers.look(name, store)).model_copy(update={"name": name})
+        except UnknownSearchError:  # removed just now
+            continue
+        except InputError as error:
+            yield SearchSummary.unreadable(name, str(error))
 
 
 def summary_of(store: Store, driver: DriverState) -> SearchSummary:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from starlette.responses import FileResponse, PlainTextResponse
 
-from evomerge.errors import InputError
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.folder import FILE_NAME, LOGS_NAME
 from evomerge.search.search_file import SearchFile
@@ -18,22 +16,10 @@ from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searc
 from evomerge.service.contained import contained
 from evomerge.service.drivers import LOG_NAME, Drivers
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
-from evomerge.service.root import Root, UnknownSearchError
-from evomerge.service.summary import summary_of
+from evomerge.service.root import Root
+from evomerge.service.summary import summaries_of, summary_of
 
 router = APIRouter(prefix="/api/v1/searches", tags=["searches"], responses=RESPONSES)
-
-
-def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
-    """Every search in short; one that cannot be opened is in the state "unreadable", and says why."""
-    for name in root.names():
-        try:
-            with root.store(name) as store:
-                yield summary_of(store, drivers.look(name, store)).model_copy(update={"name": name})
-        except UnknownSearchError:  # removed just now
-            continue
-        except InputError as error:
-            yield SearchSummary.unreadable(name, str(error))
 
 
 @router.get("")

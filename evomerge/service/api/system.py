@@ -6,11 +6,11 @@ from fastapi import APIRouter, Form, Request
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from evomerge.service.api.searches import summaries_of
 from evomerge.service.app import DriversDependency, RootDependency
 from evomerge.service.bodies import Health
 from evomerge.service.guard import Door, address_of, local_target, too_often
 from evomerge.service.problems import RESPONSES
+from evomerge.service.summary import summaries_of
 
 router = APIRouter(responses=RESPONSES)
 

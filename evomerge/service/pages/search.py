@@ -16,13 +16,13 @@ from evomerge.report.entries import Entry, Gap
 from evomerge.report.screen import choice_text, gain_text, thrift_lines
 from evomerge.report.status import SearchStatus
 from evomerge.service.api.candidates import candidates
-from evomerge.service.api.searches import show, summaries_of
+from evomerge.service.api.searches import show
 from evomerge.service.app import DriversDependency, RootDependency
 from evomerge.service.bodies import SearchSummary
 from evomerge.service.pages.rendering import api_url, gain_over_source, page, shell_place, signed
 from evomerge.service.report import report_html
 from evomerge.service.root import Root
-from evomerge.service.summary import summary_of
+from evomerge.service.summary import summaries_of, summary_of
 from evomerge.store import Store, summaries
 
 router = APIRouter(include_in_schema=False)
