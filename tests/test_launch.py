@@ -230,6 +230,7 @@ def cluster() -> Iterator[str]:
         f"{VENV}/ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={port}",
         f"--ray-client-server-port={free_port()}", "--num-cpus=2", "--num-gpus=0", f"--temp-dir={sessions}",
         "--object-store-memory=100000000",
+        f"--dashboard-agent-listen-port={free_port()}",  # which takes jobs; other clusters' tests run beside this one
     ]  # fmt: skip
     head = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
