@@ -115,7 +115,7 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
     best = status.best.id if status.best else ""
     front = {e.id for e in status.front_entries}
     known = {b.id for b in status.baselines}
-    found = _ranked([e for e in status.front_entries if e.id not in known], status)
+    found = ranked([e for e in status.front_entries if e.id not in known], status)
     few = found[: rows or _FRONT_ROWS]
     shown = [*_few(status.baselines, status, rows), *few]
     styles = ["bold green" if e.id == best and e in few else "dim" if e.id in known else "" for e in shown]
@@ -130,7 +130,7 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
 
 def confirmed_table(status: SearchStatus, rows: int | None = None) -> RenderableType:
     """What the held-out split says: every confirmed candidate, and how far it is from the best source."""
-    few = _ranked(status.confirmed, status)[:rows]
+    few = ranked(status.confirmed, status)[:rows]
     landmarks = _few(status.confirmed_baselines, status, rows)
     shown = [*landmarks, *few]
     marks = [", ".join([e.label] * bool(e.label) + ["winner"] * (e.id == status.winner)) for e in shown]
@@ -150,7 +150,7 @@ def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str]
     return [Column("candidate", [e.id for e in shown]), Column("", marks), *values]
 
 
-def _ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
+def ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
     """The best by the first objective first."""
     first = next(iter(status.directions))
     return sorted(found, key=lambda e: e.objectives[first].mean, reverse=status.directions[first] == "maximize")
@@ -158,7 +158,7 @@ def _ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
 
 def _few(landmarks: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
     """All landmarks as they were asked, or the best of them where only a few rows are wanted."""
-    return list(landmarks) if rows is None or len(landmarks) <= rows else _ranked(landmarks, status)[:rows]
+    return list(landmarks) if rows is None or len(landmarks) <= rows else ranked(landmarks, status)[:rows]
 
 
 def _more(landmarks: int, others: int, what: str) -> list[RenderableType]:

@@ -46,7 +46,8 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     for override in overrides:
         apply_override(edited, override)
     file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
-    check_budget(file.budget, store)
+    if file.budget != recorded.budget:  # what is only exported or confirmed asks for no more
+        check_budget(file.budget, store)
     differences = list(_differences(before, file.model_dump(mode="json"), ""))
     forbidden = [line for key, line in differences if key.split(".")[0] not in RESUMABLE or key in FIXED]
     if forbidden:

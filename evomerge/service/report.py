@@ -17,9 +17,9 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, entry
+from evomerge.report.entries import Entry, candidate_id, entry
 from evomerge.report.path import is_plain
-from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text
+from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of, status_of
 from evomerge.report.svg import COLOURS
 from evomerge.search.folder import FILE_NAME
@@ -184,13 +184,6 @@ def _path(store: Store, shown: Entry) -> Markup | None:
     return Markup(draw_path(store, number))  # its texts are escaped by the XML library
 
 
-def _ordered(status: SearchStatus) -> list[ConfirmedEntry]:
-    """The confirmed candidates, the best in the first objective first."""
-    first = next(iter(status.directions))
-    up = status.directions[first] == "maximize"
-    return sorted(status.confirmed, key=lambda each: each.objectives[first].mean, reverse=up)
-
-
 def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
     first = search.fingerprints["objectives"][0]
     for row in store.best(first["name"], maximise=first["maximise"], k=_TOP):
@@ -205,13 +198,13 @@ def _confirmed(status: SearchStatus) -> Iterator[Row]:
     for mark in status.confirmed_baselines:
         told = list(cells(mark, status, whole=True))
         yield Row(mark.id, mark.label, "landmark", told, mark.id == status.winner)
-    for found in _ordered(status):
+    for found in ranked(status.confirmed, status):
         what = gain_text(found, status)
         yield Row(found.id, found.label, what, list(cells(found, status, whole=True)), found.id == status.winner)
 
 
 def _gaps(status: SearchStatus) -> Iterator[GapRow]:
-    for found in _ordered(status):
+    for found in ranked(status.confirmed, status):
         for name, value in found.objectives.items():
             for gap in value.difference:
                 interval = f"[{gap.low:+.3f}, {gap.high:+.3f}]"

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
 from evomerge.report.entries import Entry, Gap
-from evomerge.report.screen import choice_text, gain_text, thrift_lines
+from evomerge.report.screen import best_source, choice_text, gain_text, ranked, thrift_lines
 from evomerge.report.status import SearchStatus
 from evomerge.service.api.candidates import candidates
 from evomerge.service.api.searches import show
@@ -179,11 +179,9 @@ def _verbs(summary: SearchSummary, winner: str | None) -> list[tuple[str, str, s
 def _gained(status: SearchStatus) -> Gap | None:
     """The winner against the best source on held-out items; None before there is one, or where it is a landmark."""
     winner = next((each for each in status.confirmed if each.id == status.winner), None)
-    first = next(iter(status.directions))
-    means = {e.label: e.objectives[first].mean for e in status.confirmed_baselines if e.label in status.sources}
-    if winner is None or not means:
+    if winner is None:
         return None
-    best = (max if status.directions[first] == "maximize" else min)(means, key=means.__getitem__)
+    best, first = best_source(status), next(iter(status.directions))
     return next((gap for gap in winner.objectives[first].difference if gap.to == best), None)
 
 
@@ -224,11 +222,10 @@ def _marks(shown: Entry, best: str, front: set[str]) -> list[str]:
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
     """The held-out split: landmarks, then the shortlist, the best first."""
-    first, best = next(iter(status.directions)), status.best.id if status.best else ""
+    best = status.best.id if status.best else ""
     for each in status.confirmed_baselines:
         yield Row(each, _held_out_marks(each, status.winner, best), landmark=True)
-    up = status.directions[first] == "maximize"
-    for found in sorted(status.confirmed, key=lambda each: each.objectives[first].mean, reverse=up):
+    for found in ranked(status.confirmed, status):
         yield Row(found, _held_out_marks(found, status.winner, best), landmark=False, gain=gain_text(found, status))
 
 
