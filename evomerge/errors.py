@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from evomerge.printable import fitted
+
 
 class InputError(Exception):
     """Something that a person gave is wrong: a file, a value, a model folder, a flag.
 
     The command line prints it without a traceback and ends with exit code 2, so the message must stand alone: it names
     the place (``sources.maths``, ``search.yaml: budget.candidates``, a path), says what is wrong there, and what to do.
+    Text of others in it is made printable here, and what is too long is cut (``printable``).
 
     Args:
         place: where the fault is, in the words of whoever wrote the input.
@@ -16,10 +19,8 @@ class InputError(Exception):
     """
 
     def __init__(self, place: str, problem: str, mend: str = "") -> None:
-        self.place = place
-        self.problem = problem
-        self.mend = mend
-        super().__init__(f"{place}: {problem}" + (f". {mend}" if mend else ""))
+        self.place, self.problem, self.mend = fitted([place, problem, mend])
+        super().__init__(f"{self.place}: {self.problem}" + (f". {self.mend}" if self.mend else ""))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         # Ray pickles exceptions of workers; the default would call __init__ with the joined message alone.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from evomerge.errors import InputError
+from evomerge.printable import printable
+
+_MOST_NAME, _MOST_LISTED = 100, 300  # characters
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
@@ -27,8 +31,16 @@ def find_plugin(group: str, name: str, place: str, noun: str) -> object:
 
 
 def unknown_name(name: str, known: Iterable[str], place: str, noun: str) -> InputError:
-    """The error for a name that is not among those known."""
+    """The error for a name that is not among those known: the nearest is named, or as many as fit on a line or two."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
-    return InputError(place, f"there is no {noun} {name!r}", hint)
+    near = difflib.get_close_matches(name[:_MOST_NAME], names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {_listed(names)}."
+    return InputError(place, f"there is no {noun} {printable(name, _MOST_NAME)!r}", hint)
+
+
+def _listed(names: Sequence[str]) -> str:
+    ends = itertools.accumulate(len(name) + 2 for name in names)
+    fitting = sum(end <= _MOST_LISTED for end in ends)
+    if fitting == len(names):
+        return ", ".join(names)
+    return f"{', '.join(names[:fitting])} and {len(names) - fitting:,} more"

@@ -1,0 +1,172 @@
+"""Reading files that somebody else made: plain files alone, and no more of them than their kind can have.
+
+A FIFO in the place of a file would be waited for without an end, and a device could give bytes without one. So a file
+is opened once, looked at through its handle, and read through the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from evomerge.errors import InputError
+
+JSON_BYTES = 64_000_000
+"""Most bytes of a JSON file; the largest tokenizers that there are take half of it."""
+
+TEXT_BYTES = 64_000_000
+
+_MOST_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
+_MOST_DEEP = 100
+_MOST_DIGITS = 40  # 10**30 is what tokenizers write for "no limit"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_file(file: Path, place: str, most: int | None = None) -> BinaryIO:
+    """Open a plain file for reading.
+
+    Args:
+        place: where the fault is said to be, as in ``InputError``.
+        most: most bytes that a file of this kind can have.
+
+    Raises:
+        InputError: there is no such file, it may not be read, is no plain file, or is larger than ``most``.
+    """
+    try:
+        _check(file, os.stat(file), place, most)  # before it is opened, which alone can set a device to work
+        stream = open(file, "rb", opener=_opener)  # noqa: SIM115
+    except (OSError, ValueError) as error:  # a ValueError comes of a null byte in the name
+        raise InputError(place, f"{file} {_why_not(error)}") from None
+    try:
+        _check(file, os.fstat(stream.fileno()), place, most)  # what is open now may be another
+    except InputError:
+        stream.close()
+        raise
+    return stream
+
+
+def read_bytes(file: Path, place: str, most: int) -> bytes:
+    """All bytes of a plain file.
+
+    Raises:
+        InputError: as ``open_file``.
+    """
+    with open_file(file, place, most) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise _too_large(file, len(content), place, most)
+    return content
+
+
+def read_text(file: Path, place: str, most: int = TEXT_BYTES, encoding: str = "utf-8") -> str:
+    """The text of a plain file.
+
+    Raises:
+        InputError: as ``open_file``, or it is no text in this encoding.
+    """
+    try:
+        return read_bytes(file, place, most).decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InputError(place, f"{file.name} is no text ({error.reason} at byte {error.start})") from None
+
+
+def read_json(file: Path, place: str, most: int = JSON_BYTES) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: as ``open_file``, or as ``parse_json``.
+    """
+    raw = read_bytes(file, place, most)
+    try:
+        return parse_json(raw)
+    except ValueError as error:
+        raise InputError(place, f"{file.name} is not JSON that can be used ({error})", "Get it again.") from None
+
+
+def parse_json(raw: bytes, *, unique: bool = False) -> Any:
+    """The value of a JSON text in UTF-8, within bounds: of values, of depth, and of digits.
+
+    Args:
+        unique: refuse a key that stands twice in an object; else the last counts.
+
+    Raises:
+        ValueError: it is no JSON, beyond a bound, or holds half of a surrogate pair, which no file can be written with.
+    """
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if values > _MOST_VALUES:
+        raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+    try:
+        content = json.loads(raw.decode("utf-8"), parse_int=_integer, object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_MOST_DEEP} deep") from None
+    _check_depth(content)
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair") from None
+    return content
+
+
+def _opener(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO put there meanwhile is not waited for
+
+
+def _check(file: Path, status: os.stat_result, place: str, most: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise InputError(place, f"{file} is {kind}, not a plain file")
+    if most is not None and status.st_size > most:
+        raise _too_large(file, status.st_size, place, most)
+
+
+def _too_large(file: Path, size: int, place: str, most: int) -> InputError:
+    return InputError(place, f"{file} is too large: {size:,} bytes; such a file can have {most:,}")
+
+
+def _why_not(error: OSError | ValueError) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return "does not exist"
+    if number == errno.ELOOP:
+        return "is a link that leads back to itself"
+    return f"cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"it holds a whole number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated[:100]!r} stands twice")
+    return content
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(_MOST_DEEP):
+        level = [
+            value
+            for outer in level
+            for value in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_MOST_DEEP} deep")

@@ -1,0 +1,51 @@
+"""Text of others as it may be printed: nothing that moves the cursor, hides or turns letters, and never without an end.
+
+Names of files and tensors, values of configurations and messages of libraries are somebody else's text. Printed as they
+come they can fake lines of output, set a terminal's title, or run on for megabytes.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+MOST_CHARACTERS = 480
+"""Of a message, so that it stays below 500 with what a command puts before it."""
+
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Characters that print nothing although they are letters or marks to Unicode."""
+
+
+def printable(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A text on one line of at most ``most`` characters, what cannot be seen written as an escape (``\\x1b``).
+
+    What is left out of the middle is marked by an ellipsis. A text that is printable and short enough stays as it is.
+    """
+    if len(text) > 2 * most:  # so that megabytes are not looked at letter by letter
+        text = text[:most] + text[-most:]
+    if not text.isprintable() or _INVISIBLE.search(text):
+        text = "".join(map(_escaped, text))
+    if len(text) <= most:
+        return text
+    start = 2 * most // 3
+    return f"{text[:start]}…{text[len(text) - (most - start - 1) :]}"
+
+
+def fitted(texts: Sequence[str], most: int = MOST_CHARACTERS) -> list[str]:
+    """Texts that are printed together, printable and of at most ``most`` characters in all: the longest are cut."""
+    shown = [printable(text, most) for text in texts]
+    room = dict.fromkeys(range(len(shown)), 0)
+    left = most
+    for rank, i in enumerate(sorted(room, key=lambda i: len(shown[i]))):
+        room[i] = min(len(shown[i]), left // (len(shown) - rank))
+        left -= room[i]
+    return [printable(text, room[i]) for i, text in enumerate(shown)]
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() and not _INVISIBLE.match(character):
+        return character
+    if unicodedata.category(character) == "Zs":  # spaces of other widths
+        return character
+    return character.encode("unicode_escape").decode("ascii")
