@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.passes import Combine, Part, Pass, Sparsify
 from evomerge.merging.statistics import Facts
 from evomerge.method_spec import MethodParameter, MethodSpec
 from evomerge.recipe import Blend
@@ -70,6 +70,17 @@ def base_of(blend: Blend) -> str:
     if blend.base is None:
         raise ValueError(f"{blend.method} needs a base")
     return blend.base
+
+
+_LARGE = 16.0
+"""Factors from which on a combination of sources loses digits of small changes: (1 - f) b + f x cancels in float32."""
+
+
+def along(base: str, sources: Sequence[str], factors: Sequence[float]) -> Pass:
+    """b + sum_i f_i d_i where factors may be of any size: those of task vectors that are short beside the others."""
+    if max(map(abs, factors)) < _LARGE:
+        return added(base, sources, factors)
+    return Sparsify(base, tuple(Part(name, f) for name, f in zip(sources, factors, strict=True) if f))
 
 
 def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combine:

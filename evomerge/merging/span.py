@@ -17,6 +17,7 @@ from evomerge.merging.plans import (
     FRACTION,
     Method,
     added,
+    along,
     base_of,
     cancel,
     number,
@@ -68,7 +69,7 @@ def nuslerp(facts: Facts, blend: Blend) -> Pass:
     if blend.base is None:
         return Combine(dict(zip(blend.sources, _nuslerp(facts.inner(blend.sources), t), strict=True)))
     found = _nuslerp(facts.deltas(blend.base, blend.sources), t)
-    return added(blend.base, blend.sources, found)
+    return along(blend.base, blend.sources, found)
 
 
 _COLINEAR = 1 - 1e-12  # |cos| from which on there is no arc to speak of: float64 has its sine to four digits there
@@ -89,7 +90,7 @@ def _nuslerp_of_many(facts: Facts, blend: Blend, t: float) -> Pass:
 
     def products(rows: Sequence[Tensor]) -> Tensor:
         _, first, second = split(rows)
-        return torch.stack([(x * y).sum(0, dtype=torch.float64) for x, y in _pairs_of(first, second)]).view(-1)
+        return torch.stack([(x * y).sum(0) for x, y in _pairs_of(first, second)]).view(-1)
 
     known = torch.from_numpy(facts.total([*base, *blend.sources], products)).view(3, -1) if columns else None
 
@@ -97,9 +98,7 @@ def _nuslerp_of_many(facts: Facts, blend: Blend, t: float) -> Pass:
         origin, first, second = split(tensors)
         inner = known.to(tensors[0].device) if known is not None else None
         if inner is None:
-            inner = torch.stack(
-                [(x * y).sum(1, keepdim=True, dtype=torch.float64) for x, y in _pairs_of(first, second)]
-            )
+            inner = torch.stack([(x * y).sum(1, keepdim=True) for x, y in _pairs_of(first, second)])
         one, other = _slerp_of_many(inner, t)
         return origin + one * first + other * second
 
@@ -107,11 +106,13 @@ def _nuslerp_of_many(facts: Facts, blend: Blend, t: float) -> Pass:
 
 
 def _pairs_of(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What inner products are summed from, in float64: squares of small changes underflow in float32."""
+    first, second = first.double(), second.double()
     return [(first, first), (first, second), (second, second)]
 
 
 def _slerp_of_many(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """``sphere.slerp`` for many pairs of vectors at once, from <a, a>, <a, b>, <b, b>."""
+    """``sphere.slerp`` for many pairs of vectors at once, from <a, a>, <a, b>, <b, b>; zero is at a right angle."""
     aa, ab, bb = products
     cosine = (ab / (aa * bb).sqrt().clamp(min=1e-300)).clamp(-1, 1)
     straight = cosine.abs() >= _COLINEAR
@@ -128,7 +129,7 @@ def multislerp(facts: Facts, blend: Blend) -> Pass:
     if blend.base is None:
         found = sphere.multislerp(facts.inner(blend.sources), shares)
         return Combine(dict(zip(blend.sources, found.tolist(), strict=True)))
-    return added(blend.base, blend.sources, sphere.multislerp(facts.deltas(blend.base, blend.sources), shares).tolist())
+    return along(blend.base, blend.sources, sphere.multislerp(facts.deltas(blend.base, blend.sources), shares).tolist())
 
 
 def karcher(facts: Facts, blend: Blend) -> Pass:

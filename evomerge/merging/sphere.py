@@ -13,20 +13,21 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 
-_SMALL = 1e-8  # a norm below which a direction says nothing
+_SMALL = 1e-8  # what mergekit adds to lengths before it divides by them
+_BALANCED = 1e-6  # length of a mean of directions that says nothing: some hundred times the rounding of inner products
 
 
 def slerp(inner: Vector, t: float, colinear: float) -> Vector:
     """Coefficients of sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, with the angle a between the two.
 
-    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). Where |cos a| reaches ``colinear``, or one
-    vector is zero: 1 - t and t.
+    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). Where |cos a| reaches ``colinear``: 1 - t and
+    t. A vector of zero has no direction; as in mergekit it counts as one at a right angle to the other.
 
     Args:
         inner: [2, 2] inner products of x_1 and x_2, which need not be of unit length.
     """
     norms = math.sqrt(inner[0, 0]), math.sqrt(inner[1, 1])
-    cosine = inner[0, 1] / (norms[0] * norms[1]) if all(norms) else 1.0
+    cosine = inner[0, 1] / (norms[0] * norms[1]) if all(norms) else 0.0
     if abs(cosine) >= colinear:
         return np.array([1 - t, t])
     angle = math.acos(cosine)
@@ -38,10 +39,15 @@ def multislerp(inner: Vector, weights: Vector) -> Vector:
 
     The rule of mergekit's multislerp (Goddard): with units u_i and m the direction of sum_i w_i u_i, the tangent
     v = sum_i w_i (u_i - <u_i, m> m) is followed from m, and the result is as long as the weighted mean of the lengths.
-    Where the directions balance each other out there is no m: then the plain weighted mean.
+    Where the directions balance each other out there is no m: then the plain weighted mean. A vector of zero has no
+    direction, and counts in the mean length alone.
     """
     norms = np.sqrt(np.diag(inner))
-    units = np.diag(1 / (norms + _SMALL))  # row i: coefficients of u_i
+    # Coefficients of directions. Any multiple of a zero vector would do, but for the rounding of whoever takes it.
+    directions = np.divide(1, norms, where=norms > 0, out=np.zeros_like(norms))
+    if _norm(weights * directions, inner) < _BALANCED:
+        return weights
+    units = np.diag(np.where(norms > 0, 1 / (norms + _SMALL), 0.0))  # row i: coefficients of u_i
     mean = weights @ units
     length = _norm(mean, inner)
     if length < _SMALL:
@@ -57,7 +63,9 @@ def karcher(inner: Vector, weights: Vector, steps: int = 10, tolerance: float = 
     """Coefficients of the Karcher mean of directions (the point of least mean squared angle), at the mean length.
 
     Karcher, "Riemannian center of mass and mollifier smoothing" (1977), by its gradient descent: follow the mean of the
-    logarithms of all points from the point at hand, until it is shorter than ``tolerance``.
+    logarithms of all points from the point at hand, until it is shorter than ``tolerance``. A vector that is shorter
+    than ``tolerance`` has no direction, and counts in the mean length alone; one opposite to the point at hand pulls
+    every way, which is to say not at all.
 
     Args:
         weights: of sum 1.
@@ -74,7 +82,7 @@ def karcher(inner: Vector, weights: Vector, steps: int = 10, tolerance: float = 
     for _ in range(steps):
         cosines = np.clip(units @ inner @ mean, -1.0, 1.0)
         angles = np.arccos(cosines)
-        far = angles >= tolerance
+        far = (angles >= tolerance) & (angles <= math.pi - tolerance)
         pulls = shares[far] * angles[far] / np.sin(angles[far])
         tangent = pulls @ (units[far] - np.outer(cosines[far], mean)) if far.any() else np.zeros_like(mean)
         step = _norm(tangent, inner)

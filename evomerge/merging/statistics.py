@@ -42,6 +42,8 @@ _TOGETHER = (
     scans.energies,
 )
 
+_LOST = 1e-6  # of a squared norm: what is smaller has less than ten right digits as a sum of differences
+
 _PIECE = 1 << 21  # elements; larger than that of a merge, since each piece has totals of its own
 
 
@@ -286,11 +288,22 @@ class Facts:
         return self.statistics.shape(next(iter(self.refs.values())))
 
     def inner(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """[n, n] inner products of tensors."""
-        products = self.statistics.products([self.refs[name] for name in names])
+        """[n, n] inner products of tensors.
+
+        They are made of differences from one of the tensors, so that angles between near ones are exact. A tensor that
+        is far smaller than that one would be lost in it, and is then itself the one that differences are taken from.
+        """
+        order = list(range(len(names)))
         onto = np.eye(len(names))  # x_i = x_0 + (x_i - x_0)
         onto[:, 0] = 1
-        return np.asarray(onto @ products @ onto.T)
+        while True:
+            products = onto @ self.statistics.products([self.refs[names[i]] for i in order]) @ onto.T
+            squares = np.diag(products)
+            smallest = int(np.argmin(squares))
+            if squares[smallest] >= _LOST * squares[0]:
+                places = np.argsort(order)
+                return np.asarray(products[np.ix_(places, places)])
+            order.insert(0, order.pop(smallest))
 
     def deltas(self, base: str, names: Sequence[str]) -> NDArray[np.float64]:
         """[n, n] inner products of task vectors."""
