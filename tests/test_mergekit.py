@@ -543,7 +543,12 @@ def sliced(*ranges: Any, **more: Any) -> dict[str, Any]:
         (weighted([{"filter": "mlp", "value": 1}]), "parameters.weight: is missing for model.layers.0.self_attn"),
         (sliced([0, 3]), "slices[0].sources[0].layer_range: is [0, 3], but x/a has the layers 0 to 1: [0, 2]"),
         (sliced([0, 2], [-1, 1]), "slices[1].sources[0].layer_range: is [-1, 1]"),
-        (sliced([2, 2]), "slices[0].sources[0].layer_range: is [2, 2]"),
+        (sliced([2, 1]), "slices[0].sources[0].layer_range: is [2, 1]"),
+        (sliced([3, 3], [0, 2]), "slices[0].sources[0].layer_range: is [3, 3]"),
+        (sliced([2, 2]), "slices: take no layers at all"),
+        (sliced([0, 0], [1, 1]), "slices: take no layers at all"),
+        (sliced([0, 1], [1, 1], [1, 2]), "slices[1]: takes no layers"),
+        (sliced([0, 0], [0, 0], [0, 2]), "slices[1]: takes no layers"),
         (sliced([0, 1.5]), "must be two whole numbers"),
         (sliced(None), "must be two whole numbers"),
         (sliced([0, 2], residual_weight=0.5), "slices[0]: residual_weight: cannot be taken"),
@@ -573,6 +578,43 @@ def test_what_a_recipe_cannot_hold_is_refused(config: dict[str, Any], message: s
 def test_slerp_starts_at_the_base_wherever_it_is_listed() -> None:
     recipe = read(SLERP.replace("base_model: psmathur/orca_mini_v3_13b", "base_model: garage-bAInd/Platypus2-13B"))
     assert {blend.sources for blend in recipe.blends} == {("Platypus2-13B", "orca_mini_v3_13b")}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "parts"),
+    [
+        ((("b", [0, 0]), ("a", [0, 2])), ("b", "a", "a", "a")),  # the embedding of b
+        ((("a", [0, 2]), ("b", [2, 2])), ("a", "a", "b", "b")),  # the final norm and the head of b
+        ((("b", [1, 1]), ("a", [1, 2]), ("b", [0, 0])), ("b", "a", "b", "b")),  # both
+    ],
+)
+def test_a_slice_of_no_layers_at_an_end_gives_what_lies_outside_of_the_layers(
+    ranges: tuple[tuple[str, list[int]], ...], parts: tuple[str, ...]
+) -> None:
+    slices = [{"sources": [{"model": f"x/{name}", "layer_range": each}]} for name, each in ranges]
+    recipe = from_mergekit({"merge_method": "passthrough", "slices": slices}, lambda reference: llama(2))
+    layers = sum(stop - start for _, (start, stop) in ranges)
+    names = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
+    assert len(recipe.hops) == layers
+    assert tuple(made(recipe, name).sources[0] for name in names) == parts
+    written = to_mergekit(recipe, lambda reference: llama(2))
+    assert [len(piece["sources"]) for piece in written["slices"]] == [1] * len(ranges)
+    assert from_mergekit(written, lambda reference: llama(2)) == recipe
+
+
+def test_a_slice_of_no_layers_takes_numbers_of_its_own() -> None:
+    first = {
+        "sources": [{"model": f"x/{name}", "layer_range": [0, 0]} for name in NAMES],
+        "parameters": {"weight": [{"filter": "embed_tokens", "value": [0.25, 1]}, {"value": 1}]},
+    }
+    slices = [first, {"sources": [{"model": "x/a", "layer_range": [0, 2]}], "parameters": {"weight": 1}}]
+    recipe = from_mergekit({"merge_method": "linear", "slices": slices}, lambda reference: llama(2))
+    assert made(recipe, "model.embed_tokens.weight").parameters["weight"] == {"a": 0.25, "b": 0.25}
+    assert to_mergekit(recipe, lambda reference: llama(2))["slices"][0]["sources"][1] == {
+        "model": "x/b",
+        "layer_range": [0, 0],
+        "parameters": {"weight": 0.25},
+    }
 
 
 def test_models_of_different_depth_need_slices() -> None:

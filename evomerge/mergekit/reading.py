@@ -30,7 +30,10 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class _Slice:
-    """A run of ``length`` layers: the first that each model gives, by reference, and what is set there."""
+    """A run of ``length`` layers: the first that each model gives, by reference, and what is set there.
+
+    A first or last slice of no layers says what the embedding, or the final norm and the head, are made of.
+    """
 
     starts: Mapping[str, int]
     length: int
@@ -230,10 +233,17 @@ def _slices(config: Mapping[str, Any], base: str | None, look: Callable[[str], R
         whole = _Slice(dict.fromkeys(models, 0), next(iter(depths.values())), base, models, {}, f"{place}: ")
         _check_mixed(whole, method, f"{place}: base_model", where)
         return [whole]
-    return [
+    slices = [
         _slice(piece, config, base, look, f"{place}: slices[{number}]")
         for number, piece in enumerate(_list(config["slices"], f"{place}: slices"))
     ]
+    if not any(piece.length for piece in slices):
+        raise InputError(f"{place}: slices", "take no layers at all")
+    for number, piece in enumerate(slices[1:-1], start=1):
+        if not piece.length:
+            problem = "takes no layers, which says something of the first slice or the last one alone"
+            raise InputError(f"{place}: slices[{number}]", problem, "Remove it, or give it layers.")
+    return slices
 
 
 def _slice(given: Any, config: Mapping[str, Any], base: str | None, look: Callable[[str], Roles], place: str) -> _Slice:
@@ -282,7 +292,7 @@ def _range(given: Any, model: str, look: Callable[[str], Roles], place: str) -> 
         raise InputError(place, "must be two whole numbers, [first, last + 1]")
     start, stop = given
     layers = depth(look(model))
-    if not 0 <= start < stop <= layers:
+    if not 0 <= start <= stop <= layers:
         raise InputError(place, f"is {given}, but {model} has the layers 0 to {layers - 1}: [0, {layers}]")
     return start, stop
 

@@ -49,8 +49,8 @@ def to_mergekit(recipe: Recipe, look: Callable[[str], Roles]) -> dict[str, Any]:
         _check_numbers(blend, grammar, f"recipe.blends[{number}]")
     slices = _slices(recipe, grammar, look(recipe.sources[recipe.tokenizer]))
     if len(slices[-1]["sources"]) > len(slices[0]["sources"]):
-        problem = "mixes more models in its last hop than in its first, on which mergekit 0.1.5 fails"
-        raise InputError("recipe.hops", problem, "Give the first hop's blends the same sources, with weight 0.")
+        problem = "mixes more models at its end than at its beginning, on which mergekit 0.1.5 fails"
+        raise InputError("recipe", problem, "Give the blends of the beginning the same sources, with weight 0.")
     bases = {piece.get("base_model") for piece in slices}
     config: dict[str, Any] = {"merge_method": methods[0]}
     if len(bases) == 1:  # one for all, and not one for each slice
@@ -93,16 +93,27 @@ def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
 
 
 def _slices(recipe: Recipe, grammar: Grammar, roles: Roles) -> list[dict[str, Any]]:
-    """One slice for each run of hops; the first carries the embedding, the last the final norm and the head."""
+    """One slice for each run of hops; the first carries the embedding, the last the final norm and the head.
+
+    Where these mix other models than the hops beside them, they have a slice of their own, which takes no layers.
+    """
     hops = [list(_hop(recipe, roles, number)) for number in range(len(recipe.hops))]
-    runs = list(_runs(recipe, hops))
-    slices = []
-    for number, (start, stop) in enumerate(runs):
-        tensors = list(itertools.chain(*hops[start:stop]))
-        tensors += _outside(recipe, roles, "embedding") if number == 0 else []
-        tensors += _outside(recipe, roles, "norm", "head") if number == len(runs) - 1 else []
-        slices.append(_slice(recipe, grammar, tensors, start, stop))
-    return slices
+    runs = [(start, stop, list(itertools.chain(*hops[start:stop]))) for start, stop in _runs(recipe, hops)]
+    embedding, end = _outside(recipe, roles, "embedding"), _outside(recipe, roles, "norm", "head")
+    if _mix_alike(embedding, runs[0][2]):
+        runs[0][2].extend(embedding)
+    else:
+        runs.insert(0, (0, 0, embedding))
+    if _mix_alike(end, runs[-1][2]):
+        runs[-1][2].extend(end)
+    else:
+        runs.append((len(hops), len(hops), end))
+    return [_slice(recipe, grammar, tensors, start, stop) for start, stop, tensors in runs]
+
+
+def _mix_alike(tensors: Sequence[_Tensor], others: Sequence[_Tensor]) -> bool:
+    """Whether tensors mix the models that others mix, as all tensors of a slice must."""
+    return all((t.blend.sources, t.blend.base) == (others[0].blend.sources, others[0].blend.base) for t in tensors)
 
 
 def _hop(recipe: Recipe, roles: Roles, number: int) -> Iterator[_Tensor]:
@@ -155,7 +166,7 @@ def _slice(recipe: Recipe, grammar: Grammar, tensors: Sequence[_Tensor], start: 
                 raise InputError("recipe", problem, "Within a slice, mergekit mixes the same models.")
     sources = []
     for model in _models(first):
-        begin = recipe.hops[start].layer_of(model)
+        begin = recipe.hops[start].layer_of(model) if start < stop else 0
         own = {
             setting.name: _setting({t.inputs[model]: _value(t.blend, setting, model) for t in tensors}, setting)
             for setting in grammar.settings
