@@ -192,6 +192,7 @@ def _load(folder: Path, device: torch.device) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from evomerge.checkpoints.config import first_line
+    from evomerge.checkpoints.live import for_scoring
 
     try:
         model, said = AutoModelForSequenceClassification.from_pretrained(
@@ -202,4 +203,4 @@ def _load(folder: Path, device: torch.device) -> Any:
         raise InputError("model", f"cannot be loaded as a reward model: {first_line(error)}") from error
     if missing := sorted(said["missing_keys"]):  # they would be random numbers
         raise InputError("model", f"its files lack the weight {missing[0]}", "Complete the download.")
-    return model.to(device).eval().requires_grad_(False)
+    return for_scoring(model.to(device))

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evomerge.checkpoints.live import LiveModel
+from evomerge.checkpoints.live import LiveModel, for_scoring
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -35,7 +35,7 @@ def tiny_live(seed: int = 0, context: int = 512, vocabulary: int = 259) -> LiveM
         num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.5, bos_token_id=1, eos_token_id=2,
         pad_token_id=0,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = for_scoring(LlamaForCausalLM(config))
     torch.set_rng_state(torch_state)
     return LiveModel(model, byte_tokenizer())
 

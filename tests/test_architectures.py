@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from helpers_checkpoints import WORDS, save_model
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from evomerge.checkpoints.live import LiveModel, check_live, live_model, load_weights
+from evomerge.checkpoints.live import LiveModel, check_live, for_scoring, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.writer import FolderWriter
 from evomerge.recipe import Role
@@ -135,3 +136,38 @@ def test_what_is_written_is_read_by_transformers(folder: Path, tmp_path: Path) -
     assert torch.equal(logits(tmp_path / "out"), logits(folder))
     again = opened(tmp_path / "out")
     assert all(torch.equal(again.read(name), source.read(name)) for name in source.tensors)
+
+
+class RowByRow(TorchFunctionMode):
+    """Counts the linear layers that are given a batch which does not lie in memory as one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            batch = args[0]
+            pairs = zip(batch.stride()[:-2], batch.shape[1:], batch.stride()[1:], strict=False)
+            self.count += batch.shape[0] > 1 and any(outer != size * inner for outer, size, inner in pairs)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kept", [{}, {"logits_to_keep": 1}, {"logits_to_keep": 3}], ids=["all", "last", "some"])
+def test_no_matrix_is_multiplied_row_by_row(folder: Path, kept: dict[str, int]) -> None:
+    """torch would copy the matrix for each row: with a vocabulary of 50,000, seconds and gigabytes."""
+    plain = for_scoring(AutoModelForCausalLM.from_pretrained(folder))
+    for model in (loaded(opened(folder)).model, plain):
+        with torch.inference_mode(), RowByRow() as products:
+            model(PROMPT, **kept)
+            model.generate(PROMPT, max_new_tokens=3, do_sample=False)
+        assert products.count == 0
+
+
+@pytest.mark.parametrize("head", ["ModernBertDecoderConfig", "BertConfig"])
+def test_nor_are_the_matrices_of_a_head_of_several(head: str) -> None:
+    config = getattr(transformers, head)(**SMALL, is_decoder=True)
+    model = for_scoring(AutoModelForCausalLM.from_config(config))
+    with torch.inference_mode(), RowByRow() as products:
+        model(PROMPT, logits_to_keep=1)
+    assert products.count == 0

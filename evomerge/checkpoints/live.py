@@ -101,7 +101,7 @@ def live_model(
         # rotary frequencies, which no file holds and to_empty has left as they came.
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
-    model.eval().requires_grad_(False)
+    for_scoring(model)
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0  # RWKV would halve weights in place, once, and not those written later
     if (source.folder / "generation_config.json").exists():
@@ -114,6 +114,36 @@ def live_model(
     writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
     stack = Stack(model, name, layers, source.parts, source.roles, shelves or source.layers, writers)
     return LiveModel(model, load_tokenizer(source), outside, stack)
+
+
+def for_scoring(model: Any) -> Any:
+    """Put a transformers model into eval mode, without gradients, and have its matrices multiply whole batches.
+
+    torch multiplies row by row, each time with a copy of the matrix, where a batch does not lie in memory as one and
+    the matrix needs no gradient. That is what a head meets when only the last tokens' logits are asked for, and what a
+    matrix beside a convolution meets, for which the sequence is turned. With a vocabulary of 50,000 such a head took
+    10 s and 3 GB for 60 rows in bfloat16 on a processor, where 0.02 s will do.
+
+    Returns:
+        The model itself.
+    """
+    inside = set(model.base_model.modules()) - {model}
+    heads = {model.get_output_embeddings(), *model.modules()} - inside
+    beside = {child for module in model.modules() if _has_convolution(module) for child in module.children()}
+    for module in heads | beside:
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(_as_one_matrix)
+    return model.eval().requires_grad_(False)
+
+
+def _has_convolution(module: torch.nn.Module) -> bool:
+    return any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+
+
+def _as_one_matrix(module: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+    """The batch, copied where it does not lie in memory as one matrix, and with the strides of one."""
+    (batch,) = given
+    return batch.contiguous().view(-1, batch.shape[-1]).view(batch.shape)
 
 
 def load_tokenizer(source: Source) -> Any:

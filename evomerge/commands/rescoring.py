@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from evaluators.base import Split
-from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, load_tokenizer
+from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, for_scoring, load_tokenizer
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
@@ -110,8 +110,7 @@ def plain_model(source: Source, file: SearchFile) -> LiveModel:
     model = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
-    model.eval().requires_grad_(False).to(choose_device(file.device))
-    live = LiveModel(model, load_tokenizer(source))
+    live = LiveModel(for_scoring(model.to(choose_device(file.device))), load_tokenizer(source))
     try:
         check_live(live)
     except NotFiniteError as error:
