@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,9 +120,50 @@ def test_killed_at_every_write_it_goes_on_and_loses_nothing(tmp_path: Path, setu
     assert [row[:10] for row in after[: len(rows)]] == [row[:10] for row in before]
 
 
-def test_with_one_worker_an_interrupted_search_is_the_same_search(tmp_path: Path) -> None:
+ONE_AT_A_TIME = {
+    "plain": steady(candidates=25, round_to=1),
+    "race of few recipes": steady(racing=RACE, candidates=32, round_to=1),
+    "race with item response": steady(racing=Racing(rungs=(20, 60, 120), estimate="item_response"), candidates=32),
+    "race, screen and constraint": steady(racing=RACE, screen=True, least=0.45, candidates=48, round_to=2),
+    "race of two objectives": steady(
+        racing=RACE, objectives=2, candidates=32, optimizer=OptunaSettings(name="nsga2", population=6)
+    ),
+    "race by tpe": steady(racing=RACE, candidates=32, optimizer=OptunaSettings(name="tpe", population=6)),
+}
+
+
+@pytest.mark.parametrize("setup", ONE_AT_A_TIME.values(), ids=ONE_AT_A_TIME)
+def test_with_one_worker_a_killed_search_is_the_same_search(tmp_path: Path, setup: Setup) -> None:
     """With more, who is there when a decision is made depends on when workers end."""
-    setup = steady(candidates=40)
+    drive(tmp_path / "whole", setup, simulation=simulate, workers=1)
+    deaths = 0
+    while True:
+        try:
+            with dying(after_commits=1 + 7 * deaths % 17):
+                drive(tmp_path / "killed", setup, simulation=simulate, workers=1)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths > 5
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("budgets", [(20, 21, 30, 31, 40), (9, 40), (12, 16, 17, 18, 25, 40)])
+def test_a_race_whose_budget_is_raised_is_the_race_that_had_it_from_the_start(
+    tmp_path: Path, budgets: Sequence[int]
+) -> None:
+    """Where the optimizer has no favourite, which needs room for two."""
+    whole = steady(racing=RACE, candidates=40, optimizer=OptunaSettings(name="random", population=6))
+    drive(tmp_path / "whole", whole, simulation=simulate, workers=1)
+    for candidates in budgets:
+        part = replace(whole, budget=whole.budget.model_copy(update={"candidates": candidates}))
+        drive(tmp_path / "parts", part, simulation=simulate, workers=1)
+    assert table(tmp_path / "parts") == table(tmp_path / "whole")
+    assert sum(row[6] == "eliminated" for row in table(tmp_path / "whole")) > 5
+
+
+def test_a_stopped_search_is_the_same_search(tmp_path: Path) -> None:
+    setup = steady(racing=RACE, candidates=40)
     drive(tmp_path / "whole", setup, simulation=simulate, workers=1)
     calls = [0]
 
@@ -136,6 +178,22 @@ def test_with_one_worker_an_interrupted_search_is_the_same_search(tmp_path: Path
         assert sum(store.counts().values()) < 40
     drive(tmp_path / "stopped", setup, simulation=simulate, workers=1)
     assert table(tmp_path / "stopped") == table(tmp_path / "whole")
+
+
+def test_with_several_workers_a_race_remembers_whom_it_knew(tmp_path: Path) -> None:
+    """Decisions differ with the times at which workers end, but no candidate is scored as if it were the first."""
+    setup = steady(racing=RACE, candidates=60)
+    drive(tmp_path / "whole", setup, simulation=simulate, workers=3)
+    deaths = 0
+    while True:
+        try:
+            with dying(after_commits=20 + deaths % 7):
+                drive(tmp_path / "killed", setup, simulation=simulate, workers=3)
+            break
+        except Killed:
+            deaths += 1
+    whole, killed = (sum(items_scored(tmp_path / name).values()) for name in ("whole", "killed"))
+    assert killed < 1.25 * whole
 
 
 def test_failed_candidates_are_told_and_a_straggler_counts_when_it_comes(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -84,6 +83,7 @@ class Driver:
         self._landmarks = len(list(setup.space.landmarks()))
         self._lost_landmarks = 0
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
+        self._asked_after = 0  # an event before the asks of those that were open when this driver began
         self._front: dict[int, Sequence[float]] = {}
         self._unchanged = 0.0  # generations since the front last changed
         self.why = ""
@@ -118,8 +118,7 @@ class Driver:
     def _run_steadily(self) -> bool:
         """A new candidate whenever a worker is free; False when a stop came first."""
         assert isinstance(self._scoring, SteadyScoring)  # by which ``run`` chose
-        self._scoring.begin(list(self._open.values()))
-        self._scoring.back = deque(self._open.values())
+        self._scoring.take_up(list(self._open.values()), self._asked_after)
         return self._scoring.run(self._next_job)
 
     def _next_job(self) -> Pending | None:
@@ -280,6 +279,8 @@ class Driver:
         for step in self._store.steps():
             if step.kind == "ask":
                 self._step = step.step
+                if not self._open:
+                    self._asked_after = step.seq - 1
                 self._open |= {c.number: c for c in self._replay_ask(step.step)}
             else:
                 told = [self._open[number] for number in step.candidates]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from evomerge.search.prediction import Predictions
 from evomerge.search.racing import surely_better, verdicts
 from evomerge.search.scores import Sheet, estimate, missing_tasks, to_answers
 from evomerge.search.screening import Screening
-from evomerge.search.setup import Counts, ObjectiveInfo, Setup
+from evomerge.search.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
 from evomerge.store import Estimate, Outcome, Store
 from evomerge.store.rows import Status
 
@@ -142,7 +142,6 @@ class Scoring:
         """Take candidates that were asked for; those of an interrupted search with what they have been scored on."""
         self._open |= {c.number: c for c in candidates}
         for c in candidates:
-            c.reached, c.out = -1, ""
             if c.twin is None and not c.sheet.is_empty:
                 self._twins[c.recipe_hash] = c.number
 
@@ -185,9 +184,11 @@ class Scoring:
 
     # Deciding -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, candidates: Sequence[Candidate], rung: int, keep: int) -> None:
-        """Let those at this rung whose place among all of these is clear leave the race."""
-        racing = [c for c in candidates if c.reached >= 0]
+    def _judge(
+        self, candidates: Sequence[Candidate], rung: int, keep: int, *, others: Collection[Candidate] = ()
+    ) -> None:
+        """Let those at this rung whose place among them and the ``others`` is clear leave the race."""
+        racing = [c for c in (*others, *candidates) if c.reached >= 0]
         if not racing:
             return
         better = np.zeros((len(racing), len(racing)), dtype=np.bool_)
@@ -200,8 +201,9 @@ class Scoring:
             block[lower] = self._compare([racing[i] for i in there], level)[lower]
             better[np.ix_(there, there)] = block
         found = verdicts(better, keep)
+        ours = {c.number for c in candidates}
         for c, eliminated, settled in zip(racing, found.eliminated, found.settled, strict=True):
-            if not c.out and c.reached == rung:
+            if c.number in ours and not c.out and c.reached == rung:
                 c.out = "eliminated" if eliminated else "settled" if settled else ""
 
     def _compare(self, candidates: Sequence[Candidate], level: int) -> NDArray[np.bool_]:
@@ -254,10 +256,10 @@ class Scoring:
 
     # Scores -------------------------------------------------------------------------------------------------------
 
-    def _items(self, objective: ObjectiveInfo, rung: int) -> NDArray[np.int32]:
-        """The positions of an objective's items at a rung."""
-        positions = self._orders[objective.evaluator].positions[: self._rungs[rung][objective.evaluator]]
-        return positions[positions < objective.items]
+    def _items(self, measure: MeasureInfo, rung: int) -> NDArray[np.int32]:
+        """The positions of a measure's items at a rung."""
+        positions = self._orders[measure.evaluator].positions[: self._rungs[rung][measure.evaluator]]
+        return positions[positions < measure.items]
 
     def _covers(self, candidate: Candidate, rung: int) -> bool:
         return not missing_tasks(candidate.sheet, self._orders, self._rungs[rung])

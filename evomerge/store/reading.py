@@ -176,7 +176,12 @@ class ReadStore:
     def steps(self) -> list[Step]:
         """Every ask and tell, in the order they happened: what replays an optimizer."""
         return [
-            Step("ask" if event.kind == "ask" else "tell", event.payload["step"], tuple(event.payload["candidates"]))
+            Step(
+                "ask" if event.kind == "ask" else "tell",
+                event.seq,
+                event.payload["step"],
+                tuple(event.payload["candidates"]),
+            )
             for event in self.events(kinds=("ask", "tell"))
         ]
 

@@ -153,8 +153,9 @@ class SearchRow:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One ask or tell of the optimizer: the candidates, in the order asked or told."""
+    """One ask or tell of the optimizer: the candidates, in the order asked or told; ``seq`` is that of its event."""
 
     kind: Literal["ask", "tell"]
+    seq: int
     step: int
     candidates: tuple[int, ...]

@@ -168,13 +168,16 @@ class Store(ReadStore):
             self.append_event(connection, "cached", number, payload={"same_as": same_as})
 
     @repeated
-    def record_dispatch(self, number: int, attempt: int, worker: str) -> None:
-        """An attempt begins. Attempts count from 1; a higher one makes every lower one stale."""
+    def record_dispatch(self, number: int, attempt: int, worker: str, decided: Mapping[str, Any] | None = None) -> None:
+        """An attempt begins. Attempts count from 1; a higher one makes every lower one stale.
+
+        ``decided`` is kept in the event: what was decided of the candidate's race, that it goes on to this attempt.
+        """
         with self.writing() as connection:
             values = {"status": "running", "attempts": attempt, "worker": worker}
             if not self._change(connection, number, values, ("asked", "running"), fewer_attempts_than=attempt):
                 raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
-            self.append_event(connection, "dispatch", number, attempt, {"worker": worker})
+            self.append_event(connection, "dispatch", number, attempt, {"worker": worker, **(decided or {})})
 
     @repeated
     def record_result(
