@@ -14,6 +14,8 @@ import pytest
 from helpers_checkpoints import save_model, tiny_config
 from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
 from helpers_search import table
+from test_architectures import GROUPED
+from transformers import DiffLlamaConfig
 
 from evomerge.store import Store
 
@@ -137,6 +139,7 @@ def test_ray_gives_what_this_process_gives(tmp_path: Path, capsys: pytest.Captur
 
 def test_impossible_paths_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tiny_config(), tmp_path / "narrow")
+    fixed = {name: str(save_model(DiffLlamaConfig(**GROUPED), tmp_path / name)) for name in "ab"}
     flow: dict[str, Any] = {"kind": "data_flow_space"}
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({**flow, "max_hops": 4}, {}, "space.max_hops: is 4, but maths alone is 6 hops"),
@@ -144,6 +147,7 @@ def test_impossible_paths_are_refused_by_name(tmp_path: Path, capsys: pytest.Cap
         ({**flow, "first": "japanese"}, {}, "Write `tokenizer: japanese`"),
         ({**flow, "scale_bounds": [-1, 2]}, {}, "space.scale_bounds: begin at -1; a stream can only be scaled by"),
         (flow, {"sources": {**PAIR, "narrow": str(tmp_path / "narrow")}}, "narrow and maths differ in"),
+        (flow, {"sources": fixed, "tokenizer": "a"}, "those of a diffllama cannot leave their places: layer 1"),
     ]
     for space, changes, message in cases:
         assert evomerge("validate", path_file(tmp_path, space, CATCMA, **changes)) == 2

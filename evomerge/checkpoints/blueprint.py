@@ -21,10 +21,13 @@ from typing import Any
 from platformdirs import user_cache_path
 from pydantic import TypeAdapter, ValidationError
 
+from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part
 from evomerge.recipe import Role
 
-_CODE = ("blueprint.py", "layout.py", "parts.py", "residual.py", "roles.py", "structure.py")
+_CODE = (
+    "blueprint.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py", "structure.py",
+)  # fmt: skip
 """The files of this folder that a blueprint follows from: a change in one of them makes new ones."""
 
 
@@ -35,7 +38,9 @@ class Blueprint:
     Attributes:
         layers: number of layers in the stack.
         settings: values of the parsed configuration that say what its weights mean; ``depth`` names the key of
-            config.json that holds the number of layers, and ``by_layer`` has what is listed for each of them.
+            config.json that holds the number of layers.
+        layered: what the configuration says of single layers, by its key.
+        rigid: why layers cannot stand in other places than their own; empty where they can.
         parts: the tensors that transformers writes for this model, in the order of its modules.
         roles: the role of each of them.
         shapes: the shape of each of them.
@@ -50,6 +55,8 @@ class Blueprint:
 
     layers: int
     settings: dict[str, Any]
+    layered: dict[str, LayerSetting]
+    rigid: str
     parts: dict[str, Part]
     roles: dict[str, Role]
     shapes: dict[str, tuple[int, ...]]

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from evomerge.checkpoints.blueprint import blueprint
 from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.folder import load_json
+from evomerge.checkpoints.parts import holders
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.recipe import Blend, Hop, Recipe, Role, renumber
 
 _SAME_SHAPE = "Merge fine-tunes of one base."
+_SAME_PLACE = "Put layers where the model has layers of their kind, and take them from fine-tunes of one base."
 _SAME_TOKENIZER = (
     "Say which tokens the merged model knows: `vocabulary: {kind: union}`, or `{kind: tokenizer}` for those of the "
     "tokenizer's source alone; in a mergekit configuration, `tokenizer_source: union` or a model."
@@ -72,6 +75,33 @@ def check_compatible(
         _check_path(sources, recipe)
 
 
+def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> None:
+    """Refuse to write a folder that transformers would not load as it is: the model of ``config`` is built empty.
+
+    Args:
+        config: the config.json of the folder.
+        shapes: of the tensors in it, by name.
+
+    Raises:
+        InputError: a tensor is missing, is none of the model's, or has another shape than it asks for.
+    """
+    mend = "The folder could not be loaded; nothing was written."
+    try:
+        plan = blueprint(config, shapes, place)
+    except InputError as error:
+        raise InputError(place, f"what would be written is no model: {error.problem}", mend) from None
+    held = {name: holder for name, holder, _ in holders(plan.parts, dict(plan.located))}
+    wrong = [f"{name} is missing" for name in plan.parts if name not in held]
+    wrong += [f"{name} is no tensor of it" for name in shapes.keys() - {*held.values()} - plan.copies.keys()]
+    wrong += [
+        f"{name} has shape {list(shapes[name])}, not {list(plan.shapes[name])}"
+        for name, holder in held.items()
+        if name == holder and shapes[name] != plan.shapes[name]
+    ]
+    if wrong:
+        raise InputError(place, f"what would be written is not the model of its config.json: {min(wrong)}", mend)
+
+
 def check_finite(source: Source) -> None:
     """Read every weight once and refuse a source with NaN or an infinity in one of them.
 
@@ -114,21 +144,25 @@ def _check_path(sources: Mapping[str, Source], recipe: Recipe) -> None:
             layer = _layer(hop, source, sources[source], f"recipe.hops[{number}]")
             _same_kind(model, sources[source], layer)
             theirs = {renumber(name, role, like) for name, role in roles[source].items() if role.layer == layer}
+            where = f"layer {layer} of {source} cannot be layer {number} of the merged model, which is to be as layer"
+            where = f"{where} {like} of {model.name}"
             if extra := sorted(theirs - {name for name, _ in here}):
-                _same(model, sources[source], f"tensors of a layer: {extra[0]}", "absent", "present")
+                raise InputError(sources[source].place, f"{where}: that has no {extra[0]}", _SAME_PLACE)
             for name in sorted(names):
                 other = renumber(name, Role("mlp", like), layer)
-                what = f"shape of {name} and {other}"
-                _same(model, sources[source], what, _shape(model, name), _shape(sources[source], other))
+                shapes = _shape(sources[source], other), _shape(model, name)
+                if shapes[0] != shapes[1]:
+                    problem = f"{where}: they differ in shape of {other} and {name}: {shapes[0]} and {shapes[1]}"
+                    raise InputError(sources[source].place, problem, _SAME_PLACE)
 
 
 def _same_kind(model: Source, source: Source, layer: int) -> None:
     """Refuse a layer that its own configuration says more of than the model's can: another kind of attention, say."""
     like = min(layer, model.layers - 1)
-    for key, kinds in source.settings["by_layer"].items():
-        mine = model.settings["by_layer"].get(key)
+    for key in {**model.layered, **source.layered}:
+        mine, theirs = model.layered.get(key), source.layered.get(key)
         what = f"{key} of layer {layer} and {like}"
-        _same(model, source, what, None if mine is None else mine[like], kinds[layer])
+        _same(model, source, what, mine and mine.values[like], theirs and theirs.values[layer])
 
 
 def _mixed(blend: Blend) -> set[str]:

@@ -26,10 +26,12 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
+from evomerge.checkpoints.layered import LayerSetting, layer_settings, written_settings
 from evomerge.checkpoints.parts import Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.roles import model_roles
-from evomerge.checkpoints.structure import by_layer, empty_model, layer_stack, parse_config, stored_tensors, tied_names
+from evomerge.checkpoints.stacking import EmptyStack, path_problem
+from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors, tied_names
 from evomerge.errors import InputError
 
 _SETTINGS = (
@@ -175,14 +177,16 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         for number, found in enumerate(writers)
         for inside, fold in (found.tensors.items() if found else ())
     }
+    depth = parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    layered = layer_settings(parsed.to_dict(), layers)
     ties = tied_names(model)
     head = getattr(model.get_output_embeddings(), "weight", None)
     copies = ((Part(copy), Part(original)) for copy, original in ties.items())
     return Blueprint(
         layers=layers,
-        settings={field: getattr(parsed, field, None) for field in _SETTINGS}
-        | {"depth": parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")}
-        | {"by_layer": by_layer(parsed.to_dict(), layers)},
+        settings={field: _setting(parsed, field) for field in _SETTINGS} | {"depth": depth},
+        layered=layered,
+        rigid=_rigid(config, EmptyStack(model, name, stack), depth, layered),
         parts=parts,
         roles={name: roles[part.tensor] for name, part in parts.items()},
         shapes={name: tuple(part.of(stored[part.tensor]).shape) for name, part in parts.items()},
@@ -194,6 +198,21 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
         normed=all(found is not None and found.normed for found in writers),
     )
+
+
+def _setting(parsed: Any, field: str) -> Any:
+    try:
+        return getattr(parsed, field, None)
+    except Exception:  # of layers that differ in it, as the heads of Gemma 4 do
+        return None
+
+
+def _rigid(config: Mapping[str, Any], stack: EmptyStack, depth: str, layered: Mapping[str, LayerSetting]) -> str:
+    """Why layers cannot stand in other places: tried with all of them in reverse, in order, and in reverse."""
+    own = range(len(stack.layers))
+    path = [*reversed(own), *own, *reversed(own)]
+    said = written_settings(layered, [{key: setting.values[n] for key, setting in layered.items()} for n in path])
+    return path_problem({**config, depth: len(path), **said}, [(stack, number) for number in path], stack)
 
 
 def _owner(model: Any, part: Part) -> Any:

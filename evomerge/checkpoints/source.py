@@ -17,6 +17,7 @@ from evomerge.checkpoints.blueprint import Blueprint, blueprint
 from evomerge.checkpoints.config import check_config
 from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
+from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
 from evomerge.errors import InputError
@@ -33,7 +34,8 @@ class Source:
         place: where the reference stands, for errors ("sources.maths").
         folder: where the files of the model are.
         config: config.json as parsed JSON.
-        settings: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
+        settings, layered: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
+        rigid: why its layers cannot stand in other places than their own; empty where they can.
         tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
             model's modules, and where it is stored. What the files hold beside them is left out and named in
             ``warnings``.
@@ -54,6 +56,8 @@ class Source:
     folder: Path
     config: dict[str, Any]
     settings: Mapping[str, Any]
+    layered: Mapping[str, LayerSetting]
+    rigid: str
     tensors: Mapping[str, TensorEntry]
     parts: Mapping[str, Part]
     roles: Mapping[str, Role]
@@ -143,6 +147,8 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         folder=folder,
         config=config,
         settings=plan.settings,
+        layered=plan.layered,
+        rigid=plan.rigid,
         tensors=tensors,
         parts=plan.parts,
         roles=plan.roles,

@@ -17,13 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from evomerge.checkpoints.layered import PLACES, layer_settings, written_settings
 from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.residual import Writers
-from evomerge.checkpoints.structure import by_layer
 from evomerge.recipe import Role, renumber
-
-_PLACES = {"layer_idx", "layer_id"}
-"""Where a module keeps the number of its layer, which says where its part of the cache is."""
 
 Shelf = Mapping[str, torch.Tensor]
 """The weights of one layer by their names inside it."""
@@ -89,7 +86,7 @@ class Stack:
             if role.layer is not None:
                 inside = part.tensor.removeprefix(f"{name}.{role.layer}.")
                 self._stored[role.layer].append(_Stored(stored, role, inside, part))
-        self._by_layer = by_layer(self._config.to_dict(), len(self._layers))
+        self._settings = layer_settings(self._config.to_dict(), len(self._layers))
         self._path: tuple[Step, ...] = ()
         self.lay([Step(number, number) for number in range(len(self._layers))])
 
@@ -119,8 +116,9 @@ class Stack:
         hops = [self._hop(number, step) for number, step in enumerate(path)]
         self._list._modules = OrderedDict((str(number), hop) for number, hop in enumerate(hops))
         self._config.num_hidden_layers = len(hops)
-        for key, values in self._by_layer.items():
-            setattr(self._config, key, [values[step.like] for step in path])
+        said = [{key: setting.values[step.like] for key, setting in self._settings.items()} for step in path]
+        for key, value in written_settings(self._settings, said).items():
+            setattr(self._config, key, value)
         self._path = tuple(path)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -137,8 +135,9 @@ class Stack:
     def _hop(self, number: int, step: Step) -> nn.Module:
         hop = _sharing(self._layers[step.like], self.shelves[step.shelf], "")
         for module in hop.modules():
-            for field in _PLACES & vars(module).keys():
-                setattr(module, field, number)
+            for field in PLACES & vars(module).keys():
+                if getattr(module, field) == step.like:
+                    setattr(module, field, number)
         if step.factor != 1.0:
             writers = self._writers[step.like]
             if writers is None:

@@ -81,15 +81,3 @@ def layer_stack(model: Any, layers: int) -> tuple[str, nn.ModuleList]:
     if not stacks:
         raise LookupError(f"{type(model).__name__} has no list of {layers} layers")
     return min(stacks, key=lambda found: found[0].count("."))
-
-
-def by_layer(config: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
-    """What a configuration lists for each layer: kinds of attention, of mlp, and the like."""
-    return {
-        key: list(value)
-        for key, value in config.items()
-        if isinstance(value, list | tuple)
-        and len(value) == layers
-        and key != "architectures"
-        and not key.endswith(("token_id", "token_ids"))
-    }

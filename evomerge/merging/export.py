@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from evomerge import __version__
+from evomerge.checkpoints.checks import check_written
 from evomerge.checkpoints.folder import TOKENIZER_FILES
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.path import giver
+from evomerge.merging.path import check_places, is_plain, merged_config
 from evomerge.recipe import Recipe
 
 _WRITERS = 2
@@ -47,6 +47,9 @@ def write_model(
     materialiser = Materialiser(sources)
     model = sources[recipe.tokenizer]
     layout = materialiser.layout(recipe)
+    if not is_plain(recipe, sources):
+        check_places(recipe, sources)
+    check_written(merged_config(recipe, sources), {name: tuple(shape) for name, shape, _ in layout}, model.place)
     folders = [source.folder for source in sources.values()]
     key = _key(recipe, sources, layout, shard_bytes)
     with (
@@ -82,23 +85,8 @@ def _key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, shard_by
 
 
 def config_text(recipe: Recipe, sources: Mapping[str, Source]) -> str:
-    """The configuration of the tokenizer's source, with the dtype of what is written and the layers of the path."""
-    model = sources[recipe.tokenizer]
-    config = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "torch_dtype")}
-    config["dtype"] = recipe.dtype or str(model.dtype).removeprefix("torch.")
-    if [hop.layer for hop in recipe.hops] != list(range(model.layers)):
-        config |= _path_config(recipe, sources)
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def _path_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """The number of layers, under the architecture's own name for it, and what is listed or implied for each layer."""
-    model = sources[recipe.tokenizer]
-    found: dict[str, Any] = {model.settings["depth"]: len(recipe.hops)}
-    for key, values in model.settings["by_layer"].items():
-        givers = [(giver(hop, recipe), hop) for hop in recipe.hops]
-        found[key] = [sources[name].settings["by_layer"].get(key, values)[hop.layer_of(name)] for name, hop in givers]
-    return found
+    """The text of the merged model's config.json."""
+    return json.dumps(merged_config(recipe, sources), indent=2, ensure_ascii=False) + "\n"
 
 
 def existing(folder: Path, names: Iterable[str]) -> list[Path]:

@@ -17,7 +17,7 @@ from evomerge.errors import InputError
 from evomerge.merging.device import DeviceRunner, Residency
 from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Pass
-from evomerge.merging.path import Merged, giver, merged_tensors, ref
+from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, ref
 from evomerge.merging.plans import Method
 from evomerge.merging.registry import find_method
 from evomerge.merging.shelving import Held, Made, assign, tensors_made
@@ -53,6 +53,8 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
                         f"recipe.hops[{number}]",
                         f"takes layer {hop.layer_of(name)} of {name}, which has {sources[name].layers} layers",
                     )
+    if not is_plain(recipe, sources) and any(sources[giver(hop, recipe)].rigid for hop in recipe.hops):
+        check_places(recipe, sources)  # others can stand anywhere, which need not be seen for every candidate
 
 
 def _check_scales(recipe: Recipe, model: Source) -> None:

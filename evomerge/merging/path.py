@@ -1,11 +1,14 @@
-"""The tensors of a merged model: their names, what they are, and which tensor of a source each is made from."""
+"""The layers of a merged model: their tensors, which tensor of a source each is made from, and its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from evomerge.checkpoints.layered import written_settings
 from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
 from evomerge.merging.statistics import Ref
 from evomerge.recipe import Hop, Recipe, Role, renumber
 
@@ -62,3 +65,46 @@ def ref(merged: Merged, recipe: Recipe, source: str) -> Ref:
     if merged.role.layer is None:
         return source, merged.stored
     return source, renumber(merged.stored, merged.origin, recipe.hops[merged.role.layer].layer_of(source))
+
+
+def is_plain(recipe: Recipe, sources: Mapping[str, Source]) -> bool:
+    """The path is the layers of the tokenizer's source, each in its place."""
+    return [hop.layer for hop in recipe.hops] == list(range(sources[recipe.tokenizer].layers))
+
+
+def merged_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """The config.json of the tokenizer's source, with the dtype of what is merged and the layers of the path."""
+    model = sources[recipe.tokenizer]
+    config = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "torch_dtype")}
+    config["dtype"] = recipe.dtype or str(model.dtype).removeprefix("torch.")
+    if is_plain(recipe, sources):
+        return config
+    givers = [(sources[name], hop.layer_of(name)) for hop in recipe.hops for name in [giver(hop, recipe)]]
+    said = [
+        {key: source.layered.get(key, setting).values[layer] for key, setting in model.layered.items()}
+        for source, layer in givers
+    ]
+    return {**config, model.settings["depth"]: len(recipe.hops), **written_settings(model.layered, said)}
+
+
+def check_places(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """Refuse a path whose layers would be built otherwise in their new places. Builds models without memory.
+
+    Raises:
+        InputError: saying what would be otherwise.
+    """
+    from evomerge.checkpoints.stacking import EmptyStack, path_problem  # which imports transformers
+
+    givers = [giver(hop, recipe) for hop in recipe.hops]
+    stacks = {
+        name: EmptyStack.of(sources[name].config, sources[name].layers, sources[name].place)
+        for name in {recipe.tokenizer, *givers}
+    }
+    path = [(stacks[name], hop.layer_of(name)) for name, hop in zip(givers, recipe.hops, strict=True)]
+    if problem := path_problem(merged_config(recipe, sources), path, stacks[recipe.tokenizer]):
+        kind = sources[recipe.tokenizer].config["model_type"]
+        raise InputError(
+            "recipe.hops",
+            f"this path of {len(path)} layers cannot be made of a {kind}: {problem}",
+            "Keep all layers in their places, and merge weights alone.",
+        )

@@ -86,6 +86,7 @@ def _check_engine(file: SearchFile) -> None:
 def open_sources(file: SearchFile) -> dict[str, Source]:
     """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
     sources = {name: open_source(name, reference, place=f"sources.{name}") for name, reference in file.sources.items()}
+    _refuse_rigid(file, sources)
     aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
     check_compatible(
         aligned,
@@ -138,6 +139,17 @@ def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
     if file.budget.candidates is not None and file.budget.candidates < landmarks:
         raise InputError("budget.candidates", f"is {file.budget.candidates}; the landmarks alone are {landmarks}")
     return space
+
+
+def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
+    """Refuse paths through layers that cannot leave their places: candidate after candidate would fail."""
+    if file.space.kind == "parameter_space":
+        return
+    for source in sources.values():
+        if source.rigid:
+            kind = source.config["model_type"]
+            problem = f"makes paths through layers, and those of a {kind} cannot leave their places: {source.rigid}"
+            raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
 
 
 def distinct_evaluators(file: SearchFile) -> list[EvaluatorSettings]:
