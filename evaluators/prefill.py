@@ -5,6 +5,7 @@ Prompts and texts are cut into tokens as lm-eval does it, and a test holds the n
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,15 @@ from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
+
+_LEAST_STEP = 16
+"""Rows are padded to a multiple of so many tokens, and of an eighth of the power of two below their length."""
+
+_LEAST_ROWS = 16
+"""The head's matrix multiplies as many rows at least: products of one to three rows round otherwise in float32."""
+
+_LOGITS_BYTES = 1 << 28
+"""Most bytes of logits in one forward pass, unless a single item has more."""
 
 
 @dataclass(frozen=True)
@@ -112,41 +122,77 @@ def _check_fits(live: LiveModel, pair: Pair, tokens: _Tokens) -> None:
         raise InputError(pair.place, problem, "Take the tokenizer of a source that has all of its tokens.")
 
 
-def _batches(items: Sequence[_Tokens], most: int) -> Iterator[list[int]]:
-    """Positions of the items in batches of up to ``most`` tokens, the longest first: too large a one fails at once."""
-    batch: list[int] = []
-    for position in sorted(range(len(items)), key=lambda i: (-len(items[i].ids), items[i].ids)):
-        if batch and len(items[batch[0]].ids) * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(position)
-    if batch:
+def _width(fed: int, context: int | None) -> int:
+    """How wide an item of so many tokens is padded, whatever items are beside it; an eighth more at most, from 128 on.
+
+    There is padding but where the context has no room for it: without any, transformers computes without a mask, by
+    another kernel, which rounds otherwise.
+    """
+    step = max(_LEAST_STEP, 1 << max(0, fed.bit_length() - 4))
+    width = (fed // step + 1) * step
+    return width if context is None else max(fed, min(width, context))
+
+
+def _batches(items: Sequence[_Tokens], most: int, context: int | None, row_logits: int) -> Iterator[list[int]]:
+    """Positions of the items in batches of one width, the widest first: too large a one fails at once.
+
+    Args:
+        most: tokens in a batch of several items.
+        row_logits: bytes of the logits of a token.
+    """
+    alike: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for position, item in enumerate(items):
+        fed = len(item.ids) - 1
+        width = _width(fed, context)
+        alike[width, width == fed].append(position)
+    for (width, _), positions in sorted(alike.items(), reverse=True):
+        positions.sort(key=lambda i: (items[i].scored, items[i].ids))
+        batch: list[int] = []
+        for position in positions:  # the last one in a batch has the most logits
+            rows, kept = len(batch) + 1, _kept(width, items[position])
+            if batch and (rows * width > most or rows * kept * row_logits > _LOGITS_BYTES):
+                yield batch
+                batch = []
+            batch.append(position)
         yield batch
 
 
+def _kept(width: int, item: _Tokens) -> int:
+    """Of how many last columns an item needs the logits, its row padded to ``width``."""
+    return width - (len(item.ids) - 1 - item.scored)
+
+
 def _log_likelihoods(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
-    """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
+    """log p(answer | prompt) of every item, in order; sums of natural logarithms.
+
+    On a processor an item's number is the same bit for bit whatever items are beside it: its width does not depend on
+    them, and a matrix times a row rounds alike among any rows, if only they are not fewer than a few.
+    """
     import torch
 
     found = [0.0] * len(items)
-    for batch in _batches(items, most):
-        rows = [torch.tensor(items[i].ids, device=live.device) for i in batch]
-        starts = [len(items[i].ids) - items[i].scored for i in batch]  # of the answers
-        first = min(starts)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where nothing looks back at it
-        lengths = torch.tensor([len(row) for row in rows], device=live.device)
-        mask = torch.arange(ids.shape[1], device=live.device) < lengths[:, None]
+    context = getattr(live.model.config, "max_position_embeddings", None)
+    row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
+    for batch in _batches(items, most, context, row_logits):
+        width = _width(len(items[batch[0]].ids) - 1, context)
+        kept = min(width, max(_LEAST_ROWS, *(_kept(width, items[i]) for i in batch)))
+        ids, mask = torch.zeros(2, len(batch), width, dtype=torch.int64)
+        for row, i in enumerate(batch):  # padded on the right, where nothing looks back at it
+            fed = torch.tensor(items[i].ids[:-1])
+            ids[row, : len(fed)], mask[row, : len(fed)] = fed, 1
         sums = []
         with torch.inference_mode():
             logits = live.model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1].long(),
+                input_ids=ids.to(live.device),
+                attention_mask=mask.to(live.device),
                 use_cache=False,
-                logits_to_keep=ids.shape[1] - first,
-            ).logits  # [rows, width - first, vocabulary]: of the tokens from ``first`` on
-            for row, tokens, start in zip(logits, rows, starts, strict=True):
-                own = row[start - first : len(tokens) - first].float()
-                chosen = own.gather(1, tokens[start:, None]).squeeze(1)
+                logits_to_keep=kept,
+            ).logits  # [rows, kept, vocabulary]: of the last columns
+            for row, i in zip(logits, batch, strict=True):
+                answer = torch.tensor(items[i].ids[-items[i].scored :], device=live.device)
+                first = kept - _kept(width, items[i])
+                own = row[first : first + len(answer)].float()
+                chosen = own.gather(1, answer[:, None]).squeeze(1)
                 sums.append((chosen - own.logsumexp(1)).sum(dtype=torch.float64))
         for position, total in zip(batch, torch.stack(sums).tolist(), strict=True):
             found[position] = total

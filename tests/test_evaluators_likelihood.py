@@ -149,6 +149,24 @@ def test_batches_and_order_move_nothing(tmp_path: Path, miniature: LiveModel, ba
         np.testing.assert_allclose(values, wanted[metric][shuffled], atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [256, 60])
+def test_an_item_scores_alike_bit_for_bit_in_any_company(tmp_path: Path, dtype: torch.dtype, context: int) -> None:
+    """So a candidate that is scored in the rungs of a race scores as one that is scored on all items at once."""
+    live = tiny_live(context=context)
+    live.model.to(dtype)
+    texts = ["".join(chr(97 + (7 * n + i * i) % 26) for i in range(n)) for n in (*range(1, 24), 31, 32, 33, 47, 48, 49)]
+    rows = [{"prompt": text, "answer": f" {text[: 1 + len(text) % 9]}"} for text in texts]
+    held_out = write(tmp_path, [{"prompt": "x", "answer": " y"}], "held_out.jsonl")
+    evaluator = LikelihoodSettings(file=write(tmp_path, rows), held_out_file=held_out).build()
+    count = len(evaluator.items("search"))
+    whole = evaluator.score(live, "search", range(count))["log_likelihood"]
+    for size in (1, 2, 3, 7, count - 1):
+        parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        found = np.concatenate([evaluator.score(live, "search", part)["log_likelihood"] for part in parts])
+        np.testing.assert_array_equal(found, whole)
+
+
 def test_batches_keep_to_their_tokens(tmp_path: Path) -> None:
     live = tiny_live()
     shapes = []
