@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import yaml
 from fastapi import FastAPI
 from helpers_miniature import MINIATURES
@@ -19,6 +18,7 @@ from starlette.testclient import TestClient
 
 from evomerge.search.setup import Setup
 from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.connections import Server
 from evomerge.service.root import Root
 from evomerge.store import Store
 
@@ -87,8 +87,8 @@ def client_of(app: FastAPI, **headers: str) -> Iterator[TestClient]:
 def serving(app: FastAPI) -> Iterator[str]:
     """The app behind a real port of this machine; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, args=([listening],))
+        server = Server(app, listening)
+        thread = threading.Thread(target=server.run)
         thread.start()
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -131,7 +132,8 @@ def test_the_api_takes_no_token_from_the_address(stranger: TestClient) -> None:
 
 
 def test_health_and_the_way_in_are_open(stranger: TestClient) -> None:
-    assert stranger.get(f"{API}/health").json() == {"status": "ok"}
+    for path in (f"{API}/health", "/healthz"):
+        assert stranger.get(path).json() == {"status": "ok"}
     assert stranger.get("/login").status_code == 200
 
 
@@ -174,26 +176,59 @@ def test_a_login_leads_to_no_other_site(stranger: TestClient, target: str) -> No
     assert not linked.startswith(("//", "/\\", "http"))
 
 
-def test_many_wrong_tokens_have_to_wait(stranger: TestClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = [stranger.get(f"{API}/searches", headers={"authorization": "Bearer no"}) for _ in range(MOST_FAILURES)]
+def test_many_wrong_tokens_have_to_wait_and_the_right_one_never(
+    stranger: TestClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"authorization": "Bearer no"}
+    tries = [stranger.get(f"{API}/searches", headers=wrong) for _ in range(MOST_FAILURES)]
     assert {response.status_code for response in tries} == {401}
     for response in (
-        stranger.get(f"{API}/searches", headers=BEARER),  # else guessing would go on
-        stranger.get(f"/?token={TOKEN}"),
-        stranger.post("/login", data={"token": TOKEN}),
+        stranger.get(f"{API}/searches", headers=wrong),
+        stranger.get("/?token=no"),
+        stranger.post("/login", data={"token": "no"}),
     ):
         assert response.status_code == 429
         assert 0 < int(response.headers["retry-after"]) <= 61
+    # Behind a proxy all have one address.
+    assert stranger.get(f"{API}/searches", headers=BEARER).status_code == 200
+    assert stranger.get(f"/?token={TOKEN}").headers["location"] == "/"
+    stranger.cookies.clear()
+    assert stranger.post("/login", data={"token": TOKEN}).headers["location"] == "/"
     assert app.state.door.wait_s("another") == 0
     later = time.monotonic() + guard.FAILURES_S
     monkeypatch.setattr(guard.time, "monotonic", lambda: later)
-    assert stranger.get(f"{API}/searches", headers=BEARER).status_code == 200
+    assert stranger.get(f"{API}/searches", headers=wrong).status_code == 401
+
+
+def test_a_logout_ends_the_cookie_of_one_browser(stranger: TestClient, app: FastAPI) -> None:
+    stranger.get(f"/?token={TOKEN}")
+    copied = stranger.cookies.get(app.state.door.cookie_name)
+    with TestClient(app, follow_redirects=False) as other:
+        other.get(f"/?token={TOKEN}")
+        assert other.cookies.get(app.state.door.cookie_name) != copied
+        stranger.post("/logout", headers={"sec-fetch-site": "same-origin"})
+        named = {"cookie": f"{app.state.door.cookie_name}={copied}"}
+        assert stranger.get(f"{API}/searches", headers=named).status_code == 401
+        assert other.get(f"{API}/searches").status_code == 200
+        with mock.patch.object(guard, "_MOST_COOKIES", 1):
+            stranger.get(f"/?token={TOKEN}")
+        assert stranger.get(f"{API}/searches").status_code == 200
+        assert other.get(f"{API}/searches").status_code == 401  # the oldest login, where there are too many
 
 
 def test_the_token_is_compared_in_constant_time(app: FastAPI) -> None:
     with mock.patch.object(guard.secrets, "compare_digest", return_value=True) as compared:
         assert app.state.door.opens("anything", "somebody")
     compared.assert_called_once_with(b"anything", TOKEN.encode())
+
+
+@pytest.mark.parametrize("given", ["x", "Bearer", TOKEN[:-1], "\u00ff"])
+def test_a_wrong_token_beside_a_cookie_does_not_come_in(stranger: TestClient, root: Path, given: str) -> None:
+    stranger.get(f"/?token={TOKEN}")
+    headers = {"authorization": f"Bearer {given}".encode("latin-1"), "origin": b"https://evil.example"}
+    assert stranger.post(f"{SEARCH}/cancel", headers=headers).status_code == 401
+    assert stranger.get(f"{API}/searches", headers=headers).status_code == 401
+    assert commands_of(root) == 0
 
 
 # Other sites
@@ -243,7 +278,8 @@ def test_another_site_does_nothing_where_everybody_is_let_in(root: Path) -> None
     with TestClient(make_app(root, token=None)) as client:
         assert client.get(f"{API}/searches").status_code == 200
         assert client.post(f"{SEARCH}/pause").status_code == 409
-        assert client.post(f"{SEARCH}/pause", headers={"origin": "https://evil.example"}).status_code == 403
+        for more in ({}, BEARER, {"authorization": "Bearer x"}):
+            assert client.post(f"{SEARCH}/pause", headers={"origin": "https://evil.example", **more}).status_code == 403
         assert client.get(f"{API}/searches", headers={"host": "evil.example"}).status_code == 421
 
 
@@ -277,6 +313,24 @@ def test_a_body_in_pieces_is_refused_when_it_becomes_too_large(client: TestClien
 
     assert client.post(f"{API}/searches", content=pieces()).status_code == 413
     assert client.post(f"{API}/searches/validate", content=iter([b'{"file"', b': "a"}'])).status_code == 422
+
+
+def test_a_body_that_breaks_off_does_nothing(app: FastAPI, root: Path) -> None:
+    """A command needs no body; one that was announced and did not come is not carried out."""
+    answered: list[Any] = []
+
+    async def send(message: Any) -> None:
+        answered.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return pieces.pop(0)
+
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    headers = [(b"host", b"testserver"), (b"authorization", BEARER["authorization"].encode())]
+    scope = {"type": "http", "method": "POST", "path": f"{SEARCH}/cancel", "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert answered == []
+    assert commands_of(root) == 0
 
 
 # Names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from evomerge.service.exports import Exports
 from evomerge.service.guard import Door, Guard
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
+from evomerge.store import Store
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,44 @@ class ServiceSettings:
         return (*self.sources, self.root.folder)
 
 
-def settings_of(request: Request) -> ServiceSettings:
+# These are asynchronous, for a dependency that is not takes a thread for a moment, and there are few.
+
+
+async def settings_of(request: Request) -> ServiceSettings:
     found: ServiceSettings = request.app.state.settings
     return found
 
 
-def root_of(request: Request) -> Root:
-    return settings_of(request).root
+async def root_of(request: Request) -> Root:
+    return (await settings_of(request)).root
 
 
-def drivers_of(request: Request) -> Drivers:
+async def drivers_of(request: Request) -> Drivers:
     found: Drivers = request.app.state.drivers
     return found
 
 
-def exports_of(request: Request) -> Exports:
+async def exports_of(request: Request) -> Exports:
     found: Exports = request.app.state.exports
     return found
 
 
-def checker_of(request: Request) -> Checker:
+async def checker_of(request: Request) -> Checker:
     found: Checker = request.app.state.checker
     return found
 
 
-SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
 RootDependency = Annotated[Root, Depends(root_of)]
+
+
+def store_of(name: str, root: RootDependency) -> Iterator[Store]:
+    """The store of the search that a path names: opened once for a request, and handed on."""
+    with root.store(name) as found:
+        yield found
+
+
+SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
+StoreDependency = Annotated[Store, Depends(store_of)]
 DriversDependency = Annotated[Drivers, Depends(drivers_of)]
 ExportsDependency = Annotated[Exports, Depends(exports_of)]
 CheckerDependency = Annotated[Checker, Depends(checker_of)]
@@ -97,7 +110,7 @@ class _Service(FastAPI):
 @asynccontextmanager
 async def _running(app: FastAPI) -> AsyncIterator[None]:
     yield
-    app.state.checker.close()
+    await app.state.checker.close()
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:

@@ -7,12 +7,10 @@ server, and is ended when an answer takes too long.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import queue
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,60 +26,66 @@ MOST_S = 300.0
 """How long an answer may take. A model from the hub that is not on this machine yet may take longer: it goes on
 downloading the next time from where it was."""
 
+WAIT_S = 60.0
+"""How long a question waits for those before it."""
+
+MOST_WAITING = 4
+"""Questions that wait at once; one more is refused."""
+
+ABANDONED_S = 5.0
+"""How long an answer may take on that nobody waits for any more: ending the process costs the next one its imports."""
+
+_LONGEST_ANSWER = 2**26  # bytes; that on 16 models of 100 layers has a few millions
+
 
 class Checker:
-    """Asks the process, one question at a time; starts it when it is first needed."""
+    """Asks the process, one question at a time; starts it when it is first needed.
+
+    All of it waits in the event loop, so that no check, however slow, takes a thread from the rest of the service.
+    """
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._turn = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._process: asyncio.subprocess.Process | None = None
 
-    def plan(self, text: str, folders: Sequence[Path]) -> Plan:
+    async def plan(self, text: str, folders: Sequence[Path]) -> Plan:
         """Check a search file wholly, as `evomerge validate` does.
 
         Raises:
             InputError: what is wrong with it.
-            ProblemError: it took too long, or the process died of it.
+            ProblemError: too many wait, it took too long, or the process died of it.
         """
-        return Plan.model_validate(self._ask("plan", text=text, folders=[str(folder) for folder in folders]))
+        return Plan.model_validate(await self._ask("plan", text=text, folders=[str(folder) for folder in folders]))
 
-    def create(self, text: str, folders: Sequence[Path]) -> str:
+    async def create(self, text: str, folders: Sequence[Path]) -> str:
         """Check a search file and make the folder and store of its search; its name. Raises like ``plan``."""
-        found = self._ask("create", text=text, folders=[str(f) for f in folders], root=str(self._root.folder))
+        found = await self._ask("create", text=text, folders=[str(f) for f in folders], root=str(self._root.folder))
         return str(found["name"])
 
-    def inspect(self, sources: Mapping[str, str], base: str | None) -> dict[str, Any]:
+    async def inspect(self, sources: Mapping[str, str], base: str | None) -> dict[str, Any]:
         """What models are and how close they are: an ``Inspection``. Raises like ``plan``."""
-        return self._ask("inspect", sources=dict(sources), base=base)
+        return await self._ask("inspect", sources=dict(sources), base=base)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the process."""
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
-            self._process.wait()
-            self._process = None
+            await self._process.wait()
+        self._process = None
 
-    def _ask(self, what: str, **more: Any) -> dict[str, Any]:
-        with self._turn:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._start()
-            process = self._process
-            assert process.stdin is not None
-            assert process.stdout is not None
-            answers: queue.Queue[str] = queue.Queue()
-            output = process.stdout
-            threading.Thread(target=lambda: answers.put(output.readline()), daemon=True).start()
-            try:
-                process.stdin.write(json.dumps({"what": what, **more}) + "\n")
-                process.stdin.flush()
-                line = answers.get(timeout=MOST_S)
-            except (queue.Empty, BrokenPipeError):
-                line = ""
-            if not line:
-                self.close()
-                detail = f"It took more than {MOST_S:.0f} s, or more memory than there is. See the server's output."
-                raise ProblemError(503, "The check did not come to an end", detail=detail)
+    async def _ask(self, what: str, **more: Any) -> dict[str, Any]:
+        await self._take_turn()
+        answering = asyncio.create_task(self._answer_in_turn({"what": what, **more}))
+        try:
+            line = await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(ABANDONED_S, answering.cancel)
+            raise
+        if not line:
+            detail = f"It took more than {MOST_S:.0f} s, or more memory than there is. See the server's output."
+            raise ProblemError(503, "The check did not come to an end", detail=detail)
         answer: dict[str, Any] = json.loads(line)
         if "fault" in answer:
             raise InputError(*answer["fault"])
@@ -90,14 +94,54 @@ class Checker:
         found: dict[str, Any] = answer["found"]
         return found
 
-    def _start(self) -> subprocess.Popen[str]:
+    async def _take_turn(self) -> None:
+        """Wait until the process has no other question."""
+        if self._waiting >= MOST_WAITING:
+            raise ProblemError(503, "Too many checks are waiting", detail="Try again in a minute.")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            detail = f"It has waited {WAIT_S:.0f} s for another one, which goes on. Try again in a minute."
+            raise ProblemError(503, "The check did not begin", detail=detail) from None
+        finally:
+            self._waiting -= 1
+
+    async def _answer_in_turn(self, question: Mapping[str, Any]) -> bytes:
+        """The answer to a question, as a line of JSON, or nothing; then it is the next one's turn."""
+        line = b""
+        try:
+            async with asyncio.timeout(MOST_S):
+                line = await self._exchange(json.dumps(question))
+        except (TimeoutError, OSError, ValueError):  # too slow, it has died, or its answer has no end
+            pass
+        finally:
+            if not line:
+                await self.close()
+            self._turn.release()
+        return line
+
+    async def _exchange(self, question: str) -> bytes:
+        """Send a question to the process; a line, or nothing where it ends instead."""
+        if self._process is None or self._process.returncode is not None:
+            self._process = await self._start()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{question}\n".encode())
+        await process.stdin.drain()
+        return await process.stdout.readline()
+
+    async def _start(self) -> asyncio.subprocess.Process:
         environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
         if self._root.database is not None:
             environment[STORE_VARIABLE] = self._root.database
         self._root.folder.mkdir(parents=True, exist_ok=True)
-        return subprocess.Popen(
-            [sys.executable, "-m", "evomerge.service.checking"], cwd=self._root.folder, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True,
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "evomerge.service.checking"), cwd=self._root.folder, env=environment,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+            limit=_LONGEST_ANSWER,
         )  # fmt: skip
 
 

@@ -68,37 +68,35 @@ class Drivers:
         state = search.state if search.state == "created" else "interrupted"
         return DriverState(state, search.why or self._complaint(name), holds=False)
 
-    def tell(self, name: str, verb: Verb) -> str:
+    def tell(self, name: str, store: Store, verb: Verb) -> str:
         """Give the driver a word; what was done, for people.
 
         Raises:
             ProblemError: there is no driver (409).
         """
-        with self._root.store(name) as store:
-            holder = current_holder(store)
-            if holder is None and self._is_starting(name, store):
-                raise ProblemError(409, "The driver is starting", detail="It hears nothing yet: wait a few seconds.")
-            if holder is None:
-                raise ProblemError(409, "No driver is at work", detail=f"{name} has none; resume it.")
-            store.request_command(verb)
+        holder = current_holder(store)
+        if holder is None and self._is_starting(name, store):
+            raise ProblemError(409, "The driver is starting", detail="It hears nothing yet: wait a few seconds.")
+        if holder is None:
+            raise ProblemError(409, "No driver is at work", detail=f"{name} has none; resume it.")
+        store.request_command(verb)
         return f"told {holder} to {verb}"
 
-    def resume(self, name: str) -> str:
+    def resume(self, name: str, store: Store) -> str:
         """Wake a driver that is paused, or start one; what was done, for people."""
-        with self._root.store(name) as store:
-            if current_holder(store) is not None:
-                return self.tell(name, "resume")
-        self.start(name)
+        if current_holder(store) is not None:
+            return self.tell(name, store, "resume")
+        self.start(name, store)
         return f"started a driver of {name}"
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, store: Store) -> None:
         """Start a driver that goes on with a search.
 
         Raises:
             ProblemError: one is starting already (409), or cannot be started (500).
         """
         folder = self._root.folder_of(name)
-        with self._starting, self._root.store(name) as store:
+        with self._starting:
             if self._is_starting(name, store):
                 raise ProblemError(409, "A driver is starting already")
             log, record = folder / LOG_NAME, folder / RECORD_NAME
@@ -111,23 +109,23 @@ class Drivers:
             more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
             processes.start(arguments, self._root.folder, log, record, told, **more)
 
-    def change_budget(self, name: str, wanted: NewBudget) -> str:
+    def change_budget(self, name: str, store: Store, wanted: NewBudget) -> str:
         """Give a search another budget, also one that a driver is at work on; and go on with it if that is wanted.
 
         Raises:
             ProblemError: the driver hears nothing now (409).
             InputError: no bound is left.
         """
-        with self._root.store(name) as store:
-            state = self.look(name, store)
-            if state.state == "confirming" or (state.state == "starting" and not state.holds):
-                detail = f"The search is {state.state}, and hears nothing of budgets: wait until that is over."
-                raise ProblemError(409, "Not now", detail=detail)
-            changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
-            told = _told(change_budget(self._root.folder_of(name), store, changes))
-            if state.holds:
-                store.request_command("reread")
-        return f"{told}; {self.resume(name)}" if wanted.resume and state.state not in ("starting", "running") else told
+        state = self.look(name, store)
+        if state.state == "confirming" or (state.state == "starting" and not state.holds):
+            detail = f"The search is {state.state}, and hears nothing of budgets: wait until that is over."
+            raise ProblemError(409, "Not now", detail=detail)
+        changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
+        told = _told(change_budget(self._root.folder_of(name), store, changes))
+        if state.holds:
+            store.request_command("reread")
+        goes_on = wanted.resume and state.state not in ("starting", "running")
+        return f"{told}; {self.resume(name, store)}" if goes_on else told
 
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""

@@ -20,7 +20,7 @@ from evomerge.service.bodies import Export, ExportFile, NewExport
 from evomerge.service.contained import contained
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
-from evomerge.store import SearchRow
+from evomerge.store import SearchRow, Store
 
 FOLDER_NAME = "exports"
 _WRITTEN = 0.9  # of the progress is writing; the rest is loading the model and scoring it again
@@ -33,17 +33,16 @@ class Exports:
         self._root = root
         self._starting = threading.Lock()
 
-    def start(self, search: str, wanted: NewExport) -> Export:
-        """Start an export.
+    def start(self, search: str, store: Store, wanted: NewExport) -> Export:
+        """Start an export of a candidate of a search, whose store is given.
 
         Raises:
             InputError: there is no such candidate, or the search's folder is not here.
             ProblemError: one of this name is there or under way (409).
         """
         folder = self._root.folder_of(search)
-        with self._root.store(search) as store:
-            number = chosen(store, wanted.candidate)
-            expected = _expected_bytes(store.search())
+        number = chosen(store, wanted.candidate)
+        expected = _expected_bytes(store.search())
         candidate = candidate_id(number)
         name = wanted.name or candidate
         out = folder / FOLDER_NAME / name

@@ -1,7 +1,7 @@
 """Who may call the service, and how: Host, body size, origin, token. The outermost layer, in plain ASGI.
 
 A caller shows the token as ``Authorization: Bearer``. A browser gives it once, by the printed link (``?token=``) or the
-login form, and from then on shows a cookie, which is no token: it is random and ends with this process.
+login form, and from then on shows a cookie, which is no token: it is random, and ends with a logout or this process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MOST_FAILURES, FAILURES_S = 10, 60.0
 """Wrong tokens from one address, within so many seconds, before it has to wait."""
 
 _MOST_ADDRESSES = 10_000  # that failures are remembered of, so that they cannot fill the memory
+_MOST_COOKIES = 10_000  # logins; the oldest has to log in again
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -49,10 +50,11 @@ _HEADERS = {
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _API = "/api/"
+_OPEN = ("/login", "/healthz", "/api/v1/health")  # to whoever knows no token, as is /static/
 
 
 class Door:
-    """Knows the token and the cookie that stands for it, and who has tried wrong ones.
+    """Knows the token and the cookies that stand for it, and who has tried wrong ones.
 
     Args:
         token: None lets everybody in.
@@ -60,14 +62,14 @@ class Door:
 
     def __init__(self, token: str | None) -> None:
         self.token = token
-        self._cookie = secrets.token_urlsafe(32)
+        self._cookies: dict[bytes, None] = {}  # hashes of those given out, the oldest first
         # By the token, so that two servers of one host do not take each other's cookies away.
         self.cookie_name = f"evomerge-{sha256((token or '').encode()).hexdigest()[:8]}"
         self._failures: dict[str, deque[float]] = {}
 
     def knows(self, cookie: str | None) -> bool:
         """Whether a browser has logged in here. Guessing a cookie is hopeless, so tries are not counted."""
-        return cookie is not None and secrets.compare_digest(cookie.encode(), self._cookie.encode())
+        return cookie is not None and _hash(cookie) in self._cookies
 
     def opens(self, given: str, address: str) -> bool:
         """Whether this is the token; a wrong one is held against the address."""
@@ -79,21 +81,35 @@ class Door:
         return False
 
     def wait_s(self, address: str) -> float:
-        """How long an address has to wait before it may try a token again; 0 where it need not."""
+        """For how long wrong tokens of an address are answered by a refusal to look at them; 0 where they are not.
+
+        The right one is always looked at: behind a proxy all have one address, and a stranger must not lock it.
+        """
         tried = self._failures.get(address, deque[float]())
         if len(tried) < MOST_FAILURES:
             return 0.0
         return max(0.0, tried[0] + FAILURES_S - time.monotonic())
 
     def let_in(self, response: Response, scheme: str) -> None:
-        """Give the browser its cookie."""
+        """Give the browser a cookie of its own."""
+        cookie = secrets.token_urlsafe(32)
+        if len(self._cookies) >= _MOST_COOKIES:
+            self._cookies.pop(next(iter(self._cookies)))
+        self._cookies[_hash(cookie)] = None
         response.set_cookie(
-            self.cookie_name, self._cookie, path="/", httponly=True, samesite="strict", secure=scheme == "https"
+            self.cookie_name, cookie, path="/", httponly=True, samesite="strict", secure=scheme == "https"
         )
 
-    def see_off(self, response: Response) -> None:
-        """Take the cookie away."""
+    def see_off(self, response: Response, cookie: str | None) -> None:
+        """End a cookie, whoever else has a copy of it, and take it away."""
+        if cookie is not None:
+            self._cookies.pop(_hash(cookie), None)
         response.delete_cookie(self.cookie_name, path="/", httponly=True, samesite="strict")
+
+
+def _hash(cookie: str) -> bytes:
+    """What is kept of a cookie. To find it by its hash tells nothing about it, however long that takes."""
+    return sha256(cookie.encode(errors="surrogatepass")).digest()
 
 
 class Guard:
@@ -128,6 +144,8 @@ class Guard:
             return
         body = await _body(receive)
         if body is None:
+            return
+        if len(body) > MOST_BYTES:
             await _too_large()(scope, receive, sending)
             return
         await self._app(scope, _again(body, receive), sending)
@@ -141,36 +159,37 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             return _too_large()
-        if not _is_ours(scope, headers):
-            return _refused(403, "The request comes from another site")
-        if scope["path"] in ("/login", "/api/v1/health") or scope["path"].startswith("/static/"):
+        if scope["path"] in _OPEN or scope["path"].startswith("/static/"):
+            if not _is_ours(scope, headers):
+                return _foreign()
             return None if "token" not in _query(scope) else self._by_link(scope)
-        return self._stranger(scope, headers)
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if self._door.token is not None and kind.lower() == "bearer":
+            return self._by_bearer(scope, given.strip())  # which no other site can have a browser send
+        return _foreign() if not _is_ours(scope, headers) else self._without_bearer(scope, headers)
 
-    def _stranger(self, scope: Scope, headers: Headers) -> Response | None:
-        """The answer to one who has not shown that he may come."""
+    def _by_bearer(self, scope: Scope, given: str) -> Response | None:
+        """The answer to one who shows a token: it alone decides, not a cookie beside it."""
+        wait = self._door.wait_s(address_of(scope))
+        if self._door.opens(given, address_of(scope)):
+            return None
+        return too_often(wait) if wait else _refused(401, "The token is wrong")
+
+    def _without_bearer(self, scope: Scope, headers: Headers) -> Response | None:
         door = self._door
         if scope["method"] == "GET" and "token" in _query(scope) and not scope["path"].startswith(_API):
             return self._by_link(scope)
-        if door.token is None or door.knows(_cookie(headers, door.cookie_name)):
+        if door.token is None or door.knows(cookie_of(headers, door.cookie_name)):
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer":
-            if wait := door.wait_s(address_of(scope)):
-                return too_often(wait)
-            if door.opens(given.strip(), address_of(scope)):
-                return None
-            return _refused(401, "The token is wrong")
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
             return RedirectResponse(f"/login?{urlencode({'next': _here(scope)})}", 303)
         return _refused(401, "A token is needed", "Show it as `Authorization: Bearer TOKEN`, or open the printed link.")
 
     def _by_link(self, scope: Scope) -> Response:
         """Log a browser in by a link, and take the token out of its address bar."""
-        if wait := self._door.wait_s(address_of(scope)):
-            return too_often(wait)
+        wait = self._door.wait_s(address_of(scope))
         if not self._door.opens(_query(scope)["token"], address_of(scope)):
-            return RedirectResponse("/login?failed=1", 303)
+            return too_often(wait) if wait else RedirectResponse("/login?failed=1", 303)
         response = RedirectResponse(_here(scope), 303)
         self._door.let_in(response, scope["scheme"])
         return response
@@ -192,14 +211,14 @@ def local_target(text: str) -> str:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, however it is cut up; None when it is too much, of which no more is read then."""
+    """The body, however it is cut up: whole, or more than MOST_BYTES of it. None when the client goes before that."""
     body = bytearray()
     while True:
         message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MOST_BYTES:
+        if message["type"] == "http.disconnect":
             return None
-        if not message.get("more_body"):  # or the client has gone
+        body += message.get("body", b"")
+        if len(body) > MOST_BYTES or not message.get("more_body"):
             return bytes(body)
 
 
@@ -219,7 +238,7 @@ def _is_ours(scope: Scope, headers: Headers) -> bool:
     Every browser of today sends one of the two headers with such a request; one with neither, and with a cookie, is
     none of ours.
     """
-    if scope["method"] in _SAFE or headers.get("authorization", "").lower().startswith("bearer "):
+    if scope["method"] in _SAFE:
         return True
     if (site := headers.get("sec-fetch-site")) is not None:
         return site == "same-origin"
@@ -233,6 +252,10 @@ def _refused(status: int, title: str, detail: str = "") -> Response:
     return answer(Problem(title=title, status=status, detail=detail), headers)
 
 
+def _foreign() -> Response:
+    return _refused(403, "The request comes from another site")
+
+
 def _too_large() -> Response:
     return _refused(413, "The body is too large", f"{MOST_BYTES} bytes are the most.")
 
@@ -243,7 +266,8 @@ def _host(value: str) -> str:
     return name if port.isdecimal() and name else value.lower()
 
 
-def _cookie(headers: Headers, name: str) -> str | None:
+def cookie_of(headers: Headers, name: str) -> str | None:
+    """The value of a cookie."""
     pairs: Iterable[str] = headers.get("cookie", "").split(";")
     return next((value for key, _, value in (pair.strip().partition("=") for pair in pairs) if key == name), None)
 

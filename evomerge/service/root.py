@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evomerge.errors import InputError
 from evomerge.search.folder import is_search, open_store
 from evomerge.store import Store
+from evomerge.store.engine import damaged
 from evomerge.store.listing import searches
+from evomerge.store.reading import NoSearchError
+
+Result = TypeVar("Result")
+
+_YEAR_10000 = 253402300800  # in seconds since 1970; no date is later
+_MOST_LOGGED = 1000
+
+_log = logging.getLogger(__name__)
 
 
 class UnknownSearchError(LookupError):
@@ -28,6 +41,7 @@ class Root:
 
     folder: Path
     database: str | None = None
+    _logged: set[tuple[str, str]] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def of(cls, place: str, folder: Path) -> Root:
@@ -40,20 +54,54 @@ class Root:
             return [found.name for found in searches(self.database)]
         if not self.folder.is_dir():
             return []
-        folders = [each for each in self.folder.iterdir() if not each.name.startswith(".") and is_search(each)]
-        return [each.name for each in sorted(folders, key=lambda each: each.stat().st_ctime, reverse=True)]
+        found = []
+        for each in self.folder.iterdir():
+            with suppress(OSError):  # one that was removed just now, or is not ours to read
+                if not each.name.startswith(".") and is_search(each):
+                    found.append((each.stat().st_ctime, each.name))
+        return [name for _, name in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+    def has(self, name: str) -> bool:
+        """Whether a search is called so."""
+        if self.database is None:
+            return self._has_folder(name)
+        try:
+            Store.open(self.database, name=name).close()
+        except NoSearchError:
+            return False
+        return True
 
     @contextmanager
     def store(self, name: str) -> Iterator[Store]:
-        """The store of a search, for reading and for commands.
+        """The store of a search, for reading and for commands. Whoever needs it several times hands it on.
 
         Raises:
             UnknownSearchError: there is none of this name.
-            InputError: its store cannot be opened.
+            InputError: its store cannot be opened, or does not hold what a search has.
         """
-        self._check(name)
-        with open_store(self.folder / name) if self.database is None else Store.open(self.database, name=name) as found:
+        with self._open(name) as found:
+            check_record(found)
             yield found
+
+    def each(self, read: Callable[[str, Store], Result]) -> Iterator[tuple[str, Result | str]]:
+        """What ``read`` says of every search, by its name; or, as text, why a search cannot be read.
+
+        Whatever is wrong with one store, the others are there.
+        """
+        for name in self.names():
+            shown = name.encode(errors="backslashreplace").decode()  # a folder's name need not be text
+            found: Result | str
+            try:
+                with self.store(name) as store:
+                    found = read(name, store)
+            except UnknownSearchError:  # removed just now
+                continue
+            except InputError as error:
+                found = str(error)
+            except Exception as error:
+                self._log_odd(shown, error)
+                found = f"{shown}: holds what cannot be read ({type(error).__name__})"
+            yield shown, found
 
     def folder_of(self, name: str) -> Path:
         """The folder of a search, which need not be here when its store is in a database.
@@ -62,13 +110,87 @@ class Root:
             UnknownSearchError: there is no search of this name.
             InputError: its folder is on another machine.
         """
-        self._check(name)
-        folder = self.folder / name
-        if not is_search(folder):
-            raise InputError(name, "was started elsewhere, and its folder is not here", "Use the machine that has it.")
-        return folder
-
-    def _check(self, name: str) -> None:
-        """Refuse a name that is no search's, so that none reaches out of the root."""
-        if name not in self.names():
+        if self._has_folder(name):
+            return self.folder / name
+        if self.database is None or not self.has(name):
             raise UnknownSearchError(f"no search is called {name!r} here")
+        raise InputError(name, "was started elsewhere, and its folder is not here", "Use the machine that has it.")
+
+    def _open(self, name: str) -> Store:
+        if self.database is None:
+            return open_store(self.folder_of(name))
+        try:
+            return Store.open(self.database, name=name)
+        except NoSearchError:
+            raise UnknownSearchError(f"no search is called {name!r} here") from None
+
+    def _has_folder(self, name: str) -> bool:
+        """Whether this is the name of a folder right in the root that holds a search; none reaches out of it."""
+        if name.startswith(".") or not name or "/" in name or "\0" in name:
+            return False
+        try:
+            return is_search(self.folder / name)
+        except OSError:  # a name longer than any file's
+            return False
+
+    def _log_odd(self, name: str, error: Exception) -> None:
+        """Log why a search cannot be read, once for each cause: pages ask for the list every few seconds."""
+        cause = (name, repr(error)[:200])
+        if cause not in self._logged and len(self._logged) < _MOST_LOGGED:
+            self._logged.add(cause)
+            _log.error("the search %r cannot be read", name, exc_info=error)
+
+
+class _Budget(BaseModel):
+    candidates: int | None = None
+    hours: float | None = None
+
+
+class _Optimizer(BaseModel):
+    name: str
+
+
+class _Settings(BaseModel):
+    sources: dict[str, Any]
+    budget: _Budget
+    space: dict[str, Any]
+    optimizer: _Optimizer
+
+
+class _Objective(BaseModel):
+    name: str
+    maximise: bool
+    metric: str
+    version: str
+    items: int
+
+
+class _Fingerprints(BaseModel):
+    objectives: list[_Objective] = Field(min_length=1)
+    parameters: list[dict[str, Any]]
+
+
+class _Record(BaseModel):
+    """What everything that is shown of a search rests on."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str
+    created_at: float = Field(ge=0, lt=_YEAR_10000, allow_inf_nan=False)
+    spent_s: float = Field(ge=0, allow_inf_nan=False)
+    settings: _Settings
+    fingerprints: _Fingerprints
+
+
+def check_record(store: Store) -> None:
+    """Refuse a store whose record of the search is not one that a search has.
+
+    Raises:
+        InputError: names the first value that is missing or of another kind.
+    """
+    try:
+        _Record.model_validate(store.search())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise damaged(store.place, f"{where}: {first['msg']}") from None

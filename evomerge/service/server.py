@@ -1,4 +1,4 @@
-"""Running the service: its port, its link, and uvicorn."""
+"""Running the service: its port and its link."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import uvicorn
-
 from evomerge.errors import InputError
 from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.connections import Server
 from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 
 _LEAST_TOKEN = 8  # characters of one that a person chooses
-_GRACE_S = 2  # streams of events never end by themselves
+_BACKLOG = 512  # clients that the system holds until the server takes them
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -73,11 +72,7 @@ def serve(
         settings = ServiceSettings(root, token, hosts, tuple(each.resolve() for each in sources), jobs)
         visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
         say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))
-        config = uvicorn.Config(
-            create_app(settings), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=_GRACE_S,
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(create_app(settings), listening).run()
 
 
 def is_loopback(host: str) -> bool:
@@ -110,7 +105,7 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((host, port))
-            listening.listen(128)
+            listening.listen(_BACKLOG)
         except BaseException:
             listening.close()
             raise

@@ -26,7 +26,7 @@ from evomerge.service.bodies import (
     Spending,
 )
 from evomerge.service.drivers import Drivers, DriverState
-from evomerge.service.root import Root, UnknownSearchError
+from evomerge.service.root import Root
 from evomerge.store import SearchRow, Store, summaries
 from evomerge.store.rows import Estimate
 from evomerge.store.summaries import Brief
@@ -40,18 +40,12 @@ _MOST_KNOWN = 1000  # searches
 
 def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
     """Every search in short; one that cannot be opened is in the state "unreadable", and says why."""
-    for name in root.names():
-        try:
-            with root.store(name) as store:
-                yield summary_of(store, drivers.look(name, store)).model_copy(update={"name": name})
-        except UnknownSearchError:  # removed just now
-            continue
-        except InputError as error:
-            yield SearchSummary.unreadable(name, str(error))
+    for name, found in root.each(lambda name, store: summary_of(name, store, drivers.look(name, store))):
+        yield SearchSummary.unreadable(name, found) if isinstance(found, str) else found
 
 
-def summary_of(store: Store, driver: DriverState) -> SearchSummary:
-    """A search as a list shows it."""
+def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
+    """A search as a list shows it, by the name that it has here."""
     search, counts = store.search(), store.counts()
     first, asked = search.fingerprints["objectives"][0], sum(counts.values())
     finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
@@ -60,7 +54,7 @@ def summary_of(store: Store, driver: DriverState) -> SearchSummary:
     steps = _steps(store, first)
     budget = Spending(**{key: search.settings["budget"].get(key) for key in Spending.model_fields})
     return SearchSummary(
-        name=search.name,
+        name=name,
         state=driver.state,
         why=driver.why,
         driver=driver.holds,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,13 @@ from sqlalchemy import LargeBinary, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, of a pair or alone
 _FLOAT = "$float"  # {"$float": "inf"} stands for what JSON cannot say; no text of ours has this key
+
+
+class DamagedValueError(ValueError):
+    """A value of the database is not one that this program has written."""
 
 
 class Json(TypeDecorator[Any]):
@@ -31,7 +40,8 @@ class Json(TypeDecorator[Any]):
             return _dump(_spell(value))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else json.loads(value, object_hook=_read_float)
+        with _damage_said("JSON"):
+            return None if value is None else parse_json(value)
 
 
 class Array(TypeDecorator[NDArray[Any]]):
@@ -48,7 +58,8 @@ class Array(TypeDecorator[NDArray[Any]]):
         return None if value is None else np.asarray(value, dtype=self.dtype).tobytes()
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> NDArray[Any] | None:
-        return None if value is None else np.frombuffer(value, dtype=self.dtype)
+        with _damage_said("an array"):
+            return None if value is None else np.frombuffer(value, dtype=self.dtype)
 
 
 class PackedText(TypeDecorator[str]):
@@ -61,7 +72,34 @@ class PackedText(TypeDecorator[str]):
         return None if value is None else zlib.compress(value.encode())
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
-        return None if value is None else zlib.decompress(value).decode()
+        with _damage_said("packed text"):
+            return None if value is None else zlib.decompress(value).decode()
+
+
+def parse_json(text: str) -> Any:
+    """What JSON text says, with the floats that JSON has no words for.
+
+    Half of a surrogate pair, which JSON can hold and no file or page can, comes back spelled out: ``\\ud800``.
+    """
+    value = json.loads(text, object_hook=_read_float)
+    return _without_surrogates(value) if _ESCAPED_SURROGATE.search(text) else value
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(inner) for key, inner in value.items()}
+    return [_without_surrogates(inner) for inner in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _damage_said(what: str) -> Iterator[None]:
+    """Name a value that cannot be read as what it is kept as."""
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError, zlib.error) as error:
+        raise DamagedValueError(f"a value that should be {what} cannot be read") from error
 
 
 def _dump(value: Any) -> str:

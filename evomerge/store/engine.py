@@ -163,7 +163,12 @@ def check_intact(connection: Connection, place: str) -> None:
     if connection.dialect.name == "sqlite":
         finding = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
         if finding != "ok":
-            raise InputError(place, f"is damaged ({' '.join(finding.split())})", _EXPLANATIONS[11][1])
+            raise damaged(place, " ".join(finding.split()))
+
+
+def damaged(place: str, what: str) -> InputError:
+    """The error for a database that does not hold what was written to it."""
+    return InputError(place, f"is damaged ({what})", _EXPLANATIONS[11][1])
 
 
 @contextmanager
@@ -187,6 +192,8 @@ def plain_errors(place: str) -> Iterator[None]:
             raise StoreFullError(place, "cannot grow: the disk is full", mend) from error
         if code in _EXPLANATIONS:
             raise InputError(place, *_EXPLANATIONS[code]) from error
+        if code is None and isinstance(error.orig, sqlite3.OperationalError):  # of Python's driver itself
+            raise damaged(place, _first_line(error)[:200]) from error
         raise
 
 

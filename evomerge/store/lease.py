@@ -27,7 +27,7 @@ from sqlalchemy import Connection, Row, Update, func, select, update
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.engine import check_intact
+from evomerge.store.engine import check_intact, damaged
 from evomerge.store.outage import ride_out
 from evomerge.store.statements import CHANGE_LEASE
 
@@ -234,7 +234,10 @@ def lock_search(connection: Connection, search_id: int) -> None:
 
 def _lease_row(connection: Connection, search_id: int, *, lock: bool = False) -> Row[Any]:
     query = select(tables.lease).where(tables.lease.c.search_id == search_id)
-    return connection.execute(query.with_for_update() if lock else query).one()
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise damaged("the store", "the record of its lease is gone")
+    return row
 
 
 def live_holder(connection: Connection, row: Row[Any]) -> Holder | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import func, inspect, select
 
 from evomerge.store import tables
 from evomerge.store.lease import Holder, live_holder
 from evomerge.store.reading import ReadStore
+
+_SHOWN = ("name", "state", "why", "created_at", "spent_s")  # no JSON: one that is damaged must not hide the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,10 @@ def searches(place: str | Path) -> list[ListedSearch]:
         .subquery()
     )
     query = (
-        select(tables.search, tables.lease, func.coalesce(asked.c.asked, 0).label("asked"))
-        .join(tables.lease, tables.lease.c.search_id == tables.search.c.id)
+        select(
+            *(tables.search.c[name] for name in _SHOWN), tables.lease, func.coalesce(asked.c.asked, 0).label("asked")
+        )
+        .outerjoin(tables.lease, tables.lease.c.search_id == tables.search.c.id)
         .outerjoin(asked, asked.c.search_id == tables.search.c.id)
         .order_by(tables.search.c.created_at.desc(), tables.search.c.id.desc())
     )
@@ -53,9 +59,10 @@ def searches(place: str | Path) -> list[ListedSearch]:
             formats = list(connection.execute(select(tables.search.c.schema_version)).scalars())
         store.come_up_to_date(max(formats, default=tables.SCHEMA_VERSION))
         with store.transaction() as connection:
+            rows: Sequence[Any] = connection.execute(query).all()
             return [
                 ListedSearch(
                     row.name, row.state, row.why, row.created_at, row.spent_s, row.asked, live_holder(connection, row)
                 )
-                for row in connection.execute(query)
+                for row in rows
             ]

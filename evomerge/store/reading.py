@@ -5,7 +5,6 @@ Counts, the front and the best are short queries on indices, so a status page co
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -20,12 +19,26 @@ from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.engine import ServerAwayError, begin, connect, for_reading, is_lost, parse_place, plain_errors
+from evomerge.store.columns import DamagedValueError, parse_json
+from evomerge.store.engine import (
+    ServerAwayError,
+    begin,
+    connect,
+    damaged,
+    for_reading,
+    is_lost,
+    parse_place,
+    plain_errors,
+)
 from evomerge.store.outage import repeated
 from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
 
 SYNC_EVERY_S = 1.0
 """A write waits for the disk if none has for so long."""
+
+
+class NoSearchError(InputError):
+    """A database holds no search, or none of this name."""
 
 
 class ReadStore:
@@ -84,7 +97,7 @@ class ReadStore:
             found = connection.execute(query).all() if inspect(connection).has_table("search") else []
         rows = [row for row in found if name in (None, row.name)]
         if not rows:
-            raise InputError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
+            raise NoSearchError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
         if len(rows) > 1:
             raise InputError(self.place, f"holds {len(rows)} searches", "Say which one by its name.")
         self.come_up_to_date(rows[0].schema_version)
@@ -136,6 +149,8 @@ class ReadStore:
         except ServerAwayError as error:
             self._note_loss(error.problem)
             raise
+        except DamagedValueError as error:
+            raise damaged(self.place, str(error)) from error
         if synced:
             self._synced_at = time.monotonic()
 
@@ -156,7 +171,9 @@ class ReadStore:
     def search(self) -> SearchRow:
         columns = tables.search.c
         with self.transaction() as connection:
-            row = connection.execute(select(tables.search).where(columns.id == self.search_id)).one()
+            row = connection.execute(select(tables.search).where(columns.id == self.search_id)).one_or_none()
+        if row is None:
+            raise damaged(self.place, "the record of its search is gone")
         return SearchRow(**{name: value for name, value in row._mapping.items() if name != "id"})
 
     @repeated
@@ -284,7 +301,7 @@ class ReadStore:
         found: dict[str, dict[int, str]] = {}
         with self.transaction() as connection:
             for evaluator, items, texts in connection.execute(query.order_by(columns.evaluator, columns.attempt)):
-                found.setdefault(evaluator, {}).update(zip(items.tolist(), json.loads(texts), strict=True))
+                found.setdefault(evaluator, {}).update(zip(items.tolist(), parse_json(texts), strict=True))
         return found
 
     @repeated
@@ -294,7 +311,7 @@ class ReadStore:
         ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
         with self.transaction() as connection:
             texts = connection.execute(select(columns.texts).where(ours)).scalar_one_or_none()
-        return [] if texts is None else [(question, right) for question, right in json.loads(texts)]
+        return [] if texts is None else [(question, right) for question, right in parse_json(texts)]
 
     def _scored(self, number: int) -> ScalarSelect[int]:
         """The candidate that was scored in place of this one: mostly itself, of a cached one another."""

@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Path, Query
 
 from evomerge.report.comparing import compared
-from evomerge.service.app import RootDependency
+from evomerge.service.app import StoreDependency
 from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.service.summary import candidate_detail, candidate_summary, measure_named
@@ -30,8 +30,7 @@ CandidateQuery = Annotated[int, Query(ge=0, le=_LARGEST)]
 
 @router.get("/candidates")
 def candidates(
-    name: str,
-    root: RootDependency,
+    store: StoreDependency,
     status: Annotated[list[Status] | None, Query()] = None,
     origin: Annotated[str | None, Query(max_length=40)] = None,
     sort: Annotated[str, Query(max_length=100, description="number, or an objective")] = "number",
@@ -41,52 +40,47 @@ def candidates(
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> CandidatePage:
     """A page of candidates that fit. Sorted by an objective, only those are in the list that have a value of it."""
-    with root.store(name) as store:
-        objective = None if sort == "number" else str(measure_named(store.search(), sort)["name"])
-        after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 3)
-        rows = summaries.page(
-            store,
-            Order(objective, order == "desc", after),
-            limit + 1,
-            statuses=status or (),
-            origin=origin,
-            front=front,
-        )
+    objective = None if sort == "number" else str(measure_named(store.search(), sort)["name"])
+    after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 3)
+    rows = summaries.page(
+        store,
+        Order(objective, order == "desc", after),
+        limit + 1,
+        statuses=status or (),
+        origin=origin,
+        front=front,
+    )
     more = _cursor(rows[limit - 1], objective) if len(rows) > limit else None
     return CandidatePage(candidates=[candidate_summary(row) for row in rows[:limit]], next=more)
 
 
 @router.get("/candidates/{number}")
-def candidate(name: str, number: CandidateNumber, root: RootDependency) -> CandidateDetail:
+def candidate(number: CandidateNumber, store: StoreDependency) -> CandidateDetail:
     """All that is known of one candidate."""
-    with root.store(name) as store:
-        _check(store, number)
-        return candidate_detail(store, number)
+    _check(store, number)
+    return candidate_detail(store, number)
 
 
 @router.get("/front")
-def front(name: str, root: RootDependency) -> Front:
+def front(store: StoreDependency) -> Front:
     """The candidates on the Pareto front."""
-    with root.store(name) as store:
-        rows = summaries.page(store, Order(), _LARGEST, front=True)
+    rows = summaries.page(store, Order(), _LARGEST, front=True)
     return Front(candidates=[candidate_summary(row) for row in rows])
 
 
 @router.get("/compare")
 def compare(
-    name: str,
-    root: RootDependency,
+    store: StoreDependency,
     a: CandidateQuery,
     b: CandidateQuery,
     split: Literal["search", "held_out"] = "search",
     objective: Annotated[str | None, Query(max_length=100)] = None,
 ) -> Compared:
     """Two candidates in every objective and constraint, and item by item in one: the first unless another is named."""
-    with root.store(name) as store:
-        _check(store, a, b)
-        comparisons = [found for found in compared(store, a, b) if found.split == split]
-        measure = measure_named(store.search(), objective)
-        items = _items(store, a, b, split, measure["version"], measure["metric"])
+    _check(store, a, b)
+    comparisons = [found for found in compared(store, a, b) if found.split == split]
+    measure = measure_named(store.search(), objective)
+    items = _items(store, a, b, split, measure["version"], measure["metric"])
     return Compared(comparisons=comparisons, objective=measure["name"], items=items)
 
 

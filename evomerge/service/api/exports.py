@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path
 from starlette.responses import FileResponse
 
 from evomerge.service import bodies
-from evomerge.service.app import ExportsDependency
+from evomerge.service.app import ExportsDependency, StoreDependency
 from evomerge.service.problems import RESPONSES
 
 router = APIRouter(prefix="/api/v1/searches/{name}/exports", tags=["exports"], responses=RESPONSES)
@@ -23,9 +23,9 @@ def all_exports(name: str, exports: ExportsDependency) -> bodies.Exports:
 
 
 @router.post("", status_code=202)
-def start(name: str, wanted: bodies.NewExport, exports: ExportsDependency) -> bodies.Export:
+def start(name: str, wanted: bodies.NewExport, store: StoreDependency, exports: ExportsDependency) -> bodies.Export:
     """Start an export of a candidate as a plain model folder, in the search's own folder."""
-    return exports.start(name, wanted)
+    return exports.start(name, store, wanted)
 
 
 @router.get("/{export}")

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from evomerge.service.app import RootDependency
+from evomerge.service.app import StoreDependency
 from evomerge.service.figures import Name, Over, Wish, draw, draw_path, draw_recipe
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.store import Store, summaries
@@ -34,9 +34,8 @@ class SvgResponse(Response):
 
 @router.get("/figures/{figure}", response_model=Figure)
 def figure(
-    name: str,
     figure: Name,
-    root: RootDependency,
+    store: StoreDependency,
     x: ObjectiveName = None,
     y: ObjectiveName = None,
     over: Over = "candidates",
@@ -47,30 +46,27 @@ def figure(
     one objective.
     """
     wish = Wish(x=x, y=y, over=over, objective=objective, parameter=parameter)
-    with root.store(name) as store:
-        _check_objectives(store, {"x": x, "y": y, "objective": objective})
-        try:
-            drawn = draw(store, figure, wish)
-        except KeyError as error:  # objectives are known by now
-            fault = Fault(field="parameter", problem=f"the search has no parameter {parameter!r}")
-            raise ProblemError(422, "There is no such parameter", fault) from error
-        return _as_json(drawn)
+    _check_objectives(store, {"x": x, "y": y, "objective": objective})
+    try:
+        drawn = draw(store, figure, wish)
+    except KeyError as error:  # objectives are known by now
+        fault = Fault(field="parameter", problem=f"the search has no parameter {parameter!r}")
+        raise ProblemError(422, "There is no such parameter", fault) from error
+    return _as_json(drawn)
 
 
 @router.get("/candidates/{number}/figures/recipe", response_model=Figure)
-def recipe_figure(name: str, number: CandidateNumber, root: RootDependency) -> Response:
+def recipe_figure(number: CandidateNumber, store: StoreDependency) -> Response:
     """What every part of a candidate takes of every source, as a heat map."""
-    with root.store(name) as store:
-        _check_candidate(store, number)
-        return _as_json(draw_recipe(store, number))
+    _check_candidate(store, number)
+    return _as_json(draw_recipe(store, number))
 
 
 @router.get("/candidates/{number}/figures/path", response_class=SvgResponse)
-def path_figure(name: str, number: CandidateNumber, root: RootDependency) -> SvgResponse:
+def path_figure(number: CandidateNumber, store: StoreDependency) -> SvgResponse:
     """The path that the hidden state takes through a candidate, as a picture."""
-    with root.store(name) as store:
-        _check_candidate(store, number)
-        return SvgResponse(draw_path(store, number))
+    _check_candidate(store, number)
+    return SvgResponse(draw_path(store, number))
 
 
 def _as_json(drawn: Any) -> Response:

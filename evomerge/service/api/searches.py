@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Request
+from fastapi import Path as InPath
+from fastapi.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse
 
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.folder import FILE_NAME, LOGS_NAME
-from evomerge.search.search_file import SearchFile
 from evomerge.service.allowed import PLACE, checked_file
-from evomerge.service.app import CheckerDependency, DriversDependency, RootDependency, SettingsDependency
+from evomerge.service.app import (
+    CheckerDependency,
+    DriversDependency,
+    RootDependency,
+    SettingsDependency,
+    StoreDependency,
+)
 from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary, Told
 from evomerge.service.contained import contained
-from evomerge.service.drivers import LOG_NAME, Drivers
+from evomerge.service.drivers import LOG_NAME, Drivers, DriverState
+from evomerge.service.leaving import while_connected
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of, summary_of
+from evomerge.store import Store
 
 router = APIRouter(prefix="/api/v1/searches", tags=["searches"], responses=RESPONSES)
 
@@ -29,7 +40,7 @@ def searches(root: RootDependency, drivers: DriversDependency) -> Searches:
 
 
 @router.post("", status_code=201)
-def create(
+async def create(
     given: NewSearch,
     root: RootDependency,
     drivers: DriversDependency,
@@ -37,31 +48,30 @@ def create(
     settings: SettingsDependency,
 ) -> SearchStatus:
     """Make a search from a search file, which is checked as `evomerge validate` does, and start its driver."""
-    _check_name(checked_file(given.file, settings.folders), root)
-    name = checker.create(given.file, settings.folders)
-    if given.start:
-        drivers.start(name)
-    return _status(name, root, drivers)
+    await run_in_threadpool(_check_text, given.file, root, settings.folders)
+    name = await checker.create(given.file, settings.folders)
+    return await run_in_threadpool(_created, name, given.start, root, drivers)
 
 
 @router.post("/validate")
-def validate(given: GivenFile, root: RootDependency, checker: CheckerDependency, settings: SettingsDependency) -> Plan:
+async def validate(
+    given: GivenFile, request: Request, root: RootDependency, checker: CheckerDependency, settings: SettingsDependency
+) -> Plan:
     """Check a search file wholly, and say what the search is going to do and cost. Nothing is scored."""
-    _check_name(checked_file(given.file, settings.folders), root)
-    return checker.plan(given.file, settings.folders)
+    await run_in_threadpool(_check_text, given.file, root, settings.folders)
+    return await while_connected(request, checker.plan(given.file, settings.folders))
 
 
 @router.get("/{name}")
-def show(name: str, root: RootDependency, drivers: DriversDependency) -> SearchStatus:
+def show(name: str, store: StoreDependency, drivers: DriversDependency) -> SearchStatus:
     """Where a search stands: what `evomerge status --json` prints, with "starting" among the states."""
-    return _status(name, root, drivers)
+    return status_with(store, name, drivers.look(name, store))
 
 
 @router.get("/{name}/summary")
-def summary(name: str, root: RootDependency, drivers: DriversDependency) -> SearchSummary:
+def summary(name: str, store: StoreDependency, drivers: DriversDependency) -> SearchSummary:
     """A search as the list of all shows it."""
-    with root.store(name) as store:
-        return summary_of(store, drivers.look(name, store)).model_copy(update={"name": name})
+    return summary_of(name, store, drivers.look(name, store))
 
 
 @router.get("/{name}/file", response_class=PlainTextResponse)
@@ -72,52 +82,60 @@ def search_file(name: str, root: RootDependency) -> PlainTextResponse:
 
 
 @router.post("/{name}/budget", status_code=202)
-def budget(name: str, wanted: NewBudget, drivers: DriversDependency) -> Told:
+def budget(name: str, wanted: NewBudget, store: StoreDependency, drivers: DriversDependency) -> Told:
     """Change the budget of a search, also while it runs, and go on with it if that is wanted."""
-    return Told(told=drivers.change_budget(name, wanted))
+    return Told(told=drivers.change_budget(name, store, wanted))
 
 
 @router.post("/{name}/pause", status_code=202)
-def pause(name: str, drivers: DriversDependency) -> Told:
+def pause(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
     """Start nothing new until it is resumed; what runs goes on."""
-    return Told(told=drivers.tell(name, "pause"))
+    return Told(told=drivers.tell(name, store, "pause"))
 
 
 @router.post("/{name}/resume", status_code=202)
-def resume(name: str, drivers: DriversDependency) -> Told:
+def resume(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
     """Wake the driver of a search, or start one where there is none."""
-    return Told(told=drivers.resume(name))
+    return Told(told=drivers.resume(name, store))
 
 
 @router.post("/{name}/stop", status_code=202)
-def stop(name: str, drivers: DriversDependency) -> Told:
+def stop(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
     """Let what runs finish, then end. The search can be resumed."""
-    return Told(told=drivers.tell(name, "stop"))
+    return Told(told=drivers.tell(name, store, "stop"))
 
 
 @router.post("/{name}/cancel", status_code=202)
-def cancel(name: str, drivers: DriversDependency) -> Told:
+def cancel(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
     """End now. The search can be resumed."""
-    return Told(told=drivers.tell(name, "cancel"))
+    return Told(told=drivers.tell(name, store, "cancel"))
 
 
 @router.get("/{name}/logs/{file}", response_class=PlainTextResponse)
-def log(name: str, file: Annotated[str, Path(max_length=200)], root: RootDependency) -> FileResponse:
+def log(name: str, file: Annotated[str, InPath(max_length=200)], root: RootDependency) -> FileResponse:
     """A log: driver.log, or that of a candidate, such as c0042.log."""
     folder = root.folder_of(name)
     found = contained(folder, file if file == LOG_NAME else f"{LOGS_NAME}/{file}")
     return FileResponse(found, media_type="text/plain; charset=utf-8")
 
 
-def _check_name(file: SearchFile, root: Root) -> None:
-    """Refuse the name of a search that is there (409)."""
-    if file.name in root.names():
+def _check_text(text: str, root: Root, folders: Sequence[Path]) -> None:
+    """Refuse what is wrong with a search file by its text alone, and the name of a search that is there (409)."""
+    file = checked_file(text, folders)
+    if root.has(file.name):
         fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} is there already", mend="Choose another.")
         raise ProblemError(409, "There is a search of this name already", fault, detail=file.name)
 
 
-def _status(name: str, root: Root, drivers: Drivers) -> SearchStatus:
+def _created(name: str, start: bool, root: Root, drivers: Drivers) -> SearchStatus:
+    """A search that was just made, with its driver started where that is wanted."""
     with root.store(name) as store:
-        driver = drivers.look(name, store)
-        update: dict[str, Any] = {"name": name, "state": driver.state, "why": driver.why}
-        return status_of(store).model_copy(update=update)
+        if start:
+            drivers.start(name, store)
+        return status_with(store, name, drivers.look(name, store))
+
+
+def status_with(store: Store, name: str, driver: DriverState) -> SearchStatus:
+    """Where a search stands, by the name that it has here, and with what is known of its driver."""
+    update: dict[str, Any] = {"name": name, "state": driver.state, "why": driver.why}
+    return status_of(store).model_copy(update=update)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from evomerge.service.allowed import located
 from evomerge.service.app import CheckerDependency, SettingsDependency
 from evomerge.service.bodies import Found, GivenSources, Sources
+from evomerge.service.leaving import while_connected
 from evomerge.service.problems import RESPONSES
 
 router = APIRouter(prefix="/api/v1/sources", tags=["sources"], responses=RESPONSES)
@@ -36,12 +38,19 @@ _INSPECTION = {"content": {"application/json": {"schema": {"$ref": "#/components
 
 
 @router.post("/inspect", response_class=JSONResponse, responses={200: _INSPECTION})
-def inspect(given: GivenSources, checker: CheckerDependency, settings: SettingsDependency) -> JSONResponse:
+async def inspect(
+    given: GivenSources, request: Request, checker: CheckerDependency, settings: SettingsDependency
+) -> JSONResponse:
     """What models are, and how close they are to each other, layer by layer. Takes as long as reading them."""
-    folders = settings.folders
+    sources, base = await run_in_threadpool(_located, given, settings.folders)
+    return JSONResponse(await while_connected(request, checker.inspect(sources, base)))
+
+
+def _located(given: GivenSources, folders: Sequence[Path]) -> tuple[dict[str, str], str | None]:
+    """The models to inspect, and the base among them, by folders that are allowed and absolute."""
     sources = {name: located(reference, f"sources.{name}", folders) for name, reference in given.sources.items()}
     base = None if given.base is None else sources.get(given.base) or located(given.base, "base", folders)
-    return JSONResponse(checker.inspect(sources, base))
+    return sources, base
 
 
 def _models(folder: Path, depth: int) -> Iterator[Found]:

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from evomerge.service.app import DriversDependency, RootDependency
 from evomerge.service.bodies import Health
-from evomerge.service.guard import Door, address_of, local_target, too_often
+from evomerge.service.guard import Door, address_of, cookie_of, local_target, too_often
 from evomerge.service.problems import RESPONSES
 from evomerge.service.summary import summaries_of
 
@@ -16,8 +16,12 @@ router = APIRouter(responses=RESPONSES)
 
 
 @router.get("/api/v1/health", tags=["system"])
-def health() -> Health:
-    """Whether the server answers. The only part of the API that needs no token."""
+@router.get("/healthz", include_in_schema=False)
+async def health() -> Health:
+    """Whether the server answers. The only part of the API that needs no token; also at /healthz, where probes look.
+
+    Asynchronous: it waits for no thread, whatever the others are doing.
+    """
     return Health(status="ok")
 
 
@@ -52,10 +56,9 @@ def login(request: Request, token: str = Form(max_length=1000), next: str = Form
     """Give a browser its cookie for the token of the form."""
     door: Door = request.app.state.door
     address = address_of(request.scope)
-    if wait := door.wait_s(address):
-        return too_often(wait)
+    wait = door.wait_s(address)
     if not door.opens(token.strip(), address):
-        return RedirectResponse("/login?failed=1", 303)
+        return too_often(wait) if wait else RedirectResponse("/login?failed=1", 303)
     response = RedirectResponse(local_target(next), 303)
     door.let_in(response, request.url.scheme)
     return response
@@ -63,8 +66,8 @@ def login(request: Request, token: str = Form(max_length=1000), next: str = Form
 
 @router.post("/logout", include_in_schema=False)
 def logout(request: Request) -> Response:
-    """Take the browser's cookie away."""
+    """End the browser's cookie."""
     door: Door = request.app.state.door
     response = RedirectResponse("/login", 303)
-    door.see_off(response)
+    door.see_off(response, cookie_of(request.headers, door.cookie_name))
     return response

@@ -22,8 +22,8 @@ from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.screen import choice_text, p_text
 from evomerge.report.status import SearchStatus, chosen, depths_of
 from evomerge.service.api.candidates import compare as paired
-from evomerge.service.api.searches import show
-from evomerge.service.app import DriversDependency, RootDependency
+from evomerge.service.api.searches import status_with
+from evomerge.service.app import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import ComparedItem
 from evomerge.service.contained import contained
 from evomerge.service.pages.rendering import page, signed
@@ -71,19 +71,18 @@ class Gene:
 
 @router.get("/searches/{name}/candidates/{number}")
 def candidate(
-    request: Request, root: RootDependency, drivers: DriversDependency, name: str, number: int,
+    request: Request, root: RootDependency, drivers: DriversDependency, store: StoreDependency, name: str, number: int,
     against: str = "", objective: str = "",
 ) -> HTMLResponse:  # fmt: skip
     """One candidate: scores on both splits, recipe, failure, and the items that it won and lost against another."""
-    mine, status = candidate_id(number), show(name, root, drivers)
+    mine, status = candidate_id(number), status_with(store, name, drivers.look(name, store))
     if not 0 <= number < status.candidates.asked:
         raise ProblemError(404, f"{mine} is no candidate of {name}", detail="The search's page lists them.")
     measures = [*status.directions, *status.constraints]
     wanted = objective if objective in measures else measures[0]
-    with root.store(name) as store:
-        row, search, depths = store.candidate(number), store.search(), depths_of(store)
-        other = _opponent(store, status, number, against)
-    found = None if other is None else paired(name, root, number, other, "search", wanted)
+    row, search, depths = store.candidate(number), store.search(), depths_of(store)
+    other = _opponent(store, status, number, against)
+    found = None if other is None else paired(store, number, other, "search", wanted)
     recipe = Recipe.from_canonical(row.recipe, search.settings["sources"])
     told = [each for each in found.comparisons if each.objective == wanted] if found else []
     up = is_up(status, wanted)
@@ -104,22 +103,21 @@ def candidate(
 
 @router.get("/searches/{name}/compare")
 def compare(
-    request: Request, root: RootDependency, drivers: DriversDependency, name: str, query: Annotated[Pair, Query()]
+    request: Request, drivers: DriversDependency, store: StoreDependency, name: str, query: Annotated[Pair, Query()]
 ) -> HTMLResponse:
     """Two candidates: the paired test in words, and their items side by side.
 
     Whoever names none sees the best, the winner where there is one, against the best source.
     """
-    status = show(name, root, drivers)
+    status = status_with(store, name, drivers.look(name, store))
     query = _proposed(query, status)
     measures = [*status.directions, *status.constraints]
     wanted = query.objective if query.objective in measures else measures[0]
     fault, comparisons, items, name_a, name_b = "", [], [], query.a, query.b
     if query.a and query.b:
         try:
-            with root.store(name) as store:
-                a, b = chosen(store, query.a), chosen(store, query.b)
-            found = {split: paired(name, root, a, b, split, wanted) for split in _SPLITS}
+            a, b = chosen(store, query.a), chosen(store, query.b)
+            found = {split: paired(store, a, b, split, wanted) for split in _SPLITS}
             comparisons = [each for split in _SPLITS for each in found[split].comparisons]
             items, name_a, name_b = found[query.split].items, called(status, a), called(status, b)
             fault = "" if comparisons else f"{name_a} and {name_b} were not scored on the same items."

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from evomerge.errors import InputError
-from evomerge.service.api.searches import show
-from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency
+from evomerge.service.api.searches import status_with
+from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import Export
 from evomerge.service.exports import Exports
 from evomerge.service.pages.model_card import Card, card_of
@@ -24,11 +24,11 @@ CARD_NAME = "README.md"
 
 @router.get("/searches/{name}/exports")
 def exports(
-    request: Request, root: RootDependency, drivers: DriversDependency, known: ExportsDependency, name: str,
-    candidate: str = "best",
+    request: Request, root: RootDependency, drivers: DriversDependency, store: StoreDependency,
+    known: ExportsDependency, name: str, candidate: str = "best",
 ) -> HTMLResponse:  # fmt: skip
     """What was exported, and a form that exports more."""
-    status = show(name, root, drivers)
+    status = status_with(store, name, drivers.look(name, store))
     try:
         found = known.all(name)
     except InputError:  # its folder is on another machine

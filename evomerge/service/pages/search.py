@@ -16,8 +16,8 @@ from evomerge.report.entries import Entry, Gap
 from evomerge.report.screen import best_source, choice_text, gain_text, ranked, thrift_lines
 from evomerge.report.status import SearchStatus
 from evomerge.service.api.candidates import candidates
-from evomerge.service.api.searches import show
-from evomerge.service.app import DriversDependency, RootDependency
+from evomerge.service.api.searches import status_with
+from evomerge.service.app import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import SearchSummary
 from evomerge.service.pages.rendering import api_url, gain_over_source, page, shell_place, signed
 from evomerge.service.report import report_html
@@ -100,16 +100,16 @@ def searches(request: Request, root: RootDependency, drivers: DriversDependency)
 
 @router.get("/searches/{name}")
 def search(
-    request: Request, root: RootDependency, drivers: DriversDependency, name: str, query: Annotated[Filter, Query()]
-) -> HTMLResponse:
+    request: Request, root: RootDependency, drivers: DriversDependency, name: str, store: StoreDependency,
+    query: Annotated[Filter, Query()],
+) -> HTMLResponse:  # fmt: skip
     """One search: scores, front, progress, failures, candidates."""
-    status = show(name, root, drivers)
-    with root.store(name) as store:
-        found, seq = store.search(), summaries.last_event(store)
-        summary = summary_of(store, drivers.look(name, store))
-        failures, origins = _failures(store, name), dict.fromkeys(summaries.columns(store, ["origin"])["origin"])
+    driver = drivers.look(name, store)
+    status, summary = status_with(store, name, driver), summary_of(name, store, driver)
+    found, seq = store.search(), summaries.last_event(store)
+    failures, origins = _failures(store, name), dict.fromkeys(summaries.columns(store, ["origin"])["origin"])
     table = candidates(
-        name, root, status=[query.status] if query.status else None, origin=query.origin or None, sort=query.sort,
+        store, status=[query.status] if query.status else None, origin=query.origin or None, sort=query.sort,
         order=query.order, front=query.front, limit=PAGE_ROWS, cursor=query.cursor,
     )  # fmt: skip
     rows = list(_rows(status))
@@ -125,10 +125,9 @@ def search(
 
 
 @router.get("/searches/{name}/report.html")
-def report(root: RootDependency, name: str) -> Response:
+def report(root: RootDependency, name: str, store: StoreDependency) -> Response:
     """The search as one file, to be saved: it holds scripts of its own, which this site's pages may not."""
-    with root.store(name) as store:
-        html = report_html(store, place(root, name))
+    html = report_html(store, place(root, name))
     file = quote(f"{name}-report.html")
     return Response(
         html, media_type="text/html", headers={"content-disposition": f"attachment; filename*=UTF-8''{file}"}
