@@ -13,12 +13,14 @@ from starlette.types import ASGIApp
 
 from evomerge import __version__
 from evomerge.service import problems
+from evomerge.service.bodies import Happening
 from evomerge.service.checking import Checker
 from evomerge.service.drivers import Drivers
 from evomerge.service.exports import Exports
 from evomerge.service.guard import Door, Guard
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
+from evomerge.service.streams import Streams
 from evomerge.store import Store
 
 
@@ -68,6 +70,11 @@ async def exports_of(request: Request) -> Exports:
     return found
 
 
+async def streams_of(request: Request) -> Streams:
+    found: Streams = request.app.state.streams
+    return found
+
+
 async def checker_of(request: Request) -> Checker:
     found: Checker = request.app.state.checker
     return found
@@ -86,6 +93,7 @@ SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
 StoreDependency = Annotated[Store, Depends(store_of)]
 DriversDependency = Annotated[Drivers, Depends(drivers_of)]
 ExportsDependency = Annotated[Exports, Depends(exports_of)]
+StreamsDependency = Annotated[Streams, Depends(streams_of)]
 CheckerDependency = Annotated[Checker, Depends(checker_of)]
 
 
@@ -98,7 +106,7 @@ class _Service(FastAPI):
             from evomerge.report.inspection import Inspection  # which brings torch, and nothing else here needs it
 
             schemas = super().openapi()["components"]["schemas"]
-            for model in (problems.Problem, Inspection):
+            for model in (problems.Problem, Happening, Inspection):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
                 schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
         return super().openapi()
@@ -129,6 +137,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.door = Door(settings.token)
     app.state.drivers = Drivers(settings.root, settings.jobs)
     app.state.exports = Exports(settings.root)
+    app.state.streams = Streams(settings.root)
     app.state.checker = Checker(settings.root)
     for part in (system, searches, candidates, figures, events, exports, sources):
         app.include_router(part.router)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import cast
+from urllib.parse import parse_qsl
 
 import optuna_dashboard
 from a2wsgi import WSGIMiddleware
@@ -26,8 +27,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evomerge.errors import InputError
 from evomerge.service.guard import CONTENT_POLICY
+from evomerge.service.problems import Fault, ProblemError
 from evomerge.service.projection import ReadOnlyStorage, Told, projection_of
 from evomerge.service.root import Root, UnknownSearchError
+from evomerge.store import Store
 
 _READ = ("/api/meta", "/api/studies", "/api/studies/{rest:path}", "/csv/{rest:path}")
 _HEAD = """<style>
@@ -66,29 +69,20 @@ class Studies:
         names = self._root.names()
         with self._lock:
             known = {name: self._known[name] for name in names if name in self._known}
-        for name in names:
-            if name not in known and (found := self._look(name)) is not None:
+        for name, found in self._root.each(_look, [name for name in names if name not in known]):
+            if not isinstance(found, str):
                 known[name] = found
         with self._lock:
             self._known = known
         return {name: known[name][1] for name in sorted(known, key=lambda name: (known[name][0], name))}
 
-    def _look(self, name: str) -> tuple[float, Told] | None:
-        """When a search began, and what is told of it."""
+    def trials(self, name: str) -> list[FrozenTrial]:
+        """The trials of a study: candidates that were scored whole; none where they cannot be read any more."""
         try:
             with self._root.store(name) as store:
-                search = store.search()
+                projection = projection_of(store)
         except (InputError, UnknownSearchError):
-            return None
-        objectives = search.fingerprints["objectives"]
-        up = [bool(objective["maximise"]) for objective in objectives]
-        directions = [StudyDirection.MAXIMIZE if each else StudyDirection.MINIMIZE for each in up]
-        return search.created_at, Told(name, directions, [objective["name"] for objective in objectives], [])
-
-    def trials(self, name: str) -> list[FrozenTrial]:
-        """The trials of a study: candidates that were scored whole."""
-        with self._root.store(name) as store:
-            projection = projection_of(store)
+            return []
         with self._lock:
             kept = self._kept.get(name)
         if kept is not None and kept[0] is projection:
@@ -102,16 +96,39 @@ class Studies:
         return trials
 
 
+def _look(name: str, store: Store) -> tuple[float, Told]:
+    """When a search began, and what is told of it."""
+    search = store.search()
+    objectives = search.fingerprints["objectives"]
+    up = [bool(objective["maximise"]) for objective in objectives]
+    directions = [StudyDirection.MAXIMIZE if each else StudyDirection.MINIMIZE for each in up]
+    return search.created_at, Told(name, directions, [objective["name"] for objective in objectives], [])
+
+
 class _Whole:
-    """An ASGI app that sees the path that was asked for, whatever route led to it."""
+    """An ASGI app that sees the path that was asked for, whatever route led to it, and only requests that it can take.
+
+    optuna-dashboard answers what it does not expect with an error of its own and a traceback in the log: a request
+    without Accept-Encoding, and an ``after`` that is no number.
+    """
 
     def __init__(self, app: ASGIApp, prefix: str = "") -> None:
         self._app = app
         self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(self._prefix)
-        await self._app({**scope, "root_path": "", "path": path, "raw_path": path.encode()}, receive, send)
+        path, headers = scope["path"].removeprefix(self._prefix), scope["headers"]
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        if not all(_is_number(value) for name, value in query if name == "after"):
+            raise ProblemError(422, "The request is not valid", Fault(field="after", problem="is no number from 0 on"))
+        if not any(name == b"accept-encoding" for name, _ in headers):
+            headers = [*headers, (b"accept-encoding", b"identity")]
+        inner = {**scope, "root_path": "", "path": path, "raw_path": path.encode(), "headers": headers}
+        await self._app(inner, receive, send)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 16
 
 
 def install(app: FastAPI, root: Root) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MOST_BYTES = 2**20
 """Of a request's body. A search file is a few kilobytes."""
 
+MOST_HEADER_BYTES = 2**15
+
 MOST_FAILURES, FAILURES_S = 10, 60.0
 """Wrong tokens from one address, within so many seconds, before it has to wait."""
 
@@ -153,6 +155,8 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         """What to answer to one who may not come; None to one who may."""
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            return _refused(431, "The headers are too large", f"{MOST_HEADER_BYTES} bytes are the most.")
         if _host(headers.get("host", "")) not in self._hosts:
             mend = "Open it by the address that was printed, or start it with --allow-host NAME."
             return _refused(421, "This server is not called so", mend)

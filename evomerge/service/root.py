@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,12 +83,14 @@ class Root:
             check_record(found)
             yield found
 
-    def each(self, read: Callable[[str, Store], Result]) -> Iterator[tuple[str, Result | str]]:
-        """What ``read`` says of every search, by its name; or, as text, why a search cannot be read.
+    def each(
+        self, read: Callable[[str, Store], Result], names: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, Result | str]]:
+        """What ``read`` says of every search, or of these, by name; or, as text, why a search cannot be read.
 
         Whatever is wrong with one store, the others are there.
         """
-        for name in self.names():
+        for name in self.names() if names is None else names:
             shown = name.encode(errors="backslashreplace").decode()  # a folder's name need not be text
             found: Result | str
             try:

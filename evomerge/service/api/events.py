@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.responses import StreamingResponse
 
-from evomerge.service.app import RootDependency
-from evomerge.service.bodies import Happening
+from evomerge.service.app import RootDependency, StreamsDependency
 from evomerge.service.problems import RESPONSES
-from evomerge.service.root import Root
-from evomerge.store import EventRow, summaries
 
 router = APIRouter(prefix="/api/v1/searches/{name}", tags=["events"], responses=RESPONSES)
 
-POLL_S = 0.5
-"""How often the store is asked for more."""
-
-_AT_ONCE = 200
 _LARGEST = 2**63 - 1
+_DATA: dict[str, Any] = {
+    "type": "string",
+    "contentMediaType": "application/json",
+    "contentSchema": {"$ref": "#/components/schemas/Happening"},
+}
+_STREAM = {"content": {"text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": _DATA}}}}}
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the latter for nginx, which would hold it back
+
+
+class EventStream(StreamingResponse):
+    media_type = "text/event-stream"
 
 
 def _begin(
@@ -38,21 +39,7 @@ def _begin(
     return min(int(last_event_id[:19]), _LARGEST) if known and last_event_id else since
 
 
-@router.get("/events", response_class=EventSourceResponse)
-async def events(
-    name: str, root: RootDependency, begin: Annotated[int, Depends(_begin)]
-) -> AsyncIterator[ServerSentEvent]:
+@router.get("/events", response_class=EventStream, responses={200: _STREAM})
+async def events(name: str, begin: Annotated[int, Depends(_begin)], streams: StreamsDependency) -> EventStream:
     """Every event of the search from a given one on, and then those that come. It never ends."""
-    seq = begin
-    while True:
-        found = await asyncio.to_thread(_next, root, name, seq)
-        for event in found:
-            seq = event.seq
-            yield ServerSentEvent(data=Happening(**asdict(event)), id=str(seq))
-        if len(found) < _AT_ONCE:
-            await asyncio.sleep(POLL_S)
-
-
-def _next(root: Root, name: str, seq: int) -> list[EventRow]:
-    with root.store(name) as store:
-        return summaries.events_after(store, seq, _AT_ONCE)
+    return EventStream(streams.follow(name, begin), headers=_HEADERS)
