@@ -304,15 +304,15 @@ def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> Non
     whole = (folder / "search.yaml").read_text()
     with root.store("small") as store:
         (folder / "search.yaml").write_text(whole + "oops: 1\n")
-        drivers.start("small")
+        drivers.start("small", store)
         with pytest.raises(ProblemError, match="starting already"):
-            drivers.start("small")
+            drivers.start("small", store)
         until(lambda: drivers.look("small", store).why != "")
         assert drivers.look("small", store).why.startswith("error: search.yaml: oops")
         assert "error: search.yaml: oops" in (folder / "driver.log").read_text()
 
         (folder / "search.yaml").write_text(whole)
-        drivers.start("small")
+        drivers.start("small", store)
         (job,) = running(cluster)
         assert (job.name, job.folder) == ("small", str(folder))
         assert job_client(cluster).get_job_info(job.job).runtime_env == environment

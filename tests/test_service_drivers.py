@@ -155,7 +155,7 @@ def test_a_driver_that_did_not_come_up_says_why(root: Path, monkeypatch: pytest.
             store.set_state("running")
             assert drivers.look("made-up", store) == DriverState("running", "", holds=True)
         assert drivers.look("made-up", store) == DriverState("interrupted", "", holds=False)
-        drivers.start("made-up")
+        drivers.start("made-up", store)
         until(lambda: drivers.look("made-up", store).state != "starting")
         state = drivers.look("made-up", store)
     assert state == DriverState("interrupted", "error: sources.one: is not there", holds=False)
@@ -171,24 +171,27 @@ def test_the_budget_is_written_into_the_search_file(root: Path) -> None:
     }  # a whole one
     del content["racing"]
     path.write_text(yaml.safe_dump(content))
-    told = drivers.change_budget("made-up", NewBudget(candidates=50, hours=2.5))
-    assert told == "the budget is 50 candidates, 2.5 hours"
-    assert yaml.safe_load(path.read_text()) == content | {"budget": {"candidates": 50, "hours": 2.5, "patience": None}}
-    assert drivers.change_budget("made-up", NewBudget(candidates=None)) == "the budget is 2.5 hours"
-    before = path.read_text()
-    with pytest.raises(InputError, match="needs candidates, hours or patience"):
-        drivers.change_budget("made-up", NewBudget(hours=None))
-    with pytest.raises(InputError, match="is 7, and 8 candidates are asked already"):
-        drivers.change_budget("made-up", NewBudget(candidates=7))
-    assert path.read_text() == before
+    with Store.open(root / "made-up" / "search.db") as store:
+        told = drivers.change_budget("made-up", store, NewBudget(candidates=50, hours=2.5))
+        assert told == "the budget is 50 candidates, 2.5 hours"
+        assert yaml.safe_load(path.read_text()) == content | {
+            "budget": {"candidates": 50, "hours": 2.5, "patience": None}
+        }
+        assert drivers.change_budget("made-up", store, NewBudget(candidates=None)) == "the budget is 2.5 hours"
+        before = path.read_text()
+        with pytest.raises(InputError, match="needs candidates, hours or patience"):
+            drivers.change_budget("made-up", store, NewBudget(hours=None))
+        with pytest.raises(InputError, match="is 7, and 8 candidates are asked already"):
+            drivers.change_budget("made-up", store, NewBudget(candidates=7))
+        assert path.read_text() == before
     with Store.open(root / "made-up" / "search.db") as store, acquire(store):
-        drivers.change_budget("made-up", NewBudget(candidates=60))
+        drivers.change_budget("made-up", store, NewBudget(candidates=60))
         assert store.take_commands() == ["reread"]
         assert reread_budget(root / "made-up", store) == Budget(candidates=60, hours=2.5)
         assert store.search().settings["budget"]["candidates"] == 60
         store.set_state("confirming")
         with pytest.raises(ProblemError, match="Not now"):
-            drivers.change_budget("made-up", NewBudget(candidates=70))
+            drivers.change_budget("made-up", store, NewBudget(candidates=70))
         path.write_text("budget: 7")
         assert reread_budget(root / "made-up", store) is None
         assert store.events(kinds=("settings refused",), newest=1)[0].payload["why"].startswith("search.yaml")

@@ -114,19 +114,24 @@ Progress = Callable[[int, int], None]
 
 
 def inspect_models(
-    references: Sequence[str], base: str | None, progress: Progress = lambda done, of: None
+    references: Sequence[str],
+    base: str | None,
+    progress: Progress = lambda done, of: None,
+    *,
+    called: Mapping[str, str] | None = None,
 ) -> Inspection:
     """Open models and compare them with a base: each weight is read from its file once.
 
     Args:
         references: folders, hub ids or ``model+adapter``.
         base: another; the first of ``references`` when None and there are several.
+        called: names of references, where somebody has given them some; else the ends of the references.
 
     Raises:
         InputError: a model cannot be opened.
     """
     wanted = dict.fromkeys([*([base] if base is not None else []), *references])
-    names = short_names(list(wanted))
+    names = _names(list(wanted), called or {})
     opened = {
         name: open_source(name, reference, place=reference) for name, reference in zip(names, wanted, strict=True)
     }
@@ -156,6 +161,12 @@ def inspect_models(
     )
     found.warnings += _beware(found)
     return found
+
+
+def _names(references: Sequence[str], called: Mapping[str, str]) -> list[str]:
+    short = short_names(references)
+    given = [called.get(reference, name) for reference, name in zip(references, short, strict=True)]
+    return given if len(set(given)) == len(given) else short
 
 
 def short_names(references: Sequence[str]) -> list[str]:

@@ -81,10 +81,14 @@ def located(reference: str, place: str, folders: Sequence[Path]) -> str:
             raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
         local = os.path.join(folders[0], os.path.expanduser(part))
         found.append(os.path.realpath(local) if os.path.isdir(local) else part)
-        is_hub_id = _HUB_ID.fullmatch(part) is not None and ".." not in part
-        if not is_inside(found[-1], folders) and not (is_hub_id and found[-1] == part):
+        if not is_inside(found[-1], folders) and not (is_hub_id(part) and found[-1] == part):
             raise InputError(place, "names a folder that this server does not allow", _mend(folders))
     return "+".join(found)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text names a model of the hub: org/name, or org/name@revision."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
 def is_inside(path: str, folders: Sequence[Path]) -> bool:

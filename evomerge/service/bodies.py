@@ -273,12 +273,17 @@ class GivenSources(Wanted):
 
 
 class Found(BaseModel):
-    """A model folder that search files may name. ``bytes`` are of its weights."""
+    """A model folder that search files may name, by ``reference``. ``bytes`` are of its weights.
+
+    Of an adapter ``adapter_of`` is the model that it says it was trained on, and ``reference`` is MODEL+ADAPTER; null
+    where that model is neither here nor on the hub.
+    """
 
     name: str
-    reference: str
+    reference: str | None
     model_type: str
     bytes: int
+    adapter_of: str | None = None
 
 
 class Sources(BaseModel):

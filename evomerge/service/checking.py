@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import InputError
+from evomerge.printable import printable
 from evomerge.search.folder import STORE_VARIABLE
 from evomerge.service.bodies import Plan, PlanRow
 from evomerge.service.problems import ProblemError
 from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.root import Root
+from evomerge.store.columns import parse_json
 
 MOST_S = 300.0
 """How long an answer may take. A model from the hub that is not on this machine yet may take longer: it goes on
@@ -86,7 +88,7 @@ class Checker:
         if not line:
             detail = f"It took more than {MOST_S:.0f} s, or more memory than there is. See the server's output."
             raise ProblemError(503, "The check did not come to an end", detail=detail)
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = parse_json(line.decode())
         if "fault" in answer:
             raise InputError(*answer["fault"])
         if "broken" in answer:
@@ -180,8 +182,8 @@ def _prepared(text: str, folders: Sequence[str]) -> Any:
 def _inspect(sources: Mapping[str, str], base: str | None) -> dict[str, Any]:
     from evomerge.report.inspection import inspect_models
 
-    references = list(dict.fromkeys(sources.values()))
-    return inspect_models(references, base).model_dump(mode="json")
+    called = {reference: name for name, reference in sources.items()}
+    return inspect_models(list(called), base, called=called).model_dump(mode="json")
 
 
 _QUESTIONS: Mapping[str, Callable[..., dict[str, Any]]] = {"plan": _plan, "create": _create, "inspect": _inspect}
@@ -193,7 +195,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     except InputError as error:
         return {"fault": [error.place, error.problem, error.mend]}
     except Exception as error:  # whatever a model or a data set brings about is said to whoever named it
-        return {"broken": f"{type(error).__name__}: {error}"}
+        return {"broken": printable(f"{type(error).__name__}: {error}")}
 
 
 def main() -> None:

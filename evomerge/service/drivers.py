@@ -130,7 +130,7 @@ class Drivers:
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
         record = processes.read(self._root.folder / name / RECORD_NAME)
-        if record is None or _last(store, "lease") > record["after"]:
+        if record is None or _last(store, "lease") > record.get("after", 0):
             return False
         if "job" in record:
             return self._jobs is not None and self._jobs.is_alive(record)

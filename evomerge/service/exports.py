@@ -23,6 +23,7 @@ from evomerge.service.root import Root
 from evomerge.store import SearchRow, Store
 
 FOLDER_NAME = "exports"
+_KEPT = {"candidate", "bytes", "command"}  # in the record of an export, beside its process
 _WRITTEN = 0.9  # of the progress is writing; the rest is loading the model and scoring it again
 
 
@@ -67,7 +68,8 @@ class Exports:
             return []
         found = []
         for record in sorted(folder.glob(".*.json")):
-            if (told := processes.read(record)) is not None:
+            told = processes.read(record)
+            if told is not None and told.keys() >= _KEPT:
                 found.append(_export(folder / record.name[1 : -len(".json")], told))
         return found
 

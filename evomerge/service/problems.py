@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from evomerge.errors import InputError
+from evomerge.printable import printable
 from evomerge.service.root import UnknownSearchError
 
 MEDIA_TYPE = "application/problem+json"
@@ -50,7 +51,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ProblemError)
     def problem(request: Request, error: ProblemError) -> JSONResponse:
-        return answer(error.problem)
+        return answer(error.problem, {"retry-after": "60"} if error.problem.status == 503 else None)
 
     @app.exception_handler(InputError)
     def wrong_input(request: Request, error: InputError) -> JSONResponse:
@@ -59,11 +60,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(UnknownSearchError)
     def unknown(request: Request, error: UnknownSearchError) -> JSONResponse:
-        return answer(Problem(title="There is no such search", status=404, detail=str(error)))
+        return answer(Problem(title="There is no such search", status=404, detail=printable(str(error))))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [Fault(field=_field(each["loc"]), problem=each["msg"]) for each in error.errors()]
+        faults = [Fault(field=_field(each["loc"]), problem=printable(each["msg"])) for each in error.errors()]
         return answer(Problem(title="The request is not valid", status=422, faults=faults))
 
     @app.exception_handler(HTTPException)
@@ -72,7 +73,7 @@ def install(app: FastAPI) -> None:
 
 
 def _field(location: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in location if part not in ("body", "query", "path"))
+    return printable(".".join(str(part) for part in location if part not in ("body", "query", "path")))
 
 
 _CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}

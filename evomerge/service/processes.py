@@ -13,8 +13,13 @@ from typing import Any
 
 import psutil
 
+from evomerge.errors import InputError
+from evomerge.files import read_json
+
 TOKEN_VARIABLE = "EVOMERGE_TOKEN"
 """The environment variable with the service's token, which processes that it starts do not get."""
+
+_MOST_BYTES = 100_000  # of a record
 
 _SAME_S = 1.0  # by how much psutil may tell the start of one process differently
 
@@ -48,15 +53,15 @@ def write(record: Path, told: Mapping[str, Any]) -> None:
 def read(record: Path) -> dict[str, Any] | None:
     """What a record keeps; None where there is none, or it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(record, record.name, _MOST_BYTES)
+    except InputError:
         return None
-    return found
+    return found if isinstance(found, dict) else None
 
 
 def is_alive(record: Mapping[str, Any] | None) -> bool:
     """Whether the process of a record runs, as far as can be seen from this machine."""
-    if record is None or record["host"] != socket.gethostname() or record["created"] is None:
+    if record is None or record.get("host") != socket.gethostname() or record.get("created") is None:
         return False
     try:
         process = psutil.Process(record["pid"])

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evomerge.errors import InputError
+from evomerge.printable import printable
 from evomerge.search.folder import is_search, open_store
 from evomerge.store import Store
 from evomerge.store.engine import damaged
@@ -91,7 +92,7 @@ class Root:
         Whatever is wrong with one store, the others are there.
         """
         for name in self.names() if names is None else names:
-            shown = name.encode(errors="backslashreplace").decode()  # a folder's name need not be text
+            shown = printable(name)  # the name of a folder need not be text
             found: Result | str
             try:
                 with self.store(name) as store:

@@ -37,6 +37,7 @@ _LIBPQ = {
 
 # By SQLite's primary result code (https://www.sqlite.org/rescode.html) and PostgreSQL's SQLSTATE.
 _FULL = {13, "53100"}
+_DAMAGE = re.compile("no such (table|column)|Could not decode to UTF-8")  # which have no codes of their own
 _EXPLANATIONS: dict[int | str, tuple[str, str]] = {
     5: (f"has been locked by another process for {BUSY_S} s", "End the backup or program that holds it."),
     8: ("may not be written", "Check the permissions of the file and its folder."),
@@ -192,7 +193,7 @@ def plain_errors(place: str) -> Iterator[None]:
             raise StoreFullError(place, "cannot grow: the disk is full", mend) from error
         if code in _EXPLANATIONS:
             raise InputError(place, *_EXPLANATIONS[code]) from error
-        if code is None and isinstance(error.orig, sqlite3.OperationalError):  # of Python's driver itself
+        if isinstance(error.orig, sqlite3.OperationalError) and _DAMAGE.match(str(error.orig)):
             raise damaged(place, _first_line(error)[:200]) from error
         raise
 

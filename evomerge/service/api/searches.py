@@ -11,6 +11,7 @@ from fastapi import Path as InPath
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse
 
+from evomerge.files import read_text
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.folder import FILE_NAME, LOGS_NAME
 from evomerge.service.allowed import PLACE, checked_file
@@ -77,7 +78,7 @@ def summary(name: str, store: StoreDependency, drivers: DriversDependency) -> Se
 @router.get("/{name}/file", response_class=PlainTextResponse)
 def search_file(name: str, root: RootDependency) -> PlainTextResponse:
     """The search file, as the search's folder has it."""
-    text = contained(root.folder_of(name), FILE_NAME).read_text(encoding="utf-8")
+    text = read_text(contained(root.folder_of(name), FILE_NAME), FILE_NAME)
     return PlainTextResponse(text, media_type="text/plain; charset=utf-8")
 
 

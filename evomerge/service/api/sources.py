@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from evomerge.service.allowed import located
+from evomerge.errors import InputError
+from evomerge.files import read_json
+from evomerge.printable import printable
+from evomerge.service.allowed import is_hub_id, located
 from evomerge.service.app import CheckerDependency, SettingsDependency
 from evomerge.service.bodies import Found, GivenSources, Sources
 from evomerge.service.leaving import while_connected
@@ -24,14 +27,31 @@ _MOST = 1000
 
 @router.get("")
 def sources(settings: SettingsDependency) -> Sources:
-    """The model folders that lie in the allowed folders."""
-    found: dict[str, Found] = {}
+    """The model folders and adapters that lie in the allowed folders."""
+    found: dict[Path, Found] = {}
     for folder in settings.sources:
-        for each in _models(folder, _DEPTH):
-            found.setdefault(each.reference, each)
+        for path, each in _models(folder, _DEPTH):
+            found.setdefault(path, each)
             if len(found) >= _MOST:
                 break
-    return Sources(sources=sorted(found.values(), key=lambda each: each.reference))
+    models = {path.resolve(): each for path, each in found.items() if each.adapter_of is None}
+    listed = [
+        each if each.adapter_of is None else _with_base(path, each, each.adapter_of, models)
+        for path, each in found.items()
+    ]
+    return Sources(sources=sorted(listed, key=lambda each: (each.adapter_of is not None, each.reference or each.name)))
+
+
+def _with_base(adapter: Path, found: Found, base: str, models: Mapping[Path, Found]) -> Found:
+    """An adapter with the reference by which it is merged: on a model that is here, or on the hub.
+
+    A model is known by its path, from here or from the adapter's folder, or by its folder's name if no other has it.
+    """
+    here = [models.get(Path(os.path.realpath(place / base))) for place in (Path.cwd(), adapter)]
+    named = [each for each in models.values() if each.name == Path(base).name]
+    model = next((each for each in here if each is not None), named[0] if len(named) == 1 else None)
+    on = model.reference if model is not None else base if is_hub_id(base) else None
+    return found.model_copy(update={"reference": None if on is None else f"{on}+{adapter}"})
 
 
 _INSPECTION = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Inspection"}}}}
@@ -53,19 +73,35 @@ def _located(given: GivenSources, folders: Sequence[Path]) -> tuple[dict[str, st
     return sources, base
 
 
-def _models(folder: Path, depth: int) -> Iterator[Found]:
-    """Model folders in a folder, links not followed."""
+def _models(folder: Path, depth: int) -> Iterator[tuple[Path, Found]]:
+    """Model folders and adapters in a folder, links not followed."""
     try:
+        str(folder).encode()
         inner = sorted(each for each in folder.iterdir() if not each.name.startswith(".") and not each.is_symlink())
-        config = folder / "config.json"
-        if config.is_file():
-            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-            size = sum(each.stat().st_size for each in inner if each.suffix == ".safetensors")
-            yield Found(name=folder.name, reference=str(folder), model_type=str(kind), bytes=size)
-            return
-    except (OSError, ValueError, AttributeError):  # not ours to read, or another program's config.json
+        found, folders = _found(folder, inner), [each for each in inner if each.is_dir()]
+    except (OSError, ValueError, InputError):  # not ours to read, no text, or another program's config.json
         return
-    if depth:
-        for each in inner:
-            if each.is_dir():
-                yield from _models(each, depth - 1)
+    if found is not None:
+        yield folder, found
+    elif depth:
+        for each in folders:
+            yield from _models(each, depth - 1)
+
+
+def _found(folder: Path, inner: Sequence[Path]) -> Found | None:
+    """What a folder with these files holds; None of neither a model nor an adapter."""
+    files = {each.name for each in inner if each.is_file()}
+    size = sum(each.stat().st_size for each in inner if each.suffix == ".safetensors")
+    if "config.json" in files:
+        kind = _told(folder / "config.json", "model_type")
+        return Found(name=folder.name, reference=str(folder), model_type=kind, bytes=size)
+    if "adapter_config.json" in files:
+        config = folder / "adapter_config.json"
+        kind, base = _told(config, "peft_type"), _told(config, "base_model_name_or_path")
+        return Found(name=folder.name, reference=None, model_type=kind, bytes=size, adapter_of=base)
+    return None
+
+
+def _told(config: Path, key: str) -> str:
+    content = read_json(config, config.name)
+    return printable(str(content.get(key) if isinstance(content, dict) else None), 200)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
+from evomerge.printable import printable
 from evomerge.service.app import RootDependency
 from evomerge.service.bodies import GivenFile
 from evomerge.service.pages import forms
@@ -44,4 +45,4 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
 def line(fault: Fault) -> Line:
     """The line of a fault in a search file."""
     found = place_of(fault.file, fault.field)
-    return Line(line=found.line, path=[*found.path])
+    return Line(line=found.line, path=[printable(key) for key in found.path])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ def page(request: Request, template: str, *, status_code: int = 200, **content: 
         return f"{request.url.path}?{urlencode(kept)}"
 
     html = _environment().get_template(template).render(query_url=query_url, **content)
-    return HTMLResponse(html, status_code)
+    return HTMLResponse(html.encode(errors="backslashreplace"), status_code)  # names of files need not be text
 
 
 @cache
@@ -115,12 +116,15 @@ def gain_over_source(summary: SearchSummary) -> float | None:
 
 
 def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str] | None:
-    """Paths of a sparkline: the ``line``, the ``area`` below it, and the level of the best ``source``; None of nothing.
+    """Paths of a sparkline: the ``line``, the ``area`` below it, and the level of the best ``source``, which is empty
+    where it is not known; None of nothing. Infinities have no place in it.
 
     The best so far stays as it is until a better one comes, so the line goes in steps.
     """
+    points = [each for each in points if math.isfinite(each)]
     if not points:
         return None
+    source = source if source is not None and math.isfinite(source) else None
     levels = [*points, *([] if source is None else [source])]
     low, high = min(levels), max(levels)
 
@@ -130,8 +134,8 @@ def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str
 
     step = _WIDTH / len(points)
     line = f"M0 {y(points[0])}" + "".join(f"V{y(each)}H{step * (i + 1):.2f}" for i, each in enumerate(points))
-    found = {"line": line, "area": f"{line}V{_HEIGHT:g}H0Z"}
-    return found if source is None else found | {"source": f"M0 {y(source)}H{_WIDTH:g}"}
+    level = "" if source is None else f"M0 {y(source)}H{_WIDTH:g}"
+    return {"line": line, "area": f"{line}V{_HEIGHT:g}H0Z", "source": level}
 
 
 def _first(values: Any) -> Any:

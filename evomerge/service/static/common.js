@@ -1,11 +1,11 @@
 // What every page uses: calls of the API, words to the person, copying, and keeping parts of a page up to date.
 
-/** Call the API; a fault becomes an Error whose `problem` is the answer's problem+json. */
-export async function call(address, method = "GET", body = undefined) {
+/** Call the API; a fault becomes an Error whose `problem` is the answer's problem+json. `signal` gives the call up. */
+export async function call(address, method = "GET", body = undefined, signal = undefined) {
   const headers = { Accept: "application/json" };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const answer = await fetch(address, {
-    method, headers, credentials: "same-origin", body: body === undefined ? undefined : JSON.stringify(body),
+    method, headers, signal, credentials: "same-origin", body: body === undefined ? undefined : JSON.stringify(body),
   });
   const text = await answer.text();
   let content = null;

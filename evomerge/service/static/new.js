@@ -12,7 +12,7 @@ let byHand = false, numbers = 0;
 // ---- sources ----
 
 function shortName(reference) {
-  const wanted = reference.split("@")[0].split("/").pop().replace(/[^A-Za-z0-9_-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "") || "model";
+  const wanted = reference.split("+").pop().split("@")[0].split("/").pop().replace(/[^A-Za-z0-9_-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "") || "model";
   const taken = new Set(sources.values());
   for (let i = 1; ; i += 1) { const name = i === 1 ? wanted : `${wanted}-${i}`; if (!taken.has(name)) return name; }
 }
@@ -29,18 +29,19 @@ async function listFolders() {
   const place = byId("folders"), note = byId("folders-note");
   try {
     const found = await call("/api/v1/sources");
-    const folders = found.sources ?? found.folders ?? found;
+    const folders = found.sources;
     note.hidden = folders.length > 0;
     note.textContent = "No model folder is known here. Start the server with --sources FOLDER, or name models of the hub.";
     for (const each of folders) {
-      const reference = each.reference ?? each.path ?? each.folder ?? each;
-      const label = element("label", "inline");
-      const box = element("input");
+      const { reference } = each, label = element("label", "inline"), box = element("input");
       box.type = "checkbox";
-      box.dataset.folder = reference;
+      box.disabled = reference === null;
+      if (reference !== null) box.dataset.folder = reference;
       box.addEventListener("change", () => (box.checked ? addSource(reference) : removeSource(reference)));
-      const text = element("span");
-      text.append(element("span", "", each.name ?? reference.split("/").pop()), " ", element("span", "hint", reference));
+      const text = element("span"), of = each.adapter_of;
+      text.append(element("span", "", each.name), " ");
+      if (of !== null) text.append(element("span", "badge plain", "adapter"), " ");
+      text.append(element("span", "hint", reference ?? `its base model ${of} is in no folder here: add it below as BASE+ADAPTER`));
       label.append(box, text);
       place.append(label);
     }
@@ -86,17 +87,20 @@ function sourcesChanged() {
   inspect();
 }
 
-let inspecting = 0;
+let inspecting = null;
+/** Compare the models that are chosen now; what was asked before is given up, here and on the server. */
 async function inspect() {
-  const place = byId("inspection"), turn = ++inspecting;
+  const place = byId("inspection");
+  inspecting?.abort();
+  const mine = inspecting = new AbortController();
   if (sources.size < 2) { place.replaceChildren(); return; }
   place.replaceChildren(element("p", "quiet", "Comparing the models; each weight is read once…"));
   try {
     const named = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
-    const found = await call("/api/v1/sources/inspect", "POST", { sources: named, base: byId("base").value || null });
-    if (turn === inspecting) drawInspection(place, found);
+    const found = await call("/api/v1/sources/inspect", "POST", { sources: named, base: byId("base").value || null }, mine.signal);
+    drawInspection(place, found);
   } catch (error) {
-    if (turn === inspecting) place.replaceChildren(element("div", "note bad", error.message));
+    if (!mine.signal.aborted) place.replaceChildren(element("div", "note bad", error.message));
   }
 }
 
