@@ -47,6 +47,7 @@ class Blueprint:
         located: the checkpoint's tensor that each part is in; also parts that are not among ``parts``, as a whole.
         copies: second copies of tied tensors in the checkpoint, with the name of what they must be equal to.
         tied: names of the tensors that the model uses in two places.
+        float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
         head: names of the tensors that are the head's own.
         turned: names of the weights that are stored as inputs by outputs.
         folds: how a factor on what a layer adds to the residual stream goes into its tensors; empty where nobody knows.
@@ -63,6 +64,7 @@ class Blueprint:
     located: tuple[tuple[Part, str], ...]
     copies: dict[str, str]
     tied: frozenset[str]
+    float32: dict[str, frozenset[str]]
     head: frozenset[str]
     turned: frozenset[str]
     folds: dict[str, Fold]

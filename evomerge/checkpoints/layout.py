@@ -31,7 +31,14 @@ from evomerge.checkpoints.parts import Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.stacking import EmptyStack, path_problem
-from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors, tied_names
+from evomerge.checkpoints.structure import (
+    empty_model,
+    layer_stack,
+    loaded_in_float32,
+    parse_config,
+    stored_tensors,
+    tied_names,
+)
 from evomerge.errors import InputError
 
 _SETTINGS = (
@@ -159,7 +166,7 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     layers: int = parsed.num_hidden_layers
     if layers > len(shapes):  # before building that many modules
         raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {len(shapes)} tensors")
-    model = empty_model(parsed, place)
+    model = empty_model(parsed, place, torch.bfloat16)  # whose tensors in float32 are so in any model
     parts, stored = checkpoint_parts(model), stored_tensors(model)
     try:
         roles = model_roles(model, layers)
@@ -193,11 +200,20 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         located=tuple(located.items()),
         copies={located[copy]: located[original] for copy, original in copies if copy in located},
         tied=frozenset(name for name, part in parts.items() if part.tensor in ties.values()),
+        float32=_float32(model, parts, stored),
         head=frozenset(name for name, part in parts.items() if stored[part.tensor] is head),
         turned=frozenset(name for name, part in parts.items() if isinstance(_owner(model, part), Conv1D)),
         folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
         normed=all(found is not None and found.normed for found in writers),
     )
+
+
+def _float32(model: Any, parts: Mapping[str, Part], stored: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:
+    """What is kept in float32 in models of either 16-bit dtype; ``model`` is one of bfloat16."""
+    wide = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
+    wider = wide | loaded_in_float32(model, torch.float16)
+    found = {"bfloat16": wide, "float16": wider}
+    return {dtype: frozenset(n for n, part in parts.items() if part.tensor in names) for dtype, names in found.items()}
 
 
 def _setting(parsed: Any, field: str) -> Any:

@@ -35,6 +35,7 @@ class Source:
         folder: where the files of the model are.
         config: config.json as parsed JSON.
         settings, layered: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
+        float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
         rigid: why its layers cannot stand in other places than their own; empty where they can.
         tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
             model's modules, and where it is stored. What the files hold beside them is left out and named in
@@ -58,6 +59,7 @@ class Source:
     settings: Mapping[str, Any]
     layered: Mapping[str, LayerSetting]
     rigid: str
+    float32: Mapping[str, frozenset[str]]
     tensors: Mapping[str, TensorEntry]
     parts: Mapping[str, Part]
     roles: Mapping[str, Role]
@@ -83,6 +85,12 @@ class Source:
     def dtype(self) -> torch.dtype:
         """The dtype of most of its stored weights."""
         return _dominant_dtype(self.tensors)
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None, model: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor where its weights are stored as ``dtype``, or as they are (None), in such a model."""
+        if name in self.float32.get(str(model).removeprefix("torch."), ()):
+            return torch.float32
+        return dtype or TORCH_DTYPES[self.tensors[name].dtype]
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor on the CPU, never to be written to.
@@ -149,6 +157,7 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         settings=plan.settings,
         layered=plan.layered,
         rigid=plan.rigid,
+        float32=plan.float32,
         tensors=tensors,
         parts=plan.parts,
         roles=plan.roles,
@@ -157,7 +166,7 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         folds=plan.folds,
         normed=plan.normed,
         files=_files(folder, found),
-        warnings=_warnings(tensors, sorted(extra)),
+        warnings=_warnings(tensors, plan.float32, sorted(extra)),
     )
     return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
 
@@ -246,12 +255,14 @@ def _files(folder: Path, found: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
     return (*weights, *(folder / name for name in side if (folder / name).exists()))
 
 
-def _warnings(tensors: Mapping[str, TensorEntry], extra: list[str]) -> tuple[str, ...]:
+def _warnings(
+    tensors: Mapping[str, TensorEntry], float32: Mapping[str, frozenset[str]], extra: list[str]
+) -> tuple[str, ...]:
     told = []
     if extra:
         told.append(f"left out, being no part of the model: {_few(extra)}")
-    if len({entry.dtype for entry in tensors.values()}) > 1:
-        most = str(_dominant_dtype(tensors)).removeprefix("torch.")
+    most = str(_dominant_dtype(tensors)).removeprefix("torch.")
+    if len({entry.dtype for name, entry in tensors.items() if name not in float32.get(most, ())}) > 1:
         told.append(f"the tensors are of several dtypes; most are {most}")
     return tuple(told)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.core_model_loading import build_glob_alternation
 
 from evomerge.checkpoints.config import first_line
 from evomerge.errors import InputError
@@ -45,16 +46,31 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
 def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32) -> Any:
     """The causal language model of a configuration, on the meta device: every module, no memory.
 
+    Tensors have the dtypes that loading a checkpoint in ``dtype`` would give them.
+
     Raises:
         InputError: transformers has no causal language model for it, or cannot build it.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the same: values that fit the configuration may still break the model
         raise InputError(
             place, f"config.json describes no causal language model that transformers can build: {first_line(error)}"
         ) from error
+    tensors = model.state_dict(keep_vars=True)
+    for name in loaded_in_float32(model, dtype):
+        tensors[name].data = tensors[name].data.float()
+    return model
+
+
+def loaded_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Names of the tensors that transformers loads in float32 into a model of another dtype: biases of routers, say."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    pattern = build_glob_alternation(list(plan))[0]
+    return {name for name in model.state_dict() if pattern.search(name)}
 
 
 def stored_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.finite import all_finite
-from evomerge.checkpoints.headers import TORCH_DTYPES
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -203,16 +202,16 @@ class Materialiser:
     def layout(self, recipe: Recipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
         """Name, shape and dtype of each of the merged model's tensors.
 
-        The dtype is the recipe's; where it has none, that in which the tokenizer's source stores the tensor.
+        The dtype is the recipe's; where it has none, that in which the tokenizer's source stores the tensor. What
+        transformers keeps in float32, whatever the dtype of the model, is written so: a live model has it so as well.
         """
         found: list[tuple[str, Sequence[int], torch.dtype]] = []
+        model = self._sources[recipe.tokenizer]
+        dtype: torch.dtype | None = getattr(torch, recipe.dtype) if recipe.dtype else None
         for merged in merged_tensors(recipe, self._sources):
-            source = self._sources[recipe.tokenizer]
-            entry = source.tensors.get(merged.stored)
-            if entry is None:
-                entry = next(s.tensors[merged.stored] for s in self._sources.values() if merged.stored in s.tensors)
-            dtype = getattr(torch, recipe.dtype) if recipe.dtype else TORCH_DTYPES[entry.dtype]
-            found.append((merged.name, entry.shape, dtype))
+            source = next(s for s in (model, *self._sources.values()) if merged.stored in s.tensors)
+            shape = source.tensors[merged.stored].shape
+            found.append((merged.name, shape, source.dtype_of(merged.stored, dtype, dtype or model.dtype)))
         return found
 
     def _on(self, device: torch.device) -> DeviceRunner:
