@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
+from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
-class AnswersSettings(EvaluatorSettings):
+class AnswersSettings(FewshotSettings):
     """What the search file says of prompts and of how they are answered. Answers are greedy.
 
     Attributes:
@@ -31,6 +32,8 @@ class AnswersSettings(EvaluatorSettings):
         held_out_file: items to confirm on, where they are apart.
         held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each.
         prompt: what the model is given, a template: ``{question}`` stands for that field of the item.
+        answer: the right answer, a template as ``prompt`` is. Only worked examples need one, unless an evaluator grades
+            by it.
         max_new_tokens: most tokens of an answer.
         stop: texts that end an answer; they are no part of it.
         batch_size: prompts at once.
@@ -40,13 +43,14 @@ class AnswersSettings(EvaluatorSettings):
     held_out_file: Path | None = None
     held_out: float = Field(default=0.5, gt=0, lt=1)
     prompt: str = "{prompt}"
+    answer: str = "{answer}"
     max_new_tokens: int = Field(default=256, ge=1)
     stop: tuple[str, ...] = ()
     batch_size: int = Field(default=16, ge=1)
 
-    @field_validator("prompt")
+    @field_validator("prompt", "answer")
     @classmethod
-    def _prompt_is_a_template(cls, text: str) -> str:
+    def _is_a_template(cls, text: str) -> str:
         return check_template(text)
 
     @field_validator("stop")
@@ -61,13 +65,14 @@ class AnswersSettings(EvaluatorSettings):
 class Question:
     """``reference`` is the right answer, empty where none is needed; ``place`` is for people.
 
-    ``benchmark`` has it as a test item.
+    ``benchmark`` has it as a test item; ``line`` is what it was made of.
     """
 
     prompt: str
     reference: str
     place: str
     benchmark: str | None
+    line: Line
 
     @property
     def hash(self) -> str:
@@ -100,8 +105,9 @@ class AnswersEvaluator(ABC):
             settings.file, settings.held_out_file, settings.held_out,
         )  # fmt: skip
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
-        shaping = [settings.max_new_tokens, settings.stop]
-        self.version = digest([*grading, self._hashes, shaping])
+        self._examples = Examples(settings.num_fewshot, self._worked(), self.name)
+        shaping = [settings.max_new_tokens, settings.stop, settings.shaping]
+        self.version = digest([*grading, self._hashes, shaping, [example.answer for example in self._examples.all]])
 
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's prompt and reference, in the order of the file."""
@@ -110,6 +116,12 @@ class AnswersEvaluator(ABC):
     def texts(self, split: Split) -> list[tuple[str, str]]:
         """Each item's prompt and reference."""
         return [(item.prompt, item.reference) for item in self._items[split]]
+
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """The item's prompt."""
+        item = self._items[split][index]
+        most = self._answering.max_new_tokens
+        return [asked_prompt(reader, self._answering, item.prompt, most, item.place, self._examples.of(item.hash))]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
@@ -126,8 +138,10 @@ class AnswersEvaluator(ABC):
         items, asked = self._items[split], self._answering
         if outside := [index for index in indices if not 0 <= index < len(items)]:
             raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
+        reader = Reader.of(model)
+        prompts = {index: found for index in indices for found in self.asked(reader, split, index)}
         _, answers, seconds = grade_answers(
-            model, {index: items[index].prompt for index in indices}, lambda _, answer: answer,
+            model, prompts, lambda _, answer: answer,
             asked.max_new_tokens, asked.stop, asked.batch_size,
         )  # fmt: skip
         started = time.perf_counter()
@@ -140,7 +154,12 @@ class AnswersEvaluator(ABC):
 
     def _question(self, line: Line) -> Question:
         """The item that a line of the file is; one without a reference unless a subclass has it otherwise."""
-        return Question(fill("prompt", self._answering.prompt, line), "", line.place, benchmark_of(line.fields))
+        return Question(fill("prompt", self._answering.prompt, line), "", line.place, benchmark_of(line.fields), line)
+
+    def _worked(self) -> list[Example]:
+        """The items that worked examples may be taken from, with their answers; none where none are wanted."""
+        first = self._items["search"][: self._answering.num_fewshot + 1] if self._answering.num_fewshot else []
+        return [Example(q.prompt, fill("answer", self._answering.answer, q.line), q.hash) for q in first]
 
     @abstractmethod
     def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> Sequence[float]:

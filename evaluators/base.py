@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:  # settings are read where no model is, and torch takes seconds to import
+    from evaluators.prompts import Asked, Reader
     from evomerge.checkpoints.live import LiveModel
 
 Split = Literal["search", "held_out"]
@@ -68,6 +69,17 @@ class Evaluator(Protocol):
 
     def items(self, split: Split) -> Sequence[str]:
         """A content hash for each item of the split, in order. Equal hashes mean equal items, in whichever split."""
+        ...
+
+    def asked(self, reader: Reader, split: Split, index: int) -> Sequence[Asked]:
+        """What a model is given for the item at a position, once for each time that it is asked.
+
+        Empty for what asks nothing, or nothing that is known before a model is there. For people to read, and to see
+        before a search whether items fit.
+
+        Raises:
+            InputError: the item cannot be scored with such a model.
+        """
         ...
 
     def test_items(self, split: Split) -> Mapping[str, int]:

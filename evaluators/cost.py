@@ -22,6 +22,7 @@ from evomerge.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from evaluators.prompts import Asked, Reader
     from evomerge.checkpoints.live import LiveModel
 
 
@@ -78,6 +79,10 @@ class CostEvaluator:
     def texts(self, split: Split) -> list[tuple[str, str]]:
         """One item that asks nothing."""
         return [("", "")]
+
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """Nothing."""
+        return []
 
     def test_items(self, split: Split) -> dict[str, int]:
         """None: a model is no question."""

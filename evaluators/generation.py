@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from evomerge.errors import InputError
+from evaluators.prompts import Asked, PromptSettings, Reader, asked_prompt, told_too_long
 
 if TYPE_CHECKING:
     import torch
@@ -56,26 +56,43 @@ _FACTORS = {"encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "
 
 
 def generate(
-    live: LiveModel, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
+    live: LiveModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: BatchSize,
+    settings: PromptSettings | None = None,
 ) -> list[str]:
     """The model's greedy answer to each prompt, in order, without the prompt.
 
     A prompt that leaves no room for an answer in the model's context loses its beginning; that is logged, once for the
-    same number of prompts.
+    same prompts.
 
     Args:
         live: its tokenizer puts special tokens at the start of prompts, if it has any; they are no part of an answer.
-        prompts: given as they are, without a chat template.
+        prompts: what is asked, without a chat template.
         max_new_tokens: most tokens of an answer.
         stop: an answer ends before the first of these texts, and at the model's end token.
         batch_size: most prompts in one forward pass.
+        settings: how prompts are put to the model; as they are when None.
 
     Raises:
         InputError: the context has no room for ``max_new_tokens``, or the model lacks a token of its tokenizer.
     """
-    if not prompts:
+    reader, how = Reader.of(live), settings or PromptSettings()
+    asked = [asked_prompt(reader, how, text, max_new_tokens, f"prompt {i + 1}") for i, text in enumerate(prompts)]
+    if told := told_too_long([each for each in asked if each.lost]):
+        _warn(told)
+    return answer_asked(live, asked, max_new_tokens, stop, batch_size)
+
+
+def answer_asked(
+    live: LiveModel, asked: Sequence[Asked], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
+) -> list[str]:
+    """As ``generate``, for prompts that are rendered and cut into tokens; one that is too long loses its beginning."""
+    if not asked:
         return []
-    return answer_tokens(live, _encode(live, prompts, max_new_tokens), max_new_tokens, stop, batch_size)
+    return answer_tokens(live, [each.ids[each.lost :] for each in asked], max_new_tokens, stop, batch_size)
 
 
 def answer_tokens(
@@ -210,7 +227,7 @@ def _room(model: Any) -> Room:
 
 def grade_answers(
     live: LiveModel,
-    prompts: Mapping[int, str],
+    prompts: Mapping[int, Asked],
     grade: Callable[[int, str], Grade],
     max_new_tokens: int,
     stop: Sequence[str],
@@ -221,35 +238,13 @@ def grade_answers(
     Returns:
         Grades, answers, and the seconds by phase.
 
-    Raises:
-        InputError: as ``generate``.
     """
     started = time.perf_counter()
-    texts = generate(live, list(prompts.values()), max_new_tokens, stop, batch_size)
+    texts = answer_asked(live, list(prompts.values()), max_new_tokens, stop, batch_size)
     answers = dict(zip(prompts, texts, strict=True))
     answered = time.perf_counter()
     grades = {number: grade(number, answer) for number, answer in answers.items()}
     return grades, answers, {"generate": answered - started, "score": time.perf_counter() - answered}
-
-
-def _encode(live: LiveModel, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """The prompts as tokens, as many of the last as leave room for an answer."""
-    encoded: list[list[int]] = [live.tokenizer.encode(prompt, verbose=False) for prompt in prompts]
-    rows = live.model.get_input_embeddings().weight.shape[0]
-    if (highest := max((token for ids in encoded for token in ids), default=0)) >= rows:
-        problem = f"gives token {highest} ({live.tokenizer.decode([highest])!r}), and the model has {rows} embeddings"
-        raise InputError("tokenizer", problem, "Take the tokenizer of a source that has all of its tokens.")
-    if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if not ids]:
-        raise InputError("prompt", f"{empty[0]!r} has no tokens to start an answer from", "Write something there.")
-    context = getattr(live.model.config, "max_position_embeddings", None)
-    if context is None:
-        return encoded
-    if (room := context - max_new_tokens) < 1:
-        problem = f"is {max_new_tokens}, but prompt and answer together may have {context} tokens"
-        raise InputError("max_new_tokens", problem, "Lower it.")
-    if cut := sum(len(ids) > room for ids in encoded):
-        _warn(f"{cut} of {len(prompts)} prompts lose their beginning: more than {room} tokens")
-    return [ids[-room:] for ids in encoded]
 
 
 @cache

@@ -18,17 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import check_template, digest, fill, read_lines, split_items
-from evaluators.prefill import Pair, Prefill
+from evaluators.prefill import Prefill
+from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_pair
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
-class LikelihoodSettings(EvaluatorSettings):
+class LikelihoodSettings(FewshotSettings):
     """What the search file says of prompts and answers.
 
     ``prompt`` and ``answer`` are templates: ``{question}`` stands for that field of the item, ``{{`` for a brace.
@@ -66,9 +67,12 @@ class LikelihoodSettings(EvaluatorSettings):
 
 
 @dataclass(frozen=True)
-class _Item(Pair):
-    """``benchmark`` has it as a test item."""
+class _Item:
+    """A prompt and what may come after it; ``place`` is for people, ``benchmark`` has it as a test item."""
 
+    prompt: str
+    answer: str
+    place: str
     benchmark: str | None
 
     @property
@@ -101,8 +105,14 @@ class LikelihoodEvaluator:
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
-        self.version = digest(["likelihood 1", self._hashes])
-        self._prefill = Prefill(self._items, settings.batch_tokens)
+        self._settings = settings
+        self._examples = Examples(
+            settings.num_fewshot,
+            [Example(item.prompt, item.answer, item.hash) for item in self._items["search"]],
+            self.name,
+        )
+        self.version = digest(["likelihood 1", self._hashes, settings.shaping])
+        self._prefill = Prefill(self._pairs, settings.batch_tokens)
 
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's prompt and answer, in the order of the file."""
@@ -112,6 +122,15 @@ class LikelihoodEvaluator:
         """Each item's prompt and answer."""
         return [(item.prompt, item.answer) for item in self._items[split]]
 
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """The item's prompt with its answer."""
+        item = self._items[split][index]
+        examples = self._examples.of(item.hash)
+        return [asked_pair(reader, self._settings, item.prompt, item.answer, item.place, examples)]
+
+    def _pairs(self, reader: Reader, split: Split) -> list[Asked]:
+        return [pair for index in range(len(self._items[split])) for pair in self.asked(reader, split, index)]
+
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
         return count(item.benchmark for item in self._items[split])
@@ -120,7 +139,7 @@ class LikelihoodEvaluator:
         """Score the items at these positions of the split: float32 [len(indices)] for each metric.
 
         Raises:
-            InputError: an item does not fit the model's context, vocabulary or tokens.
+            InputError: an item does not fit the model's vocabulary, or its answer the context.
         """
         count = len(self._items[split])
         if outside := [index for index in indices if not 0 <= index < count]:

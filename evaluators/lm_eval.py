@@ -11,30 +11,29 @@ lm-eval and torch take seconds to import, so they are imported when an evaluator
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.generation import BatchSize
-from evomerge.errors import InputError
+from evaluators.prompts import Asked, PromptSettings, Reader
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
     from evaluators.lm_eval_model import ResidentLM
     from evomerge.checkpoints.live import LiveModel
 
-log = logging.getLogger(__name__)
 
-
-class LmEvalSettings(EvaluatorSettings):
+class LmEvalSettings(PromptSettings):
     """What the search file says of an lm-eval task.
 
     Attributes:
@@ -44,10 +43,7 @@ class LmEvalSettings(EvaluatorSettings):
         held_out: items to confirm on. The two may not share an item.
         num_fewshot: worked examples before each question; the task's own number when left out.
         generation: changes to the task's ``generation_kwargs``, such as ``max_gen_toks`` (lm-eval's default is 256).
-        apply_chat_template: put prompts in the chat template of the model's tokenizer.
-        system_instruction: text put before every prompt.
         batch_size: most prompts in one forward pass; ``auto`` is 256, or as many as a GPU has room for.
-        max_length: most tokens of prompt and answer; the model's context when left out.
         task_folders: folders of a person's own task files.
         allow_task_code: consent to run the code that files in ``task_folders`` hold.
     """
@@ -58,10 +54,7 @@ class LmEvalSettings(EvaluatorSettings):
     held_out: str = "test"
     num_fewshot: int | None = Field(default=None, ge=0)
     generation: dict[str, JsonValue] = Field(default_factory=dict)
-    apply_chat_template: bool = False
-    system_instruction: str | None = None
     batch_size: BatchSize = "auto"
-    max_length: int | None = Field(default=None, ge=2)
     task_folders: tuple[Path, ...] = ()
     allow_task_code: bool = False
 
@@ -116,15 +109,11 @@ class LmEvalEvaluator:
         parts = [(items, self._requests[split]) for split, items in self._items.items()]
         self.version = fingerprint(self._task, settings, parts)
         self._lm: ResidentLM | None = None
-        self._truncated: dict[Split, int] = {}
+        self._checked: set[tuple[Split, int]] = set()
+        self._rendered_for: object = None
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
         self.answers: Mapping[int, str] = {}
-
-    @property
-    def truncated(self) -> int:
-        """How many items of the splits scored so far lost the start of a prompt, being longer than the context."""
-        return sum(self._truncated.values())
 
     def items(self, split: Split) -> Sequence[str]:
         """A hash of each item's question, choices and answer, in order."""
@@ -133,6 +122,15 @@ class LmEvalEvaluator:
     def texts(self, split: Split) -> list[tuple[str, str]]:
         """Each item's question and right answer."""
         return list(self._items[split].texts)
+
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """The item's requests."""
+        from evaluators.lm_eval_model import asked
+
+        self._render(reader.tokenizer)
+        items = self._items[split]
+        place = f"task {self.name}, row {items.rows[index]} of {items.source!r}"
+        return [asked(request, reader, self._settings, place) for request in self._requests[split][index]]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """All items of the split that lm-eval scores, where the task comes with it; else those known by content."""
@@ -158,8 +156,8 @@ class LmEvalEvaluator:
         if not distinct:
             return {key: np.empty(0, dtype=np.float32) for key in self._measures}
         with quiet(), undisturbed():
-            lm = self._resident(model, split)
-            requests = [self._requests[split][index] for index in distinct]
+            lm = self._resident(model)
+            requests = self._checked_requests(model, split, distinct)
             started = time.perf_counter()
             ask(lm, requests)
             answered = time.perf_counter()
@@ -173,34 +171,36 @@ class LmEvalEvaluator:
             self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
             return values
 
-    def _resident(self, model: LiveModel, split: Split) -> ResidentLM:
-        """lm-eval's view of the model, made when the model is first seen; its fit to a split is checked once."""
-        from evaluators.lm_eval_model import ResidentLM, count_truncated
+    def _resident(self, model: LiveModel) -> ResidentLM:
+        """lm-eval's view of the model, made when the model is first seen."""
+        from evaluators.lm_eval_model import ResidentLM
 
         if self._lm is None or self._lm.model is not model.model or self._lm.tokenizer is not model.tokenizer:
             settings = self._settings
-            lm = ResidentLM(model.model, model.tokenizer, settings.batch_size, settings.max_length, model.engine)
-            if self._settings.apply_chat_template:
-                self._apply_chat_template(lm)
-            self._lm, self._truncated = lm, {}
-        if split not in self._truncated:
-            count = count_truncated(self._lm, self._requests[split], f"task {self.name}")
-            self._truncated[split] = count
-            if count:
-                total, longest = len(self._requests[split]), self._lm.max_length
-                log.warning(
-                    "task %s: %d of %d %s items are longer than the context of %d tokens and lose their beginning",
-                    self.name, count, total, split, longest,
-                )  # fmt: skip
+            self._lm = ResidentLM(model.model, model.tokenizer, settings.batch_size, settings.max_length, model.engine)
+            self._checked.clear()
         return self._lm
 
-    def _apply_chat_template(self, lm: ResidentLM) -> None:
-        from evaluators.lm_eval_items import build_requests
+    def _checked_requests(self, model: LiveModel, split: Split, indices: Sequence[int]) -> list[list[Instance]]:
+        """The requests of items, each seen once to be such as this model can answer."""
+        self._render(model.tokenizer)
+        reader = Reader(model.tokenizer, self._resident(model).max_length, Reader.of(model).embeddings)
+        for index in indices:
+            if (split, index) not in self._checked:
+                self.asked(reader, split, index)
+                self._checked.add((split, index))
+        return [self._requests[split][index] for index in indices]
 
-        if lm.tokenizer.chat_template is None:
-            raise InputError(
-                f"task {self.name}: apply_chat_template", "the tokenizer has no chat template",
-                "Leave it out, or take the tokenizer of a source that has one (`tokenizer:`).",
-            )  # fmt: skip
-        for split, items in self._items.items():
-            self._requests[split] = build_requests(self._task, items, self._settings, lm.apply_chat_template)
+    def _render(self, tokenizer: Any) -> None:
+        """Put the prompts into the tokenizer's chat template, where that is wanted, when it is first seen."""
+        from evaluators.lm_eval_items import build_requests
+        from evaluators.lm_eval_model import chat, quiet, undisturbed
+
+        if not self._settings.apply_chat_template or self._rendered_for is tokenizer:
+            return
+        with quiet(), undisturbed():
+            for split, items in self._items.items():
+                self._requests[split] = build_requests(
+                    self._task, items, self._settings, chat(tokenizer, self._settings)
+                )
+        self._rendered_for = tokenizer

@@ -19,6 +19,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from evaluators.lm_eval_items import Items, digest
 from evaluators.lm_eval_tasks import explain
+from evaluators.prompts import ENCODING
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def fingerprint(
     return digest(
         [
             lm_eval.__version__,
+            ENCODING,
             settings.model_dump(mode="json", exclude={"search", "held_out", "task_folders", "allow_task_code"}),
             task.VERSION,
             _described([type(task), config.process_results, config.metric_list, config.filter_list, config.repeats]),

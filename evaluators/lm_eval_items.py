@@ -188,6 +188,8 @@ def build_requests(
             made = task.construct_requests(
                 doc=doc, ctx=prompt, metadata=(settings.task, position, task.config.repeats), **chat
             )
+        except InputError:
+            raise
         except Exception as error:
             raise explain(error, f"task {settings.task}, row {items.rows[position]} of {items.source!r}") from error
         requests.append(made if isinstance(made, list) else [made])

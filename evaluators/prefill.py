@@ -1,17 +1,17 @@
 """How likely a model finds given texts after given prompts: one prefill for a pair, and nothing is decoded.
 
-Prompts and texts are cut into tokens as lm-eval does it, and a test holds the numbers equal to its own.
+``evaluators.prompts`` cuts prompts and texts into tokens, and a test holds the numbers equal to lm-eval's own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evaluators.base import Split
-from evomerge.errors import InputError
+from evaluators.prompts import Asked, Reader
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
@@ -24,15 +24,6 @@ _LEAST_ROWS = 16
 
 _LOGITS_BYTES = 1 << 28
 """Most bytes of logits in one forward pass, unless a single item has more."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and what may come after it; ``place`` says where it was read, for people."""
-
-    prompt: str
-    answer: str
-    place: str
 
 
 @dataclass(frozen=True)
@@ -52,16 +43,23 @@ class _Tokens:
     scored: int
     size: int
 
+    @classmethod
+    def of(cls, asked: Asked) -> _Tokens:
+        """What has room of a pair: one that is too long loses its beginning."""
+        # Spaces at the end of a prompt count as the answer's, as in lm-eval.
+        answer = asked.text[len(asked.text.rstrip()) :] + asked.answer
+        return cls(asked.ids[asked.lost :], asked.scored, len(answer.encode("utf-8", "surrogatepass")))
+
 
 class Prefill:
     """The pairs of both splits, ready to be scored by one live model after another.
 
     Args:
-        pairs: of each split, in order.
+        pairs: those of a split, in order, as a model is given them.
         batch_tokens: most tokens in one forward pass, padding counted, unless a single pair has more.
     """
 
-    def __init__(self, pairs: Mapping[Split, Sequence[Pair]], batch_tokens: int) -> None:
+    def __init__(self, pairs: Callable[[Reader, Split], Sequence[Asked]], batch_tokens: int) -> None:
         self._pairs = pairs
         self._batch_tokens = batch_tokens
         self._model: object = None
@@ -71,7 +69,7 @@ class Prefill:
         """The likelihood of the pairs at these positions of the split, each once.
 
         Raises:
-            InputError: a pair of the split does not fit the model's context, vocabulary or tokens.
+            InputError: a pair of the split does not fit the model's vocabulary, or its answer the context.
         """
         tokens = self._tokens_of(live, split)
         distinct = list(dict.fromkeys(indices))
@@ -83,43 +81,8 @@ class Prefill:
         if self._model is not live.model:
             self._model, self._tokens = live.model, {}
         if split not in self._tokens:
-            found = [_encode(live.tokenizer, pair) for pair in self._pairs[split]]
-            for pair, tokens in zip(self._pairs[split], found, strict=True):
-                _check_fits(live, pair, tokens)
-            self._tokens[split] = found
+            self._tokens[split] = [_Tokens.of(asked) for asked in self._pairs(Reader.of(live), split)]
         return self._tokens[split]
-
-
-def _encode(tokenizer: Any, pair: Pair) -> _Tokens:
-    """As lm-eval: spaces at the end of a prompt go to the answer, whose tokens are those that the whole has more.
-
-    lm_eval.api.model.TemplateLM._encode_pair. A token that reaches over the border would count as the prompt's.
-    """
-    prompt = pair.prompt.rstrip()
-    answer = pair.prompt[len(prompt) :] + pair.answer
-    if prompt:
-        before = tokenizer.encode(prompt)
-        after = tokenizer.encode(prompt + answer)[len(before) :]
-    else:  # something must come before the first token
-        before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        after = tokenizer.encode(answer, add_special_tokens=False)
-    if not after:
-        raise InputError(
-            pair.place, f"its answer {pair.answer!r} adds no token to those of its prompt", "Leave it out."
-        )
-    return _Tokens([*before, *after], len(after), len(answer.encode("utf-8", "surrogatepass")))
-
-
-def _check_fits(live: LiveModel, pair: Pair, tokens: _Tokens) -> None:
-    context = getattr(live.model.config, "max_position_embeddings", None)
-    length = len(tokens.ids) - 1  # nothing is predicted after the last token, so it is not fed in
-    if context is not None and length > context:
-        problem = f"is {length} tokens long, prompt and answer; the model's context is {context}"
-        raise InputError(pair.place, problem, "Shorten the item or leave it out.")
-    rows = live.model.get_input_embeddings().weight.shape[0]
-    if (highest := max(tokens.ids)) >= rows:
-        problem = f"the tokenizer gives token {highest}, and the model has {rows} embeddings"
-        raise InputError(pair.place, problem, "Take the tokenizer of a source that has all of its tokens.")
 
 
 def _width(fed: int, context: int | None) -> int:

@@ -17,6 +17,7 @@ from pydantic import field_validator
 from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
 from evaluators.base import ModelReference
 from evaluators.item_files import check_template, template_fields
+from evaluators.prompts import encode_plain, encode_whole
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,10 +126,10 @@ class _Judge:
         if self._template is None and self._tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False)
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            ids = encode_plain(self._tokenizer, text)
         else:
             text = (self._template or _PLAIN).format(prompt=prompt, answer=answer)
-            ids = self._tokenizer.encode(text, verbose=False)
+            ids = encode_whole(self._tokenizer, text)
         context = getattr(self._model.config, "max_position_embeddings", None)
         if context is not None and len(ids) > context:
             log.warning("a prompt with its answer has %d tokens; the reward model sees the last %d", len(ids), context)

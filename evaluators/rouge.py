@@ -22,10 +22,8 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_validator
-
 from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
-from evaluators.item_files import Line, check_template, fill
+from evaluators.item_files import Line, fill
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,18 +39,11 @@ class RougeSettings(AnswersSettings):
     """What the search file says of answers and references.
 
     Attributes:
-        answer: the reference, a template as ``prompt`` is.
         tokenizer: what finds the words: ``character``, or ``mecab`` for Japanese, with the extra ``japanese``.
     """
 
     kind: Literal["rouge"] = "rouge"
-    answer: str = "{answer}"
     tokenizer: Literal["character", "mecab"] = "character"
-
-    @field_validator("answer")
-    @classmethod
-    def _answer_is_a_template(cls, text: str) -> str:
-        return check_template(text)
 
     def build(self) -> RougeEvaluator:
         """Read the items and fill the templates.

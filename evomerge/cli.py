@@ -48,11 +48,18 @@ def root(
 
 
 @app.command()
-def validate(file: SearchFileArgument, set_: SetOption = []) -> None:  # noqa: B006 (typer copies it)
+def validate(
+    file: SearchFileArgument,
+    set_: SetOption = [],  # noqa: B006 (typer copies it)
+    show_prompt: Annotated[
+        bool,
+        typer.Option("--show-prompt", help="Print a prompt of each objective as a model reads it, and its tokens."),
+    ] = False,
+) -> None:
     """Check a search file and everything that it names, and print the plan. Nothing is scored."""
     from evomerge.commands.run import validate
 
-    validate(file, set_)
+    validate(file, set_, show_prompt=show_prompt)
 
 
 @app.command()
@@ -191,11 +198,20 @@ def show(
     json_: JsonOption = False,
     recipe: Annotated[bool, typer.Option("--recipe", help="Print its recipe alone, for `evomerge merge`.")] = False,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw its path into an SVG file.")] = None,
+    items: Annotated[bool, typer.Option("--items", help="Print every item that it was scored on.")] = False,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Print what it is asked: a prompt of each objective, and its tokens.")
+    ] = False,
 ) -> None:
-    """Show one candidate: its path, recipe, scores, attempts and log."""
-    from evomerge.commands.look import show
+    """Show one candidate: its path, recipe, scores, answers, attempts and log."""
+    from evomerge.commands.look import show, show_items, show_prompt
 
-    show(folder, candidate, as_json=json_, as_recipe=recipe, picture=picture)
+    if prompt:
+        show_prompt(folder, candidate)
+    elif items:
+        show_items(folder, (candidate,), as_json=json_)
+    else:
+        show(folder, candidate, as_json=json_, as_recipe=recipe, picture=picture)
 
 
 @app.command()
@@ -204,11 +220,15 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A candidate, such as c0042, a source, best, knee.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     json_: JsonOption = False,
+    items: Annotated[bool, typer.Option("--items", help="Print the items that they differ on, with answers.")] = False,
 ) -> None:
     """Compare two candidates item by item: paired differences, each with the interval of one comparison."""
-    from evomerge.commands.look import compare
+    from evomerge.commands.look import compare, show_items
 
-    compare(folder, a, b, as_json=json_)
+    if items:
+        show_items(folder, (a, b), as_json=json_)
+    else:
+        compare(folder, a, b, as_json=json_)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from evaluators.base import EvaluatorSettings
 from evaluators.likelihood import LikelihoodEvaluator, LikelihoodSettings
+from evaluators.prompts import Reader
 from evomerge.checkpoints.live import LiveModel, load_tokenizer
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
@@ -268,12 +269,18 @@ def test_templates_that_are_none(template: str) -> None:
 
 def test_items_that_do_not_fit_the_model(tmp_path: Path) -> None:
     file = write(tmp_path, [{"prompt": "a" * n, "answer": "b"} for n in range(20, 60)])
-    LikelihoodSettings(file=file).build().score(tiny_live(context=59), "search", [0])
-    said = re.search(r"line (\d+): is (\d+) tokens long, .* context is 50", refusal_of(tiny_live(context=50), file))
-    assert said
-    lengths = [len(prompt) for prompt, _ in pairs(LikelihoodSettings(file=file).build())]
-    assert int(said[2]) == 19 + int(said[1]) == min(length for length in lengths if length > 50)
     assert "the model has 60 embeddings" in refusal_of(tiny_live(vocabulary=60), file)
+    evaluator = LikelihoodSettings(file=file).build()
+    lengths = [len(prompt) for prompt, _ in pairs(evaluator)]
+    long = [index for index, length in enumerate(lengths) if length > 30]
+    small = tiny_live(context=30)
+    asked = [evaluator.asked(Reader.of(small), "search", index)[0] for index in range(len(lengths))]
+    assert [each.lost for each in asked] == [max(0, length - 30) for length in lengths]
+    # What is left of one that is too long is scored as an item of its own would be.
+    whole = evaluator.score(small, "search", [lengths.index(30)])["log_likelihood"]
+    np.testing.assert_allclose(evaluator.score(small, "search", long)["log_likelihood"], [whole[0]] * len(long), 1e-5)
+    answers = write(tmp_path, [{"prompt": f"a{n}", "answer": "b" * (20 + n)} for n in range(20)])
+    assert re.search(r"line \d+: its answer is \d+ tokens long", refusal_of(tiny_live(context=20), answers))
 
 
 def test_an_answer_without_tokens_of_its_own(tmp_path: Path) -> None:

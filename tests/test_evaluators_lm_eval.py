@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from evaluators import evaluator_settings, lm_eval_tasks
 from evaluators.base import EvaluatorSettings
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
 from evaluators.lm_eval_model import ResidentLM
+from evaluators.prompts import Reader, told_too_long
 from evaluators.stopping import StopAtText
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
@@ -416,30 +416,25 @@ def test_the_tasks_of_this_project() -> None:
 # Models that do not fit, and leaving no trace
 
 
-def test_long_items_are_counted_and_told_once(
-    build: Callable[..., LmEvalEvaluator], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_items_are_named(build: Callable[..., LmEvalEvaluator]) -> None:
     evaluator, live = build("choose"), tiny_live()
     lengths = [len(prompt) + 4 for prompt in prompts(evaluator)]  # one token a byte; answers have a blank, 3 digits
-    evaluator = build("choose", max_length=sorted(lengths)[-3] - 1)
-    assert evaluator.truncated == 0
-    with caplog.at_level(logging.WARNING, "evaluators"):
-        for _ in range(2):
-            evaluator.score(live, "held_out", [0])
-    expected = sum(length > evaluator._settings.max_length + 1 for length in lengths)
-    assert 0 < evaluator.truncated == expected < ITEMS
-    assert [record.getMessage() for record in caplog.records] == [
-        f"task choose: {expected} of 12 held_out items are longer than the context of "
-        f"{evaluator._settings.max_length} tokens and lose their beginning"
-    ]
+    most = sorted(lengths)[-3] - 1
+    evaluator = build("choose", max_length=most)
+    asked = [max(evaluator.asked(Reader.of(live), "held_out", i), key=lambda a: a.lost) for i in range(len(lengths))]
+    assert [each.lost for each in asked] == [max(0, length - most - 1) for length in lengths]
+    said = told_too_long([each for each in asked if each.lost])
+    count, first = sum(each.lost > 0 for each in asked), next(i for i, each in enumerate(asked) if each.lost)
+    assert 0 < count < ITEMS
+    assert f"task choose, row {first} of 'test' ({lengths[first]} tokens)" in said
 
 
 @pytest.mark.parametrize(
     ("task", "live", "said"),
     [
         ("generate", tiny_live(context=8), "asks for answers of up to 8 tokens, but prompt and answer together"),
-        ("choose", tiny_live(context=3), "item 0 has an answer of 4 tokens, where the model can take 1 to 3"),
-        ("choose", tiny_live(vocabulary=100), "for item 0; the model has 100 embeddings"),
+        ("choose", tiny_live(context=3), "row 0 of 'test': has an answer of 4 tokens, where the model can take 1 to 3"),
+        ("choose", tiny_live(vocabulary=100), "row 0 of 'test': .* the model has 100 embeddings"),
     ],
 )  # fmt: skip
 def test_models_that_are_too_small(

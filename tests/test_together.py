@@ -29,6 +29,7 @@ from evaluators.function import FunctionSettings
 from evaluators.generation import Request, answer_requests, answer_tokens, generate
 from evaluators.likelihood import LikelihoodSettings
 from evaluators.lm_eval import LmEvalSettings
+from evaluators.prompts import Asked, Reader
 from evomerge.checkpoints.live import LiveModel, live_model
 from evomerge.checkpoints.source import Source
 from evomerge.merging.low_rank import base_recipe, family_of
@@ -126,6 +127,9 @@ class Asking:
 
     def texts(self, split: Split) -> Sequence[tuple[str, str]]:
         return [(prompt, "") for prompt in PROMPTS]
+
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        return []
 
     def items(self, split: Split) -> Sequence[str]:
         return PROMPTS

@@ -6,13 +6,15 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.table import Table
 
+from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
@@ -20,14 +22,16 @@ from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import candidate_id, entry
-from evomerge.report.lists import comparison_table, top_table
+from evomerge.report.entries import candidate_id, entry, measures_of
+from evomerge.report.items import Item, item_lines, items_of
+from evomerge.report.lists import SPLITS, comparison_table, top_table
 from evomerge.report.live import Screen
 from evomerge.report.path import path_svg, path_text
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel
 from evomerge.report.status import chosen, depths_of, read_status, status_of
 from evomerge.search.folder import open_store
-from evomerge.store import CandidateRow, Verb, current_holder
+from evomerge.search.resuming import resumed_file
+from evomerge.store import CandidateRow, Store, Verb, current_holder
 
 _FEW, _MANY = 20, 50  # candidates in a picture of the winner's curse: too few to see it, and enough
 
@@ -114,6 +118,77 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
             console.print(log.read_text(encoding="utf-8")[-2000:])
     versions = ", ".join(f"{name} {version}" for name, version in search.environment.items())
     console.print(f"made with {versions}", style="dim")
+    with open_store(folder) as store:
+        shown = [each for each in _items(store, (row.number,)) if each.items]
+    for each in shown:
+        console.print(f"\n{each.title}, the first of {len(each.items)} (all: --items)", style="bold")
+        console.print(*item_lines(each.items[0], [candidate_id(row.number)]), sep="\n")
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The items of a measure on a split that candidates were scored on."""
+
+    title: str
+    objective: str
+    split: str
+    items: list[Item]
+
+
+def _items(store: Store, numbers: Sequence[int]) -> Iterator[_Items]:
+    for split, name in SPLITS.items():
+        for measure in measures_of(store.search().fingerprints):
+            title = f"{measure['name']}, {name}"
+            yield _Items(title, measure["name"], split, items_of(store, numbers, split, measure))
+
+
+def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> None:
+    """Every item that a candidate was scored on, or those that two were scored on differently, with their answers."""
+    with open_store(folder) as store:
+        numbers = [chosen(store, name) for name in candidates]
+        found = [each for each in _items(store, numbers) if each.items]
+    if not found:
+        raise InputError(
+            ", ".join(candidates),
+            "were not scored on the same items" if len(numbers) > 1 else "has no scores",
+            "`evomerge top` lists those with.",
+        )
+    names = [candidate_id(number) for number in numbers]
+    if as_json:
+        rows = [
+            {"objective": each.objective, "split": each.split} | asdict(item) for each in found for item in each.items
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    console = make_console()
+    for each in found:
+        wanted = [item for item in each.items if len(numbers) == 1 or item.differs]
+        of = f"{len(wanted)} items" if len(numbers) == 1 else f"{len(wanted)} of {len(each.items)} items differ"
+        console.print(f"\n{each.title}: {of}", style="bold")
+        for item in wanted:
+            console.print(*item_lines(item, names), "", sep="\n", soft_wrap=True)
+
+
+def show_prompt(folder: Path, candidate: str) -> None:
+    """What a candidate is asked: the first prompt of each measure as the model reads it, its tokens and the answer."""
+    with open_store(folder) as store:
+        number = chosen(store, candidate)
+        file = resumed_file(folder, store, ())
+        items = {each.objective: each.items for each in _items(store, (number,)) if each.split == "search"}
+    with opening():
+        from evomerge.report.prompts import prompt_lines
+        from evomerge.search.asking import shown_prompts
+        from evomerge.search.prepare import prepare
+
+        prepared = prepare(file)
+        prompts = list(shown_prompts(prepared.named_evaluators, prepared.reader()))
+    console = make_console()
+    for shown in prompts:
+        console.print(*prompt_lines(shown), sep="\n", soft_wrap=True)
+        measure = shown.place.partition(".")[2]
+        for item in (item for item in items.get(measure, []) if item.number == 0):
+            console.print(*item_lines(replace(item, text=None), [candidate_id(number)]), sep="\n", soft_wrap=True)
+        console.print("")
 
 
 def _gene(parameter: Mapping[str, Any], number: float) -> str:

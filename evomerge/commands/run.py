@@ -23,8 +23,8 @@ from evomerge.search.search_file import load_search_file
 from evomerge.store import Store, acquire, current_holder
 
 
-def validate(path: Path, overrides: Sequence[str]) -> None:
-    """Open and check everything that a search file names, and print the plan."""
+def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False) -> None:
+    """Open and check everything that a search file names, and print the plan, and a prompt of each measure."""
     file = load_search_file(path, overrides)
     with opening():
         from evomerge.commands.driving import open_all
@@ -34,6 +34,12 @@ def validate(path: Path, overrides: Sequence[str]) -> None:
         prepared = open_all(file)
     console = make_console()
     console.print(plan(prepared))
+    if show_prompt:
+        from evomerge.report.prompts import prompt_lines
+        from evomerge.search.asking import shown_prompts
+
+        for shown in shown_prompts(prepared.named_evaluators, prepared.reader()):
+            console.print("", *prompt_lines(shown), sep="\n")
     console.print("valid", style="green")
 
 

@@ -16,7 +16,7 @@ from evomerge.report.screen import cell, cells, constraint_titles, gain_title, g
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow
 
-_SPLITS = {"search": "search split", "held_out": "held-out split"}
+SPLITS = {"search": "search split", "held_out": "held-out split"}
 
 
 def top_table(
@@ -56,7 +56,7 @@ def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for split in splits:
-        table.add_column(_SPLITS[split], justify="right")
+        table.add_column(SPLITS[split], justify="right")
     for number, objective in enumerate(dict.fromkeys(row.objective for row in found)):
         if number:
             table.add_row()

@@ -52,6 +52,8 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "objective", f"{objective.name}: {way} {objective.metric} of {evaluator.name}, {counts}"
     yield from _constraints(setup)
     yield from _screen(setup)
+    for warning in prepared.warnings:
+        yield "warning", warning
     yield from _racing(setup)
     yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)

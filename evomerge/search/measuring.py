@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evaluators.base import Evaluator
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
+from evomerge.printable import printable
 from evomerge.search.jobs import Failed, Measured, Task
 
 
@@ -51,15 +52,17 @@ def measured(scored: Sequence[Scored], timings: Mapping[str, float]) -> Measured
     return Measured([each.scores for each in scored], total, [each.answers for each in scored])
 
 
-def failure(error: Exception) -> Failed:
+def failure(error: BaseException) -> Failed:
     """What comes back of an attempt that raised."""
-    log = "".join(traceback.format_exception(error))
+    # Half of a surrogate pair in a message would be a log that cannot be written.
+    log = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
     if isinstance(error, NotFiniteError):
         return Failed("not_finite", str(error))
+    told = printable(f"{type(error).__name__}: {error}".removesuffix(": "))
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return Failed("out_of_memory", str(error), log)
+        return Failed("out_of_memory", printable(str(error)) or told, log)
     if type(error).__name__ == "AcceleratorError":  # after one, CUDA fails every later call of this process
-        return Failed("worker_died", str(error))
-    return Failed("error", f"{type(error).__name__}: {error}", log)
+        return Failed("worker_died", printable(str(error)))
+    return Failed("error", told, log)

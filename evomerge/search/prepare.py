@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.prompts import Reader
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
@@ -19,6 +20,7 @@ from evomerge.merging.materialise import check_recipe
 from evomerge.merging.registry import find_method
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
+from evomerge.search.asking import item_warnings, reader_of
 from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.search_file import SearchFile
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ObjectiveInfo, ScreenInfo, Setup
@@ -27,12 +29,25 @@ from search_spaces.base import SpaceContext
 
 @dataclass(frozen=True)
 class Prepared:
-    """An opened search: what the driver knows, and what a worker in this process can use at once."""
+    """An opened search: what the driver knows, and what a worker in this process can use at once.
+
+    ``warnings`` are sentences for a person, of items.
+    """
 
     file: SearchFile
     setup: Setup
     sources: dict[str, Source]
     evaluators: tuple[Evaluator, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def named_evaluators(self) -> dict[str, Evaluator]:
+        """Each evaluator by the first place in the search file that names it."""
+        return _named(self.file, self.evaluators)
+
+    def reader(self) -> Reader:
+        """How the merged models will read."""
+        return reader_of(self.sources[self.file.tokenizer_source])
 
 
 def prepare(file: SearchFile) -> Prepared:
@@ -50,6 +65,7 @@ def prepare(file: SearchFile) -> Prepared:
     evaluators = tuple(_build(file, each) for each in settings)
     _refuse_test_items(file, settings, evaluators)
     _check_together(file, space, sources, evaluators)
+    warnings = tuple(item_warnings(_named(file, evaluators), reader_of(sources[file.tokenizer_source])))
     setup = Setup(
         name=file.name,
         seed=file.seed,
@@ -69,7 +85,13 @@ def prepare(file: SearchFile) -> Prepared:
         attempts=file.attempts,
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer")
-    return Prepared(file, setup, sources, evaluators)
+    return Prepared(file, setup, sources, evaluators, warnings)
+
+
+def _named(file: SearchFile, evaluators: Sequence[Evaluator]) -> dict[str, Evaluator]:
+    settings, found = distinct_evaluators(file), file.evaluators()
+    places = [next(place for place, wanted in found.items() if wanted == each) for each in settings]
+    return dict(zip(places, evaluators, strict=True))
 
 
 def _check_engine(file: SearchFile) -> None:
@@ -168,6 +190,10 @@ def _build(file: SearchFile, settings: EvaluatorSettings) -> Evaluator:
     except InputError as error:
         place = next(place for place, found in file.evaluators().items() if found == settings)
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+    except (SystemExit, GeneratorExit) as error:  # of code that a task names
+        place = next(place for place, found in file.evaluators().items() if found == settings)
+        problem = f"its code ends the program ({type(error).__name__}: {error})"
+        raise InputError(place, problem, "Have it raise an Exception, or nothing.") from error
 
 
 def _check_together(

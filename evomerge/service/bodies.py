@@ -168,11 +168,22 @@ class PlanRow(BaseModel):
     text: str
 
 
+class PlanPrompt(BaseModel):
+    """What the model is asked for an item of a measure: the text that it reads, what is scored after it, its tokens."""
+
+    place: str
+    item: str
+    prompt: str
+    answer: str
+    tokens: str
+
+
 class Plan(BaseModel):
-    """What a search is going to do and cost."""
+    """What a search is going to do and cost, and a prompt of each objective."""
 
     name: str
     rows: list[PlanRow]
+    prompts: list[PlanPrompt]
 
 
 class Told(BaseModel):

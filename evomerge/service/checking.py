@@ -18,7 +18,7 @@ from typing import Any
 from evomerge.errors import InputError
 from evomerge.printable import printable
 from evomerge.search.folder import STORE_VARIABLE
-from evomerge.service.bodies import Plan, PlanRow
+from evomerge.service.bodies import Plan, PlanPrompt, PlanRow
 from evomerge.service.problems import ProblemError
 from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.root import Root
@@ -150,11 +150,17 @@ class Checker:
 def _plan(text: str, folders: Sequence[str]) -> dict[str, Any]:
     prepared = _prepared(text, folders)
     from evomerge.report.plan import plan
+    from evomerge.report.prompts import token_text
+    from evomerge.search.asking import shown_prompts
 
     table = plan(prepared)
     keys, texts = ([str(cell) for cell in column.cells] for column in table.columns)
     rows = [PlanRow(key=key, text=told) for key, told in zip(keys, texts, strict=True)]
-    return Plan(name=prepared.file.name, rows=rows).model_dump()
+    prompts = [
+        PlanPrompt(place=s.place, item=s.item, prompt=s.prompt, answer=s.answer, tokens=token_text(s))
+        for s in shown_prompts(prepared.named_evaluators, prepared.reader())
+    ]
+    return Plan(name=prepared.file.name, rows=rows, prompts=prompts).model_dump()
 
 
 def _create(text: str, folders: Sequence[str], root: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from evaluators.base import Evaluator, EvaluatorSettings, ItemScores, Split
+from evaluators.prompts import Reader
 from evomerge.checkpoints.live import LiveModel
 
 SPLITS: tuple[Split, ...] = ("search", "held_out")
@@ -59,6 +60,16 @@ class EvaluatorContract:
             assert values.shape == (count,)
             assert values.dtype == np.float32
             assert np.isfinite(values).all()
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_what_is_asked_can_be_seen_before(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
+        before = _generators()
+        for index in range(len(evaluator.items(split))):
+            for asked in evaluator.asked(Reader.of(live), split, index):
+                assert asked.place
+                assert 0 <= asked.scored < len(asked.ids)
+                assert asked.lost == 0
+        assert _generators() == before
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_every_item_can_be_read(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:

@@ -7,10 +7,10 @@ import json
 import math
 from typing import Annotated, Literal
 
-import numpy as np
 from fastapi import APIRouter, Path, Query
 
 from evomerge.report.comparing import compared
+from evomerge.report.items import Item, items_of
 from evomerge.service.app import StoreDependency
 from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
@@ -80,30 +80,13 @@ def compare(
     _check(store, a, b)
     comparisons = [found for found in compared(store, a, b) if found.split == split]
     measure = measure_named(store.search(), objective)
-    items = _items(store, a, b, split, measure["version"], measure["metric"])
-    return Compared(comparisons=comparisons, objective=measure["name"], items=items)
+    items = items_of(store, (a, b), split, measure)
+    return Compared(comparisons=comparisons, objective=measure["name"], items=[_compared(item) for item in items])
 
 
-def _items(store: Store, a: int, b: int, split: str, evaluator: str, metric: str) -> list[ComparedItem]:
-    """The items that both were scored on, with texts and answers where the search kept them."""
-    sides = []
-    for number in (a, b):
-        answers = store.answers(number, split).get(evaluator, {})
-        found = next((s for s in store.scores(number, split) if s.evaluator == evaluator), None)
-        items = [] if found is None else found.items.tolist()
-        scores = [] if found is None else found.metrics[metric].tolist()
-        sides.append(
-            {
-                item: Side(score=score, answer=answers.get(item))
-                for item, score in zip(items, scores, strict=True)
-            }
-        )  # fmt: skip
-    texts = dict(enumerate(store.item_texts(evaluator, split)))
-    return [
-        ComparedItem(item=item, text=text, gold=right or None, a=sides[0][item], b=sides[1][item])
-        for item in np.intersect1d(list(sides[0]), list(sides[1])).astype(int).tolist()
-        for text, right in [texts.get(item, (None, None))]
-    ]
+def _compared(item: Item) -> ComparedItem:
+    a, b = (Side(score=each.score, answer=each.answer) for each in item.answered)
+    return ComparedItem(item=item.number, text=item.text, gold=item.right, a=a, b=b)
 
 
 def _check(store: Store, *numbers: int) -> None:

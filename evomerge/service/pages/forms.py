@@ -83,6 +83,11 @@ _FILE = Field("file", "File of items", example="items.jsonl", hint="JSON objects
 _HELD_OUT = Field("held_out", "Held out", "number", example="0.5", hint="the share of items to confirm on")
 _PROMPT = Field("prompt", "Prompt", example="{prompt}", hint="{question} stands for that field of an item")
 _TOKENS = Field("max_new_tokens", "Most tokens of an answer", "number", example="256")
+_SHOTS = Field("num_fewshot", "Worked examples", "number", hint="before each question")
+_CHAT = (
+    Field("apply_chat_template", "Chat template", "switch", hint="of the model's tokenizer, for chat models"),
+    Field("system_instruction", "System instruction", hint="text before every prompt"),
+)
 
 
 def _metric(*names: str) -> Field:
@@ -99,7 +104,7 @@ EVALUATORS = (
                   suggestions=("acc", "acc_ja", "acc_norm", "exact_match", "exact_match,flexible-extract")),
             Field("search", "Search split", default="validation", hint="a split, also a slice: test[:250]"),
             Field("held_out", "Held-out split", "text", default="test", hint="no item may be in both"),
-            Field("num_fewshot", "Worked examples", "number"),
+            _SHOTS, *_CHAT,
             Field("batch_size", "Prompts at once", "number"),
         ),
     ),
@@ -109,12 +114,12 @@ EVALUATORS = (
             Field("language", "Language", options=("ja", "en", "de", "es", "fr", "ru", "zh"), default="ja"),
             Field("scorer", "Scorer", options=("exact", "sakana"), default="exact"),
             _metric("acc_exact", "acc_ja_exact", "acc_sakana", "acc_ja_sakana"),
-            Field("file", "File of problems", hint="the hub's unless given"), _HELD_OUT, _TOKENS,
+            Field("file", "File of problems", hint="the hub's unless given"), _HELD_OUT, _TOKENS, _SHOTS, *_CHAT,
         ),
     ),
     Group(
         "multiple_choice", "multiple choice", "Which choice is the likeliest. Quick: nothing is decoded.",
-        (_FILE, _metric("acc", "acc_norm", "acc_bytes", "margin"), _PROMPT, _HELD_OUT),
+        (_FILE, _metric("acc", "acc_norm", "acc_bytes", "margin"), _PROMPT, _HELD_OUT, _SHOTS, *_CHAT),
     ),
     Group(
         "likelihood", "likelihood of answers",
@@ -122,22 +127,28 @@ EVALUATORS = (
         (
             _FILE, _metric("log_likelihood", "bits_per_byte"), _PROMPT,
             Field("answer", "Answer", example=" {answer}", hint="a space between prompt and answer belongs here"),
-            _HELD_OUT,
+            _HELD_OUT, _SHOTS, *_CHAT,
         ),
     ),
     Group(
         "rouge", "ROUGE-L", "How much of a reference an answer says.",
-        (_FILE, _metric("rouge_l"), _PROMPT, Field("answer", "Reference", example="{answer}"), _HELD_OUT, _TOKENS),
+        (
+            _FILE, _metric("rouge_l"), _PROMPT, Field("answer", "Reference", example="{answer}"), _HELD_OUT, _TOKENS,
+            _SHOTS, *_CHAT,
+        ),
     ),
     Group(
         "language", "language of answers", "Whether answers are in a language; good as a second objective.",
-        (_FILE, _metric("in_language"), Field("language", "Language", example="ja"), _PROMPT, _HELD_OUT, _TOKENS),
+        (
+            _FILE, _metric("in_language"), Field("language", "Language", example="ja"), _PROMPT, _HELD_OUT, _TOKENS,
+            *_CHAT,
+        ),
     ),
     Group(
         "reward_model", "reward model", "How another model likes the answers.",
         (
             _FILE, _metric("reward"), Field("model", "Reward model", example="org/name", required=True), _PROMPT,
-            _HELD_OUT, _TOKENS,
+            _HELD_OUT, _TOKENS, *_CHAT,
         ),
     ),
     Group(

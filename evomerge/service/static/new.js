@@ -316,6 +316,12 @@ function tellPlan(plan) {
   }
   for (const text of plan.estimates ?? []) list.append(element("dt", "", "estimate"), element("dd", "", typeof text === "string" ? text : text.text));
   box.append(list);
+  for (const asked of plan.prompts ?? []) {
+    const shown = element("details", ""), text = element("pre", "", asked.prompt + asked.answer);
+    text.tabIndex = 0;
+    shown.append(element("summary", "", `A prompt of ${asked.place}`), text, element("p", "quiet", asked.tokens));
+    box.append(shown);
+  }
   verdict.replaceChildren(box);
   file.removeAttribute("aria-invalid");
   drawGutter();

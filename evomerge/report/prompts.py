@@ -1,0 +1,38 @@
+"""What a model is asked, as people read it: the rendered prompt and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from evomerge.printable import printable
+
+if TYPE_CHECKING:  # which imports torch, and what is only read from a store needs none
+    from evomerge.search.asking import Shown
+
+_MOST_LINE = 2000
+_MOST_LINES = 200
+
+
+def prompt_lines(shown: Shown) -> Iterator[str]:
+    """The prompt of one item: where it comes from, the text as the model reads it, and its tokens."""
+    scored = f", of which the last {shown.scored} are scored" if shown.scored else ""
+    yield f"{shown.place}: {printable(shown.item)}, {len(shown.tokens)} tokens{scored}"
+    yield from text_lines("prompt", shown.prompt)
+    if shown.answer:
+        yield from text_lines("answer", shown.answer)
+    yield f"  tokens  {token_text(shown)}"
+
+
+def text_lines(title: str, text: str) -> Iterator[str]:
+    """A text of several lines under a title, each line printable and marked by a bar."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:_MOST_LINES]):
+        yield f"  {title if number == 0 else '':{max(6, len(title))}} | {printable(line, _MOST_LINE)}"
+    if len(lines) > _MOST_LINES:
+        yield f"  {len(lines) - _MOST_LINES} more lines"
+
+
+def token_text(shown: Shown) -> str:
+    """The tokens as numbers, each with what it says: 1 '<s>'."""
+    return " ".join(f"{number} {printable(repr(text), 80)}" for number, text in shown.tokens)
