@@ -1,42 +1,49 @@
 """Scores models with a person's own Python function, named in the search file: the evaluator of kind ``python``.
 
 The function gets the items and a ``generate`` bound to the live model, and returns a number for each item. It is code
-that runs on this machine, so it needs ``allow_task_code``.
+that runs on this machine, so it needs ``allow_task_code``. It runs in a process of its own (``function_process``): one
+that never ends, exits or takes the process with it costs the candidate, and neither the worker nor the search.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import copy
 import hashlib
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators import function_process
+from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
+from evaluators.function_process import receive, send
 from evaluators.item_files import digest, read_lines, split_items
+from evaluators.prompts import Asked, PromptSettings, Reader
 from evomerge.errors import InputError
+from evomerge.files import TEXT_BYTES, read_bytes
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
+_UNWIND_S = 5.0
+"""How long a function that is no longer wanted may take to end by itself."""
 
-_LARGEST = float(np.finfo(np.float32).max)
 
-
-class FunctionSettings(EvaluatorSettings):
+class FunctionSettings(PromptSettings):
     """What the search file says of a function of one's own.
 
     Attributes:
@@ -47,6 +54,7 @@ class FunctionSettings(EvaluatorSettings):
         held_out: without such a file, the share of items to confirm on. A hash of the item decides of each.
         metrics: each metric that the function returns, and which way is better.
         batch_size: prompts at once in ``generate``.
+        max_seconds: how long the function may take for a model, answers of the model not counted.
         allow_task_code: consent to run the file.
     """
 
@@ -58,6 +66,7 @@ class FunctionSettings(EvaluatorSettings):
     held_out: float = Field(default=0.5, gt=0, lt=1)
     metrics: dict[str, Literal["maximize", "minimize"]] = Field(min_length=1)
     batch_size: int = Field(default=16, ge=1)
+    max_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     allow_task_code: bool = False
 
     def __hash__(self) -> int:  # `metrics` is a dict, which has none
@@ -106,8 +115,10 @@ class FunctionEvaluator:
         self._settings = settings
         self._items = split_items(_read, settings.items_file, settings.held_out_file, settings.held_out)
         self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
-        code, self._function = _load(settings)
-        said = [settings.function, settings.batch_size, self.metrics]
+        code = _read_code(settings.file)
+        self._process = _FunctionProcess(settings, code)
+        self._process.start()
+        said = [settings.function, settings.batch_size, self.metrics, settings.shaping]
         self.version = digest(["python 1", hashlib.sha256(code).hexdigest(), self._hashes, said])
 
     def items(self, split: Split) -> Sequence[str]:
@@ -117,6 +128,10 @@ class FunctionEvaluator:
     def texts(self, split: Split) -> list[tuple[str, str]]:
         """Each item's fields as JSON: nobody but the function knows which are question and answer."""
         return [(json.dumps(dict(item.fields), ensure_ascii=False), "") for item in self._items[split]]
+
+    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
+        """Nothing that is known: the function writes its own prompts."""
+        return []
 
     def test_items(self, split: Split) -> dict[str, int]:
         """How many items are a public benchmark's test items."""
@@ -135,124 +150,200 @@ class FunctionEvaluator:
         self.seconds, self.answers = {}, {}
         if not distinct:
             return {metric: np.empty(0, np.float32) for metric in self.metrics}
-        generate = _Generate(model, self._settings.batch_size)
-        given = [copy.deepcopy(dict(items[index].fields)) for index in distinct]  # a function may write into them
+        given = [items[index].fields for index in distinct]
+        generate = _Generate(model, self._settings)
         started = time.perf_counter()
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # some functions print
-                returned = self._function(given, generate)
-        except Exception as error:
-            if error is generate.failed or isinstance(error, MemoryError):
-                raise  # the model's fault, which workers tell apart
-            raise _blame(self._settings.file, f"{self._settings.function} failed", error) from error
+        found = self._process.call(given, list(self.metrics), generate)
         whole = time.perf_counter() - started
         self.seconds = {"generate": generate.seconds, "score": whole - generate.seconds}
         if len(generate.answers) == len(distinct):  # which of the answers are which item's only the function knows else
             self.answers = dict(zip(distinct, generate.answers, strict=True))
-        found = self._checked(returned, len(distinct))
         places = {index: place for place, index in enumerate(distinct)}
-        return {metric: values[[places[index] for index in indices]] for metric, values in found.items()}
-
-    def _checked(self, returned: object, count: int) -> dict[str, NDArray[np.float32]]:
-        """What the function returned, as arrays: one number an item, or such a list for each metric."""
-        place = f"{self._settings.file}, {self._settings.function}"
-        wanted = ", ".join(self.metrics)
-        if not isinstance(returned, Mapping):
-            if len(self.metrics) > 1:
-                mend = f"Return {{metric: numbers}} for {wanted}."
-                raise InputError(place, "returned no mapping, and several metrics are declared", mend)
-            returned = {next(iter(self.metrics)): returned}
-        if returned.keys() != self.metrics.keys():
-            problem = f"returned {', '.join(map(str, returned)) or 'no metric'}, where {wanted} is declared"
-            raise InputError(place, problem, "Mend the function, or `metrics:`.")
-        return {metric: _numbers(returned[metric], count, f"{place}: {metric}") for metric in self.metrics}
+        values = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in found.items()}
+        return {metric: numbers[[places[index] for index in indices]] for metric, numbers in values.items()}
 
 
 class _Generate:
-    """What the function gets as ``generate``.
+    """The live model's side of the function's ``generate``.
 
     Attributes:
         seconds: how long the model took so far.
         answers: all that it wrote so far.
-        failed: what the model itself raised, if it did.
     """
 
-    def __init__(self, live: LiveModel, batch_size: int) -> None:
+    def __init__(self, live: LiveModel, settings: FunctionSettings) -> None:
         self.seconds = 0.0
         self.answers: list[str] = []
-        self.failed: Exception | None = None
-        self._live = live
-        self._batch_size = batch_size
+        self._live, self._settings = live, settings
 
-    def __call__(self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = ()) -> list[str]:
-        """Greedy answers to the prompts, in order; an answer ends before the first of the texts in ``stop``."""
-        for name, texts in (("prompts", prompts), ("stop", stop)):
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"generate takes {name} as a list of texts")
+    def __call__(self, prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
         from evaluators.generation import generate
 
         started = time.perf_counter()
         try:
-            answers = generate(self._live, list(prompts), max_new_tokens, list(stop), self._batch_size)
-            self.answers += answers
-            return answers
-        except Exception as error:
-            self.failed = error
-            raise
+            answers = generate(self._live, prompts, most, stop, self._settings.batch_size, self._settings)
         finally:
             self.seconds += time.perf_counter() - started
+        self.answers += answers
+        return answers
+
+
+class _FunctionProcess:
+    """The process that a function runs in: started when it is needed, and anew after one that was lost."""
+
+    def __init__(self, settings: FunctionSettings, code: bytes) -> None:
+        self._settings = settings
+        self._told = {
+            "file": str(settings.file),
+            "function": settings.function,
+            "module": f"evomerge_function_{hashlib.sha256(code).hexdigest()[:16]}",
+            "code": base64.b64encode(code).decode(),
+            "path": sys.path,
+        }
+        self._stop: Callable[[], object] | None = None
+        self._is_idle = False
+        self._process: subprocess.Popen[bytes]
+        self._channel: socket.socket
+
+    def start(self) -> None:
+        """Start the process, and have it load the file.
+
+        Raises:
+            InputError: that fails, ends the process, or takes too long.
+        """
+        ours, its = socket.socketpair()
+        ends, worker = os.pipe()  # nobody writes to it; it closes with this process
+        command = [sys.executable, "-P", "-u", function_process.__file__, str(its.fileno()), str(ends)]
+        with its, _closing(ends):
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=(its.fileno(), ends), start_new_session=True,
+                env={"OMP_NUM_THREADS": "1", **os.environ},
+            )  # fmt: skip
+        self._channel = ours
+        self._stop = weakref.finalize(self, _end, self._process, ours, worker)
+        self._send(self._told)
+        answer = self._wait(time.monotonic() + self._settings.max_seconds, "when it was loaded")
+        if "loaded" not in answer:
+            self.stop()
+            raise self._fault(answer)
+
+    def call(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        metrics: Sequence[str],
+        generate: Callable[[Sequence[str], int, Sequence[str]], list[str]],
+    ) -> dict[str, list[float]]:
+        """What the function says of items: finite numbers by metric, one an item.
+
+        Raises:
+            InputError: the function fails, ends its process, takes too long, or returns anything else. What the model
+                raises in ``generate`` is raised as it is.
+        """
+        if self._stop is None:
+            self.start()
+        self._is_idle = False
+        try:
+            deadline = time.monotonic() + self._settings.max_seconds
+            self._send({"items": items, "metrics": metrics, "count": len(items)})
+            while "prompts" in (answer := self._wait(deadline, f"in {self._settings.function}")):
+                asked = time.monotonic()
+                answers = self._answers(answer, generate)
+                deadline += time.monotonic() - asked
+                self._send({"answers": answers})
+        except BaseException:
+            if self._process.poll() is not None or not self._is_idle:
+                self.stop()
+            raise
+        if "numbers" not in answer:
+            raise self._fault(answer)
+        found: dict[str, list[float]] = answer["numbers"]
+        return found
+
+    def stop(self) -> None:
+        """End the process and all that it has started."""
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+
+    def _answers(self, asked: Mapping[str, Any], generate: Callable[..., list[str]]) -> list[str]:
+        """The model's answers. Where it raises, the function is ended first; the process is kept if that ends it."""
+        try:
+            return generate(asked["prompts"], asked["most"], asked["stop"])
+        except BaseException:
+            with contextlib.suppress(InputError):
+                self._send({"end": True})
+                self._is_idle = "ended" in self._wait(time.monotonic() + _UNWIND_S, "when it was ended")
+            raise
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # whoever waits for the answer is told why there is none
+            self._channel.settimeout(self._settings.max_seconds)
+            send(self._channel, message)
+
+    def _wait(self, deadline: float, when: str) -> dict[str, Any]:
+        """The next message.
+
+        Raises:
+            InputError: it does not come in time, or the process has ended.
+        """
+        file = str(self._settings.file)
+        try:
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            message = receive(self._channel)
+        except TimeoutError:
+            self.stop()
+            problem = f"took more than {self._settings.max_seconds:g} s {when}"
+            raise InputError(file, problem, "Mend it, or give it more time as `max_seconds:`.") from None
+        except (OSError, ValueError, RecursionError):  # it writes to what it does not know
+            message = None
+        if message is None:
+            process = self._process
+            self.stop()
+            raise InputError(file, f"ended its process {when} ({_how(process.wait())})", "Have it return, or raise.")
+        return message
+
+    def _fault(self, answer: Mapping[str, Any]) -> InputError:
+        """What the process says is wrong."""
+        place, mend = str(self._settings.file), str(answer.get("mend", ""))
+        if "returned" in answer:
+            metric = f": {answer['metric']}" if "metric" in answer else ""
+            return InputError(f"{place}, {self._settings.function}{metric}", str(answer["returned"]), mend)
+        if answer.get("line"):
+            place += f", line {answer['line']}"
+        return InputError(place, str(answer.get("problem", "said nothing that can be understood")), mend)
+
+
+@contextlib.contextmanager
+def _closing(handle: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _end(process: subprocess.Popen[bytes], channel: socket.socket, worker: int) -> None:
+    """End a process with its session."""
+    channel.close()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    os.close(worker)
+    process.wait()
+
+
+def _how(code: int) -> str:
+    """How a process ended, from its return code."""
+    if code >= 0:
+        return f"exit status {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
 
 
 def _read(file: Path) -> list[_Item]:
     return [_Item(line.fields, line.place) for line in read_lines(file)]
 
 
-def _load(settings: FunctionSettings) -> tuple[bytes, Callable[..., object]]:
-    """The bytes of the file, and the function that running these very bytes makes."""
-    file, name = settings.file, settings.function
-    try:
-        code = file.read_bytes()
-    except OSError as error:
-        mend = "A path is relative to the folder of the search file."
-        raise InputError(str(file), f"cannot be read ({error.strerror})", mend) from None
-    module = ModuleType(f"evomerge_function_{hashlib.sha256(code).hexdigest()[:16]}")
-    module.__file__ = str(file)
-    sys.modules[module.__name__] = module  # dataclasses look their own module up there
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            exec(compile(code, str(file), "exec", dont_inherit=True), module.__dict__)
-    except SyntaxError as error:
-        where = f"{error.filename or file}" + (f", line {error.lineno}" if error.lineno else "")
-        raise InputError(where, f"is not Python ({error.msg})") from None
-    except Exception as error:
-        raise _blame(file, "failed when it was loaded", error) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        made = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise InputError(str(file), f"has no function {name!r}; it has: {made or 'none'}", "Name one as `function:`.")
-    return code, function
-
-
-def _blame(file: Path, what: str, error: Exception) -> InputError:
-    """An error of the person's code with the line of their file where it happened."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    place = f"{file}, line {lines[-1]}" if lines else str(file)
-    message = " ".join(str(error).split())[:300]
-    return InputError(place, f"{what} ({type(error).__name__}{': ' if message else ''}{message})")
-
-
-def _numbers(returned: object, count: int, place: str) -> NDArray[np.float32]:
-    """Float32 [count] of what was returned for a metric; booleans count as 0 and 1."""
-    try:
-        values: list[Any] = list(returned)  # type: ignore[call-overload]
-    except TypeError:
-        problem = f"returned {type(returned).__name__}, not a number for each item"
-        raise InputError(place, problem, "Return a list of numbers in the order of the items.") from None
-    if len(values) != count:
-        raise InputError(place, f"returned {len(values)} numbers for {count} items", "Return one for each, in order.")
-    for position, value in enumerate(values):
-        a_number = isinstance(value, Real | np.bool_)
-        if not a_number or not abs(value) <= _LARGEST:  # nor is NaN
-            problem = f"returned {value!r} for the item at {position} of those given"
-            raise InputError(place, problem, "Return a finite number.")
-    return np.array([float(value) for value in values], dtype=np.float32)
+def _read_code(file: Path) -> bytes:
+    if not file.exists():
+        raise InputError(str(file), "there is no such file", "A path is relative to the folder of the search file.")
+    return read_bytes(file, str(file), TEXT_BYTES)

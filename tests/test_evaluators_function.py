@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -172,10 +176,10 @@ def score(items, generate):
     assert evaluator.seconds == {}
 
 
-def test_what_it_prints_is_no_output_of_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_prints_is_no_output_of_the_program(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = "print('loaded')\ndef score(items, generate):\n    print('scored')\n    return [1] * len(items)\n"
     given(tmp_path, code).build().score(tiny_live(), "search", [0])
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert said.out == ""
     assert said.err == "loaded\nscored\n"
 
@@ -224,7 +228,7 @@ def test_nothing_runs_without_consent(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
     file = tmp_path / "my_score.py"
-    assert f"{tmp_path / 'none.py'}: cannot be read" in refusal(given(tmp_path, file=tmp_path / "none.py"))
+    assert f"{tmp_path / 'none.py'}: there is no such file" in refusal(given(tmp_path, file=tmp_path / "none.py"))
     assert f"{file}, line 2: is not Python" in refusal(given(tmp_path, "x = 1\ndef score(items:\n"))
     said = refusal(given(tmp_path, "def f():\n    return 1 / 0\n\nf()\n"))
     assert f"{file}, line 2: failed when it was loaded (ZeroDivisionError: division by zero)" in said
@@ -273,6 +277,132 @@ def test_the_models_own_faults_are_not_the_functions(tmp_path: Path) -> None:
 def test_anything_but_numbers(tmp_path: Path, returned: str, said: str) -> None:
     code = f"def score(items, generate):\n    return {returned}\n"
     assert f"my_score.py, score: {said}" in fault(tmp_path, code)
+
+
+ENDINGS = {
+    "exit": ("sys.exit(0)", "(SystemExit: 0)"),
+    "exit with a text": ("sys.exit('gone')", "(SystemExit: gone)"),
+    "interrupt": ("raise KeyboardInterrupt", "(KeyboardInterrupt)"),
+    "generator exit": ("raise GeneratorExit", "(GeneratorExit)"),
+    "of nobody's kind": ("raise type('Odd', (BaseException,), {})('x\\ny')", "(Odd: x y)"),
+    "no text": ("raise type('Mute', (Exception,), {'__str__': lambda s: 1 / 0})", "(Mute)"),
+    "the process": ("os._exit(0)", "ended its process"),
+    "a signal": ("os.kill(os.getpid(), 9)", "(SIGKILL)"),
+    "a fault in C": ("import ctypes; ctypes.string_at(0)", "(SIGSEGV)"),
+    "never": ("while True: pass", "took more than 1 s"),
+    "asleep": ("time.sleep(1e6)", "took more than 1 s"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_however_it_ends_the_next_call_is_answered(tmp_path: Path, name: str) -> None:
+    statement, said = ENDINGS[name]
+    code = f"""\
+import os, sys, time
+def score(items, generate):
+    generate([item["prompt"] for item in items], 2)
+    if os.path.exists({str(tmp_path / "fails")!r}):
+        {statement}
+    return [1.0] * len(items)
+"""
+    evaluator = given(tmp_path, code, max_seconds=1).build()
+    live = tiny_live()
+    for _ in range(2):
+        (tmp_path / "fails").touch()
+        with pytest.raises(InputError) as caught:
+            evaluator.score(live, "search", [0, 1])
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+        (tmp_path / "fails").unlink()
+        assert evaluator.score(live, "search", [0, 1])["letters"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_file_that_ends_as_it_is_loaded_is_refused(tmp_path: Path, name: str) -> None:
+    statement, said = ENDINGS[name]
+    assert said in refusal(given(tmp_path, f"import os, sys, time\n{statement}\n", max_seconds=1))
+
+
+def test_numbers_without_an_end(tmp_path: Path) -> None:
+    code = "def score(items, generate):\n    while True:\n        yield 1.0\n"
+    assert "letters: returned more than 3 numbers for 3 items" in fault(tmp_path, code)
+    code = "class L(list):\n    def __len__(self): return 10**9\ndef score(items, generate): return L([1.0] * 3)\n"
+    assert given(tmp_path, code).build().score(tiny_live(), "search", [0, 1, 2])["letters"].tolist() == [1.0] * 3
+    code = "class F(float):\n    def __float__(self): raise RuntimeError('no')\n"
+    code += "def score(items, generate): return [F(1)] * len(items)\n"
+    assert "score failed (RuntimeError: no)" in fault(tmp_path, code)
+
+
+def test_copies_of_its_process_say_nothing(tmp_path: Path) -> None:
+    """A function that forks comes back twice, and threads of its own may outlive it."""
+    code = """\
+import os, threading, time
+os.fork()
+def score(items, generate):
+    threading.Thread(target=time.sleep, args=[1e6]).start()
+    me = os.getpid()
+    if os.fork() == 0:
+        try:
+            generate(["not from here"])
+        except RuntimeError:
+            pass
+    return [float(os.getpid() == me)] * len(items)
+"""
+    evaluator = given(tmp_path, code).build()
+    live = tiny_live()
+    for _ in range(3):
+        assert evaluator.score(live, "search", [0, 1])["letters"].tolist() == [1.0, 1.0]
+
+
+def test_the_worker_is_as_it_was(tmp_path: Path) -> None:
+    code = """\
+import os, signal, torch
+def score(items, generate):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN); os.chdir("/"); os.umask(0o777); os.close(1); os.close(2)
+    torch.set_num_threads(7); torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64)
+    return [1.0] * len(items)
+"""
+    before = (os.getcwd(), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.get_default_dtype())
+    given(tmp_path, code).build().score(tiny_live(), "search", [0])
+    assert before == (os.getcwd(), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.get_default_dtype())
+    os.fstat(1)
+
+
+def test_its_process_ends_with_it(tmp_path: Path) -> None:
+    """And so does whatever it has started."""
+    code = """\
+import os, subprocess
+other = subprocess.Popen(["sleep", "1000"])
+def score(items, generate):
+    return {"me": [os.getpid()] * len(items), "other": [other.pid] * len(items)}
+"""
+    evaluator = given(tmp_path, code, metrics={"me": "maximize", "other": "maximize"}).build()
+    found = evaluator.score(tiny_live(), "search", [0])
+    processes = [psutil.Process(int(values[0])) for values in found.values()]
+    assert all(process.is_running() for process in processes)
+    del evaluator
+    gc.collect()
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_a_candidate_whose_function_exits_is_one_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "n = []\ndef score(items, generate):\n    n.append(0)\n    if len(n) == 6: raise SystemExit(0)\n"
+    given(tmp_path, code + "    return [float(len(n))] * len(items)\n")
+    objective = {
+        "evaluator": "python", "file": "my_score.py", "items_file": "items.jsonl", "metrics": {"s": "maximize"},
+        "metric": "s",
+    }  # fmt: skip
+    file = search_file(
+        tmp_path, objectives={"s": objective}, allow_task_code=True, budget={"candidates": 8}, confirm={"top": 1}
+    )
+    assert evomerge("search", file, "--dir", tmp_path / "out") == 0
+    shown = json_of(capsys, "status", tmp_path / "out", "--json")
+    assert (shown["state"], shown["candidates"]["failed"]) == ("finished", 1)
+    (tmp_path / "my_score.py").write_text("import sys\nsys.exit(0)\n")
+    assert evomerge("validate", file) == 2
+    assert "failed when it was loaded (SystemExit: 0)" in capsys.readouterr().err
 
 
 def test_several_metrics_need_a_mapping(tmp_path: Path) -> None:

@@ -160,7 +160,9 @@ class Together:
                 scored = score_task(evaluator, self._live, task)
             except _Unwound:
                 return
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 if candidate.wanted is None:
                     candidate.result = failure(error)
                 return

@@ -108,7 +108,9 @@ class Worker:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
         try:
             result: Measured | Failed = self._measure(job)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as a task's SystemExit, and the panic of a tokenizer
             result = failure(error)
         return self._finished(job, result)
 
@@ -122,7 +124,9 @@ class Worker:
             if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
                 self._together = Together(self._sources, self._materialiser, self._live, self._evaluators)
             results = self._together.run(jobs)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             results = [failure(error)] * len(jobs)
         return [self._finished(job, result) for job, result in zip(jobs, results, strict=True)]
 

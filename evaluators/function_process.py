@@ -1,0 +1,219 @@
+"""The process that a person's own function runs in, and nothing else: a file of its own that needs Python alone.
+
+Whatever the function does, to this process or to itself, the worker beside it goes on: it waits no longer than it wants
+to, and starts another one. They speak in messages of JSON, each behind its length, over a socket:
+
+- the worker sends what to load, and is told whether that worked;
+- it sends items, and is asked for answers of its model any number of times, then told numbers or a fault.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import numbers
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from operator import index
+from types import ModuleType
+from typing import Any
+
+LARGEST = 3.4028234663852886e38
+"""The largest number that a score, a float32, can be."""
+
+_MOST_BYTES = 1 << 30
+_MOST_SHOWN = 100
+
+
+def send(channel: socket.socket, message: Mapping[str, Any]) -> None:
+    """Send a message."""
+    content = json.dumps(message).encode()
+    channel.sendall(len(content).to_bytes(8, "big") + content)
+
+
+def receive(channel: socket.socket) -> dict[str, Any] | None:
+    """The next message; None when the other side is gone.
+
+    Raises:
+        ValueError: what comes is no message.
+    """
+    head = _read(channel, 8)
+    size = int.from_bytes(head, "big")
+    if size > _MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    content = _read(channel, size) if head else b""
+    return json.loads(content) if content else None
+
+
+def _read(channel: socket.socket, size: int) -> bytes:
+    """So many bytes, or none at all when the other side is gone."""
+    parts = []
+    while size:
+        part = channel.recv(min(size, 1 << 20))
+        if not part:
+            return b""
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class _Ended(BaseException):
+    """The worker wants no more of this call."""
+
+
+class _Generate:
+    """What the function gets as ``generate``.
+
+    Attributes:
+        ended: the worker has ended the call that this belongs to.
+    """
+
+    def __init__(self, channel: socket.socket, process: int) -> None:
+        self.ended = False
+        self._channel, self._process = channel, process
+
+    def __call__(self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = ()) -> list[str]:
+        """Greedy answers to the prompts, in order; an answer ends before the first of the texts in ``stop``."""
+        for name, texts in (("prompts", prompts), ("stop", stop)):
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"generate takes {name} as a list of texts")
+        if index(max_new_tokens) < 1:
+            raise ValueError("generate takes max_new_tokens of 1 or more")
+        if os.getpid() != self._process:
+            raise RuntimeError("generate answers in the process that called the function, and in none that it started")
+        if self.ended:
+            raise _Ended
+        send(self._channel, {"prompts": list(prompts), "most": index(max_new_tokens), "stop": list(stop)})
+        answer = receive(self._channel)
+        if answer is None or "answers" not in answer:
+            self.ended = True
+            raise _Ended
+        found: list[str] = answer["answers"]
+        return found
+
+
+def _load(told: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
+    """The function that running the file's bytes makes, or what is wrong."""
+    file, name = told["file"], told["function"]
+    sys.path[:] = told["path"]
+    module = ModuleType(told["module"])
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # dataclasses look their own module up there
+    try:
+        exec(compile(base64.b64decode(told["code"]), file, "exec", dont_inherit=True), module.__dict__)
+    except SyntaxError as error:
+        return {"problem": f"is not Python ({error.msg})", "line": error.lineno}
+    except BaseException as error:  # such as SystemExit, which is not to end anything here
+        return _blame(file, "failed when it was loaded", error)
+    function: Callable[..., object] | None = getattr(module, name, None)
+    if callable(function):
+        return function
+    made = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+    return {"problem": f"has no function {name!r}; it has: {made or 'none'}", "mend": "Name one as `function:`."}
+
+
+def _call(function: Callable[..., object], told: Mapping[str, Any], generate: _Generate) -> dict[str, Any]:
+    """What the function says of items, checked: {"numbers": by metric}, or what is wrong."""
+    metrics: list[str] = told["metrics"]
+    try:
+        returned = function(told["items"], generate)
+        if not isinstance(returned, Mapping):
+            if len(metrics) > 1:
+                wanted = ", ".join(metrics)
+                return {
+                    "returned": "returned no mapping, and several metrics are declared",
+                    "mend": f"Return {{metric: numbers}} for {wanted}.",
+                }
+            returned = {metrics[0]: returned}
+        if set(returned) != set(metrics):
+            problem = f"returned {', '.join(map(str, returned)) or 'no metric'}, where {', '.join(metrics)} is declared"
+            return {"returned": problem, "mend": "Mend the function, or `metrics:`."}
+        found = {}
+        for metric in metrics:
+            values = _numbers(returned[metric], told["count"])
+            if isinstance(values, dict):
+                return values | {"metric": metric}
+            found[metric] = values
+    except BaseException as error:  # whatever it is, it is the function's
+        return _blame(told["file"], f"{told['function']} failed", error)
+    return {"numbers": found}
+
+
+def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
+    """Numbers of what was returned for a metric, or what is wrong; booleans count as 0 and 1."""
+    try:
+        values = list(itertools.islice(returned, count + 1))
+    except TypeError:
+        return {
+            "returned": f"returned {type(returned).__name__}, not a number for each item",
+            "mend": "Return a list of numbers in the order of the items.",
+        }
+    if len(values) != count:
+        many = f"more than {count}" if len(values) > count else f"{len(values)}"
+        return {"returned": f"returned {many} numbers for {count} items", "mend": "Return one for each, in order."}
+    for position, value in enumerate(values):
+        a_number = isinstance(value, numbers.Real) or (
+            type(value).__module__ == "numpy" and type(value).__name__ == "bool"
+        )
+        if not a_number or not abs(value) <= LARGEST:  # nor is NaN
+            return {
+                "returned": f"returned {_shown(value)} for the item at {position} of those given",
+                "mend": "Return a finite number.",
+            }
+    return [float(value) for value in values]
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:_MOST_SHOWN]
+    except ValueError:  # a whole number of thousands of digits
+        return f"a number of {type(value).__name__} that is too large"
+
+
+def _blame(file: str, what: str, error: BaseException) -> dict[str, Any]:
+    """An error of the person's code, with the line of their file where it happened."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    try:
+        message = " ".join(str(error).split())[:300]
+    except Exception:
+        message = ""
+    said = f"{what} ({type(error).__name__}{': ' if message else ''}{message})"
+    return {"problem": said, "line": lines[-1] if lines else None}
+
+
+def _end_with(worker: int) -> None:
+    """End this process, and what it has started, when the worker is gone, whatever runs here then."""
+    os.read(worker, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(channel: socket.socket, worker: int) -> None:
+    """Load what the worker names, and call it as often as it says."""
+    process = os.getpid()
+    threading.Thread(target=_end_with, args=(worker,), daemon=True).start()
+    told = receive(channel)
+    if told is None:
+        return
+    loaded = _load(told)
+    if os.getpid() != process:  # a copy that the file made of this process
+        os._exit(0)
+    send(channel, {"loaded": True} if callable(loaded) else loaded)
+    while callable(loaded) and (wanted := receive(channel)) is not None:
+        if "items" not in wanted:  # the end of a call that was over already
+            continue
+        generate = _Generate(channel, process)
+        found = _call(loaded, {**told, **wanted}, generate)
+        if os.getpid() != process:
+            os._exit(0)
+        send(channel, {"ended": True} if generate.ended else found)
+    os._exit(0)  # threads that it has started are not waited for
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
