@@ -76,7 +76,7 @@ def scores_of(recipe_hash: str) -> NDArray[np.float32]:
 class Worker(RayWorker):
     """Sleeps; says in ``at/PID`` what it is at, and does to some candidates what ``plan.json`` says."""
 
-    def __init__(self, name: str, settings: dict[str, Any], folder: Path) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], folder: Path, contents: dict[str, str]) -> None:
         self._name = name
         self._folder = folder
         self._note = folder / "at" / str(os.getpid())
@@ -145,7 +145,7 @@ def drive(folder: Path, place: str, address: str, candidates: int) -> None:
     setup = make_setup(candidates)
     with Store.open(place) as store, acquire(store):
         cluster = Cluster(address=address, insecure=True)
-        pool = RayPool(SearchFile.model_construct(name="chaos", cluster=cluster), folder, Worker)
+        pool = RayPool(SearchFile.model_construct(name="chaos", cluster=cluster), folder, {}, Worker)
         try:
             Driver(setup, store, pool, Control(store.take_commands), logs=folder / "logs").run()
         finally:

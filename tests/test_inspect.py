@@ -19,8 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts
+from evomerge.merging.facts import Weights as SourceWeights
 from evomerge.merging.jobs import Crew
-from evomerge.merging.statistics import Statistics
+from evomerge.merging.site import Site
+from evomerge.recipe import Role
 from evomerge.report.closeness import shown
 from evomerge.report.inspection import Inspection, inspect_models, short_names
 
@@ -123,7 +127,9 @@ def test_signs_of_any_length_and_dtype(count: int, dtypes: tuple[torch.dtype, ..
         name: (base + k * (torch.rand(count, generator=random) - 0.4).relu()).to(dtype)
         for k, (name, dtype) in enumerate(zip("bxy", dtypes, strict=True))
     }
-    total = Statistics(lambda found: tensors[found[0]], Crew(2)).signs([(name, "w") for name in "bxy"])
+    weights = SourceWeights(lambda ref: tensors[ref[0]], Crew(2))
+    site = Site("w", Role("mlp", 0), (count,), {name: (name, "w") for name in "bxy"})
+    total = Facts(site, weights, Evidence(), seed=0).signs("bxy")
     deltas = [(tensors[name].float() - tensors["b"].float()).double() for name in "xy"]
     for k, d in enumerate(deltas):
         assert total[2, k, k] == pytest.approx(float(d.abs().sum()), rel=1e-12)

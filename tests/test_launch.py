@@ -40,7 +40,7 @@ from evomerge.search.launch import (
 )
 from evomerge.search.prepare import prepare
 from evomerge.search.search_file import load_search_file
-from evomerge.search.session import create_search
+from evomerge.search.session import create_search, fingerprints_of
 from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.problems import ProblemError
 from evomerge.service.ray_jobs import RayJobs
@@ -298,7 +298,8 @@ def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> Non
     path = search_file(tmp_path, budget={"candidates": 6}, confirm={"top": 1}, cluster=cluster_settings)
     root = Root.of(str(tmp_path / "searches"), tmp_path)
     folder = root.folder / "small"
-    create_search(folder, prepare(load_search_file(path))).close()
+    prepared = prepare(load_search_file(path))
+    create_search(folder, prepared, fingerprints_of(prepared)).close()
     jobs = RayJobs(cluster, insecure=False)
     drivers = Drivers(root, jobs)
     whole = (folder / "search.yaml").read_text()

@@ -12,13 +12,15 @@ from helpers_checkpoints import save_model, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
+from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging import METHODS
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Weights
 from evomerge.merging.jobs import Job
 from evomerge.merging.materialise import Materialiser, check_recipe
-from evomerge.merging.statistics import Statistics
 from evomerge.method_spec import default_parameters
 from evomerge.recipe import Blend, Recipe
 from evomerge.testing import methods
@@ -207,18 +209,19 @@ def test_after_a_failure_half_way_everything_that_it_touched_is_written_again(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in live.tensors.items())
 
 
-def test_statistics_are_read_back_by_the_next(
+def test_what_one_computed_of_the_sources_is_read_by_the_next(
     sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes = [recipe_of(blend(method, MIXED[method]), sources) for method in ("slerp", "ties", "della", "model_stock")]
     live = live_model(sources["base"], torch.device("cpu"))
+    contents = {name: content_digest(fingerprint(source)) for name, source in sources.items()}
     made = []
     for _ in range(2):
-        materialiser = Materialiser(sources, statistics=tmp_path / "kept" / "statistics.safetensors")
+        materialiser = Materialiser(sources, evidence=Evidence(tmp_path / "kept", contents))
         for recipe in recipes:
             materialiser.write(recipe, live)
             made.append({name: tensor.clone() for name, tensor in live.tensors.items()})
-        monkeypatch.setattr(Statistics, "_scan", lambda *a: pytest.fail("read the weights again"))
+        monkeypatch.setattr(Weights, "scan", lambda *a: pytest.fail("read the weights again"))
     for first, second in zip(made[: len(recipes)], made[len(recipes) :], strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from evomerge.errors import InputError
 from evomerge.merging import METHODS, find_method, registry
 from evomerge.merging.drops import LEVELS, level, limit, random_halves, stream_key
+from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.plans import Method
-from evomerge.merging.statistics import Facts
 from evomerge.recipe import Blend
 from evomerge.testing.methods import SEED, TENSOR, MethodContract, merge, tensors
 
@@ -124,7 +124,7 @@ class TestNearswap(MethodContract):
 
 def test_every_method_is_held_to_its_contract() -> None:
     held = {kind.method.spec.name for kind in MethodContract.__subclasses__()}
-    assert held == set(METHODS)
+    assert held >= set(METHODS)
 
 
 # ---- slow formulas ---------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class Stub(RayWorker):
     Its seconds are what the environment variable STUB says. It cannot start while there is a file ``broken``.
     """
 
-    def __init__(self, name: str, settings: dict[str, Any], folder: Path) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], folder: Path, contents: dict[str, str]) -> None:
         self._go = folder / "go"
 
     def load(self) -> None:
@@ -195,7 +195,7 @@ def start(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def start(**cluster: Any) -> RayPool:
         file = load_search_file(search_file(tmp_path, pool="ray"))
         file = file.model_copy(update={"cluster": Cluster(**cluster)})
-        pools.append(RayPool(file, tmp_path, Stub))
+        pools.append(RayPool(file, tmp_path, {}, Stub))
         return pools[-1]
 
     yield start

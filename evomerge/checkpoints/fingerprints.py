@@ -27,6 +27,12 @@ def fingerprint(source: Source, known: Mapping[str, FileFingerprint] | None = No
     return {name: _of_file(file, (known or {}).get(name)) for name, file in named_files(source).items()}
 
 
+def content_digest(files: Mapping[str, FileFingerprint]) -> str:
+    """One digest (SHA-256, hex) of what all files of a source hold, wherever they lie."""
+    listed = "".join(f"{name} {file['sha256']}\n" for name, file in sorted(files.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 def named_files(source: Source) -> dict[str, Path]:
     """All files of a source by the names that fingerprints have."""
     folders = list(dict.fromkeys(file.parent for file in source.files))

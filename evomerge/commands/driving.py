@@ -32,7 +32,7 @@ from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.rebudget import reread_budget
 from evomerge.search.resuming import record_resumed
 from evomerge.search.search_file import SearchFile
-from evomerge.search.session import check_unchanged, create_search, make_pool, recipe_of
+from evomerge.search.session import check_unchanged, create_search, fingerprints_of, make_pool, recipe_of
 from evomerge.search.worker import choose_device
 from evomerge.store import Store, acquire
 
@@ -41,8 +41,13 @@ INTERRUPTED = 130
 
 def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     """Start a search in a new folder and drive it to its end; the exit code."""
+    known = fingerprints_of(prepared)
     # What is left is copied last of all, when the lease is released and no worker waits for it.
-    with ExitStack() as last, closing(make_pool(prepared, folder)) as pool, create_search(folder, prepared) as store:
+    with (
+        ExitStack() as last,
+        closing(make_pool(prepared, folder, known)) as pool,
+        create_search(folder, prepared, known) as store,
+    ):
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with acquire(store):
             return _drive(folder, prepared, store, pool, artifacts, console)
@@ -50,7 +55,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
 
 def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
     """Go on with a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
-    with closing(make_pool(prepared, folder)) as pool:
+    with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         record_resumed(folder, store, prepared.file)
         return _drive(folder, prepared, store, pool, artifacts, console)
@@ -58,7 +63,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
 
 def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
     """Only confirm a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
-    with closing(make_pool(prepared, folder)) as pool:
+    with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with _session(folder, prepared, store, pool, artifacts, console) as session:
             done = _confirm(folder, prepared, store, pool, *session)

@@ -20,7 +20,7 @@ from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, Value, candidate_id
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import chosen, status_of
-from evomerge.search.folder import open_store
+from evomerge.search.folder import EVIDENCE_NAME, open_store
 from evomerge.search.resuming import resumed_file
 from evomerge.search.search_file import load_search_file
 
@@ -44,10 +44,11 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         with opening():
             from evomerge.commands.delivering import local_folder
             from evomerge.commands.rescoring import reproduce
+            from evomerge.merging.evidence import Evidence
             from evomerge.merging.export import write_model
             from evomerge.report.card import Provenance, papers
             from evomerge.search.prepare import prepare
-            from evomerge.search.session import check_unchanged, recipe_of
+            from evomerge.search.session import check_unchanged, contents_of, recipe_of
 
             prepared = prepare(file)
             check_unchanged(store, prepared)
@@ -61,7 +62,15 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
                 checked.extend(reproduce(written, store, row, prepared, rounds=rounds, say=bar.say))
 
             texts = papers(model.name, recipe, prepared.sources, provenance)
-            write_model(recipe, prepared.sources, model, texts=texts, check=check if verify else None, progress=bar)
+            write_model(
+                recipe,
+                prepared.sources,
+                model,
+                texts=texts,
+                evidence=Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().fingerprints)),
+                check=check if verify else None,
+                progress=bar,
+            )
     for line in checked:
         console.print(line)
     unseen = "" if verify else ", which was not scored again"

@@ -18,8 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from evomerge.merging.passes import Compute, Pass, by_rows, call
-from evomerge.merging.statistics import Ref
+from evomerge.merging.jobs import in_grain
+from evomerge.merging.passes import Compute, Pass, call
+from evomerge.merging.site import Ref
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +108,13 @@ class DeviceRunner:
             refs: what ``plan.inputs`` names.
             out: contiguous, on the device.
         """
-        row = out.shape[-1] if out.shape else 1
-        total, whole_rows = out.numel(), by_rows(plan)
+        row, total, grain = out.shape[-1] if out.shape else 1, out.numel(), plan.grain
         flat = [self.tensor(ref).reshape(-1) for ref in refs]
-        step = max(1, _PIECE // row) * row if whole_rows and total else _PIECE
+        step = {"element": _PIECE, "row": max(1, _PIECE // max(row, 1)) * row, "tensor": total}[grain] or 1
         for begin in range(0, total, step):
-            pieces = [tensor[begin : begin + step] for tensor in flat]
-            if whole_rows:
-                pieces = [piece.view(-1, row) for piece in pieces]
-            out.view(-1)[begin : begin + step].copy_(plan.run(pieces, begin, computer(self._device)).view(-1))
+            pieces = [in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in flat]
+            made = plan.run(pieces, begin, computer(self._device))
+            out.view(-1)[begin : begin + step].copy_(made.reshape(-1))
 
 
 def computer(device: torch.device) -> Compute:

@@ -7,7 +7,6 @@ threads.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.merging import kernels
-from evomerge.merging.drops import limit
-from evomerge.merging.passes import Combine, Elementwise, Pass, Select, Sparsify, by_rows
+from evomerge.merging.passes import Grain, Kernel, Pass, Span, call
 
 PIECE = 1 << 19  # elements: 1 MB of bfloat16, some 50 microseconds of work
 _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches: most of it would not stay there
@@ -40,19 +37,22 @@ class Job:
 
     def __init__(self, plan: Pass, tensors: Sequence[Tensor], out: Tensor) -> None:
         self._plan = plan
+        self._shape = out.shape
         self._inputs = [tensor.view(-1) for tensor in tensors]
         self._out = out.view(-1)
         self._row = out.shape[-1] if out.shape else 1
         # Pairs must not straddle rows where rows matter.
-        self._plain = isinstance(plan, Elementwise) or (by_rows(plan) and self._row % 2 == 1)
+        straddling = plan.grain != "element" and self._row % 2 == 1
+        self._kernel = None if straddling else plan.kernel()
         self._stream = out.nbytes >= _STREAM_BYTES
-        self._arguments = () if self._plain else _arguments(plan)
 
     @property
     def pieces(self) -> Iterator[Piece]:
-        """Pieces of even length but for the last, or of whole rows where the pass needs them."""
+        """Pieces of even length but for the last, of whole rows where the pass needs them, or the whole tensor."""
         total = self._out.numel()
-        step = max(1, PIECE // self._row) * self._row if by_rows(self._plan) and total else PIECE
+        if self._plan.grain == "tensor":
+            return iter([(0, total)] if total else [])
+        step = max(1, PIECE // self._row) * self._row if self._plan.grain == "row" and total else PIECE
         return ((begin, min(begin + step, total)) for begin in range(0, total, step))
 
     @torch.no_grad()
@@ -60,53 +60,32 @@ class Job:
         """Make a piece. Different pieces may run at the same time in different threads."""
         begin, end = piece
         flat, out = [tensor[begin:end] for tensor in self._inputs], self._out[begin:end]
-        if self._plain:
-            out.copy_(self._plan.run([tensor.view(-1, self._row) for tensor in flat], begin).view(-1))
+        if self._kernel is None:
+            shaped = [in_grain(self._plan.grain, tensor, self._shape) for tensor in flat]
+            out.copy_(self._plan.run(shaped, begin, call).reshape(-1))
             return
         even = len(out) // 2 * 2
         if even:
-            self._compiled([tensor[:even] for tensor in flat], out[:even], begin)
+            self._compiled(self._kernel, [tensor[:even] for tensor in flat], out[:even], begin)
         if even < len(out):  # the last of an odd number, as half of a pair
             pair = torch.empty(2, dtype=out.dtype)
-            self._compiled([tensor[[even, even]] for tensor in flat], pair, begin + even)
+            self._compiled(self._kernel, [tensor[[even, even]] for tensor in flat], pair, begin + even)
             out[even:].copy_(pair[:1])
 
-    def _compiled(self, tensors: Sequence[Tensor], out: Tensor, begin: int) -> None:
+    def _compiled(self, kernel: Kernel, tensors: Sequence[Tensor], out: Tensor, begin: int) -> None:
         arrays = as_pairs(tensors)
         half = out.dtype is torch.float16  # has no compiled form of its own: computed as float32, cast by torch
         (target,) = (_scratch(-1, len(out)).numpy(),) if half else as_pairs([out])
-        if isinstance(self._plan, Combine):
-            kernels.combine(arrays, *self._arguments, target, self._stream)
-        elif isinstance(self._plan, Select):
-            kernels.select(arrays[0], arrays[1:], *self._arguments, target, self._stream)
-        else:
-            row, first = np.uint64(max(self._row // 2, 1)), np.uint64(begin // 2)
-            kernels.sparsify(arrays[0], arrays[1:], *self._arguments, first, row, target, self._stream)
+        kernel(arrays, target, Span(begin, self._row, self._stream))
         if half:
             out.copy_(torch.from_numpy(target))
 
 
-def _arguments(plan: Pass) -> tuple[Any, ...]:
-    """What a compiled pass takes beside arrays and places, as the types that it is compiled for."""
-    if isinstance(plan, Combine):
-        return (tuple(np.float32(plan.coefficients[name]) for name in plan.inputs),)
-    if isinstance(plan, Select):
-        return tuple(np.float32(share) for share in plan.shares.values()), np.float32(plan.least)
-    assert isinstance(plan, Sparsify)
-    parts = plan.parts
-    drawn, meeting = parts[0].key is not None, parts[0].rise is not None
-    windowed = not drawn and any(part.high < math.inf for part in parts)
-    return (
-        tuple(np.float32(part.weight) for part in parts),
-        tuple(np.float32(part.low) for part in parts),
-        tuple(np.float32(part.high) for part in parts) if windowed else None,
-        tuple((np.uint32(k), np.uint32(m)) for k, m in (part.key or (0, 0) for part in parts)) if drawn else None,
-        tuple(np.int32(limit(part.levels)) for part in parts),
-        tuple(np.int32(part.rise or 0) for part in parts) if meeting else None,
-        tuple(np.float32(part.share) for part in parts) if plan.divide else None,
-        True if plan.elect else None,
-        np.float32(plan.scale),
-    )
+def in_grain(grain: Grain, piece: Tensor, shape: Sequence[int]) -> Tensor:
+    """A flat piece of a tensor of ``shape`` in the shape in which a pass of this grain takes it."""
+    if grain == "tensor":
+        return piece.view(tuple(shape))
+    return piece.view(-1, shape[-1] if shape else 1) if grain == "row" else piece
 
 
 def as_pairs(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.source import Source
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew
 from evomerge.merging.materialise import check_recipe
 from evomerge.merging.passes import Combine
-from evomerge.merging.path import Merged, merged_tensors, ref
+from evomerge.merging.path import Merged, merged_tensors, site_of
 from evomerge.merging.registry import find_method
-from evomerge.merging.statistics import Facts, Ref, Statistics
+from evomerge.merging.site import Ref
 from evomerge.recipe import Blend, Recipe
 
 _ROUNDING = 1e-6
@@ -128,19 +130,18 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         raise NotLowRankError("its hops have scales")
     if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
         raise NotLowRankError("its hops are not the model's own layers in their order")
-    statistics = Statistics(_refuse_to_read, Crew())
+    weights = Weights(_refuse_to_read, Crew())
     found: dict[str, list[float]] = {}
     for merged in merged_tensors(recipe, sources):
-        combined = _combined(merged, recipe, statistics)
+        combined = _combined(merged, recipe, sources, weights)
         found[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
     return torch.tensor([found[weight] for weight in family.weights], dtype=torch.float64).float()
 
 
-def _combined(merged: Merged, recipe: Recipe, statistics: Statistics) -> Mapping[str, float]:
+def _combined(merged: Merged, recipe: Recipe, sources: Mapping[str, Source], weights: Weights) -> Mapping[str, float]:
     """The coefficients of a tensor by source: a linear combination that leaves what sources share as it is."""
     blend = recipe.blend_for(merged.role, merged.name)
-    names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
-    facts = Facts(merged.stored, {name: ref(merged, recipe, name) for name in names}, statistics, recipe.seed)
+    facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)
     try:
         plan = find_method(blend.method, "recipe.blends").plan(facts, blend)
     except _WeightsReadError:

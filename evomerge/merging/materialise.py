@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,19 +13,25 @@ from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.device import DeviceRunner, Residency
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Pass
-from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, ref
+from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
 from evomerge.merging.plans import Method
 from evomerge.merging.registry import find_method
 from evomerge.merging.shelving import Held, Made, assign, tensors_made
-from evomerge.merging.statistics import Facts, Ref, Statistics
+from evomerge.merging.site import Ref
 from evomerge.method_spec import check_blend
 from evomerge.recipe import Blend, Recipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.stack import Stack
+
+
+_Changed = tuple[Made, Held, Tensor]
+"""A tensor of the live model that is to be made anew: what of, where that is noted, and where it is written."""
 
 
 def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
@@ -77,24 +82,40 @@ def _check_numbers(blend: Blend, method: Method, place: str) -> None:
                 raise InputError(f"{place}.{name}", f"is {number:g}; it must be from {low:g} to {high:g}")
 
 
+_PLANNED_BYTES = 1 << 28
+"""Of tensors that are planned before they are made: a plan may hold tensors of that size itself."""
+
+
+def _batches(changed: Iterable[_Changed]) -> Iterator[list[_Changed]]:
+    batch: list[_Changed] = []
+    for entry in changed:
+        if batch and sum(target.nbytes for _, _, target in (*batch, entry)) > _PLANNED_BYTES:
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
 class Materialiser:
     """Opened sources, what is known of their weights, and the making of recipes' tensors from them.
 
     Args:
         sources: by the names that recipes use.
-        statistics: the file that keeps statistics of these very sources; see ``Statistics``.
+        evidence: what is known of these very sources, and shared with others; kept for this process alone when None.
         residency: where sources are kept for a model on a GPU; see ``device``.
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], *, statistics: Path | None = None, residency: Residency | None = None
+        self, sources: Mapping[str, Source], *, evidence: Evidence | None = None, residency: Residency | None = None
     ) -> None:
         self._sources = sources
         self._crew = Crew()
         self._residency = residency
         self._runner: DeviceRunner | None = None
         self._views: dict[Ref, Tensor] = {}
-        self._statistics = Statistics(self.read, self._crew, statistics)
+        self._weights = Weights(self.read, self._crew)
+        self._evidence = evidence or Evidence()
         self._held: list[Held] = []  # by shelf, and last of the tensors outside the stack
         self._live: LiveModel | None = None
 
@@ -122,24 +143,27 @@ class Materialiser:
         stack = self._stack(live)
         outside, hops = tensors_made(recipe, self._sources)
         path = assign(recipe, hops, stack, self._held[:-1])
-        changed: list[tuple[Made, Held, Tensor]] = []
+        changed: list[_Changed] = []
         self._compare(outside, self._held[-1], live.outside, changed)
         seen = set()
         for number, step in enumerate(path):
             if step.shelf not in seen:
                 self._compare(hops[number], self._held[step.shelf], dict(stack.tensors_of(number, step)), changed)
                 seen.add(step.shelf)
-        plans = [(*self._planned(made.merged, recipe), target) for made, _, target in changed]
-        if self._runner is None:
-            # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
-            self._crew.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in plans)
-        else:
-            for plan, refs, out in plans:
-                self._runner.run(plan, refs, out)
-        self._statistics.save()
+        for some in _batches(changed):
+            self._make([(*self._planned(made.merged, recipe), target) for made, _, target in some])
         for made, held, _ in changed:
             held[made.place] = made.way
         stack.lay(path)
+
+    def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor]]) -> None:
+        """Make tensors of the live model from their plans and what these read."""
+        if self._runner is None:
+            # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
+            self._crew.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in planned)
+        else:
+            for plan, refs, out in planned:
+                self._runner.run(plan, refs, out)
 
     def _stack(self, live: LiveModel) -> Stack:
         """The layers of the live model, of which nothing is known to be held if it is another than the last one."""
@@ -152,9 +176,7 @@ class Materialiser:
         return live.stack
 
     @staticmethod
-    def _compare(
-        wanted: Sequence[Made], held: Held, targets: Mapping[str, Tensor], changed: list[tuple[Made, Held, Tensor]]
-    ) -> None:
+    def _compare(wanted: Sequence[Made], held: Held, targets: Mapping[str, Tensor], changed: list[_Changed]) -> None:
         """Add what is not held yet, and forget what is held there: after an error half way nobody knows what it is."""
         for made in wanted:
             if held.get(made.place) != made.way:
@@ -221,8 +243,7 @@ class Materialiser:
     def _planned(self, merged: Merged, recipe: Recipe) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
         blend = recipe.blend_for(merged.role, merged.name)
-        names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
-        refs = {name: ref(merged, recipe, name) for name in names}
+        site = site_of(merged, recipe, blend, self._sources)
         method = find_method(blend.method, "recipe.blends")
-        plan = method.plan(Facts(merged.stored, refs, self._statistics, recipe.seed), blend)
-        return plan, [refs[name] for name in plan.inputs]
+        plan = method.plan(Facts(site, self._weights, self._evidence, recipe.seed), blend)
+        return plan, [site.refs[name] for name in plan.inputs]

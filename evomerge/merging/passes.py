@@ -1,7 +1,7 @@
 """What a merge does to one tensor, as data, and how it is done.
 
-A merge method does not touch weights. It plans: from its numbers and from statistics of the sources it decides which of
-four passes makes the tensor, and with which coefficients.
+A merge method does not touch weights. It plans: from its numbers and from statistics of the sources it decides which
+pass makes the tensor, and with which coefficients.
 
 * ``Combine``: a linear combination of tensors. Everything in the span of the sources is one (linear, SLERP, task
   arithmetic, model stock, Karcher mean, ...), since angles and norms are known from inner products beforehand.
@@ -9,9 +9,11 @@ four passes makes the tensor, and with which coefficients.
   sign.
 * ``Select``: the base and a mean of task vectors, over the elements that vary most between sources.
 * ``Elementwise``: any function of the rows of a tensor, for what is neither. It runs in plain torch, several times
-  slower than the others, which are compiled for the CPU.
+  slower than those before, which are compiled for the CPU.
+* ``Whole``: any function of whole tensors, such as a decomposition, in plain torch.
 
-``run`` here is the plain definition in torch, for any device; ``jobs`` runs the first three compiled on the CPU.
+Others may be added: whatever has the members of ``Pass``. ``run`` is the plain definition in torch, for any device;
+``kernel`` the same compiled for pairs of elements on the CPU, which ``jobs`` prefers where there is one.
 """
 
 from __future__ import annotations
@@ -19,14 +21,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.merging import kernels
 from evomerge.merging.drops import LEVELS, limit, random_halves, row_turns
 
 Compute = Callable[..., Tensor]
 """(function, its arguments) -> its result: how a plain definition is run, as it stands or compiled for a device."""
+
+Grain = Literal["element", "row", "tensor"]
+"""What a pass must be given whole: nothing but elements, whole rows (of the last dimension), or whole tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a run of elements lies in its tensor, for a compiled pass.
+
+    Attributes:
+        first: number of the first element, even.
+        row: elements in a row.
+        stream: write past the caches.
+    """
+
+    first: int
+    row: int
+    stream: bool
+
+
+Kernel = Callable[[tuple[Any, ...], Any, Span], None]
+"""(arrays of pairs, one an input; the array to write; where) -> nothing. Arrays are as ``words.pair`` reads them."""
+
+
+class Pass(Protocol):
+    """How one tensor is made from tensors of its shape."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The sources that are read, in the order in which ``run`` takes their tensors."""
+
+    @property
+    def grain(self) -> Grain:
+        """What ``run`` must be given whole. What it gives for that may hang on nothing else."""
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute) -> Tensor:
+        """Make a piece, on the device of ``tensors``, in float32.
+
+        Args:
+            tensors: flat [elements] of grain "element", [rows, length] of grain "row", in the shape of the tensor of
+                grain "tensor"; of any float dtypes.
+            first: number of the piece's first element in the whole.
+            compute: runs functions of tensors, as they stand or compiled for the device.
+        """
+
+    def kernel(self) -> Kernel | None:
+        """The same compiled for the CPU; None where there is nothing but ``run``."""
 
 
 def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -92,6 +144,10 @@ class Combine:
     coefficients: Mapping[str, float]
 
     @property
+    def grain(self) -> Grain:
+        return "element"
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """The sources that are read, in order: those whose coefficient is not zero, one of them at least."""
         used = tuple(name for name, c in self.coefficients.items() if c != 0)
@@ -100,6 +156,10 @@ class Combine:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         coefficients = [self.coefficients[name] for name in self.inputs]
         return compute(combine, tensors, torch.tensor(coefficients, device=tensors[0].device))
+
+    def kernel(self) -> Kernel:
+        coefficients = tuple(np.float32(self.coefficients[name]) for name in self.inputs)
+        return lambda arrays, out, span: kernels.combine(arrays, coefficients, out, span.stream)
 
 
 @dataclass(frozen=True)
@@ -151,6 +211,10 @@ class Sparsify:
     def inputs(self) -> tuple[str, ...]:
         return (self.base, *(part.source for part in self.parts))
 
+    @property
+    def grain(self) -> Grain:
+        return "element" if self.parts[0].rise is None else "row"
+
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
         device, parts = tensors[0].device, self.parts
@@ -160,6 +224,28 @@ class Sparsify:
             masks = [(self._bits(part, tensors[0], first), self._limits(part, tensors, first)) for part in parts]
         scale = torch.tensor(self.scale, device=device)
         return compute(sparsify, tensors, torch.tensor(numbers, device=device), masks, scale, self.elect, self.divide)
+
+    def kernel(self) -> Kernel:
+        parts = self.parts
+        drawn, meeting = parts[0].key is not None, parts[0].rise is not None
+        windowed = not drawn and any(part.high < math.inf for part in parts)
+        arguments = (
+            tuple(np.float32(part.weight) for part in parts),
+            tuple(np.float32(part.low) for part in parts),
+            tuple(np.float32(part.high) for part in parts) if windowed else None,
+            tuple((np.uint32(k), np.uint32(m)) for k, m in (part.key or (0, 0) for part in parts)) if drawn else None,
+            tuple(np.int32(limit(part.levels)) for part in parts),
+            tuple(np.int32(part.rise or 0) for part in parts) if meeting else None,
+            tuple(np.float32(part.share) for part in parts) if self.divide else None,
+            True if self.elect else None,
+            np.float32(self.scale),
+        )
+
+        def run(arrays: tuple[Any, ...], out: Any, span: Span) -> None:
+            first, row = np.uint64(span.first // 2), np.uint64(max(span.row // 2, 1))
+            kernels.sparsify(arrays[0], arrays[1:], *arguments, first, row, out, span.stream)
+
+        return run
 
     @staticmethod
     def _bits(part: Part, like: Tensor, first: int) -> Tensor:
@@ -197,9 +283,17 @@ class Select:
     def inputs(self) -> tuple[str, ...]:
         return (self.base, *self.shares)
 
+    @property
+    def grain(self) -> Grain:
+        return "element"
+
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         numbers = torch.tensor([*self.shares.values(), self.least], device=tensors[0].device)
         return compute(select, tensors, numbers)
+
+    def kernel(self) -> Kernel:
+        shares, least = tuple(np.float32(share) for share in self.shares.values()), np.float32(self.least)
+        return lambda arrays, out, span: kernels.select(arrays[0], arrays[1:], shares, least, out, span.stream)
 
 
 @dataclass(frozen=True)
@@ -215,14 +309,36 @@ class Elementwise:
     inputs: tuple[str, ...]
     function: Callable[[Sequence[Tensor], int], Tensor] = field(compare=False)
 
+    @property
+    def grain(self) -> Grain:
+        return "row"
+
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         """``tensors`` are whole rows [rows, length] from element ``first`` of the whole."""
         return self.function([tensor.float() for tensor in tensors], first // max(tensors[0].shape[-1], 1))
 
+    def kernel(self) -> None:
+        return None
 
-Pass = Combine | Sparsify | Select | Elementwise
 
+@dataclass(frozen=True)
+class Whole:
+    """Any function of whole tensors.
 
-def by_rows(plan: Pass) -> bool:
-    """Whether a pass must be run on whole rows."""
-    return isinstance(plan, Elementwise) or (isinstance(plan, Sparsify) and plan.parts[0].rise is not None)
+    Attributes:
+        inputs: names of the tensors that it takes.
+        function: (float32 tensors, in their own shape) -> float32 of that shape. It may use every thread of torch.
+    """
+
+    inputs: tuple[str, ...]
+    function: Callable[[Sequence[Tensor]], Tensor] = field(compare=False)
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        return self.function([tensor.float() for tensor in tensors])
+
+    def kernel(self) -> None:
+        return None

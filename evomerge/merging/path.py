@@ -9,8 +9,8 @@ from typing import Any
 from evomerge.checkpoints.layered import written_settings
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.statistics import Ref
-from evomerge.recipe import Hop, Recipe, Role, renumber
+from evomerge.merging.site import Ref, Site
+from evomerge.recipe import Blend, Hop, Recipe, Role, renumber
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,15 @@ def giver(hop: Hop, recipe: Recipe) -> str:
     return recipe.blends[hop.attention].sources[0]
 
 
-def ref(merged: Merged, recipe: Recipe, source: str) -> Ref:
+def site_of(merged: Merged, recipe: Recipe, blend: Blend, sources: Mapping[str, Source]) -> Site:
+    """What the method of a blend plans for."""
+    names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
+    refs = {name: _ref(merged, recipe, name) for name in names}
+    source, stored = refs[names[-1]]
+    return Site(merged.stored, merged.role, tuple(sources[source].tensors[stored].shape), refs)
+
+
+def _ref(merged: Merged, recipe: Recipe, source: str) -> Ref:
     """The tensor of a source that a merged tensor is made from."""
     if merged.role.layer is None:
         return source, merged.stored

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Part, Pass, Sparsify
-from evomerge.merging.statistics import Facts
 from evomerge.method_spec import MethodParameter, MethodSpec
 from evomerge.recipe import Blend
 

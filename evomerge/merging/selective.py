@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Elementwise, Pass, Select
 from evomerge.merging.plans import FRACTION, Method, base_of, number, scale
-from evomerge.merging.statistics import Facts
 from evomerge.method_spec import MethodParameter, MethodSpec
 from evomerge.recipe import Blend
 
@@ -64,7 +64,7 @@ def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
         several = changed.sum(dim=0) > 1
         return torch.stack([(changed & several).sum(dim=(1, 2)), (changed & ~several).sum(dim=(1, 2))]).view(-1)
 
-    shared, alone = facts.total(names, counts).reshape(2, -1)
+    shared, alone = facts.total("shared changes", names, counts, epsilon=epsilon).reshape(2, -1)
     r, most = number(blend, "r", _R.default), number(blend, "alpha", _ALPHA.default)
     ratios = [s / a if a else math.inf if s else 0.0 for s, a in zip(shared, alone, strict=True)]
     factors = [1 + r * min(ratio, most) for ratio in ratios]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merging import sphere
+from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Elementwise, Pass
 from evomerge.merging.plans import (
     FRACTION,
@@ -27,7 +28,6 @@ from evomerge.merging.plans import (
     weight,
     weights,
 )
-from evomerge.merging.statistics import Facts
 from evomerge.method_spec import MethodParameter, MethodSpec
 from evomerge.recipe import Blend
 
@@ -81,7 +81,7 @@ def _nuslerp(inner: np.ndarray, t: float) -> list[float]:
 
 def _nuslerp_of_many(facts: Facts, blend: Blend, t: float) -> Pass:
     base = (blend.base,) if blend.base is not None else ()
-    columns = switch(blend, "row_wise", False) and len(facts.shape) == 2
+    columns = switch(blend, "row_wise", False) and len(facts.site.shape) == 2
 
     def split(rows: Sequence[Tensor]) -> tuple[Tensor | float, Tensor, Tensor]:
         origin = rows[0] if base else 0.0
@@ -92,7 +92,11 @@ def _nuslerp_of_many(facts: Facts, blend: Blend, t: float) -> Pass:
         _, first, second = split(rows)
         return torch.stack([(x * y).sum(0) for x, y in _pairs_of(first, second)]).view(-1)
 
-    known = torch.from_numpy(facts.total([*base, *blend.sources], products)).view(3, -1) if columns else None
+    known = (
+        torch.from_numpy(facts.total("products of columns", [*base, *blend.sources], products)).view(3, -1)
+        if columns
+        else None
+    )
 
     def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
         origin, first, second = split(tensors)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from evomerge.merging.drops import LEVELS, level
+from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Part, Pass, Sparsify
 from evomerge.merging.plans import (
     FRACTION,
@@ -24,7 +25,6 @@ from evomerge.merging.plans import (
     weight,
     weights,
 )
-from evomerge.merging.statistics import Facts
 from evomerge.method_spec import MethodParameter, MethodSpec
 from evomerge.recipe import Blend
 

@@ -19,8 +19,10 @@ from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew
-from evomerge.merging.statistics import Statistics
+from evomerge.merging.site import Site
 from evomerge.recipe import Role
 
 LARGE_CHANGE = 0.002
@@ -288,14 +290,16 @@ def _measure(
         tensors: that all of them have, with their roles.
     """
     by_name = {source.name: source for source in sources}
-    statistics = Statistics(lambda found: by_name[found[0]].read(found[1]).contiguous(), Crew(None))
+    names = list(by_name)
+    weights = Weights(lambda ref: by_name[ref[0]].read(ref[1]).contiguous(), Crew(None))
     sizes = {name: sum(s.tensors[name].end - s.tensors[name].begin for s in sources) for name in tensors}
     parts: dict[str, _Sums] = {}
     broken, done = [], 0
     for name, role in tensors.items():
-        refs = [(source, name) for source in by_name]
-        size = math.prod(sources[0].tensors[name].shape)
-        sums = _Sums(size, statistics.products(refs), statistics.signs(refs))
+        shape = tuple(sources[0].tensors[name].shape)
+        site = Site(name, role, shape, {source: (source, name) for source in by_name})
+        facts, size = Facts(site, weights, Evidence(), seed=0), math.prod(shape)
+        sums = _Sums(size, facts.products(names), facts.signs(names))
         part = role.kind if role.layer is None else f"layer {role.layer}"
         if not np.isfinite(sums.products).all():
             broken.append(name)

@@ -18,7 +18,7 @@ from evomerge.yaml import load_yaml
 STORE_NAME = "search.db"
 FILE_NAME = "search.yaml"
 LOGS_NAME = "logs"
-STATISTICS_NAME = "statistics.safetensors"
+EVIDENCE_NAME = "evidence"
 
 STORE_VARIABLE = "EVOMERGE_STORE"
 """The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from evaluators.base import Split
-from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
+from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest, fingerprint
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.folder import (
-    STATISTICS_NAME,
+    EVIDENCE_NAME,
     STORE_NAME,
     cannot_be_made,
     open_store,
@@ -44,8 +44,11 @@ _LIBRARIES = (
 )
 
 
-def create_search(folder: Path, prepared: Prepared) -> Store:
+def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, Any]) -> Store:
     """Make the folder of a new search with its store and a complete copy of its search file.
+
+    Args:
+        fingerprints: see ``fingerprints_of``.
 
     Raises:
         InputError: the folder exists already.
@@ -64,7 +67,7 @@ def create_search(folder: Path, prepared: Prepared) -> Store:
             partial / STORE_NAME if isinstance(place, Path) else place,
             name=prepared.file.name,
             settings=settings,
-            fingerprints=fingerprints(prepared),
+            fingerprints=fingerprints,
             environment=environment(),
             items=_item_texts(prepared),
         ).close()
@@ -96,7 +99,7 @@ def _item_texts(prepared: Prepared) -> list[ItemTexts]:
     return [ItemTexts(e.version, split, e.texts(split)) for e in prepared.evaluators for split in splits]
 
 
-def fingerprints(prepared: Prepared) -> dict[str, Any]:
+def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
     """What a search was started on, as JSON data: files of its sources, its evaluators, and its measures resolved."""
     setup = prepared.setup
 
@@ -118,20 +121,24 @@ def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
     return Recipe.from_canonical(row.recipe, sources)
 
 
-def make_pool(prepared: Prepared, folder: Path) -> Pool:
-    """The pool that the search file names; Ray is only imported when it is wanted.
-
-    Statistics of the sources are kept in the search's folder: its fingerprints hold the sources to what they were.
-    """
-    kept = folder.absolute() / STATISTICS_NAME
+def make_pool(prepared: Prepared, folder: Path, fingerprints: Mapping[str, Any]) -> Pool:
+    """The pool that the search file names; Ray is only imported when it is wanted."""
+    kept, contents = folder.absolute() / EVIDENCE_NAME, contents_of(fingerprints)
     if prepared.file.pool == "ray":
         from evomerge.search.pools.ray import RayPool
 
-        return RayPool(prepared.file, kept)
+        return RayPool(prepared.file, kept, contents)
 
+    from evomerge.merging.evidence import Evidence
     from evomerge.search.worker import Worker
 
-    return InProcessPool(lambda: Worker.of("in-process", prepared, kept), prepared.file.together)
+    evidence = Evidence(kept, contents)
+    return InProcessPool(lambda: Worker.of("in-process", prepared, evidence), prepared.file.together)
+
+
+def contents_of(fingerprints: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of what each source holds."""
+    return {name: content_digest(files) for name, files in fingerprints["sources"].items()}
 
 
 def environment() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from evaluators.base import Evaluator
 from evomerge.checkpoints.live import LiveModel, check_live, live_model
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
+from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import DType
 from evomerge.search.jobs import Failed, Finished, Job, Measured
@@ -70,17 +70,17 @@ class Worker:
         self._together: Together | None = None
 
     @classmethod
-    def start(cls, name: str, file: SearchFile, statistics: Path) -> Worker:
-        """Open everything that a search file names. ``statistics`` is the file that keeps those of its sources."""
+    def start(cls, name: str, file: SearchFile, evidence: Evidence) -> Worker:
+        """Open everything that a search file names. ``evidence`` is what is known of its sources."""
         evaluators = [settings.build() for settings in distinct_evaluators(file)]
         sources = open_sources(file)
-        return cls._on(name, file, sources, evaluators, statistics, build_space(file, sources).shelves)
+        return cls._on(name, file, sources, evaluators, evidence, build_space(file, sources).shelves)
 
     @classmethod
-    def of(cls, name: str, prepared: Prepared, statistics: Path) -> Worker:
+    def of(cls, name: str, prepared: Prepared, evidence: Evidence) -> Worker:
         """A worker on what this process has opened already."""
         shelves = prepared.setup.space.shelves
-        return cls._on(name, prepared.file, prepared.sources, prepared.evaluators, statistics, shelves)
+        return cls._on(name, prepared.file, prepared.sources, prepared.evaluators, evidence, shelves)
 
     @classmethod
     def _on(
@@ -89,7 +89,7 @@ class Worker:
         file: SearchFile,
         sources: Mapping[str, Source],
         evaluators: Sequence[Evaluator],
-        statistics: Path,
+        evidence: Evidence,
         shelves: int,
     ) -> Worker:
         # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
@@ -101,7 +101,7 @@ class Worker:
 
             live.engine = VllmEngine(model, live)
         residency = None if file.cluster.residency == "auto" else file.cluster.residency
-        materialiser = Materialiser(sources, statistics=statistics, residency=residency)
+        materialiser = Materialiser(sources, evidence=evidence, residency=residency)
         return cls(name, sources, materialiser, live, evaluators)
 
     def run(self, job: Job) -> Finished:

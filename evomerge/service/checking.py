@@ -165,9 +165,9 @@ def _plan(text: str, folders: Sequence[str]) -> dict[str, Any]:
 
 def _create(text: str, folders: Sequence[str], root: str) -> dict[str, Any]:
     prepared = _prepared(text, folders)
-    from evomerge.search.session import create_search
+    from evomerge.search.session import create_search, fingerprints_of
 
-    create_search(Path(root) / prepared.file.name, prepared).close()
+    create_search(Path(root) / prepared.file.name, prepared, fingerprints_of(prepared)).close()
     return {"name": prepared.file.name}
 
 

@@ -25,6 +25,7 @@ from scipy.stats import bootstrap
 from search_cost import SETTINGS
 
 from evomerge.genome import Genome
+from evomerge.merging.evidence import Evidence
 from evomerge.optimizers import CmaSettings
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
@@ -112,20 +113,19 @@ def on_miniatures(mode: Mode, workers: int, candidates: int, seed: int) -> tuple
     content = SETTINGS | {"name": "bench", "seed": seed, "mode": mode, "optimizer": optimizer, "budget": budget}
     prepared = prepare(parse_search_file(content, place="bench", root=ROOT))
     random = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        worker = Worker.of("bench", prepared, Path(folder) / "statistics")
+    worker = Worker.of("bench", prepared, Evidence())
 
-        def simulate(job: Job) -> tuple[float, Measured | Failed]:
-            return seconds_of(random), worker.run(job).result
+    def simulate(job: Job) -> tuple[float, Measured | Failed]:
+        return seconds_of(random), worker.run(job).result
 
-        def end(store: Store) -> float:
-            best = store.front()[0]
-            tasks = [Task(0, "held_out", range(prepared.setup.evaluators[0].held_out_items))]
-            found = worker.run(Job(best.number, 0, recipe_of(best, prepared.file.sources), tasks)).result
-            assert isinstance(found, Measured), found
-            return float(found.scores[0]["acc_ja"].mean(dtype=np.float64))
+    def end(store: Store) -> float:
+        best = store.front()[0]
+        tasks = [Task(0, "held_out", range(prepared.setup.evaluators[0].held_out_items))]
+        found = worker.run(Job(best.number, 0, recipe_of(best, prepared.file.sources), tasks)).result
+        assert isinstance(found, Measured), found
+        return float(found.scores[0]["acc_ja"].mean(dtype=np.float64))
 
-        return drive(prepared.setup, workers, simulate, end)
+    return drive(prepared.setup, workers, simulate, end)
 
 
 Search = Callable[[Mode, int, int], tuple[float, float]]

@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.merging.evidence import Evidence
 from evomerge.search.control import Control
 from evomerge.search.driver import Driver
 from evomerge.search.jobs import Finished, Job, Measured, PoolNews, Task
 from evomerge.search.pools.base import PoolState
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.search_file import parse_search_file
-from evomerge.search.session import create_search, recipe_of
+from evomerge.search.session import create_search, fingerprints_of, recipe_of
 from evomerge.search.worker import Worker
 from evomerge.store import Store, acquire
 
@@ -67,8 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
 class CountingPool:
     """One worker in this process; remembers how many items each attempt was asked to answer and to screen."""
 
-    def __init__(self, prepared: Prepared, statistics: Path) -> None:
-        self.worker = Worker.of("bench", prepared, statistics)
+    def __init__(self, prepared: Prepared, evidence: Evidence) -> None:
+        self.worker = Worker.of("bench", prepared, evidence)
         self.asked: dict[tuple[int, int], Mapping[int, int]] = {}
         self._waiting: list[Job] = []
 
@@ -119,9 +120,9 @@ def run(folder: Path, name: str, seed: int) -> None:
     content = SETTINGS | CASES[name] | {"name": key, "seed": seed}
     prepared = prepare(parse_search_file(content, place=name, root=ROOT))
     place = folder / f"{key}-{seed}.{int(started)}"
-    store = create_search(place, prepared)
+    store = create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
-        pool = CountingPool(prepared, place / "statistics")
+        pool = CountingPool(prepared, Evidence())
         driver = Driver(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")
         driver.run()
         curve = _curve(store, prepared, pool)

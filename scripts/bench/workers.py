@@ -33,11 +33,11 @@ ITEMS = 250
 
 
 class Sleeper(RayWorker):
-    """Sleeps and gives made-up scores. ``statistics`` is a file with the seconds."""
+    """Sleeps and gives made-up scores. The evidence's folder has a file with the seconds."""
 
     def load(self) -> None:
-        name, _, seconds = self._arguments
-        self._name, self._seconds = name, float(seconds.read_text())
+        name, _, evidence, _ = self._arguments
+        self._name, self._seconds = name, float((evidence / "seconds").read_text())
 
     def run(self, job: Job) -> Finished:
         time.sleep(self._seconds)
@@ -57,7 +57,7 @@ def run(workers: int, seconds: float, candidates: int) -> dict[str, Any]:
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         file = SearchFile.model_construct(name="bench", cluster=Cluster(address="auto", insecure=True, workers=workers))
         with store, acquire(store):
-            pool = RayPool(file, folder / "seconds", Sleeper)
+            pool = RayPool(file, folder, {}, Sleeper)
             try:
                 while pool.state().workers - pool.state().starting < workers:
                     pool.wait(1.0)

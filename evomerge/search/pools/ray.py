@@ -47,8 +47,8 @@ _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TOKENIZERS_PA
 class RayWorker:
     """The actor: a ``Worker`` behind Ray's calls. Heavy imports happen in its own process."""
 
-    def __init__(self, name: str, settings: dict[str, Any], statistics: Path) -> None:
-        self._arguments = (name, settings, statistics)
+    def __init__(self, name: str, settings: dict[str, Any], evidence: Path, contents: Mapping[str, str]) -> None:
+        self._arguments = (name, settings, evidence, contents)
 
     def node(self) -> str:
         """The id of the node that Ray has put it on."""
@@ -56,10 +56,12 @@ class RayWorker:
 
     def load(self) -> None:
         """Open the sources; once this is done the worker can take jobs."""
+        from evomerge.merging.evidence import Evidence
         from evomerge.search.worker import Worker
 
-        name, settings, statistics = self._arguments
-        self._worker: JobRunner = Worker.start(name, SearchFile.model_validate(settings), statistics)
+        name, settings, folder, contents = self._arguments
+        evidence = Evidence(folder, contents)
+        self._worker: JobRunner = Worker.start(name, SearchFile.model_validate(settings), evidence)
 
     def run(self, job: Job) -> Finished:
         return self._worker.run(job)
@@ -92,11 +94,15 @@ class RayPool:
     a few at once after it; where a start fails, another is tried after a pause (``starts``).
 
     Args:
+        evidence: folder of what is known of the sources, for every worker; see ``Evidence``.
+        contents: digests of the sources.
         worker: the actor's class.
     """
 
-    def __init__(self, file: SearchFile, statistics: Path, worker: type[RayWorker] = RayWorker) -> None:
-        self._arguments = (file.model_dump(mode="json"), statistics)
+    def __init__(
+        self, file: SearchFile, evidence: Path, contents: Mapping[str, str], worker: type[RayWorker] = RayWorker
+    ) -> None:
+        self._arguments = (file.model_dump(mode="json"), evidence, contents)
         self._worker = worker
         self._runtime_env = runtime_env_of(file.cluster)
         self._owns = connect(file.cluster)

@@ -1,0 +1,139 @@
+"""Costly facts about sources, computed once for everybody who needs them: each worker of a search, and its export.
+
+What is computed once is kept in a file named by a hash of all that it follows from, so that a file can be used by
+whoever needs the same and is never out of date. Files appear whole: they are written beside their place and renamed.
+They are mapped, not read, so that a worker's memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor]
+
+_SMALL = 1 << 20
+"""Bytes up to which something is kept in memory where there is no folder: what is larger is cheap beside its cost in
+memory only where it can be mapped."""
+
+
+class Evidence:
+    """Facts by kind and by what they follow from.
+
+    Args:
+        folder: where they are kept, for all processes that are given it; made when first needed. None keeps small ones
+            for this process alone.
+        contents: for each source a digest of what its files hold. Files are only as good as these: a folder is to be
+            used with true ones.
+    """
+
+    def __init__(self, folder: Path | None = None, contents: Mapping[str, str] | None = None) -> None:
+        if folder is not None and contents is None:
+            raise ValueError("evidence that is kept must say of which sources it is")
+        self._folder = folder
+        self._contents = dict(contents or {})
+        self._known: dict[tuple[str, Any], Tensors] = {}
+
+    def content_of(self, source: str) -> str:
+        """A digest of what a source holds; its name where nothing is kept beyond this process."""
+        return self._contents[source] if self._contents else source
+
+    def get(self, kind: str, follows_from: tuple[Any, ...], compute: Callable[[], Tensors]) -> Tensors:
+        """Tensors by name: as somebody computed them before, or as ``compute`` gives them now.
+
+        While one process computes, others that want the same wait for it. A file that is cut short or damaged is
+        computed anew. A folder that cannot be written to costs the next process a second computation, nothing else.
+
+        Args:
+            kind: what it is, and the version of how it is computed.
+            follows_from: all that it follows from, as nested tuples of text and numbers; sources by ``content_of``.
+            compute: gives contiguous tensors on the CPU, with no name twice; equal for equal ``follows_from``.
+        """
+        key = kind, follows_from
+        if key not in self._known:
+            found = compute() if self._folder is None else self._shared(self._folder, key, compute)
+            if self._folder is None and sum(tensor.nbytes for tensor in found.values()) > _SMALL:
+                return found
+            self._known[key] = found
+        return self._known[key]
+
+    def _shared(self, folder: Path, key: tuple[str, Any], compute: Callable[[], Tensors]) -> Tensors:
+        text = json.dumps(key)
+        file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors"
+        if (kept := _read(file, text)) is not None:
+            return kept
+        with _alone(file) as writable:
+            if (kept := _read(file, text)) is not None:  # somebody has computed it while we waited
+                return kept
+            made = compute()
+            if not (writable and _write(file, text, made)):
+                self._folder = None
+                return made
+        return _read(file, text) or made
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[bool]:
+    """Hold the lock of a file, if its folder can be written to. The lock of a process that dies is let go of."""
+    lock = FileLock(file.with_suffix(".lock"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        log.warning("what is computed of the sources is not kept: %s cannot be written (%s)", file, error.strerror)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Whoever waits for the file that goes away here finds the one that it guarded when it gets its turn.
+        file.with_suffix(".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def _read(file: Path, text: str) -> Tensors | None:
+    """What a file holds, mapped; None if there is none that is whole and follows from ``text``."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.offset_keys()}
+    except (OSError, SafetensorError):
+        return None
+    if about.get("follows_from") != text or about.get("sha256") != _digest(tensors):
+        return None
+    return tensors
+
+
+def _write(file: Path, text: str, tensors: Tensors) -> bool:
+    """Write a file, whole or not at all. False where that cannot be done."""
+    partial = file.with_suffix(f".partial-{os.getpid()}")
+    try:
+        save_file(dict(tensors), partial, {"follows_from": text, "sha256": _digest(tensors)})
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        log.warning("what is computed of the sources is not kept: %s cannot be written (%s)", file, error)
+        partial.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _digest(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""What a merge method plans for, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evomerge.recipe import Role
+
+Ref = tuple[str, str]
+"""A source and the name that the tensor has in its files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One tensor that is to be made, and the tensors of the sources that stand in its place.
+
+    Attributes:
+        name: as a source that has it names it. Equal for each place in a path where the same layer stands.
+        role: what it is in the merged model.
+        shape: of it, and of each tensor that it is made from.
+        refs: by source, the base among them where there is one: where each has it.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    refs: Mapping[str, Ref]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix of a layer, as opposed to a vector, an embedding or a head."""
+        return len(self.shape) == 2 and self.role.layer is not None

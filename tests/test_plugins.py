@@ -1,0 +1,151 @@
+"""What stands in ``examples/plugins``: found by entry point, keeps its contract, and can be searched."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from helpers_miniature import evomerge, search_file
+from tsv_merge import TSV_MERGE
+
+from evomerge.merging import find_method
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.jobs import Crew, Job
+from evomerge.merging.passes import Elementwise, Pass, Whole
+from evomerge.merging.plans import Method
+from evomerge.merging.site import Site
+from evomerge.method_spec import MethodSpec
+from evomerge.recipe import Blend, Role
+from evomerge.store import Store
+from evomerge.testing.methods import MethodContract, merge, tensors
+
+PLUGINS = Path(__file__).parents[1] / "examples" / "plugins"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The package of plug-ins as pip would lay it out."""
+    project = tomllib.loads((PLUGINS / "pyproject.toml").read_text())["project"]
+    place = tmp_path_factory.mktemp("site-packages")
+    about = place / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    groups = (
+        [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+        for group, points in project["entry-points"].items()
+    )
+    (about / "entry_points.txt").write_text("\n".join(line for group in groups for line in group) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(place)
+        yield
+
+
+class TestTsvMerge(MethodContract):
+    tolerance: ClassVar[float] = 1e-5
+    method = TSV_MERGE
+    whole = None
+
+    @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (900, 700)])
+    def test_is_the_plain_formula_in_float64(self, shape: tuple[int, int]) -> None:
+        random = torch.Generator().manual_seed(0)
+        base, *sources = (torch.randn(shape, generator=random) for _ in range(3))
+        weights = {"s0": 0.7, "s1": 1.2}
+        blend = self.blend(count=2).model_copy(update={"parameters": {"weight": weights, "lambda": 0.8}})
+        k = min(shape) // 2
+        parts = [np.linalg.svd((source - base).double().numpy(), full_matrices=False) for source in sources]
+        sides = np.hstack([u[:, :k] for u, _, _ in parts]), np.vstack([v[:k] for _, _, v in parts])
+        polar = [p @ q for p, _, q in (np.linalg.svd(side, full_matrices=False) for side in sides)]
+        sizes = np.concatenate([w * s[:k] for w, (_, s, _) in zip(weights.values(), parts, strict=True)])
+        wanted = base.double().numpy() + 0.8 * (polar[0] * sizes) @ polar[1]
+        assert np.abs(merge(self.method, base, sources, blend).numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+    def test_a_change_of_low_rank_is_not_given_directions_that_it_has_not(self) -> None:
+        random = torch.Generator().manual_seed(0)
+        base, down, up = (torch.randn(shape, generator=random) for shape in ((40, 60), (2, 60), (40, 2)))
+        source = base + up @ down
+        blend = self.blend({"weight": 1.0}, count=1)
+        assert torch.allclose(merge(self.method, base, [source], blend), source, atol=1e-4)
+
+
+def _svd_by_rows(facts: Facts, blend: Blend) -> Pass:
+    """As TSV-Merge would have to be written if there were no passes of whole tensors; wrong beyond one piece."""
+
+    def rows(given: list[torch.Tensor], first: int) -> torch.Tensor:
+        base, *sources = given
+        u, s, v = torch.linalg.svd(sum(sources) / len(sources) - base, full_matrices=False)
+        return base + (u[:, :1] * s[:1]) @ v[:1]
+
+    return Elementwise((str(blend.base), *blend.sources), rows)  # type: ignore[arg-type]
+
+
+def _svd_whole(facts: Facts, blend: Blend) -> Pass:
+    def whole(given: list[torch.Tensor]) -> torch.Tensor:
+        base, *sources = given
+        u, s, v = torch.linalg.svd(torch.stack(list(sources)).mean(0) - base, full_matrices=False)
+        return base + (u[:, :1] * s[:1]) @ v[:1]
+
+    if not facts.site.is_matrix:
+        return Whole((str(blend.base),), lambda given: given[0])
+    return Whole((str(blend.base), *blend.sources), whole)  # type: ignore[arg-type]
+
+
+class TestRankOne(MethodContract):
+    method = Method(MethodSpec("rank_one", (), needs_base=True), _svd_whole)
+    tolerance: ClassVar[float] = 1e-5
+    whole = None
+
+
+def test_the_contract_catches_a_decomposition_of_pieces() -> None:
+    class Wrong(MethodContract):
+        method = Method(MethodSpec("by_rows", (), needs_base=True), _svd_by_rows)
+        tolerance: ClassVar[float] = 1e-5
+
+    with pytest.raises(AssertionError):
+        Wrong().test_large_tensors_are_made_as_the_plain_definition_makes_them_whole()
+
+
+def test_weights_alone_decompose_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a second candidate, not a second worker, and not the export."""
+    method, names = find_method("tsv_merge", "space.method"), ("base", "one", "two")
+    held = dict(zip(names, tensors(3, (40, 30)), strict=True))
+    site = Site("w", Role("mlp", 0), (40, 30), {name: (name, "w") for name in names})
+    weights, contents = Weights(lambda ref: held[ref[0]], Crew(1)), dict.fromkeys(names, "digest")
+    counted, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: (counted.append(1), svd(*a, **k))[1])
+    made = []
+    for weight in (0.5, 1.0, 0.5):
+        parameters = {"weight": {"one": weight, "two": 1.0}}
+        blend = Blend(method="tsv_merge", sources=("one", "two"), base="base", parameters=parameters)
+        plan = method.plan(Facts(site, weights, Evidence(tmp_path, contents), seed=0), blend)
+        out = torch.empty(40, 30)
+        Crew(1).run([Job(plan, [held[name] for name in plan.inputs], out)])
+        made.append(out)
+    assert len(counted) == 4  # two changes and two sides, once
+    assert torch.equal(made[0], made[2])
+    assert not torch.equal(made[0], made[1])
+
+
+def test_a_method_of_ones_own_is_searched_resumed_and_exported_and_decomposes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
+    file = search_file(
+        tmp_path,
+        space={"method": "tsv_merge"},
+        objectives={"mini_math_ja": items},
+        budget={"candidates": 8},
+        confirm={"top": 1},
+    )
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("decomposed again"))
+    assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
+    with Store.open(tmp_path / "search" / "search.db") as store:
+        assert store.counts()["failed"] == 0
+        number = max(row.number for row in store.candidates() if row.status == "done")
+    assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", f"c{number:04d}") == 0
