@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from evomerge import __version__
+from evomerge.commands.streams import standard_streams
 from evomerge.errors import InputError
 
 app = typer.Typer(
@@ -388,9 +389,18 @@ def main(arguments: list[str] | None = None) -> Any:
     """The entry point: exit code 0 when done, 2 for bad input, 130 when interrupted and resumable."""
     run: Callable[..., Any] = app
     try:
-        return run(arguments)
-    except InputError as error:
+        with standard_streams():
+            try:
+                return run(arguments)
+            except InputError as error:
+                typer.echo(f"error: {error}", err=True)
+                sys.exit(2)
+            except KeyboardInterrupt:
+                sys.exit(130)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(1)
+    except InputError as error:  # by what could not be written in the end
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

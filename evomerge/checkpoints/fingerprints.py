@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -60,6 +60,41 @@ def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) 
                 "Put the old file back, or start a new search.",
             )
     return now
+
+
+class Untouched:
+    """Sees that the files of sources stay as they are while they are read: they are mapped, not copied.
+
+    Args:
+        sources: as they were just opened.
+    """
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._sources = list(sources)
+        self._looks = {file: _look(file) for source in self._sources for file in source.files}
+
+    def check(self) -> None:
+        """Look at each file from outside, which costs microseconds.
+
+        Raises:
+            InputError: naming the file that is not as it was, or is gone.
+        """
+        for source in self._sources:
+            for name, file in named_files(source).items():
+                if (now := _look(file)) != self._looks[file]:
+                    what = "has changed" if now else "is gone"
+                    problem = f"{name} of {source.name} {what} while it was in use ({source.folder})"
+                    mend = "Nothing that was scored since then counts. Put the old file back and resume."
+                    raise InputError(source.place, problem, mend)
+
+
+def _look(file: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns; None where there is no such file."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _of_file(file: Path, known: FileFingerprint | None) -> FileFingerprint:

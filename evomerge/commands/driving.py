@@ -22,11 +22,12 @@ from evomerge.report.live import Screen
 from evomerge.report.screen import panel
 from evomerge.report.status import status_of
 from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url
+from evomerge.search.bus_errors import explain_bus_errors
 from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.deadlines import Deadlines
 from evomerge.search.driver import Driver
-from evomerge.search.folder import LOGS_NAME
+from evomerge.search.folder import LOGS_NAME, has_store
 from evomerge.search.pools.base import Pool
 from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.rebudget import reread_budget
@@ -101,7 +102,14 @@ def _drive(
     try:
         with _session(folder, prepared, store, pool, artifacts, console) as (control, idle):
             driver = Driver(
-                prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle, deadlines=_deadlines(prepared)
+                prepared.setup,
+                store,
+                pool,
+                control,
+                logs=folder / LOGS_NAME,
+                idle=idle,
+                deadlines=_deadlines(prepared),
+                check=prepared.untouched.check,
             )
             ending = driver.run()
             if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle):
@@ -116,7 +124,8 @@ def _drive(
         traceback.print_exc()
         code = 1
     how, more = ("go on with more", f" --set {_spent(store)}=N") if code == 0 else ("resume", "")
-    console.print(f"{how}: evomerge resume {shlex.quote(str(folder))}{more}", soft_wrap=True)
+    if has_store(folder):
+        console.print(f"{how}: evomerge resume {shlex.quote(str(folder))}{more}", soft_wrap=True)
     return code
 
 
@@ -130,7 +139,14 @@ def _confirm(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, control: Control, idle: Callable[[], None]
 ) -> bool:
     confirmation = Confirmation(
-        prepared.setup, store, pool, control, logs=folder / LOGS_NAME, idle=idle, deadlines=_deadlines(prepared)
+        prepared.setup,
+        store,
+        pool,
+        control,
+        logs=folder / LOGS_NAME,
+        idle=idle,
+        deadlines=_deadlines(prepared),
+        check=prepared.untouched.check,
     )
     return confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
 
@@ -165,6 +181,9 @@ def _session(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> Iterator[tuple[Control, Callable[[], None]]]:
     """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
+    if prepared.file.pool == "in_process":
+        what = "a file that is in use was cut, or its disk fails"
+        explain_bus_errors(f"error: {what}. Put it back and resume: evomerge resume {shlex.quote(str(folder))}")
     control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
     screen = Screen(console, lambda: status_of(store), pool.state)
     observers = Observers(store, folder, prepared.file.observers)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from evomerge.commands.streams import output_is_optional
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.objects import Storage, is_url
@@ -55,8 +56,9 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
 
         prepared = open_all(file, folder)
     console = make_console()
-    console.print(plan(prepared))
-    return drive_new(folder, prepared, console)
+    with output_is_optional():
+        console.print(plan(prepared))
+        return drive_new(folder, prepared, console)
 
 
 def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None) -> int:
@@ -80,7 +82,8 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 from evomerge.commands.driving import drive_again, reopen
 
                 prepared = reopen(folder, store, file)
-            return drive_again(folder, prepared, store, last, console)
+            with output_is_optional():
+                return drive_again(folder, prepared, store, last, console)
 
 
 def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: Console) -> None:
@@ -121,4 +124,5 @@ def confirm(folder: Path) -> int:
             from evomerge.commands.driving import drive_confirmation, reopen
 
             prepared = reopen(folder, store, file)
-        return drive_confirmation(folder, prepared, store, last, console)
+        with output_is_optional():
+            return drive_confirmation(folder, prepared, store, last, console)

@@ -18,7 +18,7 @@ from evomerge.recipe import Recipe
 from evomerge.search.control import Control
 from evomerge.search.deadlines import Deadlines
 from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
-from evomerge.search.jobs import Failed, Finished, Measured
+from evomerge.search.jobs import Failed, Finished, Measured, PoolNews
 from evomerge.search.pools.base import Pool
 from evomerge.search.scores import to_answers, to_scores
 from evomerge.search.setup import Setup
@@ -41,15 +41,18 @@ class Confirmation:
         logs: Path,
         idle: Callable[[], None] = lambda: None,
         deadlines: Deadlines | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._setup = setup
         self._store = store
         self._logs = logs
         self._last_failure = ""
         self._tasks = setup.tasks("held_out")
-        self._dispatcher = Dispatcher(
-            pool, control, setup.attempts, idle, deadlines, lambda news: store.record_event(news.kind, news.payload)
-        )
+
+        def report(news: PoolNews) -> None:
+            store.record_event(news.kind, news.payload)
+
+        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle, deadlines, report, check)
 
     def run(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         """Score what has no held-out scores yet; True when the winner is named, False when a stop came first.

@@ -71,6 +71,8 @@ class Dispatcher:
         idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
         deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
         report: takes what happens to nodes and workers.
+        check: called before anything is scored and before any result counts; raises InputError where what is scored is
+            not what it was.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Dispatcher:
         idle: Callable[[], None],
         deadlines: Deadlines | None = None,
         report: Callable[[PoolNews], None] = lambda news: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
         self._control = control
@@ -88,6 +91,7 @@ class Dispatcher:
         self._idle = idle
         self._deadlines = deadlines or Deadlines()
         self._report = report
+        self._check = check
         self._checked_at = float("-inf")
 
     def run(self, feed: Feed, recorder: Recorder) -> bool:
@@ -98,6 +102,7 @@ class Dispatcher:
         waiting: deque[Pending] = deque()
         running: dict[int, Pending] = {}
         exhausted = False
+        self._check()
         while True:
             self._idle()
             self._control.poll()
@@ -130,7 +135,10 @@ class Dispatcher:
     def _wait(self, timeout_s: float) -> list[Finished]:
         """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
         try:
-            return self._pool.wait(timeout_s)
+            found = self._pool.wait(timeout_s)
+            if found:
+                self._check()
+            return found
         finally:
             for news in self._pool.news():
                 self._report(news)

@@ -48,6 +48,7 @@ class Driver:
         idle: called at least once a second while waiting, and after each step.
         clock: seconds, for the budget of hours.
         deadlines: how long an attempt may take; filled with what earlier drivers have recorded.
+        check: raises InputError where the sources are not what they were.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Driver:
         idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         deadlines: Deadlines | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._setup = setup
         self._store = store
@@ -70,7 +72,7 @@ class Driver:
         self._spent_before_s = 0.0
         self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
         self._deadlines = deadlines or Deadlines()
-        dispatcher = Dispatcher(pool, control, setup.attempts, idle, self._deadlines, self._record_news)
+        dispatcher = Dispatcher(pool, control, setup.attempts, idle, self._deadlines, self._record_news, check)
         self._scoring: GenerationScoring | SteadyScoring
         if setup.mode == "generational":
             self._scoring = GenerationScoring(setup, store, dispatcher, logs)

@@ -11,6 +11,7 @@ import numpy as np
 from evaluators.base import Evaluator, EvaluatorSettings
 from evaluators.prompts import Reader
 from evomerge.checkpoints.checks import check_compatible
+from evomerge.checkpoints.fingerprints import Untouched
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
@@ -38,6 +39,7 @@ class Prepared:
     setup: Setup
     sources: dict[str, Source]
     evaluators: tuple[Evaluator, ...]
+    untouched: Untouched
     warnings: tuple[str, ...] = ()
 
     @property
@@ -60,6 +62,7 @@ def prepare(file: SearchFile) -> Prepared:
     if file.pool == "ray":
         runtime_env_of(file.cluster)
     sources = open_sources(file)
+    untouched = Untouched(sources.values())
     space = build_space(file, sources)
     settings = distinct_evaluators(file)
     evaluators = tuple(_build(file, each) for each in settings)
@@ -85,7 +88,7 @@ def prepare(file: SearchFile) -> Prepared:
         attempts=file.attempts,
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer")
-    return Prepared(file, setup, sources, evaluators, warnings)
+    return Prepared(file, setup, sources, evaluators, untouched, warnings)
 
 
 def _named(file: SearchFile, evaluators: Sequence[Evaluator]) -> dict[str, Evaluator]:

@@ -6,6 +6,7 @@ Counts, the front and the best are short queries on indices, so a status page co
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -59,6 +60,7 @@ class ReadStore:
         self._writer = engine.execution_options(writes=True)
         self._synced_writer = engine.execution_options(writes=True, synced=True)
         self._synced_at = -math.inf
+        self._file: int | None = None  # a descriptor of the file, to see whether it is still there
         self._lost: tuple[float, str] | None = None  # when the connection was lost, and why, until an event says so
 
     @classmethod
@@ -82,7 +84,11 @@ class ReadStore:
         url = parse_place(place)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             raise InputError(str(place), "holds no search", "Check the folder.")  # connecting would make the file
-        return cls._connect(place)
+        store = cls._connect(place)
+        if url.get_backend_name() == "sqlite" and hasattr(os, "O_PATH"):
+            # Closing any other descriptor of the file would let go of SQLite's locks on it.
+            store._file = os.open(url.database or "", os.O_PATH)
+        return store
 
     @classmethod
     def _connect(cls, place: str | Path) -> Self:
@@ -116,6 +122,9 @@ class ReadStore:
 
     def close(self) -> None:
         self._engine.dispose()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +147,10 @@ class ReadStore:
 
         Raises:
             ServerAwayError: the connection was lost, and it was not committed as far as is known.
+            InputError: the file was deleted, and what is written to it is seen by nobody.
         """
+        if self._file is not None and os.fstat(self._file).st_nlink == 0:
+            raise InputError(self.place, "was deleted or replaced while it was in use", "Put it back from a backup.")
         synced = writes and time.monotonic() - self._synced_at > SYNC_EVERY_S
         engine = self._synced_writer if synced else self._writer if writes else self._reader
         try:

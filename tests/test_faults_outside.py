@@ -1,0 +1,169 @@
+"""What a search reads, keeps or prints on is changed, cut, deleted or full while it runs: a clear word, never a wrong
+winner."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, search_file
+
+from evomerge.store import Store
+
+ITEMS = 6
+
+# Scores at once, and does at the given call what a test wants done to a search that is at work.
+FUNCTION = """\
+from pathlib import Path
+import os, shutil
+here = Path(__file__).parent
+def score(items, generate):
+    calls = here / "calls"
+    calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+    if len(calls.read_text()) == {at}:
+        {do}
+    return [1.0] * len(items)
+"""
+
+
+def with_function(folder: Path, do: str, *, at: int = 9, **changes: Any) -> Path:
+    (folder / "score.py").write_text(FUNCTION.format(at=at, do=do))
+    (folder / "items.jsonl").write_text("".join(json.dumps({"q": n}) + "\n" for n in range(2 * ITEMS)))
+    function = {
+        "evaluator": "python", "file": str(folder / "score.py"), "items_file": str(folder / "items.jsonl"),
+        "metrics": {"s": "maximize"}, "metric": "s",
+    }  # fmt: skip
+    for name in ("base", "maths", "japanese"):
+        shutil.copytree(MINIATURES / name, folder / name)
+    sources = {name: str(folder / name) for name in ("base", "maths", "japanese")}
+    return search_file(folder, sources=sources, objectives={"o": function}, allow_task_code=True, **changes)
+
+
+def scored(folder: Path) -> int:
+    with Store.open(folder / "search.db") as store:
+        counts = store.counts()
+    return counts["done"] + counts["cached"]
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        "shutil.copy(here / 'japanese/model.safetensors', here / 'maths/model.safetensors')",
+        "os.truncate(here / 'maths/model.safetensors', 1000)",
+        "os.utime(here / 'base/model.safetensors', (1, 1))",
+        "(here / 'japanese/tokenizer.json').write_text('{}')",
+        "shutil.rmtree(here / 'maths')",
+    ],
+    ids=["overwritten", "cut", "touched", "tokenizer", "deleted"],
+)
+def test_a_source_that_changes_stops_the_search_before_anything_of_it_counts(
+    do: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = with_function(tmp_path, do)
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 2
+    told = capsys.readouterr()
+    assert "while it was in use" in told.err
+    assert "sources." in told.err
+    assert scored(tmp_path / "s") == 8
+    assert "winner" not in told.out
+
+
+def test_a_source_that_changes_in_the_confirmation_names_no_winner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = with_function(tmp_path, "os.truncate(here / 'maths/model.safetensors', 1000)", at=14)
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 2
+    assert "while it was in use" in capsys.readouterr().err
+    assert scored(tmp_path / "s") == 13
+    with Store.open(tmp_path / "s" / "search.db") as store:
+        assert not store.events(kinds=("winner",))
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        "shutil.rmtree(here / 's')",
+        "(here / 's/search.db').unlink()",
+        "os.replace(here / 'calls', here / 's/search.db')",
+    ],
+    ids=["folder", "store", "replaced"],
+)
+def test_a_store_that_is_deleted_under_a_search_ends_it_with_a_word(
+    do: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = with_function(tmp_path, do, budget={"candidates": 60})
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 2
+    told = capsys.readouterr()
+    assert "was deleted or replaced" in told.err
+    assert "Traceback" not in told.err
+
+
+def test_a_folder_that_is_renamed_under_a_search_is_still_its_own(tmp_path: Path) -> None:
+    file = with_function(tmp_path, "os.rename(here / 's', here / 'renamed')")
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 0
+    assert scored(tmp_path / "renamed") == 13
+
+
+def test_a_mapped_file_that_is_cut_ends_the_process_with_a_word(tmp_path: Path) -> None:
+    code = (
+        "import mmap, sys\n"
+        "from evomerge.search.bus_errors import explain_bus_errors\n"
+        "explain_bus_errors('error: it was cut')\n"
+        "file = open(sys.argv[1], 'r+b')\n"
+        "seen = mmap.mmap(file.fileno(), 0)\n"
+        "file.truncate(10)\n"
+        "print(seen[50_000])\n"
+    )
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: it was cut\n")
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shell",
+    ["{} 2> err | head -n 2 > out", "{} > /dev/full 2> err", "{} >&- 2>&-"],
+    ids=["closed pipe", "full disk", "all closed"],
+)
+def test_a_search_goes_on_without_its_output(shell: str, tmp_path: Path) -> None:
+    file = with_function(tmp_path, "pass", budget={"candidates": 5}, confirm={"top": 1})
+    command = shell.format(f"{' '.join(COMMAND)} search {file} --dir s")
+    script = f"{command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment(), timeout=120)
+    err = (tmp_path / "err").read_text() if (tmp_path / "err").exists() else ""
+    assert done.returncode == 0, err
+    assert "Traceback" not in err
+    assert "Exception" not in err
+    assert ("cannot be written" in err) == ("full 2> err" in shell or "head" in shell)
+    with Store.open(tmp_path / "s" / "search.db") as store:
+        assert store.search().state == "finished"
+        assert store.events(kinds=("winner",))
+
+
+def test_every_table_can_be_printed_in_any_encoding(tmp_path: Path) -> None:
+    file = with_function(tmp_path, "pass", budget={"candidates": 5}, confirm={"top": 1})
+    assert evomerge("search", file, "--dir", tmp_path / "of" / "s") == 0
+    commands = (["status", "of/s"], ["top", "of/s"], ["show", "of/s", "best"], ["list", "of"])
+    for command, encoding in zip(commands, ("latin-1", "ascii", "cp1252", "koi8-r"), strict=True):
+        surroundings = environment() | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([*COMMAND, *command], cwd=tmp_path, env=surroundings, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), command
+        assert done.stdout
+
+
+def test_a_command_whose_output_cannot_be_written_says_so(tmp_path: Path) -> None:
+    file = search_file(tmp_path, name="s")
+    (tmp_path / "searches").mkdir()
+    assert file.is_file()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    assert done.returncode == 2
+    assert "the output: cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
