@@ -160,6 +160,9 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
     from evomerge.checkpoints.structure import parse_config
 
     place = "model"
+    if "+" in reference and not Path(reference).is_dir():
+        mend = "Merge it into a folder of its own first, with peft's merge_and_unload."
+        raise InputError(place, f"{reference} names an adapter, which no reward model takes here", mend)
     folder = find_folder(reference, place, None)
     check_links(folder, place)
     refuse_unreadable(folder, place)

@@ -350,7 +350,7 @@ def inspect(
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id, or model+adapter.")],
     file: SearchFileArgument,
     set_: SetOption = [],  # noqa: B006
     split: Annotated[str, typer.Option(help="search or held_out.")] = "held_out",
@@ -359,7 +359,7 @@ def score(
     """Score any model on the objectives and constraints of a search file."""
     from evomerge.commands.models import score
 
-    score(str(model), file, set_, split, as_json=json_)
+    score(model, file, set_, split, as_json=json_)
 
 
 @app.command()

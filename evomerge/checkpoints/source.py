@@ -47,6 +47,7 @@ class Source:
         folds, normed: how the scales of a path go into its tensors: see ``Blueprint``.
         files: all files that make this model what it is: weights, index, configurations, tokenizer, adapters.
         warnings: sentences for a person.
+        adapters: the folders of the adapters on it, in their order.
         changes: what adapters do to tensors, by name, in the order of the adapters.
         tokenizer_texts: the files of the tokenizer, by name, where those in the folder do not count.
     """
@@ -69,6 +70,7 @@ class Source:
     normed: bool
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
+    adapters: tuple[Path, ...] = ()
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     tokenizer_texts: Mapping[str, str] = field(default_factory=dict)
     _maps: dict[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -199,7 +201,8 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
         if adapter.base and Path(adapter.base).name != Path(model.partition("@")[0]).name:
             warnings += (f"the adapter {adapter.folder} was trained on {adapter.base}; it is put on {model}",)
     files = (*source.files, *(file for adapter in adapters for file in adapter.files))
-    return replace(source, tensors=tensors, changes=changes, files=files, warnings=warnings)
+    folders = tuple(adapter.folder for adapter in adapters)
+    return replace(source, tensors=tensors, adapters=folders, changes=changes, files=files, warnings=warnings)
 
 
 def _check_side_files(folder: Path, place: str) -> None:

@@ -6,6 +6,7 @@ What a person can have got wrong is looked at first, with light imports alone.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,15 +79,18 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:
-    """Score a model folder on the objectives and constraints of a search file; its screen is left out."""
+    """Score a model, also with adapters, on the objectives and constraints of a search file; its screen is left out."""
     if split not in ("search", "held_out"):
         raise InputError("--split", f"{split!r} is neither search nor held_out")
     which: Split = "search" if split == "search" else "held_out"
     file = load_search_file(path, overrides)
     with opening(quiet=as_json):
+        from evaluators.prompts import Reader
         from evomerge.checkpoints.checks import check_finite
+        from evomerge.checkpoints.config import first_line
         from evomerge.checkpoints.source import open_source
         from evomerge.commands.rescoring import plain_model, scored
+        from evomerge.search.asking import item_warnings
         from evomerge.search.prepare import prepare
 
         prepared = prepare(file)
@@ -94,7 +98,14 @@ def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_js
         check_finite(source)
         live = plain_model(source, prepared.file)
     setup = prepared.setup
-    values = scored(live, prepared, which)
+    for warning in item_warnings(prepared.named_evaluators, Reader.of(live)):
+        print(f"warning: {warning}", file=sys.stderr)
+    try:
+        values = scored(live, prepared, which)
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # of a model with odd settings, a tokenizer's panic, or code that a task names
+        raise InputError("MODEL", f"{model} cannot be scored ({first_line(error)})") from error
     if as_json:
         told = {
             "objectives": {o.name: values[o.name] for o in setup.objectives},

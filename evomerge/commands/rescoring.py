@@ -11,7 +11,16 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from evaluators.base import Split
-from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, for_scoring, load_tokenizer
+from evomerge.checkpoints.config import first_line
+from evomerge.checkpoints.live import (
+    LiveModel,
+    NotFiniteError,
+    check_live,
+    for_scoring,
+    live_model,
+    load_tokenizer,
+    load_weights,
+)
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
@@ -19,7 +28,7 @@ from evomerge.search.prepare import Prepared
 from evomerge.search.search_file import SearchFile
 from evomerge.search.setup import objective_values
 from evomerge.search.statistics import Values, mean_and_error, sign_test
-from evomerge.search.worker import choose_device
+from evomerge.search.worker import choose_device, torch_dtype
 from evomerge.store import CandidateRow, Estimate, Store
 
 
@@ -104,15 +113,32 @@ def _differing(now: Values, before: Values, candidate: str, place: str, exact: b
 
 
 def plain_model(source: Source, file: SearchFile) -> LiveModel:
-    """A model as plain transformers loads it, on the device and with the threads that a worker of the search has."""
+    """A model as plain transformers loads it, in the dtype, on the device and with the threads of a search's worker.
+
+    Adapters are folded into it, as they are when a search makes its source of them.
+
+    Raises:
+        InputError: transformers cannot load it, or it holds or computes NaN or Inf.
+    """
     torch.set_num_threads(file.cluster.cpus_per_worker)
-    disable_progress_bar()  # it would run through our own
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    live = LiveModel(for_scoring(model.to(choose_device(file.device))), load_tokenizer(source))
+    device, dtype = choose_device(file.device), torch_dtype(file.dtype)
+    if source.adapters:
+        live = live_model(source, device, dtype)
+        load_weights(live, ((name, source.read(name)) for name in source.tensors))
+    else:
+        disable_progress_bar()  # it would run through our own
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+        except Exception as error:  # whatever strange settings do inside transformers
+            raise InputError(source.place, f"transformers cannot load it: {first_line(error)}") from error
+        live = LiveModel(for_scoring(model.to(device)), load_tokenizer(source))
     try:
         check_live(live)
     except NotFiniteError as error:
         raise InputError(source.place, f"cannot be scored: {error}") from error
+    except Exception as error:  # of a model whose settings have it compute something else
+        raise InputError(source.place, f"cannot be scored: {first_line(error)}") from error
     return live
