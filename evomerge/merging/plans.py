@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Part, Pass, Sparsify
-from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.method_spec import MethodSpec
 from evomerge.recipe import Blend
 
 Plan = Callable[[Facts, Blend], Pass]
@@ -91,24 +91,5 @@ def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combin
     return Combine(coefficients)
 
 
-# ---- parameters that several methods take ----------------------------------------------------------------------------
-
 FRACTION = (0.0, 1.0)
-
-
-def weight(default: float, high: float = 1.5) -> MethodParameter:
-    """1.5 leaves room above the optimum of the original work, whose weights sum to about two over three sources."""
-    return MethodParameter("weight", "source", low=0.0, high=high, default=default)
-
-
-def density(default: float) -> MethodParameter:
-    return MethodParameter("density", "source", low=0.1, high=1.0, default=default)
-
-
-def scale(*, searched: bool = False) -> MethodParameter:
-    """The lambda of the papers: a factor on the whole sum of task vectors.
-
-    Where weights are not normalised it only multiplies them, and a search over both would walk the same models many
-    times; so a search leaves it at 1 unless the method has no weights.
-    """
-    return MethodParameter("lambda", "blend", low=0.0, high=2.0, default=1.0, searched=searched)
+"""Limits of what is a share of a whole."""

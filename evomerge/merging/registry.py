@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from evomerge.errors import InputError
 from evomerge.merging import selective, span, sparse
 from evomerge.merging.plans import Method
+from evomerge.method_specs import GROUP
 from evomerge.plugins import plugins, unknown_name
-
-GROUP = "evomerge.merge_methods"
 
 METHODS: Mapping[str, Method] = {
     method.spec.name: method for method in (*span.METHODS, *sparse.METHODS, *selective.METHODS)

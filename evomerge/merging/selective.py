@@ -15,8 +15,8 @@ from torch import Tensor
 
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Elementwise, Pass, Select
-from evomerge.merging.plans import FRACTION, Method, base_of, number, scale
-from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.merging.plans import FRACTION, Method, base_of, number
+from evomerge.method_specs import ALPHA, EPSILON, FENCE, SPECS, R, T
 from evomerge.recipe import Blend
 
 
@@ -57,7 +57,7 @@ def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
     RAM+ of arXiv 2601.13572, tensor by tensor ("TL"): shared_i and alone_i count the elements that source i changed
     with others and alone.
     """
-    names, epsilon = (base_of(blend), *blend.sources), number(blend, "epsilon", _EPSILON.default)
+    names, epsilon = (base_of(blend), *blend.sources), number(blend, "epsilon", EPSILON.default)
 
     def counts(rows: Sequence[Tensor]) -> Tensor:
         changed = _deltas(rows).abs() > epsilon
@@ -65,14 +65,14 @@ def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
         return torch.stack([(changed & several).sum(dim=(1, 2)), (changed & ~several).sum(dim=(1, 2))]).view(-1)
 
     shared, alone = facts.total("shared changes", names, counts, epsilon=epsilon).reshape(2, -1)
-    r, most = number(blend, "r", _R.default), number(blend, "alpha", _ALPHA.default)
+    r, most = number(blend, "r", R.default), number(blend, "alpha", ALPHA.default)
     ratios = [s / a if a else math.inf if s else 0.0 for s, a in zip(shared, alone, strict=True)]
     factors = [1 + r * min(ratio, most) for ratio in ratios]
     return _ram(facts, blend, factors)
 
 
 def _ram(facts: Facts, blend: Blend, factors: Sequence[float]) -> Pass:
-    epsilon, factor = number(blend, "epsilon", _EPSILON.default), number(blend, "lambda", 1.0)
+    epsilon, factor = number(blend, "epsilon", EPSILON.default), number(blend, "lambda", 1.0)
     alone = torch.tensor(factors, dtype=torch.float32)[:, None, None]
 
     def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
@@ -98,7 +98,7 @@ def arcee_fusion(facts: Facts, blend: Blend) -> Pass:
         return facts.value_threshold("importances", names, _importance, facts.size - int(share * (facts.size - 1)))
 
     low, middle, high = (quantile(share) for share in (0.25, 0.5, 0.75))
-    least = middle + number(blend, "fence", _FENCE.default) * (high - low)
+    least = middle + number(blend, "fence", FENCE.default) * (high - low)
 
     def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
         base, source = tensors
@@ -118,7 +118,7 @@ def nearswap(facts: Facts, blend: Blend) -> Pass:
 
     alchemonaut's NearSwap, as mergekit has it (https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001).
     """
-    t = number(blend, "t", _T.default)
+    t = number(blend, "t", T.default)
 
     def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
         base, source = tensors
@@ -128,23 +128,12 @@ def nearswap(facts: Facts, blend: Blend) -> Pass:
     return Elementwise((base_of(blend), *blend.sources), rows)
 
 
-# ---- what each method takes ------------------------------------------------------------------------------------------
-
-_EPSILON = MethodParameter("epsilon", "blend", low=0.0, high=1e-3, default=1e-5, searched=False)
-_R = MethodParameter("r", "blend", low=0.0, high=1.0, default=0.1)
-_ALPHA = MethodParameter("alpha", "blend", low=0.0, high=2.0, default=0.2)
-_FENCE = MethodParameter("fence", "blend", low=0.0, high=5.0, default=1.5)
-_T = MethodParameter("t", "blend", low=0.0, high=0.02, default=0.001)
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 METHODS = (
-    Method(
-        MethodSpec("sce", (MethodParameter("select_topk", "blend", low=0.05, high=1.0, default=1.0),), needs_base=True),
-        sce,
-        limits={"select_topk": FRACTION},
-    ),
-    Method(MethodSpec("ram", (scale(searched=True), _EPSILON), needs_base=True), ram),
-    Method(MethodSpec("ramplus_tl", (_R, _ALPHA, scale(), _EPSILON), needs_base=True), ramplus_tl),
-    Method(MethodSpec("arcee_fusion", (_FENCE,), needs_base=True, max_sources=1), arcee_fusion),
-    Method(MethodSpec("nearswap", (_T,), needs_base=True, max_sources=1), nearswap),
+    Method(SPECS["sce"], sce, limits={"select_topk": FRACTION}),
+    Method(SPECS["ram"], ram),
+    Method(SPECS["ramplus_tl"], ramplus_tl),
+    Method(SPECS["arcee_fusion"], arcee_fusion),
+    Method(SPECS["nearswap"], nearswap),
 )
-"""All of them."""

@@ -22,13 +22,11 @@ from evomerge.merging.plans import (
     base_of,
     cancel,
     number,
-    scale,
     switch,
     values,
-    weight,
     weights,
 )
-from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.method_specs import SPECS
 from evomerge.recipe import Blend
 
 
@@ -176,56 +174,15 @@ def model_stock(facts: Facts, blend: Blend) -> Pass:
     return Elementwise((base, *blend.sources), rows)
 
 
-# ---- what each method takes ------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 METHODS = (
-    # Only the ratios of the weights count, so there is nothing to find above 1.
-    Method(MethodSpec("linear", (weight(1.0, high=1.0),), needs_base=False, switches={"normalize": True}), linear),
-    Method(
-        MethodSpec(
-            "passthrough",
-            (MethodParameter("scale", "source", low=0.5, high=1.5, default=1.0),),
-            needs_base=False,
-            max_sources=1,
-        ),
-        passthrough,
-    ),
-    Method(
-        MethodSpec(
-            "slerp",
-            (MethodParameter("t", "blend", low=0.0, high=1.0, default=0.5),),
-            needs_base=False,
-            min_sources=2,
-            max_sources=2,
-        ),
-        slerp,
-        limits={"t": FRACTION},
-    ),
-    Method(
-        MethodSpec(
-            "nuslerp",
-            (weight(1.0, high=1.0),),
-            needs_base=False,
-            min_sources=2,
-            max_sources=2,
-            switches={"flatten": True, "row_wise": False},
-        ),
-        nuslerp,
-    ),
-    Method(
-        MethodSpec("multislerp", (weight(1.0, high=1.0),), needs_base=False, switches={"normalize": True}), multislerp
-    ),
-    Method(MethodSpec("karcher", (weight(1.0, high=1.0),), needs_base=False), karcher),
-    # 0.4: the scaling that is used where there is no validation set (see arXiv 2306.01708, experiments).
-    Method(
-        MethodSpec("task_arithmetic", (weight(0.4), scale()), needs_base=True, switches={"normalize": False}),
-        task_arithmetic,
-    ),
-    Method(
-        MethodSpec(
-            "model_stock", (scale(searched=True),), needs_base=True, min_sources=2, switches={"filter_wise": False}
-        ),
-        model_stock,
-    ),
+    Method(SPECS["linear"], linear),
+    Method(SPECS["passthrough"], passthrough),
+    Method(SPECS["slerp"], slerp, limits={"t": FRACTION}),
+    Method(SPECS["nuslerp"], nuslerp),
+    Method(SPECS["multislerp"], multislerp),
+    Method(SPECS["karcher"], karcher),
+    Method(SPECS["task_arithmetic"], task_arithmetic),
+    Method(SPECS["model_stock"], model_stock),
 )
-"""All of them."""

@@ -17,15 +17,12 @@ from evomerge.merging.plans import (
     Method,
     Plan,
     base_of,
-    density,
     number,
-    scale,
     switch,
     values,
-    weight,
     weights,
 )
-from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.method_specs import SPECS
 from evomerge.recipe import Blend
 
 
@@ -144,33 +141,19 @@ def _dropped_by_rank(facts: Facts, blend: Blend, source: str) -> Part | None:
     return Part(source, factor, key=facts.stream(source), levels=lowest, rise=highest - lowest)
 
 
-# ---- what each method takes ------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def _method(
-    name: str, plan: Plan, *parameters: MethodParameter, rescale: bool = False, limits: tuple[str, ...] = ("density",)
-) -> Method:
-    switches = {"normalize": False, "rescale": rescale}
-    return Method(
-        MethodSpec(name, (*parameters, scale()), needs_base=True, switches=switches),
-        plan,
-        limits=dict.fromkeys(limits, FRACTION),
-    )
+def _method(name: str, plan: Plan, *limits: str) -> Method:
+    return Method(SPECS[name], plan, limits=dict.fromkeys(("density", *limits), FRACTION))
 
-
-_GAMMA = MethodParameter("gamma", "source", low=0.0, high=0.05, default=0.01, searched=False)
-_EPSILON = MethodParameter("epsilon", "source", low=0.0, high=0.3, default=0.15, searched=False)
-_OUTLIERS, _BY_RANK = ("density", "gamma"), ("density", "epsilon")
 
 METHODS = (
-    # The paper's k = 20% and lambda = 1.
-    _method("ties", ties, weight(1.0), density(0.2)),
-    _method("dare_linear", dare_linear, weight(0.5), density(0.5), rescale=True),
-    _method("dare_ties", dare_ties, weight(0.5), density(0.5), rescale=True),
-    _method("della_linear", della_linear, weight(0.5), density(0.5), _EPSILON, rescale=True, limits=_BY_RANK),
-    _method("della", della, weight(0.5), density(0.5), _EPSILON, rescale=True, limits=_BY_RANK),
-    # The paper keeps 85 to 90% of a task vector, and the lambda that a validation set chose, 0.3 to 0.5.
-    _method("breadcrumbs", breadcrumbs, weight(0.4), density(0.9), _GAMMA, limits=_OUTLIERS),
-    _method("breadcrumbs_ties", breadcrumbs_ties, weight(0.4), density(0.9), _GAMMA, limits=_OUTLIERS),
+    _method("ties", ties),
+    _method("dare_linear", dare_linear),
+    _method("dare_ties", dare_ties),
+    _method("della_linear", della_linear, "epsilon"),
+    _method("della", della, "epsilon"),
+    _method("breadcrumbs", breadcrumbs, "gamma"),
+    _method("breadcrumbs_ties", breadcrumbs_ties, "gamma"),
 )
-"""All of them."""

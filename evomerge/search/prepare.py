@@ -18,7 +18,7 @@ from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.merging.low_rank import low_rank_problem
 from evomerge.merging.materialise import check_recipe
-from evomerge.merging.registry import find_method
+from evomerge.method_specs import find_spec
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
 from evomerge.search.asking import item_warnings, reader_of
@@ -146,7 +146,7 @@ def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
         tokenizer=file.tokenizer_source,
         layers=model.layers,
         tied=model.tied,
-        method=lambda name: find_method(name, "space.method").spec,
+        method=lambda name: find_spec(name, "space.method"),
         recipe_seed=file.seed,
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,

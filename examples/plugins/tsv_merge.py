@@ -16,8 +16,9 @@ from torch import Tensor
 
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Pass, Whole
-from evomerge.merging.plans import Method, added, base_of, number, scale, values, weight
+from evomerge.merging.plans import Method, added, base_of, number, values
 from evomerge.method_spec import MethodSpec
+from evomerge.method_specs import scale, weight
 from evomerge.recipe import Blend
 
 
