@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
@@ -105,6 +105,16 @@ class EvaluatorSettings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def known_metrics(self) -> Collection[str] | None:
+        """The evaluator's metrics, where they are known before it is built; None where only its data or code has them.
+
+        It imports nothing heavy: a metric that is wrong is to be said at once.
+
+        Raises:
+            InputError: what the settings name is nowhere.
+        """
+        return None
 
     def build(self) -> Evaluator:
         """Read the data and make the evaluator.

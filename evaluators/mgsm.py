@@ -7,7 +7,7 @@ compared with what the original work published, ``acc_ja_exact`` is right. Each 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib.metadata import version
@@ -117,6 +117,9 @@ class MgsmSettings(FewshotSettings):
             prompt, stop = SAKANA_PROMPT, SAKANA_STOPS
         return prompt if self.prompt is None else self.prompt, stop if self.stop is None else self.stop
 
+    def known_metrics(self) -> Collection[str]:
+        return (f"acc_{self.scorer}", f"acc_{self.language}_{self.scorer}")
+
     def build(self) -> MgsmEvaluator:
         """Read the problems, and load what tells languages.
 
@@ -163,8 +166,7 @@ class MgsmEvaluator:
 
     def __init__(self, settings: MgsmSettings) -> None:
         self.name = f"mgsm_{settings.language}_{settings.scorer}"
-        right, in_language = f"acc_{settings.scorer}", f"acc_{settings.language}_{settings.scorer}"
-        self.metrics: Mapping[str, bool] = {right: True, in_language: True}
+        self.metrics: Mapping[str, bool] = dict.fromkeys(settings.known_metrics(), True)
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
         self.answers: Mapping[int, str] = {}

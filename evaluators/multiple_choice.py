@@ -7,7 +7,7 @@ with every change of the model, where a right answer stays right.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,10 @@ from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
+
+
+METRICS = {"acc": True, "acc_norm": True, "acc_bytes": True, "margin": True}
+"""Each metric, and whether higher is better."""
 
 
 class MultipleChoiceSettings(FewshotSettings):
@@ -60,6 +64,9 @@ class MultipleChoiceSettings(FewshotSettings):
         if "{choice}" not in text:
             raise ValueError("it has no {choice}")
         return text
+
+    def known_metrics(self) -> Collection[str]:
+        return METRICS
 
     def build(self) -> MultipleChoiceEvaluator:
         """Read the items and fill the templates.
@@ -104,7 +111,7 @@ class MultipleChoiceEvaluator:
 
     def __init__(self, settings: MultipleChoiceSettings) -> None:
         self.name = settings.file.stem
-        self.metrics: Mapping[str, bool] = {"acc": True, "acc_norm": True, "acc_bytes": True, "margin": True}
+        self.metrics: Mapping[str, bool] = METRICS
         self.measured: frozenset[str] = frozenset()
         self.seconds: Mapping[str, float] = {}
         self.answers: Mapping[int, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,9 @@ class RewardModelSettings(AnswersSettings):
             if "answer" not in fields or not fields <= {"prompt", "answer"}:
                 raise ValueError("it must hold {answer}, and may hold {prompt}, and no other field")
         return text
+
+    def known_metrics(self) -> Collection[str]:
+        return ("reward",)
 
     def build(self) -> RewardModelEvaluator:
         """Read the items, and check the reward model. Its weights are read with the first answers.

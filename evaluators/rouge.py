@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -44,6 +44,9 @@ class RougeSettings(AnswersSettings):
 
     kind: Literal["rouge"] = "rouge"
     tokenizer: Literal["character", "mecab"] = "character"
+
+    def known_metrics(self) -> Collection[str]:
+        return ("rouge_l",)
 
     def build(self) -> RougeEvaluator:
         """Read the items and fill the templates.

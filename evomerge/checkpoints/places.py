@@ -28,6 +28,12 @@ def split_reference(reference: str, root: Path | None) -> list[str]:
     return [reference] if os.path.isdir(_local(reference, root)) else reference.split("+")
 
 
+def is_hub_id(reference: str, root: Path | None) -> bool:
+    """Whether a reference to one model is looked for on the hub: no folder of that name is here."""
+    here = os.path.exists(_local(reference, root)) or reference.startswith(".")
+    return not here and _HUB_ID.fullmatch(reference) is not None
+
+
 def find_folder(reference: str, place: str, root: Path | None) -> Path:
     """The folder of a model or an adapter, downloaded if it is on the hub.
 

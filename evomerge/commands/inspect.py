@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress
 
-from evomerge.report.closeness import shown
-from evomerge.report.inspection import inspect_models
+from evomerge.checkpoints.references import check_reference
 from evomerge.report.screen import make_console
 
 
 def inspect(models: Sequence[str], base: str | None, *, as_json: bool) -> None:
-    """What models are, and how close they are to each other."""
+    """What models are, and how close they are to each other; that they are there is seen before torch is imported."""
+    for model in (*models, *([base] if base is not None else [])):
+        check_reference(model, model)
+    from evomerge.report.closeness import shown
+    from evomerge.report.inspection import inspect_models
+
     screen = Console(stderr=True)  # what is printed may be read by a program
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("comparing weights", total=None)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.places import split_reference
+from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
-from evomerge.errors import InputError
 from evomerge.mergekit import load_recipe_file
+from evomerge.method_spec import check_blend
+from evomerge.method_specs import find_spec
 from evomerge.objects import is_url
 from evomerge.recipe import Role
 from evomerge.vocabulary import Vocabulary
@@ -26,10 +28,24 @@ if TYPE_CHECKING:
 
 def merge(path: Path, out: str | Path) -> None:
     """Make one merged model from a recipe file, as a folder or, by its URL, in object storage."""
-    if not path.is_file():
-        raise InputError(str(path), "there is no such file")
     if not is_url(str(out)):
         check_target(Path(out))
+    root = path.resolve().parent
+    opened: dict[str, Source] = {}
+
+    def look(reference: str) -> Mapping[str, Role]:
+        if reference not in opened:
+            check_reference(reference, str(path), root)
+            from evomerge.checkpoints.source import open_source
+
+            opened[reference] = open_source(reference, reference, place=str(path), root=root)
+        return opened[reference].roles
+
+    recipe = load_recipe_file(path, look)
+    for number, blend in enumerate(recipe.blends):
+        check_blend(blend, find_spec(blend.method, f"{path}: blends[{number}].method"), f"{path}: blends[{number}]")
+    for name, reference in recipe.sources.items():
+        check_reference(reference, f"{path}: sources.{name}", root)
     from evomerge.checkpoints.checks import check_compatible
     from evomerge.checkpoints.source import open_source
     from evomerge.commands.delivering import local_folder
@@ -37,15 +53,6 @@ def merge(path: Path, out: str | Path) -> None:
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
 
-    root = path.resolve().parent
-    opened: dict[str, Source] = {}
-
-    def look(reference: str) -> Mapping[str, Role]:
-        if reference not in opened:
-            opened[reference] = open_source(reference, reference, place=str(path), root=root)
-        return opened[reference].roles
-
-    recipe = load_recipe_file(path, look)
     sources: dict[str, Source] = {}
     for name, reference in recipe.sources.items():
         place = f"{path}: sources.{name}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from evaluators.base import Split
+from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import opening, progress_bar
 from evomerge.errors import InputError
@@ -21,6 +22,7 @@ from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, Value, candidate_id
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import chosen, status_of
+from evomerge.search.early import check_early
 from evomerge.search.folder import EVIDENCE_NAME, open_store
 from evomerge.search.resuming import resumed_file
 from evomerge.search.search_file import load_search_file
@@ -42,6 +44,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         if not is_url(str(out)):
             check_target(Path(out))
         file = resumed_file(folder, store, ())
+        check_early(file)
         with opening():
             from evomerge.commands.delivering import local_folder
             from evomerge.commands.rescoring import reproduce
@@ -84,6 +87,8 @@ def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_js
         raise InputError("--split", f"{split!r} is neither search nor held_out")
     which: Split = "search" if split == "search" else "held_out"
     file = load_search_file(path, overrides)
+    check_reference(model, "MODEL")
+    check_early(file)
     with opening(quiet=as_json):
         from evaluators.prompts import Reader
         from evomerge.checkpoints.checks import check_finite

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from evomerge.faults import explain
 from evomerge.observers import ObserverList, follow
 from evomerge.search.folder import open_store
-from evomerge.search.search_file import explain
 from evomerge.yaml import load_yaml
 
 
@@ -22,10 +22,11 @@ class _Given(BaseModel):
 def observe(folder: Path, observers: Sequence[str]) -> None:
     """Tell observers, each given as in a search file, what happened in a search, until nobody drives it."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    content = {"observers": [load_yaml(text, "OBSERVER") for text in observers]}
     try:
-        given = _Given.model_validate({"observers": [load_yaml(text, "OBSERVER") for text in observers]})
+        given = _Given.model_validate(content)
     except ValidationError as error:
-        raise explain(error, "evomerge observe", _Given) from None
+        raise explain(error, "evomerge observe", _Given, content) from None
     for each in given.observers:
         each.check()
     with open_store(folder) as store, contextlib.suppress(KeyboardInterrupt):

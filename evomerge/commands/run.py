@@ -17,6 +17,7 @@ from evomerge.errors import InputError
 from evomerge.objects import Storage, is_url
 from evomerge.search.artifacts import fetch
 from evomerge.search.claim import Claim
+from evomerge.search.early import check_early
 from evomerge.search.folder import open_store, refuse_existing
 from evomerge.search.rebudget import bounds_of, change_budget
 from evomerge.search.resuming import resumed_file
@@ -27,6 +28,7 @@ from evomerge.store import Store, acquire, current_holder
 def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False) -> None:
     """Open and check everything that a search file names, and print the plan, and a prompt of each measure."""
     file = load_search_file(path, overrides)
+    check_early(file)
     with opening():
         from evomerge.commands.driving import open_all
         from evomerge.report.plan import plan
@@ -49,6 +51,7 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
     file = load_search_file(path, overrides)
     folder = folder or Path("searches") / file.name
     refuse_existing(folder)
+    check_early(file)
     with opening():
         from evomerge.commands.driving import drive_new, open_all
         from evomerge.report.plan import plan
@@ -78,6 +81,7 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
             return 0
         with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
             file = resumed_file(folder, store, overrides)
+            check_early(file)
             with opening():
                 from evomerge.commands.driving import drive_again, reopen
 
@@ -120,6 +124,7 @@ def confirm(folder: Path) -> int:
     console = make_console()
     with ExitStack() as last, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
+        check_early(file)
         with opening():
             from evomerge.commands.driving import drive_confirmation, reopen
 

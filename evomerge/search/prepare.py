@@ -18,14 +18,13 @@ from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.merging.low_rank import low_rank_problem
 from evomerge.merging.materialise import check_recipe
-from evomerge.method_specs import find_spec
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
 from evomerge.search.asking import item_warnings, reader_of
+from evomerge.search.early import make_space
 from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.search_file import SearchFile
 from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ObjectiveInfo, ScreenInfo, Setup
-from search_spaces.base import SpaceContext
 
 
 @dataclass(frozen=True)
@@ -140,19 +139,8 @@ def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> Recipe:
 def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
     """The search space of a search file over these sources."""
     model = sources[file.tokenizer_source]
-    context = SpaceContext(
-        sources=file.sources,
-        base=file.base,
-        tokenizer=file.tokenizer_source,
-        layers=model.layers,
-        tied=model.tied,
-        method=lambda name: find_spec(name, "space.method"),
-        recipe_seed=file.seed,
-        dtype=file.dtype,
-        vocabulary=file.merged_vocabulary,
-        depths={name: source.layers for name, source in sources.items()},
-    )
-    space = file.space.build(context)
+    depths = {name: source.layers for name, source in sources.items()}
+    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths)
     # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.
     for corner in ("low", "high"):
         genome = np.array([getattr(parameter, corner) for parameter in space.parameters], dtype=np.float64)
@@ -160,9 +148,6 @@ def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
             check_recipe(space.decode(genome), sources)
         except InputError as error:
             raise InputError("space", f"its {corner}est values make no recipe: {error.problem}", error.mend) from error
-    landmarks = len(list(space.landmarks()))
-    if file.budget.candidates is not None and file.budget.candidates < landmarks:
-        raise InputError("budget.candidates", f"is {file.budget.candidates}; the landmarks alone are {landmarks}")
     return space
 
 

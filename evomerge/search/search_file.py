@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
-    BaseModel,
     Field,
     PositiveInt,
     SerializeAsAny,
@@ -21,15 +19,14 @@ from pydantic import (
 from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
+from evomerge.faults import explain
 from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
-from evomerge.plugins import unknown_name
 from evomerge.recipe import DType
 from evomerge.search.deadlines import LEAST_S, MOST_S
 from evomerge.search.folder import check_store_url
 from evomerge.search.sections import (
-    NAME_PATTERN,
     Budget,
     Cluster,
     Confirm,
@@ -92,7 +89,11 @@ class SearchFile(Section):
         if isinstance(value, SpaceSettings) or not isinstance(value, Mapping):
             return value
         kind = str(value.get("kind", "parameter_space"))
-        return space_settings(kind, "space.kind").model_validate(dict(value) | {"kind": kind})
+        settings, content = space_settings(kind, "space.kind"), dict(value) | {"kind": kind}
+        try:
+            return settings.model_validate(content)
+        except ValidationError as error:
+            raise explain(error, "space", settings, content, ".") from None
 
     @field_validator("attempt_hours")
     @classmethod
@@ -147,7 +148,7 @@ class SearchFile(Section):
             try:
                 found[place] = settings.model_validate(keys)
             except ValidationError as error:
-                raise explain(error, place, settings) from None
+                raise explain(error, place, settings, keys, ".") from None
         return found
 
 
@@ -176,7 +177,9 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     try:
         parsed = SearchFile.model_validate(content)
     except ValidationError as error:
-        raise explain(error, place, SearchFile) from None
+        raise explain(error, place, SearchFile, content) from None
+    except InputError as error:  # of the space, whose own class has checked it
+        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from None
     if parsed.store is not None:
         check_store_url(parsed.store, f"{place}: store")
     if parsed.artifacts is not None:
@@ -223,90 +226,6 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise InputError(f"--set {override}", f"{part!r} is not a section of the search file")
     target[last] = load_yaml(text, f"--set {override}")
-
-
-def explain(error: ValidationError, place: str, model: type[BaseModel]) -> InputError:
-    """The first fault of a validation error in the words of the file: its key path, what is wrong, and the mend."""
-    fault = error.errors(include_url=False)[0]
-    loc = [str(part) for part in fault["loc"] if not str(part).startswith("function-") and part != "[key]"]
-    path, known = _walk(model, loc)
-    kind, context = fault["type"], fault.get("ctx", {})
-    where = f"{place}: {'.'.join(path)}" if path else place
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
-        return InputError(where, "is not a key that is known here", hint if known else "")
-    if kind == "missing":
-        return InputError(where, "is missing")
-    if kind == "union_tag_not_found":
-        return InputError(f"{where}.{_tag_key(context)}", "is missing")
-    if kind == "union_tag_invalid":
-        names = [name.strip().strip("'") for name in context["expected_tags"].split(",")]
-        noun = path[-2].removesuffix("s") if path[-1].isdecimal() else path[-1]  # observers.0: one of the observers
-        return unknown_name(context["tag"], names, f"{where}.{_tag_key(context)}", noun)
-    given = fault.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return InputError(where, _wrong(kind, str(fault["msg"]), context) + shown)
-
-
-def _tag_key(context: Mapping[str, Any]) -> str:
-    """The key whose value decides which settings a section takes."""
-    return str(context["discriminator"]).strip("'")
-
-
-_KINDS = {
-    "int_": "must be a whole number", "float_": "must be a number", "bool_": "must be true or false",
-    "string_type": "must be text", "tuple_": "must be a list", "list_": "must be a list",
-    "dict_": "must be a section with keys", "model_": "must be a section with keys",
-}  # fmt: skip
-"""What a value must be, by how the type of pydantic's error begins."""
-
-
-def _wrong(kind: str, message: str, context: Mapping[str, Any]) -> str:
-    """What is wrong with a value, as a clause: in the words of people where pydantic's own are those of Python."""
-    if kind == "too_short":
-        return f"needs at least {context['min_length']}, has {context['actual_length']}"
-    if kind == "string_too_long":
-        return f"is longer than {context['max_length']} characters"
-    if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN:
-        return "may hold letters, digits, - and _ (up to 64), beginning with a letter or a digit"
-    for begin, words in _KINDS.items():
-        if kind.startswith(begin):
-            return words
-    message = message.removeprefix("Value error, ").replace("Input should be ", "must be ", 1)
-    return message[0].lower() + message[1:]
-
-
-def _walk(model: type[BaseModel], loc: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Where a fault lies: its key path in the file, and the keys that are known in the section of its last key.
-
-    Pydantic's own path also names which of several settings a section was taken for: optimizer.nsga2.population.
-    """
-    path: list[str] = []
-    sections, known = [model], [model]
-    for part in loc:
-        if len(sections) > 1 and (tagged := [each for each in sections if part in _tags(each)]):
-            sections = tagged
-            continue
-        path.append(part)
-        known = sections
-        fields = [each.model_fields[part] for each in sections if part in each.model_fields]
-        if fields:
-            sections = [found for field in fields for found in _sections(field.annotation)]
-    return path, list(dict.fromkeys(name for each in known for name in each.model_fields))
-
-
-def _tags(section: type[BaseModel]) -> set[object]:
-    """The values of the keys by which a section is told from others."""
-    kinds = [field.annotation for field in section.model_fields.values()]
-    return {value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)}
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows, in lists and other containers too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for each in get_args(annotation) for found in _sections(each)]
 
 
 def _absolute(reference: str, root: Path) -> str:

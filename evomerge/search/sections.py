@@ -15,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+from evomerge.faults import NAME_PATTERN
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
 

@@ -172,12 +172,16 @@ def _create(text: str, folders: Sequence[str], root: str) -> dict[str, Any]:
 
 
 def _prepared(text: str, folders: Sequence[str]) -> Any:
+    from evomerge.search.early import check_early
+    from evomerge.service.allowed import checked_file
+
+    file = checked_file(text, [Path(folder) for folder in folders])
+    check_early(file)
     from evomerge.checkpoints.checks import check_finite
     from evomerge.search.prepare import prepare
     from evomerge.search.worker import choose_device
-    from evomerge.service.allowed import checked_file
 
-    prepared = prepare(checked_file(text, [Path(folder) for folder in folders]))
+    prepared = prepare(file)
     if prepared.file.pool == "in_process":
         choose_device(prepared.file.device)
     for source in prepared.sources.values():

@@ -1,0 +1,142 @@
+"""What pydantic finds wrong with settings, in the words of whoever wrote them: the key, what is wrong, and the mend."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from evomerge.errors import InputError
+from evomerge.plugins import unknown_name
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+"""Of names that become parts of keys, files and columns."""
+
+
+def explain(error: ValidationError, place: str, model: type[BaseModel], content: Any, joint: str = ": ") -> InputError:
+    """The first fault of a validation error: its key path in the file, what is wrong, and the mend.
+
+    Args:
+        place: what stands before the key path, and ``joint`` between the two.
+        model: what the content was validated as.
+        content: what was validated. Pydantic's own paths also name which of several types a value was taken for.
+    """
+    faults = error.errors(include_url=False)
+    fault, path = faults[0], _path(faults[0], content)
+    if isinstance(fault["input"], Mapping):  # of a section among other types of value, what is wrong inside of it
+        below = [each for each in faults if _path(each, content)[: len(path)] == path]
+        fault = max(below, key=lambda each: len(_path(each, content)) > len(path))
+        path = _path(fault, content)
+    known = _known_keys(model, path[:-1], content)
+    kind, context = fault["type"], fault.get("ctx", {})
+    where = f"{place}{joint}{'.'.join(path)}" if path else place
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return InputError(where, "is not a key that is known here", hint if known else "")
+    if kind == "missing":
+        return InputError(where, "is missing")
+    if kind == "union_tag_not_found":
+        return InputError(f"{where}.{_tag_key(context)}", "is missing")
+    if kind == "union_tag_invalid":
+        names = [name.strip().strip("'") for name in context["expected_tags"].split(",")]
+        noun = path[-2].removesuffix("s") if path[-1].isdecimal() else path[-1]  # observers.0: one of the observers
+        return unknown_name(context["tag"], names, f"{where}.{_tag_key(context)}", noun)
+    # A value of several types has a fault for each; those of a section that it might have been are another's.
+    alike = [each for each in faults if _path(each, content) == path]
+    wrong = list(dict.fromkeys(_wrong(each["type"], str(each["msg"]), each.get("ctx", {})) for each in alike))
+    problem = " or ".join([wrong[0], *(each.removeprefix("must be ") for each in wrong[1:])])
+    if kind == "string_type" and (what := _read_as(fault.get("input"))) is not None:
+        return InputError(where, f"must be text, and YAML reads it as {what}", "Put it in quotes.")
+    given = fault.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return InputError(where, problem + shown)
+
+
+def _path(fault: ErrorDetails, content: Any) -> list[str]:
+    """Where a fault lies, by the keys that the content has; the rest of pydantic's path are names of its own."""
+    path: list[str] = []
+    here: Any = content
+    for part in fault["loc"]:
+        is_key = isinstance(here, Mapping) and part in here
+        if is_key or (isinstance(part, int) and isinstance(here, list | tuple) and part < len(here)):
+            here = here[part]
+        elif fault["type"] != "missing" or part != fault["loc"][-1]:
+            continue
+        path.append(str(part))
+    return path
+
+
+def _read_as(value: Any) -> str | None:
+    """What YAML took a text without quotes for."""
+    if isinstance(value, bool):
+        return f"{str(value).lower()}, as it does yes, no, on and off"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, datetime.date):
+        return "a date"
+    return "nothing" if value is None else None
+
+
+def _tag_key(context: Mapping[str, Any]) -> str:
+    """The key whose value decides which settings a section takes."""
+    return str(context["discriminator"]).strip("'")
+
+
+_KINDS = {
+    "int_": "must be a whole number", "float_": "must be a number", "bool_": "must be true or false",
+    "string_type": "must be text", "tuple_": "must be a list", "list_": "must be a list",
+    "dict_": "must be a section with keys", "model_": "must be a section with keys",
+    "finite_number": "must be a number that is not infinite",
+}  # fmt: skip
+"""What a value must be, by how the type of pydantic's error begins."""
+
+
+def _wrong(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    """What is wrong with a value, as a clause: in the words of people where pydantic's own are those of Python."""
+    if kind == "too_short":
+        return f"needs at least {context['min_length']}, has {context['actual_length']}"
+    if kind == "too_long":
+        return f"has more than {context['max_length']}"
+    if kind == "string_too_long":
+        return f"is longer than {context['max_length']} characters"
+    if kind == "string_too_short":
+        return "must not be empty" if context["min_length"] == 1 else f"needs {context['min_length']} characters"
+    if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN:
+        return "may hold letters, digits, - and _ (up to 64), beginning with a letter or a digit"
+    for begin, words in _KINDS.items():
+        if kind.startswith(begin):
+            return words
+    message = message.removeprefix("Value error, ").replace("Input should be ", "must be ", 1)
+    return message[0].lower() + message[1:]
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[str], content: Any) -> list[str]:
+    """The keys that are known in the section at a key path; none where it is of free keys."""
+    sections, here = [model], content
+    for part in path:
+        here = here.get(part) if isinstance(here, Mapping) else None
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if fields:
+            sections = [section for field in fields for section in _sections(field.annotation)]
+        if isinstance(here, Mapping):  # of several kinds of section, those that it says it is
+            tags = {value for value in here.values() if isinstance(value, str)}
+            sections = [section for section in sections if tags & _tags(section)] or sections
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
+
+
+def _tags(section: type[BaseModel]) -> set[str]:
+    """The values of the keys by which a section is told from others."""
+    kinds = [field.annotation for field in section.model_fields.values()]
+    return {value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)}
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows, in lists and other containers too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for each in get_args(annotation) for found in _sections(each)]

@@ -1,0 +1,146 @@
+"""What is wrong with an input is said before torch, transformers or lm-eval is imported, whatever the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluators import evaluator_settings
+from evaluators.lm_eval_files import metrics_of
+from evomerge.errors import InputError
+from evomerge.plugins import plugins
+
+MINIATURES = Path(__file__).parents[1] / "examples" / "miniatures"
+
+SEARCH = {
+    "name": "early",
+    "sources": {name: str(MINIATURES / name) for name in ("base", "maths", "japanese")},
+    "base": "base",
+    "space": {"kind": "parameter_space", "method": "task_arithmetic"},
+    "objectives": {"m": {"task": "mini_math_ja", "metric": "acc_ja"}},
+    "budget": {"candidates": 40},
+}
+
+WRONG = {
+    "space.method=task-arithmetic": "space.method: there is no merge method",
+    "space.method=passthrough": "space: passthrough mixes 1 sources",
+    "space.granularity=50": "space.granularity: is 50",
+    "space.bounds.weight=[2, 1]": "space.bounds.weight",
+    "space.fixed.densty=0.5": "space.fixed.densty",
+    "optimizer.name=cmaes": "optimizer.name",
+    "optimizer={name: cma, population: 1}": "optimizer.population",
+    "objectives.m.metric=accuracy": "objectives.m.metric: there is no metric 'accuracy'",
+    "objectives.m.task=mini_math_jaa": "objectives.m.task: there is no task 'mini_math_jaa'. Did you mean 'mini",
+    "objectives.m={evaluator: likelihood, metric: log_likelihood, file: none.jsonl}": "objectives.m.file",
+    "objectives.m={evaluator: likelihood, metric: acc, file: search.yaml}": "objectives.m.metric",
+    "objectives.m={evaluator: cost, metric: tokens_per_second}": "objectives.m.metric",
+    "objectives.m={evaluator: like, metric: acc}": "objectives.m.evaluator",
+    "objectives.m.batch_size=0": "objectives.m.batch_size",
+    "sources.maths=./nowhere": "sources.maths: there is no folder",
+    "sources.maths=.": "sources.maths: has no config.json",
+    "sources.maths=broken": "sources.maths: config.json is not JSON",
+    f"sources.maths={MINIATURES / 'base'}+./nowhere": "sources.maths: there is no folder",
+    f"sources.maths={MINIATURES / 'base'}+.": "sources.maths: has no adapter_config.json",
+    "budget.candidates=3": "budget.candidates",
+    "base=nobody": "search.yaml: base: there is no source",
+}
+
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "sklearn", "pandas", "numba", "ray")
+
+RUN = """
+import io, json, sys, contextlib
+from evomerge.cli import main
+for arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    heavy = [name for name in sys.argv[1].split(",") if name in sys.modules]
+    print(json.dumps([code, said.getvalue(), heavy, len(sys.modules)]))
+"""
+
+
+def said(folder: Path, commands: list[list[str]]) -> list[tuple[int, str, list[str], int]]:
+    """What each command ends with and says, which heavy modules are imported by then, and how many are in all."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", RUN, ",".join(HEAVY)], cwd=folder, env=environment, text=True,
+        input=json.dumps(commands), capture_output=True, check=True,
+    )  # fmt: skip
+    return [tuple(json.loads(line)) for line in process.stdout.splitlines()]
+
+
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(json.dumps(SEARCH))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    mergekit = {"merge_method": "tise", "models": [{"model": str(MINIATURES / "maths")}]}
+    (tmp_path / "mergekit.yaml").write_text(json.dumps(mergekit))
+    blend = {"method": "linear", "sources": ["a"], "parameters": {}}
+    recipe = {"sources": {"a": "./nowhere"}, "tokenizer": "a", "blends": [blend], "embedding": 0, "norm": 0, "head": 0}
+    hop = {"layer": 0, "attention": 0, "mlp": 0, "norm": 0}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"hops": [hop]}))
+    commands = [
+        *((["validate", "search.yaml", "--set", override], place) for override, place in WRONG.items()),
+        (["search", "search.yaml", "--set", "space.method=tise"], "space.method"),
+        (["score", str(MINIATURES / "base"), "search.yaml", "--set", "objectives.m.metric=a"], "objectives.m.metric"),
+        (["score", "./nowhere", "search.yaml"], "MODEL: there is no folder"),
+        (["resume", "nowhere"], "nowhere"),
+        (["confirm", "nowhere"], "nowhere"),
+        (["export", "nowhere", "out"], "nowhere"),
+        (["inspect", str(MINIATURES / "base"), "./nowhere"], "./nowhere: there is no folder"),
+        (["merge", "mergekit.yaml", "out"], "merge_method"),
+        (["merge", "recipe.yaml", "out"], "recipe.yaml: blends[0]"),
+        (["merge", "none.yaml", "out"], "none.yaml"),
+    ]
+    results = said(tmp_path, [command for command, _ in commands])
+    for (command, place), (code, text, heavy, modules) in zip(commands, results, strict=True):
+        assert (code, heavy) == (2, []), (command, text)
+        assert text.startswith(f"error: {place}") or f": {place}" in text, (command, text)
+        assert modules < 1500, command
+
+
+def test_evaluators_know_their_metrics_before_they_are_built() -> None:
+    settings = {
+        "likelihood": {"file": "x"},
+        "multiple_choice": {"file": "x"},
+        "cost": {"measure": True},
+        "language": {"file": "x", "language": "ja"},
+        "rouge": {"file": "x"},
+        "reward_model": {"file": "x", "model": "x"},
+        "mgsm": {"language": "ja"},
+        "python": {"file": "x", "items_file": "x", "metrics": {"s": "maximize"}},
+        "lm_eval": {"task": "mini_math_ja"},
+    }
+    assert settings.keys() == plugins("evomerge.evaluators").keys()
+    for kind, keys in settings.items():
+        assert evaluator_settings(kind, "evaluator").model_validate(keys).known_metrics()
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"),
+    [
+        ("mini_math_ja", ["acc_ja", "acc"]),
+        ("arc_easy", ["acc", "acc_norm"]),
+        ("gsm8k", ["exact_match,strict-match", "exact_match,flexible-extract"]),
+        ("mmlu_anatomy", ["acc"]),  # in a file that this one includes
+        ("mmlu", None),  # a group
+    ],
+)
+def test_metrics_of_a_task_file(task: str, metrics: list[str] | None) -> None:
+    assert metrics_of(task, ()) == metrics
+
+
+def test_a_task_of_ones_own_is_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\nmetric_list:\n- metric: !function evil.run\n- metric: acc\n")
+    (tmp_path / "pipe.yaml").mkdir()
+    assert metrics_of("mine", (tmp_path,)) is None
+    with pytest.raises(InputError, match="there is no task 'qqmine'"):
+        metrics_of("qqmine", (tmp_path,))
