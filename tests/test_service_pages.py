@@ -25,7 +25,7 @@ from evomerge.report.screen import gain_text
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.search_file import SearchFile
 from evomerge.search.sections import Budget, Cluster, Confirm, Racing
-from evomerge.service.bodies import SearchSummary
+from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
 from evomerge.service.pages import search as pages_search
 from evomerge.service.pages.candidate import sentence
@@ -131,7 +131,8 @@ def test_a_page_is_well_made_and_loads_nothing_from_elsewhere(client: TestClient
 def test_links_of_a_page_lead_somewhere(client: TestClient) -> None:
     ours = {a.split("#")[0] for path in PAGES for a in seen(client, path).addresses}
     kinds = {re.sub(r"\d+", "0", address): address for address in ours}  # one candidate stands for all
-    for address in sorted(set(kinds.values()) - {"", "/dashboard/", "/api/v1/openapi.json"}):  # the API's tests read it
+    others = {"", "/dashboard/", "/logout", "/api/v1/openapi.json"}  # which have tests of their own
+    for address in sorted(set(kinds.values()) - others):
         assert client.get(address).status_code == 200, address
 
 
@@ -195,7 +196,9 @@ def test_a_caption_counts_what_of_the_front_is_shown(root: Path, monkeypatch: py
         ("finished", False, None, 30, [("resume", "Confirm")]),
         ("starting", False, None, 40, []),
         ("starting", True, None, 40, [("pause", "Pause"), ("stop", "Stop"), ("cancel", "Cancel")]),
-        ("stopped", False, None, 40, [("resume", "Resume")]),
+        ("stopped", False, None, 40, [("resume", "Resume"), ("confirm", "Confirm")]),
+        ("stopped", False, "c0003", 40, [("resume", "Resume"), ("confirm", "Confirm")]),
+        ("interrupted", False, "c0003", 40, [("resume", "Resume"), ("confirm", "Confirm")]),
         ("paused", True, None, 40, [("resume", "Resume"), ("stop", "Stop"), ("cancel", "Cancel")]),
         ("running", True, None, 40, [("pause", "Pause"), ("stop", "Stop"), ("cancel", "Cancel")]),
     ],
@@ -203,14 +206,15 @@ def test_a_caption_counts_what_of_the_front_is_shown(root: Path, monkeypatch: py
 def test_only_what_would_do_something_is_offered(
     state: str, driver: bool, winner: str | None, budget: int, verbs: list[tuple[str, str]]
 ) -> None:
-    summary = SearchSummary.unreadable("x", "").model_copy(update={"state": state, "driver": driver})
+    best = CandidateName(id="c0005", number=5, label="", objectives={})
+    summary = SearchSummary.unreadable("x", "").model_copy(update={"state": state, "driver": driver, "best": best})
     summary.counts.asked, summary.budget.candidates = 30, budget
     assert [(verb, text) for verb, text, _ in pages_search._verbs(summary, winner)] == verbs
 
 
 def test_the_table_says_how_many_there_are(client: TestClient) -> None:
     assert "25 of 30 candidates, sorted by number" in seen(client, SEARCH).text
-    assert "2 that are like that" in seen(client, f"{SEARCH}?origin=source").text
+    assert "2 that match" in seen(client, f"{SEARCH}?origin=source").text
 
 
 def test_the_table_of_candidates_is_filtered_sorted_and_paged_as_the_api_does(client: TestClient) -> None:

@@ -43,11 +43,19 @@ button:has([data-testid="AddBoxIcon"], [data-testid="EditIcon"]),
   background: rgb(0 0 0 / 72%); color: #fff; font: 0.875rem/1.5 system-ui, sans-serif;
 }
 #evomerge a { color: #fff; }
+@media (max-width: 40rem) {
+  main { min-width: 0; flex: 1; overflow-x: auto; }
+  main .MuiCardContent-root > .MuiBox-root, main fieldset > div { flex-wrap: wrap; gap: 0.5rem; }
+  main fieldset { min-width: 0; flex-direction: row; flex-wrap: wrap; }
+  main .MuiGrid-container { flex-direction: column; flex-wrap: nowrap; }
+  main .MuiGrid-container > .MuiGrid-root { width: 100%; max-width: 100%; }
+  #evomerge { top: auto; bottom: 0.75rem; }
+}
 </style>
 </head>"""
 _BODY = """<body><div id="evomerge" role="note"><a href="/">Evomerge</a> · read-only</div>"""
-"""What its page is given: a way back, and no buttons for what is refused. A version that names them otherwise shows
-them again, and refuses still."""
+"""What its page is given: a way back, no buttons for what is refused, and lines that wrap on a phone. A version that
+names them otherwise shows them again, and refuses still."""
 
 _MOST_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
 

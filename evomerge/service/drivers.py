@@ -16,7 +16,7 @@ from evomerge.search.sections import Budget, Cluster
 from evomerge.service import processes
 from evomerge.service.bodies import NewBudget
 from evomerge.service.problems import ProblemError
-from evomerge.service.ray_jobs import RayJobs
+from evomerge.service.ray_jobs import Command, RayJobs
 from evomerge.service.root import Root
 from evomerge.store import Store, Verb, current_holder
 
@@ -76,7 +76,7 @@ class Drivers:
         """
         holder = current_holder(store)
         if holder is None and self._is_starting(name, store):
-            raise ProblemError(409, "The driver is starting", detail="It hears nothing yet: wait a few seconds.")
+            raise ProblemError(409, "The driver is starting", detail="It takes no commands yet: wait a few seconds.")
         if holder is None:
             raise ProblemError(409, "No driver is at work", detail=f"{name} has none; resume it.")
         store.request_command(verb)
@@ -89,13 +89,17 @@ class Drivers:
         self.start(name, store)
         return f"started a driver of {name}"
 
-    def start(self, name: str, store: Store) -> None:
-        """Start a driver that goes on with a search.
+    def start(self, name: str, store: Store, command: Command = "resume") -> None:
+        """Start a driver that goes on with a search, or one that only confirms it.
 
         Raises:
-            ProblemError: one is starting already (409), or cannot be started (500).
+            ProblemError: one is at work or starting already (409), or cannot be started (500).
         """
         folder = self._root.folder_of(name)
+        if command == "confirm" and (holder := current_holder(store)) is not None:
+            raise ProblemError(
+                409, "A driver is at work", detail=f"It is {holder}, and confirms at its end; stop it first."
+            )
         with self._starting:
             if self._is_starting(name, store):
                 raise ProblemError(409, "A driver is starting already")
@@ -103,9 +107,9 @@ class Drivers:
             told = {"after": _last(store, "lease")}
             if self._jobs is not None:
                 cluster = Cluster.model_validate(store.search().settings["cluster"])
-                processes.write(record, told | self._jobs.start(name, folder, log, cluster))
+                processes.write(record, told | self._jobs.start(name, folder, log, cluster, command))
                 return
-            arguments = [sys.executable, "-m", "evomerge", "resume", str(folder)]
+            arguments = [sys.executable, "-m", "evomerge", command, str(folder)]
             more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
             processes.start(arguments, self._root.folder, log, record, told, **more)
 
@@ -118,7 +122,7 @@ class Drivers:
         """
         state = self.look(name, store)
         if state.state == "confirming" or (state.state == "starting" and not state.holds):
-            detail = f"The search is {state.state}, and hears nothing of budgets: wait until that is over."
+            detail = f"The search is {state.state}, and takes no other budget: wait until that is over."
             raise ProblemError(409, "Not now", detail=detail)
         changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
         told = _told(change_budget(self._root.folder_of(name), store, changes))

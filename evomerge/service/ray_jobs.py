@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evomerge.search.launch import check_secured, has_ended, job_client, submit
 from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.sections import Cluster
+
+Command = Literal["resume", "confirm"]
+"""What a driver is started for: each is a command of `evomerge`."""
 
 
 class RayJobs:
@@ -28,15 +31,20 @@ class RayJobs:
         check_secured(self._client.get_address(), insecure=insecure, place="--address")
         self._insecure = insecure
 
-    def start(self, name: str, folder: Path, log: Path, cluster: Cluster) -> dict[str, Any]:
-        """Start a driver that goes on with a search on the workers of the cluster; what names the job in a record.
+    def start(
+        self, name: str, folder: Path, log: Path, cluster: Cluster, command: Command = "resume"
+    ) -> dict[str, Any]:
+        """Start a driver of a search on the cluster; what names the job in a record.
+
+        One that goes on with the search has its workers there; one that confirms it has those of its search file.
 
         What it says is added to ``log``, where people look, and stands in Ray's own log of the job.
         """
-        command = ["evomerge", "resume", str(folder), "--set", "pool=ray", "--set", "cluster.address=auto"]
-        if self._insecure:
-            command += ["--set", "cluster.insecure=true"]
-        said = f"{shlex.join(command)} 2>&1 | tee -a {shlex.quote(str(log))}"
+        line = ["evomerge", command, str(folder)]
+        if command == "resume":
+            line += ["--set", "pool=ray", "--set", "cluster.address=auto"]
+            line += ["--set", "cluster.insecure=true"] if self._insecure else []
+        said = f"{shlex.join(line)} 2>&1 | tee -a {shlex.quote(str(log))}"
         entrypoint = f"bash -o pipefail -c {shlex.quote(said)}"
         return {"job": submit(self._client, name, folder, entrypoint, runtime_env_of(cluster))}
 

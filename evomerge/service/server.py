@@ -70,9 +70,10 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         hosts = tuple(dict.fromkeys([*_LOOPBACK, shown.lower(), *_own_names(host), *names]))
         settings = ServiceSettings(root, token, hosts, tuple(each.resolve() for each in sources), jobs)
+        app = create_app(settings)
         visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
         say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))
-        Server(create_app(settings), listening).run()
+        Server(app, listening).run()
 
 
 def is_loopback(host: str) -> bool:

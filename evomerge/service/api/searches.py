@@ -112,6 +112,13 @@ def cancel(name: str, store: StoreDependency, drivers: DriversDependency) -> Tol
     return Told(told=drivers.tell(name, store, "cancel"))
 
 
+@router.post("/{name}/confirm", status_code=202)
+def confirm(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
+    """Score the front and the best on the held-out split, and name the winner, without going on with the search."""
+    drivers.start(name, store, "confirm")
+    return Told(told=f"started a confirmation of {name}")
+
+
 @router.get("/{name}/logs/{file}", response_class=PlainTextResponse)
 def log(name: str, file: Annotated[str, InPath(max_length=200)], root: RootDependency) -> FileResponse:
     """A log: driver.log, or that of a candidate, such as c0042.log."""

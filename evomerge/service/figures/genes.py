@@ -176,4 +176,4 @@ def _too_few(found: Projection, least: int) -> go.Figure:
     if not found.genes:
         return figure(notes=["The search has no parameters."])
     what = "1 candidate that was" if len(found.numbers) == 1 else f"{len(found.numbers)} candidates that were"
-    return figure(notes=[f"There are {what} scored on every item and have a genome; {least} are needed."])
+    return figure(notes=[f"There are {what} scored on every item and came from the search space; {least} are needed."])

@@ -90,7 +90,7 @@ def _parts(found: Recipe) -> Iterator[tuple[str, Blend, Hop | None]]:
     """Every part of the model with its blend, in the order of the forward pass."""
     yield "embedding", found.blends[found.embedding], None
     for number, hop in enumerate(found.hops):
-        name = f"layer {number}" if hop.layer == number else f"hop {number}: layer {_layers(hop)}"
+        name = f"layer {number}" if hop.layer == number else f"step {number}: layer {_layers(hop)}"
         if hop.attention == hop.mlp:
             yield name, found.blends[hop.attention], hop
         else:
@@ -115,7 +115,7 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
     onto = f" on {blend.base}" if blend.base else ""
     lines = [f"{part}, {source}", f"{blend.method}{onto}", *numbers]
     if hop is not None and hop.scale != 1.0:
-        lines.append(f"the hop's scale {hop.scale:.4g}")
+        lines.append(f"scale {hop.scale:.4g}")
     return "<br>".join(safe(line) for line in lines)
 
 

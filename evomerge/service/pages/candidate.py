@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
+from fastapi import Path as InPath
 from fastapi.responses import HTMLResponse
 from markupsafe import Markup
 from pydantic import BaseModel, Field
@@ -30,7 +31,7 @@ from evomerge.service.pages.rendering import page, signed
 from evomerge.service.pages.search import choices, log_url
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
-from evomerge.store import CandidateRow, Store
+from evomerge.store import CandidateRow, SearchRow, Store
 from evomerge.yaml import dump_yaml
 
 router = APIRouter(include_in_schema=False)
@@ -69,12 +70,15 @@ class Gene:
     high: str
 
 
-@router.get("/searches/{name}/candidates/{number}")
-def candidate(
-    request: Request, root: RootDependency, drivers: DriversDependency, store: StoreDependency, name: str, number: int,
-    against: str = "", objective: str = "",
+@router.get("/searches/{name}/candidates/{candidate}")
+def show_candidate(
+    request: Request, root: RootDependency, drivers: DriversDependency, store: StoreDependency, name: str,
+    candidate: Annotated[str, InPath(pattern=r"^c?[0-9]{1,9}$")], against: str = "", objective: str = "",
 ) -> HTMLResponse:  # fmt: skip
-    """One candidate: scores on both splits, recipe, failure, and the items that it won and lost against another."""
+    """One candidate, by its number or its id: scores on both splits, recipe, failure, and the items that it won and
+    lost against another.
+    """
+    number = int(candidate.removeprefix("c"))
     mine, status = candidate_id(number), status_with(store, name, drivers.look(name, store))
     if not 0 <= number < status.candidates.asked:
         raise ProblemError(404, f"{mine} is no candidate of {name}", detail="The search's page lists them.")
@@ -98,6 +102,7 @@ def candidate(
         log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
         sentences=[sentence(each, mine, theirs) for each in told], won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS],
         won_count=len(won), lost_count=len(lost), name_a=mine, name_b=theirs, maximise=up, lead=ahead,
+        are_records=_has_records(search, wanted),
     )  # fmt: skip
 
 
@@ -129,6 +134,7 @@ def compare(
     return page(
         request, "compare.html", here="", status=status, query=shown, measures=measures, choices=choices(status),
         fault=fault, compared=comparisons, name_a=name_a, name_b=name_b, maximise=up, lead=ahead,
+        are_records=_has_records(store.search(), wanted),
         sentences=[sentence(each, name_a, name_b) for each in comparisons],
         shown=items[begin : begin + PAGE_ITEMS], total=len(items), more=len(items) > begin + PAGE_ITEMS,
     )  # fmt: skip
@@ -140,6 +146,12 @@ def _proposed(query: Pair, status: SearchStatus) -> Pair:
     a = query.a or best
     source = best_source(status)
     return query.model_copy(update={"a": a, "b": query.b or (source if source != a else "")})
+
+
+def _has_records(search: SearchRow, measure: str) -> bool:
+    """Whether the items of an objective or constraint are the fields of records, as those of a Python function."""
+    measures = {**search.settings.get("objectives", {}), **(search.settings.get("constraints") or {})}
+    return bool(measures.get(measure, {}).get("evaluator") == "python")
 
 
 def called(status: SearchStatus, number: int) -> str:

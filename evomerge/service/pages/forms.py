@@ -45,8 +45,13 @@ METHODS = (
 )  # fmt: skip
 
 _ENCODING = Field("encoding", "Encoding", options=("blocks", "indicators", "integers", "pruning"), default="blocks")
-_MAX_HOPS = Field("max_hops", "Most hops", "number", hint="the longest path; twice the layers unless given")
-_SCALING = Field("scaling", "Scales", options=("", "stream", "update"), hint="what the scale of a hop multiplies")
+_MAX_HOPS = Field("max_hops", "Longest path", "number", hint="in layers; twice the layers of a source unless given")
+_SCALING = Field(
+    "scaling",
+    "Scaling",
+    options=("", "stream", "update"),
+    hint="what a layer's scale multiplies: the residual stream, or its update",
+)
 
 SPACES = (
     Group(
@@ -67,10 +72,11 @@ SPACES = (
         ),
     ),
     Group(
-        "hybrid_space", "Both at once", "a path whose hops are merges of layers",
+        "hybrid_space", "Both at once", "a path through layers that are merges themselves",
         (
             Field("method", "Method", default="task_arithmetic", options=("linear", "task_arithmetic")),
-            Field("granularity", "Weights for", default="model", options=("model", "hop")),
+            Field("granularity", "Weights for", default="model", options=("model", "hop"),
+                  labels=("the whole model", "each layer on the path")),
             Field("encoding", "Encoding", options=("pruning", "integers", "blocks", "indicators"), default="pruning"),
             _MAX_HOPS,
             _SCALING,
@@ -82,11 +88,12 @@ _METRIC = "Metric"
 _FILE = Field("file", "File of items", example="items.jsonl", hint="JSON objects, one on each line", required=True)
 _HELD_OUT = Field("held_out", "Held out", "number", example="0.5", hint="the share of items to confirm on")
 _PROMPT = Field("prompt", "Prompt", example="{prompt}", hint="{question} stands for that field of an item")
-_TOKENS = Field("max_new_tokens", "Most tokens of an answer", "number", example="256")
-_SHOTS = Field("num_fewshot", "Worked examples", "number", hint="before each question")
+_TOKENS = Field("max_new_tokens", "Max. new tokens", "number", example="256")
+_SHOTS = Field("num_fewshot", "Few-shot examples", "number", hint="put before each question")
 _CHAT = (
     Field("apply_chat_template", "Chat template", "switch", hint="of the model's tokenizer, for chat models"),
     Field("system_instruction", "System instruction", hint="text before every prompt"),
+    Field("max_length", "Max. length", "number", hint="tokens of prompt and answer; the model's context unless given"),
 )
 
 
@@ -105,7 +112,7 @@ EVALUATORS = (
             Field("search", "Search split", default="validation", hint="a split, also a slice: test[:250]"),
             Field("held_out", "Held-out split", "text", default="test", hint="no item may be in both"),
             _SHOTS, *_CHAT,
-            Field("batch_size", "Prompts at once", "number"),
+            Field("batch_size", "Batch size", "number", hint="prompts at once"),
         ),
     ),
     Group(
@@ -161,7 +168,13 @@ EVALUATORS = (
 )  # fmt: skip
 
 BUDGET = (
-    Field("candidates", "Candidates", "number", default="100", hint="landmarks count"),
+    Field(
+        "candidates",
+        "Candidates",
+        "number",
+        default="100",
+        hint="the sources alone and their average included",
+    ),
     Field("hours", "Hours", "number"),
     Field("patience", "Patience", "number", hint="generations without a change of the front"),
 )
@@ -177,7 +190,7 @@ OPTIMIZER = (
 )  # fmt: skip
 
 MORE = (
-    Field("rungs", "Racing: rungs", "numbers", example="50, 150", hint="score on few items first"),
+    Field("rungs", "Racing: rungs", "numbers", example="50, 150", hint="after so many items the worst drop out"),
     Field("top", "Confirm: top", "number", example="5", hint="on the held-out split, beside the front"),
     Field("drawn", "Confirm: drawn", "number", example="0", hint="more of the best, to draw the winner's curse"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ from evomerge.service.bodies import SearchSummary
 HERE = Path(__file__).resolve().parent.parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
 
+STATUS_WORDS = {"asked": "waiting"}
+"""What people read of a status whose name says otherwise."""
+
 _WIDTH, _HEIGHT, _EDGE = 100.0, 30.0, 2.0  # of a sparkline, in its own units; the line keeps off the edge
 
 
@@ -35,7 +39,8 @@ def page(request: Request, template: str, *, status_code: int = 200, **content: 
         kept |= {key: str(value) for key, value in changes.items() if value is not None}
         return f"{request.url.path}?{urlencode(kept)}"
 
-    html = _environment().get_template(template).render(query_url=query_url, **content)
+    has_login = request.app.state.door.token is not None
+    html = _environment().get_template(template).render(query_url=query_url, has_login=has_login, **content)
     return HTMLResponse(html.encode(errors="backslashreplace"), status_code)  # names of files need not be text
 
 
@@ -48,11 +53,11 @@ def _environment() -> Environment:
     found.filters |= {
         "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
         "moment": _moment, "candidate_id": _candidate_id, "finished": finished, "spark": sparkline, "p_text": p_text,
-        "first": _first,
+        "first": _first, "fields": fields_of,
     }  # fmt: skip
     found.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
-        "difference": difference,
+        "difference": difference, "status_words": STATUS_WORDS,
     }  # fmt: skip
     return found
 
@@ -136,6 +141,20 @@ def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str
     line = f"M0 {y(points[0])}" + "".join(f"V{y(each)}H{step * (i + 1):.2f}" for i, each in enumerate(points))
     level = "" if source is None else f"M0 {y(source)}H{_WIDTH:g}"
     return {"line": line, "area": f"{line}V{_HEIGHT:g}H0Z", "source": level}
+
+
+def fields_of(text: str) -> list[tuple[str, str]]:
+    """The fields of an item whose text is a JSON object, as the python evaluator keeps them; nothing of other text."""
+    try:
+        content = json.loads(text) if text.startswith("{") else None
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(content, dict):
+        return []
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in content.items()
+    ]
 
 
 def _first(values: Any) -> Any:

@@ -45,7 +45,7 @@ _MEANINGS = {
     "stop": ("Stop", "What runs finishes, then the driver ends. It can be resumed."),
     "cancel": ("Cancel", "Ends at once and throws away what runs. It can be resumed."),
 }
-_CONFIRM = ("resume", "Confirm", "Scores the best on the held-out split, and names the winner.")
+_CONFIRM = ("Confirm", "Scores the best on the held-out split, and names the winner.")
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,16 @@ def _verbs(summary: SearchSummary, winner: str | None) -> list[tuple[str, str, s
     A driver of a search that has spent its candidates and is confirmed would find nothing to do.
     """
     if summary.state == "finished" and winner is None:
-        return [_CONFIRM]
+        return [("resume", *_CONFIRM)]
     if summary.state == "finished" and summary.counts.asked == summary.budget.candidates:
         return []
     if not summary.driver:
-        wanted = [] if summary.state == "starting" else ["resume"]
-    else:
-        wanted = ["resume" if summary.state == "paused" else "pause", "stop", "cancel"]
+        if summary.state == "starting":
+            return []
+        # What was found since the last confirmation can be confirmed without spending the rest of the budget.
+        confirm = [("confirm", *_CONFIRM)] if summary.best is not None and summary.state != "finished" else []
+        return [("resume", *_MEANINGS["resume"]), *confirm]
+    wanted = ["resume" if summary.state == "paused" else "pause", "stop", "cancel"]
     return [(verb, *_MEANINGS[verb]) for verb in wanted]
 
 

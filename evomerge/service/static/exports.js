@@ -19,7 +19,9 @@ function propose() {
 form.addEventListener("input", (event) => {
   if (event.target === form.elements.name) isOwn = true;
   if (event.target === form.elements.candidate && !isOwn) propose();
-  const command = `evomerge export ${place} ${place}/exports/${quoted(form.elements.name.value)} --candidate ${quoted(form.elements.candidate.value)}`;
+  document.getElementById("unverified-hint").hidden = !form.elements.unverified.checked;
+  const unverified = form.elements.unverified.checked ? " --no-verify" : "";
+  const command = `evomerge export ${place} ${place}/exports/${quoted(form.elements.name.value)} --candidate ${quoted(form.elements.candidate.value)}${unverified}`;
   form.querySelector(".command .code").textContent = command;
   form.querySelector("[data-copy]").dataset.copy = command;
 });
@@ -29,7 +31,9 @@ form.addEventListener("submit", async (event) => {
   const fault = document.getElementById("export-fault");
   fault.replaceChildren();
   try {
-    await call(api, "POST", { candidate: form.elements.candidate.value, name: form.elements.name.value });
+    await call(api, "POST", {
+      candidate: form.elements.candidate.value, name: form.elements.name.value, verify: !form.elements.unverified.checked,
+    });
     toast("The export has begun.");
     await refresh();
   } catch (error) {

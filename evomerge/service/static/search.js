@@ -113,7 +113,7 @@ byId("candidates").addEventListener("click", (event) => {
 // ---- commands ----
 
 const DONE = { pause: "It pauses: what runs finishes, nothing new begins.", resume: "It goes on.",
-  stop: "It stops when what runs has finished.", cancel: "It is cancelled." };
+  confirm: "The best are scored on the held-out split.", stop: "It stops when what runs has finished.", cancel: "It is cancelled." };
 const SURE = { stop: "Stop this search? Candidates that are running are finished first. Nothing is scored on the held-out split. You can resume it later.",
   cancel: "Cancel this search at once? Candidates that are running are thrown away. You can resume it later." };
 
