@@ -211,6 +211,54 @@ def test_the_name_of_an_export_follows_its_candidate_until_it_is_written(browser
     context.close()
 
 
+def test_an_export_without_verification_warns_and_says_so_to_the_server(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    page = watched(context, small).go(f"{SEARCH}/exports")
+    asked: list[object] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.post_data_json)
+        route.fulfill(status=422, json={"title": "no", "status": 422, "faults": []})
+
+    page.route("**/api/v1/**/exports", answer)
+    warning, command = page.locator("#unverified-hint"), page.locator("#export .command .code")
+    expect(warning).to_be_hidden()
+    page.get_by_role("button", name="Export", exact=True).click()
+    expect(page.locator("#export-fault .note")).to_have_count(1)
+    page.get_by_label("Without verification").check()
+    expect(warning).to_be_visible()
+    expect(command).to_contain_text(" --no-verify")
+    page.get_by_role("button", name="Export", exact=True).click()
+    expect(page.locator("#export-fault .note")).to_have_count(1)
+    page.get_by_label("Without verification").uncheck()
+    expect(warning).to_be_hidden()
+    expect(command).not_to_contain_text("--no-verify")
+    assert [body["verify"] for body in asked if isinstance(body, dict)] == [True, False]
+    context.close()
+
+
+def test_a_browser_logs_out(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=PHONE)
+    page = watched(context, small).go("/")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_label("Token")).to_be_visible()
+    page.goto(f"{small}{SEARCH}")
+    expect(page.get_by_label("Token")).to_be_visible()
+    context.close()
+
+
+def test_optunas_dashboard_fits_a_phone(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=PHONE)
+    page = watched(context, small).go("/dashboard/")
+    expect(page.get_by_text(NAME)).to_be_visible()
+    for path in ("/dashboard/", "/dashboard/studies/0"):
+        page.goto(small + path)
+        expect(page.locator("main")).to_be_visible()
+        expect(page.locator("main").get_by_role("heading").first).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    context.close()
+
+
 # ---- the form of a new search ----------------------------------------------------------------------------------------
 
 
@@ -226,6 +274,34 @@ def test_several_objectives_have_an_optimizer_for_several_unless_one_is_chosen(b
     more.click()
     expect(optimizer).to_have_value("tpe")
     expect(page.locator("#file")).to_have_value(re.compile("name: tpe"))
+    context.close()
+
+
+def test_an_adapter_is_chosen_with_its_model_and_called_by_its_own_name(browser: Browser, small: str) -> None:
+    context = browser.new_context(viewport=DESK)
+    found = watched(context, small)
+    listed = [
+        {"name": "small", "reference": "/m/small", "model_type": "llama", "bytes": 1, "adapter_of": None},
+        {"name": "sums", "reference": "/m/small+/m/sums", "model_type": "LORA", "bytes": 1, "adapter_of": "small"},
+        {"name": "lost", "reference": None, "model_type": "LORA", "bytes": 1, "adapter_of": "gone"},
+    ]
+    asked: list[object] = []
+
+    def compared(route: Route) -> None:
+        asked.append(route.request.post_data_json)
+        route.fulfill(json={"models": [], "warnings": []})
+
+    found.page.route("**/api/v1/sources", lambda route: route.fulfill(json={"sources": listed}))
+    found.page.route("**/sources/inspect", compared)
+    page = found.go("/new")
+    page.get_by_label("small /m/small", exact=True).check()
+    page.get_by_label("sums").check()
+    expect(page.get_by_label("lost")).to_be_disabled()
+    expect(page.locator("#folders")).to_contain_text("its base model gone is in no folder here")
+    expect(page.locator("#file")).to_have_value(re.compile(r"sources:\n  small: /m/small\n  sums: /m/small\+/m/sums"))
+    expect(page.locator("#inspection")).to_contain_text("Nothing speaks against")
+    assert asked[-1] == {"sources": {"small": "/m/small", "sums": "/m/small+/m/sums"}, "base": None}
+    assert found.faults == []
     context.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from helpers_service import BEARER, NAME, client_of, make_app, make_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import insert, update
 from starlette.testclient import TestClient
 
 from evaluators import evaluator_settings
@@ -25,15 +27,16 @@ from evomerge.report.screen import gain_text
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.search_file import SearchFile
 from evomerge.search.sections import Budget, Cluster, Confirm, Racing
+from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
 from evomerge.service.pages import search as pages_search
 from evomerge.service.pages.candidate import sentence
 from evomerge.service.pages.lines import line_of, place_of
 from evomerge.service.pages.model_card import card_of
-from evomerge.service.pages.rendering import sparkline
+from evomerge.service.pages.rendering import fields_of, sparkline
 from evomerge.service.pages.search import choices
-from evomerge.store import Store
+from evomerge.store import Store, acquire, tables
 from evomerge.yaml import dump_yaml
 from search_spaces import space_settings
 
@@ -243,6 +246,69 @@ def test_a_candidate_shows_its_recipe_its_genome_and_whom_it_beat(client: TestCl
     mine, other = scores[0].metrics["acc"], theirs[0].metrics["acc"]
     assert f"Won: {int((mine > other).sum())}" in page
     assert f"Lost: {int((mine < other).sum())}" in page
+
+
+@pytest.mark.parametrize("name", ["12", "c12", "c0012", "0012"])
+def test_a_candidate_goes_by_its_number_and_by_its_id(client: TestClient, name: str) -> None:
+    assert ">c0012<" in client.get(f"{SEARCH}/candidates/{name}").text
+
+
+@pytest.mark.parametrize("name", ["c", "C12", "12c", "-1", "c-1", "1e1", "\u0661", "c" + "9" * 30, "c%00", "best"])
+def test_what_is_no_candidate_is_refused(client: TestClient, name: str) -> None:
+    assert client.get(f"{SEARCH}/candidates/{name}").status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('{"question": "1 + 1?\\nSay.", "level": 3}', [("question", "1 + 1?\nSay."), ("level", "3")]),
+        ('{"choices": ["a", "b"], "empty": ""}', [("choices", '["a", "b"]'), ("empty", "")]),
+        ('{"nested": {"é": null}}', [("nested", '{"é": null}')]),
+        ("{}", []),
+        ("[1, 2]", []),
+        ("{question}", []),
+        ("{" * 100_000, []),
+        ("plain", []),
+    ],
+)
+def test_the_fields_of_a_record(text: str, fields: list[tuple[str, str]]) -> None:
+    assert fields_of(text) == fields
+
+
+def test_items_of_a_python_function_are_shown_field_by_field(tmp_path: Path) -> None:
+    """Those of other evaluators are shown as they are, also where a prompt is JSON."""
+    record = json.dumps({"question": "Q <1>", "answer": ["x"]})
+    for name, evaluator in (("records", "python"), ("prompts", "likelihood")):
+        folder = make_search(tmp_path, name, candidates=8)
+        with Store.open(folder / "search.db") as store, store.transaction(writes=True) as connection:
+            wanted = store_settings(store) | {"objectives": {"o0": {"evaluator": evaluator}, "o1": {}}}
+            connection.execute(update(tables.search).values(settings=wanted))
+            row = {"search_id": store.search_id, "evaluator": "v0", "split": "search"}
+            connection.execute(insert(tables.item).values(**row, texts=json.dumps([[record, ""]] * 40)))
+    with client_of(make_app(tmp_path), accept="text/html") as client:
+        shown = client.get("/searches/records/compare?a=c0005&b=c0006").text
+        assert '<dt>question</dt><dd class="lines">Q &lt;1&gt;</dd>' in shown
+        assert "<dt>answer</dt>" in shown
+        shown = client.get("/searches/prompts/compare?a=c0005&b=c0006").text
+        assert "<dt>question</dt>" not in shown
+        assert "{&#34;question&#34;" in shown
+
+
+def store_settings(store: Store) -> dict[str, Any]:
+    return store.search().settings
+
+
+def test_a_search_that_is_stopped_can_be_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(processes, "start", lambda arguments, *rest, **more: started.append(arguments))
+    folder = make_search(tmp_path, "stopped", candidates=8)
+    with client_of(make_app(tmp_path)) as found:
+        with Store.open(folder / "search.db") as store, acquire(store):
+            assert found.post("/api/v1/searches/stopped/confirm").status_code == 409  # its driver is at work
+            assert started == []
+            store.set_state("stopped")
+        assert found.post("/api/v1/searches/stopped/confirm").status_code == 202
+    assert [each[-2:] for each in started] == [["confirm", str(folder)]]
 
 
 @pytest.mark.parametrize(
