@@ -47,16 +47,21 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         check_early(file)
         with opening():
             from evomerge.commands.delivering import local_folder
-            from evomerge.commands.rescoring import reproduce
+            from evomerge.commands.verifying import reproduce
             from evomerge.merging.evidence import Evidence
             from evomerge.merging.export import write_model
-            from evomerge.report.card import Provenance, papers
+            from evomerge.report.card import NAME, Provenance, papers, verification
             from evomerge.search.prepare import prepare
             from evomerge.search.session import check_unchanged, contents_of, recipe_of
 
             prepared = prepare(file)
             check_unchanged(store, prepared)
         recipe = recipe_of(row, prepared.file.sources)
+        if prepared.file.together > 1 and recipe.dtype != "float32":
+            # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they
+            # change would be rounded away, and the folder be another model than was scored.
+            recipe = recipe.model_copy(update={"dtype": "float32"})
+            console.print("written in float32, for candidates that are scored together are rounded nowhere")
         provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
         checked: list[str] = []
         with local_folder(out, console) as model, progress_bar(console, "writing tensors") as bar:
@@ -64,8 +69,12 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             def check(written: Path) -> None:
                 rounds = recipe.is_scaled or prepared.file.together > 1
                 checked.extend(reproduce(written, store, row, prepared, rounds=rounds, say=bar.say))
+                with (written / NAME).open("a", encoding="utf-8") as text:
+                    text.write(verification(checked))
 
             texts = papers(model.name, recipe, prepared.sources, provenance)
+            if not verify:
+                texts[NAME] += verification(())
             write_model(
                 recipe,
                 prepared.sources,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, p_text, screen_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow, SearchRow
+
+NAME = "README.md"
+"""The card's file in the exported folder."""
 
 _PICTURE, _CURSE_PICTURE = "path.svg", "curse.svg"
 
@@ -47,7 +50,7 @@ def papers(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance
     found = {
         "recipe.yaml": dump_recipe(recipe),
         "lineage.json": lineage(recipe, sources, provenance),
-        "README.md": card(title, recipe, sources, provenance),
+        NAME: card(title, recipe, sources, provenance),
     }
     depths = _depths(sources)
     if not is_plain(recipe, depths):
@@ -64,6 +67,14 @@ def _drawn(provenance: Provenance) -> Curse | None:
 
 def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
     return {name: source.layers for name, source in sources.items()}
+
+
+def verification(checked: Sequence[str]) -> str:
+    """The last section of an export's card: how it was seen to be what was scored, or that it was not."""
+    if not checked:
+        return "\n## Verification\n\n**Not verified**: it was exported without being scored again.\n"
+    lines = "\n".join(f"- {line}" for line in checked)
+    return f"\n## Verification\n\nThis folder was loaded with plain transformers and scored again.\n\n{lines}\n"
 
 
 def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:

@@ -1,0 +1,167 @@
+"""Whether an exported model scores what was recorded of its candidate, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evomerge.checkpoints.source import open_source
+from evomerge.commands import rescoring
+from evomerge.errors import InputError
+from evomerge.report.entries import candidate_id
+from evomerge.search.prepare import Prepared
+from evomerge.search.statistics import Values, sign_test
+from evomerge.store import CandidateRow, Store
+
+_ONE_IN = 20
+"""Of how many items one may score otherwise by more than the tolerance: two tokens were all but equally likely."""
+
+_SURE = 4.0
+"""A shift of the mean is more than chance from so many of its standard errors on."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far rounding may move a score.
+
+    Attributes:
+        item: of an item, as a share of one plus the size of its score.
+        mean: of the mean, as a share of one plus the mean size of the scores.
+    """
+
+    item: float
+    mean: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Tolerance:
+        """That of a model of this dtype; in bfloat16 3% of an item and 0.4% of the mean."""
+        item = max(1e-3, 4 * torch.finfo(dtype).eps)
+        return cls(item, item / 8)
+
+    @property
+    def text(self) -> str:
+        return (
+            f"tolerance where sums round otherwise: {self.item:.2g} (1 + |score|) an item, which one in {_ONE_IN} may "
+            f"miss, and {self.mean:.2g} (1 + |score|) in the mean"
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a metric's scores differ from those recorded.
+
+    Attributes:
+        items: how many scores are not the same, bit for bit.
+        beyond: how many differ by more than the tolerance.
+        largest: the largest difference.
+        shift: of the mean.
+        is_rounding: whether rounding explains it.
+    """
+
+    items: int
+    beyond: int
+    largest: float
+    shift: float
+    is_rounding: bool
+
+
+def difference(now: Values, before: Values, tolerance: Tolerance) -> Difference:
+    """What became of the scores of some items; both are float [items]."""
+    moved = now.astype(np.float64) - before
+    size = np.abs(before)
+    beyond = np.abs(moved) > tolerance.item * (1 + size)
+    better = int((moved[beyond] > 0).sum())
+    shift, error = float(moved.mean()), float(moved.std() / np.sqrt(len(moved)))
+    has_shifted = abs(shift) > max(tolerance.mean * (1 + float(size.mean())), _SURE * error)
+    is_one_sided = sign_test(better, int(beyond.sum()) - better) < 0.001
+    return Difference(
+        items=int((moved != 0).sum()),
+        beyond=int(beyond.sum()),
+        largest=float(np.abs(moved).max()),
+        shift=shift,
+        is_rounding=beyond.sum() * _ONE_IN <= len(before) and not is_one_sided and not has_shifted,
+    )
+
+
+def reproduce(
+    written: Path, store: Store, row: CandidateRow, prepared: Prepared, *, rounds: bool, say: Callable[[str], None]
+) -> list[str]:
+    """Load an exported folder with plain transformers and score it again; a line for each evaluator.
+
+    Each item must score as recorded, but for what rounds: scales that were folded into the weights and adapters that
+    were not (``rounds``), and items that a race scored in several batches, for sums are added up in another order in
+    each. There a tolerance holds, which is the last line.
+
+    Args:
+        rounds: what was written rounds otherwise than what was scored.
+        say: told what is being done.
+
+    Raises:
+        InputError: it does not score what was recorded.
+    """
+    say("verifying: loading it")
+    as_written = prepared.file.model_copy(update={"dtype": None})
+    live = rescoring.plain_model(open_source("export", str(written), place=str(written)), as_written)
+    tolerance = Tolerance.of(live.model.dtype)
+    raced = _raced(store, row) if prepared.setup.racing is not None else {}
+    lines, all_exact = [], True
+    for split in ("search", "held_out"):
+        recorded = {scores.evaluator: scores for scores in store.scores(row.number, split)}
+        for evaluator in prepared.evaluators:
+            if evaluator.version not in recorded:
+                continue
+            before = recorded[evaluator.version]
+            what = f"{len(before.items)} {split} items"
+            say(f"verifying: {evaluator.name}, {what}")
+            now = evaluator.score(live, split, before.items.tolist())
+            parts = split == "search" and len(raced.get(evaluator.version, set()) | {len(before.items)}) > 1
+            exact = not (rounds or parts)
+            found = {
+                metric: difference(now[metric], values, tolerance)
+                for metric, values in before.metrics.items()
+                if metric not in evaluator.measured
+            }
+            for metric, moved in found.items():
+                if moved.items and (exact or not moved.is_rounding):
+                    place = f"{evaluator.name} ({split}): {metric}"
+                    raise _unlike(candidate_id(row.number), place, moved, len(before.items))
+            told = f"{what} score exactly as recorded"
+            if any(moved.items for moved in found.values()):
+                all_exact = False
+                why = "of what was folded in" if rounds else "in other batches than those of its race"
+                told = f"{what} score as recorded but for rounding {why} ({_told(found)})"
+            lines.append(f"verified: {evaluator.name}, {told}")
+    return lines if all_exact else [*lines, tolerance.text]
+
+
+def _told(found: dict[str, Difference]) -> str:
+    return "; ".join(
+        f"{metric}: {moved.items} items differ, by up to {moved.largest:.2g}, the mean by {moved.shift:+.2g}"
+        for metric, moved in found.items()
+        if moved.items
+    )
+
+
+def _unlike(candidate: str, place: str, moved: Difference, count: int) -> InputError:
+    return InputError(
+        candidate,
+        f"the exported model scores {moved.items} of {count} items of {place} otherwise than was recorded, by up to "
+        f"{moved.largest:.2g}, the mean by {moved.shift:+.2g}",
+        "It is not what was scored, or it was scored with other libraries, threads or another device: then export "
+        "where the search ran. Without verification (`--no-verify`) it is written as it is.",
+    )
+
+
+def _raced(store: Store, row: CandidateRow) -> dict[str, set[int]]:
+    """For each evaluator's version the numbers of items at which scoring this recipe was broken off."""
+    same = {other.number for other in store.candidates() if other.recipe_hash == row.recipe_hash}
+    found: dict[str, set[int]] = {}
+    for event in store.events(kinds=("rung",)):
+        if event.candidate in same:
+            for version, count in event.payload["items"].items():
+                found.setdefault(version, set()).add(count)
+    return found
