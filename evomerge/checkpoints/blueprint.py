@@ -26,7 +26,8 @@ from evomerge.checkpoints.parts import Fold, Part
 from evomerge.recipe import Role
 
 _CODE = (
-    "blueprint.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py", "structure.py",
+    "blueprint.py", "differences.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py",
+    "structure.py",
 )  # fmt: skip
 """The files of this folder that a blueprint follows from: a change in one of them makes new ones."""
 
@@ -40,6 +41,7 @@ class Blueprint:
         settings: values of the parsed configuration that say what its weights mean; ``depth`` names the key of
             config.json that holds the number of layers.
         layered: what the configuration says of single layers, by its key.
+        computing: what the configuration says that changes what the model computes; see ``computing_settings``.
         rigid: why layers cannot stand in other places than their own; empty where they can.
         parts: the tensors that transformers writes for this model, in the order of its modules.
         roles: the role of each of them.
@@ -57,6 +59,7 @@ class Blueprint:
     layers: int
     settings: dict[str, Any]
     layered: dict[str, LayerSetting]
+    computing: dict[str, str]
     rigid: str
     parts: dict[str, Part]
     roles: dict[str, Role]

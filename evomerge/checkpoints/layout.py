@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
+from evomerge.checkpoints.differences import computing_settings
 from evomerge.checkpoints.layered import LayerSetting, layer_settings, written_settings
 from evomerge.checkpoints.parts import Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
@@ -193,6 +194,7 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         layers=layers,
         settings={field: _setting(parsed, field) for field in _SETTINGS} | {"depth": depth},
         layered=layered,
+        computing=computing_settings(parsed, depth),
         rigid=_rigid(config, EmptyStack(model, name, stack), depth, layered),
         parts=parts,
         roles={name: roles[part.tensor] for name, part in parts.items()},

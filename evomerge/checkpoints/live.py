@@ -97,13 +97,8 @@ def live_model(
     stored = stored_tensors(model)
     for tensor in stored.values():
         tensor.data.fill_(torch.nan)
-        # What from_pretrained does: marked tensors are passed over, so this only computes buffers such as the
-        # rotary frequencies, which no file holds and to_empty has left as they came.
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.initialize_weights()
+    _compute_buffers(model)
     for_scoring(model)
-    if hasattr(model.config, "rescale_every"):
-        model.config.rescale_every = 0  # RWKV would halve weights in place, once, and not those written later
     if (source.folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
@@ -114,6 +109,33 @@ def live_model(
     writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
     stack = Stack(model, name, layers, source.parts, source.roles, shelves or source.layers, writers)
     return LiveModel(model, load_tokenizer(source), outside, stack)
+
+
+def configured(live: LiveModel, source: Source) -> LiveModel:
+    """The weights of a live model as another configuration has them run: the same memory, in modules of its own.
+
+    Args:
+        source: gives the configuration; it has as many layers as the live model has hops, of the same tensors.
+    """
+    model = empty_model(parse_config(source.config, source.place), source.place, live.model.dtype)
+    model.load_state_dict(live.model.state_dict(keep_vars=True), assign=True)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:  # which no file holds
+                module._buffers[name] = torch.empty_like(buffer, device=live.device)
+    _compute_buffers(model)
+    for_scoring(model)
+    model.generation_config = live.model.generation_config
+    return LiveModel(model, live.tokenizer)
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute what no file holds, such as the rotary frequencies, and leave all that is stored."""
+    for tensor in stored_tensors(model).values():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()  # passes over what is marked, as in from_pretrained
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV would halve weights in place, once, and not those written later
 
 
 def for_scoring(model: Any) -> Any:

@@ -17,6 +17,7 @@ from evomerge.checkpoints.blueprint import Blueprint, blueprint
 from evomerge.checkpoints.config import check_config
 from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
+from evomerge.checkpoints.kinds import check_kind, headless
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
@@ -34,7 +35,7 @@ class Source:
         place: where the reference stands, for errors ("sources.maths").
         folder: where the files of the model are.
         config: config.json as parsed JSON.
-        settings, layered: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
+        settings, layered, computing: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
         float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
         rigid: why its layers cannot stand in other places than their own; empty where they can.
         tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
@@ -59,6 +60,7 @@ class Source:
     config: dict[str, Any]
     settings: Mapping[str, Any]
     layered: Mapping[str, LayerSetting]
+    computing: Mapping[str, str]
     rigid: str
     float32: Mapping[str, frozenset[str]]
     tensors: Mapping[str, TensorEntry]
@@ -142,11 +144,12 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         refuse_alone(folder, reference, place)
     refuse_unreadable(folder, place)
     config = load_json(folder / "config.json", place)
+    check_kind(config, place)
     check_config(config, place)
     _check_side_files(folder, place)
     found = find_tensors(folder, place)
     plan = blueprint(config, {name: entry.shape for name, entry in found.items()}, place)
-    tensors = _tensors(found, plan, place)
+    tensors = _tensors(found, plan, config, place)
     _check_copies(found, plan, place)
     used = set(plan.parts.values()) | {Part(part.tensor) for part in plan.parts.values()}
     extra = found.keys() - {name for part, name in plan.located if part in used} - plan.copies.keys()
@@ -158,6 +161,7 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         config=config,
         settings=plan.settings,
         layered=plan.layered,
+        computing=plan.computing,
         rigid=plan.rigid,
         float32=plan.float32,
         tensors=tensors,
@@ -220,12 +224,16 @@ def _check_side_files(folder: Path, place: str) -> None:
         )
 
 
-def _tensors(found: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> dict[str, TensorEntry]:
+def _tensors(
+    found: Mapping[str, TensorEntry], plan: Blueprint, config: Mapping[str, Any], place: str
+) -> dict[str, TensorEntry]:
     """Where every tensor of the model lies, checked for presence, shape and dtype."""
     tensors = dict(entries(plan.parts, dict(plan.located), found))
     if missing := [name for name in plan.parts if name not in tensors]:
         mend = "Complete the download, or see that config.json is the one that belongs to these weights."
         if plan.head.issuperset(missing):
+            if (error := headless(config, place)) is not None:
+                raise error
             mend = "If its head is its embedding, set tie_word_embeddings to true in a copy of config.json."
         raise InputError(place, f"tensors that config.json asks for are missing from the files: {_few(missing)}", mend)
     for name, entry in tensors.items():

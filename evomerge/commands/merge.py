@@ -47,6 +47,7 @@ def merge(path: Path, out: str | Path) -> None:
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     from evomerge.checkpoints.checks import check_compatible
+    from evomerge.checkpoints.differences import warnings_across
     from evomerge.checkpoints.source import open_source
     from evomerge.commands.delivering import local_folder
     from evomerge.merging.export import write_model
@@ -67,6 +68,8 @@ def merge(path: Path, out: str | Path) -> None:
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
     )
     console = make_console()
+    for warning in warnings_across(sources, recipe.tokenizer):
+        console.print(f"warning: {warning}", style="yellow")
     with local_folder(out, console) as folder, progress_bar(console, "writing tensors") as update:
         texts = papers(folder.name, recipe, sources, None)
         write_model(recipe, sources, folder, texts=texts, progress=update)

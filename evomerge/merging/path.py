@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.checkpoints.differences import differences
 from evomerge.checkpoints.layered import written_settings
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -75,16 +76,35 @@ def _ref(merged: Merged, recipe: Recipe, source: str) -> Ref:
     return source, renumber(merged.stored, merged.origin, recipe.hops[merged.role.layer].layer_of(source))
 
 
+def configured_by(recipe: Recipe, sources: Mapping[str, Source]) -> str:
+    """The source whose configuration a recipe's model has: that which gives the tokenizer.
+
+    A copy of another source is that source only with its own settings, where these differ in what is computed.
+    """
+    first = recipe.blends[0]
+    name = first.sources[0]
+    is_copy = recipe.blends == (first,) and _is_copy(first) and not recipe.is_scaled
+    whole = [hop.layer_of(name) for hop in recipe.hops] == list(range(sources[name].layers)) if is_copy else False
+    return name if whole and differences(sources[recipe.tokenizer], sources[name]) else recipe.tokenizer
+
+
+def _is_copy(blend: Blend) -> bool:
+    """The blend is one source as it is."""
+    number = {"passthrough": "scale", "linear": "weight"}.get(blend.method)
+    return number is not None and len(blend.sources) == 1 and blend.value(number, blend.sources[0]) == 1.0
+
+
 def is_plain(recipe: Recipe, sources: Mapping[str, Source]) -> bool:
-    """The path is the layers of the tokenizer's source, each in its place."""
-    return [hop.layer for hop in recipe.hops] == list(range(sources[recipe.tokenizer].layers))
+    """The path is the layers of the source that gives the configuration, each in its place."""
+    name = configured_by(recipe, sources)
+    return [hop.layer for hop in recipe.hops] == list(range(sources[name].layers))
 
 
 def merged_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """The config.json of the tokenizer's source, with the dtype of what is merged and the layers of the path."""
-    model = sources[recipe.tokenizer]
+    """The config.json of the merged model: that of a source, with the dtype of what is merged and the path's layers."""
+    model = sources[configured_by(recipe, sources)]
     config = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "torch_dtype")}
-    config["dtype"] = recipe.dtype or str(model.dtype).removeprefix("torch.")
+    config["dtype"] = recipe.dtype or str(sources[recipe.tokenizer].dtype).removeprefix("torch.")
     if is_plain(recipe, sources):
         return config
     givers = [(sources[name], hop.layer_of(name)) for hop in recipe.hops for name in [giver(hop, recipe)]]

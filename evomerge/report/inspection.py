@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.checkpoints.checks import check_compatible
+from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
@@ -147,6 +148,7 @@ def inspect_models(
     near = [other for other in others if other.name not in apart]
     for other in near:
         warnings += _unmergeable(origin, other)
+    warnings += [f"{warning}." for warning in warnings_across({s.name: s for s in (origin, *near)}, origin.name)]
     shared, left_out = _shared_tensors([origin, *near])
     parts, broken = _measure([origin, *near], shared, progress) if near else ({}, [])
     if broken:

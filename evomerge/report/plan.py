@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 from rich.table import Table
 
+from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import lines, model_shape, work_of
@@ -43,6 +44,8 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "source", " ".join([f"{name}:", _size(source), *marks, f"({source.reference})"])
         for warning in source.warnings:
             yield "warning", f"{name}: {warning}"
+    for warning in warnings_across(prepared.sources, file.tokenizer_source):
+        yield "warning", warning
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
     yield "space", f"{len(setup.space.parameters)} parameters: {_told(space)}"
     for objective in setup.objectives:

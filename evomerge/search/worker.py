@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from evaluators.base import Evaluator
-from evomerge.checkpoints.live import LiveModel, check_live, live_model
+from evomerge.checkpoints.live import LiveModel, check_live, configured, live_model
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import DType
+from evomerge.merging.path import configured_by
+from evomerge.recipe import DType, Recipe
 from evomerge.search.jobs import Failed, Finished, Job, Measured
 from evomerge.search.measuring import failure, measured, score_task
 from evomerge.search.prepare import Prepared, build_space, distinct_evaluators, open_sources
@@ -136,8 +137,14 @@ class Worker:
     def _measure(self, job: Job) -> Measured:
         started = time.perf_counter()
         self._materialiser.write(job.recipe, self._live)
-        check_live(self._live)
-        if self._live.engine is not None:
-            self._live.engine.load(self._live)
+        live = self._configured(job.recipe)
+        check_live(live)
+        if live.engine is not None:
+            live.engine.load(live)
         timings = {"merge": time.perf_counter() - started}
-        return measured([score_task(self._evaluators[task.evaluator], self._live, task) for task in job.tasks], timings)
+        return measured([score_task(self._evaluators[task.evaluator], live, task) for task in job.tasks], timings)
+
+    def _configured(self, recipe: Recipe) -> LiveModel:
+        """The live model, which a recipe was written into; a copy of a source with settings of its own runs by them."""
+        name = configured_by(recipe, self._sources)
+        return self._live if name == recipe.tokenizer else configured(self._live, self._sources[name])

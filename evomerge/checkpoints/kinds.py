@@ -1,0 +1,54 @@
+"""Models of other kinds than those that can be merged, told by what their config.json says they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from evomerge.errors import InputError
+
+_MORE_THAN_TEXT = re.compile(r"(vision|visual|image|video|audio|speech|perceiver|qformer)\w*_config")
+_CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$|RewardModel$")
+_MASKED = re.compile(r"For(MaskedLM|PreTraining|NextSentencePrediction)$")
+_MANY_INPUTS = re.compile(r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|CTC)$")
+_MEND = "Only language models that go on with a text can be merged here."
+
+
+def check_kind(config: Mapping[str, Any], place: str) -> None:
+    """Refuse a model that is no language model, or one with more beside it.
+
+    Raises:
+        InputError: naming the model's class and what it is for.
+    """
+    name = architecture(config)
+    what = name or str(config.get("model_type"))
+    if more := sorted(key for key, value in config.items() if _MORE_THAN_TEXT.fullmatch(key) and value):
+        senses = ", ".join(dict.fromkeys(key.partition("_")[0] for key in more))
+        problem = f"is a {what}, which takes more than text in ({senses}); such models are not supported"
+    elif config.get("is_encoder_decoder") is True:
+        problem = f"is a {what}, an encoder with a decoder; such models are not supported"
+    elif _CLASSIFIER.search(name):
+        problem = f"is a {what}, a classifier: it gives labels or scores to texts; such models are not supported"
+    elif _MASKED.search(name):
+        problem = f"is a {what}, which fills in words that are masked; such models are not supported"
+    elif _MANY_INPUTS.search(name):
+        problem = f"is a {what}, which takes more in than a text to go on with; such models are not supported"
+    else:
+        return
+    raise InputError(place, problem, _MEND)
+
+
+def headless(config: Mapping[str, Any], place: str) -> InputError | None:
+    """That a model without a head is none that can be merged; None where its class is one with a head."""
+    name = architecture(config)
+    if not name.endswith("Model") or name.endswith(("LMHeadModel", "HeadsModel")):
+        return None
+    problem = f"is a {name}, a model without a head for the next word, as models for embeddings are; such models are"
+    return InputError(place, f"{problem} not supported", _MEND)
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The model's class by its name; empty where config.json does not say."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
