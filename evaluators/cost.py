@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
+COUNTED = ("layers", "parameters")
+"""The metrics that are counted, and so exact; the others are measured."""
+
+
 class CostSettings(EvaluatorSettings):
     """What the search file says of the cost of a model.
 
@@ -67,7 +71,7 @@ class CostEvaluator:
     def __init__(self, settings: CostSettings) -> None:
         self.name = "cost"
         self.version = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]
-        self.metrics: Mapping[str, bool] = {"layers": False, "parameters": False}
+        self.metrics: Mapping[str, bool] = dict.fromkeys(COUNTED, False)
         if settings.measure:
             self.metrics = {**self.metrics, "tokens_per_second": True}
         self.measured = frozenset(self.metrics.keys() & {"tokens_per_second"})

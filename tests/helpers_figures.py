@@ -31,7 +31,8 @@ def create(root: Path, name: str, setup: Setup) -> Path:
     settings = {
         "name": name, "seed": setup.seed, "sources": SOURCES, "base": "base",
         "space": {"kind": "parameter_space", "method": "task_arithmetic", "granularity": "layer"},
-        "objectives": {o.name: {"metric": o.metric} for o in setup.objectives}, "optimizer": {"name": "cma"},
+        "objectives": {o.name: {"metric": o.metric} for o in setup.objectives},
+        "optimizer": setup.optimizer.model_dump(mode="json", exclude_defaults=True),
         "budget": setup.budget.model_dump(), "confirm": setup.confirm.model_dump(), "racing": None,
     }  # fmt: skip
     told = [asdict(m) | {"version": setup.evaluators[m.evaluator].version} for m in setup.measures]

@@ -299,7 +299,7 @@ def test_seconds_of_pauses_startups_and_earlier_drivers_are_not_spent(
 
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_no_table_is_cut_on_a_narrow_screen(width: int) -> None:
-    """Two objectives with long names: every number is there whole, and the source compared with is named once."""
+    """Two objectives with long names: every number is there whole, and the gains in both where there is room."""
     names = ("mini_translate_from_japanese", "mini_math_in_japanese")
 
     def entry(number: int, label: str = "") -> dict[str, object]:
@@ -317,9 +317,9 @@ def test_no_table_is_cut_on_a_narrow_screen(width: int) -> None:
     console.print(panel(found))
     text = console.export_text()
     assert "…" not in text
-    assert text.count("+0.310 [+0.260, +0.360]") == 2
+    assert text.count("+0.310 [+0.260, +0.360]") == (2 if width == 80 else 4)
     assert text.count("0.509") >= 4  # of each objective, on each split
-    assert text.count("gain over japanese") == 1
+    assert text.count("gain over japanese") == 2  # a column that found no room is named below
     assert all(len(line) <= width for line in text.splitlines())
 
 

@@ -226,7 +226,7 @@ def test_the_curse_is_drawn_of_candidates_scored_on_every_item(folder: Path) -> 
 
 def held_out_limit(store: Store, number: int) -> float:
     (scores,) = (s for s in store.scores(number, "held_out") if s.evaluator == "limit")
-    return float(scores.metrics["acc"].mean())
+    return float(scores.metrics["acc"].mean(dtype=np.float64))
 
 
 def test_the_winner_keeps_the_constraints_on_held_out_items_too(tmp_path: Path) -> None:

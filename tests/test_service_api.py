@@ -85,8 +85,7 @@ def test_the_list_says_of_a_search_what_the_store_says(client: TestClient, store
     assert found["best"]["objectives"]["o0"]["mean"] == status.best.objectives["o0"].mean
     sources = {row.label: row.objectives["o0"]["mean"] for row in store.candidates() if row.origin == "source"}
     assert found["best_source"]["label"] == max(sources, key=sources.__getitem__)
-    means = [row.objectives["o0"]["mean"] for row in store.candidates() if row.eligible]
-    assert found["sparkline"][-1] == max(means)
+    assert found["best_role"] == "knee"
     assert found["sparkline"] == sorted(found["sparkline"])
     assert found["eta_s"] is None
     assert found["gpu_hours"] is None

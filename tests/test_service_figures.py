@@ -394,7 +394,7 @@ def test_the_curse_has_every_candidate_with_both_scores(two: Store) -> None:
         for number, x, y in zip(each.customdata, each.x, each.y, strict=True)
     }  # fmt: skip
     assert places == {int(p.id[1:]): (p.search.mean, p.held_out.mean) for p in found.points}
-    assert list(trace(drawn, "winner").customdata) == [int(p.id[1:]) for p in found.points if p.winner]
+    assert not [p for p in found.points if p.winner], "a front has none"
     diagonal = trace(drawn, "as good as it looked")
     assert list(diagonal.x) == list(diagonal.y)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,8 +46,18 @@ def test_mean_and_error_of_right_and_wrong(answers: list[int]) -> None:
     assert found["n"] == len(answers)
 
 
-def test_a_single_item_has_no_error() -> None:
-    assert mean_and_error(np.array([1.0], np.float32)) == {"mean": 1.0, "stderr": 0.0, "n": 1}
+def test_a_single_item_says_nothing_of_its_error() -> None:
+    """Neither zero nor any other number: it is not known."""
+    one = np.array([0.352], np.float32)
+    found = mean_and_error(one)
+    assert (found["mean"], found["n"]) == (pytest.approx(0.352), 1)
+    assert np.isnan(found["stderr"])
+    gap = paired_difference(one, np.zeros(1, np.float32), 0.95)
+    assert np.isnan([gap.low, gap.high]).all()
+    (corrected,) = simultaneous_differences(np.ones((1, 1)), 0.95, seed=0)
+    assert corrected.mean == 1.0
+    assert np.isnan([corrected.low, corrected.high, corrected.p]).all()
+    assert np.isnan(shift(np.ones(1), np.zeros(5), 0.95).low)
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
@@ -171,9 +183,88 @@ def test_right_or_wrong_scores_that_rarely_differ_are_covered_too(rare: float) -
     assert rare > 0.01 or plain / repeats < 0.5
 
 
-def test_families_without_differences_or_with_one_item_are_points() -> None:
-    for differences, mean in ((np.zeros((5, 2)), 0.0), (np.ones((1, 2)), 1.0)):
-        assert simultaneous_differences(differences, 0.95, seed=0) == [Corrected(mean, mean, mean, 1.0)] * 2
+def test_a_family_without_any_difference_is_points() -> None:
+    assert simultaneous_differences(np.zeros((5, 2)), 0.95, seed=0) == [Corrected(0.0, 0.0, 0.0, 1.0)] * 2
+
+
+def test_all_items_that_differ_by_the_same_are_sure() -> None:
+    """Nothing is left to chance, so p agrees with an interval of no width."""
+    (found,) = simultaneous_differences(np.full((20, 1), 2.5), 0.95, seed=0)
+    assert (found.low, found.high) == (2.5, 2.5)
+    assert found.p < 0.001
+
+
+# Families of four comparisons, the last with a source that is far worse: float64 [items, 4], and the true means.
+HARD = 5.7
+
+
+def continuous(random: np.random.Generator) -> Matrix:
+    """Log-likelihoods: every item differs a little, and all of them from the bad source by much."""
+    common, own = random.standard_normal((100, 1)), random.standard_normal((100, 3))
+    return np.c_[TRUTH["continuous"][:3] + 0.04 * (0.7 * common + 0.7 * own), HARD + random.standard_normal((100, 1))]
+
+
+def binary(random: np.random.Generator) -> Matrix:
+    """Right or wrong: one item in ten differs, and four in five from the bad source."""
+    few = np.where(random.random((100, 3)) < 0.1, np.where(random.random((100, 3)) < 0.6, 1.0, -1.0), 0.0)
+    return np.c_[few, -(random.random((100, 1)) < 0.8).astype(float)]
+
+
+def overlap(random: np.random.Generator) -> Matrix:
+    """Shares of words: one answer in ten is another one, and the bad source writes nothing alike."""
+    few = np.where(random.random((100, 3)) < 0.1, random.normal(0.1, 0.3, (100, 3)), 0.0)
+    return np.c_[few, random.normal(0.5, 0.2, (100, 1))]
+
+
+def grades(random: np.random.Generator) -> Matrix:
+    """Whole marks that all differ: lattice points, of which none is common."""
+    return np.round(random.normal([0.3, 0.0, -0.2, 6.0], 2.5, (100, 4)))
+
+
+def mixed(random: np.random.Generator) -> Matrix:
+    """Comparisons of all these kinds at once."""
+    return np.c_[binary(random)[:, :1], overlap(random)[:, :1], continuous(random)[:, :1], np.full(100, 0.0)]
+
+
+TRUTH = {
+    "continuous": np.array([-0.04, 0.0, 0.02, HARD]), "binary": np.array([0.02, 0.02, 0.02, -0.8]),
+    "overlap": np.array([0.01, 0.01, 0.01, 0.5]), "grades": np.array([0.3, 0.0, -0.2, 6.0]),
+    "mixed": np.array([0.02, 0.01, -0.04, 0.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [continuous, binary, overlap, grades, mixed])
+def test_one_bad_source_widens_no_interval_and_all_are_covered(
+    kind: Callable[[np.random.Generator], Matrix],
+) -> None:
+    """Each is as wide as without the bad source, but for the one comparison more, and no family misses its truth."""
+    random, repeats = np.random.default_rng(5), 100
+    held = 0
+    for repeat in range(repeats):
+        differences = kind(random)
+        found = simultaneous_differences(differences, 0.95, seed=repeat)
+        held += all(e.low <= true <= e.high for e, true in zip(found, TRUTH[kind.__name__], strict=True))
+        alone = simultaneous_differences(differences[:, :3], 0.95, seed=repeat)
+        assert all(reach_of(a) <= 1.25 * reach_of(b) for a, b in zip(found[:3], alone, strict=True))
+    assert held / repeats >= 0.9
+
+
+@pytest.mark.parametrize("kind", [continuous, grades])
+def test_scores_that_differ_on_every_item_have_the_plain_standard_error(
+    kind: Callable[[np.random.Generator], Matrix],
+) -> None:
+    """Not more than Bonferroni's intervals of Student's t, the plain formula, are wide."""
+    differences = kind(np.random.default_rng(0))
+    plain = stats.t.ppf(1 - 0.025 / 4, len(differences) - 1) * stats.sem(differences, axis=0)
+    found = simultaneous_differences(differences, 0.95, seed=0)
+    assert [reach_of(each) for each in found] == pytest.approx(plain.tolist(), rel=0.08)
+
+
+def test_a_model_that_scores_as_a_source_does_has_a_point_among_continuous_scores() -> None:
+    differences = np.c_[np.zeros(50), np.random.default_rng(0).normal(3.0, 1.0, 50)]
+    same, other = simultaneous_differences(differences, 0.95, seed=0)
+    assert (same.low, same.high, same.p) == (0.0, 0.0, 1.0)
+    assert other.low > 2.0
 
 
 def test_a_comparison_without_any_difference_has_an_interval_all_the_same() -> None:
@@ -196,16 +287,26 @@ def test_luck_of_choice_is_how_much_the_best_of_equals_looks_too_good() -> None:
     for seed in range(200):
         values = 0.5 + 0.1 * rng.standard_normal((100, 8)) + 0.3 * rng.standard_normal((100, 1))
         true.append(float(values.mean(axis=0).max() - values.mean()))
-        estimated.append(luck_of_choice(values, seed))
+        estimated.append(luck_of_choice([values], seed))
     assert np.mean(estimated) == pytest.approx(np.mean(true), rel=0.12)
 
 
 def test_there_is_no_luck_in_a_sure_choice_or_in_none() -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((100, 3)) * 0.1 + np.array([0.0, 0.5, 5.0])
-    assert luck_of_choice(values, 0) < 0.001
-    assert luck_of_choice(values[:, :1], 0) == 0.0
-    assert luck_of_choice(values[:1], 0) == 0.0
+    assert luck_of_choice([values], 0) < 0.001
+    assert luck_of_choice([values[:, :1]], 0) == 0.0
+    assert luck_of_choice([values[:1]], 0) == 0.0
+
+
+def test_luck_in_a_weighted_sum_is_that_of_the_sum() -> None:
+    """Two objectives on items of their own: as much as of one number that is as noisy as their sum."""
+    random = np.random.default_rng(1)
+    parts = [random.standard_normal((400, 5)) * size for size in (3.0, 4.0)]
+    sums = [luck_of_choice([part - part.mean(axis=0) for part in parts], seed) for seed in range(5)]
+    one = random.standard_normal((400, 5)) * 5.0
+    alone = [luck_of_choice([one - one.mean(axis=0)], seed) for seed in range(5)]
+    assert np.mean(sums) == pytest.approx(np.mean(alone), rel=0.1)
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])

@@ -14,6 +14,7 @@ from evomerge.errors import InputError
 from evomerge.report.lists import Listed, searches_table
 from evomerge.report.screen import make_console
 from evomerge.search.folder import is_search
+from evomerge.search.preference import BEST
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.client import Client
 from evomerge.service.drivers import Drivers
@@ -49,15 +50,18 @@ def _print(found: Sequence[SearchSummary], none: str) -> None:
 
 
 def _listed(search: SearchSummary) -> Listed:
-    first = search.objectives[0].name if search.objectives else ""
+    objectives = [objective.name for objective in search.objectives]
     of = f" of {search.budget.candidates}" if search.budget.candidates else ""
-    best, source = (_text(each, first) for each in (search.best, search.best_source))
-    return Listed(search.name, search.state, f"{search.counts.asked}{of}", first, best, source)
+    best, source = (_text(each, objectives) for each in (search.best, search.best_source))
+    best = f"{search.best_role} {best}" if best and search.best_role != BEST else best
+    return Listed(search.name, search.state, f"{search.counts.asked}{of}", ", ".join(objectives), best, source)
 
 
-def _text(candidate: CandidateName | None, objective: str) -> str:
-    value = None if candidate is None else candidate.objectives.get(objective)
-    return "" if value is None else value.text
+def _text(candidate: CandidateName | None, objectives: Sequence[str]) -> str:
+    """What a candidate is worth in each objective."""
+    if candidate is None:
+        return ""
+    return ", ".join(candidate.objectives[name].text for name in objectives if name in candidate.objectives)
 
 
 def list_jobs(address: str) -> None:

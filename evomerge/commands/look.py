@@ -6,12 +6,11 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from evomerge.commands.waiting import opening
@@ -24,12 +23,16 @@ from evomerge.report.curse import Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import candidate_id, entry, measures_of
 from evomerge.report.items import Item, item_lines, items_of
-from evomerge.report.lists import SPLITS, comparison_table, top_table
+from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import Screen
+from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
+from evomerge.report.picks import conclusions, roles_of
+from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel
 from evomerge.report.status import chosen, depths_of, read_status, status_of
 from evomerge.search.folder import open_store
+from evomerge.search.preference import Preference, ranked
 from evomerge.search.resuming import resumed_file
 from evomerge.store import CandidateRow, Store, Verb, current_holder
 
@@ -52,12 +55,12 @@ def status(folder: Path, *, as_json: bool, watch: bool) -> None:
 
 
 def top(folder: Path, k: int | None, *, as_json: bool) -> None:
-    """The k best by the first objective, or all in the order asked."""
+    """The k best, by what decides or along a front the best compromises first; or all in the order asked."""
     with open_store(folder) as store:
-        fingerprints = store.search().fingerprints
+        search = store.search()
+        fingerprints = search.fingerprints
         names = [p["name"] for p in fingerprints["parameters"]]
-        first = fingerprints["objectives"][0]
-        rows = store.candidates() if k is None else store.best(first["name"], maximise=first["maximise"], k=k)
+        rows = store.candidates() if k is None else ranked(store, Preference.of_search(search), k)
         known = status_of(store)
     if as_json:
         print(json.dumps([_as_json(row, names) for row in rows], indent=2))
@@ -68,6 +71,8 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
         console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
     if k is None and any("~" in text for row in rows for text in cells(entry(row, fingerprints), known)):
         console.print("~ is estimated from the scores of so many items (in brackets).", style="dim")
+    for line in conclusions(known):
+        console.print(line)
     for line in choice_text(known):
         console.print(line, style="dim")
 
@@ -96,8 +101,11 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         return
     console = make_console()
     console.print(
-        f"{candidate_id(row.number)}  {row.origin} {row.label}  {row.status}, asked in step {row.step}", style="bold"
+        f"{candidate_id(row.number)}  {origin_text(row.origin, row.label)}  {row.status}, asked in step {row.step}",
+        style="bold",
     )
+    if chosen_for := [*roles_of(known, candidate_id(row.number), "held_out")]:
+        console.print(f"  {', '.join(chosen_for)} on held-out items")
     for line in score_lines(row, search.fingerprints, known):
         console.print(f"  {line}")
     if row.timings:
@@ -105,12 +113,13 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     console.print(f"  attempts {row.attempts}, worker {row.worker or 'none'}, recipe {row.recipe_hash}")
     if row.same_as is not None:
         console.print(f"  answered by {candidate_id(row.same_as)}, which has the same recipe")
-    if row.genome is not None:
-        for parameter, number in zip(search.fingerprints["parameters"], row.genome.tolist(), strict=True):
-            console.print(f"    {parameter['name']} = {_gene(parameter, number)}")
+    for name, value in parameters_of(row.genome, search.fingerprints["parameters"]):
+        console.print(f"    {name} = {parameter_text(value)}")
     for line in path_text(recipe, depths, console.width - 2):
         console.print(f"  {line}")
-    console.print(yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None))
+    for line in recipe_lines(recipe):
+        console.print(f"  {line}")
+    console.print("  the recipe in full: --recipe", style="dim")
     if row.failure:
         console.print(f"failed: {row.failure['reason']}: {row.failure['message']}", style="red")
         log = folder / (row.failure.get("log") or "no log")
@@ -189,13 +198,6 @@ def show_prompt(folder: Path, candidate: str) -> None:
         for item in (item for item in items.get(measure, []) if item.number == 0):
             console.print(*item_lines(replace(item, text=None), [candidate_id(number)]), sep="\n", soft_wrap=True)
         console.print("")
-
-
-def _gene(parameter: Mapping[str, Any], number: float) -> str:
-    """A number of a genome as people read it: a choice by its name."""
-    if parameter["kind"] == "choice":
-        return str(parameter["choices"][int(number)])
-    return f"{number:.0f}" if parameter["kind"] == "int" else f"{number:.4f}"
 
 
 def _save(file: Path, text: str) -> None:

@@ -20,8 +20,9 @@ from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, Value, candidate_id
+from evomerge.report.picks import kind_of, roles_of
 from evomerge.report.screen import cell, make_console
-from evomerge.report.status import chosen, status_of
+from evomerge.report.status import exported, status_of
 from evomerge.search.early import check_early
 from evomerge.search.folder import EVIDENCE_NAME, open_store
 from evomerge.search.resuming import resumed_file
@@ -35,7 +36,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
     """
     console = make_console()
     with open_store(folder) as store:
-        number = chosen(store, candidate)
+        number = exported(store, candidate)
         row = store.candidate(number)
         if row.status not in ("done", "eliminated", "cached"):
             raise InputError(
@@ -87,7 +88,9 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
     for line in checked:
         console.print(line)
     unseen = "" if verify else ", which was not scored again"
-    console.print(f"exported {candidate_id(number)} to {out}{unseen}", style="bold")
+    roles = roles_of(provenance.status, candidate_id(number), "held_out")
+    what = f" ({', '.join([*([kind_of(row)] if row.label else []), *roles])})" if row.label or roles else ""
+    console.print(f"exported {candidate_id(number)}{what} to {out}{unseen}", style="bold")
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evomerge.report.entries import ConfirmedValue, Entry, Value, candidate_id, entry
+from evomerge.report.entries import ConfirmedValue, Entry, Value, candidate_id, entry, gap_text
 from evomerge.report.screen import cell, choice_text, p_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow
@@ -61,4 +61,4 @@ def _values(shown: Entry, status: SearchStatus, split: str) -> Iterator[str]:
         text = f"~{cell(value)} estimated from" if estimated else f"{cell(value)} on"
         yield f"{title}: {text} {value.n} {split} items{mark}"
         for gap in value.difference if isinstance(value, ConfirmedValue) else ():
-            yield f"  {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] over {gap.to}, p {p_text(gap.p)}"
+            yield f"  {gap_text(gap)} over {gap.to}" + (f", p {p_text(gap.p)}" if gap.p is not None else "")

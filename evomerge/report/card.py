@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,12 +15,15 @@ from evomerge import __version__
 from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
 from evomerge.mergekit import dump_recipe
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipe import Recipe
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import Entry, Value, candidate_id, entry, measures_of
+from evomerge.report.entries import Entry, Value, candidate_id, entry, interval_text, measures_of
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
+from evomerge.report.picks import is_front, preference_of, roles_of
+from evomerge.report.public_names import hub_ids, public_name
+from evomerge.report.recipe_text import recipe_lines, unmerged_source
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, p_text, screen_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow, SearchRow
@@ -89,7 +91,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
         "made_with": {"evomerge": __version__},
         "sources": {
             name: {
-                "reference": sources[name].reference,
+                "reference": public_name(sources[name]),
                 "licence": licence_of(sources[name].folder),
                 "files": {file: found["sha256"] for file, found in known[name].items()}
                 if known
@@ -120,21 +122,25 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
 def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:
     """``README.md`` of the exported folder."""
     used = sorted(recipe.used_sources() | {recipe.tokenizer})
+    alone = unmerged_source(recipe, _depths(sources))
     licences = {name: licence_of(sources[name].folder) for name in used}
     front: dict[str, Any] = {
         "library_name": "transformers",
         "license": most_restrictive(licences.values()),
-        # The hub knows models by their ids; of a folder only the name means something to others.
-        "base_model": [Path(r).name if Path(r).is_absolute() else r for r in (sources[n].reference for n in used)],
-        "tags": ["merge", "evomerge"],
+        "base_model": list(dict.fromkeys(id_ for name in used for id_ in hub_ids(sources[name]))),
+        "tags": ["evomerge"] if alone else ["merge", "evomerge"],
     }
+    if not front["base_model"]:
+        del front["base_model"]
     if provenance is not None and (values := provenance.status.confirmed_values(candidate_id(provenance.row.number))):
         metrics = {o["name"]: o["metric"] for o in provenance.search.fingerprints["objectives"]}
         front["model-index"] = [{"name": title, "results": [_result(n, metrics[n], v) for n, v in values.items()]}]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
-        f"A merge of {len(used)} language models, made by Evomerge without training.",
+        f"The source `{alone}`, unmerged: a copy of it in the format that Evomerge writes."
+        if alone
+        else f"A merge of {len(recipe.used_sources())} language models, made by Evomerge without training.",
         _sources_section(sources, licences),
         _recipe_section(recipe),
     ]
@@ -147,7 +153,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
 
 
 def _sources_section(sources: Mapping[str, Source], licences: Mapping[str, str]) -> str:
-    rows = [f"| {name} | `{sources[name].reference}` | {licence} |" for name, licence in licences.items()]
+    rows = [f"| {name} | `{public_name(sources[name])}` | {licence} |" for name, licence in licences.items()]
     text = "## Sources\n\n| name | model | licence |\n| --- | --- | --- |\n" + "\n".join(rows)
     if UNKNOWN in licences.values():
         text += "\n\nA source without a stated licence: read its terms before you share this model."
@@ -155,7 +161,7 @@ def _sources_section(sources: Mapping[str, Source], licences: Mapping[str, str])
 
 
 def _recipe_section(recipe: Recipe) -> str:
-    shown = "\n".join(f"- {_parts(recipe, number)}: {_words(blend)}" for number, blend in enumerate(recipe.blends))
+    shown = "\n".join(f"- {line}" for line in recipe_lines(recipe))
     return f"## Recipe\n\nThe whole recipe is in `recipe.yaml` (hash `{recipe.hash}`).\n\n{shown}"
 
 
@@ -164,41 +170,13 @@ def _path_section(recipe: Recipe, depths: Mapping[str, int]) -> str:
     return f"## Path\n\nWhat a token passes through:\n\n```\n{lines}\n```\n\n![The path]({_PICTURE})"
 
 
-def _parts(recipe: Recipe, number: int) -> str:
-    """Which parts of the model a blend makes, in few words."""
-    if len(recipe.blends) == 1:
-        return "the whole model"
-    names = [name for name in ("embedding", "norm", "head") if getattr(recipe, name) == number]
-    for kind in ("attention", "mlp", "norm"):
-        hops = [str(i) for i, hop in enumerate(recipe.hops) if getattr(hop, kind) == number]
-        if hops:
-            names.append(f"{kind} of layers {', '.join(hops)}")
-    apart = [name for name, index in recipe.tensors.items() if index == number]
-    if apart:
-        names.append(", ".join(apart[:3]) + (f" and {len(apart) - 3} more tensors" if len(apart) > 3 else ""))
-    return "; ".join(names)
-
-
-def _words(blend: Blend) -> str:
-    numbers = []
-    for name, value in blend.parameters.items():
-        if isinstance(value, dict):
-            numbers.append(f"{name} " + ", ".join(f"{source} {number:.4g}" for source, number in value.items()))
-        elif isinstance(value, bool):
-            numbers += [name] if value else []
-        else:
-            numbers.append(f"{name} {value:.4g}")
-    onto = f" on {blend.base}" if blend.base else ""
-    return f"{blend.method} of {', '.join(blend.sources)}{onto}; {'; '.join(numbers)}"
-
-
 def _scores_section(provenance: Provenance) -> str:
     status, row = provenance.status, provenance.row
     ours = _score_table(entry(row, provenance.search.fingerprints), status)
     text = "## Scores\n\nMean ± standard error. The search chose by its own split; the held-out split was read only to "
     text += f"confirm.\n\n{ours}"
     gaps = [
-        f"| {name} | {gap.to} | {gap.mean:+.3f} | [{gap.low:+.3f}, {gap.high:+.3f}] | {p_text(gap.p)} |"
+        f"| {name} | {gap.to} | {gap.mean:+.3f} | {interval_text(gap.low, gap.high)} | {p_text(gap.p)} |"
         for found in status.confirmed
         if found.id == candidate_id(row.number)
         for name, value in found.objectives.items()
@@ -238,22 +216,40 @@ def _choice_section(provenance: Provenance) -> str:
         parts += [constrained]
     if choice is not None:
         frozen = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(choice.frozen_at))
-        first, top = next(iter(provenance.status.directions)), provenance.search.settings["confirm"]["top"]
+        top = provenance.search.settings["confirm"]["top"]
         shortlist = (
             f"A shortlist of {choice.shortlist} was written down at {frozen}, before any of its held-out items was "
-            f"scored: the front, and the best {top} by {first}."
+            f"scored: the front, and the best {top} {_by(provenance.status)}."
         )
         if choice.drawn:
             shortlist += f" {choice.drawn} more were scored there for the picture alone; they could not win."
         parts += [" ".join([shortlist, *choice_text(provenance.status)[1:]])]
-        if provenance.status.winner not in (None, candidate_id(row.number)):
-            parts += [f"**This model is {candidate_id(row.number)}, and not the winner: somebody picked it.**"]
+        parts += _picked(provenance)
     told = _fall_of(row, provenance.status)
     if curse := _drawn(provenance):
         parts += [" ".join([*told, *curse_text(curse)]), f"![Search and held-out scores]({_CURSE_PICTURE})"]
     elif told:
         parts += [" ".join(told)]
     return "## How it was chosen\n\n" + "\n\n".join(parts)
+
+
+def _by(status: SearchStatus) -> str:
+    """By what candidates are the best, in words."""
+    if is_front(status):
+        return "compromises between all objectives"
+    scalar = preference_of(status).scalar
+    return f"by the {scalar} of all objectives" if scalar else f"by {next(iter(status.directions))}"
+
+
+def _picked(provenance: Provenance) -> list[str]:
+    """What this model was chosen for, or that somebody picked it."""
+    status, name = provenance.status, candidate_id(provenance.row.number)
+    if roles := roles_of(status, name, "held_out"):
+        return [f"This model is {name}: {', '.join(roles)} on held-out items."] if is_front(status) else []
+    if status.choice is None or not status.choice.made:
+        return []
+    named = "not the winner" if status.winner is not None else "none of those that the confirmation names"
+    return [f"**This model is {name}, and {named}: somebody picked it.**"]
 
 
 def _counted(provenance: Provenance) -> str:
@@ -314,14 +310,15 @@ def _fall_of(row: CandidateRow, status: SearchStatus) -> list[str]:
     told = []
     for name, value in confirmed.items():
         before = row.objectives[name]
-        change, error = value.mean - before["mean"], math.hypot(value.stderr, before["stderr"])
-        told.append(f"{name} {before['mean']:.3f} became {value.mean:.3f} ({change:+.3f} ± {error:.3f})")
+        change, error = value.mean - before["mean"], math.hypot(value.stderr or 0.0, before["stderr"])
+        known = "" if value.stderr is None or math.isnan(error) else f" ± {error:.3f}"
+        told.append(f"{name} {before['mean']:.3f} became {value.mean:.3f} ({change:+.3f}{known})")
     return [f"From search to held-out items, this model's {'; '.join(told)}."] if told else []
 
 
 def _limits_section(provenance: Provenance) -> str:
     status = provenance.status
-    names = ", ".join(e["name"] for e in provenance.search.fingerprints["evaluators"])
+    names = ", ".join(status.directions)
     text = (
         f"## Limits\n\nIt was chosen among {status.candidates.asked} candidates by its score on the search split of "
         f"{names}; that score is therefore too good, and only the held-out one counts. "
@@ -343,8 +340,9 @@ def _again_section(provenance: Provenance | None) -> str:
 
 
 def _result(name: str, metric: str, value: Value) -> dict[str, Any]:
+    error = "" if value.stderr is None else f" (± {value.stderr:.3f})"
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": f"{name} (held-out split, {value.n} items)", "type": name},
-        "metrics": [{"type": metric, "name": f"{metric} (± {value.stderr:.3f})", "value": round(value.mean, 4)}],
+        "metrics": [{"type": metric, "name": f"{metric}{error}", "value": round(value.mean, 4)}],
     }

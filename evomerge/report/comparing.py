@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from evomerge.report.entries import Measure, measures_of
+from evomerge.report.entries import Known, Measure, measures_of
 from evomerge.search.statistics import paired_difference, sign_test
 from evomerge.store import Store
 
@@ -14,9 +16,10 @@ from evomerge.store import Store
 class Comparison(BaseModel):
     """Two candidates in one objective on one split; positive differences mean that the first is better.
 
-    The interval is that of one comparison: it is not corrected for others that were or will be made. ``p`` is that of
-    the two-sided sign test on the items where they differ: for right-or-wrong scores, McNemar's exact test. ``n`` are
-    the items that both were scored on, of ``wanted``; a race may have left fewer of these.
+    The interval is that of one comparison: it is not corrected for others that were or will be made, and of one
+    item there is none, and no p. ``p`` is that of the two-sided sign test on the items where they differ: for
+    right-or-wrong scores, McNemar's exact test. ``n`` are the items that both were scored on, of ``wanted``; a race
+    may have left fewer of these.
     """
 
     objective: str
@@ -27,11 +30,11 @@ class Comparison(BaseModel):
     b: float
     difference: float
     confidence: float
-    low: float
-    high: float
+    low: Known
+    high: Known
     better_a: int
     better_b: int
-    p: float
+    p: Known
 
 
 def compared(store: Store, a: int, b: int) -> list[Comparison]:
@@ -77,5 +80,5 @@ def _compare(
         high=gap.high,
         better_a=better_a,
         better_b=better_b,
-        p=sign_test(better_a, better_b),
+        p=sign_test(better_a, better_b) if len(one) > 1 else math.nan,
     )

@@ -16,11 +16,17 @@ from evomerge.report.entries import (
     Gap,
     Measure,
     candidate_id,
+    constraints_of,
     entry_of,
+    is_exact,
     measures_of,
 )
+from evomerge.search.preference import BEST, KNEE, Preference, best_at
 from evomerge.search.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
 from evomerge.store import CandidateRow, SearchRow, Store
+
+CHOSEN_EVENTS = ("winner", "confirmed")
+"""What is recorded when a choice is made: a winner, or that a front without one is confirmed."""
 
 Items = dict[str, NDArray[np.float32]]  # for each measure a candidate's scores, float32 [items]
 
@@ -35,9 +41,11 @@ class Choice(BaseModel):
         drawn: how many that are on none are scored as well, for the picture of the winner's curse.
         comparisons: how many differences of each objective the intervals are corrected for.
         confidence: with which all of them hold at once.
-        luck: by how much the best in the first objective looks better than it is, because it was chosen there, among
-            those that keep the constraints.
+        luck: by how much the best in what decides, the objective or a weighted sum, looks better than it is, because it
+            was chosen there, among those that keep the constraints; 0 where nothing of the kind decides.
         feasible: whether the winner keeps the constraints there. If not, no model does, and it misses them least.
+        made: whether the choice is made; not while what was written down is still being scored.
+        too_few: objectives whose one held-out item says nothing of how good a model is, so that none is chosen by them.
     """
 
     frozen_at: float
@@ -48,23 +56,33 @@ class Choice(BaseModel):
     confidence: float
     luck: float
     feasible: bool = True
+    made: bool = False
+    too_few: list[str] = []
 
 
 class Confirmed(NamedTuple):
-    """What is known from the held-out split: the shortlist with its differences, landmarks, the winner, its choice."""
+    """What is known from the held-out split: the shortlist with its differences, landmarks, and how a choice is made.
+
+    ``chosen`` has the candidate in each role of the search's preference, by id; none before the choice is made.
+    """
 
     entries: list[ConfirmedEntry]
     baselines: list[Entry]
-    winner: str | None
+    chosen: dict[str, str]
     choice: Choice | None
+
+    @property
+    def winner(self) -> str | None:
+        """The one that is best, where there is one."""
+        return self.chosen.get(BEST)
 
 
 def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateRow]) -> Confirmed:
     """What is known from the held-out split; nothing before a shortlist is frozen."""
-    events = store.events(kinds=("shortlist", "winner"))
+    events = store.events(kinds=("shortlist", *CHOSEN_EVENTS))
     frozen = [event for event in events if event.kind == "shortlist"]
     if not frozen:
-        return Confirmed([], [], None, None)
+        return Confirmed([], [], {}, None)
     objectives, seed = search.fingerprints["objectives"], search.settings["seed"]
     measures = measures_of(search.fingerprints)
     last, confidence = frozen[-1].payload, search.settings["confirm"]["confidence"]
@@ -85,10 +103,17 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         }
         entries.append(ConfirmedEntry(**dict(plain) | {"objectives": values}))
     baselines = [told(row, marks[row.number]) for row in landmarks if row.number in marks]
-    feasible = {shown.id for shown in [*entries, *baselines] if shown.feasible}
+    shown = [*baselines, *entries]
+    feasible = {each.id for each in shown if each.feasible}
     contenders = [items for number, items in {**ours, **marks}.items() if candidate_id(number) in feasible]
-    # A winner of an earlier shortlist is none: the one that counts has not been scored to its end.
-    winners = [e.payload for e in events if e.kind == "winner" and e.seq > frozen[-1].seq]
+    # What an earlier shortlist chose does not count: this one has not been scored to its end.
+    made = [e.payload for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
+    preference = Preference.of_search(search)
+    too_few = [
+        o["name"]
+        for o in objectives
+        if not is_exact(o, search.fingerprints) and any(each.objectives[o["name"]].n == 1 for each in shown)
+    ]
     choice = Choice(
         frozen_at=next(event.time for event in frozen if event.payload["candidates"] == last["candidates"]),
         shortlist=len(last["candidates"]),
@@ -96,10 +121,40 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         drawn=sum(bool(held_out(store, number, measures)) for number in last.get("drawn", [])),
         comparisons=len(ours) * len(others),
         confidence=confidence,
-        luck=_luck(objectives[0], contenders, seed),
-        feasible=winners[-1].get("feasible", True) if winners else True,
+        luck=_luck(preference, objectives, contenders, seed),
+        feasible=made[-1].get("feasible", True) if made else True,
+        made=bool(made),
+        too_few=too_few,
     )
-    return Confirmed(entries, baselines, candidate_id(winners[-1]["candidate"]) if winners else None, choice)
+    return Confirmed(entries, baselines, _chosen(preference, shown, search, choice) if made else {}, choice)
+
+
+def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, choice: Choice) -> dict[str, str]:
+    """The candidate in each role, by id, among those that keep the constraints or else miss them least.
+
+    Chosen anew from the scores, not read: an older program recorded the best in the first objective.
+    """
+    if not shown:
+        return {}
+    limits = constraints_of(search.fingerprints)
+    misses = np.array([sum(limits[n].violation(v.mean) for n, v in each.constraints.items()) for each in shown])
+    kept = np.flatnonzero(misses == misses.min())
+    among = preference.losses([{n: v.mean for n, v in each.objectives.items()} for each in shown])
+    roles = preference.choose(among[kept], among)
+    unknown = {best_at(name) for name in choice.too_few} | ({BEST, KNEE} if choice.too_few else set())
+    return {role: shown[kept[at]].id for role, at in roles.items() if role not in unknown}
+
+
+UNCONFIRMED = "interrupted"
+"""The state of a search whose candidates are done and whose confirmation began and did not end."""
+
+UNCONFIRMED_WHY = "while its best were confirmed; `evomerge confirm` goes on with it"
+
+
+def is_left_unconfirmed(store: Store) -> bool:
+    """Whether a confirmation began and has not made its choice."""
+    last = store.events(kinds=("shortlist", *CHOSEN_EVENTS), newest=1)
+    return bool(last) and last[0].kind == "shortlist"
 
 
 def _is_compared(landmark: CandidateRow) -> bool:
@@ -136,7 +191,15 @@ def _gaps(
     return gaps
 
 
-def _luck(first: Measure, contenders: Sequence[Items], seed: int) -> float:
-    if not contenders:
+def _luck(preference: Preference, objectives: Sequence[Measure], contenders: Sequence[Items], seed: int) -> float:
+    """The luck of the choice where one number decides that is a mean of items or a sum of such."""
+    mix = preference.scalarisation
+    if not contenders or not preference.decides or (mix is not None and mix.name != "weighted_sum"):
         return 0.0
-    return luck_of_choice(np.stack([better(first, found[first["name"]]) for found in contenders], axis=1), seed)
+    weights = (1.0,) if mix is None else mix.weights
+    parts = [
+        weight * np.stack([better(objective, found[objective["name"]]) for found in contenders], axis=1)
+        for objective, weight in zip(objectives, weights, strict=True)
+        if min(len(found[objective["name"]]) for found in contenders) > 1  # of one item no luck is known
+    ]
+    return luck_of_choice(parts, seed) if parts else 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import better, held_out
-from evomerge.report.entries import Measure, Value, candidate_id
+from evomerge.report.entries import Known, Measure, Value, candidate_id, interval_text
 from evomerge.report.status import status_of
 from evomerge.search.statistics import Matrix, kendall_tau, mean_and_error, shift
 from evomerge.store import CandidateRow, Store
@@ -35,11 +35,11 @@ class Point(BaseModel):
 
 
 class Fall(BaseModel):
-    """By how much a mean is better on search items than on held-out ones, with its interval."""
+    """By how much a mean is better on search items than on held-out ones, with its interval, None of one item."""
 
     mean: float
-    low: float
-    high: float
+    low: Known
+    high: Known
 
 
 class Curse(BaseModel):
@@ -189,10 +189,12 @@ def curse_text(curse: Curse) -> list[str]:
 
 def _size(fall: Fall) -> str:
     """A fall or rise by its size, its interval turned with it."""
+    if fall.low is None or fall.high is None:
+        return f"{abs(fall.mean):.3f}"
     if fall.mean >= 0:
         return f"{fall.mean:.3f} [{fall.low:.3f}, {fall.high:.3f}]"
     return f"{-fall.mean:.3f} [{-fall.high:.3f}, {-fall.low:.3f}]"
 
 
 def _signed(fall: Fall) -> str:
-    return f"{fall.mean:+.3f} [{fall.low:+.3f}, {fall.high:+.3f}]"
+    return f"{fall.mean:+.3f} {interval_text(fall.low, fall.high)}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from evomerge.report.curse import Curse, Point, curse_text
+from evomerge.report.entries import measure_text
 from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
 
 _PLOT, _LEFT, _TOP, _RIGHT = 520.0, 66.0, 62.0, 24.0  # the square plot's side and its margins, in the picture's units
@@ -125,11 +126,11 @@ class _Picture:
     def _point(self, svg: ET.Element, point: Point, kind: str) -> None:
         group = ET.SubElement(svg, "g", {"class": f"{kind} winner" if point.winner else kind})
         name = f"{point.id} {point.label}".strip()
-        told = [f"{where} {v.mean:.3f} ± {v.stderr:.3f}" for where, v in
+        told = [f"{where} {measure_text(v.mean, v.stderr)}" for where, v in
                 (("search", point.search), ("held out", point.held_out))]  # fmt: skip
         ET.SubElement(group, "title").text = legible(f"{name}: {', '.join(told)}")
         x, y = self._x(point.search.mean), self._y(point.held_out.mean)
-        reach = [_PLOT * value.stderr / (self._high - self._low) for value in (point.search, point.held_out)]
+        reach = [_PLOT * (value.stderr or 0.0) / (self._high - self._low) for value in (point.search, point.held_out)]
         right, bottom = _LEFT + _PLOT, _TOP + _PLOT
         shape(group, "line", "bar", x1=max(_LEFT, x - reach[0]), x2=min(right, x + reach[0]), y1=y, y2=y)
         shape(group, "line", "bar", x1=x, x2=x, y1=max(_TOP, y - reach[1]), y2=min(bottom, y + reach[1]))
@@ -194,7 +195,7 @@ def _dot(parent: ET.Element, x: float, y: float, *, landmark: bool) -> None:
 def _range(curse: Curse) -> tuple[float, float]:
     """The range of both axes: all that was found with its errors, and the landmarks that are not far from it."""
     ends = [
-        value.mean + sign * value.stderr
+        value.mean + sign * (value.stderr or 0.0)
         for point in curse.found
         for value in (point.search, point.held_out)
         for sign in (-1, 1)

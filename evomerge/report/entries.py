@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
+from evaluators.cost import COUNTED
+from evomerge.report.parameters import parameters_of
+from evomerge.search.setup import violation
 from evomerge.store import CandidateRow, Estimate
 
 Measure = Mapping[str, Any]
 """An objective or a constraint as a search's fingerprints say it."""
 
 
+def _none_if_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+Known = Annotated[float | None, BeforeValidator(_none_if_nan)]
+"""A number that may not be known: NaN, which JSON has no word for, is null."""
+
+
 class Value(BaseModel):
-    """A measure of a candidate: the mean over ``n`` items and its standard error, as the metric gives it."""
+    """A measure of a candidate: the mean over ``n`` items and its standard error, as the metric gives it.
+
+    One item says nothing of how far its mean may be off: its error is None.
+    """
 
     mean: float
-    stderr: float
+    stderr: Known
     n: int
 
 
 class Gap(BaseModel):
     """The paired difference to another model on the same items; positive is better, whichever way the metric goes.
 
-    Interval and two-sided ``p`` are corrected for all comparisons of the confirmation in this objective.
+    Interval and two-sided ``p`` are corrected for all comparisons of the confirmation in this objective. They are None
+    where there is one item.
     """
 
     to: str
     mean: float
-    low: float
-    high: float
-    p: float
+    low: Known
+    high: Known
+    p: Known
 
 
 class ConfirmedValue(Value):
@@ -50,6 +66,10 @@ class Constraint(BaseModel):
     def text(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.threshold:g}"
 
+    def violation(self, mean: float) -> float:
+        """By how much a mean misses the threshold, as a share of it; 0 where it is kept."""
+        return violation(mean, self.threshold, at_least=self.at_least)
+
     def is_kept(self, value: Value) -> bool:
         """Whether the mean keeps it; its error is not looked at."""
         return value.mean >= self.threshold if self.at_least else value.mean <= self.threshold
@@ -59,14 +79,17 @@ class Entry(BaseModel):
     """A candidate with its objectives and constraints on one split, as far as they are known.
 
     On the search split, fewer items than the search wants of a measure make its value an estimate. ``feasible``: no
-    known value misses its constraint.
+    known value misses its constraint. ``origin`` says where it comes from: "source" is a model that was not merged.
+    ``parameters`` are those of the search space by name, choices by theirs; empty where the space holds no such point.
     """
 
     id: str
     label: str
+    origin: str = ""
     objectives: Mapping[str, Value]
     constraints: dict[str, Value] = {}
     feasible: bool = True
+    parameters: dict[str, float | int | str] = {}
 
 
 class ConfirmedEntry(Entry):
@@ -111,7 +134,34 @@ def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], fingerprints:
     return Entry(
         id=candidate_id(row.number),
         label=row.label,
+        origin=row.origin,
         objectives={o["name"]: values[o["name"]] for o in fingerprints["objectives"] if o["name"] in values},
         constraints=kept,
         feasible=all(constraints[name].is_kept(value) for name, value in kept.items()),
+        parameters=dict(parameters_of(row.genome, fingerprints["parameters"])),
     )
+
+
+def measure_text(mean: float, stderr: float | None) -> str:
+    """A mean with its standard error: 0.620 ± 0.024. Of one item it is "-"; a count, such as of layers, has none."""
+    if stderr is not None and not math.isnan(stderr):
+        return f"{mean:.3f} ± {stderr:.3f}"
+    return f"{mean:,.0f}" if mean > 1 and mean.is_integer() else f"{mean:.3f} ± -"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """An interval: [+0.250, +0.390]; "-" where there is none."""
+    return "-" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
+
+
+def gap_text(gap: Gap) -> str:
+    """A difference with its interval: +0.320 [+0.250, +0.390]; alone where one item gives no interval."""
+    count = gap.low is None and abs(gap.mean) >= 1 and gap.mean.is_integer()
+    mean = f"{gap.mean:+,.0f}" if count else f"{gap.mean:+.3f}"
+    return mean if gap.low is None else f"{mean} {interval_text(gap.low, gap.high)}"
+
+
+def is_exact(measure: Measure, fingerprints: Mapping[str, Any]) -> bool:
+    """Whether a measure is counted and not sampled, such as layers: one item of it says all."""
+    evaluator = fingerprints["evaluators"][measure["evaluator"]]["name"]
+    return evaluator == "cost" and measure["metric"] in COUNTED

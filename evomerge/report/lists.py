@@ -10,9 +10,11 @@ from rich.table import Table
 
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
-from evomerge.report.entries import candidate_id, entry
+from evomerge.report.entries import candidate_id, entry, interval_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
-from evomerge.report.screen import cell, cells, constraint_titles, gain_title, gap_text, p_text
+from evomerge.report.parameters import columns_of
+from evomerge.report.picks import SOURCE
+from evomerge.report.screen import cell, cells, constraint_titles, gain_cell, gain_title, p_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow
 
@@ -27,27 +29,46 @@ def top_table(
     Args:
         best: whether they are the best ones, whose gains matter more than what became of them.
     """
-    first = next(iter(known.directions))
     ids = [candidate_id(row.number) for row in rows]
     values = [cells(entry(row, fingerprints), known) for row in rows]
     titles = [*known.directions, *constraint_titles(known)]
+    parameters = [
+        Column(each.title, [each.text(row.genome) for row in rows], right=True)
+        for each in columns_of(fingerprints["parameters"])
+    ]
     columns = [
         Column("candidate", ids),
-        Column("origin", [f"{row.origin} {row.label}".strip() for row in rows]),
+        Column("origin", [origin_text(row.origin, row.label) for row in rows]),
+        *parameters,
         Column("status", [status_text(row, known) for row in rows]),
         *(Column(title, [texts[i] for texts in values], right=True) for i, title in enumerate(titles)),
         Column("front", ["front" if row.on_front else "" for row in rows]),
     ]
-    held_out, gain = f"{first} held out", f"{gain_title(known)} there"
-    if known.confirmed:
-        confirmed = {found.id: gap_text(found, known) for found in known.confirmed}
-        there = [known.confirmed_values(name).get(first) for name in ids]
-        columns.append(Column(held_out, ["" if v is None else cell(v) for v in there], right=True))
-        columns.append(Column(gain, [confirmed.get(name, "") for name in ids], right=True))
+    held_out = _held_out_columns(ids, known) if known.confirmed else []
+    columns += held_out
     marks = named([row.label for row in rows])
+    narrower = [without(column.title) for column in reversed(parameters)]
     if best:
-        return FittedTable(columns, [without("status"), without("front"), marks, terse])
-    return FittedTable(columns, [without(gain), without(held_out), without("front"), marks, terse])
+        return FittedTable(columns, [without("status"), without("front"), marks, terse, *narrower])
+    gone = [without(column.title) for column in reversed(held_out)]
+    return FittedTable(columns, [*gone, without("front"), marks, terse, *narrower])
+
+
+def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:
+    """What candidates are worth on the held-out split in each objective, and what they gain there."""
+    columns = []
+    for name in known.directions:
+        there = [known.confirmed_values(each).get(name) for each in ids]
+        gains = {found.id: gain_cell(found, known, name) for found in known.confirmed}
+        columns.append(Column(f"{name} held out", ["" if v is None else cell(v) for v in there], right=True))
+        title = f"{gain_title(known, name)} there"
+        columns.append(Column(title, [gains.get(each, "") for each in ids], right=True))
+    return columns
+
+
+def origin_text(origin: str, label: str) -> str:
+    """Where a candidate comes from: "source maths"; a landmark whose name says it has no word more."""
+    return label if label and origin != SOURCE else f"{origin} {label}".strip()
 
 
 def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
@@ -55,6 +76,7 @@ def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
     splits = list(dict.fromkeys(row.split for row in found))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
+    a, b = (f"candidate {name}" if name in {row.objective for row in found} else name for name in (a, b))
     for split in splits:
         table.add_column(SPLITS[split], justify="right")
     for number, objective in enumerate(dict.fromkeys(row.objective for row in found)):
@@ -74,7 +96,7 @@ def _told(row: Comparison, a: str, b: str) -> dict[str, str]:
         a: f"{row.a:.3f}",
         b: f"{row.b:.3f}",
         f"{a} better by": f"{row.difference:+.3f}",
-        f"{row.confidence:.0%} interval": f"[{row.low:+.3f}, {row.high:+.3f}]",
+        f"{row.confidence:.0%} interval": interval_text(row.low, row.high),
         "p": p_text(row.p),
         f"items that {a} won": str(row.better_a),
         f"items that {b} won": str(row.better_b),
@@ -84,7 +106,7 @@ def _told(row: Comparison, a: str, b: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A search in a list: what it is called, where it stands, and its first objective of the best and the best source.
+    """A search in a list: what it is called, where it stands, and what the best and the best source are worth.
 
     Values are texts; empty where there is none yet.
     """

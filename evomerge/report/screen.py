@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, Entry, Value
-from evomerge.report.fitting import Column, FittedTable, named, terse
+from evomerge.report.entries import ConfirmedEntry, Entry, Value, gap_text, measure_text
+from evomerge.report.fitting import Column, FittedTable, named, terse, without
+from evomerge.report.picks import best_source, conclusions, gain_in, is_front, preference_of, roles_of
 from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
 from evomerge.search.jobs import PoolState
+from evomerge.search.preference import BEST, KNEE
 
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
 
@@ -37,12 +42,15 @@ def panel(
         *(Text(told) for told in thrift_lines(status)),
         scores(status, rows),
     ]
+    if not status.confirmed_baselines:
+        parts += [Text(told) for told in conclusions(status)]
     if status.failures:
         causes = ", ".join(f"{count} {reason}" for reason, count in sorted(status.failures.items()))
         parts.append(Text(f"failures: {causes}", style="red"))
     parts += [Text(f"slow: {slow_text(found)}", style="yellow") for found in status.slow]
-    if status.confirmed:
-        parts += [Text(""), confirmed_table(status, rows), *(Text(told, style="dim") for told in choice_text(status))]
+    if status.confirmed or status.confirmed_baselines:
+        parts += [Text(""), confirmed_table(status, rows), *(Text(told) for told in conclusions(status))]
+        parts += [Text(told, style="dim") for told in choice_text(status)]
     return Group(*parts)
 
 
@@ -112,19 +120,21 @@ def slow_text(found: Slow) -> str:
 
 def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
     """Landmarks, the best and the front, with standard errors, on the search split."""
-    best = status.best.id if status.best else ""
     front = {e.id for e in status.front_entries}
     known = {b.id for b in status.baselines}
     found = ranked([e for e in status.front_entries if e.id not in known], status)
     few = found[: rows or _FRONT_ROWS]
     shown = [*_few(status.baselines, status, rows), *few]
-    styles = ["bold green" if e.id == best and e in few else "dim" if e.id in known else "" for e in shown]
+    roles = [roles_of(status, e.id, "search") for e in shown]
+    styles = ["bold green" if roles[i] and e in few else "dim" if e.id in known else "" for i, e in enumerate(shown)]
     titles = [f"{name} {'↑' if way == 'maximize' else '↓'}" for name, way in status.directions.items()]
-    marks = [_mark(e, best, front) for e in shown]
+    marks = [", ".join([*([e.label] if e.label else []), *roles[i], *["front"] * (e.id in front)])
+             for i, e in enumerate(shown)]  # fmt: skip
     below = _more(len(status.baselines) + len(few) - len(shown), len(found) - len(few), "on the front")
     if status.best is None and status.constraints and status.candidates.done:
         below.append(Text("none scored on every item keeps all constraints yet"))
     columns = _columns(shown, marks, [*titles, *constraint_titles(status)], [cells(e, status) for e in shown])
+    columns[2:2] = _scalar_column(shown, [*status.baselines, *status.front_entries], status)
     return Group(FittedTable(columns, [named(marks), terse], title="search split", styles=styles), *below)
 
 
@@ -133,15 +143,22 @@ def confirmed_table(status: SearchStatus, rows: int | None = None) -> Renderable
     few = ranked(status.confirmed, status)[:rows]
     landmarks = _few(status.confirmed_baselines, status, rows)
     shown = [*landmarks, *few]
-    marks = [", ".join([e.label] * bool(e.label) + ["winner"] * (e.id == status.winner)) for e in shown]
-    styles = ["bold green" if e.id == status.winner else "dim" if e in landmarks else "" for e in shown]
+    roles = [roles_of(status, e.id, "held_out") for e in shown]
+    marks = [", ".join([e.label] * bool(e.label) + roles[i]) for i, e in enumerate(shown)]
+    styles = ["bold green" if roles[i] else "dim" if e in landmarks else "" for i, e in enumerate(shown)]
     titles = [*status.directions, *constraint_titles(status)]
     columns = _columns(shown, marks, titles, [cells(e, status, whole=True) for e in shown])
-    gains = [*("" for _ in landmarks), *(gap_text(e, status) for e in few)]
-    columns.append(Column(gain_title(status), gains, right=True))
+    columns[2:2] = _scalar_column(shown, [*status.confirmed_baselines, *status.confirmed], status)
+    gains = [
+        Column(title, [*("" for _ in landmarks), *(gain_cell(e, status, name) for e in few)], right=True)
+        for name in status.directions
+        if few and (title := gain_title(status, name))
+    ]
+    columns += gains
+    fewer = [without(column.title) for column in gains[:0:-1]]  # of what is chosen they stand below the table too
     below = _more(len(status.confirmed_baselines) - len(landmarks), len(status.confirmed) - len(few), "confirmed")
     title = "held-out split (never seen by the search)"
-    return Group(FittedTable(columns, [named(marks), terse], title=title, styles=styles), *below)
+    return Group(FittedTable(columns, [named(marks), terse, *fewer], title=title, styles=styles), *below)
 
 
 def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str], rows: Rows) -> list[Column]:
@@ -151,9 +168,36 @@ def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str]
 
 
 def ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
-    """The best by the first objective first."""
+    """The best first: by what decides, or along a front by the first objective."""
+    if status.scalarisation is not None:
+        order = _scalars(found, found, status)
+        return [found[at] for at in np.argsort(order, kind="stable")]
     first = next(iter(status.directions))
-    return sorted(found, key=lambda e: e.objectives[first].mean, reverse=status.directions[first] == "maximize")
+    known = [e for e in found if first in e.objectives]
+    return sorted(known, key=lambda e: e.objectives[first].mean, reverse=status.directions[first] == "maximize")
+
+
+def _scalars(found: Sequence[Entry], among: Sequence[Entry], status: SearchStatus) -> NDArray[np.float64]:
+    """The number by which a scalarisation decides, float64 [found], less is better; NaN where a value is not known."""
+    preference = preference_of(status)
+    losses = [
+        preference.losses([{name: v.mean for name, v in e.objectives.items()} for e in rows]) for rows in (found, among)
+    ]
+    return preference.order(*losses)
+
+
+def _scalar_column(shown: Sequence[Entry], among: Sequence[Entry], status: SearchStatus) -> list[Column]:
+    """What decides between several objectives, where a scalarisation does; a sum of what is maximised is shown as one.
+
+    ``among`` are those whose values give the range that objectives are scaled by.
+    """
+    if status.scalarisation is None or not shown:
+        return []
+    preference = preference_of(status)
+    is_sum = preference.scalar == "weighted sum"
+    numbers = _scalars(shown, among, status) * (-1.0 if is_sum else 1.0)
+    texts = ["" if math.isnan(number) else f"{number:.3f}" for number in numbers.tolist()]
+    return [Column(f"{preference.scalar} {'↑' if is_sum else '↓'}", texts, right=True)]
 
 
 def _few(landmarks: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
@@ -167,34 +211,28 @@ def _more(landmarks: int, others: int, what: str) -> list[RenderableType]:
     return [Text(f"and {', '.join(told)}", style="dim")] if told else []
 
 
-def gain_text(found: ConfirmedEntry, status: SearchStatus) -> str:
-    """The paired difference to the best source in the first objective: +0.320 [0.250, 0.390] over japanese."""
-    best = best_source(status)
-    return f"{gap_text(found, status)} over {best}" if best else ""
+def gain_text(found: ConfirmedEntry, status: SearchStatus, objective: str) -> str:
+    """The paired difference to the source that is best in an objective: +0.320 [0.250, 0.390] over japanese."""
+    best = best_confirmed_source(status, objective)
+    return f"{gain_cell(found, status, objective)} over {best}" if best else ""
 
 
-def gap_text(found: ConfirmedEntry, status: SearchStatus) -> str:
-    """The paired difference to the best source in the first objective, where the source is named elsewhere."""
-    best = best_source(status)
-    if not best:
-        return ""
-    gap = next(g for g in found.objectives[next(iter(status.directions))].difference if g.to == best)
-    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+def gain_cell(found: ConfirmedEntry, status: SearchStatus, objective: str) -> str:
+    """The same where the source is named elsewhere."""
+    gap = gain_in(found, objective, best_confirmed_source(status, objective))
+    return "" if gap is None else gap_text(gap)
 
 
-def gain_title(status: SearchStatus) -> str:
+def gain_title(status: SearchStatus, objective: str) -> str:
     """What stands above gains: gain over japanese, in maths. The objective is named where there are several."""
-    best = best_source(status)
-    inside = f" in {next(iter(status.directions))}" if len(status.directions) > 1 else ""
+    best = best_confirmed_source(status, objective)
+    inside = f" in {objective}" if len(status.directions) > 1 else ""
     return f"gain over {best}{inside}" if best else ""
 
 
-def best_source(status: SearchStatus) -> str:
-    """The label of the source that is best in the first objective on the held-out split; empty while none is known."""
-    first = next(iter(status.directions))
-    means = {e.label: e.objectives[first].mean for e in status.confirmed_baselines if e.label in status.sources}
-    way = max if status.directions[first] == "maximize" else min
-    return way(means, key=lambda label: means[label]) if means else ""
+def best_confirmed_source(status: SearchStatus, objective: str) -> str:
+    """The label of the source that is best in an objective on the held-out split; empty while none is known."""
+    return best_source(status.confirmed_baselines, status.sources, objective, status.directions[objective])
 
 
 def choice_text(status: SearchStatus) -> list[str]:
@@ -203,8 +241,8 @@ def choice_text(status: SearchStatus) -> list[str]:
     if choice is None or not choice.comparisons:
         return []
     told = [f"Intervals hold all at once with {choice.confidence:.0%}: corrected for {_comparisons(choice, status)}."]
-    if status.winner is not None:
-        told.append(_winner_text(status.winner, choice, status))
+    if choice.made or status.winner is not None:
+        told += [text for text in [_winner_text(status.winner, choice, status)] if text]
     if choice.shortlists > 1:
         told.append(
             f"This is shortlist {choice.shortlists} of the search: held-out scores of earlier ones were known before."
@@ -212,18 +250,24 @@ def choice_text(status: SearchStatus) -> list[str]:
     return told
 
 
-def _winner_text(winner: str, choice: Choice, status: SearchStatus) -> str:
-    """What the winner was chosen by, and how much of its value may be luck."""
+def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> str:
+    """What the winner was chosen by, and how much of its value may be luck; nothing of a front that has none."""
     limits = ", ".join(constraint_titles(status))
+    who = "the winner is the one that misses" if winner is not None else "those that are named here miss"
     if not choice.feasible:
-        return f"No model keeps every constraint there ({limits}): the winner is the one that misses them least."
-    first = next(iter(status.directions))
-    known = status.confirmed_values(winner)[first].mean
+        return f"No model keeps every constraint there ({limits}): {who} them least."
+    if winner is None:
+        return ""
     among = sum(shown.feasible for shown in [*status.confirmed, *status.confirmed_baselines])
     of = f"{_count(len(status.confirmed), 'candidate')} and {_count(len(status.confirmed_baselines), 'landmark')}"
     who = f"the {among} there that keep {limits}" if limits else f"the {among} there ({of})"
     luck = f"about {choice.luck:.3f} may be luck of the choice"
-    return f"The winner is the best of {who}: of its {first} {known:.3f}, {luck}."
+    if status.scalarisation is None:
+        first = next(iter(status.directions))
+        known = status.confirmed_values(winner)[first].mean
+        return f"The winner is the best of {who}: of its {first} {known:.3f}, {luck}."
+    scalar = preference_of(status).scalar
+    return f"The winner is the best of {who} by the {scalar} of all objectives{f': {luck}' if choice.luck else ''}."
 
 
 def _comparisons(choice: Choice, status: SearchStatus) -> str:
@@ -254,7 +298,8 @@ def line(status: SearchStatus, eta: float | None = None) -> str:
         text += f", {c.failed} failed"
     if status.best:
         values = ", ".join(f"{name} {cell(v)}" for name, v in status.best.objectives.items())
-        text += f"; best {status.best.id}{f' ({status.best.label})' if status.best.label else ''}: {values}"
+        what = KNEE if is_front(status) else BEST
+        text += f"; {what} {status.best.id}{f' ({status.best.label})' if status.best.label else ''}: {values}"
     if len(status.directions) > 1:
         text += f"; {len(status.front)} on the front"
     if status.slow:
@@ -264,11 +309,13 @@ def line(status: SearchStatus, eta: float | None = None) -> str:
 
 def cell(value: Value) -> str:
     """A mean with its standard error: 0.620 ± 0.024."""
-    return f"{value.mean:.3f} ± {value.stderr:.3f}"
+    return measure_text(value.mean, value.stderr)
 
 
-def p_text(p: float) -> str:
-    """A p as people read it; one that is drawn says no more below a thousandth."""
+def p_text(p: float | None) -> str:
+    """A p as people read it; one that is drawn says no more below a thousandth, and one item has none."""
+    if p is None:
+        return "-"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -282,15 +329,6 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
-
-
-def _mark(shown: Entry, best: str, front: set[str]) -> str:
-    marks = [shown.label] if shown.label else []
-    if shown.id == best:
-        marks.append("best")
-    if shown.id in front:
-        marks.append("front")
-    return ", ".join(marks)
 
 
 def finished(status: SearchStatus) -> int:

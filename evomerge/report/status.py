@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from evomerge.errors import InputError
-from evomerge.report.confirmed import Choice, confirmation
+from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, Choice, confirmation
 from evomerge.report.entries import (
     ConfirmedEntry,
     Constraint,
@@ -27,7 +27,9 @@ from evomerge.report.entries import (
     entry,
     measures_of,
 )
+from evomerge.report.picks import SOURCE, Pick, conclusions, is_front, picks_of
 from evomerge.search.folder import open_store
+from evomerge.search.preference import BEST, KNEE, Preference
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.front import knee
 
@@ -110,7 +112,12 @@ class Slow(BaseModel):
 
 
 class SearchStatus(BaseModel):
-    """A search at one moment. ``best`` is the best by the first objective; ``winner`` is chosen on held-out items.
+    """A search at one moment.
+
+    ``picks`` is what it chose so far: the best where one objective or a ``scalarisation`` decides, else the best at
+    each objective and the knee. ``best`` is the best on the search split, the knee of a front, and ``best_by_role``
+    has all that is chosen there, by id. ``winner`` is the best on held-out items, None while there is none and where
+    nothing decides. ``conclusions`` say in words what was found.
 
     ``wanted`` says of how many items each objective and constraint is the mean, and ``items`` how many item scores
     of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit.
@@ -143,6 +150,10 @@ class SearchStatus(BaseModel):
     confirmed_baselines: list[Entry]
     winner: str | None
     choice: Choice | None
+    scalarisation: dict[str, Any] | None = None
+    picks: list[Pick] = []
+    best_by_role: dict[str, str] = {}
+    conclusions: list[str] = []
 
     def confirmed_values(self, candidate: str) -> Mapping[str, Value]:
         """A candidate's objectives on the held-out split, baselines included; empty when it has none."""
@@ -170,28 +181,55 @@ def candidate_number(text: str, store: Store) -> int:
 
 
 def chosen(store: Store, candidate: str) -> int:
-    """The number of the candidate that a person names: by its id, a source's name, "best" or "knee".
+    """The number of the candidate that a person names: by its id, a source's name, or what it is chosen for.
 
-    "best" is the winner of the confirmation, else the best by the first objective; "knee" the best compromise on the
-    front.
+    "best" is the winner of the confirmation, or the best on the search split while there is none; of a front the knee,
+    the best compromise. "best at maths" is that in one of several objectives.
 
     Raises:
         InputError: there is no such candidate, or none has been scored.
     """
     status = status_of(store)
-    if candidate == "best":
-        if status.winner is not None:
-            return int(status.winner.removeprefix("c"))
-        if status.best is None:
+    chosen_for = {pick.role: pick.id for pick in status.picks}
+    if candidate == KNEE and not status.front:
+        raise InputError(store.place, "has no front yet")
+    if candidate == KNEE and not is_front(status):
+        return _knee(store)
+    if candidate == BEST:
+        found = chosen_for.get(BEST, chosen_for.get(KNEE, None if status.best is None else status.best.id))
+        if found is None:
             problem = "has no candidate yet that was scored on every item and keeps all constraints"
             raise InputError(store.place, problem, "`evomerge top DIR --all` lists every candidate by its id.")
-        return int(status.best.id.removeprefix("c"))
-    if candidate == "knee":
-        front = store.front()
-        if not front:
-            raise InputError(store.place, "has no front yet")
-        return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number
+        return int(found.removeprefix("c"))
+    if candidate in chosen_for:
+        return int(chosen_for[candidate].removeprefix("c"))
     return candidate_number(candidate, store)
+
+
+def exported(store: Store, candidate: str) -> int:
+    """As ``chosen``, for a model to be written: a source is written where a person names it, and not as the best.
+
+    Raises:
+        InputError: there is no such candidate, or what is chosen is a model that was never merged.
+    """
+    number = chosen(store, candidate)
+    status = status_of(store)
+    source = next((e.label for e in status.baselines if e.id == candidate_id(number) and e.origin == SOURCE), "")
+    if not source or candidate not in {BEST, KNEE, *(pick.role for pick in status.picks)}:
+        return number
+    merges = [e.id for e in [*status.confirmed, *status.front_entries] if e.origin != SOURCE]
+    other = f"; for a merge, --candidate {merges[0]} or another of `evomerge top DIR`" if merges else ""
+    raise InputError(
+        candidate_id(number),
+        f"is the source {source} itself, unmerged, and it is the {candidate}: a copy of it is no merge",
+        f"For the copy, say --candidate {source}{other}.",
+    )
+
+
+def _knee(store: Store) -> int:
+    """The best compromise on the front of the search split, whatever else decides."""
+    front = store.front()
+    return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number
 
 
 def depths_of(store: Store) -> dict[str, int]:
@@ -217,17 +255,21 @@ def status_of(store: Store) -> SearchStatus:
     state = search.state
     if state in ("running", "paused", "confirming") and not driven:
         state = "interrupted"
-    first = objectives[0]
-    best = store.best(first["name"], maximise=first["maximise"])
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
     failed = store.candidates(statuses=["failed"], newest=_RECENT)
     front = store.front()
     landmarks = store.candidates(step=0)
     held = confirmation(store, search, landmarks)
-    return SearchStatus(
+    directions = {o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives}
+    sources = [row.label for row in landmarks if row.origin == "source"] or list(settings["sources"])
+    best = {role: entry(row, fingerprints) for role, row in best_on_search(store, search, front, landmarks).items()}
+    why = search.why
+    if state == "finished" and not driven and held.choice is not None and not held.choice.made:
+        state, why = UNCONFIRMED, UNCONFIRMED_WHY
+    status = SearchStatus(
         name=search.name,
         state=state,
-        why=search.why,
+        why=why,
         space=describe_space(settings["space"]),
         optimizer=settings["optimizer"]["name"],
         parameters=len(fingerprints["parameters"]),
@@ -245,14 +287,14 @@ def status_of(store: Store) -> SearchStatus:
             hours=settings["budget"]["hours"],
             hours_spent=(search.spent_s + (unrecorded_s(store) if driven else 0.0)) / 3600,
         ),
-        directions={o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives},
+        directions=directions,
         wanted={m["name"]: m["items"] for m in measures},
         constraints=constraints_of(fingerprints),
         racing=_racing(search),
         screen=_screen(store, search),
         item_response=_item_response(store),
-        sources=[row.label for row in landmarks if row.origin == "source"] or list(settings["sources"]),
-        best=entry(best[0], fingerprints) if best else None,
+        sources=sources,
+        best=best.get(BEST, best.get(KNEE)),
         baselines=[entry(row, fingerprints) for row in landmarks if row.objectives],
         front=[candidate_id(row.number) for row in front],
         front_entries=[entry(row, fingerprints) for row in front],
@@ -263,7 +305,26 @@ def status_of(store: Store) -> SearchStatus:
         confirmed_baselines=held.baselines,
         winner=held.winner,
         choice=held.choice,
+        scalarisation=settings["optimizer"].get("scalarisation"),
+        picks=picks_of(best, held, directions, sources),
+        best_by_role={role: found.id for role, found in best.items()},
     )
+    return status.model_copy(update={"conclusions": conclusions(status)})
+
+
+def best_on_search(
+    store: Store, search: SearchRow, front: Sequence[CandidateRow], landmarks: Sequence[CandidateRow]
+) -> dict[str, CandidateRow]:
+    """What is chosen on the search split, by role. Whatever is best by any preference is on the front."""
+    preference = Preference.of_search(search)
+    if len(preference.objectives) == 1:
+        ((name, up),) = preference.objectives.items()
+        return dict.fromkeys([BEST], row) if (row := next(iter(store.best(name, maximise=up)), None)) else {}
+    losses, among = (
+        preference.losses([{name: found["mean"] for name, found in row.objectives.items()} for row in rows])
+        for rows in (front, [*front, *landmarks])
+    )
+    return {role: front[at] for role, at in preference.choose(losses, among).items()}
 
 
 def unrecorded_s(store: Store) -> float:

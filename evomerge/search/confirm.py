@@ -4,14 +4,17 @@ The best of many noisy scores is mostly luck: of 1,000 equally good candidates, 
 is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every landmark. More of
 the best may be scored there to draw how far search scores fall; they come when the winner is named, and never win.
 
-The winner keeps the constraints there too. Where no model does, it is the one that misses them least, and the record
-says so.
+What decides is the objective, or the scalarisation of several. Several without one have no winner: the best at each and
+the knee are written down. The winner keeps the constraints there too. Where no model does, it is the one that misses
+them least, and the record says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
@@ -20,10 +23,11 @@ from evomerge.search.deadlines import Deadlines
 from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.jobs import Failed, Finished, Measured, PoolNews
 from evomerge.search.pools.base import Pool
+from evomerge.search.preference import BEST, Preference, ranked
 from evomerge.search.scores import to_answers, to_scores
 from evomerge.search.setup import Setup
 from evomerge.search.statistics import mean_and_error
-from evomerge.store import CandidateRow, Store
+from evomerge.store import CandidateRow, Estimate, Store
 
 _OURS = ("confirming", "paused")  # states that say nothing of the search that is being confirmed
 
@@ -48,6 +52,7 @@ class Confirmation:
         self._logs = logs
         self._last_failure = ""
         self._tasks = setup.tasks("held_out")
+        self._preference = Preference.of_setup(setup)
 
         def report(news: PoolNews) -> None:
             store.record_event(news.kind, news.payload)
@@ -55,7 +60,7 @@ class Confirmation:
         self._dispatcher = Dispatcher(pool, control, setup.attempts, idle, deadlines, report, check)
 
     def run(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
-        """Score what has no held-out scores yet; True when the winner is named, False when a stop came first.
+        """Score what has no held-out scores yet; True when the choice is made, False when a stop came first.
 
         ``recipe_of`` gives a candidate's recipe with its sources' references.
         """
@@ -77,11 +82,23 @@ class Confirmation:
         if shortlist and not any(self._is_scored(row.number) for row in shortlist):
             raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
         # A landmark may win: a search that found nothing better than a source must not name something worse.
-        if contenders := [row for row in rows.values() if self._is_scored(row.number)]:
-            ranks = {row.number: self._held_out_rank(row.number) for row in contenders}
-            winner = min(ranks, key=lambda number: ranks[number])
-            self._store.record_event("winner", {"candidate": winner, "feasible": ranks[winner][0] == 0.0})
+        self._choose([row.number for row in rows.values() if self._is_scored(row.number)])
         return self._score(drawn, recipe_of)
+
+    def _choose(self, contenders: Sequence[int]) -> None:
+        """Write down what the held-out split chooses: the winner where there is one, else what a front offers."""
+        if not contenders:
+            return
+        estimates = [self._held_out(number) for number in contenders]
+        misses = np.array([self._setup.violation(each) for each in estimates])
+        among = self._preference.losses([{name: e["mean"] for name, e in each.items()} for each in estimates])
+        kept = np.flatnonzero(misses == misses.min())
+        chosen = {role: contenders[kept[at]] for role, at in self._preference.choose(among[kept], among).items()}
+        feasible = bool(misses.min() == 0.0)
+        if BEST in chosen:
+            self._store.record_event("winner", {"candidate": chosen[BEST], "feasible": feasible})
+        else:
+            self._store.record_event("confirmed", {"chosen": chosen, "feasible": feasible})
 
     def _score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         """Score what has no held-out scores yet; False when a stop came first."""
@@ -96,34 +113,31 @@ class Confirmation:
     def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
         """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn.
 
-        The shortlist is the front and the best by the first objective; of equal recipes the first is taken.
+        The shortlist is the front and the best of the search; of equal recipes the first is taken. Drawn are the best
+        by the first objective, which the picture of the winner's curse is about.
         """
-        settings = self._setup.confirm
-        best = self._best(max(settings.top, settings.drawn))
-        finds = [row for row in [*self._store.front(), *best[: settings.top]] if _is_find(row)]
-        found = {row.recipe_hash: row for row in reversed(finds)}
+        settings, first = self._setup.confirm, self._setup.objectives[0]
+        by_first = Preference({first.name: first.maximise}, None)
+        finds = [*self._store.front(), *self._best(self._preference, settings.top)]
+        found = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
         shortlist = sorted(found.values(), key=lambda row: row.number)
-        drawn = [row for row in best[: settings.drawn] if row.recipe_hash not in found]
+        drawn = [row for row in self._best(by_first, settings.drawn) if row.recipe_hash not in found]
         numbers = {"candidates": [row.number for row in shortlist], "drawn": [row.number for row in drawn]}
         self._store.record_event("shortlist", numbers)
         return shortlist, drawn
 
-    def _best(self, count: int) -> list[CandidateRow]:
-        """The best finds by the first objective, best first."""
-        first = self._setup.objectives[0]
+    def _best(self, preference: Preference, count: int) -> list[CandidateRow]:
+        """The best of what the search found, best first."""
         landmarks = len(self._store.candidates(step=0))
-        best = self._store.best(first.name, maximise=first.maximise, k=count + landmarks)
-        return [row for row in best if _is_find(row)][:count]
+        return [row for row in ranked(self._store, preference, count + landmarks) if _is_find(row)][:count]
 
-    def _held_out_rank(self, number: int) -> tuple[float, float]:
-        """How good a model is on the held-out split, less is better: constraints first, then the first objective."""
+    def _held_out(self, number: int) -> dict[str, Estimate]:
+        """What a model is worth on the held-out split, by objective and constraint."""
         found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
-        means = {
+        return {
             m.name: mean_and_error(found[self._setup.evaluators[m.evaluator].version][m.metric])
             for m in self._setup.measures
         }
-        first = self._setup.objectives[0]
-        return self._setup.violation(means), first.loss(means[first.name]["mean"])
 
     def _is_scored(self, number: int) -> bool:
         """Whether all that objectives and constraints are measured by has held-out scores; the screen needs none."""

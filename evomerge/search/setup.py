@@ -17,6 +17,12 @@ from evomerge.search.sections import Budget, Confirm, KeptAnswers, Mode, Racing
 from evomerge.store import Estimate
 
 
+def violation(mean: float, threshold: float, *, at_least: bool) -> float:
+    """By how much a mean misses a threshold, as a share of it; 0 where it is kept."""
+    miss = threshold - mean if at_least else mean - threshold
+    return max(0.0, miss) / (abs(threshold) or 1.0)
+
+
 @dataclass(frozen=True)
 class MeasureInfo:
     """A metric of an evaluator, as the driver sees it.
@@ -49,8 +55,7 @@ class ConstraintInfo(MeasureInfo):
 
     def violation(self, mean: float) -> float:
         """By how much a mean misses the threshold, as a share of it; 0 where it is kept."""
-        miss = self.threshold - mean if self.maximise else mean - self.threshold
-        return max(0.0, miss) / (abs(self.threshold) or 1.0)
+        return violation(mean, self.threshold, at_least=self.maximise)
 
 
 @dataclass(frozen=True)

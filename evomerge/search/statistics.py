@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ _DRAWS = 5000  # the 95% quantile of so many is right to 0.3% of probability; an
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its two-sided confidence interval."""
+    """The mean of paired differences and its two-sided confidence interval, NaN to NaN where one item says nothing."""
 
     mean: float
     low: float
@@ -28,16 +29,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Corrected(Difference):
-    """A difference whose interval and two-sided ``p`` hold for a whole family of comparisons at once."""
+    """A difference whose interval and two-sided ``p`` hold for a whole family of comparisons at once; NaN as above."""
 
     p: float
 
 
 def mean_and_error(values: Values) -> Estimate:
-    """Mean and standard error of per-item scores of shape [n], computed in float64; no error for a single item."""
+    """Mean and standard error of per-item scores of shape [n], in float64; of a single item the error is NaN."""
     exact = values.astype(np.float64)
     n = len(exact)
-    error = float(exact.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    error = float(exact.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return Estimate(mean=float(exact.mean()), stderr=error, n=n)
 
 
@@ -49,7 +50,9 @@ def paired_difference(ours: Values, theirs: Values, confidence: float) -> Differ
     """
     differences = ours.astype(np.float64) - theirs.astype(np.float64)
     mean = float(differences.mean())
-    if len(differences) < 2 or np.ptp(differences) == 0.0:
+    if len(differences) < 2:
+        return Difference(mean, math.nan, math.nan)
+    if np.ptp(differences) == 0.0:
         return Difference(mean, mean, mean)
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
     reach = float(special.stdtrit(len(differences) - 1, 0.5 + confidence / 2)) * error
@@ -59,7 +62,12 @@ def paired_difference(ours: Values, theirs: Values, confidence: float) -> Differ
 
 def _bound(differences: Matrix) -> float:
     """How far from 0 a mean can be, of which these are some: 1 where scores are right or wrong, else no bound."""
-    return 1.0 if np.isin(differences, (-1.0, 0.0, 1.0)).all() else math.inf
+    return 1.0 if _is_right_or_wrong(differences) else math.inf
+
+
+def _is_right_or_wrong(differences: Matrix) -> bool:
+    """Whether these can be differences of scores that are 0 or 1 each."""
+    return bool(np.isin(differences, (-1.0, 0.0, 1.0)).all())
 
 
 def simultaneous_differences(differences: Matrix, confidence: float, seed: int) -> list[Corrected]:
@@ -70,36 +78,64 @@ def simultaneous_differences(differences: Matrix, confidence: float, seed: int) 
     largest of all |t| does with probability ``confidence`` where nothing differs. That largest is drawn with the
     correlation that the items show, which for candidates of one search is high, so it costs less than Bonferroni.
 
-    Right-or-wrong scores that rarely differ have too small a standard error by luck, or none. So, like a score
-    interval (Agresti & Coull, The American Statistician 52, 1998), each sum of squares counts c^2 typical differences
-    more, c being that largest |t|: without any difference among n items the interval is c^2 / n either way.
+    Scores that rarely differ have too small a standard error by luck, or none. So, like a score interval (Agresti &
+    Coull, The American Statistician 52, 1998), the sum of squares of such a comparison counts c^2 of its own typical
+    squared differences more, c being that largest |t|: without any difference among n right-or-wrong items the
+    interval is c^2 / n either way. A comparison of continuous scores has the plain standard error, and none is
+    widened by what another of its family differs by.
 
     Args:
         differences: float64 [items, comparisons], of the same items; positive is better.
         seed: of the draws. Equal arguments give equal intervals.
 
     Returns:
-        For each comparison its mean, interval and adjusted p, which agree: p < 1 - confidence when 0 is outside. All
-        are points for a single item, and where the whole family has no difference: nothing then says how large one is.
+        For each comparison its mean, interval and adjusted p, which agree: p < 1 - confidence when 0 is outside. Of a
+        single item intervals and p are NaN. A comparison is a point where all items differ by the same and nothing
+        says how large a difference would be.
     """
     n = len(differences)
     means = differences.mean(axis=0)
+    if n < 2:
+        return [Corrected(mean, math.nan, math.nan, math.nan) for mean in means.tolist()]
+    if not differences.any():
+        return [Corrected(mean, mean, mean, 1.0) for mean in means.tolist()]
     centred = differences - means
     squares = (centred**2).sum(axis=0)
-    if n < 2 or not differences.any():
-        return [Corrected(mean, mean, mean, 1.0) for mean in means.tolist()]
-    typical = float((differences[differences != 0] ** 2).mean())
+    typical = _typical_squares(differences)
     largest = _largest_t(centred, squares, seed)
     critical = float(np.quantile(largest, confidence))
     reach = critical * np.sqrt((squares + critical**2 * typical) / (n * (n - 1)))
     # The |t| at which the interval would end at 0: the positive root of t^2 (squares + t^2 typical) = n (n - 1) mean^2.
     wanted = n * (n - 1) * means**2
-    t_squared = 2 * wanted / (squares + np.sqrt(squares**2 + 4 * typical * wanted) + np.finfo(np.float64).tiny)
+    below = squares + np.sqrt(squares**2 + 4 * typical * wanted)
+    certain = np.where(wanted > 0, math.inf, 0.0)  # all items differ by the same, or none does
+    t_squared = np.divide(2 * wanted, below, out=certain, where=below > 0)
     as_large = _DRAWS - np.searchsorted(largest, np.sqrt(t_squared), side="left")
     p = (1 + as_large) / (1 + _DRAWS)
     bound = _bound(differences)
     low, high = np.maximum(means - reach, -bound), np.minimum(means + reach, bound)
     return [Corrected(*map(float, found)) for found in zip(means, low, high, p, strict=True)]
+
+
+def _typical_squares(differences: Matrix) -> Matrix:
+    """float64 [comparisons]: the typical squared difference that keeps rare differences from looking like none.
+
+    Right-or-wrong scores differ by 1. Of other scores a comparison needs it only where at least half of its items
+    differ by the same, mostly by nothing: then it is the mean square of how far the others are from that. Where all
+    differ by the same, none of its own is known, and the median of the family's stands for it.
+    """
+    if _is_right_or_wrong(differences):
+        return np.ones(differences.shape[1])
+    typical = np.zeros(differences.shape[1])
+    for number, column in enumerate(differences.T):
+        values, counts = np.unique(column, return_counts=True)
+        if len(values) == 1:
+            typical[number] = math.nan
+        elif 2 * counts.max() >= len(column):
+            common = values[counts.argmax()]
+            typical[number] = float(((column[column != common] - common) ** 2).mean())
+    known = typical[typical > 0]
+    return np.where(np.isnan(typical), np.median(known) if len(known) else 0.0, typical)
 
 
 def _largest_t(centred: Matrix, squares: Matrix, seed: int) -> Matrix:
@@ -121,7 +157,7 @@ def _noise(centred: Matrix, random: np.random.Generator) -> Matrix:
     return np.asarray(random.standard_normal((_DRAWS, len(root))) @ root)
 
 
-def luck_of_choice(values: Matrix, seed: int) -> float:
+def luck_of_choice(values: Sequence[Matrix], seed: int) -> float:
     """How much better than it is the best of some candidates looks, because it was chosen on these very items.
 
     The parametric bootstrap of the choice: means are drawn anew around those found, with their covariance, and the best
@@ -131,14 +167,19 @@ def luck_of_choice(values: Matrix, seed: int) -> float:
     surely the best it is 0.
 
     Args:
-        values: float64 [items, candidates], more is better.
+        values: what the choice is by, float64 [items, candidates], more is better; or several, each on items of its
+            own, whose means are added.
         seed: of the draws.
     """
-    n, count = values.shape
-    if n < 2 or count < 2:
+    count = values[0].shape[1]
+    if min(len(each) for each in values) < 2 or count < 2:
         return 0.0
-    means = values.mean(axis=0)
-    noise = _noise((values - means) / math.sqrt(n * (n - 1)), np.random.default_rng(seed))
+    random = np.random.default_rng(seed)
+    means, noise = np.zeros(count), np.zeros((_DRAWS, count))
+    for each in values:
+        n, own = len(each), each.mean(axis=0)
+        means += own
+        noise += _noise((each - own) / math.sqrt(n * (n - 1)), random)
     best = np.argmax(means + noise, axis=1)
     return max(0.0, math.sqrt(2) * float(np.take_along_axis(noise, best[:, None], axis=1).mean()))
 
@@ -147,7 +188,7 @@ def shift(before: Matrix, after: Matrix, confidence: float) -> Difference:
     """How much lower the mean of ``after`` [m] is than that of ``before`` [n], other items, with Welch's interval."""
     mean = float(before.mean() - after.mean())
     if min(len(before), len(after)) < 2:
-        return Difference(mean, mean, mean)
+        return Difference(mean, math.nan, math.nan)
     errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
     if not sum(errors):
         return Difference(mean, mean, mean)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveFloat, PositiveInt
 
 from evomerge.report.comparing import Comparison
+from evomerge.report.entries import measure_text
 from evomerge.report.status import Counts
 from evomerge.search.sections import Name
 from evomerge.store.rows import Status
@@ -39,7 +40,7 @@ class Mean(BaseModel):
         """The mean with its error, for people; nothing where it is not known."""
         if self.mean is None:
             return ""
-        return f"{self.mean:.3f}" if self.stderr is None else f"{self.mean:.3f} ± {self.stderr:.3f}"
+        return measure_text(self.mean, self.stderr)
 
 
 class Objective(BaseModel):
@@ -115,8 +116,10 @@ class SearchSummary(BaseModel):
     """A search as a list shows it.
 
     ``driver``: whether a process drives it. ``eta_s`` are seconds until its budget is spent at the pace so far,
-    ``sparkline`` the best so far at a few equal steps of candidates, ``gpu_hours`` what its workers spent on GPUs, null
-    where they have none or it cannot be told. ``best_source`` is the best of the models that it began with.
+    ``sparkline`` the best so far at a few equal steps of candidates, ``gpu_hours`` what its workers spent on GPUs,
+    null where they have none or it cannot be told. ``best_source`` is the best of the models that it began with.
+    With several objectives both are so by their scalarisation, or ``best_role`` is "knee": the best compromise on
+    the front, that of the sources.
     """
 
     name: str
@@ -129,6 +132,7 @@ class SearchSummary(BaseModel):
     budget: Spending
     eta_s: float | None
     best: CandidateName | None
+    best_role: str = "best"
     best_source: CandidateName | None
     sparkline: list[float]
     gpu_hours: float | None

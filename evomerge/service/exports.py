@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.report.entries import candidate_id
-from evomerge.report.status import chosen
+from evomerge.report.status import exported
 from evomerge.search.folder import STORE_VARIABLE
 from evomerge.service import processes
 from evomerge.service.bodies import Export, ExportFile, NewExport
@@ -42,7 +42,7 @@ class Exports:
             ProblemError: one of this name is there or under way (409).
         """
         folder = self._root.folder_of(search)
-        number = chosen(store, wanted.candidate)
+        number = exported(store, wanted.candidate)
         expected = _expected_bytes(store.search())
         candidate = candidate_id(number)
         name = wanted.name or candidate

@@ -20,6 +20,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.report.entries import Measure, candidate_id
+from evomerge.report.parameters import alike
 from evomerge.service.reading import Columns, Mask, Numbers, PerState, Values, columns_of, thinned
 from evomerge.store import Store, summaries
 
@@ -182,34 +183,15 @@ def genes_of(parameters: Sequence[Mapping[str, Any]], genomes: Values) -> tuple[
     """
     if len(parameters) <= MOST_PARAMETERS:
         return tuple(Gene(p["name"], (i,), distribution_of([p])) for i, p in enumerate(parameters))
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for place, parameter in enumerate(parameters):
-        alike.setdefault(_likeness(parameter), []).append(place)
     found = [
-        Gene(
-            key[0] if len(places) > 1 else parameters[places[0]]["name"],
-            tuple(places),
-            distribution_of([parameters[place] for place in places]),
-        )
-        for key, places in alike.items()
+        Gene(name, tuple(places), distribution_of([parameters[place] for place in places]))
+        for name, places in alike(parameters).items()
     ]
     if len(found) > MOST_PARAMETERS:
         spread = [_spread(gene, parameters, genomes) for gene in found]
         kept = sorted(np.argsort(spread, kind="stable")[::-1][:MOST_PARAMETERS].tolist())
         found = [found[i] for i in kept]
     return tuple(found)
-
-
-def _likeness(parameter: Mapping[str, Any]) -> tuple[str, ...]:
-    """What parameters of several groups share that may be averaged: the name without the group, and the range.
-
-    Of a choice among several a mean says nothing, so it stays alone.
-    """
-    name, group = parameter["name"], parameter["group"]
-    rest = name.removeprefix(f"{group}.") if group else name
-    if parameter["kind"] == "choice" and len(parameter["choices"]) > 2:
-        return (name,)
-    return (f"mean {rest}", str(parameter["kind"]), str(parameter["low"]), str(parameter["high"]))
 
 
 def distribution_of(parameters: Sequence[Mapping[str, Any]]) -> BaseDistribution:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.report.confirmed import held_out
-from evomerge.report.entries import Measure, Value, candidate_id, measures_of
+from evomerge.report.entries import Measure, Value, candidate_id, measure_text, measures_of
 from evomerge.search.statistics import mean_and_error
 from evomerge.store import Store, summaries
 
@@ -153,7 +153,7 @@ def thinned(mask: Mask, keep: Mask, most: int) -> Mask:
 
 def value_text(name: str, mean: float, error: float, items: int, wanted: int) -> str:
     """A measure of a candidate on the search split: 'maths 0.620 ± 0.024 on 200 items'."""
-    told = f"{name} {mean:.3f} ± {error:.3f}"
+    told = f"{name} {measure_text(mean, error)}"
     return f"{told} on {items} items" if items >= wanted else f"{told} estimated from {items} of {wanted} items"
 
 

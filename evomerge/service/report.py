@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import shlex
 import time
 from collections.abc import Iterator
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +20,15 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import Entry, candidate_id, entry
+from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, entry, interval_text
 from evomerge.report.path import is_plain
+from evomerge.report.picks import conclusions, is_front, roles_of
 from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of, status_of
 from evomerge.report.svg import COLOURS
 from evomerge.search.folder import FILE_NAME
+from evomerge.search.preference import BEST, KNEE, Preference
+from evomerge.search.preference import ranked as ranked_rows
 from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
 from evomerge.service.figures.recipe import recipe_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of
@@ -65,7 +71,7 @@ class Row(NamedTuple):
     label: str
     what: str
     cells: list[str]
-    is_winner: bool
+    roles: list[str]
 
 
 class GapRow(NamedTuple):
@@ -117,13 +123,22 @@ def report_html(store: Store, folder: Path) -> str:
         confirmed=list(_confirmed(status)),
         gaps=list(_gaps(status)),
         choice=_choice(status),
+        conclusions=conclusions(status),
+        best_word=KNEE if is_front(status) else BEST,
         failures=list(_failures(store)),
         settings=yaml.safe_dump(search.settings, sort_keys=False, allow_unicode=True),
         versions=search.environment,
         commands=list(commands(folder, status)),
         darker=Markup(json.dumps(dict(COLOURS))),
-        plotly=Markup((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")),
+        plotly=_plotly(),
     )
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script, compressed: text it is nine tenths of a report, and every browser can unpack it."""
+    script = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
+    return base64.b64encode(gzip.compress(script, 9, mtime=0)).decode()
 
 
 def commands(folder: Path, status: SearchStatus) -> Iterator[tuple[str, str]]:
@@ -143,9 +158,10 @@ def commands(folder: Path, status: SearchStatus) -> Iterator[tuple[str, str]]:
 
 
 def _shown(status: SearchStatus) -> Entry | None:
-    """The candidate whose recipe is drawn: the winner, or else the best by search score."""
-    if status.winner is not None and (found := status.confirmed_entry(status.winner)) is not None:
-        return found
+    """The candidate whose recipe is drawn: the winner or the knee, or else that of the search split."""
+    for pick in status.picks:
+        if pick.role in (BEST, KNEE) and (found := status.confirmed_entry(pick.id)) is not None:
+            return found
     return status.best
 
 
@@ -185,29 +201,34 @@ def _path(store: Store, shown: Entry) -> Markup | None:
 
 
 def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
-    first = search.fingerprints["objectives"][0]
-    for row in store.best(first["name"], maximise=first["maximise"], k=_TOP):
+    for row in ranked_rows(store, Preference.of_search(search), _TOP):
         found = entry(row, search.fingerprints)
-        best = status.best is not None and candidate_id(row.number) == status.best.id
-        marks = [*["best in search"] * best, *["front"] * row.on_front]
+        marks = [*roles_of(status, found.id, "search"), *["front"] * row.on_front]
         what = [row.origin, *marks, status_text(row, status)]
-        yield Row(found.id, found.label, ", ".join(what), list(cells(found, status)), found.id == status.winner)
+        told = list(cells(found, status))
+        yield Row(found.id, found.label, ", ".join(what), told, roles_of(status, found.id, "held_out"))
 
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
     for mark in status.confirmed_baselines:
         told = list(cells(mark, status, whole=True))
-        yield Row(mark.id, mark.label, "landmark", told, mark.id == status.winner)
+        yield Row(mark.id, mark.label, "landmark", told, roles_of(status, mark.id, "held_out"))
     for found in ranked(status.confirmed, status):
-        what = gain_text(found, status)
-        yield Row(found.id, found.label, what, list(cells(found, status, whole=True)), found.id == status.winner)
+        what = "; ".join(_gain(found, status, name) for name in status.directions)
+        told = list(cells(found, status, whole=True))
+        yield Row(found.id, found.label, what, told, roles_of(status, found.id, "held_out"))
+
+
+def _gain(found: ConfirmedEntry, status: SearchStatus, objective: str) -> str:
+    inside = f"{objective} " if len(status.directions) > 1 else ""
+    return f"{inside}{gain_text(found, status, objective)}"
 
 
 def _gaps(status: SearchStatus) -> Iterator[GapRow]:
     for found in ranked(status.confirmed, status):
         for name, value in found.objectives.items():
             for gap in value.difference:
-                interval = f"[{gap.low:+.3f}, {gap.high:+.3f}]"
+                interval = interval_text(gap.low, gap.high)
                 yield GapRow(found.id, name, gap.to, f"{gap.mean:+.3f}", interval, p_text(gap.p))
 
 

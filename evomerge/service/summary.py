@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ import yaml
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
-from evomerge.report.confirmed import confirmation
+from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation, is_left_unconfirmed
 from evomerge.report.entries import candidate_id, measures_of
-from evomerge.report.status import Counts, unrecorded_s
+from evomerge.report.parameters import parameters_of
+from evomerge.report.status import Counts, best_on_search, unrecorded_s
+from evomerge.search.preference import BEST, KNEE, Preference, best_so_far
 from evomerge.service.bodies import (
     CandidateDetail,
     CandidateName,
@@ -27,7 +29,7 @@ from evomerge.service.bodies import (
 )
 from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.root import Root
-from evomerge.store import SearchRow, Store, summaries
+from evomerge.store import CandidateRow, SearchRow, Store, summaries
 from evomerge.store.rows import Estimate
 from evomerge.store.summaries import Brief
 
@@ -47,16 +49,21 @@ def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
 def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     """A search as a list shows it, by the name that it has here."""
     search, counts = store.search(), store.counts()
-    first, asked = search.fingerprints["objectives"][0], sum(counts.values())
+    asked = sum(counts.values())
     finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
     spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
-    best = summaries.best(store, first["name"], maximise=first["maximise"])
-    steps = _steps(store, first)
+    preference, landmarks = Preference.of_search(search), store.candidates(step=0)
+    found = best_on_search(store, search, store.front(), landmarks)
+    best = found.get(BEST, found.get(KNEE))
+    state, why = driver.state, driver.why
+    if state == "finished" and is_left_unconfirmed(store):
+        state, why = UNCONFIRMED, UNCONFIRMED_WHY
+    steps = _steps(store, preference)
     budget = Spending(**{key: search.settings["budget"].get(key) for key in Spending.model_fields})
     return SearchSummary(
         name=name,
-        state=driver.state,
-        why=driver.why,
+        state=state,
+        why=why,
         driver=driver.holds,
         created_at=search.created_at,
         spent_s=spent_s,
@@ -64,20 +71,21 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         budget=budget,
         eta_s=_eta_s(budget, finished, spent_s) if driver.holds and driver.state == "running" else None,
         best=None if best is None else candidate_name(best),
-        best_source=_best_source(store, first),
+        best_role=KNEE if KNEE in preference.roles else BEST,
+        best_source=_best_source(preference, landmarks),
         sparkline=sparkline(steps, asked),
         gpu_hours=_gpu_hours(store, search, counts["done"] + counts["eliminated"]),
         objectives=[Objective(name=o["name"], maximise=o["maximise"]) for o in search.fingerprints["objectives"]],
     )
 
 
-def _steps(store: Store, objective: Mapping[str, Any]) -> list[tuple[int, float]]:
+def _steps(store: Store, preference: Preference) -> list[tuple[int, float]]:
     """The best so far. It looks at all candidates, so what is known of a search is kept until the search has more."""
-    key = (store.place, store.search_id, objective["name"])
+    key = (store.place, store.search_id, repr(preference))
     newest = summaries.last_event(store)
     if (known := _KNOWN.get(key)) is not None and known[0] == newest:
         return known[1]
-    steps = summaries.best_so_far(store, objective["name"], maximise=objective["maximise"])
+    steps = best_so_far(store, preference)
     if len(_KNOWN) >= _MOST_KNOWN:
         _KNOWN.clear()
     _KNOWN[key] = newest, steps
@@ -92,7 +100,7 @@ def sparkline(steps: list[tuple[int, float]], asked: int) -> list[float]:
     return [steps[place - 1][1] for place in places if place > 0]
 
 
-def candidate_name(row: Brief) -> CandidateName:
+def candidate_name(row: Brief | CandidateRow) -> CandidateName:
     """A candidate in a few words."""
     return CandidateName(
         id=candidate_id(row.number), number=row.number, label=row.label, objectives=values(row.objectives)
@@ -116,7 +124,7 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
         recipe_hash=row.recipe_hash,
         recipe=yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None, allow_unicode=True),
         mergekit=_mergekit(row.recipe, search.settings["sources"]),
-        genome={} if row.genome is None else dict(_genes(search, row.genome.tolist())),
+        genome=dict(parameters_of(row.genome, search.fingerprints["parameters"])),
         losses=None if row.losses is None else [*row.losses],
         timings=row.timings,
         failed=row.failure,
@@ -136,15 +144,6 @@ def _told(row: Brief) -> dict[str, Any]:
     return told | {"id": candidate_id(row.number), "objectives": values(row.objectives), "failure": reason}
 
 
-def _genes(search: SearchRow, genome: Iterable[float]) -> Iterable[tuple[str, float | int | str]]:
-    for parameter, number in zip(search.fingerprints["parameters"], genome, strict=True):
-        kind = parameter["kind"]
-        yield (
-            parameter["name"],
-            str(parameter["choices"][int(number)]) if kind == "choice" else int(number) if kind == "int" else number,
-        )
-
-
 def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
     try:
         return dump_recipe(Recipe.from_canonical(recipe, sources))
@@ -162,11 +161,13 @@ def _eta_s(budget: Spending, finished: int, spent_s: float) -> float | None:
     return min(left, default=None)
 
 
-def _best_source(store: Store, objective: Mapping[str, Any]) -> CandidateName | None:
-    name, sign = objective["name"], 1 if objective["maximise"] else -1
-    sources = [row for row in summaries.landmarks(store) if row.origin == "source" and name in row.objectives]
-    known = [row for row in sources if not math.isnan(row.objectives[name]["mean"])]
-    return candidate_name(max(known, key=lambda row: sign * row.objectives[name]["mean"])) if known else None
+def _best_source(preference: Preference, landmarks: Sequence[CandidateRow]) -> CandidateName | None:
+    """The source that the search would prefer to the others."""
+    known = [row for row in landmarks if row.objectives]
+    losses = preference.losses([{name: e["mean"] for name, e in row.objectives.items()} for row in known])
+    order = preference.order(losses, losses)
+    sources = [at for at, row in enumerate(known) if row.origin == "source" and not math.isnan(order[at])]
+    return candidate_name(known[min(sources, key=lambda at: order[at])]) if sources else None
 
 
 def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:

@@ -105,6 +105,13 @@ def genomes(store: ReadStore) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     return numbers, np.stack([row[1] for row in rows]) if rows else np.empty((0, 0))
 
 
+def genomes_of(store: ReadStore, numbers: Collection[int]) -> dict[int, NDArray[np.float64]]:
+    """The genomes of these candidates, float64 [parameters] each, by number; of those that have one."""
+    table = tables.recipe.c
+    query = select(table.candidate, table.genome).where(table.search_id == store.search_id, table.genome.is_not(None))
+    return {row[0]: row[1] for row in _all(store, query.where(table.candidate.in_(list(numbers))))}
+
+
 def best_so_far(store: ReadStore, objective: str, *, maximise: bool) -> list[tuple[int, float]]:
     """The candidates that were the best when they came, and their means: those eligible, in the order of number."""
     table, candidates = tables.objective.c, tables.candidate.c

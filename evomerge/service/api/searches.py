@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse
 
 from evomerge.files import read_text
+from evomerge.report.confirmed import UNCONFIRMED
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.folder import FILE_NAME, LOGS_NAME
 from evomerge.service.allowed import PLACE, checked_file
@@ -145,5 +146,8 @@ def _created(name: str, start: bool, root: Root, drivers: Drivers) -> SearchStat
 
 def status_with(store: Store, name: str, driver: DriverState) -> SearchStatus:
     """Where a search stands, by the name that it has here, and with what is known of its driver."""
-    update: dict[str, Any] = {"name": name, "state": driver.state, "why": driver.why}
-    return status_of(store).model_copy(update=update)
+    status = status_of(store)
+    update: dict[str, Any] = {"name": name}
+    if (driver.state, status.state) != ("finished", UNCONFIRMED):
+        update |= {"state": driver.state, "why": driver.why}
+    return status.model_copy(update=update)

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
-from evomerge.report.entries import constraints_of
+from evomerge.report.entries import constraints_of, measure_text
 from evomerge.service.figures.style import (
     BLUE,
     GREEN,
@@ -78,8 +78,8 @@ def _points(name: str, mark: Mark, points: list[Point]) -> go.Scatter:
     return go.Scatter(
         x=[p.search.mean for p in points],
         y=[p.held_out.mean for p in points],
-        error_x={**thin, "array": [p.search.stderr for p in points]},
-        error_y={**thin, "array": [p.held_out.stderr for p in points]},
+        error_x={**thin, "array": [p.search.stderr or 0.0 for p in points]},
+        error_y={**thin, "array": [p.held_out.stderr or 0.0 for p in points]},
         mode="markers",
         name=name,
         marker=markers(mark),
@@ -92,7 +92,9 @@ def _points(name: str, mark: Mark, points: list[Point]) -> go.Scatter:
 def _words(point: Point) -> str:
     name = f"{point.id} {point.label}".strip()
     splits = (("search", point.search), ("held out", point.held_out))
-    return "<br>".join([f"<b>{safe(name)}</b>", *(f"{s} {v.mean:.3f} ± {v.stderr:.3f} (n {v.n})" for s, v in splits)])
+    return "<br>".join(
+        [f"<b>{safe(name)}</b>", *(f"{s} {measure_text(v.mean, v.stderr)} (n {v.n})" for s, v in splits)]
+    )
 
 
 def constraints(store: Store) -> go.Figure:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from evomerge.report.entries import Measure, Value, candidate_id
+from evomerge.report.entries import Measure, Value, candidate_id, measure_text
 from evomerge.service.figures.style import (
     BLUE,
     GREEN,
@@ -205,10 +205,10 @@ class _Front:
             customdata=list(confirmed),
             hovertext=[self._held_out_words(n, values) for n, values in confirmed.items()],
             hoverinfo="text",
-            error_y=_bars([values[names[-1]].stderr for values in confirmed.values()], GREEN),
+            error_y=_bars([values[names[-1]].stderr or 0.0 for values in confirmed.values()], GREEN),
         )
         if len(names) == 2:
-            stars.error_x = _bars([values[names[0]].stderr for values in confirmed.values()], GREEN)
+            stars.error_x = _bars([values[names[0]].stderr or 0.0 for values in confirmed.values()], GREEN)
         return [joins, stars]
 
     def _at(self, number: int, values: Mapping[str, Value]) -> tuple[float, float]:
@@ -218,7 +218,7 @@ class _Front:
     def _held_out_words(self, number: int, values: Mapping[str, Value]) -> str:
         label = self._found.labels[int(np.searchsorted(self._found.numbers, number))]
         name = f"{candidate_id(number)} {label}".strip()
-        lines = [f"{measure} {v.mean:.3f} ± {v.stderr:.3f} on {v.n} held-out items" for measure, v in values.items()]
+        lines = [f"{measure} {measure_text(v.mean, v.stderr)} on {v.n} held-out items" for measure, v in values.items()]
         return "<br>".join([f"<b>{safe(name)}</b>", *map(safe, lines)])
 
 

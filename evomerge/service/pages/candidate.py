@@ -18,17 +18,22 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
-from evomerge.report.entries import candidate_id
+from evomerge.report.entries import candidate_id, entry
+from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
+from evomerge.report.picks import SOURCE, roles_of
+from evomerge.report.picks import best_source as best_label
+from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import choice_text, p_text
 from evomerge.report.status import SearchStatus, chosen, depths_of
+from evomerge.search.preference import BEST, KNEE
 from evomerge.service.api.candidates import compare as paired
 from evomerge.service.api.searches import status_with
 from evomerge.service.app import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import ComparedItem
 from evomerge.service.contained import contained
-from evomerge.service.pages.rendering import page, signed
-from evomerge.service.pages.search import choices, log_url
+from evomerge.service.pages.rendering import gap_words, page, signed
+from evomerge.service.pages.search import choices, log_url, main_pick, search_roles
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, SearchRow, Store
@@ -94,11 +99,13 @@ def show_candidate(
     theirs = "" if other is None else called(status, other)
     return page(
         request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
-        fate=status_text(row, status), held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
+        searched=entry(row, search.fingerprints), fate=status_text(row, status),
+        held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
         path=path_text(recipe, depths, _PATH_WIDTH), recipe_yaml=_mergekit(recipe, row.recipe),
         hold=choice_text(status)[:1] if status.confirmed_entry(mine) else [],
         picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
-        genome=_genes(row, search.fingerprints["parameters"]),
+        roles=[*roles_of(status, mine, "held_out"), *search_roles(status, mine)],
+        recipe_lines=recipe_lines(recipe), genome=_genes(row, search.fingerprints["parameters"]),
         log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
         sentences=[sentence(each, mine, theirs) for each in told], won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS],
         won_count=len(won), lost_count=len(lost), name_a=mine, name_b=theirs, maximise=up, lead=ahead,
@@ -112,7 +119,8 @@ def compare(
 ) -> HTMLResponse:
     """Two candidates: the paired test in words, and their items side by side.
 
-    Whoever names none sees the best, the winner where there is one, against the best source.
+    Whoever names none sees the best, the winner where there is one, against the best source, or where it is that
+    against the best that was found.
     """
     status = status_with(store, name, drivers.look(name, store))
     query = _proposed(query, status)
@@ -133,6 +141,7 @@ def compare(
     begin, shown = (query.page - 1) * PAGE_ITEMS, query.model_copy(update={"objective": wanted})
     return page(
         request, "compare.html", here="", status=status, query=shown, measures=measures, choices=choices(status),
+        roles=[each.role for each in status.picks if each.role not in (BEST, KNEE)],
         fault=fault, compared=comparisons, name_a=name_a, name_b=name_b, maximise=up, lead=ahead,
         are_records=_has_records(store.search(), wanted),
         sentences=[sentence(each, name_a, name_b) for each in comparisons],
@@ -142,10 +151,14 @@ def compare(
 
 def _proposed(query: Pair, status: SearchStatus) -> Pair:
     """The pair that was asked for; what is left open is the best, and the best source."""
-    best = status.winner or (status.best.id if status.best else "")
-    a = query.a or best
-    source = best_source(status)
-    return query.model_copy(update={"a": a, "b": query.b or (source if source != a else "")})
+    a = query.a or main_pick(status)
+    average = next((each.id for each in status.baselines if each.origin == "average"), "")
+    found = [each.id for each in status.front_entries if each.origin != SOURCE]
+    # Where the best is the best source itself, it is set against the best that was found, or the average.
+    others = [best_source(status), "" if status.best is None else status.best.id, *found, average]
+    labels = {each.id: each.label for each in status.baselines}
+    b = query.b or next((each for each in others if each and a not in (each, labels.get(each))), "")
+    return query.model_copy(update={"a": a, "b": b})
 
 
 def _has_records(search: SearchRow, measure: str) -> bool:
@@ -165,12 +178,14 @@ def sentence(found: Comparison, a: str, b: str) -> str:
     where = f"{found.objective}, on {found.n} {'held-out' if found.split == 'held_out' else 'search'} items"
     items = "item" if found.better_a == 1 else "items"
     counts = f"It won {found.better_a} {items} and lost {found.better_b} (p {p_text(found.p)})."
-    interval = f"{found.confidence:.0%} interval {signed(found.low)} to {signed(found.high)}"
     if found.difference == 0:
         return f"{where}: {a} and {b} score the same. {counts}"
     how = "better" if found.difference > 0 else "worse"
-    sure = "" if found.low > 0 or found.high < 0 else " That may be luck: the interval holds 0."
     gap = signed(abs(found.difference))[1:]
+    if found.low is None or found.high is None:
+        return f"{where}: {a} is {gap} {how} than {b}. One item says nothing of how sure that is."
+    interval = f"{found.confidence:.0%} interval {signed(found.low)} to {signed(found.high)}"
+    sure = "" if found.low > 0 or found.high < 0 else " That may be luck: the interval holds 0."
     return f"{where}: {a} is {gap} {how} than {b}, {interval}.{sure} {counts}"
 
 
@@ -202,12 +217,10 @@ def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> 
 
 
 def best_source(status: SearchStatus) -> str:
-    """The id of the best source on the search split; nothing while none is scored."""
-    first = next(iter(status.directions))
-    known = {
-        e.id: e.objectives[first].mean for e in status.baselines if e.label in status.sources and first in e.objectives
-    }
-    return (max if status.directions[first] == "maximize" else min)(known, key=known.__getitem__, default="")
+    """The id of the best source on the search split, in the first objective; nothing while none is scored."""
+    first, way = next(iter(status.directions.items()))
+    label = best_label(status.baselines, status.sources, first, way)
+    return next((each.id for each in status.baselines if label and each.label == label), "")
 
 
 def _gaps(status: SearchStatus, name: str) -> list[str]:
@@ -216,26 +229,16 @@ def _gaps(status: SearchStatus, name: str) -> list[str]:
     if found is None:
         return []
     return [
-        f"{measure}: {signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}] over {gap.to}, p {p_text(gap.p)}"
+        f"{measure}: {gap_words(gap)} over {gap.to}" + (f", p {p_text(gap.p)}" if gap.p is not None else "")
         for measure, value in found.objectives.items()
         for gap in value.difference
     ]
 
 
 def _genes(row: CandidateRow, parameters: Sequence[dict[str, Any]]) -> list[Gene]:
-    if row.genome is None:
-        return []
-    return [
-        Gene(each["name"], _gene(each, number), f"{each['low']:g}", f"{each['high']:g}")
-        for each, number in zip(parameters, row.genome.tolist(), strict=True)
-    ]
-
-
-def _gene(parameter: dict[str, Any], number: float) -> str:
-    """A number of a genome as people read it: a choice by its name."""
-    if parameter["kind"] == "choice":
-        return str(parameter["choices"][int(number)])
-    return f"{number:.0f}" if parameter["kind"] == "int" else f"{number:.4f}"
+    bounds = {each["name"]: (f"{each['low']:g}", f"{each['high']:g}") for each in parameters}
+    found = parameters_of(row.genome, parameters)
+    return [Gene(name, parameter_text(value), *bounds[name]) for name, value in found]
 
 
 def _mergekit(recipe: Recipe, canonical: str) -> str:

@@ -8,6 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from evomerge.errors import InputError
+from evomerge.report.picks import SOURCE
+from evomerge.report.status import SearchStatus
+from evomerge.search.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with
 from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import Export
@@ -41,9 +44,17 @@ def exports(
     return page(
         request, "exports.html", here="", status=status, exports=found, candidate=candidate, proposal=proposal,
         cards={each.id: _card(known, name, each) for each in found},
-        choices=choices(status),
+        choices=choices(status), roles=[pick.role for pick in status.picks if pick.role not in (BEST, KNEE)],
+        source=_unmerged(status, candidate),
         place=shell_place(place(root, name)),
     )  # fmt: skip
+
+
+def _unmerged(status: SearchStatus, candidate: str) -> str:
+    """The pick that a word stands for, where it is a source that was not merged."""
+    if candidate == BEST and not any(pick.role == BEST for pick in status.picks):
+        candidate = KNEE
+    return next((pick.called for pick in status.picks if pick.role == candidate and pick.origin == SOURCE), "")
 
 
 def _card(known: Exports, name: str, export: Export) -> Card | None:

@@ -17,10 +17,11 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evomerge import __version__
-from evomerge.report.entries import candidate_id
+from evomerge.report.entries import Gap, Value, candidate_id, measure_text
+from evomerge.report.lists import origin_text
 from evomerge.report.screen import duration, p_text
 from evomerge.report.status import Counts
-from evomerge.service.bodies import SearchSummary
+from evomerge.service.bodies import Mean, SearchSummary
 
 HERE = Path(__file__).resolve().parent.parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
@@ -53,11 +54,11 @@ def _environment() -> Environment:
     found.filters |= {
         "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
         "moment": _moment, "candidate_id": _candidate_id, "finished": finished, "spark": sparkline, "p_text": p_text,
-        "first": _first, "fields": fields_of,
+        "first": _first, "fields": fields_of, "gap": gap_words, "measure": _measure,
     }  # fmt: skip
     found.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
-        "difference": difference, "status_words": STATUS_WORDS,
+        "gains_over_source": gains_over_source, "origin_text": origin_text, "status_words": STATUS_WORDS,
     }  # fmt: skip
     return found
 
@@ -98,26 +99,29 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
+def gap_words(gap: Gap) -> str:
+    """A difference with its interval; alone where one item gives none."""
+    if gap.low is None or gap.high is None:
+        return signed(gap.mean)
+    return f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
+
+
 def finished(counts: Counts) -> int:
     """How many candidates are over and done with."""
     return counts.done + counts.eliminated + counts.failed + counts.cached
 
 
-def difference(summary: SearchSummary) -> str:
-    """By how much the best is better than the best source in the first objective; positive is better either way."""
-    gain = gain_over_source(summary)
-    return "–" if gain is None else signed(gain)
-
-
-def gain_over_source(summary: SearchSummary) -> float | None:
-    """The same as a number; None while one of the two has no score."""
-    if summary.best is None or summary.best_source is None:
-        return None
-    first = summary.objectives[0]
-    best, source = (found.objectives.get(first.name) for found in (summary.best, summary.best_source))
-    if best is None or source is None or best.mean is None or source.mean is None:
-        return None
-    return (best.mean - source.mean) * (1 if first.maximise else -1)
+def gains_over_source(summary: SearchSummary) -> dict[str, float]:
+    """By how much the best is better than the best source in each objective, where both have a score."""
+    gains = {}
+    for objective in summary.objectives:
+        best, source = (
+            None if each is None else each.objectives.get(objective.name)
+            for each in (summary.best, summary.best_source)
+        )
+        if best is not None and source is not None and best.mean is not None and source.mean is not None:
+            gains[objective.name] = (best.mean - source.mean) * (1 if objective.maximise else -1)
+    return gains
 
 
 def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str] | None:
@@ -155,6 +159,10 @@ def fields_of(text: str) -> list[tuple[str, str]]:
         (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for key, value in content.items()
     ]
+
+
+def _measure(value: Value | Mean) -> str:
+    return "" if value.mean is None else measure_text(value.mean, value.stderr)
 
 
 def _first(values: Any) -> Any:

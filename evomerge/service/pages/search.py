@@ -12,14 +12,18 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
-from evomerge.report.entries import Entry, Gap
-from evomerge.report.screen import best_source, choice_text, gain_text, ranked, thrift_lines
+from evomerge.report.entries import Entry
+from evomerge.report.parameters import ParameterColumn, columns_of
+from evomerge.report.picks import Pick, conclusions, is_front, roles_of
+from evomerge.report.screen import choice_text, gain_text, ranked, thrift_lines
 from evomerge.report.status import SearchStatus
+from evomerge.search.preference import BEST as WINNER
+from evomerge.search.preference import KNEE
 from evomerge.service.api.candidates import candidates
 from evomerge.service.api.searches import status_with
 from evomerge.service.app import DriversDependency, RootDependency, StoreDependency
-from evomerge.service.bodies import SearchSummary
-from evomerge.service.pages.rendering import api_url, gain_over_source, page, shell_place, signed
+from evomerge.service.bodies import CandidatePage, SearchSummary
+from evomerge.service.pages.rendering import api_url, gains_over_source, page, shell_place, signed
 from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of, summary_of
@@ -50,12 +54,15 @@ _CONFIRM = ("Confirm", "Scores the best on the held-out split, and names the win
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table of scores: a candidate with what it is, and its gain over the best source where known."""
+    """A line of a table of scores: a candidate with what it is, whether it is chosen for anything, and its gain over
+    the best source in each objective where known.
+    """
 
     entry: Entry
     marks: list[str]
     landmark: bool
-    gain: str = ""
+    chosen: bool
+    gains: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -112,11 +119,12 @@ def search(
         store, status=[query.status] if query.status else None, origin=query.origin or None, sort=query.sort,
         order=query.order, front=query.front, limit=PAGE_ROWS, cursor=query.cursor,
     )  # fmt: skip
-    rows = list(_rows(status))
+    rows, columns = list(_rows(status)), columns_of(found.fingerprints["parameters"])
     return page(
         request, "search.html", here="", status=status, summary=summary, query=query, seq=seq,
-        verbs=_verbs(summary, status.winner), caption=_caption(status, rows), gained=_gained(status),
-        work_s=_work_s(status),
+        verbs=_verbs(summary, status.choice is not None and status.choice.made), caption=_caption(status, rows),
+        pick=held_out_pick(status), conclusions=conclusions(status), is_front=is_front(status),
+        work_s=_work_s(status), columns=columns, table_parameters=_table_parameters(store, table, columns),
         measures=[*status.directions, *status.constraints], rows=rows, thrift=thrift_lines(status),
         choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
         parameters=[each["name"] for each in found.fingerprints["parameters"]], origins=origins, page=table,
@@ -135,23 +143,44 @@ def report(root: RootDependency, name: str, store: StoreDependency) -> Response:
 
 
 def gain_words(summary: SearchSummary) -> str:
-    """How the best is to the best source: 0.240 better."""
-    gain = gain_over_source(summary)
-    if gain is None:
-        return ""
-    return "as good" if gain == 0 else f"{signed(abs(gain))[1:]} {'better' if gain > 0 else 'worse'}"
+    """How the best is beside the best source: 0.240 better than, as good as, maths 0.1 worse, json 0.8 better than."""
+    gains = gains_over_source(summary)
+    if len(gains) == 1:
+        (gain,) = gains.values()
+        return "as good as" if gain == 0 else f"{_compared(gain)} than"
+    return f"{', '.join(f'{name} {_compared(gain)}' for name, gain in gains.items())} than" if gains else ""
+
+
+def _compared(gain: float) -> str:
+    return "equal" if gain == 0 else f"{signed(abs(gain))[1:]} {'better' if gain > 0 else 'worse'}"
 
 
 def choices(status: SearchStatus) -> list[Choice]:
     """The candidates that people pick most: the winner, the best in search, then front and landmarks."""
-    best, front = status.best.id if status.best else "", set(status.front)
-    winner = None if status.winner is None else status.confirmed_entry(status.winner)
-    known = [*status.front_entries, *status.baselines, *(each for each in (status.best, winner) if each is not None)]
+    best, main, front = status.best.id if status.best else "", main_pick(status), set(status.front)
+    picked = [status.best, *(status.confirmed_entry(pick.id) for pick in status.picks)]
+    known = [*status.front_entries, *status.baselines, *(each for each in picked if each is not None)]
     found = []
     for name, each in {each.id: each for each in known}.items():
-        what = [*["winner"] * (name == status.winner), *_marks(each, best, front)]
+        what = dict.fromkeys([*roles_of(status, name, "held_out"), *_marks(each, status, front)])
         found.append(Choice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
-    return sorted(found, key=lambda choice: (choice.id != status.winner, choice.id != best, choice.number))
+    return sorted(found, key=lambda choice: (choice.id != main, choice.id != best, choice.number))
+
+
+def main_pick(status: SearchStatus) -> str:
+    """The candidate that people look at first: the winner, or the knee, or else that of the search split."""
+    pick = held_out_pick(status)
+    return pick.id if pick is not None else status.best.id if status.best else ""
+
+
+def held_out_pick(status: SearchStatus) -> Pick | None:
+    """The winner, or the knee of a front, as it is chosen on held-out items; None before that."""
+    return next((pick for pick in status.picks if pick.role in (WINNER, KNEE) and pick.split == "held_out"), None)
+
+
+def search_roles(status: SearchStatus, candidate: str) -> list[str]:
+    """What a candidate is chosen for on the search split."""
+    return [BEST if role == WINNER else role for role in roles_of(status, candidate, "search")]
 
 
 def place(root: Root, name: str) -> Path:
@@ -159,12 +188,13 @@ def place(root: Root, name: str) -> Path:
     return root.folder / name
 
 
-def _verbs(summary: SearchSummary, winner: str | None) -> list[tuple[str, str, str]]:
+def _verbs(summary: SearchSummary, made: bool) -> list[tuple[str, str, str]]:
     """What can be done with a search now: verb, word on the button, what it means.
 
-    A driver of a search that has spent its candidates and is confirmed would find nothing to do.
+    ``made``: whether the choice on held-out items is made. A driver of a search that has spent its candidates and
+    is confirmed would find nothing to do.
     """
-    if summary.state == "finished" and winner is None:
+    if summary.state == "finished" and not made:
         return [("resume", *_CONFIRM)]
     if summary.state == "finished" and summary.counts.asked == summary.budget.candidates:
         return []
@@ -178,13 +208,12 @@ def _verbs(summary: SearchSummary, winner: str | None) -> list[tuple[str, str, s
     return [(verb, *_MEANINGS[verb]) for verb in wanted]
 
 
-def _gained(status: SearchStatus) -> Gap | None:
-    """The winner against the best source on held-out items; None before there is one, or where it is a landmark."""
-    winner = next((each for each in status.confirmed if each.id == status.winner), None)
-    if winner is None:
-        return None
-    best, first = best_source(status), next(iter(status.directions))
-    return next((gap for gap in winner.objectives[first].difference if gap.to == best), None)
+def _table_parameters(store: Store, table: CandidatePage, columns: Sequence[ParameterColumn]) -> dict[int, list[str]]:
+    """The parameters of the candidates of a table, a text for each column."""
+    if not columns:
+        return {}
+    genomes = summaries.genomes_of(store, [row.number for row in table.candidates])
+    return {number: [column.text(genome) for column in columns] for number, genome in genomes.items()}
 
 
 def _work_s(status: SearchStatus) -> float:
@@ -199,41 +228,42 @@ def _caption(status: SearchStatus, rows: Sequence[Row]) -> str:
     front = set(status.front)
     shown = sum(row.entry.id in front for row in rows)
     told = "and the front" if shown == len(front) else f"and {shown} of {len(front)} on the front"
-    other = any(BEST in row.marks and row.entry.id not in front for row in rows)
-    return f"Landmarks, {f'the {BEST}, ' if other else ''}{told}" if front else "Landmarks"
+    return f"Landmarks, {told}" if front else "Landmarks"
 
 
 def _rows(status: SearchStatus) -> Iterator[Row]:
-    """Landmarks, then the front by the first objective."""
-    best, front = status.best.id if status.best else "", set(status.front)
-    first = next(iter(status.directions))
+    """Landmarks, then the front, the best first; what is chosen is among them."""
+    front = set(status.front)
     known = {each.id for each in status.baselines}
-    for each in status.baselines:
-        yield Row(each, _marks(each, best, front), landmark=True)
-    others = [each for each in status.front_entries if each.id not in known and first in each.objectives]
-    others.sort(key=lambda each: each.objectives[first].mean, reverse=status.directions[first] == "maximize")
+    others = ranked([each for each in status.front_entries if each.id not in known], status)
     if status.best is not None and status.best.id not in known | {each.id for each in others}:
         others.insert(0, status.best)
-    for each in others[:MOST_ON_FRONT]:
-        yield Row(each, _marks(each, best, front), landmark=False)
+    chosen = [each for each in others if search_roles(status, each.id)]
+    shown = {each.id for each in [*chosen, *others][: max(MOST_ON_FRONT, len(chosen))]}
+    for each in [*status.baselines, *(each for each in others if each.id in shown)]:
+        chosen_for = bool(search_roles(status, each.id))
+        yield Row(each, _marks(each, status, front), landmark=each.id in known, chosen=chosen_for)
 
 
-def _marks(shown: Entry, best: str, front: set[str]) -> list[str]:
-    return [*([shown.label] if shown.label else []), *[BEST] * (shown.id == best), *["front"] * (shown.id in front)]
+def _marks(shown: Entry, status: SearchStatus, front: set[str]) -> list[str]:
+    label = [shown.label] if shown.label else []
+    return [*label, *search_roles(status, shown.id), *["front"] * (shown.id in front)]
 
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
     """The held-out split: landmarks, then the shortlist, the best first."""
-    best = status.best.id if status.best else ""
     for each in status.confirmed_baselines:
-        yield Row(each, _held_out_marks(each, status.winner, best), landmark=True)
+        yield _confirmed_row(each, status, landmark=True)
     for found in ranked(status.confirmed, status):
-        yield Row(found, _held_out_marks(found, status.winner, best), landmark=False, gain=gain_text(found, status))
+        gains = [gain_text(found, status, name) for name in status.directions]
+        yield _confirmed_row(found, status, landmark=False, gains=gains)
 
 
-def _held_out_marks(shown: Entry, winner: str | None, best: str) -> list[str]:
+def _confirmed_row(shown: Entry, status: SearchStatus, *, landmark: bool, gains: Sequence[str] = ()) -> Row:
+    roles = roles_of(status, shown.id, "held_out")
+    on_search = [] if is_front(status) else search_roles(status, shown.id)
     label = [shown.label] if shown.label else []
-    return [*label, *["winner"] * (shown.id == winner), *[BEST] * (shown.id == best)]
+    return Row(shown, [*label, *roles, *on_search], landmark=landmark, chosen=bool(roles), gains=gains)
 
 
 def _failures(store: Store, name: str) -> list[Failed]:

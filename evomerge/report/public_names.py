@@ -1,0 +1,41 @@
+"""What models are called to others: hub ids where they are known, and of folders of this machine the name alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from evomerge.checkpoints.places import split_reference
+from evomerge.checkpoints.source import Source
+
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+/?$")
+
+
+def public_name(source: Source) -> str:
+    """A source as a card names it: org/name@revision, or base+maths of two folders."""
+    return "+".join(_hub_id(part) or Path(part).name if _is_folder(part) else part for part in _parts(source))
+
+
+def hub_ids(source: Source) -> list[str]:
+    """The hub ids of a source and of its adapters, without revisions; none of a folder that does not say its own."""
+    return [found for part in _parts(source) if (found := _found(part))]
+
+
+def _parts(source: Source) -> list[str]:
+    """The model and its adapters, as they were given."""
+    return split_reference(source.reference, None)
+
+
+def _found(part: str) -> str:
+    return _hub_id(part) if _is_folder(part) else part.partition("@")[0]
+
+
+def _is_folder(part: str) -> bool:
+    return Path(part).is_absolute() or os.path.isdir(part)
+
+
+def _hub_id(folder: str) -> str:
+    """The id of a folder that lies in the hub's cache."""
+    found = _SNAPSHOT.search(folder)
+    return f"{found[1]}/{found[2]}" if found else ""

@@ -1,0 +1,72 @@
+"""A recipe in a few lines that people read: which parts of the model each blend makes, and of what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from evomerge.recipe import Blend, Recipe
+
+_MOST_TENSORS = 3  # tensors of their own that a line names
+
+
+def recipe_lines(recipe: Recipe) -> list[str]:
+    """A line for each blend: attention of layers 0 to 9: ties of maths, json on base; weight maths 0.5, json 0.9."""
+    return [f"{_parts(recipe, number)}: {_words(blend)}" for number, blend in enumerate(recipe.blends)]
+
+
+def unmerged_source(recipe: Recipe, depths: Mapping[str, int]) -> str:
+    """The source that a recipe is a plain copy of, all layers in order and unscaled; empty where it is a merge."""
+    used = recipe.used_sources()
+    if len(used) != 1 or recipe.is_scaled:
+        return ""
+    (name,) = used
+    in_order = [hop.layer for hop in recipe.hops] == list(range(depths[name]))
+    return name if in_order and all(map(_is_copy, recipe.blends)) else ""
+
+
+def _is_copy(blend: Blend) -> bool:
+    """Whether a blend of one source leaves it as it is."""
+    number = {"linear": "weight", "passthrough": "scale"}.get(blend.method)
+    return number is not None and blend.base is None and blend.value(number, blend.sources[0]) == 1.0
+
+
+def _parts(recipe: Recipe, number: int) -> str:
+    """Which parts of the model a blend makes, in few words."""
+    if len(recipe.blends) == 1:
+        return "the whole model"
+    names = [name for name in ("embedding", "norm", "head") if getattr(recipe, name) == number]
+    layers: dict[str, list[str]] = {}  # kinds of parts by the layers that the blend makes of them
+    for kind in ("attention", "mlp", "norm"):
+        if hops := [i for i, hop in enumerate(recipe.hops) if getattr(hop, kind) == number]:
+            layers.setdefault(_runs(hops), []).append(kind)
+    for runs, kinds in layers.items():
+        names.append(f"layers {runs}" if len(kinds) == 3 else f"{' and '.join(kinds)} of layers {runs}")
+    apart = [name for name, index in recipe.tensors.items() if index == number]
+    if apart:
+        more = f" and {len(apart) - _MOST_TENSORS} more tensors" if len(apart) > _MOST_TENSORS else ""
+        names.append(", ".join(apart[:_MOST_TENSORS]) + more)
+    return "; ".join(names)
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Rising numbers in runs: 0 to 9, 12, 20 to 29."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def _words(blend: Blend) -> str:
+    numbers = []
+    for name, value in blend.parameters.items():
+        if isinstance(value, dict):
+            numbers.append(f"{name} " + ", ".join(f"{source} {number:.4g}" for source, number in value.items()))
+        elif isinstance(value, bool):
+            numbers += [name] if value else []
+        else:
+            numbers.append(f"{name} {value:.4g}")
+    onto = f" on {blend.base}" if blend.base else ""
+    return "; ".join([f"{blend.method} of {', '.join(blend.sources)}{onto}", *numbers])

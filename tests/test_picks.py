@@ -1,0 +1,236 @@
+"""What a search says it chose: by its objective, by its scalarisation, along a front, and in every place alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_figures import create, search
+from helpers_search import ITEMS, FakeSpace, drive, make_setup, weights_of
+from rich.console import Console
+
+from evomerge.errors import InputError
+from evomerge.optimizers import CmaSettings
+from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
+from evomerge.report.lists import origin_text, top_table
+from evomerge.report.picks import conclusions
+from evomerge.report.screen import line, panel
+from evomerge.report.status import SearchStatus, chosen, exported, status_of
+from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.pools.simulated import Simulation
+from evomerge.search.preference import Preference, ranked
+from evomerge.search.setup import Setup
+from evomerge.service.drivers import Drivers
+from evomerge.service.root import Root
+from evomerge.service.summary import summaries_of
+from evomerge.store import Store, acquire
+
+SUM, DISTANCE = WeightedSum(name="weighted_sum", weights=(1, 1)), Chebyshev(name="chebyshev", weights=(1, 1))
+
+
+def skills(*, of_sources: float, between: float) -> Simulation:
+    """Two skills, both maximised: source "one" has the first, "two" the second, a merge of halves both in part.
+
+    Args:
+        of_sources: what a source scores in its own skill.
+        between: what a merge of halves scores in each.
+    """
+
+    def simulation(job: Job) -> tuple[float, Measured | Failed]:
+        share = float(np.mean(weights_of(job.recipe)))  # of source one
+        reach = 1 - abs(share - 0.5) * 2  # 0 of a source alone, 1 of halves
+        found = []
+        for task in job.tasks:
+            own = share if task.evaluator == 0 else 1 - share
+            value = of_sources if own == 1.0 else between * reach + 0.8 * of_sources * max(0.0, 2 * own - 1)
+            noise = np.random.default_rng(int(1e6 * share) + task.evaluator).normal(0.0, 0.02, ITEMS)
+            found.append({"acc": (value + noise).astype(np.float32)[list(task.indices)]})
+        return 1.0, Measured(found, {"score": 1.0})
+
+    return simulation
+
+
+def setup_of(mix: WeightedSum | Chebyshev | None = None, objectives: int = 2) -> Setup:
+    plain = make_setup(
+        space=FakeSpace(1), objectives=objectives, candidates=40,
+        optimizer=CmaSettings(name="cma", scalarisation=mix),
+    )  # fmt: skip
+    return replace(plain, objectives=tuple(replace(each, maximise=True) for each in plain.objectives))
+
+
+def searched(root: Path, setup: Setup, simulation: Simulation) -> tuple[SearchStatus, Store]:
+    store = Store.open(search(root, "made", setup, simulation) / "search.db")
+    return status_of(store), store
+
+
+def drawn(status: SearchStatus, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(panel(status))
+    return console.export_text()
+
+
+BOTH_SKILLS = skills(of_sources=0.8, between=0.7)
+NO_USE = skills(of_sources=0.8, between=0.1)
+
+
+@pytest.mark.parametrize("mix", [SUM, DISTANCE])
+def test_a_scalarisation_decides_and_not_the_first_objective(tmp_path: Path, mix: WeightedSum | Chebyshev) -> None:
+    """The merge with both skills wins, though source one is better in the first."""
+    status, store = searched(tmp_path, setup_of(mix), BOTH_SKILLS)
+    with store:
+        assert status.winner is not None
+        winner = status.confirmed_values(status.winner)
+        assert min(value.mean for value in winner.values()) > 0.5
+        assert [pick.role for pick in status.picks] == ["best"]
+        assert status.best is not None
+        assert {status.best.id, status.winner}.isdisjoint(entry.id for entry in status.baselines[:2])
+        (pick,) = status.picks
+        assert set(pick.gains) == {"o0", "o1"}, "gains in every objective"
+        assert (pick.gains["o0"].to, pick.gains["o1"].to) == ("one", "two")
+        assert chosen(store, "best") == exported(store, "best") == int(status.winner[1:])
+        best, *_ = ranked(store, Preference.of_search(store.search()), 3)
+        assert best.number == int(status.best.id[1:])
+        assert f"c{best.number:04d}" in line(status)
+    text = drawn(status)
+    assert mix.name.replace("_", " ") in text
+    assert "gain over one in o0" in text
+    assert "gain over two in o1" in text
+    (listed,) = summaries_of(Root(tmp_path), Drivers(Root(tmp_path)))
+    assert listed.best is not None
+    assert (listed.best_role, listed.best.id) == ("best", status.best.id)
+
+
+def test_a_front_has_no_winner_but_the_best_at_each_and_the_knee(tmp_path: Path) -> None:
+    status, store = searched(tmp_path, setup_of(), BOTH_SKILLS)
+    with store:
+        picks = {pick.role: pick for pick in status.picks}
+        assert status.winner is None
+        assert list(picks) == ["best at o0", "best at o1", "knee"]
+        assert (picks["best at o0"].label, picks["best at o1"].label) == ("one", "two")
+        assert min(value.mean for value in picks["knee"].objectives.values()) > 0.5
+        assert set(picks["knee"].gains) == {"o0", "o1"}
+        assert chosen(store, "best") == chosen(store, "knee") == int(picks["knee"].id[1:])
+        assert chosen(store, "best at o1") == int(picks["best at o1"].id[1:])
+        assert exported(store, "best") == int(picks["knee"].id[1:])
+        with pytest.raises(InputError, match="unmerged") as caught:
+            exported(store, "best at o0")
+        assert "--candidate one" in caught.value.mend
+        assert exported(store, "one") == int(picks["best at o0"].id[1:]), "who names it gets it"
+    text = drawn(status)
+    assert "winner" not in text.replace("no one winner", "")
+    for words in ("best at o0: ", "no merge is better at it", "knee: ", "gain over two in o1"):
+        assert words in text
+    (listed,) = summaries_of(Root(tmp_path), Drivers(Root(tmp_path)))
+    assert listed.best_role == "knee"
+
+
+@pytest.mark.parametrize("mix", [None, SUM])
+def test_a_source_that_nothing_beats_is_said_to_be_one_and_exported_by_its_name_alone(
+    tmp_path: Path, mix: WeightedSum | None
+) -> None:
+    setup = setup_of(mix, objectives=1 if mix is None else 2)
+    status, store = searched(tmp_path, setup, NO_USE)
+    with store:
+        (pick,) = status.picks
+        assert (pick.role, pick.origin) == ("best", "source")
+        assert any("No merge is better" in told and f"source {pick.label}" in told for told in conclusions(status))
+        with pytest.raises(InputError) as caught:
+            exported(store, "best")
+        assert caught.value.place == pick.id
+        assert f"--candidate {pick.label}" in caught.value.mend
+        assert exported(store, pick.label) == exported(store, pick.id) == int(pick.id[1:])
+    assert "unmerged" in drawn(status)
+
+
+def test_one_held_out_item_says_nothing_and_names_no_winner(tmp_path: Path) -> None:
+    one = setup_of(objectives=1)
+    one = replace(one, evaluators=(replace(one.evaluators[0], held_out_items=1),))
+    status, store = searched(tmp_path, one, BOTH_SKILLS)
+    store.close()
+    assert status.winner is None
+    assert status.picks == []
+    assert status.choice is not None
+    assert (status.choice.made, status.choice.too_few) == (True, ["o0"])
+    gap = status.confirmed[0].objectives["o0"].difference[0]
+    assert (gap.low, gap.high, gap.p, status.confirmed[0].objectives["o0"].stderr) == (None, None, None, None)
+    text = drawn(status)
+    assert "± -" in text
+    assert "says nothing of how good a model is" in text
+    assert "nan" not in text
+    assert "NaN" not in status.model_dump_json()
+
+
+def test_a_confirmation_that_was_broken_off_is_told(tmp_path: Path) -> None:
+    setup = setup_of(objectives=1)
+    folder = create(tmp_path, "made", setup)
+    drive(folder, setup, simulation=BOTH_SKILLS)
+    with Store.open(folder / "search.db") as store:
+        assert status_of(store).state == "finished"
+        with acquire(store):
+            store.record_event("shortlist", {"candidates": [5], "drawn": []})
+        status = status_of(store)
+        assert (status.state, status.winner) == ("interrupted", None)
+        assert "evomerge confirm" in status.why
+        (listed,) = summaries_of(Root(tmp_path), Drivers(Root(tmp_path)))
+        assert (listed.state, listed.why) == (status.state, status.why)
+
+
+def test_where_only_landmarks_are_confirmed_their_table_is_there_and_a_word(tmp_path: Path) -> None:
+    """Every candidate fails, or left its race: what there is to see are the landmarks."""
+    landmarks = {mark.recipe.hash for mark in FakeSpace(1).landmarks()}
+
+    def only_landmarks(job: Job) -> tuple[float, Measured | Failed]:
+        return BOTH_SKILLS(job) if job.recipe.hash in landmarks else (1.0, Failed("not_finite", "NaN"))
+
+    status, store = searched(tmp_path, setup_of(objectives=1), only_landmarks)
+    store.close()
+    assert status.confirmed == []
+    text = drawn(status)
+    assert "held-out split" in text
+    assert "Nothing that the search found is confirmed" in text
+
+
+def test_tables_have_parameters_and_say_once_what_a_landmark_is(tmp_path: Path) -> None:
+    status, store = searched(tmp_path, setup_of(SUM), BOTH_SKILLS)
+    with store:
+        found = store.search()
+        rows = ranked(store, Preference.of_search(found), 3)
+        console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(top_table(rows, status, found.fingerprints, best=True))
+    text = console.export_text()
+    for row in rows:
+        assert row.genome is not None
+        assert f"{row.genome[0]:.3f}" in text
+    assert status.best is not None
+    assert status.best.parameters == {"w0": rows[0].genome[0]}  # type: ignore[index]
+    assert origin_text("average", "uniform average") == "uniform average"
+    assert origin_text("default", "ties defaults") == "ties defaults"
+    assert origin_text("source", "maths") == "source maths"
+    assert origin_text("optimizer", "") == "optimizer"
+
+
+@pytest.mark.parametrize(
+    ("losses", "roles"),
+    [
+        ([[0.0, 5.0], [1.0, 1.0], [5.0, 0.0]], {"best at a": 0, "best at b": 2, "knee": 1}),
+        ([[0.0, 5.0], [0.0, 4.0], [5.0, 0.0]], {"best at a": 1, "best at b": 2, "knee": 1}),  # not the dominated one
+        ([[np.nan, 5.0], [3.0, 3.0]], {"best at a": 1, "best at b": 1, "knee": 1}),
+        ([[np.nan, 5.0]], {}),
+    ],
+)
+def test_what_is_chosen_of_a_front(losses: list[list[float]], roles: dict[str, int]) -> None:
+    preference = Preference({"a": False, "b": False}, None)
+    assert preference.choose(np.array(losses)) == roles
+
+
+def test_a_scalarisation_weighs(tmp_path: Path) -> None:
+    losses = np.array([[0.0, 1.0], [0.6, 0.5], [1.0, 0.0]])
+
+    def best(mix: WeightedSum | Chebyshev) -> int:
+        return Preference({"a": False, "b": False}, mix).choose(losses)["best"]
+
+    assert best(WeightedSum(name="weighted_sum", weights=(3, 1))) == 0
+    assert best(WeightedSum(name="weighted_sum", weights=(1, 3))) == 2
+    assert best(DISTANCE) == 1  # in the hollow of the front, where no sum leads
