@@ -49,10 +49,10 @@ def draw(search: Path, out: Path) -> None:
             xytext=(6, -12), textcoords="offset points", color="tab:red", fontsize=8,
         )  # fmt: skip
     axes.plot([], [], "x", color="tab:red", label="sources and landmarks, held-out split")
-    if status.winner:
-        won = status.confirmed_values(status.winner)
+    for pick in (pick for pick in status.picks if pick.split == "held_out"):
+        won = pick.objectives
         axes.annotate(
-            f"winner {status.winner}", (won[x].mean, won[y].mean),
+            f"{pick.role} {pick.id}", (won[x].mean, won[y].mean),
             xytext=(-8, 12), textcoords="offset points", ha="right", color="tab:green", weight="bold",
         )  # fmt: skip
     axes.set(xlabel=x, ylabel=y, title=f"{status.name}: {candidate_id(0)} to {candidate_id(len(rows) - 1)}")
