@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from helpers_postgres import Server, database, postgres
 
 from evomerge.errors import InputError
-from evomerge.search.folder import FILE_NAME, STORE_NAME, STORE_VARIABLE, check_store_url, open_store, store_place
+from evomerge.search.folder import (
+    FILE_NAME,
+    STORE_NAME,
+    STORE_VARIABLE,
+    check_store_url,
+    new_folder,
+    open_store,
+    store_place,
+)
+from evomerge.store import Store, acquire
 from evomerge.testing.store_fixtures import create
 
 __all__ = ["database", "postgres"]  # fixtures
@@ -84,3 +95,59 @@ def test_a_search_file_holds_no_password(url: str) -> None:
         check_store_url(url, "search.yaml: store")
     assert "secret" not in str(refusal.value)
     check_store_url("postgresql://me@host:5433/merging?sslmode=require", "search.yaml: store")
+
+
+def test_of_several_processes_that_make_one_folder_one_does(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "s") as partial:
+        (partial / "file").write_text("whole")
+        with pytest.raises(InputError, match="is being made by another process"), new_folder(tmp_path / "s"):
+            raise AssertionError("two make it")
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
+    with pytest.raises(InputError, match="exists already"), new_folder(tmp_path / "s"):
+        pass
+    assert (tmp_path / "s" / "file").read_text() == "whole"
+
+
+def test_what_a_killed_process_left_of_a_folder_is_not_in_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".s.partial").mkdir()
+    (tmp_path / ".s.partial" / "search.db").write_text("half")
+    with new_folder(tmp_path / "s") as partial:
+        (partial / "file").write_text("whole")
+    assert [file.name for file in (tmp_path / "s").iterdir()] == ["file"]
+
+
+def test_what_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "s"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("is_open", [False, True], ids=["at rest", "while it is driven"])
+def test_a_search_that_one_may_only_read_can_be_looked_at(is_open: bool) -> None:
+    with tempfile.TemporaryDirectory() as above:
+        folder = Path(above) / "s"
+        folder.mkdir()
+        store = Store.create(folder / "search.db", name="s", settings={}, fingerprints={}, environment={})
+        if is_open:
+            with store.transaction() as connection:
+                connection.exec_driver_sql("select 1")
+        else:
+            store.close()
+        for path in (Path(above), folder, *folder.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        child = os.fork()
+        if not child:
+            try:
+                os.setuid(65534)
+                with Store.open(folder / "search.db") as seen:
+                    state = seen.search().state
+                    try:
+                        acquire(seen)
+                    except InputError as error:
+                        state += str(error)
+                os._exit(0 if state.startswith("created") and "may not be written" in state else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        store.close()

@@ -12,8 +12,8 @@ from helpers_postgres import Server, database, postgres
 from sqlalchemy import text, update
 
 from evomerge.errors import InputError
+from evomerge.store import ItemTexts, tables
 from evomerge.store import lease as leases
-from evomerge.store import tables
 from evomerge.store.lease import Holder, acquire, current_holder
 from evomerge.store.listing import searches
 from evomerge.store.store import Store
@@ -216,3 +216,17 @@ def test_a_driver_of_an_older_program_keeps_its_format(url: str) -> None:
                 str(tables.SCHEMA_VERSION)
             ]
         create(url, "new").close()
+
+
+def test_a_search_that_was_killed_in_its_making_gives_its_name_back(postgres: Server, database: str) -> None:
+    database = postgres.url(database)
+    given = {"name": "s", "settings": {}, "fingerprints": {}, "environment": {}}
+    items = [ItemTexts("v", "search", [("q", "a")])]
+    Store.create(database, **given, items=items).close()  # and no driver came
+    with pytest.raises(InputError, match="holds a search named"):
+        Store.create(database, **given)
+    with Store.create(database, **given, items=items, in_place_of_undriven=True) as store:
+        assert store.item_texts("v", "search") == [("q", "a")]
+        acquire(store).release()
+    with pytest.raises(InputError, match="holds a search named"):
+        Store.create(database, **given, in_place_of_undriven=True)

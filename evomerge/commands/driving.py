@@ -6,8 +6,10 @@ Torch, transformers and the evaluators are imported here, so `run` imports this 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -24,7 +26,7 @@ from evomerge.report.status import status_of
 from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url
 from evomerge.search.bus_errors import explain_bus_errors
 from evomerge.search.confirm import Confirmation
-from evomerge.search.control import Control
+from evomerge.search.control import GRACE_S, Control
 from evomerge.search.deadlines import Deadlines
 from evomerge.search.driver import Driver
 from evomerge.search.folder import LOGS_NAME, has_store
@@ -187,8 +189,18 @@ def _session(
     control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
     screen = Screen(console, lambda: status_of(store), pool.state)
     observers = Observers(store, folder, prepared.file.observers)
-    with closing(observers), screen, control.signals(screen.say):
+    with closing(observers), screen, control.signals(screen.say, lambda: _end_at_once(folder, store)):
         yield control, _idle(store, pool, control, screen, observers, artifacts)
+
+
+def _end_at_once(folder: Path, store: Store) -> None:
+    """End this process in the midst of its work. What is recorded is whole, whenever it ends."""
+    writing = threading.Thread(target=store.set_state, args=("cancelled",), kwargs={"why": "interrupted twice"})
+    writing.daemon = True  # it may wait for a server that is away
+    writing.start()
+    writing.join(GRACE_S)
+    print(f"resume: evomerge resume {shlex.quote(str(folder))}", flush=True)
+    os._exit(INTERRUPTED)
 
 
 def _idle(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,9 @@ from types import FrameType
 
 from evomerge.search.sections import Budget
 from evomerge.store import Verb
+
+GRACE_S = 3.0
+"""How long a second Ctrl-C may take to end the work in an orderly way."""
 
 
 class Control:
@@ -75,8 +80,14 @@ class Control:
         return self._paused_before_s + (self._clock() - self._paused_at if self.paused else 0.0)
 
     @contextmanager
-    def signals(self, say: Callable[[str], None]) -> Iterator[None]:
-        """While open, the first Ctrl-C or SIGTERM means stop and the second cancel."""
+    def signals(self, say: Callable[[str], None], end_now: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """While open, the first Ctrl-C or SIGTERM means stop and the second cancel.
+
+        Args:
+            say: tells the person what the first one does.
+            end_now: ends the process; called from a thread where the second one could not end the work within GRACE_S,
+                as in the middle of a long computation that does not come back to Python.
+        """
 
         def heard(number: int, frame: FrameType | None) -> None:
             if self.stopping:
@@ -85,9 +96,30 @@ class Control:
             self.hear("stop")
             say("stopping when what runs has finished; once more to end now")
 
+        # Python runs its handlers between two of its own steps, and two signals within one step as one. The bytes of
+        # the wakeup descriptor are written at once, one for each.
+        counted, written = socket.socketpair()
+        written.setblocking(False)
+        closed = threading.Event()
+
+        def count() -> None:
+            asked = 0
+            while asked < 2 and (numbers := counted.recv(16)):
+                asked += sum(number in (signal.SIGINT, signal.SIGTERM) for number in numbers)
+            if asked >= 2 and not closed.wait(GRACE_S):
+                end_now()
+
+        wakeup = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        counting = threading.Thread(target=count, name="signals", daemon=True)
+        counting.start()
         before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            closed.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            written.close()
+            counting.join()
+            counted.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +97,60 @@ def cannot_be_made(folder: Path, error: OSError) -> InputError:
     return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside ``folder`` to make a search in, which becomes that folder when all went well.
+
+    Of several processes that make one folder, one does; what a killed one has left is thrown away by the next.
+
+    Raises:
+        InputError: the folder is there already, is being made by another process, or cannot be made.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with _held(partial, folder):
+            for left in partial.iterdir():
+                left.unlink()
+            try:
+                yield partial
+                refuse_existing(folder)  # rename would take the place of an empty one
+                partial.rename(folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise cannot_be_made(folder, error) from error
+
+
+@contextmanager
+def _held(partial: Path, folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder that is being made while open, or until this process is gone."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(descriptor), partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            refuse_existing(folder)  # it may be there by now
+            problem = "is being made by another process"
+            raise InputError(str(folder), problem, "Wait for it, or name another with --dir.")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the search file of a search's folder, whole or not at all."""
     partial = folder / f".{FILE_NAME}.partial"
-    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(folder / FILE_NAME)
+    try:
+        partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.replace(folder / FILE_NAME)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise InputError(str(folder / FILE_NAME), problem, "Check the folder and its disk.") from error
 
 
 def check_store_url(url: str, place: str) -> None:

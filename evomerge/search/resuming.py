@@ -63,8 +63,9 @@ def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
     """Write down the settings that a search goes on with."""
     settings = file.model_dump(mode="json")
     if settings != store.search().settings:
-        store.update_settings(settings)
+        # The file first: the next resume takes what differs there for a change that a person has made.
         write_settings(folder, settings)
+        store.update_settings(settings)
 
 
 def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,7 @@ from evomerge.recipe import Recipe
 from evomerge.search.folder import (
     EVIDENCE_NAME,
     STORE_NAME,
-    cannot_be_made,
+    new_folder,
     open_store,
     public_url,
     refuse_existing,
@@ -58,10 +57,7 @@ def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, A
     place = store_place(folder, prepared.file.store)
     if isinstance(place, str):
         settings["store"] = public_url(place)  # the environment may name another one when the search is looked at
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
         write_settings(partial, settings)
         Store.create(
             partial / STORE_NAME if isinstance(place, Path) else place,
@@ -70,12 +66,8 @@ def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, A
             fingerprints=fingerprints,
             environment=environment(),
             items=_item_texts(prepared),
+            in_place_of_undriven=isinstance(place, str),
         ).close()
-        partial.rename(folder)
-    except OSError as error:
-        raise cannot_be_made(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return open_store(folder)
 
 

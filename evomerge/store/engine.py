@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from evomerge.errors import InputError
 
@@ -95,6 +97,9 @@ def connect(url: URL) -> Engine:
     kind = url.get_backend_name()
     place = url.render_as_string(hide_password=True)
     if kind == "sqlite":
+        path = Path(url.database or "")
+        if path.is_file() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+            return create_engine("sqlite://", creator=lambda: _connect_to_read(path), poolclass=QueuePool)
         engine = create_engine(url, connect_args={"timeout": BUSY_S})
         event.listen(engine, "connect", _set_up_sqlite)
         return engine
@@ -109,6 +114,16 @@ def connect(url: URL) -> Engine:
         raise InputError(place, f"needs a database driver ({error})", "pip install 'evomerge[postgresql]'") from error
     event.listen(engine, "connect", _set_up_postgresql)
     return engine
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """A connection to a file that this process may only read.
+
+    SQLite shares a log with whoever writes; where there is none, nobody does, and it must not try to make one.
+    """
+    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
+    uri = f"file:{quote(str(path.absolute()))}?{mode}"
+    return sqlite3.connect(uri, uri=True, timeout=BUSY_S, check_same_thread=False)
 
 
 def for_reading(engine: Engine) -> Engine:

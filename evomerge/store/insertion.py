@@ -8,10 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection, delete, insert, select
 
 from evomerge.store import statements, tables
 from evomerge.store.rows import Answers, Estimate, ItemTexts, Scores
+
+
+def drop_undriven(connection: Connection, name: str) -> None:
+    """Delete the search of a name, with all that belongs to it, if no driver ever held it."""
+    ours = (tables.search.c.name == name) & (tables.lease.c.search_id == tables.search.c.id)
+    query = select(tables.search.c.id).where(ours, tables.lease.c.epoch == 0)
+    if (search_id := connection.execute(query).scalar_one_or_none()) is not None:
+        for table in tables.metadata.sorted_tables:
+            if "search_id" in table.c:
+                connection.execute(delete(table).where(table.c.search_id == search_id))
+        connection.execute(delete(tables.search).where(tables.search.c.id == search_id))
 
 
 def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTexts]) -> None:

@@ -42,11 +42,16 @@ class Store(ReadStore):
         fingerprints: Mapping[str, Any],
         environment: Mapping[str, Any],
         items: Sequence[ItemTexts] = (),
+        in_place_of_undriven: bool = False,
     ) -> Self:
         """Make a store for a new search. ``place`` is the path of an SQLite file or a database URL.
 
         A file holds one search; a database server holds many, told apart by ``name``. ``items`` are what people read
         beside answers and scores.
+
+        Args:
+            in_place_of_undriven: a search of that name that no driver ever held gives way: a process that was killed
+                while it made one has left it.
 
         Raises:
             InputError: a search is there already, or the place cannot be written.
@@ -60,6 +65,8 @@ class Store(ReadStore):
                 is_file = connection.dialect.name == "sqlite"
                 if is_file and connection.execute(select(tables.search.c.id)).first() is not None:
                     raise InputError(store.place, "holds a search already", "Resume it, or choose another folder.")
+                if in_place_of_undriven:
+                    insertion.drop_undriven(connection, name)
                 new = insert(tables.search).values(**row).returning(tables.search.c.id)
                 store.search_id = connection.execute(new).scalar_one()
                 connection.execute(insert(tables.lease).values(search_id=store.search_id, epoch=0, writes=0))

@@ -14,6 +14,9 @@ from evomerge.errors import InputError
 from evomerge.search.launch import check_secured, in_token_mode, listeners, who_listens
 from evomerge.search.sections import Cluster
 
+PORTS_VARIABLE = "EVOMERGE_PORTS"
+"""The environment variable that asks for the ports on which Ray listens, by process."""
+
 
 def connect(cluster: Cluster) -> bool:
     """Join the cluster, or start one on this machine; True when it was started here and is ours to end."""
@@ -37,7 +40,7 @@ def connect(cluster: Cluster) -> bool:
         ray.shutdown()
         raise
     if cluster.address is None:
-        told = who_listens(listeners(), secured=in_token_mode(), ports=not sys.stderr.isatty())
+        told = who_listens(listeners(), secured=in_token_mode(), ports=bool(os.environ.get(PORTS_VARIABLE)))
         print(told, file=sys.stderr)
     return True
 
