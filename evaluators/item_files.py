@@ -6,6 +6,7 @@ A hash of what an item asks decides of its split, so that a longer file moves no
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from evaluators.base import Split
 from evomerge.errors import InputError
+from evomerge.files import open_file, parse_json
+
+ITEMS_BYTES = 2_000_000_000
+"""Most bytes of a file of items."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +57,39 @@ def read_lines(file: Path) -> Iterator[Line]:
     Raises:
         InputError: a file that cannot be read, or a line that is no JSON object.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028, inside of texts
-    except FileNotFoundError:
-        mend = "A path is relative to the folder of the search file."
-        raise InputError(str(file), "there is no such file of items", mend) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(file), f"cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
+    for place, line in text_lines(file):
         try:
-            fields = json.loads(line)
+            fields = parse_json(line.encode())
         except ValueError as error:
-            raise InputError(place, f"is not JSON ({error})") from None
+            raise InputError(place, f"is not JSON that can be used ({error})") from None
         if not isinstance(fields, dict):
             mend = 'Write a line such as {"prompt": "1 + 1 =", "answer": "2"}.'
             raise InputError(place, "is not a JSON object", mend)
         yield Line(fields, place)
+
+
+def text_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file of items that are not blank, each after its place.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not UTF-8.
+    """
+    if not file.is_symlink() and not file.exists():
+        mend = "A path is relative to the folder of the search file."
+        raise InputError(str(file), "there is no such file of items", mend)
+    with open_file(file, str(file), ITEMS_BYTES) as stream:
+        for number in itertools.count(1):
+            raw = stream.readline(ITEMS_BYTES)  # in bytes, for text would also be cut inside of it, at U+2028
+            if not raw:
+                return
+            place = f"{file}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                problem = f"is not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})"
+                raise InputError(place, problem, "Save the file as UTF-8.") from None
+            if line.strip():
+                yield place, line.rstrip("\n")
 
 
 def check_template(text: str) -> str:

@@ -46,6 +46,7 @@ class LmEvalSettings(PromptSettings):
         generation: changes to the task's ``generation_kwargs``, such as ``max_gen_toks`` (lm-eval's default is 256).
         batch_size: most prompts in one forward pass; ``auto`` is 256, or as many as a GPU has room for.
         task_folders: folders of a person's own task files.
+        data_folder: where relative paths in these files start from; the current folder when left out.
         allow_task_code: consent to run the code that files in ``task_folders`` hold.
     """
 
@@ -57,6 +58,7 @@ class LmEvalSettings(PromptSettings):
     generation: dict[str, JsonValue] = Field(default_factory=dict)
     batch_size: BatchSize = "auto"
     task_folders: tuple[Path, ...] = ()
+    data_folder: Path | None = None
     allow_task_code: bool = False
 
     def __hash__(self) -> int:  # `generation` is a dict, which has none

@@ -36,6 +36,9 @@ LOGARITHMS: dict[Callable[[list[Any]], Any], Callable[[list[Any]], Any]] = {
 }
 """Perplexities are scored as their logarithm: one unlikely item would outweigh all others, or overflow."""
 
+_WHERE_ONLY = {"search", "held_out", "task_folders", "data_folder", "allow_task_code"}
+"""Settings that say where a task and its items come from; the items themselves are in the fingerprint."""
+
 BLANK_ANSWERS = {"generate_until": "", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
 
 
@@ -143,7 +146,7 @@ def fingerprint(
         [
             lm_eval.__version__,
             ENCODING,
-            settings.model_dump(mode="json", exclude={"search", "held_out", "task_folders", "allow_task_code"}),
+            settings.model_dump(mode="json", exclude=_WHERE_ONLY),
             task.VERSION,
             _described([type(task), config.process_results, config.metric_list, config.filter_list, config.repeats]),
             [[items.docs, [[request.args for request in group] for group in requests]] for items, requests in parts],

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SPEC = re.compile(r"(?P<name>[^\[\]]+?)\s*(\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
 
+_MOST_DIGITS = 18
+
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 
@@ -90,7 +92,8 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
         except Exception as error:
             raise explain(error, place) from error
     docs = processed[source]
-    start, stop = (None if bound is None else int(bound) for bound in (match["start"], match["stop"]))
+    # More digits than any number of items has would be no number to Python.
+    start, stop = (None if bound is None else int(bound[:_MOST_DIGITS]) for bound in (match["start"], match["stop"]))
     rows = range(len(docs))[start:stop]
     if not rows:
         raise InputError(place, f"{spec!r} has no items; {source!r} has {len(docs)}")

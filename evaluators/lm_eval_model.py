@@ -208,7 +208,7 @@ def asked(request: Instance, reader: Reader, settings: PromptSettings, place: st
     text = request.args[0]
     ids = encode(tokenizer, text)  # loglikelihood_rolling cuts a long text into windows and loses nothing
     check_known(reader, ids, place)
-    return Asked("", text, ids, len(ids), None, place)
+    return Asked("", text, [first_token(tokenizer), *ids], len(ids), None, place)
 
 
 def _context(reader: Reader, settings: PromptSettings) -> int:

@@ -6,7 +6,9 @@ and those that come inside lm-eval are trusted like any installed package. A per
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
@@ -21,6 +23,7 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig
 
 from evaluators.lm_eval_files import OWN_TASKS, library_file, library_tasks
 from evomerge.errors import InputError
@@ -69,7 +72,8 @@ def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
     manager = find_manager(name, settings.task_folders)
     _check_config(manager.task_index[name].cfg, place)
     try:
-        task = manager.load([name])["tasks"][name]
+        with contextlib.chdir(_data_folder(settings)):
+            task = manager.load([name])["tasks"][name]
     except Exception as error:  # task files are anybody's code: there is no telling what they raise
         raise explain(error, place) from error
     if not isinstance(task, ConfigurableTask):
@@ -78,6 +82,12 @@ def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
     _set_generation(task, settings, place)
     file = manager.task_index[name].yaml_path  # None for tasks that lm-eval makes in Python
     return task, file is None or file.is_relative_to(LIBRARY_TASKS)
+
+
+def _data_folder(settings: LmEvalSettings) -> Path:
+    """Where relative paths in task files start from; here, where a worker lacks it."""
+    folder = settings.data_folder
+    return folder if folder is not None and folder.is_dir() else Path.cwd()
 
 
 def find_manager(name: str, folders: tuple[Path, ...]) -> TaskManager:
@@ -170,6 +180,9 @@ def _set_generation(task: ConfigurableTask, settings: LmEvalSettings, place: str
             raise InputError(place, f"has no generation settings: it is a {task.config.output_type} task")
         return
     wanted = task.config.generation_kwargs | settings.generation
+    if unknown := sorted(settings.generation.keys() - _GENERATION_KEYS):
+        raise unknown_name(unknown[0], _GENERATION_KEYS, f"{place}: generation", "setting")
+    _check_generation(wanted, f"{place}: generation")
     temperature = float(wanted.get("temperature") or 0.0)
     if wanted.get("do_sample", temperature > 0) and (temperature > 0 or "temperature" not in wanted):
         raise InputError(
@@ -180,13 +193,34 @@ def _set_generation(task: ConfigurableTask, settings: LmEvalSettings, place: str
     task.config.generation_kwargs = wanted | {"do_sample": False, "temperature": 0.0}
 
 
+def _check_generation(wanted: Mapping[str, Any], place: str) -> None:
+    """Refuse generation settings that only a candidate would fail on."""
+    until = wanted.get("until", [])
+    if not isinstance(until, str) and not (isinstance(until, list) and all(isinstance(text, str) for text in until)):
+        raise InputError(f"{place}.until", "is neither a text nor a list of texts", 'Write `until: ["\\n"]`.')
+    for key, value in wanted.items():
+        a_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in _ANSWER_LENGTHS and not (isinstance(value, int) and a_number and 1 <= value <= _MOST_TOKENS):
+            raise InputError(f"{place}.{key}", f"must be a whole number from 1 to {_MOST_TOKENS:,}")
+        if key in _NUMBERS and value is not None and not (a_number and math.isfinite(value)):
+            raise InputError(f"{place}.{key}", "must be a finite number")
+        if key in _SWITCHES and value is not None and not isinstance(value, bool):
+            raise InputError(f"{place}.{key}", "must be true or false")
+
+
+_ANSWER_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_MOST_TOKENS = 2**31 - 1
+_NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams")
+_SWITCHES = ("do_sample", "early_stopping", "use_cache")
+_GENERATION_KEYS = {*vars(GenerationConfig()), *_ANSWER_LENGTHS, "until"}
+
 _ONE_A_LINE = "Give it one JSON object a line, all with the same keys."
 
 _FAULTS = {  # a part of "Type: message", for each fault that has plainer words
     "StopIteration": ("a data file is empty", _ONE_A_LINE),
     "corresponds to no data": ("a data file is empty", _ONE_A_LINE),
     "DatasetGenerationError": ("a data file cannot be read", _ONE_A_LINE),
-    "FileNotFoundError": ("a data file is missing", "Paths in a task file start from the current folder."),
+    "FileNotFoundError": ("a data file is missing", "Paths in a task file start from the folder of the search file."),
     "UndefinedError": ("an item lacks a field that its prompt or answer needs", "Mend the data or the task file."),
     "OfflineModeIsEnabled": ("its data is not on this machine", "Fetch it once without HF_HUB_OFFLINE; it is cached."),
     "ConnectionError": ("its data cannot be fetched", "Fetch it once with the network on; it is cached."),

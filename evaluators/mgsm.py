@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evaluators.base import Split
 from evaluators.benchmarks import benchmark_of, count
-from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
+from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items, text_lines
 from evaluators.language import in_language, language_detector, line_in_language
 from evaluators.numbers import answer_number, last_number_sakana
 from evaluators.numerals import Language
@@ -257,15 +257,7 @@ def _read_file(file: Path) -> Iterable[Line]:
 
 
 def _read_tsv(file: Path) -> Iterator[Line]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        mend = "A path is relative to the folder of the search file."
-        raise InputError(str(file), f"cannot be read ({error})", mend) from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
+    for place, line in text_lines(file):
         question, tab, answer = line.rpartition("\t")
         if not tab:
             raise InputError(place, "has no tab", "Write the question, a tab and the number.")

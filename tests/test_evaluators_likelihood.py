@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,15 +239,29 @@ def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = write(tmp_path, [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "1 + 2 ="}])
     assert "no such file of items. A path is relative to the folder of the search file" in refusal(file=tmp_path / "no")
-    assert "cannot be read" in refusal(file=tmp_path)
+    assert "is a folder" in refusal(file=tmp_path)
     assert "line 2: has no text or number in its field 'answer'; it has: prompt" in refusal(file=file)
     assert "line 1: has no text or number in its field 'question'" in refusal(file=file, prompt="{question}")
     file.write_text('{"prompt": "a", "answer": "b"}\n\n["a", "b"]\n')
     assert "line 3: is not a JSON object" in refusal(file=file)
     file.write_text('{"prompt": "a", "answer": \n')
     assert "line 1: is not JSON" in refusal(file=file)
-    file.write_bytes(b"\xff\xfe")
-    assert "cannot be read" in refusal(file=file)
+    good = b'{"prompt": "a", "answer": "b"}\n'
+    for broken in (b"\xff\xfe", '{"prompt": "ä", "answer": "b"}\n'.encode("latin-1"), "あ".encode("shift-jis")):
+        file.write_bytes(good + broken)
+        assert "line 2: is not UTF-8" in refusal(file=file)
+        assert "Save the file as UTF-8." in refusal(file=file)
+    for broken in (
+        '{"prompt": "\\ud83d", "answer": "b"}',
+        '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        '{"a": ' + "9" * 9000,
+    ):
+        file.write_bytes(good + broken.encode())
+        assert "line 2: is not JSON" in refusal(file=file)
+    file.unlink()
+    os.mkfifo(file)
+    assert "is a named pipe" in refusal(file=file)
+    file.unlink()
     for answer in ("", " \n", None):
         write(tmp_path, [{"prompt": "a", "answer": answer}])
         assert "line 1: has" in refusal(file=file)

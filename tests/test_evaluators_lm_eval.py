@@ -24,6 +24,7 @@ from helpers_lm_eval import (
     write_all,
     write_task,
 )
+from helpers_miniature import search_file
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -35,6 +36,7 @@ from evaluators.prompts import Reader, told_too_long
 from evaluators.stopping import StopAtText
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
+from evomerge.search.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 
 ITEMS = 12
@@ -391,6 +393,48 @@ def test_unknown_kind_and_task_folder(tmp_path: Path) -> None:
 def test_a_task_of_the_library_is_found_without_indexing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_eval_tasks, "_library", lambda _: pytest.fail("indexed"))
     assert "mgsm_direct_ja" in lm_eval_tasks.find_manager("mgsm_direct_ja", ()).task_index
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"temperature": "x"}, "generation.temperature: must be a finite number"),
+        ({"temperature": math.nan}, "generation.temperature: must be a finite number"),
+        ({"top_p": []}, "generation.top_p: must be a finite number"),
+        ({"max_gen_toks": "x"}, "generation.max_gen_toks: must be a whole number"),
+        ({"max_gen_toks": -1}, "generation.max_gen_toks: must be a whole number"),
+        ({"max_new_tokens": 10**12}, "generation.max_new_tokens: must be a whole number"),
+        ({"max_gen_toks": True}, "generation.max_gen_toks: must be a whole number"),
+        ({"until": 5}, "generation.until: is neither a text nor a list of texts"),
+        ({"until": ["a", 5]}, "generation.until: is neither a text nor a list of texts"),
+        ({"do_sample": "no"}, "generation.do_sample: must be true or false"),
+        ({"temprature": 0}, "there is no setting 'temprature'. Did you mean 'temperature'"),
+    ],
+)
+def test_generation_settings_are_looked_at_first(folder: Path, generation: dict[str, Any], said: str) -> None:
+    assert said in refusal(folder, "generate", generation=generation)
+
+
+def test_a_slice_of_more_digits_than_there_are_numbers(folder: Path) -> None:
+    assert "has no items" in refusal(folder, "generate", search=f"test[{'9' * 5000}:]")
+    evaluator = settings_for(folder, "generate", search="validation[:5]", held_out=f"test[5:{'9' * 5000}]").build()
+    assert len(evaluator.items("held_out")) == ITEMS - 5
+
+
+def test_data_is_found_from_the_search_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the command is run."""
+    file = write_task(
+        tmp_path / "tasks", "mine", GENERATE, validation=questions("validation", 5), test=questions("test", 5)
+    )
+    file.write_text(file.read_text().replace(str(tmp_path / "tasks"), "tasks"))
+    assert '"tasks/mine.test.jsonl"' in file.read_text()
+    monkeypatch.chdir("/")
+    search = search_file(tmp_path, task_folders=["tasks"], allow_task_code=True, objectives={
+        "m": {"task": "mine", "metric": "exact_match"},
+    })  # fmt: skip
+    (settings,) = load_search_file(search).evaluators().values()
+    assert len(settings.build().items("held_out")) == 5
+    assert Path.cwd() == Path("/")
 
 
 def test_groups_and_unknown_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class SearchFile(Section):
     attempts: PositiveInt = 2
     attempt_hours: float = Field(default=MOST_S / 3600, allow_inf_nan=False)
     task_folders: tuple[Path, ...] = ()
+    data_folder: Path = Path()
     allow_task_code: bool = False
     search_on_test_items: bool = False
     answers: KeptAnswers = "all"
@@ -143,7 +144,10 @@ class SearchFile(Section):
         for place, measure in self.measures.items():
             settings = evaluator_settings(measure.evaluator, f"{place}.evaluator")
             keys = measure.evaluator_keys
-            shared = {"task_folders": self.task_folders, "allow_task_code": self.allow_task_code}
+            shared = {
+                "task_folders": self.task_folders, "data_folder": self.data_folder,
+                "allow_task_code": self.allow_task_code,
+            }  # fmt: skip
             keys |= {key: value for key, value in shared.items() if key in settings.model_fields}
             try:
                 found[place] = settings.model_validate(keys)
@@ -190,6 +194,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "sources": sources,
         "space": parsed.space.at(root.resolve()),
         "task_folders": folders,
+        "data_folder": (root / parsed.data_folder).resolve(),
         "objectives": {n: _at(root.resolve(), f"objectives.{n}", each) for n, each in parsed.objectives.items()},
         "constraints": {n: _at(root.resolve(), f"constraints.{n}", each) for n, each in parsed.constraints.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
