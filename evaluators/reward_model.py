@@ -84,18 +84,11 @@ class _Judge:
     """
 
     def __init__(self, settings: RewardModelSettings) -> None:
-        from transformers import AutoTokenizer
-
-        from evomerge.checkpoints.config import first_line
+        from evomerge.checkpoints.tokenizer_files import load_tokenizer_folder
 
         self._folder, files = _check(settings.model)
         self._template, self._batch_size = settings.template, settings.batch_size
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                self._folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # tokenizers raise bare Exceptions for broken files
-            raise InputError("model", f"its tokenizer cannot be loaded: {first_line(error)}") from error
+        self._tokenizer: Any = load_tokenizer_folder(self._folder, "model")
         self.fingerprint = _fingerprint(files)
         self._model: Any = None
 
@@ -158,7 +151,14 @@ class _Judge:
 def _check(reference: str) -> tuple[Path, list[Path]]:
     """The folder of a reward model that can be used, and the files that make it what it is."""
     from evomerge.checkpoints.config import check_config
-    from evomerge.checkpoints.folder import TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
+    from evomerge.checkpoints.folder import (
+        check_files,
+        check_tokenizer,
+        find_tensors,
+        load_config,
+        refuse_unreadable,
+        tokenizer_files,
+    )
     from evomerge.checkpoints.places import find_folder
     from evomerge.checkpoints.structure import parse_config
 
@@ -167,13 +167,11 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
         mend = "Merge it into a folder of its own first, with peft's merge_and_unload."
         raise InputError(place, f"{reference} names an adapter, which no reward model takes here", mend)
     folder = find_folder(reference, place, None)
-    check_links(folder, place)
+    check_files(folder, place)
     refuse_unreadable(folder, place)
-    config = load_json(folder / "config.json", place)
+    config = load_config(folder, place)
     check_config(config, place)
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file() and load_json(tokenizer, place).get("auto_map") is not None:
-        raise InputError(place, "tokenizer_config.json: auto_map asks for code from the model's folder")
+    check_tokenizer(folder, place)
     architecture = str((config.get("architectures") or ["none"])[0])
     if not architecture.endswith(_HEAD):
         problem = f"config.json: architectures is {architecture}, which is no reward model"
@@ -182,8 +180,7 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
         problem = f"its head has {labels} labels; a reward is one number"
         raise InputError(place, problem, "Name a reward model, whose config.json has one label in id2label.")
     weights = {entry.file for entry in find_tensors(folder, place).values()}
-    others = {folder / name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()}
-    return folder, sorted(weights | others)
+    return folder, sorted({*weights, folder / "config.json", *tokenizer_files(folder)})
 
 
 def _fingerprint(files: Sequence[Path]) -> str:

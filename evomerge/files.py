@@ -43,7 +43,7 @@ def open_file(file: Path, place: str, most: int | None = None) -> BinaryIO:
         InputError: there is no such file, it may not be read, is no plain file, or is larger than ``most``.
     """
     try:
-        _check(file, os.stat(file), place, most)  # before it is opened, which alone can set a device to work
+        check_plain(file, place, most)  # before it is opened, which alone can set a device to work
         stream = open(file, "rb", opener=_opener)  # noqa: SIM115
     except (OSError, ValueError) as error:  # a ValueError comes of a null byte in the name
         raise InputError(place, f"{file} {_why_not(error)}") from None
@@ -53,6 +53,16 @@ def open_file(file: Path, place: str, most: int | None = None) -> BinaryIO:
         stream.close()
         raise
     return stream
+
+
+def check_plain(file: Path, place: str, most: int | None = None) -> None:
+    """Refuse what is no plain file, without opening it, or is larger than ``most`` bytes.
+
+    Raises:
+        InputError: so it is.
+        OSError: there is none.
+    """
+    _check(file, os.stat(file), place, most)
 
 
 def read_bytes(file: Path, place: str, most: int) -> bytes:
@@ -68,14 +78,17 @@ def read_bytes(file: Path, place: str, most: int) -> bytes:
     return content
 
 
-def read_text(file: Path, place: str, most: int = TEXT_BYTES, encoding: str = "utf-8") -> str:
+def read_text(file: Path, place: str, most: int = TEXT_BYTES, encoding: str = "utf-8", errors: str = "strict") -> str:
     """The text of a plain file.
+
+    Args:
+        errors: what is done with bytes that are no text, as for ``bytes.decode``.
 
     Raises:
         InputError: as ``open_file``, or it is no text in this encoding.
     """
     try:
-        return read_bytes(file, place, most).decode(encoding)
+        return read_bytes(file, place, most).decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise InputError(place, f"{file.name} is no text ({error.reason} at byte {error.start})") from None
 
@@ -90,7 +103,7 @@ def read_json(file: Path, place: str, most: int = JSON_BYTES) -> Any:
     try:
         return parse_json(raw)
     except ValueError as error:
-        raise InputError(place, f"{file.name} is not JSON that can be used ({error})", "Get it again.") from None
+        raise InputError(place, f"{file.name} is not JSON ({error})", "Download it again.") from None
 
 
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
@@ -116,6 +129,11 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair") from None
     return content
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can be the name of a file that can be written down: no null byte, no half of a surrogate pair."""
+    return "\0" not in text and text == text.encode("utf-8", "ignore").decode()
 
 
 def _opener(name: str, flags: int) -> int:

@@ -41,12 +41,12 @@ def test_the_second_time_it_is_read_and_is_the_same(monkeypatch: pytest.MonkeyPa
 def test_another_configuration_shape_or_transformers_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     blueprint(CONFIG, SHAPES, "x")
     monkeypatch.setattr("evomerge.checkpoints.layout.draw", refuse_to_draw)
-    with pytest.raises(AssertionError, match="drawn again"):
+    with pytest.raises(InputError, match="drawn again"):
         blueprint(CONFIG | {"rope_theta": 7.0}, SHAPES, "x")
-    with pytest.raises(AssertionError, match="drawn again"):
+    with pytest.raises(InputError, match="drawn again"):
         blueprint(CONFIG, {**SHAPES, "more": (1,)}, "x")
     monkeypatch.setattr(module.metadata, "version", lambda name: "0.0")
-    with pytest.raises(AssertionError, match="drawn again"):
+    with pytest.raises(InputError, match="drawn again"):
         blueprint(CONFIG, SHAPES, "x")
 
 

@@ -271,7 +271,7 @@ BAD: dict[str, tuple[Harm, str]] = {
     "config not text": (text("config.json", b"\xff\xfe\x00"), "not JSON"),
     "config too deep": (text("config.json", '{"a":' * 100_000), "not JSON"),
     "config a list": (text("config.json", "[]"), "not a JSON object"),
-    "config a folder": (both(gone("config.json"), lambda f: (f / "config.json").mkdir()), "cannot be read"),
+    "config a folder": (both(gone("config.json"), lambda f: (f / "config.json").mkdir()), "is a folder"),
     "unknown type": (config(model_type="lama"), "model_type 'lama'"),
     "type not text": (config(model_type=["llama"]), "model_type"),
     "not causal": (config(model_type="clip_vision_model"), "causal language model|no tensors|num_hidden_layers"),

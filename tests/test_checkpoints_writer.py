@@ -275,5 +275,5 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_left(
 
 def test_other_faults_of_the_disk_keep_their_own_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), FolderWriter(tmp_path / "out", layout(SOME)) as folder:
-        folder.add_file(tmp_path / "missing")
+        folder.add_text("no/such/folder", "text")
     assert files(tmp_path) == []

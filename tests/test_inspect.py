@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts
 from evomerge.merging.facts import Weights as SourceWeights
@@ -280,13 +281,14 @@ def test_says_when_nothing_speaks_against_it(models: Path) -> None:
     assert "Nothing speaks" not in printed(inspected(models, "base", "chat"))
 
 
-def test_a_broken_tensor_is_named_and_left_out(models: Path) -> None:
-    shutil.copytree(models / "code", models / "broken")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_model_is_refused_by_the_name_of_its_tensor(models: Path, tmp_path: Path, value: float) -> None:
+    shutil.copytree(models / "code", tmp_path / "broken")
     name = "model.layers.0.mlp.up_proj.weight"
-    edit_tensors(models / "broken", lambda tensors: tensors[name][0].fill_(torch.nan))
-    found = inspected(models, "base", "broken")
-    assert f"Not compared, because a model holds NaN or Inf there: {name}." in found.warnings
-    assert math.isfinite(found.sources[0].parts[found.parts.index("layer 0")].relative_norm or math.nan)
+    edit_tensors(tmp_path / "broken", lambda tensors: tensors[name][0, :3].fill_(value))
+    for references in ([str(tmp_path / "broken")], [str(models / "base"), str(tmp_path / "broken")]):
+        with pytest.raises(InputError, match=f"{name} .* has NaN or Inf in 3 of"):
+            inspect_models(references, None)
 
 
 # --- what is printed

@@ -12,22 +12,26 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 
-from evomerge.checkpoints.folder import check_links, load_json
+from evomerge.checkpoints.folder import check_files, has, load_json
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, read_header, view_entry
 from evomerge.errors import InputError
+from evomerge.printable import printable
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _FOLD = "Fold it with peft's `merge_and_unload` and name the folder that you save."
+_AGAIN = "Save it again with peft's `save_pretrained`."
 _UNSUPPORTED = (
     "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "target_parameters", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
@@ -37,8 +41,13 @@ _PLAIN_STARTS = {"True", "False", "None", "gaussian", "eva", "orthogonal"}
 
 _TENSOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(\.(?P<field>weight|bias))?"
+    r"(\.(?P<adapter>(?!(weight|bias)$)[^.]+))?(\.(?P<field>weight|bias))?"
 )
+_UNTRAINED = re.compile(r"(.*\.)?original_module\..+")
+"""The copy of a module that training left alone, which peft writes beside the trained one."""
+
+_MOST_SCALE = 1e9  # of alpha and rank
+_PATTERN_SECONDS = 3.0  # for all patterns of an adapter on all of its modules
 
 
 @dataclass(frozen=True)
@@ -158,24 +167,29 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
     Raises:
         InputError: it is broken, of a kind that cannot be folded, or made for another model.
     """
-    check_links(folder, place)
-    if not (folder / CONFIG).exists():
+    check_files(folder, place)
+    if not has(folder, CONFIG):
         raise InputError(
             place, f"{folder} is no adapter: it has no {CONFIG}", "Name models apart; a plus adds adapters."
         )
     config = load_json(folder / CONFIG, place)
     _check_config(config, place)
-    if not (folder / WEIGHTS).exists():
+    if not has(folder, WEIGHTS):
         held = (
             "pickled weights (adapter_model.bin), which can run code" if any(folder.glob("*.bin")) else f"no {WEIGHTS}"
         )
-        raise InputError(place, f"the adapter {folder} holds {held}", "Save it again with peft's `save_pretrained`.")
+        raise InputError(place, f"the adapter {folder} holds {held}", _AGAIN)
     found = read_header(folder / WEIGHTS, place)
     for name, entry in found.items():
         if entry.dtype not in TORCH_DTYPES:
             raise InputError(place, f"the adapter's {name} is stored as {entry.dtype}; use one in floating point")
+    if not found:
+        raise InputError(place, f"the adapter {folder} holds no tensors", _AGAIN)
     reader = _Reader(folder, config, base, place)
     changes, replaced = reader.read(found)
+    dora = any(isinstance(change, LowRank) and change.magnitude is not None for change in changes.values())
+    if config.get("use_dora") and not dora:
+        raise InputError(place, f"{CONFIG}: use_dora is true, but the adapter holds no lora_magnitude_vector", _AGAIN)
     named = config.get("base_model_name_or_path")
     return Adapter(
         folder, changes, replaced, (folder / CONFIG, folder / WEIGHTS), named if isinstance(named, str) else ""
@@ -198,20 +212,31 @@ def _check_config(config: Mapping[str, Any], place: str) -> None:
         )
     for key in ("r", "lora_alpha"):
         if not _positive(config.get(key)):
-            raise InputError(place, f"{CONFIG}: {key} is {config.get(key)!r}; it must be a number above 0")
+            wrong = printable(repr(config.get(key)), 100)
+            problem = f"{CONFIG}: {key} is {wrong}; it must be a number above 0 and at most {_MOST_SCALE:g}"
+            raise InputError(place, problem)
+    for key in ("use_dora", "use_rslora"):
+        if not isinstance(config.get(key), bool | None):
+            raise InputError(place, f"{CONFIG}: {key} is {printable(repr(config[key]), 100)}; it must be true or false")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(_positive(value) for value in patterns.values()):
             raise InputError(place, f"{CONFIG}: {key} must give numbers by module")
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(place, f"{CONFIG}: {key} has a broken pattern {pattern!r} ({error})") from None
+                re.compile(_in_full(pattern))
+            except (re.error, RecursionError, OverflowError) as error:
+                shown = printable(repr(pattern), 100)
+                raise InputError(place, f"{CONFIG}: {key} has a broken pattern {shown} ({error})", _FOLD) from None
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value <= _MOST_SCALE
+
+
+def _in_full(pattern: str) -> str:
+    """A pattern of PEFT for the ends of names, as it matches a whole name."""
+    return rf"(.*\.)?({pattern})$"
 
 
 @dataclass(frozen=True)
@@ -222,17 +247,10 @@ class _Reader:
     config: Mapping[str, Any]
     base: Base
     place: str
+    deadline: float = field(default_factory=lambda: time.monotonic() + _PATTERN_SECONDS)
 
     def read(self, found: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
-        modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
-        whole: dict[str, TensorEntry] = {}
-        for name, entry in found.items():
-            plain = name.removeprefix("base_model.model.")
-            if match := _TENSOR.fullmatch(plain):
-                kind = match["kind"] + (".bias" if match["field"] == "bias" else "")
-                modules[match["module"]][kind] = entry
-            else:
-                whole[re.sub(r"\b(modules_to_save|base_layer)\.", "", plain)] = entry
+        modules, whole = self._sorted(found)
         weights, biases = ([f"{m}.{field}" for m in modules] for field in ("weight", "bias"))
         names = self.base.find([*weights, *biases, *whole])
         changes: dict[str, Change] = {}
@@ -246,6 +264,31 @@ class _Reader:
                 raise self._misfit(name, entry.shape)
         self._check_tied(changes, whole, names)
         return changes, replaced
+
+    def _sorted(
+        self, found: Mapping[str, TensorEntry]
+    ) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
+        """The factors of each module by their kind, and the tensors that are held in full, by their names."""
+        plain = {name.removeprefix("base_model.model."): entry for name, entry in found.items()}
+        if len(plain) < len(found):
+            raise InputError(self.place, f"the adapter {self.folder} holds a tensor under two names", _AGAIN)
+        matches = {name: _TENSOR.fullmatch(name) for name in plain}
+        adapters = {match["adapter"] for match in matches.values() if match} or {"default"}
+        if len(adapters) > 1:
+            problem = f"{self.folder} holds several adapters: {', '.join(sorted(str(name) for name in adapters)[:3])}"
+            raise InputError(self.place, problem, "Save each alone.")
+        saved = re.compile(rf"\b(modules_to_save\.({re.escape(str(adapters.pop()))}\.)?|base_layer\.)")
+        modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+        whole: dict[str, TensorEntry] = {}
+        for name, entry in plain.items():
+            if match := matches[name]:
+                modules[match["module"]][match["kind"] + (".bias" if match["field"] == "bias" else "")] = entry
+            elif not _UNTRAINED.fullmatch(name):
+                target = saved.sub("", name)
+                if target in whole and not torch.equal(_view(whole[target]), _view(entry)):
+                    raise InputError(self.place, f"the adapter {self.folder} holds {target} twice, and they differ")
+                whole[target] = entry
+        return modules, whole
 
     def _module(self, module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Change]]:
         embedded = "lora_embedding_A" in tensors
@@ -271,8 +314,14 @@ class _Reader:
 
     def _of_pattern(self, key: str, module: str, otherwise: str) -> Any:
         for pattern, value in (self.config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
+            try:
+                left = max(self.deadline - time.monotonic(), 0.0)
+                if regex.match(_in_full(pattern), module, timeout=left):
+                    return value
+            except (TimeoutError, regex.error) as error:
+                shown = printable(repr(pattern), 100)
+                problem = f"{CONFIG}: {key} has the pattern {shown}, which cannot be looked for in time ({error})"
+                raise InputError(self.place, problem, _FOLD) from None
         return self.config[otherwise]
 
     def _known(self, names: Mapping[str, str | None], target: str) -> str:
@@ -312,7 +361,7 @@ class _Reader:
     ) -> None:
         """A tensor that is embedding and head at once can only change as both."""
         for name in self.base.tied:
-            held = [view_entry(entry, map_file(entry.file)) for target, entry in whole.items() if names[target] == name]
+            held = [_view(entry) for target, entry in whole.items() if names[target] == name]
             equal = len(held) == 2 and torch.equal(*held)  # both are written when both were trained
             if name in changes or (held and not equal):
                 raise InputError(
@@ -320,3 +369,7 @@ class _Reader:
                     f"the adapter {self.folder} changes {name} as embedding or as head, but in this model it is both",
                     "Untie the base first: save it with tie_word_embeddings false and the embedding again as the head.",
                 )
+
+
+def _view(entry: TensorEntry) -> torch.Tensor:
+    return view_entry(entry, map_file(entry.file))

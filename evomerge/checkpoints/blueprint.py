@@ -21,8 +21,10 @@ from typing import Any
 from platformdirs import user_cache_path
 from pydantic import TypeAdapter, ValidationError
 
+from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part
+from evomerge.errors import InputError
 from evomerge.recipe import Role
 
 _CODE = (
@@ -88,7 +90,12 @@ def blueprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         return _FORM.validate_json(kept.read_bytes())
     from evomerge.checkpoints.layout import draw  # which imports transformers
 
-    drawn = draw(config, shapes, place)
+    try:
+        drawn = draw(config, shapes, place)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a strange value does inside transformers
+        raise InputError(place, f"config.json cannot be used: {first_line(error)}") from error
     with suppress(OSError):  # a home that cannot be written to costs time alone
         kept.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=kept.parent)

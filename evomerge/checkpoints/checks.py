@@ -9,7 +9,7 @@ import torch
 
 from evomerge.checkpoints.blueprint import blueprint
 from evomerge.checkpoints.finite import all_finite
-from evomerge.checkpoints.folder import load_json
+from evomerge.checkpoints.folder import has, load_json
 from evomerge.checkpoints.parts import holders
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -117,6 +117,7 @@ def check_finite(source: Source) -> None:
                 f"{name} in {source.tensors[name].file.name} has NaN or Inf in {bad:,} of {tensor.numel():,} elements",
                 "The model is broken; download or train it again.",
             )
+        source.release(name)
 
 
 def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, mend: str = _SAME_SHAPE) -> None:
@@ -207,7 +208,7 @@ def _same_special(one: Source, other: Source, known: Mapping[str, int]) -> None:
 def _vocabulary(source: Source) -> dict[str, int]:
     """Every token of tokenizer.json with its id, added tokens as well."""
     file = source.folder / "tokenizer.json"
-    if not file.exists():
+    if not has(source.folder, file.name):
         raise InputError(
             source.place,
             f"has no tokenizer.json in {source.folder}",
@@ -235,7 +236,7 @@ def _vocabulary(source: Source) -> dict[str, int]:
 def _special(source: Source, token: str) -> str | None:
     """A special token's text, from tokenizer_config.json or, in older folders, special_tokens_map.json."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (source.folder / name).exists():
+        if has(source.folder, name):
             value = load_json(source.folder / name, source.place).get(token)
             value = value.get("content") if isinstance(value, dict) else value
             if value is not None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evomerge.errors import InputError
+from evomerge.printable import printable
 
-_RUNS_CODE = {
-    "auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels", "kernel_config",
-    "transformers_weights", "trust_remote_code",
-}  # fmt: skip
+_RUNS_CODE = re.compile(
+    r"_*(auto_map|custom_pipelines|custom_generate|\w*_implementation\w*|use_kernels|kernel_config"
+    r"|transformers_weights|trust_remote_code)"
+)
+"""Keys by which transformers reads code or weights from elsewhere, whatever underscores it puts before them."""
+
+_BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+"""Values of implementations that are transformers' own; any other may be looked for on the hub."""
+
 _QUANTISED = {"quantization_config", "compression_config"}
-_HARMLESS_PRIVATE = {"_name_or_path", "_commit_hash"}
 _COUNTS_MODULES = re.compile(r"(layers?|blocks?|experts?|heads?)$")
+_COUNTS = re.compile(r"(num|n)_|.*_?(labels|codebooks|groups)$")
+_MOST_MODULES, _MOST_COUNTED = 10_000, 1_000_000
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
@@ -32,15 +40,27 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
         if key in _QUANTISED:
             problem = f"config.json: {key} says that the weights are quantised ({_quantisation(value)})"
             raise InputError(place, problem, "Use the full-precision model.")
-        private = key.startswith("_") and key not in _HARMLESS_PRIVATE and not isinstance(value, bool | int | float)
-        if key in _RUNS_CODE or private:
+        if _RUNS_CODE.fullmatch(key) and not _is_harmless(key, value):
             raise InputError(
                 place,
-                f"config.json: {key} can make transformers run code from elsewhere",
+                f"config.json: {printable(key, 100)} can make transformers run code from elsewhere",
                 "Read what it names; if transformers knows the model without it, delete the key from a copy.",
             )
-        if _COUNTS_MODULES.search(key) and type(value) is int and not 0 <= value <= 10_000:
-            raise InputError(place, f"config.json: {key} is {value}, which no model has")
+        if type(value) is int and value > _most(key):
+            raise InputError(place, f"config.json: {printable(key, 100)} is {value}, which no model has")
+
+
+def _is_harmless(key: str, value: Any) -> bool:
+    if isinstance(value, bool | int | float):
+        return key.startswith("_") or not value  # transformers' own switches
+    return "_implementation" in key and value in _BUILT_IN
+
+
+def _most(key: str) -> float:
+    """The largest number that a key can have, where things are made in that number before anything is looked at."""
+    if _COUNTS_MODULES.search(key):
+        return _MOST_MODULES
+    return _MOST_COUNTED if _COUNTS.match(key) else math.inf
 
 
 def _quantisation(config: Any) -> str:
@@ -53,10 +73,12 @@ def _quantisation(config: Any) -> str:
     return ", ".join(str(part) for part in (method, bits) if part)
 
 
-def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        yield key, value
-        if isinstance(value, dict):
+def _walk(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a configuration with its value, at any depth."""
+    if isinstance(content, dict):
+        yield from content.items()
+    for value in content.values() if isinstance(content, dict) else content:
+        if isinstance(value, dict | list):
             yield from _walk(value)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from evomerge.checkpoints.folder import TEMPLATES
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 
@@ -35,9 +36,15 @@ def content_digest(files: Mapping[str, FileFingerprint]) -> str:
 
 def named_files(source: Source) -> dict[str, Path]:
     """All files of a source by the names that fingerprints have."""
-    folders = list(dict.fromkeys(file.parent for file in source.files))
-    numbered = ((folders.index(file.parent), file) for file in source.files)
-    return {f"adapter {number}/{file.name}" if number else file.name: file for number, file in numbered}
+    own = (source.folder, source.folder / TEMPLATES)
+    adapters = list(dict.fromkeys(file.parent for file in source.files if file.parent not in own))
+    found = {}
+    for file in source.files:
+        if file.parent in own:
+            found[file.relative_to(source.folder).as_posix()] = file
+        else:
+            found[f"adapter {1 + adapters.index(file.parent)}/{file.name}"] = file
+    return found
 
 
 def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) -> dict[str, FileFingerprint]:

@@ -2,53 +2,178 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.headers import TensorEntry, read_header
 from evomerge.errors import InputError
+from evomerge.files import JSON_BYTES, check_plain, read_json, read_text
+from evomerge.printable import printable
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
+TEMPLATES = "additional_chat_templates"
+_TOKENIZER = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab.txt", "merges.txt",
+    "bpe.codes", "dict.txt", "tekken.json", "*.model", "*.spm", "*.tiktoken", "chat_template.jinja",
+    f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
-"""The files that make a tokenizer, where a folder has them."""
+"""The files that make a tokenizer, where a folder has them: what the classes of transformers look for."""
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_READS_FILES = ("init_inputs", "vocab", "merges", "tokenizer_object", "rewriting_rules", "entity_vocab", "subfolder")
+"""Keys of a tokenizer's configuration that its class may take for a file, or for where to look for files."""
+
+_MOST_PATH = 4_096  # characters
 
 _QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 """Files that quantisers put beside weights, some of them without a word in config.json."""
 
-_MAX_JSON_BYTES = 200_000_000
+_CONFIG_BYTES = 10_000_000  # the largest name 20,000 labels
 _CONVERT = "To convert it where you trust it: `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
 
 
-def check_links(folder: Path, place: str) -> None:
-    """Refuse a folder with a file that is a link to somewhere else.
+def check_files(folder: Path, place: str) -> tuple[str, ...]:
+    """Refuse a folder with a link that leads to where no model is, or with something in it that is no plain file.
 
-    A hub cache is made of such links, ``snapshots/<revision>/x -> ../../blobs/<hash>``; those are let through.
+    Looked at is all that a loader could open: the folder itself and its chat templates, whatever the names. A link is
+    followed
+
+    - inside of the folder;
+    - in a hub cache, which is made of links: ``snapshots/<revision>/x -> ../../blobs/<hash>``;
+    - to the file of the same name in another model's folder, as people lay out variants of a model.
+
+    Returns:
+        names of the last kind, for a warning.
 
     Raises:
         InputError: naming the file.
     """
-    home = folder.resolve()
+    elsewhere = []
+    for file in _entries(folder, place):
+        name = str(file.relative_to(folder))
+        if file.is_symlink():
+            if not _is_loop_free(file):
+                raise InputError(place, f"{name} is a link that leads back to itself", "Remove it.")
+            if not _stays(file, folder):
+                if not _leads_to_a_model(file):
+                    raise InputError(place, f"{name} is a link that leaves the folder", "Put the file itself there.")
+                elsewhere.append(name)
+        if os.path.exists(file) and not file.is_dir():
+            check_plain(file, place)
+    return tuple(elsewhere)
+
+
+def _entries(folder: Path, place: str) -> Iterator[Path]:
+    """What lies in a model's folder and where its chat templates are; links to other folders are not for loaders."""
+    for file in sorted(folder.iterdir()):
+        if not (file.is_symlink() and os.path.isdir(file) and file.name != TEMPLATES):
+            yield file
+    templates = folder / TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        yield from sorted(templates.iterdir())
+
+
+def _is_loop_free(link: Path) -> bool:
+    try:
+        os.stat(link)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return True
+
+
+def _stays(file: Path, folder: Path) -> bool:
+    """Whether a link leads to somewhere in the folder, or in the hub cache that the folder is of."""
+    home = Path(os.path.realpath(folder))
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
-    for file in sorted(folder.iterdir()):
-        if file.is_symlink() and not any(file.resolve().is_relative_to(root) for root in allowed):
-            raise InputError(place, f"{file.name} is a link that leaves the folder", "Put the file itself there.")
+    real = Path(os.path.realpath(file))
+    return any(real.is_relative_to(root) for root in allowed)
+
+
+def _leads_to_a_model(link: Path) -> bool:
+    """Whether a link leads to the file of its own name in another folder with a model or an adapter."""
+    target = Path(os.path.join(link.parent, os.readlink(link)))
+    folder = Path(os.path.realpath(target.parent))
+    described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    holds_model = described and any(folder.glob("*.safetensors"))
+    if target.name != link.name or not holds_model:
+        return False
+    target = folder / target.name
+    return not target.is_symlink() or _stays(target, folder) or _leads_to_a_model(target)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that make its tokenizer, chat templates included, by name."""
+    return sorted({file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()})
+
+
+def check_tokenizer(folder: Path, place: str) -> None:
+    """Refuse a tokenizer that reads code, or other files than the folder's, or files that are none.
+
+    transformers hands all of its keys to the tokenizer's class, some of which open what they are given. The keys that
+    name files (``vocab_file``) are harmless: transformers puts the files of the folder in their place.
+
+    Raises:
+        InputError: naming the file, or the key of tokenizer_config.json.
+    """
+    for pattern in _TOKENIZER:
+        for file in folder.glob(pattern):
+            if file.exists():
+                check_plain(file, place, JSON_BYTES)
+    if not has(folder, _TOKENIZER_CONFIG):
+        return
+    content = load_json(folder / _TOKENIZER_CONFIG, place)
+    if content.get("auto_map") is not None:
+        raise InputError(
+            place,
+            f"{_TOKENIZER_CONFIG}: auto_map asks for code from the model's folder",
+            "Read what it names; if transformers knows the tokenizer without it, delete the key from a copy.",
+        )
+    for key, value in content.items():
+        if _reads_files(key, value):
+            raise InputError(
+                place,
+                f"{_TOKENIZER_CONFIG}: {printable(key, 100)} would make transformers read files from elsewhere",
+                "Delete the key from a copy.",
+            )
+    versions = content.get("fast_tokenizer_files") or []
+    known = {file.name for file in tokenizer_files(folder)}
+    for name in versions if isinstance(versions, list) else [versions]:
+        if name not in known:
+            shown = printable(repr(name), 100)
+            raise InputError(place, f"{_TOKENIZER_CONFIG}: fast_tokenizer_files names {shown}, which is not there")
+
+
+def _reads_files(key: str, value: Any) -> bool:
+    if key in _READS_FILES:
+        return bool(value)
+    if key.endswith("_kwargs") and isinstance(value, dict):  # for SentencePiece and MeCab, which take files by name
+        return any(isinstance(inner, str) and "/" in inner for inner in value.values())
+    named = isinstance(value, str) and len(value) < _MOST_PATH and "/" in value and not key.endswith("_file")
+    return named and "\0" not in value and os.path.isfile(value)
+
+
+def has(folder: Path, name: str) -> bool:
+    """Whether something is in the place of a file, if only to be refused when it is read."""
+    return os.path.exists(folder / name)
 
 
 def zero_folder(folder: Path) -> Path | None:
     """The folder with the shards of a DeepSpeed ZeRO checkpoint: this one, or the one below that holds its last step.
 
     None when there is no such checkpoint. What the file ``latest`` says is followed only to a folder right here.
+
+    Raises:
+        InputError: ``latest`` is no plain file.
     """
     latest = folder / "latest"
-    if latest.is_file():
-        steps = [step for step in folder.iterdir() if step.name == latest.read_text("utf-8", "replace").strip()]
+    if has(folder, latest.name):
+        named = read_text(latest, str(folder), most=1_000, errors="replace").strip()
+        steps = [step for step in folder.iterdir() if step.name == named]
     else:
         steps = sorted(folder.glob("global_step*"))
     for step in [folder, *steps[-1:]]:
@@ -64,7 +189,7 @@ def refuse_unreadable(folder: Path, place: str) -> None:
         InputError: it tells what to do.
     """
     for name, kind in _QUANTISERS.items():
-        if (folder / name).exists():
+        if has(folder, name):
             raise InputError(
                 place, f"{name} says that the weights are quantised ({kind})", "Use the full-precision model."
             )
@@ -84,24 +209,27 @@ def refuse_unreadable(folder: Path, place: str) -> None:
         )
 
 
-def load_json(file: Path, place: str) -> dict[str, Any]:
-    """The JSON object in a file.
+def load_json(file: Path, place: str, most: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most so many bytes.
 
     Raises:
-        InputError: it is missing, too large, no JSON, or no object.
+        InputError: it is missing, no plain file, too large, no JSON, or no object.
     """
-    try:
-        size = file.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise InputError(place, f"{file.name} is absurdly large: {size:,} bytes")
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(place, f"has no {file.name} in {file.parent}", "Name a folder that holds a model.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(place, f"{file.name} is not JSON ({error})", "Download it again.") from None
+    if not os.path.lexists(file):
+        raise InputError(place, f"has no {file.name} in {file.parent}", "Name a folder that holds a model.")
+    content = read_json(file, place, most)
     if not isinstance(content, dict):
         raise InputError(place, f"{file.name} is not a JSON object", "Download it again.")
     return content
+
+
+def load_config(folder: Path, place: str) -> dict[str, Any]:
+    """The content of a model's config.json, not looked at yet.
+
+    Raises:
+        InputError: as ``load_json``.
+    """
+    return load_json(folder / "config.json", place, _CONFIG_BYTES)
 
 
 def find_tensors(folder: Path, place: str) -> dict[str, TensorEntry]:
@@ -112,11 +240,11 @@ def find_tensors(folder: Path, place: str) -> dict[str, TensorEntry]:
             disagrees with its shards.
     """
     single, index = folder / WEIGHTS, folder / INDEX
-    if single.exists() and index.exists():
+    if has(folder, WEIGHTS) and has(folder, INDEX):
         raise InputError(place, f"has both {WEIGHTS} and {INDEX}", "Remove the one that is out of date.")
-    if single.exists():
+    if has(folder, WEIGHTS):
         return read_header(single, place)
-    if index.exists():
+    if has(folder, INDEX):
         return _indexed(folder, load_json(index, place).get("weight_map"), place)
     if shards := sorted(folder.glob("model-*.safetensors")):
         raise InputError(place, f"has {shards[0].name} but no {INDEX}", "Download the index as well.")
@@ -133,15 +261,17 @@ def _indexed(folder: Path, weight_map: Any, place: str) -> dict[str, TensorEntry
         # The name comes from a stranger: it may only ever name a file that lies right here.
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             raise InputError(place, f"{INDEX} names {shard!r}, which leads outside the folder", "Do not use it.")
+    listed: dict[str, set[str]] = {shard: set() for shard in shards}
+    for name, shard in weight_map.items():
+        listed[shard].add(name)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         file = folder / shard
-        if not file.is_file():
+        if not has(folder, shard):
             raise InputError(place, f"the shard {shard} is missing from {folder}", "Complete the download.")
         found = read_header(file, place)
-        listed = {name for name, where in weight_map.items() if where == shard}
-        if wrong := sorted(listed ^ found.keys()):
-            where = "lacks it" if wrong[0] in listed else "has it unlisted"
+        if wrong := sorted(listed[shard] ^ found.keys()):
+            where = "lacks it" if wrong[0] in listed[shard] else "has it unlisted"
             raise InputError(place, f"{INDEX} disagrees with {shard} on {wrong[0]!r}: the shard {where}")
         tensors |= found
     return tensors

@@ -8,9 +8,9 @@ or overlap.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,13 @@ from typing import Any
 import torch
 
 from evomerge.errors import InputError
+from evomerge.files import open_file, parse_json
+from evomerge.printable import printable
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own cap
+_MOST_SIZES = 64  # of a shape, as in torch
+_MOST_SIZE = 2**63 - 1
+_MOST_NAME = 1_000  # characters
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -77,12 +82,13 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
     def refuse(problem: str, mend: str = "") -> InputError:
         return InputError(place, f"{file.name} {problem}", mend)
 
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_file(file, place) as stream:
+        size = os.fstat(stream.fileno()).st_size
         start = stream.read(128)
-        if problem := _not_safetensors(start, size):
-            raise refuse(problem, "Download the file again.")
         length = int.from_bytes(start[:8], "little")
+        # Any length may look like the beginning of another format, so it is asked for one only if this cannot be.
+        if (start[8:9] != b"{" or not 2 <= length <= MAX_HEADER_BYTES) and (problem := _other_format(start, size)):
+            raise refuse(problem, "Download the file again.")
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise refuse(f"claims a header of {length:,} bytes: it is no safetensors file", "Download it again.")
         if 8 + length > size:
@@ -90,14 +96,16 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
         stream.seek(8)
         text = stream.read(length)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text, unique=True)
+    except ValueError as error:
         raise refuse(f"has a header that cannot be read ({error})", "Download it again.") from None
     if not isinstance(header, dict):
         raise refuse("has a header that is no JSON object", "Download it again.")
     header.pop("__metadata__", None)
     entries = []
     for name, fields in header.items():
+        if len(name) > _MOST_NAME:
+            raise refuse(f"has a tensor whose name has {len(name):,} characters", "Do not use this file.")
         entry = _entry(fields, file, 8 + length)
         if isinstance(entry, str):
             raise refuse(f"has a header that lies about {name!r}: {entry}", "Do not use this file.")
@@ -116,7 +124,8 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
     return {name: entry for _, _, name, entry in entries}
 
 
-def _not_safetensors(start: bytes, size: int) -> str:
+def _other_format(start: bytes, size: int) -> str:
+    """What a file is that cannot be safetensors; nothing where that is not known."""
     if size < 10:
         return "is empty" if size == 0 else f"is cut short: {size} bytes"
     if start.startswith(b"version https://git-lfs"):
@@ -135,23 +144,23 @@ def _entry(fields: Any, file: Path, data_start: int) -> TensorEntry | str:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"unknown dtype {dtype!r}"
-    if not _whole_numbers(shape):
-        return f"shape {shape!r}"
-    if not _whole_numbers(offsets) or len(offsets) != 2:
-        return f"data_offsets {offsets!r}"
+    if not _whole_numbers(shape, _MOST_SIZES):
+        return f"shape {_short(shape)}"
+    if not _whole_numbers(offsets, 2) or len(offsets) != 2:
+        return f"data_offsets {_short(offsets)}"
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         return f"shape {shape} of {dtype} does not fill {offsets[1] - offsets[0]:,} bytes"
     return TensorEntry(dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 
-def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _whole_numbers(values: Any, most: int) -> bool:
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and 0 <= value <= _MOST_SIZE for value in values)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
-    return found
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > _MOST_SIZES:
+        return f"of {len(value):,} numbers"
+    return printable(repr(value), 100)

@@ -42,6 +42,9 @@ from evomerge.checkpoints.structure import (
 )
 from evomerge.errors import InputError
 
+_TENSORS_AHEAD = 500
+"""How many more tensors a model may have than twice those in the files, before it is said which of them are missing."""
+
 _SETTINGS = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
 )  # fmt: skip
@@ -165,9 +168,10 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     """
     parsed = parse_config(config, place)
     layers: int = parsed.num_hidden_layers
-    if layers > len(shapes):  # before building that many modules
-        raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {len(shapes)} tensors")
-    model = empty_model(parsed, place, torch.bfloat16)  # whose tensors in float32 are so in any model
+    held = sum(0 not in shape for shape in shapes.values())  # a name alone costs nothing
+    if layers > held:  # before building that many modules
+        raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {held} tensors")
+    model = empty_model(parsed, place, torch.bfloat16, _TENSORS_AHEAD + 2 * held)  # float32 there is so in any model
     parts, stored = checkpoint_parts(model), stored_tensors(model)
     try:
         roles = model_roles(model, layers)

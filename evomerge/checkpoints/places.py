@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from evomerge.errors import InputError
+from evomerge.files import is_path
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -25,7 +26,8 @@ _HUB_COPIES = ["*/*", "consolidated*"]  # the same weights again in another layo
 
 def split_reference(reference: str, root: Path | None) -> list[str]:
     """The model of ``model+adapter+...`` and its adapters. A folder with a plus in its name is itself."""
-    return [reference] if os.path.isdir(_local(reference, root)) else reference.split("+")
+    alone = not is_path(reference) or os.path.isdir(_local(reference, root))
+    return [reference] if alone else reference.split("+")
 
 
 def is_hub_id(reference: str, root: Path | None) -> bool:
@@ -42,6 +44,8 @@ def find_folder(reference: str, place: str, root: Path | None) -> Path:
     """
     if not reference:
         raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
+    if not is_path(reference):
+        raise InputError(place, f"{reference!r} holds a character that no name of a file can have")
     local = _local(reference, root)
     if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
         return local

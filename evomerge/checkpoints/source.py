@@ -15,14 +15,27 @@ from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter, refuse_alone
 from evomerge.checkpoints.blueprint import Blueprint, blueprint
 from evomerge.checkpoints.config import check_config
-from evomerge.checkpoints.folder import INDEX, TOKENIZER_FILES, check_links, find_tensors, load_json, refuse_unreadable
+from evomerge.checkpoints.folder import (
+    INDEX,
+    check_files,
+    check_tokenizer,
+    find_tensors,
+    has,
+    load_config,
+    load_json,
+    refuse_unreadable,
+    tokenizer_files,
+)
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
 from evomerge.checkpoints.kinds import check_kind, headless
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
 from evomerge.errors import InputError
+from evomerge.printable import printable
 from evomerge.recipe import Role
+
+_MOST_NAME = 100  # characters of a tensor's name in a sentence
 
 
 @dataclass
@@ -139,14 +152,16 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
 
 
 def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequence[Path]) -> Source:
-    check_links(folder, place)
-    if (folder / ADAPTER_CONFIG).exists():
+    linked = check_files(folder, place)
+    if has(folder, ADAPTER_CONFIG):
         refuse_alone(folder, reference, place)
     refuse_unreadable(folder, place)
-    config = load_json(folder / "config.json", place)
+    config = load_config(folder, place)
     check_kind(config, place)
     check_config(config, place)
-    _check_side_files(folder, place)
+    if has(folder, "generation_config.json"):
+        load_json(folder / "generation_config.json", place)
+    check_tokenizer(folder, place)
     found = find_tensors(folder, place)
     plan = blueprint(config, {name: entry.shape for name, entry in found.items()}, place)
     tensors = _tensors(found, plan, config, place)
@@ -172,7 +187,7 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         folds=plan.folds,
         normed=plan.normed,
         files=_files(folder, found),
-        warnings=_warnings(tensors, plan.float32, sorted(extra)),
+        warnings=_warnings(tensors, plan.float32, sorted(extra), linked),
     )
     return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
 
@@ -203,25 +218,11 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
         for name, change in adapter.changes.items():
             changes[name] = (*changes.get(name, ()), change)
         if adapter.base and Path(adapter.base).name != Path(model.partition("@")[0]).name:
-            warnings += (f"the adapter {adapter.folder} was trained on {adapter.base}; it is put on {model}",)
+            sentence = f"the adapter {adapter.folder} was trained on {adapter.base}; it is put on {model}"
+            warnings += (printable(sentence),)
     files = (*source.files, *(file for adapter in adapters for file in adapter.files))
     folders = tuple(adapter.folder for adapter in adapters)
     return replace(source, tensors=tensors, adapters=folders, changes=changes, files=files, warnings=warnings)
-
-
-def _check_side_files(folder: Path, place: str) -> None:
-    if (folder / "generation_config.json").exists():
-        load_json(folder / "generation_config.json", place)
-    tokenizer = folder / "tokenizer_config.json"
-    if not tokenizer.exists():
-        return
-    content = load_json(tokenizer, place)
-    if content.get("auto_map") is not None:
-        raise InputError(
-            place,
-            "tokenizer_config.json: auto_map asks for code from the model's folder",
-            "Read what it names; if transformers knows the tokenizer without it, delete the key from a copy.",
-        )
 
 
 def _tensors(
@@ -262,20 +263,25 @@ def _check_copies(found: Mapping[str, TensorEntry], plan: Blueprint, place: str)
 
 def _files(folder: Path, found: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
     weights = sorted({entry.file for entry in found.values()})
-    side = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-    return (*weights, *(folder / name for name in side if (folder / name).exists()))
+    side = [folder / name for name in ("config.json", "generation_config.json", INDEX)]
+    return (*weights, *(file for file in side if file.exists()), *tokenizer_files(folder))
 
 
 def _warnings(
-    tensors: Mapping[str, TensorEntry], float32: Mapping[str, frozenset[str]], extra: list[str]
+    tensors: Mapping[str, TensorEntry],
+    float32: Mapping[str, frozenset[str]],
+    extra: list[str],
+    linked: Sequence[str],
 ) -> tuple[str, ...]:
     told = []
+    if linked:
+        told.append(f"links to files of another folder: {_few(list(linked))}")
     if extra:
         told.append(f"left out, being no part of the model: {_few(extra)}")
     most = str(_dominant_dtype(tensors)).removeprefix("torch.")
     if len({entry.dtype for name, entry in tensors.items() if name not in float32.get(most, ())}) > 1:
         told.append(f"the tensors are of several dtypes; most are {most}")
-    return tuple(told)
+    return tuple(printable(sentence) for sentence in told)
 
 
 def _dominant_dtype(tensors: Mapping[str, TensorEntry]) -> torch.dtype:
@@ -286,4 +292,6 @@ def _dominant_dtype(tensors: Mapping[str, TensorEntry]) -> torch.dtype:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(printable(name, _MOST_NAME) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.core_model_loading import build_glob_alternation
 
 from evomerge.checkpoints.config import first_line
 from evomerge.errors import InputError
+from evomerge.printable import printable
+
+_MOST_TENSORS = 60_000  # of a model as transformers builds it, where the experts of a layer are one
+_MOST_BUFFER_BYTES = 500_000_000
 
 _MOST = {"num_hidden_layers": 1_000, "hidden_size": 1_000_000, "vocab_size": 10_000_000}
 
@@ -26,14 +36,20 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), 1)
+        known = printable(str(model_type), 100)
+        near = difflib.get_close_matches(known, list(CONFIG_MAPPING.keys()), 1)
         raise InputError(
             place,
-            f"config.json: model_type {model_type!r} is unknown to transformers",
+            f"config.json: model_type {known!r} is unknown to transformers",
             f"Did you mean {near[0]!r}?" if near else "Upgrade transformers, or choose another model.",
         )
+    kind = CONFIG_MAPPING[model_type]
+    if methods := [key for key in config if key.startswith("__") or callable(getattr(kind, key, None))]:
+        problem = f"config.json: {printable(methods[0], 100)} would replace a method of transformers' configuration"
+        raise InputError(place, problem, "Delete the key from a copy.")
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+        # transformers 5 writes an infinity as {"__float__": "Infinity"}, since JSON has none.
+        parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(config))))
     except Exception as error:  # whatever a strange value does inside a configuration class
         raise InputError(place, f"config.json is not a configuration of {model_type}: {first_line(error)}") from error
     for field, most in _MOST.items():
@@ -43,21 +59,27 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
     return parsed
 
 
-def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32) -> Any:
+def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, most_tensors: int = _MOST_TENSORS) -> Any:
     """The causal language model of a configuration, on the meta device: every module, no memory.
 
     Tensors have the dtypes that loading a checkpoint in ``dtype`` would give them.
+
+    Args:
+        most_tensors: a configuration that asks for more is refused while it is built.
 
     Raises:
         InputError: transformers has no causal language model for it, or cannot build it.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _bounded(most_tensors):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the same: values that fit the configuration may still break the model
         raise InputError(
             place, f"config.json describes no causal language model that transformers can build: {first_line(error)}"
         ) from error
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if (buffers := sum(buffer.nbytes for buffer in model.buffers())) > _MOST_BUFFER_BYTES + weights:
+        raise InputError(place, f"config.json asks for tables of {buffers:,} bytes beside the weights")
     tensors = model.state_dict(keep_vars=True)
     for name in loaded_in_float32(model, dtype):
         tensors[name].data = tensors[name].data.float()
@@ -71,6 +93,31 @@ def loaded_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
         return set()
     pattern = build_glob_alternation(list(plan))[0]
     return {name for name in model.state_dict() if pattern.search(name)}
+
+
+@contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """Stop this thread from building modules with more than so many tensors: a few numbers can ask for millions."""
+    thread, counts = threading.get_ident(), {"tensors": 0, "modules": 0}
+
+    def count(kind: str, limit: int) -> Callable[..., None]:
+        def counted(*_: object) -> None:
+            if threading.get_ident() == thread:
+                counts[kind] += 1
+                if counts[kind] > limit:
+                    raise ValueError(f"it asks for more than {most:,} tensors")
+
+        return counted
+
+    hooks = (
+        register_module_parameter_registration_hook(count("tensors", most)),
+        register_module_module_registration_hook(count("modules", 10 * most)),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def stored_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -14,9 +14,11 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, TokenizersBackend
 
 from evomerge.checkpoints.config import first_line
-from evomerge.checkpoints.folder import load_json
+from evomerge.checkpoints.folder import TEMPLATES, load_json
 from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.tokenizer_trial import trial
 from evomerge.errors import InputError
+from evomerge.files import read_text
 
 _TEMPLATE = "chat_template.jinja"
 # Below the score of any piece, so that a text which can be cut without the new pieces is cut as before.
@@ -31,6 +33,7 @@ def tokenizer_folder(source: Source) -> Iterator[Path]:
         return
     with TemporaryDirectory() as folder:
         for name, text in source.tokenizer_texts.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_text(text, "utf-8")
         (Path(folder) / "config.json").write_text(json.dumps(source.config), "utf-8")
         yield Path(folder)
@@ -40,13 +43,20 @@ def open_tokenizer(source: Source) -> Any:
     """The tokenizer of a source as transformers loads it.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or takes more time or memory for a few texts than any tokenizer needs.
     """
+    with tokenizer_folder(source) as folder:
+        return load_tokenizer_folder(folder, source.place)
+
+
+def load_tokenizer_folder(folder: Path, place: str) -> Any:
+    """The tokenizer in a folder whose files were checked; raises as ``open_tokenizer``."""
+    if (folder / "tokenizer.json").is_file() and (problem := trial(folder)):
+        raise InputError(place, f"its tokenizer cannot be used: {problem}", "Use the one that the model came with.")
     try:
-        with tokenizer_folder(source) as folder:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exceptions for broken files
-        raise InputError(source.place, f"its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise InputError(place, f"its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def tokenizer_texts(
@@ -77,10 +87,12 @@ def tokenizer_texts(
             "Give the tokenizer of another source.",
         )
     texts = {}
-    names = ["special_tokens_map.json", *([_TEMPLATE] if chat_template is None else [])]
-    for name in ("tokenizer_config.json", *names):
-        if (source.folder / name).is_file():
-            texts[name] = (source.folder / name).read_text("utf-8")
+    files = [source.folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if chat_template is None:
+        files += [source.folder / _TEMPLATE, *sorted((source.folder / TEMPLATES).glob("*.jinja"))]
+    for file in files:
+        if file.is_file():
+            texts[file.relative_to(source.folder).as_posix()] = read_text(file, source.place)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = with_tokens(tokenizer.get_vocab(), plain, added)
     if plain or added:

@@ -23,6 +23,7 @@ from evomerge.checkpoints.folder import INDEX, WEIGHTS
 from evomerge.checkpoints.headers import TORCH_DTYPES
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
+from evomerge.files import open_file
 
 SHARD_BYTES = 5_000_000_000
 _UNFINISHED = ".unfinished"
@@ -172,16 +173,29 @@ class FolderWriter:
                 (self._partial / (shard.file + _UNFINISHED)).rename(self._partial / shard.file)
 
     def add_text(self, name: str, text: str) -> None:
-        """Write a text file (UTF-8) into the folder."""
-        with self._disk_faults(), (self._partial / name).open("xb") as stream:
+        """Write a text file (UTF-8) into the folder, or into one below it that its name gives."""
+        with self._disk_faults(), self._create(name) as stream:
             stream.write(text.encode())
             _sync(stream)
 
-    def add_file(self, file: Path) -> None:
-        """Copy a file into the folder, under its own name."""
-        with self._disk_faults(), file.open("rb") as source, (self._partial / file.name).open("xb") as stream:
+    def add_file(self, file: Path, name: str | None = None) -> None:
+        """Copy a file into the folder, under its own name or another, as ``add_text``.
+
+        Raises:
+            InputError: it is no plain file.
+        """
+        with (
+            self._disk_faults(),
+            open_file(file, str(file.parent)) as source,
+            self._create(name or file.name) as stream,
+        ):
             shutil.copyfileobj(source, stream)
             _sync(stream)
+
+    def _create(self, name: str) -> BinaryIO:
+        place = self._partial / name
+        place.parent.mkdir(exist_ok=True)
+        return place.open("xb")
 
     def complete(self) -> Path:
         """Write what is missing once all tensors are written, and return the folder under its temporary name.

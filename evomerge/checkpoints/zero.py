@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.config import check_config, first_line
-from evomerge.checkpoints.folder import TOKENIZER_FILES, check_links, load_json, zero_folder
+from evomerge.checkpoints.folder import check_files, check_tokenizer, load_config, tokenizer_files, zero_folder
 from evomerge.checkpoints.layout import checkpoint_parts, locate
 from evomerge.checkpoints.parts import Part, holders
 from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
@@ -86,14 +86,15 @@ def consolidate_zero(
         InputError: the checkpoint is incomplete, holds objects that are not known to be harmless, or is of another
             model than ``model``; or ``out`` cannot be written.
     """
-    check_links(model, str(model))
-    config = load_json(model / "config.json", str(model))
+    check_files(model, str(model))
+    config = load_config(model, str(model))
     check_config(config, str(model))
+    check_tokenizer(model, str(model))
     empty = empty_model(parse_config(config, str(model)), str(model))
     place = str(folder)
     if not folder.is_dir() or (step := zero_folder(folder)) is None:
         raise InputError(place, "is no DeepSpeed ZeRO checkpoint", "Name the folder with `latest` and global_step*.")
-    check_links(step, place)
+    check_files(step, place)
     parameters = _parameters(step, place)
     held = _match(empty, {name: parameter.shape for name, parameter in parameters.items()}, model, place)
     layout = [(name, shape, torch.float32) for name, (_, _, shape) in held.items()]
@@ -106,9 +107,9 @@ def consolidate_zero(
             progress(done, len(layout))
         config = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype")}
         writer.add_text("config.json", json.dumps({**config, "dtype": "float32"}, indent=2, ensure_ascii=False) + "\n")
-        for side in (*TOKENIZER_FILES, "generation_config.json"):
-            if (model / side).is_file():
-                writer.add_file(model / side)
+        for side in [*tokenizer_files(model), model / "generation_config.json"]:
+            if side.is_file():
+                writer.add_file(side, side.relative_to(model).as_posix())
 
 
 def _match(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evomerge import __version__
 from evomerge.checkpoints.checks import check_written
-from evomerge.checkpoints.folder import TOKENIZER_FILES
+from evomerge.checkpoints.folder import tokenizer_files
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.evidence import Evidence
@@ -71,9 +71,9 @@ def write_model(
         for _, written in waiting:
             written.result()
         folder.add_text("config.json", config_text(recipe, sources))
-        tokenizer = () if model.tokenizer_texts else TOKENIZER_FILES
-        for file in existing(model.folder, (*tokenizer, "generation_config.json")):
-            folder.add_file(file)
+        tokenizer = [] if model.tokenizer_texts else tokenizer_files(model.folder)
+        for file in [*tokenizer, *existing(model.folder, ["generation_config.json"])]:
+            folder.add_file(file, file.relative_to(model.folder).as_posix())
         for name, text in {**model.tokenizer_texts, **texts}.items():
             folder.add_text(name, text)
         if check is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from evomerge.checkpoints.checks import check_compatible
+from evomerge.checkpoints.checks import check_compatible, check_finite
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
@@ -24,7 +24,10 @@ from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew
 from evomerge.merging.site import Site
+from evomerge.printable import printable
 from evomerge.recipe import Role
+
+_MOST_NAME = 100  # characters
 
 LARGE_CHANGE = 0.002
 """Mean |d| from which on DARE is doubtful: the range of the fine-tunes that its paper (arXiv 2311.03099) finds it good
@@ -123,7 +126,7 @@ def inspect_models(
     *,
     called: Mapping[str, str] | None = None,
 ) -> Inspection:
-    """Open models and compare them with a base: each weight is read from its file once.
+    """Open models and compare them with a base.
 
     Args:
         references: folders, hub ids or ``model+adapter``.
@@ -131,13 +134,15 @@ def inspect_models(
         called: names of references, where somebody has given them some; else the ends of the references.
 
     Raises:
-        InputError: a model cannot be opened.
+        InputError: a model cannot be opened, or holds NaN or Inf.
     """
     wanted = dict.fromkeys([*([base] if base is not None else []), *references])
     names = _names(list(wanted), called or {})
     opened = {
         name: open_source(name, reference, place=reference) for name, reference in zip(names, wanted, strict=True)
     }
+    for source in opened.values():
+        check_finite(source)
     facts = [_facts(source) for source in opened.values()]
     if len(opened) == 1:
         return Inspection(models=facts)
@@ -150,9 +155,7 @@ def inspect_models(
         warnings += _unmergeable(origin, other)
     warnings += [f"{warning}." for warning in warnings_across({s.name: s for s in (origin, *near)}, origin.name)]
     shared, left_out = _shared_tensors([origin, *near])
-    parts, broken = _measure([origin, *near], shared, progress) if near else ({}, [])
-    if broken:
-        warnings.append(f"Not compared, because a model holds NaN or Inf there: {_listed(broken)}.")
+    parts = _measure([origin, *near], shared, progress) if near else {}
     found = Inspection(
         models=facts,
         base=origin.name,
@@ -188,11 +191,12 @@ def _facts(source: Source) -> ModelFacts:
         tokens = len(load_tokenizer(source))
     except InputError:
         tokens = None
-    architectures = source.config.get("architectures") or [source.config["model_type"]]
+    architectures = source.config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else source.config["model_type"]
     return ModelFacts(
         name=source.name,
         reference=source.reference,
-        architecture=str(architectures[0]),
+        architecture=printable(str(named), _MOST_NAME),
         layers=source.layers,
         hidden_size=source.settings["hidden_size"],
         parameters=sum(math.prod(entry.shape) for entry in source.tensors.values()),
@@ -282,10 +286,8 @@ class _Sums:
         )
 
 
-def _measure(
-    sources: Sequence[Source], tensors: Mapping[str, Role], progress: Progress
-) -> tuple[dict[str, _Sums], list[str]]:
-    """The sums of each part of the model, in the order of the forward pass; and tensors that are not finite.
+def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: Progress) -> dict[str, _Sums]:
+    """The sums of each part of the model, in the order of the forward pass.
 
     Args:
         sources: the base first.
@@ -296,20 +298,18 @@ def _measure(
     weights = Weights(lambda ref: by_name[ref[0]].read(ref[1]).contiguous(), Crew(None))
     sizes = {name: sum(s.tensors[name].end - s.tensors[name].begin for s in sources) for name in tensors}
     parts: dict[str, _Sums] = {}
-    broken, done = [], 0
+    done = 0
     for name, role in tensors.items():
         shape = tuple(sources[0].tensors[name].shape)
         site = Site(name, role, shape, {source: (source, name) for source in by_name})
         facts, size = Facts(site, weights, Evidence(), seed=0), math.prod(shape)
         sums = _Sums(size, facts.products(names), facts.signs(names))
         part = role.kind if role.layer is None else f"layer {role.layer}"
-        if not np.isfinite(sums.products).all():
-            broken.append(name)
-        elif size:
+        if size:
             parts[part] = parts[part] + sums if part in parts else sums
         done += sizes[name]
         progress(done, sum(sizes.values()))
-    return dict(sorted(parts.items(), key=lambda item: _position(item[0]))), broken
+    return dict(sorted(parts.items(), key=lambda item: _position(item[0])))
 
 
 def _distances(sources: Sequence[Source], parts: Mapping[str, _Sums]) -> list[SourceDistance]:
@@ -406,7 +406,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

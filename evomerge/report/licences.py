@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
+from evomerge.errors import InputError
+from evomerge.files import open_file
 
 # From free to bound, by the identifiers that model cards use. What is not listed is taken to be the most restrictive,
 # because a person has to read it.
@@ -17,21 +20,26 @@ _ORDER = (
 )  # fmt: skip
 UNKNOWN = "unknown"
 
+_MOST_BYTES = 65_536
+_LINE = re.compile(r"""license:\s+(?P<quote>["']?)(?P<name>[\w.+-]{1,100})(?P=quote)\s*(#.*)?""", re.ASCII)
+
 
 def licence_of(folder: Path) -> str:
-    """The licence that a model folder's card names; "unknown" when it has none."""
+    """The licence that a model folder's card names; "unknown" when it has none.
+
+    Only the line with the key is read: the card is somebody else's, and parsing all of its YAML can take for ever.
+    """
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        with open_file(folder / "README.md", str(folder)) as stream:
+            lines = stream.read(_MOST_BYTES).decode("utf-8", "replace").splitlines()
+    except (InputError, OSError):
         return UNKNOWN
-    if not text.startswith("---"):
+    if not lines or lines[0].rstrip() != "---":
         return UNKNOWN
-    try:
-        front = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
-        return UNKNOWN
-    found = front.get("license") if isinstance(front, dict) else None
-    return str(found).lower() if isinstance(found, str) else UNKNOWN
+    for line in itertools.takewhile(lambda line: line.rstrip() != "---", lines[1:]):
+        if match := _LINE.fullmatch(line):
+            return match["name"].lower()
+    return UNKNOWN
 
 
 def most_restrictive(licences: Iterable[str]) -> str:

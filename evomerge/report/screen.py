@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from evomerge.report.confirmed import Choice
+from evomerge.report.consoles import PrintableConsole
 from evomerge.report.entries import ConfirmedEntry, Entry, Value, gap_text, measure_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, conclusions, gain_in, is_front, preference_of, roles_of
@@ -29,7 +30,7 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 def make_console() -> Console:
     """The console of every command: wide enough for tables when it is no terminal, and names are never markup."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+    return PrintableConsole(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
 
 
 def panel(

@@ -20,6 +20,7 @@ from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.faults import explain
+from evomerge.files import is_path
 from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
@@ -235,7 +236,10 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def _absolute(reference: str, root: Path) -> str:
     """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
-    folder = (root / Path(os.path.expanduser(reference))).resolve()
-    if "+" in reference and not folder.is_dir():  # a model and its adapters
+    if not is_path(reference):
+        return reference
+    folder = os.path.join(root, os.path.expanduser(reference))
+    is_folder = os.path.isdir(folder)  # unlike Path.is_dir, False for a name that no file can have
+    if "+" in reference and not is_folder:  # a model and its adapters
         return "+".join(_absolute(part, root) for part in reference.split("+"))
-    return str(folder) if folder.is_dir() or reference.startswith((".", "/", "~")) else reference
+    return os.path.realpath(folder) if is_folder or reference.startswith((".", "/", "~")) else reference
