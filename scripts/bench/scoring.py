@@ -8,10 +8,14 @@ asks of pip and git about the machine, in subprocesses, is left out. Evomerge ru
 In float32 the scores of all items must be equal. In bfloat16, in which searches mostly run, two tokens are often
 equally likely but for rounding, and lm-eval's own scores hang on its batch size; so the items that differ are counted.
 
+A model of random weights with a vocabulary of 50,000, as real ones have, is timed beside plain transformers: its
+``generate`` with the best of three batch sizes for answers, one batch and the head on the answers' tokens alone for
+likelihoods. Runs take turns, and a ratio is the median of those of pairs. ``--vocabulary`` does that alone.
+
 Answers alone are timed in three steps: transformers' own batches, rows that end making room for others, and the common
 beginning of all prompts computed once.
 
-    python scripts/bench/scoring.py [--repeats 3] [--items 500] [--output docs/scoring.json]
+    python scripts/bench/scoring.py [--repeats 3] [--items 500] [--output docs/scoring.json] [--vocabulary]
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,18 +37,21 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from evaluators import decoding, generation
 from evaluators.base import ItemScores
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
 from evaluators.lm_eval_model import quiet
-from evomerge.checkpoints.live import LiveModel, live_model, load_weights
+from evaluators.prefill import _log_likelihoods, _Tokens
+from evomerge.checkpoints.live import LiveModel, for_scoring, live_model, load_weights
 from evomerge.checkpoints.source import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "evaluators" / "tasks"
 MODEL = ROOT / "examples" / "miniatures" / "japanese"
 BATCH_SIZES = (64, 128, 250, 500)
+VOCABULARY, NEW_TOKENS = 50_000, 24
 STEPS = ("transformers' batches", "rows make room", "and one prefix")
 
 FEWSHOT = """\
@@ -179,6 +187,70 @@ def answers_alone(live: LiveModel, evaluator: LmEvalEvaluator, items: int, repea
     return interleaved(repeats, dict(zip(STEPS, (batches, without_prefix, rows), strict=True)))
 
 
+def large_vocabulary(repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of answers and of likelihoods, plain transformers' and ours, and the median of their ratios."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=None,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)  # which knows none of most of its tokens
+    live = LiveModel(for_scoring(LlamaForCausalLM(config).to(torch.bfloat16)), tokenizer)
+    lengths = [40 + number % 12 for number in range(60)]
+    prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in lengths]
+    sizes = {rows: seconds(partial(plain_answers, live, prompts, rows)) for rows in (60, 20, 60)}
+    best = min(sizes, key=lambda rows: sizes[rows])
+    items = [_Tokens(ids, 12, 12) for ids in prompts]
+    return {
+        "answers": paired(
+            repeats,
+            lambda: plain_answers(live, prompts, best),
+            lambda: generation.answer_tokens(live, prompts, NEW_TOKENS, [], "auto"),
+        ),
+        "likelihoods": paired(
+            repeats, lambda: plain_likelihoods(live, prompts, 12), lambda: _log_likelihoods(live, items, 8192)
+        ),
+    }
+
+
+def plain_answers(live: LiveModel, prompts: Sequence[Sequence[int]], rows: int) -> None:
+    """Greedy answers by transformers' own ``generate``."""
+    for first in range(0, len(prompts), rows):
+        batch = prompts[first : first + rows]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in batch])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        with torch.inference_mode():
+            live.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, pad_token_id=0, do_sample=False
+            )
+
+
+def plain_likelihoods(live: LiveModel, prompts: Sequence[Sequence[int]], scored: int) -> list[float]:
+    """log p of the last tokens of each text, all in one batch, as one would write it by hand."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in prompts])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts])
+    with torch.inference_mode():
+        hidden = live.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        found = []
+        for row, states in zip(prompts, hidden, strict=True):
+            first = len(row) - scored
+            logs = live.model.lm_head(states[first - 1 : len(row) - 1]).float().log_softmax(-1)
+            found.append(float(logs.gather(1, torch.tensor(row[first:])[:, None]).sum()))
+    return found
+
+
+def paired(repeats: int, theirs: Callable[[], object], ours: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of both, run in turns, and the median of the ratios of turns, after one that does not count."""
+    turns = [(seconds(theirs), seconds(ours)) for _ in range(repeats + 1)][1:]
+    return {
+        "transformers": statistics.median(t for t, _ in turns),
+        "evomerge": statistics.median(o for _, o in turns),
+        "times as fast": statistics.median(t / o for t, o in turns),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -187,8 +259,16 @@ def main() -> None:
         "--shots", type=int, default=3, help="worked examples; the context of 256 tokens has no room for 5"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "scoring.json")
+    parser.add_argument("--vocabulary", action="store_true", help="only the model with a vocabulary of 50,000")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    large = large_vocabulary(given.repeats)
+    for what, found in large.items():
+        print(
+            f"vocabulary of {VOCABULARY:,}, {what}: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True
+        )
+    if given.vocabulary:
+        return
     results: dict[str, dict[str, Any]] = {}
     head = f"{'':34}{'simple_evaluate':>16}{'evomerge':>10}{'ratio':>7}{'differ':>8}   answers alone: " + ", ".join(
         STEPS
@@ -211,7 +291,11 @@ def main() -> None:
         json.dumps(results), parse_float=lambda text: float(np.format_float_positional(float(text), 3))
     )
     given.output.write_text(
-        json.dumps({"items": given.items, "repeats": given.repeats, "runs": rounded}, indent=2) + "\n"
+        json.dumps(
+            {"items": given.items, "repeats": given.repeats, "runs": rounded, f"vocabulary of {VOCABULARY}": large},
+            indent=2,
+        )
+        + "\n"
     )
 
 
