@@ -19,6 +19,9 @@ MODEL = "a model"
 ModelReference = Annotated[str, MODEL]
 """A setting that names a model: its folder, which the search file may give relative to itself, or an id on the hub."""
 
+FOLDER = "a folder"
+"""Marks a setting whose path is that of a folder, not of a file."""
+
 ItemScores = Mapping[str, NDArray[np.float32]]
 """For each metric, float32 of shape [n_items]: the score of every item asked for, in the order asked."""
 

@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
-from evaluators.base import Split
+from evaluators.base import FOLDER, Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.generation import BatchSize
 from evaluators.lm_eval_files import metrics_of
@@ -58,7 +58,7 @@ class LmEvalSettings(PromptSettings):
     generation: dict[str, JsonValue] = Field(default_factory=dict)
     batch_size: BatchSize = "auto"
     task_folders: tuple[Path, ...] = ()
-    data_folder: Path | None = None
+    data_folder: Annotated[Path | None, FOLDER] = None
     allow_task_code: bool = False
 
     def __hash__(self) -> int:  # `generation` is a dict, which has none

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from evaluators.base import EvaluatorSettings
+from evaluators.base import FOLDER, EvaluatorSettings
 from evomerge.checkpoints.references import check_reference, local_config
 from evomerge.errors import InputError
 from evomerge.files import open_file
@@ -86,8 +86,8 @@ def _depth(reference: str) -> int | None:
 
 def _check_files(settings: EvaluatorSettings, place: str) -> None:
     """Refuse a file that is not there, or is no plain file, before what would read it is imported."""
-    for key in type(settings).model_fields:
-        if isinstance(path := getattr(settings, key), Path):
+    for key, field in type(settings).model_fields.items():
+        if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
             if not path.exists():
                 mend = "A path is relative to the folder of the search file."
                 raise InputError(f"{place}.{key}", f"there is no such file: {path}", mend)
