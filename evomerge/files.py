@@ -90,7 +90,10 @@ def read_text(file: Path, place: str, most: int = TEXT_BYTES, encoding: str = "u
     try:
         return read_bytes(file, place, most).decode(encoding, errors)
     except UnicodeDecodeError as error:
-        raise InputError(place, f"{file.name} is no text ({error.reason} at byte {error.start})") from None
+        problem = (
+            f"{file.name} cannot be read: it is no text in {encoding.upper()} ({error.reason} at byte {error.start})"
+        )
+        raise InputError(place, problem, f"Save it as {encoding.upper()}.") from None
 
 
 def read_json(file: Path, place: str, most: int = JSON_BYTES) -> Any:

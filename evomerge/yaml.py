@@ -1,16 +1,34 @@
-"""YAML as people mean it: a key twice is an error, 1e-3 is a number, nothing runs code."""
+"""YAML as people mean it: a key twice is an error, 1e-3 is a number, 1:30 is none, nothing runs code or explodes.
+
+A few hundred bytes of aliases can stand for billions of values, and a few thousand brackets keep a parser for minutes.
+So the events of a text are counted before anything is made of them, and its values with every alias written out.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import yaml
 
 from evomerge.errors import InputError
 
+MOST_VALUES = 200_000
+"""Of a text, and of what it says once its aliases are written out."""
+
+_MOST_DEEP = 100
+_MOST_SCALAR = 1_000_000  # characters
+_MOST_DIGITS = 40
 _MERGE = "tag:yaml.org,2002:merge"
+_STR, _INT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_TEXTS = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
+"""What YAML may take a key without quotes for, by the end of its tag."""
+
+_HALF = "holds half of a surrogate pair, which no file can be written with"
+_LOADERS: tuple[Any, ...] = (*([yaml.CSafeLoader] if yaml.__with_libyaml__ else []), yaml.SafeLoader)
+"""For the counting: the first is quick; where it finds fault with a text, the other may go on."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -22,12 +40,31 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
+                raise _fault(key_node, "a key must be a plain value")
+            if not isinstance(key, str):
+                what = _TEXTS.get(key_node.tag.rpartition(":")[2], "no text")
+                raise _fault(key_node, f"YAML reads the key {key_node.value} as {what}; put it in quotes")
             if key in first:
                 problem = f"the key {key!r} stands here again; it is on line {first[key].line + 1} already"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                raise _fault(key_node, problem)
             first[key] = key_node.start_mark
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if _SURROGATE.search(str(node.value)):
+            raise _fault(node, _HALF)
+        return super().construct_scalar(node)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        digits = str(node.value)
+        if len(digits) > _MOST_DIGITS:
+            raise _fault(node, f"a whole number of {len(digits):,} digits")
+        if re.fullmatch(r"[-+]?0[0-9_]+", digits):
+            raise _fault(node, f"{digits} may be meant in tens or in eights; leave the zero out, or put it in quotes")
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor(_INT, _StrictLoader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -39,15 +76,24 @@ for _class in (_StrictLoader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
+# There 1:30 is 90, in sixties. First in line, so that it is a text; the dumper goes on to quote it.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(_STR, re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_]+)+(\.[0-9_]*)?$")), *resolvers]
+    if first in "-+0123456789"
+    else resolvers
+    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
+}
 
 
-def load_yaml(text: str, place: str) -> Any:
+def load_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> Any:
     """The content of one YAML document; None when it is empty.
 
     Raises:
-        InputError: no YAML, a key twice in one mapping, or a tag that asks for more than plain data; names ``place``
-            and the line.
+        InputError: no YAML, a key twice in one mapping, a key or number that YAML reads otherwise than people, a tag
+            that asks for more than plain data, or more of anything than a text of settings has; names ``place`` and
+            the line.
     """
+    check_yaml(text, place, most_values=most_values)
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader: it builds plain data alone
     except yaml.MarkedYAMLError as error:
@@ -60,6 +106,64 @@ def load_yaml(text: str, place: str) -> Any:
         raise InputError(place, "is nested too deeply") from None
 
 
+def check_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> None:
+    """Refuse a YAML text that would explode; no value is made of it, and no tag is looked at.
+
+    Raises:
+        InputError: it is nested too deeply, says too much, or holds a text that is too long.
+    """
+    for loader in _LOADERS:
+        try:
+            _count_events(yaml.parse(text, loader), place, most_values)
+            _count_values(yaml.compose(text, loader), place, most_values)
+            return
+        except yaml.YAMLError:
+            continue  # what is no YAML is said with its line by whoever reads it
+        except UnicodeEncodeError:
+            raise InputError(place, _HALF) from None
+
+
 def dump_yaml(content: Any) -> str:
     """The YAML text of plain data, keys in their own order; innermost lists and mappings on one line each."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+
+
+def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _count_events(events: Iterable[yaml.Event], place: str, most: int) -> None:
+    deep = values = 0
+    for event in events:
+        values += isinstance(event, yaml.NodeEvent)
+        if values > most:
+            raise InputError(place, f"says more than {most:,} values")
+        if isinstance(event, yaml.CollectionStartEvent):
+            deep += 1
+            if deep > _MOST_DEEP:
+                raise InputError(place, "is nested too deeply")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            deep -= 1
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > _MOST_SCALAR:
+            where = f"{place}, line {event.start_mark.line + 1}" if event.start_mark is not None else place
+            raise InputError(where, f"is a text of {len(event.value):,} characters")
+
+
+def _count_values(node: yaml.Node | None, place: str, most: int) -> None:
+    """Count the values of a document with its aliases written out: an alias is the very node that it stands for."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: frozenset[int]) -> int:
+        if id(node) in above:
+            raise InputError(place, "holds an alias of itself")
+        if id(node) not in sizes:
+            parts: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(size(part, above | {id(node)}) for part in parts)
+            if sizes[id(node)] > most:
+                raise InputError(place, f"says more than {most:,} values once its aliases are written out")
+        return sizes[id(node)]
+
+    if node is not None:
+        size(node, frozenset())

@@ -6,6 +6,7 @@ a search over data flow as its model A. At once: every hop is itself a merge of 
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,9 @@ class HybridSpaceSettings(PathSettings):
     def at(self, root: Path) -> Self:
         if self.winner is None:
             return self
-        return self.model_copy(update={"winner": (root / self.winner.expanduser()).resolve()})
+        return self.model_copy(
+            update={"winner": Path(os.path.realpath(os.path.join(root, os.path.expanduser(self.winner))))}
+        )
 
     def build(self, context: SpaceContext) -> SearchSpace:
         if self.winner is not None and self.method is not None:

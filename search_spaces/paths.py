@@ -7,9 +7,9 @@ the encodings of ``path_encodings``) and by how much each hop is scaled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import FiniteFloat, PositiveInt
+from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
@@ -28,6 +28,10 @@ _ENCODINGS_OF = {  # settings that say nothing in other encodings
     "bits": ("indicators", "pruning"),
     "start": ("indicators", "pruning"),
 }
+
+
+Count = Annotated[int, Field(gt=0, le=10_000)]
+"""Of layers and segments; no model has a tenth of it."""
 
 
 class PathSettings(SpaceSettings):
@@ -57,11 +61,11 @@ class PathSettings(SpaceSettings):
     """
 
     encoding: EncodingName = "indicators"
-    repeats: PositiveInt | None = None
-    segments: PositiveInt | None = None
+    repeats: Count | None = None
+    segments: Count | None = None
     bits: bool | None = None
     start: Literal["sparse", "paper"] | None = None
-    max_hops: PositiveInt | None = None
+    max_hops: Count | None = None
     keep_ends: bool = True
     scale: Literal["none", "hop", "transition"] = "hop"
     scaling: Scaling = "stream"

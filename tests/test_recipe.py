@@ -363,19 +363,57 @@ def test_numbers_without_a_point_are_numbers() -> None:
     [
         ("a: {b: 1, b: 2}", "f, line 1: the key 'b'"),
         ("- x: 1\n  y: 2\n  x: 3", "f, line 3: the key 'x' stands here again; it is on line 1"),
-        ("1: a\n1: b", "f, line 2: the key 1"),
+        ("1: a\n1: b", "f, line 1: YAML reads the key 1 as a number; put it in quotes"),
         ("? [a]\n: b", "f, line 1: a key must be a plain value"),
         ("a: b: c", "f, line 1: mapping values are not allowed here"),
         ("a: 1\n---\nb: 2", "f, line 2"),
         ("a: \x07", "f: cannot be read as YAML"),
         ("a: 2024-99-99", "f: cannot be read as YAML"),
         ("[" * 5000, "f: is nested too deeply"),
+        ("x: " + "{a: " * 3000 + "1" + "}" * 3000, "f: is nested too deeply"),
+        ("\n".join(" " * i + f"a{i}:" for i in range(3000)), "f: is nested too deeply"),
+        ("a: &a [*a]", "f: holds an alias of itself"),
+        ("a: &a {<<: *a, b: 1}", "f: holds an alias of itself"),
+        ("[" + "1, " * 300_000 + "1]", "f: says more than 200,000 values"),
+        ("- " + "x" * 2_000_000, "f, line 1: is a text of 2,000,000 characters"),
+        ('a: "\\ud83d"', "f, line 1: holds half of a surrogate pair"),
+        ('"\\udc00": 1', "f, line 1: holds half of a surrogate pair"),
+        ("a: \ud83d", "f: holds half of a surrogate pair"),
+        ("a: " + "9" * 5000, "f, line 1: a whole number of 5,000 digits"),
+        ("a: 010", "f, line 1: 010 may be meant in tens or in eights"),
+        ("no: x", "f, line 1: YAML reads the key no as true or false; put it in quotes"),
+        ("2024-01-01: x", "f, line 1: YAML reads the key 2024-01-01 as a date"),
+        ("~: x", "f, line 1: YAML reads the key ~ as nothing"),
+        ("a: !!python/name:os.system", "f, line 1: could not determine a constructor"),
     ],
 )
 def test_what_yaml_would_let_through_or_crash_on(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         load_yaml(text, "f")
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("first", "next_"),
+    [
+        ("[x]", "[" + "*a{0}, " * 9 + "]"),
+        ("{k: v}", "{{<<: [" + "*a{0}, " * 9 + "]}}"),
+        ("{k: [v]}", "{{" + ", ".join(f"k{i}: *a{{0}}" for i in range(9)) + "}}"),
+    ],
+)
+def test_aliases_that_stand_for_billions_of_values(first: str, next_: str) -> None:
+    lines = [f"a0: &a0 {first}", *(f"a{i}: &a{i} {next_.format(i - 1)}" for i in range(1, 10))]
+    with pytest.raises(InputError, match="values once its aliases are written out"):
+        load_yaml("\n".join(lines), "f")
+    with pytest.raises(InputError, match="values once its aliases are written out"):  # behind what libyaml refuses
+        load_yaml("\n".join(['x: "\\ud800"', *lines]), "f")
+
+
+def test_sixties_are_text_and_numbers_are_numbers() -> None:
+    assert load_yaml("[1:30, -1:30:20, 1:30.5, 12, 0x10, 1_000, 0, +3]", "f") == [
+        "1:30", "-1:30:20", "1:30.5", 12, 16, 1000, 0, 3
+    ]  # fmt: skip
+    assert load_yaml(dump_yaml({"a": "1:30", "no": "010"}), "f") == {"a": "1:30", "no": "010"}
 
 
 def test_merge_keys_may_be_overridden() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evomerge.errors import InputError
-from evomerge.search.search_file import SearchFile, load_search_file
+from evomerge.search.search_file import SearchFile, load_search_file, parse_search_file
 
 GOOD = """
 name: example
@@ -97,6 +99,23 @@ def test_equal_evaluator_settings_are_equal(path: Path) -> None:
         ("pool=slurm", "search.yaml: pool", "'in_process' or 'ray'"),
         ("space.kind=parameters", "space.kind", "Did you mean 'parameter_space'?"),
         ("space.granularity=rows", "search.yaml: space.granularity", "'block' or a whole number (given: 'rows')"),
+        ("budget.hours=1:30", "search.yaml: budget.hours", "must be a number (given: '1:30')"),
+        ("budget.hours=.inf", "search.yaml: budget.hours", "is inf; no number here is infinite"),
+        ("budget.candidates=100000000", "search.yaml: budget.candidates", "less than or equal to 10000000"),
+        ("seed=99999999999999999999", "search.yaml: seed", "a whole number of 20 digits"),
+        ("confirm.top=9223372036854775808", "search.yaml: confirm.top", "a whole number of 19 digits"),
+        ("confirm.drawn=1000000000", "search.yaml: confirm.drawn", "less than or equal to"),
+        ("cluster.cpus_per_worker=1000000000", "search.yaml: cluster.cpus_per_worker", "less than or equal to 4096"),
+        ("cluster.gpus_per_worker=.nan", "search.yaml: cluster.gpus_per_worker", "is nan; no number here is infinite"),
+        ("cluster.workers=1000000000", "search.yaml: cluster.workers", "less than or equal to 100000"),
+        ("attempts=1000000", "search.yaml: attempts", "less than or equal to 1000"),
+        ("together=1000000", "search.yaml: together", "less than or equal to 1024"),
+        ("optimizer.restarts=1000000", "search.yaml: optimizer", "restarts"),
+        ("constraints.c={task: x, metric: m, at_least: .nan}", "search.yaml: constraints.c.at_least", "is nan"),
+        ("objectives.maths.generation={temperature: [1, .inf]}", "generation.temperature.1", "is inf"),
+        ("objectives.maths.batch_size=1000000000000000", "objectives.maths.batch_size", "a whole number of 16 digits"),
+        ('base="a\\0b"', "search.yaml: base", "holds a null character"),
+        ('sources.maths="a\\0b"', "search.yaml: sources.maths", "holds a null character"),
         ("space.metod=ties", "search.yaml: space.metod", "Did you mean 'method'?"),
         ("space.kind=parametric", "search.yaml: space.kind", "there is no search space 'parametric'"),
         ("objectives.maths.batch_size=0", "objectives.maths.batch_size", "1 or 'auto' (given: 0)"),
@@ -155,3 +174,24 @@ def test_files_that_are_no_search_file(path: Path, text: str, words: str) -> Non
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         load_search_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["a/" * 5000 + "a", "~nobody-of-this-name/x", "x" * 100_000, "base" + "+x" * 3000, "a\nb", "/tmp/\u202exyz"],
+)
+def test_references_of_any_kind_are_kept_for_whoever_opens_them(path: Path, reference: str) -> None:
+    content = yaml.safe_load(path.read_text()) | {"sources": {"base": "x", "maths": reference}, "base": "base"}
+    parsed = parse_search_file(content, place="search.yaml", root=path.parent)
+    assert parsed.sources["maths"].endswith(reference[-3:])
+
+
+def test_a_search_file_that_is_no_plain_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin.yaml").write_bytes("name: ß".encode("latin-1"))
+    for name in ("pipe", "loop", "zero", "folder", "latin"):
+        with pytest.raises(InputError, match=f"{name}.yaml"):
+            load_search_file(tmp_path / f"{name}.yaml")

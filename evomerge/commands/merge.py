@@ -6,6 +6,7 @@ wrong is looked at before torch is imported.
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -90,5 +91,5 @@ def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
 
 def _from_anywhere(reference: str, root: Path) -> str:
     """The reference with its folders absolute, for the copy of the recipe; a hub id does as it is."""
-    folders = [(part, root / Path(part).expanduser()) for part in split_reference(reference, root)]
-    return "+".join(str(folder) if folder.is_dir() else part for part, folder in folders)
+    folders = [(part, Path(os.path.join(root, os.path.expanduser(part)))) for part in split_reference(reference, root)]
+    return "+".join(str(folder) if os.path.isdir(folder) else part for part, folder in folders)

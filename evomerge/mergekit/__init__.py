@@ -21,6 +21,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from evomerge.errors import InputError
+from evomerge.files import read_text
 from evomerge.mergekit.reading import Roles, from_mergekit
 from evomerge.mergekit.writing import to_mergekit
 from evomerge.recipe import Recipe
@@ -38,11 +39,9 @@ def load_recipe_file(path: Path, look: Callable[[str], Roles]) -> Recipe:
     Raises:
         InputError: the file cannot be read, or is neither, or says what no recipe can hold.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"cannot be read as a recipe ({error})") from None
-    content = load_yaml(text, str(path))
+    if not path.exists():
+        raise InputError(str(path), "cannot be read as a recipe (there is no such file)")
+    content = load_yaml(read_text(path, str(path)), str(path))
     if isinstance(content, dict) and "blends" in content:
         try:
             return Recipe.model_validate(content)

@@ -43,7 +43,7 @@ class StrategySettings(Settings):
     population: int | None = None
     sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
     x0: Literal["centre", "default"] = "centre"
-    restarts: int = Field(default=0, ge=0)
+    restarts: int = Field(default=0, ge=0, le=1000)
 
     def check_strategy(self, mix: Scalarisation | None, objectives: int, place: str) -> None:
         """Refuse a population or a scalarisation that cannot work.

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from evomerge.errors import InputError
+from evomerge.files import read_text
 from evomerge.store import Store
 from evomerge.store.engine import PASSWORD_MEND, parse_place, without_password
 from evomerge.yaml import load_yaml
@@ -169,7 +170,7 @@ def _named(file: Path) -> tuple[str | None, str | None]:
     """The store's URL and the name of the search, as a search file says."""
     if not file.is_file():
         return None, None
-    content = load_yaml(file.read_text(encoding="utf-8"), str(file))
+    content = load_yaml(read_text(file, str(file)), str(file))
     if not isinstance(content, dict):
         return None, None
     store, name = content.get("store"), content.get("name")

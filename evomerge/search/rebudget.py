@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import InputError
+from evomerge.files import read_text
 from evomerge.search.folder import FILE_NAME, write_settings
 from evomerge.search.search_file import parse_search_file
 from evomerge.search.sections import Budget
@@ -69,7 +70,7 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
 
 def _content(path: Path, store: Store) -> dict[str, Any]:
     """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
-    content = load_yaml(path.read_text(encoding="utf-8"), FILE_NAME) if path.is_file() else store.search().settings
+    content = load_yaml(read_text(path, FILE_NAME), FILE_NAME) if path.is_file() else store.search().settings
     if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
         raise InputError(FILE_NAME, "is no search file any more", "Put back the one that the search was started with.")
     return content

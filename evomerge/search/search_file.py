@@ -9,7 +9,6 @@ from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     Field,
-    PositiveInt,
     SerializeAsAny,
     ValidationError,
     field_validator,
@@ -20,7 +19,7 @@ from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.faults import explain
-from evomerge.files import is_path
+from evomerge.files import is_path, read_text
 from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
@@ -32,6 +31,7 @@ from evomerge.search.sections import (
     Cluster,
     Confirm,
     Constraint,
+    Hours,
     KeptAnswers,
     Measure,
     Mode,
@@ -46,6 +46,7 @@ from evomerge.yaml import load_yaml
 from search_spaces import space_settings
 from search_spaces.base import SpaceSettings
 
+_MOST_BYTES = 16_000_000  # of a search file
 AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
@@ -72,9 +73,9 @@ class SearchFile(Section):
     cluster: Cluster = Cluster()
     device: str | None = None
     engine: Literal["transformers", "vllm"] = "transformers"
-    together: PositiveInt = 1
-    attempts: PositiveInt = 2
-    attempt_hours: float = Field(default=MOST_S / 3600, allow_inf_nan=False)
+    together: int = Field(default=1, gt=0, le=1024)
+    attempts: int = Field(default=2, gt=0, le=1000)
+    attempt_hours: Hours = MOST_S / 3600
     task_folders: tuple[Path, ...] = ()
     data_folder: Path = Path()
     allow_task_code: bool = False
@@ -163,13 +164,9 @@ def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
     Raises:
         InputError: a file that cannot be read, an unknown key or wrong value, named as ``FILE: key.path``.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(str(path), "there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"cannot be read as a search file ({error})") from None
-    content = load_yaml(text, str(path))
+    if not path.exists():
+        raise InputError(str(path), "there is no such file")
+    content = load_yaml(read_text(path, str(path), _MOST_BYTES), str(path))
     if not isinstance(content, dict):
         raise InputError(str(path), "is not a search file: its top level must be keys such as `sources:` and `space:`")
     for override in overrides:
@@ -179,6 +176,7 @@ def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
 
 def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> SearchFile:
     """Check the content of a search file; relative paths in it are taken from ``root``."""
+    _check_values(content, place, "")
     try:
         parsed = SearchFile.model_validate(content)
     except ValidationError as error:
@@ -190,7 +188,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     if parsed.artifacts is not None:
         check_url(parsed.artifacts, f"{place}: artifacts")
     sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
-    folders = tuple((root / folder).resolve() for folder in parsed.task_folders)
+    folders = tuple(Path(os.path.realpath(root / folder)) for folder in parsed.task_folders)
     update = {
         "sources": sources,
         "space": parsed.space.at(root.resolve()),
@@ -205,12 +203,31 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     return resolved
 
 
+_MOST = 1e12
+"""No number of a search file is larger, and none is infinite, whatever it means: also of settings of plug-ins."""
+
+
+def _check_values(value: Any, place: str, key: str) -> None:
+    """Refuse what no setting can be."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_values(inner, place, f"{key}.{name}" if key else f": {name}")
+    elif isinstance(value, list | tuple):
+        for position, inner in enumerate(value):
+            _check_values(inner, place, f"{key}.{position}")
+    elif isinstance(value, str) and "\0" in value:
+        raise InputError(f"{place}{key}", "holds a null character, which no name and no text can")
+    elif isinstance(value, int | float) and not abs(value) <= _MOST:
+        shown = f"{value:.3g}" if isinstance(value, float) else f"a whole number of {len(str(value))} digits"
+        raise InputError(f"{place}{key}", f"is {shown}; no number here is infinite or beyond {_MOST:.0e}")
+
+
 def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:
     """The measure with the paths in its evaluator's keys absolute."""
     fields = evaluator_settings(measure.evaluator, f"{place}.evaluator").model_fields
     paths = {key for key in measure.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
     models = {key for key in measure.evaluator_keys if key in fields and MODEL in fields[key].metadata}
-    absolute = {key: str(root / Path(str(measure.evaluator_keys[key])).expanduser()) for key in paths}
+    absolute = {key: os.path.join(root, os.path.expanduser(str(measure.evaluator_keys[key]))) for key in paths}
     absolute |= {key: _absolute(str(measure.evaluator_keys[key]), root) for key in models}
     return type(measure).model_validate(measure.model_dump() | absolute) if absolute else measure
 

@@ -8,9 +8,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
+    FiniteFloat,
     field_validator,
     model_validator,
 )
@@ -18,6 +16,13 @@ from pydantic import (
 from evomerge.faults import NAME_PATTERN
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+
+# What nobody means fails at once, and not when memory or a column of the store is full.
+Items = Annotated[int, Field(gt=0, le=10**8)]
+Candidates = Annotated[int, Field(gt=0, le=10**7)]
+WorkerCount = Annotated[int, Field(gt=0, le=100_000)]
+Threads = Annotated[int, Field(gt=0, le=4096)]
+Hours = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -37,7 +42,7 @@ class Measure(Section):
 
     evaluator: str = "lm_eval"
     metric: str
-    items: PositiveInt | None = None
+    items: Items | None = None
 
     @property
     def evaluator_keys(self) -> dict[str, Any]:
@@ -54,8 +59,8 @@ class Objective(Measure):
 class Constraint(Measure):
     """What a candidate must keep: a mean of ``at_least`` or ``at_most``. Those that miss it rank after all others."""
 
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: FiniteFloat | None = None
+    at_most: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _one_side(self) -> Self:
@@ -86,7 +91,7 @@ class Racing(Section):
     of ``item_response``, which is used only while it is found to be the better of the two.
     """
 
-    rungs: tuple[Annotated[int, Field(ge=10)], ...] = Field(min_length=1)
+    rungs: tuple[Annotated[int, Field(ge=10, le=10**8)], ...] = Field(min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     estimate: Literal["landmark", "item_response"] = "landmark"
 
@@ -104,9 +109,9 @@ class Budget(Section):
     ``patience`` counts generations in which the front did not change.
     """
 
-    candidates: PositiveInt | None = None
-    hours: PositiveFloat | None = None
-    patience: PositiveInt | None = None
+    candidates: Candidates | None = None
+    hours: Hours | None = None
+    patience: Candidates | None = None
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -122,16 +127,16 @@ class Confirm(Section):
     curse alone. ``confidence`` is that of all intervals of an objective together.
     """
 
-    top: PositiveInt = 5
-    drawn: int = Field(default=0, ge=0)
+    top: Candidates = 5
+    drawn: int = Field(default=0, ge=0, le=10**7)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
 
 class Workers(Section):
     """How many workers there may be, where nodes come and go. The search begins when ``min`` fit."""
 
-    min: NonNegativeInt = 1
-    max: PositiveInt
+    min: int = Field(default=1, ge=0)
+    max: WorkerCount
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -152,9 +157,9 @@ class Cluster(Section):
     """
 
     address: str | None = None
-    workers: PositiveInt | Workers | None = None
-    gpus_per_worker: float | None = Field(default=None, ge=0)
-    cpus_per_worker: PositiveInt = 1
+    workers: WorkerCount | Workers | None = None
+    gpus_per_worker: float | None = Field(default=None, ge=0, le=1024)
+    cpus_per_worker: Threads = 1
     insecure: bool = False
     residency: Literal["auto", "device", "pinned", "mapped"] = "auto"
     runtime_env: dict[str, Any] = {}

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.checkpoints.places import split_reference
 from evomerge.errors import InputError
 from evomerge.search.search_file import SearchFile, parse_search_file
@@ -39,7 +37,6 @@ _REFUSED = (
 _CODE_KEYS = ("trust_remote_code", "allow_task_code")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _PATH = re.compile(r"^[/~]|(^|/)\.\.(/|$)|^\./")
-_DEEP = re.compile(r"(?:[\[{]\s*){50}")  # which takes PyYAML seconds to give up
 _CODE_FILE = re.compile(r"\.pyc?\s*$", re.IGNORECASE)
 
 
@@ -104,36 +101,10 @@ def _content(text: str) -> Mapping[str, Any]:
     """The content of a search file's text, once it is known to be small enough to be read."""
     if len(text) > MOST_CHARACTERS:
         raise InputError(PLACE, f"is longer than {MOST_CHARACTERS} characters")
-    if _DEEP.search(text):
-        raise InputError(PLACE, "is nested too deeply")
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)  # where an alias is the node that it stands for, not a copy
-        if node is not None:
-            _count(node, {}, ())
-    except yaml.YAMLError:
-        pass  # load_yaml says it with its line
-    except (RecursionError, ValueError):
-        raise InputError(PLACE, "is nested too deeply") from None
-    content = load_yaml(text, PLACE)
+    content = load_yaml(text, PLACE, most_values=MOST_VALUES)
     if not isinstance(content, dict):
         raise InputError(PLACE, "is not a search file: its top level must be keys such as `sources:` and `space:`")
     return content
-
-
-def _count(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """How many values a node is once its aliases are written out."""
-    if id(node) in above:
-        raise InputError(PLACE, "holds an alias of itself")
-    if id(node) not in known:
-        inner: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            inner = node.value
-        known[id(node)] = 1 + sum(_count(part, known, (*above, id(node))) for part in inner)
-        if known[id(node)] > MOST_VALUES:
-            raise InputError(PLACE, f"says more than {MOST_VALUES} values once its aliases are written out")
-    return known[id(node)]
 
 
 def _at(content: Mapping[str, Any], key: str) -> Any:
