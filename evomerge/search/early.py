@@ -6,6 +6,7 @@ numbers and folders alone tell is checked first, with light imports: sources, me
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def _check_files(settings: EvaluatorSettings, place: str) -> None:
     """Refuse a file that is not there, or is no plain file, before what would read it is imported."""
     for key, field in type(settings).model_fields.items():
         if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
-            if not path.exists():
+            if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
                 mend = "A path is relative to the folder of the search file."
                 raise InputError(f"{place}.{key}", f"there is no such file: {path}", mend)
             open_file(path, f"{place}.{key}").close()

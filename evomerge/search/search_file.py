@@ -193,7 +193,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "sources": sources,
         "space": parsed.space.at(root.resolve()),
         "task_folders": folders,
-        "data_folder": (root / parsed.data_folder).resolve(),
+        "data_folder": Path(os.path.realpath(root / parsed.data_folder)),
         "objectives": {n: _at(root.resolve(), f"objectives.{n}", each) for n, each in parsed.objectives.items()},
         "constraints": {n: _at(root.resolve(), f"constraints.{n}", each) for n, each in parsed.constraints.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
