@@ -90,7 +90,7 @@ def _parts(found: Recipe) -> Iterator[tuple[str, Blend, Hop | None]]:
     """Every part of the model with its blend, in the order of the forward pass."""
     yield "embedding", found.blends[found.embedding], None
     for number, hop in enumerate(found.hops):
-        name = f"layer {number}" if hop.layer == number else f"step {number}: layer {_layers(hop)}"
+        name = f"layer {number}" if hop.layer == number else f"hop {number}: layer {_layers(hop)}"
         if hop.attention == hop.mlp:
             yield name, found.blends[hop.attention], hop
         else:

@@ -29,6 +29,9 @@ TEMPLATES, STATIC = HERE / "templates", HERE / "static"
 STATUS_WORDS = {"asked": "waiting"}
 """What people read of a status whose name says otherwise."""
 
+ORIGIN_WORDS = {"favourite": "mean of the optimizer"}
+"""The same of where a candidate comes from."""
+
 _WIDTH, _HEIGHT, _EDGE = 100.0, 30.0, 2.0  # of a sparkline, in its own units; the line keeps off the edge
 
 
@@ -59,6 +62,7 @@ def _environment() -> Environment:
     found.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
         "gains_over_source": gains_over_source, "origin_text": origin_text, "status_words": STATUS_WORDS,
+        "origin_words": ORIGIN_WORDS,
     }  # fmt: skip
     return found
 
