@@ -87,7 +87,7 @@ def client_of(app: FastAPI, **headers: str) -> Iterator[TestClient]:
 def serving(app: FastAPI) -> Iterator[str]:
     """The app behind a real port of this machine; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = Server(app, listening)
+        server = Server(app, listening, ending=app.state.streams.end)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

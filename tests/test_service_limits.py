@@ -12,13 +12,13 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from helpers_service import BEARER, NAME, TOKEN, client_of, make_app, make_search
+from helpers_service import BEARER, NAME, TOKEN, client_of, make_app, make_search, serving
 from starlette.testclient import TestClient
 
 from evomerge.service import connections
@@ -132,6 +132,16 @@ def test_streams_that_break_off_leave_no_word(root: Path, capfd: pytest.CaptureF
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
             client.close()
         assert is_healthy(port)
+    told = capfd.readouterr()
+    assert told.out + told.err == ""
+
+
+def test_open_streams_end_with_the_server_without_a_word(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ExitStack() as streams, serving(make_app(root)) as address:
+        url = f"{address}{API}/searches/{NAME}/events"
+        for _ in range(5):
+            stream = streams.enter_context(httpx.stream("GET", url, headers=BEARER, timeout=30, trust_env=False))
+            next(stream.iter_lines())
     told = capfd.readouterr()
     assert told.out + told.err == ""
 

@@ -23,7 +23,7 @@ UNREAD_S = 60.0
 
 MOST_CONNECTIONS = 1000
 
-_GRACE_S = 2  # that answers get when the server ends; streams of events never end by themselves
+_GRACE_S = 2  # that answers get when the server ends
 _RETRY_S = 1.0  # after which a connection is accepted again when there was no descriptor left for it
 _LOGGED_EVERY_S = 60.0
 
@@ -103,15 +103,23 @@ class Server(uvicorn.Server):
 
     Args:
         listening: the socket that clients connect to; it is closed at the end.
+        ending: called when the server is told to end, so that answers without an end can come to one.
     """
 
-    def __init__(self, app: ASGIApp, listening: socket.socket, most: int | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listening: socket.socket,
+        most: int | None = None,
+        ending: Callable[[], None] = lambda: None,
+    ) -> None:
         config = uvicorn.Config(
             app, http=Connection, ws="none", access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=_GRACE_S, log_level="error",  # a warning is a line that any stranger can write
         )  # fmt: skip
         super().__init__(config)
         self._listening = listening
+        self._ending = ending
         self._free = asyncio.Semaphore(most_connections() if most is None else most)
         self._logged_at = -_LOGGED_EVERY_S
 
@@ -122,6 +130,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._accepting.cancel()
+        self._ending()
         await super().shutdown([self._listening])
 
     async def _accept(self) -> None:

@@ -73,7 +73,7 @@ def serve(
         app = create_app(settings)
         visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
         say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))
-        Server(app, listening).run()
+        Server(app, listening, ending=app.state.streams.end).run()
 
 
 def is_loopback(host: str) -> bool:

@@ -53,6 +53,11 @@ class Streams:
                 if self._followed.get(name) is followed:
                     del self._followed[name]
 
+    def end(self) -> None:
+        """End all streams; clients connect again to whatever server comes next."""
+        for followed in self._followed.values():
+            followed.end()
+
 
 class _Followed:
     """A search with clients: its store, which one task reads, and the newest events, already written out."""
