@@ -86,14 +86,16 @@ def settle(page: Page) -> None:
 
 
 def click_on_a_source(page: Page) -> int:
-    """Click on the point of a source in the front with the mouse; the number of the candidate that is shown then."""
+    """Click on the point of a source that has it for itself, in the front; the number of the candidate shown then."""
     shown = page.locator("#selected-name")
     before = shown.inner_text()
     page.locator("#front-figure").scroll_into_view_if_needed()
     x, y = page.evaluate(
         """() => {
             const box = document.querySelector('#front-figure'), { xaxis, yaxis } = box._fullLayout;
-            const [point] = box.calcdata.find((each) => each[0].trace.name === 'sources');
+            const of = (name) => box.calcdata.find((each) => each[0].trace.name === name) ?? [];
+            const others = of('candidates').map(({ x, y }) => `${x} ${y}`);
+            const point = of('sources').find(({ x, y }) => !others.includes(`${x} ${y}`));
             const plot = box.querySelector('.nsewdrag').getBoundingClientRect();
             return [plot.x + xaxis.c2p(point.x), plot.y + yaxis.c2p(point.y)];
         }"""
