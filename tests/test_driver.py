@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -368,3 +369,36 @@ def test_the_simulation_depends_on_the_recipe() -> None:
     assert weights_of(near) == [0.7] * 4
     good, bad = (scores_of(Job(0, 1, recipe, tasks)).scores[0]["acc"].mean() for recipe in (near, far))
     assert good > bad
+
+
+@pytest.mark.parametrize("deaths", [1, 13])
+def test_workers_that_die_before_any_has_scored_are_the_clusters_fault(tmp_path: Path, deaths: int) -> None:
+    died = [0]
+
+    def dying_at_first(job: Job) -> tuple[float, Measured | Failed]:
+        died[0] += 1
+        return (1.0, Failed("worker_died", "killed")) if died[0] <= deaths else simulate(job)
+
+    with mock.patch("evomerge.search.dispatch._PAUSE_S", 0.0):
+        drive(tmp_path, make_setup(candidates=12), simulation=dying_at_first, workers=1)
+    with Store.open(tmp_path / "search.db") as store:
+        assert store.search().state == "finished"
+        assert store.counts()["failed"] == 0
+        failures = [event.payload for event in store.events(kinds=("failure",))]
+    assert [(each["reason"], each["final"]) for each in failures] == [("cluster_fault", False)] * deaths
+
+
+def test_a_cluster_on_which_nothing_lives_ends_the_search_with_its_last_words(tmp_path: Path) -> None:
+    with mock.patch("evomerge.search.dispatch._PAUSE_S", 0.0), pytest.raises(InputError, match="the last one: killed"):
+        drive(tmp_path, make_setup(), simulation=lambda job: (1.0, Failed("worker_died", "killed")), workers=2)
+
+
+def test_one_source_that_kills_its_worker_is_told_from_a_cluster_that_does(tmp_path: Path) -> None:
+    def one_kills(job: Job) -> tuple[float, Measured | Failed]:
+        return (1.0, Failed("worker_died", "killed")) if job.candidate == 0 else simulate(job)
+
+    with mock.patch("evomerge.search.dispatch._PAUSE_S", 0.0):
+        drive(tmp_path, make_setup(candidates=12), simulation=one_kills, workers=1)
+    with Store.open(tmp_path / "search.db") as store:
+        assert [row.number for row in store.candidates(statuses=["failed"])] == [0]
+        assert store.search().state == "finished"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.control import Control
 from evomerge.search.deadlines import Deadlines
@@ -17,6 +18,15 @@ from evomerge.search.pools.base import Pool
 
 _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
 _CHECK_S = 1.0  # how often it is looked who has run too long; bounds are a minute and more
+
+DEATHS = 20
+"""Workers that may die in a row, whatever they were at, before any has given a score. Until then that is the fault of
+the cluster and of no candidate: a search goes on after a pause, and ends where it is hopeless."""
+
+FIRST_REST_S = 5.0
+"""The pause after the first of them; each further one doubles it, up to LONGEST_REST_S."""
+
+LONGEST_REST_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,9 @@ class Dispatcher:
         self._report = report
         self._check = check
         self._checked_at = float("-inf")
+        self._has_scored = False
+        self._deaths = 0  # of workers, while none has given a score
+        self._rests_until = float("-inf")  # by the pool's clock
 
     def run(self, feed: Feed, recorder: Recorder) -> bool:
         """Score what the feed gives, until it gives nothing and nothing runs; False when a stop came first.
@@ -110,14 +123,15 @@ class Dispatcher:
                 return False
             if self._control.stopping and not running:
                 return False
-            if not (self._control.paused or self._control.stopping):
+            rests = self._pool.now() < self._rests_until
+            if not (self._control.paused or self._control.stopping or rests):
                 exhausted = self._fill(feed, waiting, running, recorder)
             if not running:
                 if exhausted and not waiting:
                     return True
                 time.sleep(_PAUSE_S)  # nothing runs: paused, or no worker is left, for now
             begun = self._pool.running()
-            for finished in self._wait(1.0 if running else 0.0):
+            for finished in self._wait(1.0 if running or rests else 0.0):
                 pending = running.get(finished.candidate)
                 if pending is None or pending.attempt != finished.attempt:
                     recorder.late(finished)
@@ -126,8 +140,10 @@ class Dispatcher:
                 started = begun.get((finished.candidate, finished.attempt))
                 if started is not None and isinstance(finished.result, Measured):
                     self._deadlines.learn(pending.tasks, self._pool.now() - started)
-                again = self._end(pending, finished, recorder)
-                if again is not None:
+                again = self._end(pending, self._blamed(finished), recorder)
+                if again is not None and self._deaths and (other := feed()) is not None:
+                    waiting += [other, again]  # whether another one fares better says whose fault it is
+                elif again is not None:
                     # In front, so that a later candidate of the same recipe still waits for this one.
                     waiting.appendleft(again)
             self._end_overdue(running)
@@ -182,6 +198,25 @@ class Dispatcher:
                 continue
             if self._deadlines.is_over(pending.tasks, now - started):
                 self._pool.cancel(candidate, attempt)
+
+    def _blamed(self, finished: Finished) -> Finished:
+        """How an attempt ended, with its worker's death put down to the cluster while no worker has given a score.
+
+        Raises:
+            InputError: too many have died.
+        """
+        result = finished.result
+        if isinstance(result, Measured):
+            self._has_scored, self._deaths = True, 0
+        elif result.reason == "worker_died" and not self._has_scored:
+            self._deaths += 1
+            if self._deaths > DEATHS:
+                problem = f"{self._deaths} workers died before any had given a score; the last one: {result.message}"
+                raise InputError("cluster", problem, "See what ends them, then resume.")
+            rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (self._deaths - 1))
+            self._rests_until = self._pool.now() + rest_s
+            return replace(finished, result=replace(result, reason="cluster_fault"))
+        return finished
 
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
         """Record how an attempt ended; the next attempt when there is to be one."""

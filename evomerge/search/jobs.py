@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from evaluators.base import Split
 from evomerge.recipe import Recipe
 
-FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost"]
+FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"]
 
 # Failures that say something of the worker or its machine rather than of the candidate: another attempt may succeed.
-WORKER_FAULTS: frozenset[FailureReason] = frozenset({"out_of_memory", "worker_died", "timeout", "node_lost"})
+WORKER_FAULTS: frozenset[FailureReason] = frozenset(
+    {"out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"}
+)
 
 # Of these, those that no candidate can bring about: they use up none of its attempts. A candidate can kill its worker.
-BLAMELESS: frozenset[FailureReason] = frozenset({"node_lost"})
+BLAMELESS: frozenset[FailureReason] = frozenset({"node_lost", "cluster_fault"})
 
 
 @dataclass(frozen=True)

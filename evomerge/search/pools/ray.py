@@ -296,7 +296,8 @@ class RayPool:
         if self._is_lost(worker.node, error):
             self._drop(worker, "worker died", words)
             return
-        self._starts.failed(worker.node, self.now(), f"{self._node_name(worker.node)}: {words}")
+        died = not isinstance(error, RayTaskError)
+        self._starts.failed(worker.node, self.now(), f"{self._node_name(worker.node)}: {words}", died=died)
         self._drop(worker, "worker failed to start", words)
 
     def _drop(self, worker: _Hired, kind: NewsKind, why: str) -> None:

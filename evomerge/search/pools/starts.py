@@ -10,7 +10,7 @@ TRIES = 5
 """Failed starts in a row after which a node is left alone."""
 
 TRIES_AT_FIRST = 2
-"""The same as long as no worker has started anywhere: what no node can do is hardly the fault of the nodes."""
+"""The same as long as no worker has started anywhere, and each says why: that is hardly the fault of the nodes."""
 
 FIRST_PAUSE_S = 5.0
 """How long a node is left alone after a failed start; each further one doubles it. All four pauses are 75 s, in which a
@@ -28,6 +28,7 @@ class Starts:
         self._failed: dict[str, int] = {}
         self._paused_until: dict[str, float] = {}
         self._any = False
+        self._any_died = False
         self.last_words = ""
 
     def started(self, node: str) -> None:
@@ -36,9 +37,13 @@ class Starts:
         self._failed.pop(node, None)
         self._paused_until.pop(node, None)
 
-    def failed(self, node: str, now: float, words: str) -> None:
-        """A start has failed there. What ends in a pause began before it, and says nothing new."""
+    def failed(self, node: str, now: float, words: str, *, died: bool = False) -> None:
+        """A start has failed there: by what it says, or because it ``died``, which somebody may have brought about.
+
+        What ends in a pause began before it, and says nothing new.
+        """
         self.last_words = words
+        self._any_died = self._any_died or died
         if now >= self._paused_until.get(node, now):
             before = self._failed.get(node, 0)
             self._failed[node] = before + 1
@@ -46,7 +51,7 @@ class Starts:
 
     def is_hopeless(self, node: str) -> bool:
         """Whether nothing more is to be tried there."""
-        return self._failed.get(node, 0) >= (TRIES if self._any else TRIES_AT_FIRST)
+        return self._failed.get(node, 0) >= (TRIES if self._any or self._any_died else TRIES_AT_FIRST)
 
     def limit(self, node: str, loaded: int, now: float) -> int:
         """How many workers may load there at once; ``loaded`` of that node have done so."""
