@@ -124,6 +124,49 @@ def test_a_mapped_file_that_is_cut_ends_the_process_with_a_word(tmp_path: Path) 
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: it was cut\n")
 
 
+# What a person mends -------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_was_scored_a_mended_function_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = with_function(tmp_path, "pass")
+    function = tmp_path / "score.py"
+    right = function.read_text()
+    function.write_text(right.replace("[1.0]", "[1.0 / 0]"))
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 2
+    assert "every source and average failed" in capsys.readouterr().err
+    function.write_text(right)
+    assert evomerge("resume", tmp_path / "s") == 0
+    assert "begins again" in capsys.readouterr().out
+    assert scored(tmp_path / "s") == 13
+
+
+def test_where_nothing_was_scored_any_key_may_change(tmp_path: Path) -> None:
+    file = with_function(tmp_path, "pass")
+    function = tmp_path / "score.py"
+    right = function.read_text()
+    function.write_text("def score(items, generate):\n    raise ValueError('no')\n")
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 2
+    function.write_text(right)
+    (tmp_path / "items.jsonl").write_text((tmp_path / "items.jsonl").read_text() + json.dumps({"q": 99}) + "\n")
+    again = ("--set", "seed=7", "--set", "optimizer.population=5", "--set", "budget.candidates=9")
+    assert evomerge("resume", tmp_path / "s", *again) == 0
+    assert scored(tmp_path / "s") == 9
+    assert evomerge("resume", tmp_path / "s", "--set", "seed=8") == 2
+
+
+def test_an_export_that_is_not_verified_needs_no_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = with_function(tmp_path, "pass", budget={"candidates": 6})
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 0
+    (tmp_path / "items.jsonl").unlink()
+    arguments = ("export", tmp_path / "s", tmp_path / "out", "--candidate", "c0005")
+    assert evomerge(*arguments) == 2
+    assert "items.jsonl" in capsys.readouterr().err
+    assert evomerge(*arguments, "--no-verify") == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 # Output ---------------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ from evomerge.search.prepare import Prepared, prepare
 from evomerge.search.rebudget import reread_budget
 from evomerge.search.resuming import record_resumed
 from evomerge.search.search_file import SearchFile
-from evomerge.search.session import check_unchanged, create_search, fingerprints_of, make_pool, recipe_of
+from evomerge.search.session import begin_again, check_unchanged, create_search, fingerprints_of, make_pool, recipe_of
 from evomerge.search.worker import choose_device
 from evomerge.store import Store, acquire
 
@@ -58,6 +58,8 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
 
 def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
     """Go on with a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
+    if begin_again(folder, store, prepared):
+        console.print("nothing had been scored yet: the search begins again, as its file is now", style="dim")
     with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         record_resumed(folder, store, prepared.file)
@@ -90,9 +92,10 @@ def open_all(file: SearchFile, folder: Path | None = None) -> Prepared:
 
 
 def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
-    """Everything that a recorded search names, opened again and seen to be unchanged."""
+    """Everything that a recorded search names, opened again and seen to be unchanged where anything was scored."""
     prepared = open_all(file, folder)
-    check_unchanged(store, prepared)
+    if store.has_scores():
+        check_unchanged(store, prepared)
     return prepared
 
 

@@ -45,20 +45,24 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         if not is_url(str(out)):
             check_target(Path(out))
         file = resumed_file(folder, store, ())
-        check_early(file)
+        if verify:
+            check_early(file)
         with opening():
             from evomerge.commands.delivering import local_folder
             from evomerge.commands.verifying import reproduce
             from evomerge.merging.evidence import Evidence
             from evomerge.merging.export import write_model
             from evomerge.report.card import NAME, Provenance, papers, verification
-            from evomerge.search.prepare import prepare
-            from evomerge.search.session import check_unchanged, contents_of, recipe_of
+            from evomerge.search.prepare import open_sources, prepare
+            from evomerge.search.session import check_sources, check_unchanged, contents_of, recipe_of
 
-            prepared = prepare(file)
-            check_unchanged(store, prepared)
-        recipe = recipe_of(row, prepared.file.sources)
-        if prepared.file.together > 1 and recipe.dtype != "float32":
+            prepared = prepare(file) if verify else None  # else no item is looked at
+            sources = open_sources(file) if prepared is None else prepared.sources
+            check_sources(store, sources)
+            if prepared is not None:
+                check_unchanged(store, prepared)
+        recipe = recipe_of(row, file.sources)
+        if file.together > 1 and recipe.dtype != "float32":
             # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they
             # change would be rounded away, and the folder be another model than was scored.
             recipe = recipe.model_copy(update={"dtype": "float32"})
@@ -68,17 +72,18 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         with local_folder(out, console) as model, progress_bar(console, "writing tensors") as bar:
 
             def check(written: Path) -> None:
-                rounds = recipe.is_scaled or prepared.file.together > 1
+                assert prepared is not None  # for this is called where it is to be verified
+                rounds = recipe.is_scaled or file.together > 1
                 checked.extend(reproduce(written, store, row, prepared, rounds=rounds, say=bar.say))
                 with (written / NAME).open("a", encoding="utf-8") as text:
                     text.write(verification(checked))
 
-            texts = papers(model.name, recipe, prepared.sources, provenance)
+            texts = papers(model.name, recipe, sources, provenance)
             if not verify:
                 texts[NAME] += verification(())
             write_model(
                 recipe,
-                prepared.sources,
+                sources,
                 model,
                 texts=texts,
                 evidence=Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().fingerprints)),

@@ -48,6 +48,10 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
     if file.budget != recorded.budget:  # what is only exported or confirmed asks for no more
         check_budget(file.budget, store)
+    if not store.has_scores():  # nothing hangs on what it was
+        if file.name != recorded.name:
+            raise InputError(f"{folder}/{FILE_NAME}: name", f"is {file.name!r}, and the search is {recorded.name!r}")
+        return file
     differences = list(_differences(before, file.model_dump(mode="json"), ""))
     forbidden = [line for key, line in differences if key.split(".")[0] not in RESUMABLE or key in FIXED]
     if forbidden:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from evaluators.base import Split
 from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest, fingerprint
+from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.search.folder import (
@@ -71,11 +72,31 @@ def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, A
     return open_store(folder)
 
 
+def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
+    """Make a new search of one in which nothing was scored, if it would be another now, or if what was told is that
+    nothing could be scored; whether it was done. The caller holds the lease.
+    """
+    search = store.search()
+    settings, known = prepared.file.model_dump(mode="json"), fingerprints_of(prepared)
+    told = any(step.kind == "tell" for step in store.steps())
+    if store.has_scores() or not (told or (search.settings, search.fingerprints) != (settings, known)):
+        return False
+    write_settings(folder, settings)
+    store.begin_again(settings=settings, fingerprints=known, environment=environment(), items=_item_texts(prepared))
+    return True
+
+
+def check_sources(store: Store, sources: Mapping[str, Source]) -> None:
+    """Refuse to go on when a source is not what it was when the search began."""
+    recorded = store.search().fingerprints
+    for name, source in sources.items():
+        check_fingerprints(source, recorded["sources"][name])
+
+
 def check_unchanged(store: Store, prepared: Prepared) -> None:
     """Refuse to go on when a source or an evaluator is not what it was when the search began."""
+    check_sources(store, prepared.sources)
     recorded = store.search().fingerprints
-    for name, source in prepared.sources.items():
-        check_fingerprints(source, recorded["sources"][name])
     for before, now in zip(recorded["evaluators"], prepared.setup.evaluators, strict=True):
         if before != asdict(now):
             raise InputError(

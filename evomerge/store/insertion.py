@@ -19,10 +19,16 @@ def drop_undriven(connection: Connection, name: str) -> None:
     ours = (tables.search.c.name == name) & (tables.lease.c.search_id == tables.search.c.id)
     query = select(tables.search.c.id).where(ours, tables.lease.c.epoch == 0)
     if (search_id := connection.execute(query).scalar_one_or_none()) is not None:
-        for table in tables.metadata.sorted_tables:
-            if "search_id" in table.c:
-                connection.execute(delete(table).where(table.c.search_id == search_id))
+        drop_contents(connection, search_id)
+        connection.execute(delete(tables.lease).where(tables.lease.c.search_id == search_id))
         connection.execute(delete(tables.search).where(tables.search.c.id == search_id))
+
+
+def drop_contents(connection: Connection, search_id: int) -> None:
+    """Delete all that belongs to a search, but for its own row and its lease."""
+    for table in tables.metadata.sorted_tables:
+        if "search_id" in table.c and table is not tables.lease:
+            connection.execute(delete(table).where(table.c.search_id == search_id))
 
 
 def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTexts]) -> None:

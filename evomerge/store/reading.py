@@ -246,6 +246,13 @@ class ReadStore:
         with self.transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
+    @repeated
+    def has_scores(self) -> bool:
+        """Whether any candidate has been scored on any item."""
+        query = select(tables.score.c.candidate).where(tables.score.c.search_id == self.search_id).limit(1)
+        with self.transaction() as connection:
+            return connection.execute(query).first() is not None
+
     # Candidates
 
     def candidates(

@@ -317,6 +317,30 @@ class Store(ReadStore):
             self.append_event(connection, "settings", payload={"before": before})
 
     @repeated
+    def begin_again(
+        self,
+        *,
+        settings: Mapping[str, Any],
+        fingerprints: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        items: Sequence[ItemTexts],
+    ) -> None:
+        """Make a new search of one in which nothing was scored: what was asked and told is gone."""
+        with self.writing() as connection:
+            insertion.drop_contents(connection, self.search_id)
+            self._change_search(
+                connection,
+                settings=settings,
+                fingerprints=fingerprints,
+                environment=environment,
+                state="created",
+                why="",
+                spent_s=0.0,
+            )
+            insertion.insert_items(connection, self.search_id, items)
+            self.append_event(connection, "began again")
+
+    @repeated
     def record_event(self, kind: str, payload: Mapping[str, Any]) -> None:
         with self.writing() as connection:
             self.append_event(connection, kind, payload=payload)
