@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ _TOKENIZER = (
     f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 """The files that make a tokenizer, where a folder has them: what the classes of transformers look for."""
+
+_COMPANIONS = re.compile(
+    r"[^.].*\.(json|jinja|txt|model|spm|tiktoken|codes)|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY).*", re.I
+)
+"""Files that say how a model is to be used, and by whom."""
+
+_MADE_ANEW = re.compile(
+    r"(config|params)\.json|.*\.index\.json|adapter_\w+\.json|lineage\.json|README.*|requirements.*\.txt"
+    r"|(trainer_state|training_args|train_results|eval_results|all_results)\.json|.*\.(bin|pt|pth|safetensors)"
+)
+"""Files that are of these weights, or of how they were trained: a merge has its own, or none."""
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _READS_FILES = ("init_inputs", "vocab", "merges", "tokenizer_object", "rewriting_rules", "entity_vocab", "subfolder")
@@ -109,6 +121,16 @@ def _leads_to_a_model(link: Path) -> bool:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a model's folder that make its tokenizer, chat templates included, by name."""
     return sorted({file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()})
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """What goes along with a model but its weights and config.json, by name.
+
+    That is its tokenizer, chat templates, generation settings, what a processor needs, its licence, and whatever else
+    says how it is used. Code does not go along, nor what tells of a training.
+    """
+    beside = (file for file in folder.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))
+    return sorted({*tokenizer_files(folder), *(file for file in beside if not _MADE_ANEW.fullmatch(file.name))})
 
 
 def check_tokenizer(folder: Path, place: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.config import check_config, first_line
-from evomerge.checkpoints.folder import check_files, check_tokenizer, load_config, tokenizer_files, zero_folder
+from evomerge.checkpoints.folder import check_files, check_tokenizer, companion_files, load_config, zero_folder
 from evomerge.checkpoints.layout import checkpoint_parts, locate
 from evomerge.checkpoints.parts import Part, holders
 from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
@@ -107,9 +107,8 @@ def consolidate_zero(
             progress(done, len(layout))
         config = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype")}
         writer.add_text("config.json", json.dumps({**config, "dtype": "float32"}, indent=2, ensure_ascii=False) + "\n")
-        for side in [*tokenizer_files(model), model / "generation_config.json"]:
-            if side.is_file():
-                writer.add_file(side, side.relative_to(model).as_posix())
+        for file in companion_files(model):
+            writer.add_file(file, file.relative_to(model).as_posix())
 
 
 def _match(

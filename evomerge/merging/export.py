@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from evomerge import __version__
 from evomerge.checkpoints.checks import check_written
-from evomerge.checkpoints.folder import tokenizer_files
+from evomerge.checkpoints.folder import companion_files, tokenizer_files
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.evidence import Evidence
@@ -71,10 +71,11 @@ def write_model(
         for _, written in waiting:
             written.result()
         folder.add_text("config.json", config_text(recipe, sources))
-        tokenizer = [] if model.tokenizer_texts else tokenizer_files(model.folder)
-        for file in [*tokenizer, *existing(model.folder, ["generation_config.json"])]:
-            folder.add_file(file, file.relative_to(model.folder).as_posix())
-        for name, text in {**model.tokenizer_texts, **texts}.items():
+        ours = {**model.tokenizer_texts, **texts}
+        for file in _companions(model):
+            if (name := file.relative_to(model.folder).as_posix()) not in ours:
+                folder.add_file(file, name)
+        for name, text in ours.items():
             folder.add_text(name, text)
         if check is not None:
             check(folder.complete())
@@ -87,11 +88,12 @@ def _key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, shard_by
     return "k" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def _companions(model: Source) -> list[Path]:
+    """The files of a source's folder that go along; where its tokenizer was made anew, without those of the old one."""
+    remade = {*tokenizer_files(model.folder), model.folder / "chat_template.json"} if model.tokenizer_texts else set()
+    return [file for file in companion_files(model.folder) if file not in remade]
+
+
 def config_text(recipe: Recipe, sources: Mapping[str, Source]) -> str:
     """The text of the merged model's config.json."""
     return json.dumps(merged_config(recipe, sources), indent=2, ensure_ascii=False) + "\n"
-
-
-def existing(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Those of the files that the folder has."""
-    return [folder / name for name in names if (folder / name).is_file()]
