@@ -57,7 +57,7 @@ def validate(
         typer.Option("--show-prompt", help="Print a prompt of each objective as a model reads it, and its tokens."),
     ] = False,
 ) -> None:
-    """Check a search file and everything that it names, and print the plan. Nothing is scored."""
+    """Check a search file and all that it names. Prints the plan; nothing is scored."""
     from evomerge.commands.run import validate
 
     validate(file, set_, show_prompt=show_prompt)
@@ -74,7 +74,7 @@ def search(
     detach: Annotated[bool, typer.Option("--detach", help="With --address: do not follow the job's log.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Join a cluster that asks for no token.")] = False,
 ) -> None:
-    """Run a search to the end of its budget, then confirm its best on the held-out split."""
+    """Run a search to the end of its budget. Then its best are confirmed on the held-out split."""
     settings = [*set_, "cluster.insecure=true"] if insecure else set_
     if address is not None:
         from evomerge.search.launch import launch
@@ -95,7 +95,7 @@ def list_(
     ] = None,
     server: ServerOption = None,
 ) -> None:
-    """List the searches of a folder; or those that run as jobs of a Ray cluster, or those of a server."""
+    """List searches. Those of a folder, or that run as jobs of a Ray cluster, or those of a server."""
     from evomerge.commands.listing import list_folder, list_jobs, list_server
 
     if server is not None:
@@ -113,7 +113,7 @@ def resume(
     set_: SetOption = [],  # noqa: B006
     server: ServerOption = None,
 ) -> None:
-    """Go on with a search that was interrupted, or whose budget is raised with --set budget.candidates=N."""
+    """Go on with a search. It was interrupted, or its budget is raised with --set budget.candidates=N."""
     if server is not None:
         from evomerge.commands.remote import resume as resume_there
 
@@ -149,7 +149,7 @@ def observe(
         list[str], typer.Argument(metavar="OBSERVER...", help="As in a search file: '{kind: prometheus, port: 9090}'.")
     ],
 ) -> None:
-    """Tell observers of a search, such as Prometheus or TensorBoard, until nobody drives it."""
+    """Tell observers of a search. Such as Prometheus or TensorBoard, until nobody drives it."""
     from evomerge.commands.observe import observe
 
     observe(folder, observers)
@@ -204,7 +204,7 @@ def show(
         bool, typer.Option("--prompt", help="Print what it is asked: a prompt of each objective, and its tokens.")
     ] = False,
 ) -> None:
-    """Show one candidate: its path, recipe, scores, answers, attempts and log."""
+    """Show one candidate. Its path, recipe, scores, answers, attempts and log."""
     from evomerge.commands.look import show, show_items, show_prompt
 
     if prompt:
@@ -223,7 +223,7 @@ def compare(
     json_: JsonOption = False,
     items: Annotated[bool, typer.Option("--items", help="Print the items that they differ on, with answers.")] = False,
 ) -> None:
-    """Compare two candidates item by item: paired differences, each with the interval of one comparison."""
+    """Compare two candidates item by item. Paired differences, each with the interval of one comparison."""
     from evomerge.commands.look import compare, show_items
 
     if items:
@@ -238,7 +238,7 @@ def curse(
     json_: JsonOption = False,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it into an SVG file.")] = None,
 ) -> None:
-    """Show the winner's curse: how far the best search scores fall on held-out items."""
+    """Show the winner's curse. How far the best search scores fall on held-out items."""
     from evomerge.commands.look import curse
 
     curse(folder, as_json=json_, picture=picture)
@@ -251,7 +251,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="The file to write; report.html in DIR by default.")
     ] = None,
 ) -> None:
-    """Write a search as one HTML file: pictures, tables, settings, and the commands to do it again."""
+    """Write a search as one HTML file. Pictures, tables, settings, and the commands to do it again."""
     from evomerge.commands.report import report
 
     report(folder, out)
@@ -259,7 +259,7 @@ def report(
 
 @app.command()
 def confirm(folder: FolderArgument) -> None:
-    """Score the front and the best candidates on the held-out split, and name the winner."""
+    """Score the best on the held-out split. The front and the best candidates, and the winner is named."""
     from evomerge.commands.run import confirm
 
     raise typer.Exit(confirm(folder))
@@ -295,7 +295,7 @@ def consolidate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
     model: Annotated[Path, typer.Option(metavar="MODEL", help="A folder with its config.json and tokenizer.")],
 ) -> None:
-    """Put a DeepSpeed ZeRO checkpoint together as a plain model folder, which can be merged."""
+    """Make a plain model folder of a DeepSpeed ZeRO checkpoint. Then it can be merged."""
     from evomerge.commands.merge import consolidate
 
     consolidate(checkpoint, out, model)
@@ -325,7 +325,7 @@ def serve(
         bool, typer.Option("--insecure", help="Consent to --no-token for other machines, and to a cluster without one.")
     ] = False,
 ) -> None:
-    """Serve searches to browsers and programs, and print the link to open. EVOMERGE_TOKEN gives the token."""
+    """Serve searches to browsers and programs. Prints the link to open; EVOMERGE_TOKEN gives the token."""
     from evomerge.service.server import serve
 
     serve(
@@ -342,7 +342,7 @@ def inspect(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Show what models are and how close they are, layer by layer, which tells what will merge."""
+    """Show what models are and how close they are. Layer by layer, which tells what will merge."""
     from evomerge.commands.inspect import inspect
 
     inspect(models, base, as_json=json_)
@@ -353,10 +353,10 @@ def score(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id, or model+adapter.")],
     file: SearchFileArgument,
     set_: SetOption = [],  # noqa: B006
-    split: Annotated[str, typer.Option(help="search or held_out.")] = "held_out",
+    split: Annotated[Literal["search", "held_out"], typer.Option(help="Whose items.")] = "held_out",
     json_: JsonOption = False,
 ) -> None:
-    """Score any model on the objectives and constraints of a search file."""
+    """Score any model on the items of a search file. On all of its objectives and constraints."""
     from evomerge.commands.models import score
 
     score(model, file, set_, split, as_json=json_)
@@ -368,7 +368,7 @@ def agreement(
     language: Annotated[str, typer.Option(metavar="CODE", help="The language that answers should be in.")] = "ja",
     json_: JsonOption = False,
 ) -> None:
-    """Grade answers by both scorers of the evaluator mgsm, and show where they do not agree."""
+    """Grade answers by both scorers of mgsm. Shows where they do not agree."""
     from evomerge.commands.agreement import agreement
 
     agreement(file, language, as_json=json_)

@@ -20,7 +20,8 @@ class InputError(Exception):
 
     def __init__(self, place: str, problem: str, mend: str = "") -> None:
         self.place, self.problem, self.mend = fitted([place, problem, mend])
-        super().__init__(f"{self.place}: {self.problem}" + (f". {self.mend}" if self.mend else ""))
+        end = "" if self.problem.endswith(".") else "."  # the message of another error may end in one of its own
+        super().__init__(f"{self.place}: {self.problem}" + (f"{end} {self.mend}" if self.mend else ""))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         # Ray pickles exceptions of workers; the default would call __init__ with the joined message alone.

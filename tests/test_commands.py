@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
 from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,7 @@ from evomerge.checkpoints.live import live_model
 from evomerge.commands.look import send
 from evomerge.commands.run import resume
 from evomerge.errors import InputError
-from evomerge.report.screen import p_text
+from evomerge.report.screen import make_console, p_text
 from evomerge.search.folder import open_store
 from evomerge.search.search_file import load_search_file
 from evomerge.search.session import recipe_of
@@ -39,6 +40,24 @@ def test_help_is_quick() -> None:
         seconds.append(time.perf_counter() - started)
     assert "validate" in done.stdout
     assert min(seconds) < 0.5
+
+
+def test_help_says_each_command_in_a_whole_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evomerge("--help") == 0
+    commands = capsys.readouterr().out.partition("Commands:")[2]
+    assert "validate" in commands
+    assert "..." not in commands
+    assert evomerge("score", "--help") == 0
+    assert "search|held_out" in capsys.readouterr().out
+
+
+def test_lines_end_with_what_they_say_where_no_terminal_pads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name  ", "value", box=None, pad_edge=False)
+    table.add_row("one", "a  b ")
+    table.add_row("longer", "")
+    make_console().print(table)
+    make_console().print("text \n\n  more", style="bold")
+    assert capsys.readouterr().out == "name    value\none     a  b\nlonger\ntext\n\n  more\n"
 
 
 CHECKED_FIRST = """

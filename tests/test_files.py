@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.checkpoints.target import check_target, existing_parent
 from evomerge.errors import InputError
 from evomerge.files import open_file, parse_json, read_json, read_text
 from evomerge.plugins import unknown_name
@@ -173,3 +174,18 @@ def test_an_unknown_name_lists_what_there_is() -> None:
     assert "There are: a1, b2." in str(unknown_name("zz", ["b2", "a1"], "here", "thing"))
     assert "more" in str(unknown_name("zz", (f"name{i}" for i in range(500)), "here", "thing"))
     assert "Did you mean 'maths'?" in str(unknown_name("math", ["maths"], "here", "thing"))
+
+
+def test_a_folder_may_be_made_below_folders_that_are_not_there(tmp_path: Path) -> None:
+    check_target(tmp_path / "out" / "models" / "merged")
+    assert existing_parent(tmp_path / "out" / "models" / "merged") == tmp_path
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(InputError, match=f"{name} is not a folder"):
+            check_target(tmp_path / name / "models" / "merged")
+
+
+def test_a_message_in_a_message_ends_in_one_full_stop() -> None:
+    assert str(InputError("c0001", "failed: use another, or leave it out.", "See its log.")).count(".") == 2
+    assert str(InputError("c0001", "failed", "See its log.")) == "c0001: failed. See its log."

@@ -436,6 +436,7 @@ def test_the_plan_says_what_rungs_and_screen_cost(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("settings", "warning"),
     [
+        (["racing.rungs=[10, 500]"], "500 of its rungs are not below the 60 items that there are"),
         (["racing.rungs=[40, 50]"], "the first rung is 60 of all 80 items, so it can spare little"),
         (["optimizer={name: nsga2}"], "nsga2 learns from every candidate of a generation, so none is eliminated"),
     ],

@@ -12,6 +12,8 @@ from evomerge.errors import InputError
 def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
     """See that a folder can be made at ``out``: nothing is there, or an empty folder, and not within a source.
 
+    The folders above it need not be there yet.
+
     Raises:
         InputError: it cannot be made there.
     """
@@ -24,7 +26,13 @@ def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
         raise InputError(place, "is not a folder", "Choose another name.")
     if out.exists() and any(out.iterdir()):
         raise InputError(place, "exists and is not empty", "Choose another folder, or remove it.")
-    if not out.parent.is_dir():
-        raise InputError(place, f"there is no folder {out.parent} to put it in", "Create it.")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(place, f"the folder {out.parent} cannot be written to", "Choose another folder.")
+    above = existing_parent(out)
+    if not above.is_dir():
+        raise InputError(place, f"{above} is not a folder", "Choose another name.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(place, f"the folder {above} cannot be written to", "Choose another folder.")
+
+
+def existing_parent(out: Path) -> Path:
+    """The nearest of what stands above ``out`` that is there already."""
+    return next(folder for folder in out.absolute().parents if os.path.lexists(folder))

@@ -21,7 +21,7 @@ import torch
 
 from evomerge.checkpoints.folder import INDEX, WEIGHTS
 from evomerge.checkpoints.headers import TORCH_DTYPES
-from evomerge.checkpoints.target import check_target
+from evomerge.checkpoints.target import check_target, existing_parent
 from evomerge.errors import InputError
 from evomerge.files import open_file
 
@@ -96,7 +96,7 @@ class FolderWriter:
         with self._disk_faults():
             if self._key is None:
                 shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process that had this one's number
-                self._partial.mkdir()
+                self._partial.mkdir(parents=True)
             else:
                 self._take_over(self._key)
         return self
@@ -106,7 +106,7 @@ class FolderWriter:
         for stale in self.out.parent.glob(f".{glob.escape(self.out.name)}.partial-*"):
             if stale != self._partial and not stale.name.rpartition("-")[2].isdigit():
                 shutil.rmtree(stale, ignore_errors=True)
-        self._partial.mkdir(exist_ok=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
         self._held = (self._partial / _LOCK).open("wb")
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,7 +224,7 @@ class FolderWriter:
         _sync_folder(self.out.parent)
 
     def _check_space(self) -> None:
-        free = shutil.disk_usage(self.out.parent).free
+        free = shutil.disk_usage(existing_parent(self.out)).free
         if self._need > free:
             raise InputError(
                 str(self.out),
@@ -240,7 +240,7 @@ class FolderWriter:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            free = shutil.disk_usage(self.out.parent).free
+            free = shutil.disk_usage(existing_parent(self.out)).free
             raise InputError(
                 str(self.out),
                 f"the disk is full: {_size(self._need)} are needed in all, {_size(free)} are free now",

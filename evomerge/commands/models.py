@@ -92,17 +92,14 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             )
     for line in checked:
         console.print(line)
-    unseen = "" if verify else ", which was not scored again"
+    unseen = "" if verify else ", split was not scored again"
     roles = roles_of(provenance.status, candidate_id(number), "held_out")
     what = f" ({', '.join([*([kind_of(row)] if row.label else []), *roles])})" if row.label or roles else ""
     console.print(f"exported {candidate_id(number)}{what} to {out}{unseen}", style="bold")
 
 
-def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_json: bool) -> None:
+def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_json: bool) -> None:
     """Score a model, also with adapters, on the objectives and constraints of a search file; its screen is left out."""
-    if split not in ("search", "held_out"):
-        raise InputError("--split", f"{split!r} is neither search nor held_out")
-    which: Split = "search" if split == "search" else "held_out"
     file = load_search_file(path, overrides)
     check_reference(model, "MODEL")
     check_early(file)
@@ -124,7 +121,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: str, *, as_js
     for warning in item_warnings(prepared.named_evaluators, Reader.of(live)):
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        values = scored(live, prepared, which)
+        values = scored(live, prepared, split)
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:  # of a model with odd settings, a tokenizer's panic, or code that a task names

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -16,11 +17,32 @@ class PrintableConsole(Console):
     """Writes what cannot be seen as an escape, but for what the console itself says to the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of something printed; one that holds a control character is longer than it was."""
-        for segment in super().render(renderable, options):
-            if segment.control or segment.text.isprintable():
-                yield segment
-            else:
-                lines = segment.text.split("\n")
-                shown = "\n".join(printable(line, _LONGEST_ESCAPE * len(line)) for line in lines)
-                yield Segment(shown, segment.style)
+        """The segments of something printed; one that holds a control character is longer than it was.
+
+        Without a terminal lines end with what they say: tables pad them with blanks.
+        """
+        segments = map(_shown, super().render(renderable, options))
+        return segments if self.is_terminal else _unpadded(segments)
+
+
+def _shown(segment: Segment) -> Segment:
+    if segment.control or segment.text.isprintable():
+        return segment
+    lines = segment.text.split("\n")
+    return Segment("\n".join(printable(line, _LONGEST_ESCAPE * len(line)) for line in lines), segment.style)
+
+
+def _unpadded(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The same without blanks at the end of lines."""
+    blanks: list[Segment] = []  # that something may follow on the line
+    for segment in segments:
+        if not segment.control and not segment.text.strip(" "):
+            blanks.append(segment)
+            continue
+        if not segment.text.startswith("\n"):
+            yield from blanks
+        text = re.sub(" +\n", "\n", segment.text)
+        said = text.rstrip(" ")
+        yield Segment(said, segment.style, segment.control)
+        blanks = [Segment(text[len(said) :], segment.style)] if said != text else []
+    yield from blanks

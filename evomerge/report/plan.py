@@ -120,6 +120,10 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
     for_the_best = f", then {', '.join(beyond)} for those that challenge the best" if beyond else ""
     by = "item response" if racing.estimate == "item_response" else "the best landmark"
     yield "racing", f"{', '.join(ordinary)} items a candidate{for_the_best}; the rest is estimated by {by}"
+    items = max(setup.counts().values())
+    if beyond_all := [str(rung) for rung in racing.rungs if rung >= items]:
+        told = f"racing: {', '.join(beyond_all)} of its rungs are not below the {items} items that there are"
+        yield "warning", f"{told}; each stands for all of them"
     if sizes[-1] < LEAST_GAIN * sizes[0]:
         yield "warning", f"racing: the first rung is {sizes[0]} of all {sizes[-1]} items, so it can spare little"
     optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
