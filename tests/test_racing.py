@@ -6,8 +6,10 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from helpers_search import ITEMS, make_setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from evomerge.search.items import STRATA, ItemOrder, item_order
@@ -20,8 +22,9 @@ from evomerge.search.racing import (
     surely_less,
     verdicts,
 )
+from evomerge.search.scores import Sheet, estimate
 from evomerge.search.screening import LEAST_PAIRS, Pair, Screening, weighted_tau
-from evomerge.search.setup import ScreenInfo
+from evomerge.search.setup import ScreenInfo, Setup
 
 STRATUM = np.array([0, 0, 0, 1, 1, 1, 1])  # a population of seven items in two strata
 SCORES = np.array([0.0, 1.0, 0.5, 2.0, 2.5, 2.0, 4.0])
@@ -221,3 +224,54 @@ def test_the_line_through_the_pairs_predicts_the_objective() -> None:
     screen.remember(dict(enumerate(x.tolist())), dict(enumerate(y.tolist())))
     line = stats.linregress(x, y)
     assert screen.predict(0.7) == pytest.approx(line.slope * 0.7 + line.intercept)
+
+
+# ---- estimates of a candidate that left its race ---------------------------------------------------------------------
+
+
+def estimated(
+    scores: NDArray[np.float64], reference: NDArray[np.float64], items: NDArray[np.int64]
+) -> tuple[float, float]:
+    """The mean and the error of a candidate with ``scores`` that was scored on ``items``, by a reference's scores."""
+    setup: Setup = make_setup()
+    (objective,) = setup.objectives
+    sheet = Sheet()
+    sheet.add(setup, 0, items.astype(np.int32), {"acc": scores[items].astype(np.float32)})
+    order = item_order(np.stack([reference, np.zeros(ITEMS)]), seed=0)
+    found = estimate(objective, sheet, order, lambda positions, known: reference)
+    assert found is not None
+    return found["mean"], found["stderr"]
+
+
+@given(st.integers(0, 10_000), st.integers(1, ITEMS - 1), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_an_estimate_of_right_or_wrong_is_a_share(seed: int, count: int, able: float, reference: float) -> None:
+    """A poor candidate beside a good landmark, or the other way: what is added may not leave what can be."""
+    random = np.random.default_rng(seed)
+    ours, theirs = ((random.random(ITEMS) < share).astype(np.float64) for share in (able, reference))
+    mean, _ = estimated(ours, theirs, random.permutation(ITEMS)[:count])
+    assert 0.0 <= mean <= 1.0
+
+
+@pytest.mark.parametrize(("low", "high"), [(-9.0, 0.0), (0.0, 5.0), (-1.0, 1.0), (0.0, 100.0)])
+def test_an_estimate_of_any_metric_stays_within_its_scores(low: float, high: float) -> None:
+    """Log-likelihoods stay below zero, bits above, a reward between its ends."""
+    random = np.random.default_rng(0)
+    for items in (random.permutation(ITEMS)[:5] for _ in range(50)):
+        mean, _ = estimated(np.full(ITEMS, low), random.uniform(low, high, ITEMS), items)
+        assert low <= mean <= high
+
+
+def test_an_estimate_within_its_bounds_is_the_difference_estimators() -> None:
+    random = np.random.default_rng(3)
+    ours, theirs = random.random(ITEMS), random.random(ITEMS)
+    items = random.permutation(ITEMS)[:20]
+    sample = item_order(np.stack([theirs, np.zeros(ITEMS)]), seed=0).sample(items.astype(np.int32), ITEMS)
+    plain = difference_estimate(ours[items].astype(np.float32).astype(np.float64), items, theirs, sample)
+    assert estimated(ours, theirs, items) == pytest.approx((plain["mean"], plain["stderr"]))
+
+
+def test_an_estimate_from_one_item_has_no_error() -> None:
+    mean, error = estimated(np.ones(ITEMS), np.full(ITEMS, 0.5), np.array([3]))
+    assert 0.0 <= mean <= 1.0
+    assert np.isnan(error)

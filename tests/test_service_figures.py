@@ -29,7 +29,8 @@ from evomerge.search.sections import Racing
 from evomerge.service import problems
 from evomerge.service.api import figures as api
 from evomerge.service.app import ServiceSettings
-from evomerge.service.figures import NAMES, Name, Wish, draw, draw_path, draw_recipe
+from evomerge.service.figures import NAMES, Name, Wish, draw, draw_path, draw_recipe, style
+from evomerge.service.figures import recipe as figure_recipe
 from evomerge.service.figures.progress import growth
 from evomerge.service.figures.recipe import weight_of
 from evomerge.service.figures.style import MARKS, is_empty, without_notes, words_of
@@ -618,3 +619,40 @@ def test_what_there_is_not_is_refused_with_its_field(
     answer = client.get(f"/api/v1/searches/{path}")
     assert answer.status_code == status
     assert [fault["field"] for fault in answer.json()["faults"]] == ([] if field is None else [field])
+
+
+# ---- axes and rows that show what matters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maximise", [True, False])
+@pytest.mark.parametrize(("poor", "is_focused"), [(-5.8, True), (-40.0, True), (-0.2, False)])
+def test_one_poor_landmark_does_not_press_all_others_into_a_point(
+    poor: float, is_focused: bool, maximise: bool
+) -> None:
+    values = np.r_[np.linspace(-0.1, -0.05, 30), poor] * (1 if maximise else -1)
+    bounds = style.focused(values, np.zeros(31, dtype=np.bool_), maximise=maximise)
+    assert (bounds is not None) == is_focused
+    if bounds is not None:
+        assert style.is_outside(values, bounds).tolist() == [False] * 30 + [True]
+        assert bounds[1] - bounds[0] < 0.1
+        assert bounds[0] < bounds[1]
+
+
+def test_what_must_be_seen_is_on_the_axis_however_poor() -> None:
+    values = np.r_[np.linspace(0.8, 0.9, 30), -5.0]
+    kept = values < 0
+    assert style.focused(values, kept, maximise=True) is None
+    assert style.focused(np.full(9, 0.5), np.zeros(9, dtype=np.bool_), maximise=True) is None
+    assert style.focused(np.empty(0), np.empty(0, dtype=np.bool_), maximise=True) is None
+
+
+def test_a_recipe_of_one_blend_is_one_row_with_its_numbers() -> None:
+    blend = Blend(method="linear", sources=("a", "b"), parameters={"weight": {"a": 0.25, "b": 0.75}})
+    other = Blend(method="linear", sources=("a", "b"), parameters={"weight": {"a": 0.5, "b": 0.5}})
+    hops = [(i, each, each, each) for i, each in enumerate([blend] * 4 + [other] * 3)]
+    common = {"sources": {"a": "a", "b": "b"}, "tokenizer": "a"}
+    whole = Recipe.compose(**common, embedding=blend, hops=hops[:4], norm=blend, head=blend)  # type: ignore[arg-type]
+    assert [name for name, *_ in figure_recipe._runs(list(figure_recipe._parts(whole)))] == ["the whole model"]
+    halves = Recipe.compose(**common, embedding=other, hops=hops, norm=other, head=other)  # type: ignore[arg-type]
+    names = [name for name, *_ in figure_recipe._runs(list(figure_recipe._parts(halves)))]
+    assert names == ["embedding", "layers 0 to 3", "layers 4 to 6", "norm", "head"]

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 from rich.table import Table
 
+from evaluators.cost import COUNTED
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
 from evomerge.report.entries import Constraint
@@ -20,6 +21,8 @@ from evomerge.search.setup import Setup
 LEAST_GAIN = 2
 """A race whose first rung is more than one part in so many of all items cannot spare much."""
 
+FEW_ITEMS = 30
+"""Items below which a mean is so uncertain that people should know before they spend anything."""
 
 LEAST_ESTIMATED = 10**9
 """Bytes of weights from which on it matters which GPU a worker has."""
@@ -57,6 +60,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _screen(setup)
     for warning in prepared.warnings:
         yield "warning", warning
+    yield from _few_items(setup)
     yield from _racing(setup)
     yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
@@ -88,6 +92,19 @@ def _hardware(prepared: Prepared) -> list[str]:
     layers = max(model.layers, prepared.setup.space.shelves)
     shape = model_shape(model.config, _live_bytes(prepared), sources, layers, model.dtype.itemsize)
     return lines(shape, works, file.engine, psutil.virtual_memory().available)
+
+
+def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
+    """Objectives and constraints whose means say little, for they are of few items."""
+    for measure in setup.measures:
+        evaluator = setup.evaluators[measure.evaluator]
+        if evaluator.name == "cost" and measure.metric in COUNTED:
+            continue
+        for split, items in (("search", measure.items), ("held-out", evaluator.held_out_items)):
+            if items < FEW_ITEMS:
+                said = "one says nothing of how sure its mean is, and names no winner" if items == 1 else "few"
+                wanted = f"so that its mean is uncertain: use {FEW_ITEMS} or more"
+                yield "warning", f"{measure.name}: {items} {split} item{'s' * (items > 1)}: {said}; {wanted}"
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
@@ -123,7 +124,8 @@ def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Pred
     """A measure's mean over all of its items, with its standard error; None without a score.
 
     When some are not scored, they are estimated: each as it is predicted, plus the mean of what the prediction misses
-    on the items that were scored.
+    on the items that were scored. A mean cannot lie beyond the scores that it is of, and what is added on one end may
+    carry an estimate there: it is kept within the least and the greatest score that is known or predicted.
     """
     values = sheet.values(measure)
     known = np.flatnonzero(~np.isnan(values))
@@ -134,8 +136,13 @@ def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Pred
     sample = order.sample(known.astype(np.int32), measure.items)
     scores = values[known].astype(np.float64)
     if predict is None:
-        return stratified_estimate(scores, sample)
-    return difference_estimate(scores, known, predict(known, scores), sample)
+        found, all_scores = stratified_estimate(scores, sample), scores
+    else:
+        predicted = predict(known, scores)
+        found = difference_estimate(scores, known, predicted, sample)
+        all_scores = np.concatenate([scores, predicted])
+    mean = float(np.clip(found["mean"], all_scores.min(), all_scores.max()))
+    return Estimate(mean=mean, stderr=found["stderr"] if len(scores) > 1 else math.nan, n=found["n"])
 
 
 def missing_tasks(sheet: Sheet, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:

@@ -121,7 +121,7 @@ class Budget(Section):
 
 
 class Confirm(Section):
-    """What is scored on the held-out split at the end: the front, the ``top`` by the first objective, the landmarks.
+    """What is scored on the held-out split at the end: the front, the ``top`` of the search, the landmarks.
 
     ``drawn`` of the best by the first objective are scored there too, once the winner is named, to draw the winner's
     curse alone. ``confidence`` is that of all intervals of an objective together.

@@ -17,7 +17,10 @@ from evomerge.service.figures.style import (
     MOST_POINTS,
     drawn_note,
     figure,
+    focused,
+    is_outside,
     markers,
+    outside_note,
     safe,
 )
 from evomerge.service.reading import (
@@ -103,12 +106,25 @@ class _Front:
             if (mask := self._known & self._found.landmark & self._found.of_origin(origin)).any():
                 traces.append(self._named(name, mask) if origin == "source" else self._marked_points(name, mask))
         traces += self._held_out()
+        x, y = self._bounds(self._x), self._bounds(self._y)
+        outside = self._known & (is_outside(self._x.values, x) | is_outside(self._y.values, y))
         return figure(
             traces,
-            notes=[*self._notes(), *drawn_note(int(shown.sum()), int(plain.sum()))],
-            xaxis={"title": {"text": self._x.title}},
-            yaxis={"title": {"text": self._y.title}},
+            notes=[
+                *self._notes(),
+                *drawn_note(int(shown.sum()), int(plain.sum())),
+                *outside_note(int(outside.sum())),
+            ],
+            xaxis={"title": {"text": self._x.title}, "range": x},
+            yaxis={"title": {"text": self._y.title}, "range": y},
         )
+
+    def _bounds(self, axis: _Axis) -> list[float] | None:
+        """The range of an axis that a few poor models do not stretch; None where all fit."""
+        if axis.measure is None:
+            return None
+        kept = self._found.on_front & ~self._found.landmark
+        return focused(axis.values[self._known], kept[self._known], maximise=axis.measure["maximise"])
 
     def _notes(self) -> Iterator[str]:
         if len(self._found.objectives) > 2:

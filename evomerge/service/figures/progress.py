@@ -7,8 +7,21 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from evomerge.report.entries import Measure, candidate_id
-from evomerge.service.figures.style import BLUE, MARKS, MOST_POINTS, ORANGE, PURPLE, drawn_note, figure, markers, safe
+from evomerge.report.entries import Measure, candidate_id, measure_text
+from evomerge.service.figures.style import (
+    BLUE,
+    MARKS,
+    MOST_POINTS,
+    ORANGE,
+    PURPLE,
+    drawn_note,
+    figure,
+    focused,
+    is_outside,
+    markers,
+    outside_note,
+    safe,
+)
 from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, thinned, value_text
 from evomerge.store import Store
 from evomerge.store.front import hypervolume as volume_of
@@ -43,13 +56,27 @@ def history(store: Store, over: Over = "candidates", objective: str | None = Non
         *_landmark_lines(found, means, errors, measure, end),
         _best_line(found, order, steps, where, best, errors, end),
     ]
+    bounds = focused(means[each], (found.landmark & _is_best_source(found, means, measure))[each],
+                     maximise=measure["maximise"])  # fmt: skip
     axis = "candidate" if over == "candidates" else "hours since the start, pauses included"
     return figure(
         traces,
-        notes=drawn_note(int(shown.sum()), int(each.sum())),
+        notes=[
+            *drawn_note(int(shown.sum()), int(each.sum())),
+            *outside_note(int(is_outside(means[each], bounds).sum())),
+        ],
         xaxis={"title": {"text": axis}},
-        yaxis={"title": {"text": safe(axis_title(measure))}},
+        yaxis={"title": {"text": safe(axis_title(measure))}, "range": bounds},
     )
+
+
+def _is_best_source(found: Columns, means: Values, measure: Measure) -> Mask:
+    """Marks the source that is best in a measure, which the others are set against."""
+    marks: Mask = np.zeros(len(means), dtype=np.bool_)
+    sources = np.flatnonzero(found.landmark & found.of_origin("source") & np.isfinite(means))
+    if len(sources):
+        marks[sources[np.argmax(means[sources]) if measure["maximise"] else np.argmin(means[sources])]] = True
+    return marks
 
 
 def running_best(means: Values, *, maximise: bool) -> Values:
@@ -77,7 +104,7 @@ def _best_line(
     """The line of the best, which changes at ``steps``, up to the last candidate."""
     at = order[steps]
     words = [
-        f"<b>best so far: {safe(found.names[i])}</b><br>{value:.3f} ± {errors[i]:.3f}; chosen for it, so partly luck"
+        f"<b>best so far: {safe(found.names[i])}</b><br>{measure_text(value, errors[i])}; chosen for it, so partly luck"
         for i, value in zip(at.tolist(), best[steps].tolist(), strict=True)
     ]
     return go.Scatter(
@@ -91,17 +118,15 @@ def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Meas
     """The best source with its error as a band, and the uniform average, whether or not they keep constraints."""
     known = found.landmark & np.isfinite(means)
     traces = []
-    sources = np.flatnonzero(known & found.of_origin("source"))
-    if len(sources):
-        at = sources[np.argmax(means[sources]) if measure["maximise"] else np.argmin(means[sources])]
+    for at in np.flatnonzero(_is_best_source(found, means, measure)).tolist():
         mean, error = means[at], np.nan_to_num(errors[at])
         band = {"x": [0.0, end, end, 0.0], "y": [mean - error, mean - error, mean + error, mean + error]}
         look = {"fill": "toself", "fillcolor": ORANGE, "opacity": 0.18, "line": {"width": 0}, "mode": "lines"}
         traces.append(go.Scatter(**band, **look, hoverinfo="skip", showlegend=False))
         name = f"best source: {found.labels[at]}"
-        traces.append(_level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {mean:.3f} ± {error:.3f}"))
+        traces.append(_level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {measure_text(mean, errors[at])}"))
     for at in np.flatnonzero(known & found.of_origin("average")).tolist():
-        words = f"{found.names[at]} {means[at]:.3f} ± {errors[at]:.3f}"
+        words = f"{found.names[at]} {measure_text(means[at], errors[at])}"
         traces.append(_level(found.labels[at], means[at], end, PURPLE, "dot", words))
     return traces
 

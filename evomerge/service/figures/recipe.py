@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
 from evomerge.store import Store
 
 _WEIGHTS = frozenset({"weight", "scale", "t"})  # in the names of parameters: what ``weight_of`` reads
+_Part = tuple[str, Blend, Hop | None]
+"""What a part is called, the blend that makes it, and the step of the path where it is one."""
+
+_MOST_WRITTEN, _WRITTEN_ROW = 60, 28  # cells that have room for their numbers, and the height of a row of such
 _ROW, _ROOM, _LEAST = 15, 130, 240  # pixels of a part, of axes and notes, and of the whole at least
 
 
@@ -23,8 +27,8 @@ def recipe(store: Store, number: int) -> go.Figure:
     """A heat map of weights: parts of the model from embedding (below) to head, by sources.
 
     A weight is the one that the blend gives to a source, as it stands in the recipe. A base to which changes are added
-    has none, and no column. Layers have a row each, or two
-    where attention and mlp are made otherwise. All numbers of a blend are told on hovering.
+    has none, and no column. Layers have a row each, or two where attention and mlp are made otherwise; those that
+    follow each other and are made alike have one. Few cells say their numbers. All of a blend's are told on hovering.
 
     Raises:
         InputError: there is no such candidate.
@@ -32,21 +36,23 @@ def recipe(store: Store, number: int) -> go.Figure:
     found = recipe_of(store, number)
     names = list(store.search().settings["sources"])
     used = [name for name in names if any(name in blend.sources for blend in found.blends)]
-    rows = list(_parts(found))
+    rows = _runs(list(_parts(found)))
     weights = np.array([[weight_of(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
     words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
     low, high = _bounds(store)  # the same of every candidate, so that pictures can be compared
+    legible = len(rows) * len(used) <= _MOST_WRITTEN
     signs = bool(min(float(np.nanmin(weights)), low) < 0)
     most = max(float(np.nanmax(np.abs(weights))), -low, high)
     cells = go.Heatmap(
         z=weights, x=[safe(name) for name in used], y=[part for part, _, _ in rows], text=words, hoverinfo="text",
         colorscale=SIGN_SCALE if signs else AREA_SCALE, zmin=-most if signs else 0.0, zmax=most, xgap=2, ygap=1,
+        texttemplate="%{z:.3f}" if legible else None,
         colorbar={"title": {"text": "weight", "side": "right"}, "thickness": 12},
     )  # fmt: skip
     return figure(
         [cells],
         notes=_notes(found),
-        height=max(_LEAST, _ROOM + _ROW * len(rows)),
+        height=max(_LEAST, _ROOM + (_WRITTEN_ROW if legible else _ROW) * len(rows)),
         xaxis={"type": "category", "side": "bottom", "showgrid": False},
         yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
     )
@@ -86,7 +92,7 @@ def weight_of(blend: Blend, source: str) -> float:
     return 1.0 / len(blend.sources)
 
 
-def _parts(found: Recipe) -> Iterator[tuple[str, Blend, Hop | None]]:
+def _parts(found: Recipe) -> Iterator[_Part]:
     """Every part of the model with its blend, in the order of the forward pass."""
     yield "embedding", found.blends[found.embedding], None
     for number, hop in enumerate(found.hops):
@@ -98,6 +104,36 @@ def _parts(found: Recipe) -> Iterator[tuple[str, Blend, Hop | None]]:
             yield f"{name} mlp", found.blends[hop.mlp], hop
     yield "norm", found.blends[found.norm], None
     yield "head", found.blends[found.head], None
+
+
+def _runs(rows: Sequence[_Part]) -> list[_Part]:
+    """Layers that follow each other and are made by one blend are one row: two numbers are no thirty equal ones."""
+    if all(blend is rows[0][1] and _is_layer(name, hop) for name, blend, hop in rows):
+        return [("the whole model", rows[0][1], None)]
+    runs: list[list[_Part]] = []
+    for row in rows:
+        before = runs[-1][-1] if runs else None
+        if (
+            before is not None
+            and before[2]
+            and row[2]
+            and before[1] is row[1]
+            and _is_layer(before[0], before[2])
+            and _is_layer(row[0], row[2])
+        ):
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [run[0] if len(run) == 1 else (f"layers {_place(run[0])} to {_place(run[-1])}", *run[0][1:]) for run in runs]
+
+
+def _is_layer(name: str, hop: Hop | None) -> bool:
+    """Whether a part is a layer at its own place, whole and unscaled, that needs no word of its own; or no layer."""
+    return hop is None or (name == f"layer {hop.layer}" and hop.scale == 1.0 and hop.norm in (hop.attention, hop.mlp))
+
+
+def _place(row: _Part) -> str:
+    return row[0].removeprefix("layer ")
 
 
 def _layers(hop: Hop) -> str:

@@ -11,7 +11,9 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from evomerge.report.svg import COLOURS
 
@@ -25,6 +27,9 @@ SIGN_SCALE = "PuOr"  # for areas of either sign
 MOST_POINTS = 2000
 """A figure draws no more of one kind: SVG grows slow beyond that, and the eye cannot tell them apart. It says so."""
 
+_MOST_FOCUSED = 0.9  # of the values of an axis that are surely on it
+_FAR = 8.0  # times the width of those: so far off is a value that would press them into a point
+_EDGE = 0.15  # of that width, on either side
 _WIDTH = 54  # letters of a line of the notes: what a phone has room for
 _LINE, _TOP, _PLOT = 16, 14, 360  # pixels of such a line, of the room above all, and of the rest of a figure
 
@@ -108,6 +113,40 @@ def without_notes(drawn: go.Figure) -> go.Figure:
 def is_empty(drawn: go.Figure) -> bool:
     """Whether there is nothing to draw, so that the notes say why."""
     return not drawn.data
+
+
+def focused(values: NDArray[np.float64], keep: NDArray[np.bool_], *, maximise: bool) -> list[float] | None:
+    """The range of an axis on which a few poor values would press all others into a point; None where none do.
+
+    It holds the best nine tenths, and all that ``keep`` marks; what lies beyond its poor end is drawn outside.
+
+    Args:
+        values: float64 [n], finite.
+        keep: bool [n].
+    """
+    if not len(values):
+        return None
+    losses = -values if maximise else values
+    best = float(losses.min())
+    worst = max(float(np.quantile(losses, _MOST_FOCUSED)), float(losses[keep].max()) if keep.any() else best)
+    width = worst - best
+    if width <= 0 or float(losses.max()) - best <= _FAR * width:
+        return None
+    ends = best - _EDGE * width, worst + _EDGE * width
+    return [-ends[1], -ends[0]] if maximise else list(ends)
+
+
+def is_outside(values: NDArray[np.float64], bounds: list[float] | None) -> NDArray[np.bool_]:
+    """Which values lie outside the range of an axis: bool [n]."""
+    if bounds is None:
+        return np.zeros(len(values), dtype=np.bool_)
+    return np.asarray((values < bounds[0]) | (values > bounds[1]))
+
+
+def outside_note(count: int) -> list[str]:
+    """What is said of candidates that lie outside, if there are any."""
+    who = "1 poor candidate lies" if count == 1 else f"{count} poor candidates lie"
+    return [f"{who} outside; a double click shows all."] if count else []
 
 
 def markers(mark: Mark, **changes: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ _MEANINGS = {
     "stop": ("Stop", "What runs finishes, then the driver ends. It can be resumed."),
     "cancel": ("Cancel", "Ends at once and throws away what runs. It can be resumed."),
 }
-_CONFIRM = ("Confirm", "Scores the best on the held-out split, and names the winner.")
+_CONFIRM = ("Confirm", "Scores the best on the held-out split, and chooses there.")
 
 
 @dataclass(frozen=True)
