@@ -20,6 +20,7 @@ MOST_VALUES = 200_000
 _MOST_DEEP = 100
 _MOST_SCALAR = 1_000_000  # characters
 _MOST_DIGITS = 40
+_LONG = 100_000  # characters that the slower of the two parsers need not look at when the other finds fault with them
 _MERGE = "tag:yaml.org,2002:merge"
 _STR, _INT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -65,6 +66,11 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _StrictLoader.add_constructor(_INT, _StrictLoader.construct_yaml_int)
+_StrictLoader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in _StrictLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] not in ("binary", "set", "omap", "pairs")  # which no setting is
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -96,12 +102,8 @@ def load_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> Any:
     check_yaml(text, place, most_values=most_values)
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader: it builds plain data alone
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{place}, line {mark.line + 1}" if mark else place
-        raise InputError(where, error.problem or error.context or "cannot be read as YAML") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError comes of dates such as 2024-99-99
-        raise InputError(place, f"cannot be read as YAML ({str(error).splitlines()[0]})") from None
+        raise _no_yaml(error, place) from None
     except RecursionError:
         raise InputError(place, "is nested too deeply") from None
 
@@ -117,10 +119,20 @@ def check_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> None
             _count_events(yaml.parse(text, loader), place, most_values)
             _count_values(yaml.compose(text, loader), place, most_values)
             return
-        except yaml.YAMLError:
+        except yaml.YAMLError as error:
+            if len(text) > _LONG:
+                raise _no_yaml(error, place) from None
             continue  # what is no YAML is said with its line by whoever reads it
         except UnicodeEncodeError:
             raise InputError(place, _HALF) from None
+
+
+def _no_yaml(error: Exception, place: str) -> InputError:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return InputError(place, f"cannot be read as YAML ({str(error).splitlines()[0]})")
+    mark = error.problem_mark or error.context_mark
+    where = f"{place}, line {mark.line + 1}" if mark else place
+    return InputError(where, error.problem or error.context or "cannot be read as YAML")
 
 
 def dump_yaml(content: Any) -> str:

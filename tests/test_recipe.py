@@ -384,6 +384,9 @@ def test_numbers_without_a_point_are_numbers() -> None:
         ("no: x", "f, line 1: YAML reads the key no as true or false; put it in quotes"),
         ("2024-01-01: x", "f, line 1: YAML reads the key 2024-01-01 as a date"),
         ("~: x", "f, line 1: YAML reads the key ~ as nothing"),
+        ("a: !!binary aGVsbG8=", "f, line 1: could not determine a constructor"),
+        ("a: !!set {a, b}", "f, line 1: could not determine a constructor"),
+        ('"' + "x" * 200_000 + '": 1', "f, line 1: mapping values are not allowed"),
         ("a: !!python/name:os.system", "f, line 1: could not determine a constructor"),
     ],
 )

@@ -91,6 +91,7 @@ def test_equal_evaluator_settings_are_equal(path: Path) -> None:
         ("sources.a b=x", "search.yaml: sources.a b", "may hold letters, digits, - and _ (up to 64)"),
         (f"name={'x' * 65}", "search.yaml: name", "is longer than 64 characters"),
         ("name=7", "search.yaml: name", "must be text, and YAML reads it as the number 7. Put it in quotes."),
+        ("sources={" + ", ".join(f"s{i}: x" for i in range(257)) + "}", "search.yaml: sources", "has more than 256"),
         ("sources=[a, b]", "search.yaml: sources", "must be a section with keys"),
         ("task_folders=here", "search.yaml: task_folders", "must be a list"),
         ("racing={rungs: [a]}", "search.yaml: racing.rungs.0", "must be a whole number"),

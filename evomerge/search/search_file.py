@@ -55,7 +55,7 @@ class SearchFile(Section):
 
     name: Name
     seed: int = Field(default=0, ge=0, lt=2**31)
-    sources: dict[Name, str] = Field(min_length=2)
+    sources: dict[Name, str] = Field(min_length=2, max_length=256)
     base: str | None = None
     tokenizer: str | None = None
     vocabulary: Vocabulary = Vocabulary()
