@@ -444,6 +444,6 @@ def test_the_readmes_example_is_searched(tmp_path: Path, capsys: pytest.CaptureF
     assert evomerge("search", file, "--dir", tmp_path / "out") == 0
     shown = json_of(capsys, "status", tmp_path / "out", "--json")
     assert (shown["state"], shown["candidates"]["failed"]) == ("finished", 0)
-    file = search_file(tmp_path, **keys | {"allow_task_code": False})
+    file = search_file(tmp_path, **keys | {"allow_task_code": False}, optimizer={"name": "random"})
     assert evomerge("search", file, "--dir", tmp_path / "other") == 2
     assert "allow_task_code: true" in capsys.readouterr().err

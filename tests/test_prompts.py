@@ -16,7 +16,7 @@ from helpers_miniature import MINIATURES, evomerge, search_file
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 
-from evaluators import evaluator_settings, trial
+from evaluators import evaluator_settings
 from evaluators.base import Evaluator
 from evaluators.decoding import Decoder
 from evaluators.lm_eval_model import ResidentLM
@@ -233,31 +233,6 @@ def test_a_chat_that_is_not_opened_ends_in_its_last_turn() -> None:
     assert render(tokenizer, settings, "1?", [Example("2?", " 2 ", "x")]).count("assistant: 2</s>") == 1
 
 
-_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% if b == -1 %}x{% endif %}{% endfor %}{% endfor %}"
-ENDLESS = [
-    _LOOP,
-    "{{ 9**(9**9) }}",
-    "{{ 'x' * 20000000000 }}",
-    "{{ '%s%9999999d' % ('x', 1) }}",
-    "{{ messages | tojson(indent=100000000) }}",
-]
-
-
-@pytest.mark.parametrize("template", ENDLESS)
-def test_a_template_without_an_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 1)
-    tokenizer = byte_tokenizer()
-    turns = [{"role": "user", "content": "what?"}]
-    tokenizer.chat_template = template
-    with pytest.raises(
-        InputError, match=r"here: the tokenizer's chat template (does not come to an end|\w+ more than)"
-    ):
-        trial.try_template(tokenizer, turns, "here")
-    for fine in (CHAT, "{{ raise_exception('no') }}", None, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"):
-        tokenizer.chat_template = fine
-        trial.try_template(tokenizer, turns, "here")
-
-
 def test_the_templates_of_sources_are_tried_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     shutil.copytree(MINIATURES / "maths", model)
@@ -273,7 +248,7 @@ def test_the_templates_of_sources_are_tried_first(tmp_path: Path, capsys: pytest
     sources = {"base": str(MINIATURES / "base"), "maths": str(model)}
     file = search_file(tmp_path, sources=sources, tokenizer="maths", objectives={"m": objective})
     assert evomerge("validate", file) == 2
-    assert "objectives.m.apply_chat_template: the tokenizer's chat template takes more" in capsys.readouterr().err
+    assert "sources.maths: its tokenizer cannot be used: MemoryError" in capsys.readouterr().err
 
 
 # ---- what a search is told -------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         from evomerge.checkpoints.config import first_line
         from evomerge.checkpoints.source import open_source
         from evomerge.commands.rescoring import plain_model, scored
-        from evomerge.search.asking import check_templates, item_warnings
+        from evomerge.search.asking import item_warnings
         from evomerge.search.prepare import prepare
 
         prepared = prepare(file)
@@ -117,7 +117,6 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         check_finite(source)
         live = plain_model(source, prepared.file)
     setup = prepared.setup
-    check_templates(file.evaluators(), prepared.named_evaluators, Reader.of(live))
     for warning in item_warnings(prepared.named_evaluators, Reader.of(live)):
         print(f"warning: {warning}", file=sys.stderr)
     try:

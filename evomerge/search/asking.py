@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-from evaluators.base import Evaluator, EvaluatorSettings, Split
-from evaluators.prompts import Asked, PromptSettings, Reader, told_too_long, too_long
-from evaluators.trial import try_template
+from evaluators.base import Evaluator, Split
+from evaluators.prompts import Asked, Reader, told_too_long, too_long
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config
@@ -68,26 +67,6 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
             asked = partial(_asked, evaluator, reader, place, split)
             if told := told_too_long(list(too_long(asked, sizes))):
                 yield f"{place}: {told}"
-
-
-def check_templates(
-    settings: Mapping[str, EvaluatorSettings], evaluators: Mapping[str, Evaluator], reader: Reader
-) -> None:
-    """Try the chat template of a tokenizer on the longest question of each evaluator that uses it.
-
-    Args:
-        settings, evaluators: by the place in the search file that names each.
-
-    Raises:
-        InputError: it never ends, or takes too much.
-    """
-    for place, evaluator in evaluators.items():
-        given = settings[place]
-        if isinstance(given, PromptSettings) and given.apply_chat_template:
-            system = [{"role": "system", "content": given.system_instruction}] if given.system_instruction else []
-            longest = max((question for s in _SPLITS for question, _ in evaluator.texts(s)), key=len)
-            turns = [*system, {"role": "user", "content": longest}]
-            try_template(reader.tokenizer, turns, f"{place}.apply_chat_template")
 
 
 def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[Shown]:

@@ -20,7 +20,7 @@ from evomerge.merging.low_rank import low_rank_problem
 from evomerge.merging.materialise import check_recipe
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
-from evomerge.search.asking import check_templates, item_warnings, reader_of
+from evomerge.search.asking import item_warnings, reader_of
 from evomerge.search.early import make_space
 from evomerge.search.runtime_env import runtime_env_of
 from evomerge.search.search_file import SearchFile
@@ -68,7 +68,6 @@ def prepare(file: SearchFile) -> Prepared:
     _refuse_test_items(file, settings, evaluators)
     _check_together(file, space, sources, evaluators)
     named, reader = _named(file, evaluators), reader_of(sources[file.tokenizer_source])
-    check_templates(file.evaluators(), named, reader)
     warnings = tuple(item_warnings(named, reader))
     setup = Setup(
         name=file.name,
