@@ -20,6 +20,7 @@ from evomerge.search.setup import Setup
 from evomerge.service.app import ServiceSettings, create_app
 from evomerge.service.connections import Server
 from evomerge.service.root import Root
+from evomerge.service.streams import Streams
 from evomerge.store import Store
 
 TOKEN = "a-token-for-tests"
@@ -87,7 +88,8 @@ def client_of(app: FastAPI, **headers: str) -> Iterator[TestClient]:
 def serving(app: FastAPI) -> Iterator[str]:
     """The app behind a real port of this machine; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = Server(app, listening, ending=app.state.streams.end)
+        streams: Streams | None = getattr(app.state, "streams", None)  # which an app of the dashboard alone has not
+        server = Server(app, listening, ending=streams.end if streams else lambda: None)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

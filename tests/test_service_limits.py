@@ -384,8 +384,15 @@ def test_a_number_of_the_dashboard_that_is_none_is_refused(odd_client: TestClien
     assert len(odd_client.get(f"/api/studies/{study}?after=2").json()["trials"]) == 5
 
 
+@pytest.mark.parametrize("study", ["99", "x", "-1", "9" * 30, "\u0661"])
+@pytest.mark.parametrize("rest", ["", "/param_importances", "/plot/contour"])
+def test_a_study_of_the_dashboard_that_is_gone_is_missing(odd_client: TestClient, study: str, rest: str) -> None:
+    assert odd_client.get(f"/api/studies/{study}{rest}").status_code == 404
+    assert odd_client.get(f"/csv/{study}").status_code == 404
+
+
 def test_the_dashboards_files_are_given_to_clients_that_unpack_nothing(odd_client: TestClient) -> None:
-    for name, status in (("bundle.js", 200), ("nothing.js", 404), ("%2e%2e", 403)):
+    for name, status in (("bundle.js", 200), ("nothing.js", 404), ("%2e%2e", 404)):
         request = odd_client.build_request("GET", f"/dashboard/static/{name}")
         del request.headers["accept-encoding"]
         assert odd_client.send(request).status_code == status

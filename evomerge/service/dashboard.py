@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import cast
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 import optuna_dashboard
 from a2wsgi import WSGIMiddleware
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from starlette.requests import Request
@@ -32,7 +33,7 @@ from evomerge.service.projection import ReadOnlyStorage, Told, projection_of
 from evomerge.service.root import Root, UnknownSearchError
 from evomerge.store import Store
 
-_READ = ("/api/meta", "/api/studies", "/api/studies/{rest:path}", "/csv/{rest:path}")
+_READ = ("/api/meta", "/api/studies", "/api/studies/{study}", "/api/studies/{study}/{rest:path}", "/csv/{study}")
 _HEAD = """<style>
 button:has([data-testid="AddBoxIcon"], [data-testid="EditIcon"]),
 [aria-label="rename study"], [aria-label="delete study"] {
@@ -117,15 +118,24 @@ class _Whole:
     """An ASGI app that sees the path that was asked for, whatever route led to it, and only requests that it can take.
 
     optuna-dashboard answers what it does not expect with an error of its own and a traceback in the log: a request
-    without Accept-Encoding, and an ``after`` that is no number.
+    without Accept-Encoding, an ``after`` that is no number, a study that is gone.
+
+    Args:
+        knows: whether there is a study of this number.
     """
 
-    def __init__(self, app: ASGIApp, prefix: str = "") -> None:
+    def __init__(self, app: ASGIApp, knows: Callable[[int], bool], prefix: str = "") -> None:
         self._app = app
+        self._knows = knows
         self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"].removeprefix(self._prefix), scope["headers"]
+        study, file = (scope["path_params"].get(key) for key in ("study", "name"))
+        if study is not None and not (_is_number(study) and await run_in_threadpool(self._knows, int(study))):
+            raise ProblemError(404, "There is no such study")
+        if file is not None and file.startswith("."):
+            raise ProblemError(404, "There is no such file")
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if not all(_is_number(value) for name, value in query if name == "after"):
             raise ProblemError(422, "The request is not valid", Fault(field="after", problem="is no number from 0 on"))
@@ -144,8 +154,10 @@ def install(app: FastAPI, root: Root) -> None:
     studies = Studies(root)
     storage = ReadOnlyStorage(studies.told, studies.trials)
     wsgi = cast(ASGIApp, WSGIMiddleware(optuna_dashboard.wsgi(storage)))
-    app.router.routes.append(Route("/dashboard/static/{name}", _Whole(wsgi, "/dashboard"), methods=["GET"]))
-    app.router.routes.extend(Route(path, _Whole(wsgi), methods=["GET"]) for path in _READ)
+    app.router.routes.append(
+        Route("/dashboard/static/{name}", _Whole(wsgi, storage.knows, "/dashboard"), methods=["GET"])
+    )
+    app.router.routes.extend(Route(path, _Whole(wsgi, storage.knows), methods=["GET"]) for path in _READ)
     page = (files("optuna_dashboard") / "index.html").read_text(encoding="utf-8")
     page = page.replace('src="/static/', 'src="/dashboard/static/').replace("</head>", _HEAD).replace("<body>", _BODY)
 

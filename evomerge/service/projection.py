@@ -242,6 +242,10 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
     def _id(self, name: str) -> int:
         return self._ids.setdefault(name, len(self._ids))
 
+    def knows(self, study_id: int) -> bool:
+        """Whether there is a study of this number."""
+        return any(self._id(name) == study_id for name in self._studies())
+
     def get_study_id_from_name(self, study_name: str) -> int:
         if study_name not in self._studies():
             raise KeyError(study_name)
