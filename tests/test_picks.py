@@ -218,11 +218,19 @@ def test_tables_have_parameters_and_say_once_what_a_landmark_is(tmp_path: Path) 
         ([[0.0, 5.0], [0.0, 4.0], [5.0, 0.0]], {"best at a": 1, "best at b": 2, "knee": 1}),  # not the dominated one
         ([[np.nan, 5.0], [3.0, 3.0]], {"best at a": 1, "best at b": 1, "knee": 1}),
         ([[np.nan, 5.0]], {}),
+        ([[0.0, 9.0], [1.0, 0.0]], {"best at a": 0, "best at b": 1, "knee": 0}),  # of two ends the first ...
     ],
 )
 def test_what_is_chosen_of_a_front(losses: list[list[float]], roles: dict[str, int]) -> None:
     preference = Preference({"a": False, "b": False}, None)
     assert preference.choose(np.array(losses)) == roles
+
+
+def test_where_a_front_has_no_knee_the_one_that_gives_away_least_is_taken() -> None:
+    """... unless what others score says that one of them gives away almost nothing."""
+    losses = np.array([[-0.80, 0.0], [-0.70, -0.70]])
+    among = np.array([*losses, [-0.10, -0.80], [0.0, 0.0]])
+    assert Preference({"a": False, "b": False}, None).choose(losses, among)["knee"] == 1
 
 
 def test_a_scalarisation_weighs(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ Losses = NDArray[np.float64]
 
 BEST, KNEE = "best", "knee"
 
+_EQUAL = 1e-9  # of scaled sums: rounding alone tells them apart
+
 _SCALARISATION: TypeAdapter[Scalarisation] = TypeAdapter(Scalarisation)
 
 
@@ -116,7 +118,18 @@ class Preference:
             # Of equals in this objective the one that is best in the next, so that it is never a dominated one.
             keys = [*others.T[::-1], rows[:, place]]
             found[best_at(name)] = int(known[np.lexsort(keys)[0]])
-        return found | {KNEE: int(known[knee(rows)])}
+        return found | {KNEE: int(known[self._knee(rows, rows if among is None else among)])}
+
+    def _knee(self, rows: Losses, among: Losses) -> int:
+        """The row that is the knee. Where none is better than the line through the ends of the front, as of a front of
+        two, the one is taken that gives away least of what ``among`` spans.
+        """
+        found, all_ = knee(rows), among[np.isfinite(among).all(axis=1)]
+        sums = self.order(rows, rows)
+        best, worst = all_.min(axis=0), all_.max(axis=0)
+        lost = ((rows - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1)
+        equal = np.flatnonzero(nondominated(rows) & (sums <= sums[found] + _EQUAL))
+        return int(equal[lost[equal].argmin()])
 
 
 def ranked(store: Store, preference: Preference, k: int) -> list[CandidateRow]:

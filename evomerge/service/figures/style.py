@@ -29,6 +29,7 @@ MOST_POINTS = 2000
 
 _MOST_FOCUSED = 0.9  # of the values of an axis that are surely on it
 _FAR = 8.0  # times the width of those: so far off is a value that would press them into a point
+_NEAR = 3.0  # times that width: what is no farther off is on the axis too
 _EDGE = 0.15  # of that width, on either side
 _WIDTH = 54  # letters of a line of the notes: what a phone has room for
 _LINE, _TOP, _PLOT = 16, 14, 360  # pixels of such a line, of the room above all, and of the rest of a figure
@@ -118,7 +119,8 @@ def is_empty(drawn: go.Figure) -> bool:
 def focused(values: NDArray[np.float64], keep: NDArray[np.bool_], *, maximise: bool) -> list[float] | None:
     """The range of an axis on which a few poor values would press all others into a point; None where none do.
 
-    It holds the best nine tenths, and all that ``keep`` marks; what lies beyond its poor end is drawn outside.
+    It holds the best nine tenths, all that is not far from them and all that ``keep`` marks; what lies beyond its poor
+    end is drawn outside.
 
     Args:
         values: float64 [n], finite.
@@ -132,6 +134,7 @@ def focused(values: NDArray[np.float64], keep: NDArray[np.bool_], *, maximise: b
     width = worst - best
     if width <= 0 or float(losses.max()) - best <= _FAR * width:
         return None
+    worst = float(losses[losses <= best + _NEAR * width].max())
     ends = best - _EDGE * width, worst + _EDGE * width
     return [-ends[1], -ends[0]] if maximise else list(ends)
 

@@ -24,7 +24,7 @@ from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import SOURCE, roles_of
 from evomerge.report.picks import best_source as best_label
 from evomerge.report.recipe_text import recipe_lines
-from evomerge.report.screen import choice_text, p_text
+from evomerge.report.screen import choice_text, p_text, ranked
 from evomerge.report.status import SearchStatus, chosen, depths_of
 from evomerge.search.preference import BEST, KNEE
 from evomerge.service.api.candidates import compare as paired
@@ -153,7 +153,7 @@ def _proposed(query: Pair, status: SearchStatus) -> Pair:
     """The pair that was asked for; what is left open is the best, and the best source."""
     a = query.a or main_pick(status)
     average = next((each.id for each in status.baselines if each.origin == "average"), "")
-    found = [each.id for each in status.front_entries if each.origin != SOURCE]
+    found = [each.id for each in [*ranked(status.confirmed, status), *status.front_entries] if each.origin != SOURCE]
     # Where the best is the best source itself, it is set against the best that was found, or the average.
     others = [best_source(status), "" if status.best is None else status.best.id, *found, average]
     labels = {each.id: each.label for each in status.baselines}

@@ -145,9 +145,10 @@ def report(root: RootDependency, name: str, store: StoreDependency) -> Response:
 def gain_words(summary: SearchSummary) -> str:
     """How the best is beside the best source: 0.240 better than, as good as, maths 0.1 worse, json 0.8 better than."""
     gains = gains_over_source(summary)
+    if gains and not any(gains.values()):
+        return "as good as"
     if len(gains) == 1:
-        (gain,) = gains.values()
-        return "as good as" if gain == 0 else f"{_compared(gain)} than"
+        return f"{_compared(next(iter(gains.values())))} than"
     return f"{', '.join(f'{name} {_compared(gain)}' for name, gain in gains.items())} than" if gains else ""
 
 
