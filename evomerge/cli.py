@@ -269,7 +269,9 @@ def confirm(folder: FolderArgument) -> None:
 def export(
     folder: FolderArgument,
     out: OutArgument,
-    candidate: Annotated[str, typer.Option(help="best (the confirmed winner), knee, or an id: c0042.")] = "best",
+    candidate: Annotated[
+        str, typer.Option(help='best, knee, "best at" an objective, an id such as c0042, or a source.')
+    ] = "best",
     verify: Annotated[bool, typer.Option(help="Reload it and reproduce the recorded scores.")] = True,
 ) -> None:
     """Write a candidate as a plain Hugging Face model folder."""

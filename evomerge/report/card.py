@@ -22,7 +22,7 @@ from evomerge.report.entries import Entry, Value, candidate_id, entry, interval_
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, preference_of, roles_of
-from evomerge.report.public_names import hub_ids, public_name
+from evomerge.report.public_names import hub_ids, public_name, without_places
 from evomerge.report.recipe_text import recipe_lines, unmerged_source
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, p_text, screen_text
 from evomerge.report.status import SearchStatus
@@ -108,8 +108,8 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             "seed": search.settings["seed"],
             "space": search.settings["space"],
             "optimizer": search.settings["optimizer"],
-            "objectives": search.settings["objectives"],
-            "constraints": search.settings.get("constraints", {}),
+            "objectives": without_places(search.settings["objectives"]),
+            "constraints": without_places(search.settings.get("constraints", {})),
             "evaluators": search.fingerprints["evaluators"],
             "candidates": provenance.status.candidates.asked,
             "candidate": candidate_id(row.number),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source
 
+_LONGEST = 4096  # characters of a path
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+/?$")
 
 
@@ -20,6 +23,17 @@ def public_name(source: Source) -> str:
 def hub_ids(source: Source) -> list[str]:
     """The hub ids of a source and of its adapters, without revisions; none of a folder that does not say its own."""
     return [found for part in _parts(source) if (found := _found(part))]
+
+
+def without_places(settings: Any) -> Any:
+    """Settings in which files and folders of this machine have their names alone, for they lie elsewhere on others."""
+    if isinstance(settings, Mapping):
+        return {key: without_places(value) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [without_places(value) for value in settings]
+    if isinstance(settings, str) and len(settings) < _LONGEST and os.path.isabs(settings) and os.path.exists(settings):
+        return Path(settings).name
+    return settings
 
 
 def _parts(source: Source) -> list[str]:

@@ -40,7 +40,8 @@ def _parts(recipe: Recipe, number: int) -> str:
         if hops := [i for i, hop in enumerate(recipe.hops) if getattr(hop, kind) == number]:
             layers.setdefault(_runs(hops), []).append(kind)
     for runs, kinds in layers.items():
-        names.append(f"layers {runs}" if len(kinds) == 3 else f"{' and '.join(kinds)} of layers {runs}")
+        which = f"layer {runs}" if runs.isdecimal() else f"layers {runs}"
+        names.append(which if len(kinds) == 3 else f"{' and '.join(kinds)} of {which}")
     apart = [name for name, index in recipe.tensors.items() if index == number]
     if apart:
         more = f" and {len(apart) - _MOST_TENSORS} more tensors" if len(apart) > _MOST_TENSORS else ""

@@ -1,0 +1,94 @@
+"""The model card: what it calls a merge, what it calls sources, and what it keeps to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers_miniature import MINIATURES
+
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.recipe import Blend, Recipe
+from evomerge.report.card import papers
+from evomerge.report.public_names import hub_ids, public_name, without_places
+from evomerge.report.recipe_text import recipe_lines, unmerged_source
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, Source]:
+    return {name: open_source(name, str(MINIATURES / name), place="sources") for name in ("base", "maths")}
+
+
+def recipe(sources: Mapping[str, Source], blend: Blend) -> Recipe:
+    references = {name: source.reference for name, source in sources.items()}
+    return Recipe.uniform(blend, sources=references, tokenizer="base", layers=sources["base"].layers)
+
+
+def linear(**weights: float) -> Blend:
+    return Blend(method="linear", sources=tuple(weights), parameters={"weight": weights, "normalize": False})
+
+
+PASSED = Blend(method="passthrough", sources=("maths",), parameters={"scale": {"maths": 1.0}})
+VECTOR = Blend(method="task_arithmetic", sources=("maths",), base="base", parameters={"weight": {"maths": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("blend", "alone"),
+    [(linear(maths=1.0), "maths"), (PASSED, "maths"), (linear(maths=0.5), ""), (linear(maths=0.5, base=0.5), ""),
+     (VECTOR, "")],
+)  # fmt: skip
+def test_a_source_alone_is_never_called_a_merge(sources: dict[str, Source], blend: Blend, alone: str) -> None:
+    made = recipe(sources, blend)
+    assert unmerged_source(made, {name: source.layers for name, source in sources.items()}) == alone
+    card = papers("model", made, sources, None)["README.md"]
+    front = yaml.safe_load(card.split("---")[1])
+    assert ("A merge of" in card) == (not alone)
+    assert ("merge" in front["tags"]) == (not alone)
+    assert ("unmerged" in card) == bool(alone)
+
+
+def test_a_card_has_no_place_of_this_machine_and_no_base_model_that_is_none(sources: dict[str, Source]) -> None:
+    texts = papers("model", recipe(sources, linear(maths=0.5, base=0.5)), sources, None)
+    for name in ("README.md", "lineage.json"):
+        assert str(MINIATURES) not in texts[name]
+        assert "/" not in texts[name].split("| maths |")[-1].split("|")[0]
+    assert "base_model" not in yaml.safe_load(texts["README.md"].split("---")[1])
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "ids"),
+    [
+        ("org/model@v1.0", "org/model@v1.0", ["org/model"]),
+        ("org/model+you/lora", "org/model+you/lora", ["org/model", "you/lora"]),
+        ("/data/models/base+/data/adapters/maths", "base+maths", []),
+        ("org/model+/data/adapters/maths", "org/model+maths", ["org/model"]),
+        ("/hub/models--org--model/snapshots/0123abcd", "org/model", ["org/model"]),
+    ],
+)
+def test_models_are_called_what_others_know_them_by(
+    sources: dict[str, Source], reference: str, name: str, ids: list[str]
+) -> None:
+    source = replace(sources["base"], reference=reference)
+    assert (public_name(source), hub_ids(source)) == (name, ids)
+
+
+def test_settings_keep_names_and_no_places(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").touch()
+    told = {"file": str(tmp_path / "items.jsonl"), "prompt": "/no such place", "files": [str(tmp_path)], "items": 3}
+    found = without_places(told)
+    assert found == {"file": "items.jsonl", "prompt": "/no such place", "files": [tmp_path.name], "items": 3}
+
+
+def test_a_recipe_is_said_in_runs_of_layers() -> None:
+    first, second = linear(a=0.25, b=0.75), linear(a=1.0, b=0.0)
+    hops = [(i, each, each, each) for i, each in enumerate([first] * 10 + [second] + [first] * 2)]
+    made = Recipe.compose(
+        sources={"a": "a", "b": "b"}, tokenizer="a", embedding=second, hops=hops, norm=second, head=second
+    )
+    assert recipe_lines(made) == [
+        "embedding; norm; head; layer 10: linear of a, b; weight a 1, b 0",
+        "layers 0 to 9, 11 to 12: linear of a, b; weight a 0.25, b 0.75",
+    ]
