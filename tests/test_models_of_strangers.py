@@ -305,6 +305,12 @@ def test_a_tokenizer_reads_no_file_elsewhere(folder: Path, key: str, value: Any)
     refused(folder, f"tokenizer_config.json: {key}")
 
 
+def test_a_template_whose_name_is_no_text_is_refused(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / os.fsdecode(b"x\xff.jinja")).write_text("{{ messages }}")
+    refused(folder, "cannot be written down")
+
+
 def test_keys_that_old_tokenizers_have_are_let_through(folder: Path) -> None:
     edit_json(
         folder / "tokenizer_config.json",
@@ -347,6 +353,13 @@ TOKENIZERS: dict[str, Harm] = {
         padding={
             "strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
             "pad_type_id": 0, "pad_token": "<unk>",
+        }
+    ),
+    "a post-processor that floods": tokenizer(
+        post_processor={
+            "type": "TemplateProcessing", "pair": [],
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 200_000,
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         }
     ),
     "a broken file": lambda folder: (folder / "tokenizer.json").write_text('{"model": 5}'),

@@ -10,6 +10,7 @@ Everything is computed in float32. The factors stay in their mapped files; a fol
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import time
@@ -47,7 +48,8 @@ _UNTRAINED = re.compile(r"(.*\.)?original_module\..+")
 """The copy of a module that training left alone, which peft writes beside the trained one."""
 
 _MOST_SCALE = 1e9  # of alpha and rank
-_PATTERN_SECONDS = 3.0  # for all patterns of an adapter on all of its modules
+_MOST_PATTERNS = 10_000
+_PATTERN_SECONDS = 5.0  # for one pattern on one module, and of the CPU for all of them
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ def _check_config(config: Mapping[str, Any], place: str) -> None:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(_positive(value) for value in patterns.values()):
             raise InputError(place, f"{CONFIG}: {key} must give numbers by module")
+        if len(patterns) > _MOST_PATTERNS:
+            raise InputError(place, f"{CONFIG}: {key} has {len(patterns):,} patterns, which no adapter needs", _FOLD)
         for pattern in patterns:
             try:
                 re.compile(_in_full(pattern))
@@ -232,6 +236,11 @@ def _check_config(config: Mapping[str, Any], place: str) -> None:
 
 def _positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= _MOST_SCALE
+
+
+@functools.lru_cache(_MOST_PATTERNS)
+def _compiled(pattern: str) -> Any:
+    return regex.compile(_in_full(pattern))
 
 
 def _in_full(pattern: str) -> str:
@@ -247,7 +256,7 @@ class _Reader:
     config: Mapping[str, Any]
     base: Base
     place: str
-    deadline: float = field(default_factory=lambda: time.monotonic() + _PATTERN_SECONDS)
+    deadline: float = field(default_factory=lambda: time.thread_time() + _PATTERN_SECONDS)
 
     def read(self, found: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
         modules, whole = self._sorted(found)
@@ -315,12 +324,13 @@ class _Reader:
     def _of_pattern(self, key: str, module: str, otherwise: str) -> Any:
         for pattern, value in (self.config.get(key) or {}).items():
             try:
-                left = max(self.deadline - time.monotonic(), 0.0)
-                if regex.match(_in_full(pattern), module, timeout=left):
+                if _compiled(pattern).match(module, timeout=_PATTERN_SECONDS):
                     return value
-            except (TimeoutError, regex.error) as error:
+                if time.thread_time() > self.deadline:
+                    raise TimeoutError
+            except (TimeoutError, regex.error):
                 shown = printable(repr(pattern), 100)
-                problem = f"{CONFIG}: {key} has the pattern {shown}, which cannot be looked for in time ({error})"
+                problem = f"{CONFIG}: {key} has the pattern {shown}, which cannot be looked for in time"
                 raise InputError(self.place, problem, _FOLD) from None
         return self.config[otherwise]
 

@@ -21,8 +21,8 @@ _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 
 _QUANTISED = {"quantization_config", "compression_config"}
 _COUNTS_MODULES = re.compile(r"(layers?|blocks?|experts?|heads?)$")
-_COUNTS = re.compile(r"(num|n)_|.*_?(labels|codebooks|groups)$")
-_MOST_MODULES, _MOST_COUNTED = 10_000, 1_000_000
+_COUNTS = re.compile(r"(num|n)_")
+_MOST_LABELS, _MOST_MODULES, _MOST_COUNTED = 100_000, 10_000, 10_000_000
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
@@ -58,6 +58,10 @@ def _is_harmless(key: str, value: Any) -> bool:
 
 def _most(key: str) -> float:
     """The largest number that a key can have, where things are made in that number before anything is looked at."""
+    if key == "num_labels":  # each of which transformers gives a name
+        return _MOST_LABELS
+    if key == "num_labels":  # each of which transformers gives a name
+        return _MOST_LABELS
     if _COUNTS_MODULES.search(key):
         return _MOST_MODULES
     return _MOST_COUNTED if _COUNTS.match(key) else math.inf

@@ -10,7 +10,7 @@ from typing import Any
 
 from evomerge.checkpoints.headers import TensorEntry, read_header
 from evomerge.errors import InputError
-from evomerge.files import JSON_BYTES, check_plain, read_json, read_text
+from evomerge.files import JSON_BYTES, check_plain, is_path, read_json, read_text
 from evomerge.printable import printable
 
 INDEX = "model.safetensors.index.json"
@@ -144,6 +144,8 @@ def check_tokenizer(folder: Path, place: str) -> None:
     """
     for pattern in _TOKENIZER:
         for file in folder.glob(pattern):
+            if not is_path(file.name):
+                raise InputError(place, f"{file.name!r} is a name that cannot be written down", "Rename the file.")
             if file.exists():
                 check_plain(file, place, JSON_BYTES)
     if not has(folder, _TOKENIZER_CONFIG):
