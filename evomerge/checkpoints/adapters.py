@@ -49,7 +49,7 @@ _UNTRAINED = re.compile(r"(.*\.)?original_module\..+")
 
 _MOST_SCALE = 1e9  # of alpha and rank
 _MOST_PATTERNS = 10_000
-_PATTERN_SECONDS = 5.0  # for one pattern on one module, and of the CPU for all of them
+_PATTERN_SECONDS = 2.0  # for one pattern on one module, and of the CPU for all of them
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ class _Reader:
                     return value
                 if time.thread_time() > self.deadline:
                     raise TimeoutError
-            except (TimeoutError, regex.error):
+            except (TimeoutError, regex.error, RecursionError):
                 shown = printable(repr(pattern), 100)
                 problem = f"{CONFIG}: {key} has the pattern {shown}, which cannot be looked for in time"
                 raise InputError(self.place, problem, _FOLD) from None
