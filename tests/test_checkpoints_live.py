@@ -246,6 +246,6 @@ def test_a_padding_token_of_its_own_is_kept(tmp_path: Path) -> None:
 def test_a_broken_tokenizer_is_told(tmp_path: Path, content: str) -> None:
     folder = save_model(tiny_config(), tmp_path)
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match="tokenizer cannot be loaded") as caught:
+    with pytest.raises(InputError, match="tokenizer cannot be used") as caught:
         load_tokenizer(opened(folder))
     assert caught.value.place == "sources.maths"
