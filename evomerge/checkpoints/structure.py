@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 from transformers.core_model_loading import build_glob_alternation
 
 from evomerge.checkpoints.config import first_line
@@ -70,6 +70,8 @@ def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, mos
     Raises:
         InputError: transformers has no causal language model for it, or cannot build it.
     """
+    from transformers import AutoModelForCausalLM  # two seconds, which those spare who know the model already
+
     try:
         with torch.device("meta"), _bounded(most_tensors):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)

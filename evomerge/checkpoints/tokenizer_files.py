@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, TokenizersBackend
+from transformers import TokenizersBackend
 
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.folder import TEMPLATES, load_json
@@ -53,6 +53,8 @@ def load_tokenizer_folder(folder: Path, place: str) -> Any:
     """The tokenizer in a folder whose files were checked; raises as ``open_tokenizer``."""
     if (folder / "tokenizer.json").is_file() and (problem := trial(folder)):
         raise InputError(place, f"its tokenizer cannot be used: {problem}", "Use the one that the model came with.")
+    from transformers import AutoTokenizer  # two seconds, which those spare who need no tokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exceptions for broken files
