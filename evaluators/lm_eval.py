@@ -93,7 +93,7 @@ class LmEvalEvaluator:
     def __init__(self, settings: LmEvalSettings) -> None:
         from evaluators.lm_eval_grading import find_measures, fingerprint
         from evaluators.lm_eval_items import build_requests, read_splits
-        from evaluators.lm_eval_model import quiet, undisturbed
+        from evaluators.lm_eval_quiet import quiet, undisturbed
         from evaluators.lm_eval_tasks import load_task
 
         self.name = settings.task
@@ -152,7 +152,8 @@ class LmEvalEvaluator:
             InputError: the model's context, vocabulary or chat template does not fit the task.
         """
         from evaluators.lm_eval_grading import grade, written
-        from evaluators.lm_eval_model import ask, quiet, undisturbed
+        from evaluators.lm_eval_model import ask
+        from evaluators.lm_eval_quiet import quiet, undisturbed
 
         docs = self._items[split].docs
         if outside := [index for index in indices if not 0 <= index < len(docs)]:
@@ -200,7 +201,8 @@ class LmEvalEvaluator:
     def _render(self, tokenizer: Any) -> None:
         """Put the prompts into the tokenizer's chat template, where that is wanted, when it is first seen."""
         from evaluators.lm_eval_items import build_requests
-        from evaluators.lm_eval_model import chat, quiet, undisturbed
+        from evaluators.lm_eval_model import chat
+        from evaluators.lm_eval_quiet import quiet, undisturbed
 
         if not self._settings.apply_chat_template or self._rendered_for is tokenizer:
             return

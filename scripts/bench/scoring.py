@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from evaluators import decoding, generation
 from evaluators.base import ItemScores
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
-from evaluators.lm_eval_model import quiet
+from evaluators.lm_eval_quiet import quiet
 from evaluators.prefill import _log_likelihoods, _Tokens
 from evomerge.checkpoints.live import LiveModel, for_scoring, live_model, load_weights
 from evomerge.checkpoints.source import open_source

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from evaluators.lm_eval import LmEvalSettings
-from evaluators.lm_eval_model import quiet
+from evaluators.lm_eval_quiet import quiet
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.materialise import Materialiser

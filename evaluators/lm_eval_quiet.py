@@ -1,0 +1,51 @@
+"""Ways to run lm-eval's code without a trace: no log lines, no bars, and random generators as they were.
+
+They stand apart from lm-eval's model, which takes two seconds to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Run task code with seeds of its own; Python's, numpy's and torch's generators are left as they were found.
+
+    Some tasks shuffle their choices with the global generators, so without seeds the items would differ from worker to
+    worker. A GPU's generator is not touched: nothing here draws from it.
+    """
+    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(1234)
+    torch.default_generator.manual_seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the logs of lm-eval and datasets, and the bars of datasets."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels, bars = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what goes wrong is raised as well
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
