@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from evomerge.report.comparing import Comparison
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, ConfirmedValue, Constraint, Entry, Gap, Value
+from evomerge.report.entries import (
+    ConfirmedEntry,
+    ConfirmedValue,
+    Constraint,
+    Entry,
+    Gap,
+    Value,
+    gap_text,
+    is_exact,
+    measure_text,
+)
 from evomerge.report.fitting import heading
 from evomerge.report.licences import licence_of, most_restrictive
+from evomerge.report.lists import comparison_table
 from evomerge.report.live import Screen
 from evomerge.report.screen import choice_text, duration, line, p_text, panel, screen_text
 from evomerge.report.status import (
@@ -391,3 +404,59 @@ def test_the_licence_of_a_folder(tmp_path: Path, card: str | None, found: str) -
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert licence_of(tmp_path) == found
+
+
+# ---- what numbers look like ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [
+        (0.62, 0.024, "0.620 ± 0.024"),
+        (0.352, math.nan, "0.352 ± -"),  # one item
+        (1.0, None, "1.000 ± -"),  # one right answer is no count
+        (30.0, None, "30"),  # layers
+        (1_404_928.0, math.nan, "1,404,928"),  # parameters
+        (123.4567, None, "123.457 ± -"),  # tokens a second, measured once
+        (-5.8, 0.05, "-5.800 ± 0.050"),
+    ],
+)
+def test_a_mean_has_the_error_that_is_known(mean: float, error: float | None, text: str) -> None:
+    assert measure_text(mean, error) == text
+
+
+def test_a_difference_of_one_item_has_no_interval() -> None:
+    def gap(mean: float, reach: float) -> Gap:
+        return Gap(to="base", mean=mean, low=mean - reach, high=mean + reach, p=reach)
+
+    assert gap_text(gap(0.3, 0.1)) == "+0.300 [+0.200, +0.400]"
+    assert gap_text(gap(2.0, math.nan)) == "+2"
+    assert gap_text(gap(-0.25, math.nan)) == "-0.250"
+    assert p_text(gap(2.0, math.nan).p) == "-"
+    assert '"low":null' in gap(2.0, math.nan).model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "metric", "exact"),
+    [
+        ("cost", "layers", True),
+        ("cost", "parameters", True),
+        ("cost", "tokens_per_second", False),
+        ("a", "layers", False),
+    ],
+)
+def test_layers_and_parameters_are_counted_and_nothing_else(evaluator: str, metric: str, exact: bool) -> None:
+    fingerprints = {"evaluators": [{"name": evaluator}]}
+    assert is_exact({"evaluator": 0, "metric": metric}, fingerprints) == exact
+
+
+def test_a_source_and_an_objective_of_one_name_are_told_apart() -> None:
+    found = Comparison(
+        objective="maths", split="search", n=9, wanted=9, a=0.5, b=0.4, difference=0.1, confidence=0.95, low=0.0,
+        high=0.2, better_a=2, better_b=1, p=0.5,
+    )  # fmt: skip
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(comparison_table([found], "maths", "c0011"))
+    rows = [line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in console.export_text().splitlines()]
+    assert [row for row in rows if row == "maths"] == ["maths"]
+    assert "candidate maths" in rows

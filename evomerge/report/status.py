@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -32,6 +32,7 @@ from evomerge.search.folder import open_store
 from evomerge.search.preference import BEST, KNEE, Preference
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.front import knee
+from evomerge.store.summaries import Brief
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
 _EACH = 5  # candidates that a node or worker has scored before it is compared
@@ -315,11 +316,20 @@ def status_of(store: Store) -> SearchStatus:
 def best_on_search(
     store: Store, search: SearchRow, front: Sequence[CandidateRow], landmarks: Sequence[CandidateRow]
 ) -> dict[str, CandidateRow]:
-    """What is chosen on the search split, by role. Whatever is best by any preference is on the front."""
+    """What is chosen on the search split, by role."""
     preference = Preference.of_search(search)
-    if len(preference.objectives) == 1:
-        ((name, up),) = preference.objectives.items()
-        return dict.fromkeys([BEST], row) if (row := next(iter(store.best(name, maximise=up)), None)) else {}
+    if len(preference.objectives) > 1:
+        return chosen_of_front(preference, front, landmarks)
+    ((name, up),) = preference.objectives.items()
+    found = store.best(name, maximise=up)
+    return {BEST: found[0]} if found else {}
+
+
+AnyRow = TypeVar("AnyRow", CandidateRow, Brief)
+
+
+def chosen_of_front(preference: Preference, front: Sequence[AnyRow], landmarks: Sequence[AnyRow]) -> dict[str, AnyRow]:
+    """What is chosen among several objectives, by role. Whatever is best by any preference is on the front."""
     losses, among = (
         preference.losses([{name: found["mean"] for name, found in row.objectives.items()} for row in rows])
         for rows in (front, [*front, *landmarks])

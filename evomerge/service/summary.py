@@ -16,7 +16,7 @@ from evomerge.recipe import Recipe
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation, is_left_unconfirmed
 from evomerge.report.entries import candidate_id, measures_of
 from evomerge.report.parameters import parameters_of
-from evomerge.report.status import Counts, best_on_search, unrecorded_s
+from evomerge.report.status import Counts, chosen_of_front, unrecorded_s
 from evomerge.search.preference import BEST, KNEE, Preference, best_so_far
 from evomerge.service.bodies import (
     CandidateDetail,
@@ -29,11 +29,12 @@ from evomerge.service.bodies import (
 )
 from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.root import Root
-from evomerge.store import CandidateRow, SearchRow, Store, summaries
+from evomerge.store import SearchRow, Store, summaries
 from evomerge.store.rows import Estimate
 from evomerge.store.summaries import Brief
 
 _POINTS = 24  # of a sparkline
+_LARGEST_FRONT = 2**31 - 1  # all of it
 _RECENT = 200  # candidates that the mean cost is taken from
 
 _KNOWN: dict[tuple[str, int, str], tuple[int, list[tuple[int, float]]]] = {}  # (newest event, best so far)
@@ -52,9 +53,8 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     asked = sum(counts.values())
     finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
     spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
-    preference, landmarks = Preference.of_search(search), store.candidates(step=0)
-    found = best_on_search(store, search, store.front(), landmarks)
-    best = found.get(BEST, found.get(KNEE))
+    preference, landmarks = Preference.of_search(search), summaries.landmarks(store)
+    best = _best(store, preference, landmarks)
     state, why = driver.state, driver.why
     if state == "finished" and is_left_unconfirmed(store):
         state, why = UNCONFIRMED, UNCONFIRMED_WHY
@@ -79,6 +79,16 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     )
 
 
+def _best(store: Store, preference: Preference, landmarks: Sequence[Brief]) -> Brief | None:
+    """The best on the search split, the knee of a front."""
+    (first, up), *others = preference.objectives.items()
+    if not others:
+        return summaries.best(store, first, maximise=up)
+    front = summaries.page(store, summaries.Order(), _LARGEST_FRONT, front=True)
+    found = chosen_of_front(preference, front, landmarks)
+    return found.get(BEST, found.get(KNEE))
+
+
 def _steps(store: Store, preference: Preference) -> list[tuple[int, float]]:
     """The best so far. It looks at all candidates, so what is known of a search is kept until the search has more."""
     key = (store.place, store.search_id, repr(preference))
@@ -100,7 +110,7 @@ def sparkline(steps: list[tuple[int, float]], asked: int) -> list[float]:
     return [steps[place - 1][1] for place in places if place > 0]
 
 
-def candidate_name(row: Brief | CandidateRow) -> CandidateName:
+def candidate_name(row: Brief) -> CandidateName:
     """A candidate in a few words."""
     return CandidateName(
         id=candidate_id(row.number), number=row.number, label=row.label, objectives=values(row.objectives)
@@ -161,7 +171,7 @@ def _eta_s(budget: Spending, finished: int, spent_s: float) -> float | None:
     return min(left, default=None)
 
 
-def _best_source(preference: Preference, landmarks: Sequence[CandidateRow]) -> CandidateName | None:
+def _best_source(preference: Preference, landmarks: Sequence[Brief]) -> CandidateName | None:
     """The source that the search would prefer to the others."""
     known = [row for row in landmarks if row.objectives]
     losses = preference.losses([{name: e["mean"] for name, e in row.objectives.items()} for row in known])
