@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_miniature import MINIATURES, evomerge, search_file
+from helpers_miniature import MINIATURES, ROOT, evomerge, search_file
 from test_adapters import LINEAR, train
 
+from evomerge.cli import main
 from evomerge.search.folder import open_store
+from evomerge.store import Store
 
 BASE = MINIATURES / "base"
 ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:12]", "held_out": "test[:4]"}
@@ -23,6 +26,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two")):  # weak, so that no answer hangs on the last bits
         train(BASE, folder / name, seed=seed, r=4, lora_alpha=0.5, target_modules=LINEAR)
+    return {"base": str(BASE), **{name: f"{BASE}+{folder / name}" for name in ("one", "two")}}
+
+
+@pytest.fixture(scope="module")
+def strong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two")):
+        train(BASE, folder / name, seed=seed, r=4, lora_alpha=8, target_modules=LINEAR)
     return {"base": str(BASE), **{name: f"{BASE}+{folder / name}" for name in ("one", "two")}}
 
 
@@ -50,7 +61,42 @@ def test_it_is_the_search_that_scores_each_alone_and_exports(tmp_path: Path, sou
     with open_store(tmp_path / "together") as store:
         began = [event.kind for event in store.events(kinds=("dispatch", "result"))]
     assert began[:4] == ["dispatch"] * 4  # of one worker
-    assert evomerge("export", tmp_path / "together", tmp_path / "out") == 0
+    assert evomerge("export", tmp_path / "together", tmp_path / "out", "--candidate", "c0006") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+class Death(BaseException):
+    """Of the driver."""
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_search_that_was_killed_is_the_one_that_was_not(
+    tmp_path: Path, strong: dict[str, str], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Groups are formed again of the same candidates, and one that is left alone is scored as in a group."""
+    objectives = {
+        "maths": {**ITEMS, "search": "validation[:6]"},
+        "likely": {
+            "evaluator": "likelihood", "metric": "log_likelihood", "items": 6,
+            "file": str(ROOT / "evaluators" / "tasks" / "data" / "mini_math_ja.search.jsonl"), "held_out": 0.02,
+        },
+    }  # fmt: skip
+    file = write(tmp_path, strong, together=3, objectives=objectives, optimizer={"name": "nsga2", "population": 4})
+    assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
+    write_all, calls = Store._write_all, []
+
+    def dies(store: Store, writes: list[Any]) -> None:
+        calls.append(len(writes))
+        if len(calls) == after:
+            raise Death
+        write_all(store, writes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_write_all", dies)
+        with pytest.raises(Death):
+            main(["search", str(file), "--dir", str(tmp_path / "killed")])
+    assert evomerge("resume", tmp_path / "killed") == 0
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ them least, and the record says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,9 @@ class Confirmation:
         log = write_log(self._logs, finished, failure, "confirm-c")
         payload = {"candidate": finished.candidate, "reason": failure.reason, "message": failure.message, "log": log}
         self._store.record_event("confirm failed", payload | {"final": final})
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return self._store.at_once()
 
     def late(self, finished: Finished) -> None:
         self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})

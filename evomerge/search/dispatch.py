@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +58,10 @@ class Recorder(Protocol):
     def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """What is measured or failed within is one transaction in place of several."""
+        ...
 
     def late(self, finished: Finished) -> None:
         """An attempt that nobody waits for any more has ended; it must not count."""
@@ -131,19 +136,25 @@ class Dispatcher:
                     return True
                 time.sleep(_PAUSE_S)  # nothing runs: paused, or no worker is left, for now
             begun = self._pool.running()
-            for finished in self._wait(1.0 if running or rests else 0.0):
-                pending = running.get(finished.candidate)
-                if pending is None or pending.attempt != finished.attempt:
-                    recorder.late(finished)
-                    continue
-                del running[finished.candidate]
-                started = begun.get((finished.candidate, finished.attempt))
-                if started is not None and isinstance(finished.result, Measured):
-                    self._deadlines.learn(pending.tasks, self._pool.now() - started)
-                again = self._end(pending, self._blamed(finished), recorder)
-                if again is not None and self._deaths and (other := feed()) is not None:
+            ended = self._wait(1.0 if running or rests else 0.0)
+            retried: list[Pending] = []
+            # A group ends as one, so that after an interruption the same candidates are scored at once again.
+            with recorder.at_once():
+                for finished in ended:
+                    pending = running.get(finished.candidate)
+                    if pending is None or pending.attempt != finished.attempt:
+                        recorder.late(finished)
+                        continue
+                    del running[finished.candidate]
+                    started = begun.get((finished.candidate, finished.attempt))
+                    if started is not None and isinstance(finished.result, Measured):
+                        self._deadlines.learn(pending.tasks, self._pool.now() - started)
+                    if (again := self._end(pending, self._blamed(finished), recorder)) is not None:
+                        retried.append(again)
+            for again in retried:
+                if self._deaths and (other := feed()) is not None:
                     waiting += [other, again]  # whether another one fares better says whose fault it is
-                elif again is not None:
+                else:
                     # In front, so that a later candidate of the same recipe still waits for this one.
                     waiting.appendleft(again)
             self._end_overdue(running)
@@ -170,22 +181,36 @@ class Dispatcher:
         state = self._pool.state()
         room = state.workers * state.together
         exhausted = False
-        while len(running) < room and len(held) <= room:
-            pending = waiting.popleft() if waiting else feed()
-            if pending is None:
-                exhausted = True
-                break
-            if recorder.answer(pending):
-                continue
-            if pending.recipe_hash in busy:
-                held.append(pending)
-                continue
-            recorder.dispatched(pending)
-            self._pool.submit(Job(pending.number, pending.attempt, pending.recipe, pending.tasks))
-            running[pending.number] = pending
-            busy.add(pending.recipe_hash)
+        while len(running) < room and len(held) <= room and not exhausted:
+            group: list[Pending] = []
+            while len(group) < state.together and len(held) <= room:
+                pending = waiting.popleft() if waiting else feed()
+                if pending is None:
+                    exhausted = True
+                    break
+                if recorder.answer(pending):
+                    continue
+                if pending.recipe_hash in busy:
+                    held.append(pending)
+                    continue
+                if pending.faults and group:
+                    waiting.appendleft(pending)
+                    break
+                recorder.dispatched(pending)
+                group.append(pending)
+                running[pending.number] = pending
+                busy.add(pending.recipe_hash)
+                if pending.faults:  # what it did to its worker, it would do to those beside it
+                    break
+            self._submit(group)
         waiting.extendleft(reversed(held))
         return exhausted
+
+    def _submit(self, group: Sequence[Pending]) -> None:
+        """Have candidates scored at once. Who is in a group follows from the feed, and not from who is free when."""
+        number = group[0].number if len(group) > 1 else None
+        for each in group:
+            self._pool.submit(Job(each.number, each.attempt, each.recipe, each.tasks, number))
 
     def _end_overdue(self, running: Mapping[int, Pending]) -> None:
         """Have the pool end what has run longer than it may; it comes back as failed."""

@@ -38,12 +38,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at one candidate."""
+    """One attempt at one candidate. Jobs of one ``group`` are scored at once."""
 
     candidate: int
     attempt: int
     recipe: Recipe
     tasks: Sequence[Task]
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,10 @@ class PoolState:
     together: int = 1
 
 
-def batch(queue: deque[Job], most: int) -> list[Job]:
-    """Take the next jobs that one worker is to score at once, at least one and no more than ``most``.
-
-    One that has failed before is scored alone: what it did to its worker, it does to those beside it.
-    """
+def batch(queue: deque[Job]) -> list[Job]:
+    """Take the next jobs that one worker is to score at once: those of a group, or one."""
     jobs = [queue.popleft()]
-    while queue and len(jobs) < most and jobs[0].attempt == queue[0].attempt == 1:
+    while queue and queue[0].group == jobs[0].group is not None:
         jobs.append(queue.popleft())
     return jobs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -314,6 +315,9 @@ class Scoring:
         self._store.record_failure(finished.candidate, finished.attempt, what, final=final)
         if final:
             self._of(finished.candidate).status = "failed"
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return self._store.at_once()
 
     def late(self, finished: Finished) -> None:
         self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -31,6 +31,8 @@ class Store(ReadStore):
     On a database server every method waits for one that is away, and has then written once or not at all, even where
     the answer to a commit was lost: see ``outage``. Only ``create`` and ``open`` refuse at once.
     """
+
+    _held: list[Callable[[Connection], bool]] | None = None
 
     @classmethod
     def create(
@@ -117,6 +119,38 @@ class Store(ReadStore):
         with self.transaction(writes=True) as connection:
             return last_write(connection, self.search_id, self.epoch, self.place) == number
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """How attempts end that are recorded within is written in one transaction, when all of them are known.
+
+        An exception within leaves nothing of them.
+
+        Raises:
+            ValueError: at the end, where one of the attempts was not the one that runs.
+        """
+        held: list[Callable[[Connection], bool]] = []
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+        if held:
+            self._write_all(held)
+
+    @repeated
+    def _write_all(self, writes: Sequence[Callable[[Connection], bool]]) -> None:
+        with self.writing() as connection:
+            if not all(write(connection) for write in writes):
+                raise ValueError("an attempt had ended before")
+
+    def _write(self, write: Callable[[Connection], bool]) -> bool:
+        """Write in a transaction of its own, or later in that of all others (``at_once``); whether it was done."""
+        if self._held is not None:
+            self._held.append(write)
+            return True
+        with self.writing() as connection:
+            return write(connection)
+
     def append_event(
         self,
         connection: Connection,
@@ -201,7 +235,8 @@ class Store(ReadStore):
     ) -> bool:
         """An attempt succeeded. False, and only an event "stale", when it is not the one that runs."""
         values = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker, "eligible": eligible}
-        with self.writing() as connection:
+
+        def write(connection: Connection) -> bool:
             if not self._finish(connection, number, attempt, "result", values | {"finished_at": time.time()}):
                 return False
             insertion.insert_scores(connection, self.search_id, number, scores)
@@ -209,6 +244,8 @@ class Store(ReadStore):
             insertion.insert_objectives(connection, self.search_id, number, objectives)
             self.append_event(connection, "result", number, attempt, {"worker": worker})
             return True
+
+        return self._write(write)
 
     @repeated
     def record_rung(
@@ -227,7 +264,8 @@ class Store(ReadStore):
         ``record_result``.
         """
         values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker}
-        with self.writing() as connection:
+
+        def write(connection: Connection) -> bool:
             if not self._finish(connection, number, attempt, "rung", values):
                 return False
             insertion.insert_scores(connection, self.search_id, number, scores)
@@ -236,28 +274,37 @@ class Store(ReadStore):
             self.append_event(connection, "rung", number, attempt, {"items": items, "worker": worker})
             return True
 
+        return self._write(write)
+
     @repeated
     def record_failure(self, number: int, attempt: int, failure: Mapping[str, Any], *, final: bool) -> bool:
         """An attempt failed: for good, or to be asked for again. False as for ``record_result``."""
         values: dict[str, Any] = {"status": "asked", "failure": dict(failure)}
         if final:
             values |= {"status": "failed", "finished_at": time.time()}
-        with self.writing() as connection:
+
+        def write(connection: Connection) -> bool:
             if not self._finish(connection, number, attempt, "failure", values):
                 return False
             self.append_event(connection, "failure", number, attempt, {**failure, "final": final})
             return True
+
+        return self._write(write)
 
     @repeated
     def record_scores(
         self, number: int, attempt: int, scores: Sequence[Scores], *, answers: Sequence[Answers] = ()
     ) -> None:
         """More scores of a finished candidate, such as those on held-out items. They replace older ones like them."""
-        with self.writing() as connection:
+
+        def write(connection: Connection) -> bool:
             insertion.insert_scores(connection, self.search_id, number, scores)
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             payload = {"scores": [[s.evaluator, s.split, len(s.items)] for s in scores]}
             self.append_event(connection, "scores", number, attempt, payload)
+            return True
+
+        self._write(write)
 
     @repeated
     def record_tell(

@@ -167,6 +167,30 @@ class StoreContract(LeaseContract):
         [stale] = store.events(kinds=("stale",))
         assert (stale.candidate, stale.attempt) == (0, 1)
 
+    def test_ends_of_several_attempts_are_written_at_once_or_not_at_all(self, store: Store, lease: Lease) -> None:
+        store.record_ask(0, [candidate(0), candidate(1)])
+        for number in (0, 1):
+            store.record_dispatch(number, 1, "w")
+
+        def end(number: int) -> None:
+            assert store.record_result(number, 1, [scores()], {}, {"acc": estimate(0.5)}, "w")
+            assert store.candidate(number).status == "running"
+
+        def end_and_fail() -> None:
+            with store.at_once():
+                end(0)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            end_and_fail()
+        assert store.candidate(0).status == "running"
+        with store.at_once():
+            end(0)
+            end(1)
+        assert [store.candidate(number).status for number in (0, 1)] == ["done", "done"]
+        with pytest.raises(ValueError, match="had ended"), store.at_once():
+            store.record_result(0, 1, [scores()], {}, {"acc": estimate(0.5)}, "w")
+
     def test_a_failure_is_tried_again_or_final(self, store: Store, lease: Lease) -> None:
         failure = {"reason": "oom", "message": "out of memory", "log": "logs/0.txt"}
         store.record_ask(0, [candidate(0)])

@@ -16,7 +16,7 @@ class JobRunner(Protocol):
     def run(self, job: Job) -> Finished: ...
 
     def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
-        """Several at once; asked for only where the search file has ``together``."""
+        """Several at once, or one; asked for only where the search file has ``together``, and then always."""
         ...
 
 
@@ -41,8 +41,8 @@ class InProcessPool:
             return []
         if self._worker is None:
             self._worker = self._make_worker()
-        jobs = batch(self._queue, self._together)
-        return self._worker.run_together(jobs) if len(jobs) > 1 else [self._worker.run(jobs[0])]
+        jobs = batch(self._queue)
+        return self._worker.run_together(jobs) if self._together > 1 else [self._worker.run(jobs[0])]
 
     def running(self) -> Mapping[tuple[int, int], float]:
         return {}  # outside ``wait``, where a job runs to its end, none does

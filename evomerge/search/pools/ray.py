@@ -332,11 +332,10 @@ class RayPool:
 
     def _feed(self) -> None:
         while self._idle and self._queue:
-            share = math.ceil(len(self._queue) / len(self._idle))  # that no worker is left without
-            worker, jobs = self._idle.pop(0), batch(self._queue, min(self._together, share))
+            worker, jobs = self._idle.pop(0), batch(self._queue)
             worker.phase = "busy"
             actor = worker.actor
-            call = actor.run_together.remote(jobs) if len(jobs) > 1 else actor.run.remote(jobs[0])
+            call = actor.run_together.remote(jobs) if self._together > 1 else actor.run.remote(jobs[0])
             self._calls[call] = (worker, jobs)
             self._began |= {(job.candidate, job.attempt): time.monotonic() for job in jobs}
 
@@ -346,7 +345,7 @@ class RayPool:
             self._began.pop((job.candidate, job.attempt))
         try:
             found = ray.get(call)
-            finished = cast(list[Finished], found if len(jobs) > 1 else [found])
+            finished = cast(list[Finished], found if self._together > 1 else [found])
         except RayError as error:  # its process, its node or its owner is gone; a task error is of our own making
             reason, words = self._blame(worker, error), words_of(error)
             message = f"its node is gone or about to go: {words}" if reason == "node_lost" else words
