@@ -52,6 +52,8 @@ _MAPPED = 0.5  # of the bus: the processor copies before it does
 # Python, or replaying a recorded graph of them.
 _LAUNCH_S: Mapping[Engine, float] = {"transformers": 0.7e-3, "vllm": 0.05e-3}
 _CONTEXT = 1 << 30  # bytes of a process on a GPU: CUDA itself, its libraries, the allocator's slack
+_PROCESS = 600_000_000  # bytes of a process that has imported torch, transformers and lm-eval
+_BATCH = 750_000_000  # bytes of a batch on a processor at most: logits of whole prompts are computed in parts
 _LOGIT = 6  # bytes of each logit where a whole prompt is scored: bfloat16, and the float32 of its log-softmax
 _TYPICAL_PROMPT, _TYPICAL_ANSWER = 256, 256  # tokens, where nothing says how many; the latter is lm-eval's own default
 AUTO_BATCH = 64  # prompts at once where the batch size is chosen by what fits
@@ -109,8 +111,8 @@ def model_shape(config: Mapping[str, Any], weights: int, sources: int, layers: i
         width: bytes of a weight, and of a key or value.
     """
     text = config.get("text_config", config)  # models that see as well keep their language model's part apart
-    heads = text["num_attention_heads"]
-    size = text.get("head_dim") or text["hidden_size"] // heads
+    heads = text.get("num_attention_heads") or text.get("n_head") or 1
+    size = text.get("head_dim") or (text.get("hidden_size") or text.get("n_embd") or 0) // heads
     cache = 2 * layers * (text.get("num_key_value_heads") or heads) * size * width
     return ModelShape(weights, sources, layers, cache, text["vocab_size"], width)
 
@@ -143,6 +145,13 @@ def worker_bytes(shape: ModelShape, works: Sequence[Work], engine: Engine) -> in
     if _serves(works, engine):
         return shape.weights + 2 * (shape.weights + scratch) + _CONTEXT
     return shape.weights + scratch + _CONTEXT
+
+
+def host_bytes(shape: ModelShape, works: Sequence[Work], mapped: int) -> int:
+    """Bytes that a worker on a processor takes at its peak: the process, the live model, a batch, and the pages of the
+    sources' files that it has read (``mapped`` bytes, which the system takes back when memory is short)."""
+    scratch = max((min(scratch_bytes(shape, work), _BATCH) for work in works), default=0)
+    return _PROCESS + mapped + shape.weights + scratch
 
 
 def _serves(works: Sequence[Work], engine: Engine) -> bool:

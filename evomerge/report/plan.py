@@ -13,7 +13,7 @@ from evaluators.cost import COUNTED
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
 from evomerge.report.entries import Constraint
-from evomerge.report.hardware import lines, model_shape, work_of
+from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
 from evomerge.search.prepare import Prepared, distinct_evaluators
 from evomerge.search.screening import LEAST_PAIRS
 from evomerge.search.setup import Setup
@@ -64,10 +64,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _racing(setup)
     yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
-    yield (
-        "memory",
-        f"{_gigabytes(_live_bytes(prepared))} of weights a worker; the sources are mapped, not copied",
-    )
+    yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
         for line in _hardware(prepared):
             yield "estimate", line
@@ -81,8 +78,24 @@ def _told(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {f'{v:.3g}' if isinstance(v, float) else v}" for key, v in settings.items())
 
 
+def _memory(prepared: Prepared) -> str:
+    """What a worker takes at its peak."""
+    files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
+    peak = host_bytes(*_shape_and_works(prepared), sum(files.values()))
+    return (
+        f"about {_gigabytes(peak)} at a worker's peak on a processor, of which {_gigabytes(_live_bytes(prepared))} are "
+        "its model's weights; the sources are mapped, not copied"
+    )
+
+
 def _hardware(prepared: Prepared) -> list[str]:
     """A worker on the GPUs that people have: arithmetic, not measured."""
+    shape, works = _shape_and_works(prepared)
+    return lines(shape, works, prepared.file.engine, psutil.virtual_memory().available)
+
+
+def _shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
+    """What a merged model takes, and what every evaluator asks of it."""
     file, model = prepared.file, prepared.sources[prepared.file.tokenizer_source]
     settings, tasks = distinct_evaluators(file), prepared.setup.tasks("search")
     works = [
@@ -90,8 +103,7 @@ def _hardware(prepared: Prepared) -> list[str]:
     ]
     sources = sum(_bytes(source) for source in prepared.sources.values())
     layers = max(model.layers, prepared.setup.space.shelves)
-    shape = model_shape(model.config, _live_bytes(prepared), sources, layers, model.dtype.itemsize)
-    return lines(shape, works, file.engine, psutil.virtual_memory().available)
+    return model_shape(model.config, _live_bytes(prepared), sources, layers, model.dtype.itemsize), works
 
 
 def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
