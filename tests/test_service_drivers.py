@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from evomerge.service.problems import ProblemError
 from evomerge.service.processes import is_alive, read, start
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire, current_holder
+from evomerge.store.lease import current_epoch
 
 WAIT_S = 200.0
 
@@ -160,6 +162,26 @@ def test_a_driver_that_did_not_come_up_says_why(root: Path, monkeypatch: pytest.
         state = drivers.look("made-up", store)
     assert state == DriverState("interrupted", "error: sources.one: is not there", holds=False)
     assert (root / "made-up" / "driver.log").read_text().startswith("going to\n")
+
+
+def test_a_search_that_began_again_is_not_starting_for_ever(root: Path) -> None:
+    """A driver that finds nothing scored drops all events, that of its own lease with them."""
+    drivers = made_up(root)
+    with Store.open(root / "made-up" / "search.db") as store:
+        start(["sleep", "600"], root, root / "log", root / "made-up" / "driver.json", {"after": 0})
+        assert drivers.look("made-up", store) == DriverState("finished", "8 candidates asked", holds=False)
+        told = read(root / "made-up" / "driver.json")
+        assert told is not None
+        (root / "made-up" / "driver.json").write_text(json.dumps(told | {"after": current_epoch(store)}))
+        assert drivers.look("made-up", store).state == "starting"
+        with acquire(store):
+            with store.transaction(writes=True) as connection:
+                connection.exec_driver_sql("DELETE FROM event")
+            store.record_event("began again", {})
+            assert drivers.look("made-up", store) == DriverState("starting", "", holds=True)
+            store.set_state("stopped")
+        assert drivers.look("made-up", store).state == "stopped"  # though its process has not ended yet
+        os.kill(told["pid"], signal.SIGKILL)
 
 
 def test_the_budget_is_written_into_the_search_file(root: Path) -> None:

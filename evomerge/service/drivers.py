@@ -19,6 +19,7 @@ from evomerge.service.problems import ProblemError
 from evomerge.service.ray_jobs import Command, RayJobs
 from evomerge.service.root import Root
 from evomerge.store import Store, Verb, current_holder
+from evomerge.store.lease import current_epoch
 
 LOG_NAME = "driver.log"
 RECORD_NAME = "driver.json"
@@ -58,7 +59,7 @@ class Drivers:
         """What the driver of a search is doing. Costs a few short queries and two small files."""
         search = store.search()
         if current_holder(store) is not None:
-            if _last(store, "lease") > _last(store, "state"):  # it opens models and tasks
+            if _last(store, "lease", "began again") > _last(store, "state"):  # it opens models and tasks
                 return DriverState("starting", "", holds=True)
             return DriverState(search.state, search.why, holds=True)
         if self._is_starting(name, store):
@@ -104,7 +105,7 @@ class Drivers:
             if self._is_starting(name, store):
                 raise ProblemError(409, "A driver is starting already")
             log, record = folder / LOG_NAME, folder / RECORD_NAME
-            told = {"after": _last(store, "lease")}
+            told = {"after": current_epoch(store)}
             if self._jobs is not None:
                 cluster = Cluster.model_validate(store.search().settings["cluster"])
                 processes.write(record, told | self._jobs.start(name, folder, log, cluster, command))
@@ -134,7 +135,7 @@ class Drivers:
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
         record = processes.read(self._root.folder / name / RECORD_NAME)
-        if record is None or _last(store, "lease") > record.get("after", 0):
+        if record is None or current_epoch(store) > record.get("after", 0):
             return False
         if "job" in record:
             return self._jobs is not None and self._jobs.is_alive(record)
@@ -149,9 +150,9 @@ class Drivers:
         return next((line for line in reversed(lines) if line.startswith("error: ")), "")[:500]
 
 
-def _last(store: Store, kind: str) -> int:
-    """The number of the newest event of a kind; 0 where there is none."""
-    return max((event.seq for event in store.events(kinds=(kind,), newest=1)), default=0)
+def _last(store: Store, *kinds: str) -> int:
+    """The number of the newest event of these kinds; 0 where there is none."""
+    return max((event.seq for event in store.events(kinds=kinds, newest=1)), default=0)
 
 
 def _told(budget: Budget) -> str:

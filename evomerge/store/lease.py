@@ -184,6 +184,16 @@ def current_holder(store: Store) -> Holder | None:
     return ride_out(look)
 
 
+def current_epoch(store: Store) -> int:
+    """How often the lease of a search was taken; it grows with each driver, whatever becomes of the events."""
+
+    def look() -> int:
+        with store.transaction() as connection:
+            return int(_lease_row(connection, store.search_id).epoch)
+
+    return ride_out(look)
+
+
 def living_holders(connection: Connection) -> list[Holder]:
     """The drivers of all searches of a database, in a store of any format: it asks for columns that all have."""
     columns = tables.lease.c
