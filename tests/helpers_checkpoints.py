@@ -36,6 +36,17 @@ def save_model(config: Any, folder: Path, *, seed: int = 0, dtype: torch.dtype =
     return folder
 
 
+def in_own_memory(model: Any) -> Any:
+    """A loaded model with its weights copied out of the mapped file.
+
+    Some processors multiply by matrices that do not begin at a multiple of a vector's width in another order, and round
+    otherwise: where weights lie in a file would show in the last digit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def save_tokenizer(folder: Path, words: list[str] = WORDS, **special: str) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

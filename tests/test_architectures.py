@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import WORDS, save_model
+from helpers_checkpoints import WORDS, in_own_memory, save_model
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,8 @@ def loaded(source: Source) -> LiveModel:
 
 def logits(folder: Path) -> torch.Tensor:
     with torch.inference_mode():
-        return AutoModelForCausalLM.from_pretrained(folder).eval()(PROMPT, use_cache=False).logits
+        model = in_own_memory(AutoModelForCausalLM.from_pretrained(folder).eval())
+        return model(PROMPT, use_cache=False).logits
 
 
 def test_a_loaded_source_is_what_from_pretrained_gives(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_checkpoints import WORDS, edit_json, save_model, save_tokenizer, tiny_config
+from helpers_checkpoints import WORDS, edit_json, in_own_memory, save_model, save_tokenizer, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -148,7 +148,7 @@ def test_a_mixer_that_takes_part_in_the_cache_counts_as_attention() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loaded_source_is_what_from_pretrained_gives(folders: dict[str, Path], name: str, dtype: torch.dtype) -> None:
     live = loaded(folders[name], dtype)
-    plain = AutoModelForCausalLM.from_pretrained(folders[name], dtype=dtype).eval()
+    plain = in_own_memory(AutoModelForCausalLM.from_pretrained(folders[name], dtype=dtype).eval())
     prompt = torch.arange(3, 3 + 12).reshape(2, 6)
     with torch.inference_mode():
         ours, theirs = live.model(prompt).logits, plain(prompt).logits

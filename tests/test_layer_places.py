@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_checkpoints import save_model
+from helpers_checkpoints import in_own_memory, save_model
 from test_architectures import GROUPED, MODELS, SMALL
 from test_paths import CPU, answer, close, open_both, path_recipe
 from test_residual import LATENT, OTHERS, ROUTED, configuration
@@ -113,7 +113,7 @@ def load(folder: Path) -> Any:
     """The folder by transformers, which must find in it what the model has and nothing else."""
     model, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(said.values()), said
-    return model.eval()
+    return in_own_memory(model.eval())
 
 
 @pytest.mark.parametrize("case", list(dict.fromkeys([*MODELS, *OTHERS, *MORE])))

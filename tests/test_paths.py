@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import save_model, tiny_config
+from helpers_checkpoints import in_own_memory, save_model, tiny_config
 from test_architectures import MODELS
 from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ def answer(model: Any, tokens: torch.Tensor = PROMPT, mask: torch.Tensor | None 
 
 def exported(recipe: Recipe, sources: dict[str, Source], out: Path) -> Any:
     write_model(recipe, sources, out, texts={})
-    return AutoModelForCausalLM.from_pretrained(out).eval()
+    return in_own_memory(AutoModelForCausalLM.from_pretrained(out).eval())
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -103,7 +103,8 @@ def written(recipe: Recipe, sources: dict[str, Source], shelves: int = 2 * LAYER
 
 def test_a_path_over_a_alone_is_a(folder: Path) -> None:
     live = written(path_recipe([("a", layer) for layer in range(LAYERS)]), open_both(folder))
-    assert torch.equal(answer(live.model), answer(AutoModelForCausalLM.from_pretrained(folder / "a").eval()))
+    plain = in_own_memory(AutoModelForCausalLM.from_pretrained(folder / "a").eval())
+    assert torch.equal(answer(live.model), answer(plain))
 
 
 def test_live_and_exported_are_one_model(folder: Path, tmp_path: Path) -> None:
