@@ -203,7 +203,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     return resolved
 
 
-_MOST = 1e12
+_MOST = 1e10
 """No number of a search file is larger, and none is infinite, whatever it means: also of settings of plug-ins."""
 
 
