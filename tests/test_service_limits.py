@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from evomerge.service import connections
 from evomerge.service.checking import MOST_WAITING, Checker
 from evomerge.service.connections import Server, most_connections
-from evomerge.store import Store
+from evomerge.store import Store, acquire
 
 API = "/api/v1"
 HALF = b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n"
@@ -170,6 +170,29 @@ def test_all_who_follow_a_search_share_one_store(root: Path, monkeypatch: pytest
     assert texts[0] == texts[1]
     assert texts[0].endswith(texts[2])
     assert texts[2].endswith(texts[3])
+
+
+def test_followers_hear_of_a_search_that_begins_again(tmp_path: Path) -> None:
+    """Its events are dropped then, and count from one."""
+    folder = make_search(tmp_path, candidates=8)
+    app = make_app(tmp_path)
+
+    async def run() -> bytes:
+        with Store.open(folder / "search.db") as store, acquire(store):
+            newest = store.events()[-1].seq
+            followed = app.state.streams.follow(NAME, newest)
+            heard = asyncio.ensure_future(anext(followed))
+            while NAME not in app.state.streams._followed or app.state.streams._followed[NAME]._store is None:
+                await asyncio.sleep(0.01)
+            with store.transaction(writes=True) as connection:
+                connection.exec_driver_sql("DELETE FROM event")
+            store.record_event("began again", {})
+            async with asyncio.timeout(20):
+                found: bytes = await heard
+            await followed.aclose()
+            return found
+
+    assert b"began again" in asyncio.run(run())
 
 
 # Checks

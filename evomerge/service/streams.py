@@ -69,6 +69,7 @@ class _Followed:
         self._store: Store | None = None
         self._newest: deque[tuple[int, bytes]] = deque(maxlen=_KEPT)
         self._before = 0  # the seq of the last event that is older than those kept
+        self._last = 0  # that of the newest event
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._read())
 
@@ -84,6 +85,7 @@ class _Followed:
         while not self.has_ended:
             changed = self._changed
             if self._store is not None:
+                seq = seq if seq <= self._last else 0  # of events that are gone: the search has begun again
                 found = await self._after(self._store, seq)
                 if found:
                     seq = found[-1][0]
@@ -106,13 +108,16 @@ class _Followed:
             try:
                 store = await asyncio.to_thread(opened.enter_context, self._root.store(self._name))
                 file, seq = _file_of(store), await asyncio.to_thread(summaries.last_event, store)
-                self._store, self._before = store, seq
+                self._store, self._before, self._last = store, seq, seq
                 self._tell_all()
                 while _file_of(store) == file:
-                    found = await asyncio.to_thread(summaries.events_after, store, seq, _AT_ONCE)
+                    found = await asyncio.to_thread(summaries.events_after, store, self._last, _AT_ONCE)
                     self._keep(found)
-                    seq = found[-1].seq if found else seq
-                    if len(found) < _AT_ONCE:
+                    if not found and await asyncio.to_thread(summaries.last_event, store) < self._last:
+                        self._newest.clear()
+                        self._before = self._last = 0
+                        self._tell_all()
+                    elif len(found) < _AT_ONCE:
                         await asyncio.sleep(POLL_S)
             except (InputError, UnknownSearchError) as error:
                 _log.info("the events of %r cannot be read: %s", self._name, error)
@@ -124,6 +129,7 @@ class _Followed:
             if len(self._newest) == _KEPT:
                 self._before = self._newest[0][0]
             self._newest.append(_written(event))
+            self._last = event.seq
         if found:
             self._tell_all()
 
