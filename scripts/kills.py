@@ -68,6 +68,15 @@ class Row:
     def is_right(self) -> bool:
         return not (self.differ or self.doubled or self.damaged or self.hung)
 
+    @property
+    def line(self) -> str:
+        states = ", ".join(f"{state} {count}" for state, count in self.states.most_common())
+        counts = (
+            f"{self.kills:>5} {self.searches:>8} {self.differ:>6} {self.doubled:>7} {self.damaged:>7} {self.hung:>4}"
+        )
+        first = f"  FIRST: {self.first_difference}" if self.first_difference else ""
+        return f"{self.kind:<26} {counts}  {states}{first}"
+
 
 class Searches:
     """Makes and runs searches of one kind in a folder."""
@@ -264,18 +273,13 @@ def run(kind: str, folder: Path, server: Any, kills: int, rng: random.Random) ->
     whole, length = snapshot(folder / "whole"), events(folder / "whole")
     while row.kills < kills and row.searches <= kills:
         kill_one(searches, row, whole, length, min(KILLS_EACH, kills - row.kills), rng)
+        print(row.line, file=sys.stderr, flush=True)
     return row
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'kind':<26} kills searches differ doubled damaged hung  killed while"]
-    for row in rows:
-        states = ", ".join(f"{state} {count}" for state, count in row.states.most_common())
-        counts = f"{row.kills:>5} {row.searches:>8} {row.differ:>6} {row.doubled:>7} {row.damaged:>7} {row.hung:>4}"
-        lines.append(
-            f"{row.kind:<26} {counts}  {states}{'  FIRST: ' * bool(row.first_difference)}{row.first_difference}"
-        )
-    return "\n".join([*lines, "", f"{sum(row.kills for row in rows)} kills"])
+    title = f"{'kind':<26} kills searches differ doubled damaged hung  killed while"
+    return "\n".join([title, *(row.line for row in rows), "", f"{sum(row.kills for row in rows)} kills"])
 
 
 def main() -> int:
@@ -304,7 +308,6 @@ def main() -> int:
         for position, kind in enumerate(kinds):
             each = options.kills // len(kinds) + (position < options.kills % len(kinds))
             rows.append(run(kind, Path(name) / f"{position}", server, each, rng))
-            print(table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
     print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else table(rows))
     return 0 if all(row.is_right for row in rows) else 1
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,15 @@ def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path) -> No
     assert status["state"] == "stopped"
     assert status["candidates"]["running"] == 0
     assert evomerge("resume", folder, "--set", f"budget.candidates={status['candidates']['asked']}") == 0
+
+
+@pytest.mark.timeout(300)
+def test_searches_that_are_killed_at_any_moment_are_those_that_were_not() -> None:
+    """A few kills of each kind; the long one is ``scripts/kills.py`` as it is."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "kills.py"
+    command = [sys.executable, str(script), "--kills", "4", "--kinds", "asynchronous race,generations", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    rows = json.loads(done.stdout)
+    assert [(row["kind"], row["kills"]) for row in rows] == [("asynchronous race", 2), ("generations", 2)], done.stderr
+    assert [(row["differ"], row["doubled"], row["damaged"], row["hung"]) for row in rows] == [(0, 0, 0, 0)] * 2
+    assert done.returncode == 0

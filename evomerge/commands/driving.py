@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,7 +22,7 @@ from evomerge.checkpoints.checks import check_finite
 from evomerge.errors import InputError
 from evomerge.observers import Observers
 from evomerge.report.live import Screen
-from evomerge.report.screen import panel
+from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
 from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url
 from evomerge.search.bus_errors import explain_bus_errors
@@ -32,6 +33,7 @@ from evomerge.search.driver import Driver
 from evomerge.search.folder import LOGS_NAME, has_store
 from evomerge.search.pools.base import Pool
 from evomerge.search.prepare import Prepared, prepare
+from evomerge.search.progress import Progress
 from evomerge.search.rebudget import reread_budget
 from evomerge.search.resuming import record_resumed
 from evomerge.search.search_file import SearchFile
@@ -105,7 +107,7 @@ def _drive(
     """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
     code = INTERRUPTED
     try:
-        with _session(folder, prepared, store, pool, artifacts, console) as (control, idle):
+        with _session(folder, prepared, store, pool, artifacts, console) as (control, idle, progress):
             driver = Driver(
                 prepared.setup,
                 store,
@@ -115,9 +117,10 @@ def _drive(
                 idle=idle,
                 deadlines=_deadlines(prepared),
                 check=prepared.untouched.check,
+                progress=progress,
             )
             ending = driver.run()
-            if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle):
+            if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle, progress):
                 code = 0
         console.print(panel(status_of(store)))
     except InputError as error:
@@ -141,8 +144,15 @@ def _spent(store: Store) -> str:
 
 
 def _confirm(
-    folder: Path, prepared: Prepared, store: Store, pool: Pool, control: Control, idle: Callable[[], None]
+    folder: Path,
+    prepared: Prepared,
+    store: Store,
+    pool: Pool,
+    control: Control,
+    idle: Callable[[], None],
+    progress: Progress,
 ) -> bool:
+    began = time.monotonic()
     confirmation = Confirmation(
         prepared.setup,
         store,
@@ -152,8 +162,13 @@ def _confirm(
         idle=idle,
         deadlines=_deadlines(prepared),
         check=prepared.untouched.check,
+        progress=progress,
     )
-    return confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
+    done = confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
+    if confirmation.items:
+        took = duration(time.monotonic() - began)
+        print(f"confirmation: {confirmation.models} models, {confirmation.items:,} held-out items in {took}")
+    return done
 
 
 def _deadlines(prepared: Prepared) -> Deadlines:
@@ -184,16 +199,17 @@ def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artif
 @contextmanager
 def _session(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
-) -> Iterator[tuple[Control, Callable[[], None]]]:
+) -> Iterator[tuple[Control, Callable[[], None], Progress]]:
     """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
     if prepared.file.pool == "in_process":
         what = "a file that is in use was cut, or its disk fails"
         explain_bus_errors(f"error: {what}. Put it back and resume: evomerge resume {shlex.quote(str(folder))}")
     control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
-    screen = Screen(console, lambda: status_of(store), pool.state)
+    progress = Progress(lambda: time.monotonic() - control.paused_s())
+    screen = Screen(console, lambda: status_of(store), pool.state, progress)
     observers = Observers(store, folder, prepared.file.observers)
     with closing(observers), screen, control.signals(screen.say, lambda: _end_at_once(folder, store)):
-        yield control, _idle(store, pool, control, screen, observers, artifacts)
+        yield control, _idle(store, pool, control, screen, observers, artifacts), progress
 
 
 def _end_at_once(folder: Path, store: Store) -> None:

@@ -13,6 +13,7 @@ from rich.live import Live
 from evomerge.report.screen import finished, line, panel
 from evomerge.report.status import SearchStatus
 from evomerge.search.jobs import PoolState
+from evomerge.search.progress import Progress
 
 _LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of landmarks, and of others, in a table: as many as there is room for
 
@@ -25,6 +26,7 @@ class Screen:
     Args:
         read: gives the status of now.
         workers: gives what the pool does, when this process has one.
+        progress: what it has scored.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Screen:
         console: Console,
         read: Callable[[], SearchStatus],
         workers: Callable[[], PoolState] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._console = console
         self._read = read
         self._workers = workers
+        self._progress = progress
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._every_s = 1.0 if self._live else 10.0
         self._drawn_at = float("-inf")
@@ -64,7 +68,7 @@ class Screen:
         if self._live:
             self._live.update(self._fitted(status, pool, eta), refresh=True)
         else:
-            self._console.print(line(status, eta), highlight=False, soft_wrap=True)
+            self._console.print(line(status, eta, self._progress), highlight=False, soft_wrap=True)
 
     def _fitted(self, status: SearchStatus, pool: PoolState | None, eta: float | None) -> RenderableType:
         """The panel with as many rows in each table as fit on the terminal."""
@@ -79,15 +83,25 @@ class Screen:
         self._console.print(text, highlight=False)
 
     def _eta(self, status: SearchStatus) -> float | None:
-        """Seconds to the end of the budget, at the rate since workers had started; None while unknown."""
+        """Seconds to the end of the budget or of the confirmation, at the pace so far; None while unknown.
+
+        Who only watches counts candidates, which says nothing in a race.
+        """
+        ends = []
+        if self._progress is None:
+            ends += [] if status.racing is not None else self._by_candidates(status)
+        elif (eta := self._progress.eta_s()) is not None:
+            ends.append(eta)
+        if status.budget.hours and status.state != "confirming":
+            ends.append((status.budget.hours - status.budget.hours_spent) * 3600)
+        return max(0.0, min(ends)) if ends else None
+
+    def _by_candidates(self, status: SearchStatus) -> list[float]:
         over = finished(status)
         moment = time.monotonic()
         if self._first is None or (over and not self._first[1]):
             self._first = (moment, over)
         spent, gained = moment - self._first[0], over - self._first[1]
-        ends = []
-        if status.budget.candidates and gained:
-            ends.append((status.budget.candidates - over) * spent / gained)
-        if status.budget.hours:
-            ends.append((status.budget.hours - status.budget.hours_spent) * 3600)
-        return max(0.0, min(ends)) if ends else None
+        if not status.budget.candidates or not gained:
+            return []
+        return [(status.budget.candidates - over) * spent / gained]

@@ -64,6 +64,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _racing(setup)
     yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
+    yield "confirmation", _confirmation(setup)
     yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
         for line in _hardware(prepared):
@@ -173,6 +174,16 @@ def _budget(prepared: Prepared) -> str:
         low, high = (landmarks * whole + (file.budget.candidates - landmarks) * bound for bound in (least, most))
         text += f", {high:,} in all" if low == high else f", {low:,} to {high:,} in all"
     return text
+
+
+def _confirmation(setup: Setup) -> str:
+    """What is scored on held-out items at the end: up to 10 models x 350 items, 3,500 in all."""
+    landmarks = len(list(setup.space.landmarks()))
+    models = landmarks + max(setup.confirm.top, setup.confirm.drawn)
+    items = sum(len(task.indices) for task in setup.tasks("held_out"))
+    if len(setup.objectives) > 1:
+        return f"up to {models} models and the front x {items:,} items"
+    return f"up to {models} models x {items:,} items, {models * items:,} in all"
 
 
 def _items_each(setup: Setup) -> tuple[int, str, int]:

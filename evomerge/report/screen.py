@@ -20,6 +20,7 @@ from evomerge.report.picks import best_source, conclusions, gain_in, is_front, p
 from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
 from evomerge.search.jobs import PoolState
 from evomerge.search.preference import BEST, KNEE
+from evomerge.search.progress import Progress
 
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
 
@@ -59,7 +60,7 @@ def headline(status: SearchStatus, eta: float | None = None) -> str:
     """Name, space, optimizer, state and time in one line."""
     spent = duration(status.budget.hours_spent * 3600)
     ending = f"  {status.why}" if status.why and status.state != "running" else ""
-    left = f"  ETA {duration(eta)}" if eta is not None and status.state == "running" else ""
+    left = f"  ETA {duration(eta)}" if eta is not None and status.state in ("running", "confirming") else ""
     what = f"{status.space}, {status.parameters} parameters, {status.optimizer}"
     return f"{status.name}  ({what})  {status.state.upper()} {spent}{left}{ending}"
 
@@ -283,8 +284,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def line(status: SearchStatus, eta: float | None = None) -> str:
-    """The status as one plain line, for logs."""
+def line(status: SearchStatus, eta: float | None = None, progress: Progress | None = None) -> str:
+    """The status as one plain line, for logs; ``progress`` is that of the process that drives the search."""
+    if status.state == "confirming" and progress is not None and progress.models:
+        scored = f"{progress.models_done} of {progress.models} models, {progress.done:,} of {progress.items:,} items"
+        left = "" if eta is None else f"; ETA {duration(eta)}"
+        return f"confirming on the held-out split: {scored}{left}"
     if status.state == "confirming":
         done = f"{len(status.confirmed)} of the best and {len(status.confirmed_baselines)} landmarks"
         if status.choice is not None and status.choice.drawn:

@@ -25,6 +25,7 @@ from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.jobs import Failed, Finished, Measured, PoolNews
 from evomerge.search.pools.base import Pool
 from evomerge.search.preference import BEST, Preference, ranked
+from evomerge.search.progress import Progress
 from evomerge.search.scores import to_answers, to_scores
 from evomerge.search.setup import Setup
 from evomerge.search.statistics import mean_and_error
@@ -47,6 +48,7 @@ class Confirmation:
         idle: Callable[[], None] = lambda: None,
         deadlines: Deadlines | None = None,
         check: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
     ) -> None:
         self._setup = setup
         self._store = store
@@ -58,7 +60,9 @@ class Confirmation:
         def report(news: PoolNews) -> None:
             store.record_event(news.kind, news.payload)
 
-        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle, deadlines, report, check)
+        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle, deadlines, report, check, progress)
+        self._progress = self._dispatcher.progress
+        self.models = self.items = 0  # that were scored in this run
 
     def run(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         """Score what has no held-out scores yet; True when the choice is made, False when a stop came first.
@@ -109,6 +113,8 @@ class Confirmation:
             for row in rows
             if not self._is_scored(row.number)
         ]
+        items = len(todo) * sum(len(task.indices) for task in self._tasks)
+        self._progress.begin(lambda: items - self._progress.done, models=len(todo), items=items)
         return self._dispatcher.run(feed_of(todo), self)
 
     def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
@@ -154,6 +160,9 @@ class Confirmation:
         self._store.record_event("confirm", {"candidate": pending.number, "attempt": pending.attempt})
 
     def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+        self._progress.models_done += 1
+        self.models += 1
+        self.items += sum(len(task.indices) for task in pending.tasks)
         scores = to_scores(self._setup, result, pending.tasks)
         answers = to_answers(self._setup, result, pending.tasks)
         self._store.record_scores(finished.candidate, finished.attempt, scores, answers=answers)

@@ -16,6 +16,7 @@ from evomerge.search.control import Control
 from evomerge.search.deadlines import Deadlines
 from evomerge.search.jobs import BLAMELESS, WORKER_FAULTS, Failed, Finished, Job, Measured, PoolNews, Task
 from evomerge.search.pools.base import Pool
+from evomerge.search.progress import Progress
 
 _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
 _CHECK_S = 1.0  # how often it is looked who has run too long; bounds are a minute and more
@@ -86,6 +87,7 @@ class Dispatcher:
         idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
         deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
         report: takes what happens to nodes and workers.
+        progress: counts the item scores that come in.
         check: called before anything is scored and before any result counts; raises InputError where what is scored is
             not what it was.
     """
@@ -99,6 +101,7 @@ class Dispatcher:
         deadlines: Deadlines | None = None,
         report: Callable[[PoolNews], None] = lambda news: None,
         check: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
     ) -> None:
         self._pool = pool
         self._control = control
@@ -107,6 +110,7 @@ class Dispatcher:
         self._deadlines = deadlines or Deadlines()
         self._report = report
         self._check = check
+        self.progress = progress or Progress()
         self._checked_at = float("-inf")
         self._has_scored = False
         self._deaths = 0  # of workers, while none has given a score
@@ -146,6 +150,8 @@ class Dispatcher:
                         recorder.late(finished)
                         continue
                     del running[finished.candidate]
+                    if isinstance(finished.result, Measured):
+                        self.progress.add(sum(len(task.indices) for task in pending.tasks))
                     started = begun.get((finished.candidate, finished.attempt))
                     if started is not None and isinstance(finished.result, Measured):
                         self._deadlines.learn(pending.tasks, self._pool.now() - started)

@@ -24,6 +24,7 @@ from evomerge.search.dispatch import Dispatcher, Pending
 from evomerge.search.generation import GenerationScoring
 from evomerge.search.jobs import BLAMELESS, PoolNews
 from evomerge.search.pools.base import Pool
+from evomerge.search.progress import Progress
 from evomerge.search.ranking import Ranking
 from evomerge.search.scores import Sheet
 from evomerge.search.scoring import FAVOURITE, Candidate
@@ -49,6 +50,7 @@ class Driver:
         clock: seconds, for the budget of hours.
         deadlines: how long an attempt may take; filled with what earlier drivers have recorded.
         check: raises InputError where the sources are not what they were.
+        progress: is told how much has been scored and how much is to come.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Driver:
         clock: Callable[[], float] = time.monotonic,
         deadlines: Deadlines | None = None,
         check: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
     ) -> None:
         self._setup = setup
         self._store = store
@@ -72,7 +75,10 @@ class Driver:
         self._spent_before_s = 0.0
         self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
         self._deadlines = deadlines or Deadlines()
-        dispatcher = Dispatcher(pool, control, setup.attempts, idle, self._deadlines, self._record_news, check)
+        dispatcher = Dispatcher(
+            pool, control, setup.attempts, idle, self._deadlines, self._record_news, check, progress
+        )
+        dispatcher.progress.begin(self._items_to_come)
         self._scoring: GenerationScoring | SteadyScoring
         if setup.mode == "generational":
             self._scoring = GenerationScoring(setup, store, dispatcher, logs)
@@ -84,6 +90,7 @@ class Driver:
         self._asked_since_favourite = 0
         self._landmarks = len(list(setup.space.landmarks()))
         self._lost_landmarks = 0
+        self._told_items = self._told_candidates = 0  # scored items of the candidates told, landmarks not counted
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._asked_after = 0  # an event before the asks of those that were open when this driver began
         self._front: dict[int, Sequence[float]] = {}
@@ -216,6 +223,9 @@ class Driver:
         self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
         for c in candidates:
             del self._open[c.number]
+            if c.step > 0:
+                self._told_items += self._items_of(c)
+                self._told_candidates += 1
 
     def _check_landmarks(self, told: Sequence[Candidate]) -> None:
         """When every landmark fails, what is wrong is not a merge, and a whole budget would be spent on finding out.
@@ -238,6 +248,35 @@ class Driver:
         self._front = extend_front(self._front, eligible)
         generation = 1.0 if self._setup.mode == "generational" else len(told) / self._optimizer.population
         self._unchanged = 0.0 if set(self._front) != before else self._unchanged + generation
+
+    # Progress -----------------------------------------------------------------------------------------------------
+
+    def _items_of(self, candidate: Candidate) -> int:
+        """How many items a candidate that was told had to be scored on: none where an earlier one answered for it."""
+        if candidate.twin is not None:
+            return 0
+        known: dict[int, int] = {}
+        screen = () if self._setup.screen is None else (self._setup.screen,)
+        for measure in (*self._setup.measures, *screen):
+            if (found := candidate.objectives.get(measure.name)) is not None:
+                known[measure.evaluator] = max(found["n"], known.get(measure.evaluator, 0))
+        return sum(known.values())
+
+    def _items_to_come(self) -> float | None:
+        """How many items are to be scored until the budget of candidates is spent; None without one.
+
+        A candidate needs as many as those told so far have, and, while these are few, as the rungs let expect.
+        """
+        if self._budget.candidates is None:
+            return None
+        sizes = [sum(counts.values()) for counts in self._setup.rungs[: self._setup.ordinary_rungs]]
+        weight = self._optimizer.population
+        each = (self._told_items + weight * sum(sizes) / len(sizes)) / (self._told_candidates + weight)
+        wanted = [sum(self._setup.all_counts().values()) if c.step == 0 else each for c in self._open.values()]
+        known = [c.sheet.count for c in self._open.values()]
+        ended = [c.finished or bool(c.out) for c in self._open.values()]
+        left = sum(max(0.0, w - k) for w, k, over in zip(wanted, known, ended, strict=True) if not over)
+        return left + each * max(0, self._budget.candidates - self._asked)
 
     # Budget -------------------------------------------------------------------------------------------------------
 

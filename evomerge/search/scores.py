@@ -53,6 +53,11 @@ class Sheet:
     def is_empty(self) -> bool:
         return not self._values
 
+    @property
+    def count(self) -> int:
+        """How many items are scored, of all evaluators."""
+        return sum(int((~np.isnan(next(iter(metrics.values())))).sum()) for metrics in self._values.values())
+
     @classmethod
     def of(cls, setup: Setup, scores: Sequence[Scores]) -> Self:
         """The sheet of a recorded candidate."""
