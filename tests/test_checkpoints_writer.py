@@ -221,7 +221,7 @@ def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path, model
     (full / "file").write_text("x")
     assert refused(full, "not empty").place == str(full)
     refused(full / "file", "is not a folder")
-    refused(tmp_path / "no" / "out", "there is no folder")
+    refused(full / "file" / "out", "file is not a folder")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     refused(tmp_path / "link", "is not a folder")
     (tmp_path / "alias").symlink_to(model.folder)

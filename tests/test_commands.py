@@ -85,7 +85,6 @@ def test_what_a_person_got_wrong_is_told_before_anything_heavy_is_imported(searc
         "space.method: 'task_arithmetic' -> 'ties'": ["resume", searched, "--set", "space.method=ties"],
         "exists and is not empty": ["export", searched, tmp_path / "full"],
         "full: exists and is not empty": ["merge", file, tmp_path / "full"],
-        "neither search nor held_out": ["score", MINIATURES / "maths", file, "--split", "all"],
     }
     started = {
         words: subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,9 @@ class Notes:
         self.reasons.append(failure.reason)
         if final:
             self.final.append(finished.candidate)
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def late(self, finished: Finished) -> None:
         raise AssertionError(finished)

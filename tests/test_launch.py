@@ -105,6 +105,7 @@ def test_sources_stay_and_what_is_large_stays(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in staged.rglob("*")] == ["search.yaml"]
     content = yaml.safe_load((staged / "search.yaml").read_text())
     assert content["sources"] == file.sources
+    assert content["data_folder"] == str(tmp_path)  # it may hold anything
     assert all(Path(source).is_absolute() for source in content["sources"].values())
     assert content["objectives"]["likely"]["file"] == str(tmp_path / "items.jsonl")
 

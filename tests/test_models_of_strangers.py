@@ -314,7 +314,7 @@ def test_a_template_whose_name_is_no_text_is_refused(folder: Path) -> None:
 def test_keys_that_old_tokenizers_have_are_let_through(folder: Path) -> None:
     edit_json(
         folder / "tokenizer_config.json",
-        special_tokens_map_file="/home/someone/.cache/special_tokens_map.json", name_or_path="/models/old",
+        special_tokens_map_file="/elsewhere/special_tokens_map.json", name_or_path="/models/old",
         tokenizer_file=None, vocab_file="/etc/passwd", init_inputs=[], sp_model_kwargs={}, model_max_length=10**30,
         fast_tokenizer_files=["tokenizer.json"],
     )  # fmt: skip

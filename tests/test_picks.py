@@ -15,9 +15,10 @@ from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings
 from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
 from evomerge.report.lists import origin_text, top_table
+from evomerge.report.naming import chosen, exported
 from evomerge.report.picks import conclusions
 from evomerge.report.screen import line, panel
-from evomerge.report.status import SearchStatus, chosen, exported, status_of
+from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.jobs import Failed, Job, Measured
 from evomerge.search.pools.simulated import Simulation
 from evomerge.search.preference import Preference, ranked

@@ -22,8 +22,9 @@ from evomerge.report.candidate import score_lines, status_text
 from evomerge.report.comparing import compared
 from evomerge.report.curse import curse_of
 from evomerge.report.entries import entry
+from evomerge.report.naming import chosen
 from evomerge.report.screen import cells, panel
-from evomerge.report.status import SearchStatus, chosen, status_of
+from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.confirm import Confirmation
 from evomerge.search.control import Control
 from evomerge.search.folder import FILE_NAME, open_store

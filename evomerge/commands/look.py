@@ -25,12 +25,13 @@ from evomerge.report.entries import candidate_id, entry, measures_of
 from evomerge.report.items import Item, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import Screen
+from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
 from evomerge.report.picks import conclusions, roles_of
 from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel
-from evomerge.report.status import chosen, depths_of, read_status, status_of
+from evomerge.report.status import depths_of, read_status, status_of
 from evomerge.search.folder import open_store
 from evomerge.search.preference import Preference, ranked
 from evomerge.search.resuming import resumed_file

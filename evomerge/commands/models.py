@@ -20,9 +20,10 @@ from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, Value, candidate_id
+from evomerge.report.naming import exported
 from evomerge.report.picks import kind_of, roles_of
 from evomerge.report.screen import cell, make_console
-from evomerge.report.status import exported, status_of
+from evomerge.report.status import status_of
 from evomerge.search.early import check_early
 from evomerge.search.folder import EVIDENCE_NAME, open_store
 from evomerge.search.resuming import resumed_file

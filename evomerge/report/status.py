@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel
 
-from evomerge.errors import InputError
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, Choice, confirmation
 from evomerge.report.entries import (
     ConfirmedEntry,
@@ -27,11 +26,10 @@ from evomerge.report.entries import (
     entry,
     measures_of,
 )
-from evomerge.report.picks import SOURCE, Pick, conclusions, is_front, picks_of
+from evomerge.report.picks import Pick, conclusions, picks_of
 from evomerge.search.folder import open_store
 from evomerge.search.preference import BEST, KNEE, Preference
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
-from evomerge.store.front import knee
 from evomerge.store.summaries import Brief
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
@@ -164,73 +162,6 @@ class SearchStatus(BaseModel):
     def confirmed_entry(self, candidate: str) -> Entry | None:
         """A candidate on the held-out split, baselines included; None when it was not scored there."""
         return next((found for found in [*self.confirmed, *self.confirmed_baselines] if found.id == candidate), None)
-
-
-def candidate_number(text: str, store: Store) -> int:
-    """The number of the candidate that a person names by its id, its number, or the label of a landmark.
-
-    Raises:
-        InputError: there is none.
-    """
-    for row in store.candidates(step=0):
-        if row.label == text:
-            return row.number
-    digits = text.removeprefix("c")
-    if digits.isdecimal() and int(digits) < sum(store.counts().values()):
-        return int(digits)
-    raise InputError(text, "is no candidate of this search", "`evomerge top` lists them; a source goes by its name.")
-
-
-def chosen(store: Store, candidate: str) -> int:
-    """The number of the candidate that a person names: by its id, a source's name, or what it is chosen for.
-
-    "best" is the winner of the confirmation, or the best on the search split while there is none; of a front the knee,
-    the best compromise. "best at maths" is that in one of several objectives.
-
-    Raises:
-        InputError: there is no such candidate, or none has been scored.
-    """
-    status = status_of(store)
-    chosen_for = {pick.role: pick.id for pick in status.picks}
-    if candidate == KNEE and not status.front:
-        raise InputError(store.place, "has no front yet")
-    if candidate == KNEE and not is_front(status):
-        return _knee(store)
-    if candidate == BEST:
-        found = chosen_for.get(BEST, chosen_for.get(KNEE, None if status.best is None else status.best.id))
-        if found is None:
-            problem = "has no candidate yet that was scored on every item and keeps all constraints"
-            raise InputError(store.place, problem, "`evomerge top DIR --all` lists every candidate by its id.")
-        return int(found.removeprefix("c"))
-    if candidate in chosen_for:
-        return int(chosen_for[candidate].removeprefix("c"))
-    return candidate_number(candidate, store)
-
-
-def exported(store: Store, candidate: str) -> int:
-    """As ``chosen``, for a model to be written: a source is written where a person names it, and not as the best.
-
-    Raises:
-        InputError: there is no such candidate, or what is chosen is a model that was never merged.
-    """
-    number = chosen(store, candidate)
-    status = status_of(store)
-    source = next((e.label for e in status.baselines if e.id == candidate_id(number) and e.origin == SOURCE), "")
-    if not source or candidate not in {BEST, KNEE, *(pick.role for pick in status.picks)}:
-        return number
-    merges = [e.id for e in [*status.confirmed, *status.front_entries] if e.origin != SOURCE]
-    other = f"; for a merge, --candidate {merges[0]} or another of `evomerge top DIR`" if merges else ""
-    raise InputError(
-        candidate_id(number),
-        f"is the source {source} itself, unmerged, and it is the {candidate}: a copy of it is no merge",
-        f"For the copy, say --candidate {source}{other}.",
-    )
-
-
-def _knee(store: Store) -> int:
-    """The best compromise on the front of the search split, whatever else decides."""
-    front = store.front()
-    return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number
 
 
 def depths_of(store: Store) -> dict[str, int]:

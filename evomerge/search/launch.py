@@ -140,7 +140,8 @@ def _refused(address: str) -> InputError:
 def stage(file: SearchFile, into: Path) -> list[str]:
     """Write the search file for the cluster, and beside it copies of the small local files that it names.
 
-    In it ``pool`` is ray, ``cluster.address`` is auto, and what was copied is named relative to it.
+    In it ``pool`` is ray, ``cluster.address`` is auto, and what was copied is named relative to it. Sources and the
+    folder of tasks' data, which may hold anything, stay where they are.
 
     Returns:
         What is here but was too large to be copied.
@@ -148,7 +149,7 @@ def stage(file: SearchFile, into: Path) -> list[str]:
     settings = file.model_dump(mode="json")
     settings["pool"] = "ray"
     settings["cluster"] |= {"address": "auto", "runtime_env": runtime_env_of(file.cluster)}
-    sources = settings.pop("sources")
+    stays = {"sources": settings.pop("sources"), "data_folder": settings.pop("data_folder")}
     left: list[str] = []
     copies: dict[str, str] = {}
 
@@ -167,7 +168,7 @@ def stage(file: SearchFile, into: Path) -> list[str]:
             _copy(Path(value), into / copies[value])
         return copies[value]
 
-    content = {"name": settings.pop("name"), "sources": sources, **moved(settings)}
+    content = {"name": settings.pop("name"), **stays, **moved(settings)}
     (into / _FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return left
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.report.entries import candidate_id
-from evomerge.report.status import exported
+from evomerge.report.naming import exported
 from evomerge.search.folder import STORE_VARIABLE
 from evomerge.service import processes
 from evomerge.service.bodies import Export, ExportFile, NewExport

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -13,14 +12,14 @@ from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
 from evomerge.store import insertion, statements, tables
-from evomerge.store.lease import check_fence, last_write, lock_search
+from evomerge.store.fenced import FencedStore
+from evomerge.store.lease import lock_search
 from evomerge.store.outage import repeated
-from evomerge.store.reading import ReadStore
 from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Outcome, Scores, Status, Verb
 from evomerge.store.schema import make_tables
 
 
-class Store(ReadStore):
+class Store(FencedStore):
     """One search in a database. ``create`` makes it, ``open`` finds it, ``lease.acquire`` lets it write.
 
     Each writing method is one transaction that also appends an event, and raises LeaseLostError, with nothing written,
@@ -31,8 +30,6 @@ class Store(ReadStore):
     On a database server every method waits for one that is away, and has then written once or not at all, even where
     the answer to a commit was lost: see ``outage``. Only ``create`` and ``open`` refuse at once.
     """
-
-    _held: list[Callable[[Connection], bool]] | None = None
 
     @classmethod
     def create(
@@ -89,79 +86,6 @@ class Store(ReadStore):
         with self.transaction(writes=True) as connection:
             make_tables(connection, self.place)  # waits for whoever makes them
             return connection.execute(ours).first() is not None
-
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """One transaction of the driver, refused when it no longer holds the lease; one thread at a time.
-
-        The first one after the connection was lost also says so, in an event "reconnected".
-        """
-        with self._turn:
-            number = self.writes + 1
-            lost, self._lost = self._lost, None
-            try:
-                with self.transaction(writes=True, was_committed=lambda: self._was_last(number)) as connection:
-                    check_fence(
-                        connection, self.search_id, self.epoch, self.place, statements.CHANGE_LEASE, writes=number
-                    )
-                    if lost is not None:
-                        payload = {"seconds": round(time.monotonic() - lost[0], 3), "why": lost[1]}
-                        self.append_event(connection, "reconnected", payload=payload)
-                    yield connection
-            except BaseException:
-                self._lost = lost or self._lost
-                raise
-            self.writes = number
-
-    @repeated
-    def _was_last(self, number: int) -> bool:
-        """Whether the driver's last write that was committed is that of this number."""
-        with self.transaction(writes=True) as connection:
-            return last_write(connection, self.search_id, self.epoch, self.place) == number
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """How attempts end that are recorded within is written in one transaction, when all of them are known.
-
-        An exception within leaves nothing of them.
-
-        Raises:
-            ValueError: at the end, where one of the attempts was not the one that runs.
-        """
-        held: list[Callable[[Connection], bool]] = []
-        self._held = held
-        try:
-            yield
-        finally:
-            self._held = None
-        if held:
-            self._write_all(held)
-
-    @repeated
-    def _write_all(self, writes: Sequence[Callable[[Connection], bool]]) -> None:
-        with self.writing() as connection:
-            if not all(write(connection) for write in writes):
-                raise ValueError("an attempt had ended before")
-
-    def _write(self, write: Callable[[Connection], bool]) -> bool:
-        """Write in a transaction of its own, or later in that of all others (``at_once``); whether it was done."""
-        if self._held is not None:
-            self._held.append(write)
-            return True
-        with self.writing() as connection:
-            return write(connection)
-
-    def append_event(
-        self,
-        connection: Connection,
-        kind: str,
-        candidate: int | None = None,
-        attempt: int | None = None,
-        payload: Mapping[str, Any] | None = None,
-    ) -> None:
-        row = {"search_id": self.search_id, "time": time.time(), "kind": kind}
-        row |= {"candidate": candidate, "attempt": attempt, "payload": payload or {}}
-        connection.execute(statements.NEW_EVENT, row)
 
     # What the driver writes about candidates
 

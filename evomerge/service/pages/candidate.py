@@ -19,13 +19,14 @@ from evomerge.recipe import Recipe
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import candidate_id, entry
+from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import SOURCE, roles_of
 from evomerge.report.picks import best_source as best_label
 from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import choice_text, p_text, ranked
-from evomerge.report.status import SearchStatus, chosen, depths_of
+from evomerge.report.status import SearchStatus, depths_of
 from evomerge.search.preference import BEST, KNEE
 from evomerge.service.api.candidates import compare as paired
 from evomerge.service.api.searches import status_with
