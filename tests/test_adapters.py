@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from evomerge.checkpoints import places
+from evomerge.checkpoints.buffers import Buffers
 from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.checkpoints.live import live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
@@ -161,6 +162,58 @@ def test_the_fold_is_exact_and_the_rest_stays_mapped(plain: Path, tmp_path: Path
     assert source.read(untouched).data_ptr() == source.read(untouched).data_ptr()
     assert source.dtype == torch.bfloat16
     assert source.tensors[f"{name}.weight"].dtype == "BF16"
+
+
+def test_folds_share_memory_one_after_the_other(plain: Path, tmp_path: Path) -> None:
+    """Memory is used again when no tensor lies in it any more, be it a piece of what was read."""
+    source = opened(plain, train(plain, tmp_path, r=4, lora_alpha=16, target_modules=LINEAR))
+    first, second = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    expected = {name: source.read(name).clone() for name in (first, second)}
+    held = source.read(first)[3:5]
+    others = [source.read(second) for _ in range(4)]
+    assert torch.equal(held, expected[first][3:5])
+    assert len({other.data_ptr() for other in others}) == 4
+    assert all(torch.equal(other, expected[second]) for other in others)
+    as_array, place = source.read(first).view(-1)[7:].numpy(), others[0].data_ptr()
+    del others
+    again = [source.read(second) for _ in range(4)]
+    assert place in {tensor.data_ptr() for tensor in again}
+    assert torch.equal(torch.from_numpy(as_array), expected[first].view(-1)[7:])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 7), (2, 3, 4)])
+def test_buffers_have_any_shape_and_begin_where_vectors_do(shape: tuple[int, ...]) -> None:
+    buffers = Buffers()
+    for _ in range(3):
+        tensor = buffers.empty(shape)
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+        assert tensor.dtype == torch.float32
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_buffers_keep_no_more_than_were_lent_at_once() -> None:
+    buffers = Buffers()
+    for size in range(1, 50):
+        held = [buffers.empty((size, 100)) for _ in range(2)]
+        assert len({tensor.data_ptr() for tensor in held}) == 2
+        del held
+    assert len(buffers._free) == 2
+
+
+def test_a_file_is_mapped_once_however_many_sources_hold_it(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "plain")
+    adapter = train(tmp_path / "plain", tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    sources = [opened(tmp_path / "plain"), opened(tmp_path / "plain", adapter)]
+    one, other = (source.read(name) for source in sources)
+    assert one.data_ptr() == other.data_ptr()
+    weights = tmp_path / "plain" / "model.safetensors"
+    changed = {key: tensor + 1 for key, tensor in load_file(weights).items()}
+    save_file(changed, tmp_path / "new", metadata={"format": "pt"})
+    (tmp_path / "new").replace(weights)
+    assert torch.equal(opened(tmp_path / "plain").read(name), changed[name])
+    assert not torch.equal(one, changed[name])
 
 
 def test_factors_in_half_precision_are_multiplied_in_float32(plain: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoints import save_model, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_adapters import train
 from torch import Tensor
 
+from evomerge.checkpoints.adapters import fold
 from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
@@ -264,3 +267,36 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read(
             Materialiser(sources).write(wrong, live)
     with pytest.raises(InputError, match=r"recipe.sources.ja: is not among the opened sources"):
         Materialiser({name: sources[name] for name in ("base", "maths")}).write(recipe, live)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_is_folded_into_a_tensor_once_to_plan_and_once_to_make(
+    method: str, sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives what the folded weights give, which lie in files."""
+    base = sources["base"]
+    adapted, in_files = {"base": base}, {"base": base}
+    for seed, name in enumerate(NAMES):
+        adapter = train(base.folder, tmp_path / f"{name}-lora", seed=seed, r=2, target_modules=["q_proj", "up_proj"])
+        adapted[name] = open_source(name, f"{base.folder}+{adapter}", place=name)
+        folder = save_model(tiny_config(), tmp_path / name, dtype=torch.float32)
+        tensors = {tensor: adapted[name].read(tensor).clone() for tensor in adapted[name].tensors}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        in_files[name] = open_source(name, str(folder), place=name)
+    folds: Counter[Any] = Counter()
+
+    def counted(stored: Tensor, changes: Any, view: Any) -> Tensor:
+        folds[changes] += 1
+        return fold(stored, changes, view)
+
+    live = live_model(base, torch.device("cpu"))
+    materialiser = Materialiser(adapted)
+    materialiser.write(recipe_of(blend(method, MIXED[method]), adapted), live)  # computes what candidates share
+    recipe = recipe_of(blend(method, MIXED[method]), adapted, seed=1)
+    monkeypatch.setattr("evomerge.checkpoints.source.fold", counted)
+    Materialiser(adapted, evidence=materialiser._evidence).write(recipe, live)
+    assert folds
+    assert max(folds.values()) <= 2
+    for name, tensor in Materialiser(in_files).tensors(recipe_of(blend(method, MIXED[method]), in_files, seed=1)):
+        assert torch.equal(live.tensors[name], tensor), name

@@ -23,6 +23,7 @@ from typing import Any
 import regex
 import torch
 
+from evomerge.checkpoints.buffers import Buffers
 from evomerge.checkpoints.folder import check_files, has, load_json
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, read_header, view_entry
 from evomerge.errors import InputError
@@ -70,18 +71,25 @@ class LowRank:
     magnitude: TensorEntry | None = None
 
     def apply(
-        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor]
-    ) -> torch.Tensor:
-        """``weight`` as the adapters before left it, with this one on it; ``stored`` is without any. Both float32."""
+        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor], *, first: bool
+    ) -> None:
+        """Put it on a weight in place.
+
+        Args:
+            weight: float32, as the adapters before left it.
+            stored: the weight without any adapter.
+            view: gives the tensor of an entry.
+            first: there are no adapters before.
+        """
         up, down = view(self.up).float(), view(self.down).float()
         left, right = (down.T, up.T) if self.turned else (up, down)
-        moved = torch.addmm(weight, left, right, alpha=self.scale)
+        weight.addmm_(left, right, alpha=self.scale)
         if self.magnitude is None:
-            return moved
+            return
         # Of several DoRA each was trained beside the others' base, so the norm is that of the stored weight.
-        alone = moved if weight is stored else torch.addmm(stored, left, right, alpha=self.scale)
+        alone = weight if first else torch.addmm(stored.float(), left, right, alpha=self.scale)
         norm = torch.linalg.vector_norm(alone, dim=0 if self.turned else 1, keepdim=True)
-        return moved.mul_(view(self.magnitude).float().reshape(norm.shape) / norm)
+        weight.mul_(view(self.magnitude).float().reshape(norm.shape) / norm)
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,15 @@ class Shift:
     scale: float
 
     def apply(
-        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor]
-    ) -> torch.Tensor:
-        """``weight`` as the adapters before left it, with this one on it."""
-        return weight + self.scale * view(self.by).float()
+        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor], *, first: bool
+    ) -> None:
+        """Put it on a bias in place; arguments as of ``LowRank``."""
+        weight.add_(self.scale * view(self.by).float())
 
 
 Change = LowRank | Shift
+
+_buffers = Buffers()
 
 
 @dataclass(frozen=True)
@@ -138,15 +148,14 @@ class Base:
 
 
 def fold(stored: torch.Tensor, changes: Sequence[Change], view: Callable[[TensorEntry], torch.Tensor]) -> torch.Tensor:
-    """A stored tensor with changes folded in, in their order: float32, on the CPU.
+    """A stored tensor with changes folded in, in their order: float32, on the CPU, in memory of its own.
 
     Args:
         view: gives the tensor of an entry.
     """
-    original = stored.float()
-    weight = original
-    for change in changes:
-        weight = change.apply(weight, original, view)
+    weight = _buffers.empty(stored.shape).copy_(stored)
+    for number, change in enumerate(changes):
+        change.apply(weight, stored, view, first=number == 0)
     return weight
 
 

@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -36,6 +37,10 @@ TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float
 """The dtypes that can be merged, by their names in safetensors."""
 
 
+_mapped: WeakValueDictionary[tuple[int, ...], torch.Tensor] = WeakValueDictionary()
+"""Files that are mapped now, by device, inode, size and time of change."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``, counted from the start of the file."""
@@ -48,8 +53,16 @@ class TensorEntry:
 
 
 def map_file(file: Path) -> torch.Tensor:
-    """All bytes of a file as uint8, mapped into memory: pages are read when touched, and shared between processes."""
-    return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    """All bytes of a file as uint8, mapped into memory: pages are read when touched, and shared between processes.
+
+    A file is mapped once while anybody holds it: the model under several adapters counts once as memory of the process.
+    """
+    about = file.stat()
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    if (mapped := _mapped.get(key)) is None:
+        mapped = torch.from_file(str(file), shared=False, size=about.st_size, dtype=torch.uint8)
+        _mapped[key] = mapped
+    return mapped
 
 
 def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:

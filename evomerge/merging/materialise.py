@@ -114,19 +114,26 @@ class Materialiser:
         self._residency = residency
         self._runner: DeviceRunner | None = None
         self._views: dict[Ref, Tensor] = {}
+        self._folds: dict[Ref, Tensor] = {}
         self._weights = Weights(self.read, self._crew)
         self._evidence = evidence or Evidence()
         self._held: list[Held] = []  # by shelf, and last of the tensors outside the stack
         self._live: LiveModel | None = None
 
     def read(self, found: Ref) -> Tensor:
-        """A tensor of a source, contiguous. Views of mapped files are kept; folds of adapters are made anew."""
-        if found in self._views:
-            return self._views[found]
+        """A tensor of a source, contiguous. Views of mapped files are kept, and as many folds as there are sources."""
+        for known in (self._views, self._folds):
+            if found in known:
+                return known[found]
         source, name = found
         tensor = self._sources[source].read(name).contiguous()
         if name not in self._sources[source].changes:
             self._views[found] = tensor
+            return tensor
+        # A plan may ask for it several times; to keep all would be a float32 copy of each adapted model.
+        while len(self._folds) >= len(self._sources):
+            self._folds.pop(next(iter(self._folds)))
+        self._folds[found] = tensor
         return tensor
 
     def write(self, recipe: Recipe, live: LiveModel) -> None:
@@ -152,6 +159,7 @@ class Materialiser:
                 seen.add(step.shelf)
         for some in _batches(changed):
             self._make([(*self._planned(made.merged, recipe), target) for made, _, target in some])
+        self._folds.clear()
         for made, held, _ in changed:
             held[made.place] = made.way
         stack.lay(path)
@@ -210,6 +218,7 @@ class Materialiser:
             for source, stored in {*refs, *self._views}:
                 self._sources[source].release(stored)
             self._views.clear()
+            self._folds.clear()
             yield name, out
 
     def _check_finite(self, name: str, out: Tensor, plan: Pass, read: Sequence[Tensor]) -> None:

@@ -7,8 +7,11 @@ same tensors in the same run: bytes read and written over time. A merge of n ten
 mergekit runs in an environment of its own on the same tensors, through its Python API, once as it comes and once with
 glibc told to keep freed memory (MALLOC_*), since much of its time goes into fresh pages.
 
-    python scripts/bench/merging.py [--mergekit PYTHON] [--end-to-end] [--layers 24] [--methods ties,linear] [--json
-    FILE]
+With --adapters the fine-tunes are LoRA adapters of the base (rank 16, on all matrices of the layers) that are folded in
+each time; such a merge moves only the base and what it writes.
+
+    python scripts/bench/merging.py [--mergekit PYTHON | --adapters] [--end-to-end] [--layers 24]
+    [--methods ties,linear] [--json FILE]
 
 PYTHON is the interpreter of an environment with mergekit, such as `scripts/parity/run` makes. ``--end-to-end`` compares
 whole commands, `evomerge merge` and `mergekit-yaml`, with process start, reading and writing.
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -45,6 +49,7 @@ ROOT = Path(__file__).parents[2]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 NAMES = ("base", "one", "two")
 REPEATS = 5
+RANK = 16
 SPAN_GOAL = 0.9
 
 # Method: (parameters beside weights, goal as a share of copy bandwidth). mergekit gets the same numbers.
@@ -108,6 +113,26 @@ def make_models(folder: Path, layers: int) -> None:
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
 
 
+def make_adapters(folder: Path) -> dict[str, str]:
+    """References to the base and two adapters of it, which are written here."""
+    base = open_source("base", str(folder / "base"), place="base")
+    matrices = {name: base.tensors[name].shape for name, role in base.roles.items() if role.layer is not None}
+    for seed, name in enumerate(NAMES[1:]):
+        adapter = folder / f"{name}-adapter"
+        adapter.mkdir()
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        random, factors = torch.Generator().manual_seed(seed), {}
+        for matrix, shape in matrices.items():
+            if len(shape) == 2:
+                key = f"base_model.model.{matrix.removesuffix('.weight')}.lora_"
+                factors[f"{key}A.weight"] = torch.randn(RANK, shape[1], generator=random) * 0.01
+                factors[f"{key}B.weight"] = torch.randn(shape[0], RANK, generator=random) * 0.01
+        save_file(factors, adapter / "adapter_model.safetensors")
+    base_folder = str(folder / "base")
+    return {"base": base_folder} | {name: f"{base_folder}+{folder / name}-adapter" for name in NAMES[1:]}
+
+
 def blend(label: str, number: int) -> Blend:
     """The blend of a case; ``number`` makes it another one each time."""
     parameters, _ = CASES[label]
@@ -121,24 +146,23 @@ def blend(label: str, number: int) -> Blend:
     return Blend(method=spec.name, sources=names, base="base" if spec.needs_base else None, parameters=found)
 
 
-def median(run: Callable[[int], None]) -> float:
+def median(run: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> float:
     seconds = []
     for number in range(REPEATS + 1):  # the first also computes statistics and compiles
-        start = time.perf_counter()
+        start = clock()
         run(number)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return statistics.median(seconds[1:])
 
 
-def ours(folder: Path, labels: list[str]) -> tuple[float, int, list[dict[str, Any]]]:
+def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, list[dict[str, Any]]]:
     """Copy bandwidth in bytes a second, bytes of a model, and a row a case."""
-    sources = {name: open_source(name, str(folder / name), place=name) for name in NAMES}
-    references = {name: str(folder / name) for name in NAMES}
+    sources = {name: open_source(name, reference, place=name) for name, reference in references.items()}
     layers = sources["base"].layers
     live = live_model(sources["base"], torch.device("cpu"))
     size = sum(tensor.nbytes for tensor in live.tensors.values())
     materialiser = Materialiser(sources)
-    kept = {name: materialiser.read(("one", name)) for name in live.tensors}
+    kept = {name: materialiser.read(("base", name)) for name in live.tensors}
 
     def copy(number: int) -> None:
         for name, tensor in live.tensors.items():
@@ -155,11 +179,18 @@ def ours(folder: Path, labels: list[str]) -> tuple[float, int, list[dict[str, An
         start = time.perf_counter()
         merge(-1)
         first = time.perf_counter() - start
-        seconds = median(merge)
-        moved = size * (4 if METHODS[label.split(",")[0]].spec.needs_base else 3)
-        fraction = moved / seconds / bandwidths[-1]
-        rows.append({"name": label, "seconds": seconds, "fraction_of_copy": fraction, "first_seconds": first})
-        print(f"  {label:18} {seconds:7.3f} s  {fraction:5.0%} of copy  (first {first:.2f} s)", flush=True)
+        seconds, on_processor = median(merge), median(merge, time.process_time)
+        read = sum(not source.changes for source in sources.values())
+        moved = size * (read + (1 if METHODS[label.split(",")[0]].spec.needs_base or read == 1 else 0))
+        fraction, peak = moved / seconds / bandwidths[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rows.append(
+            {"name": label, "seconds": seconds, "fraction_of_copy": fraction, "first_seconds": first,
+             "cpu_seconds": on_processor, "peak_bytes": peak}
+        )  # fmt: skip
+        print(
+            f"  {label:18} {seconds:7.3f} s  {fraction:5.0%} of copy  (first {first:.2f} s; "
+            f"{on_processor:.3f} s of the processor; peak {peak / 1e9:.2f} GB)", flush=True
+        )  # fmt: skip
     return statistics.median(bandwidths), size, rows
 
 
@@ -232,11 +263,14 @@ def end_to_end(folder: Path, labels: list[str], python: str | None) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", metavar="PYTHON")
+    parser.add_argument("--adapters", action="store_true")
     parser.add_argument("--end-to-end", action="store_true")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--methods", default=",".join(name for name in CASES if "," not in name))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.adapters and (given.mergekit or given.end_to_end):
+        parser.error("--adapters stands alone: mergekit folds adapters to disk, once")
     labels = [label for label in CASES if label.split(",")[0] in given.methods.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -244,7 +278,8 @@ def main() -> None:
         if given.end_to_end:
             found: dict[str, Any] = {"end_to_end": end_to_end(folder, labels, given.mergekit)}
         else:
-            bandwidth, size, rows = ours(folder, labels)
+            references = {name: str(folder / name) for name in NAMES}
+            bandwidth, size, rows = ours(make_adapters(folder) if given.adapters else references, labels)
             found = {"copy_bandwidth_gbps": bandwidth / 1e9, "model_gb": size / 1e9, "rows": rows}
             if given.mergekit:
                 plain = theirs(folder, labels, given.mergekit, {})
