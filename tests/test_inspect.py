@@ -7,23 +7,27 @@ import math
 import shutil
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers_checkpoints import WORDS, edit_tensors, save_model, save_tokenizer, tiny_config
-from helpers_miniature import MINIATURES, evomerge, json_of
+from helpers_miniature import MINIATURES, evomerge, json_of, search_file
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
+from test_adapters import train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts
 from evomerge.merging.facts import Weights as SourceWeights
 from evomerge.merging.jobs import Crew
+from evomerge.merging.rounding import LOSSY, squared_loss
 from evomerge.merging.site import Site
 from evomerge.recipe import Role
 from evomerge.report.closeness import shown
@@ -289,6 +293,113 @@ def test_a_broken_model_is_refused_by_the_name_of_its_tensor(models: Path, tmp_p
     for references in ([str(tmp_path / "broken")], [str(models / "base"), str(tmp_path / "broken")]):
         with pytest.raises(InputError, match=f"{name} .* has NaN or Inf in 3 of"):
             inspect_models(references, None)
+
+
+# --- what is rounded away
+
+
+def lost(base: dict[str, Tensor], tuned: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """||r(b + d) - r(b) - d|| / ||d||, element by element in float64; weights are given as b and b + d."""
+    b, x = (torch.cat([ts[name].float().flatten() for name in sorted(base)]) for ts in (base, tuned))
+    d = x.double() - b.double()
+    return float((x.to(dtype).double() - b.to(dtype).double() - d).norm() / d.norm())
+
+
+def weights_of(reference: str) -> dict[str, Tensor]:
+    source = open_source("it", reference, place="it")
+    return {name: source.read(name).clone() for name in source.tensors}
+
+
+ROUNDED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "lora": ("base", {"r": 4, "lora_alpha": 0.02, "target_modules": "all-linear"}, True),
+    "dora, whose magnitudes moved": (
+        "base",
+        {"r": 4, "lora_alpha": 0.02, "target_modules": "all-linear", "use_dora": True},
+        False,
+    ),
+    "embedding": ("base", {"r": 2, "lora_alpha": 0.01, "target_modules": ["embed_tokens", "lm_head"]}, True),
+    "one layer": ("base", {"r": 2, "lora_alpha": 0.01, "target_modules": ["o_proj"], "layers_to_transform": [1]}, True),
+    "far above a step": ("base", {"r": 4, "lora_alpha": 400, "target_modules": "all-linear"}, False),
+    "float32 base": ("wide", {"r": 4, "lora_alpha": 0.02, "target_modules": "all-linear"}, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ROUNDED)
+def test_says_how_much_of_an_adapter_is_rounded_away(models: Path, tmp_path: Path, case: str) -> None:
+    name, settings, warned = ROUNDED[case]
+    base = models / name
+    reference = f"{base}+{train(base, tmp_path / 'lora', **settings)}"
+    found = inspect_models([str(base), reference], None)
+    dtype = torch.float32 if name == "wide" else torch.bfloat16
+    expected = lost(weights_of(str(base)), weights_of(reference), dtype)
+    assert found.sources[0].whole.rounded_away == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    told = [warning for warning in found.warnings if "survives in bfloat16" in warning]
+    assert len(told) == warned
+    if warned:
+        assert expected >= LOSSY
+        assert f"{name}+lora: {max(0.0, 1 - expected):.0%} of its change" in told[0]
+        assert "`dtype: float32`" in told[0]
+        assert "`together`" in told[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tune_in_float32_is_rounded_to_the_bases_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = save_model(tiny_config(), tmp_path / "base", dtype=dtype)
+    wide = save_model(tiny_config(), tmp_path / "wide", dtype=torch.float32)
+
+    def move(tensors: Weights) -> None:
+        for name, tensor in load_file(base / "model.safetensors").items():
+            by = 2e-5 if "layers.1." in name else 0.1
+            tensors[name].copy_(tensor.float() + by * torch.randn(tensor.shape))
+
+    edit_tensors(wide, move)
+    found = inspect_models([str(base), str(wide)], None)
+    weights = [load_file(folder / "model.safetensors") for folder in (base, wide)]
+    assert found.sources[0].whole.rounded_away == pytest.approx(lost(weights[0], weights[1], dtype), rel=1e-5)
+    layers = [{name: t for name, t in tensors.items() if "layers.1." in name} for tensors in weights]
+    share = lost(layers[0], layers[1], dtype)
+    assert found.sources[0].parts[found.parts.index("layer 1")].rounded_away == pytest.approx(share, rel=1e-5)
+    (told,) = [warning for warning in found.warnings if "survives in" in warning]
+    assert f"wide: {max(0.0, 1 - share):.0%} of its change in layer 1 survives" in told
+    assert "together" not in told
+
+
+def test_a_tune_in_the_bases_dtype_loses_nothing(models: Path) -> None:
+    found = inspected(models, "base", "maths", "code")
+    assert [source.whole.rounded_away for source in found.sources] == [0, 0]
+
+
+def test_what_is_beyond_the_dtype_is_its_largest_number() -> None:
+    base, tuned = torch.tensor([65504.0, 1.0]), torch.tensor([70000.0, 1.0])
+    assert float(squared_loss(base, tuned, torch.float16)) == pytest.approx((70000 - 65504) ** 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, True),
+        ({"dtype": "float32"}, False),
+        ({"dtype": "float16", "lora_alpha": 0.001}, True),
+        ({"together": 2}, False),
+        ({"space": {"method": "linear"}, "base": None}, True),
+        ({"lora_alpha": 4000}, False),
+    ],
+)
+def test_validate_says_what_every_candidate_rounds_away(
+    tmp_path: Path, changes: dict[str, Any], told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alpha = changes.pop("lora_alpha", 0.01)
+    adapter = train(MINIATURES / "base", tmp_path / "lora", r=4, lora_alpha=alpha, target_modules="all-linear")
+    sources = {"base": str(MINIATURES / "base"), "tune": f"{MINIATURES / 'base'}+{adapter}"}
+    assert evomerge("validate", search_file(tmp_path, sources=sources, **changes)) == 0
+    dtype = changes.get("dtype", "bfloat16")
+    said = " ".join(capsys.readouterr().out.split())
+    assert (f"survives in {dtype}" in said) == told
+    if told:
+        expected = lost(weights_of(sources["base"]), weights_of(sources["tune"]), getattr(torch, dtype))
+        assert f"tune: {max(0.0, 1 - expected):.0%} of its change" in said
 
 
 # --- what is printed

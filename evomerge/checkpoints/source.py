@@ -119,6 +119,10 @@ class Source:
         changes = self.changes.get(name)
         return fold(stored, changes, self._view) if changes else stored
 
+    def read_stored(self, name: str) -> torch.Tensor:
+        """A tensor as the files hold it, without what adapters change: a view, in its stored dtype."""
+        return self._view(self.tensors[name])
+
     def release(self, name: str) -> None:
         """Let the system take back the memory that holds a tensor of the mapped files. It is read anew when needed."""
         entry = self.tensors[name]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
+from torch import Tensor
 
 from evomerge.checkpoints.checks import check_compatible, check_finite
 from evomerge.checkpoints.differences import warnings_across
@@ -23,7 +24,8 @@ from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew
-from evomerge.merging.site import Site
+from evomerge.merging.rounding import LOSSY, is_exact, rounding_warning, share_lost, squared_loss
+from evomerge.merging.site import Ref, Site
 from evomerge.printable import printable
 from evomerge.recipe import Role
 
@@ -62,12 +64,14 @@ class Distance(BaseModel):
     """How far a source is from the base: in the whole, or in one part of the model.
 
     ``relative_norm`` is |d| / |b| (None where b is zero), ``mean_change`` the mean of |d| over all elements, and
-    ``changed`` the share of elements that differ.
+    ``changed`` the share of elements that differ. ``rounded_away`` is the share of |d| that is lost where a merge is
+    stored as the base is (None where d is zero); see ``rounding``.
     """
 
     relative_norm: float | None
     mean_change: float
     changed: float
+    rounded_away: float | None = None
 
 
 class Closeness(BaseModel):
@@ -166,7 +170,7 @@ def inspect_models(
         left_out=left_out,
         warnings=warnings,
     )
-    found.warnings += _beware(found)
+    found.warnings += [*_beware(found), *_of_rounding(found, opened)]
     return found
 
 
@@ -259,14 +263,21 @@ class _Sums:
         count: of elements.
         products: float64 [n + 1, n + 1], inner products of b, d_1, ..., d_n.
         signs: float64 [3, n, n]; see ``scans.delta_signs``.
+        losses: float64 [n], squares of what of d_1, ..., d_n is rounded away.
     """
 
     count: int
     products: NDArray[np.float64]
     signs: NDArray[np.float64]
+    losses: NDArray[np.float64]
 
     def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self.count + other.count, self.products + other.products, self.signs + other.signs)
+        return _Sums(
+            self.count + other.count,
+            self.products + other.products,
+            self.signs + other.signs,
+            self.losses + other.losses,
+        )
 
     def distance(self, k: int) -> Distance:
         length = self.products[0, 0]
@@ -274,6 +285,7 @@ class _Sums:
             relative_norm=math.sqrt(self.products[k + 1, k + 1] / length) if length else None,
             mean_change=self.signs[2, k, k] / self.count,
             changed=self.signs[0, k, k] / self.count,
+            rounded_away=share_lost(self.losses[k], self.products[k + 1, k + 1]),
         )
 
     def closeness(self, k: int, m: int) -> Closeness:
@@ -295,7 +307,14 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
     """
     by_name = {source.name: source for source in sources}
     names = list(by_name)
-    weights = Weights(lambda ref: by_name[ref[0]].read(ref[1]).contiguous(), Crew(None))
+    held: dict[Ref, Tensor] = {}  # of one name: several readings follow, and adapters are folded for each
+
+    def read(ref: Ref) -> Tensor:
+        if ref not in held:
+            held[ref] = by_name[ref[0]].read(ref[1]).contiguous()
+        return held[ref]
+
+    weights = Weights(read, Crew(None))
     sizes = {name: sum(s.tensors[name].end - s.tensors[name].begin for s in sources) for name in tensors}
     parts: dict[str, _Sums] = {}
     done = 0
@@ -303,13 +322,31 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
         shape = tuple(sources[0].tensors[name].shape)
         site = Site(name, role, shape, {source: (source, name) for source in by_name})
         facts, size = Facts(site, weights, Evidence(), seed=0), math.prod(shape)
-        sums = _Sums(size, facts.products(names), facts.signs(names))
+        sums = _Sums(size, facts.products(names), facts.signs(names), _losses(facts, sources, name))
+        held.clear()
+        for source in sources:
+            source.release(name)
         part = role.kind if role.layer is None else f"layer {role.layer}"
         if size:
             parts[part] = parts[part] + sums if part in parts else sums
         done += sizes[name]
         progress(done, sum(sizes.values()))
     return dict(sorted(parts.items(), key=lambda item: _position(item[0])))
+
+
+def _losses(facts: Facts, sources: Sequence[Source], name: str) -> NDArray[np.float64]:
+    """[n] the square of what each task vector of a tensor loses where a merge is stored as the base stores it."""
+    base, *others = sources
+    dtype = base.dtype_of(name, None, base.dtype)
+    lossy = [not (is_exact(base, name, dtype) and is_exact(other, name, dtype)) for other in others]
+    return np.array(
+        [
+            float(facts.total("rounding", (base.name, other.name), lambda rows: squared_loss(rows[0], rows[1], dtype)))
+            if rounds
+            else 0.0
+            for other, rounds in zip(others, lossy, strict=True)
+        ]
+    )
 
 
 def _distances(sources: Sequence[Source], parts: Mapping[str, _Sums]) -> list[SourceDistance]:
@@ -379,6 +416,34 @@ def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
             f"The changes of {', '.join(large)} are large (more than {LARGE_CHANGE} in the mean): dropping most "
             "of such, as DARE and DELLA do, mostly fails. Keep their densities high, or take another method."
         )
+
+
+def _of_rounding(found: Inspection, opened: Mapping[str, Source]) -> Iterable[str]:
+    """Sources of whose task vectors a good part is rounded away, in the whole or somewhere."""
+    for source in found.sources:
+        lost = {p: d.rounded_away for p, d in zip(found.parts, source.parts, strict=True) if d.rounded_away is not None}
+        lossy = {part: share for part, share in lost.items() if share >= LOSSY}
+        if not lossy:
+            continue
+        whole = source.whole.rounded_away
+        everywhere = whole is not None and whole >= LOSSY
+        yield (
+            rounding_warning(
+                source.name,
+                whole if whole is not None and everywhere else max(lossy.values()),
+                opened[found.base or ""].dtype,
+                adapted=bool(opened[source.name].changes),
+                where="" if everywhere else _places(list(lossy)),
+            )
+            + "."
+        )
+
+
+def _places(parts: Sequence[str]) -> str:
+    """layers 0-3, 7, norm"""
+    layers = [_layer(part) for part in parts if _layer(part) >= 0]
+    named = [f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"] if layers else []
+    return ", ".join([*named, *(part for part in parts if _layer(part) < 0)])
 
 
 def _layer(part: str) -> int:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
+import torch
 from rich.table import Table
 
 from evaluators.cost import COUNTED
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
+from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
 from evomerge.search.prepare import Prepared, distinct_evaluators
@@ -49,6 +51,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
             yield "warning", f"{name}: {warning}"
     for warning in warnings_across(prepared.sources, file.tokenizer_source):
         yield "warning", warning
+    yield from _rounding(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
     yield "space", f"{len(setup.space.parameters)} parameters: {_told(space)}"
     for objective in setup.objectives:
@@ -72,6 +75,18 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "disk", f"{_gigabytes(_bytes(model))} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
+
+
+def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """Sources of whose changes a good part is rounded away in every candidate."""
+    file, sources = prepared.file, prepared.sources
+    if file.together > 1:  # nothing is rounded into weights
+        return
+    model = sources[file.tokenizer_source]
+    dtype = getattr(torch, file.dtype) if file.dtype is not None else None
+    for name, lost in shares_lost(sources, file.base, model, dtype).items():
+        if lost >= LOSSY:
+            yield "warning", rounding_warning(name, lost, dtype or model.dtype, adapted=bool(sources[name].changes))
 
 
 def _told(settings: Mapping[str, Any]) -> str:

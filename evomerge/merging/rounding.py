@@ -1,0 +1,133 @@
+"""How much of a task vector is rounded away where a merge is stored.
+
+A weight of 16 bits has few digits: the steps of bfloat16 are 0.4% to 0.8% of a weight. A task vector d that is no
+larger than that, as many an adapter's, is after rounding r what r(b + d) - r(b) is: zero here, a whole step there. What
+is lost is the length of the difference, ||r(b + d) - r(b) - d|| / ||d||.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.source import Source
+
+LOSSY = 0.1
+"""Share of a task vector from which on people should know that it is rounded away."""
+
+_ELEMENTS = 1 << 24
+"""Elements of a source that are looked at, by whole tensors: reading all of a large model would take minutes."""
+
+_BLOCK = 1 << 18  # elements
+
+
+def is_exact(source: Source, name: str, dtype: torch.dtype) -> bool:
+    """Whether every value of a tensor of a source, adapters folded in, is one of ``dtype``."""
+    own = torch.float32 if name in source.changes else TORCH_DTYPES[source.tensors[name].dtype]
+    return dtype in (own, torch.float32)
+
+
+def squared_loss(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:
+    """The square of ||r(b + d) - r(b) - d||: float64 [].
+
+    Args:
+        base, tuned: b and b + d, of one shape, float32.
+        dtype: what r rounds to; its largest number stands for what is beyond.
+    """
+    most = torch.finfo(dtype).max
+    before, after = (tensor.clamp(-most, most).to(dtype).float() for tensor in (base, tuned))
+    return ((after - before) - (tuned - base)).double().square().sum()
+
+
+def share_lost(squared: float, squared_length: float) -> float | None:
+    """||r(b + d) - r(b) - d|| / ||d|| from the squares of both; None where d is zero."""
+    return math.sqrt(squared / squared_length) if squared_length else None
+
+
+def shares_lost(
+    sources: Mapping[str, Source], base: str | None, model: Source, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """For each source of which the merge's dtype rounds anything away, the share of its task vector; about.
+
+    Reads some of the layers' tensors of those sources, and nothing of others.
+
+    Args:
+        base: what task vectors are taken against; if there is none, adapted sources are held against what they adapt.
+        model: the source that the merged model is laid out as.
+        dtype: of the merged model's weights; as ``model`` stores them when None.
+    """
+    origin = sources[base] if base is not None else None
+    losses = {}
+    for name, source in sources.items():
+        if name != base and (found := _loss(source, origin, model, dtype)) is not None:
+            losses[name] = found
+    return losses
+
+
+def _loss(source: Source, origin: Source | None, model: Source, dtype: torch.dtype | None) -> float | None:
+    """The share of a source's task vector that is lost; None where nothing can be."""
+    dtypes = {name: model.dtype_of(name, dtype, dtype or model.dtype) for name in _comparable(source, origin, model)}
+    lossy = [name for name, kept in dtypes.items() if not _both_exact(source, origin, name, kept)]
+    lost, length = 0.0, 0.0
+    for name in _some(source, lossy):
+        tuned = source.read(name).reshape(-1)
+        base = (source.read_stored(name) if origin is None else origin.read(name)).reshape(-1)
+        for some, others in zip(tuned.split(_BLOCK), base.split(_BLOCK), strict=True):
+            after, before = some.float(), others.float()
+            lost += float(squared_loss(before, after, dtypes[name]))
+            length += float((after - before).double().square().sum())
+        for read in (source, origin):
+            if read is not None:
+                read.release(name)
+    return share_lost(lost, length)
+
+
+def _comparable(source: Source, origin: Source | None, model: Source) -> list[str]:
+    """Tensors of layers that the source, the origin of its task vector and the merged model have in one shape."""
+    if origin is None:
+        return [name for name in source.changes if source.roles[name].layer is not None and name in model.tensors]
+    return [
+        name
+        for name, role in source.roles.items()
+        if role.layer is not None
+        and name in model.tensors
+        and name in origin.tensors
+        and origin.tensors[name].shape == source.tensors[name].shape
+    ]
+
+
+def _both_exact(source: Source, origin: Source | None, name: str, dtype: torch.dtype) -> bool:
+    return is_exact(source, name, dtype) and (origin is None or is_exact(origin, name, dtype))
+
+
+def _some(source: Source, names: list[str]) -> list[str]:
+    """All of the tensors, or as many of them as have ``_ELEMENTS`` elements, at random but always the same."""
+    picked, count = [], 0
+    for name in random.Random(0).sample(names, len(names)):
+        if count >= _ELEMENTS:
+            break
+        picked.append(name)
+        count += math.prod(source.tensors[name].shape)
+    return picked
+
+
+def rounding_warning(name: str, lost: float, dtype: torch.dtype, *, adapted: bool, where: str = "") -> str:
+    """A sentence for a person, without a full stop.
+
+    Args:
+        lost: share of the source's task vector that rounding takes.
+        adapted: the source is a model with adapters.
+        where: the parts of the model of which that is true, where it is not true of the whole.
+    """
+    told, epsilon = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+    kept, within = max(0.0, 1 - lost), f" in {where}" if where else ""
+    together = ", or `together`, which adds adapters without rounding them into the weights" if adapted else ""
+    return (
+        f"{name}: {kept:.0%} of its change{within} survives in {told}, in which the merge is stored: a step is "
+        f"{epsilon / 2:.2%} to {epsilon:.2%} of a weight. Merge with `dtype: float32`{together}"
+    )
