@@ -77,8 +77,8 @@ def _loss(source: Source, origin: Source | None, model: Source, dtype: torch.dty
     for name in _some(source, lossy):
         tuned = source.read(name).reshape(-1)
         base = (source.read_stored(name) if origin is None else origin.read(name)).reshape(-1)
-        for some, others in zip(tuned.split(_BLOCK), base.split(_BLOCK), strict=True):
-            after, before = some.float(), others.float()
+        for begin in range(0, len(tuned), _BLOCK):
+            after, before = (tensor[begin : begin + _BLOCK].float() for tensor in (tuned, base))
             lost += float(squared_loss(before, after, dtypes[name]))
             length += float((after - before).double().square().sum())
         for read in (source, origin):
