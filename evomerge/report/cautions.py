@@ -1,0 +1,110 @@
+"""What to beware of when models are merged that were inspected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.checkpoints.source import Source
+from evomerge.merging.rounding import LOSSY, rounding_warning
+
+if TYPE_CHECKING:
+    from evomerge.report.inspection import Inspection, Pair, SourceDistance
+
+LARGE_CHANGE = 0.002
+"""Mean |d| from which on DARE is doubtful: the range of the fine-tunes that its paper (arXiv 2311.03099) finds it good
+for, and where continued pretraining, for which it fails, is beyond."""
+
+UNRELATED = 1.0
+"""|d| / |b| from which on a source is no fine-tune: two models that know nothing of each other are at about 1.4."""
+
+DUPLICATE, OPPOSITE = 0.98, -0.05
+"""Cosines of task vectors above and below which one source adds nothing to the other, or works against it."""
+
+
+def beware(found: Inspection, opened: Mapping[str, Source]) -> list[str]:
+    """Sentences on what was found of the models, which were ``opened`` by these names."""
+    of_sources = (sentence for source in found.sources for sentence in _of_source(source, found))
+    return [*of_sources, *_of_large(found.sources), *_of_pairs(found.pairs), *_of_rounding(found, opened)]
+
+
+def _of_source(source: SourceDistance, found: Inspection) -> Iterable[str]:
+    whole, base = source.whole, found.base
+    if whole.changed == 0:
+        yield f"{source.name} has the weights of {base}: 0 elements differ."
+        return
+    if whole.relative_norm is not None and whole.relative_norm > UNRELATED:
+        yield (
+            f"{source.name} is no fine-tune of {base}: its change is {whole.relative_norm:.2f} times as long as the "
+            "base (models that have nothing to do with each other are at about 1.4)."
+        )
+    layers = [
+        i for part, d in zip(found.parts, source.parts, strict=True) if d.changed == 0 and (i := _layer(part)) >= 0
+    ]
+    if layers:
+        of = sum(part.startswith("layer ") for part in found.parts)
+        yield f"{source.name} left {len(layers)} of {of} layers as they are in {base}: {_ranges(layers)}."
+
+
+def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
+    large = [f"{s.name} ({s.whole.mean_change:.2g})" for s in sources if s.whole.mean_change > LARGE_CHANGE]
+    if large:
+        yield (
+            f"The changes of {', '.join(large)} are large (more than {LARGE_CHANGE} in the mean): dropping most "
+            "of such, as DARE and DELLA do, mostly fails. Keep their densities high, or take another method."
+        )
+
+
+def _of_rounding(found: Inspection, opened: Mapping[str, Source]) -> Iterable[str]:
+    """Sources of whose task vectors a good part is rounded away, in the whole or somewhere."""
+    for source in found.sources:
+        lost = {p: d.rounded_away for p, d in zip(found.parts, source.parts, strict=True) if d.rounded_away is not None}
+        lossy = {part: share for part, share in lost.items() if share >= LOSSY}
+        if not lossy:
+            continue
+        whole = source.whole.rounded_away
+        everywhere = whole is not None and whole >= LOSSY
+        yield (
+            rounding_warning(
+                source.name,
+                whole if whole is not None and everywhere else max(lossy.values()),
+                opened[found.base or ""].dtype,
+                adapted=bool(opened[source.name].changes),
+                where="" if everywhere else _places(list(lossy)),
+            )
+            + "."
+        )
+
+
+def _places(parts: Sequence[str]) -> str:
+    """layers 0-3, 7, norm"""
+    layers = [_layer(part) for part in parts if _layer(part) >= 0]
+    named = [f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"] if layers else []
+    return ", ".join([*named, *(part for part in parts if _layer(part) < 0)])
+
+
+def _layer(part: str) -> int:
+    return int(part.removeprefix("layer ")) if part.startswith("layer ") else -1
+
+
+def _of_pairs(pairs: Sequence[Pair]) -> Iterable[str]:
+    for pair in pairs:
+        cosine = pair.whole.cosine
+        if cosine is not None and cosine > DUPLICATE:
+            yield (
+                f"{pair.a} and {pair.b} are nearly the same change (cosine {cosine:.3f}): merging both adds little to "
+                "merging one."
+            )
+        elif cosine is not None and cosine < OPPOSITE:
+            yield f"{pair.a} and {pair.b} work against each other (cosine {cosine:.3f}): their sum undoes part of both."
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3, 7"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
