@@ -34,7 +34,7 @@ from evomerge.service.figures import recipe as figure_recipe
 from evomerge.service.figures.progress import growth
 from evomerge.service.figures.recipe import weight_of
 from evomerge.service.figures.style import MARKS, is_empty, without_notes, words_of
-from evomerge.service.figures.workers import Attempt, attempts_of, idle_share
+from evomerge.service.figures.workers import Attempt, attempts_of, idle_share, stops_of
 from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, thinned
 from evomerge.service.root import Root
@@ -368,6 +368,35 @@ def test_idle_is_what_lies_between_a_workers_attempts() -> None:
     ]
     assert idle_share(attempts) == pytest.approx(2.0 / 17.0)
     assert idle_share(attempts[4:]) is None
+
+
+def test_while_a_search_stands_still_its_workers_are_not_idle() -> None:
+    def state(seq: int, time: float, name: str) -> EventRow:
+        return EventRow(seq, time, "state", None, None, {"state": name})
+
+    def lease(seq: int, time: float) -> EventRow:
+        return EventRow(seq, time, "lease", None, None, {"epoch": seq})
+
+    def attempt(seq: int, begun: float, ended: float) -> list[EventRow]:
+        return [event(seq, begun, "dispatch", seq), event(seq + 1, ended, "result", seq, worker="a")]
+
+    scored = [*attempt(3, 0.0, 4.0), *attempt(13, 105.0, 109.0)]  # with one second of waiting, after `running`
+    whole = [lease(1, -9.0), state(2, -1.0, "running"), *scored]
+    halts = {
+        "paused": [state(5, 3.0, "paused"), state(9, 104.0, "running")],
+        "stopped": [state(5, 3.5, "stopped"), lease(6, 90.0), state(9, 104.0, "running")],
+        "confirmed": [
+            state(5, 4.0, "finished"), state(6, 4.0, "confirming"), state(7, 60.0, "finished"), lease(8, 90.0),
+            state(9, 104.0, "running"),
+        ],
+        "killed": [lease(6, 90.0), state(9, 104.0, "running")],
+        "killed, and again as it came up": [lease(6, 50.0), lease(7, 90.0), state(9, 104.0, "running")],
+    }  # fmt: skip
+    for name, halt in halts.items():
+        events = sorted([*whole, *halt], key=lambda each: each.seq)
+        assert idle_share(attempts_of(events, None), stops_of(events)) == pytest.approx(1 / 9), name
+    assert stops_of(whole) == []
+    assert idle_share(attempts_of(whole, None), stops_of(whole)) == pytest.approx(101 / 109)
 
 
 def test_failures_are_counted_by_cause(root: Path) -> None:

@@ -18,6 +18,7 @@ MOST_ATTEMPTS = 1500
 """Of a timeline, the newest."""
 
 _ENDS = ("rung", "result", "failure")
+_STATES = ("state", "lease")
 _COLOURS = {"scored": BLUE, "scored up to a rung": TEAL, "running": GREY}
 _REASONS = {"error": PINK, "not_finite": PURPLE, "out_of_memory": ORANGE, "worker_died": "#a40e26", "timeout": GREEN}
 _PATTERNS = ("/", "\\", "x", "-", "|", "+", ".")
@@ -45,17 +46,17 @@ def timeline(store: Store) -> go.Figure:
 
     The confirmation's attempts are not in it: the store does not say where they ran.
     """
-    events = store.events(kinds=("dispatch", *_ENDS), newest=2 * MOST_ATTEMPTS)
+    events = store.events(kinds=("dispatch", *_ENDS, *_STATES), newest=2 * MOST_ATTEMPTS)
     attempts = attempts_of(events, time.time() if current_holder(store) is not None else None)
     if not attempts:
         return figure(notes=["Nothing has been dispatched yet."])
     workers = sorted({attempt.worker for attempt in attempts}, key=_natural)
     hows = dict.fromkeys(attempt.how for attempt in attempts)
     bars = [_bars(how, [attempt for attempt in attempts if attempt.how == how]) for how in hows]
-    share = idle_share(attempts)
-    notes = (
-        [] if share is None else [f"Workers were idle for {share:.1%} of the time from their first to last attempt."]
-    )
+    share = idle_share(attempts, stops_of(events))
+    notes = []
+    if share is not None:
+        notes.append(f"Workers were idle for {share:.1%} of the time from their first to last attempt, but for stops.")
     if len(events) == 2 * MOST_ATTEMPTS:
         notes.append(f"The newest {len(attempts):,} attempts.")
     return figure(
@@ -101,21 +102,43 @@ def _how(event: EventRow) -> str:
     return "scored" if event.kind == "result" else "scored up to a rung"
 
 
-def idle_share(attempts: Sequence[Attempt]) -> float | None:
+def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
+    """From when to when a search was paused, confirmed, stopped or without a driver, oldest first.
+
+    ``events`` are those of attempts, states and leases. A driver that was killed says nothing: the search then stood
+    still from the last that it wrote.
+    """
+    stops = []
+    stopped_at, last = None, None
+    for event in events:
+        if event.kind == "lease" and stopped_at is None:  # of another driver, and the one before never said its end
+            stopped_at = last
+        elif event.kind == "state" and event.payload["state"] != "running":
+            stopped_at = event.time if stopped_at is None else stopped_at
+        elif event.kind == "state" and stopped_at is not None:
+            stops.append((stopped_at, event.time))
+            stopped_at = None
+        last = event.time
+    return stops
+
+
+def idle_share(attempts: Sequence[Attempt], stops: Sequence[tuple[float, float]] = ()) -> float | None:
     """What share of the time between its first and its last attempt a worker did nothing, over all workers.
 
-    None where no worker has finished anything.
+    ``stops`` are no part of that time, but for attempts that ended meanwhile. None where no worker has finished
+    anything.
     """
-    spans: dict[str, tuple[float, float]] = {}
-    idle = 0.0
+    ends: dict[str, float] = {}
+    busy = idle = 0.0
     for attempt in sorted(attempts, key=lambda each: each.begun):  # some wait in line while others run
         if attempt.how == "running":
             continue
-        low, high = spans.get(attempt.worker, (attempt.begun, attempt.begun))
-        idle += max(0.0, attempt.begun - high)
-        spans[attempt.worker] = low, max(high, attempt.ended)
-    there = sum(high - low for low, high in spans.values())
-    return idle / there if there > 0 else None
+        free = ends.get(attempt.worker, attempt.begun)
+        stopped = sum(max(0.0, min(high, attempt.begun) - max(low, free)) for low, high in stops)
+        idle += max(0.0, attempt.begun - free - stopped)
+        busy += max(0.0, attempt.ended - max(free, attempt.begun))
+        ends[attempt.worker] = max(free, attempt.ended)
+    return idle / (busy + idle) if busy + idle > 0 else None
 
 
 def _bars(how: str, attempts: Sequence[Attempt]) -> go.Bar:
