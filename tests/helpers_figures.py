@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from helpers_search import ITEMS, SOURCES, drive, make_setup, simulate
+from helpers_search import ITEMS, SOURCES, drive, luck, make_setup, simulate
 
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import CmaSettings
@@ -80,7 +80,7 @@ def constrained() -> Setup:
 def failing(job: Job) -> tuple[float, Measured | Failed]:
     """Some candidates are not finite; the workers of others die, at their first attempt or at each."""
     seconds, found = simulate(job)
-    kind = int(job.recipe.hash[-2:], 16) % 8
+    kind = luck(job.recipe) % 8
     if job.candidate > 2 and kind == 0:
         return seconds, Failed("not_finite", "layer 3 holds <b>NaN</b>")
     if job.candidate > 2 and (kind == 1 or (kind in (2, 3) and job.attempt == 1)):
@@ -104,6 +104,6 @@ def _no_method(name: str) -> Any:
 
 def path_scores(job: Job) -> tuple[float, Measured | Failed]:
     """Scores that depend on the recipe alone."""
-    right = np.random.default_rng(int(job.recipe.hash[:8], 16)).random(ITEMS) < 0.5
+    right = np.random.default_rng(luck(job.recipe)).random(ITEMS) < 0.5
     scores = [{"acc": right.astype(np.float32)[list(task.indices)]} for task in job.tasks]
     return 1.0, Measured(scores, {"merge": 0.1, "score": 0.9})

@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, Killed, drive, dying, make_setup, table, weights_of
+from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, table, weights_of
 
 from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
@@ -50,12 +50,12 @@ def simulate(job: Job) -> tuple[float, Measured | Failed]:
     for task in job.tasks:
         goal = 0.3 if task.evaluator == 1 else 0.9
         ability = 2.0 - 20.0 * float(((weights - goal) ** 2).mean())
-        noise = np.random.default_rng([int(job.recipe.hash[:8], 16), task.evaluator]).logistic(0, 0.3, COUNT)
+        noise = np.random.default_rng(luck(job.recipe, task.evaluator)).logistic(0, 0.3, COUNT)
         values = (ability + EASE + noise > 0).astype(np.float32)
         if task.evaluator == LIMIT:  # how small the weights are
             values = (np.arange(COUNT) / COUNT > weights.mean()).astype(np.float32)
         found.append({"acc": values[list(task.indices)]})
-    return 1.0 + int(job.recipe.hash[:2], 16) / 64, Measured(found, {"generate": 0.01 * sum(map(len, found))})
+    return 1.0 + luck(job.recipe, "seconds") % 256 / 64, Measured(found, {"generate": 0.01 * sum(map(len, found))})
 
 
 LIMIT = 2  # of a setup with one objective
@@ -133,7 +133,8 @@ def test_eliminated_candidates_rank_behind_the_others_and_are_not_confirmed(tmp_
 
 
 def test_the_best_of_a_generation_is_scored_on_every_item_before_it_leads(tmp_path: Path) -> None:
-    drive(tmp_path, setup_of(racing=Racing(rungs=(20,))), simulation=simulate)
+    # With most seeds the first that leads, a landmark, is followed once: it is nearly as good as can be.
+    drive(tmp_path, replace(setup_of(racing=Racing(rungs=(20,))), seed=1), simulation=simulate)
     scored = items_scored(tmp_path)
     with Store.open(tmp_path / "search.db") as store:
         fronts = [event.payload["candidates"] for event in store.events(kinds=("front",))]
@@ -195,7 +196,7 @@ def test_a_screen_that_agrees_leaves_out_the_poor_and_one_that_does_not_is_off(t
     def misled(job: Job) -> tuple[float, Measured | Failed]:
         seconds, measured = simulate(job)
         assert isinstance(measured, Measured)
-        noise = np.random.default_rng(int(job.recipe.hash[:8], 16)).random(COUNT).astype(np.float32)
+        noise = np.random.default_rng(luck(job.recipe)).random(COUNT).astype(np.float32)
         scores = [
             {"acc": noise[list(task.indices)]} if task.evaluator == 1 else found
             for task, found in zip(job.tasks, measured.scores, strict=True)
@@ -283,7 +284,7 @@ def test_killed_at_every_write_of_a_race_and_resumed_it_is_the_same_search(tmp_p
 
 def test_a_candidate_that_fails_in_the_midst_of_a_race_leaves_it(tmp_path: Path) -> None:
     def breaks_later(job: Job) -> tuple[float, Measured | Failed]:
-        if job.attempt > 1 and int(job.recipe.hash[0], 16) < 8:
+        if job.attempt > 1 and luck(job.recipe) % 2:
             return 1.0, Failed("error", "broken")
         return simulate(job)
 
