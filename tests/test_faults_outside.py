@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,137 @@ def test_a_command_whose_output_cannot_be_written_says_so(tmp_path: Path) -> Non
     assert done.returncode == 2
     assert "the output: cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# Fails on an item without "a"; scores hang on the model: on how many letters it answers with.
+COUNTING = """\
+def score(items, generate):
+    answers = generate([item["q"] for item in items], max_new_tokens=4)
+    return [item["a"] + len(set(answer)) / 2 for item, answer in zip(items, answers)]
+"""
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a search `s` that cannot be confirmed: a held-out item lacks a field."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "score.py").write_text(COUNTING)
+    for name, first in (("search", 0), ("held_out", 50)):
+        lines = [{"q": f"{n} plus {n} is", "a": n} for n in range(first, first + ITEMS)]
+        if name == "held_out":
+            del lines[3]["a"]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    function = {
+        "evaluator": "python", "file": str(folder / "score.py"), "items_file": str(folder / "search.jsonl"),
+        "held_out_file": str(folder / "held_out.jsonl"), "metrics": {"s": "maximize"}, "metric": "s",
+    }  # fmt: skip
+    file = search_file(folder, objectives={"o": function}, allow_task_code=True, budget={"candidates": 5})
+    assert evomerge("search", file, "--dir", folder / "s") == 2
+    return folder
+
+
+@pytest.fixture
+def unconfirmed(begun: Path) -> Iterator[Path]:
+    """That folder; what a test does to its search and its files is undone."""
+    kept = begun.with_name(f"{begun.name}-kept")
+    shutil.copytree(begun, kept)
+    yield begun
+    shutil.rmtree(begun)
+    kept.rename(begun)
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def complete_item(folder: Path) -> None:
+    edit(folder / "held_out.jsonl", '{"q": "53 plus 53 is"}', '{"q": "53 plus 53 is", "a": 53}')
+
+
+def changes(folder: Path) -> list[list[str]]:
+    """For each time that evaluators were seen to score as before, the candidates that showed it."""
+    with Store.open(folder / "search.db") as store:
+        return [event.payload["scored"] for event in store.events(kinds=("evaluators changed",))]
+
+
+def search_scores(folder: Path) -> list[list[float]]:
+    with Store.open(folder / "search.db") as store:
+        return [store.scores(row.number, "search")[0].metrics["s"].tolist() for row in store.candidates()]
+
+
+def test_a_held_out_item_put_right_is_gone_on_with(unconfirmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search, before = unconfirmed / "s", search_scores(unconfirmed / "s")
+    complete_item(unconfirmed)
+    assert evomerge("confirm", search) == 0
+    ((scored,),) = changes(search)
+    assert scored in capsys.readouterr().out
+    assert search_scores(search) == before
+    with Store.open(search / "search.db") as store:
+        (evaluator,) = store.search().fingerprints["evaluators"]
+        assert '"a": 53' in store.item_texts(evaluator["version"], "held_out")[3][0]
+        assert store.events(kinds=("winner",))
+    assert evomerge("resume", search, "--set", "budget.candidates=6") == 0
+    assert len(changes(search)) == 1  # it is known by now
+    assert evomerge("export", search, unconfirmed / "out") == 0
+    assert (unconfirmed / "out/model.safetensors").is_file()
+
+
+def test_a_function_put_right_is_gone_on_with(unconfirmed: Path) -> None:
+    edit(unconfirmed / "score.py", 'item["a"]', 'item.get("a", 0)')
+    assert evomerge("resume", unconfirmed / "s", "--set", "budget.candidates=6") == 0
+    assert len(changes(unconfirmed / "s")) == 1
+    edit(unconfirmed / "score.py", "/ 2", "/ 2.0")  # and once more, when the held-out split is scored too
+    assert evomerge("confirm", unconfirmed / "s") == 0
+    assert len(changes(unconfirmed / "s")) == 2
+
+
+def test_an_export_sees_for_itself_that_a_changed_function_scores_as_recorded(unconfirmed: Path) -> None:
+    edit(unconfirmed / "score.py", 'item["a"]', 'item.get("a", 0)')
+    assert evomerge("export", unconfirmed / "s", unconfirmed / "out", "--candidate", "c0004") == 0
+    edit(unconfirmed / "score.py", "/ 2", "/ 2 + (item['q'][0] == '4')")
+    assert evomerge("export", unconfirmed / "s", unconfirmed / "other", "--candidate", "c0004") == 2
+    assert not (unconfirmed / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "item"),
+    [
+        ("score.py", "/ 2", "/ 2 + (item['q'][0] == '4')", "item 4"),
+        ("score.py", 'item["a"] +', 'item["a"] * (1 + item["a"] // 5 / 1e4) +', "item 5"),
+        ("score.py", "/ 2", "/ 3", "item"),
+        ("score.py", 'item["a"] +', '[][item["a"]] +', "again"),
+        ("search.jsonl", '"a": 3', '"a": 4', "item 3"),
+        ("search.jsonl", '{"q": "5 plus 5 is", "a": 5}\n', "", "item 5"),
+        ("search.jsonl", '"2 plus 2 is"', '"2 plus 3 is"', "item 2"),
+    ],
+    ids=["one item", "one item, a little", "all items", "broken", "reference", "fewer", "question"],
+)
+def test_what_scores_otherwise_is_refused_with_the_first_item_that_differs(
+    unconfirmed: Path, capsys: pytest.CaptureFixture[str], file: str, old: str, new: str, item: str
+) -> None:
+    edit(unconfirmed / file, old, new)
+    complete_item(unconfirmed)
+    with Store.open(unconfirmed / "s/search.db") as store:
+        before = store.search()
+    capsys.readouterr()
+    assert evomerge("resume", unconfirmed / "s", "--set", "budget.candidates=6") == 2
+    told = capsys.readouterr()
+    assert item in told.err
+    assert "resume:" not in told.out
+    with Store.open(unconfirmed / "s/search.db") as store:
+        assert store.search() == before
+    assert not changes(unconfirmed / "s")
+
+
+def test_held_out_items_stay_once_they_are_scored(unconfirmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complete_item(unconfirmed)
+    assert evomerge("confirm", unconfirmed / "s") == 0
+    edit(unconfirmed / "held_out.jsonl", '"a": 55', '"a": 54')
+    assert evomerge("confirm", unconfirmed / "s") == 2
+    assert "item 5 of its held-out items" in capsys.readouterr().err
+    edit(unconfirmed / "held_out.jsonl", '55 plus 55 is", "a": 54', '55 plus 55 is", "a": 55')
+    edit(unconfirmed / "score.py", "/ 2", "/ 2 + (item['a'] == 52)")  # which a held-out item alone shows
+    assert evomerge("confirm", unconfirmed / "s") == 2
+    assert "item 2 of its held-out items" in capsys.readouterr().err

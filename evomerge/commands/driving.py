@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evomerge.checkpoints.checks import check_finite
+from evomerge.commands.changed import check_changed
 from evomerge.errors import InputError
 from evomerge.observers import Observers
 from evomerge.report.live import Screen
@@ -37,7 +38,7 @@ from evomerge.search.progress import Progress
 from evomerge.search.rebudget import reread_budget
 from evomerge.search.resuming import record_resumed
 from evomerge.search.search_file import SearchFile
-from evomerge.search.session import begin_again, check_unchanged, create_search, fingerprints_of, make_pool, recipe_of
+from evomerge.search.session import as_recorded, begin_again, create_search, fingerprints_of, make_pool, recipe_of
 from evomerge.search.worker import choose_device
 from evomerge.store import Store, acquire
 
@@ -64,6 +65,8 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
         console.print("nothing had been scored yet: the search begins again, as its file is now", style="dim")
     with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        if not check_changed(folder, prepared, store, pool, console):
+            return INTERRUPTED
         record_resumed(folder, store, prepared.file)
         return _drive(folder, prepared, store, pool, artifacts, console)
 
@@ -72,6 +75,8 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
     """Only confirm a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
     with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        if not check_changed(folder, prepared, store, pool, console):
+            return INTERRUPTED
         with _session(folder, prepared, store, pool, artifacts, console) as session:
             done = _confirm(folder, prepared, store, pool, *session)
     console.print(panel(status_of(store)))
@@ -94,11 +99,9 @@ def open_all(file: SearchFile, folder: Path | None = None) -> Prepared:
 
 
 def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
-    """Everything that a recorded search names, opened again and seen to be unchanged where anything was scored."""
+    """Everything that a recorded search names, opened again; the same where anything was scored."""
     prepared = open_all(file, folder)
-    if store.has_scores():
-        check_unchanged(store, prepared)
-    return prepared
+    return as_recorded(store, prepared) if store.has_scores() else prepared
 
 
 def _drive(
@@ -131,7 +134,8 @@ def _drive(
     except Exception:
         traceback.print_exc()
         code = 1
-    how, more = ("go on with more", f" --set {_spent(store)}=N") if code == 0 else ("resume", "")
+    hints = {0: ("go on with more", f" --set {_spent(store)}=N"), 2: ("when that is put right, resume", "")}
+    how, more = hints.get(code, ("resume", ""))
     if has_store(folder):
         console.print(f"{how}: evomerge resume {shlex.quote(str(folder))}{more}", soft_wrap=True)
     return code

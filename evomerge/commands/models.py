@@ -55,13 +55,12 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             from evomerge.merging.export import write_model
             from evomerge.report.card import NAME, Provenance, papers, verification
             from evomerge.search.prepare import open_sources, prepare
-            from evomerge.search.session import check_sources, check_unchanged, contents_of, recipe_of
+            from evomerge.search.session import as_recorded, check_sources, contents_of, recipe_of
 
-            prepared = prepare(file) if verify else None  # else no item is looked at
+            # Where nothing is verified, no item is looked at.
+            prepared = as_recorded(store, prepare(file)) if verify else None
             sources = open_sources(file) if prepared is None else prepared.sources
             check_sources(store, sources)
-            if prepared is not None:
-                check_unchanged(store, prepared)
         recipe = recipe_of(row, file.sources)
         if file.together > 1 and recipe.dtype != "float32":
             # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they

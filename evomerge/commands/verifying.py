@@ -111,14 +111,14 @@ def reproduce(
     lines, all_exact = [], True
     for split in ("search", "held_out"):
         recorded = {scores.evaluator: scores for scores in store.scores(row.number, split)}
-        for evaluator in prepared.evaluators:
-            if evaluator.version not in recorded:
+        for info, evaluator in zip(prepared.setup.evaluators, prepared.evaluators, strict=True):
+            if info.version not in recorded:
                 continue
-            before = recorded[evaluator.version]
+            before = recorded[info.version]
             what = f"{len(before.items)} {split} items"
             say(f"verifying: {evaluator.name}, {what}")
             now = evaluator.score(live, split, before.items.tolist())
-            parts = split == "search" and len(raced.get(evaluator.version, set()) | {len(before.items)}) > 1
+            parts = split == "search" and len(raced.get(info.version, set()) | {len(before.items)}) > 1
             exact = not (rounds or parts)
             found = {
                 metric: difference(now[metric], values, tolerance)

@@ -84,7 +84,8 @@ class Confirmation:
         rows = {row.number: row for row in [*landmarks, *shortlist]}
         if not self._score(rows.values(), recipe_of):
             return False
-        if shortlist and not any(self._is_scored(row.number) for row in shortlist):
+        wanted = shortlist or landmarks
+        if wanted and not any(self._is_scored(row.number) for row in wanted):
             raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
         # A landmark may win: a search that found nothing better than a source must not name something worse.
         self._choose([row.number for row in rows.values() if self._is_scored(row.number)])

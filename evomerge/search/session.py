@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
-from evaluators.base import Split
+from evaluators.base import Evaluator, Split
 from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest, fingerprint
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -28,6 +31,8 @@ from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.prepare import Prepared
 from evomerge.search.setup import MeasureInfo
 from evomerge.store import CandidateRow, ItemTexts, Store
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
 
 _LIBRARIES = (
     "evomerge",
@@ -93,23 +98,81 @@ def check_sources(store: Store, sources: Mapping[str, Source]) -> None:
         check_fingerprints(source, recorded["sources"][name])
 
 
-def check_unchanged(store: Store, prepared: Prepared) -> None:
-    """Refuse to go on when a source or an evaluator is not what it was when the search began."""
+def as_recorded(store: Store, prepared: Prepared) -> Prepared:
+    """What was opened of a search that has scores, with its evaluators under the versions that scores are kept by.
+
+    Whether those that have changed still score as recorded is not known yet: see ``changed_evaluators``.
+
+    Raises:
+        InputError: a source, or an item that was scored, is not what it was.
+    """
     check_sources(store, prepared.sources)
-    recorded = store.search().fingerprints
-    for before, now in zip(recorded["evaluators"], prepared.setup.evaluators, strict=True):
-        if before != asdict(now):
+    recorded: list[dict[str, Any]] = store.search().fingerprints["evaluators"]
+    infos = []
+    for before, info, evaluator in zip(recorded, prepared.setup.evaluators, prepared.evaluators, strict=True):
+        if evaluator.version != _accepted_version(before):
+            _check_items(store, before, evaluator)
+        infos.append(replace(info, version=before["version"]))
+    return replace(prepared, setup=replace(prepared.setup, evaluators=tuple(infos)))
+
+
+def changed_evaluators(store: Store, prepared: Prepared) -> list[int]:
+    """The positions of evaluators that are not known to score as they did when the search began.
+
+    Their data, a file of theirs or a library has changed since.
+    """
+    recorded = store.search().fingerprints["evaluators"]
+    pairs = zip(recorded, prepared.evaluators, strict=True)
+    return [e for e, (before, now) in enumerate(pairs) if now.version != _accepted_version(before)]
+
+
+def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], scored: Sequence[str]) -> None:
+    """Write down that evaluators at these positions score as recorded; ``scored`` are the ids of what showed it."""
+    fingerprints = dict(store.search().fingerprints)
+    entries, texts, named = [*fingerprints["evaluators"]], [], []
+    for e in changed:
+        info, evaluator = prepared.setup.evaluators[e], prepared.evaluators[e]
+        entries[e] = asdict(info) | {"items": _digests(evaluator), "accepted_version": evaluator.version}
+        texts += [ItemTexts(info.version, split, evaluator.texts(split)) for split in _SPLITS]
+        named.append({"name": info.name, "version": evaluator.version})
+    fingerprints["evaluators"] = entries
+    store.change_evaluators(fingerprints, texts, {"evaluators": named, "scored": list(scored)})
+
+
+def _accepted_version(recorded: Mapping[str, Any]) -> str:
+    """The evaluator that scores as recorded: the first one, or the last that was seen to."""
+    return str(recorded.get("accepted_version", recorded["version"]))
+
+
+def _check_items(store: Store, recorded: Mapping[str, Any], evaluator: Evaluator) -> None:
+    """Refuse other items than those that scores are of: the search split's, and held-out ones once any was scored."""
+    version, digests = recorded["version"], recorded.get("items", {})  # an older program kept the texts alone
+    for split in _SPLITS:
+        if split == "held_out" and not store.scored_on(version, split, most=1):
+            continue
+        before, now = store.item_texts(version, split), evaluator.texts(split)
+        pairs = enumerate(zip_longest(before, map(tuple, now)))
+        other = next((f"item {number}" for number, (a, b) in pairs if a != b), None)
+        if other is None and digests.get(split) not in (None, _digests(evaluator)[split]):
+            other = "an item"
+        if other is not None:
             raise InputError(
-                f"objectives: {now.name}",
-                "scores otherwise than when the search began: its data, its task file or lm-eval has changed",
-                "Put the old ones back, or start a new search.",
+                f"objectives: {evaluator.name}",
+                f"{other} of its {split.replace('_', '-')} items is not the one that was scored",
+                "Put the items back as they were, or start a new search. `evomerge export --no-verify` needs no items.",
             )
+
+
+def _digests(evaluator: Evaluator) -> dict[str, str]:
+    """For each split a hash of its items in their order."""
+    return {
+        split: hashlib.sha256(json.dumps(list(evaluator.items(split))).encode()).hexdigest()[:16] for split in _SPLITS
+    }
 
 
 def _item_texts(prepared: Prepared) -> list[ItemTexts]:
     """What the items of every evaluator ask: to be read beside scores, and beside answers where they are kept."""
-    splits: tuple[Split, ...] = get_args(Split)
-    return [ItemTexts(e.version, split, e.texts(split)) for e in prepared.evaluators for split in splits]
+    return [ItemTexts(e.version, split, e.texts(split)) for e in prepared.evaluators for split in _SPLITS]
 
 
 def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
@@ -121,7 +184,10 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
 
     return {
         "sources": {name: fingerprint(source) for name, source in prepared.sources.items()},
-        "evaluators": [asdict(evaluator) for evaluator in setup.evaluators],
+        "evaluators": [
+            asdict(info) | {"items": _digests(evaluator)}
+            for info, evaluator in zip(setup.evaluators, prepared.evaluators, strict=True)
+        ],
         "objectives": [told(objective) for objective in setup.objectives],
         "constraints": [told(constraint) for constraint in setup.constraints],
         "screen": None if setup.screen is None else told(setup.screen),

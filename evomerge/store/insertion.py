@@ -32,8 +32,10 @@ def drop_contents(connection: Connection, search_id: int) -> None:
 
 
 def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTexts]) -> None:
+    """Texts replace older ones of the same evaluator and split."""
     for one in items:
         row = {"search_id": search_id, "evaluator": one.evaluator, "split": one.split}
+        connection.execute(delete(tables.item).where(*(tables.item.c[name] == value for name, value in row.items())))
         connection.execute(insert(tables.item), row | {"texts": _json(one.texts)})
 
 

@@ -311,6 +311,15 @@ class ReadStore:
             return [_scores(row) for row in connection.execute(query)]
 
     @repeated
+    def scored_on(self, evaluator: str, split: str, *, most: int) -> list[int]:
+        """The first candidates with scores by an evaluator on a split, by number, at most so many."""
+        columns = tables.score.c
+        ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
+        query = select(columns.candidate).where(ours).order_by(columns.candidate).limit(most)
+        with self.transaction() as connection:
+            return [int(number) for number in connection.execute(query).scalars()]
+
+    @repeated
     def answers(self, number: int, split: str) -> dict[str, dict[int, str]]:
         """What a candidate answered to items of a split, by evaluator and position; nothing where none were kept."""
         columns = tables.answer.c

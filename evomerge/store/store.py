@@ -288,6 +288,16 @@ class Store(FencedStore):
             self.append_event(connection, "settings", payload={"before": before})
 
     @repeated
+    def change_evaluators(
+        self, fingerprints: Mapping[str, Any], items: Sequence[ItemTexts], payload: Mapping[str, Any]
+    ) -> None:
+        """Take up evaluators that have changed and score as recorded; ``items`` replace those of the same split."""
+        with self.writing() as connection:
+            self._change_search(connection, fingerprints=fingerprints)
+            insertion.insert_items(connection, self.search_id, items)
+            self.append_event(connection, "evaluators changed", payload=payload)
+
+    @repeated
     def begin_again(
         self,
         *,

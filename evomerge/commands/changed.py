@@ -1,0 +1,150 @@
+"""Whether an evaluator that has changed since a search began still scores as recorded.
+
+A person mends a function that fails on one item, or a held-out file with a bad line, and wants to go on. What was
+scored stays true only if the same model has the same scores now, so a recorded candidate is scored again first of all.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from evaluators.base import ItemScores, Split
+from evomerge.commands.verifying import Tolerance, difference
+from evomerge.errors import InputError
+from evomerge.report.entries import candidate_id
+from evomerge.search.control import Control
+from evomerge.search.deadlines import Deadlines
+from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.folder import LOGS_NAME
+from evomerge.search.jobs import Failed, Finished, Measured, Task
+from evomerge.search.pools.base import Pool
+from evomerge.search.prepare import Prepared
+from evomerge.search.session import accept_changed, changed_evaluators, recipe_of
+from evomerge.search.worker import torch_dtype
+from evomerge.store import Scores, Store
+
+_SPLITS: tuple[Split, ...] = ("search", "held_out")
+
+
+def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
+    """Score a candidate again by every evaluator that has changed, and write down that it scores as recorded.
+
+    The held-out split is only scored again where it was scored before. The caller holds the lease.
+
+    Returns:
+        False when a stop came first.
+
+    Raises:
+        InputError: an item scores otherwise, or cannot be scored; nothing is written then.
+    """
+    changed = changed_evaluators(store, prepared) if store.has_scores() else []
+    if not changed:
+        return True
+    names = ", ".join(prepared.setup.evaluators[e].name for e in changed)
+    console.print(f"{names}: changed since the search began; scoring a recorded candidate again", style="dim")
+    tasks: dict[int, list[Task]] = {}
+    for e in changed:
+        for split in _SPLITS:
+            if (number := _most_telling(store, prepared.setup.evaluators[e].version, split)) is not None:
+                scores = _recorded(store, number, prepared.setup.evaluators[e].version, split)
+                tasks.setdefault(number, []).append(Task(e, split, scores.items.tolist()))
+    scored = _Rescoring(folder / LOGS_NAME, prepared, store)
+    rows = [store.candidate(number) for number in tasks]
+    pending = [
+        Pending(row.number, 1, recipe_of(row, prepared.file.sources), row.recipe_hash, tasks[row.number])
+        for row in rows
+    ]
+    deadlines = Deadlines(prepared.file.attempt_hours * 3600)
+    dispatcher = Dispatcher(
+        pool, Control(store.take_commands), prepared.setup.attempts, lambda: None, deadlines,
+        check=prepared.untouched.check,
+    )  # fmt: skip
+    if not dispatcher.run(feed_of(pending), scored):
+        return False
+    shown_by = [candidate_id(number) for number in tasks]
+    accept_changed(store, prepared, changed, shown_by)
+    if shown_by:
+        items = sum(len(task.indices) for each in tasks.values() for task in each)
+        console.print(f"{', '.join(shown_by)}: {items} items score as recorded; going on", style="dim")
+    return True
+
+
+def _most_telling(store: Store, version: str, split: Split) -> int | None:
+    """The landmark to score again: whose scores vary most over the items, for one that solves none shows little.
+
+    Landmarks have all their items scored at once. Without any, the first candidate that has scores; None without one.
+    """
+    landmarks = [row.number for row in store.candidates(step=0)]
+    numbers = store.scored_on(version, split, most=1 + len(landmarks))
+
+    def spread(number: int) -> float:
+        metrics = _recorded(store, number, version, split).metrics.values()
+        return sum(float(values.astype(np.float64).std()) for values in metrics)
+
+    return max([n for n in numbers if n in landmarks] or numbers[:1], key=spread, default=None)
+
+
+def _recorded(store: Store, number: int, version: str, split: Split) -> Scores:
+    return next(scores for scores in store.scores(number, split) if scores.evaluator == version)
+
+
+class _Rescoring:
+    """Compares what comes of candidates that are scored again with what is recorded of them."""
+
+    def __init__(self, logs: Path, prepared: Prepared, store: Store) -> None:
+        self._logs = logs
+        self._prepared = prepared
+        self._store = store
+        model = prepared.sources[prepared.file.tokenizer_source]
+        self._tolerance = Tolerance.of(torch_dtype(prepared.file.dtype) or model.dtype)
+
+    def answer(self, pending: Pending) -> bool:
+        return False
+
+    def dispatched(self, pending: Pending) -> None: ...
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+        for task, scores in zip(pending.tasks, result.scores, strict=True):
+            before = _recorded(
+                self._store, pending.number, self._prepared.setup.evaluators[task.evaluator].version, task.split
+            )
+            self._compare(pending.number, task, before, scores)
+
+    def _compare(self, number: int, task: Task, before: Scores, now: ItemScores) -> None:
+        evaluator = self._prepared.evaluators[task.evaluator]
+        for metric, values in before.metrics.items():
+            if metric in evaluator.measured:
+                continue
+            moved = difference(now[metric], values, self._tolerance)
+            # Batches are those of the search. On another machine sums round otherwise, but then nearly all of them.
+            are_few = 2 * moved.items < len(values)
+            if moved.items and (are_few or moved.beyond or not moved.is_rounding):
+                size = np.abs(now[metric].astype(np.float64) - values)
+                beyond = np.flatnonzero(size > self._tolerance.item * (1 + np.abs(values)))
+                first = int((beyond if len(beyond) else np.flatnonzero(size))[0])
+                raise InputError(
+                    f"objectives: {evaluator.name}",
+                    f"scores otherwise than when the search began: item {task.indices[first]} of its "
+                    f"{task.split.replace('_', '-')} items has {metric} {now[metric][first]:.6g}, and had "
+                    f"{values[first]:.6g}, of {candidate_id(number)}; {moved.items} of {len(values)} items differ",
+                    "Put its data, its files and the libraries back, where the search ran, or start a new search. "
+                    "`evomerge export --no-verify` needs none of them.",
+                )
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
+        log = write_log(self._logs, finished, failure, "again-c")
+        if final:
+            raise InputError(
+                candidate_id(finished.candidate),
+                f"cannot be scored again: {failure.message}" + (f" (see {log})" if log else ""),
+                "It was scored when the search began: put right what has changed since.",
+            )
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def late(self, finished: Finished) -> None: ...
