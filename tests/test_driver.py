@@ -157,14 +157,16 @@ def test_a_workers_fault_is_tried_again_and_then_final(tmp_path: Path) -> None:
 def test_a_lost_node_uses_up_no_attempts_neither_live_nor_in_replay(tmp_path: Path) -> None:
     """Candidate 5 loses its node four times, two of them before a new driver takes over, and its worker twice."""
     lost = ["node_lost", "node_lost", "driver", "node_lost", "worker_died", "node_lost", "worker_died"]
-    ends = iter(lost)
+    # The first driver dies before others have scored; with the second they have when a worker dies, which is to blame.
+    ends = iter(zip(lost, [0.1, 0.1, 0.0, 9.0, 9.0, 9.0, 9.0], strict=True))
 
     def breaks(job: Job) -> tuple[float, Measured | Failed]:
-        if job.candidate != 5 or (end := next(ends, None)) is None:
+        if job.candidate != 5 or (found := next(ends, None)) is None:
             return simulate(job)
+        end, seconds = found
         if end == "driver":
             raise Killed
-        return 1.0, Failed(end, "gone")  # type: ignore[arg-type]
+        return seconds, Failed(end, "gone")  # type: ignore[arg-type]
 
     setup = make_setup(candidates=12, attempts=2)
     with pytest.raises(Killed):
