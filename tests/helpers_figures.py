@@ -72,7 +72,7 @@ def two_objectives(candidates: int = 30) -> Setup:
 
 def constrained() -> Setup:
     """One objective, and a constraint on another evaluator that some candidates miss."""
-    limit = ConstraintInfo("language", 1, "acc", True, ITEMS, 0.9)
+    limit = ConstraintInfo("language", 1, "acc", True, ITEMS, 0.92)
     evaluators = tuple(EvaluatorInfo(f"task{i}", f"v{i}", ITEMS, ITEMS) for i in range(2))
     return replace(make_setup(candidates=25), constraints=(limit,), evaluators=evaluators)
 
