@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +308,7 @@ def main() -> int:
         for position, kind in enumerate(kinds):
             each = options.kills // len(kinds) + (position < options.kills % len(kinds))
             rows.append(run(kind, Path(name) / f"{position}", server, each, rng))
-    print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else table(rows))
+    print(json.dumps([vars(row) for row in rows], indent=2) if options.json else table(rows))
     return 0 if all(row.is_right for row in rows) else 1
 
 

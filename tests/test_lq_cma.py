@@ -156,7 +156,7 @@ def test_asks_for_as_many_as_the_model_needs() -> None:
     optimizer = LQ.build(reals(6), 1, 3)
     loss = ellipsoid(6, 10, True)
     assert (optimizer.population, optimizer.parents) == (5, 2)
-    search(optimizer, loss, 60)
+    search(optimizer, loss, 100)  # by then the model ranks all points right, however a processor rounds
     asked = []
     for _ in range(5):
         asked.append((optimizer.population, optimizer.parents))

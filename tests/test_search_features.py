@@ -404,8 +404,8 @@ def test_a_search_file_of_an_older_program_is_no_difference(featured: Path) -> N
             def search(self) -> Any:
                 return replace(store.search(), settings=older)
 
-            def counts(self) -> Any:
-                return store.counts()
+            def has_scores(self) -> bool:
+                return store.has_scores()
 
         assert resumed_file(featured, Older(), ()).name == "small"  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"racing\.rungs"):

@@ -73,6 +73,7 @@ class FencedStore(ReadStore):
             if not all(write(connection) for write in writes):
                 raise ValueError("an attempt had ended before")
 
+    @repeated
     def _write(self, write: Callable[[Connection], bool]) -> bool:
         """Write in a transaction of its own, or later in that of all others (``at_once``); whether it was done."""
         if self._held is not None:
