@@ -313,6 +313,7 @@ def test_prompts_and_answers_are_read_in_a_terminal(tmp_path: Path, capsys: pyte
     objectives = {
         "said": {"evaluator": "rouge", "metric": "rouge_l", "file": "items.jsonl", "max_new_tokens": 4},
         "likely": {"evaluator": "likelihood", "metric": "log_likelihood", "file": "items.jsonl", "num_fewshot": 1},
+        "size": {"evaluator": "cost", "metric": "parameters"},
     }
     optimizer = {"name": "random"}
     file = search_file(
@@ -321,6 +322,7 @@ def test_prompts_and_answers_are_read_in_a_terminal(tmp_path: Path, capsys: pyte
     assert evomerge("validate", file, "--show-prompt") == 0
     shown = capsys.readouterr().out
     assert "objectives.likely: " in shown
+    assert "objectives.size: its prompts, if any" in shown
     assert shown.count("'<bos>'") == 2
     assert "| \\x1b[2J答:" in shown
     assert evomerge("search", file, "--dir", tmp_path / "out") == 0

@@ -430,7 +430,7 @@ def test_the_plan_says_what_rungs_and_screen_cost(tmp_path: Path, capsys: pytest
     # 5 landmarks of 100 items, and 16 candidates of 20 to 100
     assert "20 to 100 items a candidate, 40 to 70 for most, 820 to 2,100 in all" in text
     assert "warning racing" not in text
-    assert "warning english: 20 search items: few" in text
+    assert "warning english: 20 search items have an uncertain mean" in text
     assert "warning mini_math_ja" not in text
     alone = planned(capsys, features(tmp_path, screen=None, constraints={}))
     assert "10 to 60 items a candidate, 10 to 30 for most, 460 to 1,260 in all" in alone

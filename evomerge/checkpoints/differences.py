@@ -95,7 +95,7 @@ def _twice(sources: Mapping[str, Source]) -> list[str]:
     for name, source in sources.items():
         first = names.setdefault(frozenset(os.path.realpath(file) for file in source.files), name)
         if first != name:
-            found.append(f"{first} and {name} are the same model ({source.folder}): merging both adds nothing")
+            found.append(f"{first} and {name} are the same model ({source.reference}): merging both adds nothing")
     return found
 
 

@@ -41,8 +41,12 @@ def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False)
         from evomerge.report.prompts import prompt_lines
         from evomerge.search.asking import shown_prompts
 
+        silent = dict.fromkeys(prepared.named_evaluators)
         for shown in shown_prompts(prepared.named_evaluators, prepared.reader()):
+            silent.pop(shown.place, None)
             console.print("", *prompt_lines(shown), sep="\n")
+        for place in silent:
+            console.print("", f"{place}: its prompts, if any, are known only as it runs", sep="\n")
     console.print("valid", style="green")
 
 

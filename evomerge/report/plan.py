@@ -91,7 +91,15 @@ def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def _told(settings: Mapping[str, Any]) -> str:
     """Settings in one line: name cma, sigma 0.167, x0 centre."""
-    return ", ".join(f"{key} {f'{v:.3g}' if isinstance(v, float) else v}" for key, v in settings.items())
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"({_told(value)})"
+        if isinstance(value, list | tuple):
+            return " ".join(map(text, value))
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{key} {text(value)}" for key, value in settings.items())
 
 
 def _memory(prepared: Prepared) -> str:
@@ -130,9 +138,11 @@ def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
             continue
         for split, items in (("search", measure.items), ("held-out", evaluator.held_out_items)):
             if items < FEW_ITEMS:
-                said = "one says nothing of how sure its mean is, and names no winner" if items == 1 else "few"
-                wanted = f"so that its mean is uncertain: use {FEW_ITEMS} or more"
-                yield "warning", f"{measure.name}: {items} {split} item{'s' * (items > 1)}: {said}; {wanted}"
+                said = "have an uncertain mean"
+                if items == 1:
+                    said = "says nothing of how sure its mean is, and names no winner"
+                count = f"{items} {split} item{'s' * (items > 1)}"
+                yield "warning", f"{measure.name}: {count} {said}; use {FEW_ITEMS} or more"
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:
