@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning
+from evomerge.report.fitting import ranges
 
 if TYPE_CHECKING:
     from evomerge.report.inspection import Inspection, Pair, SourceDistance
@@ -43,7 +44,7 @@ def _of_source(source: SourceDistance, found: Inspection) -> Iterable[str]:
     ]
     if layers:
         of = sum(part.startswith("layer ") for part in found.parts)
-        yield f"{source.name} left {len(layers)} of {of} layers as they are in {base}: {_ranges(layers)}."
+        yield f"{source.name} left {len(layers)} of {of} layers as they are in {base}: {ranges(layers)}."
 
 
 def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
@@ -79,7 +80,7 @@ def _of_rounding(found: Inspection, opened: Mapping[str, Source]) -> Iterable[st
 def _places(parts: Sequence[str]) -> str:
     """layers 0-3, 7, norm"""
     layers = [_layer(part) for part in parts if _layer(part) >= 0]
-    named = [f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"] if layers else []
+    named = [f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"] if layers else []
     return ", ".join([*named, *(part for part in parts if _layer(part) < 0)])
 
 
@@ -97,14 +98,3 @@ def _of_pairs(pairs: Sequence[Pair]) -> Iterable[str]:
             )
         elif cosine is not None and cosine < OPPOSITE:
             yield f"{pair.a} and {pair.b} work against each other (cosine {cosine:.3f}): their sum undoes part of both."
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0-3, 7"""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

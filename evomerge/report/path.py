@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.recipe import Blend, Recipe
+from evomerge.report.fitting import ranges
 from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
 
 _PLOT, _LEFT, _RIGHT = 880.0, 40.0, 16.0  # the plot's usual width and its margins, in the picture's units
@@ -109,10 +110,9 @@ def _coverage(path: Sequence[_Step], name: str, depth: int) -> str:
     times = Counter(step.layers[name] for step in path if name in step.layers)
     parts = [f"{len(times)} of {depth} layers"]
     if skipped := [layer for layer in range(depth) if layer not in times]:
-        parts.append(f"skips {', '.join(_ranges(skipped))}")
+        parts.append(f"skips {ranges(skipped)}")
     for count in sorted(set(times.values()) - {1}):
-        repeated = _ranges(sorted(layer for layer, n in times.items() if n == count))
-        parts.append(f"{count} times {', '.join(repeated)}")
+        parts.append(f"{count} times {ranges(sorted(layer for layer, n in times.items() if n == count))}")
     return "; ".join(parts)
 
 
@@ -159,15 +159,6 @@ def _scale_range(scales: Sequence[float]) -> str:
 
 def _number(scale: float) -> str:
     return f"{round(scale, 2) + 0.0:g}"  # + 0.0: no -0
-
-
-def _ranges(layers: Sequence[int]) -> list[str]:
-    """Rising numbers with their neighbours joined: 1 2 3 7 as 1-3, 7."""
-    found = []
-    for _, group in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
-        members = [layer for _, layer in group]
-        found.append(_span(members[0], members[-1]))
-    return found
 
 
 def _span(first: int, last: int) -> str:

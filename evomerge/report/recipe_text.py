@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from evomerge.recipe import Blend, Recipe
+from evomerge.report.fitting import ranges
 
 _MOST_TENSORS = 3  # tensors of their own that a line names
 
@@ -38,7 +39,7 @@ def _parts(recipe: Recipe, number: int) -> str:
     layers: dict[str, list[str]] = {}  # kinds of parts by the layers that the blend makes of them
     for kind in ("attention", "mlp", "norm"):
         if hops := [i for i, hop in enumerate(recipe.hops) if getattr(hop, kind) == number]:
-            layers.setdefault(_runs(hops), []).append(kind)
+            layers.setdefault(ranges(hops, " to "), []).append(kind)
     for runs, kinds in layers.items():
         which = f"layer {runs}" if runs.isdecimal() else f"layers {runs}"
         names.append(which if len(kinds) == 3 else f"{' and '.join(kinds)} of {which}")
@@ -47,17 +48,6 @@ def _parts(recipe: Recipe, number: int) -> str:
         more = f" and {len(apart) - _MOST_TENSORS} more tensors" if len(apart) > _MOST_TENSORS else ""
         names.append(", ".join(apart[:_MOST_TENSORS]) + more)
     return "; ".join(names)
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """Rising numbers in runs: 0 to 9, 12, 20 to 29."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _words(blend: Blend) -> str:
