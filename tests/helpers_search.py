@@ -169,7 +169,8 @@ class Killed(BaseException):
 def dying(after_commits: int) -> mock._patch[object]:
     """Let the driver's n-th next write commit, and then die."""
     left = [after_commits]
-    names = ("record_ask", "record_dispatch", "record_rung", "record_result", "record_cached", "record_tell")
+    # Results are held back until all that came at once are known; what writes them then is ``_write_all``.
+    names = ("record_ask", "record_dispatch", "record_cached", "record_tell", "_write_all")
 
     def wrap(name: str) -> object:
         original = getattr(Store, name)
