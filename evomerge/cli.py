@@ -77,7 +77,7 @@ def search(
     """Run a search to the end of its budget. Then its best are confirmed on the held-out split."""
     settings = [*set_, "cluster.insecure=true"] if insecure else set_
     if address is not None:
-        from evomerge.search.launch import launch
+        from evomerge.search.clusters.launch import launch
 
         raise typer.Exit(launch(file, dir_, settings, address, detach=detach, insecure=insecure))
     from evomerge.commands.run import search

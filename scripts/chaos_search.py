@@ -20,14 +20,14 @@ from sqlalchemy import Engine, event
 
 from evomerge.method_spec import MethodParameter, MethodSpec
 from evomerge.optimizers import CmaSettings
-from evomerge.search import deadlines
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Failed, Finished, Job, Measured
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.search_file import SearchFile
-from evomerge.search.sections import Budget, Cluster, Confirm
-from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.preparing.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.settings.sections import Budget, Cluster, Confirm
+from evomerge.search.work import deadlines
+from evomerge.search.work.jobs import Failed, Finished, Job, Measured
 from evomerge.store import Store, acquire
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings

@@ -168,7 +168,7 @@ def ended(child: int, seconds: float) -> int | None:
 def events(folder: Path) -> int:
     """How much has been recorded so far."""
     from evomerge.errors import InputError
-    from evomerge.search.folder import open_store
+    from evomerge.search.settings.folder import open_store
 
     try:
         with open_store(folder) as store:
@@ -179,7 +179,7 @@ def events(folder: Path) -> int:
 
 def snapshot(folder: Path) -> dict[str, Any]:
     """All that must be equal, bit for bit, in two searches that are the same."""
-    from evomerge.search.folder import open_store
+    from evomerge.search.settings.folder import open_store
 
     with open_store(folder) as store:
         found: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
 def faults(folder: Path) -> Iterator[str]:
     """ "doubled" for each candidate with two results, "damaged" for a store that is so."""
     from evomerge.errors import InputError
-    from evomerge.search.folder import open_store
+    from evomerge.search.settings.folder import open_store
     from evomerge.store.engine import check_intact
 
     with open_store(folder) as store:
@@ -254,7 +254,7 @@ def kill_one(searches: Searches, row: Row, whole: dict[str, Any], length: int, k
 
 def _state(folder: Path) -> str:
     from evomerge.errors import InputError
-    from evomerge.search.folder import open_store
+    from evomerge.search.settings.folder import open_store
 
     try:
         with open_store(folder) as store:

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from evomerge.report.status import Value, candidate_id, read_status
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 
 
 def main() -> None:

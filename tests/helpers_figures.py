@@ -13,12 +13,12 @@ from helpers_search import ITEMS, SOURCES, drive, luck, make_setup, simulate
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import CmaSettings
 from evomerge.recipe import Recipe
-from evomerge.search.confirm import Confirmation
-from evomerge.search.control import Control
-from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.driving.confirm import Confirmation
+from evomerge.search.driving.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.sections import Confirm
-from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, Setup
+from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, Setup
+from evomerge.search.settings.sections import Confirm
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import CandidateRow, Store, acquire
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpaceSettings

@@ -13,12 +13,12 @@ import numpy as np
 from evomerge.genome import Genome, Landmark, Parameter
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipe import Blend, Recipe
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.sections import Budget, Confirm
-from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.preparing.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.settings.sections import Budget, Confirm
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import Store, acquire
 
 ITEMS = 40

@@ -16,7 +16,7 @@ from helpers_miniature import MINIATURES
 from helpers_search import drive, make_setup
 from starlette.testclient import TestClient
 
-from evomerge.search.setup import Setup
+from evomerge.search.preparing.setup import Setup
 from evomerge.service.app import ServiceSettings, create_app
 from evomerge.service.connections import Server
 from evomerge.service.root import Root

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from helpers_miniature import ROOT, environment, search_file
 
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 
 SBATCH = ROOT / "scripts/slurm/search.sbatch"
 MANIFESTS = sorted((ROOT / "scripts/kubernetes").glob("*.yaml"))

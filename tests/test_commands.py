@@ -26,9 +26,9 @@ from evomerge.commands.look import send
 from evomerge.commands.run import resume
 from evomerge.errors import InputError
 from evomerge.report.screen import make_console, p_text
-from evomerge.search.folder import open_store
-from evomerge.search.search_file import load_search_file
-from evomerge.search.session import recipe_of
+from evomerge.search.opening.session import recipe_of
+from evomerge.search.settings.folder import open_store
+from evomerge.search.settings.search_file import load_search_file
 
 
 def test_help_is_quick() -> None:
@@ -256,8 +256,8 @@ assert not any(name == "evomerge" or name.startswith("evomerge.") for name in sy
 
 def test_a_process_without_evomerge_generates_what_the_candidate_did(exported: Path, searched: Path) -> None:
     from evomerge.merging.materialise import Materialiser
-    from evomerge.search.prepare import open_sources
-    from evomerge.search.search_file import SearchFile
+    from evomerge.search.preparing.prepare import open_sources
+    from evomerge.search.settings.search_file import SearchFile
 
     prompt = "問: ハナは切手を29枚持っています。ケンは切手を51枚持っています。合わせて何枚ありますか。\n答:"
     done = subprocess.run(

@@ -12,12 +12,12 @@ from helpers_search import FakeSpace, drive, make_setup, scores_of, simulate
 
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
-from evomerge.search.confirm import Confirmation
-from evomerge.search.control import Control
-from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.driving.confirm import Confirmation
+from evomerge.search.driving.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.sections import Confirm
-from evomerge.search.setup import Setup
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.sections import Confirm
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import CandidateRow, Store, acquire
 
 

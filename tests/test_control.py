@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import pytest
 
-from evomerge.search import control
-from evomerge.search.control import Control
+from evomerge.search.driving import control
+from evomerge.search.driving.control import Control
 
 
 def test_the_first_stops_and_the_second_cancels() -> None:

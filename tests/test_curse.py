@@ -18,11 +18,11 @@ from evomerge.report.card import Provenance, papers
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.status import Value, status_of
-from evomerge.search.confirm import Confirmation
-from evomerge.search.control import Control
+from evomerge.search.driving.confirm import Confirmation
+from evomerge.search.driving.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.sections import Confirm
-from evomerge.search.setup import Setup
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.sections import Confirm
 from evomerge.store import CandidateRow, Store, acquire
 
 SVG = "{http://www.w3.org/2000/svg}"

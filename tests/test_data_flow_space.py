@@ -21,7 +21,7 @@ from evomerge.merging.registry import METHODS, find_method
 from evomerge.method_spec import check_blend
 from evomerge.optimizers import CmaSettings
 from evomerge.recipe import Recipe
-from evomerge.search.search_file import explain
+from evomerge.search.settings.search_file import explain
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, DataFlowSpaceSettings
 

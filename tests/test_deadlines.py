@@ -13,13 +13,13 @@ from helpers_search import Killed, create_store, drive, make_setup, scores_of, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.search.control import Control
-from evomerge.search.deadlines import ENOUGH, FACTOR, LEAST_S, MOST_S, Deadlines, recorded_attempts
-from evomerge.search.dispatch import Dispatcher, Pending, feed_of
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Failed, Finished, Job, Measured, Task
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.sections import Mode, Racing
+from evomerge.search.settings.sections import Mode, Racing
+from evomerge.search.work.deadlines import ENOUGH, FACTOR, LEAST_S, MOST_S, Deadlines, recorded_attempts
+from evomerge.search.work.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.store import EventRow, Store, acquire
 
 

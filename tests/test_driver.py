@@ -25,11 +25,11 @@ from helpers_search import (
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.sections import Budget
+from evomerge.search.settings.sections import Budget
+from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews
 from evomerge.store import Store, acquire
 
 
@@ -381,7 +381,7 @@ def test_workers_that_die_before_any_has_scored_are_the_clusters_fault(tmp_path:
         died[0] += 1
         return (1.0, Failed("worker_died", "killed")) if died[0] <= deaths else simulate(job)
 
-    with mock.patch("evomerge.search.dispatch._PAUSE_S", 0.0):
+    with mock.patch("evomerge.search.driving.dispatch._PAUSE_S", 0.0):
         drive(tmp_path, make_setup(candidates=12), simulation=dying_at_first, workers=1)
     with Store.open(tmp_path / "search.db") as store:
         assert store.search().state == "finished"
@@ -391,7 +391,10 @@ def test_workers_that_die_before_any_has_scored_are_the_clusters_fault(tmp_path:
 
 
 def test_a_cluster_on_which_nothing_lives_ends_the_search_with_its_last_words(tmp_path: Path) -> None:
-    with mock.patch("evomerge.search.dispatch._PAUSE_S", 0.0), pytest.raises(InputError, match="the last one: killed"):
+    with (
+        mock.patch("evomerge.search.driving.dispatch._PAUSE_S", 0.0),
+        pytest.raises(InputError, match="the last one: killed"),
+    ):
         drive(tmp_path, make_setup(), simulation=lambda job: (1.0, Failed("worker_died", "killed")), workers=2)
 
 
@@ -399,7 +402,7 @@ def test_one_source_that_kills_its_worker_is_told_from_a_cluster_that_does(tmp_p
     def one_kills(job: Job) -> tuple[float, Measured | Failed]:
         return (1.0, Failed("worker_died", "killed")) if job.candidate == 0 else simulate(job)
 
-    with mock.patch("evomerge.search.dispatch._PAUSE_S", 0.0):
+    with mock.patch("evomerge.search.driving.dispatch._PAUSE_S", 0.0):
         drive(tmp_path, make_setup(candidates=12), simulation=one_kills, workers=1)
     with Store.open(tmp_path / "search.db") as store:
         assert [row.number for row in store.candidates(statuses=["failed"])] == [0]

@@ -36,7 +36,7 @@ from evaluators.prompts import Reader, told_too_long
 from evaluators.stopping import StopAtText
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
-from evomerge.search.search_file import load_search_file
+from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 
 ITEMS = 12

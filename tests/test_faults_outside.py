@@ -113,7 +113,7 @@ def test_a_folder_that_is_renamed_under_a_search_is_still_its_own(tmp_path: Path
 def test_a_mapped_file_that_is_cut_ends_the_process_with_a_word(tmp_path: Path) -> None:
     code = (
         "import mmap, sys\n"
-        "from evomerge.search.bus_errors import explain_bus_errors\n"
+        "from evomerge.search.workers.bus_errors import explain_bus_errors\n"
         "explain_bus_errors('error: it was cut')\n"
         "file = open(sys.argv[1], 'r+b')\n"
         "seen = mmap.mmap(file.fileno(), 0)\n"

@@ -10,7 +10,7 @@ import pytest
 from helpers_postgres import Server, database, postgres
 
 from evomerge.errors import InputError
-from evomerge.search.folder import (
+from evomerge.search.settings.folder import (
     FILE_NAME,
     STORE_NAME,
     STORE_VARIABLE,

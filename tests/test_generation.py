@@ -14,9 +14,9 @@ from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, ta
 from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.cma_es import Cma
-from evomerge.search.jobs import Failed, Job, Measured
-from evomerge.search.sections import Racing
-from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
+from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
+from evomerge.search.settings.sections import Racing
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import Store
 
 COUNT = 240

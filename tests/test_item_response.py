@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from evomerge.search.item_response import (
+from evomerge.search.estimation.item_response import (
     EASINESS_SPREAD,
     SLOPE_SPREAD,
     ItemModel,
@@ -16,8 +16,8 @@ from evomerge.search.item_response import (
     held_out_error,
     p_irt,
 )
-from evomerge.search.items import ItemOrder, plain_order
-from evomerge.search.racing import difference_estimate
+from evomerge.search.estimation.items import ItemOrder, plain_order
+from evomerge.search.estimation.racing import difference_estimate
 from evomerge.store import Estimate
 
 Matrix = NDArray[np.float64]

@@ -22,9 +22,8 @@ import yaml
 from helpers_miniature import environment, evomerge, search_file
 
 from evomerge.errors import InputError
-from evomerge.search import launch as launching
-from evomerge.search.folder import open_store
-from evomerge.search.launch import (
+from evomerge.search.clusters import launch as launching
+from evomerge.search.clusters.launch import (
     INTERRUPTED,
     Listener,
     asks_for_token,
@@ -38,9 +37,10 @@ from evomerge.search.launch import (
     stage,
     who_listens,
 )
-from evomerge.search.prepare import prepare
-from evomerge.search.search_file import load_search_file
-from evomerge.search.session import create_search, fingerprints_of
+from evomerge.search.opening.session import create_search, fingerprints_of
+from evomerge.search.preparing.prepare import prepare
+from evomerge.search.settings.folder import open_store
+from evomerge.search.settings.search_file import load_search_file
 from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.problems import ProblemError
 from evomerge.service.ray_jobs import RayJobs

@@ -30,10 +30,10 @@ from evomerge.commands.run import resume
 from evomerge.errors import InputError
 from evomerge.merging.delivery import LAST, SUMS, check_free, upload
 from evomerge.objects import Storage, StorageError, check_url
-from evomerge.search import claim
-from evomerge.search.artifacts import Artifacts, copy_url, fetch
-from evomerge.search.claim import KEPT, RECORD, Claim
-from evomerge.search.search_file import load_search_file
+from evomerge.search.opening import claim
+from evomerge.search.opening.artifacts import Artifacts, copy_url, fetch
+from evomerge.search.opening.claim import KEPT, RECORD, Claim
+from evomerge.search.settings.search_file import load_search_file
 from evomerge.store import Store, acquire
 from evomerge.store.lease import Holder
 

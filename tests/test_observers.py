@@ -28,9 +28,9 @@ from evomerge.errors import InputError
 from evomerge.observers import Observer, ObserverList, Observers, ObserverSettings, follow
 from evomerge.observers.base import News
 from evomerge.observers.prometheus import Gpus, Prometheus
-from evomerge.search.control import Control
-from evomerge.search.jobs import Failed, Job, Measured, PoolState
-from evomerge.search.setup import Setup
+from evomerge.search.driving.control import Control
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.work.jobs import Failed, Job, Measured, PoolState
 from evomerge.store import Scores, Store, acquire
 
 SETUP = make_setup(space=FakeSpace(3), objectives=2, candidates=24)  # each objective on 40 items

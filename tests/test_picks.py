@@ -19,10 +19,10 @@ from evomerge.report.naming import chosen, exported
 from evomerge.report.picks import conclusions
 from evomerge.report.screen import line, panel
 from evomerge.report.status import SearchStatus, status_of
-from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.pools.simulated import Simulation
-from evomerge.search.preference import Preference, ranked
-from evomerge.search.setup import Setup
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.service.drivers import Drivers
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of

@@ -8,11 +8,11 @@ from typing import get_args
 import pytest
 from helpers_search import FakeSpace
 
-from evomerge.search.jobs import Finished, Job, Measured, NewsKind, PoolNews
+from evomerge.search.clusters.starts import FIRST_PAUSE_S, TOGETHER, TRIES, TRIES_AT_FIRST, Starts
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.pools.starts import FIRST_PAUSE_S, TOGETHER, TRIES, TRIES_AT_FIRST, Starts
+from evomerge.search.work.jobs import Finished, Job, Measured, NewsKind, PoolNews
 
 RECIPE = next(FakeSpace().landmarks()).recipe
 

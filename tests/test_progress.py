@@ -10,10 +10,10 @@ from helpers_search import drive
 from test_generation import RACE, setup_of, simulate
 
 from evomerge.optimizers import CmaSettings
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
+from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.progress import Progress
 from evomerge.store import Store, acquire
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from evomerge.search.items import STRATA, ItemOrder, item_order
-from evomerge.search.racing import (
+from evomerge.search.estimation.items import STRATA, ItemOrder, item_order
+from evomerge.search.estimation.racing import (
     Sample,
     difference_estimate,
     stratified_estimate,
@@ -22,9 +22,9 @@ from evomerge.search.racing import (
     surely_less,
     verdicts,
 )
-from evomerge.search.scores import Sheet, estimate
-from evomerge.search.screening import LEAST_PAIRS, Pair, Screening, weighted_tau
-from evomerge.search.setup import ScreenInfo, Setup
+from evomerge.search.estimation.scores import Sheet, estimate
+from evomerge.search.estimation.screening import LEAST_PAIRS, Pair, Screening, weighted_tau
+from evomerge.search.preparing.setup import ScreenInfo, Setup
 
 STRATUM = np.array([0, 0, 0, 1, 1, 1, 1])  # a population of seven items in two strata
 SCORES = np.array([0.0, 1.0, 0.5, 2.0, 2.5, 2.0, 4.0])

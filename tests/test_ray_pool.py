@@ -20,18 +20,18 @@ from test_deadlines import Notes
 from test_pools import RECIPE, PoolContract
 
 from evomerge.errors import InputError
-from evomerge.search.control import Control
-from evomerge.search.deadlines import Deadlines
-from evomerge.search.dispatch import Dispatcher, Pending, feed_of
-from evomerge.search.folder import open_store
-from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews
-from evomerge.search.pools import nodes, starts
+from evomerge.search.clusters import nodes, starts
+from evomerge.search.clusters.nodes import worker_limits, workers_that_fit
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of
 from evomerge.search.pools import ray as ray_pool
-from evomerge.search.pools.nodes import worker_limits, workers_that_fit
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.runtime_env import runtime_env_of
-from evomerge.search.search_file import load_search_file
-from evomerge.search.sections import Cluster, Workers
+from evomerge.search.settings.folder import open_store
+from evomerge.search.settings.runtime_env import runtime_env_of
+from evomerge.search.settings.search_file import load_search_file
+from evomerge.search.settings.sections import Cluster, Workers
+from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from evomerge.report.status import (
     status_of,
     unrecorded_s,
 )  # fmt: skip
-from evomerge.search.jobs import PoolState
+from evomerge.search.work.jobs import PoolState
 from evomerge.store import NewCandidate, Store, acquire
 
 

@@ -25,14 +25,14 @@ from evomerge.report.entries import entry
 from evomerge.report.naming import chosen
 from evomerge.report.screen import cells, panel
 from evomerge.report.status import SearchStatus, status_of
-from evomerge.search.confirm import Confirmation
-from evomerge.search.control import Control
-from evomerge.search.folder import FILE_NAME, open_store
-from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.driving.confirm import Confirmation
+from evomerge.search.driving.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.resuming import resumed_file
-from evomerge.search.sections import Racing
-from evomerge.search.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
+from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
+from evomerge.search.settings.folder import FILE_NAME, open_store
+from evomerge.search.settings.resuming import resumed_file
+from evomerge.search.settings.sections import Racing
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import CandidateRow, Store, acquire
 
 COUNT = 120

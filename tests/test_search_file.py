@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from evomerge.errors import InputError
-from evomerge.search.search_file import SearchFile, load_search_file, parse_search_file
+from evomerge.search.settings.search_file import SearchFile, load_search_file, parse_search_file
 
 GOOD = """
 name: example

@@ -17,8 +17,8 @@ from helpers_miniature import COMMAND, MINIATURES, environment
 from helpers_service import TOKEN, make_search
 
 from evomerge.errors import InputError
-from evomerge.search.rebudget import reread_budget
-from evomerge.search.sections import Budget
+from evomerge.search.settings.rebudget import reread_budget
+from evomerge.search.settings.sections import Budget
 from evomerge.service.bodies import NewBudget
 from evomerge.service.client import Client
 from evomerge.service.drivers import RECORD_NAME, Drivers, DriverState

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from evomerge.recipe import Blend, Recipe
 from evomerge.report.curse import curse_of
 from evomerge.report.svg import DARK, LIGHT
-from evomerge.search.sections import Racing
+from evomerge.search.settings.sections import Racing
 from evomerge.service import problems
 from evomerge.service.api import figures as api
 from evomerge.service.app import ServiceSettings

@@ -25,8 +25,8 @@ from evomerge.optimizers import OptimizerSettings
 from evomerge.report.comparing import Comparison
 from evomerge.report.screen import gain_text
 from evomerge.report.status import SearchStatus, status_of
-from evomerge.search.search_file import SearchFile
-from evomerge.search.sections import Budget, Cluster, Confirm, Racing
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.settings.sections import Budget, Cluster, Confirm, Racing
 from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evomerge.search.statistics import (
+from evomerge.search.estimation.statistics import (
     Corrected,
     Matrix,
     kendall_tau,

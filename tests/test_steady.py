@@ -14,10 +14,10 @@ from test_generation import COUNT, RACE, items_scored, setup_of, simulate
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
-from evomerge.search.control import Control
-from evomerge.search.jobs import Failed, Job, Measured
-from evomerge.search.sections import Racing
-from evomerge.search.setup import Setup
+from evomerge.search.driving.control import Control
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.sections import Racing
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import Store
 
 

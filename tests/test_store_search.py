@@ -8,7 +8,7 @@ import pytest
 from helpers_miniature import evomerge, json_of, search_file
 from helpers_postgres import Server, database, postgres
 
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 from evomerge.store import Store
 
 __all__ = ["database", "postgres"]  # fixtures

@@ -35,8 +35,8 @@ from evomerge.checkpoints.source import Source
 from evomerge.merging.low_rank import base_recipe, family_of
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import Recipe
-from evomerge.search.jobs import Failed, Finished, Job, Measured, Task
-from evomerge.search.worker import Worker
+from evomerge.search.work.jobs import Failed, Finished, Job, Measured, Task
+from evomerge.search.workers.worker import Worker
 
 SHOTS = "Q: 2 + 3?\nA: 5\n\nQ: 7 - 1?\nA: 6\n\n"
 PROMPTS = [f"{SHOTS}Q: {'so ' * (n % 4)}what is {n * n} + {n}?\nA:" for n in range(14)]
@@ -62,7 +62,9 @@ def second_tries(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     """Of candidates that could not be answered in one go; a test that expects one takes it out."""
     found: list[str] = []
     yield found
-    logged = [record.message for record in caplog.get_records("call") if record.name == "evomerge.search.together"]
+    logged = [
+        record.message for record in caplog.get_records("call") if record.name == "evomerge.search.workers.together"
+    ]
     assert logged == found
 
 

@@ -11,7 +11,7 @@ from helpers_miniature import MINIATURES, ROOT, evomerge, search_file
 from test_adapters import LINEAR, train
 
 from evomerge.cli import main
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 from evomerge.store import Store
 
 BASE = MINIATURES / "base"

@@ -26,8 +26,8 @@ from evomerge.commands.merge import merge
 from evomerge.errors import InputError
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import Blend, Recipe
-from evomerge.search.prepare import build_space, open_sources
-from evomerge.search.search_file import parse_search_file
+from evomerge.search.preparing.prepare import build_space, open_sources
+from evomerge.search.settings.search_file import parse_search_file
 from evomerge.vocabulary import Vocabulary
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

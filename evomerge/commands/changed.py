@@ -16,15 +16,15 @@ from evaluators.base import ItemScores, Split
 from evomerge.commands.verifying import Tolerance, difference
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
-from evomerge.search.control import Control
-from evomerge.search.deadlines import Deadlines
-from evomerge.search.dispatch import Dispatcher, Pending, feed_of, write_log
-from evomerge.search.folder import LOGS_NAME
-from evomerge.search.jobs import Failed, Finished, Measured, Task
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.opening.session import accept_changed, changed_evaluators, recipe_of
 from evomerge.search.pools.base import Pool
-from evomerge.search.prepare import Prepared
-from evomerge.search.session import accept_changed, changed_evaluators, recipe_of
-from evomerge.search.worker import torch_dtype
+from evomerge.search.preparing.prepare import Prepared
+from evomerge.search.settings.folder import LOGS_NAME
+from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.work.jobs import Failed, Finished, Measured, Task
+from evomerge.search.workers.worker import torch_dtype
 from evomerge.store import Scores, Store
 
 _SPLITS: tuple[Split, ...] = ("search", "held_out")

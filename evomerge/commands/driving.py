@@ -25,21 +25,28 @@ from evomerge.observers import Observers
 from evomerge.report.live import Screen
 from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
-from evomerge.search.artifacts import Artifacts, check_artifacts, copy_url
-from evomerge.search.bus_errors import explain_bus_errors
-from evomerge.search.confirm import Confirmation
-from evomerge.search.control import GRACE_S, Control
-from evomerge.search.deadlines import Deadlines
-from evomerge.search.driver import Driver
-from evomerge.search.folder import LOGS_NAME, has_store
+from evomerge.search.driving.confirm import Confirmation
+from evomerge.search.driving.control import GRACE_S, Control
+from evomerge.search.driving.driver import Driver
+from evomerge.search.driving.progress import Progress
+from evomerge.search.opening.artifacts import Artifacts, check_artifacts, copy_url
+from evomerge.search.opening.session import (
+    as_recorded,
+    begin_again,
+    create_search,
+    fingerprints_of,
+    make_pool,
+    recipe_of,
+)
 from evomerge.search.pools.base import Pool
-from evomerge.search.prepare import Prepared, prepare
-from evomerge.search.progress import Progress
-from evomerge.search.rebudget import reread_budget
-from evomerge.search.resuming import record_resumed
-from evomerge.search.search_file import SearchFile
-from evomerge.search.session import as_recorded, begin_again, create_search, fingerprints_of, make_pool, recipe_of
-from evomerge.search.worker import choose_device
+from evomerge.search.preparing.prepare import Prepared, prepare
+from evomerge.search.settings.folder import LOGS_NAME, has_store
+from evomerge.search.settings.rebudget import reread_budget
+from evomerge.search.settings.resuming import record_resumed
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.workers.bus_errors import explain_bus_errors
+from evomerge.search.workers.worker import choose_device
 from evomerge.store import Store, acquire
 
 INTERRUPTED = 130

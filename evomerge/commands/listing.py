@@ -13,8 +13,8 @@ from rich.table import Table
 from evomerge.errors import InputError
 from evomerge.report.lists import Listed, searches_table
 from evomerge.report.screen import make_console
-from evomerge.search.folder import is_search
-from evomerge.search.preference import BEST
+from evomerge.search.estimation.preference import BEST
+from evomerge.search.settings.folder import is_search
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.client import Client
 from evomerge.service.drivers import Drivers
@@ -66,7 +66,7 @@ def _text(candidate: CandidateName | None, objectives: Sequence[str]) -> str:
 
 def list_jobs(address: str) -> None:
     """The searches whose drivers are jobs of a Ray cluster."""
-    from evomerge.search.launch import running
+    from evomerge.search.clusters.launch import running
 
     with _silent():
         found = running(address)

@@ -32,9 +32,9 @@ from evomerge.report.picks import conclusions, roles_of
 from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel
 from evomerge.report.status import depths_of, read_status, status_of
-from evomerge.search.folder import open_store
-from evomerge.search.preference import Preference, ranked
-from evomerge.search.resuming import resumed_file
+from evomerge.search.estimation.preference import Preference, ranked
+from evomerge.search.settings.folder import open_store
+from evomerge.search.settings.resuming import resumed_file
 from evomerge.store import CandidateRow, Store, Verb, current_holder
 
 _FEW, _MANY = 20, 50  # candidates in a picture of the winner's curse: too few to see it, and enough
@@ -187,8 +187,8 @@ def show_prompt(folder: Path, candidate: str) -> None:
         items = {each.objective: each.items for each in _items(store, (number,)) if each.split == "search"}
     with opening():
         from evomerge.report.prompts import prompt_lines
-        from evomerge.search.asking import shown_prompts
-        from evomerge.search.prepare import prepare
+        from evomerge.search.preparing.asking import shown_prompts
+        from evomerge.search.preparing.prepare import prepare
 
         prepared = prepare(file)
         prompts = list(shown_prompts(prepared.named_evaluators, prepared.reader()))

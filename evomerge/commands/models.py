@@ -24,10 +24,10 @@ from evomerge.report.naming import exported
 from evomerge.report.picks import kind_of, roles_of
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import status_of
-from evomerge.search.early import check_early
-from evomerge.search.folder import EVIDENCE_NAME, open_store
-from evomerge.search.resuming import resumed_file
-from evomerge.search.search_file import load_search_file
+from evomerge.search.settings.early import check_early
+from evomerge.search.settings.folder import EVIDENCE_NAME, open_store
+from evomerge.search.settings.resuming import resumed_file
+from evomerge.search.settings.search_file import load_search_file
 
 
 def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> None:
@@ -54,8 +54,8 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             from evomerge.merging.evidence import Evidence
             from evomerge.merging.export import write_model
             from evomerge.report.card import NAME, Provenance, papers, verification
-            from evomerge.search.prepare import open_sources, prepare
-            from evomerge.search.session import as_recorded, check_sources, contents_of, recipe_of
+            from evomerge.search.opening.session import as_recorded, check_sources, contents_of, recipe_of
+            from evomerge.search.preparing.prepare import open_sources, prepare
 
             # Where nothing is verified, no item is looked at.
             prepared = as_recorded(store, prepare(file)) if verify else None
@@ -109,8 +109,8 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         from evomerge.checkpoints.config import first_line
         from evomerge.checkpoints.source import open_source
         from evomerge.commands.rescoring import plain_model, scored
-        from evomerge.search.asking import item_warnings
-        from evomerge.search.prepare import prepare
+        from evomerge.search.preparing.asking import item_warnings
+        from evomerge.search.preparing.prepare import prepare
 
         prepared = prepare(file)
         source = open_source("model", model, place="MODEL")

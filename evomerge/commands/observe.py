@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from evomerge.faults import explain
 from evomerge.observers import ObserverList, follow
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 from evomerge.yaml import load_yaml
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from rich.table import Table
 
 from evomerge.report.screen import make_console, panel
-from evomerge.search.rebudget import bounds_of
+from evomerge.search.settings.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary
 from evomerge.service.client import Client
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from evomerge.errors import InputError
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 from evomerge.service.report import report_html
 
 

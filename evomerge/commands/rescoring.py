@@ -19,11 +19,11 @@ from evomerge.checkpoints.live import (
 )
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.search.prepare import Prepared
-from evomerge.search.search_file import SearchFile
-from evomerge.search.setup import objective_values
-from evomerge.search.statistics import mean_and_error
-from evomerge.search.worker import choose_device, torch_dtype
+from evomerge.search.estimation.statistics import mean_and_error
+from evomerge.search.preparing.prepare import Prepared
+from evomerge.search.preparing.setup import objective_values
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.workers.worker import choose_device, torch_dtype
 from evomerge.store import Estimate
 
 

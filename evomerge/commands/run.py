@@ -15,13 +15,13 @@ from evomerge.commands.streams import output_is_optional
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.objects import Storage, is_url
-from evomerge.search.artifacts import fetch
-from evomerge.search.claim import Claim
-from evomerge.search.early import check_early
-from evomerge.search.folder import open_store, refuse_existing
-from evomerge.search.rebudget import bounds_of, change_budget
-from evomerge.search.resuming import resumed_file
-from evomerge.search.search_file import load_search_file
+from evomerge.search.opening.artifacts import fetch
+from evomerge.search.opening.claim import Claim
+from evomerge.search.settings.early import check_early
+from evomerge.search.settings.folder import open_store, refuse_existing
+from evomerge.search.settings.rebudget import bounds_of, change_budget
+from evomerge.search.settings.resuming import resumed_file
+from evomerge.search.settings.search_file import load_search_file
 from evomerge.store import Store, acquire, current_holder
 
 
@@ -39,7 +39,7 @@ def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False)
     console.print(plan(prepared))
     if show_prompt:
         from evomerge.report.prompts import prompt_lines
-        from evomerge.search.asking import shown_prompts
+        from evomerge.search.preparing.asking import shown_prompts
 
         silent = dict.fromkeys(prepared.named_evaluators)
         for shown in shown_prompts(prepared.named_evaluators, prepared.reader()):

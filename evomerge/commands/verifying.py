@@ -13,8 +13,8 @@ from evomerge.checkpoints.source import open_source
 from evomerge.commands import rescoring
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
-from evomerge.search.prepare import Prepared
-from evomerge.search.statistics import Values, sign_test
+from evomerge.search.estimation.statistics import Values, sign_test
+from evomerge.search.preparing.prepare import Prepared
 from evomerge.store import CandidateRow, Store
 
 _ONE_IN = 20

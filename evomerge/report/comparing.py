@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.report.entries import Known, Measure, measures_of
-from evomerge.search.statistics import paired_difference, sign_test
+from evomerge.search.estimation.statistics import paired_difference, sign_test
 from evomerge.store import Store
 
 

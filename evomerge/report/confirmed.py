@@ -21,8 +21,8 @@ from evomerge.report.entries import (
     is_exact,
     measures_of,
 )
-from evomerge.search.preference import BEST, KNEE, Preference, best_at
-from evomerge.search.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
+from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_at
+from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
 from evomerge.store import CandidateRow, SearchRow, Store
 
 CHOSEN_EVENTS = ("winner", "confirmed")

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from evomerge.report.confirmed import better, held_out
 from evomerge.report.entries import Known, Measure, Value, candidate_id, interval_text
 from evomerge.report.status import status_of
-from evomerge.search.statistics import Matrix, kendall_tau, mean_and_error, shift
+from evomerge.search.estimation.statistics import Matrix, kendall_tau, mean_and_error, shift
 from evomerge.store import CandidateRow, Store
 
 _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator
 
 from evaluators.cost import COUNTED
 from evomerge.report.parameters import parameters_of
-from evomerge.search.setup import violation
+from evomerge.search.preparing.setup import violation
 from evomerge.store import CandidateRow, Estimate
 
 Measure = Mapping[str, Any]

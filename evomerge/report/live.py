@@ -12,8 +12,8 @@ from rich.live import Live
 
 from evomerge.report.screen import finished, line, panel
 from evomerge.report.status import SearchStatus
-from evomerge.search.jobs import PoolState
-from evomerge.search.progress import Progress
+from evomerge.search.driving.progress import Progress
+from evomerge.search.work.jobs import PoolState
 
 _LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of landmarks, and of others, in a table: as many as there is room for
 

@@ -8,7 +8,7 @@ from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
 from evomerge.report.picks import SOURCE, is_front
 from evomerge.report.status import status_of
-from evomerge.search.preference import BEST, KNEE
+from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store
 from evomerge.store.front import knee
 

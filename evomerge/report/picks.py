@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from evomerge.report.confirmed import Confirmed
 from evomerge.report.entries import ConfirmedEntry, Entry, Gap, Value, gap_text
-from evomerge.search.preference import BEST, KNEE, Preference
+from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.store import CandidateRow
 
 if TYPE_CHECKING:

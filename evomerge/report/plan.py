@@ -16,9 +16,9 @@ from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
-from evomerge.search.prepare import Prepared, distinct_evaluators
-from evomerge.search.screening import LEAST_PAIRS
-from evomerge.search.setup import Setup
+from evomerge.search.estimation.screening import LEAST_PAIRS
+from evomerge.search.preparing.prepare import Prepared, distinct_evaluators
+from evomerge.search.preparing.setup import Setup
 
 LEAST_GAIN = 2
 """A race whose first rung is more than one part in so many of all items cannot spare much."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from evomerge.printable import printable
 
 if TYPE_CHECKING:  # which imports torch, and what is only read from a store needs none
-    from evomerge.search.asking import Shown
+    from evomerge.search.preparing.asking import Shown
 
 _MOST_LINE = 2000
 _MOST_LINES = 200

@@ -18,9 +18,9 @@ from evomerge.report.entries import ConfirmedEntry, Entry, Value, gap_text, meas
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, conclusions, gain_in, is_front, preference_of, roles_of
 from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
-from evomerge.search.jobs import PoolState
-from evomerge.search.preference import BEST, KNEE
-from evomerge.search.progress import Progress
+from evomerge.search.driving.progress import Progress
+from evomerge.search.estimation.preference import BEST, KNEE
+from evomerge.search.work.jobs import PoolState
 
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
 

@@ -27,8 +27,8 @@ from evomerge.report.entries import (
     measures_of,
 )
 from evomerge.report.picks import Pick, conclusions, picks_of
-from evomerge.search.folder import open_store
-from evomerge.search.preference import BEST, KNEE, Preference
+from evomerge.search.estimation.preference import BEST, KNEE, Preference
+from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.summaries import Brief
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from evomerge.checkpoints.places import split_reference
 from evomerge.errors import InputError
-from evomerge.search.search_file import SearchFile, parse_search_file
+from evomerge.search.settings.search_file import SearchFile, parse_search_file
 from evomerge.yaml import load_yaml
 
 PLACE = "search file"

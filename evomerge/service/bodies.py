@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, P
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import measure_text
 from evomerge.report.status import Counts
-from evomerge.search.sections import Name
+from evomerge.search.settings.sections import Name
 from evomerge.store.rows import Status
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from evomerge.errors import InputError
 from evomerge.printable import printable
-from evomerge.search.folder import STORE_VARIABLE
+from evomerge.search.settings.folder import STORE_VARIABLE
 from evomerge.service.bodies import Plan, PlanPrompt, PlanRow
 from evomerge.service.problems import ProblemError
 from evomerge.service.processes import TOKEN_VARIABLE
@@ -151,7 +151,7 @@ def _plan(text: str, folders: Sequence[str]) -> dict[str, Any]:
     prepared = _prepared(text, folders)
     from evomerge.report.plan import plan
     from evomerge.report.prompts import token_text
-    from evomerge.search.asking import shown_prompts
+    from evomerge.search.preparing.asking import shown_prompts
 
     table = plan(prepared)
     keys, texts = ([str(cell) for cell in column.cells] for column in table.columns)
@@ -165,21 +165,21 @@ def _plan(text: str, folders: Sequence[str]) -> dict[str, Any]:
 
 def _create(text: str, folders: Sequence[str], root: str) -> dict[str, Any]:
     prepared = _prepared(text, folders)
-    from evomerge.search.session import create_search, fingerprints_of
+    from evomerge.search.opening.session import create_search, fingerprints_of
 
     create_search(Path(root) / prepared.file.name, prepared, fingerprints_of(prepared)).close()
     return {"name": prepared.file.name}
 
 
 def _prepared(text: str, folders: Sequence[str]) -> Any:
-    from evomerge.search.early import check_early
+    from evomerge.search.settings.early import check_early
     from evomerge.service.allowed import checked_file
 
     file = checked_file(text, [Path(folder) for folder in folders])
     check_early(file)
     from evomerge.checkpoints.checks import check_finite
-    from evomerge.search.prepare import prepare
-    from evomerge.search.worker import choose_device
+    from evomerge.search.preparing.prepare import prepare
+    from evomerge.search.workers.worker import choose_device
 
     prepared = prepare(file)
     if prepared.file.pool == "in_process":

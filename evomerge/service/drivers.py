@@ -10,9 +10,9 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from evomerge.search.folder import STORE_VARIABLE
-from evomerge.search.rebudget import change_budget
-from evomerge.search.sections import Budget, Cluster
+from evomerge.search.settings.folder import STORE_VARIABLE
+from evomerge.search.settings.rebudget import change_budget
+from evomerge.search.settings.sections import Budget, Cluster
 from evomerge.service import processes
 from evomerge.service.bodies import NewBudget
 from evomerge.service.problems import ProblemError

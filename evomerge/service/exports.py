@@ -14,7 +14,7 @@ from typing import Any
 
 from evomerge.report.entries import candidate_id
 from evomerge.report.naming import exported
-from evomerge.search.folder import STORE_VARIABLE
+from evomerge.search.settings.folder import STORE_VARIABLE
 from evomerge.service import processes
 from evomerge.service.bodies import Export, ExportFile, NewExport
 from evomerge.service.contained import contained

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.search.launch import check_secured, has_ended, job_client, submit
-from evomerge.search.runtime_env import runtime_env_of
-from evomerge.search.sections import Cluster
+from evomerge.search.clusters.launch import check_secured, has_ended, job_client, submit
+from evomerge.search.settings.runtime_env import runtime_env_of
+from evomerge.search.settings.sections import Cluster
 
 Command = Literal["resume", "confirm"]
 """What a driver is started for: each is a command of `evomerge`."""

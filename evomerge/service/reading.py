@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evomerge.report.confirmed import held_out
 from evomerge.report.entries import Measure, Value, candidate_id, measure_text, measures_of
-from evomerge.search.statistics import mean_and_error
+from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.store import Store, summaries
 
 Numbers = NDArray[np.int64]

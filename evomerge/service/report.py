@@ -26,9 +26,9 @@ from evomerge.report.picks import conclusions, is_front, roles_of
 from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of, status_of
 from evomerge.report.svg import COLOURS
-from evomerge.search.folder import FILE_NAME
-from evomerge.search.preference import BEST, KNEE, Preference
-from evomerge.search.preference import ranked as ranked_rows
+from evomerge.search.estimation.preference import BEST, KNEE, Preference
+from evomerge.search.estimation.preference import ranked as ranked_rows
+from evomerge.search.settings.folder import FILE_NAME
 from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
 from evomerge.service.figures.recipe import recipe_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evomerge.errors import InputError
 from evomerge.printable import printable
-from evomerge.search.folder import is_search, open_store
+from evomerge.search.settings.folder import is_search, open_store
 from evomerge.store import Store
 from evomerge.store.engine import damaged
 from evomerge.store.listing import searches

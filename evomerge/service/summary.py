@@ -17,7 +17,7 @@ from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation
 from evomerge.report.entries import candidate_id, measures_of
 from evomerge.report.parameters import parameters_of
 from evomerge.report.status import Counts, chosen_of_front, unrecorded_s
-from evomerge.search.preference import BEST, KNEE, Preference, best_so_far
+from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_so_far
 from evomerge.service.bodies import (
     CandidateDetail,
     CandidateName,

@@ -6,8 +6,8 @@ from typing import Any
 
 from evomerge.merging.registry import find_method
 from evomerge.optimizers import CmaSettings
-from evomerge.search.sections import Budget, Confirm
-from evomerge.search.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.preparing.setup import EvaluatorInfo, ObjectiveInfo, Setup
+from evomerge.search.settings.sections import Budget, Confirm
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 

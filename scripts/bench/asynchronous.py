@@ -28,16 +28,16 @@ from evomerge.genome import Genome
 from evomerge.merging.evidence import Evidence
 from evomerge.optimizers import CmaSettings
 from evomerge.recipe import Recipe
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Failed, Job, Measured, Task
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
+from evomerge.search.opening.session import recipe_of
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
-from evomerge.search.prepare import prepare
-from evomerge.search.search_file import parse_search_file
-from evomerge.search.sections import Mode
-from evomerge.search.session import recipe_of
-from evomerge.search.setup import Setup
-from evomerge.search.worker import Worker
+from evomerge.search.preparing.prepare import prepare
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.search_file import parse_search_file
+from evomerge.search.settings.sections import Mode
+from evomerge.search.work.jobs import Failed, Job, Measured, Task
+from evomerge.search.workers.worker import Worker
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space
 

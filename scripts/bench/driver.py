@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Job, Measured
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.search.work.jobs import Job, Measured
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space
 

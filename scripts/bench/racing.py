@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.search.items import ItemOrder, item_order
-from evomerge.search.racing import surely_better, verdicts
+from evomerge.search.estimation.items import ItemOrder, item_order
+from evomerge.search.estimation.racing import surely_better, verdicts
 from evomerge.store import Store
 
 Losses = NDArray[np.float64]

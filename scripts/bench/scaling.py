@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from evomerge.optimizers import CmaSettings
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Failed, Job, Measured
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.search.sections import Mode
+from evomerge.search.settings.sections import Mode
+from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space
 

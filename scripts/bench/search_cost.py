@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.merging.evidence import Evidence
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Finished, Job, Measured, PoolNews, Task
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
+from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
 from evomerge.search.pools.base import PoolState
-from evomerge.search.prepare import Prepared, prepare
-from evomerge.search.search_file import parse_search_file
-from evomerge.search.session import create_search, fingerprints_of, recipe_of
-from evomerge.search.worker import Worker
+from evomerge.search.preparing.prepare import Prepared, prepare
+from evomerge.search.settings.search_file import parse_search_file
+from evomerge.search.work.jobs import Finished, Job, Measured, PoolNews, Task
+from evomerge.search.workers.worker import Worker
 from evomerge.store import Store, acquire
 
 ROOT = Path(__file__).parents[2]

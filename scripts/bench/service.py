@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from starlette.testclient import TestClient
 
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Job, Measured
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.search.work.jobs import Job, Measured
 from evomerge.service.app import ServiceSettings, create_app
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire

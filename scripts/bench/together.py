@@ -31,8 +31,8 @@ from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import Blend, Recipe
-from evomerge.search.jobs import Finished, Job, Measured, Task
-from evomerge.search.worker import Worker
+from evomerge.search.work.jobs import Finished, Job, Measured, Task
+from evomerge.search.workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "evaluators" / "tasks"

@@ -20,12 +20,12 @@ import numpy as np
 import ray
 
 from evomerge.optimizers import CmaSettings
-from evomerge.search.control import Control
-from evomerge.search.driver import Driver
-from evomerge.search.jobs import Finished, Job, Measured
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.ray import RayPool, RayWorker
-from evomerge.search.search_file import SearchFile
-from evomerge.search.sections import Cluster
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.settings.sections import Cluster
+from evomerge.search.work.jobs import Finished, Job, Measured
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space
 

@@ -26,7 +26,7 @@ from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipe import Blend, Recipe
-from evomerge.search.folder import open_store
+from evomerge.search.settings.folder import open_store
 
 ROOT = Path(__file__).parents[2]
 MINIATURES = ROOT / "examples" / "miniatures"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from evomerge.search.jobs import Finished, Job, PoolNews, PoolState
+from evomerge.search.work.jobs import Finished, Job, PoolNews, PoolState
 
 
 class Pool(Protocol):

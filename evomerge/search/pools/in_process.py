@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from evomerge.search.jobs import Finished, Job, PoolNews, PoolState, batch
+from evomerge.search.work.jobs import Finished, Job, PoolNews, PoolState, batch
 
 
 class JobRunner(Protocol):

@@ -16,10 +16,8 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evomerge.errors import InputError
-from evomerge.search.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState, batch
-from evomerge.search.pools.in_process import JobRunner
-from evomerge.search.pools.joining import connect
-from evomerge.search.pools.nodes import (
+from evomerge.search.clusters.joining import connect
+from evomerge.search.clusters.nodes import (
     Resources,
     answers,
     ask_for,
@@ -33,9 +31,11 @@ from evomerge.search.pools.nodes import (
     worker_limits,
     workers_that_fit,
 )
-from evomerge.search.pools.starts import Starts
-from evomerge.search.runtime_env import runtime_env_of
-from evomerge.search.search_file import SearchFile
+from evomerge.search.clusters.starts import Starts
+from evomerge.search.pools.in_process import JobRunner
+from evomerge.search.settings.runtime_env import runtime_env_of
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.work.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState, batch
 
 # Threads are set before torch starts in the worker; a worker that takes every core slows all the others down.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -57,7 +57,7 @@ class RayWorker:
     def load(self) -> None:
         """Open the sources; once this is done the worker can take jobs."""
         from evomerge.merging.evidence import Evidence
-        from evomerge.search.worker import Worker
+        from evomerge.search.workers.worker import Worker
 
         name, settings, folder, contents = self._arguments
         evidence = Evidence(folder, contents)

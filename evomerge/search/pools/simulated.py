@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from evomerge.search.deadlines import LEAST_S
-from evomerge.search.jobs import Failed, Finished, Job, Measured, PoolNews, PoolState
+from evomerge.search.work.deadlines import LEAST_S
+from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews, PoolState
 
 Simulation = Callable[[Job], tuple[float, Measured | Failed]]
 """From a job to how many simulated seconds it takes and how it ends."""

@@ -27,7 +27,7 @@ from evomerge.report.picks import best_source as best_label
 from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import choice_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of
-from evomerge.search.preference import BEST, KNEE
+from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.candidates import compare as paired
 from evomerge.service.api.searches import status_with
 from evomerge.service.app import DriversDependency, RootDependency, StoreDependency

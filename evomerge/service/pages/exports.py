@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 from evomerge.errors import InputError
 from evomerge.report.picks import SOURCE
 from evomerge.report.status import SearchStatus
-from evomerge.search.preference import BEST, KNEE
+from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with
 from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import Export

@@ -17,8 +17,8 @@ from evomerge.report.parameters import ParameterColumn, columns_of
 from evomerge.report.picks import Pick, conclusions, is_front, roles_of
 from evomerge.report.screen import choice_text, gain_text, ranked, thrift_lines
 from evomerge.report.status import SearchStatus
-from evomerge.search.preference import BEST as WINNER
-from evomerge.search.preference import KNEE
+from evomerge.search.estimation.preference import BEST as WINNER
+from evomerge.search.estimation.preference import KNEE
 from evomerge.service.api.candidates import candidates
 from evomerge.service.api.searches import status_with
 from evomerge.service.app import DriversDependency, RootDependency, StoreDependency

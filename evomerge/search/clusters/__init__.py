@@ -1,0 +1,1 @@
+"""Machines: how they are started, join a cluster and are named."""

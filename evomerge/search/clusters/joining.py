@@ -1,0 +1,55 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from evomerge.errors import InputError
+from evomerge.search.clusters.launch import check_secured, in_token_mode, listeners, who_listens
+from evomerge.search.settings.sections import Cluster
+
+PORTS_VARIABLE = "EVOMERGE_PORTS"
+"""The environment variable that asks for the ports on which Ray listens, by process."""
+
+
+def connect(cluster: Cluster) -> bool:
+    """Join the cluster, or start one on this machine; True when it was started here and is ours to end."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _private_files():
+        try:
+            context = ray.init(
+                address=cluster.address or "local",
+                include_dashboard=False if cluster.address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError("cluster.address", f"no Ray cluster answers at {cluster.address}: {error}") from None
+    try:
+        check_secured(context.dashboard_url if cluster.address else None, insecure=cluster.insecure)
+    except InputError:
+        ray.shutdown()
+        raise
+    if cluster.address is None:
+        told = who_listens(listeners(), secured=in_token_mode(), ports=bool(os.environ.get(PORTS_VARIABLE)))
+        print(told, file=sys.stderr)
+    return True
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Ray writes its authentication token readable by everyone on the machine unless the umask forbids it."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

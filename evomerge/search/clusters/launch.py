@@ -1,0 +1,374 @@
+"""Launch on a Ray cluster: the driver of a search as a Ray job, its log, the searches that run, and who may get in.
+
+The job's files are the search file and the small files that it names. Sources are not among them: they are gigabytes,
+and each node reads them where the search file says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shlex
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+import evomerge
+from evomerge.errors import InputError
+from evomerge.search.settings.runtime_env import runtime_env_of
+from evomerge.search.settings.search_file import SearchFile, load_search_file
+
+INTERRUPTED = 130
+
+_MOST_BYTES = 100 * 2**20  # of a file or folder that travels with the job; Ray refuses 500 MiB in all
+_FILE, _FILES = "search.yaml", "files"
+_SEARCH, _FOLDER, _VERSION = "evomerge_search", "evomerge_folder", "evomerge_version"  # keys of a job's metadata
+_PROBE_S = 5.0
+_LOST_S = 300.0  # a head node that restarts is back by then
+_RETRY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A search whose driver is a job of a cluster, pending or running.
+
+    ``started`` is in seconds since 1970; ``folder`` lies on the cluster.
+    """
+
+    name: str
+    folder: str
+    job: str
+    status: str
+    started: float
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A port that a process of this search's own Ray cluster listens on."""
+
+    process: str
+    host: str
+    port: int
+
+
+def launch(
+    path: Path,
+    folder: Path | None,
+    overrides: Sequence[str],
+    address: str,
+    *,
+    detach: bool,
+    insecure: bool,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Start a search as a job of the cluster at ``address``, and follow its log unless told to ``detach``.
+
+    Args:
+        path: the search file, on this machine.
+        folder: where the search is to live, on the cluster; a search that is there already is resumed.
+        address: ``auto``, ``ray://HOST:10001``, ``HOST:6379`` or the job server's ``http://HOST:8265``.
+        insecure: join a cluster that lets everybody in.
+
+    Returns:
+        The exit code of the job; 0 when detached at once, 130 when Ctrl-C ended the following alone.
+
+    Raises:
+        InputError: the search file is wrong, no job server answers, or the cluster asks for no token.
+    """
+    file = load_search_file(path, overrides)
+    if folder is None or not folder.is_absolute():
+        mend = "Name it with --dir: a path that is the same on every node of the cluster."
+        raise InputError("--dir", "must be the full path of a folder on the cluster", mend)
+    client = job_client(address)
+    check_secured(client.get_address(), insecure=insecure, place="--address")
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as staging:
+        for left in stage(file, Path(staging)):
+            say(f"not uploaded, so it must be at the same place on the cluster: {left}")
+        with_files = runtime_env_of(file.cluster) | {"working_dir": staging}
+        job = submit(client, file.name, folder, entrypoint(folder), with_files)
+    again = f"ray job logs --address {client.get_address()} --follow {job}"
+    say(f"{file.name} is job {job} at {client.get_address()}, in {folder}")
+    if detach:
+        say(f"follow: {again}")
+        return 0
+    code = follow(client, job, lambda text: print(text, end="", flush=True))
+    if code == INTERRUPTED and not has_ended(client.get_job_info(job).status):
+        say(f"\ndetached: the search goes on. Follow it again: {again}")
+    return code
+
+
+def job_client(address: str) -> Any:
+    """Ray's ``JobSubmissionClient`` for a cluster.
+
+    Raises:
+        InputError: no job server answers there, or it refuses our token.
+    """
+    from ray.exceptions import AuthenticationError, RayError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every package and connection on the screen
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise _refused(address) from None
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        if "401" in str(error) or "403" in str(error):
+            raise _refused(address) from None
+        problem = f"no Ray job server answers at {address} ({str(error).strip().splitlines()[0]})"
+        mend = "Its head node serves jobs at http://HEAD:8265, where `ray[default]` is installed."
+        raise InputError("--address", problem, mend) from None
+
+
+def _refused(address: str) -> InputError:
+    mend = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own."
+    return InputError("--address", f"the cluster at {address} refuses our token", mend)
+
+
+def stage(file: SearchFile, into: Path) -> list[str]:
+    """Write the search file for the cluster, and beside it copies of the small local files that it names.
+
+    In it ``pool`` is ray, ``cluster.address`` is auto, and what was copied is named relative to it. Sources and the
+    folder of tasks' data, which may hold anything, stay where they are.
+
+    Returns:
+        What is here but was too large to be copied.
+    """
+    settings = file.model_dump(mode="json")
+    settings["pool"] = "ray"
+    settings["cluster"] |= {"address": "auto", "runtime_env": runtime_env_of(file.cluster)}
+    stays = {"sources": settings.pop("sources"), "data_folder": settings.pop("data_folder")}
+    left: list[str] = []
+    copies: dict[str, str] = {}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [moved(each) for each in value]
+        if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value):
+            return value
+        if value not in copies and _bytes(Path(value)) > _MOST_BYTES:
+            left.append(value)
+            copies[value] = value
+        if value not in copies:
+            copies[value] = f"{_FILES}/{len(copies)}/{Path(value).name}"
+            _copy(Path(value), into / copies[value])
+        return copies[value]
+
+    content = {"name": settings.pop("name"), **stays, **moved(settings)}
+    (into / _FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return left
+
+
+def _bytes(path: Path) -> int:
+    return sum(each.stat().st_size for each in ([path] if path.is_file() else path.rglob("*")) if each.is_file())
+
+
+def _copy(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True)
+    if path.is_file():
+        shutil.copyfile(path, to)
+    else:
+        shutil.copytree(path, to)
+
+
+def entrypoint(folder: Path) -> str:
+    """The job's shell command: resume the search that lies in ``folder``, else start it.
+
+    The files that came with the job are put beside the folder first: Ray deletes them after the job, and `resume` and
+    the workers of other nodes need them.
+    """
+    there, files = shlex.quote(str(folder)), shlex.quote(f"{folder}.files")
+    return (
+        f"if [ -e {there}/search.yaml ]; then exec evomerge resume {there}; fi; "
+        f"mkdir -p {files} && cp -R . {files} && exec evomerge search {files}/{_FILE} --dir {there}"
+    )
+
+
+def submit(client: Any, name: str, folder: Path, command: str, runtime_env: Mapping[str, Any]) -> str:
+    """Start a shell command as a job that ``running`` finds as the search of this name; the job's id.
+
+    Raises:
+        InputError: the cluster does not take it.
+    """
+    metadata = {_SEARCH: name, _FOLDER: str(folder), _VERSION: evomerge.__version__}
+    try:
+        job: str = client.submit_job(
+            entrypoint=command,
+            submission_id=f"{name}-{secrets.token_hex(4)}",
+            runtime_env=dict(runtime_env),
+            metadata=metadata,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError("--address", f"the cluster does not take the job: {error}") from None
+    return job
+
+
+def follow(client: Any, job: str, write: Callable[[str], None]) -> int:
+    """Copy a job's log until it ends; its exit code, or 130 after Ctrl-C, which leaves the job alone.
+
+    Raises:
+        InputError: the job server has been out of reach for five minutes.
+    """
+    try:
+        asyncio.run(_copy_log(client, job, write))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    found = client.get_job_info(job)
+    if found.status == "SUCCEEDED":
+        return 0
+    if found.status == "STOPPED":
+        return INTERRUPTED
+    return int(found.driver_exit_code or 1)
+
+
+async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None:
+    """Every connection gives the log from its start, so what was shown already is left out of the next."""
+    import aiohttp
+    import requests
+
+    shown, heard = 0, time.monotonic()
+    while True:
+        seen = 0
+        try:
+            async with aclosing(client.tail_job_logs(job)) as log:
+                async for text in log:
+                    heard = time.monotonic()
+                    if fresh := text[max(0, shown - seen) :]:
+                        write(fresh)
+                    seen += len(text)
+                    shown = max(shown, seen)
+            if has_ended(client.get_job_info(job).status):
+                return
+            heard = time.monotonic()
+        except (RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
+            if time.monotonic() - heard > _LOST_S:
+                raise InputError("--address", f"the job server is lost: {error}", "The search may go on.") from None
+        await asyncio.sleep(_RETRY_S)
+
+
+def has_ended(status: Any) -> bool:
+    """Whether a job of this status will do no more."""
+    return bool(status.is_terminal())
+
+
+def running(address: str) -> list[Running]:
+    """The searches whose drivers are jobs of the cluster at ``address`` and have not ended, oldest first.
+
+    Raises:
+        InputError: no job server answers there.
+    """
+    found = []
+    for each in job_client(address).list_jobs():
+        metadata = each.metadata or {}
+        if _SEARCH in metadata and not has_ended(each.status):
+            started = (each.start_time or 0) / 1000
+            folder = metadata.get(_FOLDER, "")
+            found.append(Running(metadata[_SEARCH], folder, each.submission_id, each.status.value, started))
+    return sorted(found, key=lambda row: row.started)
+
+
+def check_secured(job_server: str | None, *, insecure: bool, place: str = "cluster.insecure") -> None:
+    """Refuse a cluster that lets everybody in: whoever reaches its ports can run commands on it.
+
+    The job server is asked without a token, and must refuse. Where there is none, or it cannot be reached from here,
+    this process must be in token mode itself.
+
+    Args:
+        job_server: its URL, such as ``http://HEAD:8265``.
+        insecure: the person knows, and joins all the same.
+        place: what the message names.
+
+    Raises:
+        InputError: the cluster asks for no token.
+    """
+    if insecure:
+        return
+    asks = None if job_server is None else asks_for_token(job_server)
+    if asks is None:
+        asks = in_token_mode()
+    if not asks:
+        raise InputError(
+            place,
+            "the Ray cluster asks for no token: whoever reaches its ports can run commands on it",
+            "Start it with RAY_AUTH_MODE=token (docs/cluster.md), or consent: --insecure, or `cluster.insecure: true`.",
+        )
+
+
+def in_token_mode() -> bool:
+    """Whether Ray asks for a token in this process, and in the clusters that it starts."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def asks_for_token(job_server: str) -> bool | None:
+    """Whether a job server refuses those without a token; None where it cannot be reached."""
+    url = job_server if "://" in job_server else f"http://{job_server}"
+    try:
+        with urllib.request.urlopen(f"{url}/api/jobs/", timeout=_PROBE_S):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except OSError:
+        return None
+
+
+def listeners() -> list[Listener]:
+    """The ports that processes started by this one listen on: those of the Ray cluster that it has started."""
+    return sorted(set(_listening()), key=lambda each: (each.process, each.host, each.port))
+
+
+def _listening() -> Iterator[Listener]:
+    for process in psutil.Process().children(recursive=True):
+        try:
+            name, connections = _role(process.cmdline()), process.net_connections("tcp")
+        except psutil.Error:  # it has ended meanwhile, or is somebody else's
+            continue
+        for each in connections:
+            if each.status == psutil.CONN_LISTEN:
+                yield Listener(name, each.laddr.ip, each.laddr.port)
+
+
+def _role(command: Sequence[str]) -> str:
+    """What a process of Ray's is, for people."""
+    known = {"gcs_server": "gcs", "raylet": "raylet", "dashboard.py": "job server"}
+    for word in command[:3]:
+        name = Path(word).name
+        if name in known:
+            return known[name]
+        if "agent" in name.lower():
+            return "agent"
+    return "worker"
+
+
+def who_listens(found: Sequence[Listener], *, secured: bool, ports: bool) -> str:
+    """One line for people: whether other machines can reach the cluster of this search, and what that takes.
+
+    Args:
+        secured: whether the cluster asks for a token.
+        ports: name every port, for a log.
+    """
+    near: dict[str, list[str]] = {}
+    far: dict[str, list[str]] = {}
+    for each in found:
+        side = near if each.host in ("127.0.0.1", "::1") else far
+        side.setdefault(each.process, []).append(str(each.port))
+    who = "whoever has its private token" if secured else "anybody: it asks for no token"
+    who = who if far else "this machine alone"
+    text = f"Ray runs on this machine, open to {who} (docs/cluster.md, Who may get in)"
+    if not ports:
+        return text
+    sides = ["; ".join(f"{name} {' '.join(each)}" for name, each in side.items()) or "nothing" for side in (far, near)]
+    return f"{text}. On every interface: {sides[0]}. On this machine alone: {sides[1]}."

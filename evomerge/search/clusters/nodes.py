@@ -1,0 +1,123 @@
+"""Where workers of a Ray cluster can live: how many fit on which node, and how many are wanted."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from evomerge.errors import InputError
+from evomerge.search.settings.sections import Cluster, Workers
+
+Resources = Mapping[str, float]
+"""Amounts by kind, as Ray names them: CPU, GPU."""
+
+_ANSWER_S = 2.0  # a raylet of the same cluster takes milliseconds to accept a connection
+_WORDS = 300  # letters of an error that are kept; what matters comes first
+
+
+def gpus_per_worker(cluster: Cluster, resources: Resources) -> float:
+    """As the search file says, else one where the cluster has any."""
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if resources.get("GPU", 0) else 0.0
+
+
+def needs_of_worker(cluster: Cluster, *nodes: Resources) -> dict[str, float]:
+    """What one worker takes of a node."""
+    gpus = gpus_per_worker(cluster, {"GPU": sum(node.get("GPU", 0) for node in nodes)})
+    return {kind: n for kind, n in {"CPU": float(cluster.cpus_per_worker), "GPU": gpus}.items() if n}
+
+
+def room(needs: Resources, *nodes: Resources) -> int:
+    """How many workers fit; none is spread over two nodes."""
+    return sum(min(int(node.get(kind, 0) / each + 1e-9) for kind, each in needs.items()) for node in nodes)
+
+
+def worker_limits(cluster: Cluster) -> tuple[int, int | None]:
+    """The least and the most workers that are wanted; None is as many as fit."""
+    wanted = cluster.workers
+    if isinstance(wanted, Workers):
+        return wanted.min, wanted.max
+    return wanted or 1, wanted
+
+
+def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
+    """How many workers to start on these nodes: as many as asked, else as many as there is room for.
+
+    Raises:
+        InputError: the cluster has less than is asked for; with the arithmetic.
+    """
+    needs, (least, most) = needs_of_worker(cluster, *nodes), worker_limits(cluster)
+    fitting = room(needs, *nodes)
+    if fitting >= least:
+        return fitting if most is None else min(fitting, most)
+    have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
+    sums = [f"{least} x {each:g} {kind} = {least * each:g} of {have[kind]:g}" for kind, each in needs.items()]
+    short = [text for text, (kind, each) in zip(sums, needs.items(), strict=True) if least * each > have[kind]]
+    raise InputError(
+        "cluster.workers",
+        f"the cluster has too little: {'; '.join(short or sums)}",
+        f"At most {fitting} such workers fit, each on one node.",
+    )
+
+
+def usable_nodes() -> dict[str, Resources]:
+    """Resources of the nodes that live and are not about to go, by node id."""
+    leaving = draining_nodes()
+    return {
+        node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
+    }
+
+
+def node_names() -> dict[str, str]:
+    """What to call each node that Ray knows of, by its id: its host, and enough of the id where a host has several."""
+    return {node["NodeID"]: f"{node['NodeManagerHostname']}-{node['NodeID'][:6]}" for node in ray.nodes()}
+
+
+def answers(node: str) -> bool:
+    """Whether a node's raylet accepts connections. Ray itself takes 15 s to miss a node that is gone."""
+    if ray.util.client.ray.is_connected():
+        return True  # a Ray client's process need not reach the nodes
+    for found in ray.nodes():
+        if found["NodeID"] == node:
+            try:
+                socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _ANSWER_S).close()
+            except OSError:
+                return False
+            return True
+    return False
+
+
+def tells_of_lost_node(error: RayError) -> bool:
+    """Whether Ray says that an actor died with its node. It keeps the cause from Python, but for these words."""
+    return "node has died" in str(error)
+
+
+def words_of(error: RayError) -> str:
+    """What an error says, in a line: the last of one that was raised in a worker, else all but how Ray names things."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RayTaskError):
+        return lines[-1][:_WORDS]
+    told = [line for line in lines if not re.match(r"(class_name|actor_id|pid|name|namespace|ip): ", line)]
+    return " ".join(told[1:] or told)[:_WORDS]
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that are to be taken away: by an autoscaler, or by whoever rents them out.
+
+    Ray tells it to its own libraries alone (``ray.train`` asks in this way); a Ray client's process cannot ask.
+    """
+    if ray.util.client.ray.is_connected():
+        return set()
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def ask_for(needs: Resources, workers: int) -> None:
+    """Tell an autoscaler, where there is one, how many workers are wanted in all; 0 takes it back."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(needs)] * workers)

@@ -1,0 +1,1 @@
+"""The driver: it asks, dispatches, tells and confirms. It knows neither models nor files."""

@@ -1,0 +1,186 @@
+"""Confirmation: the choice among the best, made on items that the search never saw.
+
+The best of many noisy scores is mostly luck: of 1,000 equally good candidates, the best looks 4 points better than it
+is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every landmark. More of
+the best may be scored there to draw how far search scores fall; they come when the winner is named, and never win.
+
+What decides is the objective, or the scalarisation of several. Several without one have no winner: the best at each and
+the knee are written down. The winner keeps the constraints there too. Where no model does, it is the one that misses
+them least, and the record says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+
+from evomerge.errors import InputError
+from evomerge.recipe import Recipe
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.driving.progress import Progress
+from evomerge.search.estimation.preference import BEST, Preference, ranked
+from evomerge.search.estimation.scores import to_answers, to_scores
+from evomerge.search.estimation.statistics import mean_and_error
+from evomerge.search.pools.base import Pool
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.work.jobs import Failed, Finished, Measured, PoolNews
+from evomerge.store import CandidateRow, Estimate, Store
+
+_OURS = ("confirming", "paused")  # states that say nothing of the search that is being confirmed
+
+
+class Confirmation:
+    """Scores the shortlist and the landmarks on the held-out split; the caller holds the store's lease."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        store: Store,
+        pool: Pool,
+        control: Control,
+        *,
+        logs: Path,
+        idle: Callable[[], None] = lambda: None,
+        deadlines: Deadlines | None = None,
+        check: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._setup = setup
+        self._store = store
+        self._logs = logs
+        self._last_failure = ""
+        self._tasks = setup.tasks("held_out")
+        self._preference = Preference.of_setup(setup)
+
+        def report(news: PoolNews) -> None:
+            store.record_event(news.kind, news.payload)
+
+        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle, deadlines, report, check, progress)
+        self._progress = self._dispatcher.progress
+        self.models = self.items = 0  # that were scored in this run
+
+    def run(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
+        """Score what has no held-out scores yet; True when the choice is made, False when a stop came first.
+
+        ``recipe_of`` gives a candidate's recipe with its sources' references.
+        """
+        why = self._store.search().why
+        states = [event.payload["state"] for event in self._store.events(kinds=("state",))]
+        before = next((state for state in reversed(states) if state not in _OURS), "created")
+        self._store.set_state("confirming", why=why)
+        try:
+            return self._confirm(recipe_of)
+        finally:
+            self._store.set_state(before, why=why)
+
+    def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
+        shortlist, drawn = self._freeze()
+        landmarks = [row for row in self._store.candidates(step=0) if row.status in ("done", "cached")]
+        rows = {row.number: row for row in [*landmarks, *shortlist]}
+        if not self._score(rows.values(), recipe_of):
+            return False
+        wanted = shortlist or landmarks
+        if wanted and not any(self._is_scored(row.number) for row in wanted):
+            raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
+        # A landmark may win: a search that found nothing better than a source must not name something worse.
+        self._choose([row.number for row in rows.values() if self._is_scored(row.number)])
+        return self._score(drawn, recipe_of)
+
+    def _choose(self, contenders: Sequence[int]) -> None:
+        """Write down what the held-out split chooses: the winner where there is one, else what a front offers."""
+        if not contenders:
+            return
+        estimates = [self._held_out(number) for number in contenders]
+        misses = np.array([self._setup.violation(each) for each in estimates])
+        among = self._preference.losses([{name: e["mean"] for name, e in each.items()} for each in estimates])
+        kept = np.flatnonzero(misses == misses.min())
+        chosen = {role: contenders[kept[at]] for role, at in self._preference.choose(among[kept], among).items()}
+        feasible = bool(misses.min() == 0.0)
+        if BEST in chosen:
+            self._store.record_event("winner", {"candidate": chosen[BEST], "feasible": feasible})
+        else:
+            self._store.record_event("confirmed", {"chosen": chosen, "feasible": feasible})
+
+    def _score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
+        """Score what has no held-out scores yet; False when a stop came first."""
+        todo = [
+            # A cached candidate's scores are those of the one that answered it.
+            Pending(row.number if row.same_as is None else row.same_as, 1, recipe_of(row), row.recipe_hash, self._tasks)
+            for row in rows
+            if not self._is_scored(row.number)
+        ]
+        items = len(todo) * sum(len(task.indices) for task in self._tasks)
+        self._progress.begin(lambda: items - self._progress.done, models=len(todo), items=items)
+        return self._dispatcher.run(feed_of(todo), self)
+
+    def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
+        """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn.
+
+        The shortlist is the front and the best of the search; of equal recipes the first is taken. Drawn are the best
+        by the first objective, which the picture of the winner's curse is about.
+        """
+        settings, first = self._setup.confirm, self._setup.objectives[0]
+        by_first = Preference({first.name: first.maximise}, None)
+        finds = [*self._store.front(), *self._best(self._preference, settings.top)]
+        found = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
+        shortlist = sorted(found.values(), key=lambda row: row.number)
+        drawn = [row for row in self._best(by_first, settings.drawn) if row.recipe_hash not in found]
+        numbers = {"candidates": [row.number for row in shortlist], "drawn": [row.number for row in drawn]}
+        self._store.record_event("shortlist", numbers)
+        return shortlist, drawn
+
+    def _best(self, preference: Preference, count: int) -> list[CandidateRow]:
+        """The best of what the search found, best first."""
+        landmarks = len(self._store.candidates(step=0))
+        return [row for row in ranked(self._store, preference, count + landmarks) if _is_find(row)][:count]
+
+    def _held_out(self, number: int) -> dict[str, Estimate]:
+        """What a model is worth on the held-out split, by objective and constraint."""
+        found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
+        return {
+            m.name: mean_and_error(found[self._setup.evaluators[m.evaluator].version][m.metric])
+            for m in self._setup.measures
+        }
+
+    def _is_scored(self, number: int) -> bool:
+        """Whether all that objectives and constraints are measured by has held-out scores; the screen needs none."""
+        found = {scores.evaluator for scores in self._store.scores(number, "held_out")}
+        return all(self._setup.evaluators[evaluator].version in found for evaluator in self._setup.counts())
+
+    # What the dispatcher reports -----------------------------------------------------------------------------------
+
+    def answer(self, pending: Pending) -> bool:
+        return self._is_scored(pending.number)
+
+    def dispatched(self, pending: Pending) -> None:
+        self._store.record_event("confirm", {"candidate": pending.number, "attempt": pending.attempt})
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+        self._progress.models_done += 1
+        self.models += 1
+        self.items += sum(len(task.indices) for task in pending.tasks)
+        scores = to_scores(self._setup, result, pending.tasks)
+        answers = to_answers(self._setup, result, pending.tasks)
+        self._store.record_scores(finished.candidate, finished.attempt, scores, answers=answers)
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
+        self._last_failure = failure.message
+        log = write_log(self._logs, finished, failure, "confirm-c")
+        payload = {"candidate": finished.candidate, "reason": failure.reason, "message": failure.message, "log": log}
+        self._store.record_event("confirm failed", payload | {"final": final})
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return self._store.at_once()
+
+    def late(self, finished: Finished) -> None:
+        self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
+
+
+def _is_find(row: CandidateRow) -> bool:
+    """Whether the search found it: a landmark is scored anyway, and must not take the place of a find."""
+    return row.step > 0

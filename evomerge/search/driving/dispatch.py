@@ -1,0 +1,271 @@
+"""Keeping the workers busy: from jobs to be done to the end of each, with retries, until a stop is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from evomerge.errors import InputError
+from evomerge.recipe import Recipe
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.progress import Progress
+from evomerge.search.pools.base import Pool
+from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.work.jobs import BLAMELESS, WORKER_FAULTS, Failed, Finished, Job, Measured, PoolNews, Task
+
+_PAUSE_S = 0.1  # how soon a paused search hears that it may go on
+_CHECK_S = 1.0  # how often it is looked who has run too long; bounds are a minute and more
+
+DEATHS = 20
+"""Workers that may die in a row, whatever they were at, before any has given a score. Until then that is the fault of
+the cluster and of no candidate: a search goes on after a pause, and ends where it is hopeless."""
+
+FIRST_REST_S = 5.0
+"""The pause after the first of them; each further one doubles it, up to LONGEST_REST_S."""
+
+LONGEST_REST_S = 60.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A candidate that is yet to be scored on ``tasks``.
+
+    ``attempt`` is the number of the attempt to come, from 1; ``faults`` counts the attempts that workers have failed.
+    An attempt that died with its driver, or with a node, is in the first and not in the second.
+    """
+
+    number: int
+    attempt: int
+    recipe: Recipe
+    recipe_hash: str
+    tasks: Sequence[Task]
+    faults: int = 0
+
+
+class Recorder(Protocol):
+    """What writes down how jobs go. Each method is one transaction."""
+
+    def answer(self, pending: Pending) -> bool:
+        """Answer a candidate from what is known already; True when that was possible."""
+        ...
+
+    def dispatched(self, pending: Pending) -> None: ...
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """What is measured or failed within is one transaction in place of several."""
+        ...
+
+    def late(self, finished: Finished) -> None:
+        """An attempt that nobody waits for any more has ended; it must not count."""
+        ...
+
+
+Feed = Callable[[], Pending | None]
+"""Gives the next candidate to score whenever a worker is free; None when there is none, for now."""
+
+
+def feed_of(candidates: Iterable[Pending]) -> Feed:
+    """A feed of these candidates, in order."""
+    left = iter(candidates)
+    return lambda: next(left, None)
+
+
+class Dispatcher:
+    """Runs candidates on a pool.
+
+    Args:
+        attempts: how often a candidate is tried when workers are at fault; the candidate's own faults are final.
+        idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
+        deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
+        report: takes what happens to nodes and workers.
+        progress: counts the item scores that come in.
+        check: called before anything is scored and before any result counts; raises InputError where what is scored is
+            not what it was.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        control: Control,
+        attempts: int,
+        idle: Callable[[], None],
+        deadlines: Deadlines | None = None,
+        report: Callable[[PoolNews], None] = lambda news: None,
+        check: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._pool = pool
+        self._control = control
+        self._attempts = attempts
+        self._idle = idle
+        self._deadlines = deadlines or Deadlines()
+        self._report = report
+        self._check = check
+        self.progress = progress or Progress()
+        self._checked_at = float("-inf")
+        self._has_scored = False
+        self._deaths = 0  # of workers, while none has given a score
+        self._rests_until = float("-inf")  # by the pool's clock
+
+    def run(self, feed: Feed, recorder: Recorder) -> bool:
+        """Score what the feed gives, until it gives nothing and nothing runs; False when a stop came first.
+
+        Of candidates with one recipe, one is scored at a time: when it is done the others are answered from it.
+        """
+        waiting: deque[Pending] = deque()
+        running: dict[int, Pending] = {}
+        exhausted = False
+        self._check()
+        while True:
+            self._idle()
+            self._control.poll()
+            if self._control.cancelled:
+                return False
+            if self._control.stopping and not running:
+                return False
+            rests = self._pool.now() < self._rests_until
+            if not (self._control.paused or self._control.stopping or rests):
+                exhausted = self._fill(feed, waiting, running, recorder)
+            if not running:
+                if exhausted and not waiting:
+                    return True
+                time.sleep(_PAUSE_S)  # nothing runs: paused, or no worker is left, for now
+            begun = self._pool.running()
+            ended = self._wait(1.0 if running or rests else 0.0)
+            retried: list[Pending] = []
+            # A group ends as one, so that after an interruption the same candidates are scored at once again.
+            with recorder.at_once():
+                for finished in ended:
+                    pending = running.get(finished.candidate)
+                    if pending is None or pending.attempt != finished.attempt:
+                        recorder.late(finished)
+                        continue
+                    del running[finished.candidate]
+                    if isinstance(finished.result, Measured):
+                        self.progress.add(sum(len(task.indices) for task in pending.tasks))
+                    started = begun.get((finished.candidate, finished.attempt))
+                    if started is not None and isinstance(finished.result, Measured):
+                        self._deadlines.learn(pending.tasks, self._pool.now() - started)
+                    if (again := self._end(pending, self._blamed(finished), recorder)) is not None:
+                        retried.append(again)
+            for again in retried:
+                if self._deaths and (other := feed()) is not None:
+                    waiting += [other, again]  # whether another one fares better says whose fault it is
+                else:
+                    # In front, so that a later candidate of the same recipe still waits for this one.
+                    waiting.appendleft(again)
+            self._end_overdue(running)
+
+    def _wait(self, timeout_s: float) -> list[Finished]:
+        """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
+        try:
+            found = self._pool.wait(timeout_s)
+            if found:
+                self._check()
+            return found
+        finally:
+            for news in self._pool.news():
+                self._report(news)
+
+    def _fill(self, feed: Feed, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> bool:
+        """Submit as many as the workers take; what shares a recipe with a running candidate keeps waiting.
+
+        Returns:
+            Whether the feed has nothing more, for now.
+        """
+        held: list[Pending] = []
+        busy = {pending.recipe_hash for pending in running.values()}
+        state = self._pool.state()
+        room = state.workers * state.together
+        exhausted = False
+        while len(running) < room and len(held) <= room and not exhausted:
+            group: list[Pending] = []
+            while len(group) < state.together and len(held) <= room:
+                pending = waiting.popleft() if waiting else feed()
+                if pending is None:
+                    exhausted = True
+                    break
+                if recorder.answer(pending):
+                    continue
+                if pending.recipe_hash in busy:
+                    held.append(pending)
+                    continue
+                if pending.faults and group:
+                    waiting.appendleft(pending)
+                    break
+                recorder.dispatched(pending)
+                group.append(pending)
+                running[pending.number] = pending
+                busy.add(pending.recipe_hash)
+                if pending.faults:  # what it did to its worker, it would do to those beside it
+                    break
+            self._submit(group)
+        waiting.extendleft(reversed(held))
+        return exhausted
+
+    def _submit(self, group: Sequence[Pending]) -> None:
+        """Have candidates scored at once. Who is in a group follows from the feed, and not from who is free when."""
+        number = group[0].number if len(group) > 1 else None
+        for each in group:
+            self._pool.submit(Job(each.number, each.attempt, each.recipe, each.tasks, number))
+
+    def _end_overdue(self, running: Mapping[int, Pending]) -> None:
+        """Have the pool end what has run longer than it may; it comes back as failed."""
+        now = self._pool.now()
+        if now - self._checked_at < _CHECK_S:
+            return
+        self._checked_at = now
+        for (candidate, attempt), started in self._pool.running().items():
+            if (pending := running.get(candidate)) is None or pending.attempt != attempt:
+                continue
+            if self._deadlines.is_over(pending.tasks, now - started):
+                self._pool.cancel(candidate, attempt)
+
+    def _blamed(self, finished: Finished) -> Finished:
+        """How an attempt ended, with its worker's death put down to the cluster while no worker has given a score.
+
+        Raises:
+            InputError: too many have died.
+        """
+        result = finished.result
+        if isinstance(result, Measured):
+            self._has_scored, self._deaths = True, 0
+        elif result.reason == "worker_died" and not self._has_scored:
+            self._deaths += 1
+            if self._deaths > DEATHS:
+                problem = f"{self._deaths} workers died before any had given a score; the last one: {result.message}"
+                raise InputError("cluster", problem, "See what ends them, then resume.")
+            rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (self._deaths - 1))
+            self._rests_until = self._pool.now() + rest_s
+            return replace(finished, result=replace(result, reason="cluster_fault"))
+        return finished
+
+    def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
+        """Record how an attempt ended; the next attempt when there is to be one."""
+        if isinstance(finished.result, Measured):
+            recorder.measured(pending, finished, finished.result)
+            return None
+        reason = finished.result.reason
+        faults = pending.faults + (reason not in BLAMELESS)
+        again = reason in BLAMELESS or (reason in WORKER_FAULTS and faults < self._attempts)
+        recorder.failed(finished, finished.result, final=not again)
+        return replace(pending, attempt=pending.attempt + 1, faults=faults) if again else None
+
+
+def write_log(folder: Path, finished: Finished, failure: Failed, prefix: str) -> str:
+    """Keep what a failed attempt left behind; the file's name, relative to the search folder, or "" for nothing."""
+    if not failure.log:
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{prefix}{finished.candidate:04d}.{finished.attempt}.log"
+    path.write_text(f"{failure.reason}: {failure.message}\nworker {finished.worker}\n\n{failure.log}", encoding="utf-8")
+    return f"{folder.name}/{path.name}"

@@ -1,0 +1,392 @@
+"""The driver: one search from its first landmark to the end of its budget.
+
+It asks the optimizer for genomes, decodes them, has them scored by a pool, and tells the optimizer: generation after
+generation, or, without a barrier, whenever a worker is free and whenever a candidate is known. It alone writes to the
+store, each step in one transaction, before anything is done on the strength of it. So whatever kills it, a new driver
+brings a fresh optimizer to the same point by replaying the recorded asks and tells in their order, and goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome
+from evomerge.optimizers import Optimizer
+from evomerge.recipe import Recipe, text_hash
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending
+from evomerge.search.driving.generation import GenerationScoring
+from evomerge.search.driving.progress import Progress
+from evomerge.search.driving.ranking import Ranking
+from evomerge.search.driving.scoring import FAVOURITE, Candidate
+from evomerge.search.driving.steady import SteadyScoring
+from evomerge.search.estimation.scores import Sheet
+from evomerge.search.pools.base import Pool
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.sections import Budget
+from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
+from evomerge.search.work.jobs import BLAMELESS, PoolNews
+from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
+from evomerge.store.front import extend_front
+
+Ending = Literal["finished", "stopped", "cancelled"]
+
+
+class Driver:
+    """Runs one search.
+
+    Args:
+        setup: what to search.
+        store: where everything is recorded; the caller holds its lease.
+        pool: what runs the jobs.
+        control: the verbs.
+        logs: folder for the logs of failed attempts.
+        idle: called at least once a second while waiting, and after each step.
+        clock: seconds, for the budget of hours.
+        deadlines: how long an attempt may take; filled with what earlier drivers have recorded.
+        check: raises InputError where the sources are not what they were.
+        progress: is told how much has been scored and how much is to come.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        store: Store,
+        pool: Pool,
+        control: Control,
+        *,
+        logs: Path,
+        idle: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        deadlines: Deadlines | None = None,
+        check: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._setup = setup
+        self._store = store
+        self._control = control
+        self._clock = clock
+        self._started = clock()
+        self._spent_before_s = 0.0
+        self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
+        self._deadlines = deadlines or Deadlines()
+        dispatcher = Dispatcher(
+            pool, control, setup.attempts, idle, self._deadlines, self._record_news, check, progress
+        )
+        dispatcher.progress.begin(self._items_to_come)
+        self._scoring: GenerationScoring | SteadyScoring
+        if setup.mode == "generational":
+            self._scoring = GenerationScoring(setup, store, dispatcher, logs)
+        else:
+            self._scoring = SteadyScoring(setup, store, dispatcher, logs, self._optimizer.population)
+        self._ranking = Ranking(setup, self._scoring.screening)
+        self._step = 0
+        self._asked = 0
+        self._asked_since_favourite = 0
+        self._landmarks = len(list(setup.space.landmarks()))
+        self._lost_landmarks = 0
+        self._told_items = self._told_candidates = 0  # scored items of the candidates told, landmarks not counted
+        self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
+        self._asked_after = 0  # an event before the asks of those that were open when this driver began
+        self._front: dict[int, Sequence[float]] = {}
+        self._unchanged = 0.0  # generations since the front last changed
+        self.why = ""
+
+    def run(self) -> Ending:
+        """Search until the budget is spent or a stop is asked for; ``why`` says in words what ended it."""
+        self._replay()
+        self._started = self._clock()
+        self._store.set_state("running")
+        if not self._asked:
+            self._ask_landmarks()
+        waits = isinstance(self._scoring, GenerationScoring) or self._setup.racing is not None
+        if waits and 0 in self._open:  # the landmarks are not told yet, and a race needs what they tell of items
+            if not self._scoring.score_landmarks(list(self._open.values())):
+                return self._end_early()
+            self._tell(list(self._open.values()))
+        ended = self._run_generations if isinstance(self._scoring, GenerationScoring) else self._run_steadily
+        return self._end("finished", self._spent()) if ended() else self._end_early()
+
+    def _run_generations(self) -> bool:
+        """Generation after generation; False when a stop came first."""
+        assert isinstance(self._scoring, GenerationScoring)  # by which ``run`` chose
+        while True:
+            if generation := list(self._open.values()):
+                if not self._scoring.score(generation, list(self._front.values()), self._optimizer.parents):
+                    return False
+                self._tell(generation)
+            if self._spent():
+                return True
+            self._ask(self._optimizer.population)
+
+    def _run_steadily(self) -> bool:
+        """A new candidate whenever a worker is free; False when a stop came first."""
+        assert isinstance(self._scoring, SteadyScoring)  # by which ``run`` chose
+        self._scoring.take_up(list(self._open.values()), self._asked_after)
+        return self._scoring.run(self._next_job)
+
+    def _next_job(self) -> Pending | None:
+        """The next rung of a candidate that came back, or a new candidate; those that are known now are told."""
+        assert isinstance(self._scoring, SteadyScoring)  # the feed of no other
+        while True:
+            if self._scoring.back:
+                candidate = self._scoring.back.popleft()
+            elif self._spent():
+                return None
+            else:
+                candidate, *others = self._ask(1)
+                self._scoring.begin([candidate, *others])
+                self._scoring.back.extend(others)
+            keep = self._optimizer.parents / self._optimizer.population
+            pending = self._scoring.next_job(candidate, list(self._front.values()), keep)
+            if pending is not None:
+                return pending
+            self._tell([candidate])
+
+    def _record_news(self, news: PoolNews) -> None:
+        self._store.record_event(news.kind, news.payload)
+
+    # Asking and telling -------------------------------------------------------------------------------------------
+
+    def _ask_landmarks(self) -> None:
+        marks = list(self._setup.space.landmarks())
+        asked = [self._next(i, mark.kind, mark.genome, mark.recipe) for i, mark in enumerate(marks)]
+        self._record_ask(asked, [mark.label for mark in marks])
+
+    def _ask(self, count: int) -> list[Candidate]:
+        """So many new candidates, or what is left of the budget; with racing, the optimizer's favourite beside them."""
+        room = math.inf if self._budget.candidates is None else self._budget.candidates - self._asked
+        name: str = self._setup.optimizer.name
+        points = [(name, genome) for genome in self._optimizer.ask(int(min(count, room)))]
+        self._asked_since_favourite += len(points)
+        if len(points) < room and (favourite := self._favourite()) is not None:
+            points.append((FAVOURITE, favourite))
+        self._step += 1
+        asked = [self._next(i, origin, g, self._setup.space.decode(g)) for i, (origin, g) in enumerate(points)]
+        self._record_ask(asked, [""] * len(asked))
+        return asked
+
+    def _favourite(self) -> Genome | None:
+        """The optimizer's favourite, once a generation, where scores are estimates and the best are mostly lucky."""
+        if self._setup.racing is None or self._asked_since_favourite < self._optimizer.population:
+            return None
+        self._asked_since_favourite = 0
+        return self._optimizer.favourite
+
+    def _next(self, i: int, origin: str, genome: Genome | None, recipe: Recipe) -> Candidate:
+        text = recipe.canonical()
+        return Candidate(self._asked + i, genome, recipe, text_hash(text), text, self._step, origin)
+
+    def _record_ask(self, asked: list[Candidate], labels: Sequence[str]) -> None:
+        new = [
+            NewCandidate(c.number, c.origin, c.text, c.recipe_hash, c.genome, label)
+            for c, label in zip(asked, labels, strict=True)
+        ]
+        self._store.record_ask(self._step, new)
+        self._open |= {c.number: c for c in asked}
+        self._asked += len(asked)
+
+    def _tell(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
+        outcomes = self._scoring.conclude(candidates)
+        self._ranking.rank(candidates, self._scoring.recent)
+        self._check_landmarks(candidates)
+        self._update_front(candidates)
+        losses = {c.number: c.losses for c in candidates if c.losses is not None}
+        self._store.record_tell(self._step, losses, front=self._front, spent_s=self._spent_s(), outcomes=outcomes)
+        self._told(candidates)
+        self._record_screen()
+        self._record_item_response()
+
+    def _record_screen(self) -> None:
+        """Write down what is known of the screen."""
+        if (screening := self._scoring.screening) is not None:
+            found = {"pairs": screening.pairs, "tau": screening.tau, "on": screening.is_on}
+            self._store.record_event("screen", found)
+
+    def _record_item_response(self) -> None:
+        """Write down what is known of item response, if that is new; it is only with each new fit."""
+        if told := dict(self._scoring.predictions.told()):
+            before = self._store.events(kinds=("item response",), newest=1)
+            if not before or before[0].payload != told:
+                self._store.record_event("item response", told)
+
+    def _told(self, candidates: Sequence[Candidate]) -> None:
+        """Let everything learn that learns from what was told."""
+        taught = [c for c in candidates if c.origin != FAVOURITE]
+        self._optimizer.tell([(c.genome, c.losses) for c in taught if c.genome is not None and c.losses])
+        self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
+        for c in candidates:
+            del self._open[c.number]
+            if c.step > 0:
+                self._told_items += self._items_of(c)
+                self._told_candidates += 1
+
+    def _check_landmarks(self, told: Sequence[Candidate]) -> None:
+        """When every landmark fails, what is wrong is not a merge, and a whole budget would be spent on finding out.
+
+        Raises:
+            InputError: with the first failure's message.
+        """
+        self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
+        if told[0].step == 0 and self._lost_landmarks == self._landmarks:
+            failure = self._store.candidate(0).failure or {}
+            raise InputError(
+                "landmarks",
+                f"every source and average failed; candidate 0: {failure.get('message')}",
+                f"See {failure['log']} in the folder of the search." if failure.get("log") else "",
+            )
+
+    def _update_front(self, told: Sequence[Candidate]) -> None:
+        before = set(self._front)
+        eligible = {c.number: c.losses for c in told if c.eligible and c.losses is not None}
+        self._front = extend_front(self._front, eligible)
+        generation = 1.0 if self._setup.mode == "generational" else len(told) / self._optimizer.population
+        self._unchanged = 0.0 if set(self._front) != before else self._unchanged + generation
+
+    # Progress -----------------------------------------------------------------------------------------------------
+
+    def _items_of(self, candidate: Candidate) -> int:
+        """How many items a candidate that was told had to be scored on: none where an earlier one answered for it."""
+        if candidate.twin is not None:
+            return 0
+        known: dict[int, int] = {}
+        screen = () if self._setup.screen is None else (self._setup.screen,)
+        for measure in (*self._setup.measures, *screen):
+            if (found := candidate.objectives.get(measure.name)) is not None:
+                known[measure.evaluator] = max(found["n"], known.get(measure.evaluator, 0))
+        return sum(known.values())
+
+    def _items_to_come(self) -> float | None:
+        """How many items are to be scored until the budget of candidates is spent; None without one.
+
+        A candidate needs as many as those told so far have, and, while these are few, as the rungs let expect.
+        """
+        if self._budget.candidates is None:
+            return None
+        sizes = [sum(counts.values()) for counts in self._setup.rungs[: self._setup.ordinary_rungs]]
+        weight = self._optimizer.population
+        each = (self._told_items + weight * sum(sizes) / len(sizes)) / (self._told_candidates + weight)
+        wanted = [sum(self._setup.all_counts().values()) if c.step == 0 else each for c in self._open.values()]
+        known = [c.sheet.count for c in self._open.values()]
+        ended = [c.finished or bool(c.out) for c in self._open.values()]
+        left = sum(max(0.0, w - k) for w, k, over in zip(wanted, known, ended, strict=True) if not over)
+        return left + each * max(0, self._budget.candidates - self._asked)
+
+    # Budget -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _budget(self) -> Budget:
+        return self._control.budget or self._setup.budget
+
+    def _spent_s(self) -> float:
+        """Seconds in which a driver was at work on this search, earlier ones included and pauses not."""
+        return self._spent_before_s + self._clock() - self._started - self._control.paused_s()
+
+    def _spent(self) -> str:
+        """Why the search should end now, or nothing."""
+        budget = self._budget
+        if budget.candidates is not None and self._asked >= budget.candidates:
+            return f"{budget.candidates} candidates asked"
+        if budget.hours is not None and self._spent_s() >= budget.hours * 3600:
+            return f"{budget.hours} hours spent"
+        if budget.patience is not None and self._unchanged >= budget.patience:
+            return f"the front has not changed for {budget.patience} generations"
+        return self._optimizer.stopped or ""
+
+    def _end_early(self) -> Ending:
+        if self._control.cancelled:
+            return self._end("cancelled", "asked to end at once")
+        return self._end("stopped", "asked to stop")
+
+    def _end(self, ending: Ending, why: str) -> Ending:
+        self.why = why
+        self._store.set_state(ending, why=why, spent_s=self._spent_s())
+        return ending
+
+    # Replay -------------------------------------------------------------------------------------------------------
+
+    def _replay(self) -> None:
+        """Bring the optimizer to where the store is.
+
+        Raises:
+            InputError: a genome or recipe comes out otherwise than it was recorded.
+        """
+        for step in self._store.steps():
+            if step.kind == "ask":
+                self._step = step.step
+                if not self._open:
+                    self._asked_after = step.seq - 1
+                self._open |= {c.number: c for c in self._replay_ask(step.step)}
+            else:
+                told = [self._open[number] for number in step.candidates]
+                self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
+                self._ranking.remember(told)
+                self._update_front(told)
+                self._told(told)
+        self._spent_before_s = self._store.search().spent_s
+        if self._open:
+            for event in self._store.events(kinds=("failure",)):
+                if event.candidate in self._open and event.payload["reason"] not in BLAMELESS:
+                    self._open[event.candidate].faults += 1
+        ended = self._store.events(kinds=ATTEMPT_EVENTS, newest=EVENTS_READ)
+        for items, seconds in recorded_attempts(ended, self._scored_by):
+            self._deadlines.remember(items, seconds)
+
+    def _scored_by(self, event: EventRow) -> Mapping[int, int]:
+        """How many items of each evaluator a candidate had been scored on, by its event "rung" or "result"."""
+        if event.kind == "result":
+            landmark = event.candidate is not None and event.candidate < self._landmarks
+            return self._setup.all_counts() if landmark else self._setup.counts()
+        items = event.payload["items"]
+        return {i: items[e.version] for i, e in enumerate(self._setup.evaluators) if e.version in items}
+
+    def _replay_ask(self, step: int) -> list[Candidate]:
+        rows = self._store.candidates(step=step)
+        if step == 0:
+            points = [(mark.genome, mark.recipe) for mark in self._setup.space.landmarks()]
+        else:
+            ours = [row.genome for row in rows if row.genome is not None and row.origin != FAVOURITE]
+            genomes = self._optimizer.replay(ours)
+            self._asked_since_favourite += len(genomes)
+            if len(genomes) < len(rows) and (favourite := self._favourite()) is not None:
+                genomes.append(favourite)
+            points = [(genome, self._setup.space.decode(genome)) for genome in genomes]
+        if len(points) != len(rows):
+            raise _drift(f"step {step}", f"gives {len(points)} candidates where {len(rows)} were recorded")
+        generation = []
+        for row, (genome, recipe) in zip(rows, points, strict=True):
+            if _bits(genome) != _bits(row.genome) or recipe.hash != row.recipe_hash:
+                place = f"candidate {row.number} (step {step})"
+                raise _drift(place, "gives another genome or recipe than was recorded")
+            generation.append(self._restore(row, genome, recipe))
+        self._asked += len(rows)
+        return generation
+
+    def _restore(self, row: CandidateRow, genome: Genome | None, recipe: Recipe) -> Candidate:
+        """A recorded candidate as it was when the store last heard of it."""
+        found = Candidate(row.number, genome, recipe, row.recipe_hash, "", row.step, row.origin, row.attempts)
+        # To be scored again, in place of an attempt that died with its driver.
+        found.status = "asked" if row.status == "running" else row.status
+        found.twin, found.timings = row.same_as, dict(row.timings)
+        found.objectives, found.losses, found.eligible = row.objectives, row.losses, row.eligible
+        if row.losses is None:
+            found.sheet = Sheet.of(self._setup, self._store.scores(row.number, "search"))
+        return found
+
+
+def _drift(place: str, problem: str) -> InputError:
+    return InputError(
+        place,
+        f"replaying the search {problem}",
+        "A library or Evomerge itself has changed; install the versions that `show` lists, or start a new search.",
+    )
+
+
+def _bits(genome: Genome | None) -> bytes | None:
+    return None if genome is None else genome.tobytes()

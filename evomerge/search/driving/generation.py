@@ -1,0 +1,80 @@
+"""Scoring a generation at once: rung by rung, and those that cannot matter are left out.
+
+Who goes on is decided by scores alone, never by the order in which they come, and a decision at a rung reads no score
+beyond it. So a search that was interrupted in a generation decides all over again, from what was recorded, and comes to
+the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from evomerge.search.driving.scoring import Candidate, Scoring
+from evomerge.search.estimation.screening import Screening
+from evomerge.store.front import nondominated
+
+
+class GenerationScoring(Scoring):
+    """Scores one generation after another."""
+
+    def score(self, generation: list[Candidate], incumbents: Sequence[Sequence[float]], keep: int) -> bool:
+        """Score a generation as far as is needed to rank it; False when a stop came first.
+
+        Args:
+            incumbents: losses of the candidates on the front before this generation.
+            keep: how many of the generation the optimizer learns from.
+        """
+        self.begin(generation)
+        if self.screening is not None and not self._screen(self.screening, generation):
+            return False
+        ordinary = self._setup.ordinary_rungs
+        for rung, counts in enumerate(self._rungs[:ordinary]):
+            racing = [c for c in generation if not c.out]
+            if not self._score_all([(c, counts) for c in racing]):
+                return False
+            self._reach(racing, rung)
+            if rung < len(self._rungs) - 1 and keep < len(generation):
+                self._judge(generation, rung, keep)
+        return ordinary == len(self._rungs) or self._challenge(generation, incumbents)
+
+    def _reach(self, candidates: Sequence[Candidate], rung: int) -> None:
+        for c in candidates:
+            if self._covers(c, rung):
+                c.reached = rung
+            else:
+                c.out = "failed"
+
+    def _screen(self, screening: Screening, generation: list[Candidate]) -> bool:
+        """Score a generation by the screen; what it finds too poor leaves the race. False when a stop came first."""
+        screen = screening.info
+        if not self._score_all([(c, {screen.evaluator: screen.items}) for c in generation]):
+            return False
+        values = {c.number: float(c.sheet.values(screen).mean(dtype=np.float64)) for c in generation}
+        dropped = screening.poorest({number: mean for number, mean in values.items() if not math.isnan(mean)})
+        for c in generation:
+            if c.number in dropped:
+                c.out = "screened"
+        return True
+
+    def _challenge(self, generation: Sequence[Candidate], incumbents: Sequence[Sequence[float]]) -> bool:
+        """Score the best of a generation on more items for as long as it looks better than the incumbents.
+
+        The best of many estimates is too good, and only a candidate that was scored on every item may take an
+        incumbent's place (Hutter, Hoos & Leyton-Brown, SMAC, LION 2011, procedure Intensify).
+        """
+        last = len(self._rungs) - 1
+        open_ = [c for c in generation if c.out in ("", "settled") and 0 <= c.reached < last]
+        losses = np.array([self._losses(c) for c in open_]).reshape(len(open_), len(self._setup.objectives))
+        best = [open_[i] for i in np.flatnonzero(nondominated(losses))]
+        challengers = [c for c in best if self._leads(c, incumbents)]
+        while challengers:
+            if not self._score_all([(c, self._rungs[c.reached + 1]) for c in challengers]):
+                return False
+            challengers = [c for c in challengers if self._covers(c, c.reached + 1)]
+            for c in challengers:
+                c.reached += 1
+            challengers = [c for c in challengers if c.reached < last and self._leads(c, incumbents)]
+        return True

@@ -1,0 +1,329 @@
+"""Candidates on their way to be scored: what is known of each, what it lacks, and what is written down of it.
+
+Which candidate is scored on how many items is decided in ``generation.py``, where all of a generation are compared, and
+in ``steady.py``, where nobody waits for another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.genome import Genome
+from evomerge.recipe import Recipe
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
+from evomerge.search.estimation.prediction import Predictions
+from evomerge.search.estimation.racing import surely_better, verdicts
+from evomerge.search.estimation.scores import Sheet, estimate, missing_tasks, to_answers
+from evomerge.search.estimation.screening import Screening
+from evomerge.search.preparing.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
+from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.store import Estimate, Outcome, Store
+from evomerge.store.rows import Status
+
+FAVOURITE = "favourite"
+"""Where a candidate comes from that the optimizer believes in and did not ask for."""
+
+
+@dataclass
+class Candidate:
+    """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a landmark's kind, the name
+    of the optimizer, or FAVOURITE.
+
+    ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``twin`` is an
+    earlier candidate of the same recipe, whose scores are its own.
+    """
+
+    number: int
+    genome: Genome | None
+    recipe: Recipe
+    recipe_hash: str
+    text: str = ""
+    step: int = 0
+    origin: str = ""
+    attempts: int = 0
+    faults: int = 0
+    status: Status = "asked"
+    twin: int | None = None
+    sheet: Sheet = field(default_factory=Sheet)
+    timings: dict[str, float] = field(default_factory=dict)
+    reached: int = -1
+    out: str = ""
+    objectives: Mapping[str, Estimate] = field(default_factory=dict)
+    eligible: bool = False
+    losses: list[float] | None = None
+
+    @property
+    def is_eliminated(self) -> bool:
+        """Too poor for the optimizer to learn more of it than that."""
+        return self.out in ("eliminated", "screened")
+
+    @property
+    def finished(self) -> bool:
+        """No more of it will be scored, and the store says so already."""
+        return self.status in ("done", "cached", "failed")
+
+
+class Scoring:
+    """What both ways of scoring share; the dispatcher's recorder.
+
+    Args:
+        logs: folder for the logs of failed attempts.
+    """
+
+    def __init__(self, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path) -> None:
+        self._setup = setup
+        self._store = store
+        self._dispatcher = dispatcher
+        self._logs = logs
+        self._rungs = setup.rungs
+        self._orders: list[ItemOrder] = [plain_order(each.search_items) for each in setup.evaluators]
+        self._open: dict[int, Candidate] = {}
+        self._twins: dict[str, int] = {}
+        self._wanted: dict[int, Counts] = {}  # of each candidate that is being scored
+        self.recent: deque[Candidate] = deque(maxlen=0)  # told lately, where these are compared with new ones
+        self.predictions = Predictions(setup)
+        self.screening = Screening(setup.screen, setup.seed) if setup.screen is not None else None
+
+    def score_landmarks(self, landmarks: Sequence[Candidate]) -> bool:
+        """Score every landmark on all items; False when a stop came first."""
+        self.begin(landmarks)
+        return self._score_all([(c, self._setup.all_counts()) for c in landmarks])
+
+    def learn(self, told: Sequence[Candidate], *, landmarks: bool) -> None:
+        """Take candidates that have been told: their scores answer for their recipes from now on.
+
+        Of landmarks also the order of items, by what their scores tell of each.
+        """
+        for c in told:
+            self._open.pop(c.number, None)
+            self._wanted.pop(c.number, None)
+            if c.twin is None and c.status in ("done", "eliminated"):
+                self._twins[c.recipe_hash] = c.number
+        if landmarks and self._setup.racing is not None:
+            self._learn_items([c for c in told if c.status != "failed"])
+        elif self.predictions.learns:  # the others never look at these scores
+            full = [c.number for c in told if c.status == "done" and c.eligible]
+            self.predictions.take([self._recorded_sheet(number) for number in full], self._orders)
+        self._learn_screen(told)
+
+    def _learn_screen(self, told: Sequence[Candidate]) -> None:
+        if self.screening is None:
+            return
+        screen, target = self.screening.info, self._setup.objectives[self.screening.info.objective]
+        known = {c.number: c.objectives for c in told}
+        screened = {n: found[screen.name]["mean"] for n, found in known.items() if screen.name in found}
+        scored = {n: -target.loss(found[target.name]["mean"]) for n, found in known.items() if target.name in found}
+        self.screening.remember(screened, scored)
+
+    def _learn_items(self, landmarks: Sequence[Candidate]) -> None:
+        """Put items in order by the landmarks' scores, and take the best landmark to predict scores by."""
+        if not landmarks:
+            return
+        sheets = [self._recorded_sheet(c.number) for c in landmarks]
+        for evaluator in self._setup.counts():
+            # Of measures on one evaluator the one with the most items, and of those the first, says how they differ.
+            measures = [m for m in self._setup.measures if m.evaluator == evaluator]
+            measure = max(measures, key=lambda m: m.items)
+            scores = np.array([sheet.values(measure) for sheet in sheets], dtype=np.float64)
+            self._orders[evaluator] = item_order(scores, self._setup.seed + evaluator)
+        first = self._setup.objectives[0]
+        losses = [first.loss(c.objectives[first.name]["mean"]) for c in landmarks]
+        self.predictions.take_landmarks(sheets, sheets[int(np.argmin(losses))], self._orders)
+
+    def begin(self, candidates: Sequence[Candidate]) -> None:
+        """Take candidates that were asked for; those of an interrupted search with what they have been scored on."""
+        self._open |= {c.number: c for c in candidates}
+        for c in candidates:
+            if c.twin is None and not c.sheet.is_empty:
+                self._twins[c.recipe_hash] = c.number
+
+    def _pending(self, candidate: Candidate, counts: Counts) -> Pending | None:
+        """What a candidate lacks of these items; None when nothing, or when no more of it will be scored."""
+        if candidate.finished:
+            return None
+        self._wanted[candidate.number] = counts
+        self._learn_from_twin(candidate, counts)
+        tasks = missing_tasks(candidate.sheet, self._orders, counts)
+        if not tasks:
+            return None
+        number, attempt = candidate.number, candidate.attempts + 1
+        return Pending(number, attempt, candidate.recipe, candidate.recipe_hash, tasks, candidate.faults)
+
+    def _score_all(self, wanted: Sequence[tuple[Candidate, Counts]]) -> bool:
+        """Score candidates on these items each; False when a stop came first."""
+        found = (self._pending(c, counts) for c, counts in wanted)
+        return self._dispatcher.run(feed_of([pending for pending in found if pending is not None]), self)
+
+    def _learn_from_twin(self, candidate: Candidate, counts: Counts) -> bool:
+        """Take what an earlier candidate of the same recipe scored; whether that is all that is wanted.
+
+        Not more than is wanted: its twin may be scored further while this one is not, and must not pull it along.
+        """
+        twin = self._twins.get(candidate.recipe_hash)
+        if twin is None or twin == candidate.number:
+            return False
+        known = self._sheet_of_number(twin)
+        for evaluator, count in counts.items():
+            candidate.sheet.take(self._setup, known, evaluator, self._orders[evaluator].positions[:count])
+        if missing_tasks(candidate.sheet, self._orders, counts):
+            return False
+        candidate.twin = twin
+        if self._is_full(candidate.sheet):
+            candidate.status, candidate.objectives = "cached", self._estimates(candidate.sheet, len(self._rungs) - 1)
+            candidate.eligible = self._setup.violation(candidate.objectives) == 0.0
+            self._store.record_cached(candidate.number, twin, candidate.objectives, eligible=candidate.eligible)
+        return True
+
+    # Deciding -----------------------------------------------------------------------------------------------------
+
+    def _judge(
+        self, candidates: Sequence[Candidate], rung: int, keep: int, *, others: Collection[Candidate] = ()
+    ) -> None:
+        """Let those at this rung whose place among them and the ``others`` is clear leave the race."""
+        racing = [c for c in (*others, *candidates) if c.reached >= 0]
+        if not racing:
+            return
+        better = np.zeros((len(racing), len(racing)), dtype=np.bool_)
+        reached = np.array([c.reached for c in racing])
+        for level in sorted(set(reached.tolist())):
+            # A pair is compared on the items of the lower rung of the two.
+            there = np.flatnonzero(reached >= level)
+            lower = np.minimum(reached[there][:, None], reached[there][None, :]) == level
+            block = better[np.ix_(there, there)]
+            block[lower] = self._compare([racing[i] for i in there], level)[lower]
+            better[np.ix_(there, there)] = block
+        found = verdicts(better, keep)
+        ours = {c.number for c in candidates}
+        for c, eliminated, settled in zip(racing, found.eliminated, found.settled, strict=True):
+            if c.number in ours and not c.out and c.reached == rung:
+                c.out = "eliminated" if eliminated else "settled" if settled else ""
+
+    def _compare(self, candidates: Sequence[Candidate], level: int) -> NDArray[np.bool_]:
+        """Who is surely better than whom on the items of a rung: bool [candidates, candidates]."""
+        assert self._setup.racing is not None  # without it there is one rung, and nothing to compare before it
+        samples, losses = [], []
+        for objective in self._setup.objectives:
+            items = self._items(objective, level)
+            samples.append(self._orders[objective.evaluator].sample(items, objective.items))
+            losses.append(np.array([_losses_on(c.sheet, objective, items) for c in candidates]))
+        better = surely_better(losses, samples, self._setup.racing.confidence)
+        feasible = np.array([self._setup.violation(self._estimates(c.sheet, level)) == 0.0 for c in candidates])
+        return np.asarray(better & (feasible[:, None] | ~feasible[None, :]))
+
+    def _losses(self, candidate: Candidate) -> list[float]:
+        """What a candidate's losses are by the items of the rung that it reached; inf where it misses a constraint."""
+        found = self._estimates(candidate.sheet, candidate.reached)
+        if self._setup.violation(found) > 0.0:
+            return [math.inf] * len(self._setup.objectives)
+        return [o.loss(found[o.name]["mean"]) for o in self._setup.objectives]
+
+    def _leads(self, candidate: Candidate, incumbents: Sequence[Sequence[float]]) -> bool:
+        """Whether a candidate is feasible and no incumbent is as good in every objective, by what is known now."""
+        ours = np.array(self._losses(candidate))
+        return bool(np.isfinite(ours).all()) and not any((np.array(theirs) <= ours).all() for theirs in incumbents)
+
+    # The end ------------------------------------------------------------------------------------------------------
+
+    def conclude(self, candidates: Sequence[Candidate]) -> list[Outcome]:
+        """Estimate what each candidate is worth that was not scored on every item, and say how its race ended."""
+        outcomes = []
+        for c in candidates:
+            if not c.finished:
+                c.objectives = self._estimates(c.sheet, c.reached)
+                status: Status = "eliminated" if c.is_eliminated else "done" if c.twin is None else "cached"
+                c.status = status
+                outcomes.append(Outcome(c.number, status, c.objectives, eligible=False, same_as=c.twin))
+        return outcomes
+
+    def _estimates(self, sheet: Sheet, rung: int) -> dict[str, Estimate]:
+        """What a candidate is worth by the items up to a rung; by the screen alone for -1."""
+        found: dict[str, Estimate | None] = {}
+        if rung >= 0:
+            seen = sheet.within(self._setup, self._orders, self._rungs[rung])
+            for m in self._setup.measures:
+                found[m.name] = estimate(m, seen, self._orders[m.evaluator], self.predictions.of(m))
+        if (screen := self._setup.screen) is not None:
+            found[screen.name] = estimate(screen, sheet, self._orders[screen.evaluator], None)
+        return {name: value for name, value in found.items() if value is not None}
+
+    # Scores -------------------------------------------------------------------------------------------------------
+
+    def _items(self, measure: MeasureInfo, rung: int) -> NDArray[np.int32]:
+        """The positions of a measure's items at a rung."""
+        positions = self._orders[measure.evaluator].positions[: self._rungs[rung][measure.evaluator]]
+        return positions[positions < measure.items]
+
+    def _covers(self, candidate: Candidate, rung: int) -> bool:
+        return not missing_tasks(candidate.sheet, self._orders, self._rungs[rung])
+
+    def _is_full(self, sheet: Sheet) -> bool:
+        return not missing_tasks(sheet, self._orders, self._rungs[-1])
+
+    def _sheet_of_number(self, number: int) -> Sheet:
+        """The scores of a candidate, one that is being scored or an earlier one."""
+        return self._open[number].sheet if number in self._open else self._recorded_sheet(number)
+
+    def _recorded_sheet(self, number: int) -> Sheet:
+        return Sheet.of(self._setup, self._store.scores(number, "search"))
+
+    def _of(self, number: int) -> Candidate:
+        return self._open[number]
+
+    # What the dispatcher reports ----------------------------------------------------------------------------------
+
+    def answer(self, pending: Pending) -> bool:
+        return self._learn_from_twin(self._of(pending.number), self._wanted[pending.number])
+
+    def dispatched(self, pending: Pending) -> None:
+        self._of(pending.number).attempts = pending.attempt
+        self._store.record_dispatch(pending.number, pending.attempt, "")
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+        c, sheet = self._of(finished.candidate), Sheet()
+        for task, metrics in zip(pending.tasks, result.scores, strict=True):
+            sheet.add(self._setup, task.evaluator, task.indices, metrics)
+        sheet.update(self._setup, c.sheet)
+        scores = sheet.scores(self._setup)
+        timings = {p: c.timings.get(p, 0.0) + result.timings.get(p, 0.0) for p in [*c.timings, *result.timings]}
+        attempt, answers = (c.number, finished.attempt), to_answers(self._setup, result, pending.tasks)
+        if not self._is_full(sheet):
+            if not self._store.record_rung(*attempt, scores, timings, finished.worker, answers=answers):
+                return
+        else:
+            objectives = self._estimates(sheet, len(self._rungs) - 1)
+            eligible = self._setup.violation(objectives) == 0.0
+            if not self._store.record_result(
+                *attempt, scores, timings, objectives, finished.worker, eligible=eligible, answers=answers
+            ):
+                return
+            c.status, c.objectives, c.eligible = "done", objectives, eligible
+        c.sheet, c.timings, c.twin = sheet, timings, None
+        self._twins[c.recipe_hash] = c.number
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
+        log = write_log(self._logs, finished, failure, "c")
+        what = {"reason": failure.reason, "message": failure.message, "log": log, "worker": finished.worker}
+        self._store.record_failure(finished.candidate, finished.attempt, what, final=final)
+        if final:
+            self._of(finished.candidate).status = "failed"
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return self._store.at_once()
+
+    def late(self, finished: Finished) -> None:
+        self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
+
+
+def _losses_on(sheet: Sheet, objective: ObjectiveInfo, items: NDArray[np.int32]) -> NDArray[np.float64]:
+    """A candidate's losses on some items: float64 [items]."""
+    values = sheet.values(objective)[items].astype(np.float64)
+    return -values if objective.maximise else values

@@ -1,0 +1,222 @@
+"""Scoring without a barrier: each candidate goes its own way up the rungs, and no worker waits for another.
+
+A candidate is compared with those that were told last, as many as two generations hold, where a generation would
+compare its own. What is decided depends on who was there by then. So where several workers end in no fixed order, two
+runs of such a search differ.
+
+A decision is made once. That a candidate goes on is written down with the attempt that it goes on to, and how its race
+ended with what is told of it; the candidates that are asked for and not told yet are taken up in the order in which the
+driver would have come to them. So a search that was interrupted goes on as it would have, and where one job runs at a
+time it is the search that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.search.driving.dispatch import Dispatcher, Pending
+from evomerge.search.driving.scoring import Candidate, Scoring
+from evomerge.search.estimation.scores import Sheet
+from evomerge.search.preparing.setup import Counts, Setup
+from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.store import EventRow, Store
+
+RECENT = 2
+"""Generations' worth of told candidates that a new one is compared with."""
+
+SCREEN = -1
+"""In place of a rung: the items of the screen."""
+
+_ENDS = ("rung", "result", "cached", "failure")  # events after which the driver comes back to a candidate
+
+
+class SteadyScoring(Scoring):
+    """Scores candidates one by one.
+
+    Attributes:
+        back: candidates of which an attempt has just ended, for the driver to take up again.
+    """
+
+    def __init__(self, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path, population: int) -> None:
+        super().__init__(setup, store, dispatcher, logs)
+        self._screened: deque[Candidate] = deque(maxlen=population)
+        self.back: deque[Candidate] = deque()
+        self.recent = deque(maxlen=RECENT * population)
+        self._told_last: deque[Candidate] = deque(maxlen=RECENT * population)
+
+    def run(self, feed: Callable[[], Pending | None]) -> bool:
+        """Score whatever the feed gives until it gives nothing; False when a stop came first."""
+        return self._dispatcher.run(feed, self)
+
+    def next_job(self, candidate: Candidate, incumbents: Sequence[Sequence[float]], keep: float) -> Pending | None:
+        """What is to be scored next of a candidate; None when it is known as well as it needs to be.
+
+        Args:
+            incumbents: losses of the candidates on the front.
+            keep: the share of candidates that the optimizer learns from.
+        """
+        while not candidate.finished:
+            counts = self._wanted.get(candidate.number) or self._next_counts(candidate, incumbents)
+            if counts is None:
+                return None
+            if (pending := self._pending(candidate, counts)) is not None:
+                return pending
+            if candidate.status == "failed":
+                return None
+            self._wanted.pop(candidate.number, None)
+            self._arrive(candidate, counts, keep)
+        return None
+
+    def _next_counts(self, candidate: Candidate, incumbents: Sequence[Sequence[float]]) -> Counts | None:
+        """The items of a candidate's next rung, the screen's first; None at the end of its way."""
+        if candidate.step == 0:
+            return None if candidate.reached == len(self._rungs) - 1 else self._setup.all_counts()
+        screen = self._setup.screen
+        if screen is not None and candidate.reached < 0 and math.isnan(self._screen_mean(candidate)):
+            return self._screen_counts()
+        if candidate.is_eliminated:
+            return None
+        rung = candidate.reached + 1
+        if rung < self._setup.ordinary_rungs and not candidate.out:
+            return self._rungs[rung]
+        challenges = 0 < rung < len(self._rungs) and self._leads(candidate, [*incumbents, *self._recent_losses()])
+        return self._rungs[rung] if challenges else None
+
+    def _arrive(self, candidate: Candidate, counts: Counts, keep: float) -> None:
+        """A candidate has all scores of a rung, or of the screen: whether it goes on is decided."""
+        if candidate.step == 0:
+            candidate.reached = len(self._rungs) - 1
+            return
+        if counts not in self._rungs:
+            self._screen(candidate)
+            return
+        candidate.reached += 1
+        if candidate.reached < min(self._setup.ordinary_rungs, len(self._rungs) - 1):
+            others = [c for c in self.recent if c.reached >= 0]
+            keep_of = round(keep * (len(others) + 1))
+            if 0 < keep_of <= len(others):
+                self._judge([candidate], candidate.reached, keep_of, others=others)
+
+    def _screen(self, candidate: Candidate) -> None:
+        """Leave out a candidate that is among the poorest by the screen of those that came last."""
+        self._screened.append(candidate)
+        if self.screening is not None and len(self._screened) == self._screened.maxlen:
+            means = {c.number: self._screen_mean(c) for c in self._screened}
+            if candidate.number in self.screening.poorest(means):
+                candidate.out = "screened"
+
+    def _screen_mean(self, candidate: Candidate) -> float:
+        """The mean of the screen's metric; NaN until all of its items are scored."""
+        assert self._setup.screen is not None  # asked only where there is one
+        return float(candidate.sheet.values(self._setup.screen).mean(dtype="float64"))
+
+    def _recent_losses(self) -> list[list[float]]:
+        return [c.losses for c in self.recent if c.losses is not None and c.out != "screened"]
+
+    def learn(self, told: Sequence[Candidate], *, landmarks: bool) -> None:
+        super().learn(told, landmarks=landmarks)
+        self.recent.extend(c for c in told if c.status != "failed" and not landmarks)
+        self._told_last.extend(c for c in told if not landmarks)
+
+    # After an interruption ----------------------------------------------------------------------------------------
+
+    def take_up(self, open_: Sequence[Candidate], asked_after: int) -> None:
+        """Go on where the driver before this one was, once everything told has been learned again.
+
+        Args:
+            open_: the candidates that were asked for and are not told yet.
+            asked_after: the seq of an event before all of their asks.
+        """
+        for c in self.recent:
+            c.sheet = self._told_sheet(c)
+            c.reached = max((rung for rung in range(len(self._rungs)) if self._covers(c, rung)), default=-1)
+            if c.status == "eliminated":
+                c.out = "eliminated" if c.reached >= 0 else "screened"
+        self.begin(open_)
+        events = self._store.events(since=asked_after, kinds=("ask", "dispatch", *_ENDS))
+        decided = {e.candidate: e.payload for e in events if e.candidate in self._open and "rung" in e.payload}
+        for c in open_:
+            if c.number in decided:
+                self._decide_again(c, decided[c.number])
+        self._remember_screened([c for c in open_ if c.number in decided and decided[c.number]["rung"] != SCREEN])
+        self.back = deque(_as_queued(open_, events))
+
+    def _decide_again(self, candidate: Candidate, decided: Mapping[str, Any]) -> None:
+        """Take what was decided of a candidate when it was last sent to a worker."""
+        candidate.reached, candidate.out = decided["reached"], decided["out"]
+        rung = decided["rung"]
+        if rung != SCREEN:
+            self._learn_from_twin(candidate, self._screen_counts())
+        if candidate.reached >= 0:
+            self._learn_from_twin(candidate, self._rungs[candidate.reached])
+        self._wanted[candidate.number] = self._screen_counts() if rung == SCREEN else self._rungs[rung]
+
+    def _remember_screened(self, open_: Sequence[Candidate]) -> None:
+        """Take those that came to the screen last: of the ``open_``, which have passed it, and of those told."""
+        if self._setup.screen is not None:
+            for c in self._told_last:
+                c.sheet = self._told_sheet(c)
+            screened = [c for c in (*self._told_last, *open_) if not math.isnan(self._screen_mean(c))]
+            # With one job at a time they come in the order in which they are asked for.
+            self._screened.extend(sorted(screened, key=lambda c: c.number))
+
+    def _told_sheet(self, candidate: Candidate) -> Sheet:
+        """What a candidate that was told had been scored on: of its twin's scores no more than it took."""
+        sheet = self._recorded_sheet(candidate.number)
+        if candidate.twin is None:
+            return sheet
+        known = candidate.objectives
+        counts = dict(self._screen_counts())
+        for rung, rungs in enumerate(self._rungs):
+            wanted = {m.name: len(self._items(m, rung)) for m in self._setup.measures}
+            if all(name in known and known[name]["n"] >= count for name, count in wanted.items()):
+                counts |= {evaluator: max(count, counts.get(evaluator, 0)) for evaluator, count in rungs.items()}
+        return sheet.within(self._setup, self._orders, counts)
+
+    def _screen_counts(self) -> Counts:
+        screen = self._setup.screen
+        return {} if screen is None else {screen.evaluator: screen.items}
+
+    # What the dispatcher reports ----------------------------------------------------------------------------------
+
+    def dispatched(self, pending: Pending) -> None:
+        c = self._of(pending.number)
+        counts = self._wanted[c.number]
+        rung = self._rungs.index(counts) if counts in self._rungs else SCREEN
+        decided = None if c.step == 0 else {"reached": c.reached, "out": c.out, "rung": rung}
+        c.attempts = pending.attempt
+        self._store.record_dispatch(pending.number, pending.attempt, "", decided)
+
+    def answer(self, pending: Pending) -> bool:
+        answered = super().answer(pending)
+        if answered:
+            self.back.append(self._of(pending.number))
+        return answered
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+        super().measured(pending, finished, result)
+        self.back.append(self._of(finished.candidate))
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
+        super().failed(finished, failure, final=final)
+        if final:
+            self.back.append(self._of(finished.candidate))
+
+
+def _as_queued(open_: Sequence[Candidate], events: Sequence[EventRow]) -> list[Candidate]:
+    """Candidates in the order in which the driver would come to them: first those at a worker, as they were sent there,
+    then the others, as they were asked for or came back.
+    """
+    places: dict[int | None, tuple[bool, int]] = {}  # of each candidate: whether it waits, and since which event
+    for event in events:
+        if event.kind == "ask":
+            places |= dict.fromkeys(event.payload["candidates"], (True, event.seq))
+        elif event.kind == "dispatch" or (event.kind == "failure" and not event.payload["final"]):
+            places[event.candidate] = (False, event.seq)
+        else:
+            places[event.candidate] = (True, event.seq)
+    return sorted(open_, key=lambda c: (places[c.number], c.number))

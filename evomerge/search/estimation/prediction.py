@@ -1,0 +1,84 @@
+"""What a candidate's scores on a few items predict of all the others: by the best landmark, or by item response.
+
+The best landmark and not the best candidate: one that leads was chosen by the items that come first, does better on
+these than on the others, and would make whatever is estimated by its scores look worse than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.search.estimation.item_response import HeldOutError, ItemModel, fit, held_out_error
+from evomerge.search.estimation.items import ItemOrder
+from evomerge.search.estimation.scores import Prediction, Sheet
+from evomerge.search.preparing.setup import MeasureInfo, Setup
+
+GROWTH = 1.25
+"""By how much the models scored on every item must have grown for a new fit: each costs a cross validation."""
+
+
+class Predictions:
+    """Gives each measure its prediction, and learns from every model that was scored on all items."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._reference: Sheet | None = None
+        self._scored: list[Sheet] = []
+        self._fitted = 0
+        self._models: dict[str, ItemModel] = {}
+        self.errors: dict[str, HeldOutError] = {}
+
+    @property
+    def learns(self) -> bool:
+        """Whether models scored on every item teach it anything: with ``estimate: item_response`` alone."""
+        return self._setup.racing is not None and self._setup.racing.estimate == "item_response"
+
+    def of(self, measure: MeasureInfo) -> Prediction | None:
+        """What predicts a measure's scores; None before the landmarks are known."""
+        if self._reference is None:
+            return None
+        known = self._reference.values(measure).astype(np.float64)
+        if (model := self._models.get(measure.name)) is not None:
+            return model.predict
+
+        def by_reference(items: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+            return known
+
+        return by_reference
+
+    def take_landmarks(self, landmarks: Sequence[Sheet], best: Sheet, orders: Sequence[ItemOrder]) -> None:
+        """Take the landmarks that were scored, and the best of them."""
+        self._reference = best
+        self.take(landmarks, orders)
+
+    def take(self, scored: Sequence[Sheet], orders: Sequence[ItemOrder]) -> None:
+        """Take models that were scored on every item; fits again when there are enough new ones."""
+        if not self.learns:
+            return
+        self._scored.extend(scored)
+        if len(self._scored) >= max(3, GROWTH * self._fitted):
+            self._fitted = len(self._scored)
+            for measure in self._setup.measures:
+                self._fit(measure, orders[measure.evaluator])
+
+    def _fit(self, measure: MeasureInfo, order: ItemOrder) -> None:
+        assert self._reference is not None  # landmarks come before any other candidate
+        responses = np.array([sheet.values(measure) for sheet in self._scored], dtype=np.float64)
+        items = order.positions[: self._setup.rungs[0][measure.evaluator]].astype(np.int64)
+        subset = np.sort(items[items < measure.items])
+        if len(subset) == measure.items:  # always scored whole
+            return
+        reference = self._reference.values(measure).astype(np.float64)
+        found = held_out_error(responses, [subset], order, reference)
+        self.errors[measure.name] = found
+        self._models.pop(measure.name, None)
+        if found.item_response < found.reference:
+            self._models[measure.name] = fit(responses)
+
+    def told(self) -> Mapping[str, object]:
+        """What is known of the item models, for the record."""
+        return {name: asdict(error) | {"used": name in self._models} for name, error in self.errors.items()}

@@ -1,0 +1,174 @@
+"""Which of several models a search prefers: by its one objective, by its scalarisation, or by none, along a front.
+
+One place decides what is called the best, on the search split and on the held-out split, in every command and on every
+page. Several objectives without a scalarisation have no best: what people may want of such a front is the best at each
+objective, and the knee, the best compromise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from evomerge.optimizers.scalarisation import Scalarisation
+from evomerge.search.preparing.setup import Setup
+from evomerge.store import CandidateRow, SearchRow, Store, summaries
+from evomerge.store.front import knee, nondominated
+
+Losses = NDArray[np.float64]
+"""Losses of models, float64 [models, objectives]; less is better."""
+
+BEST, KNEE = "best", "knee"
+
+_EQUAL = 1e-9  # of scaled sums: rounding alone tells them apart
+
+_SCALARISATION: TypeAdapter[Scalarisation] = TypeAdapter(Scalarisation)
+
+
+def best_at(objective: str) -> str:
+    """What the best in one of several objectives is called, and may be asked for by."""
+    return f"best at {objective}"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How a search chooses among models.
+
+    Attributes:
+        objectives: whether more is better, by the objectives' names, in order.
+        scalarisation: what makes one number of several objectives; None with one, and for a front.
+    """
+
+    objectives: Mapping[str, bool]
+    scalarisation: Scalarisation | None
+
+    @classmethod
+    def of_setup(cls, setup: Setup) -> Preference:
+        """That of a search as its driver knows it."""
+        mix = getattr(setup.optimizer, "scalarisation", None)
+        return cls({objective.name: objective.maximise for objective in setup.objectives}, mix)
+
+    @classmethod
+    def of_search(cls, search: SearchRow) -> Preference:
+        """That of a recorded search."""
+        objectives = {o["name"]: bool(o["maximise"]) for o in search.fingerprints["objectives"]}
+        return cls.of(objectives, search.settings["optimizer"].get("scalarisation"))
+
+    @classmethod
+    def of(cls, objectives: Mapping[str, bool], scalarisation: Mapping[str, object] | None) -> Preference:
+        """That of these objectives and a scalarisation as a search file says it."""
+        return cls(objectives, None if scalarisation is None else _SCALARISATION.validate_python(scalarisation))
+
+    @property
+    def decides(self) -> bool:
+        """Whether there is one best: not where objectives are weighed against each other by nobody."""
+        return len(self.objectives) == 1 or self.scalarisation is not None
+
+    @property
+    def roles(self) -> list[str]:
+        """What is chosen of several models: the best, or else the best at each objective and the knee."""
+        return [BEST] if self.decides else [*map(best_at, self.objectives), KNEE]
+
+    @property
+    def scalar(self) -> str:
+        """What the number is called that decides among several objectives; nothing where none does."""
+        return "" if self.scalarisation is None else self.scalarisation.name.replace("_", " ")
+
+    def losses(self, models: Sequence[Mapping[str, float]]) -> Losses:
+        """The losses of models by their means in each objective; NaN where one is not known."""
+        rows = [
+            [(-1.0 if up else 1.0) * means.get(name, np.nan) for name, up in self.objectives.items()]
+            for means in models
+        ]
+        return np.array(rows, dtype=np.float64).reshape(len(models), len(self.objectives))
+
+    def order(self, losses: Losses, among: Losses) -> NDArray[np.float64]:
+        """What models are ordered by, float64 [models], less is better: the loss, the scalarisation, or, with neither,
+        how far they are from the best in all objectives together, of which the knee has the least.
+
+        ``among`` [more models, objectives] gives the range that objectives are scaled by, where any is needed.
+        """
+        finite = among[np.isfinite(among).all(axis=1)]
+        if len(self.objectives) == 1 or not len(finite):
+            return losses[:, 0]
+        if self.scalarisation is not None:
+            return self.scalarisation(losses, finite.min(axis=0), finite.max(axis=0))
+        front = finite[nondominated(finite)]
+        best, worst = front.min(axis=0), front.max(axis=0)
+        return np.asarray(((losses - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1))
+
+    def choose(self, losses: Losses, among: Losses | None = None) -> dict[str, int]:
+        """The row of ``losses`` in each role; none of no rows with finite losses. Of equals the first is taken.
+
+        ``among`` is as for ``order``; these models themselves unless given.
+        """
+        known = np.flatnonzero(np.isfinite(losses).all(axis=1))
+        if not len(known):
+            return {}
+        rows = losses[known]
+        if self.decides:
+            return {BEST: int(known[self.order(rows, rows if among is None else among).argmin()])}
+        found = {}
+        for place, name in enumerate(self.objectives):
+            others = rows[:, np.arange(rows.shape[1]) != place]
+            # Of equals in this objective the one that is best in the next, so that it is never a dominated one.
+            keys = [*others.T[::-1], rows[:, place]]
+            found[best_at(name)] = int(known[np.lexsort(keys)[0]])
+        return found | {KNEE: int(known[self._knee(rows, rows if among is None else among)])}
+
+    def _knee(self, rows: Losses, among: Losses) -> int:
+        """The row that is the knee. Where none is better than the line through the ends of the front, as of a front of
+        two, the one is taken that gives away least of what ``among`` spans.
+        """
+        found, all_ = knee(rows), among[np.isfinite(among).all(axis=1)]
+        sums = self.order(rows, rows)
+        best, worst = all_.min(axis=0), all_.max(axis=0)
+        lost = ((rows - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1)
+        equal = np.flatnonzero(nondominated(rows) & (sums <= sums[found] + _EQUAL))
+        return int(equal[lost[equal].argmin()])
+
+
+def ranked(store: Store, preference: Preference, k: int) -> list[CandidateRow]:
+    """The k best eligible candidates on the search split, best first; of equals those on the front.
+
+    For several objectives they are ordered in memory, by light queries: 10,000 candidates take some 100 ms.
+    """
+    (first, up), *others = preference.objectives.items()
+    if not others:
+        return store.best(first, maximise=up, k=k)
+    own, losses, on_front = _eligible(store, preference)
+    order = preference.order(losses, losses)
+    return [store.candidate(int(own[at])) for at in np.lexsort((own, ~on_front, order))[:k]]
+
+
+def best_so_far(store: Store, preference: Preference) -> list[tuple[int, float]]:
+    """The candidates that were the best when they came, and what they are ordered by, more is better.
+
+    Of a front that is how near a compromise comes to the best in all objectives, as the front is now.
+    """
+    (first, up), *others = preference.objectives.items()
+    if not others:
+        return summaries.best_so_far(store, first, maximise=up)
+    own, losses, _ = _eligible(store, preference)
+    order = preference.order(losses, losses)
+    least = np.minimum.accumulate(order)
+    steps = np.flatnonzero(np.r_[True, least[1:] < least[:-1]]) if len(order) else np.empty(0, dtype=np.int64)
+    return [(int(own[at]), -float(order[at])) for at in steps]
+
+
+def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], Losses, NDArray[np.bool_]]:
+    """The numbers of eligible candidates with scores of their own, their losses, and whether they are on the front."""
+    known = summaries.columns(store, ("number", "eligible", "same_as", "on_front"))
+    losses = np.full((len(known["number"]), len(preference.objectives)), np.nan)
+    for place, (name, up) in enumerate(preference.objectives.items()):
+        found = summaries.measured(store, name)
+        there = found.numbers < len(losses)  # else it came after the columns were read
+        losses[found.numbers[there], place] = (-1.0 if up else 1.0) * found.means[there]
+    own = np.array([same is None for same in known["same_as"]], dtype=np.bool_)
+    eligible = own & np.array(known["eligible"], dtype=np.bool_)
+    numbers = np.flatnonzero(eligible & np.isfinite(losses).all(axis=1))
+    return numbers, losses[numbers], np.array(known["on_front"], dtype=np.bool_)[numbers]

@@ -1,0 +1,159 @@
+"""From what workers measured to what the store keeps, and to what candidates are judged by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.search.estimation.items import ItemOrder
+from evomerge.search.estimation.racing import difference_estimate, stratified_estimate
+from evomerge.search.estimation.statistics import mean_and_error
+from evomerge.search.preparing.setup import Counts, MeasureInfo, Setup
+from evomerge.search.work.jobs import Measured, Task
+from evomerge.store import Answers, Estimate, Scores
+
+
+def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Scores]:
+    """Per-item scores in the store's form, one for each task of the job."""
+    return [
+        Scores(
+            evaluator=setup.evaluators[task.evaluator].version,
+            split=task.split,
+            items=np.asarray(task.indices, dtype=np.int32),
+            metrics=metrics,
+        )
+        for task, metrics in zip(tasks, result.scores, strict=True)
+    ]
+
+
+def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Answers]:
+    """What the model wrote, in the store's form; nothing of what the search does not keep."""
+    found = zip(tasks, result.answers, strict=True) if result.answers else ()
+    return [
+        Answers(setup.evaluators[task.evaluator].version, task.split, list(texts), list(texts.values()))
+        for task, texts in found
+        if texts and setup.answers in ("all", task.split)
+    ]
+
+
+class Sheet:
+    """A candidate's scores on the search split as far as they are known.
+
+    For each evaluator and metric float32 [items], by position in the split; NaN where there is no score yet.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, dict[str, NDArray[np.float32]]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._values
+
+    @property
+    def count(self) -> int:
+        """How many items are scored, of all evaluators."""
+        return sum(int((~np.isnan(next(iter(metrics.values())))).sum()) for metrics in self._values.values())
+
+    @classmethod
+    def of(cls, setup: Setup, scores: Sequence[Scores]) -> Self:
+        """The sheet of a recorded candidate."""
+        sheet, versions = cls(), [evaluator.version for evaluator in setup.evaluators]
+        for each in scores:
+            sheet.add(setup, versions.index(each.evaluator), each.items, each.metrics)
+        return sheet
+
+    def add(
+        self,
+        setup: Setup,
+        evaluator: int,
+        items: NDArray[np.int32] | Sequence[int],
+        metrics: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        """Enter scores of items at these positions."""
+        count = setup.evaluators[evaluator].search_items
+        mine = self._values.setdefault(evaluator, {})
+        for metric, values in metrics.items():
+            mine.setdefault(metric, np.full(count, np.nan, dtype=np.float32))[np.asarray(items, dtype=np.int64)] = (
+                values
+            )
+
+    def values(self, measure: MeasureInfo) -> NDArray[np.float32]:
+        """The scores that a measure is the mean of: float32 [measure.items], NaN where there is none."""
+        mine = self._values.get(measure.evaluator, {}).get(measure.metric)
+        return np.full(measure.items, np.nan, dtype=np.float32) if mine is None else mine[: measure.items]
+
+    def missing(self, evaluator: int, positions: NDArray[np.int32]) -> list[int]:
+        """Which of these positions have no score of an evaluator yet, rising."""
+        mine = next(iter(self._values.get(evaluator, {}).values()), None)
+        wanted = positions if mine is None else positions[np.isnan(mine[positions])]
+        return sorted(int(position) for position in wanted)
+
+    def scores(self, setup: Setup) -> list[Scores]:
+        """In the store's form, items rising."""
+        found = []
+        for evaluator, metrics in sorted(self._values.items()):
+            known = np.flatnonzero(~np.isnan(next(iter(metrics.values())))).astype(np.int32)
+            kept = {metric: values[known] for metric, values in metrics.items()}
+            found.append(Scores(setup.evaluators[evaluator].version, "search", known, kept))
+        return found
+
+    def take(self, setup: Setup, other: Sheet, evaluator: int, positions: NDArray[np.int32]) -> None:
+        """Enter what another sheet knows of an evaluator's items at these positions."""
+        known = np.setdiff1d(positions, other.missing(evaluator, positions)).astype(np.int32)
+        if len(known):
+            theirs = other._values[evaluator]
+            self.add(setup, evaluator, known, {metric: values[known] for metric, values in theirs.items()})
+
+    def update(self, setup: Setup, other: Sheet) -> None:
+        """Enter all that another sheet knows."""
+        for evaluator in other._values:
+            self.take(setup, other, evaluator, np.arange(setup.evaluators[evaluator].search_items, dtype=np.int32))
+
+    def within(self, setup: Setup, orders: Sequence[ItemOrder], counts: Counts) -> Sheet:
+        """What would be known had no more than each evaluator's first items, in its order, been scored."""
+        sheet = Sheet()
+        for evaluator, count in counts.items():
+            sheet.take(setup, self, evaluator, orders[evaluator].positions[:count])
+        return sheet
+
+
+Prediction = Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]
+"""From the positions of the items scored and the scores there to a score for every item."""
+
+
+def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Prediction | None) -> Estimate | None:
+    """A measure's mean over all of its items, with its standard error; None without a score.
+
+    When some are not scored, they are estimated: each as it is predicted, plus the mean of what the prediction misses
+    on the items that were scored. A mean cannot lie beyond the scores that it is of, and what is added on one end may
+    carry an estimate there: it is kept within the least and the greatest score that is known or predicted.
+    """
+    values = sheet.values(measure)
+    known = np.flatnonzero(~np.isnan(values))
+    if not len(known):
+        return None
+    if len(known) == len(values):
+        return mean_and_error(values)
+    sample = order.sample(known.astype(np.int32), measure.items)
+    scores = values[known].astype(np.float64)
+    if predict is None:
+        found, all_scores = stratified_estimate(scores, sample), scores
+    else:
+        predicted = predict(known, scores)
+        found = difference_estimate(scores, known, predicted, sample)
+        all_scores = np.concatenate([scores, predicted])
+    mean = float(np.clip(found["mean"], all_scores.min(), all_scores.max()))
+    return Estimate(mean=mean, stderr=found["stderr"] if len(scores) > 1 else math.nan, n=found["n"])
+
+
+def missing_tasks(sheet: Sheet, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:
+    """What is still to be scored so that each evaluator's first items, in its order, are all known."""
+    tasks = []
+    for evaluator, count in sorted(counts.items()):
+        if missing := sheet.missing(evaluator, orders[evaluator].positions[:count]):
+            tasks.append(Task(evaluator, "search", missing))
+    return tasks

@@ -1,0 +1,233 @@
+"""A search's folder in object storage: copied there while the search runs, and fetched to go on from elsewhere.
+
+A driver may vanish with its machine and its disk; what was copied is then all that is left. The copy lies at
+``artifacts/NAME``. A store that is a file goes last of all in each turn, as a snapshot: so what observers remember is
+never ahead of the events in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from evomerge.errors import InputError
+from evomerge.objects import PARTIAL, Storage, StorageError
+from evomerge.search.opening.claim import BEAT_S, RECORD, Claim, TakenUpError
+from evomerge.search.settings.folder import FILE_NAME, STORE_NAME, has_store
+from evomerge.store import Store
+
+EVERY_S = 60.0
+"""How long copying rests between two turns."""
+
+_REST = 9  # times as long as a turn took: a large store on a slow line keeps it busy for a tenth of the time at most
+_FAULTS = 3  # files that cannot be copied, after which a turn is given up: the storage is away
+_MAGIC = b"SQLite format 3\0"
+_BESIDE = ("-wal", "-shm", "-journal", ".lock", PARTIAL)  # ends of names: what SQLite, locks and writers keep beside
+
+_log = logging.getLogger(__name__)
+
+
+def copy_url(artifacts: str, name: str) -> str:
+    """Where the copy of the search ``name`` lies below the URL that its search file names."""
+    return f"{artifacts.rstrip('/')}/{name}"
+
+
+def check_artifacts(artifacts: str, name: str, folder: Path | None) -> None:
+    """See that a search can be copied: the place can be written to, and holds no search but that of ``folder``.
+
+    Raises:
+        InputError: says what is wrong there.
+    """
+    storage = Storage(copy_url(artifacts, name), "artifacts")
+    storage.probe()
+    if folder is not None:
+        Claim(storage, folder).check()
+
+
+class Artifacts:
+    """Copies a search's folder from threads of its own: neither a slow nor a broken storage holds up or ends a search.
+
+    What fails is logged once, told in an event "artifacts", and tried again at every turn.
+
+    Args:
+        url: of the copy.
+        folder: of the search.
+
+    Raises:
+        InputError: see ``check_artifacts``.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self.is_complete = False
+        """Whether all that was in the folder is in the copy; known after ``close``."""
+        self._storage = Storage(url, "artifacts")
+        self._folder = folder
+        self._claim = Claim(self._storage, folder)
+        self._copied: dict[Path, object] = {}
+        self._fault = ""
+        self._lost = False
+        self._news: deque[dict[str, str]] = deque()
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._copy, name="artifacts", daemon=True),
+            threading.Thread(target=self._beat, name="artifacts claim", daemon=True),
+        ]
+
+    def take(self) -> None:
+        """Take the place for this folder. Raises InputError like ``check_artifacts``."""
+        self._claim.take()
+
+    def start(self) -> None:
+        """Begin to copy, now and then, in a thread."""
+        for thread in self._threads:
+            thread.start()
+
+    def poll(self, store: Store) -> None:
+        """Write down what befell the copying; called by the driver, who alone writes to the store."""
+        while self._news:
+            store.record_event("artifacts", self._news.popleft())
+
+    def close(self) -> None:
+        """Copy what is left, and let go of the place. Waits until that is done; whatever fails is logged."""
+        self._ended.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self.is_complete = self.turn() and self._tried(self._claim.release)
+
+    def turn(self) -> bool:
+        """Copy what changed since the last turn; whether all of it is there now."""
+        if self._lost or not self._tried(self._claim.beat):
+            return False
+        faults = 0
+        for file in self._changed():
+            faults += not self._tried(partial(self._put, file))
+            if faults >= _FAULTS:
+                return False
+        if not faults and self._fault:
+            self._fault = ""
+            self._tell("copied", "")
+        return not faults
+
+    def _copy(self) -> None:
+        rest = 0.0
+        while not self._ended.wait(rest):
+            started = time.monotonic()
+            self.turn()
+            rest = max(EVERY_S, _REST * (time.monotonic() - started))
+
+    def _beat(self) -> None:
+        while not self._lost and not self._ended.wait(BEAT_S):
+            self._tried(self._claim.beat)
+
+    def _tried(self, work: Callable[[], None]) -> bool:
+        """Do it; False where it failed, which is told."""
+        try:
+            work()
+        except TakenUpError as error:
+            if not self._lost:
+                self._lost = True
+                self._tell("ended", str(error))
+        except (InputError, OSError, sqlite3.Error) as error:
+            if not self._fault:
+                self._tell("failed", str(error))
+            self._fault = str(error)
+        else:
+            return True
+        return False
+
+    def _tell(self, state: str, why: str) -> None:
+        self._news.append({"state": state, "why": why})
+        if why:
+            _log.warning("%s: %s", "copying ended" if state == "ended" else "not copied, to be tried again", why)
+
+    def _changed(self) -> Iterator[Path]:
+        """The files that are not as they were copied; the store last, and before it the last file of a model folder."""
+        found = [file for file in self._folder.rglob("*") if self._belongs(file)]
+        for file in sorted(found, key=lambda file: (file.name == STORE_NAME, file.name == "config.json", file)):
+            if self._copied.get(file) != _looks(file):
+                yield file
+
+    def _belongs(self, file: Path) -> bool:
+        name = file.relative_to(self._folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        return not hidden and not file.name.endswith(_BESIDE) and not file.is_symlink() and file.is_file()
+
+    def _put(self, file: Path) -> None:
+        name, looks = file.relative_to(self._folder).as_posix(), _looks(file)
+        try:
+            if _is_sqlite(file):
+                with tempfile.TemporaryDirectory(prefix="evomerge-") as above:
+                    self._storage.put(_snapshot(file, Path(above)), name)
+            else:
+                self._storage.put(file, name)
+        except (StorageError, OSError):
+            if file.exists():
+                raise
+        self._copied[file] = looks
+
+
+def _looks(file: Path) -> object:
+    """Changes whenever the content does; of a database, most of it is in the log beside it."""
+    beside = [each for each in (file, file.with_name(f"{file.name}-wal")) if each.exists()]
+    return [(each.stat().st_size, each.stat().st_mtime_ns) for each in beside]
+
+
+def _is_sqlite(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(_MAGIC)) == _MAGIC
+
+
+def _snapshot(file: Path, into: Path) -> Path:
+    """A database as it is between two transactions, whoever writes to it meanwhile."""
+    snapshot = into / file.name
+    with closing(sqlite3.connect(file)) as live, closing(sqlite3.connect(snapshot)) as copy:
+        live.backup(copy)
+    return snapshot
+
+
+def fetch(url: str, folder: Path) -> None:
+    """Make ``folder`` of a copied search, whole or not at all, so that it can be gone on with here.
+
+    Raises:
+        InputError: no search is copied there, its driver lives, or the folder cannot be made.
+    """
+    storage = Storage(url, "DIR")
+    names = _fetchable(storage)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        Claim(storage, unfinished).follow()
+        for name in names:
+            storage.get(name, unfinished / name)
+        if not has_store(unfinished):
+            problem = "has no snapshot of the store yet: its driver ended in its first minute"
+            raise InputError(url, problem, "Start the search again, with another name or prefix.")
+        unfinished.rename(folder)
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+        raise InputError(str(folder), problem, "Name another folder with --dir.") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fetchable(storage: Storage) -> list[str]:
+    """The files of a copied search, by their names."""
+    names = [name for name in storage.files() if name != RECORD and not name.endswith(PARTIAL)]
+    if FILE_NAME not in names:
+        mend = "Name the copy of one search: the URL of `artifacts`, and the search's name."
+        raise InputError(storage.url, "holds no search", mend)
+    if strange := [name for name in names if ".." in name.split("/")]:
+        raise InputError(storage.url, f"has a file that would lie elsewhere: {strange[0]}", "Do not use it.")
+    return names

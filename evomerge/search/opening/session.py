@@ -1,0 +1,231 @@
+"""A search folder and what belongs to it: made once, opened again, held by one driver at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, get_args
+
+from evaluators.base import Evaluator, Split
+from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest, fingerprint
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.recipe import Recipe
+from evomerge.search.pools.base import Pool
+from evomerge.search.pools.in_process import InProcessPool
+from evomerge.search.preparing.prepare import Prepared
+from evomerge.search.preparing.setup import MeasureInfo
+from evomerge.search.settings.folder import (
+    EVIDENCE_NAME,
+    STORE_NAME,
+    new_folder,
+    open_store,
+    public_url,
+    refuse_existing,
+    store_place,
+    write_settings,
+)
+from evomerge.store import CandidateRow, ItemTexts, Store
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
+
+_LIBRARIES = (
+    "evomerge",
+    "torch",
+    "transformers",
+    "safetensors",
+    "cma",
+    "cmaes",
+    "optuna",
+    "lm-eval",
+    "ray",
+    "datasets",
+    "numpy",
+)
+
+
+def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, Any]) -> Store:
+    """Make the folder of a new search with its store and a complete copy of its search file.
+
+    Args:
+        fingerprints: see ``fingerprints_of``.
+
+    Raises:
+        InputError: the folder exists already.
+    """
+    refuse_existing(folder)
+    settings = prepared.file.model_dump(mode="json")
+    place = store_place(folder, prepared.file.store)
+    if isinstance(place, str):
+        settings["store"] = public_url(place)  # the environment may name another one when the search is looked at
+    with new_folder(folder) as partial:
+        write_settings(partial, settings)
+        Store.create(
+            partial / STORE_NAME if isinstance(place, Path) else place,
+            name=prepared.file.name,
+            settings=settings,
+            fingerprints=fingerprints,
+            environment=environment(),
+            items=_item_texts(prepared),
+            in_place_of_undriven=isinstance(place, str),
+        ).close()
+    return open_store(folder)
+
+
+def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
+    """Make a new search of one in which nothing was scored, if it would be another now, or if what was told is that
+    nothing could be scored; whether it was done. The caller holds the lease.
+    """
+    search = store.search()
+    settings, known = prepared.file.model_dump(mode="json"), fingerprints_of(prepared)
+    told = any(step.kind == "tell" for step in store.steps())
+    if store.has_scores() or not (told or (search.settings, search.fingerprints) != (settings, known)):
+        return False
+    write_settings(folder, settings)
+    store.begin_again(settings=settings, fingerprints=known, environment=environment(), items=_item_texts(prepared))
+    return True
+
+
+def check_sources(store: Store, sources: Mapping[str, Source]) -> None:
+    """Refuse to go on when a source is not what it was when the search began."""
+    recorded = store.search().fingerprints
+    for name, source in sources.items():
+        check_fingerprints(source, recorded["sources"][name])
+
+
+def as_recorded(store: Store, prepared: Prepared) -> Prepared:
+    """What was opened of a search that has scores, with its evaluators under the versions that scores are kept by.
+
+    Whether those that have changed still score as recorded is not known yet: see ``changed_evaluators``.
+
+    Raises:
+        InputError: a source, or an item that was scored, is not what it was.
+    """
+    check_sources(store, prepared.sources)
+    recorded: list[dict[str, Any]] = store.search().fingerprints["evaluators"]
+    infos = []
+    for before, info, evaluator in zip(recorded, prepared.setup.evaluators, prepared.evaluators, strict=True):
+        if evaluator.version != _accepted_version(before):
+            _check_items(store, before, evaluator)
+        infos.append(replace(info, version=before["version"]))
+    return replace(prepared, setup=replace(prepared.setup, evaluators=tuple(infos)))
+
+
+def changed_evaluators(store: Store, prepared: Prepared) -> list[int]:
+    """The positions of evaluators that are not known to score as they did when the search began.
+
+    Their data, a file of theirs or a library has changed since.
+    """
+    recorded = store.search().fingerprints["evaluators"]
+    pairs = zip(recorded, prepared.evaluators, strict=True)
+    return [e for e, (before, now) in enumerate(pairs) if now.version != _accepted_version(before)]
+
+
+def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], scored: Sequence[str]) -> None:
+    """Write down that evaluators at these positions score as recorded; ``scored`` are the ids of what showed it."""
+    fingerprints = dict(store.search().fingerprints)
+    entries, texts, named = [*fingerprints["evaluators"]], [], []
+    for e in changed:
+        info, evaluator = prepared.setup.evaluators[e], prepared.evaluators[e]
+        entries[e] = asdict(info) | {"items": _digests(evaluator), "accepted_version": evaluator.version}
+        texts += [ItemTexts(info.version, split, evaluator.texts(split)) for split in _SPLITS]
+        named.append({"name": info.name, "version": evaluator.version})
+    fingerprints["evaluators"] = entries
+    store.change_evaluators(fingerprints, texts, {"evaluators": named, "scored": list(scored)})
+
+
+def _accepted_version(recorded: Mapping[str, Any]) -> str:
+    """The evaluator that scores as recorded: the first one, or the last that was seen to."""
+    return str(recorded.get("accepted_version", recorded["version"]))
+
+
+def _check_items(store: Store, recorded: Mapping[str, Any], evaluator: Evaluator) -> None:
+    """Refuse other items than those that scores are of: the search split's, and held-out ones once any was scored."""
+    version, digests = recorded["version"], recorded.get("items", {})  # an older program kept the texts alone
+    for split in _SPLITS:
+        if split == "held_out" and not store.scored_on(version, split, most=1):
+            continue
+        before, now = store.item_texts(version, split), evaluator.texts(split)
+        pairs = enumerate(zip_longest(before, map(tuple, now)))
+        other = next((f"item {number}" for number, (a, b) in pairs if a != b), None)
+        if other is None and digests.get(split) not in (None, _digests(evaluator)[split]):
+            other = "an item"
+        if other is not None:
+            raise InputError(
+                f"objectives: {evaluator.name}",
+                f"{other} of its {split.replace('_', '-')} items is not the one that was scored",
+                "Put the items back as they were, or start a new search. `evomerge export --no-verify` needs no items.",
+            )
+
+
+def _digests(evaluator: Evaluator) -> dict[str, str]:
+    """For each split a hash of its items in their order."""
+    return {
+        split: hashlib.sha256(json.dumps(list(evaluator.items(split))).encode()).hexdigest()[:16] for split in _SPLITS
+    }
+
+
+def _item_texts(prepared: Prepared) -> list[ItemTexts]:
+    """What the items of every evaluator ask: to be read beside scores, and beside answers where they are kept."""
+    return [ItemTexts(e.version, split, e.texts(split)) for e in prepared.evaluators for split in _SPLITS]
+
+
+def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
+    """What a search was started on, as JSON data: files of its sources, its evaluators, and its measures resolved."""
+    setup = prepared.setup
+
+    def told(measure: MeasureInfo) -> dict[str, Any]:
+        return asdict(measure) | {"version": setup.evaluators[measure.evaluator].version}
+
+    return {
+        "sources": {name: fingerprint(source) for name, source in prepared.sources.items()},
+        "evaluators": [
+            asdict(info) | {"items": _digests(evaluator)}
+            for info, evaluator in zip(setup.evaluators, prepared.evaluators, strict=True)
+        ],
+        "objectives": [told(objective) for objective in setup.objectives],
+        "constraints": [told(constraint) for constraint in setup.constraints],
+        "screen": None if setup.screen is None else told(setup.screen),
+        "parameters": [asdict(parameter) for parameter in setup.space.parameters],
+    }
+
+
+def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
+    """The recipe of a recorded candidate; ``sources`` says where its sources lie."""
+    return Recipe.from_canonical(row.recipe, sources)
+
+
+def make_pool(prepared: Prepared, folder: Path, fingerprints: Mapping[str, Any]) -> Pool:
+    """The pool that the search file names; Ray is only imported when it is wanted."""
+    kept, contents = folder.absolute() / EVIDENCE_NAME, contents_of(fingerprints)
+    if prepared.file.pool == "ray":
+        from evomerge.search.pools.ray import RayPool
+
+        return RayPool(prepared.file, kept, contents)
+
+    from evomerge.merging.evidence import Evidence
+    from evomerge.search.workers.worker import Worker
+
+    evidence = Evidence(kept, contents)
+    return InProcessPool(lambda: Worker.of("in-process", prepared, evidence), prepared.file.together)
+
+
+def contents_of(fingerprints: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of what each source holds."""
+    return {name: content_digest(files) for name, files in fingerprints["sources"].items()}
+
+
+def environment() -> dict[str, str]:
+    """The versions of what decides a search's numbers."""
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

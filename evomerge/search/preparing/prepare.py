@@ -1,0 +1,276 @@
+"""From a search file to all that a search needs, opened and checked before the first expensive second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.prompts import Reader
+from evomerge.checkpoints.checks import check_compatible
+from evomerge.checkpoints.fingerprints import Untouched
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.vocabulary import align
+from evomerge.errors import InputError
+from evomerge.genome import SearchSpace
+from evomerge.merging.low_rank import low_rank_problem
+from evomerge.merging.materialise import check_recipe
+from evomerge.plugins import unknown_name
+from evomerge.recipe import Blend, Recipe
+from evomerge.search.preparing.asking import item_warnings, reader_of
+from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, ObjectiveInfo, ScreenInfo, Setup
+from evomerge.search.settings.early import make_space
+from evomerge.search.settings.runtime_env import runtime_env_of
+from evomerge.search.settings.search_file import SearchFile
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened search: what the driver knows, and what a worker in this process can use at once.
+
+    ``warnings`` are sentences for a person, of items.
+    """
+
+    file: SearchFile
+    setup: Setup
+    sources: dict[str, Source]
+    evaluators: tuple[Evaluator, ...]
+    untouched: Untouched
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def named_evaluators(self) -> dict[str, Evaluator]:
+        """Each evaluator by the first place in the search file that names it."""
+        return _named(self.file, self.evaluators)
+
+    def reader(self) -> Reader:
+        """How the merged models will read."""
+        return reader_of(self.sources[self.file.tokenizer_source])
+
+
+def prepare(file: SearchFile) -> Prepared:
+    """Open sources (headers only) and evaluators, and check that everything fits together.
+
+    Raises:
+        InputError: naming the key of the search file, or the file of a source, and the mend.
+    """
+    _check_engine(file)
+    if file.pool == "ray":
+        runtime_env_of(file.cluster)
+    sources = open_sources(file)
+    untouched = Untouched(sources.values())
+    space = build_space(file, sources)
+    settings = distinct_evaluators(file)
+    evaluators = tuple(_build(file, each) for each in settings)
+    _refuse_test_items(file, settings, evaluators)
+    _check_together(file, space, sources, evaluators)
+    named, reader = _named(file, evaluators), reader_of(sources[file.tokenizer_source])
+    warnings = tuple(item_warnings(named, reader))
+    setup = Setup(
+        name=file.name,
+        seed=file.seed,
+        space=space,
+        optimizer=file.optimizer,
+        objectives=tuple(_objective(file, name, settings, evaluators) for name in file.objectives),
+        constraints=tuple(_constraint(file, name, settings, evaluators) for name in file.constraints),
+        screen=_screen(file, settings, evaluators),
+        racing=file.racing,
+        mode=file.mode,
+        answers=file.answers,
+        evaluators=tuple(
+            EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out"))) for e in evaluators
+        ),
+        budget=file.budget,
+        confirm=file.confirm,
+        attempts=file.attempts,
+    )
+    file.optimizer.check(space.parameters, len(setup.objectives), "optimizer")
+    return Prepared(file, setup, sources, evaluators, untouched, warnings)
+
+
+def _named(file: SearchFile, evaluators: Sequence[Evaluator]) -> dict[str, Evaluator]:
+    settings, found = distinct_evaluators(file), file.evaluators()
+    places = [next(place for place, wanted in found.items() if wanted == each) for each in settings]
+    return dict(zip(places, evaluators, strict=True))
+
+
+def _check_engine(file: SearchFile) -> None:
+    """Refuse an engine that is not installed here, or has no room for what the space makes."""
+    if file.engine == "vllm":
+        if file.space.kind != "parameter_space":
+            problem = "vLLM has room for models of one depth, and this space makes paths of many"
+            raise InputError("engine", problem, "Leave `engine` out.")
+        from evaluators.vllm_engine import import_vllm
+
+        import_vllm()
+
+
+def open_sources(file: SearchFile) -> dict[str, Source]:
+    """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
+    sources = {name: open_source(name, reference, place=f"sources.{name}") for name, reference in file.sources.items()}
+    _refuse_rigid(file, sources)
+    aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
+    check_compatible(
+        aligned,
+        None if file.space.mixes_tensors else _every_layer(file, aligned),
+        same_tokens=file.vocabulary.kind == "same",
+        same_special=file.tokenizer is None,
+    )
+    return aligned
+
+
+def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> Recipe:
+    """One path through all layers of all sources: what must hold for a search that puts layers after each other."""
+    copies = {name: Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in sources}
+    model = copies[file.tokenizer_source]
+    return Recipe.compose(
+        sources=file.sources,
+        tokenizer=file.tokenizer_source,
+        embedding=model,
+        hops=[(i, copies[name], copies[name], copies[name]) for name, s in sources.items() for i in range(s.layers)],
+        norm=model,
+        head=model,
+        vocabulary=file.merged_vocabulary,
+    )
+
+
+def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
+    """The search space of a search file over these sources."""
+    model = sources[file.tokenizer_source]
+    depths = {name: source.layers for name, source in sources.items()}
+    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths)
+    # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.
+    for corner in ("low", "high"):
+        genome = np.array([getattr(parameter, corner) for parameter in space.parameters], dtype=np.float64)
+        try:
+            check_recipe(space.decode(genome), sources)
+        except InputError as error:
+            raise InputError("space", f"its {corner}est values make no recipe: {error.problem}", error.mend) from error
+    return space
+
+
+def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
+    """Refuse paths through layers that cannot leave their places: candidate after candidate would fail."""
+    if file.space.kind == "parameter_space":
+        return
+    for source in sources.values():
+        if source.rigid:
+            kind = source.config["model_type"]
+            problem = f"makes paths through layers, and those of a {kind} cannot leave their places: {source.rigid}"
+            raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
+
+
+def distinct_evaluators(file: SearchFile) -> list[EvaluatorSettings]:
+    """The evaluators of a search file, each once, in the order that jobs refer to them."""
+    distinct: list[EvaluatorSettings] = []
+    for settings in file.evaluators().values():
+        if settings not in distinct:
+            distinct.append(settings)
+    return distinct
+
+
+def _build(file: SearchFile, settings: EvaluatorSettings) -> Evaluator:
+    """Build an evaluator; what is wrong with it is said with the objective that named it."""
+    try:
+        return settings.build()
+    except InputError as error:
+        place = next(place for place, found in file.evaluators().items() if found == settings)
+        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+    except (SystemExit, GeneratorExit) as error:  # of code that a task names
+        place = next(place for place, found in file.evaluators().items() if found == settings)
+        problem = f"its code ends the program ({type(error).__name__}: {error})"
+        raise InputError(place, problem, "Have it raise an Exception, or nothing.") from error
+
+
+def _check_together(
+    file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], evaluators: Sequence[Evaluator]
+) -> None:
+    """Refuse to score several candidates at once where they are not adapters' weighted sums on one model."""
+    if file.together == 1:
+        return
+    mend = "Leave `together` out."
+    if file.engine != "transformers":
+        raise InputError("together", f"is {file.together}, and {file.engine} answers for one candidate at a time", mend)
+    for evaluator in evaluators:
+        if evaluator.measured:
+            what = ", ".join(sorted(evaluator.measured))
+            raise InputError("together", f"{evaluator.name} measures {what}, which several candidates share", mend)
+    middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
+    for recipe in (*(mark.recipe for mark in space.landmarks()), space.decode(middle)):
+        if problem := low_rank_problem(recipe, sources):
+            raise InputError("together", problem, mend)
+
+
+def _refuse_test_items(
+    file: SearchFile, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> None:
+    """A search on the test items of a public benchmark makes its score there worthless, and is not to happen unseen."""
+    for place, wanted in file.evaluators().items():
+        evaluator = evaluators[settings.index(wanted)]
+        for benchmark, count in evaluator.test_items("search").items():
+            if not file.search_on_test_items:
+                items = len(evaluator.items("search"))
+                raise InputError(
+                    place,
+                    f"{count} of the {items} items to search on are test items of {benchmark}",
+                    "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
+                )
+
+
+class _Found(NamedTuple):
+    """Where a measure's evaluator stands, which way its metric is better, and how many items it is the mean of."""
+
+    evaluator: int
+    higher_is_better: bool
+    items: int
+
+
+def _find(
+    file: SearchFile, place: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> _Found:
+    measure = file.measures[place]
+    position = settings.index(file.evaluators()[place])
+    evaluator = evaluators[position]
+    if measure.metric not in evaluator.metrics:
+        raise unknown_name(measure.metric, evaluator.metrics, f"{place}.metric", "metric")
+    items = len(evaluator.items("search"))
+    if measure.items is not None and measure.items > items:
+        raise InputError(f"{place}.items", f"asks for {measure.items} of {items} items in the search split")
+    return _Found(position, evaluator.metrics[measure.metric], measure.items or items)
+
+
+def _objective(
+    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> ObjectiveInfo:
+    objective = file.objectives[name]
+    found = _find(file, f"objectives.{name}", settings, evaluators)
+    maximise = found.higher_is_better if objective.direction is None else objective.direction == "maximize"
+    return ObjectiveInfo(name, found.evaluator, objective.metric, maximise, found.items)
+
+
+def _constraint(
+    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> ConstraintInfo:
+    constraint = file.constraints[name]
+    found = _find(file, f"constraints.{name}", settings, evaluators)
+    least = constraint.at_least is not None
+    threshold = constraint.at_least if constraint.at_least is not None else constraint.at_most
+    assert threshold is not None  # the search file has checked that there is one
+    return ConstraintInfo(name, found.evaluator, constraint.metric, least, found.items, threshold)
+
+
+def _screen(
+    file: SearchFile, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> ScreenInfo | None:
+    screen = file.screen
+    if screen is None:
+        return None
+    found = _find(file, "screen", settings, evaluators)
+    objective = list(file.objectives).index(screen.objective) if screen.objective is not None else 0
+    return ScreenInfo(
+        "screen", found.evaluator, screen.metric, found.higher_is_better, found.items,
+        objective=objective, least_tau=screen.least_tau, drop=screen.drop,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""What can be seen to be wrong with a search before its models and tasks are opened.
+
+Opening imports torch, transformers and lm-eval, which takes longer than most mistakes take to find. So what names,
+numbers and folders alone tell is checked first, with light imports: sources, method, space, optimizer, metrics, files.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Mapping
+from pathlib import Path
+
+from evaluators.base import FOLDER, EvaluatorSettings
+from evomerge.checkpoints.references import check_reference, local_config
+from evomerge.errors import InputError
+from evomerge.files import open_file
+from evomerge.genome import SearchSpace
+from evomerge.method_specs import find_spec
+from evomerge.plugins import unknown_name
+from evomerge.search.settings.runtime_env import runtime_env_of
+from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.settings.sections import Measure
+from search_spaces.base import SpaceContext
+
+
+def check_early(file: SearchFile) -> None:
+    """Refuse what is wrong with a search file or with what it names, as far as that costs no more than a moment.
+
+    Raises:
+        InputError: naming the key of the search file and the mend.
+    """
+    for place, settings in file.evaluators().items():
+        _check_files(settings, place)
+        _check_metric(file.measures[place], settings, place)
+    for name, reference in file.sources.items():
+        check_reference(reference, f"sources.{name}")
+    _check_space(file)
+    if file.pool == "ray":
+        runtime_env_of(file.cluster)
+
+
+def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str, int]) -> SearchSpace:
+    """The search space of a search file, for sources of these depths; see ``SpaceContext``.
+
+    Raises:
+        InputError: settings that do not fit the sources, or a budget that the landmarks alone spend.
+    """
+    context = SpaceContext(
+        sources=file.sources,
+        base=file.base,
+        tokenizer=file.tokenizer_source,
+        layers=layers,
+        tied=tied,
+        method=lambda name: find_spec(name, "space.method"),
+        recipe_seed=file.seed,
+        dtype=file.dtype,
+        vocabulary=file.merged_vocabulary,
+        depths=depths,
+    )
+    space = file.space.build(context)
+    landmarks = len(list(space.landmarks()))
+    if file.budget.candidates is not None and file.budget.candidates < landmarks:
+        what = "each source, their average, the method's defaults"
+        problem = f"is {file.budget.candidates}; the landmarks alone are {landmarks} ({what})"
+        mend = f"Give {landmarks} or more; what is beyond them is searched."
+        raise InputError("budget.candidates", problem, mend)
+    return space
+
+
+def _check_space(file: SearchFile) -> None:
+    """Make the space where configurations say how deep the sources are; else see that its method is there."""
+    depths = {name: _depth(reference) for name, reference in file.sources.items()}
+    known = {name: depth for name, depth in depths.items() if depth is not None}
+    if len(known) < len(depths):
+        if isinstance(method := getattr(file.space, "method", None), str):
+            find_spec(method, "space.method")
+        return
+    space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
+    file.optimizer.check(space.parameters, len(file.objectives), "optimizer")
+
+
+def _depth(reference: str) -> int | None:
+    """The number of layers as config.json has it; None where that is not on this machine, or says it elsewhere."""
+    depth = local_config(reference).get("num_hidden_layers")
+    return depth if isinstance(depth, int) and 0 < depth <= 1000 else None
+
+
+def _check_files(settings: EvaluatorSettings, place: str) -> None:
+    """Refuse a file that is not there, or is no plain file, before what would read it is imported."""
+    for key, field in type(settings).model_fields.items():
+        if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
+            if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
+                mend = "A path is relative to the folder of the search file."
+                raise InputError(f"{place}.{key}", f"there is no such file: {path}", mend)
+            open_file(path, f"{place}.{key}").close()
+
+
+def _check_metric(measure: Measure, settings: EvaluatorSettings, place: str) -> None:
+    """Refuse a metric that the evaluator does not have, where it says so beforehand.
+
+    The task of a harness may list a metric that is scored as its logarithm, or under the name of a filter of its own.
+    """
+    try:
+        metrics = settings.known_metrics()
+    except InputError as error:
+        raise InputError(f"{place}.{error.place}", error.problem, error.mend) from None
+    if metrics is None or measure.metric in metrics:
+        return
+    names = {metric.partition(",")[0] for metric in metrics}
+    if measure.metric.partition(",")[0].removeprefix("log_") not in names:
+        raise unknown_name(measure.metric, metrics, f"{place}.metric", "metric")

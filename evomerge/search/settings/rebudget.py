@@ -1,0 +1,76 @@
+"""Another budget for a search: written into its search file, and taken up by the driver that is at work or the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError
+from evomerge.files import read_text
+from evomerge.search.settings.folder import FILE_NAME, write_settings
+from evomerge.search.settings.search_file import parse_search_file
+from evomerge.search.settings.sections import Budget
+from evomerge.store import Store
+from evomerge.yaml import load_yaml
+
+
+def bounds_of(overrides: Sequence[str], mend: str) -> dict[str, Any]:
+    """The bounds that ``--set budget.candidates=N`` and the like give.
+
+    Raises:
+        InputError: another key is set; ``mend`` says what to do then.
+    """
+    bounds = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        section, _, bound = key.strip().partition(".")
+        if section != "budget" or bound not in Budget.model_fields:
+            raise InputError(f"--set {override}", "is no budget", mend)
+        bounds[bound] = load_yaml(text, f"--set {override}")
+    return bounds
+
+
+def change_budget(folder: Path, store: Store, changes: Mapping[str, Any]) -> Budget:
+    """Write the changed bounds into the search file of a search; a None lifts one. The new budget.
+
+    A driver at work hears of it by the verb "reread".
+
+    Raises:
+        InputError: no bound is left, one is no number or spent already, or the search file cannot be read any more.
+    """
+    content = _content(folder / FILE_NAME, store)
+    content["budget"] |= changes
+    file = parse_search_file(content, place=FILE_NAME, root=folder.resolve())
+    check_budget(file.budget, store)
+    write_settings(folder, content)
+    return file.budget
+
+
+def check_budget(budget: Budget, store: Store) -> None:
+    """Refuse a budget of fewer candidates than a search has asked for (InputError)."""
+    asked = sum(store.counts().values())
+    if budget.candidates is not None and budget.candidates < asked:
+        problem = f"is {budget.candidates}, and {asked} candidates are asked already"
+        raise InputError("budget.candidates", problem, f"Give {asked} to end it here, or more to go on.")
+
+
+def reread_budget(folder: Path, store: Store) -> Budget | None:
+    """The budget that the search file has by now, written down in the store; None, and an event, if it is no budget."""
+    try:
+        content = _content(folder / FILE_NAME, store)
+        budget = parse_search_file(content, place=FILE_NAME, root=folder.resolve()).budget
+        check_budget(budget, store)
+    except InputError as error:
+        store.record_event("settings refused", {"why": str(error)})
+        return None
+    store.update_settings(store.search().settings | {"budget": budget.model_dump(mode="json")})
+    return budget
+
+
+def _content(path: Path, store: Store) -> dict[str, Any]:
+    """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
+    content = load_yaml(read_text(path, FILE_NAME), FILE_NAME) if path.is_file() else store.search().settings
+    if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
+        raise InputError(FILE_NAME, "is no search file any more", "Put back the one that the search was started with.")
+    return content

@@ -1,0 +1,82 @@
+"""What a search goes on with when it is resumed: its search file, changed only where that leaves it the same search.
+
+Nothing heavier than the store is needed here, so that a person's fault is told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError
+from evomerge.search.settings.folder import FILE_NAME, write_settings
+from evomerge.search.settings.rebudget import check_budget
+from evomerge.search.settings.search_file import SearchFile, apply_override, load_search_file, parse_search_file
+from evomerge.store import Store
+
+# What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
+# candidates before and after two different searches.
+RESUMABLE = (
+    "budget",
+    "confirm",
+    "pool",
+    "cluster",
+    "attempts",
+    "attempt_hours",
+    "store",
+    "observers",
+    "answers",
+    "artifacts",
+)
+FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
+
+
+def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> SearchFile:
+    """The search file to go on with: the folder's copy with overrides, if it differs only where it may.
+
+    Raises:
+        InputError: it differs elsewhere; the difference is in the message. Or its budget is less than what is spent.
+    """
+    # Parsed again, because a program that was older than one of the keys wrote nothing for it.
+    recorded = parse_search_file(store.search().settings, place=FILE_NAME, root=folder.resolve())
+    before = recorded.model_dump(mode="json")
+    path = folder / FILE_NAME
+    edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
+    for override in overrides:
+        apply_override(edited, override)
+    file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
+    if file.budget != recorded.budget:  # what is only exported or confirmed asks for no more
+        check_budget(file.budget, store)
+    if not store.has_scores():  # nothing hangs on what it was
+        if file.name != recorded.name:
+            raise InputError(f"{folder}/{FILE_NAME}: name", f"is {file.name!r}, and the search is {recorded.name!r}")
+        return file
+    differences = list(_differences(before, file.model_dump(mode="json"), ""))
+    forbidden = [line for key, line in differences if key.split(".")[0] not in RESUMABLE or key in FIXED]
+    if forbidden:
+        raise InputError(
+            f"{folder}/{FILE_NAME}",
+            "differs from the search that was started: " + "; ".join(forbidden),
+            f"Only {', '.join(RESUMABLE)} can change on resume; start a new search for anything else.",
+        )
+    return file
+
+
+def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
+    """Write down the settings that a search goes on with."""
+    settings = file.model_dump(mode="json")
+    if settings != store.search().settings:
+        # The file first: the next resume takes what differs there for a change that a person has made.
+        write_settings(folder, settings)
+        store.update_settings(settings)
+
+
+def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key path, what changed there) for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in {**before, **after}:
+            path = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), after.get(name), path)
+    elif before != after:
+        yield key, f"{key}: {before!r} -> {after!r}"

@@ -1,0 +1,262 @@
+"""The search file: what a person writes to say what to search, parsed and checked before anything is opened."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from evaluators import evaluator_settings
+from evaluators.base import MODEL, EvaluatorSettings
+from evomerge.errors import InputError
+from evomerge.faults import explain
+from evomerge.files import is_path, read_text
+from evomerge.objects import check_url
+from evomerge.observers import ObserverList
+from evomerge.optimizers import CmaSettings, OptimizerSettings
+from evomerge.recipe import DType
+from evomerge.search.settings.folder import check_store_url
+from evomerge.search.settings.sections import (
+    Budget,
+    Cluster,
+    Confirm,
+    Constraint,
+    Hours,
+    KeptAnswers,
+    Measure,
+    Mode,
+    Name,
+    Objective,
+    Racing,
+    Screen,
+    Section,
+)
+from evomerge.search.work.deadlines import LEAST_S, MOST_S
+from evomerge.vocabulary import Vocabulary
+from evomerge.yaml import load_yaml
+from search_spaces import space_settings
+from search_spaces.base import SpaceSettings
+
+_MOST_BYTES = 16_000_000  # of a search file
+AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
+
+
+class SearchFile(Section):
+    """A whole search file. Paths in it are relative to the file's own folder (``root``)."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    sources: dict[Name, str] = Field(min_length=2, max_length=256)
+    base: str | None = None
+    tokenizer: str | None = None
+    vocabulary: Vocabulary = Vocabulary()
+    dtype: DType | None = None
+    space: SerializeAsAny[SpaceSettings]
+    objectives: dict[Name, Objective] = Field(min_length=1)
+    constraints: dict[Name, Constraint] = Field(default_factory=dict)
+    racing: Racing | None = None
+    screen: Screen | None = None
+    optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
+    mode: Mode = "generational"
+    budget: Budget
+    confirm: Confirm = Confirm()
+    pool: Literal["in_process", "ray"] = "in_process"
+    cluster: Cluster = Cluster()
+    device: str | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    together: int = Field(default=1, gt=0, le=1024)
+    attempts: int = Field(default=2, gt=0, le=1000)
+    attempt_hours: Hours = MOST_S / 3600
+    task_folders: tuple[Path, ...] = ()
+    data_folder: Path = Path()
+    allow_task_code: bool = False
+    search_on_test_items: bool = False
+    answers: KeptAnswers = "all"
+    store: str | None = None
+    observers: ObserverList = ()
+    artifacts: str | None = None
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _space_of_its_kind(cls, value: object) -> object:
+        """``kind`` names the space; its own settings class parses the rest."""
+        if isinstance(value, SpaceSettings) or not isinstance(value, Mapping):
+            return value
+        kind = str(value.get("kind", "parameter_space"))
+        settings, content = space_settings(kind, "space.kind"), dict(value) | {"kind": kind}
+        try:
+            return settings.model_validate(content)
+        except ValidationError as error:
+            raise explain(error, "space", settings, content, ".") from None
+
+    @field_validator("attempt_hours")
+    @classmethod
+    def _not_hurried(cls, hours: float) -> float:
+        if hours * 3600 < LEAST_S:
+            raise ValueError(f"must be {LEAST_S / 3600:.3g} or more: no attempt of less than a minute is ever ended")
+        return hours
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        for field in ("base", "tokenizer"):
+            name = getattr(self, field)
+            if name is not None and name not in self.sources:
+                raise ValueError(f"{field}: there is no source {name!r}; the sources are {', '.join(self.sources)}")
+        if both := sorted(set(self.objectives) & set(self.constraints)):
+            raise ValueError(f"constraints: {both[0]} is the name of an objective already")
+        if self.screen is not None and self.screen.objective not in (None, *self.objectives):
+            raise ValueError(f"screen.objective: there is no objective {self.screen.objective!r}")
+        if missing := sorted(self.vocabulary.used_sources() - set(self.sources)):
+            raise ValueError(
+                f"vocabulary: there is no source {missing[0]!r}; the sources are {', '.join(self.sources)}"
+            )
+        return self
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The source that gives tokenizer and configuration: as named, else the base, else the first source."""
+        return self.tokenizer or self.base or next(iter(self.sources))
+
+    @property
+    def merged_vocabulary(self) -> Vocabulary:
+        """What recipes say of their tokens: missing rows are those of the base, unless another source is named."""
+        if not self.vocabulary.aligns or self.vocabulary.base is not None:
+            return self.vocabulary
+        return self.vocabulary.model_copy(update={"base": self.base})
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """Everything that names an evaluator, by its place in the file; objectives come first."""
+        found: dict[str, Measure] = {f"objectives.{name}": objective for name, objective in self.objectives.items()}
+        found |= {f"constraints.{name}": constraint for name, constraint in self.constraints.items()}
+        return found if self.screen is None else found | {"screen": self.screen}
+
+    def evaluators(self) -> dict[str, EvaluatorSettings]:
+        """The evaluator settings of each measure, by the measure's place; equal settings mean one evaluator."""
+        found = {}
+        for place, measure in self.measures.items():
+            settings = evaluator_settings(measure.evaluator, f"{place}.evaluator")
+            keys = measure.evaluator_keys
+            shared = {
+                "task_folders": self.task_folders, "data_folder": self.data_folder,
+                "allow_task_code": self.allow_task_code,
+            }  # fmt: skip
+            keys |= {key: value for key, value in shared.items() if key in settings.model_fields}
+            try:
+                found[place] = settings.model_validate(keys)
+            except ValidationError as error:
+                raise explain(error, place, settings, keys, ".") from None
+        return found
+
+
+def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
+    """Read a search file, apply ``key.path=value`` overrides (values are YAML), and make its paths absolute.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown key or wrong value, named as ``FILE: key.path``.
+    """
+    if not path.exists():
+        raise InputError(str(path), "there is no such file")
+    content = load_yaml(read_text(path, str(path), _MOST_BYTES), str(path))
+    if not isinstance(content, dict):
+        raise InputError(str(path), "is not a search file: its top level must be keys such as `sources:` and `space:`")
+    for override in overrides:
+        apply_override(content, override)
+    return parse_search_file(content, place=path.name, root=path.resolve().parent)
+
+
+def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> SearchFile:
+    """Check the content of a search file; relative paths in it are taken from ``root``."""
+    _check_values(content, place, "")
+    try:
+        parsed = SearchFile.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, place, SearchFile, content) from None
+    except InputError as error:  # of the space, whose own class has checked it
+        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from None
+    if parsed.store is not None:
+        check_store_url(parsed.store, f"{place}: store")
+    if parsed.artifacts is not None:
+        check_url(parsed.artifacts, f"{place}: artifacts")
+    sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
+    folders = tuple(Path(os.path.realpath(root / folder)) for folder in parsed.task_folders)
+    update = {
+        "sources": sources,
+        "space": parsed.space.at(root.resolve()),
+        "task_folders": folders,
+        "data_folder": Path(os.path.realpath(root / parsed.data_folder)),
+        "objectives": {n: _at(root.resolve(), f"objectives.{n}", each) for n, each in parsed.objectives.items()},
+        "constraints": {n: _at(root.resolve(), f"constraints.{n}", each) for n, each in parsed.constraints.items()},
+        "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
+    }
+    resolved = parsed.model_copy(update=update)
+    resolved.evaluators()
+    return resolved
+
+
+_MOST = 1e10
+"""No number of a search file is larger, and none is infinite, whatever it means: also of settings of plug-ins."""
+
+
+def _check_values(value: Any, place: str, key: str) -> None:
+    """Refuse what no setting can be."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_values(inner, place, f"{key}.{name}" if key else f": {name}")
+    elif isinstance(value, list | tuple):
+        for position, inner in enumerate(value):
+            _check_values(inner, place, f"{key}.{position}")
+    elif isinstance(value, str) and "\0" in value:
+        raise InputError(f"{place}{key}", "holds a null character, which no name and no text can")
+    elif isinstance(value, int | float) and not abs(value) <= _MOST:
+        shown = f"{value:.3g}" if isinstance(value, float) else f"a whole number of {len(str(value))} digits"
+        raise InputError(f"{place}{key}", f"is {shown}; no number here is infinite or beyond {_MOST:.0e}")
+
+
+def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:
+    """The measure with the paths in its evaluator's keys absolute."""
+    fields = evaluator_settings(measure.evaluator, f"{place}.evaluator").model_fields
+    paths = {key for key in measure.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
+    models = {key for key in measure.evaluator_keys if key in fields and MODEL in fields[key].metadata}
+    absolute = {key: os.path.join(root, os.path.expanduser(str(measure.evaluator_keys[key]))) for key in paths}
+    absolute |= {key: _absolute(str(measure.evaluator_keys[key]), root) for key in models}
+    return type(measure).model_validate(measure.model_dump() | absolute) if absolute else measure
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    return get_args(annotation) or (annotation,)
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one value of a search file's content: ``budget.candidates=40``, ``objectives.maths.items=200``."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--set {override}", "is not of the form key.path=value")
+    *path, last = key.strip().split(".")
+    target: Any = content
+    for part in path:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise InputError(f"--set {override}", f"{part!r} is not a section of the search file")
+    target[last] = load_yaml(text, f"--set {override}")
+
+
+def _absolute(reference: str, root: Path) -> str:
+    """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
+    if not is_path(reference):
+        return reference
+    folder = os.path.join(root, os.path.expanduser(reference))
+    is_folder = os.path.isdir(folder)  # unlike Path.is_dir, False for a name that no file can have
+    if "+" in reference and not is_folder:  # a model and its adapters
+        return "+".join(_absolute(part, root) for part in reference.split("+"))
+    return os.path.realpath(folder) if is_folder or reference.startswith((".", "/", "~")) else reference

@@ -1,0 +1,1 @@
+"""One candidate on one live model: written, checked, scored."""
