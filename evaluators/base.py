@@ -119,6 +119,15 @@ class EvaluatorSettings(BaseModel):
         """
         return None
 
+    def check(self) -> None:
+        """Refuse what the settings alone show to be wrong, such as code that nobody has consented to.
+
+        It imports nothing heavy, reads no data and runs no code of a person's. ``build`` refuses the same.
+
+        Raises:
+            InputError: names the setting.
+        """
+
     def build(self) -> Evaluator:
         """Read the data and make the evaluator.
 
@@ -126,3 +135,11 @@ class EvaluatorSettings(BaseModel):
             InputError: an unknown task or metric, an empty or overlapping split, data that cannot be read.
         """
         raise NotImplementedError
+
+    def build_and_try(self) -> Evaluator:
+        """``build`` where a search begins: what can be tried without a model is tried, and soon given up.
+
+        Raises:
+            InputError: as ``build`` does, or what was tried fails whatever the model, or comes to no end.
+        """
+        return self.build()

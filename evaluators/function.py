@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 _UNWIND_S = 5.0
 """How long a function that is no longer wanted may take to end by itself."""
 
+_TRY_S = 15.0
+"""How long a function may take for one item before a search, where its settings do not say how long it may take."""
+
 
 class FunctionSettings(PromptSettings):
     """What the search file says of a function of one's own.
@@ -54,7 +57,8 @@ class FunctionSettings(PromptSettings):
         held_out: without such a file, the share of items to confirm on. A hash of the item decides of each.
         metrics: each metric that the function returns, and which way is better.
         batch_size: prompts at once in ``generate``.
-        max_seconds: how long the function may take for a model, answers of the model not counted.
+        max_seconds: how long the function may take for a model, answers of the model not counted. Where a search
+            begins it is tried on one item, which may take 15 s, or as long as this says.
         allow_task_code: consent to run the file.
     """
 
@@ -75,6 +79,11 @@ class FunctionSettings(PromptSettings):
     def known_metrics(self) -> Collection[str]:
         return self.metrics
 
+    def check(self) -> None:
+        if not self.allow_task_code:
+            problem = f"names {self.file.name}, which is code that would run on this machine"
+            raise InputError("file", problem, "Read it, then set `allow_task_code: true`.")
+
     def build(self) -> FunctionEvaluator:
         """Load the function and read the items.
 
@@ -83,6 +92,11 @@ class FunctionSettings(PromptSettings):
                 a file of items or a line that cannot be read, an empty split, or an item that is in both.
         """
         return FunctionEvaluator(self)
+
+    def build_and_try(self) -> FunctionEvaluator:
+        evaluator = FunctionEvaluator(self)
+        evaluator.try_out(self.max_seconds if "max_seconds" in self.model_fields_set else _TRY_S)
+        return evaluator
 
 
 @dataclass(frozen=True)
@@ -107,9 +121,7 @@ class FunctionEvaluator:
     """
 
     def __init__(self, settings: FunctionSettings) -> None:
-        if not settings.allow_task_code:
-            problem = f"names {settings.file.name}, which is code that would run on this machine"
-            raise InputError("file", problem, "Read it, then set `allow_task_code: true`.")
+        settings.check()
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = {name: way == "maximize" for name, way in settings.metrics.items()}
         self.measured: frozenset[str] = frozenset()
@@ -140,6 +152,29 @@ class FunctionEvaluator:
         """How many items are a public benchmark's test items."""
         return count(benchmark_of(item.fields) for item in self._items[split])
 
+    def try_out(self, limit_s: float) -> None:
+        """Have the function score one item with empty answers, in so many seconds.
+
+        A search would else wait for a function that never ends once for every source. What goes wrong after the
+        function has asked a model is not held against it: a model would have answered something else.
+
+        Raises:
+            InputError: it takes longer, or fails before it has asked a model anything.
+        """
+        asked: list[str] = []
+
+        def say_nothing(prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
+            asked.extend(prompts)
+            return [""] * len(prompts)
+
+        try:
+            self._process.call([self._items["search"][0].fields], list(self.metrics), say_nothing, limit_s)
+        except _TookTooLongError:
+            raise
+        except InputError:
+            if not asked:
+                raise
+
     def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Have the function score the items at these positions: float32 [len(indices)] for each metric.
 
@@ -156,7 +191,7 @@ class FunctionEvaluator:
         given = [items[index].fields for index in distinct]
         generate = _Generate(model, self._settings)
         started = time.perf_counter()
-        found = self._process.call(given, list(self.metrics), generate)
+        found = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
         whole = time.perf_counter() - started
         self.seconds = {"generate": generate.seconds, "score": whole - generate.seconds}
         if len(generate.answers) == len(distinct):  # which of the answers are which item's only the function knows else
@@ -189,6 +224,10 @@ class _Generate:
             self.seconds += time.perf_counter() - started
         self.answers += answers
         return answers
+
+
+class _TookTooLongError(InputError):
+    """A function has not ended in the time that it has."""
 
 
 class _FunctionProcess:
@@ -225,7 +264,8 @@ class _FunctionProcess:
         self._channel = ours
         self._stop = weakref.finalize(self, _end, self._process, ours, worker)
         self._send(self._told)
-        answer = self._wait(time.monotonic() + self._settings.max_seconds, "when it was loaded")
+        limit_s = self._settings.max_seconds
+        answer = self._wait(time.monotonic() + limit_s, limit_s, "when it was loaded")
         if "loaded" not in answer:
             self.stop()
             raise self._fault(answer)
@@ -235,8 +275,11 @@ class _FunctionProcess:
         items: Sequence[Mapping[str, Any]],
         metrics: Sequence[str],
         generate: Callable[[Sequence[str], int, Sequence[str]], list[str]],
+        limit_s: float,
     ) -> dict[str, list[float]]:
         """What the function says of items: finite numbers by metric, one an item.
+
+        ``limit_s`` is how long it may take, answers not counted.
 
         Raises:
             InputError: the function fails, ends its process, takes too long, or returns anything else. What the model
@@ -246,9 +289,9 @@ class _FunctionProcess:
             self.start()
         self._is_idle = False
         try:
-            deadline = time.monotonic() + self._settings.max_seconds
+            deadline = time.monotonic() + limit_s
             self._send({"items": items, "metrics": metrics, "count": len(items)})
-            while "prompts" in (answer := self._wait(deadline, f"in {self._settings.function}")):
+            while "prompts" in (answer := self._wait(deadline, limit_s, f"in {self._settings.function}")):
                 asked = time.monotonic()
                 answers = self._answers(answer, generate)
                 deadline += time.monotonic() - asked
@@ -275,7 +318,7 @@ class _FunctionProcess:
         except BaseException:
             with contextlib.suppress(InputError):
                 self._send({"end": True})
-                self._is_idle = "ended" in self._wait(time.monotonic() + _UNWIND_S, "when it was ended")
+                self._is_idle = "ended" in self._wait(time.monotonic() + _UNWIND_S, _UNWIND_S, "when it was ended")
             raise
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -283,8 +326,12 @@ class _FunctionProcess:
             self._channel.settimeout(self._settings.max_seconds)
             send(self._channel, message)
 
-    def _wait(self, deadline: float, when: str) -> dict[str, Any]:
+    def _wait(self, deadline: float, limit_s: float, when: str) -> dict[str, Any]:
         """The next message.
+
+        Args:
+            deadline: of the clock ``time.monotonic``.
+            limit_s: how long that was from the beginning of what is waited for.
 
         Raises:
             InputError: it does not come in time, or the process has ended.
@@ -295,8 +342,8 @@ class _FunctionProcess:
             message = receive(self._channel)
         except TimeoutError:
             self.stop()
-            problem = f"took more than {self._settings.max_seconds:g} s {when}"
-            raise InputError(file, problem, "Mend it, or give it more time as `max_seconds:`.") from None
+            mend = "Mend it, or say how long it may take as `max_seconds:`."
+            raise _TookTooLongError(file, f"took more than {limit_s:g} s {when}", mend) from None
         except (OSError, ValueError, RecursionError):  # it writes to what it does not know
             message = None
         if message is None:

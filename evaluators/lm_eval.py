@@ -26,6 +26,7 @@ from evaluators.benchmarks import benchmark_of, count
 from evaluators.generation import BatchSize
 from evaluators.lm_eval_files import metrics_of
 from evaluators.prompts import Asked, PromptSettings, Reader
+from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -66,6 +67,17 @@ class LmEvalSettings(PromptSettings):
 
     def known_metrics(self) -> Collection[str] | None:
         return metrics_of(self.task, self.task_folders)
+
+    def check(self) -> None:
+        if self.task_folders and not self.allow_task_code:
+            raise InputError(
+                "task_folders",
+                "hold task files, which can run code on this machine (`!function`, and Jinja templates too)",
+                "Read them, then set `allow_task_code: true`.",
+            )
+        for folder in self.task_folders:
+            if not folder.is_dir():
+                raise InputError("task_folders", f"there is no folder {folder}")
 
     def build(self) -> LmEvalEvaluator:
         """Load the task, read both splits and build every prompt.

@@ -60,15 +60,7 @@ def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
         InputError: no such task, a group of tasks, a broken file or data, code without consent, sampled answers.
     """
     name, place = settings.task, f"task {settings.task}"
-    if settings.task_folders and not settings.allow_task_code:
-        raise InputError(
-            "task_folders",
-            "hold task files, which can run code on this machine (`!function`, and Jinja templates too)",
-            "Read them, then set `allow_task_code: true`.",
-        )
-    for folder in settings.task_folders:
-        if not folder.is_dir():
-            raise InputError("task_folders", f"there is no folder {folder}")
+    settings.check()
     manager = find_manager(name, settings.task_folders)
     _check_config(manager.task_index[name].cfg, place)
     try:

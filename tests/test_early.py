@@ -46,6 +46,15 @@ WRONG = {
     "sources.maths=broken": "sources.maths: config.json is not JSON",
     f"sources.maths={MINIATURES / 'base'}+./nowhere": "sources.maths: there is no folder",
     f"sources.maths={MINIATURES / 'base'}+.": "sources.maths: has no adapter_config.json",
+    f"sources.maths={MINIATURES / 'base'}+adapters/maths": "sources.maths: there is no folder adapters/maths, and",
+    f"sources.maths={MINIATURES / 'base'}+org/name@v1": "sources.maths: there is no folder org/name@v1, and",
+    "sources.maths=org/name": "sources.maths: there is no folder org/name, and",
+    "sources.maths=org/name+./nowhere": "sources.maths: there is no folder org/name, and",
+    "objectives.m={evaluator: reward_model, metric: reward, file: items.jsonl, model: org/judge}": "objectives.m.model",
+    "objectives.m={evaluator: python, metric: s, metrics: {s: maximize}, file: f.py, items_file: items.jsonl}": (
+        "objectives.m: file: names f.py, which is code"
+    ),
+    "task_folders=[.]": "objectives.m: task_folders: hold task files",
     "budget.candidates=3": "budget.candidates",
     "base=nobody": "search.yaml: base: there is no source",
 }
@@ -79,6 +88,8 @@ def said(folder: Path, commands: list[list[str]]) -> list[tuple[int, str, list[s
 
 def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     (tmp_path / "search.yaml").write_text(json.dumps(SEARCH))
+    (tmp_path / "items.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "f.py").write_text("open('ran', 'w')\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     mergekit = {"merge_method": "tise", "models": [{"model": str(MINIATURES / "maths")}]}
@@ -90,6 +101,12 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path)
     commands = [
         *((["validate", "search.yaml", "--set", override], place) for override, place in WRONG.items()),
         (["search", "search.yaml", "--set", "space.method=tise"], "space.method"),
+        (
+            ["search", "search.yaml", "--set", "task_folders=[none]", "--set", "allow_task_code=true"],
+            "objectives.m: task_folders: there is no folder",
+        ),
+        (["inspect", str(MINIATURES / "base"), "org/name"], "org/name: there is no folder"),
+        (["score", f"{MINIATURES / 'base'}+org/name", "search.yaml"], "MODEL: there is no folder org/name"),
         (["score", str(MINIATURES / "base"), "search.yaml", "--set", "objectives.m.metric=a"], "objectives.m.metric"),
         (["score", "./nowhere", "search.yaml"], "MODEL: there is no folder"),
         (["resume", "nowhere"], "nowhere"),
@@ -105,6 +122,7 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path)
         assert (code, heavy) == (2, []), (command, text)
         assert text.startswith(f"error: {place}") or f": {place}" in text, (command, text)
         assert modules < 1500, command
+    assert not (tmp_path / "ran").exists()
 
 
 def test_evaluators_know_their_metrics_before_they_are_built() -> None:

@@ -19,11 +19,14 @@ import yaml
 from helpers_lm_eval import tiny_live
 from helpers_miniature import ROOT, evomerge, json_of, search_file
 
+from evaluators import function
 from evaluators.base import EvaluatorSettings
 from evaluators.function import FunctionEvaluator, FunctionSettings
 from evaluators.generation import generate
 from evomerge.checkpoints.live import LiveModel
+from evomerge.commands.driving import open_all
 from evomerge.errors import InputError
+from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 
 ITEMS = [{"prompt": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "letters": n % 7, "more": [n]} for n in range(24)]
@@ -447,3 +450,73 @@ def test_the_readmes_example_is_searched(tmp_path: Path, capsys: pytest.CaptureF
     file = search_file(tmp_path, **keys | {"allow_task_code": False}, optimizer={"name": "random"})
     assert evomerge("search", file, "--dir", tmp_path / "other") == 2
     assert "allow_task_code: true" in capsys.readouterr().err
+
+
+# ---- tried before a search -------------------------------------------------------------------------------------------
+
+HOPELESS = {
+    "sleeps": "    time.sleep(1e6)\n",
+    "loops": "    while True: pass\n",
+    "sleeps after it has asked": "    generate(['a'])\n    time.sleep(1e6)\n",
+    "never ends asking": "    while True: generate(['a'])\n",
+}
+
+
+@pytest.mark.parametrize("name", HOPELESS)
+def test_what_never_ends_is_told_before_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(function, "_TRY_S", 0.5)
+    settings = given(tmp_path, f"import time\ndef score(items, generate):\n{HOPELESS[name]}")
+    with pytest.raises(InputError, match=r"took more than 0\.5 s in score") as caught:
+        settings.build_and_try()
+    assert "max_seconds" in caught.value.mend
+
+
+def test_a_function_that_is_slow_is_waited_for_as_long_as_its_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(function, "_TRY_S", 0.2)
+    slow = "import time\ndef score(items, generate):\n    time.sleep(0.5)\n    return [1.0] * len(items)\n"
+    evaluator = given(tmp_path, slow, max_seconds=20).build_and_try()
+    assert evaluator.score(tiny_live(), "search", [0, 1])["letters"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("    return [item['nothing'] for item in items]\n", "line 2: score failed (KeyError"),
+        ("    return {'words': [1.0]}\n", "returned words, where letters is declared"),
+        ("    return [float('nan')]\n", "returned nan"),
+        ("    raise SystemExit\n", "score failed (SystemExit)"),
+    ],
+)
+def test_what_fails_whatever_the_model_is_told_before_a_search(tmp_path: Path, body: str, said: str) -> None:
+    settings = given(tmp_path, f"def score(items, generate):\n{body}")
+    with pytest.raises(InputError) as caught:
+        settings.build_and_try()
+    assert said in str(caught.value)
+
+
+def test_what_empty_answers_bring_about_is_not_held_against_a_function(tmp_path: Path) -> None:
+    code = "def score(items, generate):\n    return [1 / len(answer) for answer in generate(['a'] * len(items))]\n"
+    evaluator = given(tmp_path, code).build_and_try()
+    found = evaluator.score(tiny_live(), "search", [0, 1])["letters"]
+    assert (found > 0).all()
+
+
+def test_it_is_tried_where_a_search_begins_and_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = load_search_file(
+        search_file(
+            tmp_path,
+            objectives={
+                "s": {
+                    "evaluator": "python", "file": "my_score.py", "items_file": "items.jsonl",
+                    "metrics": {"letters": "maximize"}, "metric": "letters",
+                }
+            },
+            allow_task_code=True,
+        )
+    )  # fmt: skip
+    given(tmp_path, "def score(items, generate): return [item['nothing'] for item in items]\n")
+    with pytest.raises(InputError, match="score failed"):
+        open_all(file)
+    assert open_all(file, begins=False).evaluators[0].name == "my_score"

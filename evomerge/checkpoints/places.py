@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -36,8 +37,8 @@ def is_hub_id(reference: str, root: Path | None) -> bool:
     return not here and _HUB_ID.fullmatch(reference) is not None
 
 
-def find_folder(reference: str, place: str, root: Path | None) -> Path:
-    """The folder of a model or an adapter, downloaded if it is on the hub.
+def find_folder(reference: str, place: str, root: Path | None, files: Sequence[str] = _HUB_FILES) -> Path:
+    """The folder of a model or an adapter, downloaded if it is on the hub: as many of its ``files`` as there are.
 
     Raises:
         InputError: there is none, or the hub does not give it.
@@ -57,19 +58,19 @@ def find_folder(reference: str, place: str, root: Path | None) -> Path:
     hub = _HUB_ID.fullmatch(reference)
     if hub is None or reference.startswith("."):
         raise InputError(place, f"there is no folder {local}", "Give a model's folder, or org/name of one on the hub.")
-    return _download(hub["id"], hub["revision"], local, place)
+    return _download(hub["id"], hub["revision"], files, local, place)
 
 
 def _local(reference: str, root: Path | None) -> Path:
     return Path(os.path.join(root or Path(), os.path.expanduser(reference)))
 
 
-def _download(repository: str, revision: str | None, local: Path, place: str) -> Path:
+def _download(repository: str, revision: str | None, files: Sequence[str], local: Path, place: str) -> Path:
     # Messages of the hub's own errors carry addresses and request ids, so ours are written anew.
     which = repository + (f" at revision {revision}" if revision else "")
     try:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
+            snapshot_download(repository, revision=revision, allow_patterns=[*files], ignore_patterns=_HUB_COPIES)
         )
     except GatedRepoError:
         problem = f"{which} is gated on the hub, and this machine's token may not read it"

@@ -19,19 +19,19 @@ _ANOTHER_KIND = (_ADAPTER, "*.gguf", "*.pt", "latest", "global_step*")
 def check_reference(reference: str, place: str, root: Path | None = None) -> None:
     """Refuse a model, or an adapter on it, that is not there or has no configuration that can be read.
 
-    Left to be opened are models on the hub, and folders in which something else stands for a model: that is said better
-    by who knows what it is.
+    Of what is on the hub the configuration alone is downloaded. Left to be opened are folders in which something else
+    stands for a model: that is said better by who knows what it is.
 
     Raises:
         InputError: names ``place`` and the folder.
     """
     model, *adapters = split_reference(reference, root)
-    folder = _folder(model, place, root)
-    if folder is not None and not any(any(folder.glob(pattern)) for pattern in _ANOTHER_KIND):
+    folder = find_folder(model, place, root, [_CONFIG])
+    is_elsewhere = is_hub_id(model, root) and not (folder / _CONFIG).exists()
+    if not is_elsewhere and not any(any(folder.glob(pattern)) for pattern in _ANOTHER_KIND):
         check_config(_json(folder, _CONFIG, "a model", place), place)
     for adapter in adapters:
-        if (folder := _folder(adapter, place, root)) is not None:
-            _json(folder, _ADAPTER, "an adapter", place)
+        _json(find_folder(adapter, place, root, [_ADAPTER]), _ADAPTER, "an adapter", place)
 
 
 def local_config(reference: str) -> dict[str, Any]:
@@ -39,10 +39,6 @@ def local_config(reference: str) -> dict[str, Any]:
     file = Path(os.path.expanduser(split_reference(reference, None)[0])) / _CONFIG
     content = read_json(file, reference) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
-
-
-def _folder(part: str, place: str, root: Path | None) -> Path | None:
-    return None if is_hub_id(part, root) else find_folder(part, place, root)
 
 
 def _json(folder: Path, name: str, what: str, place: str) -> dict[str, Any]:

@@ -90,14 +90,19 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
     return 0 if done else INTERRUPTED
 
 
-def open_all(file: SearchFile, folder: Path | None = None) -> Prepared:
-    """Open and check everything that a search file names; ``folder`` is that of the search, where there is one."""
+def open_all(file: SearchFile, folder: Path | None = None, *, begins: bool = True) -> Prepared:
+    """Open and check everything that a search file names.
+
+    Args:
+        folder: that of the search, where there is one.
+        begins: whether nothing has been scored yet, so that evaluators are to be tried.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for observer in file.observers:
         observer.check()
     if file.artifacts is not None:
         check_artifacts(file.artifacts, file.name, folder)
-    prepared = prepare(file)
+    prepared = prepare(file, tries=begins and file.pool == "in_process")
     if file.pool == "in_process":
         choose_device(file.device)
     for source in prepared.sources.values():
@@ -107,8 +112,9 @@ def open_all(file: SearchFile, folder: Path | None = None) -> Prepared:
 
 def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
     """Everything that a recorded search names, opened again; the same where anything was scored."""
-    prepared = open_all(file, folder)
-    return as_recorded(store, prepared) if store.has_scores() else prepared
+    begun = store.has_scores()
+    prepared = open_all(file, folder, begins=not begun)
+    return as_recorded(store, prepared) if begun else prepared
 
 
 def _drive(

@@ -112,7 +112,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         from evomerge.search.preparing.asking import item_warnings
         from evomerge.search.preparing.prepare import prepare
 
-        prepared = prepare(file)
+        prepared = prepare(file, tries=True)
         source = open_source("model", model, place="MODEL")
         check_finite(source)
         live = plain_model(source, prepared.file)

@@ -51,8 +51,11 @@ class Prepared:
         return reader_of(self.sources[self.file.tokenizer_source])
 
 
-def prepare(file: SearchFile) -> Prepared:
+def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     """Open sources (headers only) and evaluators, and check that everything fits together.
+
+    Args:
+        tries: whether what evaluators do without a model is tried, for what is about to be scored in this process.
 
     Raises:
         InputError: naming the key of the search file, or the file of a source, and the mend.
@@ -64,7 +67,7 @@ def prepare(file: SearchFile) -> Prepared:
     untouched = Untouched(sources.values())
     space = build_space(file, sources)
     settings = distinct_evaluators(file)
-    evaluators = tuple(_build(file, each) for each in settings)
+    evaluators = tuple(_build(file, each, tries) for each in settings)
     _refuse_test_items(file, settings, evaluators)
     _check_together(file, space, sources, evaluators)
     named, reader = _named(file, evaluators), reader_of(sources[file.tokenizer_source])
@@ -172,10 +175,10 @@ def distinct_evaluators(file: SearchFile) -> list[EvaluatorSettings]:
     return distinct
 
 
-def _build(file: SearchFile, settings: EvaluatorSettings) -> Evaluator:
+def _build(file: SearchFile, settings: EvaluatorSettings, tries: bool) -> Evaluator:
     """Build an evaluator; what is wrong with it is said with the objective that named it."""
     try:
-        return settings.build()
+        return settings.build_and_try() if tries else settings.build()
     except InputError as error:
         place = next(place for place, found in file.evaluators().items() if found == settings)
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error

@@ -10,7 +10,7 @@ import os.path
 from collections.abc import Mapping
 from pathlib import Path
 
-from evaluators.base import FOLDER, EvaluatorSettings
+from evaluators.base import FOLDER, MODEL, EvaluatorSettings
 from evomerge.checkpoints.references import check_reference, local_config
 from evomerge.errors import InputError
 from evomerge.files import open_file
@@ -30,7 +30,11 @@ def check_early(file: SearchFile) -> None:
         InputError: naming the key of the search file and the mend.
     """
     for place, settings in file.evaluators().items():
-        _check_files(settings, place)
+        _check_named(settings, place)
+        try:
+            settings.check()
+        except InputError as error:
+            raise InputError(f"{place}: {error.place}", error.problem, error.mend) from None
         _check_metric(file.measures[place], settings, place)
     for name, reference in file.sources.items():
         check_reference(reference, f"sources.{name}")
@@ -85,9 +89,11 @@ def _depth(reference: str) -> int | None:
     return depth if isinstance(depth, int) and 0 < depth <= 1000 else None
 
 
-def _check_files(settings: EvaluatorSettings, place: str) -> None:
-    """Refuse a file that is not there, or is no plain file, before what would read it is imported."""
+def _check_named(settings: EvaluatorSettings, place: str) -> None:
+    """Refuse a file that is not there, or is no plain file, and a model, before what would read them is imported."""
     for key, field in type(settings).model_fields.items():
+        if MODEL in field.metadata:
+            check_reference(getattr(settings, key), f"{place}.{key}")
         if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
             if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
                 mend = "A path is relative to the folder of the search file."
