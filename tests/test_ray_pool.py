@@ -17,6 +17,7 @@ import ray
 from helpers_miniature import evomerge, json_of, search_file
 from ray.cluster_utils import Cluster as LocalCluster
 from test_deadlines import Notes
+from test_old_searches import goes_on_and_is_exported
 from test_pools import RECIPE, PoolContract
 
 from evomerge.errors import InputError
@@ -122,6 +123,10 @@ def test_a_worker_killed_mid_candidate_loses_nothing(
     assert [(r["genome"], r["recipe_hash"], r["scores"]) for r in rows] == [
         (r["genome"], r["recipe_hash"], r["scores"]) for r in alone
     ]
+
+
+def test_a_search_that_an_older_program_began_goes_on_in_this_pool(tmp_path: Path) -> None:
+    goes_on_and_is_exported(tmp_path, "--set", "pool=ray", "--set", "cluster.workers=2")
 
 
 @pytest.mark.timeout(120)
