@@ -14,7 +14,7 @@ import pytest
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers import CatCmaSettings, OptunaSettings
+from evomerge.optimizers import CatCmaSettings, Observation, OptunaSettings
 from evomerge.optimizers.base import Settings
 from evomerge.optimizers.catcma import MOST_GAUSSIAN
 from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
@@ -161,7 +161,7 @@ def test_catcma_is_the_library() -> None:
         ]
         genomes = optimizer.ask(optimizer.population)
         np.testing.assert_allclose(genomes, expected, rtol=0, atol=1e-9)
-        optimizer.tell([(g, [loss(g)]) for g in genomes[::-1]])
+        optimizer.tell([Observation(g, [loss(g)]) for g in genomes[::-1]])
         ranked = sorted(zip(solutions, expected, strict=True), key=lambda pair: loss(pair[1]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -186,7 +186,7 @@ def minimise(
     while n > 0:
         genomes = optimizer.ask(optimizer.population)
         losses = [loss(g) for g in genomes]
-        optimizer.tell([(g, [x]) for g, x in zip(genomes, losses, strict=True)])
+        optimizer.tell([Observation(g, [x]) for g, x in zip(genomes, losses, strict=True)])
         best, n = min(best, *losses), n - len(genomes)
     return float(best)
 
@@ -225,7 +225,7 @@ def test_400_parameters() -> None:
     for _ in range(40):
         genomes = optimizer.ask(optimizer.population)
         losses = [float((g[:200] != 0).sum() + ((g[200:] - 0.8) ** 2).sum()) for g in genomes]
-        optimizer.tell([(g, [x]) for g, x in zip(genomes, losses, strict=True)])
+        optimizer.tell([Observation(g, [x]) for g, x in zip(genomes, losses, strict=True)])
         means.append(np.mean(losses))
     assert inside(genomes[0], space)
     assert means[-1] < 0.5 * means[0]
@@ -238,7 +238,7 @@ def test_ints_and_choices_never_settle() -> None:
     optimizer = CATCMA.build(space, 1, 0)
     for _ in range(150):
         genomes = optimizer.ask(optimizer.population)
-        optimizer.tell([(g, [float(np.abs(g - target).sum())]) for g in genomes])
+        optimizer.tell([Observation(g, [float(np.abs(g - target).sum())]) for g in genomes])
     late = np.array(optimizer.ask(2000))
     rates = (late[:, :6] != target[:6]).mean(axis=0)
     margin = 1 - 0.73 ** (1 / 6)  # of the paper, for each of six ints and choices
@@ -252,7 +252,7 @@ def test_ints_and_choices_never_settle() -> None:
 def test_reals_alone_converge_and_say_so() -> None:
     optimizer = CATCMA.build(reals(3), 1, 0)
     while optimizer.stopped is None:
-        optimizer.tell([(g, [float(((g - 0.3) ** 2).sum())]) for g in optimizer.ask(optimizer.population)])
+        optimizer.tell([Observation(g, [float(((g - 0.3) ** 2).sum())]) for g in optimizer.ask(optimizer.population)])
     assert "converged" in optimizer.stopped
     np.testing.assert_allclose(optimizer.ask(3), 0.3, rtol=0, atol=1e-2)
 
@@ -267,9 +267,9 @@ def test_a_good_landmark_pulls_the_distribution_and_a_bad_one_does_nothing(kind:
     def second_generation(landmark: Genome | None) -> np.ndarray:
         optimizer = CatCmaSettings(name="catcma", sigma=0.03).build(space, 1, 0)
         if landmark is not None:
-            optimizer.tell([(landmark, [float(landmark.sum())])])
+            optimizer.tell([Observation(landmark, [float(landmark.sum())])])
         first = optimizer.ask(optimizer.population)
-        optimizer.tell([(g, [float(g.sum())]) for g in first])
+        optimizer.tell([Observation(g, [float(g.sum())]) for g in first])
         return np.array(optimizer.ask(200))
 
     n = len(space)
@@ -288,7 +288,7 @@ def test_surplus_genomes_take_part_as_foreign_ones() -> None:
         optimizer = CatCmaSettings(name="catcma", population=6).build(SPACE, 1, 3)
         genomes = optimizer.ask(6 + len(surplus))
         losses = [*(10.0 + k for k in range(6)), *surplus]
-        optimizer.tell([(g, [x]) for g, x in zip(genomes, losses, strict=True)])
+        optimizer.tell([Observation(g, [x]) for g, x in zip(genomes, losses, strict=True)])
         return [g.tobytes() for g in optimizer.ask(4)]
 
     assert next_generation([20.0, 13.0, np.inf]) == next_generation([99.0, 98.0, 97.0])  # none would be a parent
@@ -300,11 +300,11 @@ def test_late_results_are_of_no_later_generation() -> None:
     def next_generation(late: bool) -> list[bytes]:
         optimizer = CatCmaSettings(name="catcma", population=6).build(SPACE, 1, 3)
         first = optimizer.ask(8)
-        optimizer.tell([(g, [float(k)]) for k, g in enumerate(first[:6])])
+        optimizer.tell([Observation(g, [float(k)]) for k, g in enumerate(first[:6])])
         second = optimizer.ask(6)
         if late:
-            optimizer.tell([(g, [99.0]) for g in first[6:]])
-        optimizer.tell([(g, [float(k)]) for k, g in enumerate(second)])
+            optimizer.tell([Observation(g, [99.0]) for g in first[6:]])
+        optimizer.tell([Observation(g, [float(k)]) for k, g in enumerate(second)])
         return [g.tobytes() for g in optimizer.ask(4)]
 
     assert next_generation(late=True) == next_generation(late=False)
@@ -312,7 +312,7 @@ def test_late_results_are_of_no_later_generation() -> None:
 
 def test_a_genome_outside_the_bounds_is_a_fault_of_the_caller() -> None:
     with pytest.raises(ValueError, match="not a point of this search space"):
-        CATCMA.build(reals(2), 1, 0).tell([(np.array([0.0, 2.5]), [1.0])])
+        CATCMA.build(reals(2), 1, 0).tell([Observation(np.array([0.0, 2.5]), [1.0])])
 
 
 def test_a_space_of_constants() -> None:
@@ -321,7 +321,7 @@ def test_a_space_of_constants() -> None:
     for _ in range(3):
         genomes = optimizer.ask(optimizer.population)
         assert {tuple(g) for g in genomes} == {(3.0, 0.0)}
-        optimizer.tell([(g, [1.0]) for g in genomes])
+        optimizer.tell([Observation(g, [1.0]) for g in genomes])
 
 
 @pytest.mark.parametrize("space", [choices(1), choices(5), ints(1), MIXED], ids=lambda s: f"{s[0].name}-{len(s)}")
@@ -329,7 +329,7 @@ def test_long_searches_go_on(space: list[Parameter]) -> None:
     """On a plateau: the library's numbers become NaN, silently, with a single choice, unless they are held."""
     optimizer = CatCmaSettings(name="catcma", population=4).build(space, 1, 5)
     for _ in range(200):
-        optimizer.tell([(g, [0.0]) for g in optimizer.ask(4)])
+        optimizer.tell([Observation(g, [0.0]) for g in optimizer.ask(4)])
     late = optimizer.ask(100)
     assert all(inside(genome, space) for genome in late)
     assert len({genome.tobytes() for genome in late}) > 1
@@ -340,12 +340,13 @@ def test_same_bits_on_any_number_of_threads() -> None:
     code = """if True:
         import hashlib, numpy as np
         from evomerge.genome import Parameter
-        from evomerge.optimizers import CatCmaSettings
+        from evomerge.optimizers import CatCmaSettings, Observation
+        scales = 10.0 ** np.arange(-50, 50)
         space = [Parameter(str(i), 0.0, 1.0, 0.5) for i in range(100)]
         optimizer = CatCmaSettings(name="catcma").build(space, 1, 1)
         for _ in range(30):
             genomes = optimizer.ask(optimizer.population)
-            optimizer.tell([(g, [float((10.0 ** np.arange(-50, 50) * (g - 0.3) ** 2).sum())]) for g in genomes])
+            optimizer.tell([Observation(g, [float((scales * (g - 0.3) ** 2).sum())]) for g in genomes])
         print(hashlib.sha256(np.array(genomes).tobytes()).hexdigest())
     """
     found = set()

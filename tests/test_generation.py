@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, table, weights_of
 
-from evomerge.genome import Genome
-from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
+from evomerge.optimizers import CmaSettings, Observation, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.cma_es import Cma
 from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
 from evomerge.search.settings.sections import Racing
@@ -146,9 +145,9 @@ def test_the_mean_of_the_distribution_is_scored_beside_each_generation_and_not_t
     told: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
 
     class Watched(Cma):
-        def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-            told.extend(genome for genome, _ in results)
-            super().tell(results)
+        def tell(self, observations: Sequence[Observation]) -> None:
+            told.extend(o.genome for o in observations)
+            super().tell(observations)
 
     with mock.patch.object(CmaSettings, "build", lambda self, p, o, s: Watched(self, p, o, s)):
         drive(tmp_path, setup_of(racing=RACE), simulation=simulate)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
-from evomerge.optimizers import CmaSettings, LqCmaSettings
+from evomerge.optimizers import Best, CmaSettings, LqCmaSettings, Observation
 from evomerge.optimizers.base import Settings, random_state
 from evomerge.optimizers.lq_cma import MOST_PARAMETERS
 from evomerge.optimizers.scalarisation import Chebyshev
@@ -71,7 +71,7 @@ def search(optimizer: Any, loss: Callable[[Vector], float], most: int, target: f
     while count < most and best >= target:
         genomes = optimizer.ask(min(optimizer.population, most - count))
         losses = [loss(g) for g in genomes]
-        optimizer.tell([(g, [x]) for g, x in zip(genomes, losses, strict=True)])
+        optimizer.tell([Observation(g, [x]) for g, x in zip(genomes, losses, strict=True)])
         first = next((i + 1 for i, x in enumerate(losses) if x < target), len(losses))
         count, best = count + first, min(best, *losses, np.inf)
     return count, best
@@ -115,7 +115,7 @@ def test_lq_cma_is_the_library(n: int, loss: Callable[[Vector], float]) -> None:
     while len(ours) < len(scored):
         genomes = optimizer.ask(optimizer.population)
         ours += [g.tobytes() for g in genomes]
-        optimizer.tell([(g, [loss(g)]) for g in reversed(genomes)])
+        optimizer.tell([Observation(g, [loss(g)]) for g in reversed(genomes)])
     assert ours == scored
 
 
@@ -155,13 +155,13 @@ def test_asks_for_as_many_as_the_model_needs() -> None:
     """Five points before there is a model; the better it is, the fewer. Half of them are parents."""
     optimizer = LQ.build(reals(6), 1, 3)
     loss = ellipsoid(6, 10, True)
-    assert (optimizer.population, optimizer.parents) == (5, 2)
+    assert (optimizer.population, optimizer.keeps) == (5, Best(2))
     search(optimizer, loss, 100)  # by then the model ranks all points right, however a processor rounds
     asked = []
     for _ in range(5):
-        asked.append((optimizer.population, optimizer.parents))
+        asked.append((optimizer.population, optimizer.keeps))
         search(optimizer, loss, optimizer.population)
-    assert asked == [(1, 1)] * 5
+    assert asked == [(1, Best(1))] * 5
 
 
 def test_landmarks_enter_the_model() -> None:
@@ -169,7 +169,7 @@ def test_landmarks_enter_the_model() -> None:
     loss = ellipsoid(4, 10, True)
     optimizer = LQ.build(reals(4), 1, 0)
     marks = random_state(5).random_sample((30, 4))
-    optimizer.tell([(mark, [loss(mark)]) for mark in marks])
+    optimizer.tell([Observation(mark, [loss(mark)]) for mark in marks])
     assert optimizer.population == 1
     whole = optimizer.ask(8)
     assert [loss(g) for g in whole] == sorted(loss(g) for g in whole)
@@ -180,7 +180,7 @@ def test_the_order_of_telling_plays_no_part() -> None:
         optimizer = LQ.build(reals(5), 1, 4)
         loss = mistakes(ellipsoid(5, 100, True))
         for _ in range(12):
-            optimizer.tell([(g, [loss(g)]) for g in optimizer.ask(optimizer.population)[::order]])
+            optimizer.tell([Observation(g, [loss(g)]) for g in optimizer.ask(optimizer.population)[::order]])
         return [g.tobytes() for g in optimizer.ask(3)]
 
     assert tell(1) == tell(-1)
@@ -191,7 +191,8 @@ def test_points_are_rated_anew_when_the_range_of_an_objective_widens() -> None:
     settings = LqCmaSettings(name="lq_cma", scalarisation=Chebyshev(name="chebyshev", weights=(1, 1)))
     points = random_state(2).random_sample((30, 4))
     results = [
-        (p, [float(p[0] ** 2), 100.0 * float(p[1]) ** 4 + (1000.0 if i == 29 else 0.0)]) for i, p in enumerate(points)
+        Observation(p, [float(p[0] ** 2), 100.0 * float(p[1]) ** 4 + (1000.0 if i == 29 else 0.0)])
+        for i, p in enumerate(points)
     ]
 
     def first(order: int) -> list[bytes]:
@@ -234,10 +235,10 @@ def test_late_results_are_foreign() -> None:
     loss = ellipsoid(3, 3, False)
     search(optimizer, loss, 30)
     genomes = optimizer.ask(5)
-    optimizer.tell([(g, [loss(g)]) for g in genomes[:1]])  # one was wanted: the generation is over
+    optimizer.tell([Observation(g, [loss(g)]) for g in genomes[:1]])  # one was wanted: the generation is over
     following = optimizer.ask(1)
-    optimizer.tell([(g, [loss(g)]) for g in genomes[1:]])
-    optimizer.tell([(g, [loss(g)]) for g in following])
+    optimizer.tell([Observation(g, [loss(g)]) for g in genomes[1:]])
+    optimizer.tell([Observation(g, [loss(g)]) for g in following])
     assert search(optimizer, loss, 30, 1e-9)[1] < 1e-9
 
 

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers import CmaSettings, OptimizerSettings, OptunaSettings
+from evomerge.optimizers import CmaSettings, Observation, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.base import Settings, random_state
 from evomerge.optimizers.cma_es import Box, Cma
 from evomerge.optimizers.scalarisation import RHO, Chebyshev, WeightedSum
@@ -172,7 +172,7 @@ def test_golden(name: str) -> None:
     population = 4 if name == "gp" else 10
     settings: Settings = TypeAdapter(OptimizerSettings).validate_python({"name": name, "population": population})
     history = drive(settings.build(SPACE, 1, 1), 1, 2)
-    found = [[genome.tolist() for genome, _ in results] for results in history]
+    found = [[o.genome.tolist() for o in generation] for generation in history]
     library = {"cma": "cma", "catcma": "cmaes"}.get(name, "optuna")
     versions = {p: importlib.metadata.version(p) for p in (library, "numpy")}
     path = GOLDEN / f"{name}.json"
@@ -207,7 +207,7 @@ def test_box_maps_there_and_back(data: strategies.DataObject) -> None:
 def test_genomes_outside_the_bounds_are_a_fault_of_the_caller() -> None:
     optimizer = CmaSettings(name="cma").build(reals(2), 1, 0)
     with pytest.raises(ValueError, match="not a point of this search space"):
-        optimizer.tell([(np.array([0.0, 2.5]), [1.0])])
+        optimizer.tell([Observation(np.array([0.0, 2.5]), [1.0])])
 
 
 def test_cma_is_pycma() -> None:
@@ -225,7 +225,7 @@ def test_cma_is_pycma() -> None:
         genomes, points = optimizer.ask(optimizer.population), es.ask()
         assert [g.tobytes() for g in genomes] == [p.tobytes() for p in points]
         losses = [float((10.0 ** np.arange(5) * (p - 0.3) ** 2).sum()) for p in points]
-        optimizer.tell([(g, [x]) for g, x in reversed(list(zip(genomes, losses, strict=True)))])
+        optimizer.tell([Observation(g, [x]) for g, x in reversed(list(zip(genomes, losses, strict=True)))])
         es.tell(points, losses)
 
 
@@ -235,7 +235,7 @@ def test_ties_go_by_the_order_of_asking() -> None:
     def second_generation(tied: bool) -> list[bytes]:
         optimizer = CmaSettings(name="cma", population=60).build(reals(4), 1, 0)
         genomes = optimizer.ask(60)
-        results = [(g, [float(i % 3) + (0.0 if tied else i * 1e-6)]) for i, g in enumerate(genomes)]
+        results = [Observation(g, [float(i % 3) + (0.0 if tied else i * 1e-6)]) for i, g in enumerate(genomes)]
         optimizer.tell(results[::-1] if tied else results)
         return [g.tobytes() for g in optimizer.ask(3)]
 
@@ -253,7 +253,7 @@ def minimise(optimizer: Cma, evaluations: int) -> float:
     while evaluations > 0 and optimizer.stopped is None:
         genomes = optimizer.ask(optimizer.population)
         losses = [ellipsoid(g) for g in genomes]
-        optimizer.tell([(g, [x]) for g, x in zip(genomes, losses, strict=True)])
+        optimizer.tell([Observation(g, [x]) for g, x in zip(genomes, losses, strict=True)])
         best, evaluations = min(best, *losses), evaluations - len(genomes)
     return best
 
@@ -270,9 +270,9 @@ def test_cma_finds_ints_and_choices() -> None:
     optimizer = CmaSettings(name="cma").build(space, 1, 0)
     best = np.inf
     for _ in range(80):
-        results = [(g, [float(np.abs(g - target).sum())]) for g in optimizer.ask(optimizer.population)]
+        results = [Observation(g, [float(np.abs(g - target).sum())]) for g in optimizer.ask(optimizer.population)]
         optimizer.tell(results)
-        best = min(best, *(losses[0] for _, losses in results))
+        best = min(best, *(o.losses[0] for o in results))
     assert best < 0.1  # every int is right: a wrong one costs 1
     late = np.array(optimizer.ask(300))
     assert (np.std(late[:, :3], axis=0) < 0.05).all()
@@ -286,9 +286,9 @@ def test_cma_takes_a_single_parameter(kind: Literal["real", "int"]) -> None:
         optimizer = CmaSettings(name="cma").build([Parameter("t", 0.0, 9.0, 0.0, kind=kind)], 1, seed)
         best = np.inf
         for _ in range(25):
-            results = [(g, [float(abs(g[0] - target))]) for g in optimizer.ask(optimizer.population)]
+            results = [Observation(g, [float(abs(g[0] - target))]) for g in optimizer.ask(optimizer.population)]
             optimizer.tell(results)
-            best = min(best, *(losses[0] for _, losses in results))
+            best = min(best, *(o.losses[0] for o in results))
         assert best < 0.1
 
 
@@ -305,7 +305,7 @@ def test_cma_restarts_with_twice_the_population() -> None:
     populations, starts = [optimizer.population], []
     while optimizer.stopped is None:
         genomes = optimizer.ask(optimizer.population)
-        optimizer.tell([(g, [ellipsoid(g)]) for g in genomes])
+        optimizer.tell([Observation(g, [ellipsoid(g)]) for g in genomes])
         if optimizer.population != populations[-1]:
             populations.append(optimizer.population)
             starts.append(np.mean(optimizer.ask(optimizer.population), axis=0))
@@ -316,7 +316,7 @@ def test_cma_restarts_with_twice_the_population() -> None:
 def test_cma_does_not_converge_on_a_plateau() -> None:
     optimizer = CmaSettings(name="cma").build(reals(6), 1, 0)
     for _ in range(100):
-        optimizer.tell([(g, [0.0]) for g in optimizer.ask(optimizer.population)])
+        optimizer.tell([Observation(g, [0.0]) for g in optimizer.ask(optimizer.population)])
     assert optimizer.stopped is None
     assert np.std(optimizer.ask(50), axis=0).min() > 0.01
 
@@ -326,9 +326,9 @@ def test_a_good_landmark_pulls_the_mean_and_a_bad_one_does_nothing(n: int) -> No
     def second_generation(landmark: Genome | None) -> np.ndarray:
         optimizer = CmaSettings(name="cma", diagonal=False).build(reals(n, 0.0, 1.0), 1, 0)
         if landmark is not None:
-            optimizer.tell([(landmark, [float(landmark.sum())])])
+            optimizer.tell([Observation(landmark, [float(landmark.sum())])])
         first = optimizer.ask(optimizer.population)
-        optimizer.tell([(g, [float(g.sum())]) for g in first])
+        optimizer.tell([Observation(g, [float(g.sum())]) for g in first])
         return np.array(optimizer.ask(200))
 
     alone, good, bad = second_generation(None), second_generation(np.zeros(n)), second_generation(np.ones(n))
@@ -342,12 +342,13 @@ def test_cma_gives_the_same_bits_on_any_number_of_threads() -> None:
     code = """if True:
         import hashlib, numpy as np
         from evomerge.genome import Parameter
-        from evomerge.optimizers import CmaSettings
+        from evomerge.optimizers import CmaSettings, Observation
+        scales = 10.0 ** np.arange(-50, 50)
         space = [Parameter(str(i), 0.0, 1.0, 0.5) for i in range(100)]
         optimizer = CmaSettings(name="cma", diagonal=False).build(space, 1, 1)
         for _ in range(40):
             genomes = optimizer.ask(optimizer.population)
-            optimizer.tell([(g, [float((10.0 ** np.arange(-50, 50) * (g - 0.3) ** 2).sum())]) for g in genomes])
+            optimizer.tell([Observation(g, [float((scales * (g - 0.3) ** 2).sum())]) for g in genomes])
         print(hashlib.sha256(np.array(genomes).tobytes()).hexdigest())
     """
     found = set()
@@ -365,7 +366,7 @@ def test_cma_takes_little_time_at_200_parameters() -> None:
     for _ in range(60):
         start = time.perf_counter()
         genomes = optimizer.ask(optimizer.population)
-        optimizer.tell([(g, [float(g @ g)]) for g in genomes])
+        optimizer.tell([Observation(g, [float(g @ g)]) for g in genomes])
         spent.append((time.perf_counter() - start) / len(genomes))
     assert np.median(spent) < 0.02
 
@@ -398,10 +399,10 @@ def test_chebyshev_reaches_the_hollow_of_a_front_and_a_sum_does_not(name: str, h
 
     mix = {"name": name, "weights": [1, 1]}
     optimizer = CmaSettings.model_validate({"name": "cma", "scalarisation": mix}).build(reals(2, 0.0, 1.0), 2, 1)
-    optimizer.tell([(g, losses(g)) for g in (np.array([0.0, 0.0]), np.array([1.0, 0.0]))])
+    optimizer.tell([Observation(g, losses(g)) for g in (np.array([0.0, 0.0]), np.array([1.0, 0.0]))])
     for _ in range(60):
         genomes = optimizer.ask(optimizer.population)
-        optimizer.tell([(g, losses(g)) for g in genomes])
+        optimizer.tell([Observation(g, losses(g)) for g in genomes])
     x = np.median([g[0] for g in optimizer.ask(50)])
     assert (0.3 < x < 0.9) == hollow
 
@@ -418,7 +419,7 @@ def hypervolume(name: str, seed: int) -> float:
     for _ in range(20):
         genomes = optimizer.ask(20)
         losses = [zdt1(g) for g in genomes]
-        optimizer.tell(list(zip(genomes, losses, strict=True)))
+        optimizer.tell([Observation(g, values) for g, values in zip(genomes, losses, strict=True)])
         seen += losses
     return float(moocore.hypervolume(np.array(seen), ref=[1.1, 8.0]))
 
@@ -433,11 +434,11 @@ def test_genetic_samplers_beat_random_ones_on_zdt1(name: str) -> None:
 def test_landmarks_become_parents(name: str) -> None:
     landmarks = [np.full(12, value) for value in np.linspace(0.1, 0.2, 11)]  # more of them than a generation holds
     optimizer = OptunaSettings.model_validate({"name": name}).build(reals(12, 0.0, 1.0), 1, 0)
-    optimizer.tell([(landmark, [0.0]) for landmark in landmarks])
+    optimizer.tell([Observation(landmark, [0.0]) for landmark in landmarks])
     first = optimizer.ask(optimizer.population)
     assert len({g.tobytes() for g in first}) == len(first)
     assert not np.isin(first, np.concatenate(landmarks)).any()  # the first generation is chance, not their children
-    optimizer.tell([(g, [1.0]) for g in first])
+    optimizer.tell([Observation(g, [1.0]) for g in first])
     assert np.isin(optimizer.ask(optimizer.population), np.concatenate(landmarks)).mean() > 0.5
 
 
@@ -445,7 +446,7 @@ def test_a_batch_of_nsga2_is_one_generation() -> None:
     """Children come from the best of generation 0 alone, however the batch was asked for and told."""
     optimizer = OptunaSettings(name="nsga2", population=6).build(reals(12, 0.0, 1.0), 1, 0)
     first = optimizer.ask(4) + optimizer.ask(2)
-    optimizer.tell([(g, sphere(g, 1, reals(12, 0.0, 1.0))) for g in first[3:] + first[:3]])
+    optimizer.tell([Observation(g, sphere(g, 1, reals(12, 0.0, 1.0))) for g in first[3:] + first[:3]])
     children = optimizer.ask(6)
     assert np.isin(children, np.concatenate(first)).mean() > 0.7
 
@@ -456,16 +457,16 @@ def test_samplers_learn(name: str) -> None:
     optimizer = OptunaSettings.model_validate({"name": name, "population": 6}).build(parameters, 1, 0)
     medians = []
     for _ in range(5 if name == "gp" else 15):
-        results = [(g, sphere(g, 1, parameters)) for g in optimizer.ask(6)]
+        results = [Observation(g, sphere(g, 1, parameters)) for g in optimizer.ask(6)]
         optimizer.tell(results)
-        medians.append(np.median([losses[0] for _, losses in results]))
+        medians.append(np.median([o.losses[0] for o in results]))
     assert medians[-1] < 0.5 * medians[0]
 
 
 def test_gp_survives_failures_of_two_objectives() -> None:
     optimizer = OptunaSettings(name="gp", population=11).build(reals(2), 2, 0)
-    optimizer.tell([(g, [np.inf, np.inf]) for g in optimizer.ask(11)])
-    optimizer.tell([(g, [float(g[0]), -float(g[0])]) for g in optimizer.ask(1)])
+    optimizer.tell([Observation(g, [np.inf, np.inf]) for g in optimizer.ask(11)])
+    optimizer.tell([Observation(g, [float(g[0]), -float(g[0])]) for g in optimizer.ask(1)])
     assert np.isfinite(optimizer.ask(1)).all()
 
 

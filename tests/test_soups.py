@@ -12,7 +12,7 @@ from hypothesis import given, strategies
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers import SoupSettings
+from evomerge.optimizers import Observation, SoupSettings
 from evomerge.optimizers.base import Optimizer, Settings
 from evomerge.optimizers.soups import GreedySoup
 from evomerge.testing.optimizers import OptimizerContract, bits, inside
@@ -38,7 +38,7 @@ class TestGreedySoup(OptimizerContract):
             while optimizer.stopped is None:
                 genomes = optimizer.ask(optimizer.population)
                 assert all(inside(genome, weights(count, 0.0, 1.0)) for genome in genomes)
-                optimizer.tell([(g, [float(g[0])]) for g in genomes])
+                optimizer.tell([Observation(g, [float(g[0])]) for g in genomes])
 
     def test_reaches_every_value_of_int_and_choice(self, make: Callable[..., Optimizer]) -> None:
         with pytest.raises(InputError, match=r"model\.weight\.s0 is something else"):
@@ -50,7 +50,7 @@ class TestGreedySoup(OptimizerContract):
 
     def test_survives_generations_that_all_failed(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
-        optimizer.tell([(genome, [np.inf]) for genome in optimizer.ask(optimizer.population)])
+        optimizer.tell([Observation(genome, [np.inf]) for genome in optimizer.ask(optimizer.population)])
         assert optimizer.stopped == "greedy_soup has no source that could be scored"
         assert all(inside(genome, self.space) for genome in optimizer.ask(3))
 
@@ -58,7 +58,7 @@ class TestGreedySoup(OptimizerContract):
         """A score that does not fall is enough to stay, so all are in."""
         optimizer = make()
         while optimizer.stopped is None:
-            optimizer.tell([(genome, [0.25]) for genome in optimizer.ask(optimizer.population)])
+            optimizer.tell([Observation(genome, [0.25]) for genome in optimizer.ask(optimizer.population)])
         assert optimizer.ask(1)[0].tolist() == [0.2] * 5
 
 
@@ -93,7 +93,7 @@ def finished(optimizer: GreedySoup, accuracy: Callable[[Members], float], at_onc
             return asked
         genomes = optimizer.ask(at_once or optimizer.population)
         asked += [members(genome) for genome in genomes]
-        optimizer.tell([(genome, [-accuracy(members(genome))]) for genome in reversed(genomes)])
+        optimizer.tell([Observation(genome, [-accuracy(members(genome))]) for genome in reversed(genomes)])
     raise AssertionError("does not end")
 
 
@@ -122,7 +122,7 @@ def test_landmarks_are_not_asked_for_again() -> None:
     accuracy = table(3, [5, 7, 8, 3, 1, 6, 9])  # 0: 5, 1: 7, 01: 8, 2: 3, 02: 1, 12: 6, 012: 9
     optimizer = SETTINGS.build(weights(3), 1, 0)
     known = [(0,), (1,), (2,), (0, 1, 2)]
-    told = [(np.array([(i in soup) / len(soup) for i in range(3)]), [-accuracy(soup)]) for soup in known]
+    told = [Observation(np.array([(i in soup) / len(soup) for i in range(3)]), [-accuracy(soup)]) for soup in known]
     optimizer.tell(told)
     assert optimizer.population == 1
     assert finished(optimizer, accuracy) == [(0, 1)]

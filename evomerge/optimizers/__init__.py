@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from evomerge.optimizers.base import Optimizer
+from evomerge.optimizers.base import Best, Keeps, Observation, Optimizer
 from evomerge.optimizers.catcma import CatCmaSettings
 from evomerge.optimizers.cma_es import CmaSettings
 from evomerge.optimizers.lq_cma import LqCmaSettings
@@ -17,9 +17,12 @@ OptimizerSettings = Annotated[
 """What the search file says under ``optimizer:``; its ``name`` decides which settings it takes."""
 
 __all__ = [
+    "Best",
     "CatCmaSettings",
     "CmaSettings",
+    "Keeps",
     "LqCmaSettings",
+    "Observation",
     "Optimizer",
     "OptimizerSettings",
     "OptunaSettings",

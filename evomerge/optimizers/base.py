@@ -6,15 +6,48 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """A scored genome.
+
+    Attributes:
+        genome: float64 [n_parameters].
+        losses: one for each objective, lower is better; all inf where the candidate failed.
+        features: one for each feature of the search, in their order; NaN where it is not known.
+        items: for each objective the losses item by item, float32 [items], NaN where an item was not scored; empty
+            unless the optimizer ``wants_items``.
+        feasible: it was scored, and keeps the search's constraints as far as is known.
+    """
+
+    genome: Genome
+    losses: Sequence[float]
+    features: Sequence[float] = ()
+    items: Sequence[NDArray[np.float32]] = ()
+    feasible: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Of a generation the best ``count`` by rank."""
+
+    count: int
+
+
+Keeps = Best | Literal["all"]
+"""What a race must not drop, because the optimizer learns from it."""
 
 
 class Optimizer(Protocol):
@@ -30,12 +63,17 @@ class Optimizer(Protocol):
         ...
 
     @property
-    def parents(self) -> int:
-        """How many of a generation, the best by rank, are learnt from: of the one that is out, or else of the next.
+    def keeps(self) -> Keeps:
+        """What is learnt from: of the generation that is out, or else of the next.
 
-        Racing ends the scoring of candidates that surely are not among them, so their own losses are then estimates
-        from few items; how they are ordered among each other should matter little or not at all.
+        Racing ends the scoring of candidates that surely are not of this, so their own losses are then estimates from
+        few items; how they are ordered among each other should matter little or not at all.
         """
+        ...
+
+    @property
+    def wants_items(self) -> bool:
+        """Whether observations are to have ``items``; these are read from the store for each candidate."""
         ...
 
     @property
@@ -56,8 +94,8 @@ class Optimizer(Protocol):
         """Give ``n`` new genomes inside the bounds: float64 [n_parameters], whole numbers for int and choice."""
         ...
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-        """Take scored genomes: one loss for each objective, lower is better, all inf where the candidate failed.
+    def tell(self, observations: Sequence[Observation]) -> None:
+        """Take scored genomes.
 
         The order is free, a generation may come in parts, and genomes inside the bounds that were never asked for
         (landmarks, points of another source) are welcome, also before the first ask.

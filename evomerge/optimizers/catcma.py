@@ -26,7 +26,7 @@ from pydantic import Field
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Settings, check_population, default_population, one_thread
+from evomerge.optimizers.base import Best, Observation, Settings, check_population, default_population, one_thread
 from evomerge.optimizers.cma_es import SMALLEST_STEP, Box
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
@@ -80,6 +80,7 @@ class CatCma:
     """
 
     favourite: Genome | None = None
+    wants_items = False
     stopped: str | None = None
 
     def __init__(self, settings: CatCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
@@ -95,9 +96,9 @@ class CatCma:
         self._start(self._box.unit(np.array([p.default for p in parameters], dtype=np.float64)))
 
     @property
-    def parents(self) -> int:
+    def keeps(self) -> Best:
         """The better half, which has positive weights; of the others only the order counts."""
-        return int(self._es._mu)
+        return Best(int(self._es._mu))
 
     def ask(self, n: int) -> list[Genome]:
         if n < 1:
@@ -114,8 +115,8 @@ class CatCma:
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
         return self.ask(len(genomes))
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-        if self._ledger.receive(results) >= self.population:
+    def tell(self, observations: Sequence[Observation]) -> None:
+        if self._ledger.receive(observations) >= self.population:
             self._learn()
 
     def _divide(self, kinds: Sequence[str]) -> None:

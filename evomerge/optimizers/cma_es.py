@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Settings, check_population, default_population, one_thread, random_state
+from evomerge.optimizers.base import (
+    Best,
+    Observation,
+    Settings,
+    check_population,
+    default_population,
+    one_thread,
+    random_state,
+)
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
@@ -243,6 +251,8 @@ class Cma:
     changes nothing. The search starts where its settings say.
     """
 
+    wants_items = False
+
     def __init__(self, settings: CmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
         self._box = Box(parameters)
         self._scalars = Scalars(settings.scalarisation, objectives)
@@ -255,9 +265,9 @@ class Cma:
         return self._strategy.population
 
     @property
-    def parents(self) -> int:
+    def keeps(self) -> Best:
         """Those that the mean moves to; of the others only the order counts, as directions to avoid."""
-        return self._strategy.parents
+        return Best(self._strategy.parents)
 
     @property
     def favourite(self) -> Genome:
@@ -280,8 +290,8 @@ class Cma:
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
         return self.ask(len(genomes))
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-        if self._ledger.receive(results) >= self.population:
+    def tell(self, observations: Sequence[Observation]) -> None:
+        if self._ledger.receive(observations) >= self.population:
             self._learn()
 
     def _learn(self) -> None:

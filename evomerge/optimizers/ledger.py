@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.genome import Genome
+from evomerge.optimizers.base import Observation
 from evomerge.optimizers.scalarisation import Scalars
 
 Point = TypeVar("Point")
@@ -55,14 +56,14 @@ class Ledger(Generic[Point]):
         self._given += 1
         return self._given - 1
 
-    def receive(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> int:
-        """Enter results, and return how many of the told there are now. Foreign genomes that failed teach nothing.
+    def receive(self, observations: Sequence[Observation]) -> int:
+        """Enter observations, and return how many of the told there are now. Foreign genomes that failed teach nothing.
 
         Raises:
             ValueError: a foreign genome is not of the search space, or there are not as many losses as objectives.
         """
-        for genome, values in results:
-            losses = self._scalars.see(values)
+        for observation in observations:
+            genome, losses = observation.genome, self._scalars.see(observation.losses)
             waiting = self._out.get(genome.tobytes())
             if waiting:
                 self._told.append(Told(*waiting.popleft(), losses))

@@ -16,6 +16,7 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Best, Observation
 from evomerge.optimizers.cma_es import Box, Strategy, StrategySettings, Vector, calm
 from evomerge.optimizers.ledger import FOREIGN, Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars
@@ -78,6 +79,7 @@ class LqCma:
     """
 
     favourite: Genome | None = None
+    wants_items = False
 
     def __init__(self, settings: LqCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
         self._box = Box(parameters)
@@ -97,10 +99,10 @@ class LqCma:
         return max(1, goal - len(self._given))
 
     @property
-    def parents(self) -> int:
+    def keeps(self) -> Best:
         """The better half of what is out: the model weighs losses by their rank, the worst least."""
         out = len(self._given) - len(self._ledger.told)
-        return max(1, (out or self.population) // 2)
+        return Best(max(1, (out or self.population) // 2))
 
     @property
     def stopped(self) -> str | None:
@@ -126,9 +128,9 @@ class LqCma:
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
         return self.ask(len(genomes))
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+    def tell(self, observations: Sequence[Observation]) -> None:
         known = len(self._ledger.foreign)
-        scored = self._ledger.receive(results)
+        scored = self._ledger.receive(observations)
         self._model.add([(t.point.unit, t.losses) for t in self._ledger.foreign[known:]])
         if self._samples and scored >= self._reachable_goal():
             self._judge()

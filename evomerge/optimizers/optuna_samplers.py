@@ -18,7 +18,15 @@ import optuna
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Settings, check_population, default_population, one_thread
+from evomerge.optimizers.base import (
+    Best,
+    Keeps,
+    Observation,
+    Settings,
+    check_population,
+    default_population,
+    one_thread,
+)
 
 SamplerName = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 
@@ -68,6 +76,7 @@ class OptunaOptimizer:
     """
 
     favourite: Genome | None = None
+    wants_items = False
     stopped: str | None = None
 
     def __init__(self, settings: OptunaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
@@ -84,17 +93,17 @@ class OptunaOptimizer:
             self._study = optuna.create_study(directions=["minimize"] * objectives)
 
     @property
-    def parents(self) -> int:
+    def keeps(self) -> Keeps:
         match self._name:
             case "tpe":  # the others are bad alike, however bad; with several objectives only the share holds
                 finished: int = sum(t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
                 good = math.ceil(GOOD_SHARE * (finished + self.population))
                 most = MOST_GOOD if len(self._study.directions) == 1 else good
-                return min(good, most, self.population)
+                return Best(min(good, most, self.population))
             case "random" | "qmc":  # they learn nothing; the best alone counts, as the result
-                return 1
+                return Best(1)
             case _:  # nsga2, nsga3: the elite of two generations may hold all; gp fits its model to every loss
-                return self.population
+                return "all"
 
     def ask(self, n: int) -> list[Genome]:
         if n < 1:
@@ -119,10 +128,10 @@ class OptunaOptimizer:
                 self._remember(self._study.ask(self._distributions))
         return list(genomes)
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
+    def tell(self, observations: Sequence[Observation]) -> None:
         with _calm():
-            for genome, values in results:
-                losses = [float(v) for v in values]
+            for observation in observations:
+                genome, losses = observation.genome, [float(loss) for loss in observation.losses]
                 if not np.all(np.isfinite(losses)):
                     losses = [np.inf] * len(losses)
                 waiting = self._asked.get(genome.tobytes())

@@ -12,7 +12,7 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Settings
+from evomerge.optimizers.base import Keeps, Observation, Settings
 
 
 class SoupSettings(Settings):
@@ -61,6 +61,8 @@ class GreedySoup:
     """
 
     favourite: Genome | None = None
+    wants_items = False
+    keeps: Keeps = "all"  # the order of every source decides when it is tried, and a trial is out alone
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._names = [p.name.rpartition(".")[2] for p in parameters]
@@ -72,11 +74,6 @@ class GreedySoup:
         """Every source alone that was not asked for yet; then one, since each trial depends on the one before."""
         waiting = [genome for genome in self._alone() if self._is_new(genome)]
         return max(1, len(waiting))
-
-    @property
-    def parents(self) -> int:
-        """All: the order of every source decides when it is tried, and a trial is out alone."""
-        return len(self._out - self._losses.keys()) or self.population
 
     @property
     def stopped(self) -> str | None:
@@ -100,9 +97,10 @@ class GreedySoup:
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
         return self.ask(len(genomes))
 
-    def tell(self, results: Sequence[tuple[Genome, Sequence[float]]]) -> None:
-        for genome, (loss,) in results:
-            self._losses.setdefault(genome.tobytes(), float(loss) if np.isfinite(loss) else np.inf)
+    def tell(self, observations: Sequence[Observation]) -> None:
+        for observation in observations:
+            (loss,) = observation.losses
+            self._losses.setdefault(observation.genome.tobytes(), float(loss) if np.isfinite(loss) else np.inf)
 
     def _trials(self) -> Iterator[Genome]:
         soup, left = self._progress()

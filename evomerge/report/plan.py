@@ -182,7 +182,7 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
     if sizes[-1] < LEAST_GAIN * sizes[0]:
         yield "warning", f"racing: the first rung is {sizes[0]} of all {sizes[-1]} items, so it can spare little"
     optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
-    if optimizer.parents >= optimizer.population:
+    if optimizer.keeps == "all":
         told = f"racing: {setup.optimizer.name} learns from every candidate of a generation, so none is eliminated"
         yield "warning", f"{told}; only the rungs bound what each is scored on"
 

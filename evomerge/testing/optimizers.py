@@ -24,7 +24,7 @@ from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Optimizer, Settings
+from evomerge.optimizers.base import Best, Observation, Optimizer, Settings
 
 SPACE = (
     Parameter("weight", -1.0, 2.0, 0.5),
@@ -32,8 +32,6 @@ SPACE = (
     Parameter("layers", 2.0, 7.0, 4.0, kind="int"),
     Parameter("method", 0.0, 2.0, 1.0, kind="choice", choices=("linear", "ties", "dare")),
 )
-
-Results = list[tuple[Genome, list[float]]]
 
 
 def sphere(genome: Genome, objectives: int = 1, parameters: Sequence[Parameter] = SPACE) -> list[float]:
@@ -49,22 +47,22 @@ def drive(
     generations: int,
     between: Callable[[], object] = lambda: None,
     parameters: Sequence[Parameter] = SPACE,
-) -> list[Results]:
+) -> list[list[Observation]]:
     """Ask for generations, score them by ``sphere`` and tell them; ``between`` runs before every ask and tell."""
     history = []
     for _ in range(generations):
         between()
         genomes = optimizer.ask(optimizer.population)
-        results = [(genome, sphere(genome, objectives, parameters)) for genome in genomes]
+        observations = [Observation(genome, sphere(genome, objectives, parameters)) for genome in genomes]
         between()
-        optimizer.tell(results)
-        history.append(results)
+        optimizer.tell(observations)
+        history.append(observations)
     return history
 
 
-def bits(history: Sequence[Results]) -> list[list[str]]:
+def bits(history: Sequence[Sequence[Observation]]) -> list[list[str]]:
     """Every genome of a history, exactly."""
-    return [[genome.tobytes().hex() for genome, _ in results] for results in history]
+    return [[o.genome.tobytes().hex() for o in generation] for generation in history]
 
 
 def inside(genome: Genome, parameters: Sequence[Parameter]) -> bool:
@@ -130,9 +128,12 @@ class OptimizerContract:
     def _score(self, genome: Genome) -> list[float]:
         return sphere(genome, self.objectives, self.space)
 
+    def _failed(self, genome: Genome) -> Observation:
+        return Observation(genome, [np.inf] * self.objectives, feasible=False)
+
     def _drive(
         self, optimizer: Optimizer, generations: int | None = None, between: Callable[[], object] = lambda: None
-    ) -> list[Results]:
+    ) -> list[list[Observation]]:
         return drive(optimizer, self.objectives, generations or self.generations, between, self.space)
 
     def test_settings_suit_the_space(self, settings: Settings) -> None:
@@ -146,23 +147,23 @@ class OptimizerContract:
             genomes = optimizer.ask(n)
             assert len(genomes) == n
             assert all(inside(genome, self.space) for genome in genomes)
-            optimizer.tell([(genome, self._score(genome)) for genome in genomes])
+            optimizer.tell([Observation(genome, self._score(genome)) for genome in genomes])
 
     def test_learns_from_some_of_a_generation(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
         for _ in range(self.generations):
-            parents, population = optimizer.parents, optimizer.population
-            assert 1 <= parents <= population
+            keeps, population = optimizer.keeps, optimizer.population
+            assert not isinstance(keeps, Best) or 1 <= keeps.count <= population
             genomes = optimizer.ask(population)
-            assert optimizer.parents == parents  # of what is out now, not of what comes next
-            optimizer.tell([(g, self._score(g)) for g in genomes])
+            assert optimizer.keeps == keeps  # of what is out now, not of what comes next
+            optimizer.tell([Observation(g, self._score(g)) for g in genomes])
 
     def test_generations_may_come_back_with_no_ask_in_between(self, make: Callable[..., Optimizer]) -> None:
         """With many workers and no barrier, more than one generation is out, and may be told before the next ask."""
         optimizer = make(0)
         out = [genome for _ in range(3 * optimizer.population) for genome in optimizer.ask(1)]
         for genome in out:
-            optimizer.tell([(genome, sphere(genome, self.objectives, self.space))])
+            optimizer.tell([Observation(genome, sphere(genome, self.objectives, self.space))])
         assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
 
     def test_to_look_at_the_favourite_changes_nothing(self, make: Callable[..., Optimizer]) -> None:
@@ -173,7 +174,7 @@ class OptimizerContract:
             genomes = looked.ask(looked.population)
             assert _equal(genomes, plain.ask(plain.population))
             for optimizer in (looked, plain):
-                optimizer.tell([(g, self._score(g)) for g in genomes])
+                optimizer.tell([Observation(g, self._score(g)) for g in genomes])
             if favourite is not None and looked.favourite is not None:
                 assert favourite.tobytes() != looked.favourite.tobytes() or len(genomes) < looked.population
 
@@ -185,7 +186,7 @@ class OptimizerContract:
             for _ in range(2):
                 genomes = optimizer.ask(optimizer.population)
                 assert all(inside(genome, parameters) for genome in genomes)
-                optimizer.tell([(g, [float(g[0])] * self.objectives) for g in genomes])
+                optimizer.tell([Observation(g, [float(g[0])] * self.objectives) for g in genomes])
 
         stays()
 
@@ -253,13 +254,13 @@ class OptimizerContract:
                     assert _equal(rebuilt.replay(genomes), genomes)
             assert _equal(rebuilt.ask(len(steps[stop][1])), steps[stop][1])
 
-    def _record(self, optimizer: Optimizer) -> list[tuple[str, list[Genome], Results]]:
-        steps: list[tuple[str, list[Genome], Results]] = []
+    def _record(self, optimizer: Optimizer) -> list[tuple[str, list[Genome], list[Observation]]]:
+        steps: list[tuple[str, list[Genome], list[Observation]]] = []
 
         def tell(genomes: Sequence[Genome], failed: int = -1) -> None:
-            results = [(g, self._score(g)) for g in genomes]
+            results = [Observation(g, self._score(g)) for g in genomes]
             if failed >= 0:
-                results[failed] = (results[failed][0], [np.inf] * self.objectives)
+                results[failed] = self._failed(genomes[failed])
             optimizer.tell(results)
             steps.append(("tell", [], results))
 
@@ -288,7 +289,7 @@ class OptimizerContract:
 
     def _survives(self, optimizer: Optimizer, losses: Callable[[Genome], list[float]]) -> None:
         for _ in range(self.generations):
-            optimizer.tell([(genome, losses(genome)) for genome in optimizer.ask(optimizer.population)])
+            optimizer.tell([Observation(genome, losses(genome)) for genome in optimizer.ask(optimizer.population)])
         assert optimizer.stopped is None
         assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
         self._drive(optimizer, 1)
@@ -297,20 +298,20 @@ class OptimizerContract:
     def test_survives_single_failures(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
         for generation in range(self.generations):
-            results = [(g, self._score(g)) for g in optimizer.ask(optimizer.population)]
+            results = [Observation(g, self._score(g)) for g in optimizer.ask(optimizer.population)]
             failed = generation % len(results)
-            results[failed] = (results[failed][0], [np.inf] * self.objectives)
+            results[failed] = self._failed(results[failed].genome)
             optimizer.tell(results)
         assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
 
     def test_takes_genomes_that_it_never_asked_for(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
         corners = [np.array([p.low for p in self.space]), np.array([p.high for p in self.space])]
-        optimizer.tell([(g, self._score(g)) for g in corners])
-        optimizer.tell([(corners[0], [np.inf] * self.objectives)])
+        optimizer.tell([Observation(g, self._score(g)) for g in corners])
+        optimizer.tell([self._failed(corners[0])])
         for _ in range(self.generations):
             genomes = optimizer.ask(optimizer.population)
-            optimizer.tell([(g, self._score(g)) for g in [*reversed(genomes), *corners]])
+            optimizer.tell([Observation(g, self._score(g)) for g in [*reversed(genomes), *corners]])
         assert all(inside(genome, self.space) for genome in optimizer.ask(3))
 
 

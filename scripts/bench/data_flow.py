@@ -38,7 +38,7 @@ from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.registry import find_method
-from evomerge.optimizers import OptimizerSettings
+from evomerge.optimizers import Observation, OptimizerSettings
 from evomerge.recipe import Recipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpaceSettings
@@ -157,10 +157,10 @@ def search(
 
     alone = next(iter(built.landmarks()))  # of the landmarks only A: the encodings are to show what they find
     if alone.genome is not None:
-        chooser.tell([(alone.genome, [loss_of(alone.recipe)])])
+        chooser.tell([Observation(alone.genome, [loss_of(alone.recipe)])])
     while len(best) < candidates and chooser.stopped is None:
         genomes = chooser.ask(min(chooser.population, candidates - len(best)))
-        chooser.tell([(genome, [loss_of(built.decode(genome))]) for genome in genomes])
+        chooser.tell([Observation(genome, [loss_of(built.decode(genome))]) for genome in genomes])
     best += best[-1:] * (candidates - len(best))
     assert winner is not None
     return {"seed": seed, "best": best, "distinct": len(known), "path": path_of(winner), **scorer.held_out(winner)}

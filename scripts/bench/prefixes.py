@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from evomerge.merging.registry import find_method
-from evomerge.optimizers import OptimizerSettings
+from evomerge.optimizers import Observation, OptimizerSettings
 from evomerge.recipe import Recipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpaceSettings
@@ -66,7 +66,7 @@ def main() -> None:
             saved.append(shared(paths))
             layers_of = [{layer for source, layer, _ in one if source == "a"} for one in paths]  # type: ignore[misc]
             losses = [len(wanted ^ found) + 0.1 * len(one) for found, one in zip(layers_of, paths, strict=True)]
-            chooser.tell([(genome, [loss]) for genome, loss in zip(genomes, losses, strict=True)])
+            chooser.tell([Observation(genome, [loss]) for genome, loss in zip(genomes, losses, strict=True)])
         print(f"{label:30} {saved[0]:15.0%} {saved[-1]:8.0%}")
 
 

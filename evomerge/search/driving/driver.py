@@ -16,7 +16,7 @@ from typing import Literal
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
-from evomerge.optimizers import Optimizer
+from evomerge.optimizers import Best, Observation, Optimizer
 from evomerge.recipe import Recipe, text_hash
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending
@@ -117,7 +117,7 @@ class Driver:
         assert isinstance(self._scoring, GenerationScoring)  # by which ``run`` chose
         while True:
             if generation := list(self._open.values()):
-                if not self._scoring.score(generation, list(self._front.values()), self._optimizer.parents):
+                if not self._scoring.score(generation, list(self._front.values()), self._optimizer.keeps):
                     return False
                 self._tell(generation)
             if self._spent():
@@ -142,8 +142,9 @@ class Driver:
                 candidate, *others = self._ask(1)
                 self._scoring.begin([candidate, *others])
                 self._scoring.back.extend(others)
-            keep = self._optimizer.parents / self._optimizer.population
-            pending = self._scoring.next_job(candidate, list(self._front.values()), keep)
+            keeps, population = self._optimizer.keeps, self._optimizer.population
+            share = keeps.count / population if isinstance(keeps, Best) else 1.0
+            pending = self._scoring.next_job(candidate, list(self._front.values()), share)
             if pending is not None:
                 return pending
             self._tell([candidate])
@@ -219,13 +220,23 @@ class Driver:
     def _told(self, candidates: Sequence[Candidate]) -> None:
         """Let everything learn that learns from what was told."""
         taught = [c for c in candidates if c.origin != FAVOURITE]
-        self._optimizer.tell([(c.genome, c.losses) for c in taught if c.genome is not None and c.losses])
+        self._optimizer.tell(
+            [self._observed(c, c.genome, c.losses) for c in taught if c.genome is not None and c.losses]
+        )
         self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
         for c in candidates:
             del self._open[c.number]
             if c.step > 0:
                 self._told_items += self._items_of(c)
                 self._told_candidates += 1
+
+    def _observed(self, candidate: Candidate, genome: Genome, losses: Sequence[float]) -> Observation:
+        return Observation(
+            genome,
+            losses,
+            items=self._scoring.item_losses(candidate) if self._optimizer.wants_items else (),
+            feasible=candidate.status != "failed" and self._setup.violation(candidate.objectives) == 0.0,
+        )
 
     def _check_landmarks(self, told: Sequence[Candidate]) -> None:
         """When every landmark fails, what is wrong is not a merge, and a whole budget would be spent on finding out.

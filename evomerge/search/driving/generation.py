@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evomerge.optimizers import Best, Keeps
 from evomerge.search.driving.scoring import Candidate, Scoring
 from evomerge.search.estimation.screening import Screening
 from evomerge.store.front import nondominated
@@ -20,12 +21,12 @@ from evomerge.store.front import nondominated
 class GenerationScoring(Scoring):
     """Scores one generation after another."""
 
-    def score(self, generation: list[Candidate], incumbents: Sequence[Sequence[float]], keep: int) -> bool:
+    def score(self, generation: list[Candidate], incumbents: Sequence[Sequence[float]], keeps: Keeps) -> bool:
         """Score a generation as far as is needed to rank it; False when a stop came first.
 
         Args:
             incumbents: losses of the candidates on the front before this generation.
-            keep: how many of the generation the optimizer learns from.
+            keeps: what of the generation the optimizer learns from.
         """
         self.begin(generation)
         if self.screening is not None and not self._screen(self.screening, generation):
@@ -36,8 +37,8 @@ class GenerationScoring(Scoring):
             if not self._score_all([(c, counts) for c in racing]):
                 return False
             self._reach(racing, rung)
-            if rung < len(self._rungs) - 1 and keep < len(generation):
-                self._judge(generation, rung, keep)
+            if rung < len(self._rungs) - 1 and isinstance(keeps, Best) and keeps.count < len(generation):
+                self._judge(generation, rung, keeps.count)
         return ordinary == len(self._rungs) or self._challenge(generation, incumbents)
 
     def _reach(self, candidates: Sequence[Candidate], rung: int) -> None:

@@ -275,6 +275,29 @@ class Scoring:
     def _recorded_sheet(self, number: int) -> Sheet:
         return Sheet.of(self._setup, self._store.scores(number, "search"))
 
+    def told_sheet(self, candidate: Candidate) -> Sheet:
+        """What a candidate that was told had been scored on: of its twin's scores no more than it took."""
+        sheet = self._recorded_sheet(candidate.number)
+        if candidate.twin is None:
+            return sheet
+        known = candidate.objectives
+        counts = dict(self._screen_counts())
+        for rung, rungs in enumerate(self._rungs):
+            wanted = {m.name: len(self._items(m, rung)) for m in self._setup.measures}
+            if all(name in known and known[name]["n"] >= count for name, count in wanted.items()):
+                counts |= {evaluator: max(count, counts.get(evaluator, 0)) for evaluator, count in rungs.items()}
+        return sheet.within(self._setup, self._orders, counts)
+
+    def _screen_counts(self) -> Counts:
+        screen = self._setup.screen
+        return {} if screen is None else {screen.evaluator: screen.items}
+
+    def item_losses(self, candidate: Candidate) -> list[NDArray[np.float32]]:
+        """The losses of a candidate that is told, item by item: for each objective float32 [items], NaN for none."""
+        sheet = self.told_sheet(candidate)
+        values = [(o.maximise, sheet.values(o)) for o in self._setup.objectives]
+        return [-scores if maximise else scores for maximise, scores in values]
+
     def _of(self, number: int) -> Candidate:
         return self._open[number]
 

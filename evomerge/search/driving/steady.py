@@ -20,7 +20,6 @@ from typing import Any
 
 from evomerge.search.driving.dispatch import Dispatcher, Pending
 from evomerge.search.driving.scoring import Candidate, Scoring
-from evomerge.search.estimation.scores import Sheet
 from evomerge.search.preparing.setup import Counts, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import EventRow, Store
@@ -132,7 +131,7 @@ class SteadyScoring(Scoring):
             asked_after: the seq of an event before all of their asks.
         """
         for c in self.recent:
-            c.sheet = self._told_sheet(c)
+            c.sheet = self.told_sheet(c)
             c.reached = max((rung for rung in range(len(self._rungs)) if self._covers(c, rung)), default=-1)
             if c.status == "eliminated":
                 c.out = "eliminated" if c.reached >= 0 else "screened"
@@ -159,27 +158,10 @@ class SteadyScoring(Scoring):
         """Take those that came to the screen last: of the ``open_``, which have passed it, and of those told."""
         if self._setup.screen is not None:
             for c in self._told_last:
-                c.sheet = self._told_sheet(c)
+                c.sheet = self.told_sheet(c)
             screened = [c for c in (*self._told_last, *open_) if not math.isnan(self._screen_mean(c))]
             # With one job at a time they come in the order in which they are asked for.
             self._screened.extend(sorted(screened, key=lambda c: c.number))
-
-    def _told_sheet(self, candidate: Candidate) -> Sheet:
-        """What a candidate that was told had been scored on: of its twin's scores no more than it took."""
-        sheet = self._recorded_sheet(candidate.number)
-        if candidate.twin is None:
-            return sheet
-        known = candidate.objectives
-        counts = dict(self._screen_counts())
-        for rung, rungs in enumerate(self._rungs):
-            wanted = {m.name: len(self._items(m, rung)) for m in self._setup.measures}
-            if all(name in known and known[name]["n"] >= count for name, count in wanted.items()):
-                counts |= {evaluator: max(count, counts.get(evaluator, 0)) for evaluator, count in rungs.items()}
-        return sheet.within(self._setup, self._orders, counts)
-
-    def _screen_counts(self) -> Counts:
-        screen = self._setup.screen
-        return {} if screen is None else {screen.evaluator: screen.items}
 
     # What the dispatcher reports ----------------------------------------------------------------------------------
 
