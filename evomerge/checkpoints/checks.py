@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,14 @@ def check_compatible(
         InputError: naming the two sources, what differs and both values.
     """
     first, *others = sources.values()
-    vocabulary = _vocabulary(first) if same_tokens else {}
+    vocabularies: dict[Path, dict[str, int]] = {}  # by folder: adapters on one model share its
+
+    def vocabulary(source: Source) -> dict[str, int]:
+        if source.folder not in vocabularies:
+            vocabularies[source.folder] = _vocabulary(source)
+        return vocabularies[source.folder]
+
+    known = vocabulary(first) if same_tokens else {}
     for other in others:
         _same(first, other, "model_type", first.config["model_type"], other.config["model_type"])
         _same(first, other, "architectures", first.config.get("architectures"), other.config.get("architectures"))
@@ -69,8 +77,8 @@ def check_compatible(
         for field in _MEANING:
             _same(first, other, field, mine[field], theirs[field])
         if same_tokens:
-            _same_vocabulary(first, other, vocabulary, _vocabulary(other))
-            _same_special(first, other, {} if same_special else vocabulary)
+            _same_vocabulary(first, other, known, vocabulary(other))
+            _same_special(first, other, {} if same_special else known)
     if recipe is not None:
         _check_path(sources, recipe)
 
@@ -185,8 +193,7 @@ def _shape(source: Source, name: str) -> str:
 
 
 def _same_vocabulary(one: Source, other: Source, mine: dict[str, int], theirs: dict[str, int]) -> None:
-    different = mine.items() ^ theirs.items()
-    if not different:
+    if mine is theirs or not (different := mine.items() ^ theirs.items()):
         return
     token = min(different, key=lambda pair: pair[1])[0]
     raise InputError(
