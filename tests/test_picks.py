@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers_figures import create, search
-from helpers_search import ITEMS, FakeSpace, drive, make_setup, weights_of
+from helpers_miniature import MINIATURES
+from helpers_search import ITEMS, SOURCES, FakeSpace, drive, make_setup, weights_of
+from helpers_service import client_of, make_app
 from rich.console import Console
 
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.cli import main
 from evomerge.errors import InputError
+from evomerge.genome import Landmark
 from evomerge.optimizers import CmaSettings
 from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
+from evomerge.recipe import Recipe
+from evomerge.report.card import Provenance, card
+from evomerge.report.comparing import compared
+from evomerge.report.curse import curse_of
+from evomerge.report.curse_picture import curse_svg
+from evomerge.report.entries import ConfirmedEntry
 from evomerge.report.lists import origin_text, top_table
 from evomerge.report.naming import chosen, exported
 from evomerge.report.picks import conclusions
@@ -22,8 +36,11 @@ from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.pools.simulated import Simulation
 from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.sections import Budget, Confirm
 from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.service.drivers import Drivers
+from evomerge.service.figures import Wish, draw
+from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of
 from evomerge.store import Store, acquire
@@ -243,3 +260,110 @@ def test_a_scalarisation_weighs(tmp_path: Path) -> None:
     assert best(WeightedSum(name="weighted_sum", weights=(3, 1))) == 0
     assert best(WeightedSum(name="weighted_sum", weights=(1, 3))) == 2
     assert best(DISTANCE) == 1  # in the hollow of the front, where no sum leads
+
+
+@pytest.mark.parametrize("mix", [SUM, DISTANCE])
+def test_the_number_that_decides_stands_in_every_place_alike(
+    tmp_path: Path, mix: WeightedSum | Chebyshev, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = replace(setup_of(mix), confirm=Confirm(top=3, drawn=8))
+    status, store = searched(tmp_path, setup, BOTH_SKILLS)
+    folder = tmp_path / "made"
+    with store:
+        assert status.winner is not None
+        (pick,) = status.picks
+        assert pick.scalar is not None
+        assert pick.scalar_gain is not None
+        name, found = pick.scalar.name, status.confirmed_entry(status.winner)
+        assert isinstance(found, ConfirmedEntry)
+        values = [found.objectives[each] for each in ("o0", "o1")]
+        if mix is SUM:
+            assert pick.scalar.mean == pytest.approx(sum(value.mean for value in values))
+            assert pick.scalar.stderr == pytest.approx(np.hypot(values[0].stderr or 0, values[1].stderr or 0))
+        assert pick.scalar_gain.to == max(
+            ("one", "two"), key=lambda label: -next(g.mean for g in found.gaps(name) if g.to == label)
+        )
+        assert (pick.scalar_gain.low or 0) < pick.scalar_gain.mean < (pick.scalar_gain.high or 0)
+        row = store.candidate(int(status.winner[1:]))
+        on_search = status.entry(row, store.search().fingerprints).value(name)
+        assert on_search is not None
+        curse = curse_of(store)
+        assert curse.objective == name
+        (point,) = (each for each in curse.points if each.winner)
+        assert point.search.mean == pytest.approx(on_search.mean), "the same number wherever it stands"
+        assert len(curse.found) >= 8, "what is drawn is the best by the same number"
+        texts = {
+            "report": report_html(store, folder),
+            "card": card("m", Recipe.from_canonical(row.recipe, SOURCES), sources_of(),
+                         Provenance(store.search(), status, row, curse)),
+            "figure": draw(store, "history").to_json(),
+            "curse": draw(store, "curse").to_json(),
+        }  # fmt: skip
+        assert (compared(store, row.number, 0)[0].objective, compared(store, row.number, 0)[0].low) != (name, None)
+    places = {"list": [str(tmp_path)], "show": [str(folder), "best"], "compare": [str(folder), "best", "one"]}
+    for command in ("status", "top", "show", "compare", "list", "curse"):
+        texts[command] = " ".join(printed(capsys, command, *places.get(command, [str(folder)])).split())
+    listed = json.loads(printed(capsys, "status", str(folder), "--json"))["picks"][0]
+    assert (listed["scalar"]["name"], listed["scalar_gain"]["to"]) == (name, pick.scalar_gain.to)
+    first = json.loads(printed(capsys, "top", str(folder), "--json"))[0]
+    assert status.best is not None
+    assert status.best.scalar is not None
+    assert first["scalar"]["mean"] == pytest.approx(status.best.scalar.mean)
+    with client_of(make_app(tmp_path), accept="text/html") as client:
+        for address in ("/", "/searches/made", f"/searches/made/candidates/{status.winner}", "/searches/made/compare"):
+            texts[address] = client.get(address).text
+    shown = f"{pick.scalar.mean:.3f}"
+    for place, text in texts.items():
+        if place not in ("figure", "curse"):
+            assert shown in text, place
+        assert name in text or place == "list", place  # which leaves objectives out where it is narrow
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def sources_of() -> dict[str, Source]:
+    return {name: open_source(name, str(MINIATURES / "base"), place=name) for name in SOURCES}
+
+
+def test_a_front_shows_each_objective_where_one_number_would_decide(tmp_path: Path) -> None:
+    status, store = searched(tmp_path, replace(setup_of(), confirm=Confirm(top=3, drawn=8)), BOTH_SKILLS)
+    with store:
+        curse = curse_of(store)
+        assert [each.objective for each in curse.all] == ["o0", "o1"]
+        assert all(each.best == 8 and each.fall is not None for each in curse.all), "the best by each are drawn"
+        svg = ET.fromstring(curse_svg(curse))
+        assert len([each for each in svg if each.tag.endswith("svg")]) == 2
+        drawn = draw(store, "history")
+        assert {each.yaxis for each in drawn.data} == {"y", "y2"}
+        assert sum(each.showlegend is not False and each.name == "best so far" for each in drawn.data) == 1
+        assert {each.yaxis for each in draw(store, "history", Wish(objective="o1")).data} <= {None, "y"}
+    assert status.scalar is None
+
+
+def test_an_earlier_winner_that_wins_again_is_no_source(tmp_path: Path) -> None:
+    """What a path begins with is scored beside the sources, and is a merge."""
+
+    class AfterAMerge(FakeSpace):
+        def landmarks(self) -> Iterator[Landmark]:
+            half = np.full(1, 0.5)
+            yield Landmark("merged", "source", self.decode(half), half)
+            yield from super().landmarks()
+
+    setup = replace(setup_of(SUM), space=AfterAMerge(1), budget=Budget(candidates=8))
+    status, store = searched(tmp_path, setup, BOTH_SKILLS)
+    with store:
+        winner = status.confirmed_entry(status.winner or "")
+        assert winner is not None
+        assert (winner.label, winner.origin) == ("merged", "earlier winner")
+        (told,) = conclusions(status)
+        assert "merged, the earlier winner" in told
+        assert "unmerged" not in told
+        assert exported(store, "best") == int(winner.id[1:])
+        row = store.candidate(int(winner.id[1:]))
+        assert origin_text(status.entry(row, store.search().fingerprints).origin, row.label) == "earlier winner merged"
+    assert [mark.origin for mark in status.baselines][1:3] == ["source", "source"]

@@ -178,7 +178,7 @@ def test_the_history_is_the_best_of_those_before(two: Store, over: Any, objectiv
 
 
 def test_the_best_source_has_its_error_as_a_band(two: Store) -> None:
-    drawn = draw(two, "history")
+    drawn = draw(two, "history", Wish(objective="o0"))
     source = max((row for row in two.candidates() if row.origin == "source"), key=lambda r: r.objectives["o0"]["mean"])
     level = trace(drawn, f"best source: {source.label}")
     mean, error = source.objectives["o0"]["mean"], source.objectives["o0"]["stderr"]
@@ -418,14 +418,16 @@ def test_failures_are_counted_by_cause(root: Path) -> None:
 
 def test_the_curse_has_every_candidate_with_both_scores(two: Store) -> None:
     drawn, found = draw(two, "curse"), curse_of(two)
-    places = {
-        number: (x, y)
-        for each in drawn.data if each.customdata is not None
-        for number, x, y in zip(each.customdata, each.x, each.y, strict=True)
-    }  # fmt: skip
-    assert places == {int(p.id[1:]): (p.search.mean, p.held_out.mean) for p in found.points}
+    assert [curse.objective for curse in found.all] == ["o0", "o1"], "a front has one for each objective"
+    for axis, curse in zip(("x", "x2"), found.all, strict=True):
+        places = {
+            number: (x, y)
+            for each in drawn.data if each.customdata is not None and each.xaxis == axis
+            for number, x, y in zip(each.customdata, each.x, each.y, strict=True)
+        }  # fmt: skip
+        assert places == {int(p.id[1:]): (p.search.mean, p.held_out.mean) for p in curse.points}
     assert not [p for p in found.points if p.winner], "a front has none"
-    diagonal = trace(drawn, "as good as it looked")
+    diagonal = next(each for each in drawn.data if each.name == "as good as it looked")
     assert list(diagonal.x) == list(diagonal.y)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from evomerge.errors import InputError
+from evomerge.report.entries import gap_text, value_text
 from evomerge.report.lists import Listed, searches_table
 from evomerge.report.screen import make_console
 from evomerge.search.estimation.preference import BEST
@@ -54,14 +55,34 @@ def _listed(search: SearchSummary) -> Listed:
     of = f" of {search.budget.candidates}" if search.budget.candidates else ""
     best, source = (_text(each, objectives) for each in (search.best, search.best_source))
     best = f"{search.best_role} {best}" if best and search.best_role != BEST else best
-    return Listed(search.name, search.state, f"{search.counts.asked}{of}", ", ".join(objectives), best, source)
+    held_out, gain = _confirmed(search)
+    what = ", ".join(objectives) if search.scalar is None else f"{search.scalar.name} of {', '.join(objectives)}"
+    return Listed(search.name, search.state, f"{search.counts.asked}{of}", what, held_out or best, source, gain)
+
+
+def _confirmed(search: SearchSummary) -> tuple[str, str]:
+    """What the winner, or the knee of a front, is worth on held-out items, and what it gains there."""
+    pick = search.confirmed
+    if pick is None:
+        return "", ""
+    values = [value_text(value) for value in pick.values.values()]
+    gains = [f"{gap_text(gap)} over {gap.to}" for gap in pick.all_gains.values()]
+    role = "winner" if pick.role == BEST else pick.role
+    return f"{role} {_joined(values, pick.scalar is not None)}", ", ".join(gains[:1] if pick.scalar else gains)
+
+
+def _joined(texts: Sequence[str], has_scalar: bool) -> str:
+    """Texts of the objectives, after that of the number which decides between them."""
+    return f"{texts[0]} ({', '.join(texts[1:])})" if has_scalar and texts else ", ".join(texts)
 
 
 def _text(candidate: CandidateName | None, objectives: Sequence[str]) -> str:
     """What a candidate is worth in each objective."""
     if candidate is None:
         return ""
-    return ", ".join(candidate.objectives[name].text for name in objectives if name in candidate.objectives)
+    values = [candidate.objectives[name].text for name in objectives if name in candidate.objectives]
+    return _joined([*([] if candidate.scalar is None else [f"{candidate.scalar:.3f}"]), *values],
+                   candidate.scalar is not None)  # fmt: skip
 
 
 def list_jobs(address: str) -> None:

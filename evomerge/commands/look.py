@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
 from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
-from evomerge.report.curse import Point, curse_of, curse_text
+from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import candidate_id, entry, measures_of
+from evomerge.report.entries import candidate_id, measures_of
 from evomerge.report.items import Item, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import Screen
@@ -31,7 +31,7 @@ from evomerge.report.path import path_svg, path_text
 from evomerge.report.picks import conclusions, roles_of
 from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel
-from evomerge.report.status import depths_of, read_status, status_of
+from evomerge.report.status import SearchStatus, depths_of, read_status, status_of
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.resuming import resumed_file
@@ -64,13 +64,13 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
         rows = store.candidates() if k is None else ranked(store, Preference.of_search(search), k)
         known = status_of(store)
     if as_json:
-        print(json.dumps([_as_json(row, names) for row in rows], indent=2))
+        print(json.dumps([_as_json(row, names, known, fingerprints) for row in rows], indent=2))
         return
     console = make_console()
     console.print(top_table(rows, known, fingerprints, best=k is not None))
     if not rows:
         console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
-    if k is None and any("~" in text for row in rows for text in cells(entry(row, fingerprints), known)):
+    if k is None and any("~" in text for row in rows for text in cells(known.entry(row, fingerprints), known)):
         console.print("~ is estimated from the scores of so many items (in brackets).", style="dim")
     for line in conclusions(known):
         console.print(line)
@@ -98,11 +98,12 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     if as_json:
         more = {"recipe": json.loads(row.recipe), "attempts": row.attempts, "worker": row.worker}
         more |= {"timings": row.timings, "failure": row.failure}
-        print(json.dumps(_as_json(row, names) | more, indent=2))
+        print(json.dumps(_as_json(row, names, known, search.fingerprints) | more, indent=2))
         return
     console = make_console()
+    shown = known.entry(row, search.fingerprints)
     console.print(
-        f"{candidate_id(row.number)}  {origin_text(row.origin, row.label)}  {row.status}, asked in step {row.step}",
+        f"{shown.id}  {origin_text(shown.origin, shown.label)}  {row.status}, asked in step {row.step}",
         style="bold",
     )
     if chosen_for := [*roles_of(known, candidate_id(row.number), "held_out")]:
@@ -129,8 +130,8 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     versions = ", ".join(f"{name} {version}" for name, version in search.environment.items())
     console.print(f"made with {versions}", style="dim")
     with open_store(folder) as store:
-        shown = [each for each in _items(store, (row.number,)) if each.items]
-    for each in shown:
+        items = [each for each in _items(store, (row.number,)) if each.items]
+    for each in items:
         console.print(f"\n{each.title}, the first of {len(each.items)} (all: --items)", style="bold")
         console.print(*item_lines(each.items[0], [candidate_id(row.number)]), sep="\n")
 
@@ -253,20 +254,28 @@ def curse(folder: Path, *, as_json: bool, picture: Path | None) -> None:
     if as_json:
         print(found.model_dump_json(indent=2))
         return
+    console = make_console()
+    for number, each in enumerate(found.all):
+        if number:
+            console.print("")
+        console.print(_curse_table(each))
+        for line in curse_text(each):
+            console.print(line)
+    if len(found.found) < _FEW:
+        more = f"evomerge resume {shlex.quote(str(folder))} --set confirm.drawn={_MANY}"
+        console.print(f"{len(found.found)} candidates draw a poor picture. More of the best: {more}", style="dim")
+
+
+def _curse_table(found: Curse) -> Table:
+    """Every candidate with both scores of what a curse is about."""
     table = Table(title=found.objective, title_justify="left", box=None, pad_edge=False)
     for title in ("candidate", "", "search", "held out", "falls by"):
         table.add_column(title, justify="left" if title in ("candidate", "") else "right")
     for point in found.points:
-        fall = (point.search.mean - point.held_out.mean) * (1 if found.maximise else -1)
+        fall = (point.search.mean - point.held_out.mean) * (1 if found.maximise else -1) + 0.0
         style = "bold green" if point.winner else "dim" if point.landmark else ""
         table.add_row(point.id, _role(point), cell(point.search), cell(point.held_out), f"{fall:+.3f}", style=style)
-    console = make_console()
-    console.print(table)
-    for line in curse_text(found):
-        console.print(line)
-    if len(found.found) < _FEW:
-        more = f"evomerge resume {shlex.quote(str(folder))} --set confirm.drawn={_MANY}"
-        console.print(f"{len(found.found)} candidates draw a poor picture. More of the best: {more}", style="dim")
+    return table
 
 
 def _role(point: Point) -> str:
@@ -286,18 +295,25 @@ def send(folder: Path, verb: Verb) -> None:
     print(f"told {holder} to {verb}", file=sys.stderr)
 
 
-def _as_json(row: CandidateRow, names: list[str]) -> dict[str, Any]:
-    """A candidate as ``top --json`` gives it: the same in two runs of one search, whatever befell them."""
+def _as_json(
+    row: CandidateRow, names: list[str], known: SearchStatus, fingerprints: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A candidate as ``top --json`` gives it: the same in two runs of one search, whatever befell them.
+
+    With a scalarisation ``scalar`` is the number that decides on the search split.
+    """
+    shown = known.entry(row, fingerprints)
     genome = None if row.genome is None else dict(zip(names, row.genome.tolist(), strict=True))
     return {
         "id": candidate_id(row.number),
         "label": row.label,
-        "origin": row.origin,
+        "origin": shown.origin,
         "step": row.step,
         "genome": genome,
         "recipe_hash": row.recipe_hash,
         "status": row.status,
         "scores": row.objectives,
+        "scalar": None if shown.scalar is None else shown.scalar.model_dump(),
         "eligible": row.eligible,
         "on_front": row.on_front,
     }

@@ -19,9 +19,9 @@ from evomerge.commands.waiting import opening, progress_bar
 from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.report.curse import curse_of
-from evomerge.report.entries import Constraint, Value, candidate_id
+from evomerge.report.entries import Constraint, Value, candidate_id, kind_of, origin_of
 from evomerge.report.naming import exported
-from evomerge.report.picks import kind_of, roles_of
+from evomerge.report.picks import roles_of
 from evomerge.report.screen import cell, make_console
 from evomerge.report.status import status_of
 from evomerge.search.settings.early import check_early
@@ -94,7 +94,8 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         console.print(line)
     unseen = "" if verify else ", split was not scored again"
     roles = roles_of(provenance.status, candidate_id(number), "held_out")
-    what = f" ({', '.join([*([kind_of(row)] if row.label else []), *roles])})" if row.label or roles else ""
+    told = [*([kind_of(origin_of(row, file.sources), row.label)] if row.label else []), *roles]
+    what = f" ({', '.join(told)})" if told else ""
     console.print(f"exported {candidate_id(number)}{what} to {out}{unseen}", style="bold")
 
 

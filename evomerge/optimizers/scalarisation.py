@@ -33,6 +33,12 @@ class WeightedSum(BaseModel):
         scalars: NDArray[np.float64] = (losses * np.array(self.weights)).sum(axis=1)
         return scalars
 
+    def slopes(
+        self, losses: NDArray[np.float64], best: NDArray[np.float64], worst: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """By how much the number of each row grows with each of its losses, float64 [n, objectives]."""
+        return np.broadcast_to(np.array(self.weights, dtype=np.float64), losses.shape)
+
 
 class Chebyshev(BaseModel):
     """The augmented Chebyshev distance from the best seen in each objective: it can reach every point of a front.
@@ -55,6 +61,16 @@ class Chebyshev(BaseModel):
         weighted = np.array(self.weights) * (losses - best) / width
         scalars: NDArray[np.float64] = weighted.max(axis=1) + RHO * weighted.sum(axis=1)  # eq. (2)
         return scalars
+
+    def slopes(
+        self, losses: NDArray[np.float64], best: NDArray[np.float64], worst: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """By how much the number of each row grows with each of its losses, float64 [n, objectives]: with the one that
+        is the largest when weighted, and little with the others.
+        """
+        scale = np.array(self.weights) / np.where(worst > best, worst - best, 1.0)
+        largest = (scale * (losses - best)).argmax(axis=1)[:, None] == np.arange(losses.shape[1])
+        return np.asarray(scale * (largest + RHO))
 
 
 Scalarisation = Annotated[WeightedSum | Chebyshev, Field(discriminator="name")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evomerge.report.entries import ConfirmedValue, Entry, Value, candidate_id, entry, gap_text
+from evomerge.report.entries import ConfirmedEntry, Entry, Value, candidate_id, gap_text
 from evomerge.report.screen import cell, choice_text, p_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow
@@ -28,7 +28,7 @@ def score_lines(row: CandidateRow, fingerprints: Mapping[str, Any], status: Sear
     name = candidate_id(row.number)
     if told := _fate(row, status):
         yield told
-    yield from _values(entry(row, fingerprints), status, "search")
+    yield from _values(status.entry(row, fingerprints), status, "search")
     if (confirmed := status.confirmed_entry(name)) is not None:
         yield from _values(confirmed, status, "held-out")
     if name in {found.id for found in status.confirmed}:
@@ -53,12 +53,15 @@ def _fate(row: CandidateRow, status: SearchStatus) -> str:
 
 
 def _values(shown: Entry, status: SearchStatus, split: str) -> Iterator[str]:
-    for name, value in [*shown.objectives.items(), *shown.constraints.items()]:
+    for name in [*status.numbers, *status.constraints]:
+        value = shown.value(name)
+        if value is None:
+            continue
         title, mark = name, ""
         if (limit := status.constraints.get(name)) is not None:
             title, mark = f"{name} {limit.text}", ", kept" if limit.is_kept(value) else ", missed"
-        estimated = split == "search" and value.n < status.wanted[name]
+        estimated = split == "search" and value.n < status.wanted_of(name)
         text = f"~{cell(value)} estimated from" if estimated else f"{cell(value)} on"
         yield f"{title}: {text} {value.n} {split} items{mark}"
-        for gap in value.difference if isinstance(value, ConfirmedValue) else ():
+        for gap in shown.gaps(name) if isinstance(shown, ConfirmedEntry) else ():
             yield f"  {gap_text(gap)} over {gap.to}" + (f", p {p_text(gap.p)}" if gap.p is not None else "")

@@ -18,10 +18,10 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import Entry, Value, candidate_id, entry, interval_text, measures_of
+from evomerge.report.entries import Entry, Value, candidate_id, interval_text, measures_of
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
-from evomerge.report.picks import is_front, preference_of, roles_of
+from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, public_name, without_places
 from evomerge.report.recipe_text import recipe_lines, unmerged_source
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, p_text, screen_text
@@ -172,15 +172,15 @@ def _path_section(recipe: Recipe, depths: Mapping[str, int]) -> str:
 
 def _scores_section(provenance: Provenance) -> str:
     status, row = provenance.status, provenance.row
-    ours = _score_table(entry(row, provenance.search.fingerprints), status)
+    ours = _score_table(status.entry(row, provenance.search.fingerprints), status)
     text = "## Scores\n\nMean ± standard error. The search chose by its own split; the held-out split was read only to "
     text += f"confirm.\n\n{ours}"
     gaps = [
         f"| {name} | {gap.to} | {gap.mean:+.3f} | {interval_text(gap.low, gap.high)} | {p_text(gap.p)} |"
         for found in status.confirmed
         if found.id == candidate_id(row.number)
-        for name, value in found.objectives.items()
-        for gap in value.difference
+        for name in status.numbers
+        for gap in found.gaps(name)
     ]
     if gaps:
         text += "\n\nPaired differences on the held-out split; positive is better. "
@@ -192,11 +192,12 @@ def _scores_section(provenance: Provenance) -> str:
 
 
 def _score_table(ours: Entry, status: SearchStatus) -> str:
-    titles = ["model", "split", *status.directions, *constraint_titles(status), "n"]
+    titles = ["model", "split", *status.numbers, *constraint_titles(status), "n"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
 
     def add(name: str, shown: Entry, split: str) -> None:
-        items = ", ".join(str(value.n) for value in [*shown.objectives.values(), *shown.constraints.values()])
+        values = (shown.value(name) for name in [*status.numbers, *status.constraints])
+        items = ", ".join("-" if value is None else str(value.n) for value in values)
         told = [*cells(shown, status, whole=split == "held out"), items]
         lines.append(f"| {name} | {split} | {' | '.join(text or 'not scored' for text in told)} |")
 
@@ -225,9 +226,11 @@ def _choice_section(provenance: Provenance) -> str:
             shortlist += f" {choice.drawn} more were scored there for the picture alone; they could not win."
         parts += [" ".join([shortlist, *choice_text(provenance.status)[1:]])]
         parts += _picked(provenance)
-    told = _fall_of(row, provenance.status)
-    if curse := _drawn(provenance):
-        parts += [" ".join([*told, *curse_text(curse)]), f"![Search and held-out scores]({_CURSE_PICTURE})"]
+    curse = _drawn(provenance)
+    told = _fall_of(row, provenance.status, curse)
+    if curse is not None:
+        told += [line for each in curse.all for line in curse_text(each)]
+        parts += [" ".join(told), f"![Search and held-out scores]({_CURSE_PICTURE})"]
     elif told:
         parts += [" ".join(told)]
     return "## How it was chosen\n\n" + "\n\n".join(parts)
@@ -237,8 +240,8 @@ def _by(status: SearchStatus) -> str:
     """By what candidates are the best, in words."""
     if is_front(status):
         return "compromises between all objectives"
-    scalar = preference_of(status).scalar
-    return f"by the {scalar} of all objectives" if scalar else f"by {next(iter(status.directions))}"
+    name = next(iter(status.numbers))
+    return f"by {name}" if status.scalar is None else f"by the {name} of all objectives"
 
 
 def _picked(provenance: Provenance) -> list[str]:
@@ -304,23 +307,31 @@ def _items_each(search: SearchRow) -> int:
     return sum(most.values())
 
 
-def _fall_of(row: CandidateRow, status: SearchStatus) -> list[str]:
-    """What this model scores on search items, and on held-out ones, in each objective."""
-    confirmed = status.confirmed_values(candidate_id(row.number))
+def _fall_of(row: CandidateRow, status: SearchStatus, curse: Curse | None) -> list[str]:
+    """What this model scores on search items, and on held-out ones: in what decides, and in each objective."""
+    values = {
+        name: (Value(**row.objectives[name]), value)
+        for name, value in status.confirmed_values(candidate_id(row.number)).items()
+    }
+    if status.scalar is not None and curse is not None:
+        point = next((point for point in curse.points if point.id == candidate_id(row.number)), None)
+        values = values if point is None else {curse.objective: (point.search, point.held_out), **values}
     told = []
-    for name, value in confirmed.items():
-        before = row.objectives[name]
-        change, error = value.mean - before["mean"], math.hypot(value.stderr or 0.0, before["stderr"])
-        known = "" if value.stderr is None or math.isnan(error) else f" ± {error:.3f}"
-        told.append(f"{name} {before['mean']:.3f} became {value.mean:.3f} ({change:+.3f}{known})")
+    for name, (before, after) in values.items():
+        change = after.mean - before.mean
+        known = (
+            "" if after.stderr is None or before.stderr is None else f" ± {math.hypot(after.stderr, before.stderr):.3f}"
+        )
+        told.append(f"{name} {before.mean:.3f} became {after.mean:.3f} ({change:+.3f}{known})")
     return [f"From search to held-out items, this model's {'; '.join(told)}."] if told else []
 
 
 def _limits_section(provenance: Provenance) -> str:
     status = provenance.status
     names = ", ".join(status.directions)
+    by = "score" if status.scalar is None else status.scalar.name
     text = (
-        f"## Limits\n\nIt was chosen among {status.candidates.asked} candidates by its score on the search split of "
+        f"## Limits\n\nIt was chosen among {status.candidates.asked} candidates by its {by} on the search split of "
         f"{names}; that score is therefore too good, and only the held-out one counts. "
     )
     if not status.confirmed_values(candidate_id(provenance.row.number)):

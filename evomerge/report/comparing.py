@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from evomerge.report.confirmed import better, combined_of
 from evomerge.report.entries import Known, Measure, measures_of
-from evomerge.search.estimation.statistics import paired_difference, sign_test
-from evomerge.store import Store
+from evomerge.report.status import scale_of, status_of
+from evomerge.search.estimation.preference import Preference
+from evomerge.search.estimation.statistics import Matrix, paired_difference, sign_test
+from evomerge.store import SearchRow, Store
+
+Split = Literal["search", "held_out"]
+
+_SPLITS: tuple[Split, ...] = ("search", "held_out")
 
 
 class Comparison(BaseModel):
@@ -20,6 +29,9 @@ class Comparison(BaseModel):
     item there is none, and no p. ``p`` is that of the two-sided sign test on the items where they differ: for
     right-or-wrong scores, McNemar's exact test. ``n`` are the items that both were scored on, of ``wanted``; a race
     may have left fewer of these.
+
+    The number of a scalarisation is compared too, over the items of all objectives: no one item is won in it, so that
+    ``better_a``, ``better_b`` and ``p`` are None.
     """
 
     objective: str
@@ -32,17 +44,21 @@ class Comparison(BaseModel):
     confidence: float
     low: Known
     high: Known
-    better_a: int
-    better_b: int
+    better_a: int | None
+    better_b: int | None
     p: Known
 
 
 def compared(store: Store, a: int, b: int) -> list[Comparison]:
-    """Two candidates in every objective and constraint, on the items of each split that both were scored on."""
+    """Two candidates in every objective and constraint, and before these in the number of a scalarisation: on the items
+    of each split that both were scored on.
+    """
     search = store.search()
     confidence = search.settings["confirm"]["confidence"]
     found = []
-    for split in ("search", "held_out"):
+    for split in _SPLITS:
+        pairs: dict[str, Matrix] = {}
+        own = []
         scores_a, scores_b = ({s.evaluator: s for s in store.scores(number, split)} for number in (a, b))
         for measure in measures_of(search.fingerprints):
             if measure["version"] in scores_a and measure["version"] in scores_b:
@@ -52,8 +68,45 @@ def compared(store: Store, a: int, b: int) -> list[Comparison]:
                 at_one, at_other = (at[items < wanted] for at in (at_one, at_other))
                 if len(at_one):
                     pair = one.metrics[measure["metric"]][at_one], other.metrics[measure["metric"]][at_other]
-                    found.append(_compare(measure, split, wanted, *pair, confidence))
+                    own.append(_compare(measure, split, wanted, *pair, confidence))
+                    pairs[measure["name"]] = np.stack([better(measure, values) for values in pair], axis=1)
+        found += [*_combined(store, search, split, pairs, own), *own]
     return found
+
+
+def _combined(
+    store: Store, search: SearchRow, split: Split, pairs: Mapping[str, Matrix], own: Sequence[Comparison]
+) -> Iterator[Comparison]:
+    """The comparison in the number of a scalarisation, where both were scored in every objective.
+
+    Args:
+        pairs: by objective and constraint float64 [items, 2], more is better.
+        own: the comparisons in these.
+    """
+    preference = Preference.of_search(search)
+    if not preference.scalar or any(name not in pairs for name in preference.objectives):
+        return
+    status = status_of(store)
+    scores = [pairs[name] for name in preference.objectives]
+    combined = combined_of(store, search, preference, scores, split, scale_of(status, split))
+    gap = combined.difference(0, 1, search.settings["confirm"]["confidence"])
+    objectives = [each for each in own if each.objective in preference.objectives]
+    a, b = (-preference.sign * combined.means).tolist()
+    yield Comparison(
+        objective=preference.scalar,
+        split=split,
+        n=sum(each.n for each in objectives),
+        wanted=sum(each.wanted for each in objectives),
+        a=a,
+        b=b,
+        difference=gap.mean,
+        confidence=objectives[0].confidence,
+        low=gap.low,
+        high=gap.high,
+        better_a=None,
+        better_b=None,
+        p=None,
+    )
 
 
 def _compare(

@@ -11,16 +11,20 @@ from pydantic import BaseModel
 
 from evomerge.report.entries import (
     ConfirmedEntry,
+    ConfirmedScalar,
     ConfirmedValue,
     Entry,
     Gap,
     Measure,
+    Scalar,
     candidate_id,
     constraints_of,
     entry_of,
     is_exact,
     measures_of,
+    origin_of,
 )
+from evomerge.search.estimation.combined import Combined, Range, Scored
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_at
 from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
 from evomerge.store import CandidateRow, SearchRow, Store
@@ -39,10 +43,11 @@ class Choice(BaseModel):
         shortlist: how many candidates are on it.
         shortlists: how many different ones there were so far; from the second on, held-out scores were known already.
         drawn: how many that are on none are scored as well, for the picture of the winner's curse.
-        comparisons: how many differences of each objective the intervals are corrected for.
+        comparisons: how many differences of each objective, and of the number of a scalarisation, the intervals are
+            corrected for.
         confidence: with which all of them hold at once.
-        luck: by how much the best in what decides, the objective or a weighted sum, looks better than it is, because it
-            was chosen there, among those that keep the constraints; 0 where nothing of the kind decides.
+        luck: by how much the best in what decides, the objective or the number of a scalarisation, looks better than it
+            is, because it was chosen there, among those that keep the constraints; 0 where nothing decides.
         feasible: whether the winner keeps the constraints there. If not, no model does, and it misses them least.
         made: whether the choice is made; not while what was written down is still being scored.
         too_few: objectives whose one held-out item says nothing of how good a model is, so that none is chosen by them.
@@ -90,9 +95,13 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     ours = {number: found for number in last["candidates"] if (found := held_out(store, number, measures))}
     others = {row.label: marks[row.number] for row in landmarks if row.number in marks and _is_compared(row)}
     gaps = {o["name"]: _gaps(o, ours, others, confidence, seed) for o in objectives}
+    preference = Preference.of_search(search)
+    numbers = _Numbers.of(store, search, preference, {**marks, **ours})
 
     def told(row: CandidateRow, items: Items) -> Entry:
-        return entry_of(row, {name: mean_and_error(values) for name, values in items.items()}, search.fingerprints)
+        estimates = {name: mean_and_error(values) for name, values in items.items()}
+        found = entry_of(row, estimates, search.fingerprints)
+        return found.model_copy(update={"origin": origin_of(row, search.settings["sources"])})
 
     entries = []
     for number, items in ours.items():
@@ -103,17 +112,27 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         }
         entries.append(ConfirmedEntry(**dict(plain) | {"objectives": values}))
     baselines = [told(row, marks[row.number]) for row in landmarks if row.number in marks]
+    if numbers is not None:
+        compared = {row.label: row.number for row in landmarks if row.label in others}
+        with_gaps = numbers.confirmed(list(ours), compared, confidence, seed)
+        entries = [e.model_copy(update={"scalar": each}) for e, each in zip(entries, with_gaps, strict=True)]
+        baselines = [e.model_copy(update={"scalar": numbers.scalar(number)}) for e, number in
+                     zip(baselines, marks, strict=True)]  # fmt: skip
     shown = [*baselines, *entries]
     feasible = {each.id for each in shown if each.feasible}
-    contenders = [items for number, items in {**ours, **marks}.items() if candidate_id(number) in feasible]
+    contenders = {n: items for n, items in {**ours, **marks}.items() if candidate_id(n) in feasible}
     # What an earlier shortlist chose does not count: this one has not been scored to its end.
     made = [e.payload for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
-    preference = Preference.of_search(search)
     too_few = [
         o["name"]
         for o in objectives
         if not is_exact(o, search.fingerprints) and any(each.objectives[o["name"]].n == 1 for each in shown)
     ]
+    luck = 0.0
+    if numbers is not None:
+        luck = numbers.luck(list(contenders), seed)
+    elif preference.decides:
+        luck = _luck(objectives, list(contenders.values()), seed)
     choice = Choice(
         frozen_at=next(event.time for event in frozen if event.payload["candidates"] == last["candidates"]),
         shortlist=len(last["candidates"]),
@@ -121,7 +140,7 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         drawn=sum(bool(held_out(store, number, measures)) for number in last.get("drawn", [])),
         comparisons=len(ours) * len(others),
         confidence=confidence,
-        luck=_luck(preference, objectives, contenders, seed),
+        luck=luck,
         feasible=made[-1].get("feasible", True) if made else True,
         made=bool(made),
         too_few=too_few,
@@ -191,15 +210,86 @@ def _gaps(
     return gaps
 
 
-def _luck(preference: Preference, objectives: Sequence[Measure], contenders: Sequence[Items], seed: int) -> float:
-    """The luck of the choice where one number decides that is a mean of items or a sum of such."""
-    mix = preference.scalarisation
-    if not contenders or not preference.decides or (mix is not None and mix.name != "weighted_sum"):
-        return 0.0
-    weights = (1.0,) if mix is None else mix.weights
+def _luck(objectives: Sequence[Measure], contenders: Sequence[Items], seed: int) -> float:
+    """The luck of the choice by the one objective."""
+    (objective,) = objectives
+    values = [better(objective, found[objective["name"]]) for found in contenders]
+    return luck_of_choice([np.stack(values, axis=1)], seed) if values else 0.0
+
+
+class _Numbers:
+    """The number of a scalarisation of models on the held-out split."""
+
+    def __init__(self, preference: Preference, combined: Combined, places: Mapping[int, int], items: int) -> None:
+        self._preference, self._combined, self._places, self._items = preference, combined, places, items
+
+    @classmethod
+    def of(
+        cls, store: Store, search: SearchRow, preference: Preference, models: Mapping[int, Items]
+    ) -> _Numbers | None:
+        """That of models by number; None where there is no scalarisation, or no model."""
+        if preference.scalarisation is None or not models:
+            return None
+        objectives = search.fingerprints["objectives"]
+        scores = [np.stack([better(o, found[o["name"]]) for found in models.values()], axis=1) for o in objectives]
+        combined = combined_of(store, search, preference, scores, "held_out")
+        return cls(preference, combined, {n: at for at, n in enumerate(models)}, sum(len(each) for each in scores))
+
+    def scalar(self, number: int) -> Scalar:
+        at = self._places[number]
+        return Scalar(
+            name=self._preference.scalar,
+            mean=-self._preference.sign * float(self._combined.means[at]) + 0.0,  # no negative zero
+            stderr=float(self._combined.errors[at]),
+            n=self._items,
+        )
+
+    def confirmed(
+        self, ours: Sequence[int], others: Mapping[str, int], confidence: float, seed: int
+    ) -> list[ConfirmedScalar]:
+        """Candidates with their differences to others by label, corrected together."""
+        pairs = [(number, label) for number in ours for label in others]
+        places = [(self._places[number], self._places[others[label]]) for number, label in pairs]
+        found = self._combined.differences(places, confidence, seed) if pairs else []
+        gaps: dict[int, list[Gap]] = {number: [] for number in ours}
+        for (number, label), corrected in zip(pairs, found, strict=True):
+            gaps[number].append(Gap(to=label, **vars(corrected)))
+        return [ConfirmedScalar(**dict(self.scalar(number)), difference=gaps[number]) for number in ours]
+
+    def luck(self, contenders: Sequence[int], seed: int) -> float:
+        return self._combined.luck([self._places[number] for number in contenders], seed)
+
+
+def combined_of(
+    store: Store,
+    search: SearchRow,
+    preference: Preference,
+    scores: Sequence[Matrix],
+    split: str,
+    scale: Range | None = None,
+) -> Combined:
+    """The number that decides among some models by a preference of one objective, or with a scalarisation.
+
+    Args:
+        scores: by objective of the preference float64 [items, models], more is better.
+        scale: the range of objectives; that of these models unless it is given.
+    """
+    objectives = [o for o in search.fingerprints["objectives"] if o["name"] in preference.objectives]
+    sets = _sets_of_items(store, [o["version"] for o in objectives], split)
     parts = [
-        weight * np.stack([better(objective, found[objective["name"]]) for found in contenders], axis=1)
-        for objective, weight in zip(objectives, weights, strict=True)
-        if min(len(found[objective["name"]]) for found in contenders) > 1  # of one item no luck is known
+        Scored(values, sets[o["version"]], is_exact(o, search.fingerprints))
+        for o, values in zip(objectives, scores, strict=True)
     ]
-    return luck_of_choice(parts, seed) if parts else 0.0
+    return Combined(preference.scalarisation, parts, scale)
+
+
+def _sets_of_items(store: Store, versions: Sequence[str], split: str) -> dict[str, int]:
+    """Which evaluators have the same items of a split: an equal number by version. Those that ask the same have."""
+    if len(versions) == 1:
+        return {versions[0]: 0}
+    found: dict[str, int] = {}
+    asked: dict[tuple[str, ...], int] = {}
+    for version in dict.fromkeys(versions):
+        questions = tuple(question for question, _ in store.item_texts(version, split))
+        found[version] = asked.setdefault(questions, len(found)) if questions else len(found)
+    return found

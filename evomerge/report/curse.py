@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel
 
-from evomerge.report.confirmed import better, held_out
+from evomerge.report.confirmed import Items, better, combined_of, held_out
 from evomerge.report.entries import Known, Measure, Value, candidate_id, interval_text
-from evomerge.report.status import status_of
-from evomerge.search.estimation.statistics import Matrix, kendall_tau, mean_and_error, shift
-from evomerge.store import CandidateRow, Store
+from evomerge.report.status import SearchStatus, scale_of, status_of
+from evomerge.search.estimation.combined import Combined
+from evomerge.search.estimation.preference import Preference, ranked
+from evomerge.search.estimation.statistics import Matrix, kendall_tau, sum_interval
+from evomerge.store import CandidateRow, SearchRow, Store
 
 _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
 
@@ -43,9 +47,10 @@ class Fall(BaseModel):
 
 
 class Curse(BaseModel):
-    """The winner's curse in the first objective.
+    """The winner's curse in the one objective, in the number of a scalarisation, or in an objective of a front.
 
     Attributes:
+        objective: what it is of.
         points: candidates with both scores, the best by search score first; then landmarks.
         best: how many of them are among the best by this objective that were to be scored on both splits.
         fall: of these on average; None without any.
@@ -53,6 +58,7 @@ class Curse(BaseModel):
         excess: by how much more the best fall than the landmarks do; the interval is narrow, for items are the same.
         tau: Kendall's rank correlation of both scores over all candidates that the search found.
         slope: of held-out over search score among them, by least squares: what remains of a difference.
+        others: of a front, the same in its other objectives.
     """
 
     search: str
@@ -66,6 +72,12 @@ class Curse(BaseModel):
     excess: Fall | None
     tau: float | None
     slope: float | None
+    others: list[Curse] = []
+
+    @property
+    def all(self) -> list[Curse]:
+        """This one and the others."""
+        return [self, *self.others]
 
     @property
     def found(self) -> list[Point]:
@@ -78,86 +90,147 @@ class Curse(BaseModel):
         return [point for point in self.points if point.landmark]
 
 
-class _Both:
-    """A candidate's scores of one objective on both splits, float64 [items] each, so that more is better."""
+@dataclass(frozen=True)
+class _Measured:
+    """Candidates that have both scores of what a curse is about.
 
-    def __init__(self, store: Store, row: CandidateRow, objectives: Sequence[Measure]) -> None:
-        first = objectives[0]
-        self.row = row
-        searched = np.empty(0, np.float32)
-        for scores in store.scores(row.number, "search"):
-            if scores.evaluator == first["version"]:
-                searched = scores.metrics[first["metric"]][scores.items < first["items"]]
-        confirmed = held_out(store, row.number, objectives).get(first["name"], np.empty(0, np.float32))
-        self.is_whole = len(searched) == first["items"] and len(confirmed) > 0
-        self.search, self.held_out = better(first, searched), better(first, confirmed)
-        self.values = [Value(**mean_and_error(values)) for values in (searched, confirmed)] if self.is_whole else []
+    Attributes:
+        rows: the candidates, [models].
+        splits: the number that decides, more is better, of these models on the search and on the held-out split.
+        sign: of what is shown: 1 where more is better.
+        items: of how many items the numbers are, by split.
+    """
+
+    rows: list[CandidateRow]
+    splits: tuple[Combined, Combined]
+    sign: float
+    items: tuple[int, int]
+
+    def values(self, at: int) -> tuple[Value, Value]:
+        """What a model is worth on both splits."""
+        found = [
+            Value(mean=self.sign * float(split.means[at]) + 0.0, stderr=float(split.errors[at]), n=n)
+            for split, n in zip(self.splits, self.items, strict=True)
+        ]
+        return found[0], found[1]
+
+    def fall(self, group: Sequence[int], others: Sequence[int], confidence: float) -> Fall | None:
+        """By how much the mean of a group of models falls, beyond that of the others; the splits are independent."""
+        if not group:
+            return None
+        weights = np.zeros(len(self.rows))
+        weights[list(group)] = 1 / len(group)
+        if others:
+            weights[list(others)] -= 1 / len(others)
+        before, after = self.splits
+        mean = float((before.means - after.means) @ weights)
+        deviations = [*before.deviations_of(weights), *after.deviations_of(weights)]
+        return Fall(**vars(sum_interval(mean, deviations, confidence)))
 
 
 def curse_of(store: Store) -> Curse:
     """What is known of the winner's curse; it has no points before a search is confirmed."""
     search, status = store.search(), status_of(store)
-    objectives, settings = search.fingerprints["objectives"], search.settings["confirm"]
-    first = objectives[0]
+    preference = Preference.of_search(search)
+    first, *others = (_curse(store, search, status, part) for part in preference.parts)
+    return first.model_copy(update={"others": others})
+
+
+def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Preference) -> Curse:
+    """The curse in the number that a preference goes by."""
+    settings = search.settings["confirm"]
     landmarks = store.candidates(step=0)
     most = max(settings["top"], settings["drawn"])
-    ranked = store.best(first["name"], maximise=first["maximise"], k=most + len(landmarks))
-    best = [row for row in ranked if row.step > 0][:most]
+    best = [row for row in ranked(store, preference, most + len(landmarks)) if row.step > 0][:most]
     frozen = store.events(kinds=("shortlist",), newest=1)
     shortlist = [store.candidate(number) for event in frozen for number in event.payload["candidates"]]
-    rows = {row.number: row for row in [*best, *shortlist]}
-    found = [both for row in rows.values() if (both := _Both(store, row, objectives)).is_whole]
-    found.sort(key=lambda both: (-both.search.mean(), both.row.number))
-    marks = [both for row in landmarks if (both := _Both(store, row, objectives)).is_whole]
-    top = [both for both in found if both.row.number in {row.number for row in best}]
-    confirmed = {row.number for row in [*shortlist, *landmarks]}
+    found = {row.number: row for row in [*best, *shortlist]}
+    known = _measured(store, search, status, preference, [*found.values(), *landmarks])
+    leading = {row.number for row in best}
+    could_win = {row.number for row in [*shortlist, *landmarks]}
+    top = [at for at, row in enumerate(known.rows) if row.number in leading]
+    marks = [at for at, row in enumerate(known.rows) if row.step == 0]
 
-    def point(both: _Both) -> Point:
-        number = both.row.number
+    def point(at: int) -> Point:
+        row = known.rows[at]
+        on_search, there = known.values(at)
         return Point(
-            id=candidate_id(number),
-            label=both.row.label,
-            landmark=both.row.step == 0,
-            confirmed=number in confirmed,
-            best=both in top,
-            winner=candidate_id(number) == status.winner,
-            search=both.values[0],
-            held_out=both.values[1],
+            id=candidate_id(row.number),
+            label=row.label,
+            landmark=row.step == 0,
+            confirmed=row.number in could_win,
+            best=row.number in leading,
+            winner=candidate_id(row.number) == status.winner,
+            search=on_search,
+            held_out=there,
         )
 
-    tau, slope = _association(found)
+    finds = [at for at, row in enumerate(known.rows) if row.step > 0]
+    finds.sort(key=lambda at: (-known.splits[0].means[at], known.rows[at].number))
+    tau, slope = _association(*(split.means[finds] for split in known.splits))
+    name = preference.scalar or next(iter(preference.objectives))
+    confidence = settings["confidence"]
     return Curse(
         search=search.name,
-        objective=first["name"],
-        maximise=first["maximise"],
-        confidence=settings["confidence"],
-        points=[point(both) for both in [*found, *marks]],
+        objective=name,
+        maximise=status.numbers[name] == "maximize",
+        confidence=confidence,
+        points=[point(at) for at in [*finds, *marks]],
         best=len(top),
-        fall=_fall(top, [], settings["confidence"]),
-        fall_of_landmarks=_fall(marks, [], settings["confidence"]),
-        excess=_fall(top, marks, settings["confidence"]) if marks else None,
+        fall=known.fall(top, [], confidence),
+        fall_of_landmarks=known.fall(marks, [], confidence),
+        excess=known.fall(top, marks, confidence) if marks else None,
         tau=tau,
         slope=slope,
     )
 
 
-def _fall(group: Sequence[_Both], others: Sequence[_Both], confidence: float) -> Fall | None:
-    """By how much the group's mean falls, beyond that of the others; items are independent of each other."""
-    if not group:
-        return None
+def _measured(
+    store: Store, search: SearchRow, status: SearchStatus, preference: Preference, rows: Sequence[CandidateRow]
+) -> _Measured:
+    """Those of some candidates that were scored whole on both splits."""
+    all_objectives: Sequence[Measure] = search.fingerprints["objectives"]
+    objectives = [o for o in all_objectives if o["name"] in preference.objectives]
+    whole: list[CandidateRow] = []
+    scores: dict[Literal["search", "held_out"], list[Items]] = {"search": [], "held_out": []}
+    for row in {row.number: row for row in rows}.values():
+        searched, confirmed = _searched(store, row, objectives), held_out(store, row.number, all_objectives)
+        if searched and confirmed:
+            whole.append(row)
+            scores["search"].append(searched)
+            scores["held_out"].append(confirmed)
+    scale = scale_of(status, "search")  # on both splits, to be set side by side
 
-    def mean(split: str) -> Matrix:
-        ours, theirs = (np.array([getattr(both, split) for both in each]) for each in (group, others))
-        return np.asarray(ours.mean(axis=0) - (theirs.mean(axis=0) if others else 0.0))
+    def number(split: Literal["search", "held_out"]) -> tuple[Combined, int]:
+        values = [
+            np.stack([better(o, found[o["name"]]) for found in scores[split]], axis=1) if whole else np.empty((1, 0))
+            for o in objectives
+        ]
+        return combined_of(store, search, preference, values, split, scale), sum(len(each) for each in values)
 
-    return Fall(**vars(shift(mean("search"), mean("held_out"), confidence)))
+    (before, n_before), (after, n_after) = number("search"), number("held_out")
+    way = status.numbers[preference.scalar or objectives[0]["name"]]
+    sign = 1.0 if way == "maximize" else -1.0
+    return _Measured(whole, (before, after), sign, (n_before, n_after))
 
 
-def _association(found: Sequence[_Both]) -> tuple[float | None, float | None]:
-    """Kendall's tau and the slope; None where there is too little to tell."""
-    if len(found) < _LEAST_POINTS:
+def _searched(store: Store, row: CandidateRow, objectives: Sequence[Measure]) -> Items:
+    """A candidate's search scores in each objective; nothing where it was not scored on all items of one."""
+    known = {scores.evaluator: scores for scores in store.scores(row.number, "search")}
+    found: Items = {}
+    for objective in objectives:
+        scores = known.get(objective["version"])
+        if scores is None:
+            return {}
+        found[objective["name"]] = scores.metrics[objective["metric"]][scores.items < objective["items"]]
+    is_whole = all(len(found[objective["name"]]) == objective["items"] for objective in objectives)
+    return found if is_whole else {}
+
+
+def _association(x: Matrix, y: Matrix) -> tuple[float | None, float | None]:
+    """Kendall's tau and the slope of two numbers [n]; None where there is too little to tell."""
+    if len(x) < _LEAST_POINTS:
         return None, None
-    x, y = (np.array([getattr(both, split).mean() for both in found]) for split in ("search", "held_out"))
     tau = kendall_tau(x, y)
     spread = float(((x - x.mean()) ** 2).sum())
     slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread else None
@@ -175,10 +248,11 @@ def curse_text(curse: Curse) -> list[str]:
     ]
     if curse.excess is not None and curse.fall_of_landmarks is not None:
         other = curse.fall_of_landmarks
-        lines.append(
-            f"The landmarks, which nobody chose, are {abs(other.mean):.3f} {'worse' if other.mean >= 0 else 'better'} "
-            f"there: what is left, {_signed(curse.excess)}, is the winner's curse."
-        )
+        marks = f"{abs(other.mean):.3f} {'worse' if other.mean >= 0 else 'better'}"
+        left = f"what is left, {_signed(curse.excess)}, is the winner's curse"
+        if curse.excess.mean <= 0:
+            left = f"the best lost no more than these ({_signed(curse.excess)}), and no winner's curse is to be seen"
+        lines.append(f"The landmarks, which nobody chose, are {marks} there: {left}.")
     if curse.tau is not None and curse.slope is not None:
         lines.append(
             f"Among the {len(curse.found)} found, of a difference in search score {curse.slope:.2f} remains (slope), "

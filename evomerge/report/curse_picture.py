@@ -25,7 +25,7 @@ _FOUND, _LANDMARK, _WINNER = (COLOURS[number] for number in (0, 1, 2))
 
 
 def curse_svg(curse: Curse) -> str:
-    """The winner's curse as a picture.
+    """The winner's curse as a picture: one plot, or of a front one for each objective, below each other.
 
     A dot for each candidate that has both scores, full where it could win and open where it was scored for the picture
     alone; diamonds are landmarks; bars are standard errors. On the diagonal a candidate is as good as it looked, below
@@ -35,7 +35,19 @@ def curse_svg(curse: Curse) -> str:
     Returns:
         One SVG element that needs nothing else: no script and no font. It follows the reader's light or dark scheme.
     """
-    return _Picture(curse).draw()
+    plots = [_Picture(each).draw() for each in curse.all if each.found] or [_Picture(curse).draw()]
+    if len(plots) == 1:
+        return ET.tostring(plots[0], encoding="unicode")
+    width = max(float(plot.get("width", "")) for plot in plots)
+    svg = ET.Element("svg", {"class": _KIND}, xmlns="http://www.w3.org/2000/svg")
+    height = 0.0
+    for plot in plots:
+        plot.set("y", f"{height:g}")
+        height += float(plot.get("height", ""))
+        svg.append(plot)
+    for key, value in {"viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}", "height": f"{height:g}"}.items():
+        svg.set(key, value)
+    return ET.tostring(svg, encoding="unicode")
 
 
 class _Picture:
@@ -64,7 +76,7 @@ class _Picture:
     def _y(self, value: float) -> float:
         return _TOP + _PLOT * (self._high - value) / (self._high - self._low)
 
-    def draw(self) -> str:
+    def draw(self) -> ET.Element:
         width, legend = _LEFT + _PLOT + _RIGHT, _TOP + _PLOT + _AXIS + _ROW
         height = legend + _ROW * (len(self._words) + 1.6)
         svg = ET.Element(
@@ -89,7 +101,7 @@ class _Picture:
         self._legend(svg, legend)
         for row, words in enumerate(self._words):
             label(svg, words, "quiet", 16, legend + _ROW * (row + 1.6))
-        return ET.tostring(svg, encoding="unicode")
+        return svg
 
     def _axes(self, svg: ET.Element) -> None:
         left, bottom = _LEFT, _TOP + _PLOT

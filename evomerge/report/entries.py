@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator
@@ -12,6 +12,13 @@ from evaluators.cost import COUNTED
 from evomerge.report.parameters import parameters_of
 from evomerge.search.preparing.setup import violation
 from evomerge.store import CandidateRow, Estimate
+from evomerge.store.summaries import Brief
+
+SOURCE = "source"
+"""The origin of a model that a search began with and did not merge."""
+
+EARLIER_WINNER = "earlier winner"
+"""The origin of a merge that an earlier search found and that the paths of this one go through, beside its sources."""
 
 Measure = Mapping[str, Any]
 """An objective or a constraint as a search's fingerprints say it."""
@@ -56,6 +63,21 @@ class ConfirmedValue(Value):
     difference: list[Gap]
 
 
+class Scalar(Value):
+    """The number by which a scalarisation decides between several objectives, over ``n`` items of all of them.
+
+    On the search split its error is not reckoned: it hangs on how objectives vary together there.
+    """
+
+    name: str
+
+
+class ConfirmedScalar(Scalar):
+    """The same on the held-out split, with its error and its differences."""
+
+    difference: list[Gap]
+
+
 class Constraint(BaseModel):
     """What a candidate must keep: a mean of at least ``threshold`` where ``at_least``, of at most that otherwise."""
 
@@ -80,6 +102,7 @@ class Entry(BaseModel):
 
     On the search split, fewer items than the search wants of a measure make its value an estimate. ``feasible``: no
     known value misses its constraint. ``origin`` says where it comes from: "source" is a model that was not merged.
+    ``scalar`` is the number of a scalarisation where the search has one and all objectives are known.
     ``parameters`` are those of the search space by name, choices by theirs; empty where the space holds no such point.
     """
 
@@ -87,15 +110,28 @@ class Entry(BaseModel):
     label: str
     origin: str = ""
     objectives: Mapping[str, Value]
+    scalar: Scalar | None = None
     constraints: dict[str, Value] = {}
     feasible: bool = True
     parameters: dict[str, float | int | str] = {}
+
+    def value(self, name: str) -> Value | None:
+        """An objective, a constraint, or the number of the scalarisation, by name; None where it is not known."""
+        if self.scalar is not None and self.scalar.name == name:
+            return self.scalar
+        return self.objectives.get(name) or self.constraints.get(name)
 
 
 class ConfirmedEntry(Entry):
     """A candidate of the shortlist, on the held-out split."""
 
     objectives: dict[str, ConfirmedValue]
+    scalar: ConfirmedScalar | None = None
+
+    def gaps(self, name: str) -> list[Gap]:
+        """Its differences in an objective, or in the number of the scalarisation, by name."""
+        found = self.value(name)
+        return found.difference if isinstance(found, ConfirmedValue | ConfirmedScalar) else []
 
 
 def candidate_id(number: int) -> str:
@@ -126,6 +162,18 @@ def entry(row: CandidateRow, fingerprints: Mapping[str, Any]) -> Entry:
     return entry_of(row, row.objectives, fingerprints)
 
 
+def origin_of(row: CandidateRow | Brief, sources: Collection[str]) -> str:
+    """Where a candidate comes from, in a search of these sources: the store has an earlier winner among them."""
+    return EARLIER_WINNER if row.origin == SOURCE and row.label not in sources else row.origin
+
+
+def kind_of(origin: str, label: str) -> str:
+    """What a landmark is, in words: source maths, uniform average; "" of a candidate without a name."""
+    if origin == EARLIER_WINNER:
+        return f"{label}, the {EARLIER_WINNER}"
+    return f"{SOURCE} {label}" if origin == SOURCE else label
+
+
 def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], fingerprints: Mapping[str, Any]) -> Entry:
     """A candidate with estimates of its measures by name; what is not a measure of the search is left out."""
     constraints = constraints_of(fingerprints)
@@ -147,6 +195,13 @@ def measure_text(mean: float, stderr: float | None) -> str:
     if stderr is not None and not math.isnan(stderr):
         return f"{mean:.3f} ± {stderr:.3f}"
     return f"{mean:,.0f}" if mean > 1 and mean.is_integer() else f"{mean:.3f} ± -"
+
+
+def value_text(value: Value) -> str:
+    """A value with its standard error, as ``measure_text``; the number of a scalarisation alone where none is known."""
+    if isinstance(value, Scalar) and value.stderr is None:
+        return f"{value.mean:.3f}"
+    return measure_text(value.mean, value.stderr)
 
 
 def interval_text(low: float | None, high: float | None) -> str:

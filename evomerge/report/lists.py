@@ -10,10 +10,9 @@ from rich.table import Table
 
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
-from evomerge.report.entries import candidate_id, entry, interval_text
+from evomerge.report.entries import EARLIER_WINNER, SOURCE, interval_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.parameters import columns_of
-from evomerge.report.picks import SOURCE
 from evomerge.report.screen import cell, cells, constraint_titles, gain_cell, gain_title, p_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow
@@ -29,16 +28,17 @@ def top_table(
     Args:
         best: whether they are the best ones, whose gains matter more than what became of them.
     """
-    ids = [candidate_id(row.number) for row in rows]
-    values = [cells(entry(row, fingerprints), known) for row in rows]
-    titles = [*known.directions, *constraint_titles(known)]
+    shown = [known.entry(row, fingerprints) for row in rows]
+    ids = [each.id for each in shown]
+    values = [cells(each, known) for each in shown]
+    titles = [*known.numbers, *constraint_titles(known)]
     parameters = [
         Column(each.title, [each.text(row.genome) for row in rows], right=True)
         for each in columns_of(fingerprints["parameters"])
     ]
     columns = [
         Column("candidate", ids),
-        Column("origin", [origin_text(row.origin, row.label) for row in rows]),
+        Column("origin", [origin_text(each.origin, each.label) for each in shown]),
         *parameters,
         Column("status", [status_text(row, known) for row in rows]),
         *(Column(title, [texts[i] for texts in values], right=True) for i, title in enumerate(titles)),
@@ -55,10 +55,11 @@ def top_table(
 
 
 def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:
-    """What candidates are worth on the held-out split in each objective, and what they gain there."""
+    """What candidates are worth on the held-out split, and what they gain there."""
     columns = []
-    for name in known.directions:
-        there = [known.confirmed_values(each).get(name) for each in ids]
+    for name in known.numbers:
+        confirmed = [known.confirmed_entry(each) for each in ids]
+        there = [None if each is None else each.value(name) for each in confirmed]
         gains = {found.id: gain_cell(found, known, name) for found in known.confirmed}
         columns.append(Column(f"{name} held out", ["" if v is None else cell(v) for v in there], right=True))
         title = f"{gain_title(known, name)} there"
@@ -68,7 +69,7 @@ def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:
 
 def origin_text(origin: str, label: str) -> str:
     """Where a candidate comes from: "source maths"; a landmark whose name says it has no word more."""
-    return label if label and origin != SOURCE else f"{origin} {label}".strip()
+    return label if label and origin not in (SOURCE, EARLIER_WINNER) else f"{origin} {label}".strip()
 
 
 def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
@@ -92,21 +93,25 @@ def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
 
 def _told(row: Comparison, a: str, b: str) -> dict[str, str]:
     """A comparison as titles and texts."""
-    return {
+    told = {
         a: f"{row.a:.3f}",
         b: f"{row.b:.3f}",
         f"{a} better by": f"{row.difference:+.3f}",
         f"{row.confidence:.0%} interval": interval_text(row.low, row.high),
-        "p": p_text(row.p),
-        f"items that {a} won": str(row.better_a),
-        f"items that {b} won": str(row.better_b),
-        "items in all": str(row.n),
     }
+    if row.better_a is not None:
+        told |= {
+            "p": p_text(row.p),
+            f"items that {a} won": str(row.better_a),
+            f"items that {b} won": str(row.better_b),
+        }
+    return told | {"items in all": str(row.n)}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A search in a list: what it is called, where it stands, and what the best and the best source are worth.
+    """A search in a list: what it is called, where it stands, what the best and the best source are worth on the search
+    split, or once there is a winner what that is worth and gains on held-out items.
 
     Values are texts; empty where there is none yet.
     """
@@ -117,6 +122,7 @@ class Listed:
     objective: str
     best: str
     best_source: str
+    gain: str
 
 
 def searches_table(found: Sequence[Listed]) -> FittedTable:
@@ -129,4 +135,7 @@ def searches_table(found: Sequence[Listed]) -> FittedTable:
         Column("best", [each.best for each in found], right=True),
         Column("best source", [each.best_source for each in found], right=True),
     ]
-    return FittedTable(columns, [terse, without("objective"), without("best source")])
+    if any(each.gain for each in found):
+        columns.append(Column("gain on held-out items", [each.gain for each in found], right=True))
+    steps = [without("objective"), without("best source"), without("gain on held-out items")]
+    return FittedTable(columns, [terse, *steps])

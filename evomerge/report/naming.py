@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from evomerge.errors import InputError
-from evomerge.report.entries import candidate_id
-from evomerge.report.picks import SOURCE, is_front
+from evomerge.report.entries import SOURCE, candidate_id
+from evomerge.report.picks import is_front
 from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store

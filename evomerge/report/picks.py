@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import Confirmed
-from evomerge.report.entries import ConfirmedEntry, Entry, Gap, Value, gap_text
-from evomerge.search.estimation.preference import BEST, KNEE, Preference
-from evomerge.store import CandidateRow
+from evomerge.report.entries import (
+    SOURCE,
+    ConfirmedEntry,
+    Entry,
+    Gap,
+    Scalar,
+    Value,
+    gap_text,
+    kind_of,
+)
+from evomerge.search.estimation.preference import BEST, KNEE
 
 if TYPE_CHECKING:
     from evomerge.report.status import SearchStatus
-
-SOURCE = "source"
-"""The origin of a model that a search began with and did not merge."""
 
 
 class Pick(BaseModel):
@@ -33,7 +38,9 @@ class Pick(BaseModel):
         origin: "source" where it is a model that was not merged.
         split: that it is chosen on and its values are of: "held_out" as soon as it is, before "search".
         objectives: its values.
+        scalar: the number of a scalarisation, where the search has one.
         gains: by objective, over the source that is best in it; none of a landmark, nor on the search split.
+        scalar_gain: the same in the number of the scalarisation.
     """
 
     role: str
@@ -43,59 +50,84 @@ class Pick(BaseModel):
     split: Literal["search", "held_out"]
     objectives: dict[str, Value]
     gains: dict[str, Gap]
+    scalar: Scalar | None = None
+    scalar_gain: Gap | None = None
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """All that it is judged by: the number of a scalarisation, then the objectives."""
+        return self.objectives if self.scalar is None else {self.scalar.name: self.scalar, **self.objectives}
+
+    @property
+    def all_gains(self) -> dict[str, Gap]:
+        """The gains in all of these that are known."""
+        if self.scalar is None or self.scalar_gain is None:
+            return self.gains
+        return {self.scalar.name: self.scalar_gain, **self.gains}
 
     @property
     def called(self) -> str:
         """Its id, and what it is where it has a name: c0001 (source maths)."""
-        return f"{self.id} ({kind_of(self)})" if self.label else self.id
+        return f"{self.id} ({self.kind})" if self.label else self.id
 
-
-def kind_of(shown: Entry | Pick | CandidateRow) -> str:
-    """What a landmark is, in words: source maths, uniform average."""
-    return f"{SOURCE} {shown.label}" if shown.origin == SOURCE else shown.label
+    @property
+    def kind(self) -> str:
+        """What it is, where it is a landmark: source maths, uniform average."""
+        return kind_of(self.origin, self.label)
 
 
 def picks_of(
-    on_search: Mapping[str, Entry], held: Confirmed, directions: Mapping[str, str], sources: Sequence[str]
+    on_search: Mapping[str, Entry], held: Confirmed, numbers: Mapping[str, str], sources: Sequence[str]
 ) -> list[Pick]:
     """What is chosen: on held-out items where that is done, else on the search split.
 
     Args:
         on_search: what is chosen on the search split, by role.
         held: what is known from the held-out split.
+        numbers: what candidates are judged by, and which way is better.
     """
     if not held.chosen:
         too_few = held.choice is not None and held.choice.made  # then nothing is chosen by the search split instead
         return [] if too_few else [_pick(role, entry, "search", {}) for role, entry in on_search.items()]
     shown = {entry.id: entry for entry in [*held.baselines, *held.entries]}
-    best = {name: best_source(held.baselines, sources, name, way) for name, way in directions.items()}
+    best = {name: best_source(held.baselines, sources, name, way) for name, way in numbers.items()}
     return [_pick(role, shown[id_], "held_out", _gains(shown[id_], best)) for role, id_ in held.chosen.items()]
 
 
 def _pick(role: str, entry: Entry, split: Literal["search", "held_out"], gains: dict[str, Gap]) -> Pick:
     values = {name: Value(mean=v.mean, stderr=v.stderr, n=v.n) for name, v in entry.objectives.items()}
-    return Pick(role=role, id=entry.id, label=entry.label, origin=entry.origin, split=split, objectives=values,
-                gains=gains)  # fmt: skip
+    scalar, scalar_gain = None, None
+    if entry.scalar is not None:
+        scalar = Scalar(name=entry.scalar.name, mean=entry.scalar.mean, stderr=entry.scalar.stderr, n=entry.scalar.n)
+        scalar_gain = gains.pop(scalar.name, None)
+    return Pick(
+        role=role, id=entry.id, label=entry.label, origin=entry.origin, split=split, objectives=values, gains=gains,
+        scalar=scalar, scalar_gain=scalar_gain,
+    )  # fmt: skip
 
 
 def _gains(entry: Entry, best: Mapping[str, str]) -> dict[str, Gap]:
     if not isinstance(entry, ConfirmedEntry):
         return {}
-    found = {name: gain_in(entry, name, best[name]) for name in entry.objectives}
+    found = {name: gain_in(entry, name, source) for name, source in best.items()}
     return {name: gap for name, gap in found.items() if gap is not None}
 
 
-def gain_in(entry: ConfirmedEntry, objective: str, source: str) -> Gap | None:
-    """A confirmed candidate's difference to a source in an objective; None where it was not compared."""
-    return next((gap for gap in entry.objectives[objective].difference if gap.to == source), None)
+def gain_in(entry: ConfirmedEntry, number: str, source: str) -> Gap | None:
+    """A confirmed candidate's difference to a source in an objective, or in the number of a scalarisation; None where
+    it was not compared.
+    """
+    return next((gap for gap in entry.gaps(number) if gap.to == source), None)
 
 
-def best_source(entries: Sequence[Entry], sources: Sequence[str], objective: str, way: str) -> str:
-    """The label of the source that is best in an objective; empty while none is known."""
+def best_source(entries: Sequence[Entry], sources: Sequence[str], number: str, way: str) -> str:
+    """The label of the source that is best in an objective, or in the number of a scalarisation; empty while none is
+    known.
+    """
     means = {
-        entry.label: entry.objectives[objective].mean
+        entry.label: value.mean
         for entry in entries
-        if entry.label in sources and objective in entry.objectives
+        if entry.label in sources and (value := entry.value(number)) is not None
     }
     return (max if way == "maximize" else min)(means, key=means.__getitem__, default="")
 
@@ -103,11 +135,6 @@ def best_source(entries: Sequence[Entry], sources: Sequence[str], objective: str
 def is_front(status: SearchStatus) -> bool:
     """Whether several objectives are weighed against each other by nobody."""
     return len(status.directions) > 1 and status.scalarisation is None
-
-
-def preference_of(status: SearchStatus) -> Preference:
-    """How the search chooses among models."""
-    return Preference.of({name: way == "maximize" for name, way in status.directions.items()}, status.scalarisation)
 
 
 def conclusions(status: SearchStatus) -> list[str]:
@@ -133,13 +160,13 @@ def _best(status: SearchStatus) -> Iterator[str]:
     pick = next((pick for pick in status.picks if pick.role == BEST), None)
     if pick is None or not pick.label:
         return
-    objective = next(iter(status.directions)) if len(status.directions) == 1 else "all objectives together"
+    objective = f"its {status.scalar.name}" if status.scalar is not None else next(iter(status.directions))
     if pick.split == "search":
-        yield f"So far nothing is better in {objective} than {kind_of(pick)}."
+        yield f"So far nothing is better in {objective} than {pick.kind}."
     elif pick.origin == SOURCE:
-        yield f"No merge is better in {objective} than {kind_of(pick)}, which so is the winner itself, unmerged."
+        yield f"No merge is better in {objective} than {pick.kind}, which so is the winner itself, unmerged."
     else:
-        yield f"Nothing that the search found is better in {objective} than {kind_of(pick)}, which so is the winner."
+        yield f"Nothing that the search found is better in {objective} than {pick.kind}, which so is the winner."
 
 
 def _front(status: SearchStatus) -> Iterator[str]:

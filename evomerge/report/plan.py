@@ -16,6 +16,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
+from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
 from evomerge.search.preparing.prepare import Prepared, distinct_evaluators
 from evomerge.search.preparing.setup import Setup
@@ -204,7 +205,8 @@ def _budget(prepared: Prepared) -> str:
 def _confirmation(setup: Setup) -> str:
     """What is scored on held-out items at the end: up to 10 models x 350 items, 3,500 in all."""
     landmarks = len(list(setup.space.landmarks()))
-    models = landmarks + max(setup.confirm.top, setup.confirm.drawn)
+    drawn = setup.confirm.drawn * len(Preference.of_setup(setup).parts)
+    models = landmarks + max(setup.confirm.top, drawn)
     items = sum(len(task.indices) for task in setup.tasks("held_out"))
     if len(setup.objectives) > 1:
         return f"up to {models} models and the front x {items:,} items"

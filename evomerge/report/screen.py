@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from evomerge.report.confirmed import Choice
 from evomerge.report.consoles import PrintableConsole
-from evomerge.report.entries import ConfirmedEntry, Entry, Value, gap_text, measure_text
+from evomerge.report.entries import ConfirmedEntry, Entry, Value, gap_text, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
-from evomerge.report.picks import best_source, conclusions, gain_in, is_front, preference_of, roles_of
+from evomerge.report.picks import best_source, conclusions, gain_in, is_front, roles_of
 from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
 from evomerge.search.driving.progress import Progress
 from evomerge.search.estimation.preference import BEST, KNEE
@@ -129,14 +126,13 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
     shown = [*_few(status.baselines, status, rows), *few]
     roles = [roles_of(status, e.id, "search") for e in shown]
     styles = ["bold green" if roles[i] and e in few else "dim" if e.id in known else "" for i, e in enumerate(shown)]
-    titles = [f"{name} {'↑' if way == 'maximize' else '↓'}" for name, way in status.directions.items()]
+    titles = [f"{name} {arrow(way)}" for name, way in status.numbers.items()]
     marks = [", ".join([*([e.label] if e.label else []), *roles[i], *["front"] * (e.id in front)])
              for i, e in enumerate(shown)]  # fmt: skip
     below = _more(len(status.baselines) + len(few) - len(shown), len(found) - len(few), "on the front")
     if status.best is None and status.constraints and status.candidates.done:
         below.append(Text("none scored on every item keeps all constraints yet"))
     columns = _columns(shown, marks, [*titles, *constraint_titles(status)], [cells(e, status) for e in shown])
-    columns[2:2] = _scalar_column(shown, [*status.baselines, *status.front_entries], status)
     return Group(FittedTable(columns, [named(marks), terse], title="search split", styles=styles), *below)
 
 
@@ -148,12 +144,11 @@ def confirmed_table(status: SearchStatus, rows: int | None = None) -> Renderable
     roles = [roles_of(status, e.id, "held_out") for e in shown]
     marks = [", ".join([e.label] * bool(e.label) + roles[i]) for i, e in enumerate(shown)]
     styles = ["bold green" if roles[i] else "dim" if e in landmarks else "" for i, e in enumerate(shown)]
-    titles = [*status.directions, *constraint_titles(status)]
+    titles = [*status.numbers, *constraint_titles(status)]
     columns = _columns(shown, marks, titles, [cells(e, status, whole=True) for e in shown])
-    columns[2:2] = _scalar_column(shown, [*status.confirmed_baselines, *status.confirmed], status)
     gains = [
         Column(title, [*("" for _ in landmarks), *(gain_cell(e, status, name) for e in few)], right=True)
-        for name in status.directions
+        for name in status.numbers
         if few and (title := gain_title(status, name))
     ]
     columns += gains
@@ -170,36 +165,10 @@ def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str]
 
 
 def ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
-    """The best first: by what decides, or along a front by the first objective."""
-    if status.scalarisation is not None:
-        order = _scalars(found, found, status)
-        return [found[at] for at in np.argsort(order, kind="stable")]
-    first = next(iter(status.directions))
-    known = [e for e in found if first in e.objectives]
-    return sorted(known, key=lambda e: e.objectives[first].mean, reverse=status.directions[first] == "maximize")
-
-
-def _scalars(found: Sequence[Entry], among: Sequence[Entry], status: SearchStatus) -> NDArray[np.float64]:
-    """The number by which a scalarisation decides, float64 [found], less is better; NaN where a value is not known."""
-    preference = preference_of(status)
-    losses = [
-        preference.losses([{name: v.mean for name, v in e.objectives.items()} for e in rows]) for rows in (found, among)
-    ]
-    return preference.order(*losses)
-
-
-def _scalar_column(shown: Sequence[Entry], among: Sequence[Entry], status: SearchStatus) -> list[Column]:
-    """What decides between several objectives, where a scalarisation does; a sum of what is maximised is shown as one.
-
-    ``among`` are those whose values give the range that objectives are scaled by.
-    """
-    if status.scalarisation is None or not shown:
-        return []
-    preference = preference_of(status)
-    is_sum = preference.scalar == "weighted sum"
-    numbers = _scalars(shown, among, status) * (-1.0 if is_sum else 1.0)
-    texts = ["" if math.isnan(number) else f"{number:.3f}" for number in numbers.tolist()]
-    return [Column(f"{preference.scalar} {'↑' if is_sum else '↓'}", texts, right=True)]
+    """The best first: by the one objective, by the scalarisation, or along a front by its first objective."""
+    first, way = next(iter(status.numbers.items()))
+    known = [(value.mean, e) for e in found if (value := e.value(first)) is not None]
+    return [e for _, e in sorted(known, key=lambda each: each[0], reverse=way == "maximize")]
 
 
 def _few(landmarks: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
@@ -213,28 +182,32 @@ def _more(landmarks: int, others: int, what: str) -> list[RenderableType]:
     return [Text(f"and {', '.join(told)}", style="dim")] if told else []
 
 
-def gain_text(found: ConfirmedEntry, status: SearchStatus, objective: str) -> str:
-    """The paired difference to the source that is best in an objective: +0.320 [0.250, 0.390] over japanese."""
-    best = best_confirmed_source(status, objective)
-    return f"{gain_cell(found, status, objective)} over {best}" if best else ""
+def gain_text(found: ConfirmedEntry, status: SearchStatus, number: str) -> str:
+    """The paired difference to the source that is best in an objective, or in the number of a scalarisation: +0.320
+    [0.250, 0.390] over japanese.
+    """
+    best = best_confirmed_source(status, number)
+    return f"{gain_cell(found, status, number)} over {best}" if best else ""
 
 
-def gain_cell(found: ConfirmedEntry, status: SearchStatus, objective: str) -> str:
+def gain_cell(found: ConfirmedEntry, status: SearchStatus, number: str) -> str:
     """The same where the source is named elsewhere."""
-    gap = gain_in(found, objective, best_confirmed_source(status, objective))
+    gap = gain_in(found, number, best_confirmed_source(status, number))
     return "" if gap is None else gap_text(gap)
 
 
-def gain_title(status: SearchStatus, objective: str) -> str:
+def gain_title(status: SearchStatus, number: str) -> str:
     """What stands above gains: gain over japanese, in maths. The objective is named where there are several."""
-    best = best_confirmed_source(status, objective)
-    inside = f" in {objective}" if len(status.directions) > 1 else ""
+    best = best_confirmed_source(status, number)
+    inside = f" in {number}" if len(status.directions) > 1 else ""
     return f"gain over {best}{inside}" if best else ""
 
 
-def best_confirmed_source(status: SearchStatus, objective: str) -> str:
-    """The label of the source that is best in an objective on the held-out split; empty while none is known."""
-    return best_source(status.confirmed_baselines, status.sources, objective, status.directions[objective])
+def best_confirmed_source(status: SearchStatus, number: str) -> str:
+    """The label of the source that is best in an objective, or in the number of a scalarisation, on the held-out split;
+    empty while none is known.
+    """
+    return best_source(status.confirmed_baselines, status.sources, number, status.numbers[number])
 
 
 def choice_text(status: SearchStatus) -> list[str]:
@@ -263,13 +236,20 @@ def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> st
     among = sum(shown.feasible for shown in [*status.confirmed, *status.confirmed_baselines])
     of = f"{_count(len(status.confirmed), 'candidate')} and {_count(len(status.confirmed_baselines), 'landmark')}"
     who = f"the {among} there that keep {limits}" if limits else f"the {among} there ({of})"
-    luck = f"about {choice.luck:.3f} may be luck of the choice"
-    if status.scalarisation is None:
-        first = next(iter(status.directions))
-        known = status.confirmed_values(winner)[first].mean
-        return f"The winner is the best of {who}: of its {first} {known:.3f}, {luck}."
-    scalar = preference_of(status).scalar
-    return f"The winner is the best of {who} by the {scalar} of all objectives{f': {luck}' if choice.luck else ''}."
+    name = next(iter(status.numbers))
+    entry = status.confirmed_entry(winner)
+    known = None if entry is None else entry.value(name)
+    by = "" if status.scalar is None else f" by the {name} of all objectives"
+    if known is None:
+        return f"The winner is the best of {who}{by}."
+    return f"The winner is the best of {who}{by}: of its {name} {known.mean:.3f}, {_luck(choice, status)}."
+
+
+def _luck(choice: Choice, status: SearchStatus) -> str:
+    """What the choice may have added to what decides: a distance of which less is better it makes smaller."""
+    if next(iter(status.numbers.values())) == "maximize" or status.scalar is None:
+        return f"about {choice.luck:.3f} may be luck of the choice"
+    return f"which may be about {choice.luck:.3f} too small by luck of the choice"
 
 
 def _comparisons(choice: Choice, status: SearchStatus) -> str:
@@ -277,7 +257,9 @@ def _comparisons(choice: Choice, status: SearchStatus) -> str:
     gaps = next(iter(status.confirmed[0].objectives.values())).difference
     who = f"{_count(len(status.confirmed), 'candidate')} with {', '.join(gap.to for gap in gaps)}"
     what = f"{_count(choice.comparisons, 'comparison')} ({who})"
-    return f"{what} in each objective" if len(status.directions) > 1 else what
+    if len(status.directions) == 1:
+        return what
+    return f"{what} in each objective{'' if status.scalar is None else f', and as many in the {status.scalar.name}'}"
 
 
 def _count(number: int, what: str) -> str:
@@ -303,7 +285,8 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
     if c.failed:
         text += f", {c.failed} failed"
     if status.best:
-        values = ", ".join(f"{name} {cell(v)}" for name, v in status.best.objectives.items())
+        known = ((name, status.best.value(name)) for name in status.numbers)
+        values = ", ".join(f"{name} {cell(value)}" for name, value in known if value is not None)
         what = KNEE if is_front(status) else BEST
         text += f"; {what} {status.best.id}{f' ({status.best.label})' if status.best.label else ''}: {values}"
     if len(status.directions) > 1:
@@ -313,9 +296,14 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
     return text + (f"; ETA {duration(eta)}" if eta is not None and status.state == "running" else "")
 
 
+def arrow(way: str) -> str:
+    """Which way is better, as a sign."""
+    return "↑" if way == "maximize" else "↓"
+
+
 def cell(value: Value) -> str:
     """A mean with its standard error: 0.620 ± 0.024."""
-    return measure_text(value.mean, value.stderr)
+    return value_text(value)
 
 
 def p_text(p: float | None) -> str:
@@ -349,16 +337,17 @@ def constraint_titles(status: SearchStatus) -> list[str]:
 
 
 def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[str]:
-    """The values of a candidate: its objectives, then its constraints; nothing for what is not known.
+    """The values of a candidate: the number of a scalarisation, its objectives, then its constraints; nothing for what
+    is not known.
 
     Values from fewer items than the search wants are marked as estimates, unless a split is always scored ``whole``.
     """
     found = []
-    for name in [*status.directions, *status.constraints]:
-        value = shown.objectives.get(name) or shown.constraints.get(name)
+    for name in [*status.numbers, *status.constraints]:
+        value = shown.value(name)
         text = ""
         if value is not None:
-            text = cell(value) if whole else estimate_cell(value, status.wanted[name])
+            text = cell(value) if whole else estimate_cell(value, status.wanted_of(name))
             if (limit := status.constraints.get(name)) is not None and not limit.is_kept(value):
                 text += " missed"
         found.append(text)

@@ -20,13 +20,16 @@ from evomerge.report.entries import (
     Constraint,
     Entry,
     Measure,
+    Scalar,
     Value,
     candidate_id,
     constraints_of,
     entry,
     measures_of,
+    origin_of,
 )
 from evomerge.report.picks import Pick, conclusions, picks_of
+from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
@@ -110,6 +113,19 @@ class Slow(BaseModel):
     others_candidates: int
 
 
+class Scalarised(BaseModel):
+    """The number that a scalarisation makes of several objectives, of which ``direction`` says what is better.
+
+    ``best`` and ``worst`` are the losses that objectives are scaled by on the search split, where the scalarisation
+    scales any: those of the front and the landmarks. None while nothing is scored.
+    """
+
+    name: str
+    direction: Literal["maximize", "minimize"]
+    best: list[float] | None
+    worst: list[float] | None
+
+
 class SearchStatus(BaseModel):
     """A search at one moment.
 
@@ -150,9 +166,28 @@ class SearchStatus(BaseModel):
     winner: str | None
     choice: Choice | None
     scalarisation: dict[str, Any] | None = None
+    scalar: Scalarised | None = None
     picks: list[Pick] = []
     best_by_role: dict[str, str] = {}
     conclusions: list[str] = []
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """What candidates are judged by, and which way is better: the scalarisation's number, then the objectives."""
+        return self.directions if self.scalar is None else {self.scalar.name: self.scalar.direction, **self.directions}
+
+    def wanted_of(self, name: str) -> int:
+        """Of how many search items a number, an objective or a constraint is."""
+        if self.scalar is not None and name == self.scalar.name:
+            return sum(self.wanted[objective] for objective in self.directions)
+        return self.wanted[name]
+
+    def entry(self, row: CandidateRow, fingerprints: Mapping[str, Any]) -> Entry:
+        """A candidate on the search split, with the number of the scalarisation."""
+        plain = entry(row, fingerprints)
+        origin = next((mark.origin for mark in self.baselines if mark.id == plain.id), plain.origin)
+        named = plain.model_copy(update={"origin": origin})
+        return with_scalar(named, self.scalar, preference_of(self.directions, self.scalarisation))
 
     def confirmed_values(self, candidate: str) -> Mapping[str, Value]:
         """A candidate's objectives on the held-out split, baselines included; empty when it has none."""
@@ -162,6 +197,58 @@ class SearchStatus(BaseModel):
     def confirmed_entry(self, candidate: str) -> Entry | None:
         """A candidate on the held-out split, baselines included; None when it was not scored there."""
         return next((found for found in [*self.confirmed, *self.confirmed_baselines] if found.id == candidate), None)
+
+
+def preference_of(directions: Mapping[str, str], scalarisation: Mapping[str, object] | None) -> Preference:
+    """How a search chooses among models, in the words of a status."""
+    return Preference.of({name: way == "maximize" for name, way in directions.items()}, scalarisation)
+
+
+def with_scalar(shown: Entry, scalar: Scalarised | None, preference: Preference) -> Entry:
+    """A candidate on the search split with the number of the scalarisation, where that is known."""
+    if scalar is None or scalar.best is None or scalar.worst is None:
+        return shown
+    if len(shown.objectives) < len(preference.objectives):
+        return shown
+    losses = preference.losses([{name: value.mean for name, value in shown.objectives.items()}])
+    number = preference.order(losses, np.array([scalar.best, scalar.worst]))[0]
+    if math.isnan(number):
+        return shown
+    found = Scalar(
+        name=scalar.name,
+        mean=preference.sign * float(number) + 0.0,  # no negative zero
+        stderr=None,
+        n=sum(value.n for value in shown.objectives.values()),
+    )
+    return shown.model_copy(update={"scalar": found})
+
+
+def scalarised(preference: Preference, rows: Sequence[CandidateRow | Brief]) -> Scalarised | None:
+    """What decides between several objectives; ``rows`` are the front and the landmarks. None for a front."""
+    if preference.scalarisation is None:
+        return None
+    means = [{name: found["mean"] for name, found in row.objectives.items()} for row in rows]
+    found = Range.of(preference.losses(means))
+    return Scalarised(
+        name=preference.scalar,
+        direction="maximize" if preference.sign < 0 else "minimize",
+        best=None if found is None else found.best.tolist(),
+        worst=None if found is None else found.worst.tolist(),
+    )
+
+
+def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Range | None:
+    """The range that a scalarisation scales objectives by on a split: of the front and the landmarks, or of all models
+    with held-out scores. None while nothing is scored there.
+    """
+    if split == "search":
+        known = status.scalar
+        if known is None or known.best is None or known.worst is None:
+            return None
+        return Range(np.array(known.best), np.array(known.worst))
+    shown = [*status.confirmed, *status.confirmed_baselines]
+    means = [{name: value.mean for name, value in each.objectives.items()} for each in shown]
+    return Range.of(preference_of(status.directions, status.scalarisation).losses(means))
 
 
 def depths_of(store: Store) -> dict[str, int]:
@@ -194,7 +281,15 @@ def status_of(store: Store) -> SearchStatus:
     held = confirmation(store, search, landmarks)
     directions = {o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives}
     sources = [row.label for row in landmarks if row.origin == "source"] or list(settings["sources"])
-    best = {role: entry(row, fingerprints) for role, row in best_on_search(store, search, front, landmarks).items()}
+    preference = Preference.of_search(search)
+    scalar = scalarised(preference, [*front, *landmarks])
+
+    def shown(row: CandidateRow) -> Entry:
+        named = entry(row, fingerprints).model_copy(update={"origin": origin_of(row, settings["sources"])})
+        return with_scalar(named, scalar, preference)
+
+    best = {role: shown(row) for role, row in best_on_search(store, search, front, landmarks).items()}
+    numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
     why = search.why
     if state == "finished" and not driven and held.choice is not None and not held.choice.made:
         state, why = UNCONFIRMED, UNCONFIRMED_WHY
@@ -227,9 +322,9 @@ def status_of(store: Store) -> SearchStatus:
         item_response=_item_response(store),
         sources=sources,
         best=best.get(BEST, best.get(KNEE)),
-        baselines=[entry(row, fingerprints) for row in landmarks if row.objectives],
+        baselines=[shown(row) for row in landmarks if row.objectives],
         front=[candidate_id(row.number) for row in front],
-        front_entries=[entry(row, fingerprints) for row in front],
+        front_entries=[shown(row) for row in front],
         failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
         seconds=_mean_seconds(recent),
         slow=slow_ones(_paces(recent, measures)),
@@ -238,7 +333,8 @@ def status_of(store: Store) -> SearchStatus:
         winner=held.winner,
         choice=held.choice,
         scalarisation=settings["optimizer"].get("scalarisation"),
-        picks=picks_of(best, held, directions, sources),
+        scalar=scalar,
+        picks=picks_of(best, held, numbers, sources),
         best_by_role={role: found.id for role, found in best.items()},
     )
     return status.model_copy(update={"conclusions": conclusions(status)})

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, P
 
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import measure_text
+from evomerge.report.picks import Pick
 from evomerge.report.status import Counts
 from evomerge.search.settings.sections import Name
 from evomerge.store.rows import Status
@@ -59,12 +60,16 @@ class Spending(BaseModel):
 
 
 class CandidateName(BaseModel):
-    """A candidate with what it is worth: ``id`` is how people call it, c0042."""
+    """A candidate with what it is worth: ``id`` is how people call it, c0042.
+
+    ``scalar`` is the number of a scalarisation on the search split, null without one and where it is not reckoned.
+    """
 
     id: str
     number: int
     label: str
     objectives: dict[str, Mean]
+    scalar: Number = None
 
 
 class CandidateSummary(CandidateName):
@@ -118,8 +123,9 @@ class SearchSummary(BaseModel):
     ``driver``: whether a process drives it. ``eta_s`` are seconds until its budget is spent at the pace so far,
     ``sparkline`` the best so far at a few equal steps of candidates, ``gpu_hours`` what its workers spent on GPUs,
     null where they have none or it cannot be told. ``best_source`` is the best of the models that it began with.
-    With several objectives both are so by their scalarisation, or ``best_role`` is "knee": the best compromise on
-    the front, that of the sources.
+    With several objectives both are so by their scalarisation, the number that ``scalar`` names, or ``best_role`` is
+    "knee": the best compromise on the front, that of the sources. ``confirmed`` is what held-out items chose: the
+    winner, or the knee of a front; null before that.
     """
 
     name: str
@@ -137,6 +143,8 @@ class SearchSummary(BaseModel):
     sparkline: list[float]
     gpu_hours: float | None
     objectives: list[Objective]
+    scalar: Objective | None = None
+    confirmed: Pick | None = None
 
     @classmethod
     def unreadable(cls, name: str, why: str) -> Self:

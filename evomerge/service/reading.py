@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from evomerge.report.confirmed import held_out
 from evomerge.report.entries import Measure, Value, candidate_id, measure_text, measures_of
+from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.store import Store, summaries
 
@@ -90,8 +92,25 @@ class Columns:
         """An objective by name; the first one by none. KeyError where there is no such."""
         return self.objectives[0] if name is None else {o["name"]: o for o in self.objectives}[name]
 
+    @cached_property
+    def preference(self) -> Preference:
+        """How the search chooses."""
+        return Preference.of_search(self.search)
+
+    @property
+    def numbers_that_decide(self) -> list[Measure]:
+        """The one objective, the number of a scalarisation, or all objectives of a front, as measures."""
+        if not self.preference.scalar:
+            return self.objectives
+        items = sum(o["items"] for o in self.objectives)
+        return [{"name": self.preference.scalar, "maximise": self.preference.sign < 0, "items": items}]
+
     def measured(self, store: Store, name: str) -> tuple[Values, Values, Numbers]:
-        """Means, standard errors (NaN where not known) and items (0) of a measure, [n] each; read once."""
+        """Means, standard errors (NaN where not known) and items (0) of a measure or of the scalarisation's number, [n]
+        each; read once.
+        """
+        if name == self.preference.scalar and name not in self._measured:
+            self._measured[name] = self._scalars(store)
         if name not in self._measured:
             found = summaries.measured(store, name)
             means, errors = np.full((2, len(self.numbers)), np.nan)
@@ -102,6 +121,15 @@ class Columns:
             means[at], errors[at], items[at] = found.means[there], found.errors[there], found.items[there]
             self._measured[name] = means, errors, items
         return self._measured[name]
+
+    def _scalars(self, store: Store) -> tuple[Values, Values, Numbers]:
+        """The number of the scalarisation of each, scaled as in every place; its error is not known."""
+        known = [self.measured(store, o["name"]) for o in self.objectives]
+        signs = [-1.0 if o["maximise"] else 1.0 for o in self.objectives]
+        losses = np.stack([sign * means for sign, (means, _, _) in zip(signs, known, strict=True)], axis=1)
+        order = self.preference.order(losses, losses[self.on_front | self.landmark])
+        items = np.sum([items for _, _, items in known], axis=0)
+        return self.preference.sign * order + 0.0, np.full(len(order), np.nan), items
 
     @cached_property
     def landmark(self) -> Mask:
@@ -153,8 +181,13 @@ def thinned(mask: Mask, keep: Mask, most: int) -> Mask:
 
 def value_text(name: str, mean: float, error: float, items: int, wanted: int) -> str:
     """A measure of a candidate on the search split: 'maths 0.620 ± 0.024 on 200 items'."""
-    told = f"{name} {measure_text(mean, error)}"
+    told = f"{name} {number_text(name, mean, error)}"
     return f"{told} on {items} items" if items >= wanted else f"{told} estimated from {items} of {wanted} items"
+
+
+def number_text(name: str, mean: float, error: float) -> str:
+    """A mean with its error; the number of a scalarisation, whose name has a space, has none on the search split."""
+    return f"{mean:.3f}" if " " in name and math.isnan(error) else measure_text(mean, error)
 
 
 def axis_title(measure: Measure) -> str:

@@ -20,10 +20,10 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, entry, interval_text
+from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, interval_text
 from evomerge.report.path import is_plain
 from evomerge.report.picks import conclusions, is_front, roles_of
-from evomerge.report.screen import cells, choice_text, constraint_titles, duration, gain_text, p_text, ranked
+from evomerge.report.screen import arrow, cells, choice_text, constraint_titles, duration, gain_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of, status_of
 from evomerge.report.svg import COLOURS
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
@@ -118,7 +118,7 @@ def report_html(store: Store, folder: Path) -> str:
         chosen=None if shown is None else shown.id,
         recipe=None if shown is None else _recipe_picture(store, shown),
         path=None if shown is None else _path(store, shown),
-        measures=[*status.directions, *constraint_titles(status)],
+        measures=[*(f"{name} {arrow(way)}" for name, way in status.numbers.items()), *constraint_titles(status)],
         best=list(_best(store, search, status)),
         confirmed=list(_confirmed(status)),
         gaps=list(_gaps(status)),
@@ -202,9 +202,9 @@ def _path(store: Store, shown: Entry) -> Markup | None:
 
 def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
     for row in ranked_rows(store, Preference.of_search(search), _TOP):
-        found = entry(row, search.fingerprints)
+        found = status.entry(row, search.fingerprints)
         marks = [*roles_of(status, found.id, "search"), *["front"] * row.on_front]
-        what = [row.origin, *marks, status_text(row, status)]
+        what = [found.origin, *marks, status_text(row, status)]
         told = list(cells(found, status))
         yield Row(found.id, found.label, ", ".join(what), told, roles_of(status, found.id, "held_out"))
 
@@ -214,20 +214,20 @@ def _confirmed(status: SearchStatus) -> Iterator[Row]:
         told = list(cells(mark, status, whole=True))
         yield Row(mark.id, mark.label, "landmark", told, roles_of(status, mark.id, "held_out"))
     for found in ranked(status.confirmed, status):
-        what = "; ".join(_gain(found, status, name) for name in status.directions)
+        what = "; ".join(_gain(found, status, name) for name in status.numbers)
         told = list(cells(found, status, whole=True))
         yield Row(found.id, found.label, what, told, roles_of(status, found.id, "held_out"))
 
 
-def _gain(found: ConfirmedEntry, status: SearchStatus, objective: str) -> str:
-    inside = f"{objective} " if len(status.directions) > 1 else ""
-    return f"{inside}{gain_text(found, status, objective)}"
+def _gain(found: ConfirmedEntry, status: SearchStatus, number: str) -> str:
+    inside = f"{number} " if len(status.directions) > 1 else ""
+    return f"{inside}{gain_text(found, status, number)}"
 
 
 def _gaps(status: SearchStatus) -> Iterator[GapRow]:
     for found in ranked(status.confirmed, status):
-        for name, value in found.objectives.items():
-            for gap in value.difference:
+        for name in status.numbers:
+            for gap in found.gaps(name):
                 interval = interval_text(gap.low, gap.high)
                 yield GapRow(found.id, name, gap.to, f"{gap.mean:+.3f}", interval, p_text(gap.p))
 

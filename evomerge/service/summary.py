@@ -16,7 +16,8 @@ from evomerge.recipe import Recipe
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation, is_left_unconfirmed
 from evomerge.report.entries import candidate_id, measures_of
 from evomerge.report.parameters import parameters_of
-from evomerge.report.status import Counts, chosen_of_front, unrecorded_s
+from evomerge.report.picks import Pick, picks_of
+from evomerge.report.status import Counts, Scalarised, chosen_of_front, scalarised, unrecorded_s
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_so_far
 from evomerge.service.bodies import (
     CandidateDetail,
@@ -28,6 +29,7 @@ from evomerge.service.bodies import (
     Spending,
 )
 from evomerge.service.drivers import Drivers, DriverState
+from evomerge.service.reading import PerState
 from evomerge.service.root import Root
 from evomerge.store import SearchRow, Store, summaries
 from evomerge.store.rows import Estimate
@@ -54,11 +56,16 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
     spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
     preference, landmarks = Preference.of_search(search), summaries.landmarks(store)
-    best = _best(store, preference, landmarks)
+    front = (
+        summaries.page(store, summaries.Order(), _LARGEST_FRONT, front=True) if len(preference.objectives) > 1 else []
+    )
+    best = _best(store, preference, front, landmarks)
+    scalar = scalarised(preference, [*front, *landmarks])
     state, why = driver.state, driver.why
     if state == "finished" and is_left_unconfirmed(store):
         state, why = UNCONFIRMED, UNCONFIRMED_WHY
     steps = _steps(store, preference)
+    source = _best_source(preference, landmarks, scalar)
     budget = Spending(**{key: search.settings["budget"].get(key) for key in Spending.model_fields})
     return SearchSummary(
         name=name,
@@ -70,21 +77,50 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         counts=Counts.model_validate({**counts, "asked": asked}),
         budget=budget,
         eta_s=_eta_s(budget, finished, spent_s) if driver.holds and driver.state == "running" else None,
-        best=None if best is None else candidate_name(best),
+        best=None if best is None else _named(best, preference, scalar),
         best_role=KNEE if KNEE in preference.roles else BEST,
-        best_source=_best_source(preference, landmarks),
+        best_source=None if source is None else _named(source, preference, scalar),
         sparkline=sparkline(steps, asked),
         gpu_hours=_gpu_hours(store, search, counts["done"] + counts["eliminated"]),
         objectives=[Objective(name=o["name"], maximise=o["maximise"]) for o in search.fingerprints["objectives"]],
+        scalar=None if scalar is None else Objective(name=scalar.name, maximise=scalar.direction == "maximize"),
+        confirmed=_confirmed(store),
     )
 
 
-def _best(store: Store, preference: Preference, landmarks: Sequence[Brief]) -> Brief | None:
+def _named(row: Brief, preference: Preference, scalar: Scalarised | None) -> CandidateName:
+    """A candidate in a few words, with the number of the scalarisation."""
+    name = candidate_name(row)
+    if scalar is None or scalar.best is None or scalar.worst is None:
+        return name
+    losses = preference.losses([{name: found["mean"] for name, found in row.objectives.items()}])
+    number = preference.sign * float(preference.order(losses, np.array([scalar.best, scalar.worst]))[0])
+    return name.model_copy(update={"scalar": number})
+
+
+def _confirmed_pick(store: Store) -> Pick | None:
+    """The winner, or the knee of a front, on held-out items; None before that."""
+    search = store.search()
+    rows = store.candidates(step=0)
+    held = confirmation(store, search, rows)
+    if not held.chosen:
+        return None
+    preference = Preference.of_search(search)
+    ways = {name: "maximize" if up else "minimize" for name, up in preference.objectives.items()}
+    if preference.scalar:
+        ways = {preference.scalar: "maximize" if preference.sign < 0 else "minimize", **ways}
+    picks = picks_of({}, held, ways, [row.label for row in rows if row.origin == "source"])
+    return next((pick for pick in picks if pick.role in (BEST, KNEE)), None)
+
+
+_confirmed: PerState[Pick | None] = PerState(_confirmed_pick)
+
+
+def _best(store: Store, preference: Preference, front: Sequence[Brief], landmarks: Sequence[Brief]) -> Brief | None:
     """The best on the search split, the knee of a front."""
     (first, up), *others = preference.objectives.items()
     if not others:
         return summaries.best(store, first, maximise=up)
-    front = summaries.page(store, summaries.Order(), _LARGEST_FRONT, front=True)
     found = chosen_of_front(preference, front, landmarks)
     return found.get(BEST, found.get(KNEE))
 
@@ -171,13 +207,16 @@ def _eta_s(budget: Spending, finished: int, spent_s: float) -> float | None:
     return min(left, default=None)
 
 
-def _best_source(preference: Preference, landmarks: Sequence[Brief]) -> CandidateName | None:
+def _best_source(preference: Preference, landmarks: Sequence[Brief], scalar: Scalarised | None) -> Brief | None:
     """The source that the search would prefer to the others."""
     known = [row for row in landmarks if row.objectives]
     losses = preference.losses([{name: e["mean"] for name, e in row.objectives.items()} for row in known])
-    order = preference.order(losses, losses)
+    among = losses
+    if scalar is not None and scalar.best is not None and scalar.worst is not None:
+        among = np.array([scalar.best, scalar.worst])
+    order = preference.order(losses, among)
     sources = [at for at, row in enumerate(known) if row.origin == "source" and not math.isnan(order[at])]
-    return candidate_name(known[min(sources, key=lambda at: order[at])]) if sources else None
+    return known[min(sources, key=lambda at: order[at])] if sources else None
 
 
 def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:

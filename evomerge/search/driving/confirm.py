@@ -122,14 +122,14 @@ class Confirmation:
         """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn.
 
         The shortlist is the front and the best of the search; of equal recipes the first is taken. Drawn are the best
-        by the first objective, which the picture of the winner's curse is about.
+        by what decides, or where nothing does by each objective, for the pictures of the winner's curse.
         """
-        settings, first = self._setup.confirm, self._setup.objectives[0]
-        by_first = Preference({first.name: first.maximise}, None)
+        settings = self._setup.confirm
         finds = [*self._store.front(), *self._best(self._preference, settings.top)]
         found = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
         shortlist = sorted(found.values(), key=lambda row: row.number)
-        drawn = [row for row in self._best(by_first, settings.drawn) if row.recipe_hash not in found]
+        most = [row for each in self._preference.parts for row in self._best(each, settings.drawn)]
+        drawn = list({row.number: row for row in most if row.recipe_hash not in found}.values())
         numbers = {"candidates": [row.number for row in shortlist], "drawn": [row.number for row in drawn]}
         self._store.record_event("shortlist", numbers)
         return shortlist, drawn

@@ -24,6 +24,8 @@ Losses = NDArray[np.float64]
 
 BEST, KNEE = "best", "knee"
 
+_SCALARS = {"weighted_sum": "weighted sum", "chebyshev": "chebyshev distance"}  # names of objectives have no spaces
+
 _EQUAL = 1e-9  # of scaled sums: rounding alone tells them apart
 
 _SCALARISATION: TypeAdapter[Scalarisation] = TypeAdapter(Scalarisation)
@@ -74,9 +76,19 @@ class Preference:
         return [BEST] if self.decides else [*map(best_at, self.objectives), KNEE]
 
     @property
+    def parts(self) -> list[Preference]:
+        """Preferences of one best: this one where it has one, else that of each objective by itself."""
+        return [self] if self.decides else [Preference({name: up}, None) for name, up in self.objectives.items()]
+
+    @property
     def scalar(self) -> str:
         """What the number is called that decides among several objectives; nothing where none does."""
-        return "" if self.scalarisation is None else self.scalarisation.name.replace("_", " ")
+        return "" if self.scalarisation is None else _SCALARS[self.scalarisation.name]
+
+    @property
+    def sign(self) -> float:
+        """What ``order`` is multiplied by to be shown: a sum of what is maximised as one, a distance as it is."""
+        return -1.0 if self.scalarisation is None or self.scalarisation.name == "weighted_sum" else 1.0
 
     def losses(self, models: Sequence[Mapping[str, float]]) -> Losses:
         """The losses of models by their means in each objective; NaN where one is not known."""
@@ -140,8 +152,8 @@ def ranked(store: Store, preference: Preference, k: int) -> list[CandidateRow]:
     (first, up), *others = preference.objectives.items()
     if not others:
         return store.best(first, maximise=up, k=k)
-    own, losses, on_front = _eligible(store, preference)
-    order = preference.order(losses, losses)
+    own, losses, on_front, among = _eligible(store, preference)
+    order = preference.order(losses, among)
     return [store.candidate(int(own[at])) for at in np.lexsort((own, ~on_front, order))[:k]]
 
 
@@ -153,16 +165,18 @@ def best_so_far(store: Store, preference: Preference) -> list[tuple[int, float]]
     (first, up), *others = preference.objectives.items()
     if not others:
         return summaries.best_so_far(store, first, maximise=up)
-    own, losses, _ = _eligible(store, preference)
-    order = preference.order(losses, losses)
+    own, losses, _, among = _eligible(store, preference)
+    order = preference.order(losses, among)
     least = np.minimum.accumulate(order)
     steps = np.flatnonzero(np.r_[True, least[1:] < least[:-1]]) if len(order) else np.empty(0, dtype=np.int64)
     return [(int(own[at]), -float(order[at])) for at in steps]
 
 
-def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], Losses, NDArray[np.bool_]]:
-    """The numbers of eligible candidates with scores of their own, their losses, and whether they are on the front."""
-    known = summaries.columns(store, ("number", "eligible", "same_as", "on_front"))
+def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], Losses, NDArray[np.bool_], Losses]:
+    """The numbers of eligible candidates with scores of their own, their losses, and whether they are on the front;
+    and the losses of the front and the landmarks, which give the range of objectives in every place.
+    """
+    known = summaries.columns(store, ("number", "eligible", "same_as", "on_front", "step"))
     losses = np.full((len(known["number"]), len(preference.objectives)), np.nan)
     for place, (name, up) in enumerate(preference.objectives.items()):
         found = summaries.measured(store, name)
@@ -171,4 +185,5 @@ def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], 
     own = np.array([same is None for same in known["same_as"]], dtype=np.bool_)
     eligible = own & np.array(known["eligible"], dtype=np.bool_)
     numbers = np.flatnonzero(eligible & np.isfinite(losses).all(axis=1))
-    return numbers, losses[numbers], np.array(known["on_front"], dtype=np.bool_)[numbers]
+    on_front = np.array(known["on_front"], dtype=np.bool_)
+    return numbers, losses[numbers], on_front[numbers], losses[on_front | (np.array(known["step"]) == 0)]

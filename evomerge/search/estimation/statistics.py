@@ -56,11 +56,11 @@ def paired_difference(ours: Values, theirs: Values, confidence: float) -> Differ
         return Difference(mean, mean, mean)
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
     reach = float(special.stdtrit(len(differences) - 1, 0.5 + confidence / 2)) * error
-    bound = _bound(differences)
+    bound = bound_of(differences)
     return Difference(mean, max(-bound, mean - reach), min(bound, mean + reach))
 
 
-def _bound(differences: Matrix) -> float:
+def bound_of(differences: Matrix) -> float:
     """How far from 0 a mean can be, of which these are some: 1 where scores are right or wrong, else no bound."""
     return 1.0 if _is_right_or_wrong(differences) else math.inf
 
@@ -93,31 +93,55 @@ def simultaneous_differences(differences: Matrix, confidence: float, seed: int) 
         single item intervals and p are NaN. A comparison is a point where all items differ by the same and nothing
         says how large a difference would be.
     """
-    n = len(differences)
     means = differences.mean(axis=0)
-    if n < 2:
+    typical = [typical_squares(differences)]
+    return simultaneous_sums(means, [differences - means], typical, confidence, seed, bound=bound_of(differences))
+
+
+def simultaneous_sums(
+    means: Matrix,
+    deviations: Sequence[Matrix],
+    typical: Sequence[Matrix],
+    confidence: float,
+    seed: int,
+    *,
+    bound: float = math.inf,
+) -> list[Corrected]:
+    """As ``simultaneous_differences``, for differences that are sums over several sets of items, independent of each
+    other: their variances add, and the degrees of freedom are the fewest that any comparison has by Welch and
+    Satterthwaite (Satterthwaite, Biometrics Bulletin 2, 1946).
+
+    Args:
+        means: float64 [comparisons], the differences.
+        deviations: for each set float64 [items, comparisons], by how much an item's part in a difference is above that
+            of all; the mean of each column is 0.
+        typical: for each set float64 [comparisons], as ``typical_squares`` gives it.
+        bound: how far from 0 a difference can be.
+    """
+    sizes = [len(each) for each in deviations]
+    if min(sizes) < 2:
         return [Corrected(mean, math.nan, math.nan, math.nan) for mean in means.tolist()]
-    if not differences.any():
+    if not means.any() and not any(each.any() for each in deviations):
         return [Corrected(mean, mean, mean, 1.0) for mean in means.tolist()]
-    centred = differences - means
-    squares = (centred**2).sum(axis=0)
-    typical = _typical_squares(differences)
-    largest = _largest_t(centred, squares, seed)
+    # Columns whose squares sum to the variance of their mean.
+    scaled = [each / math.sqrt(n * (n - 1)) for n, each in zip(sizes, deviations, strict=True)]
+    variances = np.stack([(each**2).sum(axis=0) for each in scaled])
+    variance = variances.sum(axis=0)
+    least = sum(np.asarray(each) / (n * (n - 1)) for n, each in zip(sizes, typical, strict=True))
+    largest = _largest_t(scaled, variances, seed)
     critical = float(np.quantile(largest, confidence))
-    reach = critical * np.sqrt((squares + critical**2 * typical) / (n * (n - 1)))
-    # The |t| at which the interval would end at 0: the positive root of t^2 (squares + t^2 typical) = n (n - 1) mean^2.
-    wanted = n * (n - 1) * means**2
-    below = squares + np.sqrt(squares**2 + 4 * typical * wanted)
-    certain = np.where(wanted > 0, math.inf, 0.0)  # all items differ by the same, or none does
-    t_squared = np.divide(2 * wanted, below, out=certain, where=below > 0)
+    reach = critical * np.sqrt(variance + critical**2 * least)
+    # The |t| at which the interval would end at 0: the positive root of t^2 (variance + t^2 least) = mean^2.
+    below = variance + np.sqrt(variance**2 + 4 * least * means**2)
+    certain = np.where(means != 0, math.inf, 0.0)  # all items differ by the same, or none does
+    t_squared = np.divide(2 * means**2, below, out=certain, where=below > 0)
     as_large = _DRAWS - np.searchsorted(largest, np.sqrt(t_squared), side="left")
     p = (1 + as_large) / (1 + _DRAWS)
-    bound = _bound(differences)
     low, high = np.maximum(means - reach, -bound), np.minimum(means + reach, bound)
     return [Corrected(*map(float, found)) for found in zip(means, low, high, p, strict=True)]
 
 
-def _typical_squares(differences: Matrix) -> Matrix:
+def typical_squares(differences: Matrix) -> Matrix:
     """float64 [comparisons]: the typical squared difference that keeps rare differences from looking like none.
 
     Right-or-wrong scores differ by 1. Of other scores a comparison needs it only where at least half of its items
@@ -138,17 +162,30 @@ def _typical_squares(differences: Matrix) -> Matrix:
     return np.where(np.isnan(typical), np.median(known) if len(known) else 0.0, typical)
 
 
-def _largest_t(centred: Matrix, squares: Matrix, seed: int) -> Matrix:
+def _largest_t(scaled: Sequence[Matrix], variances: Matrix, seed: int) -> Matrix:
     """float64 [draws], rising: the largest |t| of a family without any true difference, by Gaussian multipliers.
 
     A comparison without variance of its own is taken as independent of the others, which only widens intervals.
+
+    Args:
+        scaled: for each set of items, columns whose squares sum to its ``variances`` [sets, comparisons].
     """
-    n = len(centred)
     random = np.random.default_rng(seed)
-    flat = squares == 0
-    draws = _noise(centred / np.sqrt(np.where(flat, 1.0, squares)), random)
+    variance = variances.sum(axis=0)
+    flat = variance == 0
+    errors = np.sqrt(np.where(flat, 1.0, variance))
+    draws = sum((_noise(each / errors, random) for each in scaled), start=np.zeros((_DRAWS, len(variance))))
     draws[:, flat] = random.standard_normal((_DRAWS, int(flat.sum())))
-    return np.sort(np.abs(draws).max(axis=1) / np.sqrt(random.chisquare(n - 1, _DRAWS) / (n - 1)))
+    freedom = _freedom(variances[:, ~flat], [len(each) for each in scaled])
+    return np.sort(np.abs(draws).max(axis=1) / np.sqrt(random.chisquare(freedom, _DRAWS) / freedom))
+
+
+def _freedom(variances: Matrix, sizes: Sequence[int]) -> float:
+    """The fewest degrees of freedom of any of some sums of means, whose ``variances`` are [sets, sums]."""
+    if len(sizes) == 1 or not variances.shape[1]:
+        return min(sizes) - 1
+    own = np.array(sizes, dtype=np.float64)[:, None] - 1
+    return float((variances.sum(axis=0) ** 2 / (variances**2 / own).sum(axis=0)).min())
 
 
 def _noise(centred: Matrix, random: np.random.Generator) -> Matrix:
@@ -184,17 +221,26 @@ def luck_of_choice(values: Sequence[Matrix], seed: int) -> float:
     return max(0.0, math.sqrt(2) * float(np.take_along_axis(noise, best[:, None], axis=1).mean()))
 
 
+def sum_interval(mean: float, deviations: Sequence[Matrix], confidence: float) -> Difference:
+    """A sum of independent means with Welch's interval.
+
+    Args:
+        mean: the sum.
+        deviations: for each set of items float64 [items], by how much its part in the sum is above that of all.
+    """
+    if min(len(each) for each in deviations) < 2:
+        return Difference(mean, math.nan, math.nan)
+    variances = np.array([float(each.var(ddof=1)) / len(each) for each in deviations])
+    if not variances.any():
+        return Difference(mean, mean, mean)
+    freedom = _freedom(variances[:, None], [len(each) for each in deviations])
+    reach = float(special.stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variances.sum())
+    return Difference(mean, mean - reach, mean + reach)
+
+
 def shift(before: Matrix, after: Matrix, confidence: float) -> Difference:
     """How much lower the mean of ``after`` [m] is than that of ``before`` [n], other items, with Welch's interval."""
-    mean = float(before.mean() - after.mean())
-    if min(len(before), len(after)) < 2:
-        return Difference(mean, math.nan, math.nan)
-    errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
-    if not sum(errors):
-        return Difference(mean, mean, mean)
-    weights = sum(error**2 / (len(v) - 1) for error, v in zip(errors, (before, after), strict=True))
-    reach = float(special.stdtrit(sum(errors) ** 2 / weights, 0.5 + confidence / 2)) * math.sqrt(sum(errors))
-    return Difference(mean, mean - reach, mean + reach)
+    return sum_interval(float(before.mean() - after.mean()), [before, after], confidence)
 
 
 def kendall_tau(one: Matrix, other: Matrix, weights: Matrix | None = None) -> float:

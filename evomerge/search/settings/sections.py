@@ -123,8 +123,8 @@ class Budget(Section):
 class Confirm(Section):
     """What is scored on the held-out split at the end: the front, the ``top`` of the search, the landmarks.
 
-    ``drawn`` of the best by the first objective are scored there too, once the winner is named, to draw the winner's
-    curse alone. ``confidence`` is that of all intervals of an objective together.
+    ``drawn`` of the best by what decides, or of a front by each objective, are scored there too, once the winner is
+    named, to draw the winner's curse alone. ``confidence`` is that of all intervals of an objective together.
     """
 
     top: Candidates = 5

@@ -20,9 +20,12 @@ from evomerge.service.figures.style import (
     figure,
     markers,
     safe,
+    stacked,
 )
 from evomerge.service.reading import columns_of, thinned, value_text
 from evomerge.store import Store
+
+_PANEL = 340  # pixels of one plot of several
 
 _CONFIRMED = Mark(BLUE, "circle", 8)
 _DRAWN = Mark(BLUE, "circle-open", 8)
@@ -32,13 +35,18 @@ _KEPT, _MISSED = Mark(BLUE, "circle", 5), Mark(PINK, "x-thin-open", 7)
 
 
 def curse(store: Store) -> go.Figure:
-    """Search against held-out score in the first objective, of all that have both.
+    """Search against held-out score in what decides, or where nothing does in every objective, of all that have both.
 
     On the diagonal a candidate is as good as it looked. Bars are standard errors.
     """
-    found = curse_of(store)
-    if not found.points:
+    panels = {found.objective: _curse(found) for found in curse_of(store).all if found.points}
+    if not panels:
         return figure(notes=["No candidate has held-out scores yet."])
+    return stacked(panels, _PANEL) if len(panels) > 1 else next(iter(panels.values()))
+
+
+def _curse(found: Curse) -> go.Figure:
+    """The picture of one number."""
     groups = (
         ("shortlist", _CONFIRMED, [p for p in found.found if p.confirmed and not p.winner]),
         ("drawn only", _DRAWN, [p for p in found.found if not p.confirmed and not p.winner]),

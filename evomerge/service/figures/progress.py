@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from evomerge.report.entries import Measure, candidate_id, measure_text
+from evomerge.report.entries import Measure, candidate_id
 from evomerge.service.figures.style import (
     BLUE,
     MARKS,
@@ -17,29 +17,44 @@ from evomerge.service.figures.style import (
     drawn_note,
     figure,
     focused,
+    is_empty,
     is_outside,
     markers,
     outside_note,
     safe,
+    stacked,
 )
-from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, thinned, value_text
+from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, number_text, thinned, value_text
 from evomerge.store import Store
 from evomerge.store.front import hypervolume as volume_of
 from evomerge.store.front import nondominated
 
 Over = Literal["candidates", "hours"]
 
+_PANEL = 260  # pixels of one plot of several
+
 
 def history(store: Store, over: Over = "candidates", objective: str | None = None) -> go.Figure:
-    """The best so far of those that may win, beside the best source and the uniform average.
+    """The best so far of those that may win, beside the best source and the uniform average: in what decides, or where
+    nothing does in every objective, one below the other.
 
-    ``over`` candidates in the order asked, or hours since the search began, pauses included, in the order finished.
+    Args:
+        over: candidates in the order asked, or hours since the search began, pauses included, in the order finished.
+        objective: the one to show.
 
     Raises:
         KeyError: ``objective`` is none of the search.
     """
     found = columns_of(store)
-    measure = found.objective(objective)
+    measures = found.numbers_that_decide if objective is None else [found.objective(objective)]
+    panels = {measure["name"]: _history(store, found, measure, over) for measure in measures}
+    if len(panels) > 1 and not any(map(is_empty, panels.values())):
+        return stacked(panels, _PANEL)
+    return next(iter(panels.values()))
+
+
+def _history(store: Store, found: Columns, measure: Measure, over: Over) -> go.Figure:
+    """The best so far in one measure."""
     means, errors, items = found.measured(store, measure["name"])
     where = found.numbers.astype(np.float64) if over == "candidates" else found.hours()
     known: Mask = found.eligible & np.isfinite(means) & np.isfinite(where)
@@ -54,7 +69,7 @@ def history(store: Store, over: Over = "candidates", objective: str | None = Non
     traces = [
         _dots(found, shown & ~found.landmark, where, means, errors, items, measure),
         *_landmark_lines(found, means, errors, measure, end),
-        _best_line(found, order, steps, where, best, errors, end),
+        _best_line(found, order, steps, where, best, errors, end, measure["name"]),
     ]
     bounds = focused(means[each], (found.landmark & _is_best_source(found, means, measure))[each],
                      maximise=measure["maximise"])  # fmt: skip
@@ -99,12 +114,13 @@ def _dots(
 
 
 def _best_line(
-    found: Columns, order: Any, steps: Any, where: Values, best: Values, errors: Values, end: float
+    found: Columns, order: Any, steps: Any, where: Values, best: Values, errors: Values, end: float, name: str
 ) -> go.Scatter:
     """The line of the best, which changes at ``steps``, up to the last candidate."""
     at = order[steps]
     words = [
-        f"<b>best so far: {safe(found.names[i])}</b><br>{measure_text(value, errors[i])}; chosen for it, so partly luck"
+        f"<b>best so far: {safe(found.names[i])}</b><br>"
+        f"{number_text(name, value, errors[i])}; chosen for it, so partly luck"
         for i, value in zip(at.tolist(), best[steps].tolist(), strict=True)
     ]
     return go.Scatter(
@@ -124,9 +140,13 @@ def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Meas
         look = {"fill": "toself", "fillcolor": ORANGE, "opacity": 0.18, "line": {"width": 0}, "mode": "lines"}
         traces.append(go.Scatter(**band, **look, hoverinfo="skip", showlegend=False))
         name = f"best source: {found.labels[at]}"
-        traces.append(_level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {measure_text(mean, errors[at])}"))
+        traces.append(
+            _level(
+                name, mean, end, ORANGE, "dash", f"{found.names[at]} {number_text(measure['name'], mean, errors[at])}"
+            )
+        )
     for at in np.flatnonzero(known & found.of_origin("average")).tolist():
-        words = f"{found.names[at]} {measure_text(means[at], errors[at])}"
+        words = f"{found.names[at]} {number_text(measure['name'], means[at], errors[at])}"
         traces.append(_level(found.labels[at], means[at], end, PURPLE, "dot", words))
     return traces
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
+from plotly.subplots import make_subplots
 
 from evomerge.report.svg import COLOURS
 
@@ -95,6 +96,30 @@ def figure(traces: Iterable[Any] = (), notes: Iterable[str] = (), height: int = 
     drawn.update_xaxes(automargin=True, zeroline=False)
     drawn.update_yaxes(automargin=True, zeroline=False)
     return drawn
+
+
+def stacked(panels: Mapping[str, go.Figure], height: int) -> go.Figure:
+    """Figures of one plot each, one below the other; what stands in the legend of one stands for all.
+
+    Args:
+        panels: by what each is of, which stands before its notes.
+        height: of a plot in pixels.
+    """
+    rows = make_subplots(rows=len(panels))
+    named: set[str] = set()
+    notes = []
+    for row, (of, panel) in enumerate(panels.items(), start=1):
+        for trace in panel.data:
+            shown = trace.showlegend is not False and trace.name not in named
+            named |= {trace.name} if shown else set()
+            rows.add_trace(trace.update(legendgroup=trace.name, showlegend=shown), row=row, col=1)
+        for axis, update in (("xaxis", rows.update_xaxes), ("yaxis", rows.update_yaxes)):
+            look = panel.layout[axis]
+            update(title={"text": look.title.text}, range=look.range, row=row, col=1)
+        notes += [f"{of}: {words}"] if (words := words_of(panel)) else []
+    layout = rows.layout.to_plotly_json()
+    layout.pop("template", None)
+    return figure(rows.data, notes=notes, height=height * len(panels), **layout)
 
 
 def words_of(drawn: go.Figure) -> str:

@@ -18,12 +18,12 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipe import Recipe
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
-from evomerge.report.entries import candidate_id, entry
+from evomerge.report.entries import SOURCE, candidate_id, origin_of
 from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
-from evomerge.report.picks import SOURCE, roles_of
 from evomerge.report.picks import best_source as best_label
+from evomerge.report.picks import roles_of
 from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import choice_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of
@@ -100,7 +100,9 @@ def show_candidate(
     theirs = "" if other is None else called(status, other)
     return page(
         request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
-        searched=entry(row, search.fingerprints), fate=status_text(row, status),
+        numbers=[*status.numbers, *status.constraints],
+        searched=status.entry(row, search.fingerprints), origin=origin_of(row, search.settings["sources"]),
+        fate=status_text(row, status),
         held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
         path=path_text(recipe, depths, _PATH_WIDTH), recipe_yaml=_mergekit(recipe, row.recipe),
         hold=choice_text(status)[:1] if status.confirmed_entry(mine) else [],
@@ -179,15 +181,17 @@ def sentence(found: Comparison, a: str, b: str) -> str:
     where = f"{found.objective}, on {found.n} {'held-out' if found.split == 'held_out' else 'search'} items"
     items = "item" if found.better_a == 1 else "items"
     counts = f"It won {found.better_a} {items} and lost {found.better_b} (p {p_text(found.p)})."
+    if found.better_a is None:  # in the number of a scalarisation no item is won
+        counts = ""
     if found.difference == 0:
-        return f"{where}: {a} and {b} score the same. {counts}"
+        return f"{where}: {a} and {b} score the same. {counts}".rstrip()
     how = "better" if found.difference > 0 else "worse"
     gap = signed(abs(found.difference))[1:]
     if found.low is None or found.high is None:
         return f"{where}: {a} is {gap} {how} than {b}. One item says nothing of how sure that is."
     interval = f"{found.confidence:.0%} interval {signed(found.low)} to {signed(found.high)}"
     sure = "" if found.low > 0 or found.high < 0 else " That may be luck: the interval holds 0."
-    return f"{where}: {a} is {gap} {how} than {b}, {interval}.{sure} {counts}"
+    return f"{where}: {a} is {gap} {how} than {b}, {interval}.{sure} {counts}".rstrip()
 
 
 def is_up(status: SearchStatus, measure: str) -> bool:
@@ -218,8 +222,10 @@ def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> 
 
 
 def best_source(status: SearchStatus) -> str:
-    """The id of the best source on the search split, in the first objective; nothing while none is scored."""
-    first, way = next(iter(status.directions.items()))
+    """The id of the best source on the search split, in what decides or of a front in the first objective; nothing
+    while none is scored.
+    """
+    first, way = next(iter(status.numbers.items()))
     label = best_label(status.baselines, status.sources, first, way)
     return next((each.id for each in status.baselines if label and each.label == label), "")
 
@@ -231,8 +237,8 @@ def _gaps(status: SearchStatus, name: str) -> list[str]:
         return []
     return [
         f"{measure}: {gap_words(gap)} over {gap.to}" + (f", p {p_text(gap.p)}" if gap.p is not None else "")
-        for measure, value in found.objectives.items()
-        for gap in value.difference
+        for measure in status.numbers
+        for gap in found.gaps(measure)
     ]
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from evomerge.errors import InputError
-from evomerge.report.picks import SOURCE
+from evomerge.report.entries import SOURCE
 from evomerge.report.status import SearchStatus
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with

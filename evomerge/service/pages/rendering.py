@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evomerge import __version__
-from evomerge.report.entries import Gap, Value, candidate_id, measure_text
+from evomerge.report.entries import Gap, Value, candidate_id, measure_text, value_text
 from evomerge.report.lists import origin_text
 from evomerge.report.screen import duration, p_text
 from evomerge.report.status import Counts
@@ -116,15 +116,18 @@ def finished(counts: Counts) -> int:
 
 
 def gains_over_source(summary: SearchSummary) -> dict[str, float]:
-    """By how much the best is better than the best source in each objective, where both have a score."""
+    """By how much the best is better than the best source, where both have a score: in the number of a scalarisation,
+    and in each objective.
+    """
     gains = {}
+    best, source = summary.best, summary.best_source
+    one, other = (None if each is None else each.scalar for each in (best, source))
+    if summary.scalar is not None and one is not None and other is not None:
+        gains[summary.scalar.name] = (one - other) * (1 if summary.scalar.maximise else -1)
     for objective in summary.objectives:
-        best, source = (
-            None if each is None else each.objectives.get(objective.name)
-            for each in (summary.best, summary.best_source)
-        )
-        if best is not None and source is not None and best.mean is not None and source.mean is not None:
-            gains[objective.name] = (best.mean - source.mean) * (1 if objective.maximise else -1)
+        ours, theirs = (None if each is None else each.objectives.get(objective.name) for each in (best, source))
+        if ours is not None and theirs is not None and ours.mean is not None and theirs.mean is not None:
+            gains[objective.name] = (ours.mean - theirs.mean) * (1 if objective.maximise else -1)
     return gains
 
 
@@ -166,6 +169,8 @@ def fields_of(text: str) -> list[tuple[str, str]]:
 
 
 def _measure(value: Value | Mean) -> str:
+    if isinstance(value, Value):
+        return value_text(value)
     return "" if value.mean is None else measure_text(value.mean, value.stderr)
 
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
-from evomerge.report.entries import Entry
+from evomerge.report.entries import Entry, Value
 from evomerge.report.parameters import ParameterColumn, columns_of
 from evomerge.report.picks import Pick, conclusions, is_front, roles_of
 from evomerge.report.screen import choice_text, gain_text, ranked, thrift_lines
@@ -125,7 +125,8 @@ def search(
         verbs=_verbs(summary, status.choice is not None and status.choice.made), caption=_caption(status, rows),
         pick=held_out_pick(status), conclusions=conclusions(status), is_front=is_front(status),
         work_s=_work_s(status), columns=columns, table_parameters=_table_parameters(store, table, columns),
-        measures=[*status.directions, *status.constraints], rows=rows, thrift=thrift_lines(status),
+        measures=[*status.numbers, *status.constraints], best_values=_best_values(status), rows=rows,
+        thrift=thrift_lines(status),
         choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
         parameters=[each["name"] for each in found.fingerprints["parameters"]], origins=origins, page=table,
         patience=found.settings["budget"].get("patience"), place=shell_place(place(root, name)),
@@ -222,6 +223,12 @@ def _work_s(status: SearchStatus) -> float:
     return sum(status.seconds.values()) * (status.candidates.done + status.candidates.eliminated)
 
 
+def _best_values(status: SearchStatus) -> dict[str, Value]:
+    """What the best on the search split is worth."""
+    known = {name: None if status.best is None else status.best.value(name) for name in status.numbers}
+    return {name: value for name, value in known.items() if value is not None}
+
+
 def _caption(status: SearchStatus, rows: Sequence[Row]) -> str:
     """What the rows of the table of scores are."""
     if len(status.directions) == 1:
@@ -256,7 +263,7 @@ def _confirmed(status: SearchStatus) -> Iterator[Row]:
     for each in status.confirmed_baselines:
         yield _confirmed_row(each, status, landmark=True)
     for found in ranked(status.confirmed, status):
-        gains = [gain_text(found, status, name) for name in status.directions]
+        gains = [gain_text(found, status, name) for name in status.numbers]
         yield _confirmed_row(found, status, landmark=False, gains=gains)
 
 
