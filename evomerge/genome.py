@@ -21,6 +21,7 @@ class Parameter:
 
     A "real" is any float in [low, high]; an "int" a whole number in it; a "choice" the position of one of ``choices``
     (low 0, high len - 1). Genomes carry all three as floats. ``group`` gathers parameters for display ("layers.3").
+    ``share_of`` is the source that it says the share of, where it is nothing but that.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Parameter:
     kind: Literal["real", "int", "choice"] = "real"
     group: str = ""
     choices: tuple[str, ...] = ()
+    share_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

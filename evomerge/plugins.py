@@ -1,4 +1,8 @@
-"""Finding what users add: one lookup for search spaces, evaluators and merge methods, through entry points."""
+"""Finding parts by name: this project's own, and those that packages add through entry points.
+
+One lookup for merge methods, search spaces, evaluators, optimizers and observers. A part is imported when it is first
+asked for by name.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +16,87 @@ from importlib.metadata import EntryPoint, entry_points
 from evomerge.errors import InputError
 from evomerge.printable import printable
 
+OWN: Mapping[str, Mapping[str, str]] = {
+    "evomerge.merge_methods": {
+        "linear": "evomerge.methods.linear:LINEAR",
+        "passthrough": "evomerge.methods.passthrough:PASSTHROUGH",
+        "slerp": "evomerge.methods.slerp:SLERP",
+        "nuslerp": "evomerge.methods.nuslerp:NUSLERP",
+        "multislerp": "evomerge.methods.multislerp:MULTISLERP",
+        "karcher": "evomerge.methods.karcher:KARCHER",
+        "task_arithmetic": "evomerge.methods.task_arithmetic:TASK_ARITHMETIC",
+        "model_stock": "evomerge.methods.model_stock:MODEL_STOCK",
+        "ties": "evomerge.methods.ties:TIES",
+        "dare_linear": "evomerge.methods.dare:DARE_LINEAR",
+        "dare_ties": "evomerge.methods.dare:DARE_TIES",
+        "della_linear": "evomerge.methods.della:DELLA_LINEAR",
+        "della": "evomerge.methods.della:DELLA",
+        "breadcrumbs": "evomerge.methods.breadcrumbs:BREADCRUMBS",
+        "breadcrumbs_ties": "evomerge.methods.breadcrumbs:BREADCRUMBS_TIES",
+        "sce": "evomerge.methods.sce:SCE",
+        "ram": "evomerge.methods.ram:RAM",
+        "ramplus_tl": "evomerge.methods.ram:RAMPLUS_TL",
+        "arcee_fusion": "evomerge.methods.arcee_fusion:ARCEE_FUSION",
+        "nearswap": "evomerge.methods.nearswap:NEARSWAP",
+    },
+    "evomerge.search_spaces": {
+        "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",
+        "data_flow_space": "search_spaces.data_flow_space:DataFlowSpaceSettings",
+        "hybrid_space": "search_spaces.hybrid_space:HybridSpaceSettings",
+    },
+    "evomerge.evaluators": {
+        "lm_eval": "evaluators.lm_eval:LmEvalSettings",
+        "mgsm": "evaluators.mgsm:MgsmSettings",
+        "multiple_choice": "evaluators.multiple_choice:MultipleChoiceSettings",
+        "likelihood": "evaluators.likelihood:LikelihoodSettings",
+        "rouge": "evaluators.rouge:RougeSettings",
+        "language": "evaluators.language:LanguageSettings",
+        "reward_model": "evaluators.reward_model:RewardModelSettings",
+        "cost": "evaluators.cost:CostSettings",
+        "python": "evaluators.function:FunctionSettings",
+    },
+}
+"""This project's parts: for each group of entry points, where each name is. They need no installation, so that a new
+one is there as soon as its line is; a package's part of the same name does not replace one of them."""
+
 _MOST_NAME, _MOST_LISTED = 100, 300  # characters
 
 
 def plugins(group: str) -> Mapping[str, EntryPoint]:
-    """Every entry point of a group by name, this project's own among them."""
+    """Every part of a group by name: this project's own first, then those of packages by name."""
     return _installed(group, tuple(sys.path))
 
 
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
     """``plugins`` while packages are looked for in these places: reading them all takes ten milliseconds."""
-    return {point.name: point for point in entry_points(group=group)}
+    own = {name: EntryPoint(name, target, group) for name, target in OWN.get(group, {}).items()}
+    added = sorted(entry_points(group=group), key=lambda point: point.name)
+    return own | {point.name: point for point in added if point.name not in own}
 
 
 def find_plugin(group: str, name: str, place: str, noun: str) -> object:
-    """Load the entry point ``name`` of ``group``.
+    """Load the part ``name`` of ``group``.
 
     Raises:
-        InputError: there is none of that name; says the nearest, or all.
+        InputError: there is none of that name (says the nearest, or all), or the package that brings it fails.
     """
     known = plugins(group)
     if name not in known:
         raise unknown_name(name, known, place, noun)
-    return known[name].load()
+    try:
+        return _load(known[name])
+    except Exception as error:  # whatever a package's own code does on import
+        if name in OWN.get(group, {}):
+            raise
+        what = f"{noun} {name!r} of {known[name].value} cannot be loaded: {type(error).__name__}: {error}"
+        raise InputError(place, f"the {printable(what)}", "Repair the package, or remove it.") from error
+
+
+@cache
+def _load(point: EntryPoint) -> object:
+    """Merging asks for a method by name for every tensor."""
+    return point.load()
 
 
 def unknown_name(name: str, known: Iterable[str], place: str, noun: str) -> InputError:

@@ -53,6 +53,8 @@ def _no_negative_zero(value: float) -> float:
 
 
 Number = Annotated[FiniteFloat, AfterValidator(_no_negative_zero)]
+ChoiceName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$", max_length=100)]
+"""The name of a choice, which cannot be read as a number."""
 
 
 class _Frozen(BaseModel):
@@ -62,23 +64,31 @@ class _Frozen(BaseModel):
 class Blend(_Frozen):
     """How one part of a model is made: a method, the sources it mixes, and its numbers.
 
-    ``parameters`` maps a parameter's name to one number, to a number for each source by name, or to a yes/no switch.
+    ``parameters`` maps a parameter's name to one value, to a value for each source by name, or to a yes/no switch. A
+    value is a number (a whole one, too, is a float) or the name of a choice.
     ``sources`` never holds the base unless the base is mixed in as a source as well (as in a linear average with it).
     """
 
     method: str
     sources: tuple[str, ...] = Field(min_length=1)
     base: str | None = None
-    parameters: dict[str, bool | Number | dict[str, Number]] = Field(default_factory=dict)
+    parameters: dict[str, bool | Number | ChoiceName | dict[str, Number | ChoiceName]] = Field(default_factory=dict)
 
     def value(self, name: str, source: str | None = None) -> float:
         """One number of this blend; of ``source`` where the parameter has a value for each. KeyError when absent."""
-        found = self.parameters[name]
-        if isinstance(found, dict):
+        return float(self._value(name, source))
+
+    def choice(self, name: str, source: str | None = None) -> str:
+        """What is chosen, as ``value``."""
+        return str(self._value(name, source))
+
+    def _value(self, name: str, source: str | None) -> bool | float | str:
+        value = self.parameters[name]
+        if isinstance(value, dict):
             if source is None:
                 raise KeyError(f"{name} has a value for each source; say which")
-            return found[source]
-        return float(found)
+            return value[source]
+        return value
 
 
 LayerIndex = Annotated[int, Field(ge=0)]

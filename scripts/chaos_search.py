@@ -12,13 +12,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Engine, event
 
-from evomerge.method_spec import MethodParameter, MethodSpec
+from evomerge.method import Method, MethodParameter
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.driver import Driver
@@ -41,6 +41,10 @@ ZOMBIE = "raylet killed"
 FLAGS = ("at", "workers", "dead", "again", "late")  # folders in which workers and ``chaos.py`` tell each other things
 
 
+def _no_plan(facts: object, blend: object) -> NoReturn:
+    raise NotImplementedError("nothing is merged here")
+
+
 def make_setup(candidates: int) -> Setup:
     """Three weights over a base that nobody has. Nothing of it imports torch: drivers start often here."""
     weight = MethodParameter("weight", "source", 0.0, 1.0, 0.4)
@@ -50,7 +54,7 @@ def make_setup(candidates: int) -> Setup:
         tokenizer="base",
         layers=8,
         tied=False,
-        method=lambda name: MethodSpec(name, (weight,), needs_base=True),
+        method=lambda name: Method(name, _no_plan, (weight,), needs_base=True),
         recipe_seed=0,
         dtype=None,
     )

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
-from evomerge.method_spec import MethodSpec
+from evomerge.method import Method
 from evomerge.recipe import DType
 from evomerge.vocabulary import Vocabulary
 
@@ -30,7 +30,7 @@ class SpaceContext:
     tokenizer: str
     layers: int
     tied: bool
-    method: Callable[[str], MethodSpec]
+    method: Callable[[str], Method]
     recipe_seed: int
     dtype: DType | None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)

@@ -15,12 +15,13 @@ from typing import Literal, NoReturn, Self
 import numpy as np
 
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Landmark, Parameter, SearchSpace
+from evomerge.genome import Genome, Landmark, SearchSpace
 from evomerge.mergekit import load_recipe_file
-from evomerge.method_spec import check_blend, default_parameters
-from evomerge.recipe import Blend, Recipe
+from evomerge.method import check_blend
+from evomerge.recipe import Recipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_sources, source_member
+from search_spaces.method_genes import MethodGenes
 from search_spaces.parameter_space import ParameterSpaceSettings
 from search_spaces.path_encodings import Slot
 from search_spaces.paths import MOST_PARAMETERS, EncodingName, PathGenes, PathSettings
@@ -46,7 +47,7 @@ class HybridSpaceSettings(PathSettings):
     encoding: EncodingName = "integers"
     winner: Path | None = None
     others: tuple[str, ...] | None = None
-    method: Literal["linear", "task_arithmetic"] | None = None
+    method: str | None = None
     granularity: Literal["hop", "model"] | None = None
 
     def at(self, root: Path) -> Self:
@@ -63,7 +64,7 @@ class HybridSpaceSettings(PathSettings):
         if self.winner is not None:
             return self._after(self.winner, context)
         if self.method is None:
-            mend = "Give `winner: RECIPE.yaml` or `method: linear` (or task_arithmetic)."
+            mend = "Give `winner: RECIPE.yaml` or a merge method, such as `method: linear`."
             raise InputError("space", "needs a merge to start from, or a method to merge hops by", mend)
         if self.others is not None:
             raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
@@ -147,7 +148,7 @@ class JointSpace:
         settings: of the paths and the weights.
         context: of the search.
         method: by which hops are merged.
-        marks: the landmarks of the parameter space of this method with one weight a source.
+        marks: the landmarks of the parameter space of this method on the whole model.
 
     Raises:
         InputError: settings that contradict each other or the sources.
@@ -158,13 +159,16 @@ class JointSpace:
     ) -> None:
         self._settings = settings
         self._context = context
-        self._spec = context.method(method)
+        self._genes = MethodGenes(context.method(method), context)
         self._marks = marks
         self._path = PathGenes(settings, {"merged": context.layers})
         slots = [Slot(name, name) for name in ("embedding", "norm", *([] if context.tied else ["head"]))]
         slots = [Slot("model", "model")] if self._one else [*self._path.slots, *slots]
         self._merges = len(slots)
-        self.parameters = [*self._path.parameters, *self._weights(slots)]
+        self.parameters = [
+            *self._path.parameters,
+            *(p for slot in slots for p in self._genes.parameters(slot.name, slot.group)),
+        ]
         if len(self.parameters) > MOST_PARAMETERS:
             problem = f"makes {len(self.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
             raise InputError("space.granularity", problem, "Set it to model.")
@@ -177,9 +181,9 @@ class JointSpace:
 
     def decode(self, genome: Genome) -> Recipe:
         numbers = genome.tolist()
-        cut, size = len(self._path.parameters), len(self._context.mixed)
+        cut, size = len(self._path.parameters), len(self._genes)
         picks, scales = self._path.read(numbers[:cut])
-        blends = [self._blend(numbers[start : start + size]) for start in range(cut, len(numbers), size)]
+        blends = [self._genes.blend(numbers[start : start + size]) for start in range(cut, len(numbers), size)]
         of_slots = blends * len(self._path.slots) if self._one else blends
         embedding, norm, *head = blends * 3 if self._one else blends[len(self._path.slots) :]
         return Recipe.compose(
@@ -204,16 +208,3 @@ class JointSpace:
                 yield replace(mark, genome=None)
             else:
                 yield replace(mark, genome=np.concatenate([path, np.tile(mark.genome, self._merges)]))
-
-    def _weights(self, slots: Sequence[Slot]) -> Iterator[Parameter]:
-        (weight,) = (p for p in self._spec.parameters if p.name == "weight")
-        for slot in slots:
-            for source in self._context.mixed:
-                name = f"{slot.name}.weight.{source}"
-                yield Parameter(name, weight.low, weight.high, weight.default, group=slot.group)
-
-    def _blend(self, weights: Sequence[float]) -> Blend:
-        mixed = self._context.mixed
-        numbers = default_parameters(self._spec, mixed) | {"weight": dict(zip(mixed, weights, strict=True))}
-        base = self._context.base if self._spec.needs_base else None
-        return Blend(method=self._spec.name, sources=mixed, base=base, parameters=numbers)

@@ -17,14 +17,14 @@ from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Landmark, SearchSpace
 from evomerge.merging.materialise import check_recipe
-from evomerge.merging.registry import METHODS, find_method
-from evomerge.method_spec import check_blend
+from evomerge.method import check_blend, find_method, own_methods
 from evomerge.optimizers import CmaSettings
 from evomerge.recipe import Recipe
 from evomerge.search.settings.search_file import explain
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, DataFlowSpaceSettings
 
+METHODS = own_methods()
 MINIATURES = Path(__file__).resolve().parents[1] / "examples" / "miniatures"
 DEPTHS = {"a": 5, "b": 4, "c": 7}
 
@@ -40,7 +40,7 @@ def build(depths: dict[str, int] | None = None, *, base: str | None = None, **se
         layers=depths["a"],
         depths=depths,
         tied=False,
-        method=lambda name: find_method(name, "space.method").spec,
+        method=lambda name: find_method(name, "space.method"),
         recipe_seed=3,
         dtype=None,
     )
@@ -133,7 +133,7 @@ def test_every_genome_is_a_path_within_the_limits(data: st.DataObject) -> None:
     assert {source for source, _ in path} <= {"a", *(settings.get("others") or DEPTHS)}
     assert len(set(path)) <= space.shelves
     for blend in recipe.blends:
-        check_blend(blend, METHODS[blend.method].spec, "test")
+        check_blend(blend, METHODS[blend.method], "test")
     low, high = settings.get("scale_bounds", (0.5, 1.5))
     assert all(low <= scale <= high for scale in scales(recipe))
     assert recipe.scaling == (settings["scaling"] if recipe.is_scaled else "stream")
@@ -455,7 +455,7 @@ def test_paths_through_the_miniatures_can_be_made() -> None:
         layers=sources["maths"].layers,
         depths={name: source.layers for name, source in sources.items()},
         tied=sources["maths"].tied,
-        method=lambda name: find_method(name, "space.method").spec,
+        method=lambda name: find_method(name, "space.method"),
         recipe_seed=0,
         dtype=None,
     )

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from evomerge.errors import InputError
 from evomerge.genome import Genome, SearchSpace
 from evomerge.mergekit import dump_recipe
-from evomerge.merging.registry import METHODS, find_method
-from evomerge.method_spec import check_blend
+from evomerge.method import check_blend, find_method, own_methods
 from evomerge.recipe import Blend, DType, Recipe
 from evomerge.vocabulary import Vocabulary
 from search_spaces.base import SpaceContext
@@ -22,6 +21,7 @@ from search_spaces.data_flow_space import DataFlowSpace
 from search_spaces.hybrid_space import HybridSpaceSettings, JointSpace
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
+METHODS = own_methods()
 LAYERS = 5
 SOURCES = {name: f"models/{name}" for name in ("base", "maths", "japanese")}
 
@@ -42,7 +42,7 @@ def context(
         layers=LAYERS,
         depths=dict.fromkeys(sources, LAYERS),
         tied=tied,
-        method=lambda name: find_method(name, "space.method").spec,
+        method=lambda name: find_method(name, "space.method"),
         recipe_seed=3,
         dtype=dtype,
         vocabulary=vocabulary or Vocabulary(),
@@ -95,7 +95,7 @@ def check_path(recipe: Recipe, most: int) -> None:
     assert 2 <= len(recipe.hops) <= most
     assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
     for blend in recipe.blends:
-        check_blend(blend, METHODS[blend.method].spec, "test")
+        check_blend(blend, METHODS[blend.method], "test")
 
 
 # ---- one after the other --------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from evomerge.checkpoints.low_rank_rows import LowRankRows
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.low_rank import base_recipe, coefficients, family_of, low_rank_problem
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.registry import METHODS
+from evomerge.method import own_methods
 from evomerge.recipe import Blend, Recipe
 
+METHODS = own_methods()
 CPU = torch.device("cpu")
 PROMPTS = torch.arange(3, 21).reshape(3, 6)
 
@@ -284,7 +285,7 @@ def test_other_models(plain: Path, adapters: dict[str, Path], tmp_path: Path) ->
 
 
 def blend_of(method: str, weights: dict[str, float], **more: Any) -> Blend:
-    base = "base" if METHODS[method].spec.needs_base else None
+    base = "base" if METHODS[method].needs_base else None
     return Blend(method=method, sources=tuple(weights), base=base, parameters={"weight": weights, **more})
 
 

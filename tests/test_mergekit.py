@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from evomerge.errors import InputError
 from evomerge.mergekit import from_mergekit, load_recipe_file, to_mergekit
-from evomerge.mergekit.grammar import GRAMMARS
-from evomerge.merging import METHODS
-from evomerge.method_spec import check_blend
+from evomerge.method import check_blend, own_methods
 from evomerge.recipe import Blend, Recipe, Role
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import dump_yaml, load_yaml
+
+METHODS = own_methods()
+GRAMMARS = {name: method.mergekit for name, method in METHODS.items() if method.mergekit is not None}
 
 # Written as the examples that people copy: a base without parameters, gradients, filters.
 TIES = """
@@ -228,7 +229,7 @@ def test_every_method_of_mergekits_is_read() -> None:
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_what_is_read_can_be_computed_and_is_called_the_same(method: str) -> None:
     (blend,) = from_mergekit(least(method), lambda reference: llama(2)).blends
-    spec = METHODS[method].spec
+    spec = METHODS[method]
     check_blend(blend, spec, "blend")
     scopes = {p.name: p.scope for p in spec.parameters} | dict.fromkeys(spec.switches, "switch")
     defaults = {p.name: p.default for p in spec.parameters} | dict(spec.switches)

@@ -10,13 +10,14 @@ from helpers_checkpoints import save_model, tiny_config
 
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging import METHODS, device
+from evomerge.merging import device
 from evomerge.merging.device import DeviceRunner, Residency, choose_place
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
-from evomerge.method_spec import default_parameters
+from evomerge.method import default_parameters, own_methods
 from evomerge.recipe import Blend, Recipe
 
+METHODS = own_methods()
 GB = 10**9
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 def recipe(method: str, sources: dict[str, Source]) -> Recipe:
-    spec = METHODS[method].spec
+    spec = METHODS[method]
     mixed = ("a", "b")[: spec.max_sources]
     blend = Blend(
         method=method,

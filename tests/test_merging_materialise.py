@@ -19,18 +19,18 @@ from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging import METHODS
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Weights
 from evomerge.merging.jobs import Job
 from evomerge.merging.materialise import Materialiser, check_recipe
-from evomerge.method_spec import default_parameters
+from evomerge.method import default_parameters, own_methods
 from evomerge.recipe import Blend, Recipe
 from evomerge.testing import methods
 
+METHODS = own_methods()
 LAYERS = 2
 NAMES = ("maths", "ja")
-MIXED = {name: NAMES[: method.spec.max_sources] for name, method in METHODS.items()}
+MIXED = {name: NAMES[: method.max_sources] for name, method in METHODS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 def blend(method: str, sources: tuple[str, ...] = NAMES, **numbers: Any) -> Blend:
-    spec = METHODS[method].spec
+    spec = METHODS[method]
     parameters = default_parameters(spec, sources) | numbers
     return Blend(method=method, sources=sources, base="base" if spec.needs_base else None, parameters=parameters)
 

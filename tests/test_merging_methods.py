@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evomerge import plugins
 from evomerge.errors import InputError
-from evomerge.merging import METHODS, find_method, registry
 from evomerge.merging.drops import LEVELS, level, limit, random_halves, stream_key
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Pass
-from evomerge.merging.plans import Method
+from evomerge.method import GROUP, Method, find_method, own_methods
 from evomerge.recipe import Blend
 from evomerge.testing.methods import SEED, TENSOR, MethodContract, merge, tensors
 
+METHODS = own_methods()
 LINEAR, TASK_ARITHMETIC, SLERP = METHODS["linear"], METHODS["task_arithmetic"], METHODS["slerp"]
 TIES, DARE_LINEAR, DARE_TIES = METHODS["ties"], METHODS["dare_linear"], METHODS["dare_ties"]
 
@@ -123,7 +124,7 @@ class TestNearswap(MethodContract):
 
 
 def test_every_method_is_held_to_its_contract() -> None:
-    held = {kind.method.spec.name for kind in MethodContract.__subclasses__()}
+    held = {kind.method.name for kind in MethodContract.__subclasses__()}
     assert held >= set(METHODS)
 
 
@@ -200,8 +201,8 @@ SLOW: dict[str, Callable[..., list[float]]] = {
 def blend_of(method: Method, w: list[float], p: list[float], normalize: bool) -> Blend:
     names = tuple(f"s{i}" for i in range(len(w)))
     numbers = {"weight": dict(zip(names, w, strict=True)), "density": dict(zip(names, p, strict=True))}
-    taken = {q.name: numbers[q.name] for q in method.spec.parameters if q.scope == "source"}
-    return Blend(method=method.spec.name, sources=names, base="b", parameters={**taken, "normalize": normalize})
+    taken = {q.name: numbers[q.name] for q in method.parameters if q.scope == "source"}
+    return Blend(method=method.name, sources=names, base="b", parameters={**taken, "normalize": normalize})
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -390,17 +391,21 @@ def _double(facts: Facts, blend: Blend) -> Pass:
     return Combine({blend.sources[0]: 2.0})
 
 
-DOUBLE = Method(LINEAR.spec, _double)
+DOUBLE = Method("double", _double)
 
 
 def test_a_package_can_bring_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     points = {
-        name: EntryPoint(name, f"{__name__}:{target}", registry.GROUP)
-        for name, target in (("double", "DOUBLE"), ("broken", "SLOW"))
+        name: EntryPoint(name, f"{__name__}:{target}", GROUP)
+        for name, target in (("double", "DOUBLE"), ("broken", "SLOW"), ("dubble", "DOUBLE"), ("gone", "NOWHERE"))
     }
-    monkeypatch.setattr(registry, "plugins", lambda group: points)
+    monkeypatch.setattr(plugins, "plugins", lambda group: points)
     assert find_method("double", "m") is DOUBLE
     with pytest.raises(InputError, match="is no merge method"):
         find_method("broken", "m")
+    with pytest.raises(InputError, match="calls itself double"):
+        find_method("dubble", "m")
+    with pytest.raises(InputError, match=r"^m: the merge method 'gone' of .*NOWHERE cannot be loaded"):
+        find_method("gone", "m")
     with pytest.raises(InputError, match="Did you mean 'double'"):
         find_method("doubel", "m")

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from helpers_miniature import MINIATURES, evomerge, search_file
 
-from evomerge.merging import METHODS
+from evomerge.method import own_methods
 from evomerge.store import Store
 
+METHODS = own_methods()
 ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_searched_and_exported(method: str, tmp_path: Path) -> None:
-    spec = METHODS[method].spec
+    spec = METHODS[method]
     names = ("base", "maths", "japanese")[: 1 + (spec.max_sources or 2)]
     sources = {name: str(MINIATURES / name) for name in names}
     file = search_file(

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import InputError
-from evomerge.merging.registry import METHODS, find_method
-from evomerge.method_spec import check_blend
+from evomerge.method import check_blend, find_method, own_methods
 from evomerge.recipe import Recipe, Role, roles
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
+METHODS = own_methods()
 LAYERS = 5
 
 
@@ -31,7 +31,7 @@ def build(
         tokenizer=sources[0],
         layers=LAYERS,
         tied=tied,
-        method=lambda name: find_method(name, "space.method").spec,
+        method=lambda name: find_method(name, "space.method"),
         recipe_seed=3,
         dtype=None,
     )
@@ -92,7 +92,7 @@ def test_each_gene_moves_its_own_part_and_no_other() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 @given(data=st.data())
 def test_decode_is_total_and_pure(method: str, data: st.DataObject) -> None:
-    spec = METHODS[method].spec
+    spec = METHODS[method]
     base, mixed = "base" if spec.needs_base else None, ("a", "b")[: spec.max_sources]
     space = build(method=method, base=base, granularity=2, sources=(base, *mixed) if base else mixed)
     genome = np.array([data.draw(st.floats(p.low, p.high)) for p in space.parameters])
@@ -100,7 +100,7 @@ def test_decode_is_total_and_pure(method: str, data: st.DataObject) -> None:
     assert recipe == space.decode(genome.copy())
     assert len(recipe.hops) == LAYERS
     for blend in recipe.blends:
-        check_blend(blend, METHODS[method].spec, "test")
+        check_blend(blend, METHODS[method], "test")
     assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
 
 

@@ -13,14 +13,12 @@ import torch
 from helpers_miniature import evomerge, search_file
 from tsv_merge import TSV_MERGE
 
-from evomerge.merging import find_method
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Elementwise, Pass, Whole
-from evomerge.merging.plans import Method
 from evomerge.merging.site import Site
-from evomerge.method_spec import MethodSpec
+from evomerge.method import Method, find_method
 from evomerge.recipe import Blend, Role
 from evomerge.store import Store
 from evomerge.testing.methods import MethodContract, merge, tensors
@@ -96,14 +94,14 @@ def _svd_whole(facts: Facts, blend: Blend) -> Pass:
 
 
 class TestRankOne(MethodContract):
-    method = Method(MethodSpec("rank_one", (), needs_base=True), _svd_whole)
+    method = Method("rank_one", _svd_whole, needs_base=True)
     tolerance: ClassVar[float] = 1e-5
     whole = None
 
 
 def test_the_contract_catches_a_decomposition_of_pieces() -> None:
     class Wrong(MethodContract):
-        method = Method(MethodSpec("by_rows", (), needs_base=True), _svd_by_rows)
+        method = Method("by_rows", _svd_by_rows, needs_base=True)
         tolerance: ClassVar[float] = 1e-5
 
     with pytest.raises(AssertionError):

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe, load_recipe_file
-from evomerge.merging import METHODS
-from evomerge.method_spec import check_blend, default_parameters
+from evomerge.method import check_blend, default_parameters, own_methods
 from evomerge.recipe import Blend, Hop, Recipe, Role, renumber, roles
 from evomerge.yaml import dump_yaml, load_yaml
 
+METHODS = own_methods()
 SOURCES = {"base": "models/base", "maths": "models/maths", "ja": "org/ja@main"}
 
 
@@ -261,7 +261,7 @@ def test_numbers_are_finite(value: float) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_defaults_are_let_through_and_anything_else_is_not(name: str) -> None:
-    spec = METHODS[name].spec
+    spec = METHODS[name]
     base = "base" if spec.needs_base else None
     sources = ("maths", "ja")[: spec.max_sources]
     good = Blend(method=name, sources=sources, base=base, parameters=default_parameters(spec, sources))

@@ -32,7 +32,7 @@ from evomerge.service.app import ServiceSettings
 from evomerge.service.figures import NAMES, Name, Wish, draw, draw_path, draw_recipe, style
 from evomerge.service.figures import recipe as figure_recipe
 from evomerge.service.figures.progress import growth
-from evomerge.service.figures.recipe import weight_of
+from evomerge.service.figures.recipe import share_in
 from evomerge.service.figures.style import MARKS, is_empty, without_notes, words_of
 from evomerge.service.figures.workers import Attempt, attempts_of, idle_share, stops_of
 from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
@@ -481,10 +481,10 @@ def test_heat_maps_of_a_search_have_one_scale(tmp_path: Path) -> None:
 
 def test_weights_of_other_methods() -> None:
     slerp = Blend(method="slerp", sources=("one", "two"), parameters={"t": 0.25})
-    assert [weight_of(slerp, name) for name in ("one", "two")] == [0.75, 0.25]
+    assert [share_in(slerp, name) for name in ("one", "two")] == [0.75, 0.25]
     plain = Blend(method="karcher", sources=("one", "two", "base"), parameters={})
-    assert weight_of(plain, "one") == pytest.approx(1 / 3)
-    assert math.isnan(weight_of(slerp, "base"))
+    assert share_in(plain, "one") == pytest.approx(1 / 3)
+    assert math.isnan(share_in(slerp, "base"))
 
 
 def test_a_path_is_drawn_hop_by_hop(root: Path) -> None:

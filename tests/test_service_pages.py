@@ -20,7 +20,7 @@ from sqlalchemy import insert, update
 from starlette.testclient import TestClient
 
 from evaluators import evaluator_settings
-from evomerge.merging.registry import METHODS
+from evomerge.method import own_methods
 from evomerge.optimizers import OptimizerSettings
 from evomerge.report.comparing import Comparison
 from evomerge.report.screen import gain_text
@@ -40,6 +40,7 @@ from evomerge.store import Store, acquire, tables
 from evomerge.yaml import dump_yaml
 from search_spaces import space_settings
 
+METHODS = own_methods()
 SEARCH = f"/searches/{NAME}"
 PAGES = (
     "/", SEARCH, f"{SEARCH}?status=done&sort=o0&order=asc&front=true", f"{SEARCH}/candidates/0",

@@ -11,11 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evomerge.merging import METHODS
 from evomerge.merging.passes import Combine
+from evomerge.method import own_methods
 from evomerge.recipe import Blend
 from evomerge.testing.methods import merge, plan
 
+METHODS = own_methods()
 Array = NDArray[np.float64]
 
 SHAPE = (6, 32)

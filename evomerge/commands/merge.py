@@ -17,8 +17,7 @@ from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
 from evomerge.mergekit import load_recipe_file
-from evomerge.method_spec import check_blend
-from evomerge.method_specs import find_spec
+from evomerge.method import check_blend, check_needs, find_method
 from evomerge.objects import is_url
 from evomerge.recipe import Role
 from evomerge.vocabulary import Vocabulary
@@ -44,7 +43,9 @@ def merge(path: Path, out: str | Path) -> None:
 
     recipe = load_recipe_file(path, look)
     for number, blend in enumerate(recipe.blends):
-        check_blend(blend, find_spec(blend.method, f"{path}: blends[{number}].method"), f"{path}: blends[{number}]")
+        method = find_method(blend.method, f"{path}: blends[{number}].method")
+        check_blend(blend, method, f"{path}: blends[{number}]")
+        check_needs(method, (), f"{path}: blends[{number}].method")
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     from evomerge.checkpoints.checks import check_compatible

@@ -1,10 +1,13 @@
-"""What mergekit lets one say of each merge method, and what it is called in a recipe."""
+"""What mergekit lets one say of a merge method, and what it is called in a recipe; each method holds its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from evomerge.method import GROUP, find_method
+from evomerge.plugins import plugins, unknown_name
 
 Value = float | bool
 
@@ -66,31 +69,44 @@ class Grammar:
         return [*(setting.name for setting in self.settings), *self.fixed, *self.idle]
 
 
-def _per_source(name: str, default: float | None) -> Setting:
+def find_grammar(method: str, place: str, noun: str = "merge method") -> Grammar:
+    """What mergekit lets one say of the method of this name.
+
+    Raises:
+        InputError: mergekit has no such method, or we have not.
+    """
+    names = plugins(GROUP)
+    grammar = find_method(method, place).mergekit if method in names else None
+    if grammar is None:
+        known = [name for name in names if find_method(name, place).mergekit is not None]
+        raise unknown_name(method, known, place, noun)
+    return grammar
+
+
+def per_source(name: str, default: float | None) -> Setting:
+    """A number that each source has its own of."""
     return Setting(name, name, default, per_source=True)
 
 
-def _for_all(name: str, default: float | None, absent: float | None = None) -> Setting:
+def for_all(name: str, default: float | None, absent: float | None = None) -> Setting:
+    """A number for all sources; left out of a blend it means ``absent``, mergekit's default unless given."""
     return Setting(name, name, default, absent=default if absent is None else absent)
 
 
-_WEIGHT = _per_source("weight", None)
-_DENSITY = _per_source("density", 1.0)
-_GAMMA = _per_source("gamma", 0.01)
-_EPSILON = _per_source("epsilon", 0.15)
-_LAMBDA = _for_all("lambda", 1.0)
-_RAM_EPSILON = _for_all("epsilon", 1e-5)
+WEIGHT = per_source("weight", None)
+DENSITY = per_source("density", 1.0)
+LAMBDA = for_all("lambda", 1.0)
 
 
-def _task_vectors(
+def task_vectors(
     sum: Literal["plain", "elected"], *more: Setting, normalize: bool = False, rescale: bool | None = None
 ) -> Grammar:
     """The family that mergekit calls generalised task arithmetic. Nothing is rescaled where ``rescale`` is None."""
     settings = [
-        _WEIGHT,
+        WEIGHT,
         *more,
         Setting("normalize", "normalize", normalize, absent=False),
-        _LAMBDA,
+        LAMBDA,
     ]
     idle = ["int8_mask"]  # it chooses how signs are stored
     if rescale is None:
@@ -98,45 +114,3 @@ def _task_vectors(
     else:
         settings.append(Setting("rescale", "rescale", rescale, absent=rescale))
     return Grammar("apart", tuple(settings), copies_base=True, sum=sum, idle=tuple(idle))
-
-
-GRAMMARS: Mapping[str, Grammar] = {
-    "linear": Grammar("source", (_WEIGHT, Setting("normalize", "normalize", True, absent=True))),
-    "slerp": Grammar("first", (_for_all("t", None, 0.5),), least=2, most=2),
-    "nuslerp": Grammar(
-        "optional",
-        (
-            _WEIGHT,
-            Setting("nuslerp_flatten", "flatten", True, absent=True),
-            Setting("nuslerp_row_wise", "row_wise", False, absent=False),
-        ),
-        least=2,
-        most=2,
-    ),
-    "multislerp": Grammar(
-        "optional", (_WEIGHT, Setting("normalize_weights", "normalize", True, absent=True)), fixed={"eps": 1e-8}
-    ),
-    "karcher": Grammar("source", fixed={"max_iter": 10, "tol": 1e-5}, unsaid=(_per_source("weight", 1.0),)),
-    "task_arithmetic": _task_vectors("plain"),
-    "ties": _task_vectors("elected", _DENSITY, normalize=True, rescale=False),
-    "dare_linear": _task_vectors("plain", _DENSITY, rescale=True),
-    "dare_ties": _task_vectors("elected", _DENSITY, rescale=True),
-    "della": _task_vectors("elected", _DENSITY, _EPSILON, normalize=True, rescale=True),
-    "della_linear": _task_vectors("plain", _DENSITY, _EPSILON, rescale=True),
-    "breadcrumbs": _task_vectors("plain", _DENSITY, _GAMMA, rescale=False),
-    "breadcrumbs_ties": _task_vectors("elected", _DENSITY, _GAMMA, rescale=False),
-    "model_stock": Grammar(
-        "apart", (Setting("filter_wise", "filter_wise", False, absent=False),), least=2, unsaid=(_LAMBDA,)
-    ),
-    "sce": Grammar("apart", (_for_all("select_topk", 1.0),), copies_base=True, idle=("int8_mask",)),
-    "arcee_fusion": Grammar("apart", most=1, unsaid=(_for_all("fence", 1.5),)),
-    "nearswap": Grammar("apart", (_for_all("t", None, 0.001),), most=1),
-    "ram": Grammar("apart", (_RAM_EPSILON,), copies_base=True, unsaid=(_LAMBDA,)),
-    "ramplus_tl": Grammar(
-        "apart",
-        (_for_all("r", 0.1), _for_all("alpha", 0.2), _RAM_EPSILON),
-        copies_base=True,
-        unsaid=(_LAMBDA,),
-    ),
-    "passthrough": Grammar("source", (_per_source("scale", 1.0),), most=1),
-}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from evomerge.errors import InputError
-from evomerge.mergekit.grammar import GRAMMARS, Grammar, Setting, Value
+from evomerge.mergekit.grammar import Grammar, Setting, Value, find_grammar
 from evomerge.mergekit.references import read_reference, short_names
 from evomerge.mergekit.settings import Parameters, check_keys, find_value, read_parameters
 from evomerge.mergekit.vocabularies import read_tokenizer, read_vocabulary
@@ -61,15 +61,14 @@ def from_mergekit(
     """
     _check_keys(config, _KEYS, place)
     method = config.get("merge_method")
-    if not isinstance(method, str) or method not in GRAMMARS:
-        raise unknown_name(str(method), GRAMMARS, f"{place}: merge_method", "merge method")
+    grammar = find_grammar(str(method), f"{place}: merge_method")
     base = _base(config, f"{place}: base_model")
-    slices = _slices(config, base, look, place)
+    slices = _slices(config, grammar, base, look, place)
     references = list(dict.fromkeys(itertools.chain(*(each.starts for each in slices), [base] if base else [])))
     tokenizer = read_tokenizer(config, base or references[0], place)
     names = short_names(dict.fromkeys([*references, tokenizer]))
-    parameters = read_parameters(config.get("parameters"), GRAMMARS[method], f"{place}: parameters")
-    merge = _Merge(method, names, parameters, look(tokenizer))
+    parameters = read_parameters(config.get("parameters"), grammar, f"{place}: parameters")
+    merge = _Merge(str(method), grammar, names, parameters, look(tokenizer))
 
     hops = [
         merge.hop(piece, offset, start + offset) for start, piece in _placed(slices) for offset in range(piece.length)
@@ -100,6 +99,7 @@ class _Merge:
     """
 
     method: str
+    grammar: Grammar
     names: Mapping[str, str]
     parameters: Parameters
     roles: Roles
@@ -142,7 +142,7 @@ class _Merge:
 
     def _blend(self, piece: _Slice, t: float, merged: str, inputs: Mapping[str, str]) -> Blend:
         """The blend of the tensor called ``merged`` in the merged model and ``inputs`` in the models."""
-        grammar, base = GRAMMARS[self.method], piece.base
+        grammar, base = self.grammar, piece.base
         mixed = [model for model in piece.starts if model != base or grammar.base == "source"]
         if grammar.base == "first" and base is not None:
             mixed.insert(0, base)
@@ -216,9 +216,10 @@ def _placed(slices: Iterable[_Slice]) -> Iterator[tuple[int, _Slice]]:
         start += piece.length
 
 
-def _slices(config: Mapping[str, Any], base: str | None, look: Callable[[str], Roles], place: str) -> list[_Slice]:
+def _slices(
+    config: Mapping[str, Any], grammar: Grammar, base: str | None, look: Callable[[str], Roles], place: str
+) -> list[_Slice]:
     method = config["merge_method"]
-    grammar = GRAMMARS[method]
     if ("models" in config) == ("slices" in config):
         raise InputError(place, "needs either `models:` or `slices:`")
     if "models" in config:
@@ -231,10 +232,10 @@ def _slices(config: Mapping[str, Any], base: str | None, look: Callable[[str], R
             told = ", ".join(f"{model} has {layers}" for model, layers in depths.items())
             raise InputError(where, f"differ in layers: {told}", "Say with `slices:` which layers are mixed.")
         whole = _Slice(dict.fromkeys(models, 0), next(iter(depths.values())), base, models, {}, f"{place}: ")
-        _check_mixed(whole, method, f"{place}: base_model", where)
+        _check_mixed(whole, method, grammar, f"{place}: base_model", where)
         return [whole]
     slices = [
-        _slice(piece, config, base, look, f"{place}: slices[{number}]")
+        _slice(piece, config, grammar, base, look, f"{place}: slices[{number}]")
         for number, piece in enumerate(_list(config["slices"], f"{place}: slices"))
     ]
     if not any(piece.length for piece in slices):
@@ -246,9 +247,10 @@ def _slices(config: Mapping[str, Any], base: str | None, look: Callable[[str], R
     return slices
 
 
-def _slice(given: Any, config: Mapping[str, Any], base: str | None, look: Callable[[str], Roles], place: str) -> _Slice:
+def _slice(
+    given: Any, config: Mapping[str, Any], grammar: Grammar, base: str | None, look: Callable[[str], Roles], place: str
+) -> _Slice:
     method = config["merge_method"]
-    grammar = GRAMMARS[method]
     _check_keys(given, ("sources", "base_model", "parameters"), place)
     models = _models(given.get("sources"), ("model", "layer_range", "parameters"), grammar, f"{place}.sources")
     ranges = {}
@@ -267,13 +269,13 @@ def _slice(given: Any, config: Mapping[str, Any], base: str | None, look: Callab
         read_parameters(given.get("parameters"), grammar, f"{place}.parameters"),
         f"{place}.",
     )
-    _check_mixed(piece, method, f"{place}.base_model", f"{place}.sources")
+    _check_mixed(piece, method, grammar, f"{place}.base_model", f"{place}.sources")
     return piece
 
 
-def _check_mixed(piece: _Slice, method: str, base_place: str, place: str) -> None:
+def _check_mixed(piece: _Slice, method: str, grammar: Grammar, base_place: str, place: str) -> None:
     """Refuse a slice whose models its method cannot mix."""
-    grammar, base = GRAMMARS[method], piece.base
+    base = piece.base
     if grammar.base in ("apart", "first") and base is None:
         raise InputError(base_place, f"is missing, and {method} needs it")
     if grammar.base != "source" and base is not None and base not in piece.starts:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import InputError
-from evomerge.mergekit.grammar import GRAMMARS, Grammar, Setting, Value
+from evomerge.mergekit.grammar import Grammar, Setting, Value, find_grammar
 from evomerge.mergekit.reading import Roles, depth
 from evomerge.mergekit.vocabularies import write_vocabulary
-from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe, Role, renumber
 
 
@@ -41,9 +40,7 @@ def to_mergekit(recipe: Recipe, look: Callable[[str], Roles]) -> dict[str, Any]:
     methods = sorted({blend.method for blend in recipe.blends})
     if len(methods) > 1:
         raise InputError("recipe.blends", f"differ in method, which mergekit cannot say ({', '.join(methods)})")
-    if methods[0] not in GRAMMARS:
-        raise unknown_name(methods[0], GRAMMARS, "recipe.blends", "merge method of mergekit's")
-    grammar = GRAMMARS[methods[0]]
+    grammar = find_grammar(methods[0], "recipe.blends", "merge method of mergekit's")
     _check_references(recipe)
     for number, blend in enumerate(recipe.blends):
         _check_numbers(blend, grammar, f"recipe.blends[{number}]")
@@ -188,6 +185,8 @@ def _value(blend: Blend, setting: Setting, source: str | None) -> Value:
     value = blend.parameters.get(setting.ours, setting.absent)
     if isinstance(value, dict):
         value = value[source or ""]
+    if isinstance(value, str):
+        raise InputError("recipe.blends", f"{blend.method} has the choice {setting.ours}, and mergekit has none")
     if value is None:
         raise InputError("recipe.blends", f"{blend.method} needs a value for {setting.ours}")
     return value

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _LOW_32 = 0xFFFFFFFF
 LEVELS = 1 << 16
@@ -32,6 +34,8 @@ def stream_key(seed: int, source: str, tensor: str) -> tuple[int, int]:
 
 def random_words(first: int, count: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
     """Words first .. first + count - 1 of a stream: int64 [count], each in [0, 2**32). ``words`` has it compiled."""
+    import torch
+
     x = (torch.arange(first, first + count, device=device) & _LOW_32) ^ key[0]
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW_32
     x = (x + key[1]) & _LOW_32
@@ -41,6 +45,8 @@ def random_words(first: int, count: int, key: tuple[int, int], device: torch.dev
 
 def random_halves(first: int, count: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
     """The bits of elements first .. first + count - 1, in the upper half of an int32 [count]."""
+    import torch
+
     words = random_words(first // 2, (first + count + 1) // 2 - first // 2, key, device)
     halves = torch.stack([words << 16, words & (0xFFFF << 16)], dim=-1).view(-1)
     return halves[first % 2 : first % 2 + count].to(torch.int32)

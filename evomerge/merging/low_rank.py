@@ -21,8 +21,8 @@ from evomerge.merging.jobs import Crew
 from evomerge.merging.materialise import check_recipe
 from evomerge.merging.passes import Combine
 from evomerge.merging.path import Merged, merged_tensors, site_of
-from evomerge.merging.registry import find_method
 from evomerge.merging.site import Ref
+from evomerge.method import find_method
 from evomerge.recipe import Blend, Recipe
 
 _ROUNDING = 1e-6

@@ -18,12 +18,10 @@ from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Pass
 from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
-from evomerge.merging.plans import Method
-from evomerge.merging.registry import find_method
 from evomerge.merging.shelving import Held, Made, assign, tensors_made
 from evomerge.merging.site import Ref
-from evomerge.method_spec import check_blend
-from evomerge.recipe import Blend, Recipe
+from evomerge.method import check_blend, check_needs, find_method
+from evomerge.recipe import Recipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
@@ -44,9 +42,11 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     if missing := sorted((recipe.used_sources() | {recipe.tokenizer}) - set(sources)):
         opened = ", ".join(sorted(sources))
         raise InputError(f"recipe.sources.{missing[0]}", "is not among the opened sources", f"These are: {opened}.")
-    methods = {blend.method: find_method(blend.method, "recipe.blends") for blend in recipe.blends}
     for number, blend in enumerate(recipe.blends):
-        _check_numbers(blend, methods[blend.method], f"recipe.blends[{number}]")
+        place = f"recipe.blends[{number}]"
+        method = find_method(blend.method, place)
+        check_blend(blend, method, place)
+        check_needs(method, (), place)
     _check_scales(recipe, sources[recipe.tokenizer])
     for number, hop in enumerate(recipe.hops):
         for index in {hop.attention, hop.mlp, hop.norm}:
@@ -71,15 +71,6 @@ def _check_scales(recipe: Recipe, model: Source) -> None:
     if recipe.scaling == "stream" and not model.normed:
         problem = f"scales the stream, but the layers of a {kind} read it without a norm, so that its size matters"
         raise InputError("recipe.scaling", problem, "Scale what layers add: `scaling: update`.")
-
-
-def _check_numbers(blend: Blend, method: Method, place: str) -> None:
-    check_blend(blend, method.spec, place)
-    for name, (low, high) in method.limits.items():
-        value = blend.parameters.get(name, low)
-        for number in value.values() if isinstance(value, dict) else (value,):
-            if not low <= number <= high:
-                raise InputError(f"{place}.{name}", f"is {number:g}; it must be from {low:g} to {high:g}")
 
 
 _PLANNED_BYTES = 1 << 28

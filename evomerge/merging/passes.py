@@ -13,7 +13,8 @@ pass makes the tensor, and with which coefficients.
 * ``Whole``: any function of whole tensors, such as a decomposition, in plain torch.
 
 Others may be added: whatever has the members of ``Pass``. ``run`` is the plain definition in torch, for any device;
-``kernel`` the same compiled for pairs of elements on the CPU, which ``jobs`` prefers where there is one.
+``kernel`` the same compiled for pairs of elements on the CPU, which ``jobs`` prefers where there is one. Both import
+what they compute with when they are called: methods, which make passes, are looked up where no tensor is near.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from evomerge.merging import kernels
 from evomerge.merging.drops import LEVELS, limit, random_halves, row_turns
 
-Compute = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Compute: TypeAlias = "Callable[..., Tensor]"
 """(function, its arguments) -> its result: how a plain definition is run, as it stands or compiled for a device."""
 
 Grain = Literal["element", "row", "tensor"]
@@ -86,57 +87,6 @@ def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     return function(*arguments)
 
 
-def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """sum_k c_k x_k in float32."""
-    total = coefficients[0] * tensors[0].float()
-    for k, tensor in enumerate(tensors[1:], start=1):
-        total = total + coefficients[k] * tensor.float()
-    return total
-
-
-def sparsify(
-    tensors: Sequence[Tensor],
-    numbers: Tensor,
-    masks: Sequence[tuple[Tensor, Tensor]] | None,
-    scale: Tensor,
-    elect: bool,
-    divide: bool,
-) -> Tensor:
-    """What ``Sparsify`` says, in float32.
-
-    Args:
-        tensors: the base and the sources.
-        numbers: float32 [parts, 4]: weight, low, high, share.
-        masks: for each part random bits and the largest that are kept; None for masks by magnitude.
-    """
-    base = tensors[0].float()
-    total, above, below = torch.zeros_like(base), torch.zeros_like(base), torch.zeros_like(base)
-    shares_above, shares_below = torch.zeros_like(base), torch.zeros_like(base)
-    for k, tensor in enumerate(tensors[1:]):
-        delta = tensor.float() - base
-        weight, low, high, share = numbers[k]
-        kept = (delta.abs() >= low) & (delta.abs() < high) if masks is None else masks[k][0] <= masks[k][1]
-        part = (weight * delta).where(kept, 0.0)
-        total = total + part
-        above, below = above + part.clamp(min=0), below + part.clamp(max=0)
-        shares_above, shares_below = shares_above + share * (part > 0), shares_below + share * (part < 0)
-    if not elect:
-        return base + total
-    positive = above + below >= 0  # a sum of zero counts as positive
-    elected, agreeing = torch.where(positive, above, below), torch.where(positive, shares_above, shares_below)
-    return base + (scale * (elected / agreeing.where(agreeing != 0, 1.0)) if divide else elected)
-
-
-def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
-    """What ``Select`` says, in float32; ``numbers`` are the shares and then the least variance."""
-    base = tensors[0].float()
-    deltas = torch.stack([tensor.float() - base for tensor in tensors[1:]])
-    varies = deltas.double().var(dim=0, unbiased=False).float()
-    agrees = deltas.sign() == torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
-    kept = numbers[:-1].view(-1, *[1] * base.ndim) * agrees
-    return base + ((deltas * kept).sum(dim=0) / kept.sum(dim=0).clamp(min=1e-6)).where(varies >= numbers[-1], 0.0)
-
-
 @dataclass(frozen=True)
 class Combine:
     """sum_k c_k x_k, by name of the source; the base may be one."""
@@ -154,10 +104,16 @@ class Combine:
         return used or tuple(self.coefficients)[:1]
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        import torch
+
+        from evomerge.merging.definitions import combine
+
         coefficients = [self.coefficients[name] for name in self.inputs]
         return compute(combine, tensors, torch.tensor(coefficients, device=tensors[0].device))
 
     def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
         coefficients = tuple(np.float32(self.coefficients[name]) for name in self.inputs)
         return lambda arrays, out, span: kernels.combine(arrays, coefficients, out, span.stream)
 
@@ -217,6 +173,10 @@ class Sparsify:
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
+        import torch
+
+        from evomerge.merging.definitions import sparsify
+
         device, parts = tensors[0].device, self.parts
         numbers = [[part.weight, part.low, part.high, part.share] for part in parts]
         masks: list[tuple[Tensor, Tensor]] | None = None
@@ -226,6 +186,8 @@ class Sparsify:
         return compute(sparsify, tensors, torch.tensor(numbers, device=device), masks, scale, self.elect, self.divide)
 
     def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
         parts = self.parts
         drawn, meeting = parts[0].key is not None, parts[0].rise is not None
         windowed = not drawn and any(part.high < math.inf for part in parts)
@@ -254,6 +216,8 @@ class Sparsify:
 
     def _limits(self, part: Part, tensors: Sequence[Tensor], first: int) -> Tensor:
         """What the bits must not exceed: one number, or one an element by what it meets."""
+        import torch
+
         base, lowest = tensors[0], torch.tensor(limit(part.levels), dtype=torch.int32, device=tensors[0].device)
         if part.rise is None:
             return lowest
@@ -288,10 +252,16 @@ class Select:
         return "element"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        import torch
+
+        from evomerge.merging.definitions import select
+
         numbers = torch.tensor([*self.shares.values(), self.least], device=tensors[0].device)
         return compute(select, tensors, numbers)
 
     def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
         shares, least = tuple(np.float32(share) for share in self.shares.values()), np.float32(self.least)
         return lambda arrays, out, span: kernels.select(arrays[0], arrays[1:], shares, least, out, span.stream)
 

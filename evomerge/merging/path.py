@@ -11,6 +11,7 @@ from evomerge.checkpoints.layered import written_settings
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.site import Ref, Site
+from evomerge.method import is_copy
 from evomerge.recipe import Blend, Hop, Recipe, Role, renumber
 
 
@@ -83,15 +84,9 @@ def configured_by(recipe: Recipe, sources: Mapping[str, Source]) -> str:
     """
     first = recipe.blends[0]
     name = first.sources[0]
-    is_copy = recipe.blends == (first,) and _is_copy(first) and not recipe.is_scaled
-    whole = [hop.layer_of(name) for hop in recipe.hops] == list(range(sources[name].layers)) if is_copy else False
+    copies = recipe.blends == (first,) and is_copy(first) and not recipe.is_scaled
+    whole = [hop.layer_of(name) for hop in recipe.hops] == list(range(sources[name].layers)) if copies else False
     return name if whole and differences(sources[recipe.tokenizer], sources[name]) else recipe.tokenizer
-
-
-def _is_copy(blend: Blend) -> bool:
-    """The blend is one source as it is."""
-    number = {"passthrough": "scale", "linear": "weight"}.get(blend.method)
-    return number is not None and len(blend.sources) == 1 and blend.value(number, blend.sources[0]) == 1.0
 
 
 def is_plain(recipe: Recipe, sources: Mapping[str, Source]) -> bool:

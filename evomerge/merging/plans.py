@@ -1,11 +1,11 @@
-"""What a merge method is, and how its plans read a blend.
+"""How plans read a blend, and the passes that several methods plan.
 
-A method plans: it turns a blend's numbers, and facts about the weights, into one of the four passes of ``passes``,
-which do the work on tensors of any float dtype in float32 and round once. "A tensor" is one named array of weights;
-norms, angles, ranks and densities are taken tensor by tensor.
+A method plans: it turns a blend's numbers, and facts about the weights, into one of the passes of ``passes``, which do
+the work on tensors of any float dtype in float32 and round once. "A tensor" is one named array of weights; norms,
+angles, ranks and densities are taken tensor by tensor.
 
-In the equations b is the base, x_i source i, d_i = x_i - b its task vector, w_i its weight, p_i its density and m_i a
-mask of zeros and ones.
+In the equations of ``evomerge.methods`` b is the base, x_i source i, d_i = x_i - b its task vector, w_i its weight, p_i
+its density and m_i a mask of zeros and ones.
 
 Weights are not normalised unless a blend says ``normalize: true``: merges that amplify (weights that sum to two, say)
 are often the best ones, and a search could not reach them. Methods that are means by definition do normalise.
@@ -13,34 +13,20 @@ are often the best ones, and a search could not reach them. Methods that are mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Part, Pass, Sparsify
-from evomerge.method_spec import MethodSpec
 from evomerge.recipe import Blend
-
-Plan = Callable[[Facts, Blend], Pass]
-"""(facts about one tensor, blend) -> how it is made. Equal arguments give equal plans."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A merge method: what it needs and takes, and its equation.
-
-    ``limits`` are the values, (lowest, highest), that a parameter may have at all, where there are such: a recipe
-    outside them is refused. The ranges in ``spec`` are only what a search walks by default.
-    """
-
-    spec: MethodSpec
-    plan: Plan
-    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def number(blend: Blend, name: str, default: float) -> float:
-    """One number for all sources."""
+    """One number for all sources; a whole one where the parameter's kind is "int", though of type float."""
     return blend.value(name) if name in blend.parameters else default
+
+
+def choice(blend: Blend, name: str, default: str) -> str:
+    """The name that was chosen, for all sources."""
+    return blend.choice(name) if name in blend.parameters else default
 
 
 def values(blend: Blend, name: str) -> list[float]:
@@ -89,7 +75,3 @@ def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combin
     for source, factor in zip(sources, factors, strict=True):
         coefficients[source] = coefficients.get(source, 0.0) + factor
     return Combine(coefficients)
-
-
-FRACTION = (0.0, 1.0)
-"""Limits of what is a share of a whole."""

@@ -32,7 +32,7 @@ class SoupSettings(Settings):
             )
         mend = "Use a parameter_space of `granularity: model` and a weighted sum, such as `method: linear`."
         for p in parameters:
-            if p.kind != "real" or p.group != parameters[0].group or not _is_weight(p):
+            if p.kind != "real" or p.group != parameters[0].group or not p.share_of:
                 raise InputError(
                     place, f"greedy_soup takes one weight for each source, and {p.name} is something else", mend
                 )
@@ -49,10 +49,6 @@ class SoupSettings(Settings):
         return GreedySoup(parameters)
 
 
-def _is_weight(parameter: Parameter) -> bool:
-    return parameter.name.removeprefix(f"{parameter.group}.").startswith("weight.")
-
-
 class GreedySoup:
     """One search for the greedy soup.
 
@@ -65,7 +61,7 @@ class GreedySoup:
     keeps: Keeps = "all"  # the order of every source decides when it is tried, and a trial is out alone
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self._names = [p.name.rpartition(".")[2] for p in parameters]
+        self._names = [p.share_of for p in parameters]
         self._losses: dict[bytes, float] = {}
         self._out: set[bytes] = set()
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from evomerge.method import shares_of
 from evomerge.recipe import Blend, Recipe
 from evomerge.report.fitting import ranges
 from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
@@ -52,14 +53,7 @@ def _steps(recipe: Recipe) -> list[_Step]:
 
 def _shares(blend: Blend) -> dict[str, float]:
     """What each source is of a blend, as parts that sum to 1; those that are nothing of it are left out."""
-    weights = blend.parameters.get("weight", 1.0)
-    if isinstance(weights, dict):
-        parts = {name: abs(weights[name]) for name in blend.sources}
-    elif blend.method == "slerp":
-        t = blend.value("t") if "t" in blend.parameters else 0.5
-        parts = dict(zip(blend.sources, (1.0 - t, t), strict=True))
-    else:
-        parts = dict.fromkeys(blend.sources, 1.0)
+    parts = {name: abs(share) for name, share in shares_of(blend).items()}
     total = sum(parts.values())
     if not total:  # nothing is added to the base
         parts = dict.fromkeys([blend.base] if blend.base else blend.sources, 1.0)

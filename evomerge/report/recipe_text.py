@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from evomerge.method import is_copy
 from evomerge.recipe import Blend, Recipe
 from evomerge.report.fitting import ranges
 
@@ -22,13 +23,7 @@ def unmerged_source(recipe: Recipe, depths: Mapping[str, int]) -> str:
         return ""
     (name,) = used
     in_order = [hop.layer for hop in recipe.hops] == list(range(depths[name]))
-    return name if in_order and all(map(_is_copy, recipe.blends)) else ""
-
-
-def _is_copy(blend: Blend) -> bool:
-    """Whether a blend of one source leaves it as it is."""
-    number = {"linear": "weight", "passthrough": "scale"}.get(blend.method)
-    return number is not None and blend.base is None and blend.value(number, blend.sources[0]) == 1.0
+    return name if in_order and all(map(is_copy, recipe.blends)) else ""
 
 
 def _parts(recipe: Recipe, number: int) -> str:
@@ -50,14 +45,19 @@ def _parts(recipe: Recipe, number: int) -> str:
     return "; ".join(names)
 
 
+def value_text(value: float | str) -> str:
+    """A number in few digits; the name of a choice."""
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
 def _words(blend: Blend) -> str:
     numbers = []
     for name, value in blend.parameters.items():
         if isinstance(value, dict):
-            numbers.append(f"{name} " + ", ".join(f"{source} {number:.4g}" for source, number in value.items()))
+            numbers.append(f"{name} " + ", ".join(f"{source} {value_text(each)}" for source, each in value.items()))
         elif isinstance(value, bool):
             numbers += [name] if value else []
         else:
-            numbers.append(f"{name} {value:.4g}")
+            numbers.append(f"{name} {value_text(value)}")
     onto = f" on {blend.base}" if blend.base else ""
     return "; ".join([f"{blend.method} of {', '.join(blend.sources)}{onto}", *numbers])

@@ -6,6 +6,7 @@ class TestMine(MethodContract):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -20,9 +21,8 @@ from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew, Job, in_grain
 from evomerge.merging.passes import Pass, call
-from evomerge.merging.plans import Method
 from evomerge.merging.site import Ref, Site
-from evomerge.method_spec import check_blend, default_parameters
+from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
 from evomerge.recipe import Blend, Role
 
 SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
@@ -58,6 +58,23 @@ def tensors(
     return [(torch.randint(-32, 33, tuple(shape), generator=generator) / 8).to(dtype) for _ in range(count)]
 
 
+def _step(parameter: MethodParameter, fraction: float) -> Value:
+    """The value that is so far within the range of a parameter."""
+    if parameter.kind == "choice":
+        return parameter.choices[int(fraction * (len(parameter.choices) - 1))]
+    value = parameter.low + (parameter.high - parameter.low) * fraction
+    return float(round(value)) if parameter.kind == "int" else value
+
+
+def _any_value(parameter: MethodParameter) -> st.SearchStrategy[Value]:
+    """Any value within the limits of a parameter, the ends and the default often."""
+    if parameter.kind == "choice":
+        return st.sampled_from(parameter.choices)
+    low, high = parameter.limits or (parameter.low, parameter.high)
+    between = st.integers(int(low), int(high)).map(float) if parameter.kind == "int" else st.floats(low, high)
+    return st.one_of(st.sampled_from([low, high, parameter.default]), between)
+
+
 class MethodContract:
     """What every merge method keeps. Override what differs for yours.
 
@@ -78,17 +95,17 @@ class MethodContract:
     @property
     def count(self) -> int:
         """How many sources the tests mix."""
-        return min(max(3, self.method.spec.min_sources), self.method.spec.max_sources or 3)
+        return min(max(3, self.method.min_sources), self.method.max_sources or 3)
 
     def blend(self, values: Mapping[str, float] | None = None, count: int | None = None) -> Blend:
         """A blend of sources s0, s1, ... with the method's defaults; ``values`` replace those of the same name."""
-        spec = self.method.spec
+        method = self.method
         names = tuple(f"s{i}" for i in range(self.count if count is None else count))
-        parameters = default_parameters(spec, names)
-        for p in spec.parameters:
+        parameters = default_parameters(method, names)
+        for p in method.parameters:
             if values is not None and p.name in values:
                 parameters[p.name] = dict.fromkeys(names, values[p.name]) if p.scope == "source" else values[p.name]
-        return Blend(method=spec.name, sources=names, base="b" if spec.needs_base else None, parameters=parameters)
+        return Blend(method=method.name, sources=names, base="b" if method.needs_base else None, parameters=parameters)
 
     def merge(self, base: Tensor, sources: Sequence[Tensor], blend: Blend) -> Tensor:
         """Run the method, and see that it left its inputs as they were."""
@@ -103,13 +120,14 @@ class MethodContract:
         return bool((one - other).abs().max() <= self.tolerance * max(1.0, float(other.abs().max())))
 
     def test_defaults_are_a_blend_that_is_let_through(self) -> None:
-        check_blend(self.blend(), self.method.spec, "blend")
+        check_blend(self.blend(), self.method, "blend")
 
     def test_defaults_lie_in_the_ranges_and_the_ranges_in_the_limits(self) -> None:
-        for p in self.method.spec.parameters:
-            assert p.low <= p.default <= p.high
-            low, high = self.method.limits.get(p.name, (p.low, p.high))
-            assert low <= p.low <= p.high <= high
+        for p in self.method.parameters:
+            if p.kind != "choice":
+                assert p.low <= float(p.default) <= p.high
+                low, high = p.limits or (p.low, p.high)
+                assert low <= p.low <= p.high <= high
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("shape", [(), (1,), (7,), (6, 5), (2, 3, 4)])
@@ -156,7 +174,7 @@ class MethodContract:
         assert torch.equal(self.merge(base, mixed, self.blend()), self.merge(base, sources, self.blend()))
 
     def test_weights_of_zero_leave_the_base(self) -> None:
-        if not self.method.spec.needs_base or "weight" not in {p.name for p in self.method.spec.parameters}:
+        if not self.method.needs_base or "weight" not in {p.name for p in self.method.parameters}:
             pytest.skip("the method has no weights, or no base")
         base, *sources = tensors(1 + self.count)
         assert torch.equal(self.merge(base, sources, self.blend({"weight": 0.0})), base)
@@ -180,17 +198,53 @@ class MethodContract:
     def _graded(self, blend: Blend) -> Blend:
         """Different numbers for different sources: quarters of the range of each parameter, where those are exact."""
         parameters = dict(blend.parameters)
-        for p in self.method.spec.parameters:
+        for p in self.method.parameters:
             if p.scope == "source":
-                steps = [p.low + (p.high - p.low) * (i + 1) / 4 for i in range(len(blend.sources))]
+                steps = [_step(p, (i + 1) / 4) for i in range(len(blend.sources))]
                 parameters[p.name] = dict(zip(blend.sources, steps, strict=True))
         return blend.model_copy(update={"parameters": parameters})
 
     def test_one_source_taken_whole_comes_out_as_it_was(self) -> None:
-        if self.method.spec.min_sources > 1 or self.whole is None:
+        if self.method.min_sources > 1 or self.whole is None:
             pytest.skip("the method mixes several sources, or takes none whole")
         base, source = tensors(2)
         assert torch.equal(self.merge(base, [source], self.blend(self.whole, count=1)), source)
+
+    def at(self, point: Point) -> Blend:
+        """A blend with the values of a point, and the method's defaults where it has none."""
+        blend = self.blend()
+        names = {p.name: p.scope for p in self.method.parameters}
+        assert set(point) <= set(names), "the point has values of what is no parameter"
+        values = {
+            name: {source: value_at(point, name, source) for source in blend.sources}
+            if names[name] == "source"
+            else value_at(point, name, None)
+            for name in point
+        }
+        return blend.model_copy(update={"parameters": {**blend.parameters, **values}})
+
+    def test_where_it_says_that_a_source_is_alone_it_is(self) -> None:
+        if self.method.alone is None:
+            pytest.skip("the method has no such point")
+        base, *sources = tensors(1 + self.count)
+        names = self.blend().sources
+        for name, source in zip(names, sources, strict=True):
+            assert self.near(self.merge(base, sources, self.at(self.method.alone(names, name))), source)
+        if self.method.needs_base:
+            assert self.near(self.merge(base, sources, self.at(self.method.alone(names, None))), base)
+
+    def test_where_it_says_that_it_is_the_average_it_is(self) -> None:
+        if self.method.uniform is None:
+            pytest.skip("the method has no such point")
+        base, *sources = tensors(1 + self.count)
+        merged = self.merge(base, sources, self.at(self.method.uniform(self.blend().sources)))
+        assert self.near(merged, torch.stack(sources).mean(dim=0))
+
+    def test_says_how_much_it_takes_of_every_source(self) -> None:
+        blend = self._graded(self.blend())
+        shares = self.method.shares(blend) if self.method.shares is not None else dict.fromkeys(blend.sources, 1.0)
+        assert list(shares) == list(blend.sources)
+        assert all(math.isfinite(share) for share in shares.values())
 
     def test_sources_equal_to_the_base_give_the_base(self) -> None:
         (base,) = tensors(1)
@@ -214,10 +268,9 @@ class MethodContract:
 
     def _any_blend(self, data: st.DataObject) -> Blend:
         blend = self.blend()
-        drawn: dict[str, st.SearchStrategy[object]] = dict.fromkeys(self.method.spec.switches, st.booleans())
-        for p in self.method.spec.parameters:
-            low, high = self.method.limits.get(p.name, (p.low, p.high))
-            number = st.one_of(st.sampled_from([low, high, p.default]), st.floats(low, high))
-            each = dict.fromkeys(blend.sources, number)
-            drawn[p.name] = st.fixed_dictionaries(each) if p.scope == "source" else number
+        drawn: dict[str, st.SearchStrategy[object]] = dict.fromkeys(self.method.switches, st.booleans())
+        for p in self.method.parameters:
+            value = _any_value(p)
+            of_sources = dict.fromkeys(blend.sources, value)
+            drawn[p.name] = st.fixed_dictionaries(of_sources) if p.scope == "source" else value
         return blend.model_copy(update={"parameters": data.draw(st.fixed_dictionaries(drawn), "parameters")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evomerge.merging.registry import find_method
+from evomerge.method import find_method
 from evomerge.optimizers import CmaSettings
 from evomerge.search.preparing.setup import EvaluatorInfo, ObjectiveInfo, Setup
 from evomerge.search.settings.sections import Budget, Confirm
@@ -21,7 +21,7 @@ def made_up_space(layers: int = 8, granularity: str = "model", sources: int = 3)
         tokenizer="base",
         layers=layers,
         tied=False,
-        method=lambda name: find_method(name, "method").spec,
+        method=lambda name: find_method(name, "method"),
         recipe_seed=0,
         dtype=None,
     )

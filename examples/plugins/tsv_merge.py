@@ -16,9 +16,9 @@ from torch import Tensor
 
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Pass, Whole
-from evomerge.merging.plans import Method, added, base_of, number, values
-from evomerge.method_spec import MethodSpec
-from evomerge.method_specs import scale, weight
+from evomerge.merging.plans import added, base_of, number, values
+from evomerge.method import Method
+from evomerge.methods.parameters import scale, weight
 from evomerge.recipe import Blend
 
 
@@ -71,4 +71,11 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     return (p @ q).contiguous()
 
 
-TSV_MERGE = Method(MethodSpec("tsv_merge", (weight(1.0), scale()), needs_base=True), tsv_merge)
+TSV_MERGE = Method(
+    "tsv_merge",
+    tsv_merge,
+    (weight(1.0), scale()),
+    needs_base=True,
+    title="TSV-Merge",
+    reference="arXiv 2412.00081",
+)

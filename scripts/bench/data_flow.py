@@ -37,7 +37,7 @@ from evaluators.lm_eval import LmEvalSettings
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.registry import find_method
+from evomerge.method import find_method
 from evomerge.optimizers import Observation, OptimizerSettings
 from evomerge.recipe import Recipe
 from search_spaces.base import SpaceContext
@@ -134,7 +134,7 @@ def search(
         tokenizer=names[0],
         layers=first.layers,
         tied=first.tied,
-        method=lambda name: find_method(name, "method").spec,
+        method=lambda name: find_method(name, "method"),
         recipe_seed=seed,
         dtype="float32",
         depths={name: source.layers for name, source in scorer.sources.items()},
@@ -202,7 +202,7 @@ def main() -> None:
             alone = DataFlowSpaceSettings(scale="none").build(
                 SpaceContext(
                     {n: n for n in folders}, None, name, source.layers, source.tied,
-                    lambda n: find_method(n, "method").spec, 0, "float32",
+                    lambda n: find_method(n, "method"), 0, "float32",
                     depths={n: s.layers for n, s in scorer.sources.items()},
                 )
             )  # fmt: skip

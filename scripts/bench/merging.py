@@ -39,9 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
-from evomerge.merging import METHODS
 from evomerge.merging.materialise import Materialiser
-from evomerge.method_spec import default_parameters
+from evomerge.method import default_parameters, find_method
 from evomerge.recipe import Blend, Recipe
 from evomerge.yaml import dump_yaml
 
@@ -136,23 +135,36 @@ def make_adapters(folder: Path) -> dict[str, str]:
 def blend(label: str, number: int) -> Blend:
     """The blend of a case; ``number`` makes it another one each time."""
     parameters, _ = CASES[label]
-    spec = METHODS[label.split(",")[0]].spec
+    method = find_method(label.split(",")[0], "--methods")
     names = NAMES[1:]
-    found: dict[str, Any] = default_parameters(spec, names)
-    for p in spec.parameters:
-        value = parameters.get(p.name, p.default) - 1e-4 * number * (p.high > p.low)
+    found: dict[str, Any] = default_parameters(method, names)
+    for p in method.parameters:
+        value = float(parameters.get(p.name, p.default)) - 1e-4 * number * (p.high > p.low)
         found[p.name] = dict.fromkeys(names, value) if p.scope == "source" else value
-    found |= {name: value for name, value in parameters.items() if name in spec.switches}
-    return Blend(method=spec.name, sources=names, base="base" if spec.needs_base else None, parameters=found)
+    found |= {name: value for name, value in parameters.items() if name in method.switches}
+    return Blend(method=method.name, sources=names, base="base" if method.needs_base else None, parameters=found)
 
 
-def median(run: Callable[[int], None], clock: Callable[[], float] = time.perf_counter) -> float:
-    seconds = []
-    for number in range(REPEATS + 1):  # the first also computes statistics and compiles
-        start = clock()
-        run(number)
-        seconds.append(clock() - start)
-    return statistics.median(seconds[1:])
+def timed(run: Callable[[int], None], number: int) -> tuple[float, float]:
+    """Seconds by the clock and of the processor."""
+    begin, of_processor = time.perf_counter(), time.process_time()
+    run(number)
+    return time.perf_counter() - begin, time.process_time() - of_processor
+
+
+def beside(copy: Callable[[int], None], merge: Callable[[int], None]) -> tuple[float, float, float, float]:
+    """Medians: seconds of a copy, seconds of a merge, those of the processor, and a copy's seconds to the merge's.
+
+    Both run in turns and are compared pair by pair: a shared machine changes its pace, and a copy in a slow moment
+    beside a merge in a quick one would say that the merge moves more than the memory can.
+    """
+    pairs = [(timed(copy, number), timed(merge, number)) for number in range(REPEATS + 1)][1:]  # the first warms up
+    return (
+        statistics.median(copied for (copied, _), _ in pairs),
+        statistics.median(merged for _, (merged, _) in pairs),
+        statistics.median(of_processor for _, (_, of_processor) in pairs),
+        statistics.median(copied / merged for (copied, _), (merged, _) in pairs),
+    )
 
 
 def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, list[dict[str, Any]]]:
@@ -170,7 +182,6 @@ def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, lis
 
     rows, bandwidths = [], []
     for label in labels:
-        bandwidths.append(2 * size / median(copy))  # beside each case: a shared machine changes its pace
 
         def merge(number: int, label: str = label) -> None:
             recipe = Recipe.uniform(blend(label, number), sources=references, tokenizer="base", layers=layers)
@@ -179,10 +190,11 @@ def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, lis
         start = time.perf_counter()
         merge(-1)
         first = time.perf_counter() - start
-        seconds, on_processor = median(merge), median(merge, time.process_time)
+        copy_seconds, seconds, on_processor, ratio = beside(copy, merge)
+        bandwidths.append(2 * size / copy_seconds)
         read = sum(not source.changes for source in sources.values())
-        moved = size * (read + (1 if METHODS[label.split(",")[0]].spec.needs_base or read == 1 else 0))
-        fraction, peak = moved / seconds / bandwidths[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        moved = size * (read + (1 if blend(label, 0).base or read == 1 else 0))
+        fraction, peak = ratio * moved / (2 * size), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         rows.append(
             {"name": label, "seconds": seconds, "fraction_of_copy": fraction, "first_seconds": first,
              "cpu_seconds": on_processor, "peak_bytes": peak}

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from evomerge.merging.registry import find_method
+from evomerge.method import find_method
 from evomerge.optimizers import Observation, OptimizerSettings
 from evomerge.recipe import Recipe
 from search_spaces.base import SpaceContext
@@ -52,7 +52,7 @@ def main() -> None:
     layers = given.layers
     wanted = {*range(layers // 3), *range(layers - layers // 3, layers)}
     context = SpaceContext(
-        {"a": "a", "b": "b"}, None, "a", layers, True, lambda name: find_method(name, "method").spec, 0, None
+        {"a": "a", "b": "b"}, None, "a", layers, True, lambda name: find_method(name, "method"), 0, None
     )
     print(f"{'':30} first generation   last")
     for label, (space, optimizer) in CASES.items():

@@ -15,7 +15,7 @@ from evomerge.checkpoints.references import check_reference, local_config
 from evomerge.errors import InputError
 from evomerge.files import open_file
 from evomerge.genome import SearchSpace
-from evomerge.method_specs import find_spec
+from evomerge.method import find_method
 from evomerge.plugins import unknown_name
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
@@ -55,7 +55,7 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
         tokenizer=file.tokenizer_source,
         layers=layers,
         tied=tied,
-        method=lambda name: find_spec(name, "space.method"),
+        method=lambda name: find_method(name, "space.method"),
         recipe_seed=file.seed,
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,
@@ -77,7 +77,7 @@ def _check_space(file: SearchFile) -> None:
     known = {name: depth for name, depth in depths.items() if depth is not None}
     if len(known) < len(depths):
         if isinstance(method := getattr(file.space, "method", None), str):
-            find_spec(method, "space.method")
+            find_method(method, "space.method")
         return
     space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
     file.optimizer.check(space.parameters, len(file.objectives), "optimizer")

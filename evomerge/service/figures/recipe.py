@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from evomerge.method import share_parameters, shares_of
 from evomerge.recipe import Blend, Hop, Recipe
 from evomerge.report.entries import candidate_id
 from evomerge.report.path import path_svg
+from evomerge.report.recipe_text import value_text
 from evomerge.report.status import depths_of
 from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
 from evomerge.store import Store
 
-_WEIGHTS = frozenset({"weight", "scale", "t"})  # in the names of parameters: what ``weight_of`` reads
 _Part = tuple[str, Blend, Hop | None]
 """What a part is called, the blend that makes it, and the step of the path where it is one."""
 
@@ -37,9 +38,9 @@ def recipe(store: Store, number: int) -> go.Figure:
     names = list(store.search().settings["sources"])
     used = [name for name in names if any(name in blend.sources for blend in found.blends)]
     rows = _runs(list(_parts(found)))
-    weights = np.array([[weight_of(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
+    weights = np.array([[share_in(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
     words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
-    low, high = _bounds(store)  # the same of every candidate, so that pictures can be compared
+    low, high = _bounds(store, found)  # the same of every candidate, so that pictures can be compared
     legible = len(rows) * len(used) <= _MOST_WRITTEN
     signs = bool(min(float(np.nanmin(weights)), low) < 0)
     most = max(float(np.nanmax(np.abs(weights))), -low, high)
@@ -58,9 +59,10 @@ def recipe(store: Store, number: int) -> go.Figure:
     )
 
 
-def _bounds(store: Store) -> tuple[float, float]:
-    """The least and the largest weight that the search may give; 0 and 1 where it searches none."""
-    named = [p for p in store.search().fingerprints["parameters"] if _WEIGHTS & set(p["name"].split("."))]
+def _bounds(store: Store, found: Recipe) -> tuple[float, float]:
+    """The least and the largest share that the search may give by these methods; 0 and 1 where it searches none."""
+    names = {name for blend in found.blends for name in share_parameters(blend.method)}
+    named = [p for p in store.search().fingerprints["parameters"] if names & set(p["name"].split("."))]
     return min((float(p["low"]) for p in named), default=0.0), max((float(p["high"]) for p in named), default=1.0)
 
 
@@ -76,20 +78,11 @@ def recipe_of(store: Store, number: int) -> Recipe:
     return Recipe.from_canonical(store.candidate(number).recipe, store.search().settings["sources"])
 
 
-def weight_of(blend: Blend, source: str) -> float:
-    """What a blend takes of a source: its weight or scale; of methods without any, the share. NaN for nothing.
-
-    SLERP goes by its share t from the first source to the second; methods without numbers take all alike.
-    """
+def share_in(blend: Blend, source: str) -> float:
+    """What a blend takes of a source, in its method's own numbers; 0 of the base, NaN for nothing."""
     if source not in blend.sources:
         return 0.0 if source == blend.base else float("nan")
-    for name in ("weight", "scale"):
-        if name in blend.parameters:
-            return blend.value(name, source if isinstance(blend.parameters[name], dict) else None)
-    if "t" in blend.parameters and len(blend.sources) == 2:
-        t = blend.value("t")
-        return t if source == blend.sources[1] else 1.0 - t
-    return 1.0 / len(blend.sources)
+    return shares_of(blend)[source]
 
 
 def _parts(found: Recipe) -> Iterator[_Part]:
@@ -147,7 +140,7 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
     for name, value in blend.parameters.items():
         mine: Any = value.get(source) if isinstance(value, dict) else value
         if mine is not None and mine is not False:
-            numbers.append(name if mine is True else f"{name} {mine:.4g}")
+            numbers.append(name if mine is True else f"{name} {value_text(mine)}")
     onto = f" on {blend.base}" if blend.base else ""
     lines = [f"{part}, {source}", f"{blend.method}{onto}", *numbers]
     if hop is not None and hop.scale != 1.0:

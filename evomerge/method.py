@@ -1,0 +1,261 @@
+"""What a merge method is: one object, which knows all that anybody asks of it, and how methods are looked up by name.
+
+Methods of this project are a file each in ``evomerge.methods``; a package adds its own by an entry point of the group
+``evomerge.merge_methods`` that names a ``Method``. Nothing here imports torch, nor do this project's methods before a
+tensor is made, so that a wrong name or number is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from evomerge.errors import InputError
+from evomerge.plugins import OWN, find_plugin
+from evomerge.recipe import Blend
+
+if TYPE_CHECKING:
+    from evomerge.mergekit.grammar import Grammar
+    from evomerge.merging.facts import Facts
+    from evomerge.merging.passes import Pass
+
+GROUP = "evomerge.merge_methods"
+
+Plan: TypeAlias = "Callable[[Facts, Blend], Pass]"
+"""(facts about one tensor, blend) -> how it is made. Equal arguments give equal plans."""
+
+Value = float | str
+"""Of a parameter: a number, or the name of a choice."""
+
+Point = Mapping[str, Value | Mapping[str, Value]]
+"""Values of parameters by name. One value for a parameter of scope "source" is that of every source."""
+
+Shares = Callable[[Blend], Mapping[str, float]]
+"""(blend) -> how much it takes of each of its sources (of the changes to the base, where there is one)."""
+
+Need = Literal["calibration"]
+"""What a method needs beside the weights of its sources: "calibration" is what layers are given as input on some
+texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodParameter:
+    """A number or a choice that a merge method takes, with the range that a search walks by default.
+
+    Attributes:
+        name: in a blend's ``parameters``.
+        scope: "source" means one value for every source of the blend (base excepted), "blend" one value for all; the
+            latter may be left out of a blend, and then is the default.
+        low, high: what a search walks by default. Of a choice neither counts.
+        default: what is taken where nobody says anything.
+        searched: whether a search walks it without having been given bounds.
+        kind: "real", "int" for whole numbers (a blend holds them as floats), "choice" for one of ``choices``.
+        choices: names, which begin with a letter.
+        limits: the least and the largest value that it may have at all; a blend outside them is refused.
+        share: whether it says how much of a source is taken.
+    """
+
+    name: str
+    scope: Literal["source", "blend"]
+    low: float = 0.0
+    high: float = 1.0
+    default: Value = 0.0
+    searched: bool = True
+    kind: Literal["real", "int", "choice"] = "real"
+    choices: tuple[str, ...] = ()
+    limits: tuple[float, float] | None = None
+    share: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.kind == "choice") != bool(self.choices):
+            raise ValueError(f"{self.name}: a choice, and nothing else, has choices")
+        if isinstance(self.default, str) != (self.kind == "choice"):
+            raise ValueError(f"{self.name}: the default {self.default!r} is not of the kind {self.kind!r}")
+        numbers = () if isinstance(self.default, str) else (self.low, self.high, self.default)
+        if self.kind == "int" and any(number % 1 for number in numbers):
+            raise ValueError(f"{self.name}: range and default of an int are whole numbers")
+
+    def check(self, value: object, place: str) -> None:
+        """Refuse a value that the parameter cannot have.
+
+        Raises:
+            InputError: naming ``place``.
+        """
+        if self.kind == "choice":
+            if value not in self.choices:
+                raise InputError(place, f"is {value!r}; it must be one of: {', '.join(self.choices)}")
+            return
+        if not isinstance(value, int | float):
+            raise InputError(place, f"is {value!r}; it must be a number")
+        if self.kind == "int" and value % 1:
+            raise InputError(place, f"is {value:g}; it must be a whole number")
+        if self.limits is not None and not self.limits[0] <= value <= self.limits[1]:
+            low, high = self.limits
+            raise InputError(place, f"is {value:g}; it must be from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        name: in recipes and search files.
+        plan: its equation.
+        parameters: what it takes.
+        needs_base: whether it cannot do without a base.
+        min_sources, max_sources: how many it mixes, the base not counted; ``max_sources`` is None for any number.
+        switches: its yes/no settings with their defaults (``normalize``); a search does not walk them.
+        needs: what it needs beside weights.
+        shares: how much a blend takes of each source, for pictures. The values of the parameter that has ``share``
+            where None; all alike where there is no such parameter.
+        alone: (sources, one of them, or None for the base) -> the point where the merge is that source as it is. None
+            where there is no such point, as ``uniform``.
+        uniform: (sources) -> the point where the merge is the plain average of all sources.
+        mergekit: what mergekit lets one say of it; None where mergekit has no such method.
+        title: its name as people write it.
+        reference: where it is described.
+    """
+
+    name: str
+    plan: Plan
+    parameters: tuple[MethodParameter, ...] = ()
+    needs_base: bool = False
+    min_sources: int = 1
+    max_sources: int | None = None
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    needs: tuple[Need, ...] = ()
+    shares: Shares | None = None
+    alone: Callable[[Sequence[str], str | None], Point] | None = None
+    uniform: Callable[[Sequence[str]], Point] | None = None
+    mergekit: Grammar | None = None
+    title: str = ""
+    reference: str = ""
+
+
+# ---- looking up ------------------------------------------------------------------------------------------------------
+
+
+def find_method(name: str, place: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        InputError: there is none, or a package's entry point names something else than a ``Method`` of this name.
+    """
+    found = find_plugin(GROUP, name, place, "merge method")
+    if not isinstance(found, Method):
+        raise InputError(place, f"what the package names {name} is no merge method", "Let it name a Method.")
+    if found.name != name:
+        raise InputError(place, f"the method that is installed as {name} calls itself {found.name}")
+    return found
+
+
+def own_methods() -> dict[str, Method]:
+    """This project's methods, by name."""
+    return {name: find_method(name, name) for name in OWN[GROUP]}
+
+
+# ---- what is asked of blends -----------------------------------------------------------------------------------------
+
+
+def check_blend(blend: Blend, method: Method, place: str) -> None:
+    """Refuse a blend that its method cannot compute: wrong number of sources, missing base, unknown or missing values.
+
+    Raises:
+        InputError: naming ``place`` and what to change.
+    """
+    count, most = len(blend.sources), method.max_sources
+    if count < method.min_sources or (most is not None and count > most):
+        wanted = f"{method.min_sources}" if method.min_sources == most else f"{method.min_sources} or more"
+        raise InputError(place, f"{method.name} mixes {wanted} sources, not {count} ({', '.join(blend.sources)})")
+    if method.needs_base and blend.base is None:
+        raise InputError(place, f"{method.name} needs a base", "Name the base model with `base:`.")
+    known = {p.name: p for p in method.parameters}
+    for name, value in blend.parameters.items():
+        if name not in known and name not in method.switches:
+            options = ", ".join([*known, *method.switches]) or "none"
+            raise InputError(f"{place}.{name}", f"is not a parameter of {method.name}; it takes: {options}")
+        if isinstance(value, dict) and set(value) != set(blend.sources):
+            raise InputError(f"{place}.{name}", f"must have one value for each of {', '.join(blend.sources)}")
+        if name in known:
+            for one in value.values() if isinstance(value, dict) else (value,):
+                known[name].check(one, f"{place}.{name}")
+        elif not isinstance(value, bool | float):
+            raise InputError(f"{place}.{name}", "must be true or false")
+    for p in method.parameters:
+        if p.scope == "source" and p.name not in blend.parameters:
+            raise InputError(place, f"{method.name} needs a value for {p.name}")
+
+
+def check_needs(method: Method, provided: Collection[Need], place: str) -> None:
+    """Refuse a method that needs what is not there.
+
+    Raises:
+        InputError: naming ``place``.
+    """
+    if missing := [need for need in method.needs if need not in provided]:
+        raise InputError(place, f"{method.name} needs {' and '.join(missing)}, which there is none of")
+
+
+def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool | Value | dict[str, Value]]:
+    """The method's own defaults, in the form of ``Blend.parameters``."""
+    values: dict[str, bool | Value | dict[str, Value]] = dict(method.switches)
+    for p in method.parameters:
+        values[p.name] = dict.fromkeys(sources, p.default) if p.scope == "source" else p.default
+    return values
+
+
+def shares_of(blend: Blend) -> dict[str, float]:
+    """How much a blend takes of each of its sources, in the scale of its own numbers; see ``Shares``.
+
+    Of a method that is not installed here, as where a page shows the search of somebody else, all count alike.
+    """
+    try:
+        method = find_method(blend.method, "blend")
+    except InputError:
+        return _alike(blend)
+    if method.shares is not None:
+        return dict(method.shares(blend))
+    named = next((p.name for p in method.parameters if p.share and p.scope == "source"), None)
+    if named is None or named not in blend.parameters:
+        return _alike(blend)
+    return {source: blend.value(named, source) for source in blend.sources}
+
+
+def share_parameters(method: str) -> list[str]:
+    """The names of the parameters that say how much of a source is taken; none of a method that is not installed."""
+    try:
+        return [p.name for p in find_method(method, "blend").parameters if p.share]
+    except InputError:
+        return []
+
+
+def _alike(blend: Blend) -> dict[str, float]:
+    return dict.fromkeys(blend.sources, 1.0 / len(blend.sources))
+
+
+def is_copy(blend: Blend) -> bool:
+    """Whether a blend is its one source as it is."""
+    if len(blend.sources) != 1 or blend.base is not None:
+        return False
+    try:
+        method = find_method(blend.method, "blend")
+    except InputError:
+        return False
+    if method.alone is None:
+        return False
+    (source,) = blend.sources
+    point = method.alone(blend.sources, source)
+    return all(
+        name in blend.parameters and blend.value(name, source) == value_at(point, name, source) for name in point
+    )
+
+
+def value_at(point: Point, name: str, source: str | None) -> Value:
+    """The value of a parameter at a point, of ``source`` where each has its own. KeyError where it has none."""
+    value = point[name]
+    if isinstance(value, Mapping):
+        if source is None:
+            raise KeyError(f"{name} has a value for each source; say which")
+        return value[source]
+    return value

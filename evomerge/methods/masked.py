@@ -1,0 +1,55 @@
+"""What methods share that add up task vectors of which each is masked: by magnitude, or at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Combine, Part, Pass, Sparsify
+from evomerge.merging.plans import base_of, number, switch, values, weights
+from evomerge.method import Value
+from evomerge.recipe import Blend
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+
+Mask = Callable[["Facts", Blend, str], Part | None]
+"""(facts about one tensor, blend, source) -> its masked task vector, with no weight yet; None where nothing is kept."""
+
+ALL_KEPT: Mapping[str, Value] = {"density": 1.0, "lambda": 1.0}
+"""Where nothing is masked, and the weights alone say what is added."""
+
+
+def masked_sum(facts: Facts, blend: Blend, mask: Mask, *, elect: bool) -> Pass:
+    """b + lambda sum_i w_i m_i d_i.
+
+    Args:
+        elect: keep of each element only what has the sign of the weighted sum. Their weighted mean is taken where the
+            blend says ``normalize: true``.
+    """
+    base, factor = base_of(blend), number(blend, "lambda", 1.0)
+    divide = elect and switch(blend, "normalize", False)
+    shares = values(blend, "weight") if elect else weights(blend, normalize=False)
+    parts = []
+    for source, share in zip(blend.sources, shares, strict=True):
+        part = mask(facts, blend, source) if share else None
+        if part is not None:
+            parts.append(replace(part, weight=part.weight * share * (1.0 if divide else factor), share=share))
+    if not parts:
+        return Combine({base: 1.0})
+    return Sparsify(base, tuple(parts), elect=elect, divide=divide, scale=factor if divide else 1.0)
+
+
+def windowed(facts: Facts, blend: Blend, source: str, low: float, high: float) -> Part:
+    """The task vector where its magnitude is within [low, high), rescaled to its whole L1 norm if the blend says so."""
+    factor = 1.0
+    if switch(blend, "rescale", False):
+        whole, kept = facts.window_sums(base_of(blend), source, low, high)
+        factor = whole / kept if min(whole, kept) >= 1e-7 else 1.0
+    return Part(source, factor, low, high)
+
+
+def switches(*, rescale: bool) -> Mapping[str, bool]:
+    """The yes/no settings of all such methods, with their defaults."""
+    return {"normalize": False, "rescale": rescale}

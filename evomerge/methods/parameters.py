@@ -1,0 +1,46 @@
+"""Parameters that several methods take, and the points at which weights make a merge a source or the average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from evomerge.method import MethodParameter, Point, Value
+
+FRACTION = (0.0, 1.0)
+"""Limits of what is a share of a whole."""
+
+
+def weight(default: float, high: float = 1.5) -> MethodParameter:
+    """1.5 leaves room above the optimum of the original work, whose weights sum to about two over three sources."""
+    return MethodParameter("weight", "source", low=0.0, high=high, default=default, share=True)
+
+
+def density(default: float) -> MethodParameter:
+    return MethodParameter("density", "source", low=0.1, high=1.0, default=default, limits=FRACTION)
+
+
+def scale(*, searched: bool = False) -> MethodParameter:
+    """The lambda of the papers: a factor on the whole sum of task vectors.
+
+    Where weights are not normalised it only multiplies them, and a search over both would walk the same models many
+    times; so a search leaves it at 1 unless the method has no weights.
+    """
+    return MethodParameter("lambda", "blend", low=0.0, high=2.0, default=1.0, searched=searched)
+
+
+def one_weight(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[str], str | None], Point]:
+    """``Method.alone`` by a weight of one for the source and of none for others, the other parameters at ``others``."""
+
+    def alone(sources: Sequence[str], source: str | None) -> Point:
+        return {"weight": {name: float(name == source) for name in sources}, **(others or {})}
+
+    return alone
+
+
+def equal_weights(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[str]], Point]:
+    """``Method.uniform`` by equal weights of sum one, the other parameters at ``others``."""
+
+    def uniform(sources: Sequence[str]) -> Point:
+        return {"weight": dict.fromkeys(sources, 1.0 / len(sources)), **(others or {})}
+
+    return uniform

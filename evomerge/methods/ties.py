@@ -1,0 +1,53 @@
+"""TIES: task vectors trimmed to their largest elements, and of these what agrees in sign.
+
+Yadav et al., "TIES-Merging" (arXiv 2306.01708), algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from evomerge.mergekit.grammar import DENSITY, task_vectors
+from evomerge.merging.passes import Part, Pass
+from evomerge.merging.plans import base_of
+from evomerge.method import Method
+from evomerge.methods.masked import ALL_KEPT, masked_sum, switches, windowed
+from evomerge.methods.parameters import density, one_weight, scale, weight
+from evomerge.recipe import Blend
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+
+
+def ties(facts: Facts, blend: Blend) -> Pass:
+    """b + the disjoint merge of the trimmed task vectors, weighted.
+
+    Trim to the k = floor(p n) largest magnitudes (all as large as the k-th), elect the sign of the weighted sum, keep
+    what agrees. The paper's mean over the sources that agree is ``normalize: true``; by default their weighted sum is
+    taken.
+    """
+    return masked_sum(facts, blend, _trimmed, elect=True)
+
+
+def _trimmed(facts: Facts, blend: Blend, source: str) -> Part | None:
+    kept = blend.value("density", source)
+    if kept <= 0:
+        return None
+    count = min(facts.size, max(1, int(kept * facts.size)))
+    low = facts.threshold(base_of(blend), source, count) if count < facts.size else 0.0
+    return windowed(facts, blend, source, low, math.inf)
+
+
+TIES = Method(
+    "ties",
+    ties,
+    # The paper's k = 20% and lambda = 1.
+    (weight(1.0), density(0.2), scale()),
+    needs_base=True,
+    switches=switches(rescale=False),
+    alone=one_weight(ALL_KEPT),
+    mergekit=task_vectors("elected", DENSITY, normalize=True, rescale=False),
+    title="TIES-Merging",
+    reference="arXiv 2306.01708",
+)
