@@ -149,7 +149,7 @@ def test_the_mean_of_the_distribution_is_scored_beside_each_generation_and_not_t
             told.extend(o.genome for o in observations)
             super().tell(observations)
 
-    with mock.patch.object(CmaSettings, "build", lambda self, p, o, s: Watched(self, p, o, s)):
+    with mock.patch.object(CmaSettings, "build", lambda self, p, o, s, f: Watched(self, p, o, s)):
         drive(tmp_path, setup_of(racing=RACE), simulation=simulate)
     with Store.open(tmp_path / "search.db") as store:
         rows = store.candidates()

@@ -30,6 +30,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 
 from evomerge.errors import InputError
+from evomerge.front import extend_front
 from evomerge.report.comparing import compared
 from evomerge.report.status import status_of
 from evomerge.service import processes
@@ -37,7 +38,6 @@ from evomerge.service.checking import Checker
 from evomerge.service.client import Client
 from evomerge.service.summary import sparkline
 from evomerge.store import Store, acquire, summaries
-from evomerge.store.front import extend_front
 
 API = "/api/v1"
 HOST = {"host": "testserver"}

@@ -316,4 +316,6 @@ def _as_json(
         "scalar": None if shown.scalar is None else shown.scalar.model_dump(),
         "eligible": row.eligible,
         "on_front": row.on_front,
+        "niche": row.niche,
+        "elite": row.elite,
     }

@@ -130,6 +130,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         told = {
             "objectives": {o.name: values[o.name] for o in setup.objectives},
             "constraints": {c.name: values[c.name] for c in setup.constraints},
+            "features": {f.name: values[f.name] for f in setup.features},
         }
         print(
             json.dumps({"model": model, "split": split, **told, "feasible": setup.violation(values) == 0.0}, indent=2)
@@ -145,4 +146,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         value, limit = Value(**values[each.name]), Constraint(threshold=each.threshold, at_least=each.maximise)
         kept = "kept" if limit.is_kept(value) else "missed"
         table.add_row(f"{each.name} {limit.text}", f"{cell(value)}, {kept}", f"{value.n} {split}")
+    for feature in setup.features:
+        value = Value(**values[feature.name])
+        table.add_row(feature.name, cell(value), f"{value.n} {split}")
     make_console().print(table)

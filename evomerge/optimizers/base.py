@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.elites import Feature
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,8 +47,8 @@ class Best:
     count: int
 
 
-Keeps = Best | Literal["all"]
-"""What a race must not drop, because the optimizer learns from it."""
+Keeps = Best | Literal["niches", "all"]
+"""What a race must not drop, because the optimizer learns from it: some of the best, the best of each niche, or all."""
 
 
 class Optimizer(Protocol):
@@ -116,16 +117,23 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
-        """Refuse settings that cannot work on this space and number of objectives.
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
+        """Refuse settings that cannot work on this space, number of objectives and features.
 
         Raises:
             InputError: naming ``place`` (``optimizer``) and the mend.
         """
         raise NotImplementedError
 
-    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> Optimizer:
-        """Make the optimizer; every random number that it will draw follows from ``seed`` (0 or more)."""
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> Optimizer:
+        """Make the optimizer; every random number that it will draw follows from ``seed`` (0 or more).
+
+        ``features`` are those of the search, which observations then have. Most optimizers look at none.
+        """
         raise NotImplementedError
 
 

@@ -28,6 +28,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Best, Observation, Settings, check_population, default_population, one_thread
 from evomerge.optimizers.cma_es import SMALLEST_STEP, Box
+from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
@@ -52,7 +53,9 @@ class CatCmaSettings(Settings):
     default_probability: float = Field(default=0.9, ge=0.5, lt=1)
     scalarisation: Scalarisation | None = None
 
-    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
         check_population(self.population, 4, place)
         gaussian = sum(p.kind != "choice" for p in parameters)
         if gaussian > MOST_GAUSSIAN:
@@ -63,7 +66,9 @@ class CatCmaSettings(Settings):
             )
         check_scalarisation(self.scalarisation, objectives, self.name, place)
 
-    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> CatCma:
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> CatCma:
         return CatCma(self, parameters, objectives, seed)
 
 

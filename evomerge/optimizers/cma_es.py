@@ -26,6 +26,7 @@ from evomerge.optimizers.base import (
     one_thread,
     random_state,
 )
+from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
@@ -77,10 +78,14 @@ class CmaSettings(StrategySettings):
     diagonal: bool | None = None
     scalarisation: Scalarisation | None = None
 
-    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
         self.check_strategy(self.scalarisation, objectives, place)
 
-    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> Cma:
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> Cma:
         return Cma(self, parameters, objectives, seed)
 
 

@@ -18,6 +18,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Best, Observation
 from evomerge.optimizers.cma_es import Box, Strategy, StrategySettings, Vector, calm
+from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import FOREIGN, Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars
 
@@ -43,7 +44,9 @@ class LqCmaSettings(StrategySettings):
     name: Literal["lq_cma"]
     scalarisation: Scalarisation | None = None
 
-    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
         self.check_strategy(self.scalarisation, objectives, place)
         n = len(parameters)
         if n > MOST_PARAMETERS:
@@ -54,7 +57,9 @@ class LqCmaSettings(StrategySettings):
                 "Use cma, or a coarser search space.",
             )
 
-    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> LqCma:
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> LqCma:
         return LqCma(self, parameters, objectives, seed)
 
 

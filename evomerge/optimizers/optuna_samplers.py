@@ -27,6 +27,7 @@ from evomerge.optimizers.base import (
     default_population,
     one_thread,
 )
+from evomerge.optimizers.elites import Feature
 
 SamplerName = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 
@@ -54,7 +55,9 @@ class OptunaSettings(Settings):
     name: SamplerName
     population: int | None = None
 
-    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
         check_population(self.population, 2, place)
         most = MOST_PARAMETERS.get(self.name)
         if most is not None and len(parameters) > most:
@@ -64,7 +67,9 @@ class OptunaSettings(Settings):
                 "Use cma (or nsga2 for several objectives), or a coarser search space.",
             )
 
-    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> OptunaOptimizer:
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> OptunaOptimizer:
         return OptunaOptimizer(self, parameters, objectives, seed)
 
 

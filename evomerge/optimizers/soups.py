@@ -13,6 +13,7 @@ import numpy as np
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Keeps, Observation, Settings
+from evomerge.optimizers.elites import Feature
 
 
 class SoupSettings(Settings):
@@ -23,7 +24,9 @@ class SoupSettings(Settings):
 
     name: Literal["greedy_soup"]
 
-    def check(self, parameters: Sequence[Parameter], objectives: int, place: str) -> None:
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
         if objectives > 1:
             raise InputError(
                 place,
@@ -45,7 +48,9 @@ class SoupSettings(Settings):
         if len(parameters) < 2:
             raise InputError(place, "greedy_soup needs two sources to mix, and the space has one weight", mend)
 
-    def build(self, parameters: Sequence[Parameter], objectives: int, seed: int) -> GreedySoup:
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> GreedySoup:
         return GreedySoup(parameters)
 
 

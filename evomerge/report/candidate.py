@@ -29,6 +29,8 @@ def score_lines(row: CandidateRow, fingerprints: Mapping[str, Any], status: Sear
     if told := _fate(row, status):
         yield told
     yield from _values(status.entry(row, fingerprints), status, "search")
+    if row.elite:
+        yield "the best of its niche" if len(status.directions) == 1 else "on the front of its niche"
     if (confirmed := status.confirmed_entry(name)) is not None:
         yield from _values(confirmed, status, "held-out")
     if name in {found.id for found in status.confirmed}:
@@ -53,13 +55,15 @@ def _fate(row: CandidateRow, status: SearchStatus) -> str:
 
 
 def _values(shown: Entry, status: SearchStatus, split: str) -> Iterator[str]:
-    for name in [*status.numbers, *status.constraints]:
+    for name in status.measures:
         value = shown.value(name)
         if value is None:
             continue
         title, mark = name, ""
         if (limit := status.constraints.get(name)) is not None:
             title, mark = f"{name} {limit.text}", ", kept" if limit.is_kept(value) else ", missed"
+        if name in status.features:
+            mark = f", {status.features[name].text(value.mean)}"
         estimated = split == "search" and value.n < status.wanted_of(name)
         text = f"~{cell(value)} estimated from" if estimated else f"{cell(value)} on"
         yield f"{title}: {text} {value.n} {split} items{mark}"

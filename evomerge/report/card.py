@@ -24,7 +24,7 @@ from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, public_name, without_places
 from evomerge.report.recipe_text import recipe_lines, unmerged_source
-from evomerge.report.screen import cell, cells, choice_text, constraint_titles, p_text, screen_text
+from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow, SearchRow
 
@@ -192,11 +192,11 @@ def _scores_section(provenance: Provenance) -> str:
 
 
 def _score_table(ours: Entry, status: SearchStatus) -> str:
-    titles = ["model", "split", *status.numbers, *constraint_titles(status), "n"]
+    titles = ["model", "split", *status.numbers, *further_titles(status), "n"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
 
     def add(name: str, shown: Entry, split: str) -> None:
-        values = (shown.value(name) for name in [*status.numbers, *status.constraints])
+        values = (shown.value(name) for name in status.measures)
         items = ", ".join("-" if value is None else str(value.n) for value in values)
         told = [*cells(shown, status, whole=split == "held out"), items]
         lines.append(f"| {name} | {split} | {' | '.join(text or 'not scored' for text in told)} |")

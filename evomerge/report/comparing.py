@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import better, combined_of
-from evomerge.report.entries import Known, Measure, measures_of
+from evomerge.report.entries import Known, Measure, judging
 from evomerge.report.status import scale_of, status_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import Matrix, paired_difference, sign_test
@@ -60,7 +60,7 @@ def compared(store: Store, a: int, b: int) -> list[Comparison]:
         pairs: dict[str, Matrix] = {}
         own = []
         scores_a, scores_b = ({s.evaluator: s for s in store.scores(number, split)} for number in (a, b))
-        for measure in measures_of(search.fingerprints):
+        for measure in judging(search.fingerprints):
             if measure["version"] in scores_a and measure["version"] in scores_b:
                 one, other = (scores[measure["version"]] for scores in (scores_a, scores_b))
                 wanted = measure["items"] if split == "search" else max(len(one.items), len(other.items))

@@ -1,4 +1,4 @@
-"""What people are told of one candidate: its objectives and constraints, with errors, on either split."""
+"""What people are told of one candidate: its objectives, constraints and features, with errors, on either split."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator
 
 from evaluators.cost import COUNTED
+from evomerge.optimizers import Feature
 from evomerge.report.parameters import parameters_of
 from evomerge.search.preparing.setup import violation
 from evomerge.store import CandidateRow, Estimate
@@ -21,7 +22,7 @@ EARLIER_WINNER = "earlier winner"
 """The origin of a merge that an earlier search found and that the paths of this one go through, beside its sources."""
 
 Measure = Mapping[str, Any]
-"""An objective or a constraint as a search's fingerprints say it."""
+"""An objective, a constraint or a feature as a search's fingerprints say it."""
 
 
 def _none_if_nan(value: Any) -> Any:
@@ -97,8 +98,20 @@ class Constraint(BaseModel):
         return value.mean >= self.threshold if self.at_least else value.mean <= self.threshold
 
 
+class FeatureRange(BaseModel):
+    """How the range of a feature is divided into ``bins`` of equal width."""
+
+    low: float
+    high: float
+    bins: int
+
+    def text(self, mean: float) -> str:
+        """Which bin a value is in, for people who count from 1: bin 3 of 10."""
+        return f"bin {Feature('', self.low, self.high, self.bins).bin(mean) + 1} of {self.bins}"
+
+
 class Entry(BaseModel):
-    """A candidate with its objectives and constraints on one split, as far as they are known.
+    """A candidate with its objectives, constraints and features on one split, as far as they are known.
 
     On the search split, fewer items than the search wants of a measure make its value an estimate. ``feasible``: no
     known value misses its constraint. ``origin`` says where it comes from: "source" is a model that was not merged.
@@ -112,14 +125,15 @@ class Entry(BaseModel):
     objectives: Mapping[str, Value]
     scalar: Scalar | None = None
     constraints: dict[str, Value] = {}
+    features: dict[str, Value] = {}
     feasible: bool = True
     parameters: dict[str, float | int | str] = {}
 
     def value(self, name: str) -> Value | None:
-        """An objective, a constraint, or the number of the scalarisation, by name; None where it is not known."""
+        """An objective, a constraint, a feature or the scalarisation's number by name; None where it is not known."""
         if self.scalar is not None and self.scalar.name == name:
             return self.scalar
-        return self.objectives.get(name) or self.constraints.get(name)
+        return self.objectives.get(name) or self.constraints.get(name) or self.features.get(name)
 
 
 class ConfirmedEntry(Entry):
@@ -152,9 +166,19 @@ def told_constraints(fingerprints: Mapping[str, Any]) -> Sequence[Measure]:
     return found
 
 
-def measures_of(fingerprints: Mapping[str, Any]) -> list[Measure]:
-    """The objectives and constraints of a search as its fingerprints say them."""
+def judging(fingerprints: Mapping[str, Any]) -> list[Measure]:
+    """The measures by which one candidate is better than another: objectives and constraints."""
     return [*fingerprints["objectives"], *told_constraints(fingerprints)]
+
+
+def features_of(fingerprints: Mapping[str, Any]) -> dict[str, FeatureRange]:
+    """The features of a search by name; older programs knew of none."""
+    return {each["name"]: FeatureRange.model_validate(each) for each in fingerprints.get("features", [])}
+
+
+def measures_of(fingerprints: Mapping[str, Any]) -> list[Measure]:
+    """The objectives, constraints and features of a search as its fingerprints say them."""
+    return [*judging(fingerprints), *fingerprints.get("features", [])]
 
 
 def entry(row: CandidateRow, fingerprints: Mapping[str, Any]) -> Entry:
@@ -185,6 +209,7 @@ def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], fingerprints:
         origin=row.origin,
         objectives={o["name"]: values[o["name"]] for o in fingerprints["objectives"] if o["name"] in values},
         constraints=kept,
+        features={name: values[name] for name in features_of(fingerprints) if name in values},
         feasible=all(constraints[name].is_kept(value) for name, value in kept.items()),
         parameters=dict(parameters_of(row.genome, fingerprints["parameters"])),
     )

@@ -13,7 +13,7 @@ from evomerge.report.comparing import Comparison
 from evomerge.report.entries import EARLIER_WINNER, SOURCE, interval_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.parameters import columns_of
-from evomerge.report.screen import cell, cells, constraint_titles, gain_cell, gain_title, p_text
+from evomerge.report.screen import cell, cells, further_titles, gain_cell, gain_title, p_text
 from evomerge.report.status import SearchStatus
 from evomerge.store import CandidateRow
 
@@ -31,7 +31,7 @@ def top_table(
     shown = [known.entry(row, fingerprints) for row in rows]
     ids = [each.id for each in shown]
     values = [cells(each, known) for each in shown]
-    titles = [*known.numbers, *constraint_titles(known)]
+    titles = [*known.numbers, *further_titles(known)]
     parameters = [
         Column(each.title, [each.text(row.genome) for row in rows], right=True)
         for each in columns_of(fingerprints["parameters"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from evomerge.errors import InputError
+from evomerge.front import knee
 from evomerge.report.entries import SOURCE, candidate_id
 from evomerge.report.picks import is_front
 from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store
-from evomerge.store.front import knee
 
 
 def candidate_number(text: str, store: Store) -> int:

@@ -61,6 +61,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         counts = f"{objective.items} of {evaluator.search_items} search items, {evaluator.held_out_items} held out"
         yield "objective", f"{objective.name}: {way} {objective.metric} of {evaluator.name}, {counts}"
     yield from _constraints(setup)
+    yield from _features(setup)
     yield from _screen(setup)
     for warning in prepared.warnings:
         yield "warning", warning
@@ -133,7 +134,7 @@ def _shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
 
 def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
     """Objectives and constraints whose means say little, for they are of few items."""
-    for measure in setup.measures:
+    for measure in (*setup.objectives, *setup.constraints):
         evaluator = setup.evaluators[measure.evaluator]
         if evaluator.name == "cost" and measure.metric in COUNTED:
             continue
@@ -152,6 +153,13 @@ def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:
         limit = Constraint(threshold=each.threshold, at_least=each.maximise)
         counts = f"{each.items} of {evaluator.search_items} search items, {evaluator.held_out_items} held out"
         yield "constraint", f"{each.name}: {each.metric} of {evaluator.name} {limit.text}, {counts}"
+
+
+def _features(setup: Setup) -> Iterator[tuple[str, str]]:
+    for each in setup.features:
+        evaluator = setup.evaluators[each.evaluator]
+        niches = f"{each.bins} bins from {each.low:g} to {each.high:g}"
+        yield "feature", f"{each.name}: {each.metric} of {evaluator.name}, {niches}, {each.items} search items"
 
 
 def _screen(setup: Setup) -> Iterator[tuple[str, str]]:
@@ -182,7 +190,7 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
         yield "warning", f"{told}; each stands for all of them"
     if sizes[-1] < LEAST_GAIN * sizes[0]:
         yield "warning", f"racing: the first rung is {sizes[0]} of all {sizes[-1]} items, so it can spare little"
-    optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
+    optimizer = setup.build_optimizer()
     if optimizer.keeps == "all":
         told = f"racing: {setup.optimizer.name} learns from every candidate of a generation, so none is eliminated"
         yield "warning", f"{told}; only the rungs bound what each is scored on"

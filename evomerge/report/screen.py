@@ -132,7 +132,7 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
     below = _more(len(status.baselines) + len(few) - len(shown), len(found) - len(few), "on the front")
     if status.best is None and status.constraints and status.candidates.done:
         below.append(Text("none scored on every item keeps all constraints yet"))
-    columns = _columns(shown, marks, [*titles, *constraint_titles(status)], [cells(e, status) for e in shown])
+    columns = _columns(shown, marks, [*titles, *further_titles(status)], [cells(e, status) for e in shown])
     return Group(FittedTable(columns, [named(marks), terse], title="search split", styles=styles), *below)
 
 
@@ -144,7 +144,7 @@ def confirmed_table(status: SearchStatus, rows: int | None = None) -> Renderable
     roles = [roles_of(status, e.id, "held_out") for e in shown]
     marks = [", ".join([e.label] * bool(e.label) + roles[i]) for i, e in enumerate(shown)]
     styles = ["bold green" if roles[i] else "dim" if e in landmarks else "" for i, e in enumerate(shown)]
-    titles = [*status.numbers, *constraint_titles(status)]
+    titles = [*status.numbers, *further_titles(status)]
     columns = _columns(shown, marks, titles, [cells(e, status, whole=True) for e in shown])
     gains = [
         Column(title, [*("" for _ in landmarks), *(gain_cell(e, status, name) for e in few)], right=True)
@@ -336,14 +336,19 @@ def constraint_titles(status: SearchStatus) -> list[str]:
     return [f"{name} {limit.text}" for name, limit in status.constraints.items()]
 
 
+def further_titles(status: SearchStatus) -> list[str]:
+    """The columns after those of the objectives: constraints, then features."""
+    return [*constraint_titles(status), *status.features]
+
+
 def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[str]:
-    """The values of a candidate: the number of a scalarisation, its objectives, then its constraints; nothing for what
-    is not known.
+    """The values of a candidate: the number of a scalarisation, its objectives, constraints and features; nothing for
+    what is not known.
 
     Values from fewer items than the search wants are marked as estimates, unless a split is always scored ``whole``.
     """
     found = []
-    for name in [*status.numbers, *status.constraints]:
+    for name in status.measures:
         value = shown.value(name)
         text = ""
         if value is not None:

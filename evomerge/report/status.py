@@ -19,12 +19,14 @@ from evomerge.report.entries import (
     ConfirmedEntry,
     Constraint,
     Entry,
+    FeatureRange,
     Measure,
     Scalar,
     Value,
     candidate_id,
     constraints_of,
     entry,
+    features_of,
     measures_of,
     origin_of,
 )
@@ -134,7 +136,7 @@ class SearchStatus(BaseModel):
     has all that is chosen there, by id. ``winner`` is the best on held-out items, None while there is none and where
     nothing decides. ``conclusions`` say in words what was found.
 
-    ``wanted`` says of how many items each objective and constraint is the mean, and ``items`` how many item scores
+    ``wanted`` says of how many items each of the ``measures`` is the mean, and ``items`` how many item scores
     of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit.
     """
 
@@ -150,6 +152,7 @@ class SearchStatus(BaseModel):
     directions: dict[str, str]
     wanted: dict[str, int]
     constraints: dict[str, Constraint]
+    features: dict[str, FeatureRange]
     racing: Racing | None
     screen: ScreenState | None
     item_response: dict[str, ItemResponse]
@@ -176,8 +179,13 @@ class SearchStatus(BaseModel):
         """What candidates are judged by, and which way is better: the scalarisation's number, then the objectives."""
         return self.directions if self.scalar is None else {self.scalar.name: self.scalar.direction, **self.directions}
 
+    @property
+    def measures(self) -> list[str]:
+        """The names of the numbers that candidates are judged by, the constraints and the features, in this order."""
+        return [*self.numbers, *self.constraints, *self.features]
+
     def wanted_of(self, name: str) -> int:
-        """Of how many search items a number, an objective or a constraint is."""
+        """Of how many search items one of the ``measures`` is."""
         if self.scalar is not None and name == self.scalar.name:
             return sum(self.wanted[objective] for objective in self.directions)
         return self.wanted[name]
@@ -317,6 +325,7 @@ def status_of(store: Store) -> SearchStatus:
         directions=directions,
         wanted={m["name"]: m["items"] for m in measures},
         constraints=constraints_of(fingerprints),
+        features=features_of(fingerprints),
         racing=_racing(search),
         screen=_screen(store, search),
         item_response=_item_response(store),

@@ -75,6 +75,7 @@ class CandidateName(BaseModel):
 class CandidateSummary(CandidateName):
     """A candidate as a list shows it. Times are seconds since 1970; ``seconds`` were spent on it.
 
+    ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the best there.
     ``same_as`` is the candidate with the same recipe that answered it; ``failure`` the reason of its last failure.
     """
 
@@ -86,6 +87,8 @@ class CandidateSummary(CandidateName):
     worker: str
     eligible: bool
     on_front: bool
+    niche: list[int] | None = None
+    elite: bool = False
     seconds: float
     failure: str | None
     asked_at: float

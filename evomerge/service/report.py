@@ -23,7 +23,7 @@ from evomerge.report.confirmed import Choice
 from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, interval_text
 from evomerge.report.path import is_plain
 from evomerge.report.picks import conclusions, is_front, roles_of
-from evomerge.report.screen import arrow, cells, choice_text, constraint_titles, duration, gain_text, p_text, ranked
+from evomerge.report.screen import arrow, cells, choice_text, duration, further_titles, gain_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of, status_of
 from evomerge.report.svg import COLOURS
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
@@ -118,7 +118,7 @@ def report_html(store: Store, folder: Path) -> str:
         chosen=None if shown is None else shown.id,
         recipe=None if shown is None else _recipe_picture(store, shown),
         path=None if shown is None else _path(store, shown),
-        measures=[*(f"{name} {arrow(way)}" for name, way in status.numbers.items()), *constraint_titles(status)],
+        measures=[*(f"{name} {arrow(way)}" for name, way in status.numbers.items()), *further_titles(status)],
         best=list(_best(store, search, status)),
         confirmed=list(_confirmed(status)),
         gaps=list(_gaps(status)),

@@ -164,7 +164,7 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
     (brief,) = summaries.briefs(store, [number])
     held = confirmation(store, search, store.candidates(step=0))
     found = next((each for each in [*held.entries, *held.baselines] if each.id == candidate_id(number)), None)
-    there = {} if found is None else {**found.objectives, **found.constraints}
+    there = {} if found is None else {**found.objectives, **found.constraints, **found.features}
     return CandidateDetail(
         **_told(brief),
         recipe_hash=row.recipe_hash,
@@ -184,7 +184,7 @@ def values(estimates: Mapping[str, Estimate]) -> dict[str, Mean]:
 
 def _told(row: Brief) -> dict[str, Any]:
     same = ("number", "label", "step", "origin", "status", "same_as", "attempts", "worker", "eligible", "on_front",
-            "seconds", "asked_at", "finished_at")  # fmt: skip
+            "niche", "elite", "seconds", "asked_at", "finished_at")  # fmt: skip
     told = {name: getattr(row, name) for name in same}
     reason = None if row.failure is None else str(row.failure.get("reason"))
     return told | {"id": candidate_id(row.number), "objectives": values(row.objectives), "failure": reason}

@@ -93,6 +93,19 @@ class Outcome:
     same_as: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Niches:
+    """What a tell changed in the grid of a search with features.
+
+    Attributes:
+        told: the niche of each candidate that was told and has one, by number.
+        elites: each candidate that became an elite, or is one no more, by number.
+    """
+
+    told: Mapping[int, Sequence[int]]
+    elites: Mapping[int, bool]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CandidateRow:
     """A candidate and what is known of it, scores of items apart. Times are seconds since 1970.
@@ -101,6 +114,7 @@ class CandidateRow:
     ``timings`` are seconds by phase. ``losses`` is what the optimizer was told, None before it was told. ``eligible``:
     scored on every item that the objectives want, and within all constraints. An "eliminated" candidate left its race
     before that, as too poor for the optimizer to learn from; ``objectives`` are then estimates from fewer items.
+    ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the best there.
     """
 
     number: int
@@ -115,6 +129,8 @@ class CandidateRow:
     attempts: int
     worker: str
     on_front: bool
+    niche: list[int] | None
+    elite: bool
     eligible: bool
     objectives: dict[str, Estimate]
     losses: list[float] | None

@@ -15,7 +15,7 @@ from evomerge.store import insertion, statements, tables
 from evomerge.store.fenced import FencedStore
 from evomerge.store.lease import lock_search
 from evomerge.store.outage import repeated
-from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Outcome, Scores, Status, Verb
+from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Niches, Outcome, Scores, Status, Verb
 from evomerge.store.schema import make_tables
 
 
@@ -239,9 +239,11 @@ class Store(FencedStore):
         front: Collection[int],
         spent_s: float,
         outcomes: Sequence[Outcome] = (),
+        niches: Niches | None = None,
     ) -> None:
         """What the optimizer was told, in the order told; the candidates that form the Pareto front now; the seconds
-        that drivers have spent on the search; and how a race ended for those that were still in it.
+        that drivers have spent on the search; how a race ended for those that were still in it; and, of a search with
+        features, what changed in its niches.
         """
         with self.writing() as connection:
             for outcome in outcomes:
@@ -249,6 +251,8 @@ class Store(FencedStore):
             for number, values in losses.items():
                 self._change(connection, number, {"losses": list(values)})
             self._set_front(connection, set(front))
+            if niches is not None:
+                self._set_niches(connection, niches)
             self._change_search(connection, spent_s=spent_s)
             self.append_event(connection, "tell", payload={"step": step, "candidates": list(losses)})
 
@@ -267,6 +271,12 @@ class Store(FencedStore):
                 self._change(connection, number, {"on_front": on_front})
         if before != after:
             self.append_event(connection, "front", payload={"candidates": sorted(after)})
+
+    def _set_niches(self, connection: Connection, niches: Niches) -> None:
+        for number, niche in niches.told.items():
+            self._change(connection, number, {"niche": list(niche)})
+        for number, is_elite in niches.elites.items():
+            self._change(connection, number, {"elite": is_elite})
 
     # What the driver writes about the search
 

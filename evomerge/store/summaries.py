@@ -20,6 +20,7 @@ from evomerge.store.rows import Estimate, EventRow, Status
 
 _BRIEF = (
     "number", "step", "origin", "label", "status", "same_as", "attempts", "worker", "eligible", "on_front",
+    "niche", "elite",
     "timings", "failure", "asked_at", "finished_at",
 )  # fmt: skip
 
@@ -38,6 +39,8 @@ class Brief:
     worker: str
     eligible: bool
     on_front: bool
+    niche: list[int] | None
+    elite: bool
     seconds: float
     failure: dict[str, Any] | None
     asked_at: float

@@ -17,7 +17,7 @@ from sqlalchemy import (
 
 from evomerge.store.columns import Array, Json, PackedText
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -52,6 +52,8 @@ candidate = Table(
     Column("worker", String(200), nullable=False),
     Column("eligible", Boolean, nullable=False, server_default=false()),  # for the front and for confirmation
     Column("on_front", Boolean, nullable=False, server_default=false()),
+    Column("niche", Json),  # its bin along each feature, from 0; null without features, and before it was told
+    Column("elite", Boolean, nullable=False, server_default=false()),  # among the best of its niche
     Column("losses", Json),  # what the optimizer was told
     Column("timings", Json),
     Column("failure", Json),

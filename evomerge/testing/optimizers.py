@@ -25,6 +25,7 @@ from hypothesis import settings as hypothesis_settings
 
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Best, Observation, Optimizer, Settings
+from evomerge.optimizers.elites import Feature
 
 SPACE = (
     Parameter("weight", -1.0, 2.0, 0.5),
@@ -32,6 +33,14 @@ SPACE = (
     Parameter("layers", 2.0, 7.0, 4.0, kind="int"),
     Parameter("method", 0.0, 2.0, 1.0, kind="choice", choices=("linear", "ties", "dare")),
 )
+
+
+def observed(
+    genome: Genome, losses: Sequence[float], features: Sequence[Feature], parameters: Sequence[Parameter] = SPACE
+) -> Observation:
+    """An observation whose features are the genome's first numbers, in units of their ranges."""
+    shares = [(value - p.low) / ((p.high - p.low) or 1.0) for value, p in zip(genome, parameters, strict=True)]
+    return Observation(genome, losses, [shares[i % len(shares)] for i in range(len(features))])
 
 
 def sphere(genome: Genome, objectives: int = 1, parameters: Sequence[Parameter] = SPACE) -> list[float]:
@@ -47,13 +56,14 @@ def drive(
     generations: int,
     between: Callable[[], object] = lambda: None,
     parameters: Sequence[Parameter] = SPACE,
+    features: Sequence[Feature] = (),
 ) -> list[list[Observation]]:
     """Ask for generations, score them by ``sphere`` and tell them; ``between`` runs before every ask and tell."""
     history = []
     for _ in range(generations):
         between()
         genomes = optimizer.ask(optimizer.population)
-        observations = [Observation(genome, sphere(genome, objectives, parameters)) for genome in genomes]
+        observations = [observed(g, sphere(g, objectives, parameters), features, parameters) for g in genomes]
         between()
         optimizer.tell(observations)
         history.append(observations)
@@ -80,11 +90,18 @@ def _equal(some: Sequence[Genome], others: Sequence[Genome]) -> bool:
 
 
 def run_elsewhere(
-    module: str, name: str, text: str, space: Sequence[Parameter], objectives: int, generations: int
+    module: str,
+    name: str,
+    text: str,
+    space: Sequence[Parameter],
+    objectives: int,
+    generations: int,
+    features: Sequence[Feature],
 ) -> None:
     """In a process of its own: build an optimizer from its settings, drive it, print its bits as JSON."""
     settings: Settings = getattr(importlib.import_module(module), name).model_validate_json(text)
-    history = drive(settings.build(space, objectives, 5), objectives, generations, parameters=space)
+    optimizer = settings.build(space, objectives, 5, features)
+    history = drive(optimizer, objectives, generations, parameters=space, features=features)
     print(json.dumps(bits(history)))
 
 
@@ -98,6 +115,7 @@ class OptimizerContract:
     objectives = 1
     generations = 3
     space: Sequence[Parameter] = SPACE
+    features: Sequence[Feature] = ()
 
     @pytest.fixture
     def settings(self) -> Settings:
@@ -108,7 +126,7 @@ class OptimizerContract:
         """Builds the optimizer: make(seed)."""
 
         def build(seed: int = 5) -> Optimizer:
-            return settings.build(self.space, self.objectives, seed)
+            return settings.build(self.space, self.objectives, seed, self.features)
 
         return build
 
@@ -128,16 +146,19 @@ class OptimizerContract:
     def _score(self, genome: Genome) -> list[float]:
         return sphere(genome, self.objectives, self.space)
 
+    def _observed(self, genome: Genome, losses: Sequence[float] | None = None) -> Observation:
+        return observed(genome, losses or self._score(genome), self.features, self.space)
+
     def _failed(self, genome: Genome) -> Observation:
-        return Observation(genome, [np.inf] * self.objectives, feasible=False)
+        return Observation(genome, [np.inf] * self.objectives, [np.nan] * len(self.features), feasible=False)
 
     def _drive(
         self, optimizer: Optimizer, generations: int | None = None, between: Callable[[], object] = lambda: None
     ) -> list[list[Observation]]:
-        return drive(optimizer, self.objectives, generations or self.generations, between, self.space)
+        return drive(optimizer, self.objectives, generations or self.generations, between, self.space, self.features)
 
     def test_settings_suit_the_space(self, settings: Settings) -> None:
-        settings.check(self.space, self.objectives, "optimizer")
+        settings.check(self.space, self.objectives, "optimizer", self.features)
 
     def test_asks_for_as_many_as_told(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
@@ -147,7 +168,7 @@ class OptimizerContract:
             genomes = optimizer.ask(n)
             assert len(genomes) == n
             assert all(inside(genome, self.space) for genome in genomes)
-            optimizer.tell([Observation(genome, self._score(genome)) for genome in genomes])
+            optimizer.tell([self._observed(genome) for genome in genomes])
 
     def test_learns_from_some_of_a_generation(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
@@ -156,14 +177,14 @@ class OptimizerContract:
             assert not isinstance(keeps, Best) or 1 <= keeps.count <= population
             genomes = optimizer.ask(population)
             assert optimizer.keeps == keeps  # of what is out now, not of what comes next
-            optimizer.tell([Observation(g, self._score(g)) for g in genomes])
+            optimizer.tell([self._observed(g) for g in genomes])
 
     def test_generations_may_come_back_with_no_ask_in_between(self, make: Callable[..., Optimizer]) -> None:
         """With many workers and no barrier, more than one generation is out, and may be told before the next ask."""
         optimizer = make(0)
         out = [genome for _ in range(3 * optimizer.population) for genome in optimizer.ask(1)]
         for genome in out:
-            optimizer.tell([Observation(genome, sphere(genome, self.objectives, self.space))])
+            optimizer.tell([self._observed(genome)])
         assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
 
     def test_to_look_at_the_favourite_changes_nothing(self, make: Callable[..., Optimizer]) -> None:
@@ -174,7 +195,7 @@ class OptimizerContract:
             genomes = looked.ask(looked.population)
             assert _equal(genomes, plain.ask(plain.population))
             for optimizer in (looked, plain):
-                optimizer.tell([Observation(g, self._score(g)) for g in genomes])
+                optimizer.tell([self._observed(g) for g in genomes])
             if favourite is not None and looked.favourite is not None:
                 assert favourite.tobytes() != looked.favourite.tobytes() or len(genomes) < looked.population
 
@@ -182,11 +203,13 @@ class OptimizerContract:
         @hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
         @given(strategies.lists(_parameters(), min_size=1, max_size=5), strategies.integers(0, 2**40))
         def stays(parameters: list[Parameter], seed: int) -> None:
-            optimizer = settings.build(parameters, self.objectives, seed)
+            optimizer = settings.build(parameters, self.objectives, seed, self.features)
             for _ in range(2):
                 genomes = optimizer.ask(optimizer.population)
                 assert all(inside(genome, parameters) for genome in genomes)
-                optimizer.tell([Observation(g, [float(g[0])] * self.objectives) for g in genomes])
+                optimizer.tell(
+                    [observed(g, [float(g[0])] * self.objectives, self.features, parameters) for g in genomes]
+                )
 
         stays()
 
@@ -203,9 +226,9 @@ class OptimizerContract:
     def test_same_in_another_process(self, settings: Settings, make: Callable[..., Optimizer]) -> None:
         kind = type(settings)
         code = (
-            f"from {__name__} import Parameter, run_elsewhere; run_elsewhere({kind.__module__!r}, "
+            f"from {__name__} import Feature, Parameter, run_elsewhere; run_elsewhere({kind.__module__!r}, "
             f"{kind.__qualname__!r}, {settings.model_dump_json()!r}, {tuple(self.space)}, {self.objectives}, "
-            f"{self.generations})"
+            f"{self.generations}, {tuple(self.features)})"
         )
         # Other threads and another order of hashing: both differ between the machines of one search.
         surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7", "OPENBLAS_NUM_THREADS": "1"}
@@ -258,7 +281,7 @@ class OptimizerContract:
         steps: list[tuple[str, list[Genome], list[Observation]]] = []
 
         def tell(genomes: Sequence[Genome], failed: int = -1) -> None:
-            results = [Observation(g, self._score(g)) for g in genomes]
+            results = [self._observed(g) for g in genomes]
             if failed >= 0:
                 results[failed] = self._failed(genomes[failed])
             optimizer.tell(results)
@@ -289,7 +312,7 @@ class OptimizerContract:
 
     def _survives(self, optimizer: Optimizer, losses: Callable[[Genome], list[float]]) -> None:
         for _ in range(self.generations):
-            optimizer.tell([Observation(genome, losses(genome)) for genome in optimizer.ask(optimizer.population)])
+            optimizer.tell([self._observed(genome, losses(genome)) for genome in optimizer.ask(optimizer.population)])
         assert optimizer.stopped is None
         assert all(inside(genome, self.space) for genome in optimizer.ask(optimizer.population))
         self._drive(optimizer, 1)
@@ -298,7 +321,7 @@ class OptimizerContract:
     def test_survives_single_failures(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
         for generation in range(self.generations):
-            results = [Observation(g, self._score(g)) for g in optimizer.ask(optimizer.population)]
+            results = [self._observed(g) for g in optimizer.ask(optimizer.population)]
             failed = generation % len(results)
             results[failed] = self._failed(results[failed].genome)
             optimizer.tell(results)
@@ -307,11 +330,11 @@ class OptimizerContract:
     def test_takes_genomes_that_it_never_asked_for(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
         corners = [np.array([p.low for p in self.space]), np.array([p.high for p in self.space])]
-        optimizer.tell([Observation(g, self._score(g)) for g in corners])
+        optimizer.tell([self._observed(g) for g in corners])
         optimizer.tell([self._failed(corners[0])])
         for _ in range(self.generations):
             genomes = optimizer.ask(optimizer.population)
-            optimizer.tell([Observation(g, self._score(g)) for g in [*reversed(genomes), *corners]])
+            optimizer.tell([self._observed(g) for g in [*reversed(genomes), *corners]])
         assert all(inside(genome, self.space) for genome in optimizer.ask(3))
 
 

@@ -16,7 +16,8 @@ from typing import Literal
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
-from evomerge.optimizers import Best, Observation, Optimizer
+from evomerge.optimizers import Best, Grid, Observation, Optimizer
+from evomerge.optimizers.elites import Niche, Point
 from evomerge.recipe import Recipe, text_hash
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending
@@ -31,8 +32,7 @@ from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS, PoolNews
-from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
-from evomerge.store.front import extend_front
+from evomerge.store import CandidateRow, EventRow, NewCandidate, Niches, Store
 
 Ending = Literal["finished", "stopped", "cancelled"]
 
@@ -73,7 +73,7 @@ class Driver:
         self._clock = clock
         self._started = clock()
         self._spent_before_s = 0.0
-        self._optimizer: Optimizer = setup.optimizer.build(setup.space.parameters, len(setup.objectives), setup.seed)
+        self._optimizer: Optimizer = setup.build_optimizer()
         self._deadlines = deadlines or Deadlines()
         dispatcher = Dispatcher(
             pool, control, setup.attempts, idle, self._deadlines, self._record_news, check, progress
@@ -93,8 +93,9 @@ class Driver:
         self._told_items = self._told_candidates = 0  # scored items of the candidates told, landmarks not counted
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._asked_after = 0  # an event before the asks of those that were open when this driver began
-        self._front: dict[int, Sequence[float]] = {}
-        self._unchanged = 0.0  # generations since the front last changed
+        self._front = Grid()
+        self._elites = Grid(setup.axes)  # the front again where there are no features
+        self._unchanged = 0.0  # generations since the front or an elite last changed
         self.why = ""
 
     def run(self) -> Ending:
@@ -117,7 +118,7 @@ class Driver:
         assert isinstance(self._scoring, GenerationScoring)  # by which ``run`` chose
         while True:
             if generation := list(self._open.values()):
-                if not self._scoring.score(generation, list(self._front.values()), self._optimizer.keeps):
+                if not self._scoring.score(generation, self._rivals(), self._optimizer.keeps):
                     return False
                 self._tell(generation)
             if self._spent():
@@ -143,11 +144,15 @@ class Driver:
                 self._scoring.begin([candidate, *others])
                 self._scoring.back.extend(others)
             keeps, population = self._optimizer.keeps, self._optimizer.population
-            share = keeps.count / population if isinstance(keeps, Best) else 1.0
-            pending = self._scoring.next_job(candidate, list(self._front.values()), share)
+            share = keeps.count / population if isinstance(keeps, Best) else None if keeps == "niches" else 1.0
+            pending = self._scoring.next_job(candidate, self._rivals(), share)
             if pending is not None:
                 return pending
             self._tell([candidate])
+
+    def _rivals(self) -> Grid:
+        """What a new candidate must better to be kept: the front, or the elites of its niche."""
+        return self._elites if self._optimizer.keeps == "niches" else self._front
 
     def _record_news(self, news: PoolNews) -> None:
         self._store.record_event(news.kind, news.payload)
@@ -197,12 +202,23 @@ class Driver:
         outcomes = self._scoring.conclude(candidates)
         self._ranking.rank(candidates, self._scoring.recent)
         self._check_landmarks(candidates)
-        self._update_front(candidates)
+        before = self._elites.niches
+        self._update_elites(candidates)
         losses = {c.number: c.losses for c in candidates if c.losses is not None}
-        self._store.record_tell(self._step, losses, front=self._front, spent_s=self._spent_s(), outcomes=outcomes)
+        front = self._front.niches
+        niches = self._niches(candidates, before) if self._setup.features else None
+        spent_s = self._spent_s()
+        self._store.record_tell(self._step, losses, front=front, spent_s=spent_s, outcomes=outcomes, niches=niches)
         self._told(candidates)
         self._record_screen()
         self._record_item_response()
+
+    def _niches(self, told: Sequence[Candidate], before: Mapping[int, Niche]) -> Niches:
+        """What a tell changed in the grid."""
+        found = {c.number: self._elites.niche(self._setup.feature_values(c.objectives)) for c in told}
+        now = self._elites.niches.keys()
+        changed = {number: number in now for number in sorted(before.keys() ^ now)}
+        return Niches({number: niche for number, niche in found.items() if niche is not None}, changed)
 
     def _record_screen(self) -> None:
         """Write down what is known of the screen."""
@@ -234,6 +250,7 @@ class Driver:
         return Observation(
             genome,
             losses,
+            features=self._setup.feature_values(candidate.objectives),
             items=self._scoring.item_losses(candidate) if self._optimizer.wants_items else (),
             feasible=candidate.status != "failed" and self._setup.violation(candidate.objectives) == 0.0,
         )
@@ -253,12 +270,18 @@ class Driver:
                 f"See {failure['log']} in the folder of the search." if failure.get("log") else "",
             )
 
-    def _update_front(self, told: Sequence[Candidate]) -> None:
-        before = set(self._front)
-        eligible = {c.number: c.losses for c in told if c.eligible and c.losses is not None}
-        self._front = extend_front(self._front, eligible)
+    def _update_elites(self, told: Sequence[Candidate]) -> None:
+        before = self._front.niches.keys(), self._elites.niches.keys()
+        eligible = {
+            c.number: Point(c.losses, self._setup.feature_values(c.objectives))
+            for c in told
+            if c.eligible and c.losses is not None
+        }
+        self._front = self._front.extend({number: Point(point.losses) for number, point in eligible.items()})
+        self._elites = self._elites.extend(eligible) if self._setup.features else self._front
         generation = 1.0 if self._setup.mode == "generational" else len(told) / self._optimizer.population
-        self._unchanged = 0.0 if set(self._front) != before else self._unchanged + generation
+        changed = (self._front.niches.keys(), self._elites.niches.keys()) != before
+        self._unchanged = 0.0 if changed else self._unchanged + generation
 
     # Progress -----------------------------------------------------------------------------------------------------
 
@@ -338,7 +361,7 @@ class Driver:
                 told = [self._open[number] for number in step.candidates]
                 self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
                 self._ranking.remember(told)
-                self._update_front(told)
+                self._update_elites(told)
                 self._told(told)
         self._spent_before_s = self._store.search().spent_s
         if self._open:

@@ -12,20 +12,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.optimizers import Best, Keeps
+from evomerge.front import nondominated
+from evomerge.optimizers import Best, Grid, Keeps
+from evomerge.optimizers.elites import cells_of
 from evomerge.search.driving.scoring import Candidate, Scoring
 from evomerge.search.estimation.screening import Screening
-from evomerge.store.front import nondominated
 
 
 class GenerationScoring(Scoring):
     """Scores one generation after another."""
 
-    def score(self, generation: list[Candidate], incumbents: Sequence[Sequence[float]], keeps: Keeps) -> bool:
+    def score(self, generation: list[Candidate], rivals: Grid, keeps: Keeps) -> bool:
         """Score a generation as far as is needed to rank it; False when a stop came first.
 
         Args:
-            incumbents: losses of the candidates on the front before this generation.
+            rivals: the front before this generation, or the elites of each niche where the optimizer keeps these.
             keeps: what of the generation the optimizer learns from.
         """
         self.begin(generation)
@@ -37,9 +38,15 @@ class GenerationScoring(Scoring):
             if not self._score_all([(c, counts) for c in racing]):
                 return False
             self._reach(racing, rung)
-            if rung < len(self._rungs) - 1 and isinstance(keeps, Best) and keeps.count < len(generation):
-                self._judge(generation, rung, keeps.count)
-        return ordinary == len(self._rungs) or self._challenge(generation, incumbents)
+            if rung < len(self._rungs) - 1:
+                self._decide(generation, rung, rivals, keeps)
+        return ordinary == len(self._rungs) or self._challenge(generation, rivals)
+
+    def _decide(self, generation: Sequence[Candidate], rung: int, rivals: Grid, keeps: Keeps) -> None:
+        if keeps == "niches":
+            self._judge_niches(generation, rung, rivals)
+        elif isinstance(keeps, Best) and keeps.count < len(generation):
+            self._judge(generation, rung, keeps.count)
 
     def _reach(self, candidates: Sequence[Candidate], rung: int) -> None:
         for c in candidates:
@@ -60,22 +67,31 @@ class GenerationScoring(Scoring):
                 c.out = "screened"
         return True
 
-    def _challenge(self, generation: Sequence[Candidate], incumbents: Sequence[Sequence[float]]) -> bool:
-        """Score the best of a generation on more items for as long as it looks better than the incumbents.
+    def _challenge(self, generation: Sequence[Candidate], rivals: Grid) -> bool:
+        """Score the best of a generation on more items for as long as it looks better than its rivals.
 
-        The best of many estimates is too good, and only a candidate that was scored on every item may take an
-        incumbent's place (Hutter, Hoos & Leyton-Brown, SMAC, LION 2011, procedure Intensify).
+        The best of many estimates is too good, and only a candidate that was scored on every item may take a rival's
+        place (Hutter, Hoos & Leyton-Brown, SMAC, LION 2011, procedure Intensify).
         """
         last = len(self._rungs) - 1
         open_ = [c for c in generation if c.out in ("", "settled") and 0 <= c.reached < last]
-        losses = np.array([self._losses(c) for c in open_]).reshape(len(open_), len(self._setup.objectives))
-        best = [open_[i] for i in np.flatnonzero(nondominated(losses))]
-        challengers = [c for c in best if self._leads(c, incumbents)]
+        challengers = [c for c in self._best(open_, rivals) if self._leads(c, rivals)]
         while challengers:
             if not self._score_all([(c, self._rungs[c.reached + 1]) for c in challengers]):
                 return False
             challengers = [c for c in challengers if self._covers(c, c.reached + 1)]
             for c in challengers:
                 c.reached += 1
-            challengers = [c for c in challengers if c.reached < last and self._leads(c, incumbents)]
+            challengers = [c for c in challengers if c.reached < last and self._leads(c, rivals)]
         return True
+
+    def _best(self, candidates: Sequence[Candidate], rivals: Grid) -> list[Candidate]:
+        """The front of candidates, as far as is known; those that may be in several niches are measured with none."""
+        losses = np.array([self._losses(c) for c in candidates]).reshape(-1, len(self._setup.objectives))
+        boxes = [rivals.box(self._bounds(c, rivals)) for c in candidates]
+        niches = [next(cells_of(box)) if all(len(bins) == 1 for bins in box) else None for box in boxes]
+        best = np.isfinite(losses).all(axis=1) & np.array([niche is None for niche in niches], dtype=np.bool_)
+        for niche in set(niches) - {None}:
+            there = np.flatnonzero([each == niche for each in niches])
+            best[there] = nondominated(losses[there])
+        return [candidates[i] for i in np.flatnonzero(best).tolist()]

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from evomerge.genome import Genome
+from evomerge.optimizers import Grid
+from evomerge.optimizers.elites import UNKNOWN, Bounds, cells_of
 from evomerge.recipe import Recipe
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
@@ -88,6 +91,7 @@ class Scoring:
         self._orders: list[ItemOrder] = [plain_order(each.search_items) for each in setup.evaluators]
         self._open: dict[int, Candidate] = {}
         self._twins: dict[str, int] = {}
+        self._elite_sheets: dict[int, Sheet] = {}
         self._wanted: dict[int, Counts] = {}  # of each candidate that is being scored
         self.recent: deque[Candidate] = deque(maxlen=0)  # told lately, where these are compared with new ones
         self.predictions = Predictions(setup)
@@ -192,31 +196,83 @@ class Scoring:
         racing = [c for c in (*others, *candidates) if c.reached >= 0]
         if not racing:
             return
-        better = np.zeros((len(racing), len(racing)), dtype=np.bool_)
-        reached = np.array([c.reached for c in racing])
-        for level in sorted(set(reached.tolist())):
-            # A pair is compared on the items of the lower rung of the two.
-            there = np.flatnonzero(reached >= level)
-            lower = np.minimum(reached[there][:, None], reached[there][None, :]) == level
-            block = better[np.ix_(there, there)]
-            block[lower] = self._compare([racing[i] for i in there], level)[lower]
-            better[np.ix_(there, there)] = block
+        better = self._better([c.sheet for c in racing], [c.reached for c in racing])
         found = verdicts(better, keep)
         ours = {c.number for c in candidates}
         for c, eliminated, settled in zip(racing, found.eliminated, found.settled, strict=True):
             if c.number in ours and not c.out and c.reached == rung:
                 c.out = "eliminated" if eliminated else "settled" if settled else ""
 
-    def _compare(self, candidates: Sequence[Candidate], level: int) -> NDArray[np.bool_]:
-        """Who is surely better than whom on the items of a rung: bool [candidates, candidates]."""
+    def _judge_niches(
+        self, candidates: Sequence[Candidate], rung: int, elites: Grid, *, others: Collection[Candidate] = ()
+    ) -> None:
+        """Let those at this rung leave the race that surely are not the best of their niche.
+
+        Where a candidate may be in several niches, as its features are estimates, there must be a better one in each.
+        """
+        racing = [c for c in (*others, *candidates) if c.reached >= 0]
+        boxes = [elites.box(self._bounds(c, elites)) for c in racing]
+        rivals = list(elites.rivals(boxes))
+        boxes += [[range(at, at + 1) for at in niche] for _, niche in rivals]
+        sheets = [*(c.sheet for c in racing), *(self._elite_sheet(number) for number, _ in rivals)]
+        reached = [*(c.reached for c in racing), *(len(self._rungs) - 1 for _ in rivals)]
+        better = self._better(sheets, reached)
+        niches = [next(cells_of(box)) if all(len(bins) == 1 for bins in box) else None for box in boxes]
+        ours = {c.number for c in candidates}
+        for at, c in enumerate(racing):
+            if c.number in ours and not c.out and c.reached == rung:
+                taken = {niches[i] for i in np.flatnonzero(better[:, at])} - {None}
+                if math.prod(map(len, boxes[at])) <= len(taken) and taken.issuperset(cells_of(boxes[at])):
+                    c.out = "eliminated"
+
+    def _elite_sheet(self, number: int) -> Sheet:
+        """The scores of an elite, which never change; those of elites that were looked at last are kept."""
+        if number not in self._elite_sheets:
+            self._elite_sheets[number] = self._recorded_sheet(number)
+        return self._elite_sheets[number]
+
+    def _bounds(self, candidate: Candidate, elites: Grid) -> Bounds:
+        """Between what values a candidate's features lie, by the rung that it reached; none for a front."""
+        if not elites.axes:
+            return ()
+        assert self._setup.racing is not None  # without it every value is of all items, and nobody asks
+        found = self._estimates(candidate.sheet, candidate.reached)
+        reach = float(special.ndtri((1 + self._setup.racing.confidence) / 2))
+        bounds = []
+        for feature in self._setup.features:
+            value = found.get(feature.name)
+            if value is None or math.isnan(value["mean"]):
+                bounds.append(UNKNOWN)
+            elif value["n"] >= feature.items:
+                bounds.append((value["mean"], value["mean"]))
+            elif math.isnan(value["stderr"]):
+                bounds.append(UNKNOWN)
+            else:
+                bounds.append((value["mean"] - reach * value["stderr"], value["mean"] + reach * value["stderr"]))
+        return bounds
+
+    def _better(self, sheets: Sequence[Sheet], reached: Sequence[int]) -> NDArray[np.bool_]:
+        """Who is surely better than whom: bool [sheets, sheets]. A pair is compared on the lower rung of the two."""
+        rungs = np.array(reached)
+        better = np.zeros((len(sheets), len(sheets)), dtype=np.bool_)
+        for level in sorted(set(reached)):
+            there = np.flatnonzero(rungs >= level)
+            lower = np.minimum(rungs[there][:, None], rungs[there][None, :]) == level
+            block = better[np.ix_(there, there)]
+            block[lower] = self._compare([sheets[i] for i in there.tolist()], level)[lower]
+            better[np.ix_(there, there)] = block
+        return better
+
+    def _compare(self, sheets: Sequence[Sheet], level: int) -> NDArray[np.bool_]:
+        """Who is surely better than whom on the items of a rung: bool [sheets, sheets]."""
         assert self._setup.racing is not None  # without it there is one rung, and nothing to compare before it
         samples, losses = [], []
         for objective in self._setup.objectives:
             items = self._items(objective, level)
             samples.append(self._orders[objective.evaluator].sample(items, objective.items))
-            losses.append(np.array([_losses_on(c.sheet, objective, items) for c in candidates]))
+            losses.append(np.array([_losses_on(sheet, objective, items) for sheet in sheets]))
         better = surely_better(losses, samples, self._setup.racing.confidence)
-        feasible = np.array([self._setup.violation(self._estimates(c.sheet, level)) == 0.0 for c in candidates])
+        feasible = np.array([self._setup.violation(self._estimates(sheet, level)) == 0.0 for sheet in sheets])
         return np.asarray(better & (feasible[:, None] | ~feasible[None, :]))
 
     def _losses(self, candidate: Candidate) -> list[float]:
@@ -226,10 +282,10 @@ class Scoring:
             return [math.inf] * len(self._setup.objectives)
         return [o.loss(found[o.name]["mean"]) for o in self._setup.objectives]
 
-    def _leads(self, candidate: Candidate, incumbents: Sequence[Sequence[float]]) -> bool:
-        """Whether a candidate is feasible and no incumbent is as good in every objective, by what is known now."""
-        ours = np.array(self._losses(candidate))
-        return bool(np.isfinite(ours).all()) and not any((np.array(theirs) <= ours).all() for theirs in incumbents)
+    def _leads(self, candidate: Candidate, rivals: Grid) -> bool:
+        """Whether a candidate is feasible and no rival is as good in every objective, by what is known now."""
+        ours = self._losses(candidate)
+        return bool(np.isfinite(ours).all()) and rivals.takes(ours, self._bounds(candidate, rivals))
 
     # The end ------------------------------------------------------------------------------------------------------
 

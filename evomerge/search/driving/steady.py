@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evomerge.optimizers import Grid
+from evomerge.optimizers.elites import Point
 from evomerge.search.driving.dispatch import Dispatcher, Pending
 from evomerge.search.driving.scoring import Candidate, Scoring
 from evomerge.search.preparing.setup import Counts, Setup
@@ -51,15 +53,15 @@ class SteadyScoring(Scoring):
         """Score whatever the feed gives until it gives nothing; False when a stop came first."""
         return self._dispatcher.run(feed, self)
 
-    def next_job(self, candidate: Candidate, incumbents: Sequence[Sequence[float]], keep: float) -> Pending | None:
+    def next_job(self, candidate: Candidate, rivals: Grid, keep: float | None) -> Pending | None:
         """What is to be scored next of a candidate; None when it is known as well as it needs to be.
 
         Args:
-            incumbents: losses of the candidates on the front.
-            keep: the share of candidates that the optimizer learns from.
+            rivals: the front, or the elites of each niche where the optimizer keeps these.
+            keep: the share of candidates that the optimizer learns from; None where it keeps niches.
         """
         while not candidate.finished:
-            counts = self._wanted.get(candidate.number) or self._next_counts(candidate, incumbents)
+            counts = self._wanted.get(candidate.number) or self._next_counts(candidate, rivals)
             if counts is None:
                 return None
             if (pending := self._pending(candidate, counts)) is not None:
@@ -67,10 +69,10 @@ class SteadyScoring(Scoring):
             if candidate.status == "failed":
                 return None
             self._wanted.pop(candidate.number, None)
-            self._arrive(candidate, counts, keep)
+            self._arrive(candidate, counts, rivals, keep)
         return None
 
-    def _next_counts(self, candidate: Candidate, incumbents: Sequence[Sequence[float]]) -> Counts | None:
+    def _next_counts(self, candidate: Candidate, rivals: Grid) -> Counts | None:
         """The items of a candidate's next rung, the screen's first; None at the end of its way."""
         if candidate.step == 0:
             return None if candidate.reached == len(self._rungs) - 1 else self._setup.all_counts()
@@ -82,10 +84,13 @@ class SteadyScoring(Scoring):
         rung = candidate.reached + 1
         if rung < self._setup.ordinary_rungs and not candidate.out:
             return self._rungs[rung]
-        challenges = 0 < rung < len(self._rungs) and self._leads(candidate, [*incumbents, *self._recent_losses()])
-        return self._rungs[rung] if challenges else None
+        if not 0 < rung < len(self._rungs):
+            return None
+        if not rivals.axes:  # of candidates told lately, the niche may not be known
+            rivals = rivals.extend(self._recent_points())
+        return self._rungs[rung] if self._leads(candidate, rivals) else None
 
-    def _arrive(self, candidate: Candidate, counts: Counts, keep: float) -> None:
+    def _arrive(self, candidate: Candidate, counts: Counts, rivals: Grid, keep: float | None) -> None:
         """A candidate has all scores of a rung, or of the screen: whether it goes on is decided."""
         if candidate.step == 0:
             candidate.reached = len(self._rungs) - 1
@@ -96,6 +101,9 @@ class SteadyScoring(Scoring):
         candidate.reached += 1
         if candidate.reached < min(self._setup.ordinary_rungs, len(self._rungs) - 1):
             others = [c for c in self.recent if c.reached >= 0]
+            if keep is None:
+                self._judge_niches([candidate], candidate.reached, rivals, others=others)
+                return
             keep_of = round(keep * (len(others) + 1))
             if 0 < keep_of <= len(others):
                 self._judge([candidate], candidate.reached, keep_of, others=others)
@@ -113,8 +121,8 @@ class SteadyScoring(Scoring):
         assert self._setup.screen is not None  # asked only where there is one
         return float(candidate.sheet.values(self._setup.screen).mean(dtype="float64"))
 
-    def _recent_losses(self) -> list[list[float]]:
-        return [c.losses for c in self.recent if c.losses is not None and c.out != "screened"]
+    def _recent_points(self) -> dict[int, Point]:
+        return {c.number: Point(c.losses) for c in self.recent if c.losses is not None and c.out != "screened"}
 
     def learn(self, told: Sequence[Candidate], *, landmarks: bool) -> None:
         super().learn(told, landmarks=landmarks)

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from evomerge.front import knee, nondominated
 from evomerge.optimizers.scalarisation import Scalarisation
 from evomerge.search.preparing.setup import Setup
 from evomerge.store import CandidateRow, SearchRow, Store, summaries
-from evomerge.store.front import knee, nondominated
 
 Losses = NDArray[np.float64]
 """Losses of models, float64 [models, objectives]; less is better."""

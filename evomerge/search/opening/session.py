@@ -190,6 +190,7 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
         ],
         "objectives": [told(objective) for objective in setup.objectives],
         "constraints": [told(constraint) for constraint in setup.constraints],
+        "features": [told(feature) for feature in setup.features],
         "screen": None if setup.screen is None else told(setup.screen),
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
     }

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.cost import COUNTED
 from evaluators.prompts import Reader
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.fingerprints import Untouched
@@ -21,7 +22,14 @@ from evomerge.merging.materialise import check_recipe
 from evomerge.plugins import unknown_name
 from evomerge.recipe import Blend, Recipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
-from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, ObjectiveInfo, ScreenInfo, Setup
+from evomerge.search.preparing.setup import (
+    ConstraintInfo,
+    EvaluatorInfo,
+    FeatureInfo,
+    ObjectiveInfo,
+    ScreenInfo,
+    Setup,
+)
 from evomerge.search.settings.early import make_space
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
@@ -79,6 +87,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         optimizer=file.optimizer,
         objectives=tuple(_objective(file, name, settings, evaluators) for name in file.objectives),
         constraints=tuple(_constraint(file, name, settings, evaluators) for name in file.constraints),
+        features=tuple(_feature(file, name, settings, evaluators) for name in file.features),
         screen=_screen(file, settings, evaluators),
         racing=file.racing,
         mode=file.mode,
@@ -90,7 +99,8 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         confirm=file.confirm,
         attempts=file.attempts,
     )
-    file.optimizer.check(space.parameters, len(setup.objectives), "optimizer")
+    file.optimizer.check(space.parameters, len(setup.objectives), "optimizer", setup.axes)
+    _check_niches(file, setup)
     return Prepared(file, setup, sources, evaluators, untouched, warnings)
 
 
@@ -263,6 +273,27 @@ def _constraint(
     threshold = constraint.at_least if constraint.at_least is not None else constraint.at_most
     assert threshold is not None  # the search file has checked that there is one
     return ConstraintInfo(name, found.evaluator, constraint.metric, least, found.items, threshold)
+
+
+def _feature(
+    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
+) -> FeatureInfo:
+    feature = file.features[name]
+    found = _find(file, f"features.{name}", settings, evaluators)
+    (low, high), bins = feature.range, feature.bins
+    return FeatureInfo(name, found.evaluator, feature.metric, found.higher_is_better, found.items, low, high, bins)
+
+
+def _check_niches(file: SearchFile, setup: Setup) -> None:
+    """Refuse features that cannot tell candidates apart, and a screen that knows nothing of niches."""
+    for feature in setup.features:
+        counted = setup.evaluators[feature.evaluator].name == "cost" and feature.metric in COUNTED
+        if counted and file.space.kind == "parameter_space":
+            problem = f"{feature.metric} is the same for every candidate: this space mixes weights layer by layer"
+            raise InputError(f"features.{feature.name}", problem, "Take another metric, or a space of paths.")
+    if setup.screen is not None and setup.build_optimizer().keeps == "niches":
+        problem = f"leaves out what is poor in any niche, and {file.optimizer.name} looks for the best of each"
+        raise InputError("screen", problem, "Leave it out.")
 
 
 def _screen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluators.base import ItemScores, Split
 from evomerge.genome import SearchSpace
-from evomerge.optimizers import OptimizerSettings
+from evomerge.optimizers import Feature, Optimizer, OptimizerSettings
 from evomerge.search.settings.sections import Budget, Confirm, KeptAnswers, Mode, Racing
 from evomerge.search.work.jobs import Task
 from evomerge.store import Estimate
@@ -67,6 +68,19 @@ class ScreenInfo(MeasureInfo):
     drop: float
 
 
+@dataclass(frozen=True)
+class FeatureInfo(MeasureInfo):
+    """What sets candidates apart that may be equally good, and how its range is divided. See ``Feature``."""
+
+    low: float
+    high: float
+    bins: int
+
+    @property
+    def axis(self) -> Feature:
+        return Feature(self.name, self.low, self.high, self.bins)
+
+
 def objective_values(measure: MeasureInfo, scores: Sequence[ItemScores], split: Split) -> NDArray[np.float32]:
     """The per-item scores that a measure is the mean of; ``scores`` has one entry for each evaluator."""
     values = scores[measure.evaluator][measure.metric]
@@ -101,15 +115,29 @@ class Setup:
     confirm: Confirm
     attempts: int
     constraints: tuple[ConstraintInfo, ...] = ()
+    features: tuple[FeatureInfo, ...] = ()
     screen: ScreenInfo | None = None
     racing: Racing | None = None
     mode: Mode = "generational"
     answers: KeptAnswers = "all"
 
     @property
-    def measures(self) -> Iterator[ObjectiveInfo | ConstraintInfo]:
-        """What a candidate is judged by: objectives and constraints, without the screen."""
-        return chain(self.objectives, self.constraints)
+    def measures(self) -> Iterator[MeasureInfo]:
+        """What a candidate is judged and placed by: objectives, constraints and features, without the screen."""
+        return chain(self.objectives, self.constraints, self.features)
+
+    @property
+    def axes(self) -> tuple[Feature, ...]:
+        """The features, as optimizers and elites know them."""
+        return tuple(feature.axis for feature in self.features)
+
+    def build_optimizer(self) -> Optimizer:
+        """The optimizer, as it is before its first ask."""
+        return self.optimizer.build(self.space.parameters, len(self.objectives), self.seed, self.axes)
+
+    def feature_values(self, objectives: Mapping[str, Estimate]) -> list[float]:
+        """A candidate's value of each feature by its estimates; NaN where there is none."""
+        return [objectives[f.name]["mean"] if f.name in objectives else math.nan for f in self.features]
 
     def counts(self, rung: int | None = None) -> Counts:
         """How many items of the search split are scored at a rung; all that objectives want when None."""

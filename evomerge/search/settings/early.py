@@ -16,6 +16,7 @@ from evomerge.errors import InputError
 from evomerge.files import open_file
 from evomerge.genome import SearchSpace
 from evomerge.method import find_method
+from evomerge.optimizers import Feature
 from evomerge.plugins import unknown_name
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
@@ -80,7 +81,8 @@ def _check_space(file: SearchFile) -> None:
             find_method(method, "space.method")
         return
     space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
-    file.optimizer.check(space.parameters, len(file.objectives), "optimizer")
+    axes = [Feature(name, *each.range, each.bins) for name, each in file.features.items()]
+    file.optimizer.check(space.parameters, len(file.objectives), "optimizer", axes)
 
 
 def _depth(reference: str) -> int | None:

@@ -30,6 +30,7 @@ from evomerge.search.settings.sections import (
     Cluster,
     Confirm,
     Constraint,
+    Feature,
     Hours,
     KeptAnswers,
     Measure,
@@ -47,6 +48,7 @@ from search_spaces import space_settings
 from search_spaces.base import SpaceSettings
 
 _MOST_BYTES = 16_000_000  # of a search file
+MOST_FEATURES = 4  # of ten bins they are ten thousand niches already
 AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
@@ -63,6 +65,7 @@ class SearchFile(Section):
     space: SerializeAsAny[SpaceSettings]
     objectives: dict[Name, Objective] = Field(min_length=1)
     constraints: dict[Name, Constraint] = Field(default_factory=dict)
+    features: dict[Name, Feature] = Field(default_factory=dict, max_length=MOST_FEATURES)
     racing: Racing | None = None
     screen: Screen | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
@@ -113,6 +116,8 @@ class SearchFile(Section):
                 raise ValueError(f"{field}: there is no source {name!r}; the sources are {', '.join(self.sources)}")
         if both := sorted(set(self.objectives) & set(self.constraints)):
             raise ValueError(f"constraints: {both[0]} is the name of an objective already")
+        if both := sorted(self.features.keys() & {*self.objectives, *self.constraints, "screen"}):
+            raise ValueError(f"features: {both[0]} is the name of another measure already")
         if self.screen is not None and self.screen.objective not in (None, *self.objectives):
             raise ValueError(f"screen.objective: there is no objective {self.screen.objective!r}")
         if missing := sorted(self.vocabulary.used_sources() - set(self.sources)):
@@ -138,6 +143,7 @@ class SearchFile(Section):
         """Everything that names an evaluator, by its place in the file; objectives come first."""
         found: dict[str, Measure] = {f"objectives.{name}": objective for name, objective in self.objectives.items()}
         found |= {f"constraints.{name}": constraint for name, constraint in self.constraints.items()}
+        found |= {f"features.{name}": feature for name, feature in self.features.items()}
         return found if self.screen is None else found | {"screen": self.screen}
 
     def evaluators(self) -> dict[str, EvaluatorSettings]:
@@ -196,6 +202,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "data_folder": Path(os.path.realpath(root / parsed.data_folder)),
         "objectives": {n: _at(root.resolve(), f"objectives.{n}", each) for n, each in parsed.objectives.items()},
         "constraints": {n: _at(root.resolve(), f"constraints.{n}", each) for n, each in parsed.constraints.items()},
+        "features": {n: _at(root.resolve(), f"features.{n}", each) for n, each in parsed.features.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
     }
     resolved = parsed.model_copy(update=update)

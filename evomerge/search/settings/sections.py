@@ -69,6 +69,23 @@ class Constraint(Measure):
         return self
 
 
+class Feature(Measure):
+    """What sets candidates apart that may be equally good, such as their size: a grid keeps the best of each niche.
+
+    ``range`` is divided into so many ``bins``; a value beyond it belongs to the bin at that end.
+    """
+
+    range: tuple[FiniteFloat, FiniteFloat]
+    bins: int = Field(default=10, ge=2, le=1000)
+
+    @field_validator("range")
+    @classmethod
+    def _rises(cls, range: tuple[float, float]) -> tuple[float, float]:
+        if not range[0] < range[1]:
+            raise ValueError(f"must rise from its first number to its second, and is {list(range)}")
+        return range
+
+
 class Screen(Measure):
     """A cheap metric that is scored first, so that candidates it finds poor need not be scored on the objectives.
 

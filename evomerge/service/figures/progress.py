@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from evomerge.front import hypervolume as volume_of
+from evomerge.front import nondominated
 from evomerge.report.entries import Measure, candidate_id
 from evomerge.service.figures.style import (
     BLUE,
@@ -26,8 +28,6 @@ from evomerge.service.figures.style import (
 )
 from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, number_text, thinned, value_text
 from evomerge.store import Store
-from evomerge.store.front import hypervolume as volume_of
-from evomerge.store.front import nondominated
 
 Over = Literal["candidates", "hours"]
 

@@ -100,7 +100,7 @@ def show_candidate(
     theirs = "" if other is None else called(status, other)
     return page(
         request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
-        numbers=[*status.numbers, *status.constraints],
+        numbers=status.measures,
         searched=status.entry(row, search.fingerprints), origin=origin_of(row, search.settings["sources"]),
         fate=status_text(row, status),
         held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
@@ -166,7 +166,8 @@ def _proposed(query: Pair, status: SearchStatus) -> Pair:
 
 def _has_records(search: SearchRow, measure: str) -> bool:
     """Whether the items of an objective or constraint are the fields of records, as those of a Python function."""
-    measures = {**search.settings.get("objectives", {}), **(search.settings.get("constraints") or {})}
+    kinds = ("objectives", "constraints", "features")
+    measures = {name: each for kind in kinds for name, each in (search.settings.get(kind) or {}).items()}
     return bool(measures.get(measure, {}).get("evaluator") == "python")
 
 

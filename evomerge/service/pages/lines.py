@@ -10,7 +10,7 @@ import yaml
 
 _LINE = re.compile(r"\bline (\d+)$")
 _TASK = re.compile(r"\btask ([^\s:,]+)(?:: ([\w.]+))?")
-_MEASURES = ("objectives", "constraints")
+_MEASURES = ("objectives", "constraints", "features")
 
 
 @dataclass(frozen=True)

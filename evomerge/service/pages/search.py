@@ -125,7 +125,7 @@ def search(
         verbs=_verbs(summary, status.choice is not None and status.choice.made), caption=_caption(status, rows),
         pick=held_out_pick(status), conclusions=conclusions(status), is_front=is_front(status),
         work_s=_work_s(status), columns=columns, table_parameters=_table_parameters(store, table, columns),
-        measures=[*status.numbers, *status.constraints], best_values=_best_values(status), rows=rows,
+        measures=status.measures, best_values=_best_values(status), rows=rows,
         thrift=thrift_lines(status),
         choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
         parameters=[each["name"] for each in found.fingerprints["parameters"]], origins=origins, page=table,

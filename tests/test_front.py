@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from evomerge.store.front import extend_front, hypervolume, knee, nondominated
+from evomerge.front import extend_front, hypervolume, knee, nondominated
 
 # Few distinct values, so that ties and duplicates are common, as they are among scores of few items.
 value = st.sampled_from([0.0, 0.25, 0.5, 1.0, -2.0, math.inf, math.nan])
