@@ -40,7 +40,8 @@ def create(root: Path, name: str, setup: Setup) -> Path:
         "sources": {},
         "evaluators": [asdict(each) for each in setup.evaluators],
         "objectives": told[: len(setup.objectives)],
-        "constraints": told[len(setup.objectives) :],
+        "constraints": [each for each in told if "threshold" in each],
+        "features": [each for each in told if "bins" in each],
         "screen": None,
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
     }

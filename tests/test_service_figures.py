@@ -15,6 +15,7 @@ import helpers_figures as made
 import numpy as np
 import optuna
 import pytest
+import test_elites
 from fastapi import FastAPI
 from helpers_search import SOURCES, drive, make_setup
 from hypothesis import given
@@ -69,6 +70,31 @@ def trace(drawn: Any, name: str) -> Any:
 def own(store: Store) -> list[CandidateRow]:
     """Candidates with scores of their own."""
     return [row for row in store.candidates() if row.objectives and row.same_as is None]
+
+
+# ---- niches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_cell_of_the_grid_is_the_best_of_its_niche(tmp_path: Path, axes: int) -> None:
+    plain = test_elites.setup_of(niches=False, candidates=40)
+    features = (*plain.features, replace(plain.features[1], name="again", bins=2))[:axes]
+    made.search(tmp_path, "niches", replace(plain, features=features), test_elites.simulate)
+    with Store.open(tmp_path / "niches" / "search.db") as store:
+        drawn, rows = draw(store, "grid"), [row for row in store.candidates() if row.niche and row.eligible]
+    (cells,) = drawn.data
+    wanted: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    for row in rows:
+        x, y, *_ = [*(row.niche or []), 0]
+        wanted.setdefault((x, y), []).append((row.objectives["o0"]["mean"], -row.number))
+    assert np.isfinite(np.array(cells.z, dtype=float)).sum() == len(wanted) > 2
+    for (x, y), there in wanted.items():
+        assert (cells.z[y][x], -int(cells.customdata[y][x])) == max(there)
+    assert f"of {3 ** min(axes, 2) * (2 if axes == 3 else 1)} niches" in words_of(drawn)
+
+
+def test_without_features_there_is_no_grid(two: Store) -> None:
+    assert is_empty(draw(two, "grid"))
 
 
 # ---- the front -------------------------------------------------------------------------------------------------------

@@ -105,6 +105,11 @@ class FeatureRange(BaseModel):
     high: float
     bins: int
 
+    @property
+    def width(self) -> float:
+        """The width of a bin."""
+        return (self.high - self.low) / self.bins
+
     def text(self, mean: float) -> str:
         """Which bin a value is in, for people who count from 1: bin 3 of 10."""
         return f"bin {Feature('', self.low, self.high, self.bins).bin(mean) + 1} of {self.bins}"

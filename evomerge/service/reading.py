@@ -24,7 +24,19 @@ Mask = NDArray[np.bool_]
 
 Found = TypeVar("Found")
 
-_COLUMNS = ("number", "step", "origin", "label", "status", "same_as", "eligible", "on_front", "finished_at")
+_COLUMNS = (
+    "number",
+    "step",
+    "origin",
+    "label",
+    "status",
+    "same_as",
+    "eligible",
+    "on_front",
+    "finished_at",
+    "niche",
+    "elite",
+)
 _MOST_KEPT = 4  # searches at once whose columns are kept: 10,000 candidates of 200 parameters take some 20 MB
 
 
@@ -55,8 +67,9 @@ class Columns:
     """All candidates of a search, by number.
 
     Attributes:
-        numbers: int64 [n]; ``step``, ``eligible``, ``on_front`` and ``finished_at`` (seconds since 1970, NaN before)
-            have the same order.
+        numbers: int64 [n]; ``step``, ``eligible``, ``on_front``, ``elite`` and ``finished_at`` (seconds since 1970, NaN
+            before) have the same order.
+        niches: the bin of each along each feature; empty where it has no niche.
         origins, labels, statuses: texts [n].
         own: bool [n]: scores are of the candidate itself, and not of another with the same recipe.
     """
@@ -72,6 +85,8 @@ class Columns:
         self.own: Mask = np.array([same is None for same in found["same_as"]], dtype=np.bool_)
         self.eligible: Mask = np.array(found["eligible"], dtype=np.bool_)
         self.on_front: Mask = np.array(found["on_front"], dtype=np.bool_)
+        self.niches: list[list[int]] = [niche or [] for niche in found["niche"]]
+        self.elite: Mask = np.array(found["elite"], dtype=np.bool_)
         self.finished_at: Values = np.array(
             [np.nan if at is None else at for at in found["finished_at"]], dtype=np.float64
         )

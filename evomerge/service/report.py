@@ -39,6 +39,7 @@ _FAILURES = 50  # in the table of failures, the newest
 
 _FIGURES: tuple[tuple[Name, Wish, str, str], ...] = (
     ("front", Wish(), "Candidates and the front", "All candidates; bars are standard errors."),
+    ("grid", Wish(), "Niches", "The best of each, chosen by this very score."),
     ("history", Wish(), "Best so far", "Chosen by this very score, so partly luck."),
     ("history", Wish(over="hours"), "Best so far, by time", ""),
     ("hypervolume", Wish(), "Hypervolume", "What the front covers."),
@@ -169,6 +170,8 @@ def _applies(name: Name, status: SearchStatus) -> bool:
     """Whether a search may ever have such a figure."""
     if name == "constraints":
         return bool(status.constraints)
+    if name == "grid":
+        return bool(status.features)
     return name != "hypervolume" or len(status.directions) > 1
 
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import plotly.graph_objects as go
 
-from evomerge.service.figures import chosen, front, genes, progress, recipe, workers
+from evomerge.service.figures import chosen, front, genes, grid, progress, recipe, workers
 from evomerge.service.figures.progress import Over
 from evomerge.store import Store
 
@@ -19,6 +19,7 @@ __all__ = ["NAMES", "Name", "Over", "Wish", "draw", "draw_path", "draw_recipe"]
 
 Name = Literal[
     "front",
+    "grid",
     "history",
     "hypervolume",
     "importance",
@@ -52,6 +53,7 @@ class Wish:
 
 _DRAWN: Mapping[Name, Callable[[Store, Wish], go.Figure]] = {
     "front": lambda store, wish: front.front(store, wish.x, wish.y),
+    "grid": lambda store, wish: grid.grid(store, wish.objective),
     "history": lambda store, wish: progress.history(store, wish.over, wish.objective),
     "hypervolume": lambda store, wish: progress.hypervolume(store),
     "importance": lambda store, wish: genes.importance(store, wish.objective),

@@ -59,13 +59,14 @@ function offer() {
   if (!isChosen && best && best.value !== before) select(Number(best.value));
 }
 picker.addEventListener("change", () => { isChosen = true; select(Number(picker.value)); });
-figures.onPoint(byId("front-figure"), (point) => {
+function choose(point) {
   const found = [point.customdata].flat().find((each) => Number.isInteger(Number(each)) || /^c\d+$/.test(each));
   if (found === undefined) return;
   isChosen = true;
   select(Number(String(found).replace(/^c/, "")));
   speak(`Recipe of ${byId("selected-name").textContent}`, true);
-});
+}
+for (const box of [byId("front-figure"), document.getElementById("grid-figure")]) if (box) figures.onPoint(box, choose);
 if (picker.value) select(Number(picker.value));
 
 for (const button of document.querySelectorAll("[data-over]")) {

@@ -1,0 +1,66 @@
+"""The niches of a search with features: a cell for each, in the colour of the best score there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from evomerge.report.entries import FeatureRange, features_of
+from evomerge.service.figures.style import AREA_SCALE, figure, safe
+from evomerge.service.reading import Values, axis_title, columns_of, value_text
+from evomerge.store import Store
+
+
+def grid(store: Store, objective: str | None = None) -> go.Figure:
+    """The first two features as axes, the best elite of each cell by its score; of further features the best of all.
+
+    Each cell's ``customdata`` is the candidate's number.
+
+    Raises:
+        KeyError: ``objective`` is none of the search.
+    """
+    found, features = columns_of(store), features_of(store.search().fingerprints)
+    measure = found.objective(objective)
+    if not features:
+        return figure(notes=["The search has no features."])
+    means, errors, items = found.measured(store, measure["name"])
+    elites = np.flatnonzero(found.elite & np.isfinite(means))
+    if not len(elites):
+        return figure(notes=["No candidate has been scored yet."])
+    across, along = _shown(features)
+    best: dict[tuple[int, int], int] = {}
+    for at in sorted(elites.tolist(), key=lambda at: means[at], reverse=not measure["maximise"]):
+        niche = found.niches[at]
+        best[niche[0], niche[1] if len(features) > 1 else 0] = at  # the best comes last, and stays
+    scores, numbers = np.full((2, len(along[1]), len(across[1])), np.nan)
+    words = np.full(scores.shape, "", dtype=object)
+    for (x, y), at in best.items():
+        scores[y, x], numbers[y, x] = means[at], found.numbers[at]
+        told = value_text(measure["name"], means[at], errors[at], items[at], measure["items"])
+        words[y, x] = f"<b>{safe(found.names[at])}</b><br>{safe(told)}"
+    cells = go.Heatmap(
+        x=across[1], y=along[1], z=scores, customdata=numbers, hovertext=words, hoverinfo="text", hoverongaps=False,
+        colorscale=AREA_SCALE, reversescale=not measure["maximise"], xgap=1, ygap=1,
+        colorbar={"title": {"text": safe(axis_title(measure))}, "thickness": 12, "len": 0.9},
+    )  # fmt: skip
+    occupied = len({tuple(found.niches[at]) for at in elites.tolist()})
+    bins = int(np.prod([each.bins for each in features.values()]))
+    notes = [f"{occupied} of {bins:,} niches have a candidate."]
+    if len(features) > 2:
+        notes.append(f"The first two of {len(features)} features are drawn; a cell is the best of all niches there.")
+    axis: Mapping[str, Any] = {"showgrid": False}
+    return figure(
+        [cells],
+        notes=notes,
+        xaxis={"title": {"text": safe(across[0])}, **axis},
+        yaxis={"title": {"text": safe(along[0])}, "showticklabels": len(features) > 1, **axis},
+    )
+
+
+def _shown(features: Mapping[str, FeatureRange]) -> list[tuple[str, Values]]:
+    """Title and the middles of the bins of both axes; an only feature stands over an axis of one bin."""
+    told = [(name, each.low + (np.arange(each.bins) + 0.5) * each.width) for name, each in features.items()]
+    return [*told, ("", np.zeros(1))][:2]
