@@ -62,5 +62,8 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
 
 def _shown(features: Mapping[str, FeatureRange]) -> list[tuple[str, Values]]:
     """Title and the middles of the bins of both axes; an only feature stands over an axis of one bin."""
-    told = [(name, each.low + (np.arange(each.bins) + 0.5) * each.width) for name, each in features.items()]
+    told = [
+        (name, each.low + (np.arange(each.bins, dtype=np.float64) + 0.5) * each.width)
+        for name, each in features.items()
+    ]
     return [*told, ("", np.zeros(1))][:2]
