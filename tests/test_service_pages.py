@@ -10,8 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
+import helpers_figures
 import helpers_figures as made
 import pytest
+import test_elites
 from fastapi import FastAPI
 from helpers_service import BEARER, NAME, client_of, make_app, make_search
 from hypothesis import given, settings
@@ -297,6 +299,20 @@ def test_items_of_a_python_function_are_shown_field_by_field(tmp_path: Path) -> 
         shown = client.get("/searches/prompts/compare?a=c0005&b=c0006").text
         assert "<dt>question</dt>" not in shown
         assert "{&#34;question&#34;" in shown
+
+
+def test_niches_are_a_grid_and_columns(tmp_path: Path) -> None:
+    helpers_figures.search(tmp_path, "niches", test_elites.setup_of(niches=False, candidates=12), test_elites.simulate)
+    with Store.open(tmp_path / "niches" / "search.db") as store:
+        number = next(row.number for row in store.candidates() if row.elite)
+    with client_of(make_app(tmp_path), accept="text/html") as client:
+        shown = client.get("/searches/niches").text
+        assert 'id="grid-figure"' in shown
+        assert ">length</th>" in shown.replace("\n", "")
+        assert "length" in client.get(f"/searches/niches/candidates/c{number:04d}").text
+        found = client.get(f"/api/v1/searches/niches/candidates/{number}").json()
+        assert (found["elite"], len(found["niche"])) == (True, 2)
+        assert client.get("/api/v1/searches/niches/figures/grid").json()["data"][0]["type"] == "heatmap"
 
 
 def store_settings(store: Store) -> dict[str, Any]:
