@@ -118,6 +118,11 @@ class Asked:
     place: str
 
     @property
+    def unread(self) -> int:
+        """How many tokens at the end the model is not given: after the last of an answer nothing is predicted."""
+        return 1 if self.scored else 0
+
+    @property
     def lost(self) -> int:
         """How many tokens at the beginning have no room."""
         return 0 if self.room is None else max(0, len(self.ids) - self.room)
@@ -344,8 +349,8 @@ def told_too_long(found: Sequence[Asked]) -> str:
     """Which items lose their beginning, as a sentence for people; empty for none."""
     if not found:
         return ""
-    named = "; ".join(f"{each.place} ({len(each.ids):,} tokens)" for each in found[:_NAMED])
+    named = "; ".join(f"{each.place} ({len(each.ids) - each.unread:,} tokens)" for each in found[:_NAMED])
     more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    room = min(each.room for each in found if each.room is not None)
+    room = min(each.room - each.unread for each in found if each.room is not None)
     items = "1 item is too long and loses its" if len(found) == 1 else f"{len(found)} items are too long and lose their"
     return f"{items} beginning, as there is room for {room:,} tokens: {named}{more}"

@@ -191,3 +191,14 @@ def _check_depth(content: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is nested more than {_MOST_DEEP} deep")
+
+
+def absolute_reference(reference: str, root: Path) -> str:
+    """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
+    if not is_path(reference):
+        return reference
+    folder = os.path.join(root, os.path.expanduser(reference))
+    is_folder = os.path.isdir(folder)  # unlike Path.is_dir, False for a name that no file can have
+    if "+" in reference and not is_folder:  # a model and its adapters
+        return "+".join(absolute_reference(part, root) for part in reference.split("+"))
+    return os.path.realpath(folder) if is_folder or reference.startswith((".", "/", "~")) else reference

@@ -15,6 +15,7 @@ from typing import Literal, NoReturn, Self
 import numpy as np
 
 from evomerge.errors import InputError
+from evomerge.files import absolute_reference
 from evomerge.genome import Genome, Landmark, SearchSpace
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import check_blend
@@ -98,6 +99,10 @@ def read_winner(path: Path, context: SpaceContext) -> Recipe:
         what = "scales hops" if recipe.is_scaled else "makes single tensors otherwise than their layer"
         raise InputError(place, f"{what}, which its layers cannot keep on another path", "Give a merge of weights.")
     used = recipe.used_sources() | recipe.vocabulary.used_sources() | {recipe.tokenizer}
+    here = Path(os.path.realpath(path)).parent  # which an exported recipe names folders from
+    recipe = recipe.model_copy(
+        update={"sources": {name: absolute_reference(found, here) for name, found in recipe.sources.items()}}
+    )
     for name in sorted(used):
         if name not in context.sources:
             raise InputError(place, f"merges {name}, which is no source of this search", f"Add it: `sources.{name}`.")

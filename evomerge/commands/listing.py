@@ -61,14 +61,14 @@ def _listed(search: SearchSummary) -> Listed:
 
 
 def _confirmed(search: SearchSummary) -> tuple[str, str]:
-    """What the winner, or the knee of a front, is worth on held-out items, and what it gains there."""
+    """What the winner, or the knee of a front, is worth on held-out items, and what a winner gains there."""
     pick = search.confirmed
     if pick is None:
         return "", ""
     values = [value_text(value) for value in pick.values.values()]
-    gains = [f"{gap_text(gap)} over {gap.to}" for gap in pick.all_gains.values()]
     role = "winner" if pick.role == BEST else pick.role
-    return f"{role} {_joined(values, pick.scalar is not None)}", ", ".join(gains[:1] if pick.scalar else gains)
+    gains = [f"{gap_text(gap)} over {gap.to}" for gap in pick.all_gains.values() if pick.role == BEST]
+    return f"{role} {_joined(values, pick.scalar is not None)}", "".join(gains[:1])  # that in what decides
 
 
 def _joined(texts: Sequence[str], has_scalar: bool) -> str:

@@ -72,6 +72,12 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
         console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
     if k is None and any("~" in text for row in rows for text in cells(known.entry(row, fingerprints), known)):
         console.print("~ is estimated from the scores of so many items (in brackets).", style="dim")
+    asked = known.candidates.asked
+    if k is not None and 0 < len(rows) < asked:
+        which = f"the {k} best" if len(rows) == k else "those that were scored on every item and keep all constraints"
+        more = f"evomerge top {shlex.quote(str(folder))} --all"
+        told = f"{len(rows)} of {asked} candidates: {which}, of equal recipes the first. All: {more}"
+        console.print(told, style="dim", soft_wrap=True)
     for line in conclusions(known):
         console.print(line)
     for line in choice_text(known):

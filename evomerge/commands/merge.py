@@ -73,7 +73,7 @@ def merge(path: Path, out: str | Path) -> None:
     for warning in warnings_across(sources, recipe.tokenizer):
         console.print(f"warning: {warning}", style="yellow")
     with local_folder(out, console) as folder, progress_bar(console, "writing tensors") as update:
-        texts = papers(folder.name, recipe, sources, None)
+        texts = papers(folder.name, recipe, sources, None, None if is_url(str(out)) else folder)
         write_model(recipe, sources, folder, texts=texts, progress=update)
     console.print(f"merged into {out}", style="bold")
 

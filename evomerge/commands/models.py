@@ -78,7 +78,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
                 with (written / NAME).open("a", encoding="utf-8") as text:
                     text.write(verification(checked))
 
-            texts = papers(model.name, recipe, sources, provenance)
+            texts = papers(model.name, recipe, sources, provenance, None if is_url(str(out)) else model)
             if not verify:
                 texts[NAME] += verification(())
             write_model(

@@ -111,12 +111,13 @@ def reproduce(
     lines, all_exact = [], True
     for split in ("search", "held_out"):
         recorded = {scores.evaluator: scores for scores in store.scores(row.number, split)}
-        for info, evaluator in zip(prepared.setup.evaluators, prepared.evaluators, strict=True):
+        for number, (info, evaluator) in enumerate(zip(prepared.setup.evaluators, prepared.evaluators, strict=True)):
             if info.version not in recorded:
                 continue
+            name = _measures_of(prepared, number)
             before = recorded[info.version]
             what = f"{len(before.items)} {split} items"
-            say(f"verifying: {evaluator.name}, {what}")
+            say(f"verifying: {name}, {what}")
             now = evaluator.score(live, split, before.items.tolist())
             parts = split == "search" and len(raced.get(info.version, set()) | {len(before.items)}) > 1
             exact = not (rounds or parts)
@@ -127,15 +128,24 @@ def reproduce(
             }
             for metric, moved in found.items():
                 if moved.items and (exact or not moved.is_rounding):
-                    place = f"{evaluator.name} ({split}): {metric}"
+                    place = f"{name} ({split}): {metric}"
                     raise _unlike(candidate_id(row.number), place, moved, len(before.items))
             told = f"{what} score exactly as recorded"
             if any(moved.items for moved in found.values()):
                 all_exact = False
                 why = "of what was folded in" if rounds else "in other batches than those of its race"
                 told = f"{what} score as recorded but for rounding {why} ({_told(found)})"
-            lines.append(f"verified: {evaluator.name}, {told}")
+            lines.append(f"verified: {name}, {told}")
     return lines if all_exact else [*lines, tolerance.text]
+
+
+def _measures_of(prepared: Prepared, number: int) -> str:
+    """What an evaluator measures, by the names of objectives and constraints, and what it is called if otherwise."""
+    names = [measure.name for measure in prepared.setup.measures if measure.evaluator == number]
+    own = prepared.evaluators[number].name
+    if not names or own in names:
+        return ", ".join([own, *(name for name in names if name != own)])
+    return f"{', '.join(names)} ({own})"
 
 
 def _told(found: dict[str, Difference]) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,7 +23,7 @@ from evomerge.report.entries import Entry, Value, candidate_id, interval_text, m
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
-from evomerge.report.public_names import hub_ids, public_name, without_places
+from evomerge.report.public_names import hub_ids, movable, public_name, without_places
 from evomerge.report.recipe_text import recipe_lines, unmerged_source
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.status import SearchStatus
@@ -44,13 +45,22 @@ class Provenance:
     curse: Curse | None = None
 
 
-def papers(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> dict[str, str]:
+def papers(
+    title: str,
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    provenance: Provenance | None,
+    folder: Path | None = None,
+) -> dict[str, str]:
     """The texts that go with an exported model, by file name, and its pictures.
 
     Its path is drawn where it is more than its layers, and the winner's curse where candidates were confirmed.
+
+    Args:
+        folder: the model's on this machine, from which its recipe names the sources' folders.
     """
     found = {
-        "recipe.yaml": dump_recipe(recipe),
+        "recipe.yaml": dump_recipe(movable(recipe, folder)),
         "lineage.json": lineage(recipe, sources, provenance),
         NAME: card(title, recipe, sources, provenance),
     }
@@ -140,7 +150,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
         f"# {title}",
         f"The source `{alone}`, unmerged: a copy of it in the format that Evomerge writes."
         if alone
-        else f"A merge of {len(recipe.used_sources())} language models, made by Evomerge without training.",
+        else f"A merge of {_merged(recipe)}, made by Evomerge without training.",
         _sources_section(sources, licences),
         _recipe_section(recipe),
     ]
@@ -150,6 +160,14 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
         parts += [_scores_section(provenance), _choice_section(provenance), _limits_section(provenance)]
     parts.append(_again_section(provenance))
     return "\n\n".join(parts) + "\n"
+
+
+def _merged(recipe: Recipe) -> str:
+    """What a recipe merges: the models that it mixes, of which the base that changes are taken against is none."""
+    mixed = {name for blend in recipe.blends for name in blend.sources}
+    bases = sorted(recipe.used_sources() - mixed)
+    models = "one language model" if len(mixed) == 1 else f"{len(mixed)} language models"
+    return f"{models} on {' and '.join(f'`{name}`' for name in bases)}, their base" if bases else models
 
 
 def _sources_section(sources: Mapping[str, Source], licences: Mapping[str, str]) -> str:
@@ -213,6 +231,8 @@ def _choice_section(provenance: Provenance) -> str:
     """How many candidates there were, how the winner was chosen among them, and how much of its score that was."""
     choice, row = provenance.status.choice, provenance.row
     parts = [" ".join([_counted(provenance), *_thrift(provenance.status)])]
+    if provenance.status.unscored:
+        parts += [" ".join(each.text for each in provenance.status.unscored)]
     if constrained := _constrained(provenance):
         parts += [constrained]
     if choice is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from evomerge.report.entries import (
 from evomerge.search.estimation.combined import Combined, Range, Scored
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_at
 from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
-from evomerge.store import CandidateRow, SearchRow, Store
+from evomerge.store import CandidateRow, EventRow, SearchRow, Store
 
 CHOSEN_EVENTS = ("winner", "confirmed")
 """What is recorded when a choice is made: a winner, or that a front without one is confirmed."""
@@ -63,6 +64,15 @@ class Choice(BaseModel):
     feasible: bool = True
     made: bool = False
     too_few: list[str] = []
+
+
+class Effort(BaseModel):
+    """What the latest confirmation takes: models in all and those scored, items a model, and seconds at work on it."""
+
+    models: int
+    models_done: int
+    items_each: int
+    seconds: float
 
 
 class Confirmed(NamedTuple):
@@ -162,6 +172,41 @@ def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, c
     roles = preference.choose(among[kept], among)
     unknown = {best_at(name) for name in choice.too_few} | ({BEST, KNEE} if choice.too_few else set())
     return {role: shown[kept[at]].id for role, at in roles.items() if role not in unknown}
+
+
+def effort(
+    store: Store, search: SearchRow, landmarks: Sequence[CandidateRow], held: Confirmed, *, is_driven: bool
+) -> Effort | None:
+    """What the latest confirmation, of which ``held`` is known, takes; None before there is one."""
+    events = store.events(kinds=("state", "lease", "shortlist", "confirm", "confirm failed", *CHOSEN_EVENTS))
+    frozen = [event for event in events if event.kind == "shortlist"]
+    if not frozen or held.choice is None:
+        return None
+    last = frozen[-1].payload
+    wanted = {row.number for row in landmarks if row.status in ("done", "cached")}
+    wanted |= {*last["candidates"], *last.get("drawn", [])}
+    evaluators = {measure["evaluator"] for measure in measures_of(search.fingerprints)}
+    return Effort(
+        models=len(wanted),
+        models_done=len(held.entries) + len(held.baselines) + held.choice.drawn,
+        items_each=sum(search.fingerprints["evaluators"][number]["held_out_items"] for number in evaluators),
+        seconds=_confirming_s(events, time.time() if is_driven else None),
+    )
+
+
+def _confirming_s(events: Sequence[EventRow], now: float | None) -> float:
+    """Seconds in which a driver confirmed; one that was killed did so until the last that it wrote."""
+    spent, since, last = 0.0, None, 0.0
+    for event in events:
+        if event.kind in ("state", "lease") and since is not None:
+            spent += (event.time if event.kind == "state" else last) - since
+            since = None
+        if event.kind == "state" and event.payload["state"] == "confirming":
+            since = event.time
+        last = event.time
+    if since is not None:
+        spent += (last if now is None else now) - since
+    return max(0.0, spent)
 
 
 UNCONFIRMED = "interrupted"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 import numpy as np
 
 from evomerge.errors import InputError
@@ -13,19 +16,25 @@ from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store
 
 
-def candidate_number(text: str, store: Store) -> int:
+def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> int:
     """The number of the candidate that a person names by its id, its number, or the label of a landmark.
 
+    Args:
+        names: what else may be meant, and is looked up elsewhere.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none; says the nearest.
     """
-    for row in store.candidates(step=0):
-        if row.label == text:
-            return row.number
+    labels = {row.label: row.number for row in store.candidates(step=0)}
+    if text in labels:
+        return labels[text]
     digits = text.removeprefix("c")
     if digits.isdecimal() and int(digits) < sum(store.counts().values()):
         return int(digits)
-    raise InputError(text, "is no candidate of this search", "`evomerge top` lists them; a source goes by its name.")
+    near = difflib.get_close_matches(text, [*labels, *names], n=1)
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    mend = f"{meant}`evomerge top` lists them; a source goes by its name."
+    raise InputError(text, "is no candidate of this search", mend)
 
 
 def chosen(store: Store, candidate: str) -> int:
@@ -51,7 +60,7 @@ def chosen(store: Store, candidate: str) -> int:
         return int(found.removeprefix("c"))
     if candidate in chosen_for:
         return int(chosen_for[candidate].removeprefix("c"))
-    return candidate_number(candidate, store)
+    return candidate_number(candidate, store, [BEST, KNEE, *chosen_for])
 
 
 def exported(store: Store, candidate: str) -> int:

@@ -138,8 +138,14 @@ def is_front(status: SearchStatus) -> bool:
 
 
 def conclusions(status: SearchStatus) -> list[str]:
-    """What was found, in sentences: of what no merge is better at than a source, and of what a front offers."""
-    return [*_unsaid(status), *(_front(status) if is_front(status) else _best(status))]
+    """What was found, in sentences: which landmarks could not be scored, what no merge is better at than a source, and
+    what a front offers.
+    """
+    return [
+        *(each.text for each in status.unscored),
+        *_unsaid(status),
+        *(_front(status) if is_front(status) else _best(status)),
+    ]
 
 
 def _unsaid(status: SearchStatus) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source
+from evomerge.recipe import Recipe
 
 _LONGEST = 4096  # characters of a path
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+/?$")
@@ -23,6 +24,28 @@ def public_name(source: Source) -> str:
 def hub_ids(source: Source) -> list[str]:
     """The hub ids of a source and of its adapters, without revisions; none of a folder that does not say its own."""
     return [found for part in _parts(source) if (found := _found(part))]
+
+
+def movable(recipe: Recipe, folder: Path | None) -> Recipe:
+    """The recipe as it goes with an exported model: of models in the hub's cache it names the ids, and of other folders
+    the way from the exported ``folder``, or where that is not on this machine the name alone.
+    """
+
+    def told(part: str) -> str:
+        if not os.path.isabs(part) or not os.path.isdir(part):
+            return part
+        if found := _SNAPSHOT.search(part):
+            return f"{found[1]}/{found[2]}@{Path(part).name}"
+        if folder is None:
+            return Path(part).name
+        way = os.path.relpath(os.path.realpath(part), os.path.realpath(folder))
+        return way if way.startswith(os.pardir) else os.path.join(os.curdir, way)
+
+    sources = {
+        name: "+".join(told(part) for part in split_reference(reference, None))
+        for name, reference in recipe.sources.items()
+    }
+    return recipe.model_copy(update={"sources": sources})
 
 
 def without_places(settings: Any) -> Any:

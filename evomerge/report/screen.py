@@ -59,7 +59,17 @@ def headline(status: SearchStatus, eta: float | None = None) -> str:
     ending = f"  {status.why}" if status.why and status.state != "running" else ""
     left = f"  ETA {duration(eta)}" if eta is not None and status.state in ("running", "confirming") else ""
     what = f"{status.space}, {status.parameters} parameters, {status.optimizer}"
-    return f"{status.name}  ({what})  {status.state.upper()} {spent}{left}{ending}"
+    return f"{status.name}  ({what})  {status.state.upper()} {spent}{_confirmation(status)}{left}{ending}"
+
+
+def _confirmation(status: SearchStatus) -> str:
+    """What the confirmation took, or how far it is, after the time of the search itself."""
+    found = status.confirmation
+    if found is None:
+        return ""
+    total = f"{_count(found.models, 'model')} x {found.items_each:,} held-out items"
+    done = "" if found.models_done >= found.models else f"{found.models_done} of "
+    return f", confirmation {done}{total} {duration(found.seconds)}"
 
 
 def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:

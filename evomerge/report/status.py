@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
 
-from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, Choice, confirmation
+from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, Choice, Confirmed, Effort, confirmation, effort
 from evomerge.report.entries import (
     ConfirmedEntry,
     Constraint,
@@ -27,6 +28,7 @@ from evomerge.report.entries import (
     constraints_of,
     entry,
     features_of,
+    kind_of,
     measures_of,
     origin_of,
 )
@@ -38,6 +40,7 @@ from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.summaries import Brief
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
+_MOST_MESSAGE = 300  # characters of what a failure says
 _EACH = 5  # candidates that a node or worker has scored before it is compared
 _RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
 
@@ -128,13 +131,32 @@ class Scalarised(BaseModel):
     worst: list[float] | None
 
 
+class Unscored(BaseModel):
+    """A landmark that could not be scored on a split, and why; nothing is compared with it there."""
+
+    id: str
+    label: str
+    origin: str
+    split: Literal["search", "held_out"]
+    reason: str
+    message: str
+
+    @property
+    def text(self) -> str:
+        """That as a sentence."""
+        where = "" if self.split == "search" else " on held-out items"
+        cause = textwrap.shorten(self.message, _MOST_MESSAGE, placeholder=" ...")
+        told = f"{self.id} ({kind_of(self.origin, self.label)}) could not be scored{where}"
+        return f"{told}, so nothing is compared with it. {self.reason.replace('_', ' ')}: {cause}"
+
+
 class SearchStatus(BaseModel):
     """A search at one moment.
 
     ``picks`` is what it chose so far: the best where one objective or a ``scalarisation`` decides, else the best at
     each objective and the knee. ``best`` is the best on the search split, the knee of a front, and ``best_by_role``
     has all that is chosen there, by id. ``winner`` is the best on held-out items, None while there is none and where
-    nothing decides. ``conclusions`` say in words what was found.
+    nothing decides. ``conclusions`` say in words what was found, and which landmarks are ``unscored``.
 
     ``wanted`` says of how many items each of the ``measures`` is the mean, and ``items`` how many item scores
     of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit.
@@ -162,12 +184,14 @@ class SearchStatus(BaseModel):
     front: list[str]
     front_entries: list[Entry]
     failures: dict[str, int]
+    unscored: list[Unscored] = []
     seconds: dict[str, float]
     slow: list[Slow]
     confirmed: list[ConfirmedEntry]
     confirmed_baselines: list[Entry]
     winner: str | None
     choice: Choice | None
+    confirmation: Effort | None = None
     scalarisation: dict[str, Any] | None = None
     scalar: Scalarised | None = None
     picks: list[Pick] = []
@@ -335,12 +359,14 @@ def status_of(store: Store) -> SearchStatus:
         front=[candidate_id(row.number) for row in front],
         front_entries=[shown(row) for row in front],
         failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
+        unscored=list(_unscored(store, landmarks, settings["sources"], held)),
         seconds=_mean_seconds(recent),
         slow=slow_ones(_paces(recent, measures)),
         confirmed=held.entries,
         confirmed_baselines=held.baselines,
         winner=held.winner,
         choice=held.choice,
+        confirmation=effort(store, search, landmarks, held, is_driven=driven),
         scalarisation=settings["optimizer"].get("scalarisation"),
         scalar=scalar,
         picks=picks_of(best, held, numbers, sources),
@@ -449,6 +475,27 @@ def _unconfirmed(store: Store) -> list[str]:
     """Why candidates could not be scored on the held-out split."""
     events = store.events(kinds=("confirm failed",), newest=_RECENT)
     return [f"{event.payload['reason']} in confirmation" for event in events if event.payload["final"]]
+
+
+def _unscored(
+    store: Store, landmarks: Sequence[CandidateRow], sources: Collection[str], held: Confirmed
+) -> Iterator[Unscored]:
+    """Landmarks that have failed, on the search split or else on the held-out split."""
+    events = store.events(kinds=("confirm failed",), newest=_RECENT)
+    there = {event.payload["candidate"]: event.payload for event in events if event.payload["final"]}
+    confirmed = {each.id for each in held.baselines}
+    for row in landmarks:
+        failure = row.failure if row.status == "failed" else there.get(row.number)
+        if failure is None or candidate_id(row.number) in confirmed:
+            continue
+        yield Unscored(
+            id=candidate_id(row.number),
+            label=row.label,
+            origin=origin_of(row, sources),
+            split="search" if row.status == "failed" else "held_out",
+            reason=str(failure.get("reason", "")),
+            message=str(failure.get("message", "")),
+        )
 
 
 def _mean_seconds(rows: Sequence[CandidateRow]) -> dict[str, float]:

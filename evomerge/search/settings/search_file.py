@@ -19,7 +19,7 @@ from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.faults import explain
-from evomerge.files import is_path, read_text
+from evomerge.files import absolute_reference, read_text
 from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
@@ -193,7 +193,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         check_store_url(parsed.store, f"{place}: store")
     if parsed.artifacts is not None:
         check_url(parsed.artifacts, f"{place}: artifacts")
-    sources = {name: _absolute(reference, root) for name, reference in parsed.sources.items()}
+    sources = {name: absolute_reference(reference, root) for name, reference in parsed.sources.items()}
     folders = tuple(Path(os.path.realpath(root / folder)) for folder in parsed.task_folders)
     update = {
         "sources": sources,
@@ -235,7 +235,7 @@ def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:
     paths = {key for key in measure.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
     models = {key for key in measure.evaluator_keys if key in fields and MODEL in fields[key].metadata}
     absolute = {key: os.path.join(root, os.path.expanduser(str(measure.evaluator_keys[key]))) for key in paths}
-    absolute |= {key: _absolute(str(measure.evaluator_keys[key]), root) for key in models}
+    absolute |= {key: absolute_reference(str(measure.evaluator_keys[key]), root) for key in models}
     return type(measure).model_validate(measure.model_dump() | absolute) if absolute else measure
 
 
@@ -256,14 +256,3 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise InputError(f"--set {override}", f"{part!r} is not a section of the search file")
     target[last] = load_yaml(text, f"--set {override}")
-
-
-def _absolute(reference: str, root: Path) -> str:
-    """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
-    if not is_path(reference):
-        return reference
-    folder = os.path.join(root, os.path.expanduser(reference))
-    is_folder = os.path.isdir(folder)  # unlike Path.is_dir, False for a name that no file can have
-    if "+" in reference and not is_folder:  # a model and its adapters
-        return "+".join(_absolute(part, root) for part in reference.split("+"))
-    return os.path.realpath(folder) if is_folder or reference.startswith((".", "/", "~")) else reference

@@ -106,13 +106,21 @@ def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
     """From when to when a search was paused, confirmed, stopped or without a driver, oldest first.
 
     ``events`` are those of attempts, states and leases. A driver that was killed says nothing: the search then stood
-    still from the last that it wrote.
+    still from the last that it wrote. What ran when a driver ended, and has to be begun again, was no idleness: a stop
+    counts from when the first of these had begun.
     """
     stops = []
     stopped_at, last = None, None
+    running: dict[int, float] = {}
     for event in events:
-        if event.kind == "lease" and stopped_at is None:  # of another driver, and the one before never said its end
-            stopped_at = last
+        if event.kind == "dispatch" and event.candidate is not None:
+            running[event.candidate] = event.time
+        elif event.kind in _ENDS and event.candidate is not None:
+            running.pop(event.candidate, None)
+        if event.kind == "lease":  # of another driver; the one before may never have said its end
+            known = [at for at in (last if stopped_at is None else stopped_at, *running.values()) if at is not None]
+            stopped_at = min(known, default=None)
+            running.clear()
         elif event.kind == "state" and event.payload["state"] != "running":
             stopped_at = event.time if stopped_at is None else stopped_at
         elif event.kind == "state" and stopped_at is not None:
