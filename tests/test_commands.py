@@ -410,6 +410,7 @@ def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
         ("objectives.mini_math_ja.held_out=validation", "objectives.mini_math_ja", "shares 24 rows"),
         ("objectives.mini_math_ja.items=500", "objectives.mini_math_ja.items", "24"),
         ("device=cuda:7", "device", "cannot be used here"),
+        ("device=meta", "device", "cannot be used here"),
         ("budget.candidates=3", "budget.candidates", "the landmarks alone are 5"),
         ("space={method: ties, fixed: {density: 3}}", "space", "is 3"),
         ("space={method: ties, bounds: {density: [0, 3]}}", "space", "highest values make no recipe"),

@@ -128,7 +128,7 @@ def test_a_search_that_one_may_only_read_can_be_looked_at(is_open: bool) -> None
     with tempfile.TemporaryDirectory() as above:
         folder = Path(above) / "s"
         folder.mkdir()
-        store = Store.create(folder / "search.db", name="s", settings={}, fingerprints={}, environment={})
+        store = create(folder / "search.db", name="s")
         if is_open:
             with store.transaction() as connection:
                 connection.exec_driver_sql("select 1")

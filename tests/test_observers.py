@@ -32,6 +32,7 @@ from evomerge.search.driving.control import Control
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.work.jobs import Failed, Job, Measured, PoolState
 from evomerge.store import Scores, Store, acquire
+from evomerge.testing.store_fixtures import FINGERPRINTS, SETTINGS
 
 SETUP = make_setup(space=FakeSpace(3), objectives=2, candidates=24)  # each objective on 40 items
 NAMES = [o.name for o in SETUP.objectives]
@@ -51,8 +52,8 @@ def create(folder: Path, setup: Setup = SETUP) -> None:
          "version": setup.evaluators[o.evaluator].version, "items": o.items}
         for o in setup.objectives
     ]  # fmt: skip
-    told = {"objectives": objectives, "parameters": [{"name": p.name} for p in setup.space.parameters]}
-    Store.create(folder / "search.db", name=setup.name, settings={"seed": 0}, fingerprints=told, environment={}).close()
+    told = FINGERPRINTS | {"objectives": objectives, "parameters": [{"name": p.name} for p in setup.space.parameters]}
+    Store.create(folder / "search.db", name=setup.name, settings=SETTINGS, fingerprints=told, environment={}).close()
 
 
 def some_fail(job: Job) -> tuple[float, Measured | Failed]:

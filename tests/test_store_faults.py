@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import sqlite3
 import time
+import zlib
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,10 +17,12 @@ import pytest
 import sqlalchemy
 
 from evomerge.errors import InputError
-from evomerge.store import engine
+from evomerge.search.settings.folder import open_store
+from evomerge.store import engine, tables
+from evomerge.store.columns import Real, Whole, Words
 from evomerge.store.engine import StoreFullError
 from evomerge.store.lease import acquire
-from evomerge.store.rows import NewCandidate, Scores
+from evomerge.store.rows import Answers, NewCandidate, Scores
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import candidate, create, estimate
 
@@ -153,6 +157,87 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     place.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="damaged"):
         Store.open(place)
+
+
+ODD: dict[type, list[object]] = {int: ["x", 0.5, b"\xff"], float: ["x", b"\xff", ""], str: [7, 1e300, b"\xff"]}
+
+
+def typed() -> list[tuple[str, str, object]]:
+    """Values that their column never holds, for every plain column that is looked at below."""
+    kinds = {Whole: int, Real: float, Words: str}
+    return [
+        (table.name, column.name, value)
+        for table in (tables.search, tables.candidate, tables.objective)
+        for column in table.columns
+        if type(column.type) in kinds and column.name not in ("id", "search_id", "number", "candidate", "recipe_hash")
+        for value in ODD[kinds[type(column.type)]]
+    ]
+
+
+def test_a_value_of_another_type_is_damage(tmp_path: Path) -> None:
+    """SQLite keeps whatever it is handed, in whatever column."""
+    whole = tmp_path / "whole.db"
+    with create(whole) as store, acquire(store):
+        store.record_ask(0, [candidate(0)])
+        store.record_dispatch(0, 1, "w")
+        store.record_result(0, 1, [measured(0)], {"merge": 1.0}, {"acc": estimate(0.5)}, "w")
+    values = typed()
+    assert len(values) > 40
+    for table, column, value in values:
+        place = tmp_path / "store.db"
+        shutil.copy(whole, place)
+        with closing(sqlite3.connect(place)) as connection, connection:
+            connection.execute(f'update "{table}" set "{column}" = ?', (value,))
+        if stored(place, table, column) != value:  # its affinity has made something of it that the column can hold
+            continue
+        with pytest.raises(InputError, match="damaged"):
+            read_all(Store.open(place))
+
+
+def read_all(store: Store) -> None:
+    with store:
+        store.search()
+        store.candidates()
+        store.scores(0, "search")
+        store.answers(0, "search")
+        store.item_texts("task@1", "search")
+        store.events()
+
+
+def stored(place: Path, table: str, column: str) -> object:
+    with closing(sqlite3.connect(place)) as connection:
+        return connection.execute(f'select "{column}" from "{table}"').fetchone()[0]
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("search", "settings", "[[1]]"),
+        ("search", "settings", "{}"),
+        ("search", "fingerprints", '{"objectives": {}}'),
+        ("search", "settings", "[" * 100_000),
+        ("candidate", "timings", '{"merge": {"seconds": 1}}'),
+        ("candidate", "losses", '{"a": 1}'),
+        ("candidate", "losses", "5"),
+        ("candidate", "failure", '"x"'),
+        ("score", "metrics", '["acc", "other"]'),
+        ("score", "metrics", "[5]"),
+        ("answer", "texts", zlib.compress(b'["one too many", "x"]')),
+        ("answer", "texts", zlib.compress(b"5")),
+        ("item", "texts", zlib.compress(b'[["a question alone"]]')),
+        ("event", "payload", "[]"),
+    ],
+)
+def test_json_of_another_shape_is_damage(tmp_path: Path, table: str, column: str, value: object) -> None:
+    with create(tmp_path / "search.db") as store, acquire(store):
+        store.record_ask(0, [candidate(0)])
+        store.record_dispatch(0, 1, "w")
+        answers = [Answers("task@1", "search", [0], ["twelve"])]
+        store.record_result(0, 1, [measured(0)], {}, {"acc": estimate(0.5)}, "w", answers=answers)
+    with closing(sqlite3.connect(tmp_path / "search.db")) as connection, connection:
+        connection.execute(f'update "{table}" set "{column}" = ?', (value,))
+    with pytest.raises(InputError, match="damaged"):
+        read_all(open_store(tmp_path))
 
 
 def test_damage_in_the_middle_stops_a_driver(tmp_path: Path) -> None:

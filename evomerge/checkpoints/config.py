@@ -60,8 +60,6 @@ def _most(key: str) -> float:
     """The largest number that a key can have, where things are made in that number before anything is looked at."""
     if key == "num_labels":  # each of which transformers gives a name
         return _MOST_LABELS
-    if key == "num_labels":  # each of which transformers gives a name
-        return _MOST_LABELS
     if _COUNTS_MODULES.search(key):
         return _MOST_MODULES
     return _MOST_COUNTED if _COUNTS.match(key) else math.inf

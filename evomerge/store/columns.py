@@ -1,4 +1,8 @@
-"""Column types of the store, which take and give Python's values: JSON with infinities, arrays, packed text."""
+"""Column types of the store, which take and give Python's values: JSON with infinities, arrays, packed text, and plain
+values, which SQLite would give in whatever type it was handed.
+
+What comes back of another type than is kept there was written by no program of ours: ``DamagedValueError``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,13 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import LargeBinary, Text
+from sqlalchemy import Double, Integer, LargeBinary, String, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
@@ -26,10 +30,20 @@ class DamagedValueError(ValueError):
 
 
 class Json(TypeDecorator[Any]):
-    """JSON text. Floats keep their bits, and inf, -inf and nan are allowed; tuples come back as lists."""
+    """JSON text. Floats keep their bits, and inf, -inf and nan are allowed; tuples come back as lists.
+
+    Args:
+        whole: what it is of, a dict or a list.
+        parts: what the values in it are of.
+    """
 
     impl = Text
     cache_ok = True
+
+    def __init__(self, whole: type = object, parts: type | tuple[type, ...] = object) -> None:
+        super().__init__()
+        self.whole = whole
+        self.parts = parts
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         if value is None:
@@ -40,8 +54,14 @@ class Json(TypeDecorator[Any]):
             return _dump(_spell(value))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        with _damage_said("JSON"):
-            return None if value is None else parse_json(value)
+        if value is None:
+            return None
+        with damage_said("JSON"):
+            content = parse_json(value)
+            parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+            if not isinstance(content, self.whole) or not all(isinstance(part, self.parts) for part in parts):
+                raise ValueError(f"it is no {self.whole.__name__} of its kind")
+        return content
 
 
 class Array(TypeDecorator[NDArray[Any]]):
@@ -58,7 +78,7 @@ class Array(TypeDecorator[NDArray[Any]]):
         return None if value is None else np.asarray(value, dtype=self.dtype).tobytes()
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> NDArray[Any] | None:
-        with _damage_said("an array"):
+        with damage_said("an array"):
             return None if value is None else np.frombuffer(value, dtype=self.dtype)
 
 
@@ -72,8 +92,50 @@ class PackedText(TypeDecorator[str]):
         return None if value is None else zlib.compress(value.encode())
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
-        with _damage_said("packed text"):
+        with damage_said("packed text"):
             return None if value is None else zlib.decompress(value).decode()
+
+
+class _Plain(TypeDecorator[Any]):
+    """A value of one of the types in ``kinds``, or none."""
+
+    impl: Any = Text
+    cache_ok = True
+    kinds: tuple[type, ...] = ()
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+        kinds, what = self.kinds, str(self.__doc__)
+
+        def checked(value: Any) -> Any:
+            if value is None or value.__class__ in kinds:
+                return value
+            raise DamagedValueError(f"what should be {what} is another thing")
+
+        return checked
+
+
+class Whole(_Plain):
+    """a whole number"""
+
+    impl = Integer
+    cache_ok = True
+    kinds = (int,)
+
+
+class Real(_Plain):
+    """a number"""
+
+    impl = Double
+    cache_ok = True
+    kinds = (float, int)
+
+
+class Words(_Plain):
+    """a text"""
+
+    impl = String
+    cache_ok = True
+    kinds = (str,)
 
 
 def parse_json(text: str) -> Any:
@@ -94,8 +156,12 @@ def _without_surrogates(value: Any) -> Any:
 
 
 @contextmanager
-def _damage_said(what: str) -> Iterator[None]:
-    """Name a value that cannot be read as what it is kept as."""
+def damage_said(what: str) -> Iterator[None]:
+    """Name a value that cannot be read as what it is kept as.
+
+    Raises:
+        DamagedValueError: for whatever is raised because of it.
+    """
     try:
         yield
     except (ValueError, TypeError, RecursionError, zlib.error) as error:

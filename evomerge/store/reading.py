@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.columns import DamagedValueError, parse_json
+from evomerge.store.columns import DamagedValueError, damage_said, parse_json
 from evomerge.store.engine import (
     ServerAwayError,
     begin,
@@ -329,7 +329,8 @@ class ReadStore:
         found: dict[str, dict[int, str]] = {}
         with self.transaction() as connection:
             for evaluator, items, texts in connection.execute(query.order_by(columns.evaluator, columns.attempt)):
-                found.setdefault(evaluator, {}).update(zip(items.tolist(), parse_json(texts), strict=True))
+                with damage_said("an answer for each item"):
+                    found.setdefault(evaluator, {}).update(zip(items.tolist(), parse_json(texts), strict=True))
         return found
 
     @repeated
@@ -339,7 +340,8 @@ class ReadStore:
         ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
         with self.transaction() as connection:
             texts = connection.execute(select(columns.texts).where(ours)).scalar_one_or_none()
-        return [] if texts is None else [(question, right) for question, right in parse_json(texts)]
+            with damage_said("a question and an answer for each item"):
+                return [] if texts is None else [(question, right) for question, right in parse_json(texts)]
 
     def _scored(self, number: int) -> ScalarSelect[int]:
         """The candidate that was scored in place of this one: mostly itself, of a cached one another."""
@@ -375,7 +377,8 @@ def _candidate(row: Row[Any], objectives: dict[str, Estimate]) -> CandidateRow:
 
 
 def _scores(row: Row[Any]) -> Scores:
-    values = row.scores.reshape(len(row.metrics), len(row.items))
+    with damage_said("a score for each item and metric"):
+        values = row.scores.reshape(len(row.metrics), len(row.items))
     return Scores(row.evaluator, row.split, row.items, dict(zip(row.metrics, values, strict=True)))
 
 

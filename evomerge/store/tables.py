@@ -5,17 +5,15 @@ from __future__ import annotations
 from sqlalchemy import (
     Boolean,
     Column,
-    Double,
     Index,
     Integer,
     MetaData,
     PrimaryKeyConstraint,
-    String,
     Table,
     false,
 )
 
-from evomerge.store.columns import Array, Json, PackedText
+from evomerge.store.columns import Array, Json, PackedText, Real, Whole, Words
 
 SCHEMA_VERSION = 5
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
@@ -26,39 +24,39 @@ search = Table(
     "search",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("name", String(200), nullable=False, unique=True),
-    Column("schema_version", Integer, nullable=False),
-    Column("created_at", Double, nullable=False),  # seconds since 1970, as is every time below
-    Column("state", String(20), nullable=False),
-    Column("why", String(500), nullable=False, server_default=""),  # what ended it, in words
-    Column("spent_s", Double, nullable=False, server_default="0"),  # seconds in which a driver was at work
-    Column("settings", Json, nullable=False),  # the resolved search file
-    Column("fingerprints", Json, nullable=False),  # of sources and evaluators
-    Column("environment", Json, nullable=False),  # versions of libraries
+    Column("name", Words(200), nullable=False, unique=True),
+    Column("schema_version", Whole, nullable=False),
+    Column("created_at", Real, nullable=False),  # seconds since 1970, as is every time below
+    Column("state", Words(20), nullable=False),
+    Column("why", Words(500), nullable=False, server_default=""),  # what ended it, in words
+    Column("spent_s", Real, nullable=False, server_default="0"),  # seconds in which a driver was at work
+    Column("settings", Json(dict), nullable=False),  # the resolved search file
+    Column("fingerprints", Json(dict), nullable=False),  # of sources and evaluators
+    Column("environment", Json(dict), nullable=False),  # versions of libraries
 )
 
 candidate = Table(
     "candidate",
     metadata,
-    Column("search_id", Integer, primary_key=True),
-    Column("number", Integer, primary_key=True, autoincrement=False),
-    Column("step", Integer, nullable=False),  # which ask it came in
-    Column("origin", String(40), nullable=False),  # a landmark's kind, or the optimizer's name
-    Column("label", String(200), nullable=False),
-    Column("recipe_hash", String(64), nullable=False),
-    Column("status", String(10), nullable=False),
-    Column("same_as", Integer),  # a cached candidate's scores are those of this one
-    Column("attempts", Integer, nullable=False),
-    Column("worker", String(200), nullable=False),
+    Column("search_id", Whole, primary_key=True),
+    Column("number", Whole, primary_key=True, autoincrement=False),
+    Column("step", Whole, nullable=False),  # which ask it came in
+    Column("origin", Words(40), nullable=False),  # a landmark's kind, or the optimizer's name
+    Column("label", Words(200), nullable=False),
+    Column("recipe_hash", Words(64), nullable=False),
+    Column("status", Words(10), nullable=False),
+    Column("same_as", Whole),  # a cached candidate's scores are those of this one
+    Column("attempts", Whole, nullable=False),
+    Column("worker", Words(200), nullable=False),
     Column("eligible", Boolean, nullable=False, server_default=false()),  # for the front and for confirmation
     Column("on_front", Boolean, nullable=False, server_default=false()),
-    Column("niche", Json),  # its bin along each feature, from 0; null without features, and before it was told
+    Column("niche", Json(list, int)),  # its bin along each feature, from 0; null without features, or till it is told
     Column("elite", Boolean, nullable=False, server_default=false()),  # among the best of its niche
-    Column("losses", Json),  # what the optimizer was told
-    Column("timings", Json),
-    Column("failure", Json),
-    Column("asked_at", Double, nullable=False),
-    Column("finished_at", Double),
+    Column("losses", Json(list, (int, float))),  # what the optimizer was told
+    Column("timings", Json(dict, (int, float))),
+    Column("failure", Json(dict)),
+    Column("asked_at", Real, nullable=False),
+    Column("finished_at", Real),
     # Each ends in the number, by which rows are wanted: SQLite would otherwise walk the primary key to save the sort.
     Index("candidate_by_hash", "search_id", "recipe_hash", "status", "number"),
     Index("candidate_by_status", "search_id", "status", "number"),
@@ -71,8 +69,8 @@ candidate = Table(
 recipe = Table(
     "recipe",
     metadata,
-    Column("search_id", Integer, primary_key=True),
-    Column("candidate", Integer, primary_key=True, autoincrement=False),
+    Column("search_id", Whole, primary_key=True),
+    Column("candidate", Whole, primary_key=True, autoincrement=False),
     Column("genome", Array("<f8")),
     Column("recipe", PackedText, nullable=False),
 )
@@ -81,24 +79,24 @@ recipe = Table(
 objective = Table(
     "objective",
     metadata,
-    Column("search_id", Integer, primary_key=True),
-    Column("candidate", Integer, primary_key=True, autoincrement=False),
-    Column("name", String(100), primary_key=True),
-    Column("mean", Double),
-    Column("stderr", Double),
-    Column("n", Integer, nullable=False),
+    Column("search_id", Whole, primary_key=True),
+    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("name", Words(100), primary_key=True),
+    Column("mean", Real),
+    Column("stderr", Real),
+    Column("n", Whole, nullable=False),
     Index("objective_by_mean", "search_id", "name", "mean"),
 )
 
 score = Table(
     "score",
     metadata,
-    Column("search_id", Integer, primary_key=True),
-    Column("candidate", Integer, primary_key=True, autoincrement=False),
-    Column("evaluator", String(200), primary_key=True),  # the evaluator's version
-    Column("split", String(20), primary_key=True),
+    Column("search_id", Whole, primary_key=True),
+    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("evaluator", Words(200), primary_key=True),  # the evaluator's version
+    Column("split", Words(20), primary_key=True),
     Column("items", Array("<i4"), nullable=False),  # positions in the split
-    Column("metrics", Json, nullable=False),  # names, in the order of the rows of `scores`
+    Column("metrics", Json(list, str), nullable=False),  # names, in the order of the rows of `scores`
     Column("scores", Array("<f4"), nullable=False),  # shape [metrics, items]
 )
 
@@ -106,11 +104,11 @@ score = Table(
 answer = Table(
     "answer",
     metadata,
-    Column("search_id", Integer, primary_key=True),
-    Column("candidate", Integer, primary_key=True, autoincrement=False),
-    Column("evaluator", String(200), primary_key=True),
-    Column("split", String(20), primary_key=True),
-    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("search_id", Whole, primary_key=True),
+    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("evaluator", Words(200), primary_key=True),
+    Column("split", Words(20), primary_key=True),
+    Column("attempt", Whole, primary_key=True, autoincrement=False),
     Column("items", Array("<i4"), nullable=False),
     Column("texts", PackedText, nullable=False),  # a JSON list
 )
@@ -119,9 +117,9 @@ answer = Table(
 item = Table(
     "item",
     metadata,
-    Column("search_id", Integer, primary_key=True),
-    Column("evaluator", String(200), primary_key=True),
-    Column("split", String(20), primary_key=True),
+    Column("search_id", Whole, primary_key=True),
+    Column("evaluator", Words(200), primary_key=True),
+    Column("split", Words(20), primary_key=True),
     Column("texts", PackedText, nullable=False),  # a JSON list of [question, right answer]
 )
 
@@ -129,12 +127,12 @@ event = Table(
     "event",
     metadata,
     Column("seq", Integer, primary_key=True, autoincrement=True),
-    Column("search_id", Integer, nullable=False),
-    Column("time", Double, nullable=False),
-    Column("kind", String(40), nullable=False),
-    Column("candidate", Integer),
-    Column("attempt", Integer),
-    Column("payload", Json, nullable=False),
+    Column("search_id", Whole, nullable=False),
+    Column("time", Real, nullable=False),
+    Column("kind", Words(40), nullable=False),
+    Column("candidate", Whole),
+    Column("attempt", Whole),
+    Column("payload", Json(dict), nullable=False),
     Index("event_by_kind", "search_id", "kind", "seq"),
     Index("event_by_search", "search_id", "seq"),
 )
@@ -142,27 +140,27 @@ event = Table(
 lease = Table(
     "lease",
     metadata,
-    Column("search_id", Integer, primary_key=True, autoincrement=False),
-    Column("epoch", Integer, nullable=False),  # how often the search has been taken; a lower one may not write
-    Column("writes", Integer, nullable=False, server_default="0"),  # in this epoch: tells a write that was done
-    Column("host", String(255)),  # null: nobody holds it
-    Column("namespace", String(100)),
-    Column("pid", Integer),
-    Column("started", Double),  # seconds from the host's start to the process's
-    Column("acquired_at", Double),
-    Column("expires_at", Double),  # by the database's clock, for whoever is on another machine than the holder
-    Column("boot", String(64)),  # which start of which machine the holder is of
-    Column("expires_since_boot", Double),  # seconds from that start, for whoever is on the same machine
+    Column("search_id", Whole, primary_key=True, autoincrement=False),
+    Column("epoch", Whole, nullable=False),  # how often the search has been taken; a lower one may not write
+    Column("writes", Whole, nullable=False, server_default="0"),  # in this epoch: tells a write that was done
+    Column("host", Words(255)),  # null: nobody holds it
+    Column("namespace", Words(100)),
+    Column("pid", Whole),
+    Column("started", Real),  # seconds from the host's start to the process's
+    Column("acquired_at", Real),
+    Column("expires_at", Real),  # by the database's clock, for whoever is on another machine than the holder
+    Column("boot", Words(64)),  # which start of which machine the holder is of
+    Column("expires_since_boot", Real),  # seconds from that start, for whoever is on the same machine
 )
 
 command = Table(
     "command",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("search_id", Integer, nullable=False),
-    Column("verb", String(20), nullable=False),
-    Column("requested_at", Double, nullable=False),
-    Column("taken_at", Double),
+    Column("search_id", Whole, nullable=False),
+    Column("verb", Words(20), nullable=False),
+    Column("requested_at", Real, nullable=False),
+    Column("taken_at", Real),
     Index("command_by_search", "search_id", "taken_at"),
 )
 
@@ -170,6 +168,6 @@ command = Table(
 alembic_version = Table(
     "alembic_version",
     metadata,
-    Column("version_num", String(32), nullable=False),
+    Column("version_num", Words(32), nullable=False),
     PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
 )

@@ -15,7 +15,11 @@ from evomerge.store.lease import Lease, acquire
 from evomerge.store.rows import CandidateRow, Estimate, ItemTexts, NewCandidate, Scores
 from evomerge.store.store import Store
 
-SETTINGS = {"name": "unit", "budget": {"candidates": 40}, "bounds": [0.0, math.inf], "sources": {"maths": "数学"}}
+SETTINGS = {
+    "name": "unit", "seed": 0, "sources": {"maths": "数学"}, "space": {"bounds": [0.0, math.inf]}, "objectives": {},
+    "optimizer": {}, "budget": {"candidates": 40}, "confirm": {},
+}  # fmt: skip
+FINGERPRINTS = {"sources": {"maths": "ab12"}, "evaluators": [], "objectives": [], "parameters": []}
 
 
 def create(place: str | Path, name: str = "unit") -> Store:
@@ -24,7 +28,7 @@ def create(place: str | Path, name: str = "unit") -> Store:
         place,
         name=name,
         settings=SETTINGS,
-        fingerprints={"maths": "ab12"},
+        fingerprints=FINGERPRINTS,
         environment={"cma": "4"},
         items=[ItemTexts("task@1", "search", [("いくつ？", "12"), ("why", "")])],
     )

@@ -17,7 +17,7 @@ from evomerge.store.lease import Lease
 from evomerge.store.rows import Answers, Estimate, Scores
 from evomerge.store.store import Store
 from evomerge.testing.leases import LeaseContract
-from evomerge.testing.store_fixtures import SETTINGS, candidate, content, create, estimate, finish, scores
+from evomerge.testing.store_fixtures import FINGERPRINTS, SETTINGS, candidate, content, create, estimate, finish, scores
 
 
 class StoreContract(LeaseContract):
@@ -32,7 +32,7 @@ class StoreContract(LeaseContract):
         row = reader.search()
         assert (row.name, row.state) == ("unit", "created")
         assert row.settings == SETTINGS
-        assert (row.fingerprints, row.environment) == ({"maths": "ab12"}, {"cma": "4"})
+        assert (row.fingerprints, row.environment) == (FINGERPRINTS, {"cma": "4"})
 
     def test_a_second_search_of_the_name_is_refused(self, store: Store, place: str | Path) -> None:
         with pytest.raises(InputError, match="already"):

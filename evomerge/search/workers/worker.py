@@ -33,7 +33,7 @@ def choose_device(wanted: str | None) -> torch.device:
     """
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # of a device without memory there is nothing to read
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise InputError("device", f"{wanted!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
