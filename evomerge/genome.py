@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 
 Genome = NDArray[np.float64]
 """One point of a search space: float64 of shape [number of parameters], in the order of ``SearchSpace.parameters``."""

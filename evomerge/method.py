@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from evomerge.errors import InputError
 from evomerge.plugins import OWN, find_plugin
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.mergekit.grammar import Grammar

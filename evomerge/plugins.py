@@ -1,7 +1,7 @@
 """Finding parts by name: this project's own, and those that packages add through entry points.
 
-One lookup for merge methods, search spaces, evaluators, optimizers and observers. A part is imported when it is first
-asked for by name.
+One lookup for merge methods, search spaces, kinds of recipes and their builders, evaluators, optimizers and observers.
+A part is imported when it is first asked for by name.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "data_flow_space": "search_spaces.data_flow_space:DataFlowSpaceSettings",
         "hybrid_space": "search_spaces.hybrid_space:HybridSpaceSettings",
     },
+    "evomerge.recipes": {"stack": "evomerge.recipes.stack:StackRecipe"},
+    "evomerge.builders": {"stack": "evomerge.merging.stack_builder:StackBuilder"},
     "evomerge.evaluators": {
         "lm_eval": "evaluators.lm_eval:LmEvalSettings",
         "mgsm": "evaluators.mgsm:MgsmSettings",

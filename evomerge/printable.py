@@ -43,6 +43,17 @@ def fitted(texts: Sequence[str], most: int = MOST_CHARACTERS) -> list[str]:
     return [printable(text, room[i]) for i, text in enumerate(shown)]
 
 
+def ranges(numbers: Sequence[int], to: str = "-") -> str:
+    """Rising numbers in runs: 0-9, 12, 20-29."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}{to}{run[-1]}" for run in runs)
+
+
 def _escaped(character: str) -> str:
     if character.isprintable() and not _INVISIBLE.match(character):
         return character

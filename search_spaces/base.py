@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
 from evomerge.method import Method
-from evomerge.recipe import DType
+from evomerge.recipes.base import DType
 from evomerge.vocabulary import Vocabulary
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Landmark
 from evomerge.plugins import unknown_name
-from evomerge.recipe import Blend, DType, Recipe
+from evomerge.recipes.base import DType
+from evomerge.recipes.stack import Blend, StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.paths import PathGenes, PathSettings
 
@@ -70,7 +71,7 @@ def other_sources(
 
 
 class Layer(NamedTuple):
-    """What a hop is made of, as ``Recipe.compose`` takes it."""
+    """What a hop is made of, as ``StackRecipe.compose`` takes it."""
 
     layer: int | Mapping[str, int]
     attention: Blend
@@ -121,7 +122,7 @@ class DataFlowSpace:
         self.parameters = self._genes.parameters
         self.shelves = len(self._layers)
 
-    def decode(self, genome: Genome) -> Recipe:
+    def decode(self, genome: Genome) -> StackRecipe:
         picks, scales = self._genes.read(genome.tolist())
         return self._recipe(self._pool[0], [pick.layer for pick in picks], scales)
 
@@ -168,9 +169,9 @@ class DataFlowSpace:
         numbers = self._genes.point(path)
         return None if numbers is None else np.array(numbers, dtype=np.float64)
 
-    def _recipe(self, ends: Member, path: Sequence[int], scales: Sequence[float] | None = None) -> Recipe:
+    def _recipe(self, ends: Member, path: Sequence[int], scales: Sequence[float] | None = None) -> StackRecipe:
         """The recipe of a path; ``ends`` gives what stands outside of it."""
-        return Recipe.compose(
+        return StackRecipe.compose(
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
             embedding=ends.embedding,

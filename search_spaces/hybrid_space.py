@@ -19,7 +19,7 @@ from evomerge.files import absolute_reference
 from evomerge.genome import Genome, Landmark, SearchSpace
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import check_blend
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_sources, source_member
 from search_spaces.method_genes import MethodGenes
@@ -83,7 +83,7 @@ class HybridSpaceSettings(PathSettings):
         return DataFlowSpace(self, pool, context, seed=recipe.seed, dtype=recipe.dtype)
 
 
-def read_winner(path: Path, context: SpaceContext) -> Recipe:
+def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     """The recipe of a winner, which the models and settings of this search make the same.
 
     Raises:
@@ -95,6 +95,8 @@ def read_winner(path: Path, context: SpaceContext) -> Recipe:
         recipe = load_recipe_file(path, _no_mergekit)
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+    if not isinstance(recipe, StackRecipe):
+        raise InputError(place, f"is a recipe of the kind {recipe.kind}, which has no layers to lay in another order")
     if recipe.is_scaled or recipe.tensors:
         what = "scales hops" if recipe.is_scaled else "makes single tensors otherwise than their layer"
         raise InputError(place, f"{what}, which its layers cannot keep on another path", "Give a merge of weights.")
@@ -126,7 +128,7 @@ def _no_mergekit(reference: str) -> NoReturn:
     raise InputError("merge_method", "is of a configuration of mergekit's", mend)
 
 
-def _check_makable(recipe: Recipe, context: SpaceContext, place: str) -> None:
+def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:
     for number, blend in enumerate(recipe.blends):
         check_blend(blend, context.method(blend.method), f"{place}: blends[{number}]")
     for number, hop in enumerate(recipe.hops):
@@ -137,7 +139,7 @@ def _check_makable(recipe: Recipe, context: SpaceContext, place: str) -> None:
                 raise InputError(f"{place}: hops[{number}]", problem)
 
 
-def winner_member(recipe: Recipe) -> Member:
+def winner_member(recipe: StackRecipe) -> Member:
     """The model of a recipe, its hops as layers."""
     blends = recipe.blends
     layers = [Layer(hop.layer, blends[hop.attention], blends[hop.mlp], blends[hop.norm]) for hop in recipe.hops]
@@ -184,14 +186,14 @@ class JointSpace:
         """The whole model has the same weights."""
         return self._settings.granularity == "model"
 
-    def decode(self, genome: Genome) -> Recipe:
+    def decode(self, genome: Genome) -> StackRecipe:
         numbers = genome.tolist()
         cut, size = len(self._path.parameters), len(self._genes)
         picks, scales = self._path.read(numbers[:cut])
         blends = [self._genes.blend(numbers[start : start + size]) for start in range(cut, len(numbers), size)]
         of_slots = blends * len(self._path.slots) if self._one else blends
         embedding, norm, *head = blends * 3 if self._one else blends[len(self._path.slots) :]
-        return Recipe.compose(
+        return StackRecipe.compose(
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
             embedding=embedding,

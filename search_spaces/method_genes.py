@@ -9,7 +9,7 @@ import numpy as np
 
 from evomerge.genome import Parameter
 from evomerge.method import Method, MethodParameter, Point, Value, default_parameters, value_at
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 from search_spaces.base import SpaceContext
 
 

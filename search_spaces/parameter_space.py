@@ -17,7 +17,7 @@ from pydantic import Field, FiniteFloat
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Landmark
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend, check_needs
-from evomerge.recipe import Blend, ChoiceName, Recipe, Role, roles
+from evomerge.recipes.stack import Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.method_genes import MethodGenes
 
@@ -101,14 +101,14 @@ class ParameterSpace:
         self.shelves = context.layers
         check_blend(self._genes.blend(), self._method, "space")
 
-    def decode(self, genome: Genome) -> Recipe:
+    def decode(self, genome: Genome) -> StackRecipe:
         numbers, size = genome.tolist(), len(self._genes)
         blends = {
             group: self._genes.blend(numbers[place * size : (place + 1) * size])
             for place, group in enumerate(self._groups)
         }
         at = {role: blends[group] for role, group in self._group_of.items()}
-        return Recipe.compose(
+        return StackRecipe.compose(
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
             embedding=at[Role("embedding")],
@@ -151,10 +151,10 @@ class ParameterSpace:
         first = role.layer // granularity * granularity
         return f"layers.{first}-{min(first + granularity, self._context.layers) - 1}"
 
-    def _weighted(self, weights: Mapping[str, Value]) -> Recipe:
+    def _weighted(self, weights: Mapping[str, Value]) -> StackRecipe:
         """The plain weighted sum of sources, whatever the method of this space."""
         blend = Blend(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
-        return Recipe.uniform(
+        return StackRecipe.uniform(
             blend,
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,

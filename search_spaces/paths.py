@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
-from evomerge.recipe import Scaling
+from evomerge.recipes.stack import Scaling
 from search_spaces.base import SpaceSettings
 from search_spaces.path_encodings import ON, Blocks, Encoding, Indicators, Integers, Pick, Slot
 

@@ -12,7 +12,8 @@ from helpers_search import ITEMS, SOURCES, drive, luck, make_setup, simulate
 
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import CmaSettings
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
@@ -62,8 +63,8 @@ def search(root: Path, name: str, setup: Setup, simulation: Simulation = simulat
     return folder
 
 
-def _recipe_of(row: CandidateRow) -> Recipe:
-    return Recipe.from_canonical(row.recipe, SOURCES)
+def _recipe_of(row: CandidateRow) -> StackRecipe:
+    return read_recipe(row.recipe, SOURCES)
 
 
 def two_objectives(candidates: int = 30) -> Setup:

@@ -12,7 +12,7 @@ import numpy as np
 
 from evomerge.genome import Genome, Landmark, Parameter
 from evomerge.optimizers import CmaSettings, OptimizerSettings
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
@@ -33,12 +33,12 @@ class FakeSpace:
         self.shelves = n
         self._round_to = round_to
 
-    def decode(self, genome: Genome) -> Recipe:
+    def decode(self, genome: Genome) -> StackRecipe:
         numbers = genome.tolist()
         if self._round_to is not None:
             numbers = [round(number, self._round_to) for number in numbers]
         blends = [_blend(number) for number in numbers]
-        return Recipe.compose(
+        return StackRecipe.compose(
             sources=SOURCES,
             tokenizer="base",
             embedding=blends[0],
@@ -86,11 +86,11 @@ def make_setup(
     )
 
 
-def weights_of(recipe: Recipe) -> list[float]:
+def weights_of(recipe: StackRecipe) -> list[float]:
     return [recipe.blends[hop.attention].value("weight", "one") for hop in recipe.hops]
 
 
-def luck(recipe: Recipe, *key: object) -> int:
+def luck(recipe: StackRecipe, *key: object) -> int:
     """A seed that hangs on a recipe, and on what else is given.
 
     Processors round an optimizer's linear algebra otherwise, in the last digits of its genomes. They must not roll

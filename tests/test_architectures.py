@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.live import LiveModel, check_live, for_scoring, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.writer import FolderWriter
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 
 N = len(WORDS)
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import yaml
 from helpers_miniature import MINIATURES
 
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.card import papers
 from evomerge.report.public_names import hub_ids, public_name, without_places
-from evomerge.report.recipe_text import recipe_lines, unmerged_source
+from evomerge.report.unmerged import unmerged_source
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def sources() -> dict[str, Source]:
     return {name: open_source(name, str(MINIATURES / name), place="sources") for name in ("base", "maths")}
 
 
-def recipe(sources: Mapping[str, Source], blend: Blend) -> Recipe:
+def recipe(sources: Mapping[str, Source], blend: Blend) -> StackRecipe:
     references = {name: source.reference for name, source in sources.items()}
-    return Recipe.uniform(blend, sources=references, tokenizer="base", layers=sources["base"].layers)
+    return StackRecipe.uniform(blend, sources=references, tokenizer="base", layers=sources["base"].layers)
 
 
 def linear(**weights: float) -> Blend:
@@ -85,10 +85,10 @@ def test_settings_keep_names_and_no_places(tmp_path: Path) -> None:
 def test_a_recipe_is_said_in_runs_of_layers() -> None:
     first, second = linear(a=0.25, b=0.75), linear(a=1.0, b=0.0)
     hops = [(i, each, each, each) for i, each in enumerate([first] * 10 + [second] + [first] * 2)]
-    made = Recipe.compose(
+    made = StackRecipe.compose(
         sources={"a": "a", "b": "b"}, tokenizer="a", embedding=second, hops=hops, norm=second, head=second
     )
-    assert recipe_lines(made) == [
+    assert made.lines() == [
         "embedding; norm; head; layer 10: linear of a, b; weight a 1, b 0",
         "layers 0 to 9, 11 to 12: linear of a, b; weight a 0.25, b 0.75",
     ]

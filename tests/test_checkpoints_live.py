@@ -25,7 +25,7 @@ from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.structure import empty_model
 from evomerge.errors import InputError
-from evomerge.recipe import Role, roles
+from evomerge.recipes.stack import Role, roles
 
 CPU = torch.device("cpu")
 N = len(WORDS)

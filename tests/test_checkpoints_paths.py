@@ -11,7 +11,7 @@ from transformers import Gemma2Config, GPTNeoXConfig
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 
 
 def copy_of(name: str) -> Blend:
@@ -21,8 +21,8 @@ def copy_of(name: str) -> Blend:
 BOTH = Blend(method="linear", sources=("two", "four"), parameters={"weight": {"two": 0.5, "four": 0.5}})
 
 
-def recipe(*hops: tuple[int | dict[str, int], Blend], **tensors: Blend) -> Recipe:
-    return Recipe.compose(
+def recipe(*hops: tuple[int | dict[str, int], Blend], **tensors: Blend) -> StackRecipe:
+    return StackRecipe.compose(
         sources={"two": "2", "four": "4", "other": "4"},
         tokenizer="two",
         embedding=BOTH,
@@ -61,7 +61,7 @@ def test_layers_of_sources_of_any_depth_may_be_mixed(sources: dict[str, Source])
         (recipe((3, copy_of("four")), h0=BOTH), r"recipe.hops\[0\]: takes layer 3 of two"),
     ],
 )
-def test_a_layer_that_a_source_has_not(sources: dict[str, Source], path: Recipe, place: str) -> None:
+def test_a_layer_that_a_source_has_not(sources: dict[str, Source], path: StackRecipe, place: str) -> None:
     with pytest.raises(InputError, match=place):
         check_compatible(sources, path)
 

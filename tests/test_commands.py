@@ -286,16 +286,16 @@ def test_a_process_without_evomerge_generates_what_the_candidate_did(exported: P
 def test_an_export_that_scores_otherwise_is_refused_and_leaves_nothing(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from evomerge.commands import rescoring
+    from evomerge.merging.stack_builder import StackBuilder
 
-    load = rescoring.plain_model
+    load = StackBuilder.reload
 
     def another_model(*arguments: Any) -> Any:
         live = load(*arguments)
         live.model.lm_head.weight.data.mul_(0)
         return live
 
-    monkeypatch.setattr(rescoring, "plain_model", another_model)
+    monkeypatch.setattr(StackBuilder, "reload", another_model)
     assert evomerge("export", searched, tmp_path / "out") == 2
     assert "otherwise than was recorded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

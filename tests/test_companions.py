@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from evomerge.checkpoints.vocabulary import align
 from evomerge.merging.export import write_model
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
 
 COMPANIONS = {
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_all_but_the_weights_is_that_of_the_source(folder: Path) -> None:
-    recipe = Recipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    recipe = StackRecipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     texts = {"README.md": "# merge", "recipe.yaml": "x: 1"}
     write_model(recipe, open_both(folder), folder / "out", texts=texts)
     source, out = listed(folder / "a"), listed(folder / "out")
@@ -68,7 +68,7 @@ def test_all_but_the_weights_is_that_of_the_source(folder: Path) -> None:
 
 
 def test_it_is_so_of_a_folder_that_was_exported_itself(folder: Path) -> None:
-    recipe = Recipe.uniform(copy_of("a"), sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    recipe = StackRecipe.uniform(copy_of("a"), sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     write_model(recipe, open_both(folder), folder / "one", texts={"lineage.json": "{}"})
     (folder / "a").rename(folder / "first")
     (folder / "one").rename(folder / "a")
@@ -79,7 +79,7 @@ def test_it_is_so_of_a_folder_that_was_exported_itself(folder: Path) -> None:
 
 def test_with_another_chat_template_the_rest_stays(folder: Path) -> None:
     sources = align(open_both(folder), "a", Vocabulary(chat_template="chatml"))
-    recipe = Recipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    recipe = StackRecipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     write_model(recipe, sources, folder / "out", texts={})
     source, out = listed(folder / "a"), listed(folder / "out")
     assert b"<|im_start|>" in out["chat_template.jinja"]
@@ -95,6 +95,6 @@ def test_with_another_chat_template_the_rest_stays(folder: Path) -> None:
 
 def test_the_settings_of_generation_are_those_of_the_source(folder: Path) -> None:
     edit_json(folder / "a" / "generation_config.json", eos_token_id=[2, 5])
-    recipe = Recipe.uniform(copy_of("b"), sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    recipe = StackRecipe.uniform(copy_of("b"), sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     write_model(recipe, open_both(folder), folder / "out", texts={})
     assert json.loads((folder / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]

@@ -11,7 +11,8 @@ import pytest
 from helpers_search import FakeSpace, drive, make_setup, scores_of, simulate
 
 from evomerge.errors import InputError
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
@@ -31,8 +32,8 @@ def confirm(
         return run.run(recipe_of)
 
 
-def recipe_of(row: CandidateRow) -> Recipe:
-    return Recipe.from_canonical(row.recipe, {name: name for name in json.loads(row.recipe)["sources"]})
+def recipe_of(row: CandidateRow) -> StackRecipe:
+    return read_recipe(row.recipe, {name: name for name in json.loads(row.recipe)["sources"]})
 
 
 def events(folder: Path, kind: str) -> list[dict[str, object]]:

@@ -13,7 +13,8 @@ from helpers_search import SOURCES, drive, make_setup, simulate
 from scipy import stats
 
 from evomerge.checkpoints.source import open_source
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.report.card import Provenance, papers
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
@@ -56,8 +57,8 @@ def searched(folder: Path, setup: Setup) -> Path:
 
 
 def confirm(folder: Path, setup: Setup) -> None:
-    def recipe_of(row: CandidateRow) -> Recipe:
-        return Recipe.from_canonical(row.recipe, SOURCES)
+    def recipe_of(row: CandidateRow) -> StackRecipe:
+        return read_recipe(row.recipe, SOURCES)
 
     with Store.open(folder / "search.db") as store, acquire(store):
         store.update_settings(settings_of(setup))
@@ -278,7 +279,7 @@ def test_the_card_discloses_how_many_there_were_and_how_the_winner_was_chosen(pl
         row = store.candidate(int(status.confirmed[0].id.removeprefix("c")))
         provenance = Provenance(store.search(), status, row, curse_of(store))
         other = replace(provenance, row=store.candidate(59), curse=None)
-    recipe = Recipe.from_canonical(row.recipe, SOURCES)
+    recipe = read_recipe(row.recipe, SOURCES)
     texts = papers("merged", recipe, sources, provenance)
     counts = provenance.status.candidates
     card = " ".join(texts["README.md"].split())

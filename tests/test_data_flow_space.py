@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Landmark, SearchSpace
-from evomerge.merging.materialise import check_recipe
+from evomerge.merging.builders import check_recipe
 from evomerge.method import check_blend, find_method, own_methods
 from evomerge.optimizers import CmaSettings
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.search.settings.search_file import explain
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, DataFlowSpaceSettings
@@ -47,7 +48,7 @@ def build(depths: dict[str, int] | None = None, *, base: str | None = None, **se
     return DataFlowSpaceSettings(**settings).build(context)
 
 
-def route(recipe: Recipe) -> Route:
+def route(recipe: StackRecipe) -> Route:
     """(source, layer) of each hop."""
     found = []
     for hop in recipe.hops:
@@ -57,7 +58,7 @@ def route(recipe: Recipe) -> Route:
     return found
 
 
-def scales(recipe: Recipe) -> list[float]:
+def scales(recipe: StackRecipe) -> list[float]:
     return [hop.scale for hop in recipe.hops]
 
 
@@ -123,7 +124,7 @@ def test_every_genome_is_a_path_within_the_limits(data: st.DataObject) -> None:
     found = data.draw(genomes(space))
     recipe = space.decode(found)
     assert recipe == space.decode(found.copy())
-    assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
+    assert read_recipe(recipe.canonical(), recipe.sources) == recipe
     most = settings["max_hops"] or (5 if settings["encoding"] == "pruning" else 10)
     assert 1 <= len(recipe.hops) <= most
     path = route(recipe)

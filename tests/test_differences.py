@@ -21,7 +21,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import configured_by
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 
 # An architecture, what the configuration of the second source says, and the setting that is named.
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -48,8 +48,8 @@ def save_both(case: str, changes: dict[str, Any], folder: Path) -> dict[str, Sou
     return open_both(folder)
 
 
-def uniform(blend: Blend) -> Recipe:
-    return Recipe.uniform(blend, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+def uniform(blend: Blend) -> StackRecipe:
+    return StackRecipe.uniform(blend, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
 
 
 MEAN = Blend(method="linear", sources=("a", "b"), parameters={"weight": {"a": 0.5, "b": 0.5}})

@@ -27,7 +27,7 @@ from evomerge.checkpoints.live import check_live, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.writer import FolderWriter
 from evomerge.errors import InputError
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 
 CPU = torch.device("cpu")
 PROMPT = torch.arange(3, 15).reshape(2, 6)

@@ -14,7 +14,8 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome, SearchSpace
 from evomerge.mergekit import dump_recipe
 from evomerge.method import check_blend, find_method, own_methods
-from evomerge.recipe import Blend, DType, Recipe
+from evomerge.recipes.base import DType, read_recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace
@@ -53,7 +54,7 @@ def parameter_space(granularity: str = "block", method: str = "dare_ties", **cha
     return ParameterSpaceSettings(method=method, granularity=granularity).build(context(**changes))  # type: ignore[arg-type]
 
 
-def merged(**changes: Any) -> Recipe:
+def merged(**changes: Any) -> StackRecipe:
     """What a search over parameters may have found: every part of the model made otherwise."""
     space = parameter_space()
     numbers = np.random.default_rng(0).uniform([p.low for p in space.parameters], [p.high for p in space.parameters])
@@ -91,9 +92,9 @@ def genomes(draw: st.DrawFn, space: SearchSpace) -> Genome:
     return np.where([p.kind == "real" for p in space.parameters], numbers, np.round(numbers))
 
 
-def check_path(recipe: Recipe, most: int) -> None:
+def check_path(recipe: StackRecipe, most: int) -> None:
     assert 2 <= len(recipe.hops) <= most
-    assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
+    assert read_recipe(recipe.canonical(), recipe.sources) == recipe
     for blend in recipe.blends:
         check_blend(blend, METHODS[blend.method], "test")
 

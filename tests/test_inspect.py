@@ -29,7 +29,7 @@ from evomerge.merging.facts import Weights as SourceWeights
 from evomerge.merging.jobs import Crew
 from evomerge.merging.rounding import LOSSY, squared_loss
 from evomerge.merging.site import Site
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 from evomerge.report.closeness import shown
 from evomerge.report.inspection import Inspection, inspect_models, short_names
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.live import live_model
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Blend, DType, Recipe
+from evomerge.recipes.base import DType
+from evomerge.recipes.stack import Blend, StackRecipe
 
 # What transformers keeps in float32 in a model of this dtype: a pattern of the names.
 CASES: dict[str, tuple[str, DType, str]] = {
@@ -62,12 +63,12 @@ def test_a_tensor_that_is_kept_in_float32_is_so_everywhere(case: str, wide: bool
     sources = save_both(case, dtype, tmp_path, wide=wide)
     live, materialiser = live_model(sources["a"], CPU), Materialiser(sources)
 
-    alone = Recipe.uniform(copy_of("b"), sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    alone = StackRecipe.uniform(copy_of("b"), sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     materialiser.write(alone, live)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="auto").eval()
     assert torch.equal(answer(live.model), answer(plain))
 
-    merged = Recipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    merged = StackRecipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     materialiser.write(merged, live)
     write_model(merged, sources, tmp_path / "out", texts={})
     assert torch.equal(answer(live.model), answer(load(tmp_path / "out")))
@@ -83,7 +84,7 @@ def test_a_dtype_that_is_asked_for_is_of_the_others(tmp_path: Path) -> None:
     sources = save_both("a bias of routers", "bfloat16", tmp_path, wide=True)
     assert not any(source.warnings for source in sources.values())
     for dtype in ("float16", "float32"):
-        recipe = Recipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2, dtype=dtype)
+        recipe = StackRecipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2, dtype=dtype)
         write_model(recipe, sources, tmp_path / dtype, texts={})
         dtypes = {n: str(t.dtype) for n, t in load_file(tmp_path / dtype / "model.safetensors").items()}
         assert {d for n, d in dtypes.items() if "e_score_correction_bias" not in n} == {f"torch.{dtype}"}

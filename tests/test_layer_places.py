@@ -23,7 +23,7 @@ from evomerge.commands.merge import merge
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 
 PATH = [("a", 0), ("b", 0), ("b", 1), ("a", 0), ("a", 1), ("b", 1)]
 MAMBA: dict[str, Any] = {
@@ -135,7 +135,7 @@ def test_a_path_is_the_layers_stacked_by_hand_or_refused(case: str, tmp_path: Pa
     assert torch.equal(answer(live.model), answer(model))
 
 
-def write(recipe: Recipe, sources: dict[str, Source], folder: Path) -> None:
+def write(recipe: StackRecipe, sources: dict[str, Source], folder: Path) -> None:
     write_model(recipe, sources, folder / "out", texts={})
 
 

@@ -24,7 +24,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.low_rank import base_recipe, coefficients, family_of, low_rank_problem
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import own_methods
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 
 METHODS = own_methods()
 CPU = torch.device("cpu")
@@ -42,9 +42,9 @@ def arithmetic(weights: dict[str, float]) -> Blend:
     return Blend(method="task_arithmetic", sources=tuple(weights), base="base", parameters={"weight": weights})
 
 
-def recipe_of(sources: dict[str, Source], layers: Sequence[Blend], **changes: Any) -> Recipe:
+def recipe_of(sources: dict[str, Source], layers: Sequence[Blend], **changes: Any) -> StackRecipe:
     """One blend for each layer; the first one also for what is outside the layers."""
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources={name: source.reference for name, source in sources.items()},
         tokenizer="base",
         embedding=layers[0],
@@ -55,7 +55,7 @@ def recipe_of(sources: dict[str, Source], layers: Sequence[Blend], **changes: An
     )
 
 
-def loaded(sources: dict[str, Source], recipe: Recipe) -> LiveModel:
+def loaded(sources: dict[str, Source], recipe: StackRecipe) -> LiveModel:
     """The base in float32, and all that a recipe says in its weights."""
     live = live_model(sources["base"], CPU, torch.float32)
     Materialiser(sources).write(recipe, live)
@@ -67,7 +67,7 @@ def rows_of(sources: dict[str, Source], live: LiveModel) -> LowRankRows:
     return LowRankRows(live, [sources[name] for name in family.adapted], family.weights)
 
 
-def shares_of(rows: LowRankRows, sources: dict[str, Source], recipe: Recipe) -> torch.Tensor:
+def shares_of(rows: LowRankRows, sources: dict[str, Source], recipe: StackRecipe) -> torch.Tensor:
     return rows.shares(coefficients(recipe, sources, family_of(sources)))
 
 
@@ -101,7 +101,7 @@ def adapters(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return found
 
 
-def candidates(sources: dict[str, Source], layers: int, count: int) -> list[Recipe]:
+def candidates(sources: dict[str, Source], layers: int, count: int) -> list[StackRecipe]:
     """Task arithmetic with weights of their own in every layer, the last one the base alone."""
     adapted, numbers = [name for name in sources if name != "base"], torch.Generator().manual_seed(7)
     found = []
@@ -233,7 +233,7 @@ def test_a_module_that_is_passed_by_is_noticed(
 # ---- what is no weighted sum of low-rank adapters --------------------------------------------------------------------
 
 
-def refused(sources: dict[str, Source], recipe: Recipe | None = None) -> str:
+def refused(sources: dict[str, Source], recipe: StackRecipe | None = None) -> str:
     adapted = [name for name in sources if name != "base"]
     problem = low_rank_problem(recipe or recipe_of(sources, [arithmetic(dict.fromkeys(adapted, 0.5))] * 2), sources)
     assert problem is not None
@@ -280,7 +280,7 @@ def test_other_models(plain: Path, adapters: dict[str, Path], tmp_path: Path) ->
     ) == ("no source has a low-rank adapter")
     alone = {name: source for name, source in sources.items() if name != "base"}
     blend = Blend(method="linear", sources=("maths",), parameters={"weight": {"maths": 1.0}})
-    recipe = Recipe.uniform(blend, sources={"maths": "m"}, tokenizer="maths", layers=2)
+    recipe = StackRecipe.uniform(blend, sources={"maths": "m"}, tokenizer="maths", layers=2)
     assert refused(alone, recipe) == "the model under the adapters is not a source itself"
 
 
@@ -310,7 +310,7 @@ def test_recipes(plain: Path, adapters: dict[str, Path]) -> None:
         ([0, 1], [1.0, 0.5], "scales"),
     ):
         path = [(layer, one, one, one) for layer in hops]
-        recipe = Recipe.compose(
+        recipe = StackRecipe.compose(
             sources=parts, tokenizer="base", embedding=one, hops=path, norm=one, head=one, scales=scales
         )
         assert problem in refused(sources, recipe)

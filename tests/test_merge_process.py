@@ -14,7 +14,7 @@ from helpers_miniature import environment
 
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.export import write_model
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 
 NAMES = ("base", "one", "two")
 MEASURED = """
@@ -77,7 +77,7 @@ def make(sources: dict[str, Source], out: Path) -> list[tuple[int, int]]:
     """Merge into files of a few tensors each; what was reported of the progress."""
     blend = Blend(method="linear", sources=("one", "two"), parameters={"weight": {"one": 0.3, "two": 0.7}})
     references = {name: source.reference for name, source in sources.items()}
-    recipe = Recipe.uniform(blend, sources=references, tokenizer="base", layers=4)
+    recipe = StackRecipe.uniform(blend, sources=references, tokenizer="base", layers=4)
     told: list[tuple[int, int]] = []
     write_model(recipe, sources, out, texts={}, shard_bytes=20_000, progress=lambda *done: told.append(done))
     return told

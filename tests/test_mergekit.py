@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from evomerge.errors import InputError
 from evomerge.mergekit import from_mergekit, load_recipe_file, to_mergekit
 from evomerge.method import check_blend, own_methods
-from evomerge.recipe import Blend, Recipe, Role
+from evomerge.recipes.stack import Blend, Role, StackRecipe
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import dump_yaml, load_yaml
 
@@ -99,11 +99,11 @@ def llama(layers: int, *, tied: bool = False) -> dict[str, Role]:
     return roles | {"model.norm.weight": Role("norm")} | ({} if tied else {"lm_head.weight": Role("head")})
 
 
-def read(text: str, layers: int = 7) -> Recipe:
+def read(text: str, layers: int = 7) -> StackRecipe:
     return from_mergekit(load_yaml(text, "m.yaml"), lambda reference: llama(layers), "m.yaml")
 
 
-def made(recipe: Recipe, name: str, layers: int = 9) -> Blend:
+def made(recipe: StackRecipe, name: str, layers: int = 9) -> Blend:
     """The blend of a tensor by its name in the merged model."""
     return recipe.blend_for(llama(layers)[name], name)
 
@@ -653,13 +653,13 @@ def blend_of(method: str, **numbers: Any) -> Blend:
     return Blend(method=method, sources=NAMES, base=base, parameters=parameters | numbers)
 
 
-def uniform(method: str, **numbers: Any) -> Recipe:
+def uniform(method: str, **numbers: Any) -> StackRecipe:
     blend = blend_of(method, **numbers)
     sources = SOURCES if blend.base else {name: SOURCES[name] for name in NAMES}
-    return Recipe.uniform(blend, sources=sources, tokenizer="a", layers=3, dtype="bfloat16")
+    return StackRecipe.uniform(blend, sources=sources, tokenizer="a", layers=3, dtype="bfloat16")
 
 
-def write(recipe: Recipe) -> dict[str, Any]:
+def write(recipe: StackRecipe) -> dict[str, Any]:
     return to_mergekit(recipe, lambda reference: llama(3))
 
 
@@ -682,7 +682,7 @@ def test_one_blend_is_written_without_slices() -> None:
 def test_what_a_blend_leaves_out_is_written_as_it_is_meant() -> None:
     """Where mergekit's default is another: we do not normalise TIES."""
     blend = blend_of("ties").model_copy(update={"parameters": {"weight": dict.fromkeys(NAMES, 1.0), "density": 0.5}})
-    config = write(Recipe.uniform(blend, sources=SOURCES, tokenizer="a", layers=3))
+    config = write(StackRecipe.uniform(blend, sources=SOURCES, tokenizer="a", layers=3))
     assert config["parameters"] == {"normalize": False, "lambda": 1.0, "rescale": False}
     assert "dtype" not in config
 
@@ -698,7 +698,7 @@ def test_layers_are_written_as_slices_and_parts_as_filters() -> None:
     def mix(weight: float) -> Blend:
         return blend_of("linear", weight={"a": weight, "b": 1.0})
 
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={name: SOURCES[name] for name in NAMES},
         tokenizer="b",
         embedding=mix(0.1),
@@ -731,7 +731,7 @@ def test_a_path_is_written_as_slices() -> None:
     """Layers of a are doubled by b's; each slice is a run of hops that follow each other."""
     blends = {name: Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in NAMES}
     path = [("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 2)]
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={name: SOURCES[name] for name in NAMES},
         tokenizer="a",
         embedding=blends["a"],
@@ -747,7 +747,7 @@ def test_a_path_is_written_as_slices() -> None:
 
 
 def test_a_base_stands_among_the_models_of_a_slice() -> None:
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources=SOURCES,
         tokenizer="a",
         embedding=blend_of("ties"),
@@ -760,7 +760,7 @@ def test_a_base_stands_among_the_models_of_a_slice() -> None:
 
 
 @st.composite
-def recipes(draw: st.DrawFn, method: str) -> Recipe:
+def recipes(draw: st.DrawFn, method: str) -> StackRecipe:
     """Recipes that mergekit can say: the same models throughout, any path, any numbers, single tensors apart."""
     grammar = GRAMMARS[method]
     names = NAMES[: grammar.most or 2]
@@ -787,7 +787,7 @@ def recipes(draw: st.DrawFn, method: str) -> Recipe:
         (layer(), *[plain] * 3) if draw(st.booleans()) else (layer(), blend(), blend(), blend()) for _ in range(count)
     ]
     apart = draw(st.sets(st.sampled_from([n for n in llama(count) if "o_proj" in n or "gate" in n]), max_size=3))
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={name: SOURCES[name] for name in (*names, *([base] if base else []))},
         tokenizer=draw(st.sampled_from(names)),
         embedding=blend(),
@@ -798,10 +798,10 @@ def recipes(draw: st.DrawFn, method: str) -> Recipe:
         tensors=(tensors := {name: blend() for name in apart}),
     )
     different = {n: b for n, b in tensors.items() if b != recipe.blend_for(llama(count)[n])}
-    return Recipe.compose(**_parts(recipe), tensors=different)
+    return StackRecipe.compose(**_parts(recipe), tensors=different)
 
 
-def _parts(recipe: Recipe) -> dict[str, Any]:
+def _parts(recipe: StackRecipe) -> dict[str, Any]:
     blends = recipe.blends
     return {
         "sources": recipe.sources,
@@ -855,7 +855,7 @@ def test_what_mergekit_cannot_say_is_refused() -> None:
 
 def test_a_last_slice_with_more_models_than_the_first_is_refused() -> None:
     one, two = blend_of("linear", weight={"a": 1.0}).model_copy(update={"sources": ("a",)}), blend_of("linear")
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources=SOURCES,
         tokenizer="a",
         embedding=one,
@@ -870,7 +870,7 @@ def test_a_last_slice_with_more_models_than_the_first_is_refused() -> None:
 def test_names_that_no_filter_tells_apart_are_refused() -> None:
     roles = {"embed.weight": Role("embedding"), "l.0.attn.w": Role("attention", 0), "l.0.attn.w2": Role("mlp", 0)}
     mixes = [Blend(method="linear", sources=("a",), parameters={"weight": {"a": w}}) for w in (1.0, 2.0)]
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={"a": "org/a"},
         tokenizer="a",
         embedding=mixes[0],

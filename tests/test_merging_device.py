@@ -15,7 +15,7 @@ from evomerge.merging.device import DeviceRunner, Residency, choose_place
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
 from evomerge.method import default_parameters, own_methods
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 
 METHODS = own_methods()
 GB = 10**9
@@ -48,7 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     }
 
 
-def recipe(method: str, sources: dict[str, Source]) -> Recipe:
+def recipe(method: str, sources: dict[str, Source]) -> StackRecipe:
     spec = METHODS[method]
     mixed = ("a", "b")[: spec.max_sources]
     blend = Blend(
@@ -57,7 +57,7 @@ def recipe(method: str, sources: dict[str, Source]) -> Recipe:
         base="base" if spec.needs_base else None,
         parameters=default_parameters(spec, mixed),
     )
-    return Recipe.uniform(
+    return StackRecipe.uniform(
         blend, sources={name: s.reference for name, s in sources.items()}, tokenizer="base", layers=2, seed=4
     )
 

@@ -22,9 +22,9 @@ from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Weights
 from evomerge.merging.jobs import Job
-from evomerge.merging.materialise import Materialiser, check_recipe
+from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.method import default_parameters, own_methods
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.testing import methods
 
 METHODS = own_methods()
@@ -46,9 +46,9 @@ def blend(method: str, sources: tuple[str, ...] = NAMES, **numbers: Any) -> Blen
     return Blend(method=method, sources=sources, base="base" if spec.needs_base else None, parameters=parameters)
 
 
-def recipe_of(mix: Blend, sources: Mapping[str, Source], **more: Any) -> Recipe:
+def recipe_of(mix: Blend, sources: Mapping[str, Source], **more: Any) -> StackRecipe:
     references = {name: source.reference for name, source in sources.items()}
-    return Recipe.uniform(mix, sources=references, tokenizer="base", layers=LAYERS, **more)
+    return StackRecipe.uniform(mix, sources=references, tokenizer="base", layers=LAYERS, **more)
 
 
 def stored(source: Source) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def test_every_tensor_is_what_its_method_makes_of_it(
 
 def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source]) -> None:
     maths, ja, base = (blend("linear", (name,)) for name in ("maths", "ja", "base"))
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={name: source.reference for name, source in sources.items()},
         tokenizer="base",
         embedding=maths,
@@ -173,9 +173,9 @@ def test_only_what_changed_is_written_again(sources: dict[str, Source]) -> None:
     halves, thirds = blend("linear"), blend("linear", weight={"maths": 1 / 3, "ja": 2 / 3})
     references = {name: source.reference for name, source in sources.items()}
 
-    def recipe(second: Blend) -> Recipe:
+    def recipe(second: Blend) -> StackRecipe:
         hops = [(0, halves, halves, halves), (1, halves, second, halves)]
-        return Recipe.compose(
+        return StackRecipe.compose(
             sources=references, tokenizer="base", embedding=halves, hops=hops, norm=halves, head=halves
         )
 
@@ -229,7 +229,7 @@ def test_what_one_computed_of_the_sources_is_read_by_the_next(
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def change(recipe: Recipe, **fields: Any) -> Recipe:
+def change(recipe: StackRecipe, **fields: Any) -> StackRecipe:
     return recipe.model_copy(update=fields)
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read(
     monkeypatch.setattr(Source, "read", lambda self, name: pytest.fail("read a tensor"))
     live = live_model(sources["base"], torch.device("cpu"))
     recipe = recipe_of(blend("ties"), sources)
-    check_recipe(recipe, sources)
+    check_stack(recipe, sources)
     halves = {"maths": 0.5, "ja": 0.5}
     cases = [
         (recipe_of(blend("ties", weight=0.5).model_copy(update={"method": "tise"}), sources), "Did you mean 'ties'"),

@@ -20,7 +20,7 @@ from evomerge.merging.drops import LEVELS, level, limit, random_halves, stream_k
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Combine, Pass
 from evomerge.method import GROUP, Method, find_method, own_methods
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 from evomerge.testing.methods import SEED, TENSOR, MethodContract, merge, tensors
 
 METHODS = own_methods()

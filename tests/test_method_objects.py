@@ -26,8 +26,8 @@ from evomerge.method import (
     own_methods,
     shares_of,
 )
-from evomerge.recipe import Blend, Recipe
-from evomerge.report.recipe_text import recipe_lines
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import Blend
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
@@ -197,8 +197,8 @@ def test_genes_of_all_kinds_are_decoded_into_what_they_say() -> None:
     assert blend.choice("start", "a") == "right"
     assert blend.value("rank", "b") == 8
     check_blend(blend, KINDS, "blend")
-    assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
-    (line,) = recipe_lines(recipe)
+    assert read_recipe(recipe.canonical(), recipe.sources) == recipe
+    (line,) = recipe.lines()
     assert "rank a 3, b 8; rule largest; start a right, b left; weight a 0.25, b 1" in line
 
 

@@ -26,7 +26,7 @@ from evomerge.checkpoints.structure import empty_model, parse_config
 from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.inspection import inspect_models
 
 pytestmark = pytest.mark.timeout(60)
@@ -220,9 +220,9 @@ def test_an_infinity_as_transformers_writes_it(tmp_path: Path, kind: str, settin
     }
 
 
-def _alone(source: Source) -> Recipe:
+def _alone(source: Source) -> StackRecipe:
     copy = Blend(method="passthrough", sources=("maths",), parameters={"scale": {"maths": 1.0}})
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources={"maths": source.reference}, tokenizer="maths", embedding=copy, norm=copy, head=copy,
         hops=[(layer, copy, copy, copy) for layer in range(source.layers)],
     )  # fmt: skip

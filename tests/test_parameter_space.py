@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from evomerge.errors import InputError
 from evomerge.method import check_blend, find_method, own_methods
-from evomerge.recipe import Recipe, Role, roles
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import Role, roles
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
@@ -101,7 +102,7 @@ def test_decode_is_total_and_pure(method: str, data: st.DataObject) -> None:
     assert len(recipe.hops) == LAYERS
     for blend in recipe.blends:
         check_blend(blend, METHODS[method], "test")
-    assert Recipe.from_canonical(recipe.canonical(), recipe.sources) == recipe
+    assert read_recipe(recipe.canonical(), recipe.sources) == recipe
 
 
 def test_the_papers_optimum_is_inside_the_default_bounds() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.recipe import Blend, Recipe, Scaling
+from evomerge.recipes.stack import Blend, Scaling, StackRecipe
 from evomerge.report.path import path_svg, path_text
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -31,16 +31,16 @@ def recipe_of(
     hops: Sequence[tuple[int | Mapping[str, int], Blend]],
     scales: Sequence[float] | None = None,
     scaling: Scaling = "stream",
-) -> Recipe:
+) -> StackRecipe:
     first = hops[0][1]
     names = {name for _, blend in hops for name in (*blend.sources, *((blend.base,) if blend.base else ()))}
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources={name: name for name in names}, tokenizer=first.sources[0], embedding=first, norm=first, head=first,
         hops=((layer, blend, blend, blend) for layer, blend in hops), scales=scales, scaling=scaling,
     )  # fmt: skip
 
 
-def path_of(hops: str, scales: Sequence[float] | None = None, scaling: Scaling = "stream") -> Recipe:
+def path_of(hops: str, scales: Sequence[float] | None = None, scaling: Scaling = "stream") -> StackRecipe:
     """'m0 m1 j4': layers 0 and 1 of maths, then 4 of ja."""
     names = {"m": "maths", "j": "ja"}
     return recipe_of([(int(hop[1:]), alone(names[hop[0]])) for hop in hops.split()], scales, scaling)
@@ -114,7 +114,7 @@ def test_the_runs_give_the_path_back(hops: list[tuple[str, int]]) -> None:
 # ---- picture ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(recipe: Recipe, depths: Mapping[str, int], title: str = "a path") -> ET.Element:
+def drawn(recipe: StackRecipe, depths: Mapping[str, int], title: str = "a path") -> ET.Element:
     return ET.fromstring(path_svg(recipe, depths, title))
 
 
@@ -130,7 +130,7 @@ def tooltips(root: ET.Element) -> list[str]:
     return [hop.findtext(f"{SVG}title") or "" for hop in of_class(root, "hop")]
 
 
-def long_path(hops: int) -> Recipe:
+def long_path(hops: int) -> StackRecipe:
     path = [(i * 7 % 40 if i % 5 else i % 40, alone(list(FOUR)[i // 9 % 4])) for i in range(hops)]
     return recipe_of(path, [0.5 + i % 11 / 10 for i in range(hops)])
 
@@ -218,7 +218,7 @@ def test_a_merged_hop_is_in_the_band_of_each_source_by_its_share() -> None:
 
 def test_attention_and_mlp_of_two_sources_are_half_and_half() -> None:
     one, two, third = alone("maths"), alone("ja"), mixed(maths=1, ja=3)
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={"maths": "m", "ja": "j"}, tokenizer="maths", embedding=one, norm=one, head=one,
         hops=[(0, one, two, one), (1, one, third, one)],
     )  # fmt: skip

@@ -20,7 +20,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Blend, Hop, Recipe, Scaling
+from evomerge.recipes.stack import Blend, Hop, Scaling, StackRecipe
 
 CPU = torch.device("cpu")
 PROMPT = torch.arange(3, 19).reshape(2, 8)
@@ -37,9 +37,9 @@ def copy_of(name: str) -> Blend:
 
 def path_recipe(
     path: Sequence[tuple[str, int]], scales: Sequence[float] | None = None, scaling: Scaling = "stream", **more: Any
-) -> Recipe:
+) -> StackRecipe:
     a = copy_of("a")
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources={"a": "a", "b": "b"},
         tokenizer="a",
         embedding=a,
@@ -84,7 +84,7 @@ def answer(model: Any, tokens: torch.Tensor = PROMPT, mask: torch.Tensor | None 
     return logits
 
 
-def exported(recipe: Recipe, sources: dict[str, Source], out: Path) -> Any:
+def exported(recipe: StackRecipe, sources: dict[str, Source], out: Path) -> Any:
     write_model(recipe, sources, out, texts={})
     return in_own_memory(AutoModelForCausalLM.from_pretrained(out).eval())
 
@@ -93,7 +93,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-4 * other.abs().max())
 
 
-def written(recipe: Recipe, sources: dict[str, Source], shelves: int = 2 * LAYERS) -> LiveModel:
+def written(recipe: StackRecipe, sources: dict[str, Source], shelves: int = 2 * LAYERS) -> LiveModel:
     check_compatible(sources, recipe)
     live = live_model(sources["a"], CPU, shelves=shelves)
     Materialiser(sources).write(recipe, live)
@@ -240,7 +240,7 @@ def test_masks_are_those_of_the_layer_not_of_the_hop(tmp_path: Path) -> None:
     dare = Blend(
         method="dare_linear", sources=("b",), base="a", parameters={"weight": {"b": 1.0}, "density": {"b": 0.5}}
     )
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={"a": "a", "b": "b"}, tokenizer="a", embedding=copy_of("a"), norm=copy_of("a"), head=copy_of("a"),
         hops=[(layer, dare, dare, dare) for layer in (0, 1, 1, 2)],
     )  # fmt: skip

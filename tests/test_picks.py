@@ -22,7 +22,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Landmark
 from evomerge.optimizers import CmaSettings
 from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
 from evomerge.report.card import Provenance, card
 from evomerge.report.comparing import compared
 from evomerge.report.curse import curse_of
@@ -294,7 +294,7 @@ def test_the_number_that_decides_stands_in_every_place_alike(
         assert len(curse.found) >= 8, "what is drawn is the best by the same number"
         texts = {
             "report": report_html(store, folder),
-            "card": card("m", Recipe.from_canonical(row.recipe, SOURCES), sources_of(),
+            "card": card("m", read_recipe(row.recipe, SOURCES), sources_of(),
                          Provenance(store.search(), status, row, curse)),
             "figure": draw(store, "history").to_json(),
             "curse": draw(store, "curse").to_json(),

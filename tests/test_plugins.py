@@ -22,7 +22,7 @@ from evomerge.merging.site import Site
 from evomerge.method import Method, find_method
 from evomerge.optimizers import Feature, Grid
 from evomerge.optimizers.base import Settings
-from evomerge.recipe import Blend, Role
+from evomerge.recipes.stack import Blend, Role
 from evomerge.store import Store
 from evomerge.testing.methods import MethodContract, merge, tensors
 from evomerge.testing.optimizers import SPACE, OptimizerContract, observed, sphere

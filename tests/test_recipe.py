@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe, load_recipe_file
 from evomerge.method import check_blend, default_parameters, own_methods
-from evomerge.recipe import Blend, Hop, Recipe, Role, renumber, roles
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import Blend, Hop, Role, StackRecipe, renumber, roles
 from evomerge.yaml import dump_yaml, load_yaml
 
 METHODS = own_methods()
@@ -29,10 +30,10 @@ def mix(maths: float, ja: float, **more: bool | float) -> Blend:
     )
 
 
-def layered(*weights: float, seed: int = 0) -> Recipe:
+def layered(*weights: float, seed: int = 0) -> StackRecipe:
     """A recipe whose layer i mixes by weights[i], with the embedding, norm and head like layer 0."""
     first = mix(weights[0], 0.5)
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources=SOURCES,
         tokenizer="ja",
         embedding=first,
@@ -61,14 +62,14 @@ def test_equal_blends_are_numbered_once_in_order_of_first_use() -> None:
 
 
 def test_uniform_is_one_blend() -> None:
-    recipe = Recipe.uniform(mix(0.6, 0.6), sources=SOURCES, tokenizer="base", layers=3)
+    recipe = StackRecipe.uniform(mix(0.6, 0.6), sources=SOURCES, tokenizer="base", layers=3)
     assert len(recipe.blends) == 1
     assert [hop.layer for hop in recipe.hops] == [0, 1, 2]
     assert recipe.used_sources() == set(SOURCES)
 
 
 def test_the_canonical_text_is_fixed_for_ever() -> None:
-    recipe = Recipe.uniform(mix(0.1, -0.0, normalize=False), sources=SOURCES, tokenizer="ja", layers=1)
+    recipe = StackRecipe.uniform(mix(0.1, -0.0, normalize=False), sources=SOURCES, tokenizer="ja", layers=1)
     text = (
         '{"blends":[{"base":"base","method":"task_arithmetic","parameters":{"normalize":false,'
         '"weight":{"ja":0.0,"maths":0.1}},"sources":["maths","ja"]}],"dtype":null,"embedding":0,"head":0,'
@@ -99,8 +100,8 @@ def test_order_of_keys_does_not_matter(order: list[str]) -> None:
     blend = mix(0.3, 0.4)
     weights = {name: blend.value("weight", name) for name in order if name != "base"}
     turned = blend.model_copy(update={"parameters": {"weight": weights}})
-    one = Recipe.uniform(blend, sources=SOURCES, tokenizer="ja", layers=2)
-    other = Recipe.uniform(turned, sources={name: SOURCES[name] for name in order}, tokenizer="ja", layers=2)
+    one = StackRecipe.uniform(blend, sources=SOURCES, tokenizer="ja", layers=2)
+    other = StackRecipe.uniform(turned, sources={name: SOURCES[name] for name in order}, tokenizer="ja", layers=2)
     assert one.hash == other.hash
 
 
@@ -114,7 +115,7 @@ def test_a_switch_is_not_a_number() -> None:
 
 def test_every_role_has_its_blend() -> None:
     blends = [mix(w, 0.5) for w in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)]
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources=SOURCES,
         tokenizer="ja",
         embedding=blends[0],
@@ -134,10 +135,10 @@ def test_every_role_has_its_blend() -> None:
 UP = "model.layers.{}.mlp.up_proj.weight"
 
 
-def path(*layers: int | dict[str, int], **tensors: Blend) -> Recipe:
+def path(*layers: int | dict[str, int], **tensors: Blend) -> StackRecipe:
     """A recipe whose hop i takes these layers; keyword l0 names the up projection of hop 0."""
     blend = mix(0.6, 0.6)
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources=SOURCES,
         tokenizer="ja",
         embedding=blend,
@@ -175,7 +176,7 @@ def test_tensors_may_be_made_apart_from_their_part() -> None:
 
 def test_blends_of_one_recipe_may_be_of_any_kind() -> None:
     copy = Blend(method="passthrough", sources=("ja",), parameters={"scale": {"ja": 1.0}})
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources=SOURCES,
         tokenizer="ja",
         embedding=copy,
@@ -196,10 +197,10 @@ def test_blends_of_one_recipe_may_be_of_any_kind() -> None:
 )
 def test_texts_and_files_give_back_the_same_recipe(layers: list[int | dict[str, int]], apart: dict[str, float]) -> None:
     recipe = path(*layers, **{name: mix(weight, 0.1) for name, weight in apart.items()})
-    again = Recipe.from_canonical(recipe.canonical(), SOURCES)
+    again = read_recipe(recipe.canonical(), SOURCES)
     assert again == recipe
     assert again.canonical() == recipe.canonical()
-    assert Recipe.model_validate(load_yaml(dump_recipe(recipe), "f")) == recipe
+    assert StackRecipe.model_validate(load_yaml(dump_recipe(recipe), "f")) == recipe
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_a_hop_says_the_layer_of_each_source_that_it_mixes(layer: object, proble
     content = layered(0.1).model_dump()
     content["hops"][0]["layer"] = layer
     with pytest.raises(ValidationError, match=problem):
-        Recipe.model_validate(content)
+        StackRecipe.model_validate(content)
 
 
 def test_a_hop_of_its_own_has_one_form() -> None:
@@ -250,7 +251,7 @@ def test_a_hop_of_its_own_has_one_form() -> None:
 )
 def test_a_recipe_refers_to_what_exists(change: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
-        Recipe.model_validate(layered(0.1).model_dump() | change)
+        StackRecipe.model_validate(layered(0.1).model_dump() | change)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -295,7 +296,7 @@ def test_a_methods_defaults_are_let_through_and_anything_else_is_not(name: str) 
 )
 def test_yaml_gives_back_the_same_recipe(weights: list[float], name: str, reference: str) -> None:
     blend = Blend(method="linear", sources=(name,), parameters={"weight": {name: weights[0]}})
-    recipe = Recipe.compose(
+    recipe = StackRecipe.compose(
         sources={name: reference},
         tokenizer=name,
         embedding=blend,
@@ -304,7 +305,7 @@ def test_yaml_gives_back_the_same_recipe(weights: list[float], name: str, refere
         head=blend,
         seed=3,
     )
-    assert Recipe.model_validate(load_yaml(dump_recipe(recipe), "r.yaml")) == recipe
+    assert StackRecipe.model_validate(load_yaml(dump_recipe(recipe), "r.yaml")) == recipe
 
 
 def _weighted(blend: Blend, weight: float) -> Blend:

@@ -17,7 +17,8 @@ from helpers_search import SOURCES, FakeSpace, drive, luck, make_setup, weights_
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.report.candidate import score_lines, status_text
 from evomerge.report.comparing import compared
 from evomerge.report.curse import curse_of
@@ -94,8 +95,8 @@ def searched(folder: Path, setup: Setup, simulation: Simulation = simulate) -> P
 
 
 def confirm(folder: Path, setup: Setup, simulation: Simulation) -> None:
-    def recipe_of(row: CandidateRow) -> Recipe:
-        return Recipe.from_canonical(row.recipe, SOURCES)
+    def recipe_of(row: CandidateRow) -> StackRecipe:
+        return read_recipe(row.recipe, SOURCES)
 
     with Store.open(folder / "search.db") as store, acquire(store):
         word = Control(store.take_commands, interval_s=0.0)

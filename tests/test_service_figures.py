@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 from starlette.testclient import TestClient
 
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.curse import curse_of
 from evomerge.report.svg import DARK, LIGHT
 from evomerge.search.settings.sections import Racing
@@ -471,7 +472,7 @@ def test_constraints_tell_who_keeps_them(root: Path) -> None:
 
 def test_the_heat_map_holds_the_weights_of_the_recipe(two: Store) -> None:
     row = two.candidate(20)
-    recipe = Recipe.from_canonical(row.recipe, SOURCES)
+    recipe = read_recipe(row.recipe, SOURCES)
     (cells,) = draw_recipe(two, 20).data
     assert list(cells.x) == ["one", "two"]  # what the base is added to has no weight
     assert "added to base" in words_of(draw_recipe(two, 20))
@@ -492,7 +493,7 @@ def test_heat_maps_of_a_search_have_one_scale(tmp_path: Path) -> None:
             with store.transaction(writes=True) as connection:
                 connection.execute(update(tables.search).values(fingerprints=told))
             recipes = [
-                Recipe.uniform(
+                StackRecipe.uniform(
                     Blend(method="linear", sources=("one",), parameters={"weight": {"one": weight}}),
                     sources={"one": "x"}, tokenizer="one", layers=2,
                 )
@@ -560,7 +561,7 @@ def test_names_are_shown_as_they_are_and_never_read_as_markup(tmp_path: Path) ->
         settings = store.search().settings
         store.update_settings(settings | {"sources": {evil: "x"}})
         blend = Blend(method="linear", sources=(evil,), parameters={"weight": {evil: 1.0}})
-        recipe = Recipe.uniform(blend, sources={evil: "x"}, tokenizer=evil, layers=2)
+        recipe = StackRecipe.uniform(blend, sources={evil: "x"}, tokenizer=evil, layers=2)
         new = NewCandidate(0, "source", recipe.canonical(), recipe.hash, np.zeros(4), evil)
         store.record_ask(0, [new])
         store.record_dispatch(0, 1, evil)
@@ -708,8 +709,8 @@ def test_a_recipe_of_one_blend_is_one_row_with_its_numbers() -> None:
     other = Blend(method="linear", sources=("a", "b"), parameters={"weight": {"a": 0.5, "b": 0.5}})
     hops = [(i, each, each, each) for i, each in enumerate([blend] * 4 + [other] * 3)]
     common = {"sources": {"a": "a", "b": "b"}, "tokenizer": "a"}
-    whole = Recipe.compose(**common, embedding=blend, hops=hops[:4], norm=blend, head=blend)  # type: ignore[arg-type]
+    whole = StackRecipe.compose(**common, embedding=blend, hops=hops[:4], norm=blend, head=blend)  # type: ignore[arg-type]
     assert [name for name, *_ in figure_recipe._runs(list(figure_recipe._parts(whole)))] == ["the whole model"]
-    halves = Recipe.compose(**common, embedding=other, hops=hops, norm=other, head=other)  # type: ignore[arg-type]
+    halves = StackRecipe.compose(**common, embedding=other, hops=hops, norm=other, head=other)  # type: ignore[arg-type]
     names = [name for name, *_ in figure_recipe._runs(list(figure_recipe._parts(halves)))]
     assert names == ["embedding", "layers 0 to 3", "layers 4 to 6", "norm", "head"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evomerge.merging.passes import Combine
 from evomerge.method import own_methods
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 from evomerge.testing.methods import merge, plan
 
 METHODS = own_methods()

@@ -30,11 +30,13 @@ from evaluators.generation import Request, answer_requests, answer_tokens, gener
 from evaluators.likelihood import LikelihoodSettings
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.prompts import Asked, Reader
-from evomerge.checkpoints.live import LiveModel, live_model
+from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
+from evomerge.merging.builders import BuildContext, Builders
 from evomerge.merging.low_rank import base_recipe, family_of
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Recipe
+from evomerge.merging.stack_builder import StackBuilder
+from evomerge.recipes.stack import StackRecipe
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.search.workers.worker import Worker
 
@@ -98,12 +100,19 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 def start(sources: dict[str, Source], evaluators: Sequence[Evaluator]) -> Worker:
-    live = live_model(sources["base"], torch.device("cpu"), torch.float32)
+    builders = Builders(BuildContext(sources, "base", dtype=torch.float32))
+    live = stack_of(builders).live
     live.model.generation_config.eos_token_id = list(range(0, 259, 16))  # about every tenth answer ends at each token
-    return Worker("here", sources, Materialiser(sources), live, evaluators)
+    return Worker("here", builders, evaluators)
 
 
-def jobs_of(recipes: Sequence[Recipe], tasks: Sequence[Task]) -> list[Job]:
+def stack_of(builders: Builders) -> StackBuilder:
+    stack = builders.of_kind("stack")
+    assert isinstance(stack, StackBuilder)
+    return stack
+
+
+def jobs_of(recipes: Sequence[StackRecipe], tasks: Sequence[Task]) -> list[Job]:
     return [Job(10 + number, 1, recipe, tasks) for number, recipe in enumerate(recipes)]
 
 
@@ -199,14 +208,14 @@ def test_all_candidates_share_forward_passes(sources: dict[str, Source]) -> None
     worker = start(sources, [Asking(batch_size=100), Asking(batch_size=100, stop=["a"])])
     jobs = jobs_of(candidates(sources, 2, 4), [Task(0, "search", range(6)), Task(1, "search", range(6))])
     passes: list[tuple[int, int]] = []
-    forward = worker._live.model.forward
+    forward = stack_of(worker._builders).live.model.forward
 
     def watched(input_ids: torch.Tensor, **rest: Any) -> Any:
         passes.append((input_ids.shape[0], input_ids.shape[1]))
         return forward(input_ids=input_ids, **rest)
 
     watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    with mock.patch.object(worker._live.model, "forward", watched):
+    with mock.patch.object(stack_of(worker._builders).live.model, "forward", watched):
         worker.run_together(jobs)
     shared = len(SHOTS.encode()) + len("Q: ")
     assert passes[0] == (4, 8)  # the probe
@@ -340,7 +349,7 @@ def test_prompts_that_break_the_model_end_their_candidate_alone(
 def test_numbers_that_are_not_finite(three: tuple[Asking, Worker, list[Job]], source: str, weight: float) -> None:
     """Too large for the coefficient itself, or for the logits."""
     _, worker, jobs = three
-    sources = worker._sources
+    sources = stack_of(worker._builders).sources
     large = recipe_of(dict(sources), [arithmetic({source: weight})] * 2)
     jobs.insert(1, Job(5, 1, large, jobs[0].tasks))
     alone, together = [worker.run(job) for job in jobs], worker.run_together(jobs)
@@ -360,7 +369,7 @@ def test_scores_are_checked(three: tuple[Asking, Worker, list[Job]]) -> None:
 
 def test_what_all_share_fails_for_all(three: tuple[Asking, Worker, list[Job]]) -> None:
     _, worker, jobs = three
-    with mock.patch.object(worker._materialiser, "write", side_effect=torch.OutOfMemoryError("full")):
+    with mock.patch.object(Materialiser, "write", side_effect=torch.OutOfMemoryError("full")):
         results = [each.result for each in worker.run_together(jobs)]
     assert [(each.reason, each.message) for each in results if isinstance(each, Failed)] == [
         ("out_of_memory", "full")
@@ -370,7 +379,7 @@ def test_what_all_share_fails_for_all(three: tuple[Asking, Worker, list[Job]]) -
 
 def test_other_recipes_and_measured_speeds_are_refused(three: tuple[Asking, Worker, list[Job]]) -> None:
     _, worker, jobs = three
-    sources = dict(worker._sources)
+    sources = dict(stack_of(worker._builders).sources)
     scaled = recipe_of(sources, [arithmetic({"maths": 1.0})] * 2, scales=[1.0, 0.5])
     first, second = worker.run_together([jobs[0], Job(4, 1, scaled, jobs[0].tasks)])
     assert isinstance(first.result, Measured)
@@ -386,7 +395,7 @@ def test_out_of_memory_halves_the_rows_of_all(three: tuple[Asking, Worker, list[
     evaluator, worker, jobs = three
     evaluator.batch_size = 18
     alone = [worker.run(job) for job in jobs]
-    forward, seen = worker._live.model.forward, []
+    forward, seen = stack_of(worker._builders).live.model.forward, []
 
     def limited(input_ids: torch.Tensor, **rest: Any) -> Any:
         seen.append(input_ids.shape[0])
@@ -395,7 +404,7 @@ def test_out_of_memory_halves_the_rows_of_all(three: tuple[Asking, Worker, list[
         return forward(input_ids=input_ids, **rest)
 
     limited.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    with mock.patch.object(worker._live.model, "forward", limited):
+    with mock.patch.object(stack_of(worker._builders).live.model, "forward", limited):
         assert measured(worker.run_together(jobs)) == measured(alone)
     assert 18 in seen
 
@@ -431,7 +440,7 @@ def decoded(sources: dict[str, Source]) -> Iterator[tuple[LiveModel, Any]]:
     """A live model with three candidates beside it, and their rows."""
     recipes = candidates(sources, 2, 3)
     live = start(sources, [])._live
-    Materialiser(sources).write(base_recipe(recipes[0], family_of(sources)), live)
+    Materialiser(sources).write(base_recipe(recipes[0], sources, family_of(sources)), live)
     rows = rows_of(sources, live)
     with rows.mixed([shares_of(rows, sources, recipe) for recipe in recipes]):
         yield live, rows
@@ -465,7 +474,7 @@ def test_any_prompts_of_any_candidates_in_any_number_of_rows(
 def test_nan_of_one_candidate_stays_with_it(sources: dict[str, Source]) -> None:
     recipes = candidates(sources, 2, 2)
     live = start(sources, [])._live
-    Materialiser(sources).write(base_recipe(recipes[0], family_of(sources)), live)
+    Materialiser(sources).write(base_recipe(recipes[0], sources, family_of(sources)), live)
     rows = rows_of(sources, live)
     shares = shares_of(rows, sources, recipes[0])
     live.model.generation_config.eos_token_id = 0  # what comes of NaN: such rows end at once

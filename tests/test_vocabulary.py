@@ -25,7 +25,8 @@ from evomerge.checkpoints.vocabulary import align
 from evomerge.commands.merge import merge
 from evomerge.errors import InputError
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.prepare import build_space, open_sources
 from evomerge.search.settings.search_file import parse_search_file
 from evomerge.vocabulary import Vocabulary
@@ -528,9 +529,9 @@ def test_another_end_token_is_fine_once_a_tokenizer_is_chosen(root: Path, tmp_pa
 # ---- recipes ----
 
 
-def recipe(**vocabulary: Any) -> Recipe:
+def recipe(**vocabulary: Any) -> StackRecipe:
     blend = Blend(method="linear", sources=("a", "b"), parameters={"weight": {"a": 0.5, "b": 0.5}})
-    return Recipe.uniform(
+    return StackRecipe.uniform(
         blend, sources={"a": "x/a", "b": "x/b"}, tokenizer="a", layers=2, vocabulary=Vocabulary(**vocabulary)
     )
 
@@ -550,8 +551,8 @@ def test_a_recipe_that_says_nothing_of_it_is_as_before() -> None:
 )
 def test_recipes_hold_the_vocabulary(asked: dict[str, Any]) -> None:
     made = recipe(**asked)
-    assert Recipe.from_canonical(made.canonical(), made.sources) == made
-    assert Recipe.model_validate(made.model_dump(mode="json", exclude_none=True)) == made
+    assert read_recipe(made.canonical(), made.sources) == made
+    assert StackRecipe.model_validate(made.model_dump(mode="json", exclude_none=True)) == made
     assert made.hash != recipe().hash
 
 

@@ -25,7 +25,7 @@ from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part
 from evomerge.errors import InputError
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 
 _CODE = (
     "blueprint.py", "differences.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py",

@@ -14,7 +14,7 @@ from evomerge.checkpoints.folder import has, load_json
 from evomerge.checkpoints.parts import holders
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.recipe import Blend, Hop, Recipe, Role, renumber
+from evomerge.recipes.stack import Blend, Hop, Role, StackRecipe, renumber
 
 _SAME_SHAPE = "Merge fine-tunes of one base."
 _SAME_PLACE = "Put layers where the model has layers of their kind, and take them from fine-tunes of one base."
@@ -30,7 +30,7 @@ _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_ac
 
 def check_compatible(
     sources: Mapping[str, Source],
-    recipe: Recipe | None = None,
+    recipe: StackRecipe | None = None,
     *,
     same_tokens: bool = True,
     same_special: bool = True,
@@ -133,7 +133,7 @@ def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, mend: 
         raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", mend)
 
 
-def _check_path(sources: Mapping[str, Source], recipe: Recipe) -> None:
+def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
     """Hold what is mixed in each hop against the layer that the tokenizer's source has there, or else its last."""
     model = sources[recipe.tokenizer]
     roles = {name: sources[name].roles for name in recipe.used_sources() | {recipe.tokenizer}}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from evomerge.checkpoints.structure import layer_stack, stored_tensors
-from evomerge.recipe import Role, RoleKind
+from evomerge.recipes.stack import Role, RoleKind
 
 
 def model_roles(model: Any, layers: int) -> dict[str, Role]:

@@ -33,7 +33,7 @@ from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
 from evomerge.errors import InputError
 from evomerge.printable import printable
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 
 _MOST_NAME = 100  # characters of a tensor's name in a sentence
 

@@ -20,7 +20,7 @@ from torch import nn
 from evomerge.checkpoints.layered import PLACES, layer_settings, written_settings
 from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.residual import Writers
-from evomerge.recipe import Role, renumber
+from evomerge.recipes.stack import Role, renumber
 
 Shelf = Mapping[str, torch.Tensor]
 """The weights of one layer by their names inside it."""

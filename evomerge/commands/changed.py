@@ -24,7 +24,7 @@ from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.settings.folder import LOGS_NAME
 from evomerge.search.work.deadlines import Deadlines
 from evomerge.search.work.jobs import Failed, Finished, Measured, Task
-from evomerge.search.workers.worker import torch_dtype
+from evomerge.search.workers.building import torch_dtype
 from evomerge.store import Scores, Store
 
 _SPLITS: tuple[Split, ...] = ("search", "held_out")

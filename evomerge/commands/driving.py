@@ -45,8 +45,8 @@ from evomerge.search.settings.rebudget import reread_budget
 from evomerge.search.settings.resuming import record_resumed
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.workers.building import choose_device
 from evomerge.search.workers.bus_errors import explain_bus_errors
-from evomerge.search.workers.worker import choose_device
 from evomerge.store import Store, acquire
 
 INTERRUPTED = 130

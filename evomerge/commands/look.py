@@ -16,7 +16,7 @@ from rich.table import Table
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
 from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
@@ -29,7 +29,6 @@ from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
 from evomerge.report.picks import conclusions, roles_of
-from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel
 from evomerge.report.status import SearchStatus, depths_of, read_status, status_of
 from evomerge.search.estimation.preference import Preference, ranked
@@ -91,7 +90,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         search = store.search()
         known = status_of(store)
         depths = depths_of(store)
-    recipe = Recipe.from_canonical(row.recipe, search.settings["sources"])
+    recipe = read_recipe(row.recipe, search.settings["sources"])
     if picture is not None:
         title = f"{search.name} {candidate_id(row.number)} {row.label}".strip()
         _save(picture, path_svg(recipe, depths, title))
@@ -125,7 +124,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         console.print(f"    {name} = {parameter_text(value)}")
     for line in path_text(recipe, depths, console.width - 2):
         console.print(f"  {line}")
-    for line in recipe_lines(recipe):
+    for line in recipe.lines():
         console.print(f"  {line}")
     console.print("  the recipe in full: --recipe", style="dim")
     if row.failure:

@@ -19,7 +19,7 @@ from evomerge.commands.waiting import progress_bar
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import check_blend, check_needs, find_method
 from evomerge.objects import is_url
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def merge(path: Path, out: str | Path) -> None:
         return opened[reference].roles
 
     recipe = load_recipe_file(path, look)
-    for number, blend in enumerate(recipe.blends):
+    for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
         method = find_method(blend.method, f"{path}: blends[{number}].method")
         check_blend(blend, method, f"{path}: blends[{number}]")
         check_needs(method, (), f"{path}: blends[{number}].method")
@@ -52,7 +52,7 @@ def merge(path: Path, out: str | Path) -> None:
     from evomerge.checkpoints.differences import warnings_across
     from evomerge.checkpoints.source import open_source
     from evomerge.commands.delivering import local_folder
-    from evomerge.merging.export import write_model
+    from evomerge.merging.builders import BuildContext, find_builder
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
 
@@ -61,20 +61,23 @@ def merge(path: Path, out: str | Path) -> None:
         place = f"{path}: sources.{name}"
         source = opened.get(reference) or open_source(name, reference, place=place, root=root)
         sources[name] = replace(source, name=name, place=place)
-    if recipe.vocabulary != Vocabulary():
+    stack = recipe if isinstance(recipe, StackRecipe) else None
+    vocabulary = stack.vocabulary if stack else Vocabulary()
+    if vocabulary != Vocabulary():
         from evomerge.checkpoints.vocabulary import align  # tokenizers are loaded with transformers
 
-        sources = align(sources, recipe.tokenizer, recipe.vocabulary)
-    check_compatible(sources, recipe, same_tokens=recipe.vocabulary.kind == "same", same_special=False)
+        sources = align(sources, recipe.tokenizer, vocabulary)
+    check_compatible(sources, stack, same_tokens=vocabulary.kind == "same", same_special=False)
     recipe = recipe.model_copy(
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
     )
+    builder = find_builder(recipe.kind)(BuildContext(sources, recipe.tokenizer))
     console = make_console()
     for warning in warnings_across(sources, recipe.tokenizer):
         console.print(f"warning: {warning}", style="yellow")
     with local_folder(out, console) as folder, progress_bar(console, "writing tensors") as update:
         texts = papers(folder.name, recipe, sources, None, None if is_url(str(out)) else folder)
-        write_model(recipe, sources, folder, texts=texts, progress=update)
+        builder.export(recipe, folder, texts=texts, progress=update)
     console.print(f"merged into {out}", style="bold")
 
 

@@ -51,11 +51,12 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         with opening():
             from evomerge.commands.delivering import local_folder
             from evomerge.commands.verifying import reproduce
+            from evomerge.merging.builders import find_builder
             from evomerge.merging.evidence import Evidence
-            from evomerge.merging.export import write_model
             from evomerge.report.card import NAME, Provenance, papers, verification
             from evomerge.search.opening.session import as_recorded, check_sources, contents_of, recipe_of
             from evomerge.search.preparing.prepare import open_sources, prepare
+            from evomerge.search.workers.building import build_context
 
             # Where nothing is verified, no item is looked at.
             prepared = as_recorded(store, prepare(file)) if verify else None
@@ -67,29 +68,25 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             # change would be rounded away, and the folder be another model than was scored.
             recipe = recipe.model_copy(update={"dtype": "float32"})
             console.print("written in float32, for candidates that are scored together are rounded nowhere")
+        evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().fingerprints))
+        builder = find_builder(recipe.kind)(build_context(file, sources, evidence))
         provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
         checked: list[str] = []
         with local_folder(out, console) as model, progress_bar(console, "writing tensors") as bar:
 
             def check(written: Path) -> None:
                 assert prepared is not None  # for this is called where it is to be verified
-                rounds = recipe.is_scaled or file.together > 1
-                checked.extend(reproduce(written, store, row, prepared, rounds=rounds, say=bar.say))
+                bar.say("verifying: loading it")
+                rounds = recipe.rounds_on_export or file.together > 1
+                live = builder.reload(written)
+                checked.extend(reproduce(live, store, row, prepared, rounds=rounds, say=bar.say))
                 with (written / NAME).open("a", encoding="utf-8") as text:
                     text.write(verification(checked))
 
             texts = papers(model.name, recipe, sources, provenance, None if is_url(str(out)) else model)
             if not verify:
                 texts[NAME] += verification(())
-            write_model(
-                recipe,
-                sources,
-                model,
-                texts=texts,
-                evidence=Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().fingerprints)),
-                check=check if verify else None,
-                progress=bar,
-            )
+            builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)
     for line in checked:
         console.print(line)
     unseen = "" if verify else ", split was not scored again"
@@ -108,15 +105,17 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         from evaluators.prompts import Reader
         from evomerge.checkpoints.checks import check_finite
         from evomerge.checkpoints.config import first_line
+        from evomerge.checkpoints.plain import plain_model
         from evomerge.checkpoints.source import open_source
-        from evomerge.commands.rescoring import plain_model, scored
+        from evomerge.commands.rescoring import scored
         from evomerge.search.preparing.asking import item_warnings
         from evomerge.search.preparing.prepare import prepare
+        from evomerge.search.workers.building import computing
 
         prepared = prepare(file, tries=True)
         source = open_source("model", model, place="MODEL")
         check_finite(source)
-        live = plain_model(source, prepared.file)
+        live = plain_model(source, *computing(file))
     setup = prepared.setup
     for warning in item_warnings(prepared.named_evaluators, Reader.of(live)):
         print(f"warning: {warning}", file=sys.stderr)

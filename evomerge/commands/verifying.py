@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from evomerge.checkpoints.source import open_source
-from evomerge.commands import rescoring
+from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
 from evomerge.search.estimation.statistics import Values, sign_test
@@ -88,9 +86,9 @@ def difference(now: Values, before: Values, tolerance: Tolerance) -> Difference:
 
 
 def reproduce(
-    written: Path, store: Store, row: CandidateRow, prepared: Prepared, *, rounds: bool, say: Callable[[str], None]
+    live: LiveModel, store: Store, row: CandidateRow, prepared: Prepared, *, rounds: bool, say: Callable[[str], None]
 ) -> list[str]:
-    """Load an exported folder with plain transformers and score it again; a line for each evaluator.
+    """Score an exported model again, as those load it whom it is meant for; a line for each evaluator.
 
     Each item must score as recorded, but for what rounds: scales that were folded into the weights and adapters that
     were not (``rounds``), and items that a race scored in several batches, for sums are added up in another order in
@@ -103,9 +101,6 @@ def reproduce(
     Raises:
         InputError: it does not score what was recorded.
     """
-    say("verifying: loading it")
-    as_written = prepared.file.model_copy(update={"dtype": None})
-    live = rescoring.plain_model(open_source("export", str(written), place=str(written)), as_written)
     tolerance = Tolerance.of(live.model.dtype)
     raced = _raced(store, row) if prepared.setup.racing is not None else {}
     lines, all_exact = [], True

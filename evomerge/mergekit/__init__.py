@@ -24,7 +24,7 @@ from evomerge.errors import InputError
 from evomerge.files import read_text
 from evomerge.mergekit.reading import Roles, from_mergekit
 from evomerge.mergekit.writing import to_mergekit
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe, recipe_kind
 from evomerge.yaml import dump_yaml, load_yaml
 
 __all__ = ["dump_recipe", "from_mergekit", "load_recipe_file", "to_mergekit"]
@@ -42,9 +42,9 @@ def load_recipe_file(path: Path, look: Callable[[str], Roles]) -> Recipe:
     if not path.exists():
         raise InputError(str(path), "cannot be read as a recipe (there is no such file)")
     content = load_yaml(read_text(path, str(path)), str(path))
-    if isinstance(content, dict) and "blends" in content:
+    if isinstance(content, dict) and ("blends" in content or "kind" in content):
         try:
-            return Recipe.model_validate(content)
+            return recipe_kind(content, str(path)).model_validate(content)
         except ValidationError as error:
             raise _explain(error, path) from None
     if isinstance(content, dict) and "merge_method" in content:

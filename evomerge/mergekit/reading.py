@@ -13,7 +13,8 @@ from evomerge.mergekit.references import read_reference, short_names
 from evomerge.mergekit.settings import Parameters, check_keys, find_value, read_parameters
 from evomerge.mergekit.vocabularies import read_tokenizer, read_vocabulary
 from evomerge.plugins import unknown_name
-from evomerge.recipe import Blend, DType, Recipe, Role, RoleKind, renumber
+from evomerge.recipes.base import DType
+from evomerge.recipes.stack import Blend, Role, RoleKind, StackRecipe, renumber
 
 Roles = Mapping[str, Role]
 """The role of every tensor of a model by its name in the files, as ``Source.roles`` has them."""
@@ -45,7 +46,7 @@ class _Slice:
 
 def from_mergekit(
     config: Mapping[str, Any], look: Callable[[str], Roles], place: str = "mergekit configuration"
-) -> Recipe:
+) -> StackRecipe:
     """The recipe that a mergekit configuration says.
 
     Short names are made from the last parts of the models' names. Layers, gradients, filters and precedence are
@@ -78,7 +79,7 @@ def from_mergekit(
     head = merge.outside(slices[-1], "head") or embedding  # a tied head is the embedding
     if embedding is None or head is None:
         raise InputError(place, f"{tokenizer} has no embedding of tokens")
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources={name: reference for reference, name in names.items()},
         tokenizer=names[tokenizer],
         embedding=embedding,

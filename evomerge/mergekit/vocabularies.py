@@ -8,7 +8,7 @@ from typing import Any
 from evomerge.errors import InputError
 from evomerge.mergekit.references import read_reference
 from evomerge.mergekit.settings import check_keys
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.vocabulary import TokenRow, TokenRule, Vocabulary, ZeroRow
 
 
@@ -49,7 +49,7 @@ def read_vocabulary(config: Mapping[str, Any], names: Mapping[str, str], base: s
     )
 
 
-def write_vocabulary(recipe: Recipe, base: str | None) -> dict[str, Any]:
+def write_vocabulary(recipe: StackRecipe, base: str | None) -> dict[str, Any]:
     """The keys of a mergekit configuration that say which tokens the merged model has.
 
     Args:
@@ -121,7 +121,7 @@ def _read_model(given: Any, names: Mapping[str, str], place: str) -> str:
     return names[reference]
 
 
-def _write_rule(rule: TokenRule, recipe: Recipe) -> dict[str, Any]:
+def _write_rule(rule: TokenRule, recipe: StackRecipe) -> dict[str, Any]:
     source: Any
     if isinstance(rule.source, str):
         source = recipe.sources[rule.source]

@@ -12,7 +12,7 @@ from evomerge.errors import InputError
 from evomerge.mergekit.grammar import Grammar, Setting, Value, find_grammar
 from evomerge.mergekit.reading import Roles, depth
 from evomerge.mergekit.vocabularies import write_vocabulary
-from evomerge.recipe import Blend, Recipe, Role, renumber
+from evomerge.recipes.stack import Blend, Role, StackRecipe, renumber
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Tensor:
     blend: Blend
 
 
-def to_mergekit(recipe: Recipe, look: Callable[[str], Roles]) -> dict[str, Any]:
+def to_mergekit(recipe: StackRecipe, look: Callable[[str], Roles]) -> dict[str, Any]:
     """The mergekit configuration of a recipe, ready to be written as YAML.
 
     Hops that follow each other in every source and are made alike become one slice; tensors in it that are made
@@ -63,7 +63,7 @@ def to_mergekit(recipe: Recipe, look: Callable[[str], Roles]) -> dict[str, Any]:
     return config | write_vocabulary(recipe, config.get("base_model"))
 
 
-def _check_references(recipe: Recipe) -> None:
+def _check_references(recipe: StackRecipe) -> None:
     used = {name: recipe.sources[name] for name in sorted(recipe.used_sources() | {recipe.tokenizer})}
     if len(set(used.values())) != len(used):
         raise InputError("recipe.sources", "has two names for one model, which mergekit takes for one")
@@ -89,7 +89,7 @@ def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
             raise InputError(f"{place}.{name}", f"is one number for all sources in mergekit's {blend.method}")
 
 
-def _slices(recipe: Recipe, grammar: Grammar, roles: Roles) -> list[dict[str, Any]]:
+def _slices(recipe: StackRecipe, grammar: Grammar, roles: Roles) -> list[dict[str, Any]]:
     """One slice for each run of hops; the first carries the embedding, the last the final norm and the head.
 
     Where these mix other models than the hops beside them, they have a slice of their own, which takes no layers.
@@ -113,7 +113,7 @@ def _mix_alike(tensors: Sequence[_Tensor], others: Sequence[_Tensor]) -> bool:
     return all((t.blend.sources, t.blend.base) == (others[0].blend.sources, others[0].blend.base) for t in tensors)
 
 
-def _hop(recipe: Recipe, roles: Roles, number: int) -> Iterator[_Tensor]:
+def _hop(recipe: StackRecipe, roles: Roles, number: int) -> Iterator[_Tensor]:
     hop = recipe.hops[number]
     like = min(number, depth(roles) - 1)
     for name, role in roles.items():
@@ -123,7 +123,7 @@ def _hop(recipe: Recipe, roles: Roles, number: int) -> Iterator[_Tensor]:
             yield _Tensor(merged, {s: renumber(name, role, hop.layer_of(s)) for s in _models(blend)}, blend)
 
 
-def _outside(recipe: Recipe, roles: Roles, *kinds: str) -> list[_Tensor]:
+def _outside(recipe: StackRecipe, roles: Roles, *kinds: str) -> list[_Tensor]:
     found = [(name, role) for name, role in roles.items() if role.layer is None and role.kind in kinds]
     blends = [(name, recipe.blend_for(role, name)) for name, role in found]
     return [_Tensor(name, dict.fromkeys(_models(blend), name), blend) for name, blend in blends]
@@ -133,7 +133,7 @@ def _models(blend: Blend) -> list[str]:
     return [*blend.sources, *([blend.base] if blend.base is not None else [])]
 
 
-def _runs(recipe: Recipe, hops: Sequence[Sequence[_Tensor]]) -> Iterator[tuple[int, int]]:
+def _runs(recipe: StackRecipe, hops: Sequence[Sequence[_Tensor]]) -> Iterator[tuple[int, int]]:
     """(first hop, last hop + 1) of each run of hops that are made alike of layers that follow each other."""
     start = 0
     for number in range(1, len(hops) + 1):
@@ -143,7 +143,7 @@ def _runs(recipe: Recipe, hops: Sequence[Sequence[_Tensor]]) -> Iterator[tuple[i
         start = number
 
 
-def _follows(recipe: Recipe, hops: Sequence[Sequence[_Tensor]], number: int) -> bool:
+def _follows(recipe: StackRecipe, hops: Sequence[Sequence[_Tensor]], number: int) -> bool:
     before, here = hops[number - 1], hops[number]
     if [tensor.blend for tensor in before] != [tensor.blend for tensor in here]:
         return False
@@ -151,7 +151,7 @@ def _follows(recipe: Recipe, hops: Sequence[Sequence[_Tensor]], number: int) -> 
     return all(other.layer_of(model) == one.layer_of(model) + 1 for tensor in here for model in _models(tensor.blend))
 
 
-def _slice(recipe: Recipe, grammar: Grammar, tensors: Sequence[_Tensor], start: int, stop: int) -> dict[str, Any]:
+def _slice(recipe: StackRecipe, grammar: Grammar, tensors: Sequence[_Tensor], start: int, stop: int) -> dict[str, Any]:
     first = tensors[0].blend
     for tensor in tensors:
         for what, here, there in (

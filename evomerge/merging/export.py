@@ -17,14 +17,14 @@ from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import check_places, is_plain, merged_config
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 
 _WRITERS = 2
 _AHEAD_BYTES = 256_000_000
 
 
 def write_model(
-    recipe: Recipe,
+    recipe: StackRecipe,
     sources: Mapping[str, Source],
     out: Path,
     *,
@@ -81,7 +81,7 @@ def write_model(
             check(folder.complete())
 
 
-def _key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, shard_bytes: int) -> str:
+def _key(recipe: StackRecipe, sources: Mapping[str, Source], layout: Layout, shard_bytes: int) -> str:
     """What an export's bytes follow from: the recipe, and how the files of its sources look from outside."""
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for _, s in sorted(sources.items()) for f in s.files]
     content = repr((__version__, recipe.canonical(), files, list(layout), shard_bytes))
@@ -94,6 +94,6 @@ def _companions(model: Source) -> list[Path]:
     return [file for file in companion_files(model.folder) if file not in remade]
 
 
-def config_text(recipe: Recipe, sources: Mapping[str, Source]) -> str:
+def config_text(recipe: StackRecipe, sources: Mapping[str, Source]) -> str:
     """The text of the merged model's config.json."""
     return json.dumps(merged_config(recipe, sources), indent=2, ensure_ascii=False) + "\n"

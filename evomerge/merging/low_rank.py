@@ -18,12 +18,14 @@ from evomerge.checkpoints.source import Source
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew
-from evomerge.merging.materialise import check_recipe
+from evomerge.merging.materialise import check_stack
 from evomerge.merging.passes import Combine
 from evomerge.merging.path import Merged, merged_tensors, site_of
 from evomerge.merging.site import Ref
 from evomerge.method import find_method
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.vocabulary import Vocabulary
 
 _ROUNDING = 1e-6
 """By how much coefficients may miss a sum of 1, beside the sum of their sizes: float32 tells no more of a weight."""
@@ -102,17 +104,18 @@ def _check_adapters(name: str, source: Source, base: str, model: Source) -> None
                 raise NotLowRankError(f"the adapter of {name} is a DoRA: its norms are no sum")
 
 
-def base_recipe(recipe: Recipe, family: Family) -> Recipe:
-    """The model under the adapters alone, else as in ``recipe``."""
+def base_recipe(recipe: Recipe, sources: Mapping[str, Source], family: Family) -> StackRecipe:
+    """The model under the adapters alone, with the settings of ``recipe``, a weighted sum of the family."""
+    vocabulary = recipe.vocabulary if isinstance(recipe, StackRecipe) else Vocabulary()
     blend = Blend(
         method="linear", sources=(family.base,), parameters={"weight": {family.base: 1.0}, "normalize": False}
     )
-    return Recipe.uniform(
+    return StackRecipe.uniform(
         blend,
         sources=recipe.sources,
         tokenizer=recipe.tokenizer,
-        layers=len(recipe.hops),
-        vocabulary=recipe.vocabulary,
+        layers=sources[family.base].layers,
+        vocabulary=vocabulary,
         seed=recipe.seed,
         dtype=recipe.dtype,
     )
@@ -125,7 +128,9 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         NotLowRankError: the recipe is no weighted sum of the family.
         InputError: it cannot be made of these sources at all.
     """
-    check_recipe(recipe, sources)
+    if not isinstance(recipe, StackRecipe):
+        raise NotLowRankError(f"a recipe of the kind {recipe.kind} is no weighted sum of adapters")
+    check_stack(recipe, sources)
     if recipe.is_scaled:
         raise NotLowRankError("its hops have scales")
     if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
@@ -138,7 +143,9 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
     return torch.tensor([found[weight] for weight in family.weights], dtype=torch.float64).float()
 
 
-def _combined(merged: Merged, recipe: Recipe, sources: Mapping[str, Source], weights: Weights) -> Mapping[str, float]:
+def _combined(
+    merged: Merged, recipe: StackRecipe, sources: Mapping[str, Source], weights: Weights
+) -> Mapping[str, float]:
     """The coefficients of a tensor by source: a linear combination that leaves what sources share as it is."""
     blend = recipe.blend_for(merged.role, merged.name)
     facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)

@@ -21,7 +21,8 @@ from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_
 from evomerge.merging.shelving import Held, Made, assign, tensors_made
 from evomerge.merging.site import Ref
 from evomerge.method import check_blend, check_needs, find_method
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.stack import StackRecipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
@@ -32,16 +33,21 @@ _Changed = tuple[Made, Held, Tensor]
 """A tensor of the live model that is to be made anew: what of, where that is noted, and where it is written."""
 
 
-def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+def check_opened(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """Refuse a recipe of a source that is not open. Raises InputError."""
+    if missing := sorted((recipe.used_sources() | {recipe.tokenizer}) - set(sources)):
+        opened = ", ".join(sorted(sources))
+        raise InputError(f"recipe.sources.{missing[0]}", "is not among the opened sources", f"These are: {opened}.")
+
+
+def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
     """Refuse a recipe that cannot be made of these sources. Opens no tensor.
 
     Raises:
         InputError: an unknown method, a blend that its method cannot compute, a source that is not open, or a layer
             that a source does not have.
     """
-    if missing := sorted((recipe.used_sources() | {recipe.tokenizer}) - set(sources)):
-        opened = ", ".join(sorted(sources))
-        raise InputError(f"recipe.sources.{missing[0]}", "is not among the opened sources", f"These are: {opened}.")
+    check_opened(recipe, sources)
     for number, blend in enumerate(recipe.blends):
         place = f"recipe.blends[{number}]"
         method = find_method(blend.method, place)
@@ -61,7 +67,7 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
         check_places(recipe, sources)  # others can stand anywhere, which need not be seen for every candidate
 
 
-def _check_scales(recipe: Recipe, model: Source) -> None:
+def _check_scales(recipe: StackRecipe, model: Source) -> None:
     if not recipe.is_scaled:
         return
     kind = model.config["model_type"]
@@ -127,7 +133,7 @@ class Materialiser:
         self._folds[found] = tensor
         return tensor
 
-    def write(self, recipe: Recipe, live: LiveModel) -> None:
+    def write(self, recipe: StackRecipe, live: LiveModel) -> None:
         """Write the merged model in place into ``live``, whose memory stays as it is, and lay its path of hops.
 
         Tensors that an earlier recipe written into this very model made in the same way are left as they are, and hops
@@ -137,7 +143,7 @@ class Materialiser:
             InputError: the recipe cannot be made of these sources, has more different layers than the model has room
                 for, or scales of an architecture for which nobody knows where its layers write.
         """
-        check_recipe(recipe, self._sources)
+        check_stack(recipe, self._sources)
         stack = self._stack(live)
         outside, hops = tensors_made(recipe, self._sources)
         path = assign(recipe, hops, stack, self._held[:-1])
@@ -182,7 +188,7 @@ class Materialiser:
                 held.pop(made.place, None)
                 changed.append((made, held, targets[made.merged.name]))
 
-    def tensors(self, recipe: Recipe, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, recipe: StackRecipe, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The merged model's tensors but those named in ``without``, one at a time, in the order of ``layout``.
 
         The memory needed is that of one tensor and of the sources' pages that it is made from.
@@ -190,7 +196,7 @@ class Materialiser:
         Raises:
             InputError: the recipe cannot be made of these sources, or a tensor has NaN or Inf.
         """
-        check_recipe(recipe, self._sources)
+        check_stack(recipe, self._sources)
         factors = recipe.factors
         for merged, (name, shape, dtype) in zip(
             merged_tensors(recipe, self._sources), self.layout(recipe), strict=True
@@ -221,7 +227,7 @@ class Materialiser:
                 raise InputError(place, f"has NaN or Inf in what {name} is merged from", mend)
         raise InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")
 
-    def layout(self, recipe: Recipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
+    def layout(self, recipe: StackRecipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
         """Name, shape and dtype of each of the merged model's tensors.
 
         The dtype is the recipe's; where it has none, that in which the tokenizer's source stores the tensor. What
@@ -240,7 +246,7 @@ class Materialiser:
         every = [(name, tensor) for name, source in self._sources.items() for tensor in source.tensors]
         return DeviceRunner(device, self.read, every, self._residency)
 
-    def _planned(self, merged: Merged, recipe: Recipe) -> tuple[Pass, list[Ref]]:
+    def _planned(self, merged: Merged, recipe: StackRecipe) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
         blend = recipe.blend_for(merged.role, merged.name)
         site = site_of(merged, recipe, blend, self._sources)

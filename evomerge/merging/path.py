@@ -12,7 +12,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.site import Ref, Site
 from evomerge.method import is_copy
-from evomerge.recipe import Blend, Hop, Recipe, Role, renumber
+from evomerge.recipes.stack import Blend, Hop, Role, StackRecipe, renumber
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Merged:
     origin: Role
 
 
-def merged_tensors(recipe: Recipe, sources: Mapping[str, Source]) -> list[Merged]:
+def merged_tensors(recipe: StackRecipe, sources: Mapping[str, Source]) -> list[Merged]:
     """All tensors of a recipe's model, in the order of the tokenizer's source, layers in the order of the path."""
     found: list[Merged] = []
     path_done = False
@@ -46,7 +46,7 @@ def merged_tensors(recipe: Recipe, sources: Mapping[str, Source]) -> list[Merged
     return found
 
 
-def _hop(recipe: Recipe, number: int, sources: Mapping[str, Source]) -> list[Merged]:
+def _hop(recipe: StackRecipe, number: int, sources: Mapping[str, Source]) -> list[Merged]:
     hop = recipe.hops[number]
     source = giver(hop, recipe)
     layer = hop.layer_of(source)
@@ -57,12 +57,12 @@ def _hop(recipe: Recipe, number: int, sources: Mapping[str, Source]) -> list[Mer
     ]
 
 
-def giver(hop: Hop, recipe: Recipe) -> str:
+def giver(hop: Hop, recipe: StackRecipe) -> str:
     """The source whose layer says what tensors a hop has; the tokenizer's source may not have that many layers."""
     return recipe.blends[hop.attention].sources[0]
 
 
-def site_of(merged: Merged, recipe: Recipe, blend: Blend, sources: Mapping[str, Source]) -> Site:
+def site_of(merged: Merged, recipe: StackRecipe, blend: Blend, sources: Mapping[str, Source]) -> Site:
     """What the method of a blend plans for."""
     names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
     refs = {name: _ref(merged, recipe, name) for name in names}
@@ -70,14 +70,14 @@ def site_of(merged: Merged, recipe: Recipe, blend: Blend, sources: Mapping[str, 
     return Site(merged.stored, merged.role, tuple(sources[source].tensors[stored].shape), refs)
 
 
-def _ref(merged: Merged, recipe: Recipe, source: str) -> Ref:
+def _ref(merged: Merged, recipe: StackRecipe, source: str) -> Ref:
     """The tensor of a source that a merged tensor is made from."""
     if merged.role.layer is None:
         return source, merged.stored
     return source, renumber(merged.stored, merged.origin, recipe.hops[merged.role.layer].layer_of(source))
 
 
-def configured_by(recipe: Recipe, sources: Mapping[str, Source]) -> str:
+def configured_by(recipe: StackRecipe, sources: Mapping[str, Source]) -> str:
     """The source whose configuration a recipe's model has: that which gives the tokenizer.
 
     A copy of another source is that source only with its own settings, where these differ in what is computed.
@@ -89,13 +89,13 @@ def configured_by(recipe: Recipe, sources: Mapping[str, Source]) -> str:
     return name if whole and differences(sources[recipe.tokenizer], sources[name]) else recipe.tokenizer
 
 
-def is_plain(recipe: Recipe, sources: Mapping[str, Source]) -> bool:
+def is_plain(recipe: StackRecipe, sources: Mapping[str, Source]) -> bool:
     """The path is the layers of the source that gives the configuration, each in its place."""
     name = configured_by(recipe, sources)
     return [hop.layer for hop in recipe.hops] == list(range(sources[name].layers))
 
 
-def merged_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
+def merged_config(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[str, Any]:
     """The config.json of the merged model: that of a source, with the dtype of what is merged and the path's layers."""
     model = sources[configured_by(recipe, sources)]
     config = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "torch_dtype")}
@@ -110,7 +110,7 @@ def merged_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, An
     return {**config, model.settings["depth"]: len(recipe.hops), **written_settings(model.layered, said)}
 
 
-def check_places(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+def check_places(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
     """Refuse a path whose layers would be built otherwise in their new places. Builds models without memory.
 
     Raises:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evomerge.merging.passes import Combine, Part, Pass, Sparsify
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 
 def number(blend: Blend, name: str, default: float) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.path import Merged, giver, merged_tensors
-from evomerge.recipe import Recipe, renumber
+from evomerge.recipes.stack import StackRecipe, renumber
 
 if TYPE_CHECKING:  # needs transformers, which takes seconds to import
     from evomerge.checkpoints.stack import Stack, Step
@@ -33,7 +33,7 @@ class Made:
     way: Hashable
 
 
-def tensors_made(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[list[Made], list[list[Made]]]:
+def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[list[Made], list[list[Made]]]:
     """The tensors outside the stack of layers, and those of each hop."""
     blends = [blend.model_dump_json() for blend in recipe.blends]
     layers = [hop.layer if isinstance(hop.layer, int) else tuple(sorted(hop.layer.items())) for hop in recipe.hops]
@@ -49,7 +49,7 @@ def tensors_made(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[list[Ma
     return outside, hops
 
 
-def assign(recipe: Recipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:
+def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:
     """A shelf for every hop: one that holds its layer already, else a free one.
 
     Hops made alike share a shelf. Empty shelves are filled first, so that where there is one for each layer of each

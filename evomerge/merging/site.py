@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 
 Ref = tuple[str, str]
 """A source and the name that the tensor has in its files."""

@@ -9,7 +9,7 @@ from evomerge.mergekit.grammar import Grammar, for_all
 from evomerge.merging.passes import Elementwise, Pass
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from torch import Tensor

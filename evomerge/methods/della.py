@@ -14,7 +14,7 @@ from evomerge.merging.plans import base_of, switch
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches
 from evomerge.methods.parameters import FRACTION, density, one_weight, scale, weight
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

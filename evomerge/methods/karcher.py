@@ -12,7 +12,7 @@ from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.plans import values
 from evomerge.method import Method
 from evomerge.methods.parameters import one_weight, weight
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

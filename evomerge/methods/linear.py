@@ -12,7 +12,7 @@ from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.plans import cancel, switch, weights
 from evomerge.method import Method
 from evomerge.methods.parameters import equal_weights, one_weight, weight
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

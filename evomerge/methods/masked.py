@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from evomerge.merging.passes import Combine, Part, Pass, Sparsify
 from evomerge.merging.plans import base_of, number, switch, values, weights
 from evomerge.method import Value
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

@@ -14,7 +14,7 @@ from evomerge.merging.passes import Elementwise, Pass
 from evomerge.merging.plans import added, base_of, number, switch
 from evomerge.method import Method
 from evomerge.methods.parameters import scale
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from torch import Tensor

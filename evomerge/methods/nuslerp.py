@@ -14,7 +14,7 @@ from evomerge.merging.passes import Combine, Elementwise, Pass
 from evomerge.merging.plans import along, switch, values
 from evomerge.method import Method
 from evomerge.methods.parameters import one_weight, weight
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from evomerge.mergekit.grammar import Grammar, per_source
 from evomerge.merging.passes import Combine, Pass
 from evomerge.method import Method, MethodParameter, Point
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

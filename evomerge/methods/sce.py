@@ -11,7 +11,7 @@ from evomerge.merging.passes import Pass, Select
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import FRACTION
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

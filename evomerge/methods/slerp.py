@@ -14,7 +14,7 @@ from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.plans import number
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import FRACTION
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

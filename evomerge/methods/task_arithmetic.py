@@ -13,7 +13,7 @@ from evomerge.merging.passes import Pass
 from evomerge.merging.plans import added, base_of, number, weights
 from evomerge.method import Method
 from evomerge.methods.parameters import equal_weights, one_weight, scale, weight
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts

@@ -16,7 +16,7 @@ from evomerge import __version__
 from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
 from evomerge.mergekit import dump_recipe
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import Entry, Value, candidate_id, interval_text, measures_of
@@ -24,9 +24,9 @@ from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, movable, public_name, without_places
-from evomerge.report.recipe_text import recipe_lines, unmerged_source
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.status import SearchStatus
+from evomerge.report.unmerged import unmerged_source
 from evomerge.store import CandidateRow, SearchRow
 
 NAME = "README.md"
@@ -179,7 +179,7 @@ def _sources_section(sources: Mapping[str, Source], licences: Mapping[str, str])
 
 
 def _recipe_section(recipe: Recipe) -> str:
-    shown = "\n".join(f"- {line}" for line in recipe_lines(recipe))
+    shown = "\n".join(f"- {line}" for line in recipe.lines())
     return f"## Recipe\n\nThe whole recipe is in `recipe.yaml` (hash `{recipe.hash}`).\n\n{shown}"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning
-from evomerge.report.fitting import ranges
+from evomerge.printable import ranges
 
 if TYPE_CHECKING:
     from evomerge.report.inspection import Inspection, Pair, SourceDistance

@@ -27,7 +27,7 @@ from evomerge.merging.jobs import Crew
 from evomerge.merging.rounding import is_exact, share_lost, squared_loss
 from evomerge.merging.site import Ref, Site
 from evomerge.printable import printable
-from evomerge.recipe import Role
+from evomerge.recipes.stack import Role
 from evomerge.report.cautions import beware
 
 _MOST_NAME = 100  # characters

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from evomerge.errors import InputError
 from evomerge.method import shares_of
-from evomerge.recipe import Blend, Recipe
-from evomerge.report.fitting import ranges
+from evomerge.printable import ranges
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
 
 _PLOT, _LEFT, _RIGHT = 880.0, 40.0, 16.0  # the plot's usual width and its margins, in the picture's units
@@ -40,7 +42,7 @@ class _Step:
         return max(self.shares, key=self.shares.__getitem__)
 
 
-def _steps(recipe: Recipe) -> list[_Step]:
+def _steps(recipe: StackRecipe) -> list[_Step]:
     """Every hop of the path, in order."""
     by_blend = [_shares(blend) for blend in recipe.blends]
     found = []
@@ -71,13 +73,15 @@ def _used(path: Sequence[_Step], depths: Mapping[str, int]) -> dict[str, int]:
 
 
 def is_plain(recipe: Recipe, depths: Mapping[str, int]) -> bool:
-    """Hop i is layer i of the same sources, whole and unscaled: what a merge of weights alone is."""
+    """Hop i is layer i of the same sources, whole and unscaled, as in a merge of weights alone; or there is none."""
+    if not isinstance(recipe, StackRecipe):
+        return True
     path = _steps(recipe)
     return _is_plain(path, _used(path, depths))
 
 
 def path_text(recipe: Recipe, depths: Mapping[str, int], width: int = 100) -> list[str]:
-    """The path in runs of layers, then what it skips and repeats of each source.
+    """The path in runs of layers, then what it skips and repeats of each source; nothing of a recipe without a path.
 
     One line where every hop takes its own layer of the same sources, as a merge of weights alone does.
 
@@ -86,6 +90,8 @@ def path_text(recipe: Recipe, depths: Mapping[str, int], width: int = 100) -> li
         depths: how many layers each source has; the order of the lines.
         width: most letters of a line, unless a single run has more.
     """
+    if not isinstance(recipe, StackRecipe):
+        return []
     path = _steps(recipe)
     sources = _used(path, depths)
     if _is_plain(path, sources):
@@ -139,7 +145,7 @@ def _run(run: Sequence[_Step]) -> str:
     return text if set(scales) == {1.0} else f"{text} (x{_scale_range(scales)})".replace(" ", _GLUE)
 
 
-def _scaling_words(recipe: Recipe, path: Sequence[_Step]) -> str:
+def _scaling_words(recipe: StackRecipe, path: Sequence[_Step]) -> str:
     if not recipe.is_scaled:
         return ""
     what = "the stream" if recipe.scaling == "stream" else "what a hop adds"
@@ -193,14 +199,19 @@ def path_svg(recipe: Recipe, depths: Mapping[str, int], title: str) -> str:
 
     Returns:
         One SVG element that needs nothing else: no script and no font. It follows the reader's light or dark scheme.
+
+    Raises:
+        InputError: it has no path.
     """
+    if not isinstance(recipe, StackRecipe):
+        raise InputError("recipe", f"is of the kind {recipe.kind}, which has no path through layers to draw")
     return _Picture(recipe, depths).draw(title)
 
 
 class _Picture:
     """Where everything of the picture is, and the drawing of it."""
 
-    def __init__(self, recipe: Recipe, depths: Mapping[str, int]) -> None:
+    def __init__(self, recipe: StackRecipe, depths: Mapping[str, int]) -> None:
         self._recipe = recipe
         self._path = _steps(recipe)
         self._sources = _used(self._path, depths)

@@ -179,7 +179,7 @@ def _prepared(text: str, folders: Sequence[str]) -> Any:
     check_early(file)
     from evomerge.checkpoints.checks import check_finite
     from evomerge.search.preparing.prepare import prepare
-    from evomerge.search.workers.worker import choose_device
+    from evomerge.search.workers.building import choose_device
 
     prepared = prepare(file)
     if prepared.file.pool == "in_process":

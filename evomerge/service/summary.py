@@ -12,7 +12,7 @@ import yaml
 
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import read_recipe
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation, is_left_unconfirmed
 from evomerge.report.entries import candidate_id, measures_of
 from evomerge.report.parameters import parameters_of
@@ -192,7 +192,7 @@ def _told(row: Brief) -> dict[str, Any]:
 
 def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
     try:
-        return dump_recipe(Recipe.from_canonical(recipe, sources))
+        return dump_recipe(read_recipe(recipe, sources))
     except InputError:  # mergekit has no words for it
         return None
 

@@ -23,7 +23,7 @@ from evomerge.merging.jobs import Crew, Job, in_grain
 from evomerge.merging.passes import Pass, call
 from evomerge.merging.site import Ref, Site
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
-from evomerge.recipe import Blend, Role
+from evomerge.recipes.stack import Blend, Role
 
 SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
 CREW = Crew(2)

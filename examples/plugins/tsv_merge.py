@@ -19,7 +19,7 @@ from evomerge.merging.passes import Combine, Pass, Whole
 from evomerge.merging.plans import added, base_of, number, values
 from evomerge.method import Method
 from evomerge.methods.parameters import scale, weight
-from evomerge.recipe import Blend
+from evomerge.recipes.stack import Blend
 
 
 def tsv_merge(facts: Facts, blend: Blend) -> Pass:

@@ -27,7 +27,7 @@ from search_cost import SETTINGS
 from evomerge.genome import Genome
 from evomerge.merging.evidence import Evidence
 from evomerge.optimizers import CmaSettings
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.driver import Driver
 from evomerge.search.opening.session import recipe_of
@@ -80,7 +80,7 @@ def on_function(name: str, mode: Mode, workers: int, candidates: int, seed: int)
     genomes: dict[str, Genome] = {}
     decode = space.decode
 
-    def remember(genome: Genome) -> Recipe:
+    def remember(genome: Genome) -> StackRecipe:
         recipe = decode(genome)
         genomes[recipe.hash] = genome
         return recipe

@@ -39,7 +39,7 @@ from evomerge.checkpoints.source import open_source
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import find_method
 from evomerge.optimizers import Observation, OptimizerSettings
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpaceSettings
 
@@ -84,13 +84,13 @@ class Scorer:
         self.likelihood = LikelihoodSettings(**files).build()
         self.sums = LmEvalSettings(task="mini_math_ja", batch_size=100).build()
 
-    def loss(self, recipe: Recipe) -> float:
+    def loss(self, recipe: StackRecipe) -> float:
         """Minus the mean log-likelihood on the search split."""
         self.materialiser.write(recipe, self.live)
         found = self.likelihood.score(self.live, "search", range(ITEMS))["log_likelihood"]
         return -float(found.mean()) if np.isfinite(found).all() else np.inf
 
-    def held_out(self, recipe: Recipe) -> dict[str, float]:
+    def held_out(self, recipe: StackRecipe) -> dict[str, float]:
         """Mean log-likelihood, and the share of right answers, on the whole held-out split."""
         self.materialiser.write(recipe, self.live)
         every = range(len(self.likelihood.items("held_out")))
@@ -144,9 +144,9 @@ def search(
     chooser = settings.build(built.parameters, 1, seed)
     known: dict[str, float] = {}
     best: list[float] = []
-    winner: Recipe | None = None
+    winner: StackRecipe | None = None
 
-    def loss_of(recipe: Recipe) -> float:
+    def loss_of(recipe: StackRecipe) -> float:
         nonlocal winner
         if recipe.hash not in known:
             known[recipe.hash] = scorer.loss(recipe)
@@ -166,7 +166,7 @@ def search(
     return {"seed": seed, "best": best, "distinct": len(known), "path": path_of(winner), **scorer.held_out(winner)}
 
 
-def path_of(recipe: Recipe) -> list[str]:
+def path_of(recipe: StackRecipe) -> list[str]:
     return [f"{recipe.blends[hop.attention].sources[0]}.{hop.layer}" for hop in recipe.hops]
 
 

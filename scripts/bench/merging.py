@@ -41,7 +41,7 @@ from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, find_method
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.yaml import dump_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, lis
     for label in labels:
 
         def merge(number: int, label: str = label) -> None:
-            recipe = Recipe.uniform(blend(label, number), sources=references, tokenizer="base", layers=layers)
+            recipe = StackRecipe.uniform(blend(label, number), sources=references, tokenizer="base", layers=layers)
             materialiser.write(recipe, live)
 
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from evomerge.method import find_method
 from evomerge.optimizers import Observation, OptimizerSettings
-from evomerge.recipe import Recipe
+from evomerge.recipes.stack import StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpaceSettings
 
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def path(recipe: Recipe) -> tuple[object, ...]:
+def path(recipe: StackRecipe) -> tuple[object, ...]:
     return tuple((recipe.blends[hop.attention].sources[0], hop.layer, hop.scale) for hop in recipe.hops)
 
 

@@ -27,10 +27,9 @@ from safetensors.torch import save_file
 
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.lm_eval_quiet import quiet
-from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Blend, Recipe
+from evomerge.merging.builders import BuildContext, Builders
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.work.jobs import Finished, Job, Measured, Task
 from evomerge.search.workers.worker import Worker
 
@@ -65,7 +64,7 @@ def open_family(rank: int, folder: Path) -> dict[str, Source]:
     return {name: open_source(name, reference, place=name) for name, reference in references.items()}
 
 
-def recipes_of(sources: Mapping[str, Source], count: int) -> list[Recipe]:
+def recipes_of(sources: Mapping[str, Source], count: int) -> list[StackRecipe]:
     """Task arithmetic with random weights in every layer."""
     numbers = np.random.default_rng(1)
 
@@ -77,7 +76,7 @@ def recipes_of(sources: Mapping[str, Source], count: int) -> list[Recipe]:
     for _ in range(count):
         layers = [blend() for _ in range(sources["base"].layers)]
         found.append(
-            Recipe.compose(
+            StackRecipe.compose(
                 sources={name: source.reference for name, source in sources.items()}, tokenizer="base",
                 embedding=layers[0], norm=layers[0], head=layers[0],
                 hops=((number, each, each, each) for number, each in enumerate(layers)),
@@ -108,8 +107,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, quiet():
         sources = open_family(given.rank, Path(folder))
         evaluator = LmEvalSettings(task="mini_math_ja", task_folders=(TASKS,), allow_task_code=True).build()
-        live = live_model(sources["base"], torch.device("cpu"), getattr(torch, given.dtype))
-        worker = Worker("bench", sources, Materialiser(sources), live, [evaluator])
+        builders = Builders(BuildContext(sources, "base", dtype=getattr(torch, given.dtype)))
+        worker = Worker("bench", builders, [evaluator])
         task = Task(0, "search", range(given.items))
         jobs = [Job(n, 1, recipe, [task]) for n, recipe in enumerate(recipes_of(sources, given.candidates))]
         works: dict[str, Callable[[], list[Finished]]] = {

@@ -21,7 +21,7 @@ def export(folder: Path) -> None:
     """Write a source alone, a merge, and paths with and without scales, each with what transformers answers."""
     from evomerge.checkpoints.source import open_source
     from evomerge.merging.export import write_model
-    from evomerge.recipe import Blend, Recipe
+    from evomerge.recipes.stack import Blend, StackRecipe
 
     miniatures = ROOT / "examples" / "miniatures"
     sources = {name: open_source(name, str(miniatures / name), place=name) for name in ("base", "maths", "japanese")}
@@ -41,7 +41,7 @@ def export(folder: Path) -> None:
     }
     for name, (hops, scales) in paths.items():
         ends = hops[0][1]
-        recipe = Recipe.compose(
+        recipe = StackRecipe.compose(
             sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32",
             embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
         )  # fmt: skip

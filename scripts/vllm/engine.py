@@ -25,7 +25,7 @@ from evaluators.vllm_engine import VllmEngine, import_vllm
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.materialise import Materialiser
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.settings.folder import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -102,12 +102,12 @@ def answers() -> list[str]:
     return faults
 
 
-def recipe(maths: float, japanese: float) -> Recipe:
+def recipe(maths: float, japanese: float) -> StackRecipe:
     weights = {"maths": maths, "japanese": japanese}
     blend = Blend(
         method="task_arithmetic", sources=("maths", "japanese"), base="base", parameters={"weight": weights}
     )  # fmt: skip
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources=dict.fromkeys(NAMES, ""), tokenizer="maths", dtype="float32", embedding=blend, norm=blend, head=blend,
         hops=[(layer, blend, blend, blend) for layer in range(6)],
     )  # fmt: skip
@@ -123,7 +123,7 @@ def stale() -> list[str]:
     live, materialiser = build(sources["maths"]), Materialiser(sources)
     engine = VllmEngine(sources["maths"], live)
 
-    def score(candidate: Recipe, engine: VllmEngine) -> tuple[list[str], list[str]]:
+    def score(candidate: StackRecipe, engine: VllmEngine) -> tuple[list[str], list[str]]:
         materialiser.write(candidate, live)
         engine.load(live)
         return by_transformers(live, asked), by_vllm(live, engine, asked)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from evomerge.errors import InputError
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.driving.progress import Progress

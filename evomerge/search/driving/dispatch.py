@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from evomerge.errors import InputError
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.base import Pool

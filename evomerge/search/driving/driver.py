@@ -18,7 +18,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome
 from evomerge.optimizers import Best, Grid, Observation, Optimizer
 from evomerge.optimizers.elites import Niche, Point
-from evomerge.recipe import Recipe, text_hash
+from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending
 from evomerge.search.driving.generation import GenerationScoring

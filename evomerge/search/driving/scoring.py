@@ -20,7 +20,7 @@ from scipy import special
 from evomerge.genome import Genome
 from evomerge.optimizers import Grid
 from evomerge.optimizers.elites import UNKNOWN, Bounds, cells_of
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
 from evomerge.search.estimation.prediction import Predictions

@@ -15,7 +15,7 @@ from evaluators.base import Evaluator, Split
 from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest, fingerprint
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.preparing.prepare import Prepared
@@ -198,7 +198,7 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
 
 def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
     """The recipe of a recorded candidate; ``sources`` says where its sources lie."""
-    return Recipe.from_canonical(row.recipe, sources)
+    return read_recipe(row.recipe, sources)
 
 
 def make_pool(prepared: Prepared, folder: Path, fingerprints: Mapping[str, Any]) -> Pool:

@@ -17,10 +17,10 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
+from evomerge.merging.builders import check_recipe
 from evomerge.merging.low_rank import low_rank_problem
-from evomerge.merging.materialise import check_recipe
 from evomerge.plugins import unknown_name
-from evomerge.recipe import Blend, Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
 from evomerge.search.preparing.setup import (
     ConstraintInfo,
@@ -135,11 +135,11 @@ def open_sources(file: SearchFile) -> dict[str, Source]:
     return aligned
 
 
-def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> Recipe:
+def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe:
     """One path through all layers of all sources: what must hold for a search that puts layers after each other."""
     copies = {name: Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in sources}
     model = copies[file.tokenizer_source]
-    return Recipe.compose(
+    return StackRecipe.compose(
         sources=file.sources,
         tokenizer=file.tokenizer_source,
         embedding=model,

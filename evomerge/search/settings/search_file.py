@@ -23,7 +23,7 @@ from evomerge.files import absolute_reference, read_text
 from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
-from evomerge.recipe import DType
+from evomerge.recipes.base import DType
 from evomerge.search.settings.folder import check_store_url
 from evomerge.search.settings.sections import (
     Budget,

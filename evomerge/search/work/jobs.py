@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.base import Split
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 
 FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"]
 

@@ -111,7 +111,7 @@ class Together:
         going = _open(candidates)
         if not going:
             return
-        self._materialiser.write(base_recipe(going[0].job.recipe, self._family), self._live)
+        self._materialiser.write(base_recipe(going[0].job.recipe, self._sources, self._family), self._live)
         check_weights(self._live)
         with self._rows.mixed(shares), answered_by(self._live, self._answer):
             self._probe(going)

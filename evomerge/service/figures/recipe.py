@@ -9,10 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from evomerge.method import share_parameters, shares_of
-from evomerge.recipe import Blend, Hop, Recipe
+from evomerge.recipes.base import Recipe, read_recipe
+from evomerge.recipes.stack import Blend, Hop, StackRecipe
+from evomerge.recipes.stack_text import value_text
 from evomerge.report.entries import candidate_id
 from evomerge.report.path import path_svg
-from evomerge.report.recipe_text import value_text
 from evomerge.report.status import depths_of
 from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
 from evomerge.store import Store
@@ -35,6 +36,8 @@ def recipe(store: Store, number: int) -> go.Figure:
         InputError: there is no such candidate.
     """
     found = recipe_of(store, number)
+    if not isinstance(found, StackRecipe):
+        return figure(notes=["Drawn are layers that are merged. " + line for line in found.lines()[:1]])
     names = list(store.search().settings["sources"])
     used = [name for name in names if any(name in blend.sources for blend in found.blends)]
     rows = _runs(list(_parts(found)))
@@ -59,7 +62,7 @@ def recipe(store: Store, number: int) -> go.Figure:
     )
 
 
-def _bounds(store: Store, found: Recipe) -> tuple[float, float]:
+def _bounds(store: Store, found: StackRecipe) -> tuple[float, float]:
     """The least and the largest share that the search may give by these methods; 0 and 1 where it searches none."""
     names = {name for blend in found.blends for name in share_parameters(blend.method)}
     named = [p for p in store.search().fingerprints["parameters"] if names & set(p["name"].split("."))]
@@ -75,7 +78,7 @@ def path(store: Store, number: int) -> str:
 
 def recipe_of(store: Store, number: int) -> Recipe:
     """The recipe of a candidate."""
-    return Recipe.from_canonical(store.candidate(number).recipe, store.search().settings["sources"])
+    return read_recipe(store.candidate(number).recipe, store.search().settings["sources"])
 
 
 def share_in(blend: Blend, source: str) -> float:
@@ -85,7 +88,7 @@ def share_in(blend: Blend, source: str) -> float:
     return shares_of(blend)[source]
 
 
-def _parts(found: Recipe) -> Iterator[_Part]:
+def _parts(found: StackRecipe) -> Iterator[_Part]:
     """Every part of the model with its blend, in the order of the forward pass."""
     yield "embedding", found.blends[found.embedding], None
     for number, hop in enumerate(found.hops):
@@ -148,7 +151,7 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
     return "<br>".join(safe(line) for line in lines)
 
 
-def _notes(found: Recipe) -> list[str]:
+def _notes(found: StackRecipe) -> list[str]:
     told = []
     bases = dict.fromkeys(blend.base for blend in found.blends if blend.base and blend.base not in blend.sources)
     if bases:

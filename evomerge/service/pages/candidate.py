@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import SOURCE, candidate_id, origin_of
@@ -24,7 +24,6 @@ from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import best_source as best_label
 from evomerge.report.picks import roles_of
-from evomerge.report.recipe_text import recipe_lines
 from evomerge.report.screen import choice_text, p_text, ranked
 from evomerge.report.status import SearchStatus, depths_of
 from evomerge.search.estimation.preference import BEST, KNEE
@@ -93,7 +92,7 @@ def show_candidate(
     row, search, depths = store.candidate(number), store.search(), depths_of(store)
     other = _opponent(store, status, number, against)
     found = None if other is None else paired(store, number, other, "search", wanted)
-    recipe = Recipe.from_canonical(row.recipe, search.settings["sources"])
+    recipe = read_recipe(row.recipe, search.settings["sources"])
     told = [each for each in found.comparisons if each.objective == wanted] if found else []
     up = is_up(status, wanted)
     won, lost = _won_and_lost(found.items, up) if found else ([], [])
@@ -108,7 +107,7 @@ def show_candidate(
         hold=choice_text(status)[:1] if status.confirmed_entry(mine) else [],
         picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
         roles=[*roles_of(status, mine, "held_out"), *search_roles(status, mine)],
-        recipe_lines=recipe_lines(recipe), genome=_genes(row, search.fingerprints["parameters"]),
+        recipe_lines=recipe.lines(), genome=_genes(row, search.fingerprints["parameters"]),
         log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
         sentences=[sentence(each, mine, theirs) for each in told], won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS],
         won_count=len(won), lost_count=len(lost), name_a=mine, name_b=theirs, maximise=up, lead=ahead,

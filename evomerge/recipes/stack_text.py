@@ -1,32 +1,23 @@
-"""A recipe in a few lines that people read: which parts of the model each blend makes, and of what."""
+"""A stack recipe in a few lines that people read: which parts of the model each blend makes, and of what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from evomerge.method import is_copy
-from evomerge.recipe import Blend, Recipe
-from evomerge.report.fitting import ranges
+from evomerge.printable import ranges
+
+if TYPE_CHECKING:
+    from evomerge.recipes.stack import Blend, StackRecipe
 
 _MOST_TENSORS = 3  # tensors of their own that a line names
 
 
-def recipe_lines(recipe: Recipe) -> list[str]:
+def stack_lines(recipe: StackRecipe) -> list[str]:
     """A line for each blend: attention of layers 0 to 9: ties of maths, json on base; weight maths 0.5, json 0.9."""
     return [f"{_parts(recipe, number)}: {_words(blend)}" for number, blend in enumerate(recipe.blends)]
 
 
-def unmerged_source(recipe: Recipe, depths: Mapping[str, int]) -> str:
-    """The source that a recipe is a plain copy of, all layers in order and unscaled; empty where it is a merge."""
-    used = recipe.used_sources()
-    if len(used) != 1 or recipe.is_scaled:
-        return ""
-    (name,) = used
-    in_order = [hop.layer for hop in recipe.hops] == list(range(depths[name]))
-    return name if in_order and all(map(is_copy, recipe.blends)) else ""
-
-
-def _parts(recipe: Recipe, number: int) -> str:
+def _parts(recipe: StackRecipe, number: int) -> str:
     """Which parts of the model a blend makes, in few words."""
     if len(recipe.blends) == 1:
         return "the whole model"

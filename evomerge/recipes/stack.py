@@ -1,7 +1,7 @@
-"""The recipe: all that defines one merged model, as data.
+"""The recipe of a model whose layers are merged, repeated, left out or laid in another order.
 
-A recipe lists the *blends* that it uses (a merge method with its parameters) and says which blend makes which part of
-the model. It is frozen, has one canonical JSON text, and is hashed from it. It holds no tensor and opens no file.
+It lists the *blends* that it uses (a merge method with its parameters) and says which blend makes which part of the
+model.
 
 The stack of layers is a list of *hops*. Where weights alone are merged, hop i is layer i of every source; the list is
 what lets a search over data flow repeat, skip or reorder layers with the same form.
@@ -9,18 +9,14 @@ what lets a search over data flow repeat, skip or reorder layers with the same f
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     SerializerFunctionWrapHandler,
@@ -29,10 +25,11 @@ from pydantic import (
     model_validator,
 )
 
+from evomerge.recipes.base import STACK, DType, Frozen, Recipe, canonical_text
+from evomerge.recipes.stack_text import stack_lines
 from evomerge.vocabulary import Vocabulary
 
 RoleKind = Literal["embedding", "attention", "mlp", "norm", "head"]
-DType = Literal["float32", "float16", "bfloat16"]
 Scaling = Literal["stream", "update"]
 
 
@@ -57,11 +54,7 @@ ChoiceName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$", max_len
 """The name of a choice, which cannot be read as a number."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Blend(_Frozen):
+class Blend(Frozen):
     """How one part of a model is made: a method, the sources it mixes, and its numbers.
 
     ``parameters`` maps a parameter's name to one value, to a value for each source by name, or to a yes/no switch. A
@@ -94,7 +87,7 @@ class Blend(_Frozen):
 LayerIndex = Annotated[int, Field(ge=0)]
 
 
-class Hop(_Frozen):
+class Hop(Frozen):
     """One step of the path: a layer of the sources, and the blends (by number) that make its three kinds of tensor.
 
     ``layer`` is one number where the sources give the same layer, and else a number for each source by name.
@@ -128,14 +121,8 @@ class Hop(_Frozen):
         return self.layer[source] if isinstance(self.layer, dict) else self.layer
 
 
-class Recipe(_Frozen):
-    """One merged model, as data.
-
-    ``sources`` maps the short names used in blends to references (a folder or ``org/name@revision``). References say
-    where weights lie today, so the hash leaves them out; what they hold is fixed by the fingerprints of a search.
-
-    ``tokenizer`` names the source that gives tokenizer, configuration and chat template. ``dtype`` is what the merged
-    weights are stored as (that of the tokenizer's source when None). ``seed`` keys the random drops of DARE.
+class StackRecipe(Recipe):
+    """One merged model, as data: a blend for each part of it. ``seed`` keys the random drops of DARE.
 
     ``tensors`` are those made otherwise than their part: the tensor's name in the merged model, which is its name in
     the files of the tokenizer's source with the number of the hop in the layer's place, and the blend's number.
@@ -147,8 +134,8 @@ class Recipe(_Frozen):
     Both exist in the wild and are different models (docs/data-flow.md).
     """
 
-    sources: dict[str, str]
-    tokenizer: str
+    kind: ClassVar[str] = STACK
+
     blends: tuple[Blend, ...]
     embedding: int
     hops: tuple[Hop, ...]
@@ -157,11 +144,9 @@ class Recipe(_Frozen):
     scaling: Scaling = "stream"
     tensors: dict[str, int] = Field(default_factory=dict)
     vocabulary: Vocabulary = Vocabulary()
-    seed: int = 0
-    dtype: DType | None = None
 
     @model_validator(mode="after")
-    def _refers_to_what_exists(self) -> Recipe:
+    def _refers_to_what_exists(self) -> StackRecipe:
         used = [self.embedding, self.norm, self.head, *self.tensors.values()]
         for hop in self.hops:
             used += (hop.attention, hop.mlp, hop.norm)
@@ -187,16 +172,14 @@ class Recipe(_Frozen):
         if unused := sorted(set(layers) - mixed - _sources(self.blends[index] for index in self.tensors.values())):
             raise ValueError(f"hop {number} names a layer of {unused[0]!r}, but does not mix it")
 
-    @model_serializer(mode="wrap")
-    def _leave_out_what_says_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = write(self)
+    def written(self, content: dict[str, Any]) -> dict[str, Any]:
         if not self.tensors:
-            written.pop("tensors", None)
+            content.pop("tensors", None)
         if self.vocabulary == Vocabulary():
-            written.pop("vocabulary", None)
+            content.pop("vocabulary", None)
         if not self.is_scaled:
-            written.pop("scaling", None)
-        return written
+            content.pop("scaling", None)
+        return content
 
     @classmethod
     def compose(
@@ -214,7 +197,7 @@ class Recipe(_Frozen):
         vocabulary: Vocabulary | None = None,
         seed: int = 0,
         dtype: DType | None = None,
-    ) -> Recipe:
+    ) -> StackRecipe:
         """Build a recipe from blends, numbering equal blends once, in order of first use.
 
         ``hops`` gives (layer, attention, mlp, norm), ``scales`` a number for each of them. The numbering is a function
@@ -228,7 +211,7 @@ class Recipe(_Frozen):
 
         def number(blend: Blend) -> int:
             if id(blend) not in met:
-                key = _canonical(blend.model_dump(mode="json"))
+                key = canonical_text(blend.model_dump(mode="json"))
                 if key not in numbers:
                     numbers[key] = len(blends)
                     blends.append(blend)
@@ -275,7 +258,7 @@ class Recipe(_Frozen):
         vocabulary: Vocabulary | None = None,
         seed: int = 0,
         dtype: DType | None = None,
-    ) -> Recipe:
+    ) -> StackRecipe:
         """The same blend for every part of a model of ``layers`` layers."""
         return cls.compose(
             sources=sources,
@@ -325,38 +308,18 @@ class Recipe(_Frozen):
         return tuple(1.0 / p for p in itertools.accumulate((hop.scale for hop in self.hops), operator.mul))
 
     def used_sources(self) -> set[str]:
-        """Names of the sources whose weights this recipe reads."""
         return _sources(self.blends)
 
-    def canonical(self) -> str:
-        """The one JSON text of this recipe: sorted keys, shortest floats, no white space, no references."""
-        content = self.model_dump(mode="json")
-        content["sources"] = sorted(self.sources)
-        return _canonical(content)
-
-    @classmethod
-    def from_canonical(cls, text: str, sources: Mapping[str, str]) -> Recipe:
-        """Read the canonical text back; ``sources`` gives the references that it leaves out."""
-        content = json.loads(text)
-        return cls.model_validate(content | {"sources": {name: sources[name] for name in content["sources"]}})
-
     @property
-    def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical text."""
-        return text_hash(self.canonical())
+    def rounds_on_export(self) -> bool:
+        return self.is_scaled  # scales are folded into the weights
+
+    def lines(self) -> list[str]:
+        return stack_lines(self)
 
 
 def _sources(blends: Iterable[Blend]) -> set[str]:
     return {name for b in blends for name in (*b.sources, *((b.base,) if b.base else ()))}
-
-
-def text_hash(canonical: str) -> str:
-    """The hash of a recipe whose canonical text is at hand."""
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def _canonical(content: object) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def renumber(name: str, role: Role, layer: int) -> str:

@@ -1,0 +1,51 @@
+"""A model as plain transformers loads it, with nothing of ours in between."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from evomerge.checkpoints.config import first_line
+from evomerge.checkpoints.live import (
+    LiveModel,
+    NotFiniteError,
+    check_live,
+    for_scoring,
+    live_model,
+    load_tokenizer,
+    load_weights,
+)
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+
+
+def plain_model(source: Source, device: torch.device, dtype: torch.dtype | None) -> LiveModel:
+    """A model as plain transformers loads it; adapters are folded into it, as a search does.
+
+    Args:
+        dtype: of its weights; that in which they are stored when None.
+
+    Raises:
+        InputError: transformers cannot load it, or it holds or computes NaN or Inf.
+    """
+    if source.adapters:
+        live = live_model(source, device, dtype)
+        load_weights(live, ((name, source.read(name)) for name in source.tensors))
+    else:
+        disable_progress_bar()  # it would run through our own
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+        except Exception as error:  # whatever strange settings do inside transformers
+            raise InputError(source.place, f"transformers cannot load it: {first_line(error)}") from error
+        live = LiveModel(for_scoring(model.to(device)), load_tokenizer(source))
+    try:
+        check_live(live)
+    except NotFiniteError as error:
+        raise InputError(source.place, f"cannot be scored: {error}") from error
+    except Exception as error:  # of a model whose settings have it compute something else
+        raise InputError(source.place, f"cannot be scored: {first_line(error)}") from error
+    return live

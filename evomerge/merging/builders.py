@@ -1,0 +1,161 @@
+"""Builders: what makes the models that recipes describe, one for each kind of recipe.
+
+A builder is a class under the entry point group ``evomerge.builders``, by the name of its kind (``recipes/base.py``).
+Whoever needs a model made asks ``builder_of`` for it, and knows no kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+import torch
+
+from evomerge.checkpoints.source import Source
+from evomerge.merging.device import Residency
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.materialise import check_opened
+from evomerge.plugins import find_plugin
+from evomerge.recipes.base import Recipe
+
+if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
+    from evomerge.checkpoints.live import Engine, LiveModel
+
+
+CPU = torch.device("cpu")
+
+_Made = TypeVar("_Made", bound=Recipe, contravariant=True)
+
+
+def _nothing(done: int, of: int) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What models are made of and for.
+
+    Attributes:
+        sources: opened, by the names that recipes use.
+        evidence: what is known of these very sources, and shared with other processes.
+        device: where live models are kept.
+        dtype: of their weights; that of the tokenizer's source when None.
+        tokenizer: the source that gives tokenizer and configuration.
+        layers: the most different layers that a recipe of the search is made of.
+        residency: where sources are kept for a model on a GPU; chosen by the room there is when None.
+        engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
+    """
+
+    sources: Mapping[str, Source]
+    tokenizer: str
+    evidence: Evidence = field(default_factory=Evidence)
+    device: torch.device = CPU
+    dtype: torch.dtype | None = None
+    layers: int | None = None
+    residency: Residency | None = None
+    engine: Callable[[LiveModel], Engine] | None = None
+
+
+class Builder(Protocol[_Made]):
+    """Makes the models of one kind of recipe, in one process.
+
+    What is scored is what is exported: ``write`` and ``export`` make the same model of the same recipe, on every
+    machine, whatever was made before.
+    """
+
+    def __init__(self, context: BuildContext) -> None: ...
+
+    @staticmethod
+    def check(recipe: _Made, sources: Mapping[str, Source]) -> None:
+        """Refuse a recipe that cannot be made of these sources. Opens no tensor; asked for every candidate.
+
+        Raises:
+            InputError: naming the part of the recipe.
+        """
+        ...
+
+    def start(self) -> None:
+        """Take the memory that live models need, and say what is wrong with them before the first candidate.
+
+        Raises:
+            InputError: such as a tokenizer that cannot be loaded.
+        """
+        ...
+
+    def write(self, recipe: _Made) -> LiveModel:
+        """The model, ready to be scored, until the next one is written.
+
+        Raises:
+            InputError: it cannot be made of these sources.
+            NotFiniteError: it holds or computes NaN or Inf.
+        """
+        ...
+
+    def export(
+        self,
+        recipe: _Made,
+        out: Path,
+        *,
+        texts: Mapping[str, str],
+        check: Callable[[Path], None] | None = None,
+        progress: Callable[[int, int], None] = _nothing,
+    ) -> None:
+        """Make the folder ``out`` with the model and ``texts`` by file name, or nothing (see ``export.write_model``).
+
+        Args:
+            check: called with the complete folder under its temporary name, which is removed where it raises.
+            progress: called with how many tensors are written, and of how many.
+        """
+        ...
+
+    def reload(self, folder: Path) -> LiveModel:
+        """An exported folder as those load it whom it is meant for, without this process's memory of it.
+
+        Raises:
+            InputError: it cannot be loaded, or holds or computes NaN or Inf.
+        """
+        ...
+
+
+def find_builder(kind: str) -> type[Builder[Recipe]]:
+    """The class of the builder of a kind of recipe.
+
+    Raises:
+        InputError: none is installed.
+    """
+    return cast(type[Builder[Recipe]], find_plugin("evomerge.builders", kind, "recipe.kind", "builder of recipes"))
+
+
+def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """Refuse a recipe that cannot be made of these sources. Opens no tensor.
+
+    Raises:
+        InputError: a source is not open, or what its builder says.
+    """
+    check_opened(recipe, sources)
+    find_builder(recipe.kind).check(recipe, sources)
+
+
+class Builders:
+    """The builders of one process, made when the first recipe of their kind comes."""
+
+    def __init__(self, context: BuildContext) -> None:
+        self._context = context
+        self._made: dict[str, Builder[Recipe]] = {}
+
+    def start(self, kinds: Iterable[str]) -> None:
+        """Have builders take the memory that they need. Raises InputError: what is wrong with a model."""
+        for kind in sorted(kinds):
+            self.of_kind(kind).start()
+
+    def of(self, recipe: Recipe) -> Builder[Recipe]:
+        """The builder of a recipe's kind."""
+        return self.of_kind(recipe.kind)
+
+    def of_kind(self, kind: str) -> Builder[Recipe]:
+        """The builder of a kind of recipe."""
+        if kind not in self._made:
+            self._made[kind] = find_builder(kind)(self._context)
+        return self._made[kind]

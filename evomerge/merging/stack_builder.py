@@ -1,0 +1,96 @@
+"""The builder of stack recipes: one live model that every candidate is written into, and plain folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.checkpoints.source import Source
+from evomerge.merging.builders import BuildContext
+from evomerge.merging.export import write_model
+from evomerge.merging.materialise import Materialiser, check_stack
+from evomerge.merging.path import configured_by
+from evomerge.recipes.stack import StackRecipe
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+
+class StackBuilder:
+    """Makes models whose layers are merged, repeated, left out or laid in another order; see ``Builder``."""
+
+    def __init__(self, context: BuildContext) -> None:
+        self._context = context
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """By the names that recipes use."""
+        return self._context.sources
+
+    @cached_property
+    def materialiser(self) -> Materialiser:
+        """What writes recipes into the live model."""
+        return Materialiser(self._context.sources, evidence=self._context.evidence, residency=self._context.residency)
+
+    @cached_property
+    def live(self) -> LiveModel:
+        """The model that every candidate is written into."""
+        from evomerge.checkpoints.live import live_model
+
+        context = self._context
+        source = context.sources[context.tokenizer]
+        live = live_model(source, context.device, context.dtype, context.layers)
+        if context.engine is not None:
+            live.engine = context.engine(live)
+        return live
+
+    @staticmethod
+    def check(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
+        """Refuse a recipe that cannot be made of these sources; see ``check_stack``."""
+        check_stack(recipe, sources)
+
+    def start(self) -> None:
+        """Build the live model."""
+        _ = self.live
+
+    def write(self, recipe: StackRecipe) -> LiveModel:
+        """The live model with the recipe's weights and path, with a source's own settings where it is its copy."""
+        from evomerge.checkpoints.live import check_live, configured
+
+        self.materialiser.write(recipe, self.live)
+        name = configured_by(recipe, self._context.sources)
+        live = self.live if name == recipe.tokenizer else configured(self.live, self._context.sources[name])
+        check_live(live)
+        if live.engine is not None:
+            live.engine.load(live)
+        return live
+
+    def export(
+        self,
+        recipe: StackRecipe,
+        out: Path,
+        *,
+        texts: Mapping[str, str],
+        check: Callable[[Path], None] | None = None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        """A plain Hugging Face folder; see ``write_model``."""
+        write_model(
+            recipe,
+            self._context.sources,
+            out,
+            texts=texts,
+            evidence=self._context.evidence,
+            check=check,
+            progress=progress,
+        )
+
+    def reload(self, folder: Path) -> LiveModel:
+        """The folder in plain transformers."""
+        from evomerge.checkpoints.plain import plain_model
+        from evomerge.checkpoints.source import open_source
+
+        source = open_source("export", str(folder), place=str(folder))
+        return plain_model(source, self._context.device, None)

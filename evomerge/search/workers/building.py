@@ -1,0 +1,75 @@
+"""Where and how a search's models are made: its device, dtype and threads, as its search file says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from evomerge.checkpoints.live import Engine, LiveModel
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.merging.builders import BuildContext
+from evomerge.merging.evidence import Evidence
+from evomerge.recipes.base import DType
+
+if TYPE_CHECKING:
+    from evomerge.search.settings.search_file import SearchFile
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU.
+
+    Raises:
+        InputError: this machine has no such device.
+    """
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # of a device without memory there is nothing to read
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise InputError("device", f"{wanted!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def torch_dtype(name: DType | None) -> torch.dtype | None:
+    """The dtype of this name; None, which stands for that of the source, stays None."""
+    return None if name is None else getattr(torch, name)
+
+
+def build_context(
+    file: SearchFile, sources: Mapping[str, Source], evidence: Evidence, layers: int | None = None
+) -> BuildContext:
+    """What models of a search are made of and for. Sets the threads that this process computes with.
+
+    Args:
+        layers: the most different layers that a recipe is made of; those of a source when None.
+    """
+    device, dtype = computing(file)
+    return BuildContext(
+        sources=sources,
+        tokenizer=file.tokenizer_source,
+        evidence=evidence,
+        device=device,
+        dtype=dtype,
+        layers=layers,
+        residency=None if file.cluster.residency == "auto" else file.cluster.residency,
+        engine=_vllm(sources[file.tokenizer_source]) if file.engine == "vllm" else None,
+    )
+
+
+def computing(file: SearchFile) -> tuple[torch.device, torch.dtype | None]:
+    """Where models of a search are and in which dtype. Sets the threads that this process computes with.
+
+    Raises:
+        InputError: this machine has no such device.
+    """
+    # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
+    torch.set_num_threads(file.cluster.cpus_per_worker)
+    return choose_device(file.device), torch_dtype(file.dtype)
+
+
+def _vllm(source: Source) -> Callable[[LiveModel], Engine]:
+    from evaluators.vllm_engine import VllmEngine
+
+    return lambda live: VllmEngine(source, live)
