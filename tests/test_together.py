@@ -439,7 +439,7 @@ def test_evaluators_that_are_hard_to_unwind(sources: dict[str, Source]) -> None:
 def decoded(sources: dict[str, Source]) -> Iterator[tuple[LiveModel, Any]]:
     """A live model with three candidates beside it, and their rows."""
     recipes = candidates(sources, 2, 3)
-    live = start(sources, [])._live
+    live = stack_of(start(sources, [])._builders).live
     Materialiser(sources).write(base_recipe(recipes[0], sources, family_of(sources)), live)
     rows = rows_of(sources, live)
     with rows.mixed([shares_of(rows, sources, recipe) for recipe in recipes]):
@@ -473,7 +473,7 @@ def test_any_prompts_of_any_candidates_in_any_number_of_rows(
 
 def test_nan_of_one_candidate_stays_with_it(sources: dict[str, Source]) -> None:
     recipes = candidates(sources, 2, 2)
-    live = start(sources, [])._live
+    live = stack_of(start(sources, [])._builders).live
     Materialiser(sources).write(base_recipe(recipes[0], sources, family_of(sources)), live)
     rows = rows_of(sources, live)
     shares = shares_of(rows, sources, recipes[0])
