@@ -52,6 +52,10 @@ class Recipe(Frozen, ABC):
     def used_sources(self) -> set[str]:
         """Names of the sources whose weights this recipe reads."""
 
+    def mixed_sources(self) -> set[str]:
+        """Those of them that stand in the model themselves: not a base that changes are taken against alone."""
+        return self.used_sources()
+
     @abstractmethod
     def lines(self) -> list[str]:
         """What the model is made of, in a few lines that people read."""

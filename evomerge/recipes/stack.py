@@ -310,6 +310,9 @@ class StackRecipe(Recipe):
     def used_sources(self) -> set[str]:
         return _sources(self.blends)
 
+    def mixed_sources(self) -> set[str]:
+        return {name for blend in self.blends for name in blend.sources}
+
     @property
     def rounds_on_export(self) -> bool:
         return self.is_scaled  # scales are folded into the weights

@@ -164,7 +164,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
 
 def _merged(recipe: Recipe) -> str:
     """What a recipe merges: the models that it mixes, of which the base that changes are taken against is none."""
-    mixed = {name for blend in recipe.blends for name in blend.sources}
+    mixed = recipe.mixed_sources()
     bases = sorted(recipe.used_sources() - mixed)
     models = "one language model" if len(mixed) == 1 else f"{len(mixed)} language models"
     return f"{models} on {' and '.join(f'`{name}`' for name in bases)}, their base" if bases else models

@@ -10,7 +10,7 @@ from typing import Any
 
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source
-from evomerge.recipe import Recipe
+from evomerge.recipes.base import Recipe
 
 _LONGEST = 4096  # characters of a path
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+/?$")
