@@ -410,6 +410,10 @@ def test_while_a_search_stands_still_its_workers_are_not_idle() -> None:
     scored = [*attempt(3, 0.0, 4.0), *attempt(13, 105.0, 109.0)]  # with one second of waiting, after `running`
     whole = [lease(1, -9.0), state(2, -1.0, "running"), *scored]
     halts = {
+        "cut off in an attempt": [  # Ctrl-C twice: what ran then is no idleness
+            event(5, 4.0, "dispatch", 9), state(6, 60.0, "cancelled"), lease(7, 90.0), state(9, 104.0, "running"),
+        ],
+        "killed in an attempt": [event(5, 4.0, "dispatch", 9), lease(7, 90.0), state(9, 104.0, "running")],
         "paused": [state(5, 3.0, "paused"), state(9, 104.0, "running")],
         "stopped": [state(5, 3.5, "stopped"), lease(6, 90.0), state(9, 104.0, "running")],
         "confirmed": [

@@ -174,7 +174,7 @@ class SearchStatus(BaseModel):
     directions: dict[str, str]
     wanted: dict[str, int]
     constraints: dict[str, Constraint]
-    features: dict[str, FeatureRange]
+    features: dict[str, FeatureRange] = {}
     racing: Racing | None
     screen: ScreenState | None
     item_response: dict[str, ItemResponse]
