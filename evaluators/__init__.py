@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from evaluators.base import EvaluatorSettings
-from evomerge.plugins import find_plugin
+from evomerge.plugins import find_class
 
 
 def evaluator_settings(kind: str, place: str) -> type[EvaluatorSettings]:
     """The settings class of the evaluator of this kind; InputError when there is none."""
-    return cast(type[EvaluatorSettings], find_plugin("evomerge.evaluators", kind, place, "evaluator"))
+    return find_class("evomerge.evaluators", kind, place, EvaluatorSettings)

@@ -365,6 +365,14 @@ def score(
 
 
 @app.command()
+def plugins() -> None:
+    """List the merge methods, search spaces, evaluators, optimizers and observers that are installed."""
+    from evomerge.commands.plugins import list_plugins
+
+    list_plugins()
+
+
+@app.command()
 def agreement(
     file: Annotated[Path, typer.Argument(metavar="ANSWERS.jsonl", help="Answers, each with its right number.")],
     language: Annotated[str, typer.Option(metavar="CODE", help="The language that answers should be in.")] = "ja",

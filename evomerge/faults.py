@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from evomerge.errors import InputError
-from evomerge.plugins import unknown_name
+from evomerge.plugins import find_class, unknown_name
+
+Model = TypeVar("Model", bound=BaseModel)
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 """Of names that become parts of keys, files and columns."""
@@ -55,6 +57,29 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
     given = fault.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return InputError(where, problem + shown)
+
+
+def read_part(value: object, group: str, key: str, place: str, base: type[Model], default: str | None = None) -> object:
+    """What a section of a search file says of a part, by the class of the part that its ``key`` names.
+
+    Args:
+        value: the section; what is none, or is read already, is given back as it is.
+        group, base: as of ``find_class``.
+        default: the part that is meant where the section names none; None where it must.
+
+    Raises:
+        InputError: there is no such part, or it takes no such settings.
+    """
+    if isinstance(value, base) or not isinstance(value, Mapping):
+        return value
+    if key not in value and default is None:
+        raise InputError(f"{place}.{key}", "is missing")
+    name = str(value.get(key, default))
+    settings, content = find_class(group, name, f"{place}.{key}", base), dict(value) | {key: name}
+    try:
+        return settings.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, place, settings, content, ".") from None
 
 
 def _path(fault: ErrorDetails, content: Any) -> list[str]:

@@ -142,7 +142,7 @@ def find_method(name: str, place: str) -> Method:
     Raises:
         InputError: there is none, or a package's entry point names something else than a ``Method`` of this name.
     """
-    found = find_plugin(GROUP, name, place, "merge method")
+    found = find_plugin(GROUP, name, place)
     if not isinstance(found, Method):
         raise InputError(place, f"what the package names {name} is no merge method", "Let it name a Method.")
     if found.name != name:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
 
 from evomerge.errors import InputError
 from evomerge.printable import printable
@@ -57,9 +58,38 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "cost": "evaluators.cost:CostSettings",
         "python": "evaluators.function:FunctionSettings",
     },
+    "evomerge.optimizers": {
+        "cma": "evomerge.optimizers.cma_es:CmaSettings",
+        "lq_cma": "evomerge.optimizers.lq_cma:LqCmaSettings",
+        "catcma": "evomerge.optimizers.catcma:CatCmaSettings",
+        **dict.fromkeys(
+            ("nsga2", "nsga3", "tpe", "gp", "random", "qmc"), "evomerge.optimizers.optuna_samplers:OptunaSettings"
+        ),
+        "greedy_soup": "evomerge.optimizers.soups:SoupSettings",
+    },
+    "evomerge.observers": {
+        "logs": "evomerge.observers.logs:LogsSettings",
+        "mlflow": "evomerge.observers.mlflow:MlflowSettings",
+        "prometheus": "evomerge.observers.prometheus:PrometheusSettings",
+        "tensorboard": "evomerge.observers.tensorboard:TensorBoardSettings",
+        "wandb": "evomerge.observers.wandb:WandbSettings",
+    },
 }
 """This project's parts: for each group of entry points, where each name is. They need no installation, so that a new
 one is there as soon as its line is; a package's part of the same name does not replace one of them."""
+
+NOUNS: Mapping[str, str] = {
+    "evomerge.merge_methods": "merge method",
+    "evomerge.search_spaces": "search space",
+    "evomerge.recipes": "recipe kind",
+    "evomerge.builders": "recipe builder",
+    "evomerge.evaluators": "evaluator",
+    "evomerge.optimizers": "optimizer",
+    "evomerge.observers": "observer",
+}
+"""What a part of each group is called."""
+
+Base = TypeVar("Base")
 
 _MOST_NAME, _MOST_LISTED = 100, 300  # characters
 
@@ -77,13 +107,13 @@ def _installed(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
     return own | {point.name: point for point in added if point.name not in own}
 
 
-def find_plugin(group: str, name: str, place: str, noun: str) -> object:
+def find_plugin(group: str, name: str, place: str) -> object:
     """Load the part ``name`` of ``group``.
 
     Raises:
         InputError: there is none of that name (says the nearest, or all), or the package that brings it fails.
     """
-    known = plugins(group)
+    known, noun = plugins(group), NOUNS[group]
     if name not in known:
         raise unknown_name(name, known, place, noun)
     try:
@@ -93,6 +123,19 @@ def find_plugin(group: str, name: str, place: str, noun: str) -> object:
             raise
         what = f"{noun} {name!r} of {known[name].value} cannot be loaded: {type(error).__name__}: {error}"
         raise InputError(place, f"the {printable(what)}", "Repair the package, or remove it.") from error
+
+
+def find_class(group: str, name: str, place: str, base: type[Base]) -> type[Base]:
+    """The class that is the part ``name`` of ``group``: of what a search file may say of it.
+
+    Raises:
+        InputError: as ``find_plugin``, or it is no subclass of ``base``.
+    """
+    found = find_plugin(group, name, place)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        problem = f"what the package names {name} is no {NOUNS[group]}"
+        raise InputError(place, problem, f"Let it name a subclass of {base.__name__}.")
+    return found
 
 
 @cache

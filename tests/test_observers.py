@@ -128,7 +128,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ([{"kind": "prometheus", "prot": 1}], "Extra inputs"),
+        ([{"kind": "prometheus", "prot": 1}], "Did you mean 'port'"),
         ([{"kind": "graphite"}], "graphite"),
         ([{"kind": "logs"}, {"kind": "logs"}], "two of the kind 'logs'"),
         ([{"kind": "mlflow", "uri": "http://me:secret@host"}], "MLFLOW_TRACKING_PASSWORD"),
@@ -136,7 +136,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_wrong_settings_are_refused(entries: list[object], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+    with pytest.raises((ValidationError, InputError), match=words):
         READ.validate_python(entries)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from evomerge.errors import InputError
 from evomerge.faults import explain
 from evomerge.observers import ObserverList, follow
 from evomerge.search.settings.folder import open_store
@@ -27,6 +28,8 @@ def observe(folder: Path, observers: Sequence[str]) -> None:
         given = _Given.model_validate(content)
     except ValidationError as error:
         raise explain(error, "evomerge observe", _Given, content) from None
+    except InputError as error:  # of an observer, whose own class has checked it
+        raise InputError(f"evomerge observe: {error.place}", error.problem, error.mend) from None
     for each in given.observers:
         each.check()
     with open_store(folder) as store, contextlib.suppress(KeyboardInterrupt):

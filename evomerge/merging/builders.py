@@ -125,7 +125,7 @@ def find_builder(kind: str) -> type[Builder[Recipe]]:
     Raises:
         InputError: none is installed.
     """
-    return cast(type[Builder[Recipe]], find_plugin("evomerge.builders", kind, "recipe.kind", "builder of recipes"))
+    return cast(type[Builder[Recipe]], find_plugin("evomerge.builders", kind, "recipe.kind"))
 
 
 def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:

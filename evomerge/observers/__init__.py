@@ -1,10 +1,14 @@
-"""Observers tell others of a search, such as Prometheus and experiment trackers: one a file, with its settings."""
+"""Observers tell others of a search, such as Prometheus and experiment trackers: one a file, with its settings.
+
+A new one is a file here, or an entry point ``evomerge.observers`` of a package.
+"""
 
 from collections import Counter
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, SerializeAsAny
 
+from evomerge.faults import read_part
 from evomerge.observers.base import Observer, ObserverSettings
 from evomerge.observers.hub import Observers, follow
 from evomerge.observers.logs import LogsSettings
@@ -13,24 +17,28 @@ from evomerge.observers.prometheus import PrometheusSettings
 from evomerge.observers.tensorboard import TensorBoardSettings
 from evomerge.observers.wandb import WandbSettings
 
-AnyObserverSettings = Annotated[
-    LogsSettings | MlflowSettings | PrometheusSettings | TensorBoardSettings | WandbSettings,
-    Field(discriminator="kind"),
-]
-"""An entry of ``observers:`` in the search file; its ``kind`` decides which settings it takes."""
+
+def _of_their_kinds(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        return value
+    base: Any = ObserverSettings  # which is abstract, and so no class to mypy
+    return [
+        read_part(entry, "evomerge.observers", "kind", f"observers.{place}", base) for place, entry in enumerate(value)
+    ]
 
 
-def _one_of_each(observers: tuple[AnyObserverSettings, ...]) -> tuple[AnyObserverSettings, ...]:
-    if twice := [kind for kind, count in Counter(each.kind for each in observers).items() if count > 1]:
+def _one_of_each(observers: tuple[ObserverSettings, ...]) -> tuple[ObserverSettings, ...]:
+    if twice := [kind for kind, count in Counter(entry.kind for entry in observers).items() if count > 1]:
         raise ValueError(f"there are two of the kind {twice[0]!r}")
     return observers
 
 
-ObserverList = Annotated[tuple[AnyObserverSettings, ...], AfterValidator(_one_of_each)]
-"""What the search file says under ``observers:``: at most one of each kind."""
+ObserverList = Annotated[
+    tuple[SerializeAsAny[ObserverSettings], ...], BeforeValidator(_of_their_kinds), AfterValidator(_one_of_each)
+]
+"""What the search file says under ``observers:``: at most one of each kind, whose ``kind`` decides its settings."""
 
 __all__ = [
-    "AnyObserverSettings",
     "LogsSettings",
     "MlflowSettings",
     "Observer",

@@ -18,7 +18,7 @@ from pydantic import (
 from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
 from evomerge.errors import InputError
-from evomerge.faults import explain
+from evomerge.faults import explain, read_part
 from evomerge.files import absolute_reference, read_text
 from evomerge.objects import check_url
 from evomerge.observers import ObserverList
@@ -44,7 +44,6 @@ from evomerge.search.settings.sections import (
 from evomerge.search.work.deadlines import LEAST_S, MOST_S
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import load_yaml
-from search_spaces import space_settings
 from search_spaces.base import SpaceSettings
 
 _MOST_BYTES = 16_000_000  # of a search file
@@ -91,15 +90,7 @@ class SearchFile(Section):
     @field_validator("space", mode="before")
     @classmethod
     def _space_of_its_kind(cls, value: object) -> object:
-        """``kind`` names the space; its own settings class parses the rest."""
-        if isinstance(value, SpaceSettings) or not isinstance(value, Mapping):
-            return value
-        kind = str(value.get("kind", "parameter_space"))
-        settings, content = space_settings(kind, "space.kind"), dict(value) | {"kind": kind}
-        try:
-            return settings.model_validate(content)
-        except ValidationError as error:
-            raise explain(error, "space", settings, content, ".") from None
+        return read_part(value, "evomerge.search_spaces", "kind", "space", SpaceSettings, "parameter_space")
 
     @field_validator("attempt_hours")
     @classmethod
@@ -187,7 +178,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         parsed = SearchFile.model_validate(content)
     except ValidationError as error:
         raise explain(error, place, SearchFile, content) from None
-    except InputError as error:  # of the space, whose own class has checked it
+    except InputError as error:  # of a part, whose own class has checked it
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from None
     if parsed.store is not None:
         check_store_url(parsed.store, f"{place}: store")
