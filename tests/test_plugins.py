@@ -8,12 +8,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import evomerge, json_of, search_file
+from averaged_logits import AveragedLogits, AveragedLogitsBuilder
+from helpers_miniature import MINIATURES, evomerge, json_of, search_file
 from map_elites import MapElitesSettings
+from transformers import AutoModelForCausalLM
 from tsv_merge import TSV_MERGE
 
+from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
+from evomerge.merging.builders import BuildContext
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import Crew, Job
@@ -22,6 +26,7 @@ from evomerge.merging.site import Site
 from evomerge.method import Method, find_method
 from evomerge.optimizers import Feature, Grid
 from evomerge.optimizers.base import Settings
+from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, Role
 from evomerge.store import Store
 from evomerge.testing.methods import MethodContract, merge, tensors
@@ -213,3 +218,70 @@ def test_an_optimizer_that_nobody_brings_is_refused_with_its_place(
     file = search_file(tmp_path, optimizer={"name": "map_elites", "isso": 1})
     assert evomerge("validate", file) == 2
     assert "optimizer.isso" in "".join(capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search for the best share of two models' logits, gone on with once."""
+    folder = tmp_path_factory.mktemp("averaged")
+    task = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:6]", "held_out": "test[:6]"}
+    file = search_file(
+        folder,
+        space={"kind": "averaged_logits"},
+        objectives={"sums": task},
+        optimizer={"name": "tpe", "population": 3},
+        budget={"candidates": 7},
+        confirm={"top": 1},
+    )
+    assert evomerge("search", file, "--dir", folder / "search") == 0
+    assert evomerge("resume", folder / "search", "--set", "budget.candidates=9") == 0
+    return folder / "search"
+
+
+def test_a_kind_of_recipe_of_ones_own_is_searched_shown_and_exported(
+    averaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json_of(capsys, "top", averaged, "--all", "--json")
+    assert {row["status"] for row in rows} <= {"done", "cached"}
+    candidate = next(row["id"] for row in rows if row["label"] == "equal shares")
+    assert evomerge("show", averaged, candidate) == 0
+    assert "times 0.5" in capsys.readouterr().out
+    assert evomerge("export", averaged, tmp_path / "out", "--candidate", candidate) == 0  # which verifies
+    assert "score exactly as recorded" in capsys.readouterr().out
+    assert evomerge("merge", tmp_path / "out" / "recipe.yaml", tmp_path / "again") == 0
+    for name in ("maths", "japanese"):
+        ours, theirs = ((tmp_path / out / name / "model.safetensors").read_bytes() for out in ("out", "again"))
+        assert ours == theirs
+
+
+def test_averaged_logits_are_the_mean_of_two_models(averaged: Path, tmp_path: Path) -> None:
+    """With shares of 1 and 0 each alone; between them the mean of what transformers computes; with a cache too."""
+    sources = {name: open_source(name, str(MINIATURES / name), place=name) for name in ("maths", "japanese")}
+    builder = AveragedLogitsBuilder(BuildContext(sources, "maths", dtype=torch.float32))
+    tokens = torch.tensor([[3, 50, 7, 200, 11, 90]])
+    plain = [
+        AutoModelForCausalLM.from_pretrained(MINIATURES / name, dtype=torch.float32)(tokens).logits for name in sources
+    ]
+    for share in (0.0, 0.3, 1.0):
+        recipe = AveragedLogits(
+            sources={name: str(MINIATURES / name) for name in sources},
+            tokenizer="maths", first="maths", second="japanese", share=share,
+        )  # fmt: skip
+        assert read_recipe(recipe.canonical(), recipe.sources) == recipe
+        live = builder.write(recipe)
+        assert torch.allclose(live.model(tokens).logits, share * plain[0] + (1 - share) * plain[1], atol=1e-4)
+        begun = live.model(tokens[:, :4], use_cache=True)
+        more = live.model(tokens[:, 4:], use_cache=True, past_key_values=begun.past_key_values)
+        assert torch.allclose(more.logits, live.model(tokens).logits[:, 4:], atol=1e-4)
+
+
+def test_a_kind_of_recipe_that_nobody_brings_is_refused_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("kind: averaged_logit\nsources: {}\n")
+    assert evomerge("merge", file, tmp_path / "out") == 2
+    assert "Did you mean 'averaged_logits'?" in capsys.readouterr().err
+    file.write_text("kind: averaged_logits\nsources: {a: b}\ntokenizer: a\nfirst: a\nsecond: a\nshare: 2\n")
+    assert evomerge("merge", file, tmp_path / "out") == 2
+    assert "share" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def headline(status: SearchStatus, eta: float | None = None) -> str:
     spent = duration(status.budget.hours_spent * 3600)
     ending = f"  {status.why}" if status.why and status.state != "running" else ""
     left = f"  ETA {duration(eta)}" if eta is not None and status.state in ("running", "confirming") else ""
-    what = f"{status.space}, {status.parameters} parameters, {status.optimizer}"
+    what = f"{status.space}, {status.parameters} parameter{'' if status.parameters == 1 else 's'}, {status.optimizer}"
     return f"{status.name}  ({what})  {status.state.upper()} {spent}{_confirmation(status)}{left}{ending}"
 
 

@@ -540,6 +540,7 @@ def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]
 
 
 def describe_space(space: dict[str, object]) -> str:
-    """The space in a few words: how paths are encoded, method and granularity."""
+    """The space in a few words: its kind unless it is a parameter space, how paths are encoded, method, granularity."""
     told = [str(space[key]) for key in ("encoding", "method", "granularity") if space.get(key) is not None]
-    return " ".join([*([str(space["kind"]).replace("_", " ")] if "encoding" in space else []), *told])
+    kind = [] if space["kind"] == "parameter_space" else [str(space["kind"]).replace("_", " ")]
+    return " ".join([*kind, *told])
