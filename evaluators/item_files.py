@@ -21,6 +21,8 @@ from evomerge.files import open_file, parse_json
 ITEMS_BYTES = 2_000_000_000
 """Most bytes of a file of items."""
 
+_LINE_BYTES = 64_000_000  # an item of as many is beyond any model's context
+
 
 @dataclass(frozen=True)
 class Line:
@@ -72,17 +74,19 @@ def text_lines(file: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file of items that are not blank, each after its place.
 
     Raises:
-        InputError: the file cannot be read, or a line is not UTF-8.
+        InputError: the file cannot be read, or a line is not UTF-8, or too long for an item.
     """
     if not file.is_symlink() and not file.exists():
         mend = "A path is relative to the folder of the search file."
         raise InputError(str(file), "there is no such file of items", mend)
     with open_file(file, str(file), ITEMS_BYTES) as stream:
         for number in itertools.count(1):
-            raw = stream.readline(ITEMS_BYTES)  # in bytes, for text would also be cut inside of it, at U+2028
+            raw = stream.readline(_LINE_BYTES + 1)  # in bytes, for text would also be cut inside of it, at U+2028
             if not raw:
                 return
             place = f"{file}, line {number}"
+            if len(raw) > _LINE_BYTES:
+                raise InputError(place, f"has more than {_LINE_BYTES:,} bytes", "Write one item on each line.")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

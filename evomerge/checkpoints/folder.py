@@ -10,7 +10,7 @@ from typing import Any
 
 from evomerge.checkpoints.headers import TensorEntry, read_header
 from evomerge.errors import InputError
-from evomerge.files import JSON_BYTES, check_plain, is_path, read_json, read_text
+from evomerge.files import JSON_BYTES, TEXT_BYTES, check_plain, is_path, read_json, read_text
 from evomerge.printable import printable
 
 INDEX = "model.safetensors.index.json"
@@ -127,9 +127,10 @@ def companion_files(folder: Path) -> list[Path]:
     """What goes along with a model but its weights and config.json, by name.
 
     That is its tokenizer, chat templates, generation settings, what a processor needs, its licence, and whatever else
-    says how it is used. Code does not go along, nor what tells of a training.
+    says how it is used. Code does not go along, nor what tells of a training, nor data too large to be settings.
     """
-    beside = (file for file in folder.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))
+    named = (file for file in folder.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))
+    beside = (file for file in named if file.stat().st_size <= TEXT_BYTES)
     return sorted({*tokenizer_files(folder), *(file for file in beside if not _MADE_ANEW.fullmatch(file.name))})
 
 
