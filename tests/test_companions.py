@@ -104,7 +104,7 @@ def test_the_settings_of_generation_are_those_of_the_source(folder: Path) -> Non
 def test_data_beside_a_model_are_not_copied(folder: Path, name: str) -> None:
     with (folder / "a" / name).open("wb") as file:
         file.truncate(3_000_000_000)  # takes no room on the disk until it is copied
-    recipe = Recipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
+    recipe = StackRecipe.uniform(MEAN, sources={"a": "a", "b": "b"}, tokenizer="a", layers=2)
     write_model(recipe, open_both(folder), folder / "out", texts={})
     assert not (folder / "out" / name).exists()
     assert (folder / "out" / "tokenizer_config.json").exists()

@@ -268,6 +268,12 @@ def test_a_link_that_leads_back_is_refused(folder: Path) -> None:
     refused(folder, "leads back to itself")
 
 
+def test_a_folder_of_more_files_than_a_model_has_is_refused(folder: Path) -> None:
+    for number in range(5_000):
+        os.mknod(folder / f"{number}.json")
+    refused(folder, "holds more than 5,000 files")
+
+
 def test_a_variant_of_a_model_made_of_links_is_opened(plain: Path, tmp_path: Path) -> None:
     """As people lay them out to change one file; the links may go through a hub cache."""
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"

@@ -39,6 +39,7 @@ _READS_FILES = ("init_inputs", "vocab", "merges", "tokenizer_object", "rewriting
 """Keys of a tokenizer's configuration that its class may take for a file, or for where to look for files."""
 
 _MOST_PATH = 4_096  # characters
+_MOST_FILES = 5_000
 
 _QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 """Files that quantisers put beside weights, some of them without a word in config.json."""
@@ -64,7 +65,9 @@ def check_files(folder: Path, place: str) -> tuple[str, ...]:
         InputError: naming the file.
     """
     elsewhere = []
-    for file in _entries(folder, place):
+    for number, file in enumerate(_entries(folder, place)):
+        if number == _MOST_FILES:
+            raise InputError(place, f"holds more than {_MOST_FILES:,} files, which no model has")
         name = str(file.relative_to(folder))
         if file.is_symlink():
             if not _is_loop_free(file):
