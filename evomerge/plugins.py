@@ -56,6 +56,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "language": "evaluators.language:LanguageSettings",
         "reward_model": "evaluators.reward_model:RewardModelSettings",
         "cost": "evaluators.cost:CostSettings",
+        "change": "evaluators.change:ChangeSettings",
         "python": "evaluators.function:FunctionSettings",
     },
     "evomerge.optimizers": {

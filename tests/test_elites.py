@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_miniature import evomerge, search_file
+from helpers_miniature import MINIATURES, evomerge, search_file
 from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, table, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -243,13 +243,21 @@ def test_what_is_wrong_with_features_is_said_before_anything_is_scored(
 
 
 def test_json_says_the_niche(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    features = {"either": {**TASK_KEYS, "metric": "acc", "range": [0, 1], "bins": 5}}
+    base = {"evaluator": "change", "model": str(MINIATURES / "base"), "metric": "change"}
+    features = {
+        "either": {**TASK_KEYS, "metric": "acc", "range": [0, 1], "bins": 5},
+        "change": {**base, "range": [0, 0.5]},
+    }
     objectives = {"sums": {**TASK_KEYS, "metric": "acc_ja"}}
     file = search_file(tmp_path, features=features, objectives=objectives, budget={"candidates": 6}, confirm={"top": 1})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     capsys.readouterr()
     assert evomerge("top", tmp_path / "search", "--all", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert all(row["niche"] == [min(int(row["scores"]["either"]["mean"] * 5), 4)] for row in rows)
+    for row in rows:
+        either, change = (row["scores"][name]["mean"] for name in features)
+        assert row["niche"] == [min(int(either * 5), 4), min(int(change * 20), 9)]
+    assert rows[0]["scores"]["change"]["mean"] == 0.0  # the base itself
+    assert rows[1]["scores"]["change"]["mean"] > 0.0
     assert evomerge("top", tmp_path / "search", "--all") == 0
     assert "either" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from evomerge.store import Store
 
 BASE = MINIATURES / "base"
 ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:12]", "held_out": "test[:4]"}
+CHANGE = {"evaluator": "change", "metric": "change", "model": str(BASE), "range": [0, 1]}
 SPEED = {"evaluator": "cost", "metric": "tokens_per_second", "measure": True, "at_least": 1}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,6 +105,7 @@ def test_a_search_that_was_killed_is_the_one_that_was_not(
     [
         ({"space": {"method": "ties"}}, "ties"),
         ({"constraints": {"speed": SPEED}}, "measures tokens_per_second"),
+        ({"features": {"change": CHANGE}}, "reads merged weights"),
     ],
 )
 def test_what_cannot_be_scored_together_is_refused(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.change import ChangeEvaluator
 from evaluators.cost import COUNTED
 from evaluators.prompts import Reader
 from evomerge.checkpoints.checks import check_compatible
@@ -211,6 +212,9 @@ def _check_together(
         if evaluator.measured:
             what = ", ".join(sorted(evaluator.measured))
             raise InputError("together", f"{evaluator.name} measures {what}, which several candidates share", mend)
+        if isinstance(evaluator, ChangeEvaluator):
+            why = "reads merged weights, and candidates that are scored together are never merged"
+            raise InputError("together", f"{evaluator.name} {why}", mend)
     middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
     for recipe in (*(mark.recipe for mark in space.landmarks()), space.decode(middle)):
         if problem := low_rank_problem(recipe, sources):

@@ -165,6 +165,10 @@ EVALUATORS = (
             Field("measure", "Measure the speed", "switch", hint="for tokens_per_second"),
         ),
     ),
+    Group(
+        "change", "change of the weights", "How far a merge is from another model, such as the base.",
+        (_metric("change"), Field("model", "The other model", example="org/name", required=True)),
+    ),
 )  # fmt: skip
 
 BUDGET = (
