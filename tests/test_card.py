@@ -11,9 +11,10 @@ import yaml
 from helpers_miniature import MINIATURES
 
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.files import absolute_reference
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.card import papers
-from evomerge.report.public_names import hub_ids, public_name, without_places
+from evomerge.report.public_names import hub_ids, movable, public_name, without_places
 from evomerge.report.unmerged import unmerged_source
 
 
@@ -56,6 +57,43 @@ def test_a_card_has_no_place_of_this_machine_and_no_base_model_that_is_none(sour
         assert str(MINIATURES) not in texts[name]
         assert "/" not in texts[name].split("| maths |")[-1].split("|")[0]
     assert "base_model" not in yaml.safe_load(texts["README.md"].split("---")[1])
+
+
+@pytest.mark.parametrize(
+    ("blend", "words"),
+    [
+        (linear(maths=0.5, base=0.5), "A merge of 2 language models, made"),
+        (VECTOR, "A merge of one language model on `base`, its base, made"),
+    ],
+)
+def test_a_base_that_changes_are_taken_against_is_none_of_those_merged(
+    sources: dict[str, Source], blend: Blend, words: str
+) -> None:
+    assert words in papers("model", recipe(sources, blend), sources, None)["README.md"]
+
+
+@pytest.mark.parametrize("beside", ["out", "deep/in/there/out"])
+def test_a_recipe_goes_with_a_model_and_names_the_way_to_its_sources(
+    tmp_path: Path, sources: dict[str, Source], beside: str
+) -> None:
+    folder = tmp_path / beside
+    written = papers("model", recipe(sources, linear(maths=0.5, base=0.5)), sources, None, folder)["recipe.yaml"]
+    found = yaml.safe_load(written)["sources"]
+    assert not any(Path(way).is_absolute() for way in found.values())
+    for name, way in found.items():
+        assert absolute_reference(way, folder) == str((MINIATURES / name).resolve())
+
+
+def test_a_recipe_for_elsewhere_names_hub_ids_and_folders_without_their_places(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "0123abcd"
+    adapter, made = tmp_path / "lora", tmp_path / "made"
+    for folder in (snapshot, adapter, made):
+        folder.mkdir(parents=True)
+    references = {"a": str(snapshot), "b": f"org/other@v1+{adapter}", "c": str(made)}
+    plain = StackRecipe.uniform(linear(a=0.5, b=0.25, c=0.25), sources=references, tokenizer="a", layers=1)
+    moved = movable(plain, None)
+    assert moved.sources == {"a": "org/model@0123abcd", "b": "org/other@v1+lora", "c": "made"}
+    assert moved.hash == plain.hash
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from evomerge.report.entries import ConfirmedEntry
 from evomerge.report.lists import origin_text, top_table
 from evomerge.report.naming import chosen, exported
 from evomerge.report.picks import conclusions
-from evomerge.report.screen import line, panel
+from evomerge.report.screen import headline, line, panel
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.pools.simulated import Simulation
@@ -367,3 +367,33 @@ def test_an_earlier_winner_that_wins_again_is_no_source(tmp_path: Path) -> None:
         row = store.candidate(int(winner.id[1:]))
         assert origin_text(status.entry(row, store.search().fingerprints).origin, row.label) == "earlier winner merged"
     assert [mark.origin for mark in status.baselines][1:3] == ["source", "source"]
+
+
+def test_names_that_are_near_are_asked_about_and_top_says_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, store = searched(tmp_path, setup_of(), BOTH_SKILLS)
+    with store:
+        for given, near in (("best in o0", "best at o0"), ("uniform avrage", "uniform average"), ("kne", "knee")):
+            with pytest.raises(InputError) as caught:
+                chosen(store, given)
+            assert f"Did you mean {near!r}?" in caught.value.mend
+        with pytest.raises(InputError) as caught:
+            chosen(store, "c9999")
+        assert "Did you mean" not in caught.value.mend
+    told = " ".join(printed(capsys, "top", str(tmp_path / "made"), "-k", "3").split())
+    assert f"3 of {status.candidates.asked} candidates: the 3 best" in told
+    assert "--all" in told
+    assert "candidates: " not in printed(capsys, "top", str(tmp_path / "made"), "--all")
+
+
+def test_the_confirmation_stands_in_the_state_line_with_its_total(tmp_path: Path) -> None:
+    status, store = searched(tmp_path, replace(setup_of(SUM), confirm=Confirm(top=3, drawn=8)), BOTH_SKILLS)
+    store.close()
+    effort = status.confirmation
+    assert effort is not None
+    assert effort.models == effort.models_done == 3 + 8  # landmarks, and the best, some of which are only drawn
+    assert effort.items_each == 2 * ITEMS
+    assert f"confirmation {effort.models} models x {2 * ITEMS} held-out items" in headline(status)
+    half = status.model_copy(update={"confirmation": effort.model_copy(update={"models_done": 4, "seconds": 75.0})})
+    assert "confirmation 4 of 11 models x 80 held-out items 1m15s" in headline(half)

@@ -167,7 +167,11 @@ def _merged(recipe: Recipe) -> str:
     mixed = recipe.mixed_sources()
     bases = sorted(recipe.used_sources() - mixed)
     models = "one language model" if len(mixed) == 1 else f"{len(mixed)} language models"
-    return f"{models} on {' and '.join(f'`{name}`' for name in bases)}, their base" if bases else models
+    return (
+        f"{models} on {' and '.join(f'`{name}`' for name in bases)}, {'its' if len(mixed) == 1 else 'their'} base"
+        if bases
+        else models
+    )
 
 
 def _sources_section(sources: Mapping[str, Source], licences: Mapping[str, str]) -> str:
