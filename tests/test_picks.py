@@ -13,7 +13,7 @@ import pytest
 from helpers_figures import create, search
 from helpers_miniature import MINIATURES
 from helpers_search import ITEMS, SOURCES, FakeSpace, drive, make_setup, weights_of
-from helpers_service import client_of, make_app
+from helpers_service import TOKEN, client_of, make_app, serving
 from rich.console import Console
 
 from evomerge.checkpoints.source import Source, open_source
@@ -264,7 +264,10 @@ def test_a_scalarisation_weighs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mix", [SUM, DISTANCE])
 def test_the_number_that_decides_stands_in_every_place_alike(
-    tmp_path: Path, mix: WeightedSum | Chebyshev, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    mix: WeightedSum | Chebyshev,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     setup = replace(setup_of(mix), confirm=Confirm(top=3, drawn=8))
     status, store = searched(tmp_path, setup, BOTH_SKILLS)
@@ -309,6 +312,11 @@ def test_the_number_that_decides_stands_in_every_place_alike(
     assert status.best is not None
     assert status.best.scalar is not None
     assert first["scalar"]["mean"] == pytest.approx(status.best.scalar.mean)
+    monkeypatch.setenv("EVOMERGE_TOKEN", TOKEN)
+    with serving(make_app(tmp_path)) as address:
+        remote = json.loads(printed(capsys, "top", "made", "--json", "--server", address))
+        texts["top of a server"] = " ".join(printed(capsys, "top", "made", "--server", address).split())
+    assert (remote[0]["id"], remote[0]["scalar"]) == (first["id"], pytest.approx(first["scalar"]["mean"]))
     with client_of(make_app(tmp_path), accept="text/html") as client:
         for address in ("/", "/searches/made", f"/searches/made/candidates/{status.winner}", "/searches/made/compare"):
             texts[address] = client.get(address).text

@@ -10,7 +10,9 @@ from typing import Literal
 
 from rich.table import Table
 
-from evomerge.report.screen import make_console, panel
+from evomerge.report.entries import Entry, Value, value_text
+from evomerge.report.screen import make_console, panel, ranked
+from evomerge.report.status import SearchStatus, preference_of, with_scalar
 from evomerge.search.settings.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary
 from evomerge.service.client import Client
@@ -50,25 +52,48 @@ def resume(url: str, search: str, overrides: Sequence[str]) -> None:
 
 
 def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
-    """The k best by the first objective of a search, or all in the order asked."""
+    """The k best of a search by the scalarisation or the first objective, or all in the order asked."""
     with Client(url) as client:
-        names = list(client.status(search).directions.items())
-        first, way = names[0]
+        known = client.status(search)
+        first, way = next(iter(known.directions.items()))
         rows: list[CandidateSummary] = []
-        wanted = {} if k is None else {"sort": first, "order": "desc" if way == "maximize" else "asc"}
+        sorts = k is not None and known.scalar is None  # by a scalarisation the server does not sort
+        wanted = {"sort": first, "order": "desc" if way == "maximize" else "asc"} if sorts else {}
         for row in client.candidates(search, **wanted):
             if k is None or (row.eligible and row.same_as is None):
                 rows.append(row)
-            if k is not None and len(rows) == k:
+            if sorts and len(rows) == k:
                 break
+    entries = {row.id: _entry(row, known) for row in rows}
+    if k is not None and known.scalar is not None:
+        best = {each.id: place for place, each in enumerate(ranked(list(entries.values()), known))}
+        rows = sorted((row for row in rows if row.id in best), key=lambda row: best[row.id])[:k]
+    rows = [row.model_copy(update={"scalar": _scalar(entries[row.id])}) for row in rows]
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=2))
         return
     table = Table(box=None, pad_edge=False)
-    for title in ("candidate", "origin", "status", *(name for name, _ in names), "front"):
+    for title in ("candidate", "origin", "status", *known.numbers, "front"):
         table.add_column(title)
     for row in rows:
-        values = [row.objectives[name].text if name in row.objectives else "" for name, _ in names]
+        values = [entries[row.id].value(name) for name in known.numbers]
+        texts = ["" if value is None else value_text(value) for value in values]
         origin = f"{row.origin} {row.label}".strip()
-        table.add_row(row.id, origin, row.status, *values, "front" if row.on_front else "")
+        table.add_row(row.id, origin, row.status, *texts, "front" if row.on_front else "")
     make_console().print(table)
+
+
+def _entry(row: CandidateSummary, known: SearchStatus) -> Entry:
+    """A candidate on the search split, with the number of the scalarisation."""
+    means = {name: row.objectives[name] for name in known.directions if name in row.objectives}
+    values = {
+        name: Value(mean=found.mean, stderr=found.stderr, n=found.n)
+        for name, found in means.items()
+        if found.mean is not None
+    }
+    plain = Entry(id=row.id, label=row.label, origin=row.origin, objectives=values)
+    return with_scalar(plain, known.scalar, preference_of(known.directions, known.scalarisation))
+
+
+def _scalar(entry: Entry) -> float | None:
+    return None if entry.scalar is None else entry.scalar.mean
