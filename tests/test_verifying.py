@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers_miniature import ROOT, evomerge, search_file
 
-from evomerge.commands.verifying import Tolerance, difference
+from evomerge.commands.verifying import Tolerance, difference, measures_of
 
 BF16 = Tolerance.of(torch.bfloat16)
 RNG = np.random.default_rng(0)
@@ -25,6 +27,23 @@ def flipped(values: np.ndarray, items: list[int]) -> np.ndarray:
     found = values.copy()
     found[items] = 1 - found[items]
     return found
+
+
+@pytest.mark.parametrize(
+    ("measures", "number", "words"),
+    [
+        ([("maths", 0), ("json", 1)], 1, "json (my_score)"),  # two functions of one name
+        ([("maths", 0), ("short", 0)], 0, "maths, short (my_score)"),
+        ([("my_score", 0), ("short", 0)], 0, "my_score, short"),
+        ([("maths", 0)], 1, "my_score"),  # a screen measures nothing
+    ],
+)
+def test_what_was_verified_is_called_by_its_objectives(
+    measures: list[tuple[str, int]], number: int, words: str
+) -> None:
+    setup = SimpleNamespace(measures=[SimpleNamespace(name=name, evaluator=at) for name, at in measures])
+    prepared: Any = SimpleNamespace(setup=setup, evaluators=[SimpleNamespace(name="my_score")] * 2)
+    assert measures_of(prepared, number) == words
 
 
 def test_equal_scores_differ_nowhere() -> None:

@@ -109,7 +109,7 @@ def reproduce(
         for number, (info, evaluator) in enumerate(zip(prepared.setup.evaluators, prepared.evaluators, strict=True)):
             if info.version not in recorded:
                 continue
-            name = _measures_of(prepared, number)
+            name = measures_of(prepared, number)
             before = recorded[info.version]
             what = f"{len(before.items)} {split} items"
             say(f"verifying: {name}, {what}")
@@ -134,7 +134,7 @@ def reproduce(
     return lines if all_exact else [*lines, tolerance.text]
 
 
-def _measures_of(prepared: Prepared, number: int) -> str:
+def measures_of(prepared: Prepared, number: int) -> str:
     """What an evaluator measures, by the names of objectives and constraints, and what it is called if otherwise."""
     names = [measure.name for measure in prepared.setup.measures if measure.evaluator == number]
     own = prepared.evaluators[number].name
