@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from helpers_parts import EvaluatorOfPackage, ObserverOfPackage, OptimizerOfPackage, SpaceOfPackage
+from pydantic import BaseModel
 
 from evaluators.base import EvaluatorSettings
 from evomerge.cli import main
 from evomerge.errors import InputError
 from evomerge.plugins import NOUNS, OWN, find_class, find_plugin, plugins
 from evomerge.search.settings.search_file import SearchFile, parse_search_file
+from evomerge.service.pages import forms
 
 PARTS = {
     "evomerge.merge_methods": {"first": "FIRST", "linear": "FIRST"},
@@ -119,3 +121,37 @@ def test_what_is_installed_is_listed_with_the_package(capsys: pytest.CaptureFixt
     assert "merge methods: linear, passthrough" in listed
     for name in ("first", "space_of_package", "evaluator_of_package", "optimizer_of_package", "observer_of_package"):
         assert f"  {name}, of of-package 2" in listed
+
+
+def test_the_form_of_the_page_has_them_with_the_settings_that_their_schema_has() -> None:
+    (space,) = (group for group in forms.spaces() if group.name == "space_of_package")
+    assert {"method", "depth"} <= {field.key for field in space.fields}
+    assert "kind" not in {field.key for field in space.fields}
+    assert next(field for field in space.fields if field.key == "depth") == forms.Field(
+        "depth", "Depth", "number", example="3"
+    )
+    evaluators = {group.name: group for group in forms.evaluators()}
+    assert [(field.key, field.kind) for field in evaluators["evaluator_of_package"].fields][:1] == [("metric", "text")]
+    assert "words" in {field.key for field in evaluators["evaluator_of_package"].fields}
+    assert not {"gone", "nothing"} & evaluators.keys()
+    (optimizer,) = forms.optimizers()
+    assert (optimizer.name, [field.key for field in optimizer.fields]) == ("optimizer_of_package", ["cells"])
+
+
+def test_fields_follow_from_the_kind_of_a_setting() -> None:
+    class Given(BaseModel):
+        count: int
+        share: float | None = None
+        mode: Literal["a", "b"] = "a"
+        on: bool = False
+        off: bool = True
+        rungs: list[int] = []
+        section: dict[str, int] = {}
+
+    drawn = {field.key: field for field in forms.fields_of(Given)}
+    assert {key: field.kind for key, field in drawn.items()} == {
+        "count": "number", "share": "number", "mode": "text", "on": "switch", "off": "text", "rungs": "numbers",
+    }  # fmt: skip
+    assert drawn["count"].required
+    assert drawn["mode"].options == ("", "a", "b")
+    assert Given.model_validate({"count": 1, "off": drawn["off"].options[2]}).off is False

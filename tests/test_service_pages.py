@@ -387,12 +387,13 @@ def test_whoever_has_no_token_is_sent_to_the_login_and_back(root: Path) -> None:
 
 
 def test_the_form_knows_every_method_and_optimizer() -> None:
-    assert set(forms.METHODS) == set(METHODS)
-    assert set(forms.OPTIMIZER[0].options) == OWN["evomerge.optimizers"].keys()
+    (method,) = (field for field in forms.spaces()[0].fields if field.key == "method")
+    assert set(method.options) >= set(METHODS)
+    assert set(forms.OPTIMIZER[0].options) >= OWN["evomerge.optimizers"].keys()
 
 
 def test_the_form_writes_keys_that_the_search_file_knows() -> None:
-    for group in forms.SPACES:
+    for group in forms.spaces():
         kind = find_class("evomerge.search_spaces", group.name, "space.kind", SpaceSettings)
         defaults = {field.key: field.default for field in group.fields if field.default}
         kind.model_validate(defaults)
@@ -406,7 +407,7 @@ def test_the_form_writes_keys_that_the_search_file_knows() -> None:
     assert forms.SEVERAL in forms.OPTIMIZER[0].options
 
 
-@pytest.mark.parametrize("group", forms.EVALUATORS, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", forms.evaluators(), ids=lambda group: group.name)
 def test_the_form_writes_keys_that_the_evaluator_knows(group: forms.Group) -> None:
     fields = evaluator_settings(group.name, "evaluator").model_fields
     for field in group.fields:

@@ -1,12 +1,26 @@
 """The fields of the form for a new search: the keys of the search file that people set most.
 
-Names are written out, for the classes that hold them take seconds to import; tests hold this list to them.
+Those of this project's parts are chosen and explained by hand; tests hold them to the classes that read them. Those of
+a package's part are all that the JSON schema of its class has, so that whatever is installed can be filled in.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.errors import PydanticUserError
+
+from evaluators.base import EvaluatorSettings
+from evomerge.errors import InputError
+from evomerge.optimizers.base import Settings
+from evomerge.plugins import OWN, find_class, plugins
+from search_spaces.base import SpaceSettings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,7 @@ class Group:
     fields: tuple[Field, ...]
 
 
-METHODS = (
-    "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
-    "breadcrumbs_ties", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "ram", "ramplus_tl",
-    "arcee_fusion", "nearswap", "passthrough",
-)  # fmt: skip
+_METHODS = tuple(plugins("evomerge.merge_methods"))
 
 _ENCODING = Field("encoding", "Encoding", options=("blocks", "indicators", "integers", "pruning"), default="blocks")
 _MAX_HOPS = Field("max_hops", "Longest path", "number", hint="in layers; twice the layers of a source unless given")
@@ -53,11 +63,11 @@ _SCALING = Field(
     hint="what a layer's scale multiplies: the residual stream, or its update",
 )
 
-SPACES = (
+_OWN_SPACES = (
     Group(
         "parameter_space", "Weights", "how much of each source goes into each layer",
         (
-            Field("method", "Method", default="task_arithmetic", options=METHODS),
+            Field("method", "Method", default="task_arithmetic", options=_METHODS),
             Field("granularity", "Granularity", options=("model", "layer", "block"), default="model",
                   hint="what has numbers of its own; by hand also a number of layers"),
         ),
@@ -74,7 +84,7 @@ SPACES = (
     Group(
         "hybrid_space", "Both at once", "a path through layers that are merges themselves",
         (
-            Field("method", "Method", default="task_arithmetic", options=("linear", "task_arithmetic")),
+            Field("method", "Method", default="task_arithmetic", options=_METHODS),
             Field("granularity", "Weights for", default="model", options=("model", "hop"),
                   labels=("the whole model", "each layer on the path")),
             Field("encoding", "Encoding", options=("pruning", "integers", "blocks", "indicators"), default="pruning"),
@@ -101,7 +111,7 @@ def _metric(*names: str) -> Field:
     return Field("metric", _METRIC, default=names[0], suggestions=names, required=True)
 
 
-EVALUATORS = (
+_OWN_EVALUATORS = (
     Group(
         "lm_eval", "an lm-eval task", "Any task of lm-eval, or one of this project's own.",
         (
@@ -188,7 +198,7 @@ SEVERAL = "nsga2"
 
 OPTIMIZER = (
     Field("name", "Optimizer", default="cma",
-          options=("cma", "lq_cma", "catcma", "nsga2", "nsga3", "tpe", "gp", "random", "qmc", "greedy_soup"),
+          options=tuple(plugins("evomerge.optimizers")),
           hint="several objectives: nsga2, nsga3, tpe, gp; paths: catcma"),
     Field("population", "Population", "number", hint="4 + 3 ln(parameters) unless given"),
 )  # fmt: skip
@@ -203,3 +213,83 @@ WORKERS = (
     Field("pool", "Workers run in", options=("", "ray"), labels=("this process, one", "Ray, several at once")),
     Field("workers", "Workers", "number", hint="of Ray; as many as fit unless given"),
 )
+
+
+# ---- what packages bring ---------------------------------------------------------------------------------------------
+
+
+def spaces() -> tuple[Group, ...]:
+    """Every search space that is installed."""
+    return (*_OWN_SPACES, *_added("evomerge.search_spaces", SpaceSettings, "kind"))
+
+
+def evaluators() -> tuple[Group, ...]:
+    """Every evaluator that is installed and needs no code in the search file."""
+    metric = Field("metric", _METRIC, required=True)
+    return (*_OWN_EVALUATORS, *_added("evomerge.evaluators", EvaluatorSettings, "evaluator", metric))
+
+
+def optimizers() -> tuple[Group, ...]:
+    """The optimizers of packages, with the settings that are theirs alone."""
+    return tuple(_added("evomerge.optimizers", Settings, "name", without="population"))
+
+
+def _added(group: str, base: type[BaseModel], key: str, *before: Field, without: str = "") -> Iterator[Group]:
+    """The parts of packages; one that cannot be loaded is left out, and named in the log."""
+    for name in plugins(group):
+        if name in OWN[group]:
+            continue
+        try:
+            settings = find_class(group, name, group, base)
+            fields = [field for field in fields_of(settings) if field.key not in (key, without)]
+        except (InputError, PydanticUserError) as error:
+            log.warning("the form has no %s: %s", name, error)
+            continue
+        about = (settings.__doc__ or "").strip().partition("\n")[0]
+        yield Group(name, name.replace("_", " "), about, (*before, *fields))
+
+
+def fields_of(settings: type[BaseModel]) -> Iterator[Field]:
+    """A field for every setting of a class that a single field can hold, from its JSON schema.
+
+    What is left out by a person is left out of the search file, and then has its default; it is shown as an example.
+    """
+    schema = settings.model_json_schema()
+    for key, described in schema.get("properties", {}).items():
+        form = _form_of(described, schema.get("$defs", {}))
+        if form is None:
+            continue
+        default = described.get("default")
+        yes = form[0] == "switch" and default is True  # a box cannot say no
+        yield Field(
+            key,
+            str(described.get("title", key)),
+            "text" if yes else form[0],
+            hint=str(described.get("description", "")),
+            example="" if default is None else str(default),
+            required=key in schema.get("required", []),
+            options=("", "true", "false") if yes else form[1],
+        )
+
+
+def _form_of(
+    described: Mapping[str, Any], known: Mapping[str, Any]
+) -> tuple[Literal["text", "number", "numbers", "switch"], tuple[str, ...]] | None:
+    """What kind of field a schema needs, and its options; None for sections, which are written by hand."""
+    if "$ref" in described:
+        return _form_of(known.get(described["$ref"].rpartition("/")[2], {}), known)
+    if "enum" in described:
+        return "text", ("", *map(str, described["enum"]))
+    forms = [form for each in described.get("anyOf", ()) if (form := _form_of(each, known)) is not None]
+    if forms:
+        return forms[0]
+    match described.get("type"):
+        case "integer" | "number":
+            return "number", ()
+        case "boolean":
+            return "switch", ()
+        case "string":
+            return "text", ()
+        case "array" if described.get("items", {}).get("type") in ("integer", "number"):
+            return "numbers", ()
+    return None

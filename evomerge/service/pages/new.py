@@ -34,10 +34,12 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
     """The form."""
     taken = set(root.names())
     proposal = next(name for i in range(1, len(taken) + 2) if (name := f"search-{i}") not in taken)
+    evaluators = forms.evaluators()
     return page(
-        request, "new.html", here="new", proposal=proposal, spaces=forms.SPACES, evaluators=forms.EVALUATORS,
-        budget=forms.BUDGET, optimizer=forms.OPTIMIZER, more=forms.MORE, workers=forms.WORKERS,
-        about={"evaluators": {each.name: each.hint for each in forms.EVALUATORS}, "several": forms.SEVERAL},
+        request, "new.html", here="new", proposal=proposal, spaces=forms.spaces(), evaluators=evaluators,
+        budget=forms.BUDGET, optimizer=forms.OPTIMIZER, optimizers=forms.optimizers(), more=forms.MORE,
+        workers=forms.WORKERS,
+        about={"evaluators": {each.name: each.hint for each in evaluators}, "several": forms.SEVERAL},
     )  # fmt: skip
 
 

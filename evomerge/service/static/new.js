@@ -151,7 +151,10 @@ let hasChosen = false;
 function propose() {
   if (!hasChosen) optimizer.value = form.querySelectorAll("[data-objective]").length > 1 ? about.several : forOne;
 }
-optimizer.addEventListener("change", () => { hasChosen = true; });
+optimizer.addEventListener("change", () => {
+  hasChosen = true;
+  for (const each of form.querySelectorAll("[data-optimizer]")) each.hidden = each.dataset.optimizer !== optimizer.value;
+});
 
 function settings(box, evaluator) {
   const place = box.querySelector("[data-settings]"), number = box.dataset.number;
@@ -190,7 +193,8 @@ function content() {
   }
   const more = said(form.querySelector("[data-section=more]"));
   if (more.rungs) found.racing = { rungs: more.rungs };
-  found.optimizer = said(form.querySelector("[data-section=optimizer]"));
+  const own = form.querySelector(`[data-optimizer="${CSS.escape(optimizer.value)}"]`);
+  found.optimizer = { ...said(form.querySelector("[data-section=optimizer]")), ...(own ? said(own) : {}) };
   found.budget = said(form.querySelector("[data-section=budget]"));
   const confirm = { ...(more.top ? { top: more.top } : {}), ...(more.drawn ? { drawn: more.drawn } : {}) };
   if (Object.keys(confirm).length) found.confirm = confirm;
