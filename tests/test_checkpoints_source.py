@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -519,3 +520,16 @@ def test_released_weights_are_read_again(tmp_path: Path) -> None:
             for name in source.tensors:
                 assert torch.equal(source.read(name), expected[name])
                 source.release(name)
+
+
+def test_a_file_beyond_the_memory_that_may_be_addressed_is_told(tmp_path: Path) -> None:
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        file.truncate(2**43)  # takes no room on the disk
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**42, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be mapped into memory") as caught:
+            map_file(tmp_path / "large.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert caught.value.place.endswith("large.safetensors")

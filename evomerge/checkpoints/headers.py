@@ -56,11 +56,18 @@ def map_file(file: Path) -> torch.Tensor:
     """All bytes of a file as uint8, mapped into memory: pages are read when touched, and shared between processes.
 
     A file is mapped once while anybody holds it: the model under several adapters counts once as memory of the process.
+
+    Raises:
+        InputError: it is larger than the addresses that this process may use.
     """
     about = file.stat()
     key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
     if (mapped := _mapped.get(key)) is None:
-        mapped = torch.from_file(str(file), shared=False, size=about.st_size, dtype=torch.uint8)
+        try:
+            mapped = torch.from_file(str(file), shared=False, size=about.st_size, dtype=torch.uint8)
+        except RuntimeError:
+            problem = f"its {about.st_size:,} bytes cannot be mapped into memory"
+            raise InputError(str(file), problem, "Raise the limit of this process's memory (ulimit -v).") from None
         _mapped[key] = mapped
     return mapped
 
