@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from evaluators.lm_eval import LmEvalSettings
 
 LIBRARY_TASKS = library_tasks()
+_MOST_CHARACTERS, _MOST_SECONDS, _MOST_TURNS = 10_000_000, 5.0, 1_000_000  # of a template and one item
 TASK_KEYS = {field.name for field in dataclasses.fields(TaskConfig)} | {"class", "group", "task_list"}
 
 
@@ -43,11 +45,31 @@ def _compiled(template: str) -> Template:
 
 
 def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
-    return _compiled(template).render(**doc)
+    """What a template makes of an item, piece by piece: a loop in it may have no end that anybody lives to see.
+
+    Raises:
+        ValueError: it makes more than any prompt is, or takes longer than any prompt takes.
+    """
+    pieces, size, started = [], 0, time.thread_time()
+    for piece in _compiled(template).generate(**doc):
+        pieces.append(piece)
+        size += len(piece)
+        if size > _MOST_CHARACTERS or time.thread_time() - started > _MOST_SECONDS:
+            raise ValueError(f"its template has made {size:,} characters of an item, and does not end")
+    return "".join(pieces)
+
+
+def _range(*bounds: int) -> range:
+    """Jinja's ``range``, of no more numbers than a prompt could tell."""
+    numbers = range(*bounds)
+    if len(numbers) > _MOST_TURNS:
+        raise ValueError(f"its template counts to {len(numbers):,}")
+    return numbers
 
 
 # lm-eval compiles a task's templates anew for every item, four times an item: seconds at every start of a worker.
 utils.apply_template = _apply_template
+utils.env.globals["range"] = _range
 
 
 def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:

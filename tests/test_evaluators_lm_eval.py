@@ -380,6 +380,22 @@ def test_code_of_others_needs_consent(tmp_path: Path) -> None:
     assert trace.exists()
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(999999999) %}x{% endfor %}",
+        "{% for i in range(999999) %}{{ 'long' * 1000 }}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ n }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    ],
+)
+def test_a_template_without_an_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(lm_eval_tasks, "_MOST_SECONDS", 0.2)
+    splits = {split: questions(split, 3) for split in ("validation", "test")}
+    write_task(tmp_path, "endless", GENERATE.replace("Q: {{question}}\\nA:", template), **splits)
+    assert "task endless" in refusal(tmp_path, "endless")
+
+
 def test_unknown_kind_and_task_folder(tmp_path: Path) -> None:
     assert evaluator_settings("lm_eval", "objectives.a.evaluator") is LmEvalSettings
     with pytest.raises(InputError, match=r"a.evaluator: there is no evaluator 'lm_evil'. Did you mean 'lm_eval'"):
