@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, Self
 
-import numpy as np
-
 from evomerge.front import extend_front
 
 Niche = tuple[int, ...]
@@ -101,7 +99,7 @@ class Grid:
         new: defaultdict[Niche, dict[int, Sequence[float]]] = defaultdict(dict)
         for number, point in points.items():
             niche = self.niche(point.features)
-            if niche is not None and np.isfinite(point.losses).all():
+            if niche is not None and all(map(math.isfinite, point.losses)):
                 new[niche][number] = point.losses
         cells = {niche: extend_front(self.cells.get(niche, {}), found) for niche, found in new.items()}
         return replace(self, cells={**self.cells, **cells}) if cells else self

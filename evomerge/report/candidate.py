@@ -50,7 +50,8 @@ def _fate(row: CandidateRow, status: SearchStatus) -> str:
     ]
     scored = ", ".join(f"{row.objectives[name]['n']} of {status.wanted[name]} items of {name}" for name in few)
     if row.status == "eliminated":
-        return f"eliminated by its race after {scored}: too many others of its generation are surely better"
+        who = "others of its generation or of its niche" if status.features else "too many others of its generation"
+        return f"eliminated by its race after {scored}: {who} are surely better"
     return f"its race ended after {scored}; nothing more hung on it" if few else ""
 
 
