@@ -25,7 +25,7 @@ __all__ = ["database", "postgres"]  # fixtures
 
 # What makes format 1 of a database of today's.
 FORMAT_1 = (
-    "ALTER TABLE candidate DROP COLUMN eligible",
+    "ALTER TABLE candidate DROP COLUMN eligible, DROP COLUMN niche, DROP COLUMN elite",
     "ALTER TABLE lease DROP COLUMN writes, DROP COLUMN boot, DROP COLUMN expires_since_boot",
     "DROP TABLE alembic_version, answer, item",
     "UPDATE search SET schema_version = 1",
