@@ -21,7 +21,7 @@ from evomerge.files import open_file, parse_json
 ITEMS_BYTES = 2_000_000_000
 """Most bytes of a file of items."""
 
-_LINE_BYTES = 64_000_000  # an item of as many is beyond any model's context
+_LINE_BYTES = 8_000_000  # an item of as many is beyond any model's context
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pydantic import Field, JsonValue
 from evaluators.base import FOLDER, Split
 from evaluators.benchmarks import benchmark_of, count
 from evaluators.generation import BatchSize
-from evaluators.lm_eval_files import metrics_of
+from evaluators.lm_eval_files import check_folder, metrics_of
 from evaluators.prompts import Asked, PromptSettings, Reader
 from evomerge.errors import InputError
 
@@ -78,6 +78,7 @@ class LmEvalSettings(PromptSettings):
         for folder in self.task_folders:
             if not folder.is_dir():
                 raise InputError("task_folders", f"there is no folder {folder}")
+            check_folder(folder)
 
     def build(self) -> LmEvalEvaluator:
         """Load the task, read both splits and build every prompt.

@@ -15,11 +15,14 @@ from typing import Any
 
 import yaml
 
+from evomerge.files import check_plain
 from evomerge.plugins import unknown_name
+from evomerge.yaml import check_yaml
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 _MOST_BYTES = 1_000_000  # of a task file
+_MANY_BRACKETS = 1_000
 _NAMES = re.compile(rb"^[ \t-]*[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
@@ -35,6 +38,22 @@ def library_tasks() -> Path:
 def library_file(name: str) -> Path | None:
     """The file in lm-eval that names this task. Reading 14,000 files takes 0.2 s, and indexing them 10 s."""
     return _file_of(name, library_tasks())
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of task files that lm-eval, which reads every file in it, would never be done with.
+
+    Raises:
+        InputError: a file is no plain file, or its YAML would explode.
+    """
+    for file in _task_files(folder):
+        try:
+            check_plain(file, "task_folders")
+        except OSError:  # such as a link to nowhere, which is passed over
+            continue
+        content = _content(file)
+        if b"&" in content or content.count(b"[") + content.count(b"{") > _MANY_BRACKETS:
+            check_yaml(content.decode("utf-8", "replace"), str(file))
 
 
 def metrics_of(name: str, folders: tuple[Path, ...]) -> list[str] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from evaluators import evaluator_settings
+from evaluators.lm_eval import LmEvalSettings
 from evaluators.lm_eval_files import metrics_of
 from evomerge.errors import InputError
 from evomerge.plugins import plugins
@@ -162,3 +163,22 @@ def test_a_task_of_ones_own_is_read_as_text(tmp_path: Path) -> None:
     assert metrics_of("mine", (tmp_path,)) is None
     with pytest.raises(InputError, match="there is no task 'qqmine'"):
         metrics_of("qqmine", (tmp_path,))
+
+
+def test_a_folder_of_task_files_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    settings = LmEvalSettings(task="mine", task_folders=(tmp_path,), allow_task_code=True)
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+    settings.check()
+    bomb = "a0: &a0 {k: v}\n" + "".join(
+        f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+    )
+    for text in (bomb, "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]\n"):
+        (tmp_path / "other.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"aliases are written out|nested|alias of itself") as caught:
+            settings.check()
+        assert caught.value.place.startswith(str(tmp_path / "other.yaml"))
+    (tmp_path / "other.yaml").unlink()
+    os.mkfifo(tmp_path / "other.yaml")
+    with pytest.raises(InputError, match="is a named pipe"):
+        settings.check()

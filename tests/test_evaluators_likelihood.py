@@ -261,7 +261,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with file.open("wb") as stream:
         stream.write(good)
         stream.truncate(1_900_000_000)  # zeros, which take no room on the disk
-    assert "line 2: has more than 64,000,000 bytes" in refusal(file=file)
+    assert "line 2: has more than 8,000,000 bytes" in refusal(file=file)
     file.unlink()
     os.mkfifo(file)
     assert "is a named pipe" in refusal(file=file)
