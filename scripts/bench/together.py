@@ -8,6 +8,9 @@ in another order, so that of two tokens that are equally likely but for rounding
 
     python scripts/bench/together.py [--candidates 16] [--items 25] [--rank 16] [--dtype float32] [--repeats 3]
         [--json docs/together.json]
+    python scripts/bench/together.py --real real --dtype bfloat16 --candidates 4 --items 15 [--likelihood]
+
+The second is of the model and the adapters of scripts/real/prepare, by answers or by the likelihood of right ones.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from evaluators.base import Evaluator
+from evaluators.function import FunctionSettings
+from evaluators.likelihood import LikelihoodSettings
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.lm_eval_quiet import quiet
 from evomerge.checkpoints.source import Source, open_source
@@ -56,21 +62,33 @@ def write_adapter(name: str, rank: int, folder: Path) -> Path:
     return folder
 
 
-def open_family(rank: int, folder: Path) -> dict[str, Source]:
-    base = MINIATURES / "base"
-    references = {"base": str(base)}
-    for name in ADAPTED:
-        references[name] = f"{base}+{write_adapter(name, rank, folder / name)}"
+def open_miniatures(rank: int, folder: Path) -> dict[str, Source]:
+    return open_family(MINIATURES / "base", {name: write_adapter(name, rank, folder / name) for name in ADAPTED})
+
+
+def open_family(base: Path, adapters: Mapping[str, Path]) -> dict[str, Source]:
+    references = {"base": str(base), **{name: f"{base}+{adapter}" for name, adapter in adapters.items()}}
     return {name: open_source(name, reference, place=name) for name, reference in references.items()}
+
+
+def real_evaluator(items: Path, likelihood: bool) -> Evaluator:
+    files = {"held_out_file": items / "held_out.jsonl", "apply_chat_template": True}
+    if likelihood:
+        return LikelihoodSettings(file=items / "search.jsonl", prompt="{question}", **files).build()
+    return FunctionSettings(
+        file=ROOT / "scripts" / "real" / "right.py", function="right", items_file=items / "search.jsonl",
+        metrics={"right": "maximize"}, batch_size=256, allow_task_code=True, **files,
+    ).build()  # fmt: skip
 
 
 def recipes_of(sources: Mapping[str, Source], count: int) -> list[StackRecipe]:
     """Task arithmetic with random weights in every layer."""
     numbers = np.random.default_rng(1)
+    adapted = tuple(sources)[1:]
 
     def blend() -> Blend:
-        weights = dict(zip(ADAPTED, numbers.uniform(0.0, 1.2, len(ADAPTED)).tolist(), strict=True))
-        return Blend(method="task_arithmetic", sources=ADAPTED, base="base", parameters={"weight": weights})
+        weights = dict(zip(adapted, numbers.uniform(0.0, 1.2, len(adapted)).tolist(), strict=True))
+        return Blend(method="task_arithmetic", sources=adapted, base="base", parameters={"weight": weights})
 
     found = []
     for _ in range(count):
@@ -90,7 +108,7 @@ def scores(finished: list[Finished]) -> np.ndarray:
     found = []
     for each in finished:
         assert isinstance(each.result, Measured), each.result
-        found.append(each.result.scores[0]["acc_ja"])
+        found.append(next(iter(each.result.scores[0].values())))
     return np.stack(found)
 
 
@@ -101,12 +119,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--real", type=Path, help="the folder that scripts/real/prepare made")
+    parser.add_argument("--likelihood", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        sources = open_family(given.rank, Path(folder))
-        evaluator = LmEvalSettings(task="mini_math_ja", task_folders=(TASKS,), allow_task_code=True).build()
+        if given.real is None:
+            sources = open_miniatures(given.rank, Path(folder))
+            evaluator = LmEvalSettings(task="mini_math_ja", task_folders=(TASKS,), allow_task_code=True).build()
+        else:
+            sources = open_family(
+                given.real / "smollm2", {name: given.real / name for name in ("sums", "json", "verdict")}
+            )
+            evaluator = real_evaluator(given.real / "items", given.likelihood)
         builders = Builders(BuildContext(sources, "base", dtype=getattr(torch, given.dtype)))
         worker = Worker("bench", builders, [evaluator])
         task = Task(0, "search", range(given.items))
@@ -128,6 +154,7 @@ def main() -> None:
     differing = int((found["one at a time"] != found["together"]).sum())
     said = {
         "candidates": given.candidates, "items": given.items, "rank": given.rank, "dtype": given.dtype,
+        "scored": "answers" if not given.likelihood else "likelihood",
         "seconds_one_at_a_time": round(alone, 3), "seconds_together": round(together, 3),
         "ratio": round(alone / together, 2), "scores_that_differ": differing, "scores": found["together"].size,
         "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
