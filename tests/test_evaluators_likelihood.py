@@ -308,3 +308,17 @@ def test_an_answer_without_tokens_of_its_own(tmp_path: Path) -> None:
     live.tokenizer.encode = lambda text, **more: whole(text, **more)[:3]  # a tokenizer that cuts long texts off
     file = write(tmp_path, [{"prompt": f"abc{n}", "answer": "d"} for n in range(9)])
     assert "its answer 'd' adds no token to those of its prompt" in refusal_of(live, file)
+
+
+@pytest.mark.parametrize("answer", [" {answer}", "{answer}.", " {answer} times {question}"])
+def test_the_end_token_is_scored_where_the_template_says_it(miniature: LiveModel, tmp_path: Path, answer: str) -> None:
+    file, end = write(tmp_path, ITEMS), miniature.tokenizer.eos_token
+    plain, ended = (
+        LikelihoodSettings(file=file, prompt="Q: {question}", answer=text)
+        .build()
+        .asked(Reader.of(miniature), "search", 0)
+        for text in (answer, answer + end)
+    )
+    assert miniature.tokenizer.eos_token_id not in plain[0].ids
+    assert ended[0].ids == [*plain[0].ids, miniature.tokenizer.eos_token_id]
+    assert ended[0].scored == plain[0].scored + 1

@@ -119,3 +119,27 @@ def test_what_cannot_be_scored_together_is_refused(
     said = capsys.readouterr().err
     assert "together: " in said
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "beyond"),
+    [
+        ({"together": 4}, False),
+        ({"together": 8, "items": 60}, True),
+        ({"together": 2, "items": 60, "racing": {"rungs": [20, 40]}}, False),
+        ({"together": 2, "items": 80, "racing": {"rungs": [55]}}, True),
+    ],
+)
+def test_the_plan_says_how_many_go_together_and_when_that_spares_nothing(
+    tmp_path: Path,
+    sources: dict[str, str],
+    settings: dict[str, Any],
+    beyond: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    items = settings.pop("items", None)
+    objectives = {"maths": {**ITEMS, "search": f"validation[:{items}]", "items": items}} if items else {"maths": ITEMS}
+    assert evomerge("validate", write(tmp_path, sources, objectives=objectives, **settings)) == 0
+    said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line]
+    assert ["together", f"up to {settings['together']} candidates"] in [[a, b[:18]] for a, b in said]
+    assert beyond == any(kind == "warning" and text.startswith("together:") for kind, text in said)

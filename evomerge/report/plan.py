@@ -27,6 +27,9 @@ LEAST_GAIN = 2
 FEW_ITEMS = 30
 """Items below which a mean is so uncertain that people should know before they spend anything."""
 
+MOST_TOGETHER = 50
+"""Items of a candidate beyond which a processor takes as long for several candidates in one batch as one by one."""
+
 LEAST_ESTIMATED = 10**9
 """Bytes of weights from which on it matters which GPU a worker has."""
 
@@ -67,6 +70,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "warning", warning
     yield from _few_items(setup)
     yield from _racing(setup)
+    yield from _together(prepared)
     yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
     yield "confirmation", _confirmation(setup)
@@ -194,6 +198,18 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
     if optimizer.keeps == "all":
         told = f"racing: {setup.optimizer.name} learns from every candidate of a generation, so none is eliminated"
         yield "warning", f"{told}; only the rungs bound what each is scored on"
+
+
+def _together(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """How many candidates of adapters are scored in one batch, and where that spares nothing."""
+    file = prepared.file
+    if file.together == 1:
+        return
+    yield "together", f"up to {file.together} candidates in one batch; each is exported in float32, as it was scored"
+    first = sum(prepared.setup.rungs[0].values())
+    if first > MOST_TOGETHER and not (torch.cuda.is_available() or file.cluster.gpus_per_worker):
+        told = f"together: on a processor it takes less time only with few items a candidate, not with {first}"
+        yield "warning", f"{told}; leave it out, or race on {MOST_TOGETHER} or fewer first"
 
 
 def _budget(prepared: Prepared) -> str:
