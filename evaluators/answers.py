@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluators.base import Split
-from evaluators.benchmarks import benchmark_of, count
+from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
+from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
-from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_prompt
-
-if TYPE_CHECKING:
-    import torch
-
-    from evomerge.checkpoints.live import LiveModel
+from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_prompt
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Generate, Request, Response
 
 
 class AnswersSettings(FewshotSettings):
@@ -82,8 +76,12 @@ class Question:
     def asks(self) -> str:
         return self.prompt
 
+    @property
+    def item(self) -> Item:
+        return Item(self.hash, self.prompt, self.reference, self.benchmark)
 
-class AnswersEvaluator(ABC):
+
+class AnswersEvaluator(Evaluator):
     """Prompts that a live model answers; a subclass grades each answer.
 
     Attributes:
@@ -96,61 +94,34 @@ class AnswersEvaluator(ABC):
         """``metric`` is of what is better higher; ``grading`` names what grades, with its version."""
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = {metric: True}
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
         self._answering = settings
-        self._items = split_items(
+        self._questions = split_items(
             lambda file: [self._question(line) for line in read_lines(file)],
             settings.file, settings.held_out_file, settings.held_out,
         )  # fmt: skip
-        self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
+        self.splits = {split: [question.item for question in found] for split, found in self._questions.items()}
+        self._requests = ItemRequests(self._make)
+        hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         self._examples = Examples(settings.num_fewshot, self._worked(), self.name)
         shaping = [settings.max_new_tokens, settings.stop, settings.shaping]
-        self.version = digest([*grading, self._hashes, shaping, [example.answer for example in self._examples.all]])
+        self.version = digest([*grading, hashes, shaping, [example.answer for example in self._examples.all]])
 
-    def items(self, split: Split) -> Sequence[str]:
-        """A hash of each item's prompt and reference, in the order of the file."""
-        return self._hashes[split]
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
+        """The items' prompts."""
+        return self._requests(reader, split, indices)
 
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """Each item's prompt and reference."""
-        return [(item.prompt, item.reference) for item in self._items[split]]
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """A grade for each answer."""
+        answers = dict(zip(indices, texts(responses), strict=True))
+        grades = self._grade([(self._questions[split][index], answer) for index, answer in answers.items()])
+        values = np.array(grades, dtype=np.float32)
+        return Graded(dict.fromkeys(self.metrics, values), answers)
 
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """The item's prompt."""
-        item = self._items[split][index]
-        most = self._answering.max_new_tokens
-        return [asked_prompt(reader, self._answering, item.prompt, most, item.place, self._examples.of(item.hash))]
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """How many items are a public benchmark's test items."""
-        return count(item.benchmark for item in self._items[split])
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """Have the model answer the items at these positions and grade it: float32 [len(indices)] for the metric.
-
-        Raises:
-            InputError: the model's context has no room for answers, or it lacks a token of its tokenizer.
-        """
-        from evaluators.generation import grade_answers
-
-        items, asked = self._items[split], self._answering
-        if outside := [index for index in indices if not 0 <= index < len(items)]:
-            raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
-        reader = Reader.of(model)
-        prompts = {index: found for index in indices for found in self.asked(reader, split, index)}
-        _, answers, seconds = grade_answers(
-            model, prompts, lambda _, answer: answer,
-            asked.max_new_tokens, asked.stop, asked.batch_size,
-        )  # fmt: skip
-        started = time.perf_counter()
-        answered = [(items[index], answer) for index, answer in answers.items()]
-        grades = dict(zip(answers, self._grade(answered, model.device), strict=True))
-        self.answers = answers
-        self.seconds = seconds | {"score": time.perf_counter() - started} if grades else {}
-        values = np.array([grades[index] for index in indices], dtype=np.float32)
-        return dict.fromkeys(self.metrics, values)
+    def _make(self, reader: Reader, split: Split, index: int) -> list[Request]:
+        item, how = self._questions[split][index], self._answering
+        examples = self._examples.of(item.hash)
+        prompt = asked_prompt(reader, how, item.prompt, how.max_new_tokens, item.place, examples)
+        return [Generate(prompt, how.max_new_tokens, how.stop, how.batch_size)]
 
     def _question(self, line: Line) -> Question:
         """The item that a line of the file is; one without a reference unless a subclass has it otherwise."""
@@ -158,9 +129,9 @@ class AnswersEvaluator(ABC):
 
     def _worked(self) -> list[Example]:
         """The items that worked examples may be taken from, with their answers; none where none are wanted."""
-        first = self._items["search"][: self._answering.num_fewshot + 1] if self._answering.num_fewshot else []
+        first = self._questions["search"][: self._answering.num_fewshot + 1] if self._answering.num_fewshot else []
         return [Example(q.prompt, fill("answer", self._answering.answer, q.line), q.hash) for q in first]
 
     @abstractmethod
-    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> Sequence[float]:
-        """The score of each answer; ``device`` is the live model's."""
+    def _grade(self, answered: Sequence[tuple[Question, str]]) -> Sequence[float]:
+        """The score of each answer."""

@@ -1,17 +1,29 @@
-"""The contract of an evaluator: it scores a live model on items and returns one score per item."""
+"""The contract of an evaluator: what it asks a model, and how it grades the responses, item by item.
+
+Two phases, so that the requests of all objectives, and of several candidates, go to the engine at once, and answers are
+graded while it goes on: ``Evaluator.requests`` says what to ask, ``Evaluator.grade`` turns responses into scores. What
+cannot say beforehand what it asks is an ``ImperativeEvaluator``, which is given the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from evomerge.inference.requests import Engine, LogLikelihood, Request, Response, Text
+
 if TYPE_CHECKING:  # settings are read where no model is, and torch takes seconds to import
-    from evaluators.prompts import Asked, Reader
     from evomerge.checkpoints.live import LiveModel
+    from evomerge.inference.reading import Media, Prompt, Reader
+
+Kind = TypeVar("Kind")
 
 Split = Literal["search", "held_out"]
 
@@ -26,79 +38,154 @@ ItemScores = Mapping[str, NDArray[np.float32]]
 """For each metric, float32 of shape [n_items]: the score of every item asked for, in the order asked."""
 
 
-class Evaluator(Protocol):
-    """Scores live models on the items of two splits.
+@dataclass(frozen=True)
+class Item:
+    """One item of a split.
 
-    An evaluator is built once and kept for the life of its worker: whatever costs time (reading data, building
-    prompts) happens in its construction, not in ``score``.
+    Attributes:
+        id: a content hash: equal ids mean equal items, in whichever split.
+        question: what it asks, for people; empty where it asks nothing.
+        answer: the right answer, for people; empty where there is none.
+        benchmark: the public benchmark that has it as a test item, as ``evaluators.benchmarks`` tells it; None where
+            none has. A search on such items needs a person's consent.
+        media: what it holds beside text.
     """
 
-    @property
-    def name(self) -> str:
-        """Short name for people, such as the task's."""
-        ...
+    id: str
+    question: str = ""
+    answer: str = ""
+    benchmark: str | None = None
+    media: tuple[Media, ...] = ()
 
-    @property
-    def version(self) -> str:
-        """Changes whenever the same model could get another score: part of the cache key of every score."""
-        ...
 
-    @property
-    def metrics(self) -> Mapping[str, bool]:
-        """Each metric that ``score`` returns, and whether higher is better."""
-        ...
+@dataclass(frozen=True)
+class Graded:
+    """What came of some items.
 
-    @property
-    def measured(self) -> frozenset[str]:
-        """Metrics that are measured rather than computed, such as speed: the next time they are other numbers."""
-        ...
+    Attributes:
+        scores: of every item, by metric.
+        answers: what the model wrote, or chose, by the item's position in the split, where it did either. For people
+            to read beside the scores.
+        seconds: how long it took by phase ("generate" is the model's part, "score" the grading's), where an evaluator
+            knows that better than who measures it from outside.
+    """
 
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """How long the last ``score`` took, by phase: "generate" is the model's part, "score" the grading's."""
-        ...
+    scores: ItemScores
+    answers: Mapping[int, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def answers(self) -> Mapping[int, str]:
-        """What the model wrote, or chose, in the last ``score``, by the item's position; empty where it does neither.
 
-        For people to read beside the scores.
-        """
-        ...
+@dataclass(frozen=True)
+class Direct:
+    """A request that no engine answers: a function that is given the live model itself, and the engine to ask.
 
-    def texts(self, split: Split) -> Sequence[tuple[str, str]]:
-        """What each item asks and its right answer, for people, in order; "" where there is none."""
-        ...
+    Attributes:
+        run: what it returns is the ``Outcome``'s value.
+        prompts: what the model will be given by it, as far as that is known: to see before a search whether items fit.
+    """
 
-    def items(self, split: Split) -> Sequence[str]:
-        """A content hash for each item of the split, in order. Equal hashes mean equal items, in whichever split."""
-        ...
+    run: Callable[[LiveModel, Engine], Any]
+    prompts: tuple[Prompt, ...] = ()
 
-    def asked(self, reader: Reader, split: Split, index: int) -> Sequence[Asked]:
-        """What a model is given for the item at a position, once for each time that it is asked.
 
-        Empty for what asks nothing, or nothing that is known before a model is there. For people to read, and to see
-        before a search whether items fit.
+@dataclass(frozen=True)
+class Outcome:
+    """The response to a ``Direct``."""
+
+    value: Any
+
+
+def texts(responses: Sequence[Response | Outcome]) -> list[str]:
+    """What the model wrote to each of several ``Generate``."""
+    return [_as(Text, response).text for response in responses]
+
+
+def likelihoods(responses: Sequence[Response | Outcome]) -> list[LogLikelihood]:
+    """What each of several ``Likelihood`` came to."""
+    return [_as(LogLikelihood, response) for response in responses]
+
+
+def _as(kind: type[Kind], response: Response | Outcome) -> Kind:
+    if not isinstance(response, kind):
+        raise TypeError(f"an engine gave {type(response).__name__} where {kind.__name__} was asked for")
+    return response
+
+
+class Evaluator(ABC):
+    """Scores models on the items of two splits.
+
+    An evaluator is built once and kept for the life of its worker: whatever costs time (reading data, building
+    prompts) happens in its construction, or the first time that it is asked.
+
+    Attributes:
+        name: short name for people, such as the task's.
+        version: changes whenever the same model could get another score: part of the cache key of every score.
+        metrics: each metric that it grades by, and whether higher is better.
+        measured: metrics that are measured rather than computed, such as speed: the next time they are other numbers.
+        splits: the items of both splits, in order.
+    """
+
+    name: str
+    version: str
+    metrics: Mapping[str, bool]
+    measured: frozenset[str] = frozenset()
+    splits: Mapping[Split, Sequence[Item]]
+
+    def items(self, split: Split) -> Sequence[Item]:
+        """The items of a split, in order."""
+        return self.splits[split]
+
+    @abstractmethod
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
+        """What to ask of a model for the items at these positions, each given once, item after item.
+
+        Asked without a model, too, of single items: for people to read, and to see before a search whether items fit.
+
+        Args:
+            reader: how the model reads: a chat template, what fits and which tokens there are hang on it.
 
         Raises:
-            InputError: the item cannot be scored with such a model.
+            InputError: an item cannot be scored with such a model.
         """
-        ...
 
-    def test_items(self, split: Split) -> Mapping[str, int]:
-        """How many items of the split are test items of a public benchmark, by the benchmark's name.
-
-        Told by content, as ``evaluators.benchmarks`` does it. A search on such items needs a person's consent.
-        """
-        ...
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> ItemScores:
-        """Score the items at these positions of the split.
+    @abstractmethod
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """The scores of items from the responses to what ``requests`` asked of the same ones, in its order.
 
         Deterministic but for what is ``measured``: the same model and indices give the same numbers. An item's score
         does not depend on the other items asked for, beyond the last bits that batching moves.
         """
-        ...
+
+
+class ImperativeEvaluator(Evaluator):
+    """An evaluator that is given the model: for what cannot say beforehand what it asks.
+
+    Several rounds of answers, a process of its own, a look into the model: with an engine that has several models it is
+    run for each of them alone.
+    """
+
+    @abstractmethod
+    def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
+        """Score the items at these positions, each given once; what ``grade`` says holds here, too.
+
+        Args:
+            live: the model that is scored.
+            engine: answers requests with it, quicker than the model itself: ``respond_to(engine, requests)``.
+        """
+
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Direct]:
+        """One, which scores."""
+        return [Direct(partial(self._run, split, list(indices)))]
+
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """What ``score`` returned."""
+        (outcome,) = responses
+        assert isinstance(outcome, Outcome)
+        graded: Graded = outcome.value
+        return graded
+
+    def _run(self, split: Split, indices: Sequence[int], live: LiveModel, engine: Engine) -> Graded:
+        return self.score(live, engine, split, indices)
 
 
 class EvaluatorSettings(BaseModel):

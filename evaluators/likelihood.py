@@ -8,26 +8,21 @@ written these very answers, not that it would have found them.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluators.base import Split
-from evaluators.benchmarks import benchmark_of, count
+from evaluators.base import Evaluator, Graded, Item, Outcome, Split, likelihoods
+from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import check_template, digest, fill, read_lines, split_items
-from evaluators.prefill import Prefill
-from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_pair
+from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_pair
 from evomerge.errors import InputError
-
-if TYPE_CHECKING:
-    from evomerge.checkpoints.live import LiveModel
-
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Likelihood, Request, Response
 
 METRICS = {"log_likelihood": True, "bits_per_byte": False}
 """Each metric, and whether higher is better."""
@@ -74,7 +69,7 @@ class LikelihoodSettings(FewshotSettings):
 
 
 @dataclass(frozen=True)
-class _Item:
+class _Pair:
     """A prompt and what may come after it; ``place`` is for people, ``benchmark`` has it as a test item."""
 
     prompt: str
@@ -91,7 +86,7 @@ class _Item:
         return self.prompt or self.answer
 
 
-class LikelihoodEvaluator:
+class LikelihoodEvaluator(Evaluator):
     """Prompts with their answers, ready to be scored by one live model after another.
 
     Attributes:
@@ -105,66 +100,47 @@ class LikelihoodEvaluator:
     def __init__(self, settings: LikelihoodSettings) -> None:
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = METRICS
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
-        self._items = split_items(
+        self._pairs = split_items(
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
-        self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
+        self.splits = {
+            split: [Item(pair.hash, pair.prompt, pair.answer, pair.benchmark) for pair in pairs]
+            for split, pairs in self._pairs.items()
+        }
+        hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         self._settings = settings
         self._examples = Examples(
             settings.num_fewshot,
-            [Example(item.prompt, item.answer, item.hash) for item in self._items["search"]],
+            [Example(pair.prompt, pair.answer, pair.hash) for pair in self._pairs["search"]],
             self.name,
         )
-        self.version = digest(["likelihood 1", self._hashes, settings.shaping])
-        self._prefill = Prefill(self._pairs, settings.batch_tokens)
+        self.version = digest(["likelihood 1", hashes, settings.shaping])
+        self._requests = ItemRequests(self._make)
 
-    def items(self, split: Split) -> Sequence[str]:
-        """A hash of each item's prompt and answer, in the order of the file."""
-        return self._hashes[split]
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
+        """The items' prompts, each with its answer."""
+        return self._requests(reader, split, indices)
 
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """Each item's prompt and answer."""
-        return [(item.prompt, item.answer) for item in self._items[split]]
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """Both metrics of each answer."""
+        answers = likelihoods(responses)
+        per_token = [answer.log / answer.tokens for answer in answers]
+        bits = [-answer.log / math.log(2) / answer.size for answer in answers]
+        return Graded({"log_likelihood": np.array(per_token, np.float32), "bits_per_byte": np.array(bits, np.float32)})
 
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """The item's prompt with its answer."""
-        item = self._items[split][index]
-        examples = self._examples.of(item.hash)
-        return [asked_pair(reader, self._settings, item.prompt, item.answer, item.place, examples)]
-
-    def _pairs(self, reader: Reader, split: Split) -> list[Asked]:
-        return [pair for index in range(len(self._items[split])) for pair in self.asked(reader, split, index)]
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """How many items are a public benchmark's test items."""
-        return count(item.benchmark for item in self._items[split])
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """Score the items at these positions of the split: float32 [len(indices)] for each metric.
-
-        Raises:
-            InputError: an item does not fit the model's vocabulary, or its answer the context.
-        """
-        count = len(self._items[split])
-        if outside := [index for index in indices if not 0 <= index < count]:
-            raise IndexError(f"{self.name} has {count} items in its {split} split; there is no item {outside[0]}")
-        started = time.perf_counter()
-        found = self._prefill.score(model, split, indices)
-        self.seconds = {"generate": time.perf_counter() - started}
-        per_token = [found[index].log / found[index].tokens for index in indices]
-        bits = [-found[index].log / math.log(2) / found[index].size for index in indices]
-        return {"log_likelihood": np.array(per_token, np.float32), "bits_per_byte": np.array(bits, np.float32)}
+    def _make(self, reader: Reader, split: Split, index: int) -> list[Request]:
+        pair = self._pairs[split][index]
+        examples = self._examples.of(pair.hash)
+        prompt = asked_pair(reader, self._settings, pair.prompt, pair.answer, pair.place, examples)
+        return [Likelihood(prompt, self._settings.batch_tokens)]
 
 
 # ---- items -----------------------------------------------------------------------------------------------------------
 
 
-def _read(settings: LikelihoodSettings, file: Path) -> Iterator[_Item]:
+def _read(settings: LikelihoodSettings, file: Path) -> Iterator[_Pair]:
     for line in read_lines(file):
         prompt, answer = fill("prompt", settings.prompt, line), fill("answer", settings.answer, line)
         if not answer.strip():
             raise InputError(line.place, "has an empty answer", "Leave the item out.")
-        yield _Item(prompt, answer, line.place, benchmark_of(line.fields))
+        yield _Pair(prompt, answer, line.place, benchmark_of(line.fields))

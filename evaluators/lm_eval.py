@@ -12,25 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
-from evaluators.base import FOLDER, Split
-from evaluators.benchmarks import benchmark_of, count
-from evaluators.generation import BatchSize
+from evaluators.base import FOLDER, Direct, Evaluator, Graded, Item, Outcome, Split, texts
+from evaluators.benchmarks import benchmark_of
 from evaluators.lm_eval_files import check_folder, metrics_of
-from evaluators.prompts import Asked, PromptSettings, Reader
+from evaluators.prompts import ItemRequests, PromptSettings
 from evomerge.errors import InputError
+from evomerge.inference.reading import Prompt, Reader
+from evomerge.inference.requests import BatchSize, Engine, Generate, Request, Response
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+    from evaluators.lm_eval_items import Items
     from evaluators.lm_eval_model import ResidentLM
     from evomerge.checkpoints.live import LiveModel
 
@@ -89,7 +90,7 @@ class LmEvalSettings(PromptSettings):
         return LmEvalEvaluator(self)
 
 
-class LmEvalEvaluator:
+class LmEvalEvaluator(Evaluator):
     """An lm-eval task, ready to score one live model after another.
 
     An item's score is the task's own aggregation of that item alone: for the usual metrics, which are means, the item's
@@ -116,100 +117,102 @@ class LmEvalEvaluator:
             config = self._task.config  # of a task that comes with lm-eval, the split that lm-eval itself scores
             self._benchmark_split = (config.test_split or config.validation_split) if public else None
             self._items = read_splits(self._task, settings)
-            self._requests = {
+            self._instances = {
                 split: build_requests(self._task, items, settings) for split, items in self._items.items()
             }
             found = [
-                find_measures(self._task, items, self._requests[split], f"task {self.name}: {split}")
+                find_measures(self._task, items, self._instances[split], f"task {self.name}: {split}")
                 for split, items in self._items.items()
             ]
         self._measures = {key: measure for key, measure in found[0].items() if key in found[1]}
         self.metrics: Mapping[str, bool] = {key: measure.higher_is_better for key, measure in self._measures.items()}
-        parts = [(items, self._requests[split]) for split, items in self._items.items()]
+        parts = [(items, self._instances[split]) for split, items in self._items.items()]
         self.version = fingerprint(self._task, settings, parts)
         self._lm: ResidentLM | None = None
-        self._checked: set[tuple[Split, int]] = set()
         self._rendered_for: object = None
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
+        self._requests = ItemRequests(self._make)
+        self.splits = {split: self._shown(items) for split, items in self._items.items()}
 
-    def items(self, split: Split) -> Sequence[str]:
-        """A hash of each item's question, choices and answer, in order."""
-        return self._items[split].hashes
+    def _shown(self, items: Items) -> list[Item]:
+        """The items of a split: all that lm-eval scores are a benchmark's, where the task comes with it, else those
+        known by content."""
+        whole = self.name if items.source == self._benchmark_split else None
+        return [
+            Item(hashed, question, answer, whole or benchmark_of(doc))
+            for hashed, (question, answer), doc in zip(items.hashes, items.texts, items.docs, strict=True)
+        ]
 
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """Each item's question and right answer."""
-        return list(self._items[split].texts)
-
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """The item's requests."""
-        from evaluators.lm_eval_model import asked
-
-        self._render(reader.tokenizer)
-        items = self._items[split]
-        place = f"task {self.name}, row {items.rows[index]} of {items.source!r}"
-        return [asked(request, reader, self._settings, place) for request in self._requests[split][index]]
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """All items of the split that lm-eval scores, where the task comes with it; else those known by content."""
-        items = self._items[split]
-        if items.source == self._benchmark_split:
-            return {self.name: len(items.docs)}
-        return count(benchmark_of(doc) for doc in items.docs)
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """Score the items at these positions of the split: float32 [len(indices)] for each metric.
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
+        """The items' instances, each as a request; those that only lm-eval can answer are in one ``Direct`` behind.
 
         Raises:
             InputError: the model's context, vocabulary or chat template does not fit the task.
         """
-        from evaluators.lm_eval_grading import grade, written
-        from evaluators.lm_eval_model import ask
+        self._render(reader.tokenizer)
+        asked: list[Request] = []
+        rest: dict[int, Prompt] = {}
+        instances = self._flat(split, indices)
+        for number, request in enumerate(self._requests(reader, split, indices)):
+            if isinstance(request, Prompt):
+                rest[number] = request
+            else:
+                asked.append(request)
+        if not rest:
+            return asked
+        own = {number: instances[number] for number in rest}
+        return [*asked, Direct(partial(self._by_lm_eval, own), tuple(rest.values()))]
+
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """The task's own grades."""
+        from evaluators.lm_eval_grading import give, grade, written
         from evaluators.lm_eval_quiet import quiet, undisturbed
 
-        docs = self._items[split].docs
-        if outside := [index for index in indices if not 0 <= index < len(docs)]:
-            raise IndexError(f"{self.name} has {len(docs)} items in its {split} split; there is no item {outside[0]}")
-        distinct = list(dict.fromkeys(indices))
-        self.answers = {}
-        if not distinct:
-            return {key: np.empty(0, dtype=np.float32) for key in self._measures}
+        docs, groups = self._items[split].docs, [self._instances[split][index] for index in indices]
+        found: dict[int, Any] = next((r.value for r in responses if isinstance(r, Outcome)), {})
+        given = iter(texts([response for response in responses if not isinstance(response, Outcome)]))
         with quiet(), undisturbed():
-            lm = self._resident(model)
-            requests = self._checked_requests(model, split, distinct)
-            started = time.perf_counter()
-            ask(lm, requests)
-            answered = time.perf_counter()
-            texts = {i: written(self._task, docs[i], group) for i, group in zip(distinct, requests, strict=True)}
-            self.answers = {i: text for i, text in texts.items() if text is not None}
-            graded = dict(zip(distinct, grade(self._task, [docs[index] for index in distinct], requests), strict=True))
-            values = {
-                key: np.array([measure.of(graded[index]) for index in indices], dtype=np.float32)
+            for number, instance in enumerate(self._flat(split, indices)):
+                give(instance, found[number] if number in found else next(given))
+            written_by_item = {i: written(self._task, docs[i], group) for i, group in zip(indices, groups, strict=True)}
+            graded = grade(self._task, [docs[index] for index in indices], groups)
+            scores = {
+                key: np.array([measure.of(grades) for grades in graded], dtype=np.float32)
                 for key, measure in self._measures.items()
             }
-            self.seconds = {"generate": answered - started, "score": time.perf_counter() - answered}
-            return values
+        return Graded(scores, {i: text for i, text in written_by_item.items() if text is not None})
 
-    def _resident(self, model: LiveModel) -> ResidentLM:
+    def _make(self, reader: Reader, split: Split, index: int) -> list[Generate | Prompt]:
+        from evaluators.lm_eval_model import request_of
+
+        items = self._items[split]
+        place = f"task {self.name}, row {items.rows[index]} of {items.source!r}"
+        return [request_of(instance, reader, self._settings, place) for instance in self._instances[split][index]]
+
+    def _flat(self, split: Split, indices: Sequence[int]) -> list[Instance]:
+        """The instances of items, item after item."""
+        return [instance for index in indices for instance in self._instances[split][index]]
+
+    def _by_lm_eval(self, instances: Mapping[int, Instance], live: LiveModel, engine: Engine) -> dict[int, Any]:
+        """lm-eval's own answers, by the numbers of the instances.
+
+        Raises:
+            InputError: they are not plainly greedy, and the engine gives no others.
+        """
+        from evaluators.lm_eval_model import ask, refuse_wishes
+        from evaluators.lm_eval_quiet import quiet, undisturbed
+
+        if engine.greedy_only:
+            refuse_wishes(instances.values(), Reader.of(live))
+        with quiet(), undisturbed():
+            return ask(self._resident(live), instances)
+
+    def _resident(self, live: LiveModel) -> ResidentLM:
         """lm-eval's view of the model, made when the model is first seen."""
         from evaluators.lm_eval_model import ResidentLM
 
-        if self._lm is None or self._lm.model is not model.model or self._lm.tokenizer is not model.tokenizer:
-            settings = self._settings
-            self._lm = ResidentLM(model.model, model.tokenizer, settings.batch_size, settings.max_length, model.engine)
-            self._checked.clear()
+        if self._lm is None or self._lm.model is not live.model or self._lm.tokenizer is not live.tokenizer:
+            self._lm = ResidentLM(live.model, live.tokenizer, self._settings.batch_size, self._settings.max_length)
         return self._lm
-
-    def _checked_requests(self, model: LiveModel, split: Split, indices: Sequence[int]) -> list[list[Instance]]:
-        """The requests of items, each seen once to be such as this model can answer."""
-        self._render(model.tokenizer)
-        reader = Reader(model.tokenizer, self._resident(model).max_length, Reader.of(model).embeddings)
-        for index in indices:
-            if (split, index) not in self._checked:
-                self.asked(reader, split, index)
-                self._checked.add((split, index))
-        return [self._requests[split][index] for index in indices]
 
     def _render(self, tokenizer: Any) -> None:
         """Put the prompts into the tokenizer's chat template, where that is wanted, when it is first seen."""
@@ -221,7 +224,7 @@ class LmEvalEvaluator:
             return
         with quiet(), undisturbed():
             for split, items in self._items.items():
-                self._requests[split] = build_requests(
+                self._instances[split] = build_requests(
                     self._task, items, self._settings, chat(tokenizer, self._settings)
                 )
         self._rendered_for = tokenizer

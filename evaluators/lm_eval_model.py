@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -13,22 +13,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from evaluators.generation import BatchSize, Room, answer_tokens, shaping
-from evaluators.lm_eval_grading import give
-from evaluators.prompts import (
-    Asked,
-    PromptSettings,
-    Reader,
-    chat_text,
-    check_known,
-    encode,
-    encode_pair,
-    encode_plain,
-    first_token,
-)
-from evaluators.stopping import StopAtText
-from evomerge.checkpoints.live import Engine, LiveModel
+from evaluators.prompts import PromptSettings, chat_text
 from evomerge.errors import InputError
+from evomerge.inference.generation import Room, shaping
+from evomerge.inference.reading import Prompt, Reader, encode, encode_pair, encode_plain, first_token
+from evomerge.inference.requests import BatchSize, Generate
+from evomerge.inference.stopping import StopAtText
+
+if TYPE_CHECKING:
+    from evaluators.lm_eval import LmEvalSettings
 
 
 class ResidentLM(HFLM):  # type: ignore[misc]
@@ -40,14 +33,13 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase,
         batch_size: BatchSize,
         max_length: int | None,
-        engine: Engine | None = None,
     ) -> None:
         room = Room()
         rows = room.rows(batch_size)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, max_length=max_length
         )
-        self._live, self._wanted, self._room = LiveModel(model, tokenizer, engine=engine), batch_size, room
+        self._wanted, self._room = batch_size, room
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 
     def tok_encode(
@@ -87,37 +79,17 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         return self._room.fit(self._wanted, self._room.rows(self._wanted), self.device, work)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each request; those that are plainly greedy are given as every evaluator's are.
-
-        Raises:
-            InputError: a serving engine is asked for answers that are not.
-        """
+        """The answer to each request, as lm-eval decodes it."""
         groups: dict[str, list[int]] = {}
         for position, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(position)
+            groups.setdefault(_settings_of(request), []).append(position)
         answers = [""] * len(requests)
         for group in groups.values():
-            found = self._generate([requests[position] for position in group])
+            work = partial(self._generate_as_lm_eval, [requests[position] for position in group])
+            found = self._room.fit(self._wanted, len(group), self.device, work)
             for position, text in zip(group, found, strict=True):
                 answers[position] = text
         return answers
-
-    def _generate(self, requests: list[Instance]) -> list[str]:
-        """The answers to requests with the same settings."""
-        settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
-        most, until = int(settings.pop("max_gen_toks")), settings.pop("until")
-        wishes = [*shaping(self.model, settings), *({"max_length"} & settings.keys())]
-        if wishes and self._live.engine is not None:
-            problem = f"{', '.join(wishes)}, of the task or the model's generation_config.json, is not plainly greedy"
-            mend = "Set it to what has no effect, such as `repetition_penalty: 1.0`, or leave `engine` out."
-            raise InputError("generation", problem, mend)
-        if wishes:
-            work = partial(self._generate_as_lm_eval, requests)
-            return self._room.fit(self._wanted, len(requests), self.device, work)
-        stop = handle_stop_sequences(until, eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
-        room = self.max_length - most
-        prompts = [(self.tok_encode(each.args[0]) or [first_token(self.tokenizer)])[-room:] for each in requests]
-        return answer_tokens(self._live, prompts, most, [text for text in stop if text], self._wanted)
 
     def _generate_as_lm_eval(self, requests: list[Instance], rows: int) -> list[str]:
         self.batch_size_per_gpu = rows
@@ -147,14 +119,13 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         return tokens.masked_fill(beyond.to(tokens.device), pad)
 
 
-def ask(lm: ResidentLM, requests: Sequence[Sequence[Instance]]) -> None:
-    """Have the model answer the requests of every item; the answers go into the requests, over older ones."""
-    flat = [request for group in requests for request in group]
-    for kind in dict.fromkeys(request.request_type for request in flat):
-        asked = [request for request in flat if request.request_type == kind]
-        answers = getattr(lm, kind)(asked, disable_tqdm=True)
-        for request, answer in zip(asked, answers, strict=True):
-            give(request, answer)
+def ask(lm: ResidentLM, requests: Mapping[int, Instance]) -> dict[int, Any]:
+    """The model's answer to each request, kind by kind, as lm-eval has it."""
+    found: dict[int, Any] = {}
+    for kind in dict.fromkeys(request.request_type for request in requests.values()):
+        asked = {number: request for number, request in requests.items() if request.request_type == kind}
+        found.update(zip(asked, getattr(lm, kind)(list(asked.values()), disable_tqdm=True), strict=True))
+    return found
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> Callable[..., str]:
@@ -176,37 +147,77 @@ def chat(tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> Callab
     return apply
 
 
-def asked(request: Instance, reader: Reader, settings: PromptSettings, place: str) -> Asked:
-    """A request as the model is given it.
+def request_of(request: Instance, reader: Reader, settings: LmEvalSettings, place: str) -> Generate | Prompt:
+    """A request of lm-eval's as one of an engine; its prompt alone where lm-eval has to answer it by itself.
+
+    That is where answers are not plainly greedy, by the task's settings or the model's own (beams, a penalty), and
+    where likelihoods are asked for: lm-eval adds them up in the model's dtype, in batches of its own (a text that is
+    too long for the context window by window), and a score is to be lm-eval's own to the last bit.
 
     Raises:
         InputError: there is no room at all, an answer that is empty or too long, or a token that the model has not.
     """
     tokenizer, most = reader.tokenizer, _context(reader, settings)
     if request.request_type == "generate_until":
-        prompt, wanted = request.args[:2]
-        tokens = int(normalize_gen_kwargs(wanted)["max_gen_toks"])
+        text, wanted = request.args[0], normalize_gen_kwargs(request.args[1])
+        tokens, until = int(wanted.pop("max_gen_toks")), wanted.pop("until")
         if tokens >= most:
             problem = f"asks for answers of up to {tokens} tokens, but prompt and answer together may have {most}"
             raise InputError(place, problem, "Lower `max_gen_toks` under `generation:`.")
-        ids = encode(tokenizer, prompt) or [first_token(tokenizer)]
-        check_known(reader, ids, place)
-        return Asked(prompt, "", ids, 0, most - tokens, place)
+        ids = encode(tokenizer, text) or [first_token(tokenizer)]
+        reader.check_known(ids, place)
+        prompt = Prompt(text, "", ids, 0, most - tokens, place)
+        if wishes(reader, wanted):
+            return prompt
+        stop = handle_stop_sequences(list(until), eos=tokenizer.decode(tokenizer.eos_token_id))
+        return Generate(prompt, tokens, tuple(ending for ending in stop if ending), settings.batch_size)
     if request.request_type == "loglikelihood":
-        prompt, answer = request.args[:2]
-        before, after = encode_pair(tokenizer, prompt, answer)
+        text, answer = request.args[:2]
+        before, after = encode_pair(tokenizer, text, answer)
         if not 0 < len(after) <= most:
             problem = f"has an answer of {len(after)} tokens, where the model can take 1 to {most}"
             raise InputError(place, problem, "Mend the item, or leave it out with a slice such as `test[:100]`.")
-        check_known(reader, [*before, *after], place)
-        return Asked(prompt, answer, [*before, *after], len(after), most + 1, place)
+        reader.check_known([*before, *after], place)
+        return Prompt(text, answer, [*before, *after], len(after), most + 1, place)
     text = request.args[0]
     ids = encode(tokenizer, text)  # loglikelihood_rolling cuts a long text into windows and loses nothing
-    check_known(reader, ids, place)
-    return Asked("", text, [first_token(tokenizer), *ids], len(ids), None, place)
+    reader.check_known(ids, place)
+    return Prompt("", text, [first_token(tokenizer), *ids], len(ids), None, place)
+
+
+def wishes(reader: Reader, settings: Mapping[str, Any]) -> list[str]:
+    """Settings of answers that are not plainly greedy, of a task or of the model."""
+    own = [] if reader.generation is None else shaping(reader.generation, settings)
+    return [*own, *({"max_length"} & settings.keys())]
+
+
+def refuse_wishes(requests: Iterable[Instance], reader: Reader) -> None:
+    """For an engine that answers greedily alone.
+
+    Raises:
+        InputError: answers are wanted that are not plainly greedy.
+    """
+    for request in requests:
+        if request.request_type == "generate_until":
+            names = ", ".join(wishes(reader, _said(request)))
+            problem = f"{names}, of the task or the model's generation_config.json, is not plainly greedy"
+            mend = "Set it to what has no effect, such as `repetition_penalty: 1.0`, or leave `engine` out."
+            raise InputError("generation", problem, mend)
+
+
+def _said(request: Instance) -> dict[str, Any]:
+    """What a request says of its answers, but for their length and stop texts."""
+    return {key: value for key, value in normalize_gen_kwargs(request.args[1]).items() if key not in _LENGTHS}
+
+
+_LENGTHS = ("max_gen_toks", "until")
+
+
+def _settings_of(request: Instance) -> str:
+    return json.dumps(request.args[1], sort_keys=True, default=str)
 
 
 def _context(reader: Reader, settings: PromptSettings) -> int:
     """Most tokens of prompt and answer, as HFLM has it for a model that says none."""
-    room = reader.room(settings)
+    room = settings.limited(reader).context
     return resolve_max_length(None, reader.tokenizer) if room is None else room

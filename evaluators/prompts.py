@@ -1,30 +1,23 @@
-"""What a model is asked: from an item's own words to the text that it reads, and to token ids. All evaluators use this.
+"""What a model is asked: from an item's own words to the text that it reads. All evaluators use this.
 
-Special tokens are decided on here and nowhere else. A text begins with the tokens that the tokenizer puts at the start
-of texts, once: a text that says them itself, as every rendered chat prompt of Llama 3 or Gemma does, gets no second
-ones. What the tokenizer would put at the end of a text is left out, because the model is to go on from there.
+From the text to token ids it goes by ``evomerge.inference.reading``.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
-from evaluators.base import EvaluatorSettings
+from evaluators.base import EvaluatorSettings, Split
 from evomerge.errors import InputError
-
-if TYPE_CHECKING:
-    from evomerge.checkpoints.live import LiveModel
+from evomerge.inference.reading import Prompt, Reader
 
 ENCODING = "tokens 2"
 """Part of an evaluator's version: changes whenever equal texts could become other tokens."""
 
-_PROBES = ("a", "0", "the", ".")
 _FITTING = 64
 _MOST_TOKENISED = 4096
 _NAMED = 3
@@ -42,6 +35,10 @@ class PromptSettings(EvaluatorSettings):
     apply_chat_template: bool = False
     system_instruction: str | None = None
     max_length: int | None = Field(default=None, ge=2)
+
+    def limited(self, reader: Reader) -> Reader:
+        """The reader, with no more tokens of prompt and answer than these settings want."""
+        return reader if self.max_length is None else replace(reader, context=self.max_length)
 
     @property
     def shaping(self) -> list[object]:
@@ -70,126 +67,6 @@ class Example:
     prompt: str
     answer: str
     hash: str
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What of a model decides on how it reads texts.
-
-    Attributes:
-        tokenizer: as transformers loads it.
-        context: most tokens that it reads; None for no bound.
-        embeddings: how many tokens it knows; None where that is not known yet.
-    """
-
-    tokenizer: Any
-    context: int | None
-    embeddings: int | None = None
-
-    @classmethod
-    def of(cls, live: LiveModel) -> Reader:
-        """That of a live model."""
-        rows: int = live.model.get_input_embeddings().weight.shape[0]
-        return cls(live.tokenizer, getattr(live.model.config, "max_position_embeddings", None), rows)
-
-    def room(self, settings: PromptSettings) -> int | None:
-        """Most tokens of prompt and answer; None for no bound."""
-        return self.context if settings.max_length is None else settings.max_length
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a model is given for an item.
-
-    Attributes:
-        text: the prompt, rendered.
-        answer: what is scored after it; empty where the model writes the answer.
-        ids: all tokens, also those that have no room.
-        scored: how many of the last are the answer's.
-        room: how many of the last tokens the model can be given; None for all.
-        place: where the item was read, for people.
-    """
-
-    text: str
-    answer: str
-    ids: Sequence[int]
-    scored: int
-    room: int | None
-    place: str
-
-    @property
-    def unread(self) -> int:
-        """How many tokens at the end the model is not given: after the last of an answer nothing is predicted."""
-        return 1 if self.scored else 0
-
-    @property
-    def lost(self) -> int:
-        """How many tokens at the beginning have no room."""
-        return 0 if self.room is None else max(0, len(self.ids) - self.room)
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-
-_Added = tuple[list[int], list[int]]
-_added: WeakKeyDictionary[Any, _Added] = WeakKeyDictionary()
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that the model goes on from: the tokenizer's start tokens once, and no end token."""
-    start, _ = _special(tokenizer)
-    ids = encode_plain(tokenizer, text)
-    return ids if ids[: len(start)] == start else [*start, *ids]
-
-
-def encode_whole(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that is complete: also the tokenizer's end tokens, once."""
-    _, end = _special(tokenizer)
-    ids = encode(tokenizer, text)
-    return ids if not end or ids[-len(end) :] == end else [*ids, *end]
-
-
-def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text with no special tokens but those that it spells."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    return ids
-
-
-def first_token(tokenizer: Any) -> int:
-    """What comes before the first token of a text after nothing, as in lm-eval."""
-    token: int = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return token
-
-
-def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt and of what comes after it, cut as lm-eval does.
-
-    Spaces at the end of a prompt go to the answer, whose tokens are those that the whole has more. A token that reaches
-    over the border counts as the prompt's.
-    """
-    before = prompt.rstrip()
-    after = prompt[len(before) :] + answer
-    if before:
-        start = encode(tokenizer, before)
-        return start, encode(tokenizer, before + after)[len(start) :]
-    start, ids = [first_token(tokenizer)], encode_plain(tokenizer, after)
-    return start, ids[1:] if ids[:1] == start else ids
-
-
-def _special(tokenizer: Any) -> _Added:
-    """The tokens that a tokenizer puts before and behind every text."""
-    if tokenizer not in _added:
-        _added[tokenizer] = _probe(tokenizer)
-    return _added[tokenizer]
-
-
-def _probe(tokenizer: Any) -> _Added:
-    for text in (*_PROBES, *itertools.islice(tokenizer.get_vocab(), 100)):
-        plain = encode_plain(tokenizer, text)
-        whole: list[int] = tokenizer.encode(text, verbose=False)
-        for begin in range(len(whole) - len(plain) + 1 if plain else 0):
-            if whole[begin : begin + len(plain)] == plain:
-                return whole[:begin], whole[begin + len(plain) :]
-    return [], []
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -271,62 +148,58 @@ class Examples:
         return [example for example in self._first if example.hash != hashed][: self._count]
 
 
+Asked = TypeVar("Asked")
+
+
+class ItemRequests(Generic[Asked]):
+    """The requests of an evaluator's items, made when a reader is first seen: the same ones come with every candidate.
+
+    Args:
+        make: the requests of the item at a position of a split.
+    """
+
+    def __init__(self, make: Callable[[Reader, Split, int], Sequence[Asked]]) -> None:
+        self._make = make
+        self._reader: Reader | None = None
+        self._made: dict[tuple[Split, int], Sequence[Asked]] = {}
+
+    def __call__(self, reader: Reader, split: Split, indices: Sequence[int]) -> list[Asked]:
+        """Those of the items at these positions, item after item."""
+        if reader != self._reader:
+            self._reader, self._made = reader, {}
+        for index in indices:
+            if (split, index) not in self._made:
+                self._made[split, index] = self._make(reader, split, index)
+        return [request for index in indices for request in self._made[split, index]]
+
+
 # ---- whether it fits -------------------------------------------------------------------------------------------------
 
 
 def asked_pair(
     reader: Reader, settings: PromptSettings, prompt: str, answer: str, place: str, examples: Sequence[Example] = ()
-) -> Asked:
+) -> Prompt:
     """A prompt and an answer that is scored after it.
 
     Raises:
         InputError: the answer has no tokens or more than the context, or a token is none of the model's.
     """
-    text, said = render(reader.tokenizer, settings, prompt, examples), behind(settings, answer)
-    before, after = encode_pair(reader.tokenizer, text, said)
-    if not after:
-        raise InputError(place, f"its answer {answer!r} adds no token to those of its prompt", "Leave it out.")
-    check_known(reader, [*before, *after], place)
-    context = reader.room(settings)
-    if context is not None and len(after) > context:
-        problem = f"its answer is {len(after)} tokens long, and prompt and answer may have {context}"
-        raise InputError(place, problem, "Shorten the item or leave it out.")
-    # Nothing is predicted after the last token, so it is not fed in.
-    return Asked(text, said, [*before, *after], len(after), None if context is None else context + 1, place)
+    text = render(reader.tokenizer, settings, prompt, examples)
+    return settings.limited(reader).pair(text, behind(settings, answer), place)
 
 
 def asked_prompt(
     reader: Reader, settings: PromptSettings, prompt: str, most: int, place: str, examples: Sequence[Example] = ()
-) -> Asked:
+) -> Prompt:
     """A prompt that the model answers with up to ``most`` tokens.
 
     Raises:
         InputError: it has no tokens, the context has no room for the answer, or a token is none of the model's.
     """
-    text = render(reader.tokenizer, settings, prompt, examples)
-    ids = encode(reader.tokenizer, text)
-    if not ids:
-        raise InputError(
-            place, f"its prompt {prompt!r} has no tokens to start an answer from", "Write something there."
-        )
-    check_known(reader, ids, place)
-    context = reader.room(settings)
-    if context is not None and context <= most:
-        problem = f"is {most}, but prompt and answer together may have {context} tokens"
-        raise InputError("max_new_tokens", problem, "Lower it.")
-    return Asked(text, "", ids, 0, None if context is None else context - most, place)
+    return settings.limited(reader).prompt(render(reader.tokenizer, settings, prompt, examples), most, place)
 
 
-def check_known(reader: Reader, ids: Sequence[int], place: str) -> None:
-    """Refuse tokens that the model has no embedding for."""
-    rows = reader.embeddings
-    if rows is not None and (highest := max(ids, default=0)) >= rows:
-        shown = reader.tokenizer.decode([highest])
-        problem = f"the tokenizer gives token {highest} ({shown!r}), and the model has {rows} embeddings"
-        raise InputError(place, problem, "Take the tokenizer of a source that has all of its tokens.")
-
-
-def too_long(asked: Callable[[int], Sequence[Asked]], sizes: Sequence[int]) -> Iterator[Asked]:
+def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> Iterator[Prompt]:
     """What loses its beginning, of the longest items: one of each that does.
 
     Args:
@@ -345,7 +218,7 @@ def too_long(asked: Callable[[int], Sequence[Asked]], sizes: Sequence[int]) -> I
         yield longest
 
 
-def told_too_long(found: Sequence[Asked]) -> str:
+def told_too_long(found: Sequence[Prompt]) -> str:
     """Which items lose their beginning, as a sentence for people; empty for none."""
     if not found:
         return ""

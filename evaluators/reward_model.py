@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import field_validator
 
 from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
-from evaluators.base import ModelReference
+from evaluators.base import ModelReference, Split
 from evaluators.item_files import check_template, template_fields
-from evaluators.prompts import encode_plain, encode_whole
 from evomerge.errors import InputError
+from evomerge.inference.reading import Reader, encode_plain, encode_whole
+from evomerge.inference.requests import Request
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +71,16 @@ class RewardModelEvaluator(AnswersEvaluator):
 
     def __init__(self, settings: RewardModelSettings) -> None:
         self._judge = _Judge(settings)
+        self._device: torch.device | str = "cpu"
         super().__init__(settings, "reward", ["reward_model 1", settings.template or "", self._judge.fingerprint])
 
-    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> list[float]:
-        return self._judge.rewards([(item.prompt, answer) for item, answer in answered], device)
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
+        """The items' prompts. The judge will stand beside the model that was asked last."""
+        self._device = reader.device or self._device
+        return super().requests(reader, split, indices)
+
+    def _grade(self, answered: Sequence[tuple[Question, str]]) -> list[float]:
+        return self._judge.rewards([(item.prompt, answer) for item, answer in answered], self._device)
 
 
 class _Judge:
@@ -92,7 +99,7 @@ class _Judge:
         self.fingerprint = _fingerprint(files)
         self._model: Any = None
 
-    def rewards(self, pairs: Sequence[tuple[str, str]], device: torch.device) -> list[float]:
+    def rewards(self, pairs: Sequence[tuple[str, str]], device: torch.device | str) -> list[float]:
         """The reward of each prompt with its answer, in order.
 
         Raises:
@@ -192,7 +199,7 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return whole.hexdigest()
 
 
-def _load(folder: Path, device: torch.device) -> Any:
+def _load(folder: Path, device: torch.device | str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from evomerge.checkpoints.config import first_line

@@ -20,14 +20,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
 from evaluators.item_files import Line, fill
 from evomerge.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
@@ -77,7 +74,7 @@ class RougeEvaluator(AnswersEvaluator):
             raise InputError(line.place, f"its answer {reference!r} has no word to compare", "Leave the item out.")
         return replace(super()._question(line), reference=reference)
 
-    def _grade(self, answered: Sequence[tuple[Question, str]], device: torch.device) -> list[float]:
+    def _grade(self, answered: Sequence[tuple[Question, str]]) -> list[float]:
         return [rouge_l(self._words(item.reference), self._words(answer)) for item, answer in answered]
 
 

@@ -132,9 +132,9 @@ def test_every_evaluator_counts_them(tmp_path: Path) -> None:
         ).build(),
     ]  # fmt: skip
     for evaluator in built:
-        assert evaluator.test_items("search") == {"gsm8k": 1, "mgsm": 2}
-        assert evaluator.test_items("held_out") == {}
-    assert CostSettings().build().test_items("search") == {}
+        assert count(item.benchmark for item in evaluator.items("search")) == {"gsm8k": 1, "mgsm": 2}
+        assert count(item.benchmark for item in evaluator.items("held_out")) == {}
+    assert count(item.benchmark for item in CostSettings().build().items("search")) == {}
 
 
 DATASETS = os.environ.get("EVOMERGE_BENCHMARK_DATA")
@@ -147,7 +147,8 @@ def test_all_of_the_real_files_are_known() -> None:
     assert count(benchmark_of({"prompt": f"Q: {item['question']}\nA:"}) for item in items) == {"gsm8k": 1319}
     for language in ("de", "es", "fr", "ja", "ru", "zh"):
         test_split = MgsmSettings(language=language, file=folder / "mgsm" / f"mgsm_{language}.tsv").build()
-        counted = [test_split.test_items(split).get("mgsm", 0) for split in ("search", "held_out")]
+        found = [count(item.benchmark for item in test_split.items(split)) for split in ("search", "held_out")]
+        counted = [each.get("mgsm", 0) for each in found]
         assert sum(counted) == 250
         exemplars = folder / "mgsm" / f"exemplars_{language}.jsonl"
         assert {benchmark_of(json.loads(line)) for line in exemplars.read_text().splitlines()} == {None}

@@ -20,13 +20,16 @@ from hypothesis import strategies as st
 from test_architectures import MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from evaluators import decoding, generation
-from evaluators.decoding import Decoder, NoTableError
-from evaluators.generation import GREEDY, Room, generate, shaping
 from evaluators.lm_eval import LmEvalSettings
-from evaluators.stopping import TextEnds
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
+from evomerge.inference import decoding
+from evomerge.inference.decoding import Decoder, NoTableError
+from evomerge.inference.generation import GREEDY, Room, shaping
+from evomerge.inference.requests import Batch, Generate, Response, Text
+from evomerge.inference.stopping import TextEnds
+from evomerge.inference.transformers_engine import TransformersEngine, generate
 
 MOST = 9
 SHOTS = "w1 w2 w3 w1 w2"
@@ -235,10 +238,10 @@ def test_likelihoods_go_on_with_fewer_rows_too(tmp_path: Path) -> None:
     write_all(tmp_path, 6)
     evaluator = LmEvalSettings(task="choose", task_folders=(tmp_path,), allow_task_code=True).build()
     live = tiny_live(2)
-    expected = evaluator.score(live, "held_out", range(6))
+    expected = score(evaluator, live, "held_out", range(6)).scores
     patch, seen = short_of_memory(live, 5)
     with patch:
-        found = evaluator.score(live, "held_out", range(6))
+        found = score(evaluator, live, "held_out", range(6)).scores
     assert max(seen) > 5
     assert {key: values.tolist() for key, values in found.items()} == {k: v.tolist() for k, v in expected.items()}
 
@@ -292,11 +295,12 @@ def test_equal_tails_are_decoded_once() -> None:
 
 def test_what_shapes_answers() -> None:
     live = tiny_live()
-    assert shaping(live.model, {"temperature": 0.0, "do_sample": False, "top_p": 0.9, "num_beams": 1}) == []
+    own = live.model.generation_config.to_diff_dict
+    assert shaping(own(), {"temperature": 0.0, "do_sample": False, "top_p": 0.9, "num_beams": 1}) == []
     config = live.model.generation_config
     config.repetition_penalty, config.suppress_tokens, config.min_new_tokens = 1.05, [5], 1
-    assert set(shaping(live.model, GREEDY)) == {"suppress_tokens", "min_new_tokens"}
-    assert "repetition_penalty" in shaping(live.model, {})
+    assert set(shaping(own(), GREEDY)) == {"suppress_tokens", "min_new_tokens"}
+    assert "repetition_penalty" in shaping(own(), {})
 
 
 def test_a_models_own_rules_hold() -> None:
@@ -310,14 +314,16 @@ def test_a_models_own_rules_hold() -> None:
 
 
 class FakeEngine:
+    greedy_only = True
+
     def __init__(self) -> None:
-        self.asked: list[tuple[Sequence[Sequence[int]], int, Sequence[str]]] = []
+        self.asked: list[Generate] = []
 
-    def load(self, live: LiveModel) -> None: ...
-
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
-        self.asked.append((prompts, max_new_tokens, stop))
-        return ["a" * (i + 1) for i in range(len(prompts))]
+    def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
+        (batch,) = batches
+        assert all(isinstance(request, Generate) for request in batch.requests)
+        self.asked += batch.requests  # type: ignore[arg-type]
+        yield 0, [Text("a" * (i + 1)) for i in range(len(batch.requests))]
 
 
 @pytest.fixture
@@ -334,18 +340,16 @@ def task(tmp_path: Path) -> Callable[[str], LmEvalSettings]:
 
 def test_a_task_of_lm_eval_is_answered_by_the_engine(task: Callable[..., LmEvalSettings]) -> None:
     live, engine = tiny_live(), FakeEngine()
-    live.engine = engine
     evaluator = task().build()
-    assert evaluator.score(live, "held_out", range(5))["letters"].tolist() == [1, 2, 3, 4, 5]
-    ((prompts, most, stop),) = engine.asked
-    assert [live.tokenizer.decode(ids) for ids in prompts] == [
-        group[0].args[0] for group in evaluator._requests["held_out"]
+    assert score(evaluator, live, "held_out", range(5), engine).scores["letters"].tolist() == [1, 2, 3, 4, 5]
+    assert [live.tokenizer.decode(request.prompt.fed) for request in engine.asked] == [
+        group[0].args[0] for group in evaluator._instances["held_out"]
     ]
-    assert most == 8
-    assert "</s>" in stop
+    assert {request.max_new_tokens for request in engine.asked} == {8}
+    assert all("</s>" in request.stop for request in engine.asked)
     live.model.generation_config.repetition_penalty = 1.2
     with pytest.raises(InputError, match="repetition_penalty, of the task or the model's generation_config"):
-        evaluator.score(live, "held_out", range(5))
+        score(evaluator, live, "held_out", range(5), engine)
 
 
 @pytest.mark.parametrize("changes", ["  num_beams: 3\n", "  repetition_penalty: 3.0\n"])
@@ -354,9 +358,9 @@ def test_a_task_that_is_not_greedy_is_answered_by_transformers(
 ) -> None:
     live = tiny_live()
     found = task(changes).build()
-    with mock.patch.object(generation, "answer_tokens", side_effect=AssertionError):
-        shaped = found.score(live, "held_out", range(5))["sum_of_codes"]
-    plain = task().build().score(live, "held_out", range(5))["sum_of_codes"]
+    with mock.patch.object(TransformersEngine, "respond", side_effect=AssertionError):
+        shaped = score(found, live, "held_out", range(5)).scores["sum_of_codes"]
+    plain = score(task().build(), live, "held_out", range(5)).scores["sum_of_codes"]
     assert shaped.tolist() != plain.tolist()
 
 

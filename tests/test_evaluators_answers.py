@@ -30,13 +30,14 @@ from transformers import AutoModelForCausalLM
 from evaluators import rouge
 from evaluators.answers import AnswersEvaluator
 from evaluators.base import EvaluatorSettings
-from evaluators.generation import generate
 from evaluators.language import LanguageSettings, in_language, language_detector
 from evaluators.likelihood import LikelihoodSettings
 from evaluators.rouge import RougeSettings, common_subsequence, mecab_words, rouge_l, words
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, load_tokenizer
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
+from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 
 DATA = ROOT / "evaluators" / "tasks" / "data"
@@ -186,15 +187,15 @@ def test_the_tokenizer_decides_of_the_score(tmp_path: Path) -> None:
     characters, mecab = (RougeSettings(file=file, tokenizer=name, **SHAPE).build() for name in ("character", "mecab"))
     whole = range(len(mecab.items("search")))
     live = expert("base")
-    found = mecab.score(live, "search", whole)["rouge_l"]
-    answers = generate(live, [item.prompt for item in mecab._items["search"]], 24, ["\n"], 8)
+    found = score(mecab, live, "search", whole).scores["rouge_l"]
+    answers = generate(live, [item.prompt for item in mecab._questions["search"]], 24, ["\n"], 8)
     pairs = [
         (mecab_words(item.reference), mecab_words(answer))
-        for item, answer in zip(mecab._items["search"], answers, strict=True)
+        for item, answer in zip(mecab._questions["search"], answers, strict=True)
     ]
     wanted = [2 * slow_common(one, other) / (len(one) + len(other)) for one, other in pairs]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    assert not np.array_equal(found, characters.score(live, "search", whole)["rouge_l"])
+    assert not np.array_equal(found, score(characters, live, "search", whole).scores["rouge_l"])
     assert mecab.version != characters.version
 
 
@@ -217,8 +218,8 @@ def test_the_dictionary_is_in_the_version(tmp_path: Path, monkeypatch: pytest.Mo
 def test_scores_are_of_the_answers_that_the_model_gives(tmp_path: Path) -> None:
     live = expert("japanese")
     evaluator = RougeSettings(file=shipped(tmp_path, 12), held_out=0.3, **SHAPE).build()
-    items = evaluator._items["search"]
-    found = evaluator.score(live, "search", range(len(items)))["rouge_l"]
+    items = evaluator._questions["search"]
+    found = score(evaluator, live, "search", range(len(items))).scores["rouge_l"]
     answers = generate(live, [item.prompt for item in items], 24, ["\n"], 8)
     wanted = []
     for item, answer in zip(items, answers, strict=True):
@@ -233,7 +234,9 @@ def test_an_expert_says_more_of_the_reference(tmp_path: Path) -> None:
     file.write_text("\n".join((DATA / "mini_translate_ja.search.jsonl").read_text().splitlines()[:24]))
     evaluator = RougeSettings(file=file, **SHAPE).build()
     count = len(evaluator.items("search"))
-    ours, theirs = (evaluator.score(expert(n), "search", range(count))["rouge_l"] for n in ("japanese", "maths"))
+    ours, theirs = (
+        score(evaluator, expert(n), "search", range(count)).scores["rouge_l"] for n in ("japanese", "maths")
+    )
     assert ours.mean() > theirs.mean()
 
 
@@ -281,8 +284,8 @@ def test_it_is_the_verdict_of_fasttext_itself_at_the_half() -> None:
 
 def test_experts_answer_in_their_language(tmp_path: Path) -> None:
     evaluator = LanguageSettings(file=shipped(tmp_path, 12), held_out=0.3, language="ja", **SHAPE).build()
-    items = evaluator._items["search"]
-    found = evaluator.score(expert("japanese"), "search", range(len(items)))["in_language"]
+    items = evaluator._questions["search"]
+    found = score(evaluator, expert("japanese"), "search", range(len(items))).scores["in_language"]
     answers = generate(expert("japanese"), [item.prompt for item in items], 24, ["\n"], 8)
     written = [any("\u3040" <= char <= "\u30ff" for char in answer) for answer in answers]
     assert found.tolist() == [float(kana) for kana in written]
@@ -310,10 +313,10 @@ def test_templates_and_splits(tmp_path: Path) -> None:
     items = [{"q": f"item {n % 20}", "a": f"text {n}"} for n in range(40)]
     settings = RougeSettings(file=write(tmp_path, items), prompt="Q: {q}", answer="{a}.")
     evaluator: AnswersEvaluator = settings.build()
-    asked = {split: {item.prompt for item in found} for split, found in evaluator._items.items()}
+    asked = {split: {item.prompt for item in found} for split, found in evaluator._questions.items()}
     assert not asked["search"] & asked["held_out"]
     assert asked["search"] | asked["held_out"] == {f"Q: item {n}" for n in range(20)}
-    assert evaluator._items["search"][0].reference.startswith("text ")
+    assert evaluator._questions["search"][0].reference.startswith("text ")
     likely = LikelihoodSettings(file=settings.file, prompt="Q: {q}", answer="{a}.").build()
     assert list(likely.items("held_out")) == list(evaluator.items("held_out"))  # one rule for all evaluators
 
@@ -348,7 +351,7 @@ def test_perplexity_of_texts_is_the_loss_of_transformers(tmp_path: Path) -> None
         write(tmp_path, [{"text": texts[9]}], "other.jsonl"),
     )
     evaluator = LikelihoodSettings(file=file, held_out_file=other, prompt="", answer="{text}").build()
-    found = evaluator.score(live, "search", range(8))["log_likelihood"]
+    found = score(evaluator, live, "search", range(8)).scores["log_likelihood"]
     start = live.tokenizer.bos_token_id if live.tokenizer.bos_token_id is not None else live.tokenizer.eos_token_id
     for text, value in zip(texts, found, strict=False):
         ids = torch.tensor([[start, *live.tokenizer.encode(text, add_special_tokens=False)]])

@@ -14,10 +14,12 @@ from helpers_miniature import MINIATURES
 from evaluators import cost
 from evaluators.base import EvaluatorSettings
 from evaluators.cost import CostSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.checkpoints.stack import Step
 from evomerge.errors import InputError
+from evomerge.inference.transformers_engine import TransformersEngine
 from evomerge.testing.evaluators import EvaluatorContract
 
 
@@ -35,7 +37,7 @@ def miniature() -> LiveModel:
 
 
 def one(live: LiveModel, **changes: Any) -> dict[str, float]:
-    scores = CostSettings(**changes).build().score(live, "search", [0])
+    scores = score(CostSettings(**changes).build(), live, "search", [0]).scores
     return {name: float(values[0]) for name, values in scores.items()}
 
 
@@ -50,14 +52,14 @@ class TestContract(EvaluatorContract):
 
     def test_answers_are_of_the_model_at_hand(self, evaluator: Any, live: LiveModel) -> None:
         """What a model costs is not in its weights, but it is in its layers."""
-        before = evaluator.score(live, "search", [0])
+        before = score(evaluator, live, "search", [0]).scores
         with torch.no_grad():
             live.model.get_input_embeddings().weight.zero_()
-        assert evaluator.score(live, "search", [0]) == before
+        assert score(evaluator, live, "search", [0]).scores == before
         other = tiny_live()
         other.model.model.layers.append(other.model.model.layers[0])
         other.model.config.num_hidden_layers = 3
-        after = evaluator.score(other, "search", [0])
+        after = score(evaluator, other, "search", [0]).scores
         assert all(after[metric] > before[metric] for metric in evaluator.metrics)
 
 
@@ -92,10 +94,10 @@ def test_speed_is_the_median_of_measured_runs(monkeypatch: pytest.MonkeyPatch, m
     monkeypatch.setattr(cost, "_run", lambda live, settings: runs.append(settings))
     evaluator = CostSettings(measure=True, tokens=30, answer=10, batch_size=2, repeats=3).build()
     assert evaluator.metrics == {"layers": False, "parameters": False, "tokens_per_second": True}
-    scores = evaluator.score(miniature, "held_out", [0])
-    assert scores["tokens_per_second"].tolist() == [2 * (30 + 10) / 2]
+    graded = evaluator.score(miniature, TransformersEngine(miniature), "held_out", [0])
+    assert graded.scores["tokens_per_second"].tolist() == [2 * (30 + 10) / 2]
     assert len(runs) == 4
-    assert evaluator.seconds == {"score": 40.0}
+    assert graded.seconds == {"score": 40.0}
 
 
 def test_a_run_prefills_once_and_decodes_with_the_cache() -> None:

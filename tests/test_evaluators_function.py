@@ -22,10 +22,11 @@ from helpers_miniature import ROOT, evomerge, json_of, search_file
 from evaluators import function
 from evaluators.base import EvaluatorSettings
 from evaluators.function import FunctionEvaluator, FunctionSettings
-from evaluators.generation import generate
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.commands.driving import open_all
 from evomerge.errors import InputError
+from evomerge.inference.transformers_engine import generate
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 
@@ -69,7 +70,7 @@ def fault(folder: Path, code: str, **changes: Any) -> str:
     """What is said when a function is loaded, but fails on items."""
     evaluator = given(folder, code, **changes).build()
     with pytest.raises(InputError) as caught:
-        evaluator.score(tiny_live(), "search", [0, 1, 2])
+        score(evaluator, tiny_live(), "search", [0, 1, 2])
     return str(caught.value)
 
 
@@ -112,8 +113,8 @@ class TestReadme(EvaluatorContract):
         return tiny_live()
 
     def test_its_numbers(self, evaluator: FunctionEvaluator, live: LiveModel) -> None:
-        items = [item.fields for item in evaluator._items["search"]]
-        found = evaluator.score(live, "search", range(len(items)))
+        items = [item.fields for item in evaluator._lines["search"]]
+        found = score(evaluator, live, "search", range(len(items))).scores
         answers = generate(live, [item["prompt"] for item in items], 32, ["\n"], 16)
         wanted = [abs(len(answer) - item["letters"]) for item, answer in zip(items, answers, strict=True)]
         assert found["miss"].tolist() == wanted
@@ -133,10 +134,10 @@ def score(items, generate):
     return sums
 """
     evaluator = given(tmp_path, code).build()
-    fields = [item.fields for item in evaluator._items["search"]]
+    fields = [item.fields for item in evaluator._lines["search"]]
     wanted = [item["letters"] + item["more"][0] for item in ITEMS if item in fields]
     for _ in range(2):
-        assert evaluator.score(tiny_live(), "search", range(len(fields)))["letters"].tolist() == wanted
+        assert score(evaluator, tiny_live(), "search", range(len(fields))).scores["letters"].tolist() == wanted
 
 
 def test_every_item_is_in_one_split_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_every_item_is_in_one_split_whatever_the_order_of_its_keys(tmp_path: Pat
     assert len(set(both)) == len(both) == len(ITEMS)
     settings.items_file.write_text("".join(json.dumps(dict(reversed(i.items()))) + "\n" for i in reversed(ITEMS)))
     turned = settings.build()
-    assert set(turned.items("held_out")) == set(evaluator.items("held_out"))
+    assert {item.id for item in turned.items("held_out")} == {item.id for item in evaluator.items("held_out")}
 
 
 def test_kinds_of_numbers(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def score(items, generate):
     return {"a": [True, 2**70, Fraction(1, 2)], "b": np.array([1.5, 2.5, -3]), "c": np.array([True, False, True])}
 """
     metrics = dict.fromkeys("abc", "minimize")
-    found = given(tmp_path, code, metrics=metrics).build().score(tiny_live(), "search", [0, 1, 2])
+    found = score(given(tmp_path, code, metrics=metrics).build(), tiny_live(), "search", [0, 1, 2]).scores
     assert {name: values.tolist() for name, values in found.items()} == {
         "a": [1.0, 2.0**70, 0.5], "b": [1.5, 2.5, -3.0], "c": [1.0, 0.0, 1.0],
     }  # fmt: skip
@@ -172,16 +173,16 @@ def score(items, generate):
     return [float(c == w.split(whole[0][2])[0]) for c, w in zip(cut, whole)]
 """
     evaluator = given(tmp_path, code, batch_size=4).build()
-    assert evaluator.score(tiny_live(), "search", [0, 1, 2, 3, 4])["letters"].tolist() == [1.0] * 5
-    assert evaluator.seconds.keys() == {"generate", "score"}
-    assert evaluator.seconds["generate"] > 0
-    evaluator.score(tiny_live(), "search", [])
-    assert evaluator.seconds == {}
+    graded = score(evaluator, tiny_live(), "search", [0, 1, 2, 3, 4])
+    assert graded.scores["letters"].tolist() == [1.0] * 5
+    assert graded.seconds.keys() == {"generate", "score"}
+    assert graded.seconds["generate"] > 0
+    assert score(evaluator, tiny_live(), "search", []).seconds == {}
 
 
 def test_what_it_prints_is_no_output_of_the_program(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = "print('loaded')\ndef score(items, generate):\n    print('scored')\n    return [1] * len(items)\n"
-    given(tmp_path, code).build().score(tiny_live(), "search", [0])
+    score(given(tmp_path, code).build(), tiny_live(), "search", [0])
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err == "loaded\nscored\n"
@@ -198,8 +199,11 @@ def good(items, generate):
     return [len(Answer(item["prompt"]).text) for item in items]
 """
     evaluator = given(tmp_path, code, function="good").build()
-    prompts = [item.fields["prompt"] for item in evaluator._items["search"]]
-    assert evaluator.score(tiny_live(), "search", [1, 0])["letters"].tolist() == [len(prompts[1]), len(prompts[0])]
+    prompts = [item.fields["prompt"] for item in evaluator._lines["search"]]
+    assert score(evaluator, tiny_live(), "search", [1, 0]).scores["letters"].tolist() == [
+        len(prompts[1]),
+        len(prompts[0]),
+    ]
 
 
 def test_the_version_is_of_code_items_and_settings(tmp_path: Path) -> None:
@@ -260,7 +264,7 @@ def test_the_models_own_faults_are_not_the_functions(tmp_path: Path) -> None:
     live.model.forward = full
     evaluator = given(tmp_path).build()
     with pytest.raises(torch.OutOfMemoryError):
-        evaluator.score(live, "search", [0])
+        score(evaluator, live, "search", [0])
 
 
 @pytest.mark.parametrize(
@@ -313,11 +317,11 @@ def score(items, generate):
     for _ in range(2):
         (tmp_path / "fails").touch()
         with pytest.raises(InputError) as caught:
-            evaluator.score(live, "search", [0, 1])
+            score(evaluator, live, "search", [0, 1])
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
         (tmp_path / "fails").unlink()
-        assert evaluator.score(live, "search", [0, 1])["letters"].tolist() == [1.0, 1.0]
+        assert score(evaluator, live, "search", [0, 1]).scores["letters"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ENDINGS)
@@ -330,7 +334,9 @@ def test_numbers_without_an_end(tmp_path: Path) -> None:
     code = "def score(items, generate):\n    while True:\n        yield 1.0\n"
     assert "letters: returned more than 3 numbers for 3 items" in fault(tmp_path, code)
     code = "class L(list):\n    def __len__(self): return 10**9\ndef score(items, generate): return L([1.0] * 3)\n"
-    assert given(tmp_path, code).build().score(tiny_live(), "search", [0, 1, 2])["letters"].tolist() == [1.0] * 3
+    assert (
+        score(given(tmp_path, code).build(), tiny_live(), "search", [0, 1, 2]).scores["letters"].tolist() == [1.0] * 3
+    )
     code = "class F(float):\n    def __float__(self): raise RuntimeError('no')\n"
     code += "def score(items, generate): return [F(1)] * len(items)\n"
     assert "score failed (RuntimeError: no)" in fault(tmp_path, code)
@@ -354,7 +360,7 @@ def score(items, generate):
     evaluator = given(tmp_path, code).build()
     live = tiny_live()
     for _ in range(3):
-        assert evaluator.score(live, "search", [0, 1])["letters"].tolist() == [1.0, 1.0]
+        assert score(evaluator, live, "search", [0, 1]).scores["letters"].tolist() == [1.0, 1.0]
 
 
 def test_the_worker_is_as_it_was(tmp_path: Path) -> None:
@@ -366,7 +372,7 @@ def score(items, generate):
     return [1.0] * len(items)
 """
     before = (os.getcwd(), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.get_default_dtype())
-    given(tmp_path, code).build().score(tiny_live(), "search", [0])
+    score(given(tmp_path, code).build(), tiny_live(), "search", [0])
     assert before == (os.getcwd(), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.get_default_dtype())
     os.fstat(1)
 
@@ -380,7 +386,7 @@ def score(items, generate):
     return {"me": [os.getpid()] * len(items), "other": [other.pid] * len(items)}
 """
     evaluator = given(tmp_path, code, metrics={"me": "maximize", "other": "maximize"}).build()
-    found = evaluator.score(tiny_live(), "search", [0])
+    found = score(evaluator, tiny_live(), "search", [0]).scores
     processes = [psutil.Process(int(values[0])) for values in found.values()]
     assert all(process.is_running() for process in processes)
     del evaluator
@@ -477,7 +483,7 @@ def test_a_function_that_is_slow_is_waited_for_as_long_as_its_settings_say(
     monkeypatch.setattr(function, "_TRY_S", 0.2)
     slow = "import time\ndef score(items, generate):\n    time.sleep(0.5)\n    return [1.0] * len(items)\n"
     evaluator = given(tmp_path, slow, max_seconds=20).build_and_try()
-    assert evaluator.score(tiny_live(), "search", [0, 1])["letters"].tolist() == [1.0, 1.0]
+    assert score(evaluator, tiny_live(), "search", [0, 1]).scores["letters"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -499,7 +505,7 @@ def test_what_fails_whatever_the_model_is_told_before_a_search(tmp_path: Path, b
 def test_what_empty_answers_bring_about_is_not_held_against_a_function(tmp_path: Path) -> None:
     code = "def score(items, generate):\n    return [1 / len(answer) for answer in generate(['a'] * len(items))]\n"
     evaluator = given(tmp_path, code).build_and_try()
-    found = evaluator.score(tiny_live(), "search", [0, 1])["letters"]
+    found = score(evaluator, tiny_live(), "search", [0, 1]).scores["letters"]
     assert (found > 0).all()
 
 

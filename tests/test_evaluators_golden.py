@@ -29,6 +29,7 @@ from evaluators.mgsm import MgsmSettings
 from evaluators.multiple_choice import MultipleChoiceSettings
 from evaluators.reward_model import RewardModelSettings
 from evaluators.rouge import RougeSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import open_source
 
@@ -117,9 +118,11 @@ def scores(name: str, live: LiveModel, folder: Path) -> dict[Split, dict[str, An
     evaluator = CASES[name](folder).build()
     found: dict[Split, dict[str, Any]] = {}
     for split in get_args(Split):
-        values = evaluator.score(live, split, range(len(evaluator.items(split))))
-        answers = [evaluator.answers[index] for index in sorted(evaluator.answers)]
-        found[split] = {"scores": {metric: array.tolist() for metric, array in values.items()}, "answers": answers}
+        graded = score(evaluator, live, split, range(len(evaluator.items(split))))
+        found[split] = {
+            "scores": {metric: values.tolist() for metric, values in graded.scores.items()},
+            "answers": [graded.answers[index] for index in sorted(graded.answers)],
+        }
     return found
 
 

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from evaluators.base import EvaluatorSettings
 from evaluators.likelihood import LikelihoodEvaluator, LikelihoodSettings
-from evaluators.prompts import Reader
+from evaluators.scoring import prompts_of, score
 from evomerge.checkpoints.live import LiveModel, load_tokenizer
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
+from evomerge.inference.reading import Reader
 from evomerge.testing.evaluators import EvaluatorContract
 
 DATA = ROOT / "evaluators" / "tasks" / "data"
@@ -66,7 +67,7 @@ def shipped(folder: Path, count: int = 12) -> Path:
 
 
 def pairs(evaluator: LikelihoodEvaluator, split: str = "search") -> list[tuple[str, str]]:
-    return [(item.prompt, item.answer) for item in evaluator._items[split]]  # type: ignore[index]
+    return [(item.prompt, item.answer) for item in evaluator._pairs[split]]  # type: ignore[index]
 
 
 def refusal(**given: Any) -> str:
@@ -78,7 +79,7 @@ def refusal(**given: Any) -> str:
 def refusal_of(live: LiveModel, file: Path) -> str:
     evaluator = LikelihoodSettings(file=file).build()
     with pytest.raises(InputError) as caught:
-        evaluator.score(live, "search", [0])
+        score(evaluator, live, "search", range(len(evaluator.items("search"))))
     return str(caught.value)
 
 
@@ -106,7 +107,7 @@ class TestTwoFiles(TestContract):
 def test_it_is_the_sum_over_the_answers_tokens_one_by_one(tmp_path: Path, miniature: LiveModel) -> None:
     evaluator = LikelihoodSettings(file=shipped(tmp_path), batch_tokens=500).build()
     asked = pairs(evaluator)
-    scores = evaluator.score(miniature, "search", range(len(asked)))
+    scores = score(evaluator, miniature, "search", range(len(asked))).scores
     for (prompt, answer), per_token, bits in zip(asked, scores["log_likelihood"], scores["bits_per_byte"], strict=True):
         ids = miniature.tokenizer.encode(prompt + answer)
         start = len(miniature.tokenizer.encode(prompt))
@@ -132,7 +133,7 @@ def test_sums_are_those_of_lm_eval(tmp_path: Path, miniature: LiveModel) -> None
     lm = HFLM(pretrained=miniature.model, tokenizer=miniature.tokenizer, backend="causal", batch_size=4)
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
     theirs = [total for total, _ in lm.loglikelihood(requests, disable_tqdm=True)]
-    bits = evaluator.score(miniature, "search", range(len(asked)))["bits_per_byte"]
+    bits = score(evaluator, miniature, "search", range(len(asked))).scores["bits_per_byte"]
     moved = [len(p) - len(p.rstrip()) for p, _ in asked]
     ours = [-b * math.log(2) * (len(a.encode()) + s) for b, (_, a), s in zip(bits, asked, moved, strict=True)]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
@@ -143,10 +144,10 @@ def test_batches_and_order_move_nothing(tmp_path: Path, miniature: LiveModel, ba
     file = shipped(tmp_path)
     reference = LikelihoodSettings(file=file, batch_tokens=300).build()
     whole = range(len(reference.items("search")))
-    wanted = reference.score(miniature, "search", whole)
+    wanted = score(reference, miniature, "search", whole).scores
     evaluator = LikelihoodSettings(file=file, batch_tokens=batch_tokens).build()
     shuffled = np.random.default_rng(1).permutation(len(whole)).tolist()
-    found = evaluator.score(miniature, "search", shuffled)
+    found = score(evaluator, miniature, "search", shuffled).scores
     for metric, values in found.items():
         np.testing.assert_allclose(values, wanted[metric][shuffled], atol=1e-4)
 
@@ -162,10 +163,10 @@ def test_an_item_scores_alike_bit_for_bit_in_any_company(tmp_path: Path, dtype: 
     held_out = write(tmp_path, [{"prompt": "x", "answer": " y"}], "held_out.jsonl")
     evaluator = LikelihoodSettings(file=write(tmp_path, rows), held_out_file=held_out).build()
     count = len(evaluator.items("search"))
-    whole = evaluator.score(live, "search", range(count))["log_likelihood"]
+    whole = score(evaluator, live, "search", range(count)).scores["log_likelihood"]
     for size in (1, 2, 3, 7, count - 1):
         parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        found = np.concatenate([evaluator.score(live, "search", part)["log_likelihood"] for part in parts])
+        found = np.concatenate([score(evaluator, live, "search", part).scores["log_likelihood"] for part in parts])
         np.testing.assert_array_equal(found, whole)
 
 
@@ -175,7 +176,7 @@ def test_batches_keep_to_their_tokens(tmp_path: Path) -> None:
     live.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
     evaluator = LikelihoodSettings(file=write(tmp_path, ITEMS), batch_tokens=100, **TEMPLATES).build()
     count = len(evaluator.items("search"))
-    evaluator.score(live, "search", range(count))
+    score(evaluator, live, "search", range(count))
     assert sum(rows for rows, _ in shapes) == count
     assert all(rows == 1 or rows * (width + 1) <= 100 for rows, width in shapes)
     assert any(rows > 1 for rows, _ in shapes)
@@ -186,7 +187,7 @@ def test_a_better_expert_finds_its_answers_likelier(tmp_path: Path, miniature: L
     base = AutoModelForCausalLM.from_pretrained(MINIATURES / "base", dtype=torch.float32).eval()
     evaluator = LikelihoodSettings(file=DATA / "mini_translate_ja.search.jsonl").build()
     ours, theirs = (
-        evaluator.score(live, "search", range(40)) for live in (miniature, LiveModel(base, miniature.tokenizer))
+        score(evaluator, live, "search", range(40)).scores for live in (miniature, LiveModel(base, miniature.tokenizer))
     )
     assert ours["log_likelihood"].mean() > theirs["log_likelihood"].mean()
     assert ours["bits_per_byte"].mean() < theirs["bits_per_byte"].mean()
@@ -293,11 +294,13 @@ def test_items_that_do_not_fit_the_model(tmp_path: Path) -> None:
     lengths = [len(prompt) for prompt, _ in pairs(evaluator)]
     long = [index for index, length in enumerate(lengths) if length > 30]
     small = tiny_live(context=30)
-    asked = [evaluator.asked(Reader.of(small), "search", index)[0] for index in range(len(lengths))]
+    asked = [prompts_of(evaluator, Reader.of(small), "search", index)[0] for index in range(len(lengths))]
     assert [each.lost for each in asked] == [max(0, length - 30) for length in lengths]
     # What is left of one that is too long is scored as an item of its own would be.
-    whole = evaluator.score(small, "search", [lengths.index(30)])["log_likelihood"]
-    np.testing.assert_allclose(evaluator.score(small, "search", long)["log_likelihood"], [whole[0]] * len(long), 1e-5)
+    whole = score(evaluator, small, "search", [lengths.index(30)]).scores["log_likelihood"]
+    np.testing.assert_allclose(
+        score(evaluator, small, "search", long).scores["log_likelihood"], [whole[0]] * len(long), 1e-5
+    )
     answers = write(tmp_path, [{"prompt": f"a{n}", "answer": "b" * (20 + n)} for n in range(20)])
     assert re.search(r"line \d+: its answer is \d+ tokens long", refusal_of(tiny_live(context=20), answers))
 

@@ -30,12 +30,15 @@ from lm_eval.tasks import TaskManager
 
 from evaluators import evaluator_settings, lm_eval_tasks
 from evaluators.base import EvaluatorSettings
+from evaluators.benchmarks import count
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
 from evaluators.lm_eval_model import ResidentLM
-from evaluators.prompts import Reader, told_too_long
-from evaluators.stopping import StopAtText
+from evaluators.prompts import told_too_long
+from evaluators.scoring import prompts_of, score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
+from evomerge.inference.reading import Reader
+from evomerge.inference.stopping import StopAtText
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 
@@ -131,7 +134,7 @@ TASKS = [
 
 
 def assert_equal(evaluator: LmEvalEvaluator, live: LiveModel, expected: dict[str, dict[int, float]], rows: Any) -> None:
-    found = evaluator.score(live, "held_out", rows)
+    found = score(evaluator, live, "held_out", rows).scores
     assert found.keys() == evaluator.metrics.keys()
     for key, values in found.items():
         theirs = expected[key.removeprefix("log_")]
@@ -179,7 +182,7 @@ def test_the_search_split_equals_simple_evaluate_on_it(tmp_path: Path) -> None:
     write_task(tmp_path, "swapped", GENERATE + COUNTS + shots, **splits)  # simple_evaluate takes validation now
     live = tiny_live(4)
     expected = reference(live, tmp_path, "swapped")
-    found = settings_for(tmp_path, "plain").build().score(live, "search", range(6))
+    found = score(settings_for(tmp_path, "plain").build(), live, "search", range(6)).scores
     for key, values in found.items():
         np.testing.assert_allclose(values, list(expected[key].values()), rtol=1e-6)
 
@@ -205,14 +208,14 @@ filter_list:
 def test_named_filters_equal_simple_evaluate(build: Callable[..., LmEvalEvaluator], tmp_path: Path) -> None:
     live, splits = tiny_live(5), {split: questions(split, 6) for split in ("validation", "test")}
     unfiltered = build("generate", held_out="test[:6]")
-    unfiltered.score(live, "held_out", range(6))
-    answers = [group[0].resps[0] for group in unfiltered._requests["held_out"]]
+    score(unfiltered, live, "held_out", range(6))
+    answers = [group[0].resps[0] for group in unfiltered._instances["held_out"]]
     for row, target in zip(splits["test"], [*answers[:2], answers[2][:1], answers[3][:1], "no", "no"], strict=True):
         row["answer"] = target
     write_task(tmp_path, "filtered", GENERATE + FILTERS, **splits)
     evaluator = settings_for(tmp_path, "filtered").build()
     assert evaluator.metrics == {"exact_match,whole": True, "exact_match,first": True}
-    scores = evaluator.score(live, "held_out", range(6))
+    scores = score(evaluator, live, "held_out", range(6)).scores
     assert scores["exact_match,whole"].tolist() == [1, 1, 0, 0, 0, 0]
     assert scores["exact_match,first"].tolist() == [0, 0, 1, 1, 0, 0]
     assert_equal(evaluator, live, reference(live, tmp_path, "filtered"), range(6))
@@ -222,7 +225,7 @@ def test_named_filters_equal_simple_evaluate(build: Callable[..., LmEvalEvaluato
 
 
 def prompts(evaluator: LmEvalEvaluator, split: Any = "held_out") -> list[str]:
-    return [group[0].args[0] for group in evaluator._requests[split]]
+    return [group[0].args[0] for group in evaluator._instances[split]]
 
 
 def test_an_item_is_not_among_its_own_examples(tmp_path: Path) -> None:
@@ -239,8 +242,8 @@ def test_settings_change_the_prompts(build: Callable[..., LmEvalEvaluator]) -> N
     assert prompts(build("choose", num_fewshot=1))[0].count("Q:") == 2
     assert prompts(build("choose", system_instruction="Think."))[0].startswith("Think.")
     changed = build("generate", generation={"max_gen_toks": 3})
-    assert all(group[0].args[1]["max_gen_toks"] == 3 for group in changed._requests["held_out"])
-    assert changed.score(tiny_live(), "held_out", range(ITEMS))["letters"].max() <= 3
+    assert all(group[0].args[1]["max_gen_toks"] == 3 for group in changed._instances["held_out"])
+    assert score(changed, tiny_live(), "held_out", range(ITEMS)).scores["letters"].max() <= 3
 
 
 def test_splits_are_roles_or_names_with_slices(build: Callable[..., LmEvalEvaluator]) -> None:
@@ -354,7 +357,7 @@ def test_sampling_can_be_switched_off(tmp_path: Path) -> None:
     write_task(tmp_path, "hot", GENERATE + "  do_sample: true\n  temperature: 0.7\n", **splits)
     evaluator = settings_for(tmp_path, "hot", generation={"do_sample": False}).build()
     before = torch.get_rng_state()
-    evaluator.score(tiny_live(), "search", range(3))
+    score(evaluator, tiny_live(), "search", range(3))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -470,7 +473,7 @@ def test_groups_and_unknown_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_the_tasks_of_this_project() -> None:
     evaluator = LmEvalSettings(task="mini_math_ja", search="validation[:20]", held_out="test[:20]").build()
     assert evaluator.metrics == {"acc_ja": True, "acc": True}
-    assert set(evaluator.score(tiny_live(), "search", [3])) == {"acc_ja", "acc"}
+    assert set(score(evaluator, tiny_live(), "search", [3]).scores) == {"acc_ja", "acc"}
 
 
 # Models that do not fit, and leaving no trace
@@ -481,7 +484,8 @@ def test_long_items_are_named(build: Callable[..., LmEvalEvaluator]) -> None:
     lengths = [len(prompt) + 4 for prompt in prompts(evaluator)]  # one token a byte; answers have a blank, 3 digits
     most = sorted(lengths)[-3] - 1
     evaluator = build("choose", max_length=most)
-    asked = [max(evaluator.asked(Reader.of(live), "held_out", i), key=lambda a: a.lost) for i in range(len(lengths))]
+    reader = Reader.of(live)
+    asked = [max(prompts_of(evaluator, reader, "held_out", i), key=lambda a: a.lost) for i in range(len(lengths))]
     assert [each.lost for each in asked] == [max(0, length - most - 1) for length in lengths]
     said = told_too_long([each for each in asked if each.lost])
     count, first = sum(each.lost > 0 for each in asked), next(i for i, each in enumerate(asked) if each.lost)
@@ -501,7 +505,7 @@ def test_models_that_are_too_small(
     build: Callable[..., LmEvalEvaluator], task: str, live: LiveModel, said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        build(task).score(live, "held_out", [0])
+        score(build(task), live, "held_out", [0])
 
 
 CHAT = """\
@@ -512,9 +516,9 @@ CHAT = """\
 def test_chat_template(build: Callable[..., LmEvalEvaluator]) -> None:
     evaluator, live = build("generate_first_n", apply_chat_template=True, system_instruction="Hi."), tiny_live()
     with pytest.raises(InputError, match="apply_chat_template: the tokenizer has no chat template"):
-        evaluator.score(live, "held_out", [0])
+        score(evaluator, live, "held_out", [0])
     live.tokenizer.chat_template = CHAT
-    evaluator.score(live, "held_out", [0])
+    score(evaluator, live, "held_out", [0])
     prompt = prompts(evaluator)[0]
     assert prompt.startswith("[system] Hi.\n[user] Q: ")
     assert prompt.count("[assistant]") == 2
@@ -523,7 +527,7 @@ def test_chat_template(build: Callable[..., LmEvalEvaluator]) -> None:
 
 def test_nothing_is_printed(build: Callable[..., LmEvalEvaluator], capfd: pytest.CaptureFixture[str]) -> None:
     for task in ("generate_default", "rolling"):
-        build(task).score(tiny_live(), "held_out", range(3))
+        score(build(task), tiny_live(), "held_out", range(3))
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
@@ -592,7 +596,7 @@ def test_the_split_that_lm_eval_scores_is_a_benchmarks(tmp_path: Path, monkeypat
             task="own", task_folders=(tmp_path,), allow_task_code=True, search=search, held_out=held_out
         )
         evaluator = settings.build()
-        return [evaluator.test_items(split) for split in ("search", "held_out")]
+        return [count(item.benchmark for item in evaluator.items(split)) for split in ("search", "held_out")]
 
     assert counts("validation", "test") == [{"gsm8k": 1}, {}]
     monkeypatch.setattr(lm_eval_tasks, "LIBRARY_TASKS", tmp_path)

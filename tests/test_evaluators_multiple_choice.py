@@ -17,6 +17,7 @@ from evaluators import evaluator_settings
 from evaluators.base import EvaluatorSettings
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.multiple_choice import MultipleChoiceEvaluator, MultipleChoiceSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.testing.evaluators import EvaluatorContract
@@ -84,8 +85,8 @@ def test_it_is_lm_evals_multiple_choice(tmp_path: Path) -> None:
     write_task(folder, "choices", TASK, validation=questions(40), test=questions(9, 90))
     task = LmEvalSettings(task="choices", task_folders=(folder,), allow_task_code=True).build()
     live = tiny_live()
-    theirs = task.score(live, "search", range(40))
-    ours = build(tmp_path).score(live, "search", range(40))
+    theirs = score(task, live, "search", range(40)).scores
+    ours = score(build(tmp_path), live, "search", range(40)).scores
     for metric in ("acc", "acc_norm", "acc_bytes"):
         np.testing.assert_array_equal(ours[metric], theirs[metric])
     assert len({tuple(ours[metric]) for metric in ("acc", "acc_norm", "acc_bytes")}) == 3
@@ -95,7 +96,7 @@ def test_it_is_lm_evals_multiple_choice(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_the_margin_is_the_right_one_less_the_best_wrong_one(tmp_path: Path) -> None:
     live, evaluator = tiny_live(), build(tmp_path)
-    found = evaluator.score(live, "search", range(12))
+    found = score(evaluator, live, "search", range(12)).scores
     for item, margin, acc in zip(questions(12), found["margin"], found["acc"], strict=True):
         start = live.tokenizer.encode(f"Q: {item['question']}\nA:")
         logs = []
@@ -115,12 +116,12 @@ def test_an_answer_is_a_number_or_a_text(tmp_path: Path) -> None:
     assert first.items("search") == second.items("search")
     digits = [{"question": f"{n}?", "choices": ["1", "2"], "answer": "1"} for n in range(20)]
     evaluator = build(tmp_path, file=write(tmp_path, digits, "digits.jsonl"))
-    assert {item.right for item in evaluator._items["search"]} == {0}
+    assert {item.right for item in evaluator._questions["search"]} == {0}
 
 
 def test_templates(tmp_path: Path) -> None:
     evaluator = build(tmp_path, prompt="{question}", choice="\n- {choice} ({question})")
-    item = evaluator._items["search"][0]
+    item = evaluator._questions["search"][0]
     assert (item.prompt, item.written[0]) == ("what is 0?", "\n- yes (what is 0?)")
     versions = {evaluator.version, build(tmp_path).version, build(tmp_path, choice=" {choice}.").version}
     assert len(versions) == 3

@@ -16,10 +16,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
-from evaluators.generation import generate
 from evaluators.reward_model import RewardModelSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
+from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -94,8 +95,8 @@ def test_it_is_the_logit_of_plain_transformers(tmp_path: Path, pad: int | None, 
     """Also where padding is the end token, a letter of the texts ("a"), or there is none."""
     folder = judge(tmp_path / "judge", pad)
     evaluator = settings_of(tmp_path, template=template).build()
-    found = evaluator.score(tiny_live(), "search", range(len(evaluator.items("search"))))["reward"]
-    prompts = [item.prompt for item in evaluator._items["search"]]
+    found = score(evaluator, tiny_live(), "search", range(len(evaluator.items("search")))).scores["reward"]
+    prompts = [item.prompt for item in evaluator._questions["search"]]
     answers = generate(tiny_live(), prompts, 12, ["e"], 5)
     texts = [(template or "{prompt}{answer}").format(prompt=p, answer=a) for p, a in zip(prompts, answers, strict=True)]
     np.testing.assert_allclose(found, [plain(folder, text) for text in texts], rtol=1e-4, atol=1e-5)
@@ -105,8 +106,8 @@ def test_it_is_the_logit_of_plain_transformers(tmp_path: Path, pad: int | None, 
 def test_the_chat_template_puts_them_together(tmp_path: Path) -> None:
     folder = judge(tmp_path / "judge", chat=CHAT)
     evaluator = settings_of(tmp_path).build()
-    found = evaluator.score(tiny_live(), "search", [0, 1])["reward"]
-    for item, reward in zip(evaluator._items["search"], found, strict=False):
+    found = score(evaluator, tiny_live(), "search", [0, 1]).scores["reward"]
+    for item, reward in zip(evaluator._questions["search"], found, strict=False):
         (answer,) = generate(tiny_live(), [item.prompt], 12, ["e"], 5)
         text = f"<s>user: {item.prompt}</s><s>assistant: {answer}</s>"
         assert reward == pytest.approx(plain(folder, text, special=False), abs=1e-5)
@@ -117,7 +118,8 @@ def test_batches_move_nothing(tmp_path: Path, pad: int | None) -> None:
     judge(tmp_path / "judge", pad)
     whole = range(len(settings_of(tmp_path).build().items("search")))
     one, many = (
-        settings_of(tmp_path, batch_size=size).build().score(tiny_live(), "search", whole)["reward"] for size in (1, 50)
+        score(settings_of(tmp_path, batch_size=size).build(), tiny_live(), "search", whole).scores["reward"]
+        for size in (1, 50)
     )
     np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-5)
 
@@ -127,8 +129,8 @@ def test_a_text_too_long_keeps_its_first_token_and_its_end(tmp_path: Path) -> No
     long = items(tmp_path, [{"prompt": "x" * 60 + str(n)} for n in range(9)], "long.jsonl")
     evaluator = settings_of(tmp_path, file=long).build()
     live = tiny_live()
-    reward = evaluator.score(live, "search", [0])["reward"][0]
-    prompt = evaluator._items["search"][0].prompt
+    reward = score(evaluator, live, "search", [0]).scores["reward"][0]
+    prompt = evaluator._questions["search"][0].prompt
     (answer,) = generate(live, [prompt], 12, ["e"], 1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(prompt + answer)
@@ -190,7 +192,7 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
     config.write_text(json.dumps(content))
     evaluator = settings_of(tmp_path).build()
     with pytest.raises(InputError, match=r"model: its files lack the weight score\.weight"):
-        evaluator.score(live, "search", [0])
+        score(evaluator, live, "search", [0])
 
 
 def test_settings() -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from averaged_logits import AveragedLogits, AveragedLogitsBuilder
+from helpers_lm_eval import tiny_live
 from helpers_miniature import MINIATURES, evomerge, json_of, search_file
 from map_elites import MapElitesSettings
+from picture_size import PictureSizeSettings, png_size
 from transformers import AutoModelForCausalLM
 from tsv_merge import TSV_MERGE
 
+from evaluators.base import EvaluatorSettings
+from evaluators.scoring import prompts_of, score
+from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
+from evomerge.inference.reading import Reader
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
@@ -29,6 +38,7 @@ from evomerge.optimizers.base import Settings
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, Role
 from evomerge.store import Store
+from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.methods import MethodContract, merge, tensors
 from evomerge.testing.optimizers import SPACE, OptimizerContract, observed, sphere
 
@@ -285,3 +295,82 @@ def test_a_kind_of_recipe_that_nobody_brings_is_refused_with_its_place(
     file.write_text("kind: averaged_logits\nsources: {a: b}\ntokenizer: a\nfirst: a\nsecond: a\nshare: 2\n")
     assert evomerge("merge", file, tmp_path / "out") == 2
     assert "share" in capsys.readouterr().err
+
+
+# ---- an evaluator whose items carry a picture ------------------------------------------------------------------------
+
+
+def png(width: int, height: int) -> bytes:
+    """A grey picture."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\x80" * width) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def pictures(folder: Path, count: int = 16, wider: int = 0) -> Path:
+    """Items that ask how wide or high their pictures are."""
+    rows = []
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(png(10 + 7 * number + wider, 90 - number))
+        side = ("width", "height")[number % 2]
+        rows.append({"question": f"The {side} of picture {number} is", "picture": f"{number}.png", "side": side})
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pictures.jsonl"
+
+
+class TestPictureSize(EvaluatorContract):
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> EvaluatorSettings:
+        return PictureSizeSettings(file=pictures(tmp_path))
+
+    @pytest.fixture
+    def live(self) -> LiveModel:
+        return tiny_live()
+
+
+def test_the_answer_is_what_the_picture_shows(tmp_path: Path) -> None:
+    """The same questions about other pictures have other answers, items and scores."""
+    found = []
+    for wider in (0, 1):
+        evaluator = PictureSizeSettings(file=pictures(tmp_path, 40, wider)).build()
+        items = {item.question: item for split in ("search", "held_out") for item in evaluator.items(split)}  # type: ignore[arg-type]
+        widths = {q: item.answer for q, item in items.items() if "width" in q}
+        assert {f" {10 + 7 * number + wider} pixels" for number in range(0, 40, 2)} == set(widths.values())
+        assert all(item.media[0].file.read_bytes()[:4] == b"\x89PNG" for item in items.values())
+        first = prompts_of(evaluator, Reader.of(tiny_live()), "search", 0)[0]
+        assert first.answer == evaluator.items("search")[0].answer
+        found.append((evaluator.version, score(evaluator, tiny_live(), "search", [0]).scores["log_likelihood"].item()))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: b"GIF89a" + content[6:], "is not a PNG picture"),
+        (lambda content: content[:20], "is not a PNG picture"),
+        (lambda content: content[:-5], "damaged or cut"),
+        (lambda content: content[:17] + b"\x7f" + content[18:], "damaged or cut"),
+        (lambda content: b"", "is not a PNG picture"),
+    ],
+)
+def test_a_picture_that_is_none_is_refused_with_its_line(tmp_path: Path, change: Any, said: str) -> None:
+    file = pictures(tmp_path)
+    (tmp_path / "3.png").write_bytes(change(png(4, 5)))
+    with pytest.raises(InputError, match=rf"pictures\.jsonl, line 4: picture: {said}|line 4: picture: .*{said}"):
+        PictureSizeSettings(file=file).build()
+    assert png_size(png(4, 5), "here") == (4, 5)
+
+
+def test_an_evaluator_of_ones_own_is_searched_confirmed_and_exported(tmp_path: Path) -> None:
+    pictures(tmp_path, 24)
+    objective = {"evaluator": "picture_size", "metric": "log_likelihood", "file": "pictures.jsonl"}
+    file = search_file(tmp_path, objectives={"pictures": objective}, budget={"candidates": 8}, confirm={"top": 1})
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    with Store.open(tmp_path / "search" / "search.db") as store:
+        assert store.counts()["failed"] == 0
+    assert evomerge("export", tmp_path / "search", tmp_path / "out") == 0

@@ -18,11 +18,13 @@ from tokenizers.processors import TemplateProcessing
 
 from evaluators import evaluator_settings
 from evaluators.base import Evaluator
-from evaluators.decoding import Decoder
 from evaluators.lm_eval_model import ResidentLM
-from evaluators.prompts import Example, Examples, PromptSettings, Reader, chat_text, encode, encode_whole, render
+from evaluators.prompts import Example, Examples, PromptSettings, chat_text, render
+from evaluators.scoring import prompts_of, score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
+from evomerge.inference.decoding import Decoder
+from evomerge.inference.reading import Reader, encode, encode_whole
 
 START, END = 1, 2
 CHAT = (
@@ -130,7 +132,7 @@ def asked_tokens(evaluator: Evaluator, live: LiveModel, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Decoder, "__init__", decoded)
     live.model.forward = seen
-    evaluator.score(live, "search", range(4))
+    score(evaluator, live, "search", range(4))
     return prompts or rows
 
 
@@ -154,20 +156,20 @@ def test_no_evaluator_begins_twice_or_ends(
 def test_system_instruction_examples_and_room(kind: str, tmp_path: Path) -> None:
     reader = Reader.of(live_with("<s> $A", CHAT))
     evaluator = evaluator_of(kind, tmp_path)
-    (before, *_) = evaluator.asked(reader, "search", 0)
+    (before, *_) = prompts_of(evaluator, reader, "search", 0)
     said = evaluator_of(kind, tmp_path, system_instruction="Be brief.")
-    assert said.asked(reader, "search", 0)[0].text.startswith("Be brief.")
+    assert prompts_of(said, reader, "search", 0)[0].text.startswith("Be brief.")
     assert said.version != evaluator.version
     said = evaluator_of(kind, tmp_path, system_instruction="Be brief.", apply_chat_template=True)
-    text = said.asked(reader, "search", 0)[0].text
+    text = prompts_of(said, reader, "search", 0)[0].text
     assert text == f"<s>system: Be brief.</s>\nuser: {before.text}</s>\nme:"
     for chat in (False, True):
         shots = evaluator_of(kind, tmp_path, num_fewshot=2, apply_chat_template=chat)
-        text = shots.asked(reader, "search", 0)[0].text
+        text = prompts_of(shots, reader, "search", 0)[0].text
         assert text.count("what is") == 3
         assert text.count(before.text) == 1
         assert text.count("</s>\nme:" if chat else "\n\n") == (1 if chat else 2)
-    cut = evaluator_of(kind, tmp_path, max_length=12).asked(reader, "search", 0)[0]
+    cut = prompts_of(evaluator_of(kind, tmp_path, max_length=12), reader, "search", 0)[0]
     assert cut.lost == len(cut.ids) - (13 if cut.scored else 8)
     assert cut.lost > 0
 
@@ -179,8 +181,9 @@ def test_a_template_that_cannot_be_used_is_refused(kind: str, tmp_path: Path) ->
         ("{{ raise_exception('no \x1b[2J system') }}", "no \\x1b[2J system"),
         ("{{ messages[7].content.x }}", "UndefinedError"),
     ):
+        evaluator = evaluator_of(kind, tmp_path, apply_chat_template=True)
         with pytest.raises(InputError) as caught:
-            evaluator_of(kind, tmp_path, apply_chat_template=True).score(live_with("<s> $A", template), "search", [0])
+            score(evaluator, live_with("<s> $A", template), "search", [0])
         assert said in str(caught.value)
 
 
@@ -188,9 +191,9 @@ def test_answers_after_a_chat_are_as_likely_as_lm_eval_has_them(tmp_path: Path) 
     live = live_with("<s> $A", CHAT)
     lm = ResidentLM(live.model, live.tokenizer, 1, None)
     evaluator = evaluator_of("likelihood", tmp_path, apply_chat_template=True, system_instruction="Add.")
-    found = evaluator.score(live, "search", range(4))["log_likelihood"]
+    found = score(evaluator, live, "search", range(4)).scores["log_likelihood"]
     for index in range(4):
-        question, answer = evaluator.texts("search")[index]
+        question, answer = evaluator.items("search")[index].question, evaluator.items("search")[index].answer
         turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": question}]
         prompt = live.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         request = Instance("loglikelihood", {}, (prompt, answer.lstrip()), 0)
@@ -207,7 +210,7 @@ def test_the_first_start_token_is_the_only_one_in_its_likelihood(tmp_path: Path)
     evaluator = evaluator_settings("likelihood", "test").model_validate(keys).build()
     for post in ("<s> $A", "<s> $A </s>"):
         live = live_with(post)
-        found = evaluator.score(live, "search", [0, 1, 2])["log_likelihood"]
+        found = score(evaluator, live, "search", [0, 1, 2]).scores["log_likelihood"]
         for text, index, scored in (("w5w8", 0, 2), ("w6w9", 1, 2), ("w7", 2, 2)):
             ids = [START, *plain(live, text)]
             with torch.no_grad():

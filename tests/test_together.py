@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args
 from unittest import mock
 
 import numpy as np
@@ -22,16 +20,18 @@ from test_adapters import LINEAR, train
 from test_low_rank_rows import arithmetic, candidates, opened, recipe_of, refused, rows_of, shares_of
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from evaluators import decoding
-from evaluators.base import Evaluator, Split
+from evaluators.base import Direct, Evaluator, Graded, ImperativeEvaluator, Item, Outcome, Split, texts
 from evaluators.cost import CostSettings
 from evaluators.function import FunctionSettings
-from evaluators.generation import Request, answer_requests, answer_tokens, generate
 from evaluators.likelihood import LikelihoodSettings
 from evaluators.lm_eval import LmEvalSettings
-from evaluators.prompts import Asked, Reader
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
+from evomerge.inference import decoding
+from evomerge.inference.generation import Decoding, answer_groups
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Batch, Engine, Generate, Request, Response, respond_to
+from evomerge.inference.transformers_engine import TransformersEngine
 from evomerge.merging.builders import BuildContext, Builders
 from evomerge.merging.low_rank import base_recipe, family_of
 from evomerge.merging.materialise import Materialiser
@@ -116,48 +116,48 @@ def jobs_of(recipes: Sequence[StackRecipe], tasks: Sequence[Task]) -> list[Job]:
     return [Job(10 + number, 1, recipe, tasks) for number, recipe in enumerate(recipes)]
 
 
-@dataclass
-class Asking:
-    """An evaluator of answers, each turn's prompts being those of the turn before with their answers.
+class Asking(Evaluator):
+    """An evaluator of answers. ``said`` are those of each model that was scored; ``check`` sees them first."""
 
-    ``said`` are the answers of each model that was scored; ``check`` sees them first.
-    """
+    name, version = "asking", "1"
+    splits: ClassVar[dict[Split, list[Item]]] = {split: [Item(p, p) for p in PROMPTS] for split in get_args(Split)}
 
-    turns: int = 1
-    most: int = 12
-    stop: Sequence[str] = ("\n", "e")
-    batch_size: int = 5
-    check: Callable[[list[str]], None] = lambda answers: None
-    said: list[list[str]] = field(default_factory=list)
-    name: str = "asking"
-    version: str = "1"
-    metrics: Mapping[str, bool] = field(default_factory=lambda: {"code": True})
-    measured: frozenset[str] = frozenset()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    answers: Mapping[int, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        most: int = 12,
+        stop: Sequence[str] = ("\n", "e"),
+        batch_size: int = 5,
+        check: Callable[[list[str]], None] = lambda answers: None,
+    ) -> None:
+        self.metrics = {"code": True}
+        self.most, self.stop, self.batch_size, self.check = most, tuple(stop), batch_size, check
+        self.said: list[list[str]] = []
 
-    def texts(self, split: Split) -> Sequence[tuple[str, str]]:
-        return [(prompt, "") for prompt in PROMPTS]
+    def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
+        return [self.request(reader, PROMPTS[index]) for index in indices]
 
-    def asked(self, reader: Reader, split: Split, index: int) -> list[Asked]:
-        return []
+    def request(self, reader: Reader, text: str) -> Request:
+        return Generate(reader.prompt(text, self.most, text), self.most, self.stop, self.batch_size)
 
-    def items(self, split: Split) -> Sequence[str]:
-        return PROMPTS
+    def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
+        return self.graded([texts(responses)])
 
-    def test_items(self, split: Split) -> dict[str, int]:
-        return {}
+    def graded(self, turns: Sequence[list[str]]) -> Graded:
+        self.check(turns[-1])
+        self.said.append([answer for answers in turns for answer in answers])
+        codes = [zlib.crc32("|".join(own).encode()) % 9973 for own in zip(*turns, strict=True)]
+        return Graded({"code": np.array(codes, np.float32)})
 
-    def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, Any]:
-        prompts, found = [PROMPTS[index] for index in indices], []
-        for _ in range(self.turns):
-            answers = generate(model, prompts, self.most, self.stop, self.batch_size)
-            found += answers
-            prompts = [prompt + answer + "?" for prompt, answer in zip(prompts, answers, strict=True)]
-        self.check(answers)
-        self.said.append(found)
-        codes = [zlib.crc32("|".join(found[place :: len(indices)]).encode()) % 9973 for place in range(len(indices))]
-        return {"code": np.array(codes, np.float32)}
+
+class InTurns(ImperativeEvaluator, Asking):
+    """Asks three times: each turn's prompts are those of the turn before with their answers."""
+
+    def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
+        prompts, turns = [PROMPTS[index] for index in indices], []
+        for _ in range(3):
+            turns.append(texts(respond_to(engine, [self.request(Reader.of(live), text) for text in prompts])))
+            prompts = [prompt + answer + "?" for prompt, answer in zip(prompts, turns[-1], strict=True)]
+        return self.graded(turns)
 
 
 def measured(finished: Sequence[Finished]) -> list[list[dict[str, list[float]]]]:
@@ -191,7 +191,7 @@ def test_answers_are_those_of_each_candidate_alone(sources: dict[str, Source]) -
 
 def test_candidates_ask_for_different_items_and_evaluators(sources: dict[str, Source]) -> None:
     """Some are done when others go on, and what is asked next hangs on what was answered."""
-    evaluators = [Asking(turns=3), Asking(most=5), Asking(stop=())]
+    evaluators = [InTurns(), Asking(most=5), Asking(stop=())]
     worker = start(sources, evaluators)
     recipes = candidates(sources, 2, 4)
     shares: list[list[Task]] = [
@@ -323,26 +323,41 @@ def test_an_exception_ends_its_candidate_alone(three: tuple[Asking, Worker, list
     assert "raise KeyError" in second.result.log
 
 
-def test_prompts_that_break_the_model_end_their_candidate_alone(
+def test_a_candidate_that_breaks_the_model_ends_alone(
     three: tuple[Asking, Worker, list[Job]], second_tries: list[str]
 ) -> None:
-    evaluator, worker, jobs = three
-    alone = [worker.run(job) for job in jobs]
-    bad = evaluator.said[1]
+    _, worker, jobs = three
+    alone, answer = [worker.run(job) for job in jobs], TransformersEngine._answers
 
-    class Breaking(Asking):
-        def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, Any]:
-            found = super().score(model, split, indices)
-            token = 100_000 if self.said[-1] == bad else 100
-            answer_tokens(model, [[token]], 2, (), 1)
-            return found
+    def breaking(self: TransformersEngine, batches: Sequence[Batch], how: Decoding, places: Any, found: Any) -> None:
+        if any(batches[number].model == 1 for number in places):
+            raise IndexError("index out of range in self")
+        answer(self, batches, how, places, found)
 
-    worker._evaluators[0] = Breaking()  # type: ignore[index]
-    first, second, third = worker.run_together(jobs)
+    with mock.patch.object(TransformersEngine, "_answers", breaking):
+        first, second, third = worker.run_together(jobs)
     assert measured([first, third]) == measured([alone[0], alone[2]])
     assert isinstance(second.result, Failed)
     assert second.result.message.startswith("IndexError")
     second_tries.append("3 candidates are answered one at a time: index out of range in self")
+
+
+def test_a_function_that_fails_for_one_candidate_ends_it_alone(sources: dict[str, Source]) -> None:
+    evaluator = InTurns()
+    worker = start(sources, [evaluator, Asking()])
+    jobs = jobs_of(candidates(sources, 2, 3), [Task(0, "search", range(4)), Task(1, "search", range(4))])
+    alone = [worker.run(job) for job in jobs]
+    bad = evaluator.said[1][-4:]
+
+    def check(answers: list[str]) -> None:
+        if answers == bad:
+            raise SystemExit("one")
+
+    evaluator.check = check
+    first, second, third = worker.run_together(jobs)
+    assert measured([first, third]) == measured([alone[0], alone[2]])
+    assert isinstance(second.result, Failed)
+    assert second.result.message == "SystemExit: one"
 
 
 @pytest.mark.parametrize(("source", "weight"), [("maths", 1e39), ("japanese", 1e20)])
@@ -409,29 +424,6 @@ def test_out_of_memory_halves_the_rows_of_all(three: tuple[Asking, Worker, list[
     assert 18 in seen
 
 
-def test_evaluators_that_are_hard_to_unwind(sources: dict[str, Source]) -> None:
-    """One that catches everything, and one that never asks for the same."""
-
-    class Catching(Asking):
-        def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, Any]:
-            with contextlib.suppress(BaseException):
-                return super().score(model, split, indices)
-            return {"code": np.zeros(len(indices), np.float32)}
-
-    calls = iter(range(1000))
-
-    class Restless(Asking):
-        def score(self, model: LiveModel, split: Split, indices: Sequence[int]) -> dict[str, Any]:
-            prompt = f"{next(calls)}"
-            first, second = (generate(model, [prompt], 9, (), 1) for _ in range(2))
-            assert first == second
-            return {"code": np.zeros(len(indices), np.float32)}
-
-    worker = start(sources, [Catching(), Restless()])
-    jobs = jobs_of(candidates(sources, 2, 2), [Task(0, "search", range(4)), Task(1, "search", [0])])
-    assert measured(worker.run_together(jobs)) == measured([worker.run(job) for job in jobs])
-
-
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -460,15 +452,13 @@ def test_any_prompts_of_any_candidates_in_any_number_of_rows(
     prefill: int, columns: int,
 ) -> None:  # fmt: skip
     live, rows = decoded
-    requests = [
-        Request([start + end for end in ends], most, (), batch) for start, ends in zip(shared, groups, strict=False)
-    ]
+    prompts = [[start + end for end in ends] for start, ends in zip(shared, groups, strict=False)]
     with mock.patch.multiple(decoding, _PREFILL_TOKENS=prefill, _COLUMNS=columns):
-        found = answer_requests(live, requests, rows.choose)
-    for number, request in enumerate(requests):
-        for prompt, answer in zip(request.prompts, found[number], strict=True):
-            one = Request([prompt], most, (), 1)
-            assert answer_requests(live, [one], lambda _, n=number: rows.choose([n])) == [[answer]]
+        found = answer_groups(live, prompts, Decoding(most, (), batch), rows.choose)
+    for number, (group, answers) in enumerate(zip(prompts, found, strict=True)):
+        for prompt, answer in zip(group, answers, strict=True):
+            one = answer_groups(live, [[prompt]], Decoding(most, (), 1), lambda _, n=number: rows.choose([n]))
+            assert one == [[answer]]
 
 
 def test_nan_of_one_candidate_stays_with_it(sources: dict[str, Source]) -> None:
@@ -479,9 +469,10 @@ def test_nan_of_one_candidate_stays_with_it(sources: dict[str, Source]) -> None:
     shares = shares_of(rows, sources, recipes[0])
     live.model.generation_config.eos_token_id = 0  # what comes of NaN: such rows end at once
     # A long row of the sound candidate stays open beside its short ones, which get the rows that the broken one leaves.
-    broken = Request([[5] * 25, [6] * 24], 9, (), 3)
-    sound = Request([[40] * 30, *([41 + n] * (3 + n) for n in range(6))], 9, (), 3)
+    broken = [[5] * 25, [6] * 24]
+    sound = [[40] * 30, *([41 + n] * (3 + n) for n in range(6))]
+    how = Decoding(9, (), 3)
     with rows.mixed([shares * torch.nan, shares]):
-        together = answer_requests(live, [broken, sound], rows.choose)[1]
-        (alone,) = answer_requests(live, [sound], lambda _: rows.choose([1]))
+        together = answer_groups(live, [broken, sound], how, rows.choose)[1]
+        (alone,) = answer_groups(live, [sound], how, lambda _: rows.choose([1]))
     assert together == alone

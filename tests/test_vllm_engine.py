@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers_miniature import MINIATURES
 
-from evaluators.generation import generate
-from evaluators.vllm_engine import VllmEngine
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.stack import Step
 from evomerge.errors import InputError
+from evomerge.inference.transformers_engine import generate
+from evomerge.inference.vllm_engine import VllmEngine
 
 PROMPTS = ["問題: 3個と4個で何個ですか。\n答え:", "問題: 12 + 30 は?\n答え:", "Problem: 5 + 8?\nAnswer:"]
 HEADS = "vllm.model_executor.layers.vocab_parallel_embedding"
@@ -48,8 +48,9 @@ class MadeUpLlm:
         return self.empties
 
     def generate(self, asked: Sequence[Any], settings: Any, use_tqdm: bool) -> list[Any]:
-        assert settings.temperature == 0
-        return [self._output(tuple(each.prompt_token_ids), settings) for each in asked]
+        wanted = settings if isinstance(settings, list) else [settings] * len(asked)
+        assert all(each.temperature == 0 for each in wanted)
+        return [self._output(tuple(p.prompt_token_ids), each) for p, each in zip(asked, wanted, strict=True)]
 
     def _output(self, prompt: tuple[int, ...], settings: Any) -> Any:
         if prompt not in self._cache or len(self._cache[prompt]) < settings.max_tokens:
@@ -111,10 +112,7 @@ def fill(live: LiveModel, source: Source) -> None:
 
 def both(live: LiveModel, engine: VllmEngine, stop: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """What transformers answers, and what the engine does."""
-    live.engine = None
-    expected = generate(live, PROMPTS, 16, stop, 4)
-    live.engine = engine
-    return expected, generate(live, PROMPTS, 16, stop, 4)
+    return generate(live, PROMPTS, 16, stop, 4), generate(live, PROMPTS, 16, stop, 4, engine)
 
 
 @pytest.mark.parametrize("stop", [(), ("答え", " so"), (" =", "は", "。")])
@@ -148,7 +146,7 @@ def test_what_is_asked_of_vllm(live: LiveModel, sources: dict[str, Source]) -> N
 
 
 def test_on_a_gpu_it_asks_for_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    from evaluators.vllm_engine import _memory
+    from evomerge.inference.vllm_engine import _memory
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
     assert _memory(torch.device("cuda", 0)) == {"gpu_memory_utilization": pytest.approx(0.375)}
@@ -214,7 +212,7 @@ def test_a_model_that_vllm_does_not_know(live: LiveModel, sources: dict[str, Sou
 def test_llvmlite_still_works_after_it_is_hidden() -> None:
     from llvmlite import binding
 
-    from evaluators.vllm_engine import _hide_from_scans
+    from evomerge.inference.vllm_engine import _hide_from_scans
 
     _hide_from_scans()
     assert not hasattr(binding.ffi.lib, "__dict__")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,15 +32,11 @@ class NotFiniteError(Exception):
         return f"NaN or Inf in {self.where}"
 
 
-class Engine(Protocol):
-    """A serving engine that answers prompts with a live model's weights, in place of transformers."""
+class ServingEngine(Protocol):
+    """What answers with a live model's weights in place of transformers; see ``evomerge.inference``."""
 
     def load(self, live: LiveModel) -> None:
         """Take the weights as they are now, and forget whatever was computed with older ones."""
-        ...
-
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
-        """The greedy answer to each prompt of token ids, in order, up to the first of the stop texts."""
         ...
 
 
@@ -60,7 +56,7 @@ class LiveModel:
     tokenizer: Any
     outside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stack: Stack | None = None
-    engine: Engine | None = None
+    engine: ServingEngine | None = None
 
     @property
     def device(self) -> torch.device:

@@ -102,12 +102,12 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
     check_reference(model, "MODEL")
     check_early(file)
     with opening(quiet=as_json):
-        from evaluators.prompts import Reader
         from evomerge.checkpoints.checks import check_finite
         from evomerge.checkpoints.config import first_line
         from evomerge.checkpoints.plain import plain_model
         from evomerge.checkpoints.source import open_source
         from evomerge.commands.rescoring import scored
+        from evomerge.inference.reading import Reader
         from evomerge.search.preparing.asking import item_warnings
         from evomerge.search.preparing.prepare import prepare
         from evomerge.search.workers.building import computing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evaluators.base import Split
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.search.preparing.prepare import Prepared
@@ -16,7 +17,7 @@ def scored(live: LiveModel, prepared: Prepared, split: Split) -> dict[str, Estim
     evaluators = enumerate(zip(setup.evaluators, prepared.evaluators, strict=True))
     wanted = setup.counts()
     scores = [
-        evaluator.score(live, split, range(wanted[e] if split == "search" else info.held_out_items))
+        score(evaluator, live, split, range(wanted[e] if split == "search" else info.held_out_items)).scores
         if e in wanted  # the screen's is not
         else {}
         for e, (info, evaluator) in evaluators

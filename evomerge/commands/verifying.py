@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
@@ -113,7 +114,7 @@ def reproduce(
             before = recorded[info.version]
             what = f"{len(before.items)} {split} items"
             say(f"verifying: {name}, {what}")
-            now = evaluator.score(live, split, before.items.tolist())
+            now = score(evaluator, live, split, before.items.tolist()).scores
             parts = split == "search" and len(raced.get(info.version, set()) | {len(before.items)}) > 1
             exact = not (rounds or parts)
             found = {

@@ -21,7 +21,7 @@ from evomerge.plugins import find_plugin
 from evomerge.recipes.base import Recipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
-    from evomerge.checkpoints.live import Engine, LiveModel
+    from evomerge.checkpoints.live import LiveModel, ServingEngine
 
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ class BuildContext:
     dtype: torch.dtype | None = None
     layers: int | None = None
     residency: Residency | None = None
-    engine: Callable[[LiveModel], Engine] | None = None
+    engine: Callable[[LiveModel], ServingEngine] | None = None
 
 
 class Builder(Protocol[_Made]):

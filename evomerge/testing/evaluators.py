@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluators.base import Evaluator, EvaluatorSettings, ItemScores, Split
-from evaluators.prompts import Reader
+from evaluators.base import Evaluator, EvaluatorSettings, Item, ItemScores, Split
+from evaluators.benchmarks import count
+from evaluators.scoring import Scoring, prompts_of, score
 from evomerge.checkpoints.live import LiveModel
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import respond_to
+from evomerge.inference.transformers_engine import TransformersEngine
 
 SPLITS: tuple[Split, ...] = ("search", "held_out")
 
@@ -44,17 +48,18 @@ class EvaluatorContract:
         search, held_out = evaluator.items("search"), evaluator.items("held_out")
         assert len(search) > 0
         assert len(held_out) > 0
-        assert not set(search) & set(held_out)
+        assert all(isinstance(item, Item) and item.id for item in (*search, *held_out))
+        assert not {item.id for item in search} & {item.id for item in held_out}
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_it_says_which_items_are_a_benchmarks(self, evaluator: Evaluator, split: Split) -> None:
-        counts = evaluator.test_items(split)
-        assert all(name and 0 < number <= len(evaluator.items(split)) for name, number in counts.items())
+        items = evaluator.items(split)
+        assert all(name and 0 < number <= len(items) for name, number in count(i.benchmark for i in items).items())
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_every_item_gets_a_score(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
         count = len(evaluator.items(split))
-        scores = evaluator.score(live, split, range(count))
+        scores = score(evaluator, live, split, range(count)).scores
         assert set(scores) == set(evaluator.metrics)
         for values in scores.values():
             assert values.shape == (count,)
@@ -65,60 +70,71 @@ class EvaluatorContract:
     def test_what_is_asked_can_be_seen_before(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
         before = _generators()
         for index in range(len(evaluator.items(split))):
-            for asked in evaluator.asked(Reader.of(live), split, index):
-                assert asked.place
-                assert 0 <= asked.scored < len(asked.ids)
-                assert asked.lost == 0
+            for prompt in prompts_of(evaluator, Reader.of(live), split, index):
+                assert prompt.place
+                assert 0 <= prompt.scored < len(prompt.ids)
+                assert prompt.lost == 0
         assert _generators() == before
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_every_item_can_be_read(self, evaluator: Evaluator, live: LiveModel, split: Split) -> None:
-        texts = evaluator.texts(split)
-        assert len(texts) == len(evaluator.items(split))
-        assert all(isinstance(text, str) for pair in texts for text in pair)
-        last = len(texts) - 1
-        evaluator.score(live, split, [last])
-        first = dict(evaluator.answers)
+        items = evaluator.items(split)
+        assert all(isinstance(text, str) for item in items for text in (item.question, item.answer))
+        last = len(items) - 1
+        first = score(evaluator, live, split, [last]).answers
         assert first.keys() <= {last}
-        evaluator.score(live, split, range(last + 1))
-        assert evaluator.answers.keys() in (first.keys(), set(range(last + 1)))
-        evaluator.score(live, split, [])
-        assert not evaluator.answers
+        assert score(evaluator, live, split, range(last + 1)).answers.keys() in (first.keys(), set(range(last + 1)))
+        assert not score(evaluator, live, split, []).answers
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_media_are_files_that_are_there(self, evaluator: Evaluator, split: Split) -> None:
+        assert all(media.file.is_file() for item in evaluator.items(split) for media in item.media)
+
+    def test_several_objectives_may_ask_before_any_is_graded(self, evaluator: Evaluator, live: LiveModel) -> None:
+        """Requests of one split, then of the other; grades in the order of the requests."""
+        reader, engine = Reader.of(live), TransformersEngine(live)
+        begun = [Scoring(evaluator, reader, split, range(len(evaluator.items(split)))) for split in SPLITS]
+        answers = [respond_to(engine, scoring.requests) if scoring.requests else [] for scoring in begun]
+        for split, scoring, given in zip(SPLITS, begun, answers, strict=True):
+            wanted = score(evaluator, live, split, range(len(evaluator.items(split)))).scores
+            for metric, values in scoring.finish(given, live, engine).scores.items():
+                if metric not in evaluator.measured:
+                    np.testing.assert_array_equal(values, wanted[metric])
 
     def test_the_same_again(self, evaluator: Evaluator, live: LiveModel) -> None:
         whole = range(len(evaluator.items("search")))
-        first = evaluator.score(live, "search", whole)
-        evaluator.score(live, "held_out", [0])
-        second = evaluator.score(live, "search", whole)
+        first = score(evaluator, live, "search", whole).scores
+        score(evaluator, live, "held_out", [0])
+        second = score(evaluator, live, "search", whole).scores
         for metric in evaluator.metrics:
             np.testing.assert_array_equal(first[metric], second[metric])
 
     def test_an_item_scores_the_same_in_any_company(self, evaluator: Evaluator, live: LiveModel) -> None:
         last = len(evaluator.items("search")) - 1
-        whole = evaluator.score(live, "search", range(last + 1))
+        whole = score(evaluator, live, "search", range(last + 1)).scores
         for chosen in ([last], [last, 0], [0, last, 0]):
-            _assert_agree(evaluator.score(live, "search", chosen), whole, chosen)
+            _assert_agree(score(evaluator, live, "search", chosen).scores, whole, chosen)
 
     def test_no_items_no_scores(self, evaluator: Evaluator, live: LiveModel) -> None:
-        for values in evaluator.score(live, "search", []).values():
+        for values in score(evaluator, live, "search", []).scores.values():
             assert values.shape == (0,)
 
     def test_an_item_that_is_not_there(self, evaluator: Evaluator, live: LiveModel) -> None:
         for index in (-1, len(evaluator.items("search"))):
             with pytest.raises(IndexError):
-                evaluator.score(live, "search", [index])
+                score(evaluator, live, "search", [index])
 
     def test_answers_are_of_the_model_at_hand(self, evaluator: Evaluator, live: LiveModel) -> None:
         """Weights change in place under an evaluator; nothing may be remembered from the model before."""
         whole = range(len(evaluator.items("search")))
-        before = evaluator.score(live, "search", whole)
+        before = score(evaluator, live, "search", whole).scores
         saved = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
         with torch.no_grad():
             for tensor in live.model.parameters():
                 tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)))
-        other = evaluator.score(live, "search", whole)
+        other = score(evaluator, live, "search", whole).scores
         live.model.load_state_dict(saved)
-        again = evaluator.score(live, "search", whole)
+        again = score(evaluator, live, "search", whole).scores
         assert any(not np.array_equal(before[metric], other[metric]) for metric in evaluator.metrics)
         for metric in evaluator.metrics:
             np.testing.assert_array_equal(before[metric], again[metric])
@@ -127,7 +143,7 @@ class EvaluatorContract:
         weights = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
         before = _generators()
         evaluator = settings.build()
-        evaluator.score(live, "search", [0])
+        score(evaluator, live, "search", [0])
         assert _generators() == before
         for name, tensor in live.model.state_dict().items():
             assert torch.equal(tensor, weights[name])

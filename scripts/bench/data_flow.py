@@ -34,6 +34,7 @@ from scipy import stats
 
 from evaluators.likelihood import LikelihoodSettings
 from evaluators.lm_eval import LmEvalSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.merging.materialise import Materialiser
@@ -87,15 +88,15 @@ class Scorer:
     def loss(self, recipe: StackRecipe) -> float:
         """Minus the mean log-likelihood on the search split."""
         self.materialiser.write(recipe, self.live)
-        found = self.likelihood.score(self.live, "search", range(ITEMS))["log_likelihood"]
+        found = score(self.likelihood, self.live, "search", range(ITEMS)).scores["log_likelihood"]
         return -float(found.mean()) if np.isfinite(found).all() else np.inf
 
     def held_out(self, recipe: StackRecipe) -> dict[str, float]:
         """Mean log-likelihood, and the share of right answers, on the whole held-out split."""
         self.materialiser.write(recipe, self.live)
         every = range(len(self.likelihood.items("held_out")))
-        likely = self.likelihood.score(self.live, "held_out", every)["log_likelihood"]
-        right = self.sums.score(self.live, "held_out", range(len(self.sums.items("held_out"))))["acc_ja"]
+        likely = score(self.likelihood, self.live, "held_out", every).scores["log_likelihood"]
+        right = score(self.sums, self.live, "held_out", range(len(self.sums.items("held_out")))).scores["acc_ja"]
         return {"log_likelihood": float(likely.mean()), "acc_ja": float(right.mean()), "hops": float(len(recipe.hops))}
 
 

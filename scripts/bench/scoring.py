@@ -39,13 +39,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from evaluators import decoding, generation
 from evaluators.base import ItemScores
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
 from evaluators.lm_eval_quiet import quiet
-from evaluators.prefill import _log_likelihoods, _Tokens
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, for_scoring, live_model, load_weights
 from evomerge.checkpoints.source import open_source
+from evomerge.inference import decoding, generation
+from evomerge.inference.prefill import log_likelihoods
+from evomerge.inference.reading import Prompt
+from evomerge.inference.requests import Likelihood
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "evaluators" / "tasks"
@@ -145,8 +148,8 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
     )  # fmt: skip
     ours, theirs = settings.build(), Theirs(live, folder, task, items)
 
-    def score() -> ItemScores:
-        return ours.score(live, "held_out", range(items))
+    def scored() -> ItemScores:
+        return score(ours, live, "held_out", range(items)).scores
 
     with unaware():
         kept: dict[int, dict[int, tuple[float, ...]]] = {}
@@ -156,8 +159,8 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
             kept[size] = theirs(size, samples=True)
             trial[size] = time.process_time() - started
         best = min(trial, key=lambda size: trial[size])
-        taken = interleaved(repeats, {"simple_evaluate": lambda: theirs(best), "evomerge": score})
-    found = score()
+        taken = interleaved(repeats, {"simple_evaluate": lambda: theirs(best), "evomerge": scored})
+    found = scored()
     mine = {i: (found["acc_ja"][i], found["acc"][i]) for i in range(items)}
     differ = {size: sum(mine[i] != kept[size][i] for i in range(items)) for size in BATCH_SIZES}
     if live.model.dtype == torch.float32 and any(differ.values()):
@@ -176,9 +179,9 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
 
 def answers_alone(live: LiveModel, evaluator: LmEvalEvaluator, items: int, repeats: int) -> dict[str, float]:
     """Seconds to answer the prompts of the items, by each step."""
-    prompts = [live.tokenizer.encode(group[0].args[0]) for group in evaluator._requests["held_out"][:items]]
+    prompts = [live.tokenizer.encode(group[0].args[0]) for group in evaluator._instances["held_out"][:items]]
     batches: Callable[[], Sequence[str]] = lambda: generation._in_batches(live, prompts, 32, ["\n"], "auto")  # noqa: E731
-    rows: Callable[[], Sequence[str]] = lambda: generation.answer_tokens(live, prompts, 32, ["\n"], "auto")  # noqa: E731
+    rows = partial(generation.answer_tokens, live, prompts, generation.Decoding(32, ("\n",)))
 
     def without_prefix() -> Sequence[str]:
         with mock.patch.object(decoding, "_common", return_value=0):
@@ -200,15 +203,15 @@ def large_vocabulary(repeats: int) -> dict[str, dict[str, float]]:
     prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in lengths]
     sizes = {rows: seconds(partial(plain_answers, live, prompts, rows)) for rows in (60, 20, 60)}
     best = min(sizes, key=lambda rows: sizes[rows])
-    items = [_Tokens(ids, 12, 12) for ids in prompts]
+    items = [Likelihood(Prompt("", "", ids, 12, None, "")) for ids in prompts]
     return {
         "answers": paired(
             repeats,
             lambda: plain_answers(live, prompts, best),
-            lambda: generation.answer_tokens(live, prompts, NEW_TOKENS, [], "auto"),
+            lambda: generation.answer_tokens(live, prompts, generation.Decoding(NEW_TOKENS)),
         ),
         "likelihoods": paired(
-            repeats, lambda: plain_likelihoods(live, prompts, 12), lambda: _log_likelihoods(live, items, 8192)
+            repeats, lambda: plain_likelihoods(live, prompts, 12), lambda: log_likelihoods(live, items)
         ),
     }
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import yaml
 
-from evaluators.generation import generate
-from evaluators.vllm_engine import VllmEngine, import_vllm
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.inference.transformers_engine import generate
+from evomerge.inference.vllm_engine import VllmEngine, import_vllm
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.settings.folder import open_store
@@ -56,16 +56,11 @@ def build(source: Source) -> LiveModel:
 
 
 def by_transformers(live: LiveModel, asked: Sequence[str], stop: Sequence[str] = ()) -> list[str]:
-    engine, live.engine = live.engine, None
-    try:
-        return generate(live, asked, TOKENS, stop, BATCH)
-    finally:
-        live.engine = engine
+    return generate(live, asked, TOKENS, stop, BATCH)
 
 
 def by_vllm(live: LiveModel, engine: VllmEngine, asked: Sequence[str], stop: Sequence[str] = ()) -> list[str]:
-    live.engine = engine
-    return generate(live, asked, TOKENS, stop, BATCH)
+    return generate(live, asked, TOKENS, stop, BATCH, engine)
 
 
 def differing(one: Sequence[str], other: Sequence[str]) -> int:

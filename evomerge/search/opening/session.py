@@ -133,7 +133,7 @@ def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], sco
     for e in changed:
         info, evaluator = prepared.setup.evaluators[e], prepared.evaluators[e]
         entries[e] = asdict(info) | {"items": _digests(evaluator), "accepted_version": evaluator.version}
-        texts += [ItemTexts(info.version, split, evaluator.texts(split)) for split in _SPLITS]
+        texts += [ItemTexts(info.version, split, _texts(evaluator, split)) for split in _SPLITS]
         named.append({"name": info.name, "version": evaluator.version})
     fingerprints["evaluators"] = entries
     store.change_evaluators(fingerprints, texts, {"evaluators": named, "scored": list(scored)})
@@ -150,7 +150,7 @@ def _check_items(store: Store, recorded: Mapping[str, Any], evaluator: Evaluator
     for split in _SPLITS:
         if split == "held_out" and not store.scored_on(version, split, most=1):
             continue
-        before, now = store.item_texts(version, split), evaluator.texts(split)
+        before, now = store.item_texts(version, split), _texts(evaluator, split)
         pairs = enumerate(zip_longest(before, map(tuple, now)))
         other = next((f"item {number}" for number, (a, b) in pairs if a != b), None)
         if other is None and digests.get(split) not in (None, _digests(evaluator)[split]):
@@ -163,16 +163,22 @@ def _check_items(store: Store, recorded: Mapping[str, Any], evaluator: Evaluator
             )
 
 
+def _texts(evaluator: Evaluator, split: Split) -> list[tuple[str, str]]:
+    """What each item of a split asks, and its right answer."""
+    return [(item.question, item.answer) for item in evaluator.items(split)]
+
+
 def _digests(evaluator: Evaluator) -> dict[str, str]:
     """For each split a hash of its items in their order."""
     return {
-        split: hashlib.sha256(json.dumps(list(evaluator.items(split))).encode()).hexdigest()[:16] for split in _SPLITS
+        split: hashlib.sha256(json.dumps([item.id for item in evaluator.items(split)]).encode()).hexdigest()[:16]
+        for split in _SPLITS
     }
 
 
 def _item_texts(prepared: Prepared) -> list[ItemTexts]:
     """What the items of every evaluator ask: to be read beside scores, and beside answers where they are kept."""
-    return [ItemTexts(e.version, split, e.texts(split)) for e in prepared.evaluators for split in _SPLITS]
+    return [ItemTexts(e.version, split, _texts(e, split)) for e in prepared.evaluators for split in _SPLITS]
 
 
 def fingerprints_of(prepared: Prepared) -> dict[str, Any]:

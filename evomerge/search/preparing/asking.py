@@ -8,11 +8,13 @@ from functools import partial
 from typing import get_args
 
 from evaluators.base import Evaluator, Split
-from evaluators.prompts import Asked, Reader, told_too_long, too_long
+from evaluators.prompts import told_too_long, too_long
+from evaluators.scoring import prompts_of
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config
 from evomerge.errors import InputError
+from evomerge.inference.reading import Prompt, Reader
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _NAMES: Mapping[Split, str] = {"search": "search", "held_out": "held-out"}
@@ -60,10 +62,10 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
     """
     for place, evaluator in evaluators.items():
         for split in _SPLITS:
-            hashes = evaluator.items(split)
-            if again := len(hashes) - len(set(hashes)):
-                yield f"{place}: {again} of {len(hashes)} {_NAMES[split]} items repeat another one"
-            sizes = [len(question) + len(answer) for question, answer in evaluator.texts(split)]
+            items = evaluator.items(split)
+            if again := len(items) - len({item.id for item in items}):
+                yield f"{place}: {again} of {len(items)} {_NAMES[split]} items repeat another one"
+            sizes = [len(item.question) + len(item.answer) for item in items]
             asked = partial(_asked, evaluator, reader, place, split)
             if told := told_too_long(list(too_long(asked, sizes))):
                 yield f"{place}: {told}"
@@ -76,17 +78,17 @@ def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
             yield shown(asked, reader, place)
 
 
-def shown(asked: Asked, reader: Reader, place: str) -> Shown:
+def shown(asked: Prompt, reader: Reader, place: str) -> Shown:
     """What is asked, as people read it: only the tokens that the model is given."""
-    ids = list(asked.ids[asked.lost :])
+    ids = list(asked.fed)
     tokens = list(zip(ids, (reader.tokenizer.decode([token]) for token in ids), strict=True))
     return Shown(place, asked.place, asked.text, asked.answer, tokens, asked.scored)
 
 
-def _asked(evaluator: Evaluator, reader: Reader, place: str, split: Split, index: int) -> list[Asked]:
-    """What an evaluator asks of an item; what is wrong with it is said with the measure."""
+def _asked(evaluator: Evaluator, reader: Reader, place: str, split: Split, index: int) -> list[Prompt]:
+    """What a model will be given for an item, as far as is known; what is wrong with it is said with the measure."""
     try:
-        return list(evaluator.asked(reader, split, index))
+        return prompts_of(evaluator, reader, split, index)
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
     except BaseException as error:

@@ -9,15 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.benchmarks import count
 from evaluators.change import ChangeEvaluator
 from evaluators.cost import COUNTED
-from evaluators.prompts import Reader
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.fingerprints import Untouched
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
+from evomerge.inference.reading import Reader
 from evomerge.merging.builders import check_recipe
 from evomerge.merging.low_rank import low_rank_problem
 from evomerge.plugins import unknown_name
@@ -117,7 +118,7 @@ def _check_engine(file: SearchFile) -> None:
         if file.space.kind != "parameter_space":
             problem = "vLLM has room for models of one depth, and this space makes paths of many"
             raise InputError("engine", problem, "Leave `engine` out.")
-        from evaluators.vllm_engine import import_vllm
+        from evomerge.inference.vllm_engine import import_vllm
 
         import_vllm()
 
@@ -189,7 +190,12 @@ def distinct_evaluators(file: SearchFile) -> list[EvaluatorSettings]:
 def _build(file: SearchFile, settings: EvaluatorSettings, tries: bool) -> Evaluator:
     """Build an evaluator; what is wrong with it is said with the objective that named it."""
     try:
-        return settings.build_and_try() if tries else settings.build()
+        evaluator: object = settings.build_and_try() if tries else settings.build()
+        if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
+            problem = f"{type(evaluator).__name__} is none of the shapes that evaluators have"
+            mend = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
+            raise InputError("evaluator", problem, mend)
+        return evaluator
     except InputError as error:
         place = next(place for place, found in file.evaluators().items() if found == settings)
         raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
@@ -227,12 +233,12 @@ def _refuse_test_items(
     """A search on the test items of a public benchmark makes its score there worthless, and is not to happen unseen."""
     for place, wanted in file.evaluators().items():
         evaluator = evaluators[settings.index(wanted)]
-        for benchmark, count in evaluator.test_items("search").items():
+        for benchmark, known in count(item.benchmark for item in evaluator.items("search")).items():
             if not file.search_on_test_items:
                 items = len(evaluator.items("search"))
                 raise InputError(
                     place,
-                    f"{count} of the {items} items to search on are test items of {benchmark}",
+                    f"{known} of the {items} items to search on are test items of {benchmark}",
                     "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
                 )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evomerge.checkpoints.live import Engine, LiveModel
+from evomerge.checkpoints.live import LiveModel, ServingEngine
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.builders import BuildContext
@@ -69,7 +69,7 @@ def computing(file: SearchFile) -> tuple[torch.device, torch.dtype | None]:
     return choose_device(file.device), torch_dtype(file.dtype)
 
 
-def _vllm(source: Source) -> Callable[[LiveModel], Engine]:
-    from evaluators.vllm_engine import VllmEngine
+def _vllm(source: Source) -> Callable[[LiveModel], ServingEngine]:
+    from evomerge.inference.vllm_engine import VllmEngine
 
     return lambda live: VllmEngine(source, live)

@@ -1,55 +1,151 @@
-"""One evaluator's share of a candidate on a live model, checked; and what an exception says of an attempt."""
+"""Candidates' tasks on a live model: asked, answered by an engine, graded and checked."""
 
 from __future__ import annotations
 
+import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from evaluators.base import Evaluator
+from evaluators.base import Evaluator, Graded
+from evaluators.scoring import Scoring
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Batch, Engine, Response
 from evomerge.printable import printable
 from evomerge.search.work.jobs import Failed, Measured, Task
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A task that is done: its scores by metric, float32 [n_items]; what the model wrote; seconds by phase."""
+class Attempt:
+    """The tasks of one candidate on their way.
 
-    scores: Mapping[str, NDArray[np.float32]]
-    answers: Mapping[int, str]
-    seconds: Mapping[str, float]
+    Args:
+        evaluators: in the order that tasks refer to them.
+        live: holds the candidate's weights.
+        engine: answers with them.
+        model: which of the engine's models the candidate is.
 
-
-def score_task(evaluator: Evaluator, live: LiveModel, task: Task) -> Scored:
-    """Have an evaluator score its items, and check what it gives.
+    Attributes:
+        seconds: by phase, so far.
 
     Raises:
-        ValueError: the evaluator, which may be somebody's plug-in, gave something else than it declares.
-        NotFiniteError: a score is NaN or Inf.
+        InputError: an item cannot be scored with such a model.
     """
-    found = evaluator.score(live, task.split, task.indices)
+
+    def __init__(
+        self, evaluators: Sequence[Evaluator], live: LiveModel, engine: Engine, tasks: Sequence[Task], model: int = 0
+    ) -> None:
+        self._live, self._engine, self._model, self._tasks = live, engine, model, tasks
+        self.seconds: dict[str, float] = {}
+        reader = Reader.of(live)
+        self._scorings = [Scoring(evaluators[task.evaluator], reader, task.split, task.indices) for task in tasks]
+        self._responses: dict[int, list[Response]] = {}
+        self._graded: dict[int, Graded] = {}
+
+    @property
+    def unanswered(self) -> dict[int, Batch]:
+        """What an engine is still to be asked, by the number of the task."""
+        return {
+            number: Batch(scoring.requests, (task.evaluator, task.split), self._model)
+            for number, (task, scoring) in enumerate(zip(self._tasks, self._scorings, strict=True))
+            if scoring.requests and number not in self._responses
+        }
+
+    def take(self, number: int, responses: list[Response]) -> None:
+        """The responses to the batch of a task."""
+        self._responses[number] = responses
+
+    def can_grade(self, number: int) -> bool:
+        """Whether a task's grading needs no more of the model than its responses."""
+        return not self._scorings[number].needs_model
+
+    def grade(self, number: int) -> None:
+        """Have the evaluator of an answered task grade its items, and check what it gives.
+
+        Raises:
+            ValueError: the evaluator, which may be somebody's plug-in, gave something else than it declares.
+            NotFiniteError: a score is NaN or Inf.
+        """
+        scoring, count = self._scorings[number], len(self._tasks[number].indices)
+        graded = scoring.finish(self._responses.get(number, []), self._live, self._engine)
+        _check(scoring.evaluator, graded, count)
+        self._graded[number] = graded
+        for phase, seconds in graded.seconds.items():
+            self.took(phase, seconds)
+
+    def finish(self) -> None:
+        """Grade what is left: all that the model itself is needed for. Raises as ``grade``."""
+        for number in range(len(self._tasks)):
+            if number not in self._graded:
+                self.grade(number)
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Add to the seconds of a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def measured(self) -> Measured:
+        """The result, once all tasks are graded."""
+        graded = [self._graded[number] for number in range(len(self._tasks))]
+        return Measured([each.scores for each in graded], self.seconds, [dict(each.answers) for each in graded])
+
+
+def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Attempt, int]]:
+    """Have the engine answer all that attempts ask; every task as soon as its responses are with its attempt.
+
+    The engine's time is divided among the attempts by how much they asked.
+    """
+    asked = [(attempt, number, batch) for attempt in attempts for number, batch in attempt.unanswered.items()]
+    if not asked:
+        return
+    responses, seconds = engine.respond([batch for _, _, batch in asked]), 0.0
+    while True:
+        started = time.perf_counter()
+        answer = next(responses, None)
+        seconds += time.perf_counter() - started
+        if answer is None:
+            break
+        attempt, number, _ = asked[answer[0]]
+        attempt.take(number, answer[1])
+        yield attempt, number
+    share = seconds / sum(len(batch.requests) for _, _, batch in asked)
+    for attempt, _, batch in asked:
+        attempt.took("generate", share * len(batch.requests))
+
+
+def score(engine: Engine, attempt: Attempt, device: torch.device) -> None:
+    """Answer and grade all tasks of one candidate.
+
+    On an accelerator tasks are graded in a thread of their own, while the next ones are answered.
+
+    Raises:
+        Exception: whatever an evaluator or the model does.
+    """
+    if device.type == "cpu":  # grading would take the very core that answers
+        for _, number in answered(engine, [attempt]):
+            if attempt.can_grade(number):
+                attempt.grade(number)
+    else:
+        with ThreadPoolExecutor(1) as beside:
+            grading: list[Future[None]] = []
+            for _, number in answered(engine, [attempt]):
+                if attempt.can_grade(number):
+                    grading.append(beside.submit(attempt.grade, number))
+            for future in grading:
+                future.result()
+    attempt.finish()
+
+
+def _check(evaluator: Evaluator, graded: Graded, count: int) -> None:
     for metric in evaluator.metrics:
-        if metric not in found or found[metric].shape != (len(task.indices),):
-            shape = found[metric].shape if metric in found else "nothing"
-            raise ValueError(f"{evaluator.name} gave {shape} for {metric} of {len(task.indices)} items")
-    for metric, values in found.items():
+        if metric not in graded.scores or graded.scores[metric].shape != (count,):
+            shape = graded.scores[metric].shape if metric in graded.scores else "nothing"
+            raise ValueError(f"{evaluator.name} gave {shape} for {metric} of {count} items")
+    for metric, values in graded.scores.items():
         if not np.isfinite(values).all():
             raise NotFiniteError(f"{evaluator.name}: {metric} of {int((~np.isfinite(values)).sum())} items")
-    return Scored(found, dict(evaluator.answers), dict(evaluator.seconds))
-
-
-def measured(scored: Sequence[Scored], timings: Mapping[str, float]) -> Measured:
-    """The result of a job whose tasks are done, with their seconds added to those of its other phases."""
-    total = dict(timings)
-    for each in scored:
-        for phase, seconds in each.seconds.items():
-            total[phase] = total.get(phase, 0.0) + seconds
-    return Measured([each.scores for each in scored], total, [each.answers for each in scored])
 
 
 def failure(error: BaseException) -> Failed:

@@ -1,36 +1,30 @@
 """Several candidates scored at once on one live model, whose rows are each of a candidate of its own.
 
-What an evaluator asks of the model is answered for all candidates in one go: an evaluator that asks for answers which
-are not there yet is unwound, and starts again when they are. It is deterministic, so it asks for the same once more,
-gets it at once, and goes on. No two evaluators ever run at the same time or in turns, so nothing that one keeps or sets
-for a while (its requests, a generator's seed, where prints go) is seen by another. Forward passes that an evaluator
-makes itself, as for likelihoods, are of its candidate alone, and are made again where it asks for answers after them.
+What evaluators ask is answered for all candidates in one go (``evomerge.inference.adapter_rows``), and graded candidate
+by candidate. An evaluator that needs the model itself, as a person's own function does, is run for one candidate after
+another.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
 from evaluators.base import Evaluator
-from evaluators.generation import Request, answer_requests, answered_by
-from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_weights, finite_rows
-from evomerge.checkpoints.low_rank_rows import LowRankRows
+from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_weights
 from evomerge.checkpoints.source import Source
+from evomerge.inference.adapter_rows import AdapterRowsEngine, OneModel
 from evomerge.merging.low_rank import base_recipe, coefficients, family_of
 from evomerge.merging.materialise import Materialiser
 from evomerge.search.work.jobs import Failed, Job, Measured
-from evomerge.search.workers.measuring import Scored, failure, measured, score_task
+from evomerge.search.workers.measuring import Attempt, answered, failure
 
 log = logging.getLogger(__name__)
-
-
-class _Unwound(BaseException):  # no Exception, which an evaluator might take for a fault of the model
-    """Ends an evaluator whose answers are not there yet."""
 
 
 @dataclass
@@ -38,36 +32,30 @@ class _Candidate:
     """A job on its way.
 
     Attributes:
-        number: among the candidates that the model is mixed for.
-        scored: the tasks that are done.
-        timings: seconds by phase that are not an evaluator's.
-        answered: what the evaluator of the next task has asked for so far, and the answers.
-        calls: how often it has asked since it was started.
-        wanted: what it was unwound for.
+        number: among the models that the engine has.
+        attempt: its tasks, once they are begun.
+        timings: seconds by phase that are not of its tasks.
         result: once there is one.
     """
 
     job: Job
     number: int = 0
-    scored: list[Scored] = field(default_factory=list)
+    attempt: Attempt | None = None
     timings: dict[str, float] = field(default_factory=dict)
-    answered: list[tuple[Request, list[str]]] = field(default_factory=list)
-    calls: int = 0
-    wanted: Request | None = None
     result: Measured | Failed | None = None
 
-    def start_over(self) -> None:
-        """The evaluator of the next task begins, and will ask from its first question on."""
-        self.calls, self.wanted = 0, None
-
-    def took(self, phase: str, seconds: float) -> None:
-        self.timings[phase] = self.timings.get(phase, 0.0) + seconds
+    def guarded(self, step: Callable[[], None]) -> None:
+        """Take a step; what it raises ends this candidate alone."""
+        try:
+            step()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as a task's SystemExit, and the panic of a tokenizer
+            self.result = failure(error)
 
 
 class Together:
     """Scores candidates that are weighted sums of low-rank adapters, several at once.
-
-    The adapters are held once on the live model's device, as long as this object lives.
 
     Args:
         sources: one model and low-rank adapters of it.
@@ -92,8 +80,7 @@ class Together:
         self._sources, self._materialiser, self._live, self._evaluators = sources, materialiser, live, evaluators
         self._family = family_of(sources)
         adapted = [sources[name] for name in self._family.adapted]
-        self._rows = LowRankRows(live, adapted, self._family.weights)
-        self._current: _Candidate | None = None
+        self._engine = AdapterRowsEngine(live, adapted, self._family.weights)
 
     def run(self, jobs: Sequence[Job]) -> list[Measured | Failed]:
         """The result of each job. An exception in one candidate ends that one alone."""
@@ -113,14 +100,17 @@ class Together:
             return
         self._materialiser.write(base_recipe(going[0].job.recipe, self._sources, self._family), self._live)
         check_weights(self._live)
-        with self._rows.mixed(shares), answered_by(self._live, self._answer):
-            self._probe(going)
-            for candidate in going:
-                candidate.took("merge", (time.perf_counter() - started) / len(going))
-            while going := _open(going):
-                for candidate in going:
-                    self._advance(candidate)
-                self._decode_all(_open(going))
+        with self._engine.mixed(shares):
+            finite = self._engine.finite([candidate.number for candidate in going])
+            for candidate, sound in zip(going, finite, strict=True):
+                candidate.timings["merge"] = (time.perf_counter() - started) / len(going)
+                if not sound:
+                    candidate.result = failure(NotFiniteError("logits"))
+            for candidate in _open(candidates):
+                candidate.guarded(partial(self._begin, candidate))
+            self._answer(_open(candidates))
+            for candidate in _open(candidates):
+                candidate.guarded(partial(self._finish, candidate))
 
     def _shares(self, candidates: Sequence[_Candidate]) -> list[Tensor]:
         """What rows of each candidate are mixed by, in the order of their numbers, which are given here."""
@@ -128,7 +118,7 @@ class Together:
         for candidate in candidates:
             try:
                 own = coefficients(candidate.job.recipe, self._sources, self._family)
-                shares = self._rows.shares(own)
+                shares = self._engine.shares(own)
             except Exception as error:
                 candidate.result = failure(error)
             else:
@@ -136,89 +126,42 @@ class Together:
                 found.append(shares)
         return found
 
-    def _probe(self, candidates: Sequence[_Candidate]) -> None:
-        """End candidates whose logits have NaN or Inf; all are probed in one forward pass."""
-        self._rows.choose([candidate.number for candidate in candidates])
-        finite = finite_rows(self._live, len(candidates))
-        self._rows.check_reached()
-        for candidate in candidates:
-            if not all(finite):  # some architectures mix rows of a batch: ask each alone
-                self._rows.choose(candidate.number)
-                if not all(finite_rows(self._live, 1)):
-                    candidate.result = failure(NotFiniteError("logits"))
+    def _begin(self, candidate: _Candidate) -> None:
+        """Have the candidate's evaluators say what they ask."""
+        for task in candidate.job.tasks:
+            if (evaluator := self._evaluators[task.evaluator]).measured:
+                raise ValueError(f"{evaluator.name} measures speed, which is not that of the merged model here")
+        engine = OneModel(self._engine, candidate.number)
+        candidate.attempt = Attempt(self._evaluators, self._live, engine, candidate.job.tasks, candidate.number)
 
-    def _advance(self, candidate: _Candidate) -> None:
-        """Score a candidate until it is done, fails, or lacks answers."""
-        self._current = candidate
-        self._rows.choose(candidate.number)
-        for task in candidate.job.tasks[len(candidate.scored) :]:
-            evaluator = self._evaluators[task.evaluator]
-            candidate.start_over()
-            try:
-                if evaluator.measured:
-                    raise ValueError(f"{evaluator.name} measures speed, which is not that of the merged model here")
-                scored = score_task(evaluator, self._live, task)
-            except _Unwound:
-                return
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                if candidate.wanted is None:
-                    candidate.result = failure(error)
-                return
-            if candidate.wanted is not None:  # it caught what should have ended it
-                return
-            candidate.scored.append(scored)
-            candidate.answered.clear()
-        candidate.result = measured(candidate.scored, candidate.timings)
-
-    def _answer(self, request: Request) -> list[str]:
-        """What an evaluator that is being run asks of the model."""
-        candidate = self._current
-        assert candidate is not None
-        number = candidate.calls
-        candidate.calls += 1
-        if number < len(candidate.answered):
-            asked, answers = candidate.answered[number]
-            if asked == request:
-                return list(answers)
-            # It asks otherwise than when it was unwound; unwinding it for that as well might never end.
-            (alone,) = answer_requests(self._live, [request], lambda rows: self._rows.choose(candidate.number))
-            return alone
-        candidate.wanted = request
-        raise _Unwound
-
-    def _decode_all(self, candidates: Sequence[_Candidate]) -> None:
-        """Answer what every candidate wants; requests that differ in their prompts alone, in one go."""
-        alike: dict[tuple[object, ...], list[_Candidate]] = {}
-        for candidate in candidates:
-            wanted = candidate.wanted
-            assert wanted is not None
-            alike.setdefault((wanted.max_new_tokens, wanted.stop, wanted.batch_size), []).append(candidate)
-        for group in alike.values():
-            if not self._decode(group):
-                for candidate in group:
-                    self._decode([candidate])
-
-    def _decode(self, group: Sequence[_Candidate]) -> bool:
-        """Answer what candidates want in one go; whether that has come to an end, be it the end of a single one."""
-        started = time.perf_counter()
-        numbers, wanted = [each.number for each in group], [each.wanted for each in group if each.wanted is not None]
+    def _answer(self, candidates: Sequence[_Candidate]) -> None:
+        """Answer all that candidates ask; one by one where that fails, so that it ends the one that it is of."""
         try:
-            found = answer_requests(
-                self._live, wanted, lambda rows: self._rows.choose([numbers[row] for row in rows])
-            )  # fmt: skip
+            self._answer_at_once(candidates)
         except Exception as error:
-            if len(group) == 1:
-                group[0].result = failure(error)
-            else:
-                log.warning("%d candidates are answered one at a time: %s", len(group), error)
-            return len(group) == 1
-        share = (time.perf_counter() - started) / sum(len(answers) for answers in found)
-        for candidate, request, answers in zip(group, wanted, found, strict=True):
-            candidate.answered.append((request, answers))
-            candidate.took("generate", share * len(answers))
-        return True
+            if len(candidates) == 1:
+                candidates[0].result = failure(error)
+                return
+            log.warning("%d candidates are answered one at a time: %s", len(candidates), error)
+            for candidate in _open(candidates):
+                self._answer([candidate])
+
+    def _answer_at_once(self, candidates: Sequence[_Candidate]) -> None:
+        of = {id(candidate.attempt): candidate for candidate in candidates}
+        for attempt, number in answered(self._engine, [each.attempt for each in candidates if each.attempt]):
+            candidate = of[id(attempt)]
+            if candidate.result is None and attempt.can_grade(number):
+                candidate.guarded(partial(attempt.grade, number))
+
+    def _finish(self, candidate: _Candidate) -> None:
+        """Grade what the model itself is needed for."""
+        attempt = candidate.attempt
+        assert attempt is not None
+        self._engine.choose(candidate.number)
+        attempt.finish()
+        for phase, seconds in candidate.timings.items():
+            attempt.took(phase, seconds)
+        candidate.result = attempt.measured()
 
 
 def _open(candidates: Sequence[_Candidate]) -> list[_Candidate]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from evaluators.base import Evaluator
 from evomerge.checkpoints.source import Source
 from evomerge.genome import SearchSpace
+from evomerge.inference.transformers_engine import engine_of
 from evomerge.merging.builders import Builders
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.stack_builder import StackBuilder
@@ -16,7 +17,7 @@ from evomerge.search.preparing.prepare import Prepared, build_space, distinct_ev
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured
 from evomerge.search.workers.building import build_context
-from evomerge.search.workers.measuring import failure, measured, score_task
+from evomerge.search.workers.measuring import Attempt, failure, score
 from evomerge.search.workers.together import Together
 
 
@@ -96,5 +97,8 @@ class Worker:
     def _measure(self, job: Job) -> Measured:
         started = time.perf_counter()
         live = self._builders.of(job.recipe).write(job.recipe)
-        timings = {"merge": time.perf_counter() - started}
-        return measured([score_task(self._evaluators[task.evaluator], live, task) for task in job.tasks], timings)
+        merged, engine = time.perf_counter() - started, engine_of(live)
+        attempt = Attempt(self._evaluators, live, engine, job.tasks)
+        attempt.took("merge", merged)
+        score(engine, attempt, live.device)
+        return attempt.measured()

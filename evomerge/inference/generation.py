@@ -1,4 +1,4 @@
-"""Greedy answers of a live model to prompts, many at once: what every evaluator of generated text shares.
+"""Greedy answers of a live model to prompts, many at once.
 
 The answer to a prompt does not depend on the prompts beside it, but for what no batching escapes: with more rows, or
 longer ones, sums are added up in another order, and logits differ in their last bits. Where two tokens are equally
@@ -8,18 +8,13 @@ runs out.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from pydantic import Field
-
-from evaluators.prompts import Asked, PromptSettings, Reader, asked_prompt, told_too_long
+from evomerge.inference.requests import BatchSize
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Grade = TypeVar("Grade")
 Found = TypeVar("Found")
-
-BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
-"""Most prompts in one forward pass. Where memory runs out on a GPU, half as many are from then on."""
 
 _AUTO = 256
 """Where ``auto`` starts. With more rows a forward pass takes longer, and answers become hardly more a second."""
@@ -55,128 +46,74 @@ _FACTORS = {"encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "
 """Settings that change nothing when they are 1. The others change nothing when they are 0, false or empty."""
 
 
-def generate(
-    live: LiveModel,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    batch_size: BatchSize,
-    settings: PromptSettings | None = None,
-) -> list[str]:
-    """The model's greedy answer to each prompt, in order, without the prompt.
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded: prompts that differ in this are not decoded side by side.
 
-    A prompt that leaves no room for an answer in the model's context loses its beginning; that is logged, once for the
-    same prompts.
-
-    Args:
-        live: its tokenizer puts special tokens at the start of prompts, if it has any; they are no part of an answer.
-        prompts: what is asked, without a chat template.
+    Attributes:
         max_new_tokens: most tokens of an answer.
         stop: an answer ends before the first of these texts, and at the model's end token.
         batch_size: most prompts in one forward pass.
-        settings: how prompts are put to the model; as they are when None.
-
-    Raises:
-        InputError: the context has no room for ``max_new_tokens``, or the model lacks a token of its tokenizer.
     """
-    reader, how = Reader.of(live), settings or PromptSettings()
-    asked = [asked_prompt(reader, how, text, max_new_tokens, f"prompt {i + 1}") for i, text in enumerate(prompts)]
-    if told := told_too_long([each for each in asked if each.lost]):
-        _warn(told)
-    return answer_asked(live, asked, max_new_tokens, stop, batch_size)
 
-
-def answer_asked(
-    live: LiveModel, asked: Sequence[Asked], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
-) -> list[str]:
-    """As ``generate``, for prompts that are rendered and cut into tokens; one that is too long loses its beginning."""
-    if not asked:
-        return []
-    return answer_tokens(live, [each.ids[each.lost :] for each in asked], max_new_tokens, stop, batch_size)
-
-
-def answer_tokens(
-    live: LiveModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    batch_size: BatchSize,
-) -> list[str]:
-    """As ``generate``, for prompts of one token at least that fit the model."""
-    if live.engine is not None:
-        return live.engine.answer(prompts, max_new_tokens, stop)
-    request = Request(prompts, max_new_tokens, tuple(stop), batch_size)
-    if (answering := _answering.get(live.model)) is not None:
-        return answering(request)
-    return answer_requests(live, [request], lambda rows: None)[0]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What ``answer_tokens`` is asked, but for the model."""
-
-    prompts: Sequence[Sequence[int]]
     max_new_tokens: int
-    stop: tuple[str, ...]
-    batch_size: BatchSize
+    stop: tuple[str, ...] = ()
+    batch_size: BatchSize = "auto"
 
 
-_answering: WeakKeyDictionary[Any, Callable[[Request], list[str]]] = WeakKeyDictionary()
+def answer_tokens(live: LiveModel, prompts: Sequence[Sequence[int]], how: Decoding) -> list[str]:
+    """The model's greedy answer to each prompt of token ids, one at least, that fit the model."""
+    return answer_groups(live, [prompts], how, lambda rows: None)[0]
 
 
-@contextlib.contextmanager
-def answered_by(live: LiveModel, answer: Callable[[Request], list[str]]) -> Iterator[None]:
-    """Within, another function gives the answers that are asked of the model, whichever evaluator asks for them."""
-    _answering[live.model] = answer
-    try:
-        yield
-    finally:
-        del _answering[live.model]
-
-
-def answer_requests(
-    live: LiveModel, requests: Sequence[Request], choose: Callable[[Sequence[int]], None]
+def answer_groups(
+    live: LiveModel,
+    groups: Sequence[Sequence[Sequence[int]]],
+    how: Decoding,
+    choose: Callable[[Sequence[int]], None],
 ) -> list[list[str]]:
-    """The answers to several requests that differ in their prompts alone, decoded in one go.
+    """The answers to several groups of prompts of token ids, decoded in one go.
 
     Args:
-        live: a transformers model, without a serving engine.
-        requests: one for each of the models that ``live`` can be, row by row.
-        choose: is told before each forward pass which request every row is of; a single number stands for all rows.
+        live: a transformers model.
+        groups: one for each of the models that ``live`` can be, row by row.
+        how: the same for all.
+        choose: is told before each forward pass which group every row is of; a single number stands for all rows.
 
     Raises:
         torch.OutOfMemoryError: there is no room for one row.
     """
-    from evaluators.decoding import Decoder, Groups, NoTableError
-    from evaluators.stopping import TextEnds
+    from evomerge.inference.decoding import Decoder, Groups, NoTableError
+    from evomerge.inference.stopping import TextEnds
 
-    first = requests[0]
+    prompts = [ids for group in groups for ids in group]
+    if not prompts:
+        return [[] for _ in groups]
     ends = live.model.generation_config.eos_token_id
     last = frozenset([ends] if isinstance(ends, int) else ends or ())
     batch_size: BatchSize | None = None  # of transformers' own loop, where there is no table
-    prompts = [ids for request in requests for ids in request.prompts]
-    groups = Groups([number for number, request in enumerate(requests) for _ in request.prompts], choose)
+    owners = Groups([number for number, group in enumerate(groups) for _ in group], choose)
     try:
-        ended = TextEnds(live.tokenizer, first.stop)
-        decoder = Decoder(live.model, prompts, first.max_new_tokens, last, ended, groups)
-        if shaping(live.model, GREEDY):
-            batch_size = first.batch_size
+        ended = TextEnds(live.tokenizer, how.stop)
+        decoder = Decoder(live.model, prompts, how.max_new_tokens, last, ended, owners)
+        if shaping(live.model.generation_config.to_diff_dict(), GREEDY):
+            batch_size = how.batch_size
     except NoTableError as error:
-        batch_size = 1 if error.alone else first.batch_size
+        batch_size = 1 if error.alone else how.batch_size
     if batch_size is not None:
         found = []
-        for number, request in enumerate(requests):
+        for number, group in enumerate(groups):
             choose([number])
-            found.append(_in_batches(live, request.prompts, first.max_new_tokens, first.stop, batch_size))
+            found.append(_in_batches(live, group, how.max_new_tokens, how.stop, batch_size))
         return found
-    _room(live.model).fit(first.batch_size, len(prompts), live.device, decoder.run)
-    texts = iter([_text(live.tokenizer, tokens, first.stop) for tokens in decoder.answers])
-    return [[next(texts) for _ in request.prompts] for request in requests]
+    _room(live.model).fit(how.batch_size, len(prompts), live.device, decoder.run)
+    texts = iter([text_of(live.tokenizer, tokens, how.stop) for tokens in decoder.answers])
+    return [[next(texts) for _ in group] for group in groups]
 
 
-def shaping(model: Any, settings: Mapping[str, Any]) -> list[str]:
+def shaping(own: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """The settings by which the answers would not be plainly greedy: those given, over the model's own."""
-    said = {**model.generation_config.to_diff_dict(), **settings}
+    said = {**own, **settings}
     return [
         name for name, value in said.items() if name not in _IDLE and value and (name not in _FACTORS or value != 1)
     ]
@@ -225,34 +162,6 @@ def _room(model: Any) -> Room:
     return _rooms.setdefault(model, Room())
 
 
-def grade_answers(
-    live: LiveModel,
-    prompts: Mapping[int, Asked],
-    grade: Callable[[int, str], Grade],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    batch_size: BatchSize,
-) -> tuple[dict[int, Grade], dict[int, str], dict[str, float]]:
-    """What ``grade`` gives for the model's answer to each prompt, and the answer, by the prompts' numbers.
-
-    Returns:
-        Grades, answers, and the seconds by phase.
-
-    """
-    started = time.perf_counter()
-    texts = answer_asked(live, list(prompts.values()), max_new_tokens, stop, batch_size)
-    answers = dict(zip(prompts, texts, strict=True))
-    answered = time.perf_counter()
-    grades = {number: grade(number, answer) for number, answer in answers.items()}
-    return grades, answers, {"generate": answered - started, "score": time.perf_counter() - answered}
-
-
-@cache
-def _warn(message: str) -> None:
-    """Once for each message, because the same items come again with every candidate."""
-    log.warning(message)
-
-
 def _in_batches(
     live: LiveModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
 ) -> list[str]:
@@ -275,7 +184,7 @@ def _answer(live: LiveModel, rows: Sequence[Sequence[int]], max_new_tokens: int,
     import torch
     from transformers import StoppingCriteriaList
 
-    from evaluators.stopping import StopAtText
+    from evomerge.inference.stopping import StopAtText
 
     width, pad = max(len(ids) for ids in rows), live.tokenizer.pad_token_id
     padded = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in rows], device=live.device)
@@ -293,10 +202,10 @@ def _answer(live: LiveModel, rows: Sequence[Sequence[int]], max_new_tokens: int,
         )
     ends = criterion.lengths.tolist() if criterion else [tokens.shape[1]] * len(rows)
     # Where no token ends a sequence by itself, transformers lets ended rows run on instead of padding them.
-    return [_text(live.tokenizer, ids[width:end], stop) for ids, end in zip(tokens.tolist(), ends, strict=True)]
+    return [text_of(live.tokenizer, ids[width:end], stop) for ids, end in zip(tokens.tolist(), ends, strict=True)]
 
 
-def _text(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> str:
+def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> str:
     """The tokens as text, up to the first of the stop texts."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     ends = [text.index(ending) for ending in stop if ending in text]

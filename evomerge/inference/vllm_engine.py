@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
-from evaluators.generation import _text
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.tokenizer_files import tokenizer_folder
 from evomerge.errors import InputError
+from evomerge.inference.generation import text_of
+from evomerge.inference.requests import Batch, Generate, Likelihood, Response, Text, refuse_media
+from evomerge.inference.transformers_engine import TransformersEngine
 
 ENVIRONMENT = {
     # The engine in this very process, where it can be handed the live model's own tensors instead of copies of them.
@@ -56,7 +58,7 @@ def import_vllm() -> Any:
 
 
 class VllmEngine:
-    """An ``Engine`` that answers with vLLM.
+    """An ``Engine`` that answers with vLLM. Likelihoods are asked of the live model, by transformers.
 
     Memory, beside the live model's: on a GPU half of what is free when the engine starts, for its weights, activations
     and cache; on a CPU its weights and 1 GiB of cache.
@@ -69,12 +71,15 @@ class VllmEngine:
         InputError: vLLM is not installed, or cannot serve this model here.
     """
 
+    greedy_only = True
+
     def __init__(self, source: Source, live: LiveModel) -> None:
         self._vllm = import_vllm()
         self._tokenizer = live.tokenizer
         ends = live.model.generation_config.eos_token_id
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
         self._compared = False
+        self._transformers = TransformersEngine(live)
         _hide_from_scans()
         try:
             with tokenizer_folder(source) as folder:
@@ -83,7 +88,7 @@ class VllmEngine:
                     load_format="dummy",
                     dtype=str(live.model.dtype).removeprefix("torch."),
                     max_model_len=getattr(live.model.config, "max_position_embeddings", None),
-                    generation_config="vllm",  # none: `answer` says everything itself
+                    generation_config="vllm",  # none: `_settings` says everything itself
                     enable_prefix_caching=True,
                     **_memory(live.device),
                 )
@@ -103,6 +108,7 @@ class VllmEngine:
             RuntimeError: the prefix cache cannot be emptied.
         """
         _check_path(live)
+        self._transformers = TransformersEngine(live)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(live.tensors.items())})
         self._llm.apply_model(_repack_head)
         if not self._llm.reset_prefix_cache():
@@ -111,21 +117,38 @@ class VllmEngine:
             self._compare(live)
             self._compared = True
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
-        """The greedy answer to each prompt of token ids, in order, up to the first of the stop texts."""
-        settings = self._vllm.SamplingParams(
+    def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
+        """See ``Engine``. Requests of all objectives go in one call, for vLLM fills its own batches."""
+        refuse_media(batches, "vllm")
+        likelihoods = [[r for r in batch.requests if isinstance(r, Likelihood)] for batch in batches]
+        scored = dict(self._transformers.respond([Batch(found) for found in likelihoods]))
+        texts = iter(self._answers([r for batch in batches for r in batch.requests if isinstance(r, Generate)]))
+        for number, batch in enumerate(batches):
+            logs = iter(scored[number])
+            yield number, [next(texts) if isinstance(r, Generate) else next(logs) for r in batch.requests]
+
+    def _answers(self, requests: Sequence[Generate]) -> list[Text]:
+        """The greedy answer to each prompt, in order, up to the first of its stop texts."""
+        if not requests:
+            return []
+        asked = [self._vllm.TokensPrompt(prompt_token_ids=list(request.prompt.fed)) for request in requests]
+        found = self._llm.generate(asked, [self._settings(request) for request in requests], use_tqdm=False)
+        # Decoded here and not by vLLM, which keeps a leading space that decoding an answer by itself leaves out.
+        return [
+            Text(text_of(self._tokenizer, list(output.outputs[0].token_ids), request.stop))
+            for request, output in zip(requests, found, strict=True)
+        ]
+
+    def _settings(self, request: Generate) -> Any:
+        return self._vllm.SamplingParams(
             temperature=0.0,
-            max_tokens=max_new_tokens,
-            stop=list(stop),
+            max_tokens=request.max_new_tokens,
+            stop=list(request.stop),
             skip_special_tokens=False,  # a special token may be a stop text, as it may in transformers
             # Exactly the ends that transformers knows: vLLM would add the tokenizer's own.
             ignore_eos=True,
             stop_token_ids=self._ends,
         )
-        asked = [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        found = self._llm.generate(asked, settings, use_tqdm=False)
-        # Decoded here and not by vLLM, which keeps a leading space that decoding an answer by itself leaves out.
-        return [_text(self._tokenizer, list(each.outputs[0].token_ids), stop) for each in found]
 
     def _compare(self, live: LiveModel) -> None:
         """Refuse an engine that goes on from probes otherwise than the live model."""

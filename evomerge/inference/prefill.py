@@ -1,17 +1,14 @@
-"""How likely a model finds given texts after given prompts: one prefill for a pair, and nothing is decoded.
-
-``evaluators.prompts`` cuts prompts and texts into tokens, and a test holds the numbers equal to lm-eval's own.
-"""
+"""How likely a model finds given texts after given prompts: one prefill for a pair, and nothing is decoded."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluators.base import Split
-from evaluators.prompts import Asked, Reader
+from evomerge.inference.reading import Prompt
+from evomerge.inference.requests import Likelihood, LogLikelihood
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
@@ -26,63 +23,33 @@ _LOGITS_BYTES = 1 << 28
 """Most bytes of logits in one forward pass, unless a single item has more."""
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """``log``: log p(answer | prompt), a natural logarithm; the answer has so many tokens, and bytes in UTF-8."""
+def log_likelihoods(live: LiveModel, requests: Sequence[Likelihood]) -> list[LogLikelihood]:
+    """log p(answer | prompt) of every request, in order.
 
-    log: float
-    tokens: int
-    size: int
+    On a processor a request's number is the same bit for bit whatever requests are beside it: its width does not depend
+    on them, and a matrix times a row rounds alike among any rows, if only they are not fewer than a few.
+    """
+    found: dict[int, LogLikelihood] = {}
+    for most in dict.fromkeys(request.batch_tokens for request in requests):
+        prompts = {n: request.prompt for n, request in enumerate(requests) if request.batch_tokens == most}
+        logs = _sums(live, [_Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most)
+        for (number, prompt), log in zip(prompts.items(), logs, strict=True):
+            found[number] = LogLikelihood(log, prompt.scored, _size(prompt))
+    return [found[number] for number in range(len(requests))]
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A pair as the model sees it: the token ids, of which the last ``scored`` are the answer's, in ``size`` bytes."""
+    """A pair as the model sees it: the token ids, of which the last ``scored`` are the answer's."""
 
     ids: Sequence[int]
     scored: int
-    size: int
-
-    @classmethod
-    def of(cls, asked: Asked) -> _Tokens:
-        """What has room of a pair: one that is too long loses its beginning."""
-        # Spaces at the end of a prompt count as the answer's, as in lm-eval.
-        answer = asked.text[len(asked.text.rstrip()) :] + asked.answer
-        return cls(asked.ids[asked.lost :], asked.scored, len(answer.encode("utf-8", "surrogatepass")))
 
 
-class Prefill:
-    """The pairs of both splits, ready to be scored by one live model after another.
-
-    Args:
-        pairs: those of a split, in order, as a model is given them.
-        batch_tokens: most tokens in one forward pass, padding counted, unless a single pair has more.
-    """
-
-    def __init__(self, pairs: Callable[[Reader, Split], Sequence[Asked]], batch_tokens: int) -> None:
-        self._pairs = pairs
-        self._batch_tokens = batch_tokens
-        self._model: object = None
-        self._tokens: dict[Split, list[_Tokens]] = {}
-
-    def score(self, live: LiveModel, split: Split, indices: Sequence[int]) -> dict[int, Likelihood]:
-        """The likelihood of the pairs at these positions of the split, each once.
-
-        Raises:
-            InputError: a pair of the split does not fit the model's vocabulary, or its answer the context.
-        """
-        tokens = self._tokens_of(live, split)
-        distinct = list(dict.fromkeys(indices))
-        logs = _log_likelihoods(live, [tokens[index] for index in distinct], self._batch_tokens)
-        return {i: Likelihood(log, tokens[i].scored, tokens[i].size) for i, log in zip(distinct, logs, strict=True)}
-
-    def _tokens_of(self, live: LiveModel, split: Split) -> list[_Tokens]:
-        """The pairs of a split as tokens, made when a model is first seen."""
-        if self._model is not live.model:
-            self._model, self._tokens = live.model, {}
-        if split not in self._tokens:
-            self._tokens[split] = [_Tokens.of(asked) for asked in self._pairs(Reader.of(live), split)]
-        return self._tokens[split]
+def _size(prompt: Prompt) -> int:
+    # Spaces at the end of a prompt count as the answer's, as in lm-eval.
+    answer = prompt.text[len(prompt.text.rstrip()) :] + prompt.answer
+    return len(answer.encode("utf-8", "surrogatepass"))
 
 
 def _width(fed: int, context: int | None) -> int:
@@ -125,12 +92,8 @@ def _kept(width: int, item: _Tokens) -> int:
     return width - (len(item.ids) - 1 - item.scored)
 
 
-def _log_likelihoods(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
-    """log p(answer | prompt) of every item, in order; sums of natural logarithms.
-
-    On a processor an item's number is the same bit for bit whatever items are beside it: its width does not depend on
-    them, and a matrix times a row rounds alike among any rows, if only they are not fewer than a few.
-    """
+def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
+    """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
     import torch
 
     found = [0.0] * len(items)

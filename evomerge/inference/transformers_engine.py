@@ -1,0 +1,128 @@
+"""Answers by transformers, on a live model whose weights are written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+from evomerge.inference.generation import Decoding, answer_groups
+from evomerge.inference.prefill import log_likelihoods
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import (
+    Batch,
+    BatchSize,
+    Engine,
+    Generate,
+    Likelihood,
+    Response,
+    Text,
+    refuse_media,
+    respond_to,
+)
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+
+def _one_model(rows: Sequence[int]) -> None:
+    """There is nothing to choose."""
+
+
+class TransformersEngine:
+    """An engine on a live model.
+
+    Likelihoods come first, batch by batch. Then come answers, objective by objective, those of all models in the same
+    forward passes.
+
+    Args:
+        live: it holds the weights that are asked.
+        choose: is told before each forward pass which model every row is of, where the live model can be several, row
+            by row; a single number stands for all rows.
+    """
+
+    greedy_only = False
+
+    def __init__(self, live: LiveModel, choose: Callable[[Sequence[int]], None] = _one_model) -> None:
+        self._live, self._choose = live, choose
+
+    def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
+        """See ``Engine``."""
+        refuse_media(batches, "transformers")
+        responses: list[dict[int, Response]] = [{} for _ in batches]
+        left = set(range(len(batches)))
+        for batch, found in zip(batches, responses, strict=True):
+            self._likelihoods(batch, found)
+            yield from self._whole(batches, responses, left)
+        decoded: dict[
+            tuple[Hashable, Decoding], dict[int, list[int]]
+        ] = {}  # of each batch its requests, by their places
+        for number, batch in enumerate(batches):
+            for place, request in enumerate(batch.requests):
+                if isinstance(request, Generate):
+                    how = Decoding(request.max_new_tokens, request.stop, request.batch_size)
+                    decoded.setdefault((batch.objective, how), {}).setdefault(number, []).append(place)
+        for (_, how), places in decoded.items():
+            self._answers(batches, how, places, responses)
+            yield from self._whole(batches, responses, left)
+
+    def _likelihoods(self, batch: Batch, responses: dict[int, Response]) -> None:
+        """Answer the requests of one batch that are for likelihoods."""
+        asked = {place: request for place, request in enumerate(batch.requests) if isinstance(request, Likelihood)}
+        if asked:
+            self._choose([batch.model])
+            responses.update(zip(asked, log_likelihoods(self._live, list(asked.values())), strict=True))
+
+    def _answers(
+        self,
+        batches: Sequence[Batch],
+        how: Decoding,
+        places: dict[int, list[int]],
+        responses: Sequence[dict[int, Response]],
+    ) -> None:
+        """Answer requests to generate that are decoded alike: of each batch those at these places."""
+        models = [batches[number].model for number in places]
+        groups = [[batches[number].requests[place].prompt.fed for place in own] for number, own in places.items()]
+        texts = answer_groups(self._live, groups, how, lambda rows: self._choose([models[row] for row in rows]))
+        for (number, own), found in zip(places.items(), texts, strict=True):
+            responses[number].update({place: Text(text) for place, text in zip(own, found, strict=True)})
+
+    @staticmethod
+    def _whole(
+        batches: Sequence[Batch], responses: Sequence[dict[int, Response]], left: set[int]
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """The batches that are answered by now, and no longer in ``left``."""
+        for number in sorted(left):
+            count = len(batches[number].requests)
+            if len(responses[number]) == count:
+                left.discard(number)
+                yield number, [responses[number][place] for place in range(count)]
+
+
+def engine_of(live: LiveModel) -> Engine:
+    """What answers with a live model: its serving engine, or transformers."""
+    return TransformersEngine(live) if live.engine is None else cast(Engine, live.engine)  # a lower layer knows `load`
+
+
+def generate(
+    live: LiveModel,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_size: BatchSize = "auto",
+    engine: Engine | None = None,
+) -> list[str]:
+    """The model's greedy answer to each text, in order, without the text.
+
+    A text that leaves no room for an answer in the model's context loses its beginning.
+
+    Args:
+        engine: answers with the model; its own when None.
+
+    Raises:
+        InputError: the context has no room for ``max_new_tokens``, or the model lacks a token of its tokenizer.
+    """
+    reader = Reader.of(live)
+    prompts = [reader.prompt(text, max_new_tokens, f"prompt {number + 1}") for number, text in enumerate(texts)]
+    requests = [Generate(prompt, max_new_tokens, tuple(stop), batch_size) for prompt in prompts]
+    responses = respond_to(engine or engine_of(live), requests)
+    return [response.text for response in responses if isinstance(response, Text)]
