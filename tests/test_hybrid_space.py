@@ -305,3 +305,30 @@ def test_settings_that_do_not_fit(given_settings: dict[str, Any], base: str | No
         HybridSpaceSettings(**given_settings).build(context(base=base))
     assert caught.value.place == place
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["ties", "della", "slerp", "karcher"])
+@pytest.mark.parametrize("granularity", ["hop", "model"])
+def test_hops_are_merged_by_any_method_with_all_that_it_searches(method: str, granularity: str) -> None:
+    pair = HybridSpaceSettings(method=method, granularity=granularity).build(context())
+    of_model = ParameterSpaceSettings(method=method).build(context())
+    mine = [p.name.partition(".")[2] for p in of_model.parameters]
+    names = [p.name for p in pair.parameters]
+    assert all(any(name.endswith(f".{end}") for name in names) for end in mine)
+    marks, plain = list(pair.landmarks()), list(of_model.landmarks())
+    assert [mark.recipe for mark in marks] == [mark.recipe for mark in plain]
+    defaults = marks[-1]
+    assert defaults.genome is not None
+    assert pair.decode(defaults.genome) == defaults.recipe
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        genome = random.uniform([p.low for p in pair.parameters], [p.high for p in pair.parameters])
+        rounded = np.where([p.kind == "real" for p in pair.parameters], genome, np.round(genome))
+        check_path(pair.decode(rounded), 2 * LAYERS)
+
+
+def test_a_method_that_cannot_mix_the_sources_is_refused() -> None:
+    with pytest.raises(InputError, match="nearswap mixes 1 sources"):
+        HybridSpaceSettings(method="nearswap").build(context())
+    with pytest.raises(InputError, match="no merge method 'tie'"):
+        HybridSpaceSettings(method="tie").build(context())
