@@ -366,7 +366,7 @@ def score(
 
 @app.command()
 def plugins() -> None:
-    """List the merge methods, search spaces, evaluators, optimizers and observers that are installed."""
+    """List what a search file can name."""
     from evomerge.commands.plugins import list_plugins
 
     list_plugins()

@@ -411,7 +411,7 @@ def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
         ("device=meta", "device", "cannot be used here"),
         ("budget.candidates=3", "budget.candidates", "the landmarks alone are 5"),
         ("space={method: ties, fixed: {density: 3}}", "space", "is 3"),
-        ("space={method: ties, bounds: {density: [0, 3]}}", "space", "highest values make no recipe"),
+        ("space={method: ties, bounds: {density: [0, 3]}}", "space.bounds.density", "is 3; it must be from 0 to 1"),
         ("space.bounds={weight: [2, 1]}", "space.bounds.weight", "not below"),
         ("objectives.second={task: mini_translate_ja, metric: acc}", "optimizer", "scalarisation"),
     ],
