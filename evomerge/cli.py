@@ -284,11 +284,18 @@ def export(
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe of Evomerge's or mergekit's.")],
     out: OutArgument,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="TEXTS", help="Texts that sources are run over, for a method that needs it.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
+    from evomerge.calibration import read_calibration
     from evomerge.commands.merge import merge
 
-    merge(recipe, out)
+    texts = None if calibration is None else read_calibration(calibration, prompts, tokens, "--calibration")
+    merge(recipe, out, texts)
 
 
 @app.command()

@@ -187,14 +187,15 @@ def check_blend(blend: Blend, method: Method, place: str) -> None:
             raise InputError(place, f"{method.name} needs a value for {p.name}")
 
 
-def check_needs(method: Method, provided: Collection[Need], place: str) -> None:
+def check_needs(method: Method, provided: Collection[str], place: str) -> None:
     """Refuse a method that needs what is not there.
 
     Raises:
         InputError: naming ``place``.
     """
     if missing := [need for need in method.needs if need not in provided]:
-        raise InputError(place, f"{method.name} needs {' and '.join(missing)}, which there is none of")
+        what = " and ".join(missing)
+        raise InputError(place, f"{method.name} needs {what}, which there is none of", f"Add `{missing[0]}:`.")
 
 
 def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool | Value | dict[str, Value]]:

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
-from evomerge.method import Method
+from evomerge.method import Method, check_needs
 from evomerge.recipes.base import DType
 from evomerge.vocabulary import Vocabulary
 
@@ -22,7 +22,8 @@ class SpaceContext:
     ``sources`` maps names to references and holds the base too, when there is one. ``layers`` counts the layers of the
     tokenizer's source, ``depths`` those of each source whose number may be another; ``tied`` says that the head is the
     embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
-    ``dtype`` and ``vocabulary`` go into every recipe.
+    ``dtype`` and ``vocabulary`` go into every recipe, and ``calibration``, the digest of the calibration texts where
+    there are any, into those whose method needs it.
     """
 
     sources: Mapping[str, str]
@@ -35,11 +36,21 @@ class SpaceContext:
     dtype: DType | None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     depths: Mapping[str, int] = field(default_factory=dict)
+    calibration: str | None = None
 
     @property
     def mixed(self) -> tuple[str, ...]:
         """The sources that are merged: all but the base."""
         return tuple(name for name in self.sources if name != self.base)
+
+    def calibration_of(self, method: Method) -> str | None:
+        """What a recipe of this method says of calibration.
+
+        Raises:
+            InputError: the method needs calibration texts, and there are none.
+        """
+        check_needs(method, () if self.calibration is None else ("calibration",), "space.method")
+        return self.calibration if method.needs else None
 
     def depth(self, source: str) -> int:
         """How many layers a source has."""

@@ -111,12 +111,19 @@ class DataFlowSpace:
     """
 
     def __init__(
-        self, settings: PathSettings, pool: Sequence[Member], context: SpaceContext, *, seed: int, dtype: DType | None
+        self,
+        settings: PathSettings,
+        pool: Sequence[Member],
+        context: SpaceContext,
+        *,
+        seed: int,
+        dtype: DType | None,
+        calibration: str | None = None,
     ) -> None:
         self._settings = settings
         self._pool = pool
         self._context = context
-        self._seed, self._dtype = seed, dtype
+        self._seed, self._dtype, self._calibration = seed, dtype, calibration
         self._layers = [layer for member in pool for layer in member.layers]
         self._genes = PathGenes(settings, {member.label: len(member.layers) for member in pool})
         self.parameters = self._genes.parameters
@@ -183,4 +190,5 @@ class DataFlowSpace:
             vocabulary=self._context.vocabulary,
             seed=self._seed,
             dtype=self._dtype,
+            calibration=self._calibration,
         )

@@ -80,7 +80,7 @@ class HybridSpaceSettings(PathSettings):
         recipe = read_winner(winner, context)
         others = other_sources(self, self.others, context, None)
         pool = [winner_member(recipe), *(source_member(name, context.depth(name)) for name in others)]
-        return DataFlowSpace(self, pool, context, seed=recipe.seed, dtype=recipe.dtype)
+        return DataFlowSpace(self, pool, context, seed=recipe.seed, dtype=recipe.dtype, calibration=recipe.calibration)
 
 
 def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
@@ -205,6 +205,7 @@ class JointSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
+            calibration=self._context.calibration_of(self._genes.method),
         )
 
     def landmarks(self) -> Iterator[Landmark]:

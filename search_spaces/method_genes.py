@@ -67,6 +67,11 @@ class MethodGenes:
         self._switches = dict(switches or {})
         self._genes = list(self._lay_out(dict(bounds or {})))
 
+    @property
+    def method(self) -> Method:
+        """Whose numbers they are."""
+        return self._method
+
     def __len__(self) -> int:
         return len(self._genes)
 

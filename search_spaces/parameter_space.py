@@ -16,7 +16,7 @@ from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Landmark
-from evomerge.method import Method, MethodParameter, Point, Value, check_blend, check_needs
+from evomerge.method import Method, MethodParameter, Point, Value, check_blend
 from evomerge.recipes.stack import Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.method_genes import MethodGenes
@@ -45,7 +45,7 @@ class ParameterSpaceSettings(SpaceSettings):
 
     def build(self, context: SpaceContext) -> ParameterSpace:
         method = context.method(self.method)
-        check_needs(method, (), "space.method")
+        context.calibration_of(method)
         self._check_names(method)
         if method.needs_base and context.base is None:
             raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
@@ -121,6 +121,7 @@ class ParameterSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
+            calibration=self._context.calibration_of(self._method),
         )
 
     def landmarks(self) -> Iterator[Landmark]:

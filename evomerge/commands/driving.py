@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evomerge.checkpoints.checks import check_finite
+from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.errors import InputError
 from evomerge.observers import Observers
@@ -63,6 +64,8 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     ):
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with acquire(store):
+            if not calibrate(folder, prepared, store, pool, console):
+                return INTERRUPTED
             return _drive(folder, prepared, store, pool, artifacts, console)
 
 
@@ -75,6 +78,8 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
         record_resumed(folder, store, prepared.file)
+        if not calibrate(folder, prepared, store, pool, console):
+            return INTERRUPTED
         return _drive(folder, prepared, store, pool, artifacts, console)
 
 

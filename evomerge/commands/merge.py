@@ -7,27 +7,37 @@ wrong is looked at before torch is imported.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evomerge.calibration import Calibration
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
+from evomerge.errors import InputError
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import check_blend, check_needs, find_method
 from evomerge.objects import is_url
+from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
+    from evomerge.merging.evidence import Evidence
 
 
-def merge(path: Path, out: str | Path) -> None:
-    """Make one merged model from a recipe file, as a folder or, by its URL, in object storage."""
+def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None:
+    """Make one merged model from a recipe file, as a folder or, by its URL, in object storage.
+
+    Args:
+        texts: of calibration, for a recipe that needs any.
+    """
     if not is_url(str(out)):
         check_target(Path(out))
     root = path.resolve().parent
@@ -41,11 +51,11 @@ def merge(path: Path, out: str | Path) -> None:
             opened[reference] = open_source(reference, reference, place=str(path), root=root)
         return opened[reference].roles
 
-    recipe = load_recipe_file(path, look)
+    recipe = _calibrated(load_recipe_file(path, look), texts, path)
     for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
         method = find_method(blend.method, f"{path}: blends[{number}].method")
         check_blend(blend, method, f"{path}: blends[{number}]")
-        check_needs(method, (), f"{path}: blends[{number}].method")
+        check_needs(method, () if texts is None else ("calibration",), f"{path}: blends[{number}].method")
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     from evomerge.checkpoints.checks import check_compatible
@@ -71,14 +81,37 @@ def merge(path: Path, out: str | Path) -> None:
     recipe = recipe.model_copy(
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
     )
-    builder = find_builder(recipe.kind)(BuildContext(sources, recipe.tokenizer))
     console = make_console()
     for warning in warnings_across(sources, recipe.tokenizer):
         console.print(f"warning: {warning}", style="yellow")
-    with local_folder(out, console) as folder, progress_bar(console, "writing tensors") as update:
-        texts = papers(folder.name, recipe, sources, None, None if is_url(str(out)) else folder)
-        builder.export(recipe, folder, texts=texts, progress=update)
+    with (
+        local_folder(out, console) as folder,
+        _kept(sources) as evidence,
+        progress_bar(console, "writing tensors") as update,
+    ):
+        beside = papers(folder.name, recipe, sources, None, None if is_url(str(out)) else folder)
+        context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts)
+        find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe:
+    """The recipe with the digest of the texts that it is made by. Raises InputError: it is made by others."""
+    digest = None if texts is None else texts.digest
+    if recipe.calibration not in (None, digest):
+        given = "none are given" if digest is None else f"those given have {digest}"
+        problem = f"is made by calibration texts with the digest {recipe.calibration}, and {given}"
+        raise InputError(f"{path}: calibration", problem, "Give them, and as much of them: `--calibration FILE`.")
+    return recipe.model_copy(update={"calibration": digest})
+
+
+@contextmanager
+def _kept(sources: Mapping[str, Source]) -> Iterator[Evidence]:
+    """What is found of the sources while one model is made, in a folder of its own."""
+    from evomerge.merging.evidence import Evidence
+
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as folder:
+        yield Evidence(Path(folder), {name: name for name in sources})
 
 
 def consolidate(checkpoint: Path, out: Path, model: Path) -> None:

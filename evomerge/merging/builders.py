@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 
+from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
 from evomerge.merging.device import Residency
 from evomerge.merging.evidence import Evidence
@@ -45,6 +46,7 @@ class BuildContext:
         tokenizer: the source that gives tokenizer and configuration.
         layers: the most different layers that a recipe of the search is made of.
         residency: where sources are kept for a model on a GPU; chosen by the room there is when None.
+        calibration: texts that methods may need.
         engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
     """
 
@@ -55,6 +57,7 @@ class BuildContext:
     dtype: torch.dtype | None = None
     layers: int | None = None
     residency: Residency | None = None
+    calibration: Calibration | None = None
     engine: Callable[[LiveModel], ServingEngine] | None = None
 
 
@@ -82,6 +85,10 @@ class Builder(Protocol[_Made]):
         Raises:
             InputError: such as a tokenizer that cannot be loaded.
         """
+        ...
+
+    def calibrate(self, source: str) -> None:
+        """Record what recipes of this kind need to know of a source's run over the calibration texts."""
         ...
 
     def write(self, recipe: _Made) -> LiveModel:

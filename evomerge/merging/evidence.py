@@ -71,9 +71,21 @@ class Evidence:
             self._known[key] = found
         return self._known[key]
 
+    def has(self, kind: str, follows_from: tuple[Any, ...]) -> bool:
+        """Whether ``get`` would find it kept, as far as its file's header tells."""
+        if (kind, follows_from) in self._known:
+            return True
+        if self._folder is None:
+            return False
+        file, text = _place(self._folder, (kind, follows_from))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return bool((opened.metadata() or {}).get("follows_from") == text)
+        except (OSError, SafetensorError):
+            return False
+
     def _shared(self, folder: Path, key: tuple[str, Any], compute: Callable[[], Tensors]) -> Tensors:
-        text = json.dumps(key)
-        file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors"
+        file, text = _place(folder, key)
         if (kept := _read(file, text)) is not None:
             return kept
         with _alone(file) as writable:
@@ -84,6 +96,12 @@ class Evidence:
                 self._folder = None
                 return made
         return _read(file, text) or made
+
+
+def _place(folder: Path, key: tuple[str, Any]) -> tuple[Path, str]:
+    """The file in which something is kept, and the text that stands in it for all that it follows from."""
+    text = json.dumps(key)
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors", text
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from evomerge.checkpoints.checks import check_written
 from evomerge.checkpoints.folder import companion_files, tokenizer_files
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
-from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import check_places, is_plain, merged_config
 from evomerge.recipes.stack import StackRecipe
@@ -29,7 +28,7 @@ def write_model(
     out: Path,
     *,
     texts: Mapping[str, str],
-    evidence: Evidence | None = None,
+    materialiser: Materialiser | None = None,
     check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     shard_bytes: int = SHARD_BYTES,
@@ -41,13 +40,13 @@ def write_model(
     leaves its complete files of weights beside ``out``, and the same call goes on from them.
 
     Args:
-        evidence: what is known of the sources already.
+        materialiser: of these sources; one that knows nothing of them yet when None.
         progress: called with the number of tensors written and of all.
 
     Raises:
         InputError: ``out`` cannot be written, the disk is too small, or the recipe does not fit the sources.
     """
-    materialiser = Materialiser(sources, evidence=evidence)
+    materialiser = materialiser or Materialiser(sources)
     model = sources[recipe.tokenizer]
     layout = materialiser.layout(recipe)
     if not is_plain(recipe, sources):

@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evomerge.errors import InputError
 from evomerge.merging import scans
 from evomerge.merging.drops import stream_key
 from evomerge.merging.evidence import Evidence, Tensors
+from evomerge.merging.inputs import LayerInput, LayerInputs
 from evomerge.merging.jobs import Crew, as_pairs
 from evomerge.merging.site import Ref, Site
 
@@ -127,12 +129,14 @@ class Facts:
         weights: of all sources.
         evidence: what is kept of what was computed from them.
         seed: of the recipe.
+        inputs: of the sources' layers, where there are calibration texts.
     """
 
     site: Site
     weights: Weights
     evidence: Evidence
     seed: int
+    inputs: LayerInputs | None = None
 
     @property
     def size(self) -> int:
@@ -145,6 +149,16 @@ class Facts:
     def tensors(self, names: Sequence[str]) -> list[Tensor]:
         """The sources' own tensors, whole, as they are stored."""
         return [self.weights.read(self.site.refs[name]) for name in names]
+
+    def input_of(self, source: str) -> LayerInput:
+        """What the layer of a source is given whose weight stands here; of a method that ``needs`` calibration.
+
+        Raises:
+            InputError: there are no calibration texts, or the layer cannot be observed.
+        """
+        if self.inputs is None:
+            raise InputError("calibration", f"is needed for {self.site.name}, and there is none")
+        return self.inputs.of(self.site.refs[source])
 
     def once(
         self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool

@@ -15,6 +15,7 @@ from evomerge.errors import InputError
 from evomerge.merging.device import DeviceRunner, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.inputs import Inputs
 from evomerge.merging.jobs import Crew, Job
 from evomerge.merging.passes import Pass
 from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
@@ -52,7 +53,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
         place = f"recipe.blends[{number}]"
         method = find_method(blend.method, place)
         check_blend(blend, method, place)
-        check_needs(method, (), place)
+        check_needs(method, () if recipe.calibration is None else ("calibration",), place)
     _check_scales(recipe, sources[recipe.tokenizer])
     for number, hop in enumerate(recipe.hops):
         for index in {hop.attention, hop.mlp, hop.norm}:
@@ -101,12 +102,19 @@ class Materialiser:
         sources: by the names that recipes use.
         evidence: what is known of these very sources, and shared with others; kept for this process alone when None.
         residency: where sources are kept for a model on a GPU; see ``device``.
+        inputs: of the sources' layers, for recipes that are made by calibration texts.
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], *, evidence: Evidence | None = None, residency: Residency | None = None
+        self,
+        sources: Mapping[str, Source],
+        *,
+        evidence: Evidence | None = None,
+        residency: Residency | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         self._sources = sources
+        self._inputs = inputs
         self._crew = Crew()
         self._residency = residency
         self._runner: DeviceRunner | None = None
@@ -143,7 +151,7 @@ class Materialiser:
             InputError: the recipe cannot be made of these sources, has more different layers than the model has room
                 for, or scales of an architecture for which nobody knows where its layers write.
         """
-        check_stack(recipe, self._sources)
+        self._check(recipe)
         stack = self._stack(live)
         outside, hops = tensors_made(recipe, self._sources)
         path = assign(recipe, hops, stack, self._held[:-1])
@@ -160,6 +168,14 @@ class Materialiser:
         for made, held, _ in changed:
             held[made.place] = made.way
         stack.lay(path)
+
+    def _check(self, recipe: StackRecipe) -> None:
+        check_stack(recipe, self._sources)
+        digest = None if self._inputs is None else self._inputs.digest
+        if recipe.calibration not in (None, digest):
+            has = "there are none here" if digest is None else f"these have {digest}"
+            problem = f"is made by the calibration texts with the digest {recipe.calibration}, and {has}"
+            raise InputError("recipe.calibration", problem, "Give those that the recipe was made by.")
 
     def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor]]) -> None:
         """Make tensors of the live model from their plans and what these read."""
@@ -196,7 +212,7 @@ class Materialiser:
         Raises:
             InputError: the recipe cannot be made of these sources, or a tensor has NaN or Inf.
         """
-        check_stack(recipe, self._sources)
+        self._check(recipe)
         factors = recipe.factors
         for merged, (name, shape, dtype) in zip(
             merged_tensors(recipe, self._sources), self.layout(recipe), strict=True
@@ -251,5 +267,5 @@ class Materialiser:
         blend = recipe.blend_for(merged.role, merged.name)
         site = site_of(merged, recipe, blend, self._sources)
         method = find_method(blend.method, "recipe.blends")
-        plan = method.plan(Facts(site, self._weights, self._evidence, recipe.seed), blend)
+        plan = method.plan(Facts(site, self._weights, self._evidence, recipe.seed, self._inputs), blend)
         return plan, [site.refs[name] for name in plan.inputs]

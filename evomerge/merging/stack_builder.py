@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.source import Source
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.export import write_model
+from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.merging.path import configured_by
 from evomerge.recipes.stack import StackRecipe
@@ -32,7 +33,17 @@ class StackBuilder:
     @cached_property
     def materialiser(self) -> Materialiser:
         """What writes recipes into the live model."""
-        return Materialiser(self._context.sources, evidence=self._context.evidence, residency=self._context.residency)
+        context = self._context
+        return Materialiser(
+            context.sources, evidence=context.evidence, residency=context.residency, inputs=self._inputs
+        )
+
+    @cached_property
+    def _inputs(self) -> Inputs | None:
+        context = self._context
+        if context.calibration is None:
+            return None
+        return Inputs(context.sources, context.calibration, context.evidence, context.device)
 
     @cached_property
     def live(self) -> LiveModel:
@@ -54,6 +65,11 @@ class StackBuilder:
     def start(self) -> None:
         """Build the live model."""
         _ = self.live
+
+    def calibrate(self, source: str) -> None:
+        """Record what layers of a source are given as input."""
+        if self._inputs is not None:
+            self._inputs.record(source)
 
     def write(self, recipe: StackRecipe) -> LiveModel:
         """The live model with the recipe's weights and path, with a source's own settings where it is its copy."""
@@ -82,7 +98,7 @@ class StackBuilder:
             self._context.sources,
             out,
             texts=texts,
-            evidence=self._context.evidence,
+            materialiser=self.materialiser,
             check=check,
             progress=progress,
         )

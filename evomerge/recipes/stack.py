@@ -197,6 +197,7 @@ class StackRecipe(Recipe):
         vocabulary: Vocabulary | None = None,
         seed: int = 0,
         dtype: DType | None = None,
+        calibration: str | None = None,
     ) -> StackRecipe:
         """Build a recipe from blends, numbering equal blends once, in order of first use.
 
@@ -245,6 +246,7 @@ class StackRecipe(Recipe):
             vocabulary=vocabulary or Vocabulary(),
             seed=seed,
             dtype=dtype,
+            calibration=calibration,
         )
 
     @classmethod

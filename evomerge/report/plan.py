@@ -58,6 +58,9 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _rounding(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
     yield "space", f"{len(setup.space.parameters)} parameters: {_told(space)}"
+    if prepared.calibration is not None:
+        texts, tokens = len(prepared.calibration.texts), prepared.calibration.tokens
+        yield "calibration", f"{texts} texts of up to {tokens} tokens through {len(prepared.sources)} sources, once"
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]
         way = "maximize" if objective.maximise else "minimize"

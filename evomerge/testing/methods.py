@@ -7,6 +7,7 @@ class TestMine(MethodContract):
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from evomerge.merging import jobs
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.inputs import LayerInput
 from evomerge.merging.jobs import Crew, Job, in_grain
 from evomerge.merging.passes import Pass, call
 from evomerge.merging.site import Ref, Site
@@ -36,8 +38,23 @@ def plan(method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: 
         held[blend.base, TENSOR] = base
     refs = {source: (source, tensor) for source, tensor in held}
     site = Site(TENSOR, Role("mlp", 0), tuple(sources[0].shape), refs)
-    planned = method.plan(Facts(site, Weights(held.__getitem__, CREW), Evidence(), SEED), blend)
+    inputs = MadeUpInputs(held) if "calibration" in method.needs else None
+    planned = method.plan(Facts(site, Weights(held.__getitem__, CREW), Evidence(), SEED, inputs), blend)
     return planned, [held[refs[name]] for name in planned.inputs]
+
+
+class MadeUpInputs:
+    """Inputs of layers whose weights are [out, in], other ones for every source and always the same."""
+
+    def __init__(self, held: Mapping[Ref, Tensor]) -> None:
+        self._held = held
+
+    def of(self, ref: Ref) -> LayerInput:
+        """Random ones of the width of the tensor."""
+        width = self._held[ref].shape[-1]
+        generator = torch.Generator().manual_seed(zlib.crc32(ref[0].encode()))
+        rows = torch.randn((2 * width, width), generator=generator)
+        return LayerInput(rows.T @ rows / len(rows), rows.abs().mean(0), axis=1)
 
 
 def merge(

@@ -122,6 +122,9 @@ class AveragedLogitsBuilder:
     def start(self) -> None:
         """Nothing: which two models are needed is known with the first recipe."""
 
+    def calibrate(self, source: str) -> None:
+        """Nothing: both models stay as they are."""
+
     def write(self, recipe: AveragedLogits) -> LiveModel:
         sides = [self._side(name, recipe) for name in (recipe.first, recipe.second)]
         live = _live(sides[0], sides[1], recipe.share)

@@ -45,6 +45,7 @@ class Pending:
     recipe_hash: str
     tasks: Sequence[Task]
     faults: int = 0
+    calibrates: str | None = None
 
 
 class Recorder(Protocol):
@@ -216,7 +217,7 @@ class Dispatcher:
         """Have candidates scored at once. Who is in a group follows from the feed, and not from who is free when."""
         number = group[0].number if len(group) > 1 else None
         for each in group:
-            self._pool.submit(Job(each.number, each.attempt, each.recipe, each.tasks, number))
+            self._pool.submit(Job(each.number, each.attempt, each.recipe, each.tasks, number, each.calibrates))
 
     def _end_overdue(self, running: Mapping[int, Pending]) -> None:
         """Have the pool end what has run longer than it may; it comes back as failed."""

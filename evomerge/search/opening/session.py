@@ -107,6 +107,10 @@ def as_recorded(store: Store, prepared: Prepared) -> Prepared:
         InputError: a source, or an item that was scored, is not what it was.
     """
     check_sources(store, prepared.sources)
+    digest = None if prepared.calibration is None else prepared.calibration.digest
+    if store.search().fingerprints.get("calibration") != digest:
+        problem = "are not the texts that the search began with, so that its recipes would make other models"
+        raise InputError("calibration", problem, "Put them back, or start a new search.")
     recorded: list[dict[str, Any]] = store.search().fingerprints["evaluators"]
     infos = []
     for before, info, evaluator in zip(recorded, prepared.setup.evaluators, prepared.evaluators, strict=True):
@@ -199,6 +203,7 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
         "features": [told(feature) for feature in setup.features],
         "screen": None if setup.screen is None else told(setup.screen),
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
+        "calibration": None if prepared.calibration is None else prepared.calibration.digest,
     }
 
 

@@ -12,6 +12,7 @@ from evaluators.base import Evaluator, EvaluatorSettings
 from evaluators.benchmarks import count
 from evaluators.change import ChangeEvaluator
 from evaluators.cost import COUNTED
+from evomerge.calibration import Calibration
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.fingerprints import Untouched
 from evomerge.checkpoints.source import Source, open_source
@@ -49,6 +50,7 @@ class Prepared:
     sources: dict[str, Source]
     evaluators: tuple[Evaluator, ...]
     untouched: Untouched
+    calibration: Calibration | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -103,7 +105,8 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer", setup.axes)
     _check_niches(file, setup)
-    return Prepared(file, setup, sources, evaluators, untouched, warnings)
+    calibration = None if file.calibration is None else file.calibration.read()
+    return Prepared(file, setup, sources, evaluators, untouched, calibration, warnings)
 
 
 def _named(file: SearchFile, evaluators: Sequence[Evaluator]) -> dict[str, Evaluator]:

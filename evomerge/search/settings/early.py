@@ -61,6 +61,7 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,
         depths=depths,
+        calibration=None if file.calibration is None else file.calibration.read().digest,
     )
     space = file.space.build(context)
     landmarks = len(list(space.landmarks()))

@@ -27,6 +27,7 @@ from evomerge.recipes.base import DType
 from evomerge.search.settings.folder import check_store_url
 from evomerge.search.settings.sections import (
     Budget,
+    CalibrationTexts,
     Cluster,
     Confirm,
     Constraint,
@@ -65,6 +66,7 @@ class SearchFile(Section):
     objectives: dict[Name, Objective] = Field(min_length=1)
     constraints: dict[Name, Constraint] = Field(default_factory=dict)
     features: dict[Name, Feature] = Field(default_factory=dict, max_length=MOST_FEATURES)
+    calibration: CalibrationTexts | None = None
     racing: Racing | None = None
     screen: Screen | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
@@ -196,6 +198,9 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "features": {n: _at(root.resolve(), f"features.{n}", each) for n, each in parsed.features.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
     }
+    if parsed.calibration is not None:
+        texts = Path(os.path.realpath(root / os.path.expanduser(parsed.calibration.file)))
+        update["calibration"] = parsed.calibration.model_copy(update={"file": texts})
     resolved = parsed.model_copy(update=update)
     resolved.evaluators()
     return resolved

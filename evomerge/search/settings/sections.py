@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -13,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from evomerge.calibration import Calibration, read_calibration
 from evomerge.faults import NAME_PATTERN
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
@@ -48,6 +50,22 @@ class Measure(Section):
     def evaluator_keys(self) -> dict[str, Any]:
         """The keys that belong to the evaluator's settings."""
         return dict(self.model_extra or {})
+
+
+class CalibrationTexts(Section):
+    """Texts that sources are run over once, for methods that must know what their layers are given.
+
+    Of lines of JSON (``.jsonl``) the text is under ``text``; any other file is a text a line. The first ``prompts``
+    count, each up to ``tokens`` tokens.
+    """
+
+    file: Path
+    prompts: int = Field(default=32, gt=0, le=100_000)
+    tokens: int = Field(default=512, gt=0, le=1_000_000)
+
+    def read(self) -> Calibration:
+        """The texts. Raises InputError: see ``read_calibration``."""
+        return read_calibration(self.file, self.prompts, self.tokens, "calibration.file")
 
 
 class Objective(Measure):

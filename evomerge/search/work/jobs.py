@@ -38,13 +38,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at one candidate. Jobs of one ``group`` are scored at once."""
+    """One attempt at one candidate. Jobs of one ``group`` are scored at once.
+
+    One that ``calibrates`` a source has it run over the calibration texts instead, for recipes of the kind that it has.
+    """
 
     candidate: int
     attempt: int
     recipe: Recipe
     tasks: Sequence[Task]
     group: int | None = None
+    calibrates: str | None = None
 
 
 @dataclass(frozen=True)

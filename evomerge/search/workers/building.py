@@ -38,7 +38,10 @@ def torch_dtype(name: DType | None) -> torch.dtype | None:
 
 
 def build_context(
-    file: SearchFile, sources: Mapping[str, Source], evidence: Evidence, layers: int | None = None
+    file: SearchFile,
+    sources: Mapping[str, Source],
+    evidence: Evidence,
+    layers: int | None = None,
 ) -> BuildContext:
     """What models of a search are made of and for. Sets the threads that this process computes with.
 
@@ -53,6 +56,7 @@ def build_context(
         device=device,
         dtype=dtype,
         layers=layers,
+        calibration=None if file.calibration is None else file.calibration.read(),
         residency=None if file.cluster.residency == "auto" else file.cluster.residency,
         engine=_vllm(sources[file.tokenizer_source]) if file.engine == "vllm" else None,
     )

@@ -66,7 +66,7 @@ class Worker:
     def run(self, job: Job) -> Finished:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
         try:
-            result: Measured | Failed = self._measure(job)
+            result: Measured | Failed = self._measure(job) if job.calibrates is None else self._calibrate(job)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # such as a task's SystemExit, and the panic of a tokenizer
@@ -79,6 +79,8 @@ class Worker:
         What goes wrong comes back as ``Failed``, of the candidates that it concerns, as do recipes that are something
         else. Scores are those of ``run`` but for rounding: nothing is added up in the weights' own dtype here.
         """
+        if any(job.calibrates is not None for job in jobs):
+            return [self.run(job) for job in jobs]
         try:
             if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
                 stack = self._builders.of_kind(STACK)
@@ -93,6 +95,12 @@ class Worker:
 
     def _finished(self, job: Job, result: Measured | Failed) -> Finished:
         return Finished(job.candidate, job.attempt, self._name, result)
+
+    def _calibrate(self, job: Job) -> Measured:
+        started = time.perf_counter()
+        assert job.calibrates is not None
+        self._builders.of(job.recipe).calibrate(job.calibrates)
+        return Measured([], {"calibrate": time.perf_counter() - started})
 
     def _measure(self, job: Job) -> Measured:
         started = time.perf_counter()

@@ -1,0 +1,261 @@
+"""What the layers of sources are given as input on calibration texts: Gram matrices and sizes of channels.
+
+A source is run over the texts as it is, and each linear layer's input is added up: for the tokens' inputs X
+[tokens, width], X^T X / tokens [width, width] and the mean of |X| by channel [width]. Layers that are given the same
+tensor, as q, k and v are, share one entry. It is kept as evidence, a file a layer of the model, so that a candidate
+costs a look into a mapped file; what is in memory at a time is what a few layers need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evomerge.calibration import Calibration
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.merging.evidence import Evidence, Tensors
+from evomerge.merging.site import Ref
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+_KIND = "layer inputs 1"
+_MOST_BYTES = 1 << 29
+"""Of Gram matrices that are added up at a time; one layer's are there always."""
+
+_OUTSIDE = -1  # in place of a layer's number: what is outside the stack of layers, such as a head of its own
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a linear layer is given, as a mean over all tokens of the texts.
+
+    Attributes:
+        gram: float32 [width, width], of x x^T.
+        size: float32 [width], of |x|.
+        axis: of the weight, along which it meets the input: 1 of [out, in], 0 of [in, out] (as GPT-2 has it).
+    """
+
+    gram: Tensor
+    size: Tensor
+    axis: int
+
+
+class LayerInputs(Protocol):
+    """What knows the inputs of sources' layers."""
+
+    def of(self, ref: Ref) -> LayerInput:
+        """What the layer is given whose weight is this tensor. Raises InputError: it cannot be observed."""
+        ...
+
+
+class Inputs:
+    """The inputs of sources' layers on some texts: recorded once, then looked up.
+
+    Args:
+        sources: by the names that recipes use.
+        calibration: the texts.
+        evidence: where they are kept.
+        device: where sources are run.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Source], calibration: Calibration, evidence: Evidence, device: torch.device
+    ) -> None:
+        self._sources = sources
+        self._calibration = calibration
+        self._evidence = evidence
+        self._device = device
+        self._recorded: set[str] = set()
+
+    @property
+    def digest(self) -> str:
+        """Of the texts."""
+        return self._calibration.digest
+
+    def of(self, ref: Ref) -> LayerInput:
+        """What the layer is given whose weight is this tensor.
+
+        Raises:
+            InputError: it cannot be observed, as in experts that are computed as one.
+        """
+        name, stored = ref
+        source = self._sources[name]
+        self.record(name)
+        layer = source.roles[stored].layer
+        number = _OUTSIDE if layer is None else layer
+        kept = self._evidence.get(_KIND, self._key(name, number), lambda: dict(self._run(name, [number]))[number])
+        module = _module(source, stored)
+        if f"of.{module}" not in kept:
+            raise InputError(
+                source.place,
+                f"what {stored} is multiplied with cannot be observed: it is no linear layer of its own",
+                "Use a method that needs no calibration.",
+            )
+        entry = int(kept[f"of.{module}"])
+        return LayerInput(kept[f"gram.{entry}"], kept[f"size.{entry}"], int(kept[f"axis.{module}"]))
+
+    def record(self, name: str) -> None:
+        """Run a source over the texts, unless all that this gives is there already."""
+        if name in self._recorded:
+            return
+        self._recorded.add(name)
+        layers = [_OUTSIDE, *range(self._sources[name].layers)]
+        if missing := [layer for layer in layers if not self._evidence.has(_KIND, self._key(name, layer))]:
+            for layer, made in self._run(name, missing):
+                self._evidence.get(_KIND, self._key(name, layer), lambda made=made: made)  # type: ignore[misc]
+
+    def _key(self, name: str, layer: int) -> tuple[str, int, str]:
+        return self._evidence.content_of(name), layer, self.digest
+
+    def _run(self, name: str, layers: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
+        """What some layers are given, a few layers at a time."""
+        from evomerge.checkpoints.live import live_model, load_weights
+
+        source = self._sources[name]
+        live = live_model(source, self._device)
+        load_weights(live, ((tensor, source.read(tensor)) for tensor in source.tensors))
+        tokens = [self._tokens(live, number) for number in range(len(self._calibration.texts))]
+        for group in _groups(live, source, layers):
+            yield from _observed(live, source, group, tokens).items()
+
+    def _tokens(self, live: LiveModel, number: int) -> Tensor:
+        """int64 [1, tokens] of a text."""
+        ids = live.tokenizer(self._calibration.texts[number])["input_ids"][: self._calibration.tokens]
+        return torch.tensor([ids], device=live.device)
+
+
+class _PassEndsError(Exception):
+    """Ends a forward pass behind the last layer that is observed."""
+
+
+@dataclass
+class _Sums:
+    """What is added up of one layer of the model.
+
+    Attributes:
+        entries: the inputs that are told apart: sum of x x^T [width, width], of |x| [width], and how many tokens.
+        entry_of: for each linear layer's name which of these is its own.
+        axes: of its weight.
+        present: the inputs that were seen in the pass that runs, which keeps their memory from being used again.
+    """
+
+    entries: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    entry_of: dict[str, int] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
+    present: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def add(self, module: str, given: Tensor) -> None:
+        """Add up what a linear layer is given, [..., width], unless another was given the same tensor."""
+        if not given.numel():
+            return  # an expert that no token was sent to
+        for tensor, entry in self.present:
+            if tensor.data_ptr() == given.data_ptr() and tensor.shape == given.shape:
+                self.entry_of.setdefault(module, entry)
+                return
+        rows = given.detach().reshape(-1, given.shape[-1]).float()
+        gram, size = rows.T @ rows, rows.abs().sum(0)
+        if module in self.entry_of:
+            entry = self.entry_of[module]
+            before = self.entries[entry]
+            self.entries[entry] = (before[0].add_(gram), before[1].add_(size), before[2] + len(rows))
+        else:
+            entry = self.entry_of[module] = len(self.entries)
+            self.entries.append((gram, size, len(rows)))
+        self.present.append((given, entry))
+
+    def result(self) -> Tensors:
+        """As it is kept: see ``Inputs.of``."""
+        kept: dict[str, Tensor] = {}
+        for entry, (gram, size, count) in enumerate(self.entries):
+            kept |= {f"gram.{entry}": (gram / count).cpu(), f"size.{entry}": (size / count).cpu()}
+        for module, entry in self.entry_of.items():
+            kept |= {f"of.{module}": torch.tensor(entry), f"axis.{module}": torch.tensor(self.axes[module])}
+        return kept
+
+
+@torch.inference_mode()
+def _observed(live: LiveModel, source: Source, layers: Sequence[int], tokens: Sequence[Tensor]) -> dict[int, Tensors]:
+    """What the linear layers in some layers of a model are given on texts."""
+    sums = {layer: _Sums() for layer in layers}
+    with _watched(live, source, sums):
+        for text in tokens:
+            with suppress(_PassEndsError):
+                live.model(text, use_cache=False)
+            for each in sums.values():
+                each.present.clear()
+    return {layer: each.result() for layer, each in sums.items()}
+
+
+@contextmanager
+def _watched(live: LiveModel, source: Source, sums: Mapping[int, _Sums]) -> Iterator[None]:
+    """Add up what linear layers are given while open; passes end behind the last of the layers."""
+    from evomerge.checkpoints.structure import layer_stack
+
+    hooks = []
+    for layer, modules in _linear(live, source).items():
+        if layer in sums:
+            for name, module, axis in modules:
+                sums[layer].axes[name] = axis
+                hooks.append(module.register_forward_pre_hook(_adder(sums[layer], name)))
+    if _OUTSIDE not in sums:
+        _, stack = layer_stack(live.model, source.layers)
+        hooks.append(stack[max(sums)].register_forward_hook(_stop))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adder(sums: _Sums, name: str) -> Any:
+    return lambda module, given: sums.add(name, given[0])
+
+
+def _stop(module: Any, given: Any, out: Any) -> None:
+    raise _PassEndsError
+
+
+def _linear(live: LiveModel, source: Source) -> dict[int, list[tuple[str, Any, int]]]:
+    """By layer, the linear layers whose weights the source has: name, module, and the axis of the weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    owners = {_module(source, stored): role.layer for stored, role in source.roles.items()}
+    found: dict[int, list[tuple[str, Any, int]]] = {}
+    for name, module in live.model.named_modules():
+        if name in owners and isinstance(module, torch.nn.Linear | Conv1D):
+            layer = owners[name]
+            axis = 0 if isinstance(module, Conv1D) else 1
+            found.setdefault(_OUTSIDE if layer is None else layer, []).append((name, module, axis))
+    return found
+
+
+def _module(source: Source, stored: str) -> str:
+    """The name that the layer of a weight has in the model of its source."""
+    return source.parts[stored].tensor.removesuffix(".weight")
+
+
+def _groups(live: LiveModel, source: Source, layers: Sequence[int]) -> Iterator[list[int]]:
+    """The layers in groups whose Gram matrices fit into memory; those outside the stack last and alone."""
+    sizes = {
+        layer: sum(4 * module.weight.shape[axis] ** 2 for _, module, axis in modules)
+        for layer, modules in _linear(live, source).items()
+    }
+    group: list[int] = []
+    for layer in sorted(layers):
+        if layer == _OUTSIDE:
+            continue
+        if group and sum(sizes.get(each, 0) for each in (*group, layer)) > _MOST_BYTES:
+            yield group
+            group = []
+        group.append(layer)
+    if group:
+        yield group
+    if _OUTSIDE in layers:
+        yield [_OUTSIDE]

@@ -1,0 +1,154 @@
+"""What layers are given on calibration texts: against plain transformers, kept once, and refused where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_checkpoints import WORDS, in_own_memory, save_model, tiny_config
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+
+from evomerge.calibration import Calibration, read_calibration
+from evomerge.checkpoints import live
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.errors import InputError
+from evomerge.merging import inputs as inputs_module
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.inputs import Inputs
+
+TEXTS = Calibration(("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19"), 12)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    config = tiny_config(num_hidden_layers=3)
+    return opened(config, tmp_path_factory.mktemp("llama"))
+
+
+def opened(config: Any, folder: Path) -> Source:
+    return open_source("a", str(save_model(config, folder / "a", dtype=torch.float32)), place="a")
+
+
+def inputs(source: Source, folder: Path | None = None, texts: Calibration = TEXTS) -> Inputs:
+    return Inputs({"a": source}, texts, Evidence(folder, {"a": "digest"} if folder else None), CPU)
+
+
+def tokens_of(source: Source) -> Iterator[torch.Tensor]:
+    tokenizer = live.load_tokenizer(source)
+    for text in TEXTS.texts:
+        yield torch.tensor([tokenizer(text)["input_ids"][: TEXTS.tokens]])
+
+
+def test_inputs_are_those_of_plain_transformers(llama: Source, tmp_path: Path) -> None:
+    """What the norm before the attention of layer 1 gives, from hidden states; and what stands before the head."""
+    model = in_own_memory(AutoModelForCausalLM.from_pretrained(llama.folder))
+    found = inputs(llama, tmp_path)
+    rows, last = [], []
+    with torch.no_grad():
+        for tokens in tokens_of(llama):
+            hidden = model(tokens, output_hidden_states=True).hidden_states
+            rows.append(model.model.layers[1].input_layernorm(hidden[1])[0])
+            last.append(hidden[-1][0])
+    for stored, wanted in (("model.layers.1.self_attn.q_proj.weight", rows), ("lm_head.weight", last)):
+        given = found.of(("a", stored))
+        x = torch.cat(wanted)
+        assert len(x) <= 2 * TEXTS.tokens
+        assert torch.allclose(given.gram, x.T @ x / len(x), atol=1e-5)
+        assert torch.allclose(given.size, x.abs().mean(0), atol=1e-5)
+        assert given.axis == 1
+
+
+def test_layers_that_are_given_the_same_share_an_entry(llama: Source, tmp_path: Path) -> None:
+    found = inputs(llama, tmp_path)
+    layer = "model.layers.0"
+    q, k, v, o = (found.of(("a", f"{layer}.self_attn.{p}_proj.weight")).gram for p in "qkvo")
+    assert torch.equal(q, k)
+    assert torch.equal(q, v)
+    assert not torch.equal(q, o)
+    file = max(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    assert file.stat().st_size < 4 * (3 * 16**2 + 24**2) + 4000  # q, k, v; o; gate, up; down
+
+
+def test_they_are_recorded_once_for_all(llama: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = inputs(llama, tmp_path)
+    first.record("a")
+    monkeypatch.setattr(live, "live_model", lambda *a, **k: pytest.fail("ran again"))
+    again = inputs(llama, tmp_path).of(("a", "model.layers.2.mlp.down_proj.weight"))
+    assert torch.equal(again.gram, first.of(("a", "model.layers.2.mlp.down_proj.weight")).gram)
+
+
+def test_a_damaged_file_is_made_anew(llama: Source, tmp_path: Path) -> None:
+    stored = "model.layers.2.mlp.down_proj.weight"
+    wanted = inputs(llama, tmp_path).of(("a", stored)).gram.clone()
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8] + b"\1" * 8)
+    assert torch.equal(inputs(llama, tmp_path).of(("a", stored)).gram, wanted)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_how_many_layers_are_recorded_at_a_time_changes_nothing(
+    llama: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    stored = "model.layers.1.mlp.up_proj.weight"
+    wanted = inputs(llama, tmp_path / "whole").of(("a", stored)).gram
+    monkeypatch.setattr(inputs_module, "_MOST_BYTES", 1)
+    assert torch.equal(inputs(llama, tmp_path / "parts" if kept else None).of(("a", stored)).gram, wanted)
+
+
+def test_texts_and_how_much_of_them_are_told_apart(llama: Source, tmp_path: Path) -> None:
+    stored = "model.layers.1.mlp.up_proj.weight"
+    found = [inputs(llama, tmp_path, Calibration(TEXTS.texts, tokens)).of(("a", stored)).gram for tokens in (4, 12)]
+    assert not torch.allclose(found[0], found[1])
+    assert Calibration(("a", "b"), 3).digest != Calibration(("ab",), 3).digest
+
+
+def test_weights_that_stand_the_other_way_say_so(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    source = opened(config, tmp_path)
+    stored = next(name for name in source.roles if name.endswith("h.1.mlp.c_fc.weight"))
+    given = inputs(source, tmp_path / "kept").of(("a", stored))
+    assert (given.axis, given.gram.shape) == (0, (16, 16))
+    assert source.tensors[stored].shape[0] == 16
+
+
+def test_experts_that_are_computed_as_one_are_refused_by_name(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    source = opened(config, tmp_path)
+    stored = next(name for name in source.roles if "experts" in name and source.roles[name].kind == "mlp")
+    found = inputs(source, tmp_path / "kept")
+    assert found.of(("a", "model.layers.0.self_attn.q_proj.weight")).gram.shape == (16, 16)
+    with pytest.raises(InputError, match="cannot be observed") as refused:
+        found.of(("a", stored))
+    assert stored in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("no.jsonl", None, "does not exist"),
+        ("t.jsonl", '{"text": "long enough to calibrate"}\nnot json\n', "line 2.* is no JSON"),
+        ("t.jsonl", '{"texts": "long enough to calibrate"}\n', "line 1.* has no `text`"),
+        ("t.jsonl", '{"text": "short"}\n', "line 1.* has 5 characters"),
+        ("t.txt", "a line that is long enough\n\n", "holds 1 texts of the 2"),
+        ("t.txt", "", "holds 0 texts of the 2"),
+    ],
+)
+def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: str | None, problem: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=problem) as refused:
+        read_calibration(tmp_path / name, 2, 16, "calibration.file")
+    assert refused.value.place.startswith("calibration.file")
+
+
+def test_a_file_is_read_up_to_the_texts_that_count(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "long enough to calibrate", "more": 1}\n' * 2 + "no json\n")
+    found = read_calibration(tmp_path / "t.jsonl", 2, 16, "calibration.file")
+    assert found == Calibration(("long enough to calibrate",) * 2, 16)
