@@ -16,12 +16,12 @@ from typing import Literal
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
-from evomerge.optimizers import Best, Grid, Observation, Optimizer
-from evomerge.optimizers.elites import Niche, Point
+from evomerge.optimizers import Best, Observation, Optimizer
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending
 from evomerge.search.driving.generation import GenerationScoring
+from evomerge.search.driving.kept import Kept
 from evomerge.search.driving.progress import Progress
 from evomerge.search.driving.ranking import Ranking
 from evomerge.search.driving.scoring import FAVOURITE, Candidate
@@ -32,7 +32,7 @@ from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS, PoolNews
-from evomerge.store import CandidateRow, EventRow, NewCandidate, Niches, Store
+from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
 
 Ending = Literal["finished", "stopped", "cancelled"]
 
@@ -93,8 +93,7 @@ class Driver:
         self._told_items = self._told_candidates = 0  # scored items of the candidates told, landmarks not counted
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._asked_after = 0  # an event before the asks of those that were open when this driver began
-        self._front = Grid()
-        self._elites = Grid(setup.axes)  # the front again where there are no features
+        self._kept = Kept(setup)
         self._unchanged = 0.0  # generations since the front or an elite last changed
         self.why = ""
 
@@ -118,7 +117,8 @@ class Driver:
         assert isinstance(self._scoring, GenerationScoring)  # by which ``run`` chose
         while True:
             if generation := list(self._open.values()):
-                if not self._scoring.score(generation, self._rivals(), self._optimizer.keeps):
+                keeps = self._optimizer.keeps
+                if not self._scoring.score(generation, self._kept.rivals(keeps), keeps):
                     return False
                 self._tell(generation)
             if self._spent():
@@ -145,14 +145,10 @@ class Driver:
                 self._scoring.back.extend(others)
             keeps, population = self._optimizer.keeps, self._optimizer.population
             share = keeps.count / population if isinstance(keeps, Best) else None if keeps == "niches" else 1.0
-            pending = self._scoring.next_job(candidate, self._rivals(), share)
+            pending = self._scoring.next_job(candidate, self._kept.rivals(keeps), share)
             if pending is not None:
                 return pending
             self._tell([candidate])
-
-    def _rivals(self) -> Grid:
-        """What a new candidate must better to be kept: the front, or the elites of its niche."""
-        return self._elites if self._optimizer.keeps == "niches" else self._front
 
     def _record_news(self, news: PoolNews) -> None:
         self._store.record_event(news.kind, news.payload)
@@ -202,23 +198,13 @@ class Driver:
         outcomes = self._scoring.conclude(candidates)
         self._ranking.rank(candidates, self._scoring.recent)
         self._check_landmarks(candidates)
-        before = self._elites.niches
-        self._update_elites(candidates)
+        self._keep(candidates)
         losses = {c.number: c.losses for c in candidates if c.losses is not None}
-        front = self._front.niches
-        niches = self._niches(candidates, before) if self._setup.features else None
-        spent_s = self._spent_s()
+        front, niches, spent_s = self._kept.front.niches, self._kept.niches, self._spent_s()
         self._store.record_tell(self._step, losses, front=front, spent_s=spent_s, outcomes=outcomes, niches=niches)
         self._told(candidates)
         self._record_screen()
         self._record_item_response()
-
-    def _niches(self, told: Sequence[Candidate], before: Mapping[int, Niche]) -> Niches:
-        """What a tell changed in the grid."""
-        found = {c.number: self._elites.niche(self._setup.feature_values(c.objectives)) for c in told}
-        now = self._elites.niches.keys()
-        changed = {number: number in now for number in sorted(before.keys() ^ now)}
-        return Niches({number: niche for number, niche in found.items() if niche is not None}, changed)
 
     def _record_screen(self) -> None:
         """Write down what is known of the screen."""
@@ -270,18 +256,10 @@ class Driver:
                 f"See {failure['log']} in the folder of the search." if failure.get("log") else "",
             )
 
-    def _update_elites(self, told: Sequence[Candidate]) -> None:
-        before = self._front.niches.keys(), self._elites.niches.keys()
-        eligible = {
-            c.number: Point(c.losses, self._setup.feature_values(c.objectives))
-            for c in told
-            if c.eligible and c.losses is not None
-        }
-        self._front = self._front.extend({number: Point(point.losses) for number, point in eligible.items()})
-        self._elites = self._elites.extend(eligible) if self._setup.features else self._front
+    def _keep(self, told: Sequence[Candidate]) -> None:
+        self._kept.take(told)
         generation = 1.0 if self._setup.mode == "generational" else len(told) / self._optimizer.population
-        changed = (self._front.niches.keys(), self._elites.niches.keys()) != before
-        self._unchanged = 0.0 if changed else self._unchanged + generation
+        self._unchanged = 0.0 if self._kept.changed else self._unchanged + generation
 
     # Progress -----------------------------------------------------------------------------------------------------
 
@@ -361,7 +339,7 @@ class Driver:
                 told = [self._open[number] for number in step.candidates]
                 self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
                 self._ranking.remember(told)
-                self._update_elites(told)
+                self._keep(told)
                 self._told(told)
         self._spent_before_s = self._store.search().spent_s
         if self._open:

@@ -1,0 +1,50 @@
+"""What a search keeps of the candidates that were told: the Pareto front, and the elites of its niches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evomerge.optimizers import Grid, Keeps
+from evomerge.optimizers.elites import Point
+from evomerge.search.driving.scoring import Candidate
+from evomerge.search.preparing.setup import Setup
+from evomerge.store import Niches
+
+
+class Kept:
+    """The front and the elites; the same where the search has no features.
+
+    Attributes:
+        front: the Pareto front.
+        elites: the best of every niche.
+        changed: whether what was told last changed either.
+        niches: what it changed in the grid; None without features.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.front = Grid()
+        self.elites = Grid(setup.axes)
+        self.changed = False
+        self.niches: Niches | None = None
+
+    def rivals(self, keeps: Keeps) -> Grid:
+        """What a new candidate must better to be kept: the front, or the elites where an optimizer keeps niches."""
+        return self.elites if keeps == "niches" else self.front
+
+    def take(self, told: Sequence[Candidate]) -> None:
+        """Take candidates that are told; only those that may be on the front may be elites."""
+        front, elites = self.front.niches.keys(), self.elites.niches.keys()
+        eligible = {
+            c.number: Point(c.losses, self._setup.feature_values(c.objectives))
+            for c in told
+            if c.eligible and c.losses is not None
+        }
+        self.front = self.front.extend({number: Point(point.losses) for number, point in eligible.items()})
+        self.elites = self.elites.extend(eligible) if self._setup.features else self.front
+        now = self.elites.niches.keys()
+        self.changed = (self.front.niches.keys(), now) != (front, elites)
+        if self._setup.features:
+            found = {c.number: self.elites.niche(self._setup.feature_values(c.objectives)) for c in told}
+            changes = {number: number in now for number in sorted(elites ^ now)}
+            self.niches = Niches({number: niche for number, niche in found.items() if niche is not None}, changes)
