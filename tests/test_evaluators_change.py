@@ -12,6 +12,7 @@ from helpers_miniature import MINIATURES
 from evaluators import change
 from evaluators.base import EvaluatorSettings
 from evaluators.change import ChangeSettings
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
@@ -28,8 +29,8 @@ def miniature(name: str, dtype: torch.dtype | None = None) -> LiveModel:
 
 
 def change_of(live: LiveModel, model: str = "base") -> float:
-    scores = ChangeSettings(model=str(MINIATURES / model)).build().score(live, "search", [0])
-    return float(scores["change"][0])
+    evaluator = ChangeSettings(model=str(MINIATURES / model)).build()
+    return float(score(evaluator, live, "search", [0]).scores["change"][0])
 
 
 class TestContract(EvaluatorContract):
