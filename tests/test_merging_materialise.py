@@ -300,3 +300,33 @@ def test_an_adapter_is_folded_into_a_tensor_once_to_plan_and_once_to_make(
     assert max(folds.values()) <= 2
     for name, tensor in Materialiser(in_files).tensors(recipe_of(blend(method, MIXED[method]), in_files, seed=1)):
         assert torch.equal(live.tensors[name], tensor), name
+
+
+def mapped_bytes(file: Path) -> int:
+    """Of a mapped file, what counts as memory of this process."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    return sum(
+        1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+        for header in lines
+        if header.endswith(f" {file}")
+    )
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp"])
+def test_pages_of_sources_are_let_go_of_when_a_model_is_made(method: str, tmp_path: Path) -> None:
+    """Else a worker would seem to hold all of its sources; what is read again is the same."""
+    folders = {
+        n: save_model(tiny_config(vocab_size=4096), tmp_path / n, seed=i) for i, n in enumerate(("base", *NAMES))
+    }
+    sources = {name: open_source(name, str(folder), place=name) for name, folder in folders.items()}
+    recipe = recipe_of(blend(method), sources)
+    materialiser, live = Materialiser(sources), live_model(sources["base"], torch.device("cpu"))
+    files = [source.folder / "model.safetensors" for source in sources.values()]
+    sources["maths"].read("model.embed_tokens.weight").sum()
+    assert mapped_bytes(files[1]) > files[1].stat().st_size // 4  # what is measured is there
+    materialiser.write(recipe, live)
+    first = {name: tensor.clone() for name, tensor in live.tensors.items()}
+    assert sum(map(mapped_bytes, files)) < files[0].stat().st_size // 4
+    materialiser.write(change(recipe, seed=recipe.seed + 1), live_model(sources["base"], torch.device("cpu")))
+    materialiser.write(recipe, live)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in live.tensors.items())
