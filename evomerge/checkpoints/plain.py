@@ -32,6 +32,8 @@ def plain_model(source: Source, device: torch.device, dtype: torch.dtype | None)
     if source.adapters:
         live = live_model(source, device, dtype)
         load_weights(live, ((name, source.read(name)) for name in source.tensors))
+        for name in source.tensors:  # not read again
+            source.release(name)
     else:
         disable_progress_bar()  # it would run through our own
         try:
