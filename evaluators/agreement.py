@@ -63,8 +63,8 @@ def agreement(file: Path, language: Language) -> list[Graded]:
     for line in read_lines(file):
         answer = line.fields.get("response")
         if not isinstance(answer, str):
-            mend = 'Write a line such as {"response": "The answer is 2.", "answer_number": 2}.'
-            raise InputError(line.place, "has no text in its field 'response'", mend)
+            hint = 'Write a line such as {"response": "The answer is 2.", "answer_number": 2}.'
+            raise InputError(line.place, "has no text in its field 'response'", hint)
         right = right_answer(line)
         sakana, exact = (verdict(answer, right, scorer, language, detector) for scorer in ("sakana", "exact"))
         graded.append(Graded(line.place, answer, right, sakana, exact))

@@ -341,8 +341,8 @@ class _FunctionProcess:
             message = receive(self._channel)
         except TimeoutError:
             self.stop()
-            mend = "Mend it, or say how long it may take as `max_seconds:`."
-            raise _TookTooLongError(file, f"took more than {limit_s:g} s {when}", mend) from None
+            hint = "Mend it, or say how long it may take as `max_seconds:`."
+            raise _TookTooLongError(file, f"took more than {limit_s:g} s {when}", hint) from None
         except (OSError, ValueError, RecursionError):  # it writes to what it does not know
             message = None
         if message is None:
@@ -353,13 +353,13 @@ class _FunctionProcess:
 
     def _fault(self, answer: Mapping[str, Any]) -> InputError:
         """What the process says is wrong."""
-        place, mend = str(self._settings.file), str(answer.get("mend", ""))
+        place, hint = str(self._settings.file), str(answer.get("hint", ""))
         if "returned" in answer:
             metric = f": {answer['metric']}" if "metric" in answer else ""
-            return InputError(f"{place}, {self._settings.function}{metric}", str(answer["returned"]), mend)
+            return InputError(f"{place}, {self._settings.function}{metric}", str(answer["returned"]), hint)
         if answer.get("line"):
             place += f", line {answer['line']}"
-        return InputError(place, str(answer.get("problem", "said nothing that can be understood")), mend)
+        return InputError(place, str(answer.get("problem", "said nothing that can be understood")), hint)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def _load(told: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
     if callable(function):
         return function
     made = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-    return {"problem": f"has no function {name!r}; it has: {made or 'none'}", "mend": "Name one as `function:`."}
+    return {"problem": f"has no function {name!r}; it has: {made or 'none'}", "hint": "Name one as `function:`."}
 
 
 def _call(function: Callable[..., object], told: Mapping[str, Any], generate: _Generate) -> dict[str, Any]:
@@ -128,12 +128,12 @@ def _call(function: Callable[..., object], told: Mapping[str, Any], generate: _G
                 wanted = ", ".join(metrics)
                 return {
                     "returned": "returned no mapping, and several metrics are declared",
-                    "mend": f"Return {{metric: numbers}} for {wanted}.",
+                    "hint": f"Return {{metric: numbers}} for {wanted}.",
                 }
             returned = {metrics[0]: returned}
         if set(returned) != set(metrics):
             problem = f"returned {', '.join(map(str, returned)) or 'no metric'}, where {', '.join(metrics)} is declared"
-            return {"returned": problem, "mend": "Mend the function, or `metrics:`."}
+            return {"returned": problem, "hint": "Fix the function, or `metrics:`."}
         found = {}
         for metric in metrics:
             values = _numbers(returned[metric], told["count"])
@@ -152,11 +152,11 @@ def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
     except TypeError:
         return {
             "returned": f"returned {type(returned).__name__}, not a number for each item",
-            "mend": "Return a list of numbers in the order of the items.",
+            "hint": "Return a list of numbers in the order of the items.",
         }
     if len(values) != count:
         many = f"more than {count}" if len(values) > count else f"{len(values)}"
-        return {"returned": f"returned {many} numbers for {count} items", "mend": "Return one for each, in order."}
+        return {"returned": f"returned {many} numbers for {count} items", "hint": "Return one for each, in order."}
     for position, value in enumerate(values):
         a_number = isinstance(value, numbers.Real) or (
             type(value).__module__ == "numpy" and type(value).__name__ == "bool"
@@ -164,7 +164,7 @@ def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
         if not a_number or not abs(value) <= LARGEST:  # nor is NaN
             return {
                 "returned": f"returned {_shown(value)} for the item at {position} of those given",
-                "mend": "Return a finite number.",
+                "hint": "Return a finite number.",
             }
     return [float(value) for value in values]
 

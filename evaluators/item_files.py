@@ -65,8 +65,8 @@ def read_lines(file: Path) -> Iterator[Line]:
         except ValueError as error:
             raise InputError(place, f"is not JSON that can be used ({error})") from None
         if not isinstance(fields, dict):
-            mend = 'Write a line such as {"prompt": "1 + 1 =", "answer": "2"}.'
-            raise InputError(place, "is not a JSON object", mend)
+            hint = 'Write a line such as {"prompt": "1 + 1 =", "answer": "2"}.'
+            raise InputError(place, "is not a JSON object", hint)
         yield Line(fields, place)
 
 
@@ -77,8 +77,8 @@ def text_lines(file: Path) -> Iterator[tuple[str, str]]:
         InputError: the file cannot be read, or a line is not UTF-8, or too long for an item.
     """
     if not file.is_symlink() and not file.exists():
-        mend = "A path is relative to the folder of the search file."
-        raise InputError(str(file), "there is no such file of items", mend)
+        hint = "A path is relative to the folder of the search file."
+        raise InputError(str(file), "there is no such file of items", hint)
     with open_file(file, str(file), ITEMS_BYTES) as stream:
         for number in itertools.count(1):
             raw = stream.readline(_LINE_BYTES + 1)  # in bytes, for text would also be cut inside of it, at U+2028
@@ -148,6 +148,6 @@ def split_items(
     for split, items in splits.items():
         if not items:
             problem = f"gives no item to the {split} split, of {len(found)} items"
-            mend = "Give more items, another share as `held_out:`, or a `held_out_file:`."
-            raise InputError(str(file), problem, mend)
+            hint = "Give more items, another share as `held_out:`, or a `held_out_file:`."
+            raise InputError(str(file), problem, hint)
     return splits

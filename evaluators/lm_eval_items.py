@@ -60,16 +60,16 @@ def read_splits(task: ConfigurableTask, settings: LmEvalSettings) -> dict[Split,
     }
     search, held_out = splits["search"], splits["held_out"]
     place = f"task {settings.task}: held_out"
-    mend = "Give two that share nothing, such as `search: test[:500]` and `held_out: test[500:]`."
+    hint = "Give two that share nothing, such as `search: test[:500]` and `held_out: test[500:]`."
     if search.source == held_out.source and (shared := set(search.rows) & set(held_out.rows)):
-        raise InputError(place, f"shares {len(shared)} rows of {search.source!r} with the search split", mend)
+        raise InputError(place, f"shares {len(shared)} rows of {search.source!r} with the search split", hint)
     if shared_items := set(search.hashes) & set(held_out.hashes):
         row = next(i for i, item in enumerate(held_out.hashes) if item in shared_items)
         raise InputError(
             place,
             f"has {len(shared_items)} items that the search split has too (item {row} is the first: same question, "
             "same answer)",
-            mend,
+            hint,
         )
     return splits
 

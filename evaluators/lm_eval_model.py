@@ -201,8 +201,8 @@ def refuse_wishes(requests: Iterable[Instance], reader: Reader) -> None:
         if request.request_type == "generate_until":
             names = ", ".join(wishes(reader, _said(request)))
             problem = f"{names}, of the task or the model's generation_config.json, is not plainly greedy"
-            mend = "Set it to what has no effect, such as `repetition_penalty: 1.0`, or leave `engine` out."
-            raise InputError("generation", problem, mend)
+            hint = "Set it to what has no effect, such as `repetition_penalty: 1.0`, or leave `engine` out."
+            raise InputError("generation", problem, hint)
 
 
 def _said(request: Instance) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Finds lm-eval tasks, decides which of them may run, and loads them with errors that a person can mend.
+"""Finds lm-eval tasks, decides which of them may run, and loads them with errors that a person can fix.
 
 A task file can run code: ``!function`` names Python, and a plain Jinja template can reach it. The files of this project
 and those that come inside lm-eval are trusted like any installed package. A person's own need ``allow_task_code``.
@@ -243,11 +243,11 @@ _FAULTS = {  # a part of "Type: message", for each fault that has plainer words
 
 def explain(error: BaseException, place: str) -> InputError:
     """Turn what lm-eval, datasets or a task's own code raised into an error for people."""
-    problem, mend = "cannot be used", ""
+    problem, hint = "cannot be used", ""
     cause: BaseException | None = error
     while cause is not None:
         said = f"{type(cause).__name__}: {cause}"
-        problem, mend = next((plain for part, plain in _FAULTS.items() if part in said), (problem, mend))
+        problem, hint = next((plain for part, plain in _FAULTS.items() if part in said), (problem, hint))
         error, cause = cause, cause.__cause__
     message = " ".join(str(error).split())[:300]
-    return InputError(place, f"{problem} ({type(error).__name__}{': ' if message else ''}{message})", mend)
+    return InputError(place, f"{problem} ({type(error).__name__}{': ' if message else ''}{message})", hint)

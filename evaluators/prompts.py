@@ -99,18 +99,18 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, opens: bool
     """
     place = "apply_chat_template"
     if tokenizer.chat_template is None:
-        mend = "Leave it out, or take the tokenizer of a source that has one (`tokenizer:`)."
-        raise InputError(place, "the tokenizer has no chat template", mend)
+        hint = "Leave it out, or take the tokenizer of a source that has one (`tokenizer:`)."
+        raise InputError(place, "the tokenizer has no chat template", hint)
     try:
         text: str = tokenizer.apply_chat_template(
             list(turns), tokenize=False, add_generation_prompt=opens, continue_final_message=not opens
         )
     except Exception as error:  # a template is a program of its author's
-        mend = "Take the tokenizer of another source (`tokenizer:`), or leave it out."
+        hint = "Take the tokenizer of another source (`tokenizer:`), or leave it out."
         if turns[0]["role"] == "system":
-            mend = "It may have no place for a system instruction: put that into the prompts."
+            hint = "It may have no place for a system instruction: put that into the prompts."
         problem = f"the tokenizer's chat template fails ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        raise InputError(place, problem, mend) from error
+        raise InputError(place, problem, hint) from error
     return text
 
 

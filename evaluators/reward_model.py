@@ -171,8 +171,8 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
 
     place = "model"
     if "+" in reference and not Path(reference).is_dir():
-        mend = "Merge it into a folder of its own first, with peft's merge_and_unload."
-        raise InputError(place, f"{reference} names an adapter, which no reward model takes here", mend)
+        hint = "Merge it into a folder of its own first, with peft's merge_and_unload."
+        raise InputError(place, f"{reference} names an adapter, which no reward model takes here", hint)
     folder = find_folder(reference, place, None)
     check_files(folder, place)
     refuse_unreadable(folder, place)

@@ -8,7 +8,7 @@ found in one of two ways:
   without a stemmer, and a test holds the numbers equal to its own.
 - ``mecab``: MeCab's, with the dictionary unidic-lite. So the original work cut the Japanese answers of its models of
   images (SakanaAI/evolutionary-model-merge, evomerge/eval/metrics.py, ``MecabTokenizer``): punctuation marks are words
-  and case counts. It also drops emoji and mends spellings by neologdn before, where NFKC is here.
+  and case counts. It also drops emoji and fixes spellings by neologdn before, where NFKC is here.
 """
 
 from __future__ import annotations

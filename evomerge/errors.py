@@ -1,4 +1,4 @@
-"""The one exception for input that a person can mend."""
+"""The one exception for input that a person can fix."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class InputError(Exception):
     Args:
         place: where the fault is, in the words of whoever wrote the input.
         problem: what is wrong, as a clause: "has no config.json".
-        mend: what to do about it, as a sentence; empty when the problem says it already.
+        hint: what to do about it, as a sentence; empty when the problem says it already.
     """
 
-    def __init__(self, place: str, problem: str, mend: str = "") -> None:
-        self.place, self.problem, self.mend = fitted([place, problem, mend])
+    def __init__(self, place: str, problem: str, hint: str = "") -> None:
+        self.place, self.problem, self.hint = fitted([place, problem, hint])
         end = "" if self.problem.endswith(".") else "."  # the message of another error may end in one of its own
-        super().__init__(f"{self.place}: {self.problem}" + (f"{end} {self.mend}" if self.mend else ""))
+        super().__init__(f"{self.place}: {self.problem}" + (f"{end} {self.hint}" if self.hint else ""))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         # Ray pickles exceptions of workers; the default would call __init__ with the joined message alone.
-        return type(self), (self.place, self.problem, self.mend)
+        return type(self), (self.place, self.problem, self.hint)

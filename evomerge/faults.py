@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with settings, in the words of whoever wrote them: the key, what is wrong, and the mend."""
+"""What pydantic finds wrong with settings, in the words of whoever wrote them: the key, what is wrong, and the hint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
 def explain(error: ValidationError, place: str, model: type[BaseModel], content: Any, joint: str = ": ") -> InputError:
-    """The first fault of a validation error: its key path in the file, what is wrong, and the mend.
+    """The first fault of a validation error: its key path in the file, what is wrong, and the hint.
 
     Args:
         place: what stands before the key path, and ``joint`` between the two.

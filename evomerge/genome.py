@@ -59,7 +59,7 @@ class SearchSpace(Protocol):
     def parameters(self) -> Sequence[Parameter]: ...
 
     @property
-    def shelves(self) -> int:
+    def layer_buffers(self) -> int:
         """The most different layers, by content, that one recipe of this space is made of."""
         ...
 

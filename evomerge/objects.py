@@ -50,8 +50,8 @@ def check_url(url: str, place: str) -> None:
         raise InputError(place, "is not a URL", "Write it like s3://bucket/prefix.")
     rest = url.partition("://")[2]
     if ":" in rest.rpartition("@")[0] or "?" in rest:
-        mend = "Leave it out: the storage's own environment variables and files hold it, as AWS_PROFILE or ~/.aws do."
-        raise InputError(place, "holds a password, a key or options, and URLs are written down and shown", mend)
+        hint = "Leave it out: the storage's own environment variables and files hold it, as AWS_PROFILE or ~/.aws do."
+        raise InputError(place, "holds a password, a key or options, and URLs are written down and shown", hint)
     if "::" in url or not rest.strip("/"):
         raise InputError(place, "is not the URL of one folder", "Write it like s3://bucket/prefix.")
 
@@ -161,8 +161,8 @@ class Storage:
         try:
             yield
         except Exception as error:
-            mend = "Check the URL, the network, and the credentials in the environment."
-            raise StorageError(self.url, f"cannot be {done} ({_public(error)})", mend) from None
+            hint = "Check the URL, the network, and the credentials in the environment."
+            raise StorageError(self.url, f"cannot be {done} ({_public(error)})", hint) from None
 
 
 def _check_kind(kind: str, place: str) -> None:
@@ -172,11 +172,11 @@ def _check_kind(kind: str, place: str) -> None:
     try:
         fsspec.get_filesystem_class(kind)
     except ImportError as error:
-        mend = f"pip install 'evomerge[{_EXTRAS[kind]}]'" if kind in _EXTRAS else f"{error}."
-        raise InputError(place, f"{kind}:// needs a package that is not installed here", mend) from None
+        hint = f"pip install 'evomerge[{_EXTRAS[kind]}]'" if kind in _EXTRAS else f"{error}."
+        raise InputError(place, f"{kind}:// needs a package that is not installed here", hint) from None
     except ValueError:
-        mend = "Known are s3://, gs://, abfs://, file:// and others of fsspec's."
-        raise InputError(place, f"{kind}:// is no storage that is known", mend) from None
+        hint = "Known are s3://, gs://, abfs://, file:// and others of fsspec's."
+        raise InputError(place, f"{kind}:// is no storage that is known", hint) from None
 
 
 def _public(error: Exception) -> str:

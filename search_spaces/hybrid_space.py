@@ -65,8 +65,8 @@ class HybridSpaceSettings(PathSettings):
         if self.winner is not None:
             return self._after(self.winner, context)
         if self.method is None:
-            mend = "Give `winner: RECIPE.yaml` or a merge method, such as `method: linear`."
-            raise InputError("space", "needs a merge to start from, or a method to merge hops by", mend)
+            hint = "Give `winner: RECIPE.yaml` or a merge method, such as `method: linear`."
+            raise InputError("space", "needs a merge to start from, or a method to merge hops by", hint)
         if self.others is not None:
             raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
         marks = list(ParameterSpaceSettings(method=self.method).build(context).landmarks())
@@ -94,7 +94,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     try:
         recipe = load_recipe_file(path, _no_mergekit)
     except InputError as error:
-        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+        raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     if not isinstance(recipe, StackRecipe):
         raise InputError(place, f"is a recipe of the kind {recipe.kind}, which has no layers to lay in another order")
     if recipe.is_scaled or recipe.tensors:
@@ -117,15 +117,15 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
         ("vocabulary", recipe.vocabulary, context.vocabulary),
     ):
         if theirs != ours:
-            mend = f"Write the same `{key}:` as for the search that found the winner."
-            raise InputError(key, f"differs from that of the winner, which is {theirs}", mend)
+            hint = f"Write the same `{key}:` as for the search that found the winner."
+            raise InputError(key, f"differs from that of the winner, which is {theirs}", hint)
     _check_makable(recipe, context, place)
     return recipe
 
 
 def _no_mergekit(reference: str) -> NoReturn:
-    mend = "Merge it with `evomerge merge`, and give the recipe.yaml of the folder that this writes."
-    raise InputError("merge_method", "is of a configuration of mergekit's", mend)
+    hint = "Merge it with `evomerge merge`, and give the recipe.yaml of the folder that this writes."
+    raise InputError("merge_method", "is of a configuration of mergekit's", hint)
 
 
 def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:
@@ -179,7 +179,7 @@ class JointSpace:
         if len(self.parameters) > MOST_PARAMETERS:
             problem = f"makes {len(self.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
             raise InputError("space.granularity", problem, "Set it to model.")
-        self.shelves = context.layers if self._one else max(self._path.most, context.layers)
+        self.layer_buffers = context.layers if self._one else max(self._path.most, context.layers)
 
     @property
     def _one(self) -> bool:

@@ -98,8 +98,8 @@ class PathSettings(SpaceSettings):
             problem = f"keeps the first and the last layer of {first}, which has but one"
             raise InputError("space.keep_ends", problem, "Set it to false.")
         if self.keep_ends and most < 3:
-            mend = "Allow more, or set `keep_ends: false`."
-            raise InputError("space.max_hops", f"is {most}, and the ends of {first} alone are 2 hops", mend)
+            hint = "Allow more, or set `keep_ends: false`."
+            raise InputError("space.max_hops", f"is {most}, and the ends of {first} alone are 2 hops", hint)
         if self.encoding == "pruning":
             if most > layers:
                 problem = f"is {most}; pruning takes away from the {layers} layers of {first}"
@@ -115,8 +115,8 @@ class PathSettings(SpaceSettings):
         if not low <= 1 <= high or low == high:
             raise InputError(place, f"are {low:g} and {high:g}; 1, which changes nothing, must lie between them")
         if self.scaling == "stream" and low <= 0:
-            mend = "Raise the lower bound, or set `scaling: update`."
-            raise InputError(place, f"begin at {low:g}; a stream can only be scaled by numbers above 0", mend)
+            hint = "Raise the lower bound, or set `scaling: update`."
+            raise InputError(place, f"begin at {low:g}; a stream can only be scaled by numbers above 0", hint)
 
     def _check_count(self, depths: Mapping[str, int]) -> None:
         every, pairs = sum(depths.values()), 0

@@ -92,7 +92,7 @@ def test_different_sources_are_refused(base: Path, tmp_path: Path, case: str) ->
     with pytest.raises(InputError, match=problem) as caught:
         check_compatible(sources)
     assert caught.value.place == "sources.maths"
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_heads_of_another_size_are_refused_though_all_shapes_agree(tmp_path: Path) -> None:

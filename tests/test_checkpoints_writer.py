@@ -240,7 +240,7 @@ def test_too_small_a_disk_is_refused_beforehand_with_the_arithmetic(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 32_000_100))
     error = refused(tmp_path / "out", r"32\.0 MB are needed \(5 tensors in 1 files .* but the disk has 32\.0 MB free")
-    assert "another disk" in error.mend
+    assert "another disk" in error.hint
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 33_000_000))
     FolderWriter(tmp_path / "out", layout(SOME))
 

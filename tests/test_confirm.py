@@ -95,7 +95,7 @@ def test_a_landmark_that_nothing_beats_is_the_winner(tmp_path: Path) -> None:
 
 
 def test_a_cached_candidate_can_win(tmp_path: Path) -> None:
-    """A worker's death once let a later twin be scored first, and the earlier one was confirmed for ever."""
+    """A worker's death once let a later duplicate be scored first, and the earlier one was confirmed for ever."""
     setup = make_setup(space=FakeSpace(1, round_to=1), candidates=60)
 
     def odd_ones_die_once(job: Job) -> tuple[float, Measured | Failed]:

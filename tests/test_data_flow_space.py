@@ -132,7 +132,7 @@ def test_every_genome_is_a_path_within_the_limits(data: st.DataObject) -> None:
     if settings["keep_ends"]:
         assert (path[0], path[-1]) == (("a", 0), ("a", 4))
     assert {source for source, _ in path} <= {"a", *(settings.get("others") or DEPTHS)}
-    assert len(set(path)) <= space.shelves
+    assert len(set(path)) <= space.layer_buffers
     for blend in recipe.blends:
         check_blend(blend, METHODS[blend.method], "test")
     low, high = settings.get("scale_bounds", (0.5, 1.5))
@@ -182,7 +182,7 @@ def test_sources_in_the_order_of_the_file_the_base_among_them() -> None:
         "1.b.0.on",
         "1.c.0.on",
     ]
-    assert build(others=("c",)).shelves == 12
+    assert build(others=("c",)).layer_buffers == 12
 
 
 # ---- the paper's encoding -------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_blocks_of_one_model_choose_none() -> None:
 @given(data=st.data(), most=st.integers(3, 5))
 def test_pruning_takes_layers_of_a_away(data: st.DataObject, most: int) -> None:
     space = build(encoding="pruning", max_hops=most)
-    assert space.shelves == 5
+    assert space.layer_buffers == 5
     path = route(space.decode(data.draw(genomes(space))))
     assert len(path) <= most
     assert path == sorted(set(path))

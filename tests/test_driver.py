@@ -227,8 +227,12 @@ def test_recipes_are_scored_once(tmp_path: Path) -> None:
         assert len(cached) == 80 - len(scored)
         for row in cached:
             assert row.same_as is not None
-            twin = store.candidate(row.same_as)
-            assert (twin.status, twin.recipe_hash, twin.objectives) == ("done", row.recipe_hash, row.objectives)
+            same_as = store.candidate(row.same_as)
+            assert (same_as.status, same_as.recipe_hash, same_as.objectives) == (
+                "done",
+                row.recipe_hash,
+                row.objectives,
+            )
 
 
 def test_results_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_counts_are_those_of_the_export(miniature: LiveModel) -> None:
     layer = sum(count for name, count in weights.items() if ".layers.0." in name)
     assert one(miniature) == {"layers": 6, "parameters": sum(weights.values())}
     assert miniature.stack is not None
-    miniature.stack.lay([Step(shelf, shelf) for shelf in (0, 1, 2, 1, 2, 3, 4, 5)])
+    miniature.stack.lay([Step(layer_buffer, layer_buffer) for layer_buffer in (0, 1, 2, 1, 2, 3, 4, 5)])
     found = one(miniature)
     assert found == {"layers": 8, "parameters": sum(weights.values()) + 2 * layer}
     assert found["parameters"] == sum(tensor.numel() for tensor in miniature.tensors.values())
@@ -80,7 +80,7 @@ def test_counts_are_those_of_the_export(miniature: LiveModel) -> None:
 
 
 def test_what_hops_share_counts_as_in_a_plain_model() -> None:
-    """An exported model has no stack of shelves; its count is the same."""
+    """An exported model has no stack of layer buffers; its count is the same."""
     live = tiny_live()
     assert live.stack is None
     assert one(live)["parameters"] == sum(parameter.numel() for parameter in live.model.parameters())
@@ -114,7 +114,7 @@ def test_a_path_of_hops_can_be_measured(miniature: LiveModel) -> None:
         for tensor in miniature.tensors.values():
             tensor.fill_(0.01)
     assert miniature.stack is not None
-    miniature.stack.lay([Step(shelf, shelf) for shelf in (0, 1, 1, 2)])
+    miniature.stack.lay([Step(layer_buffer, layer_buffer) for layer_buffer in (0, 1, 1, 2)])
     assert np.isfinite(one(miniature, measure=True, tokens=4, answer=2, repeats=1)["tokens_per_second"])
 
 

@@ -474,7 +474,7 @@ def test_what_never_ends_is_told_before_a_search(tmp_path: Path, monkeypatch: py
     settings = given(tmp_path, f"import time\ndef score(items, generate):\n{HOPELESS[name]}")
     with pytest.raises(InputError, match=r"took more than 0\.5 s in score") as caught:
         settings.build_and_try()
-    assert "max_seconds" in caught.value.mend
+    assert "max_seconds" in caught.value.hint
 
 
 def test_a_function_that_is_slow_is_waited_for_as_long_as_its_settings_say(

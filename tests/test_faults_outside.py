@@ -125,7 +125,7 @@ def test_a_mapped_file_that_is_cut_ends_the_process_with_a_word(tmp_path: Path) 
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: it was cut\n")
 
 
-# What a person mends -------------------------------------------------------------------------------------------------
+# What a person fixes -------------------------------------------------------------------------------------------------
 
 
 def test_where_nothing_was_scored_a_mended_function_is_gone_on_with(

@@ -146,8 +146,8 @@ def test_the_winners_seed_and_dtype_are_kept(tmp_path: Path) -> None:
 
 
 def test_shelves_are_for_the_winner_and_the_sources(winner: Path) -> None:
-    assert after(winner).shelves == 4 * LAYERS
-    assert after(winner, others=()).shelves == LAYERS
+    assert after(winner).layer_buffers == 4 * LAYERS
+    assert after(winner, others=()).layer_buffers == LAYERS
 
 
 def test_a_path_is_taken_from_the_folder_of_the_search_file(tmp_path: Path) -> None:
@@ -222,11 +222,11 @@ def test_every_genome_is_a_path_of_merges(
     check_path(recipe, 5 if encoding == "pruning" else 10)
     assert {blend.method for blend in recipe.blends} == {method}
     assert (recipe.hops[0].layer, recipe.hops[-1].layer) == (0, LAYERS - 1)
-    assert len({(hop.layer, hop.attention) for hop in recipe.hops}) <= space.shelves
+    assert len({(hop.layer, hop.attention) for hop in recipe.hops}) <= space.layer_buffers
     assert not tied or recipe.head == recipe.embedding
     assert granularity != "model" or len(recipe.blends) == 1
     for mark in space.landmarks():
-        assert len(mark.recipe.hops) <= space.shelves
+        assert len(mark.recipe.hops) <= space.layer_buffers
 
 
 @given(data=st.data(), method=st.sampled_from(["linear", "task_arithmetic"]), tied=st.booleans())
@@ -279,12 +279,12 @@ def test_the_defaults_are_the_methods_usual_ones() -> None:
 def test_landmarks_that_are_too_long_for_paths_are_no_points() -> None:
     space = joint(encoding="pruning", max_hops=4)
     assert {mark.genome is None for mark in space.landmarks()} == {True}
-    assert space.shelves == LAYERS
+    assert space.layer_buffers == LAYERS
 
 
 def test_shelves_of_a_joint_search() -> None:
-    assert joint(max_hops=8).shelves == 8
-    assert joint(max_hops=8, granularity="model").shelves == LAYERS
+    assert joint(max_hops=8).layer_buffers == 8
+    assert joint(max_hops=8, granularity="model").layer_buffers == LAYERS
 
 
 @pytest.mark.parametrize(

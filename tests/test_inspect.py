@@ -26,7 +26,7 @@ from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts
 from evomerge.merging.facts import Weights as SourceWeights
-from evomerge.merging.jobs import Crew
+from evomerge.merging.jobs import WorkerThreads
 from evomerge.merging.rounding import LOSSY, squared_loss
 from evomerge.merging.site import Site
 from evomerge.recipes.stack import Role
@@ -132,7 +132,7 @@ def test_signs_of_any_length_and_dtype(count: int, dtypes: tuple[torch.dtype, ..
         name: (base + k * (torch.rand(count, generator=random) - 0.4).relu()).to(dtype)
         for k, (name, dtype) in enumerate(zip("bxy", dtypes, strict=True))
     }
-    weights = SourceWeights(lambda ref: tensors[ref[0]], Crew(2))
+    weights = SourceWeights(lambda ref: tensors[ref[0]], WorkerThreads(2))
     site = Site("w", Role("mlp", 0), (count,), {name: (name, "w") for name in "bxy"})
     total = Facts(site, weights, Evidence(), seed=0).signs("bxy")
     deltas = [(tensors[name].float() - tensors["b"].float()).double() for name in "xy"]

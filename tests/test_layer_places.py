@@ -120,7 +120,7 @@ def load(folder: Path) -> Any:
 def test_a_path_is_the_layers_stacked_by_hand_or_refused(case: str, tmp_path: Path) -> None:
     sources = save_both(config_of(case), tmp_path)
     assert bool(sources["a"].rigid) == (case in RIGID), sources["a"].rigid
-    live = live_model(sources["a"], CPU, shelves=4)
+    live = live_model(sources["a"], CPU, layer_buffers=4)
     recipe = path_recipe(PATH)
     if case in RIGID - FITTING:
         for make in (lambda: Materialiser(sources).write(recipe, live), lambda: write(recipe, sources, tmp_path)):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evomerge.merging import words as compiled_words
 from evomerge.merging.drops import LEVELS, level, limit, random_halves, random_words, row_turns, stream_key
-from evomerge.merging.jobs import Crew, Job
+from evomerge.merging.jobs import Job, WorkerThreads
 from evomerge.merging.passes import Part, Sparsify
 
 N = 200_000
@@ -149,7 +149,7 @@ def chances(source: torch.Tensor, low: float, high: float, seeds: int) -> torch.
     for seed in range(seeds):
         key = stream_key(seed, "a", "w")
         part = Part("a", 1.0, key=key, levels=level(low), rise=level(high) - level(low))
-        Crew(1).run([Job(Sparsify("b", (part,)), [base, source], out)])
+        WorkerThreads(1).run([Job(Sparsify("b", (part,)), [base, source], out)])
         total += out != 0
     return total / seeds
 
@@ -163,7 +163,7 @@ def test_rows_of_any_length_are_drawn_as_defined(length: int) -> None:
         Part(name, 1.0, key=stream_key(1, name, "w"), levels=level(0.3), rise=level(0.4)) for name in "ac"
     ))  # fmt: skip
     out = torch.empty(9, length)
-    Crew(2).run([Job(plan, [base, *sources], out)])
+    WorkerThreads(2).run([Job(plan, [base, *sources], out)])
     assert torch.allclose(out, plan.run([base, *sources], 0), rtol=1e-6, atol=1e-6)
 
 

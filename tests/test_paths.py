@@ -93,9 +93,9 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-4 * other.abs().max())
 
 
-def written(recipe: StackRecipe, sources: dict[str, Source], shelves: int = 2 * LAYERS) -> LiveModel:
+def written(recipe: StackRecipe, sources: dict[str, Source], layer_buffers: int = 2 * LAYERS) -> LiveModel:
     check_compatible(sources, recipe)
-    live = live_model(sources["a"], CPU, shelves=shelves)
+    live = live_model(sources["a"], CPU, layer_buffers=layer_buffers)
     Materialiser(sources).write(recipe, live)
     check_live(live)
     return live
@@ -178,7 +178,7 @@ def test_a_path_takes_no_memory_and_other_paths_find_their_layers_there(folder: 
     sources = open_both(folder)
     live = written(path_recipe(PATH), sources)
     assert live.stack is not None
-    before = {tensor.data_ptr() for shelf in live.stack.shelves for tensor in shelf.values()}
+    before = {tensor.data_ptr() for layer_buffer in live.stack.layer_buffers for tensor in layer_buffer.values()}
     materialiser = Materialiser(sources)
     expected: dict[int, torch.Tensor] = {}
     paths = [PATH, [PATH[0], *PATH[:0:-1]], [PATH[0], *PATH[1:4] * 5], [("b", layer) for layer in range(LAYERS)]]
@@ -195,7 +195,7 @@ def test_layers_that_are_there_are_not_written_again(tmp_path: Path, monkeypatch
     for seed, name in enumerate("ab"):
         save_model(tiny_config(num_hidden_layers=LAYERS), tmp_path / name, seed=seed)
     sources = open_both(tmp_path)
-    live, materialiser = live_model(sources["a"], CPU, shelves=2 * LAYERS), Materialiser(sources)
+    live, materialiser = live_model(sources["a"], CPU, layer_buffers=2 * LAYERS), Materialiser(sources)
     everything = [(name, layer) for name in "ab" for layer in range(LAYERS)]
     materialiser.write(path_recipe(everything), live)
     monkeypatch.setattr(Source, "read", lambda self, name: pytest.fail("read again"))
@@ -217,7 +217,7 @@ def test_over_many_paths_each_layer_is_written_once(tmp_path: Path, monkeypatch:
     for seed, name in enumerate("ab"):
         save_model(tiny_config(num_hidden_layers=LAYERS), tmp_path / name, seed=seed)
     sources = open_both(tmp_path)
-    live, materialiser = live_model(sources["a"], CPU, shelves=2 * LAYERS), Materialiser(sources)
+    live, materialiser = live_model(sources["a"], CPU, layer_buffers=2 * LAYERS), Materialiser(sources)
     made: list[str] = []
     planned = materialiser._planned
     monkeypatch.setattr(
@@ -245,6 +245,6 @@ def test_masks_are_those_of_the_layer_not_of_the_hop(tmp_path: Path) -> None:
         hops=[(layer, dare, dare, dare) for layer in (0, 1, 1, 2)],
     )  # fmt: skip
     plain = exported(recipe, sources, tmp_path / "out")
-    assert torch.equal(answer(written(recipe, sources, shelves=3).model), answer(plain))
+    assert torch.equal(answer(written(recipe, sources, layer_buffers=3).model), answer(plain))
     one, other = (plain.model.layers[hop].mlp.up_proj.weight for hop in (1, 2))
     assert torch.equal(one, other)

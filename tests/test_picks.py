@@ -134,7 +134,7 @@ def test_a_front_has_no_winner_but_the_best_at_each_and_the_knee(tmp_path: Path)
         assert exported(store, "best") == int(picks["knee"].id[1:])
         with pytest.raises(InputError, match="unmerged") as caught:
             exported(store, "best at o0")
-        assert "--candidate one" in caught.value.mend
+        assert "--candidate one" in caught.value.hint
         assert exported(store, "one") == int(picks["best at o0"].id[1:]), "who names it gets it"
     text = drawn(status)
     assert "winner" not in text.replace("no one winner", "")
@@ -157,7 +157,7 @@ def test_a_source_that_nothing_beats_is_said_to_be_one_and_exported_by_its_name_
         with pytest.raises(InputError) as caught:
             exported(store, "best")
         assert caught.value.place == pick.id
-        assert f"--candidate {pick.label}" in caught.value.mend
+        assert f"--candidate {pick.label}" in caught.value.hint
         assert exported(store, pick.label) == exported(store, pick.id) == int(pick.id[1:])
     assert "unmerged" in drawn(status)
 
@@ -385,10 +385,10 @@ def test_names_that_are_near_are_asked_about_and_top_says_what_it_leaves_out(
         for given, near in (("best in o0", "best at o0"), ("uniform avrage", "uniform average"), ("kne", "knee")):
             with pytest.raises(InputError) as caught:
                 chosen(store, given)
-            assert f"Did you mean {near!r}?" in caught.value.mend
+            assert f"Did you mean {near!r}?" in caught.value.hint
         with pytest.raises(InputError) as caught:
             chosen(store, "c9999")
-        assert "Did you mean" not in caught.value.mend
+        assert "Did you mean" not in caught.value.hint
     told = " ".join(printed(capsys, "top", str(tmp_path / "made"), "-k", "3").split())
     assert f"3 of {status.candidates.asked} candidates: the 3 best" in told
     assert "--all" in told

@@ -22,7 +22,7 @@ from evomerge.search.estimation.racing import (
     surely_less,
     verdicts,
 )
-from evomerge.search.estimation.scores import Sheet, estimate
+from evomerge.search.estimation.scores import ScoreTable, estimate
 from evomerge.search.estimation.screening import LEAST_PAIRS, Pair, Screening, weighted_tau
 from evomerge.search.preparing.setup import ScreenInfo, Setup
 
@@ -235,10 +235,10 @@ def estimated(
     """The mean and the error of a candidate with ``scores`` that was scored on ``items``, by a reference's scores."""
     setup: Setup = make_setup()
     (objective,) = setup.objectives
-    sheet = Sheet()
-    sheet.add(setup, 0, items.astype(np.int32), {"acc": scores[items].astype(np.float32)})
+    table = ScoreTable()
+    table.add(setup, 0, items.astype(np.int32), {"acc": scores[items].astype(np.float32)})
     order = item_order(np.stack([reference, np.zeros(ITEMS)]), seed=0)
-    found = estimate(objective, sheet, order, lambda positions, known: reference)
+    found = estimate(objective, table, order, lambda positions, known: reference)
     assert found is not None
     return found["mean"], found["stderr"]
 

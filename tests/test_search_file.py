@@ -1,4 +1,4 @@
-"""Search files: what parses, what is refused, and that each refusal names the place and the mend."""
+"""Search files: what parses, what is refused, and that each refusal names the place and the hint."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_the_whole_walk(browser: Browser, tmp_path_factory: pytest.TempPathFacto
         assert TOKEN not in page.url
         page.get_by_role("link", name="Start a search here").click()
         build(page)
-        mend(page)
+        hint(page)
         page.get_by_role("button", name="Start the search").click()
         page.wait_for_url("**/searches/walk")
         page.evaluate("window.kept = true")
@@ -61,7 +61,7 @@ def test_the_whole_walk(browser: Browser, tmp_path_factory: pytest.TempPathFacto
         page.get_by_role("link", name="walk").click()
         page.locator(".head").get_by_role("link", name="Export").click()
         export(page, root)
-        assert [fault for fault in found.faults if "422" not in fault] == []  # which ``mend`` asked for
+        assert [fault for fault in found.faults if "422" not in fault] == []  # which ``hint`` asked for
         context.close()
 
 
@@ -100,7 +100,7 @@ def build(page: Page) -> None:
     page.get_by_label("Population").fill("6")
 
 
-def mend(page: Page) -> None:
+def hint(page: Page) -> None:
     """Make a fault by hand: the line is marked, and the form takes it back."""
     file, verdict = page.locator("#file"), page.locator("#verdict")
     expect(file).to_have_value(re.compile("task: mini_math_ja"))

@@ -296,11 +296,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_is_refused(sources: dict[str, Source], case: str) -> None:
-    asked, problem, mend = WRONG[case]
+    asked, problem, hint = WRONG[case]
     with pytest.raises(InputError, match=problem) as caught:
         align(sources, "base", Vocabulary.model_validate(asked))
     assert caught.value.place.startswith("vocabulary")
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
 
 
 # ---- tokenizers ----
@@ -492,8 +492,8 @@ def test_no_source_has_a_chat_template(sources: dict[str, Source]) -> None:
 def test_different_tokens_are_refused_unless_something_is_asked_for(sources: dict[str, Source]) -> None:
     with pytest.raises(InputError, match="differ in vocab_size: 7 and 8") as caught:
         check_compatible(sources)
-    assert "vocabulary: {kind: union}" in caught.value.mend
-    assert "tokenizer_source" in caught.value.mend
+    assert "vocabulary: {kind: union}" in caught.value.hint
+    assert "tokenizer_source" in caught.value.hint
     asked = Vocabulary(kind="tokenizer")
     check_compatible(align(sources, "base", asked), same_tokens=False)
     rounded = align(sources, "base", Vocabulary(pad_to_multiple_of=8))  # of the same size, and other tokens
@@ -520,7 +520,7 @@ def test_another_end_token_is_fine_once_a_tokenizer_is_chosen(root: Path, tmp_pa
     tuned = {**opened(root, "base"), **opened(tmp_path, "tuned")}
     with pytest.raises(InputError, match="differ in eos_token: c and </s>") as caught:
         check_compatible(tuned)
-    assert "tokenizer: NAME" in caught.value.mend
+    assert "tokenizer: NAME" in caught.value.hint
     check_compatible(tuned, same_special=False)
     with pytest.raises(InputError, match="differ in eos_token: <end> and </s>"):
         check_compatible({**opened(root, "base"), **opened(tmp_path, "strange")}, same_special=False)

@@ -369,11 +369,11 @@ class _Reader:
 
     def _misfit(self, name: str, shape: Sequence[int]) -> InputError:
         wanted = list(self.base.shapes[name])
-        mend = "Name the base that it was trained on."
+        hint = "Name the base that it was trained on."
         if list(shape[1:]) == wanted[1:]:
-            mend += f" If it adds tokens to the vocabulary: {_FOLD}"
+            hint += f" If it adds tokens to the vocabulary: {_FOLD}"
         problem = f"the adapter {self.folder} is for a model whose {name} has shape {list(shape)}; here it is {wanted}"
-        return InputError(self.place, problem, mend)
+        return InputError(self.place, problem, hint)
 
     def _check_tied(
         self, changes: Mapping[str, Change], whole: Mapping[str, TensorEntry], names: Mapping[str, str | None]

@@ -93,11 +93,11 @@ def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     Raises:
         InputError: a tensor is missing, is none of the model's, or has another shape than it asks for.
     """
-    mend = "The folder could not be loaded; nothing was written."
+    hint = "The folder could not be loaded; nothing was written."
     try:
         plan = blueprint(config, shapes, place)
     except InputError as error:
-        raise InputError(place, f"what would be written is no model: {error.problem}", mend) from None
+        raise InputError(place, f"what would be written is no model: {error.problem}", hint) from None
     held = {name: holder for name, holder, _ in holders(plan.parts, dict(plan.located))}
     wrong = [f"{name} is missing" for name in plan.parts if name not in held]
     wrong += [f"{name} is no tensor of it" for name in shapes.keys() - {*held.values()} - plan.copies.keys()]
@@ -107,7 +107,7 @@ def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         if name == holder and shapes[name] != plan.shapes[name]
     ]
     if wrong:
-        raise InputError(place, f"what would be written is not the model of its config.json: {min(wrong)}", mend)
+        raise InputError(place, f"what would be written is not the model of its config.json: {min(wrong)}", hint)
 
 
 def check_finite(source: Source) -> None:
@@ -128,9 +128,9 @@ def check_finite(source: Source) -> None:
         source.release(name)
 
 
-def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, mend: str = _SAME_SHAPE) -> None:
+def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, hint: str = _SAME_SHAPE) -> None:
     if mine != theirs:
-        raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", mend)
+        raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", hint)
 
 
 def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:

@@ -91,8 +91,8 @@ class Untouched:
                 if (now := _look(file)) != self._looks[file]:
                     what = "has changed" if now else "is gone"
                     problem = f"{name} of {source.name} {what} while it was in use ({source.folder})"
-                    mend = "Nothing that was scored since then counts. Put the old file back and resume."
-                    raise InputError(source.place, problem, mend)
+                    hint = "Nothing that was scored since then counts. Put the old file back and resume."
+                    raise InputError(source.place, problem, hint)
 
 
 def _look(file: Path) -> tuple[int, int] | None:

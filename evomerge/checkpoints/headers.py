@@ -99,8 +99,8 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
         InputError: the file is no safetensors file, is cut short, or its header contradicts itself or the file's size.
     """
 
-    def refuse(problem: str, mend: str = "") -> InputError:
-        return InputError(place, f"{file.name} {problem}", mend)
+    def refuse(problem: str, hint: str = "") -> InputError:
+        return InputError(place, f"{file.name} {problem}", hint)
 
     with open_file(file, place) as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -12,7 +12,7 @@ _MORE_THAN_TEXT = re.compile(r"(vision|visual|image|video|audio|speech|perceiver
 _CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$|RewardModel$")
 _MASKED = re.compile(r"For(MaskedLM|PreTraining|NextSentencePrediction)$")
 _MANY_INPUTS = re.compile(r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|CTC)$")
-_MEND = "Only language models that go on with a text can be merged here."
+_HINT = "Only language models that go on with a text can be merged here."
 
 
 def check_kind(config: Mapping[str, Any], place: str) -> None:
@@ -36,7 +36,7 @@ def check_kind(config: Mapping[str, Any], place: str) -> None:
         problem = f"is a {what}, which takes more in than a text to go on with; such models are not supported"
     else:
         return
-    raise InputError(place, problem, _MEND)
+    raise InputError(place, problem, _HINT)
 
 
 def headless(config: Mapping[str, Any], place: str) -> InputError | None:
@@ -45,7 +45,7 @@ def headless(config: Mapping[str, Any], place: str) -> InputError | None:
     if not name.endswith("Model") or name.endswith(("LMHeadModel", "HeadsModel")):
         return None
     problem = f"is a {name}, a model without a head for the next word, as models for embeddings are; such models are"
-    return InputError(place, f"{problem} not supported", _MEND)
+    return InputError(place, f"{problem} not supported", _HINT)
 
 
 def architecture(config: Mapping[str, Any]) -> str:

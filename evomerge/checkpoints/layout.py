@@ -176,8 +176,8 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     try:
         roles = model_roles(model, layers)
     except LookupError as error:
-        mend = "Only models that are a stack of layers can be."
-        raise InputError(place, f"cannot be merged: {error}", mend) from None
+        hint = "Only models that are a stack of layers can be."
+        raise InputError(place, f"cannot be merged: {error}", hint) from None
     located = locate(model, shapes, place)
     for part, name in located.items():
         if not part.cuts and part.tensor in stored:

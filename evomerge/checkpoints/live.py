@@ -72,7 +72,7 @@ class LiveModel:
 
 
 def live_model(
-    source: Source, device: torch.device, dtype: torch.dtype | None = None, shelves: int | None = None
+    source: Source, device: torch.device, dtype: torch.dtype | None = None, layer_buffers: int | None = None
 ) -> LiveModel:
     """Build the model of a source on a device, without its weights.
 
@@ -82,7 +82,7 @@ def live_model(
         source: gives structure, tokenizer and generation settings.
         device: where the model lives.
         dtype: of its weights; that of the source when None.
-        shelves: most different layers that a recipe is made of; memory for as many as the source has is always there.
+        layer_buffers: most different layers that a recipe is made of; those of the source have memory always.
 
     Raises:
         InputError: the tokenizer or the generation settings cannot be loaded.
@@ -103,7 +103,7 @@ def live_model(
     outside = {n: part.of(stored[part.tensor]) for n, part in source.parts.items() if source.roles[n].layer is None}
     name, layers = layer_stack(model, source.layers)
     writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
-    stack = Stack(model, name, layers, source.parts, source.roles, shelves or source.layers, writers)
+    stack = Stack(model, name, layers, source.parts, source.roles, layer_buffers or source.layers, writers)
     return LiveModel(model, load_tokenizer(source), outside, stack)
 
 

@@ -51,10 +51,10 @@ def find_folder(reference: str, place: str, root: Path | None, files: Sequence[s
     if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
         return local
     if os.path.exists(local):
-        mend = "Name the folder that holds the model."
+        hint = "Name the folder that holds the model."
         if local.suffix == ".gguf":
-            mend = "GGUF is for llama.cpp and mostly quantised; name the model in full precision that it was made from."
-        raise InputError(place, f"{local} is a file", mend)
+            hint = "GGUF is for llama.cpp and mostly quantised; name the model in full precision that it was made from."
+        raise InputError(place, f"{local} is a file", hint)
     hub = _HUB_ID.fullmatch(reference)
     if hub is None or reference.startswith("."):
         raise InputError(place, f"there is no folder {local}", "Give a model's folder, or org/name of one on the hub.")
@@ -74,15 +74,15 @@ def _download(repository: str, revision: str | None, files: Sequence[str], local
         )
     except GatedRepoError:
         problem = f"{which} is gated on the hub, and this machine's token may not read it"
-        mend = "Ask for access on its page, then run `hf auth login`."
+        hint = "Ask for access on its page, then run `hf auth login`."
     except RevisionNotFoundError:
-        problem, mend = f"{repository} has no revision {revision!r} on the hub", "Name a branch, a tag or a commit."
+        problem, hint = f"{repository} has no revision {revision!r} on the hub", "Name a branch, a tag or a commit."
     except (RepositoryNotFoundError, HFValidationError):
         problem = f"there is neither a folder {local} nor a model {repository} on the hub"
-        mend = "Check the spelling; for a private model run `hf auth login`."
+        hint = "Check the spelling; for a private model run `hf auth login`."
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
         problem = f"there is no folder {local}, and {which} is not in the hub's cache and the hub cannot be reached"
-        mend = "Check the spelling and the network, or download the model on another machine."
+        hint = "Check the spelling and the network, or download the model on another machine."
     except Exception as error:  # a connection that breaks half way raises errors of many libraries
-        problem, mend = f"{which} could not be downloaded ({type(error).__name__})", "Try again later."
-    raise InputError(place, problem, mend)
+        problem, hint = f"{which} could not be downloaded ({type(error).__name__})", "Try again later."
+    raise InputError(place, problem, hint)

@@ -235,12 +235,12 @@ def _tensors(
     """Where every tensor of the model lies, checked for presence, shape and dtype."""
     tensors = dict(entries(plan.parts, dict(plan.located), found))
     if missing := [name for name in plan.parts if name not in tensors]:
-        mend = "Complete the download, or see that config.json is the one that belongs to these weights."
+        hint = "Complete the download, or see that config.json is the one that belongs to these weights."
         if plan.head.issuperset(missing):
             if (error := headless(config, place)) is not None:
                 raise error
-            mend = "If its head is its embedding, set tie_word_embeddings to true in a copy of config.json."
-        raise InputError(place, f"tensors that config.json asks for are missing from the files: {_few(missing)}", mend)
+            hint = "If its head is its embedding, set tie_word_embeddings to true in a copy of config.json."
+        raise InputError(place, f"tensors that config.json asks for are missing from the files: {_few(missing)}", hint)
     for name, entry in tensors.items():
         check_shape(name, entry.shape, plan.shapes[name], place)
         if entry.dtype not in TORCH_DTYPES:

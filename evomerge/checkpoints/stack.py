@@ -1,8 +1,9 @@
-"""The layers of a live model: shelves that hold weights, and a path of hops through them.
+"""The layers of a live model: layer buffers that hold weights, and a path of hops through them.
 
-Parameter space is the simplest case: as many shelves as the model has layers, and a path that takes each once. A path
-that repeats, skips or reorders layers costs no weights: a hop is a copy of the layer's modules that shares the
-parameters of a shelf, with a place of its own in the cache (``layer_idx``; without it, cached generation is wrong).
+Parameter space is the simplest case: as many layer buffers as the model has layers, and a path that takes each once. A
+path that repeats, skips or reorders layers costs no weights: a hop is a copy of the layer's modules that shares the
+parameters of a layer buffer, with a place of its own in the cache (``layer_idx``; without it, cached generation is
+wrong).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.residual import Writers
 from evomerge.recipes.stack import Role, renumber
 
-Shelf = Mapping[str, torch.Tensor]
+LayerBuffer = Mapping[str, torch.Tensor]
 """The weights of one layer by their names inside it."""
 
 
@@ -31,12 +32,12 @@ class Step:
     """A hop as a live model has it.
 
     Attributes:
-        shelf: which holds its weights.
+        layer_buffer: which holds its weights.
         like: the model's layer whose modules and settings it has.
         factor: what its blocks are multiplied by before they are added to the residual stream.
     """
 
-    shelf: int
+    layer_buffer: int
     like: int
     factor: float = 1.0
 
@@ -55,11 +56,11 @@ class Stack:
     """The stack of layers of a model on a device.
 
     Args:
-        model: with as many layers as its configuration says; their parameters are the first shelves.
+        model: with as many layers as its configuration says; their parameters are the first layer buffers.
         name: of its list of layers.
         layers: that list, whose content becomes the path.
         parts, roles: of the model's source.
-        shelves: how many layers of weights are wanted; those beyond the model's own are allocated now.
+        layer_buffers: how many layers of weights are wanted; those beyond the model's own are allocated now.
         writers: where each layer writes to the residual stream; None where that is not known: factors are refused.
     """
 
@@ -70,16 +71,16 @@ class Stack:
         layers: nn.ModuleList,
         parts: Mapping[str, Part],
         roles: Mapping[str, Role],
-        shelves: int,
+        layer_buffers: int,
         writers: Sequence[Writers | None],
     ) -> None:
         self._config = model.config
         self._list = layers
         self._layers = list(layers)
         self._writers = writers
-        self.shelves: list[Shelf] = [layer.state_dict(keep_vars=True) for layer in self._layers]
-        for number in range(len(self._layers), shelves):
-            self.shelves.append(_another(self.shelves[number % len(self._layers)]))
+        self.layer_buffers: list[LayerBuffer] = [layer.state_dict(keep_vars=True) for layer in self._layers]
+        for number in range(len(self._layers), layer_buffers):
+            self.layer_buffers.append(_another(self.layer_buffers[number % len(self._layers)]))
         self._stored: list[list[_Stored]] = [[] for _ in self._layers]
         for stored, part in parts.items():
             role = roles[stored]
@@ -100,9 +101,9 @@ class Stack:
         """How many layers the model's configuration has."""
         return len(self._layers)
 
-    def fits(self, shelf: int, like: int) -> bool:
-        """A shelf has room for the weights of a layer like this one."""
-        wanted, there = self.shelves[like], self.shelves[shelf]
+    def fits(self, layer_buffer: int, like: int) -> bool:
+        """A layer buffer has room for the weights of a layer like this one."""
+        wanted, there = self.layer_buffers[like], self.layer_buffers[layer_buffer]
         return {n: t.shape for n, t in wanted.items()} == {n: t.shape for n, t in there.items()}
 
     def lay(self, path: Sequence[Step]) -> None:
@@ -128,12 +129,12 @@ class Stack:
 
     def tensors_of(self, number: int, step: Step) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a hop by their names in the merged model, where hop and merged model have this number."""
-        shelf = self.shelves[step.shelf]
+        layer_buffer = self.layer_buffers[step.layer_buffer]
         for stored in self._stored[step.like]:
-            yield renumber(stored.name, stored.role, number), stored.part.of(shelf[stored.inside])
+            yield renumber(stored.name, stored.role, number), stored.part.of(layer_buffer[stored.inside])
 
     def _hop(self, number: int, step: Step) -> nn.Module:
-        hop = _sharing(self._layers[step.like], self.shelves[step.shelf], "")
+        hop = _sharing(self._layers[step.like], self.layer_buffers[step.layer_buffer], "")
         for module in hop.modules():
             for field in PLACES & vars(module).keys():
                 if getattr(module, field) == step.like:
@@ -147,30 +148,30 @@ class Stack:
         return hop
 
 
-def _another(shelf: Shelf) -> Shelf:
-    """A shelf of the same shapes with memory of its own."""
+def _another(layer_buffer: LayerBuffer) -> LayerBuffer:
+    """A layer buffer of the same shapes with memory of its own."""
     return {
         inside: nn.Parameter(t.detach().clone(), False) if isinstance(t, nn.Parameter) else t.clone()
-        for inside, t in shelf.items()
+        for inside, t in layer_buffer.items()
     }
 
 
-def _sharing(module: nn.Module, shelf: Shelf, prefix: str) -> nn.Module:
-    """A copy of a module and all in it, which has hooks of its own and the parameters of the shelf."""
-    twin = copy.copy(module)
-    twin._forward_hooks = OrderedDict()
-    twin._forward_hooks_with_kwargs = OrderedDict()
-    twin._forward_hooks_always_called = OrderedDict()
-    twin._parameters = {
-        name: None if parameter is None else shelf[prefix + name]  # type: ignore[misc]
+def _sharing(module: nn.Module, layer_buffer: LayerBuffer, prefix: str) -> nn.Module:
+    """A copy of a module and all in it, which has hooks of its own and the parameters of the layer buffer."""
+    same_as = copy.copy(module)
+    same_as._forward_hooks = OrderedDict()
+    same_as._forward_hooks_with_kwargs = OrderedDict()
+    same_as._forward_hooks_always_called = OrderedDict()
+    same_as._parameters = {
+        name: None if parameter is None else layer_buffer[prefix + name]  # type: ignore[misc]
         for name, parameter in module._parameters.items()
     }
-    twin._buffers = {name: shelf.get(prefix + name, buffer) for name, buffer in module._buffers.items()}
-    twin._modules = {
-        name: None if child is None else _sharing(child, shelf, f"{prefix}{name}.")
+    same_as._buffers = {name: layer_buffer.get(prefix + name, buffer) for name, buffer in module._buffers.items()}
+    same_as._modules = {
+        name: None if child is None else _sharing(child, layer_buffer, f"{prefix}{name}.")
         for name, child in module._modules.items()
     }
-    return twin
+    return same_as
 
 
 def _scale(factor: float, module: nn.Module, given: Any, output: Any) -> Any:

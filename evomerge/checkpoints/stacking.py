@@ -43,8 +43,8 @@ class EmptyStack:
         try:
             return cls(model, *layer_stack(model, layers))
         except LookupError as error:
-            mend = "Only models that are a stack of layers can be."
-            raise InputError(place, f"cannot be merged: {error}", mend) from None
+            hint = "Only models that are a stack of layers can be."
+            raise InputError(place, f"cannot be merged: {error}", hint) from None
 
     def outside(self) -> dict[str, list[int]]:
         """Shapes of the tensors outside the stack."""

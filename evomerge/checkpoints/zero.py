@@ -283,8 +283,8 @@ def _load(file: Path, place: str) -> dict[str, Any]:
 def _field(state: Mapping[str, Any], key: str, kind: Any, place: str) -> Any:
     value = state.get(key)
     if not isinstance(value, kind):
-        mend = "Only checkpoints of ZeRO 1, 2 and 3 can be put together."
-        raise InputError(place, f"a shard has no {key}, or in a form not known", mend)
+        hint = "Only checkpoints of ZeRO 1, 2 and 3 can be put together."
+        raise InputError(place, f"a shard has no {key}, or in a form not known", hint)
     return value
 
 

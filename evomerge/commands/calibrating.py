@@ -72,8 +72,8 @@ class _Recording:
         if final:
             name = self._names[-1 - finished.candidate]
             log = write_log(self._logs, finished, failure, "calibration")
-            mend = f"See {log} in the search's folder." if log else ""
-            raise InputError("calibration", f"source {name} cannot be run over the texts: {failure.message}", mend)
+            hint = f"See {log} in the search's folder." if log else ""
+            raise InputError("calibration", f"source {name} cannot be run over the texts: {failure.message}", hint)
 
     def at_once(self) -> AbstractContextManager[None]:
         return nullcontext()

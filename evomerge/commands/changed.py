@@ -1,6 +1,6 @@
 """Whether an evaluator that has changed since a search began still scores as recorded.
 
-A person mends a function that fails on one item, or a held-out file with a bad line, and wants to go on. What was
+A person fixes a function that fails on one item, or a held-out file with a bad line, and wants to go on. What was
 scored stays true only if the same model has the same scores now, so a recorded candidate is scored again first of all.
 """
 

@@ -1,7 +1,7 @@
 """vLLM in place of transformers for generated answers: one engine for a worker's life, its weights replaced in place.
 
 Written against vLLM 0.32. All that hangs on vLLM's insides is in this file: the weights go through its own
-``reload_weights`` (which packs them anew where its kernels want another layout), what that leaves behind is mended, and
+``reload_weights`` (which packs them anew where its kernels want another layout), what that leaves behind is fixed, and
 the prefix cache, which knows prompts and not weights, is emptied.
 """
 
@@ -53,8 +53,8 @@ def import_vllm() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise InputError("engine", f"vllm cannot be imported: {first_line(error)}") from error
-        mend = "pip install 'evomerge[vllm]', or leave `engine` out."
-        raise InputError("engine", "vllm is not installed", mend) from None
+        hint = "pip install 'evomerge[vllm]', or leave `engine` out."
+        raise InputError("engine", "vllm is not installed", hint) from None
 
 
 class VllmEngine:

@@ -21,7 +21,7 @@ from evomerge.merging import scans
 from evomerge.merging.drops import stream_key
 from evomerge.merging.evidence import Evidence, Tensors
 from evomerge.merging.inputs import LayerInput, LayerInputs
-from evomerge.merging.jobs import Crew, as_pairs
+from evomerge.merging.jobs import WorkerThreads, as_pairs
 from evomerge.merging.site import Ref, Site
 
 Values = Callable[[Sequence[Tensor]], Tensor]
@@ -46,12 +46,12 @@ class Weights:
 
     Args:
         read: gives a tensor: contiguous, on the CPU, always the same.
-        crew: threads to compute with.
+        threads: threads to compute with.
     """
 
-    def __init__(self, read: Callable[[Ref], Tensor], crew: Crew) -> None:
+    def __init__(self, read: Callable[[Ref], Tensor], threads: WorkerThreads) -> None:
         self.read = read
-        self._crew = crew
+        self._threads = threads
 
     def scan(self, refs: Sequence[Ref], zeros: NDArray[Any], scan: Callable[..., None], *more: Any) -> NDArray[Any]:
         """Run a compiled scan over all pieces; their totals are added in order, so that threads change no digit."""
@@ -68,7 +68,7 @@ class Weights:
             together = scan in _TOGETHER
             scan(*(arrays,) if together else arrays, *more, totals[number])
 
-        self._crew.each(work, range(len(totals)))
+        self._threads.each(work, range(len(totals)))
         return np.asarray(sum(totals[1:], totals[0]) if totals else zeros)
 
     def count(self, refs: Sequence[Ref], scan: Callable[..., None]) -> NDArray[np.int64]:
@@ -97,7 +97,7 @@ class Weights:
             half = np.uint64((length + 1) // 2)
             scans.rank_sums(*arrays, half, np.int32(first_bin), sums[number])
 
-        self._crew.each(work, range(len(starts)))
+        self._threads.each(work, range(len(starts)))
         return np.asarray(sums.sum(axis=0))
 
     def count_values(self, refs: Sequence[Ref], values: Values, upper: int | None = None) -> NDArray[np.int64]:

@@ -105,7 +105,7 @@ def _scratch(number: int, length: int) -> Tensor:
     return buffers[number][:length]
 
 
-class Crew:
+class WorkerThreads:
     """Threads that share work, as many as torch is set to use."""
 
     def __init__(self, threads: int | None = None) -> None:

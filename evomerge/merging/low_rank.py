@@ -17,7 +17,7 @@ from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.source import Source
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import Crew
+from evomerge.merging.jobs import WorkerThreads
 from evomerge.merging.materialise import check_stack
 from evomerge.merging.passes import Combine
 from evomerge.merging.path import Merged, merged_tensors, site_of
@@ -135,7 +135,7 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         raise NotLowRankError("its hops have scales")
     if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
         raise NotLowRankError("its hops are not the model's own layers in their order")
-    weights = Weights(_refuse_to_read, Crew())
+    weights = Weights(_refuse_to_read, WorkerThreads())
     found: dict[str, list[float]] = {}
     for merged in merged_tensors(recipe, sources):
         combined = _combined(merged, recipe, sources, weights)

@@ -16,10 +16,10 @@ from evomerge.merging.device import DeviceRunner, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import Inputs
-from evomerge.merging.jobs import Crew, Job
+from evomerge.merging.jobs import Job, WorkerThreads
+from evomerge.merging.layer_buffers import Held, Made, assign, tensors_made
 from evomerge.merging.passes import Pass
 from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
-from evomerge.merging.shelving import Held, Made, assign, tensors_made
 from evomerge.merging.site import Ref
 from evomerge.method import check_blend, check_needs, find_method
 from evomerge.recipes.base import Recipe
@@ -115,14 +115,14 @@ class Materialiser:
     ) -> None:
         self._sources = sources
         self._inputs = inputs
-        self._crew = Crew()
+        self._threads = WorkerThreads()
         self._residency = residency
         self._runner: DeviceRunner | None = None
         self._views: dict[Ref, Tensor] = {}
         self._folds: dict[Ref, Tensor] = {}
-        self._weights = Weights(self.read, self._crew)
+        self._weights = Weights(self.read, self._threads)
         self._evidence = evidence or Evidence()
-        self._held: list[Held] = []  # by shelf, and last of the tensors outside the stack
+        self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
         self._live: LiveModel | None = None
 
     def read(self, found: Ref) -> Tensor:
@@ -159,9 +159,11 @@ class Materialiser:
         self._compare(outside, self._held[-1], live.outside, changed)
         seen = set()
         for number, step in enumerate(path):
-            if step.shelf not in seen:
-                self._compare(hops[number], self._held[step.shelf], dict(stack.tensors_of(number, step)), changed)
-                seen.add(step.shelf)
+            if step.layer_buffer not in seen:
+                self._compare(
+                    hops[number], self._held[step.layer_buffer], dict(stack.tensors_of(number, step)), changed
+                )
+                seen.add(step.layer_buffer)
         for some in _batches(changed):
             self._make([(*self._planned(made.merged, recipe), target) for made, _, target in some])
         self._folds.clear()
@@ -181,7 +183,7 @@ class Materialiser:
         """Make tensors of the live model from their plans and what these read."""
         if self._runner is None:
             # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
-            self._crew.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in planned)
+            self._threads.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in planned)
             # To map them again takes 0.15 s a gigabyte, and a process is not as large as all of its sources meanwhile.
             for source, stored in {ref for _, refs, _ in planned for ref in refs}:
                 self._sources[source].release(stored)
@@ -196,7 +198,7 @@ class Materialiser:
         if live is not self._live:
             self._live = live
             self._runner = None if live.device.type == "cpu" else self._on(live.device)
-            self._held = [{} for _ in (None, *live.stack.shelves)]
+            self._held = [{} for _ in (None, *live.stack.layer_buffers)]
         return live.stack
 
     @staticmethod
@@ -225,7 +227,7 @@ class Materialiser:
             out = torch.empty(shape, dtype=dtype)
             plan, refs = self._planned(merged, recipe)
             read = [self.read(ref) for ref in refs]
-            self._crew.run([Job(plan, read, out)])
+            self._threads.run([Job(plan, read, out)])
             if (layer := merged.role.layer) is not None and factors[layer] != 1.0:
                 folds = self._sources[giver(recipe.hops[layer], recipe)].folds
                 if merged.stored in folds:
@@ -242,8 +244,8 @@ class Materialiser:
             return
         for source, tensor in zip(plan.inputs, read, strict=True):
             if not all_finite(tensor):
-                place, mend = self._sources[source].place, "The model is broken; download or train it again."
-                raise InputError(place, f"has NaN or Inf in what {name} is merged from", mend)
+                place, hint = self._sources[source].place, "The model is broken; download or train it again."
+                raise InputError(place, f"has NaN or Inf in what {name} is merged from", hint)
         raise InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")
 
     def layout(self, recipe: StackRecipe) -> list[tuple[str, Sequence[int], torch.dtype]]:

@@ -27,8 +27,8 @@ class WandbSettings(ObserverSettings):
     def check(self) -> None:
         wandb = package("wandb", "wandb")
         if self.mode == "online" and not wandb.login(prompt=False, verify=False):
-            mend = "Run `wandb login`, set WANDB_API_KEY, or say mode: offline."
-            raise InputError("observers: wandb", "has no key", mend)
+            hint = "Run `wandb login`, set WANDB_API_KEY, or say mode: offline."
+            raise InputError("observers: wandb", "has no key", hint)
 
     def build(self, folder: Path, search: SearchRow) -> Wandb:
         return Wandb(Kept(folder, "wandb"), folder / FOLDER_NAME, search, self)

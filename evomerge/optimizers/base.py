@@ -125,7 +125,7 @@ class Settings(BaseModel):
         """Refuse settings that cannot work on this space, number of objectives and features.
 
         Raises:
-            InputError: naming ``place`` (``optimizer``) and the mend.
+            InputError: naming ``place`` (``optimizer``) and the hint.
         """
         raise NotImplementedError
 

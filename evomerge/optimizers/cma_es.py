@@ -58,7 +58,7 @@ class StrategySettings(Settings):
         """Refuse a population or a scalarisation that cannot work.
 
         Raises:
-            InputError: naming ``place`` (``optimizer``) and the mend.
+            InputError: naming ``place`` (``optimizer``) and the hint.
         """
         check_population(self.population, 3, place)
         check_scalarisation(mix, objectives, self.name, place)
@@ -102,7 +102,7 @@ class Box:
         """The genome of a point of the unit box."""
         real = self.low + unit * (self.high - self.low)
         whole = self.low + np.floor(unit * self.values)
-        # The clip mends the last bit of a real and the upper edge of an int; + 0.0 makes -0.0 plain.
+        # The clip fixes the last bit of a real and the upper edge of an int; + 0.0 makes -0.0 plain.
         return np.clip(np.where(self.values > 0, whole, real), self.low, self.high) + 0.0
 
     def unit(self, genome: Genome) -> Vector:

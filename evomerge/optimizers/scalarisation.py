@@ -80,7 +80,7 @@ def check_scalarisation(mix: Scalarisation | None, objectives: int, optimizer: s
     """Refuse several objectives without a way to make one of them, and a way that is not for so many.
 
     Raises:
-        InputError: naming ``place`` (``optimizer``) and the mend.
+        InputError: naming ``place`` (``optimizer``) and the hint.
     """
     if mix is None:
         if objectives > 1:

@@ -33,11 +33,11 @@ class SoupSettings(Settings):
                 f"greedy_soup takes one objective, and the search has {objectives}",
                 "Use an optimizer for several: nsga2, nsga3, tpe, gp, random or qmc.",
             )
-        mend = "Use a parameter_space of `granularity: model` and a weighted sum, such as `method: linear`."
+        hint = "Use a parameter_space of `granularity: model` and a weighted sum, such as `method: linear`."
         for p in parameters:
             if p.kind != "real" or p.group != parameters[0].group or not p.share_of:
                 raise InputError(
-                    place, f"greedy_soup takes one weight for each source, and {p.name} is something else", mend
+                    place, f"greedy_soup takes one weight for each source, and {p.name} is something else", hint
                 )
             if p.low > 0 or p.high < 1:
                 raise InputError(
@@ -46,7 +46,7 @@ class SoupSettings(Settings):
                     "Widen `space.bounds.weight`.",
                 )
         if len(parameters) < 2:
-            raise InputError(place, "greedy_soup needs two sources to mix, and the space has one weight", mend)
+            raise InputError(place, "greedy_soup needs two sources to mix, and the space has one weight", hint)
 
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()

@@ -23,7 +23,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import Crew
+from evomerge.merging.jobs import WorkerThreads
 from evomerge.merging.rounding import is_exact, share_lost, squared_loss
 from evomerge.merging.site import Ref, Site
 from evomerge.printable import printable
@@ -231,7 +231,7 @@ def _unmergeable(base: Source, other: Source) -> list[str]:
     try:
         check_compatible({base.name: base, other.name: other})
     except InputError as error:
-        return [f"{other.name} cannot be merged with {base.name} as it is: {error.problem}. {error.mend}".strip()]
+        return [f"{other.name} cannot be merged with {base.name} as it is: {error.problem}. {error.hint}".strip()]
     return []
 
 
@@ -305,7 +305,7 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
             held[ref] = by_name[ref[0]].read(ref[1]).contiguous()
         return held[ref]
 
-    weights = Weights(read, Crew(None))
+    weights = Weights(read, WorkerThreads(None))
     sizes = {name: sum(s.tensors[name].end - s.tensors[name].begin for s in sources) for name in tensors}
     parts: dict[str, _Sums] = {}
     done = 0

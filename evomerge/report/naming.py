@@ -33,8 +33,8 @@ def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> in
         return int(digits)
     near = difflib.get_close_matches(text, [*labels, *names], n=1)
     meant = f"Did you mean {near[0]!r}? " if near else ""
-    mend = f"{meant}`evomerge top` lists them; a source goes by its name."
-    raise InputError(text, "is no candidate of this search", mend)
+    hint = f"{meant}`evomerge top` lists them; a source goes by its name."
+    raise InputError(text, "is no candidate of this search", hint)
 
 
 def chosen(store: Store, candidate: str) -> int:

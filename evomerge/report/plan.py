@@ -135,7 +135,7 @@ def _shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
         work_of(settings[t.evaluator], list(prepared.evaluators[t.evaluator].metrics), len(t.indices)) for t in tasks
     ]
     sources = sum(_bytes(source) for source in prepared.sources.values())
-    layers = max(model.layers, prepared.setup.space.shelves)
+    layers = max(model.layers, prepared.setup.space.layer_buffers)
     return model_shape(model.config, _live_bytes(prepared), sources, layers, model.dtype.itemsize), works
 
 
@@ -262,7 +262,7 @@ def _live_bytes(prepared: Prepared) -> int:
     """Of the live model: what is outside the layers, and as many layers as a path may be made of."""
     model = prepared.sources[prepared.file.tokenizer_source]
     layers = sum(e.end - e.begin for name, e in model.tensors.items() if model.roles[name].layer is not None)
-    return _bytes(model) + layers * max(0, prepared.setup.space.shelves - model.layers) // model.layers
+    return _bytes(model) + layers * max(0, prepared.setup.space.layer_buffers - model.layers) // model.layers
 
 
 def _store_bytes(prepared: Prepared) -> int:

@@ -79,7 +79,7 @@ def located(reference: str, place: str, folders: Sequence[Path]) -> str:
         local = os.path.join(folders[0], os.path.expanduser(part))
         found.append(os.path.realpath(local) if os.path.isdir(local) else part)
         if not is_inside(found[-1], folders) and not (is_hub_id(part) and found[-1] == part):
-            raise InputError(place, "names a folder that this server does not allow", _mend(folders))
+            raise InputError(place, "names a folder that this server does not allow", _hint(folders))
     return "+".join(found)
 
 
@@ -142,8 +142,8 @@ def _check(key: str, name: str, value: Any, folders: Sequence[Path]) -> None:
     if _CODE_FILE.search(value):
         raise InputError(place, "names a Python file, which no search file may that comes over HTTP")
     if _PATH.search(value) and not is_inside(value, folders):
-        raise InputError(place, "names a path that this server does not allow", _mend(folders))
+        raise InputError(place, "names a path that this server does not allow", _hint(folders))
 
 
-def _mend(folders: Sequence[Path]) -> str:
+def _hint(folders: Sequence[Path]) -> str:
     return f"Allowed are {', '.join(map(str, folders))}, and models on the hub; evomerge serve --sources DIR adds more."

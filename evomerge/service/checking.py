@@ -203,7 +203,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"found": _QUESTIONS[question.pop("what")](**question)}
     except InputError as error:
-        return {"fault": [error.place, error.problem, error.mend]}
+        return {"fault": [error.place, error.problem, error.hint]}
     except Exception as error:  # whatever a model or a data set brings about is said to whoever named it
         return {"broken": printable(f"{type(error).__name__}: {error}")}
 

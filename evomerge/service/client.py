@@ -151,7 +151,7 @@ def _said_no(response: httpx.Response) -> InputError:
     except (ValueError, KeyError, AttributeError):
         return InputError(str(response.url), f"answers {response.status_code}", "Is it an Evomerge server?")
     if faults:
-        return InputError(faults[0]["field"], faults[0]["problem"], faults[0].get("mend", ""))
+        return InputError(faults[0]["field"], faults[0]["problem"], faults[0].get("hint", ""))
     if response.status_code == 401:
         return InputError(TOKEN_VARIABLE, "is not the server's token", "It is at the end of the link that it printed.")
     return InputError(response.url.host, f"{title[0].lower()}{title[1:]}", detail)

@@ -158,8 +158,8 @@ class Guard:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             return _refused(431, "The headers are too large", f"{MOST_HEADER_BYTES} bytes are the most.")
         if _host(headers.get("host", "")) not in self._hosts:
-            mend = "Open it by the address that was printed, or start it with --allow-host NAME."
-            return _refused(421, "This server is not called so", mend)
+            hint = "Open it by the address that was printed, or start it with --allow-host NAME."
+            return _refused(421, "This server is not called so", hint)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             return _too_large()

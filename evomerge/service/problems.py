@@ -1,4 +1,4 @@
-"""Errors as problem+json (RFC 9457): what is wrong, where, and how to mend it."""
+"""Errors as problem+json (RFC 9457): what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Fault(BaseModel):
 
     field: str
     problem: str
-    mend: str = ""
+    hint: str = ""
 
 
 class Problem(BaseModel):
@@ -55,7 +55,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(InputError)
     def wrong_input(request: Request, error: InputError) -> JSONResponse:
-        fault = Fault(field=error.place, problem=error.problem, mend=error.mend)
+        fault = Fault(field=error.place, problem=error.problem, hint=error.hint)
         return answer(Problem(title="That does not work", status=422, detail=str(error), faults=[fault]))
 
     @app.exception_handler(UnknownSearchError)

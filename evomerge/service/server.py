@@ -54,8 +54,8 @@ def serve(
         InputError: the port is taken, a folder is missing, no cluster answers, or everybody could come in.
     """
     if not needs_token and not is_loopback(host) and not insecure:
-        mend = "Leave out --no-token; or, where something else guards it, add --insecure."
-        raise InputError("--no-token", f"would let everybody in who reaches {host}", mend)
+        hint = "Leave out --no-token; or, where something else guards it, add --insecure."
+        raise InputError("--no-token", f"would let everybody in who reaches {host}", hint)
     root = Root.of(place, folder)
     if root.database is None and not root.folder.is_dir():
         raise InputError(place, "is no folder", "Make it; searches are folders in it.")
@@ -111,6 +111,6 @@ def _listen(host: str, port: int) -> socket.socket:
             listening.close()
             raise
     except OSError as error:
-        mend = "Choose another with --port; 0 takes any that is free." if error.errno == 98 else ""
-        raise InputError(f"{host}:{port}", f"cannot be listened on ({error.strerror})", mend) from None
+        hint = "Choose another with --port; 0 takes any that is free." if error.errno == 98 else ""
+        raise InputError(f"{host}:{port}", f"cannot be listened on ({error.strerror})", hint) from None
     return listening

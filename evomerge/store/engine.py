@@ -18,7 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from evomerge.errors import InputError
 
-PASSWORD_MEND = "Keep it in ~/.pgpass, or give the whole URL in the environment variable EVOMERGE_STORE."
+PASSWORD_HINT = "Keep it in ~/.pgpass, or give the whole URL in the environment variable EVOMERGE_STORE."
 
 BUSY_S = 30
 """How long a statement waits for another process's lock before it is an error."""
@@ -77,7 +77,7 @@ def parse_place(place: str | Path) -> URL:
         raise InputError(shown, "is not a database URL", "Write it like postgresql://user@host/database.") from error
     if "password" in url.query:
         shown = url.set(query={}).render_as_string(hide_password=True)
-        raise InputError(shown, "has a password among its options", PASSWORD_MEND)
+        raise InputError(shown, "has a password among its options", PASSWORD_HINT)
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise InputError(place, "names no file", "A store must outlive its process: give a path.")
     return url
@@ -189,7 +189,7 @@ def damaged(place: str, what: str) -> InputError:
 
 @contextmanager
 def plain_errors(place: str) -> Iterator[None]:
-    """Turn the database errors that a person can mend into InputErrors; let others through.
+    """Turn the database errors that a person can fix into InputErrors; let others through.
 
     Raises:
         ServerAwayError: the connection to the server was lost, or cannot be made.
@@ -200,12 +200,12 @@ def plain_errors(place: str) -> Iterator[None]:
         yield
     except DBAPIError as error:
         if is_lost(error):
-            mend = "Check that the server runs, and its address, user and database."
-            raise ServerAwayError(place, f"cannot be reached ({_first_line(error)})", mend) from error
+            hint = "Check that the server runs, and its address, user and database."
+            raise ServerAwayError(place, f"cannot be reached ({_first_line(error)})", hint) from error
         code = _code(error)
         if code in _FULL:
-            mend = "Free some space; all that was recorded is intact."
-            raise StoreFullError(place, "cannot grow: the disk is full", mend) from error
+            hint = "Free some space; all that was recorded is intact."
+            raise StoreFullError(place, "cannot grow: the disk is full", hint) from error
         if code in _EXPLANATIONS:
             raise InputError(place, *_EXPLANATIONS[code]) from error
         if isinstance(error.orig, sqlite3.OperationalError) and _DAMAGE.match(str(error.orig)):

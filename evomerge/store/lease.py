@@ -162,8 +162,8 @@ class _Taking:
                 return int(row.epoch)
             if (holder := live_holder(connection, row)) is not None:
                 since = datetime.fromtimestamp(row.acquired_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-                mend = f"Stop it first, or wait: {self._expiry_s:.0f} s after its last sign of life it is free."
-                raise InputError(store.place, f"is driven by {holder} since {since}", mend)
+                hint = f"Stop it first, or wait: {self._expiry_s:.0f} s after its last sign of life it is free."
+                raise InputError(store.place, f"is driven by {holder} since {since}", hint)
             me = Holder.this_process()
             taken = {"host": me.host, "namespace": me.namespace, "pid": me.pid, "started": me.started, "writes": 0}
             taken |= {"epoch": row.epoch + 1, "acquired_at": _now(connection)} | _until(connection, self._expiry_s)

@@ -21,14 +21,14 @@ from evomerge.merging import jobs
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import LayerInput
-from evomerge.merging.jobs import Crew, Job, in_grain
+from evomerge.merging.jobs import Job, WorkerThreads, in_grain
 from evomerge.merging.passes import Pass, call
 from evomerge.merging.site import Ref, Site
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
 from evomerge.recipes.stack import Blend, Role
 
 SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
-CREW = Crew(2)
+THREADS = WorkerThreads(2)
 
 
 def plan(method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend) -> tuple[Pass, list[Tensor]]:
@@ -39,7 +39,7 @@ def plan(method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: 
     refs = {source: (source, tensor) for source, tensor in held}
     site = Site(TENSOR, Role("mlp", 0), tuple(sources[0].shape), refs)
     inputs = MadeUpInputs(held) if "calibration" in method.needs else None
-    planned = method.plan(Facts(site, Weights(held.__getitem__, CREW), Evidence(), SEED, inputs), blend)
+    planned = method.plan(Facts(site, Weights(held.__getitem__, THREADS), Evidence(), SEED, inputs), blend)
     return planned, [held[refs[name]] for name in planned.inputs]
 
 
@@ -63,7 +63,7 @@ def merge(
     """One tensor, merged as an export or a search would."""
     planned, read = plan(method, base, sources, blend)
     out = torch.full(sources[0].shape, torch.nan, dtype=dtype)
-    CREW.run([Job(planned, read, out)])
+    THREADS.run([Job(planned, read, out)])
     return out
 
 

@@ -5,7 +5,7 @@ run is then scored on the held-out split, by that and by the share of answers th
 
 - "maths": model A is the maths expert, which answers in English, and layers of the Japanese expert may join in;
 - "hurt": model A is the Japanese expert with three layers more that hurt: copies of its own with shuffled weights,
-  which add eight times as much to the residual stream. Nothing but its path can mend it.
+  which add eight times as much to the residual stream. Nothing but its path can fix it.
 
     python scripts/bench/data_flow.py [--seeds 5] [--candidates 120] [--settings maths;hurt] [--only NAME;...]
 
@@ -75,8 +75,8 @@ class Scorer:
     def __init__(self, folders: dict[str, Path]) -> None:
         self.sources = {name: open_source(name, str(folder), place=name) for name, folder in folders.items()}
         first, *_ = self.sources.values()
-        shelves = sum(source.layers for source in self.sources.values())
-        self.live = live_model(first, torch.device("cpu"), torch.float32, shelves)
+        layer_buffers = sum(source.layers for source in self.sources.values())
+        self.live = live_model(first, torch.device("cpu"), torch.float32, layer_buffers)
         self.materialiser = Materialiser(self.sources)
         files = {
             key: DATA / f"mini_math_ja.{split}.jsonl"

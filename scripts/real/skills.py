@@ -1,6 +1,6 @@
 """Three skills to train experts of, each with a form of its own: sums in two steps, answers in JSON, verdicts.
 
-Each expert answers everything in its own form, so that it spoils the others' skills; that is what a merge is to mend.
+Each expert answers everything in its own form, so that it spoils the others' skills; that is what a merge is to fix.
 """
 
 from __future__ import annotations

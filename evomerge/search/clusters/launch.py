@@ -89,8 +89,8 @@ def launch(
     """
     file = load_search_file(path, overrides)
     if folder is None or not folder.is_absolute():
-        mend = "Name it with --dir: a path that is the same on every node of the cluster."
-        raise InputError("--dir", "must be the full path of a folder on the cluster", mend)
+        hint = "Name it with --dir: a path that is the same on every node of the cluster."
+        raise InputError("--dir", "must be the full path of a folder on the cluster", hint)
     client = job_client(address)
     check_secured(client.get_address(), insecure=insecure, place="--address")
     with tempfile.TemporaryDirectory(prefix="evomerge-") as staging:
@@ -128,13 +128,13 @@ def job_client(address: str) -> Any:
         if "401" in str(error) or "403" in str(error):
             raise _refused(address) from None
         problem = f"no Ray job server answers at {address} ({str(error).strip().splitlines()[0]})"
-        mend = "Its head node serves jobs at http://HEAD:8265, where `ray[default]` is installed."
-        raise InputError("--address", problem, mend) from None
+        hint = "Its head node serves jobs at http://HEAD:8265, where `ray[default]` is installed."
+        raise InputError("--address", problem, hint) from None
 
 
 def _refused(address: str) -> InputError:
-    mend = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own."
-    return InputError("--address", f"the cluster at {address} refuses our token", mend)
+    hint = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own."
+    return InputError("--address", f"the cluster at {address} refuses our token", hint)
 
 
 def stage(file: SearchFile, into: Path) -> list[str]:

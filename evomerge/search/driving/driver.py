@@ -26,7 +26,7 @@ from evomerge.search.driving.progress import Progress
 from evomerge.search.driving.ranking import Ranking
 from evomerge.search.driving.scoring import FAVOURITE, Candidate
 from evomerge.search.driving.steady import SteadyScoring
-from evomerge.search.estimation.scores import Sheet
+from evomerge.search.estimation.scores import ScoreTable
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Budget
@@ -265,7 +265,7 @@ class Driver:
 
     def _items_of(self, candidate: Candidate) -> int:
         """How many items a candidate that was told had to be scored on: none where an earlier one answered for it."""
-        if candidate.twin is not None:
+        if candidate.same_as is not None:
             return 0
         known: dict[int, int] = {}
         screen = () if self._setup.screen is None else (self._setup.screen,)
@@ -285,7 +285,7 @@ class Driver:
         weight = self._optimizer.population
         each = (self._told_items + weight * sum(sizes) / len(sizes)) / (self._told_candidates + weight)
         wanted = [sum(self._setup.all_counts().values()) if c.step == 0 else each for c in self._open.values()]
-        known = [c.sheet.count for c in self._open.values()]
+        known = [c.table.count for c in self._open.values()]
         ended = [c.finished or bool(c.out) for c in self._open.values()]
         left = sum(max(0.0, w - k) for w, k, over in zip(wanted, known, ended, strict=True) if not over)
         return left + each * max(0, self._budget.candidates - self._asked)
@@ -385,10 +385,10 @@ class Driver:
         found = Candidate(row.number, genome, recipe, row.recipe_hash, "", row.step, row.origin, row.attempts)
         # To be scored again, in place of an attempt that died with its driver.
         found.status = "asked" if row.status == "running" else row.status
-        found.twin, found.timings = row.same_as, dict(row.timings)
+        found.same_as, found.timings = row.same_as, dict(row.timings)
         found.objectives, found.losses, found.eligible = row.objectives, row.losses, row.eligible
         if row.losses is None:
-            found.sheet = Sheet.of(self._setup, self._store.scores(row.number, "search"))
+            found.table = ScoreTable.of(self._setup, self._store.scores(row.number, "search"))
         return found
 
 

@@ -60,7 +60,7 @@ class GenerationScoring(Scoring):
         screen = screening.info
         if not self._score_all([(c, {screen.evaluator: screen.items}) for c in generation]):
             return False
-        values = {c.number: float(c.sheet.values(screen).mean(dtype=np.float64)) for c in generation}
+        values = {c.number: float(c.table.values(screen).mean(dtype=np.float64)) for c in generation}
         dropped = screening.poorest({number: mean for number, mean in values.items() if not math.isnan(mean)})
         for c in generation:
             if c.number in dropped:

@@ -25,7 +25,7 @@ from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write
 from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
 from evomerge.search.estimation.prediction import Predictions
 from evomerge.search.estimation.racing import surely_better, verdicts
-from evomerge.search.estimation.scores import Sheet, estimate, missing_tasks, to_answers
+from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_answers
 from evomerge.search.estimation.screening import Screening
 from evomerge.search.preparing.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
@@ -41,7 +41,7 @@ class Candidate:
     """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a landmark's kind, the name
     of the optimizer, or FAVOURITE.
 
-    ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``twin`` is an
+    ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an
     earlier candidate of the same recipe, whose scores are its own.
     """
 
@@ -55,8 +55,8 @@ class Candidate:
     attempts: int = 0
     faults: int = 0
     status: Status = "asked"
-    twin: int | None = None
-    sheet: Sheet = field(default_factory=Sheet)
+    same_as: int | None = None
+    table: ScoreTable = field(default_factory=ScoreTable)
     timings: dict[str, float] = field(default_factory=dict)
     reached: int = -1
     out: str = ""
@@ -90,8 +90,8 @@ class Scoring:
         self._rungs = setup.rungs
         self._orders: list[ItemOrder] = [plain_order(each.search_items) for each in setup.evaluators]
         self._open: dict[int, Candidate] = {}
-        self._twins: dict[str, int] = {}
-        self._elite_sheets: dict[int, Sheet] = {}
+        self._by_recipe: dict[str, int] = {}
+        self._elite_tables: dict[int, ScoreTable] = {}
         self._wanted: dict[int, Counts] = {}  # of each candidate that is being scored
         self.recent: deque[Candidate] = deque(maxlen=0)  # told lately, where these are compared with new ones
         self.predictions = Predictions(setup)
@@ -110,13 +110,13 @@ class Scoring:
         for c in told:
             self._open.pop(c.number, None)
             self._wanted.pop(c.number, None)
-            if c.twin is None and c.status in ("done", "eliminated"):
-                self._twins[c.recipe_hash] = c.number
+            if c.same_as is None and c.status in ("done", "eliminated"):
+                self._by_recipe[c.recipe_hash] = c.number
         if landmarks and self._setup.racing is not None:
             self._learn_items([c for c in told if c.status != "failed"])
         elif self.predictions.learns:  # the others never look at these scores
             full = [c.number for c in told if c.status == "done" and c.eligible]
-            self.predictions.take([self._recorded_sheet(number) for number in full], self._orders)
+            self.predictions.take([self._recorded_table(number) for number in full], self._orders)
         self._learn_screen(told)
 
     def _learn_screen(self, told: Sequence[Candidate]) -> None:
@@ -132,31 +132,31 @@ class Scoring:
         """Put items in order by the landmarks' scores, and take the best landmark to predict scores by."""
         if not landmarks:
             return
-        sheets = [self._recorded_sheet(c.number) for c in landmarks]
+        tables = [self._recorded_table(c.number) for c in landmarks]
         for evaluator in self._setup.counts():
             # Of measures on one evaluator the one with the most items, and of those the first, says how they differ.
             measures = [m for m in self._setup.measures if m.evaluator == evaluator]
             measure = max(measures, key=lambda m: m.items)
-            scores = np.array([sheet.values(measure) for sheet in sheets], dtype=np.float64)
+            scores = np.array([table.values(measure) for table in tables], dtype=np.float64)
             self._orders[evaluator] = item_order(scores, self._setup.seed + evaluator)
         first = self._setup.objectives[0]
         losses = [first.loss(c.objectives[first.name]["mean"]) for c in landmarks]
-        self.predictions.take_landmarks(sheets, sheets[int(np.argmin(losses))], self._orders)
+        self.predictions.take_landmarks(tables, tables[int(np.argmin(losses))], self._orders)
 
     def begin(self, candidates: Sequence[Candidate]) -> None:
         """Take candidates that were asked for; those of an interrupted search with what they have been scored on."""
         self._open |= {c.number: c for c in candidates}
         for c in candidates:
-            if c.twin is None and not c.sheet.is_empty:
-                self._twins[c.recipe_hash] = c.number
+            if c.same_as is None and not c.table.is_empty:
+                self._by_recipe[c.recipe_hash] = c.number
 
     def _pending(self, candidate: Candidate, counts: Counts) -> Pending | None:
         """What a candidate lacks of these items; None when nothing, or when no more of it will be scored."""
         if candidate.finished:
             return None
         self._wanted[candidate.number] = counts
-        self._learn_from_twin(candidate, counts)
-        tasks = missing_tasks(candidate.sheet, self._orders, counts)
+        self._learn_from_same(candidate, counts)
+        tasks = missing_tasks(candidate.table, self._orders, counts)
         if not tasks:
             return None
         number, attempt = candidate.number, candidate.attempts + 1
@@ -167,24 +167,24 @@ class Scoring:
         found = (self._pending(c, counts) for c, counts in wanted)
         return self._dispatcher.run(feed_of([pending for pending in found if pending is not None]), self)
 
-    def _learn_from_twin(self, candidate: Candidate, counts: Counts) -> bool:
+    def _learn_from_same(self, candidate: Candidate, counts: Counts) -> bool:
         """Take what an earlier candidate of the same recipe scored; whether that is all that is wanted.
 
-        Not more than is wanted: its twin may be scored further while this one is not, and must not pull it along.
+        Not more than is wanted: its duplicate may be scored further while this one is not, and must not pull it along.
         """
-        twin = self._twins.get(candidate.recipe_hash)
-        if twin is None or twin == candidate.number:
+        same_as = self._by_recipe.get(candidate.recipe_hash)
+        if same_as is None or same_as == candidate.number:
             return False
-        known = self._sheet_of_number(twin)
+        known = self._table_of_number(same_as)
         for evaluator, count in counts.items():
-            candidate.sheet.take(self._setup, known, evaluator, self._orders[evaluator].positions[:count])
-        if missing_tasks(candidate.sheet, self._orders, counts):
+            candidate.table.take(self._setup, known, evaluator, self._orders[evaluator].positions[:count])
+        if missing_tasks(candidate.table, self._orders, counts):
             return False
-        candidate.twin = twin
-        if self._is_full(candidate.sheet):
-            candidate.status, candidate.objectives = "cached", self._estimates(candidate.sheet, len(self._rungs) - 1)
+        candidate.same_as = same_as
+        if self._is_full(candidate.table):
+            candidate.status, candidate.objectives = "cached", self._estimates(candidate.table, len(self._rungs) - 1)
             candidate.eligible = self._setup.violation(candidate.objectives) == 0.0
-            self._store.record_cached(candidate.number, twin, candidate.objectives, eligible=candidate.eligible)
+            self._store.record_cached(candidate.number, same_as, candidate.objectives, eligible=candidate.eligible)
         return True
 
     # Deciding -----------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Scoring:
         racing = [c for c in (*others, *candidates) if c.reached >= 0]
         if not racing:
             return
-        better = self._better([c.sheet for c in racing], [c.reached for c in racing])
+        better = self._better([c.table for c in racing], [c.reached for c in racing])
         found = verdicts(better, keep)
         ours = {c.number for c in candidates}
         for c, eliminated, settled in zip(racing, found.eliminated, found.settled, strict=True):
@@ -214,9 +214,9 @@ class Scoring:
         boxes = [elites.box(self._bounds(c, elites)) for c in racing]
         rivals = list(elites.rivals(boxes))
         boxes += [[range(at, at + 1) for at in niche] for _, niche in rivals]
-        sheets = [*(c.sheet for c in racing), *(self._elite_sheet(number) for number, _ in rivals)]
+        tables = [*(c.table for c in racing), *(self._elite_table(number) for number, _ in rivals)]
         reached = [*(c.reached for c in racing), *(len(self._rungs) - 1 for _ in rivals)]
-        better = self._better(sheets, reached)
+        better = self._better(tables, reached)
         niches = [next(cells_of(box)) if all(len(bins) == 1 for bins in box) else None for box in boxes]
         ours = {c.number for c in candidates}
         for at, c in enumerate(racing):
@@ -225,18 +225,18 @@ class Scoring:
                 if math.prod(map(len, boxes[at])) <= len(taken) and taken.issuperset(cells_of(boxes[at])):
                     c.out = "eliminated"
 
-    def _elite_sheet(self, number: int) -> Sheet:
+    def _elite_table(self, number: int) -> ScoreTable:
         """The scores of an elite, which never change; those of elites that were looked at last are kept."""
-        if number not in self._elite_sheets:
-            self._elite_sheets[number] = self._recorded_sheet(number)
-        return self._elite_sheets[number]
+        if number not in self._elite_tables:
+            self._elite_tables[number] = self._recorded_table(number)
+        return self._elite_tables[number]
 
     def _bounds(self, candidate: Candidate, elites: Grid) -> Bounds:
         """Between what values a candidate's features lie, by the rung that it reached; none for a front."""
         if not elites.axes:
             return ()
         assert self._setup.racing is not None  # without it every value is of all items, and nobody asks
-        found = self._estimates(candidate.sheet, candidate.reached)
+        found = self._estimates(candidate.table, candidate.reached)
         reach = float(special.ndtri((1 + self._setup.racing.confidence) / 2))
         bounds = []
         for feature in self._setup.features:
@@ -251,33 +251,33 @@ class Scoring:
                 bounds.append((value["mean"] - reach * value["stderr"], value["mean"] + reach * value["stderr"]))
         return bounds
 
-    def _better(self, sheets: Sequence[Sheet], reached: Sequence[int]) -> NDArray[np.bool_]:
-        """Who is surely better than whom: bool [sheets, sheets]. A pair is compared on the lower rung of the two."""
+    def _better(self, tables: Sequence[ScoreTable], reached: Sequence[int]) -> NDArray[np.bool_]:
+        """Who is surely better than whom: bool [tables, tables]. A pair is compared on the lower rung of the two."""
         rungs = np.array(reached)
-        better = np.zeros((len(sheets), len(sheets)), dtype=np.bool_)
+        better = np.zeros((len(tables), len(tables)), dtype=np.bool_)
         for level in sorted(set(reached)):
             there = np.flatnonzero(rungs >= level)
             lower = np.minimum(rungs[there][:, None], rungs[there][None, :]) == level
             block = better[np.ix_(there, there)]
-            block[lower] = self._compare([sheets[i] for i in there.tolist()], level)[lower]
+            block[lower] = self._compare([tables[i] for i in there.tolist()], level)[lower]
             better[np.ix_(there, there)] = block
         return better
 
-    def _compare(self, sheets: Sequence[Sheet], level: int) -> NDArray[np.bool_]:
-        """Who is surely better than whom on the items of a rung: bool [sheets, sheets]."""
+    def _compare(self, tables: Sequence[ScoreTable], level: int) -> NDArray[np.bool_]:
+        """Who is surely better than whom on the items of a rung: bool [tables, tables]."""
         assert self._setup.racing is not None  # without it there is one rung, and nothing to compare before it
         samples, losses = [], []
         for objective in self._setup.objectives:
             items = self._items(objective, level)
             samples.append(self._orders[objective.evaluator].sample(items, objective.items))
-            losses.append(np.array([_losses_on(sheet, objective, items) for sheet in sheets]))
+            losses.append(np.array([_losses_on(table, objective, items) for table in tables]))
         better = surely_better(losses, samples, self._setup.racing.confidence)
-        feasible = np.array([self._setup.violation(self._estimates(sheet, level)) == 0.0 for sheet in sheets])
+        feasible = np.array([self._setup.violation(self._estimates(table, level)) == 0.0 for table in tables])
         return np.asarray(better & (feasible[:, None] | ~feasible[None, :]))
 
     def _losses(self, candidate: Candidate) -> list[float]:
         """What a candidate's losses are by the items of the rung that it reached; inf where it misses a constraint."""
-        found = self._estimates(candidate.sheet, candidate.reached)
+        found = self._estimates(candidate.table, candidate.reached)
         if self._setup.violation(found) > 0.0:
             return [math.inf] * len(self._setup.objectives)
         return [o.loss(found[o.name]["mean"]) for o in self._setup.objectives]
@@ -294,21 +294,21 @@ class Scoring:
         outcomes = []
         for c in candidates:
             if not c.finished:
-                c.objectives = self._estimates(c.sheet, c.reached)
-                status: Status = "eliminated" if c.is_eliminated else "done" if c.twin is None else "cached"
+                c.objectives = self._estimates(c.table, c.reached)
+                status: Status = "eliminated" if c.is_eliminated else "done" if c.same_as is None else "cached"
                 c.status = status
-                outcomes.append(Outcome(c.number, status, c.objectives, eligible=False, same_as=c.twin))
+                outcomes.append(Outcome(c.number, status, c.objectives, eligible=False, same_as=c.same_as))
         return outcomes
 
-    def _estimates(self, sheet: Sheet, rung: int) -> dict[str, Estimate]:
+    def _estimates(self, table: ScoreTable, rung: int) -> dict[str, Estimate]:
         """What a candidate is worth by the items up to a rung; by the screen alone for -1."""
         found: dict[str, Estimate | None] = {}
         if rung >= 0:
-            seen = sheet.within(self._setup, self._orders, self._rungs[rung])
+            seen = table.within(self._setup, self._orders, self._rungs[rung])
             for m in self._setup.measures:
                 found[m.name] = estimate(m, seen, self._orders[m.evaluator], self.predictions.of(m))
         if (screen := self._setup.screen) is not None:
-            found[screen.name] = estimate(screen, sheet, self._orders[screen.evaluator], None)
+            found[screen.name] = estimate(screen, table, self._orders[screen.evaluator], None)
         return {name: value for name, value in found.items() if value is not None}
 
     # Scores -------------------------------------------------------------------------------------------------------
@@ -319,30 +319,30 @@ class Scoring:
         return positions[positions < measure.items]
 
     def _covers(self, candidate: Candidate, rung: int) -> bool:
-        return not missing_tasks(candidate.sheet, self._orders, self._rungs[rung])
+        return not missing_tasks(candidate.table, self._orders, self._rungs[rung])
 
-    def _is_full(self, sheet: Sheet) -> bool:
-        return not missing_tasks(sheet, self._orders, self._rungs[-1])
+    def _is_full(self, table: ScoreTable) -> bool:
+        return not missing_tasks(table, self._orders, self._rungs[-1])
 
-    def _sheet_of_number(self, number: int) -> Sheet:
+    def _table_of_number(self, number: int) -> ScoreTable:
         """The scores of a candidate, one that is being scored or an earlier one."""
-        return self._open[number].sheet if number in self._open else self._recorded_sheet(number)
+        return self._open[number].table if number in self._open else self._recorded_table(number)
 
-    def _recorded_sheet(self, number: int) -> Sheet:
-        return Sheet.of(self._setup, self._store.scores(number, "search"))
+    def _recorded_table(self, number: int) -> ScoreTable:
+        return ScoreTable.of(self._setup, self._store.scores(number, "search"))
 
-    def told_sheet(self, candidate: Candidate) -> Sheet:
-        """What a candidate that was told had been scored on: of its twin's scores no more than it took."""
-        sheet = self._recorded_sheet(candidate.number)
-        if candidate.twin is None:
-            return sheet
+    def told_table(self, candidate: Candidate) -> ScoreTable:
+        """What a candidate that was told had been scored on: of its duplicate's scores no more than it took."""
+        table = self._recorded_table(candidate.number)
+        if candidate.same_as is None:
+            return table
         known = candidate.objectives
         counts = dict(self._screen_counts())
         for rung, rungs in enumerate(self._rungs):
             wanted = {m.name: len(self._items(m, rung)) for m in self._setup.measures}
             if all(name in known and known[name]["n"] >= count for name, count in wanted.items()):
                 counts |= {evaluator: max(count, counts.get(evaluator, 0)) for evaluator, count in rungs.items()}
-        return sheet.within(self._setup, self._orders, counts)
+        return table.within(self._setup, self._orders, counts)
 
     def _screen_counts(self) -> Counts:
         screen = self._setup.screen
@@ -350,8 +350,8 @@ class Scoring:
 
     def item_losses(self, candidate: Candidate) -> list[NDArray[np.float32]]:
         """The losses of a candidate that is told, item by item: for each objective float32 [items], NaN for none."""
-        sheet = self.told_sheet(candidate)
-        values = [(o.maximise, sheet.values(o)) for o in self._setup.objectives]
+        table = self.told_table(candidate)
+        values = [(o.maximise, table.values(o)) for o in self._setup.objectives]
         return [-scores if maximise else scores for maximise, scores in values]
 
     def _of(self, number: int) -> Candidate:
@@ -360,33 +360,33 @@ class Scoring:
     # What the dispatcher reports ----------------------------------------------------------------------------------
 
     def answer(self, pending: Pending) -> bool:
-        return self._learn_from_twin(self._of(pending.number), self._wanted[pending.number])
+        return self._learn_from_same(self._of(pending.number), self._wanted[pending.number])
 
     def dispatched(self, pending: Pending) -> None:
         self._of(pending.number).attempts = pending.attempt
         self._store.record_dispatch(pending.number, pending.attempt, "")
 
     def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
-        c, sheet = self._of(finished.candidate), Sheet()
+        c, table = self._of(finished.candidate), ScoreTable()
         for task, metrics in zip(pending.tasks, result.scores, strict=True):
-            sheet.add(self._setup, task.evaluator, task.indices, metrics)
-        sheet.update(self._setup, c.sheet)
-        scores = sheet.scores(self._setup)
+            table.add(self._setup, task.evaluator, task.indices, metrics)
+        table.update(self._setup, c.table)
+        scores = table.scores(self._setup)
         timings = {p: c.timings.get(p, 0.0) + result.timings.get(p, 0.0) for p in [*c.timings, *result.timings]}
         attempt, answers = (c.number, finished.attempt), to_answers(self._setup, result, pending.tasks)
-        if not self._is_full(sheet):
+        if not self._is_full(table):
             if not self._store.record_rung(*attempt, scores, timings, finished.worker, answers=answers):
                 return
         else:
-            objectives = self._estimates(sheet, len(self._rungs) - 1)
+            objectives = self._estimates(table, len(self._rungs) - 1)
             eligible = self._setup.violation(objectives) == 0.0
             if not self._store.record_result(
                 *attempt, scores, timings, objectives, finished.worker, eligible=eligible, answers=answers
             ):
                 return
             c.status, c.objectives, c.eligible = "done", objectives, eligible
-        c.sheet, c.timings, c.twin = sheet, timings, None
-        self._twins[c.recipe_hash] = c.number
+        c.table, c.timings, c.same_as = table, timings, None
+        self._by_recipe[c.recipe_hash] = c.number
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
         log = write_log(self._logs, finished, failure, "c")
@@ -402,7 +402,7 @@ class Scoring:
         self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
 
 
-def _losses_on(sheet: Sheet, objective: ObjectiveInfo, items: NDArray[np.int32]) -> NDArray[np.float64]:
+def _losses_on(table: ScoreTable, objective: ObjectiveInfo, items: NDArray[np.int32]) -> NDArray[np.float64]:
     """A candidate's losses on some items: float64 [items]."""
-    values = sheet.values(objective)[items].astype(np.float64)
+    values = table.values(objective)[items].astype(np.float64)
     return -values if objective.maximise else values

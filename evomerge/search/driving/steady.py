@@ -119,7 +119,7 @@ class SteadyScoring(Scoring):
     def _screen_mean(self, candidate: Candidate) -> float:
         """The mean of the screen's metric; NaN until all of its items are scored."""
         assert self._setup.screen is not None  # asked only where there is one
-        return float(candidate.sheet.values(self._setup.screen).mean(dtype="float64"))
+        return float(candidate.table.values(self._setup.screen).mean(dtype="float64"))
 
     def _recent_points(self) -> dict[int, Point]:
         return {c.number: Point(c.losses) for c in self.recent if c.losses is not None and c.out != "screened"}
@@ -139,7 +139,7 @@ class SteadyScoring(Scoring):
             asked_after: the seq of an event before all of their asks.
         """
         for c in self.recent:
-            c.sheet = self.told_sheet(c)
+            c.table = self.told_table(c)
             c.reached = max((rung for rung in range(len(self._rungs)) if self._covers(c, rung)), default=-1)
             if c.status == "eliminated":
                 c.out = "eliminated" if c.reached >= 0 else "screened"
@@ -157,16 +157,16 @@ class SteadyScoring(Scoring):
         candidate.reached, candidate.out = decided["reached"], decided["out"]
         rung = decided["rung"]
         if rung != SCREEN:
-            self._learn_from_twin(candidate, self._screen_counts())
+            self._learn_from_same(candidate, self._screen_counts())
         if candidate.reached >= 0:
-            self._learn_from_twin(candidate, self._rungs[candidate.reached])
+            self._learn_from_same(candidate, self._rungs[candidate.reached])
         self._wanted[candidate.number] = self._screen_counts() if rung == SCREEN else self._rungs[rung]
 
     def _remember_screened(self, open_: Sequence[Candidate]) -> None:
         """Take those that came to the screen last: of the ``open_``, which have passed it, and of those told."""
         if self._setup.screen is not None:
             for c in self._told_last:
-                c.sheet = self.told_sheet(c)
+                c.table = self.told_table(c)
             screened = [c for c in (*self._told_last, *open_) if not math.isnan(self._screen_mean(c))]
             # With one job at a time they come in the order in which they are asked for.
             self._screened.extend(sorted(screened, key=lambda c: c.number))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from evomerge.search.estimation.item_response import HeldOutError, ItemModel, fit, held_out_error
 from evomerge.search.estimation.items import ItemOrder
-from evomerge.search.estimation.scores import Prediction, Sheet
+from evomerge.search.estimation.scores import Prediction, ScoreTable
 from evomerge.search.preparing.setup import MeasureInfo, Setup
 
 GROWTH = 1.25
@@ -26,8 +26,8 @@ class Predictions:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._reference: Sheet | None = None
-        self._scored: list[Sheet] = []
+        self._reference: ScoreTable | None = None
+        self._scored: list[ScoreTable] = []
         self._fitted = 0
         self._models: dict[str, ItemModel] = {}
         self.errors: dict[str, HeldOutError] = {}
@@ -50,12 +50,12 @@ class Predictions:
 
         return by_reference
 
-    def take_landmarks(self, landmarks: Sequence[Sheet], best: Sheet, orders: Sequence[ItemOrder]) -> None:
+    def take_landmarks(self, landmarks: Sequence[ScoreTable], best: ScoreTable, orders: Sequence[ItemOrder]) -> None:
         """Take the landmarks that were scored, and the best of them."""
         self._reference = best
         self.take(landmarks, orders)
 
-    def take(self, scored: Sequence[Sheet], orders: Sequence[ItemOrder]) -> None:
+    def take(self, scored: Sequence[ScoreTable], orders: Sequence[ItemOrder]) -> None:
         """Take models that were scored on every item; fits again when there are enough new ones."""
         if not self.learns:
             return
@@ -67,7 +67,7 @@ class Predictions:
 
     def _fit(self, measure: MeasureInfo, order: ItemOrder) -> None:
         assert self._reference is not None  # landmarks come before any other candidate
-        responses = np.array([sheet.values(measure) for sheet in self._scored], dtype=np.float64)
+        responses = np.array([table.values(measure) for table in self._scored], dtype=np.float64)
         items = order.positions[: self._setup.rungs[0][measure.evaluator]].astype(np.int64)
         subset = np.sort(items[items < measure.items])
         if len(subset) == measure.items:  # always scored whole

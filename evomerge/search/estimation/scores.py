@@ -40,7 +40,7 @@ def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[An
     ]
 
 
-class Sheet:
+class ScoreTable:
     """A candidate's scores on the search split as far as they are known.
 
     For each evaluator and metric float32 [items], by position in the split; NaN where there is no score yet.
@@ -60,11 +60,11 @@ class Sheet:
 
     @classmethod
     def of(cls, setup: Setup, scores: Sequence[Scores]) -> Self:
-        """The sheet of a recorded candidate."""
-        sheet, versions = cls(), [evaluator.version for evaluator in setup.evaluators]
+        """The table of a recorded candidate."""
+        table, versions = cls(), [evaluator.version for evaluator in setup.evaluators]
         for each in scores:
-            sheet.add(setup, versions.index(each.evaluator), each.items, each.metrics)
-        return sheet
+            table.add(setup, versions.index(each.evaluator), each.items, each.metrics)
+        return table
 
     def add(
         self,
@@ -101,38 +101,38 @@ class Sheet:
             found.append(Scores(setup.evaluators[evaluator].version, "search", known, kept))
         return found
 
-    def take(self, setup: Setup, other: Sheet, evaluator: int, positions: NDArray[np.int32]) -> None:
-        """Enter what another sheet knows of an evaluator's items at these positions."""
+    def take(self, setup: Setup, other: ScoreTable, evaluator: int, positions: NDArray[np.int32]) -> None:
+        """Enter what another table knows of an evaluator's items at these positions."""
         known = np.setdiff1d(positions, other.missing(evaluator, positions)).astype(np.int32)
         if len(known):
             theirs = other._values[evaluator]
             self.add(setup, evaluator, known, {metric: values[known] for metric, values in theirs.items()})
 
-    def update(self, setup: Setup, other: Sheet) -> None:
-        """Enter all that another sheet knows."""
+    def update(self, setup: Setup, other: ScoreTable) -> None:
+        """Enter all that another table knows."""
         for evaluator in other._values:
             self.take(setup, other, evaluator, np.arange(setup.evaluators[evaluator].search_items, dtype=np.int32))
 
-    def within(self, setup: Setup, orders: Sequence[ItemOrder], counts: Counts) -> Sheet:
+    def within(self, setup: Setup, orders: Sequence[ItemOrder], counts: Counts) -> ScoreTable:
         """What would be known had no more than each evaluator's first items, in its order, been scored."""
-        sheet = Sheet()
+        table = ScoreTable()
         for evaluator, count in counts.items():
-            sheet.take(setup, self, evaluator, orders[evaluator].positions[:count])
-        return sheet
+            table.take(setup, self, evaluator, orders[evaluator].positions[:count])
+        return table
 
 
 Prediction = Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]
 """From the positions of the items scored and the scores there to a score for every item."""
 
 
-def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Prediction | None) -> Estimate | None:
+def estimate(measure: MeasureInfo, table: ScoreTable, order: ItemOrder, predict: Prediction | None) -> Estimate | None:
     """A measure's mean over all of its items, with its standard error; None without a score.
 
     When some are not scored, they are estimated: each as it is predicted, plus the mean of what the prediction misses
     on the items that were scored. A mean cannot lie beyond the scores that it is of, and what is added on one end may
     carry an estimate there: it is kept within the least and the greatest score that is known or predicted.
     """
-    values = sheet.values(measure)
+    values = table.values(measure)
     known = np.flatnonzero(~np.isnan(values))
     if not len(known):
         return None
@@ -150,10 +150,10 @@ def estimate(measure: MeasureInfo, sheet: Sheet, order: ItemOrder, predict: Pred
     return Estimate(mean=mean, stderr=found["stderr"] if len(scores) > 1 else math.nan, n=found["n"])
 
 
-def missing_tasks(sheet: Sheet, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:
+def missing_tasks(table: ScoreTable, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:
     """What is still to be scored so that each evaluator's first items, in its order, are all known."""
     tasks = []
     for evaluator, count in sorted(counts.items()):
-        if missing := sheet.missing(evaluator, orders[evaluator].positions[:count]):
+        if missing := table.missing(evaluator, orders[evaluator].positions[:count]):
             tasks.append(Task(evaluator, "search", missing))
     return tasks

@@ -226,8 +226,8 @@ def _fetchable(storage: Storage) -> list[str]:
     """The files of a copied search, by their names."""
     names = [name for name in storage.files() if name != RECORD and not name.endswith(PARTIAL)]
     if FILE_NAME not in names:
-        mend = "Name the copy of one search: the URL of `artifacts`, and the search's name."
-        raise InputError(storage.url, "holds no search", mend)
+        hint = "Name the copy of one search: the URL of `artifacts`, and the search's name."
+        raise InputError(storage.url, "holds no search", hint)
     if strange := [name for name in names if ".." in name.split("/")]:
         raise InputError(storage.url, f"has a file that would lie elsewhere: {strange[0]}", "Do not use it.")
     return names

@@ -57,8 +57,8 @@ class Claim:
             return
         if not ours:
             url = self._storage.url
-            mend = f"Go on with it (evomerge resume {url}), or choose another name or another prefix."
-            raise InputError(url, f"holds a search already, last driven by {_holder(there)}", mend)
+            hint = f"Go on with it (evomerge resume {url}), or choose another name or another prefix."
+            raise InputError(url, f"holds a search already, last driven by {_holder(there)}", hint)
         raise self._taken_up(there)
 
     def is_ours(self) -> bool:
@@ -101,16 +101,16 @@ class Claim:
             silent_s = (self._storage.probe() - self._storage.modified(RECORD)).total_seconds()
             if silent_s < SILENT_S:
                 problem = f"is driven by {holder}, which gave a sign of life {max(silent_s, 0):.0f} s ago"
-                mend = f"Stop it first, or wait: {SILENT_S:.0f} s after its last sign of life it is free."
-                raise InputError(self._storage.url, problem, mend)
+                hint = f"Stop it first, or wait: {SILENT_S:.0f} s after its last sign of life it is free."
+                raise InputError(self._storage.url, problem, hint)
         self._keep([there["token"]])
 
     def _taken_up(self, there: dict[str, Any]) -> TakenUpError:
-        mend = (
+        hint = (
             f"Go on from there (evomerge resume {self._storage.url} --dir NEW), or give this folder a copy of its own: "
             f"evomerge resume {self._kept.parent} --set artifacts=URL"
         )
-        return TakenUpError(self._storage.url, f"was gone on with from another folder, by {_holder(there)}", mend)
+        return TakenUpError(self._storage.url, f"was gone on with from another folder, by {_holder(there)}", hint)
 
     def _write(self, state: str) -> None:
         content = {"token": self._token, "state": state, **asdict(Holder.this_process())}

@@ -90,7 +90,7 @@ def _asked(evaluator: Evaluator, reader: Reader, place: str, split: Split, index
     try:
         return prompts_of(evaluator, reader, split, index)
     except InputError as error:
-        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+        raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise

@@ -70,7 +70,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         tries: whether what evaluators do without a model is tried, for what is about to be scored in this process.
 
     Raises:
-        InputError: naming the key of the search file, or the file of a source, and the mend.
+        InputError: naming the key of the search file, or the file of a source, and the hint.
     """
     _check_engine(file)
     if file.pool == "ray":
@@ -166,7 +166,7 @@ def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
         try:
             check_recipe(space.decode(genome), sources)
         except InputError as error:
-            raise InputError("space", f"its {corner}est values make no recipe: {error.problem}", error.mend) from error
+            raise InputError("space", f"its {corner}est values make no recipe: {error.problem}", error.hint) from error
     return space
 
 
@@ -196,12 +196,12 @@ def _build(file: SearchFile, settings: EvaluatorSettings, tries: bool) -> Evalua
         evaluator: object = settings.build_and_try() if tries else settings.build()
         if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
             problem = f"{type(evaluator).__name__} is none of the shapes that evaluators have"
-            mend = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
-            raise InputError("evaluator", problem, mend)
+            hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
+            raise InputError("evaluator", problem, hint)
         return evaluator
     except InputError as error:
         place = next(place for place, found in file.evaluators().items() if found == settings)
-        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from error
+        raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     except (SystemExit, GeneratorExit) as error:  # of code that a task names
         place = next(place for place, found in file.evaluators().items() if found == settings)
         problem = f"its code ends the program ({type(error).__name__}: {error})"
@@ -214,20 +214,20 @@ def _check_together(
     """Refuse to score several candidates at once where they are not adapters' weighted sums on one model."""
     if file.together == 1:
         return
-    mend = "Leave `together` out."
+    hint = "Leave `together` out."
     if file.engine != "transformers":
-        raise InputError("together", f"is {file.together}, and {file.engine} answers for one candidate at a time", mend)
+        raise InputError("together", f"is {file.together}, and {file.engine} answers for one candidate at a time", hint)
     for evaluator in evaluators:
         if evaluator.measured:
             what = ", ".join(sorted(evaluator.measured))
-            raise InputError("together", f"{evaluator.name} measures {what}, which several candidates share", mend)
+            raise InputError("together", f"{evaluator.name} measures {what}, which several candidates share", hint)
         if isinstance(evaluator, ChangeEvaluator):
             why = "reads merged weights, and candidates that are scored together are never merged"
-            raise InputError("together", f"{evaluator.name} {why}", mend)
+            raise InputError("together", f"{evaluator.name} {why}", hint)
     middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
     for recipe in (*(mark.recipe for mark in space.landmarks()), space.decode(middle)):
         if problem := low_rank_problem(recipe, sources):
-            raise InputError("together", problem, mend)
+            raise InputError("together", problem, hint)
 
 
 def _refuse_test_items(

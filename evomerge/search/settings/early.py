@@ -28,14 +28,14 @@ def check_early(file: SearchFile) -> None:
     """Refuse what is wrong with a search file or with what it names, as far as that costs no more than a moment.
 
     Raises:
-        InputError: naming the key of the search file and the mend.
+        InputError: naming the key of the search file and the hint.
     """
     for place, settings in file.evaluators().items():
         _check_named(settings, place)
         try:
             settings.check()
         except InputError as error:
-            raise InputError(f"{place}: {error.place}", error.problem, error.mend) from None
+            raise InputError(f"{place}: {error.place}", error.problem, error.hint) from None
         _check_metric(file.measures[place], settings, place)
     for name, reference in file.sources.items():
         check_reference(reference, f"sources.{name}")
@@ -68,8 +68,8 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
     if file.budget.candidates is not None and file.budget.candidates < landmarks:
         what = "each source, their average, the method's defaults"
         problem = f"is {file.budget.candidates}; the landmarks alone are {landmarks} ({what})"
-        mend = f"Give {landmarks} or more; what is beyond them is searched."
-        raise InputError("budget.candidates", problem, mend)
+        hint = f"Give {landmarks} or more; what is beyond them is searched."
+        raise InputError("budget.candidates", problem, hint)
     return space
 
 
@@ -99,8 +99,8 @@ def _check_named(settings: EvaluatorSettings, place: str) -> None:
             check_reference(getattr(settings, key), f"{place}.{key}")
         if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
             if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
-                mend = "A path is relative to the folder of the search file."
-                raise InputError(f"{place}.{key}", f"there is no such file: {path}", mend)
+                hint = "A path is relative to the folder of the search file."
+                raise InputError(f"{place}.{key}", f"there is no such file: {path}", hint)
             open_file(path, f"{place}.{key}").close()
 
 
@@ -112,7 +112,7 @@ def _check_metric(measure: Measure, settings: EvaluatorSettings, place: str) -> 
     try:
         metrics = settings.known_metrics()
     except InputError as error:
-        raise InputError(f"{place}.{error.place}", error.problem, error.mend) from None
+        raise InputError(f"{place}.{error.place}", error.problem, error.hint) from None
     if metrics is None or measure.metric in metrics:
         return
     names = {metric.partition(",")[0] for metric in metrics}

@@ -16,7 +16,7 @@ import yaml
 from evomerge.errors import InputError
 from evomerge.files import read_text
 from evomerge.store import Store
-from evomerge.store.engine import PASSWORD_MEND, damaged, parse_place, without_password
+from evomerge.store.engine import PASSWORD_HINT, damaged, parse_place, without_password
 from evomerge.yaml import load_yaml
 
 STORE_NAME = "search.db"
@@ -102,8 +102,8 @@ def public_url(url: str) -> str:
 def refuse_existing(folder: Path) -> None:
     """Refuse to start a search in a folder that is there already, or that cannot be made."""
     if _URL.match(str(folder)):
-        mend = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
-        raise InputError("--dir", "is a URL, and a search lives on a disk", mend)
+        hint = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
+        raise InputError("--dir", "is a URL, and a search lives on a disk", hint)
     try:
         there = folder.exists()
         above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -186,7 +186,7 @@ def check_store_url(url: str, place: str) -> None:
     if "://" not in url:
         raise InputError(place, "is not a database URL", "Write it like postgresql://user@host/database.")
     if parse_place(url).password is not None:
-        raise InputError(place, "holds a password, and the file is copied to the folder of the search", PASSWORD_MEND)
+        raise InputError(place, "holds a password, and the file is copied to the folder of the search", PASSWORD_HINT)
 
 
 def _named(file: Path) -> tuple[str | None, str | None]:

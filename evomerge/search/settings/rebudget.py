@@ -15,18 +15,18 @@ from evomerge.store import Store
 from evomerge.yaml import load_yaml
 
 
-def bounds_of(overrides: Sequence[str], mend: str) -> dict[str, Any]:
+def bounds_of(overrides: Sequence[str], hint: str) -> dict[str, Any]:
     """The bounds that ``--set budget.candidates=N`` and the like give.
 
     Raises:
-        InputError: another key is set; ``mend`` says what to do then.
+        InputError: another key is set; ``hint`` says what to do then.
     """
     bounds = {}
     for override in overrides:
         key, _, text = override.partition("=")
         section, _, bound = key.strip().partition(".")
         if section != "budget" or bound not in Budget.model_fields:
-            raise InputError(f"--set {override}", "is no budget", mend)
+            raise InputError(f"--set {override}", "is no budget", hint)
         bounds[bound] = load_yaml(text, f"--set {override}")
     return bounds
 

@@ -181,7 +181,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     except ValidationError as error:
         raise explain(error, place, SearchFile, content) from None
     except InputError as error:  # of a part, whose own class has checked it
-        raise InputError(f"{place}: {error.place}", error.problem, error.mend) from None
+        raise InputError(f"{place}: {error.place}", error.problem, error.hint) from None
     if parsed.store is not None:
         check_store_url(parsed.store, f"{place}: store")
     if parsed.artifacts is not None:

@@ -59,7 +59,7 @@ class Worker:
         evidence: Evidence,
         space: SearchSpace,
     ) -> Worker:
-        builders = Builders(build_context(file, sources, evidence, space.shelves))
+        builders = Builders(build_context(file, sources, evidence, space.layer_buffers))
         builders.start({landmark.recipe.kind for landmark in space.landmarks()})
         return cls(name, builders, evaluators)
 

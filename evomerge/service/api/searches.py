@@ -132,7 +132,7 @@ def _check_text(text: str, root: Root, folders: Sequence[Path]) -> None:
     """Refuse what is wrong with a search file by its text alone, and the name of a search that is there (409)."""
     file = checked_file(text, folders)
     if root.has(file.name):
-        fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} is there already", mend="Choose another.")
+        fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} is there already", hint="Choose another.")
         raise ProblemError(409, "There is a search of this name already", fault, detail=file.name)
 
 

@@ -1,4 +1,4 @@
-"""Error pages for people: what is wrong, and how to mend it. Whoever calls the API still gets problem+json."""
+"""Error pages for people: what is wrong, and how to fix it. Whoever calls the API still gets problem+json."""
 
 from __future__ import annotations
 

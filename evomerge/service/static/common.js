@@ -23,7 +23,7 @@ export async function call(address, method = "GET", body = undefined, signal = u
 /** A problem in one or a few sentences. */
 export function words(problem) {
   if (!problem) return "";
-  const faults = (problem.faults || []).map((f) => `${f.field ? `${f.field}: ` : ""}${f.problem}${f.mend ? `. ${f.mend}` : ""}`);
+  const faults = (problem.faults || []).map((f) => `${f.field ? `${f.field}: ` : ""}${f.problem}${f.hint ? `. ${f.hint}` : ""}`);
   return faults.length ? faults.join("\n") : problem.detail || problem.title || "";
 }
 

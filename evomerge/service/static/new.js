@@ -274,7 +274,7 @@ function tellFaults(problem) {
     const told = element("p");
     if (fault.field) told.append(element("code", "", fault.field), " ");
     told.append(fault.problem);
-    if (fault.mend) told.append(element("br"), fault.mend);
+    if (fault.hint) told.append(element("br"), fault.hint);
     box.append(told);
   }
   if (line) {

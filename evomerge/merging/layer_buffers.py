@@ -1,4 +1,4 @@
-"""Which shelf of a live model holds which hop of a recipe, so that as little as possible is written anew."""
+"""Which layer buffer of a live model holds which hop of a recipe, so that as little as possible is written anew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # needs transformers, which takes seconds to import
     from evomerge.checkpoints.stack import Stack, Step
 
 Held = dict[str, Hashable]
-"""What a shelf holds: for each tensor, by its name in a first layer, all that it was made from."""
+"""What a layer buffer holds: for each tensor, by its name in a first layer, all that it was made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +50,39 @@ def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[li
 
 
 def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:
-    """A shelf for every hop: one that holds its layer already, else a free one.
+    """A layer buffer for every hop: one that holds its layer already, else a free one.
 
-    Hops made alike share a shelf. Empty shelves are filled first, so that where there is one for each layer of each
-    source, every layer is written once. Of others a hop gets the one with its own number where it can, so that a search
-    over weights alone finds each layer where it was and writes only the tensors that differ.
+    Hops made alike share one. Empty ones are filled first, so that where there are enough for every source, all layers
+    are written once. Of others a hop gets the one with its own number where it can, so that a search over weights
+    alone finds each layer where it was and writes only the tensors that differ.
 
     Args:
         hops: the tensors of each.
-        held: what each shelf holds.
+        held: what each layer buffer holds.
 
     Raises:
-        InputError: there are not enough shelves.
+        InputError: there are not enough layer buffers.
     """
     from evomerge.checkpoints.stack import Step
 
     contents = [frozenset((made.place, made.way) for made in hop) for hop in hops]
-    there = {frozenset(content.items()): shelf for shelf, content in enumerate(held)}
+    there = {frozenset(content.items()): layer_buffer for layer_buffer, content in enumerate(held)}
     taken = {content: there[content] for content in contents if content in there}
-    free = [shelf for shelf in range(len(stack.shelves)) if shelf not in taken.values()]
+    free = [layer_buffer for layer_buffer in range(len(stack.layer_buffers)) if layer_buffer not in taken.values()]
     path = []
     for number, (hop, content, factor) in enumerate(zip(recipe.hops, contents, recipe.factors, strict=True)):
         like = min(hop.layer_of(giver(hop, recipe)), stack.depth - 1)
         if content not in taken:
-            fitting = [shelf for shelf in free if stack.fits(shelf, like)]
+            fitting = [buffer for buffer in free if stack.fits(buffer, like)]
             if not fitting:
-                problem = f"is made of {len(set(contents))} different layers; the live model holds {len(stack.shelves)}"
+                problem = (
+                    f"is made of {len(set(contents))} different layers; the live model holds {len(stack.layer_buffers)}"
+                )
                 raise InputError("recipe.hops", problem, "Export it to a folder.")
-            # An empty shelf before one whose layer may come again, and the hop's own before others.
-            _, _, taken[content] = min((bool(held[shelf]), shelf != number, shelf) for shelf in fitting)
+            # An empty layer buffer before one whose layer may come again, and the hop's own before others.
+            _, _, taken[content] = min(
+                (bool(held[layer_buffer]), layer_buffer != number, layer_buffer) for layer_buffer in fitting
+            )
             free.remove(taken[content])
         path.append(Step(taken[content], like, factor))
     return path
