@@ -143,6 +143,12 @@ def drive(
         return driver
 
 
+def why(folder: Path) -> str:
+    """What ended a search, in words."""
+    with Store.open(folder / "search.db") as store:
+        return store.search().why
+
+
 def table(folder: Path) -> list[tuple[object, ...]]:
     """All that must be equal, bit for bit, in two searches that are the same."""
     with Store.open(folder / "search.db") as store:

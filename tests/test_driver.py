@@ -21,12 +21,14 @@ from helpers_search import (
     simulate,
     table,
     weights_of,
+    why,
 )  # fmt: skip
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.driver import Driver
+from evomerge.search.driving.ending import Ending
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.settings.sections import Budget
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews
@@ -34,8 +36,8 @@ from evomerge.store import Store, acquire
 
 
 def test_budget_of_candidates_is_exact_and_counts_landmarks(tmp_path: Path) -> None:
-    driver = drive(tmp_path, make_setup(candidates=29))
-    assert driver.why == "29 candidates asked"
+    drive(tmp_path, make_setup(candidates=29))
+    assert why(tmp_path) == "29 candidates asked"
     with Store.open(tmp_path / "search.db") as store:
         assert sum(store.counts().values()) == 29
         assert [row.label for row in store.candidates(step=0)] == ["one", "two", "uniform average"]
@@ -55,7 +57,8 @@ def test_hours_are_those_of_the_clock_and_add_up_over_resumes(tmp_path: Path) ->
     with Store.open(tmp_path / "search.db") as store:
         spent, asked = store.search().spent_s, sum(store.counts().values())
     assert 36 <= spent < 60
-    assert drive(tmp_path, make_setup(candidates=None, hours=0.01)).why == "0.01 hours spent"
+    drive(tmp_path, make_setup(candidates=None, hours=0.01))
+    assert why(tmp_path) == "0.01 hours spent"
     with Store.open(tmp_path / "search.db") as store:
         assert sum(store.counts().values()) == asked
         assert store.search().spent_s == pytest.approx(spent)
@@ -65,8 +68,26 @@ def test_patience_ends_a_search_whose_front_stands_still(tmp_path: Path) -> None
     def nothing_works(job: Job) -> tuple[float, Measured | Failed]:
         return 1.0, Measured([{"acc": np.zeros(len(t.indices), np.float32)} for t in job.tasks], {})
 
-    driver = drive(tmp_path, make_setup(candidates=500, patience=3), simulation=nothing_works)
-    assert driver.why == "the front has not changed for 3 generations"
+    drive(tmp_path, make_setup(candidates=500, patience=3), simulation=nothing_works)
+    assert why(tmp_path) == "the front has not changed for 3 generations"
+
+
+@pytest.mark.parametrize(
+    ("ending", "state", "why", "bound"),
+    [
+        (Ending("candidates", 40), "finished", "40 candidates asked", "budget.candidates"),
+        (Ending("hours", 0.5), "finished", "0.5 hours spent", "budget.hours"),
+        (Ending("patience", 3), "finished", "the front has not changed for 3 generations", "budget.patience"),
+        # What an optimizer says names the words of other endings.
+        (Ending("optimizer", "tried for hours, the front {} is done"), "finished",
+         "tried for hours, the front {} is done", ""),
+        (Ending("stop"), "stopped", "asked to stop", ""),
+        (Ending("cancel"), "cancelled", "asked to end at once", ""),
+        (Ending("interrupted"), "cancelled", "interrupted twice", ""),
+    ],
+)  # fmt: skip
+def test_how_a_search_ends(ending: Ending, state: str, why: str, bound: str) -> None:
+    assert (ending.state, ending.why, ending.bound) == (state, why, bound)
 
 
 def test_two_objectives_make_a_front_of_both_directions(tmp_path: Path) -> None:
@@ -350,8 +371,8 @@ def test_a_budget_changed_meanwhile_is_the_one_that_ends_it(tmp_path: Path) -> N
         if next(steps) in (3, 5):
             word.hear("reread")
 
-    driver = drive(tmp_path, make_setup(candidates=20), control=control, idle=change)
-    assert driver.why == "33 candidates asked"
+    drive(tmp_path, make_setup(candidates=20), control=control, idle=change)
+    assert why(tmp_path) == "33 candidates asked"
     assert len(table(tmp_path)) == 33
     drive(tmp_path, make_setup(candidates=33))
     drive(tmp_path / "at once", make_setup(candidates=33))

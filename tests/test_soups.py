@@ -172,8 +172,11 @@ def test_a_search_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert str(MINIATURES / "base") in text
     folder = tmp_path / "search"
     assert evomerge("search", file, "--dir", folder) == 0
+    assert "--set budget.candidates=N" in capsys.readouterr().out
     assert evomerge("resume", folder, "--set", "budget.candidates=20") == 0
-    assert "greedy_soup has tried every source" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "greedy_soup has tried every source" in out
+    assert "--set" not in out  # no budget makes it go on
     rows = json_of(capsys, "top", folder, "--all", "--json")
     scores: dict[Members, float] = {}
     for row in rows:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_search import Killed, drive, dying, table
+from helpers_search import Killed, drive, dying, table, why
 from test_generation import COUNT, RACE, items_scored, setup_of, simulate
 
 from evomerge.errors import InputError
@@ -26,8 +26,8 @@ def steady(**given: object) -> Setup:
 
 
 def test_a_budget_is_exact_and_every_candidate_is_told_once(tmp_path: Path) -> None:
-    driver = drive(tmp_path, steady(candidates=57), simulation=simulate, workers=5)
-    assert driver.why == "57 candidates asked"
+    drive(tmp_path, steady(candidates=57), simulation=simulate, workers=5)
+    assert why(tmp_path) == "57 candidates asked"
     with Store.open(tmp_path / "search.db") as store:
         told = [number for step in store.steps() if step.kind == "tell" for number in step.candidates]
         assert sorted(told) == list(range(57))
@@ -218,8 +218,8 @@ def test_patience_is_counted_in_generations_worth_of_candidates(tmp_path: Path) 
 
     setup = steady(candidates=500, optimizer=CmaSettings(name="cma", population=6))
     setup = replace(setup, budget=setup.budget.model_copy(update={"candidates": None, "patience": 3}))
-    driver = drive(tmp_path, setup, simulation=nothing_works, workers=2)
-    assert driver.why == "the front has not changed for 3 generations"
+    drive(tmp_path, setup, simulation=nothing_works, workers=2)
+    assert why(tmp_path) == "the front has not changed for 3 generations"
     with Store.open(tmp_path / "search.db") as store:
         assert 1 + 18 <= sum(store.counts().values()) <= 1 + 18 + 2  # the first landmark changes it
 

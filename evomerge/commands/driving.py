@@ -29,6 +29,7 @@ from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import GRACE_S, Control
 from evomerge.search.driving.driver import Driver
+from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.progress import Progress
 from evomerge.search.opening.artifacts import Artifacts, check_artifacts, copy_url
 from evomerge.search.opening.session import (
@@ -126,7 +127,7 @@ def _drive(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> int:
     """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
-    code = INTERRUPTED
+    code, how, bound = INTERRUPTED, "resume", ""
     try:
         with _session(folder, prepared, store, pool, artifacts, console) as (control, idle, progress):
             driver = Driver(
@@ -141,28 +142,21 @@ def _drive(
                 progress=progress,
             )
             ending = driver.run()
-            if ending == "finished" and _confirm(folder, prepared, store, pool, control, idle, progress):
-                code = 0
+            if ending.state == "finished" and _confirm(folder, prepared, store, pool, control, idle, progress):
+                code, how, bound = 0, "go on with more", ending.bound
         console.print(panel(status_of(store)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code, how = 2, "when that is put right, resume"
     except KeyboardInterrupt:
-        store.set_state("cancelled", why="interrupted twice")
+        Ending("interrupted").record(store)
     except Exception:
         traceback.print_exc()
         code = 1
-    hints = {0: ("go on with more", f" --set {_spent(store)}=N"), 2: ("when that is put right, resume", "")}
-    how, more = hints.get(code, ("resume", ""))
-    if has_store(folder):
+    if has_store(folder) and (code or bound):  # an optimizer that has stopped asks for nothing more
+        more = f" --set {bound}=N" if bound else ""
         console.print(f"{how}: evomerge resume {shlex.quote(str(folder))}{more}", soft_wrap=True)
     return code
-
-
-def _spent(store: Store) -> str:
-    """The part of the budget that ended the search."""
-    why = store.search().why
-    return "budget.hours" if "hours" in why else "budget.patience" if "front" in why else "budget.candidates"
 
 
 def _confirm(
@@ -236,8 +230,8 @@ def _session(
 
 def _end_at_once(folder: Path, store: Store) -> None:
     """End this process in the midst of its work. What is recorded is whole, whenever it ends."""
-    writing = threading.Thread(target=store.set_state, args=("cancelled",), kwargs={"why": "interrupted twice"})
-    writing.daemon = True  # it may wait for a server that is away
+    # It may wait for a server that is away.
+    writing = threading.Thread(target=Ending("interrupted").record, args=(store,), daemon=True)
     writing.start()
     writing.join(GRACE_S)
     print(f"resume: evomerge resume {shlex.quote(str(folder))}", flush=True)

@@ -124,15 +124,15 @@ def run(folder: Path, name: str, seed: int) -> None:
     with store, acquire(store):
         pool = CountingPool(prepared, Evidence())
         driver = Driver(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")
-        driver.run()
+        why = driver.run().why
         curve = _curve(store, prepared, pool)
         landmarks = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
-    found = {"name": name, "seed": seed, "why": driver.why, "seconds": time.time() - started}
+    found = {"name": name, "seed": seed, "why": why, "seconds": time.time() - started}
     found |= {"landmarks": landmarks, "points": [vars(point) for point in curve], "folder": place.name}
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.rename(out)
-    print(f"{name}, seed {seed}: {curve[-1]}, {driver.why}, {found['seconds']:.0f} s", flush=True)
+    print(f"{name}, seed {seed}: {curve[-1]}, {why}, {found['seconds']:.0f} s", flush=True)
 
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:

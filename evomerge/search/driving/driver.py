@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
@@ -20,6 +19,7 @@ from evomerge.optimizers import Best, Observation, Optimizer
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending
+from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
 from evomerge.search.driving.kept import Kept
 from evomerge.search.driving.progress import Progress
@@ -33,8 +33,6 @@ from evomerge.search.settings.sections import Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS, PoolNews
 from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
-
-Ending = Literal["finished", "stopped", "cancelled"]
 
 
 class Driver:
@@ -95,10 +93,9 @@ class Driver:
         self._asked_after = 0  # an event before the asks of those that were open when this driver began
         self._kept = Kept(setup)
         self._unchanged = 0.0  # generations since the front or an elite last changed
-        self.why = ""
 
     def run(self) -> Ending:
-        """Search until the budget is spent or a stop is asked for; ``why`` says in words what ended it."""
+        """Search until the budget is spent or a stop is asked for."""
         self._replay()
         self._started = self._clock()
         self._store.set_state("running")
@@ -107,10 +104,11 @@ class Driver:
         waits = isinstance(self._scoring, GenerationScoring) or self._setup.racing is not None
         if waits and 0 in self._open:  # the landmarks are not told yet, and a race needs what they tell of items
             if not self._scoring.score_landmarks(list(self._open.values())):
-                return self._end_early()
+                return self._end(self._asked_to_end())
             self._tell(list(self._open.values()))
         ended = self._run_generations if isinstance(self._scoring, GenerationScoring) else self._run_steadily
-        return self._end("finished", self._spent()) if ended() else self._end_early()
+        spent = self._spent() if ended() else None
+        return self._end(spent or self._asked_to_end())
 
     def _run_generations(self) -> bool:
         """Generation after generation; False when a stop came first."""
@@ -300,25 +298,22 @@ class Driver:
         """Seconds in which a driver was at work on this search, earlier ones included and pauses not."""
         return self._spent_before_s + self._clock() - self._started - self._control.paused_s()
 
-    def _spent(self) -> str:
-        """Why the search should end now, or nothing."""
+    def _spent(self) -> Ending | None:
+        """How the search should end now; None where it should go on."""
         budget = self._budget
         if budget.candidates is not None and self._asked >= budget.candidates:
-            return f"{budget.candidates} candidates asked"
+            return Ending("candidates", budget.candidates)
         if budget.hours is not None and self._spent_s() >= budget.hours * 3600:
-            return f"{budget.hours} hours spent"
+            return Ending("hours", budget.hours)
         if budget.patience is not None and self._unchanged >= budget.patience:
-            return f"the front has not changed for {budget.patience} generations"
-        return self._optimizer.stopped or ""
+            return Ending("patience", budget.patience)
+        return Ending("optimizer", self._optimizer.stopped) if self._optimizer.stopped else None
 
-    def _end_early(self) -> Ending:
-        if self._control.cancelled:
-            return self._end("cancelled", "asked to end at once")
-        return self._end("stopped", "asked to stop")
+    def _asked_to_end(self) -> Ending:
+        return Ending("cancel" if self._control.cancelled else "stop")
 
-    def _end(self, ending: Ending, why: str) -> Ending:
-        self.why = why
-        self._store.set_state(ending, why=why, spent_s=self._spent_s())
+    def _end(self, ending: Ending) -> Ending:
+        ending.record(self._store, spent_s=self._spent_s())
         return ending
 
     # Replay -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""How a driver's work on a search ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from evomerge.store import Store
+
+Reason = Literal["candidates", "hours", "patience", "optimizer", "stop", "cancel", "interrupted"]
+"""A bound of the budget that was reached, an optimizer that has nothing more to ask, or a person's word."""
+
+_WHY: dict[Reason, str] = {
+    "candidates": "{} candidates asked",
+    "hours": "{} hours spent",
+    "patience": "the front has not changed for {} generations",
+    "optimizer": "{}",
+    "stop": "asked to stop",
+    "cancel": "asked to end at once",
+    "interrupted": "interrupted twice",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a search ended.
+
+    Attributes:
+        detail: the bound of the budget, or what the optimizer says.
+    """
+
+    reason: Reason
+    detail: int | float | str = ""
+
+    @property
+    def state(self) -> Literal["finished", "stopped", "cancelled"]:
+        """The state that it leaves the search in."""
+        if self.reason == "stop":
+            return "stopped"
+        return "cancelled" if self.reason in ("cancel", "interrupted") else "finished"
+
+    @property
+    def why(self) -> str:
+        """In words."""
+        return _WHY[self.reason].format(self.detail)
+
+    @property
+    def bound(self) -> str:
+        """The key of the search file that lets a finished search go on when it is raised; "" where none does."""
+        return f"budget.{self.reason}" if self.reason in ("candidates", "hours", "patience") else ""
+
+    def record(self, store: Store, *, spent_s: float | None = None) -> None:
+        """Write it down. ``spent_s`` as for ``Store.set_state``."""
+        store.set_state(self.state, why=self.why, spent_s=spent_s)
