@@ -198,17 +198,21 @@ class Facts:
         is far smaller than that one would be lost in it, and is then itself the one that differences are taken from.
         """
         order = list(range(len(names)))
-        onto = np.eye(len(names))  # x_i = x_0 + (x_i - x_0)
-        onto[:, 0] = 1
+        products = self._inner_from_first(names)
         for _ in names:
-            products = onto @ self.products([names[i] for i in order]) @ onto.T
-            squares = np.diag(products)
-            smallest = int(np.argmin(squares))
-            if not squares[smallest] < _LOST * squares[0]:
+            smallest = int(np.argmin(np.diag(products)))
+            if not products[smallest, smallest] < _LOST * products[0, 0]:
                 break
             order.insert(0, order.pop(smallest))
+            products = self._inner_from_first([names[i] for i in order])
         places = np.argsort(order)
         return np.asarray(products[np.ix_(places, places)])
+
+    def _inner_from_first(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """[n, n] inner products of tensors, made of differences from the first."""
+        onto = np.eye(len(names))  # x_i = x_0 + (x_i - x_0)
+        onto[:, 0] = 1
+        return np.asarray(onto @ self.products(names) @ onto.T)
 
     def deltas(self, base: str, names: Sequence[str]) -> NDArray[np.float64]:
         """[n, n] inner products of task vectors."""
