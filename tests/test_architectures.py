@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import WORDS, in_own_memory, save_model
+from helpers_checkpoints import WORDS, architectures, in_own_memory, save_model
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -69,7 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=architectures(MODELS))
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     name = request.param
     if name not in folders:

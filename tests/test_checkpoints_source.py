@@ -464,7 +464,7 @@ def test_a_tokenizer_is_not_needed_to_read_weights(plain: Path, tmp_path: Path) 
 SMALL = save({"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.zeros(0, 5)})
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2 * settings().max_examples, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_never_laxer_than_safetensors(tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(SMALL)

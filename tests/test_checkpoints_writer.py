@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from helpers_checkpoints import save_model, tiny_config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -68,7 +68,6 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 shapes = st.lists(st.integers(0, 4), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     content=st.dictionaries(st.text(max_size=6), st.tuples(shapes, dtypes), min_size=1, max_size=8),
     shard_bytes=st.integers(1, 200),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers_search import Killed, create_store, drive, make_setup, scores_of, simulate, table
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.search.driving.control import Control
@@ -34,7 +34,6 @@ def learned(*attempts: tuple[list[Task], float]) -> Deadlines:
     return found
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(20.0, 2000.0), min_size=ENOUGH, max_size=60))
 def test_the_bound_is_five_times_the_quantile_of_those_alike(seconds: list[float]) -> None:
     bound = learned(*((items(10), s) for s in seconds)).bound_s(items(10))

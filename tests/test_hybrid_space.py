@@ -115,7 +115,7 @@ def test_the_winner_is_a_landmark_and_a_point_of_the_space(winner: Path, encodin
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=list(HealthCheck))
 def test_hops_of_the_winner_are_made_by_its_own_blends(winner: Path, data: st.DataObject) -> None:
     space = after(winner, max_hops=9, others=("maths",))
     recipe = space.decode(data.draw(genomes(space)))

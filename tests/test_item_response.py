@@ -132,7 +132,7 @@ def predicted_variance(model: ItemModel, items: NDArray[np.int64], truth: Matrix
     return float(predicted.var(ddof=1) / len(predicted))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     strategies.integers(0, 1000),
     strategies.sampled_from([(0.0, 1.0), (-3.0, 0.5), (0.0, 100.0), (2.0, 0.0)]),

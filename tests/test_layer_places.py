@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_checkpoints import in_own_memory, save_model
+from helpers_checkpoints import architectures, in_own_memory, save_model
 from test_architectures import GROUPED, MODELS, SMALL
 from test_paths import CPU, answer, close, open_both, path_recipe
 from test_residual import LATENT, OTHERS, ROUTED, configuration
@@ -116,7 +116,7 @@ def load(folder: Path) -> Any:
     return in_own_memory(model.eval())
 
 
-@pytest.mark.parametrize("case", list(dict.fromkeys([*MODELS, *OTHERS, *MORE])))
+@pytest.mark.parametrize("case", architectures(dict.fromkeys([*MODELS, *OTHERS, *MORE])))
 def test_a_path_is_the_layers_stacked_by_hand_or_refused(case: str, tmp_path: Path) -> None:
     sources = save_both(config_of(case), tmp_path)
     assert bool(sources["a"].rigid) == (case in RIGID), sources["a"].rigid

@@ -342,7 +342,6 @@ def test_a_stack_of_layers_with_scales() -> None:
     assert (recipe.blends[recipe.embedding].sources, recipe.blends[recipe.head].sources) == (("a",), ("b",))
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=6), st.integers(2, 9))
 def test_a_gradient_runs_straight_between_its_points(points: list[float], layers: int) -> None:
     recipe = from_mergekit(weighted(points), lambda reference: llama(layers))
@@ -815,7 +814,7 @@ def _parts(recipe: StackRecipe) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", GRAMMARS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(data=st.data())
 def test_there_and_back(method: str, data: st.DataObject) -> None:
     """Short names are the last parts of the references here, so that they come back too."""

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.merging import words as compiled_words
@@ -37,7 +37,6 @@ def test_with_no_key_it_is_the_published_hash() -> None:
     assert plain_word(1, (0, 0)) == 1753845952
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_equals_the_plain_hash(first: int, k0: int, k1: int) -> None:
     expected = [plain_word(first + i, (k0, k1)) for i in range(5)]
@@ -55,7 +54,6 @@ def test_an_element_takes_the_half_that_the_docstring_says() -> None:
         assert bits % 2**32 == half << 16
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 3000), st.integers(0, 3000))
 def test_any_chunk_is_a_part_of_the_whole(one: int, other: int) -> None:
     start, stop = sorted((one, other))

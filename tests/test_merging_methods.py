@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -206,7 +206,6 @@ def blend_of(method: Method, w: list[float], p: list[float], normalize: bool) ->
 
 
 @pytest.mark.parametrize("name", SLOW)
-@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_equals_the_slow_formula(name: str, data: st.DataObject) -> None:
     method = METHODS[name]
@@ -240,7 +239,6 @@ def slerp_blend(t: float) -> Blend:
     return Blend(method="slerp", sources=("s0", "s1"), parameters={"t": t})
 
 
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), t=st.floats(0, 1))
 def test_slerp_equals_a_turn_in_the_plane_of_both(seed: int, t: float) -> None:
     """Gram-Schmidt, then a rotation by t times the angle: Shoemake's geometry without his formula. Unit vectors."""
@@ -291,7 +289,6 @@ def test_trim_keeps_all_that_are_as_large_as_the_last_one_kept() -> None:
     assert torch.equal(trimmed(delta, 1.0), delta)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 1000))
 def test_trim_keeps_the_largest(size: int, density: float, seed: int) -> None:
     delta = torch.randn(size, generator=torch.Generator().manual_seed(seed))

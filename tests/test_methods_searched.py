@@ -11,10 +11,14 @@ from evomerge.method import own_methods
 from evomerge.store import Store
 
 METHODS = own_methods()
+# Grain "element", the same with draws, and grain "row"; test_plugins.py has one of grain "tensor".
+COMMIT = ("slerp", "dare_ties", "della")
 ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name in COMMIT else pytest.param(name, marks=pytest.mark.nightly) for name in METHODS]
+)
 def test_a_method_is_searched_and_exported(method: str, tmp_path: Path) -> None:
     spec = METHODS[method]
     names = ("base", "maths", "japanese")[: 1 + (spec.max_sources or 2)]

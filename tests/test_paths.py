@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import in_own_memory, save_model, tiny_config
+from helpers_checkpoints import architectures, in_own_memory, save_model, tiny_config
 from test_architectures import MODELS
 from transformers import AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=architectures(MODELS))
 def folder(request: pytest.FixtureRequest, kept: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     name = request.param
     if name not in kept:

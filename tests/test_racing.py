@@ -7,7 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 from helpers_search import ITEMS, make_setup
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
@@ -129,7 +129,6 @@ def test_verdicts_are_those_of_the_definition() -> None:
 # ---- the order of items ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 99))
 def test_an_order_holds_every_item_once_and_strata_are_those_of_the_landmarks(n: int, models: int, seed: int) -> None:
     scores = np.random.default_rng(seed).integers(0, 2, (models, n)).astype(np.float64)
@@ -169,7 +168,6 @@ def test_a_sample_counts_only_the_items_that_a_measure_is_the_mean_of() -> None:
 # ---- the screen ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20))
 def test_tau_of_equal_weights_is_that_of_scipy(points: list[tuple[int, int]]) -> None:
     x, y = zip(*points, strict=True)
@@ -244,7 +242,6 @@ def estimated(
 
 
 @given(st.integers(0, 10_000), st.integers(1, ITEMS - 1), st.floats(0, 1), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
 def test_an_estimate_of_right_or_wrong_is_a_share(seed: int, count: int, able: float, reference: float) -> None:
     """A poor candidate beside a good landmark, or the other way: what is added may not leave what can be."""
     random = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -188,7 +188,6 @@ def test_blends_of_one_recipe_may_be_of_any_kind() -> None:
     assert [blend.method for blend in recipe.blends] == ["passthrough", "task_arithmetic"]
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.lists(
         st.integers(0, 9) | st.fixed_dictionaries({name: st.integers(0, 2) for name in SOURCES}), min_size=1, max_size=4
@@ -288,7 +287,6 @@ def test_a_methods_defaults_are_let_through_and_anything_else_is_not(name: str) 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.floats(-10, 10), min_size=1, max_size=4),
     st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8),

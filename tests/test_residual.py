@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers_checkpoints import architectures
 from test_architectures import EXPERTS, GROUPED, MODELS, PROMPT, SMALL
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -141,7 +142,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.fixture(scope="module", params=KNOWN)
+@pytest.fixture(scope="module", params=architectures(KNOWN))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from helpers_browser import DESK, PHONE, app_of, click_on_a_source, open_browser, settle, watched
 from helpers_service import NAME, make_search, serving
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Route, expect
 from sqlalchemy import insert, update
@@ -449,7 +449,6 @@ def test_the_form_writes_yaml_that_says_what_was_meant(browser: Browser, small: 
     page = watched(context, small).go("/login")
     page.evaluate("async () => { window.dump = (await import('/static/yaml.js')).dump }")
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(FILES)
     def check(content: dict[str, object]) -> None:
         text = page.evaluate("content => window.dump(content)", content)

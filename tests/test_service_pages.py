@@ -16,7 +16,7 @@ import pytest
 import test_elites
 from fastapi import FastAPI
 from helpers_service import BEARER, NAME, client_of, make_app, make_search
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import insert, update
 from starlette.testclient import TestClient
@@ -435,7 +435,6 @@ def paths(content: Any, path: str = "") -> Iterator[str]:
             yield from paths(value, inner)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(KEYS, CONTENT, min_size=1, max_size=4))
 def test_the_line_of_a_fault_is_the_one_that_holds_its_key(content: dict[str, Any]) -> None:
     text = dump_yaml(content)
@@ -507,7 +506,6 @@ def test_a_comparison_in_words() -> None:
     assert "c0007 and ja score the same" in sentence(comparison(difference=0.0), "c0007", "ja")
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.none() | st.floats(-1e6, 1e6))
 def test_a_sparkline_stays_in_its_box_and_rises_where_the_numbers_do(points: list[float], source: float | None) -> None:
     found = sparkline(points, source)
@@ -559,7 +557,6 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(PIECES | st.text(max_size=4), max_size=12))
 def test_a_card_holds_no_html_and_no_address_of_its_own(pieces: list[str]) -> None:
     card = card_of("".join(pieces) or "x", "/files/")

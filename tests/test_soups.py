@@ -22,7 +22,7 @@ Members = tuple[int, ...]
 
 
 def weights(count: int, low: float = 0.0, high: float = 1.5, group: str = "model") -> list[Parameter]:
-    return [Parameter(f"{group}.weight.s{i}", low, high, 1.0, group=group) for i in range(count)]
+    return [Parameter(f"{group}.weight.s{i}", low, high, 1.0, group=group, share_of=f"s{i}") for i in range(count)]
 
 
 class TestGreedySoup(OptimizerContract):

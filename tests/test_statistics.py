@@ -138,7 +138,7 @@ def test_comparisons_that_are_the_same_cost_nothing() -> None:
 
 
 @given(st.integers(0, 10_000), st.floats(-1, 1), st.sampled_from([0.9, 0.95, 0.99]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 def test_p_says_what_the_interval_says(seed: int, effect: float, confidence: float) -> None:
     """Zero is outside of the interval when p is below 1 - confidence, but for the grain of the draws."""
     for found in simultaneous_differences(family(60, 4, 0.5, seed) + effect, confidence, seed):

@@ -441,7 +441,7 @@ def decoded(sources: dict[str, Source]) -> Iterator[tuple[LiveModel, Any]]:
 ENDS = st.lists(st.integers(3, 258), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(
     st.lists(st.lists(ENDS, min_size=1, max_size=5), min_size=1, max_size=3),
     st.lists(st.lists(st.integers(3, 258), max_size=6), min_size=3, max_size=3),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers_checkpoints import edit_json, save_model, tiny_config
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -165,7 +165,7 @@ def vocabularies() -> st.SearchStrategy[dict[str, list[str]]]:
     base=st.sampled_from([None, *TOKENS]),
     step=st.sampled_from([None, 1, 5]),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=settings().max_examples // 4)
 def test_rows_agree_with_a_loop_over_tokens(
     tmp_path_factory: pytest.TempPathFactory,
     words: dict[str, list[str]],
