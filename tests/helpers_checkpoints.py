@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(29))]
-
-# The architectures that every commit is tested on: a plain one, biases and a tied head, two kinds of layers in turn,
-# matrices that lie the other way round, experts, and no attention at all.
-FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba")
-
-
-def architectures(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test that is run on many architectures: all but six of them are nightly."""
-    return [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.nightly) for name in names]
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import WORDS, architectures, in_own_memory, save_model
+from helpers_checkpoints import WORDS, in_own_memory, save_model
+from helpers_tiers import architectures
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 

@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "chaos.py"
 KINDS = 11
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_nothing_is_lost_or_scored_twice_or_hangs_whatever_breaks() -> None:
     command = [sys.executable, str(SCRIPT), "--faults", str(KINDS), "--candidates", "60", "--json"]

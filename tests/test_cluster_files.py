@@ -82,6 +82,7 @@ def left_of(job: int) -> list[psutil.Process]:
     return alive
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_search_runs_stops_when_its_time_is_up_and_resumes_when_requeued(tmp_path: Path) -> None:
     job = 700_000 + os.getpid()

@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import architectures, save_tokenizer
+from helpers_checkpoints import save_tokenizer
 from helpers_lm_eval import COUNTING_CODE, COUNTS, GENERATE, byte_tokenizer, questions, tiny_live, write_all, write_task
 from helpers_miniature import MINIATURES
+from helpers_tiers import architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import MODELS

@@ -10,25 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers_miniature import COMMAND, environment, evomerge, search_file
+from helpers_miniature import COMMAND, environment, evomerge, json_of, search_file
 from helpers_search import table
 
 from evomerge.store import Store
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-
-
-def all_candidates(folder: Path) -> list[dict[str, Any]]:
-    done = run("top", folder, "--all", "--json")
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
 
 
 def events(folder: Path) -> int:
@@ -40,15 +27,18 @@ def events(folder: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_kill_9_three_times_and_resume_gives_the_same_search_bit_for_bit(tmp_path: Path) -> None:
-    file = search_file(tmp_path, budget={"candidates": 29})
+@pytest.mark.parametrize(("kills", "candidates"), [(1, 17), pytest.param(3, 29, marks=pytest.mark.nightly)])
+def test_kill_9_and_resume_gives_the_same_search_bit_for_bit(
+    tmp_path: Path, kills: int, candidates: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = search_file(tmp_path, budget={"candidates": candidates})
     assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
-    expected = all_candidates(tmp_path / "whole")
+    expected = json_of(capsys, "top", tmp_path / "whole", "--all", "--json")
 
     folder = tmp_path / "killed"
     rng = random.Random(0)
     arguments: list[object] = ["search", file, "--dir", folder]
-    for _ in range(3):
+    for _ in range(kills):
         before = events(folder)
         process = subprocess.Popen(
             [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
@@ -61,13 +51,13 @@ def test_kill_9_three_times_and_resume_gives_the_same_search_bit_for_bit(tmp_pat
         process.wait()
         arguments = ["resume", folder]
     assert evomerge("resume", folder) == 0
-    assert all_candidates(folder) == expected
-    assert len(expected) == 29
+    assert json_of(capsys, "top", folder, "--all", "--json") == expected
+    assert len(expected) == candidates
     assert table(folder) == table(tmp_path / "whole")  # down to the score of every item
 
 
 @pytest.mark.timeout(300)
-def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path) -> None:
+def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = search_file(tmp_path, budget={"candidates": 2000})
     folder = tmp_path / "search"
     process = subprocess.Popen(
@@ -76,19 +66,19 @@ def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path) -> No
     )  # fmt: skip
     while process.poll() is None and events(folder) < 12:
         time.sleep(0.05)
-    second = run("resume", folder)
-    assert second.returncode == 2
-    assert f"is driven by process {process.pid}" in second.stderr
+    assert evomerge("resume", folder) == 2
+    assert f"is driven by process {process.pid}" in capsys.readouterr().err
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out.strip().splitlines()[-1] == f"resume: evomerge resume {folder}"
-    status = json.loads(run("status", folder, "--json").stdout)
+    status = json_of(capsys, "status", folder, "--json")
     assert status["state"] == "stopped"
     assert status["candidates"]["running"] == 0
     assert evomerge("resume", folder, "--set", f"budget.candidates={status['candidates']['asked']}") == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_searches_that_are_killed_at_any_moment_are_those_that_were_not() -> None:
     """A few kills of each kind; the long one is ``scripts/kills.py`` as it is."""

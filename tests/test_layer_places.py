@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_checkpoints import architectures, in_own_memory, save_model
+from helpers_checkpoints import in_own_memory, save_model
+from helpers_tiers import architectures
 from test_architectures import GROUPED, MODELS, SMALL
 from test_paths import CPU, answer, close, open_both, path_recipe
 from test_residual import LATENT, OTHERS, ROUTED, configuration

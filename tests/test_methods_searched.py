@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers_miniature import MINIATURES, evomerge, search_file
+from helpers_tiers import nightly_but
 
 from evomerge.method import own_methods
 from evomerge.store import Store
@@ -16,9 +17,7 @@ COMMIT = ("slerp", "dare_ties", "della")
 ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
 
 
-@pytest.mark.parametrize(
-    "method", [name if name in COMMIT else pytest.param(name, marks=pytest.mark.nightly) for name in METHODS]
-)
+@pytest.mark.parametrize("method", nightly_but(COMMIT, METHODS))
 def test_a_method_is_searched_and_exported(method: str, tmp_path: Path) -> None:
     spec = METHODS[method]
     names = ("base", "maths", "japanese")[: 1 + (spec.max_sources or 2)]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import architectures, in_own_memory, save_model, tiny_config
+from helpers_checkpoints import in_own_memory, save_model, tiny_config
+from helpers_tiers import architectures
 from test_architectures import MODELS
 from transformers import AutoModelForCausalLM
 

@@ -14,6 +14,7 @@ import pytest
 from helpers_checkpoints import save_model, tiny_config
 from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
 from helpers_search import table
+from helpers_tiers import nightly_but
 from test_architectures import GROUPED
 from transformers import DiffLlamaConfig
 
@@ -48,7 +49,7 @@ def last_scored(folder: Path) -> str:
         return f"c{max(row.number for row in store.candidates() if row.status == 'done'):04d}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", nightly_but(("indicators", "joint"), CASES))
 def test_a_space_is_searched_and_exported(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evomerge("search", path_file(tmp_path, *CASES[case]), "--dir", tmp_path / "search") == 0
     number = last_scored(tmp_path / "search")
@@ -70,6 +71,7 @@ def test_a_space_is_searched_and_exported(case: str, tmp_path: Path, capsys: pyt
     assert "hops" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_paths_of_16_bits_export_with_their_scales_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     items = {**ITEMS, "search": "validation[:24]", "held_out": "test[:24]"}
     file = path_file(tmp_path, *CASES["blocks"], dtype="bfloat16", objectives={"mini_math_ja": items})
@@ -103,6 +105,7 @@ def test_a_winner_joins_the_pool_and_is_never_lost(tmp_path: Path, capsys: pytes
     assert evomerge("export", tmp_path / "paths", tmp_path / "out") == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path) -> None:
     file = path_file(tmp_path, *CASES["blocks"], budget={"candidates": 24})
@@ -126,6 +129,7 @@ def scored(folder: Path) -> int:
         return store.counts()["done"]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_ray_gives_what_this_process_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []

@@ -125,10 +125,12 @@ def test_a_worker_killed_mid_candidate_loses_nothing(
     ]
 
 
+@pytest.mark.nightly
 def test_a_search_that_an_older_program_began_goes_on_in_this_pool(tmp_path: Path) -> None:
     goes_on_and_is_exported(tmp_path, "--set", "pool=ray", "--set", "cluster.workers=2")
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(120)
 def test_when_no_worker_can_start_the_search_ends_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers_checkpoints import architectures
+from helpers_tiers import architectures
 from test_architectures import EXPERTS, GROUPED, MODELS, PROMPT, SMALL
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
