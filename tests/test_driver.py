@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ from helpers_search import (
 )  # fmt: skip
 
 from evomerge.errors import InputError
+from evomerge.genome import Landmark
 from evomerge.optimizers import CmaSettings, OptunaSettings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.driver import Driver
@@ -282,6 +284,21 @@ def test_killed_at_every_write_and_resumed_it_is_the_same_search(tmp_path: Path,
             deaths += 1
     assert deaths > 20
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+class SpaceThatKnewLess(FakeSpace):
+    """As before somebody saw that its first landmark is a point of it."""
+
+    def landmarks(self) -> Iterator[Landmark]:
+        for mark in super().landmarks():
+            yield replace(mark, genome=None) if mark.label == "one" else mark
+
+
+def test_a_search_goes_on_as_it_began_where_more_landmarks_are_points_today(tmp_path: Path) -> None:
+    drive(tmp_path / "whole", make_setup(space=SpaceThatKnewLess(), candidates=30))
+    drive(tmp_path / "part", make_setup(space=SpaceThatKnewLess(), candidates=12))
+    drive(tmp_path / "part", make_setup(candidates=30))
+    assert table(tmp_path / "part") == table(tmp_path / "whole")
 
 
 def test_a_changed_library_is_noticed_on_resume(tmp_path: Path) -> None:

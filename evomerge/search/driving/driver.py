@@ -356,7 +356,10 @@ class Driver:
     def _replay_ask(self, step: int) -> list[Candidate]:
         rows = self._store.candidates(step=step)
         if step == 0:
-            points = [(mark.genome, mark.recipe) for mark in self._setup.space.landmarks()]
+            # Whether a landmark is a point of the space may be known better today than when the search began.
+            marks = list(self._setup.space.landmarks())
+            points = [(row.genome, mark.recipe) for row, mark in zip(rows, marks, strict=False)]
+            points += [(mark.genome, mark.recipe) for mark in marks[len(rows) :]]
         else:
             ours = [row.genome for row in rows if row.genome is not None and row.origin != FAVOURITE]
             genomes = self._optimizer.replay(ours)
