@@ -156,7 +156,7 @@ def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path, race: bool, mo
         assert rows_of(folder) == rows_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mode", ["generational", "asynchronous"])
+@pytest.mark.parametrize("mode", ["generational", pytest.param("asynchronous", marks=pytest.mark.nightly)])
 def test_a_race_drops_no_elite_of_a_niche(tmp_path: Path, mode: str) -> None:
     """What it drops is, scored in full, hardly ever better than the elites of its niche; and it does spare items."""
     setup = setup_of(race=True, mode=mode, candidates=160)

@@ -391,7 +391,7 @@ def score(items, generate):
     assert all(process.is_running() for process in processes)
     del evaluator
     gc.collect()
-    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
 def test_a_candidate_whose_function_exits_is_one_that_failed(

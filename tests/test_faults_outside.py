@@ -173,8 +173,11 @@ def test_an_export_that_is_not_verified_needs_no_items(tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize(
     "shell",
-    ["{} 2> err | head -n 2 > out", "{} > /dev/full 2> err", "{} >&- 2>&-"],
-    ids=["closed pipe", "full disk", "all closed"],
+    [
+        pytest.param("{} 2> err | head -n 2 > out", id="closed pipe"),
+        pytest.param("{} > /dev/full 2> err", id="full disk", marks=pytest.mark.nightly),
+        pytest.param("{} >&- 2>&-", id="all closed", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_search_goes_on_without_its_output(shell: str, tmp_path: Path) -> None:
     file = with_function(tmp_path, "pass", budget={"candidates": 5}, confirm={"top": 1})

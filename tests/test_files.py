@@ -49,7 +49,7 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_only_plain_files_are_opened(kind: str, tmp_path: Path) -> None:
     SPECIAL[kind](tmp_path / "file")
@@ -94,7 +94,7 @@ def test_text_is_read_in_its_encoding(tmp_path: Path) -> None:
         read_text(tmp_path / "a", "here")
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "text",
     [
@@ -125,7 +125,7 @@ def test_json_within_bounds_is_read() -> None:
     assert parse_json(b'{"a": 1, "a": 2}') == {"a": 2}
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 def test_a_key_that_stands_twice_is_seen_among_many() -> None:
     pairs = ",".join(f'"n{i}":0' for i in range(200_000))
     assert len(parse_json(f"{{{pairs}}}".encode(), unique=True)) == 200_000
@@ -156,7 +156,7 @@ def test_messages_stay_on_one_line(text: str) -> None:
         assert (str(again), again.place, again.problem) == (str(error), error.place, error.problem)
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(60)
 def test_messages_have_an_end() -> None:
     million = "x" * 30_000_000
     for error in (

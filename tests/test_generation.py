@@ -261,11 +261,18 @@ def test_two_objectives_race_by_dominance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "setup",
     [
-        setup_of(racing=RACE, candidates=28, round_to=1),
-        setup_of(racing=Racing(rungs=(20,)), screen=True, least=0.45, candidates=35, round_to=2),
-        setup_of(racing=RACE, candidates=28, round_to=1, optimizer=OptunaSettings(name="tpe", population=6)),
+        pytest.param(setup_of(racing=RACE, candidates=28, round_to=1), id="race"),
+        pytest.param(
+            setup_of(racing=Racing(rungs=(20,)), screen=True, least=0.45, candidates=35, round_to=2),
+            id="race, screen and constraint",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            setup_of(racing=RACE, candidates=28, round_to=1, optimizer=OptunaSettings(name="tpe", population=6)),
+            id="tpe",
+            marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["race", "race, screen and constraint", "tpe"],
 )
 def test_killed_at_every_write_of_a_race_and_resumed_it_is_the_same_search(tmp_path: Path, setup: Setup) -> None:
     drive(tmp_path / "whole", setup, simulation=simulate)

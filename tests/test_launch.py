@@ -259,6 +259,7 @@ def told_of(store: Store) -> list[Any]:
     return [(genome, row.recipe_hash, row.objectives) for genome, row in zip(genomes, rows, strict=True)]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_search_runs_as_a_job_is_listed_left_and_followed_to_its_end(
     tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
@@ -292,6 +293,7 @@ def test_a_search_runs_as_a_job_is_listed_left_and_followed_to_its_end(
         assert told_of(store) == told_of(here)  # of a job on a cluster, and of this process
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> None:
     environment = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
@@ -329,6 +331,7 @@ def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> Non
     assert jobs.complaint({"job": "never was"}) == ""
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(120)
 def test_the_exit_code_is_that_of_the_job(
     tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -338,6 +341,7 @@ def test_the_exit_code_is_that_of_the_job(
     assert f"came to {tmp_path / 'there'}" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_a_relative_folder_and_a_wrong_token_are_refused(
     tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from evomerge.merging.export import write_model
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.inspection import inspect_models
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 Harm = Callable[[Path], object]
 
@@ -237,7 +237,6 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pipe_in_the_place_of_any_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)

@@ -196,7 +196,7 @@ def scrape(observers: Observers) -> dict[tuple[str, ...], float]:
     """What an HTTP client gets, read by the parser of the format: value by name and sorted labels."""
     observer = observers._listeners[0].observer
     assert isinstance(observer, Prometheus)
-    with urllib.request.urlopen(f"http://127.0.0.1:{observer.port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{observer.port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {(s.name, *(v for _, v in sorted(s.labels.items()))): s.value for s in samples}

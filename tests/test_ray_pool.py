@@ -400,6 +400,7 @@ def test_no_worker_is_spread_over_two_nodes() -> None:
 
 
 # The last one, for Ray goes on to send workers to that node until it misses it, which the others should not wait for.
+@pytest.mark.nightly
 @pytest.mark.timeout(120)
 def test_a_node_that_vanishes_is_not_waited_for_until_ray_misses_it(
     start: Callable[..., RayPool], cluster: LocalCluster
