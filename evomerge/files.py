@@ -14,6 +14,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
 from evomerge.errors import InputError
 
 JSON_BYTES = 64_000_000
@@ -30,6 +32,14 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
+
+
+class FileFingerprint(TypedDict):
+    """What a file held (SHA-256, hex) and how it looked from outside (size in bytes, time of change in ns)."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
 
 
 def open_file(file: Path, place: str, most: int | None = None) -> BinaryIO:

@@ -12,7 +12,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def create(folder: Path, setup: Setup = SETUP) -> None:
          "version": setup.evaluators[o.evaluator].version, "items": o.items}
         for o in setup.objectives
     ]  # fmt: skip
-    told = FINGERPRINTS | {"objectives": objectives, "parameters": [{"name": p.name} for p in setup.space.parameters]}
+    told = FINGERPRINTS | {"objectives": objectives, "parameters": [asdict(p) for p in setup.space.parameters]}
     Store.create(folder / "search.db", name=setup.name, settings=SETTINGS, fingerprints=told, environment={}).close()
 
 

@@ -216,7 +216,7 @@ def test_tables_have_parameters_and_say_once_what_a_landmark_is(tmp_path: Path) 
         found = store.search()
         rows = ranked(store, Preference.of_search(found), 3)
         console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(top_table(rows, status, found.fingerprints, best=True))
+        console.print(top_table(rows, status, found.record, best=True))
     text = console.export_text()
     for row in rows:
         assert row.genome is not None
@@ -288,7 +288,7 @@ def test_the_number_that_decides_stands_in_every_place_alike(
         )
         assert (pick.scalar_gain.low or 0) < pick.scalar_gain.mean < (pick.scalar_gain.high or 0)
         row = store.candidate(int(status.winner[1:]))
-        on_search = status.entry(row, store.search().fingerprints).value(name)
+        on_search = status.entry(row, store.search().record).value(name)
         assert on_search is not None
         curse = curse_of(store)
         assert curse.objective == name
@@ -373,7 +373,7 @@ def test_an_earlier_winner_that_wins_again_is_no_source(tmp_path: Path) -> None:
         assert "unmerged" not in told
         assert exported(store, "best") == int(winner.id[1:])
         row = store.candidate(int(winner.id[1:]))
-        assert origin_text(status.entry(row, store.search().fingerprints).origin, row.label) == "earlier winner merged"
+        assert origin_text(status.entry(row, store.search().record).origin, row.label) == "earlier winner merged"
     assert [mark.origin for mark in status.baselines][1:3] == ["source", "source"]
 
 

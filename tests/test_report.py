@@ -42,6 +42,7 @@ from evomerge.report.status import (
 )  # fmt: skip
 from evomerge.search.work.jobs import PoolState
 from evomerge.store import NewCandidate, Store, acquire
+from evomerge.store.record import Evaluator, Measure, SearchRecord
 
 
 def status(**changes: object) -> SearchStatus:
@@ -245,9 +246,10 @@ def test_the_status_names_slow_workers_from_what_is_recorded(tmp_path: Path) -> 
     fingerprints = {
         "objectives": [told | {"name": "maths"}],
         "constraints": [told | {"name": "easy", "items": 30, "threshold": 0.1}],
-        "parameters": [], "screen": None,
+        "parameters": [], "screen": None, "sources": {}, "evaluators": [],
     }  # fmt: skip
     settings = {
+        "seed": 0, "confirm": {},
         "space": {"kind": "made_up"}, "optimizer": {"name": "cma"}, "budget": {"candidates": 60, "hours": None},
         "sources": {}, "racing": None,
     }  # fmt: skip
@@ -446,8 +448,9 @@ def test_a_difference_of_one_item_has_no_interval() -> None:
     ],
 )
 def test_layers_and_parameters_are_counted_and_nothing_else(evaluator: str, metric: str, exact: bool) -> None:
-    fingerprints = {"evaluators": [{"name": evaluator}]}
-    assert is_exact({"evaluator": 0, "metric": metric}, fingerprints) == exact
+    measure = Measure(name="o", evaluator=0, metric=metric, maximise=True, items=1, version="v")
+    told = Evaluator(name=evaluator, version="v", search_items=1, held_out_items=1)
+    assert is_exact(measure, SearchRecord.model_construct(evaluators=(told,))) == exact
 
 
 def test_a_source_and_an_objective_of_one_name_are_told_apart() -> None:

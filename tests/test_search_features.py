@@ -171,19 +171,19 @@ def test_what_the_driver_last_said_of_the_screen_and_item_response_is_shown(fold
 def test_a_candidate_says_why_it_was_not_scored_on_every_item(folder: Path) -> None:
     status, rows = read(folder)
     with open_store(folder) as store:
-        fingerprints = store.search().fingerprints
+        record = store.search().record
     told = {}
     for row in rows:
-        first = next(score_lines(row, fingerprints, status), "")
+        first = next(score_lines(row, record, status), "")
         told.setdefault(status_text(row, status), []).append((row, first))
     for row, line in told["eliminated by screen"]:
         assert line.startswith("eliminated by the screen: among the poorest of its generation in acc (")
-        assert cells(entry(row, fingerprints), status) == ["", ""]
+        assert cells(entry(row, record), status) == ["", ""]
     for row, line in told["eliminated by race"]:
         n = row.objectives["o0"]["n"]
         assert n in (20, 60)
         assert line.startswith(f"eliminated by its race after {n} of 120 items of o0, {n} of 80 items of limit:")
-        assert cells(entry(row, fingerprints), status)[0] == (
+        assert cells(entry(row, record), status)[0] == (
             f"~{row.objectives['o0']['mean']:.3f} ± {row.objectives['o0']['stderr']:.3f} ({n})"
         )
     whole = [line for row, line in told["done"] if row.objectives["o0"]["n"] == COUNT]
@@ -472,9 +472,10 @@ def test_agreement_grades_answers_by_both_scorers(tmp_path: Path, capsys: pytest
 
 def test_the_settings_of_the_search_are_those_of_the_file(featured: Path) -> None:
     with open_store(featured) as store:
-        fingerprints = store.search().fingerprints
+        record = store.search().record
     written = yaml.safe_load((featured / FILE_NAME).read_text())
-    (constraint,) = fingerprints["constraints"]
-    assert (constraint["name"], constraint["threshold"]) == ("english", written["constraints"]["english"]["at_least"])
-    assert fingerprints["screen"]["metric"] == "log_likelihood"
-    assert constraint["version"] == fingerprints["evaluators"][constraint["evaluator"]]["version"]
+    (constraint,) = record.constraints
+    assert (constraint.name, constraint.threshold) == ("english", written["constraints"]["english"]["at_least"])
+    assert record.screen is not None
+    assert record.screen.metric == "log_likelihood"
+    assert constraint.version == record.evaluators[constraint.evaluator].version

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 from starlette.testclient import TestClient
 
+from evomerge.genome import Parameter
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.curse import curse_of
@@ -260,7 +261,7 @@ def test_growth_is_the_area_of_every_prefix(points: list[tuple[int, int]]) -> No
 
 def plain_study(store: Store, objective: str, direction: str) -> optuna.Study:
     """The study as Optuna itself would have it, every trial checked and stored."""
-    names = [p["name"] for p in store.search().fingerprints["parameters"]]
+    names = [p.name for p in store.search().record.parameters]
     study = optuna.create_study(direction=direction)
     for row in own(store):
         if row.genome is not None and row.status == "done":
@@ -307,10 +308,10 @@ def test_parallel_coordinates_are_a_line_a_candidate_up_to_a_hundred(tmp_path: P
 
 def test_many_parameters_are_told_by_means_over_layer_groups() -> None:
     parameters = [
-        {"name": f"layers.{i}.weight.{source}", "low": 0.0, "high": 2.0, "default": 1.0, "kind": "real",
-         "group": f"layers.{i}", "choices": []}
-        for i in range(30) for source in ("one", "two.b")
-    ]  # fmt: skip
+        Parameter(f"layers.{i}.weight.{source}", 0.0, 2.0, 1.0, group=f"layers.{i}")
+        for i in range(30)
+        for source in ("one", "two.b")
+    ]
     genomes = np.random.default_rng(0).random((5, 60))
     genes = genes_of(parameters, genomes)
     assert [gene.name for gene in genes] == ["mean weight.one", "mean weight.two.b"]
@@ -320,20 +321,17 @@ def test_many_parameters_are_told_by_means_over_layer_groups() -> None:
 
 
 def test_of_too_many_means_those_that_vary_most_are_taken() -> None:
-    parameters = [
-        {"name": f"g.p{i}", "low": 0.0, "high": 1.0, "default": 0.5, "kind": "real", "group": "g", "choices": []}
-        for i in range(MOST_PARAMETERS + 5)
-    ]  # fmt: skip
+    parameters = [Parameter(f"g.p{i}", 0.0, 1.0, 0.5, group="g") for i in range(MOST_PARAMETERS + 5)]
     genomes = np.random.default_rng(0).random((50, len(parameters)))
     genomes[:, :5] = 0.5
-    assert [gene.name for gene in genes_of(parameters, genomes)] == [p["name"] for p in parameters[5:]]
+    assert [gene.name for gene in genes_of(parameters, genomes)] == [p.name for p in parameters[5:]]
 
 
 def test_choices_and_whole_numbers_are_told_as_what_they_are(root: Path) -> None:
     parameters = [
-        {"name": "from", "low": 0, "high": 2, "default": 0, "kind": "choice", "group": "", "choices": ["a", "b", "c"]},
-        {"name": "start", "low": 0.0, "high": 7.0, "default": 0.0, "kind": "int", "group": "", "choices": []},
-    ]  # fmt: skip
+        Parameter("from", 0, 2, 0, "choice", choices=("a", "b", "c")),
+        Parameter("start", 0.0, 7.0, 0.0, "int"),
+    ]
     source, start = genes_of(parameters, np.zeros((0, 2)))
     assert source.values(np.array([[2.0, 3.0], [0.0, 7.0]])) == ["c", "a"]
     assert start.values(np.array([[2.0, 3.0], [0.0, 7.0]])) == [3, 7]

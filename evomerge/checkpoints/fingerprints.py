@@ -5,19 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
 
 from evomerge.checkpoints.folder import TEMPLATES
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-
-
-class FileFingerprint(TypedDict):
-    """What a file held (SHA-256, hex) and how it looked from outside (size in bytes, time of change in ns)."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
+from evomerge.files import FileFingerprint
 
 
 def fingerprint(source: Source, known: Mapping[str, FileFingerprint] | None = None) -> dict[str, FileFingerprint]:

@@ -60,7 +60,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     # What is left is copied last of all, when the lease is released and no worker waits for it.
     with (
         ExitStack() as last,
-        closing(make_pool(prepared, folder, known)) as pool,
+        closing(make_pool(prepared, folder, known["sources"])) as pool,
         create_search(folder, prepared, known) as store,
     ):
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
@@ -74,7 +74,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
     """Go on with a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
     if begin_again(folder, store, prepared):
         console.print("nothing had been scored yet: the search begins again, as its file is now", style="dim")
-    with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
+    with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
@@ -86,7 +86,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
 
 def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
     """Only confirm a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
-    with closing(make_pool(prepared, folder, store.search().fingerprints)) as pool:
+    with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED

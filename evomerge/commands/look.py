@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import candidate_id, measures_of
+from evomerge.report.entries import candidate_id
 from evomerge.report.items import Item, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import Screen
@@ -34,7 +34,7 @@ from evomerge.report.status import SearchStatus, depths_of, read_status, status_
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.resuming import resumed_file
-from evomerge.store import CandidateRow, Store, Verb, current_holder
+from evomerge.store import CandidateRow, SearchRecord, Store, Verb, current_holder
 
 _FEW, _MANY = 20, 50  # candidates in a picture of the winner's curse: too few to see it, and enough
 
@@ -58,18 +58,18 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
     """The k best, by what decides or along a front the best compromises first; or all in the order asked."""
     with open_store(folder) as store:
         search = store.search()
-        fingerprints = search.fingerprints
-        names = [p["name"] for p in fingerprints["parameters"]]
+        record = search.record
+        names = [p.name for p in record.parameters]
         rows = store.candidates() if k is None else ranked(store, Preference.of_search(search), k)
         known = status_of(store)
     if as_json:
-        print(json.dumps([_as_json(row, names, known, fingerprints) for row in rows], indent=2))
+        print(json.dumps([_as_json(row, names, known, record) for row in rows], indent=2))
         return
     console = make_console()
-    console.print(top_table(rows, known, fingerprints, best=k is not None))
+    console.print(top_table(rows, known, record, best=k is not None))
     if not rows:
         console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
-    if k is None and any("~" in text for row in rows for text in cells(known.entry(row, fingerprints), known)):
+    if k is None and any("~" in text for row in rows for text in cells(known.entry(row, record), known)):
         console.print("~ is estimated from the scores of so many items (in brackets).", style="dim")
     asked = known.candidates.asked
     if k is not None and 0 < len(rows) < asked:
@@ -90,7 +90,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         search = store.search()
         known = status_of(store)
         depths = depths_of(store)
-    recipe = read_recipe(row.recipe, search.settings["sources"])
+    recipe = read_recipe(row.recipe, search.record.sources)
     if picture is not None:
         title = f"{search.name} {candidate_id(row.number)} {row.label}".strip()
         _save(picture, path_svg(recipe, depths, title))
@@ -99,28 +99,28 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     if as_recipe:
         print(dump_recipe(recipe), end="")
         return
-    names = [p["name"] for p in search.fingerprints["parameters"]]
+    names = [p.name for p in search.record.parameters]
     if as_json:
         more = {"recipe": json.loads(row.recipe), "attempts": row.attempts, "worker": row.worker}
         more |= {"timings": row.timings, "failure": row.failure}
-        print(json.dumps(_as_json(row, names, known, search.fingerprints) | more, indent=2))
+        print(json.dumps(_as_json(row, names, known, search.record) | more, indent=2))
         return
     console = make_console()
-    shown = known.entry(row, search.fingerprints)
+    shown = known.entry(row, search.record)
     console.print(
         f"{shown.id}  {origin_text(shown.origin, shown.label)}  {row.status}, asked in step {row.step}",
         style="bold",
     )
     if chosen_for := [*roles_of(known, candidate_id(row.number), "held_out")]:
         console.print(f"  {', '.join(chosen_for)} on held-out items")
-    for line in score_lines(row, search.fingerprints, known):
+    for line in score_lines(row, search.record, known):
         console.print(f"  {line}")
     if row.timings:
         console.print("  " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in row.timings.items()))
     console.print(f"  attempts {row.attempts}, worker {row.worker or 'none'}, recipe {row.recipe_hash}")
     if row.same_as is not None:
         console.print(f"  answered by {candidate_id(row.same_as)}, which has the same recipe")
-    for name, value in parameters_of(row.genome, search.fingerprints["parameters"]):
+    for name, value in parameters_of(row.genome, search.record.parameters):
         console.print(f"    {name} = {parameter_text(value)}")
     for line in path_text(recipe, depths, console.width - 2):
         console.print(f"  {line}")
@@ -153,9 +153,9 @@ class _Items:
 
 def _items(store: Store, numbers: Sequence[int]) -> Iterator[_Items]:
     for split, name in SPLITS.items():
-        for measure in measures_of(store.search().fingerprints):
-            title = f"{measure['name']}, {name}"
-            yield _Items(title, measure["name"], split, items_of(store, numbers, split, measure))
+        for measure in store.search().record.measures:
+            title = f"{measure.name}, {name}"
+            yield _Items(title, measure.name, split, items_of(store, numbers, split, measure))
 
 
 def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> None:
@@ -300,14 +300,12 @@ def send(folder: Path, verb: Verb) -> None:
     print(f"told {holder} to {verb}", file=sys.stderr)
 
 
-def _as_json(
-    row: CandidateRow, names: list[str], known: SearchStatus, fingerprints: Mapping[str, Any]
-) -> dict[str, Any]:
+def _as_json(row: CandidateRow, names: list[str], known: SearchStatus, record: SearchRecord) -> dict[str, Any]:
     """A candidate as ``top --json`` gives it: the same in two runs of one search, whatever befell them.
 
     With a scalarisation ``scalar`` is the number that decides on the search split.
     """
-    shown = known.entry(row, fingerprints)
+    shown = known.entry(row, record)
     genome = None if row.genome is None else dict(zip(names, row.genome.tolist(), strict=True))
     return {
         "id": candidate_id(row.number),

@@ -68,7 +68,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             # change would be rounded away, and the folder be another model than was scored.
             recipe = recipe.model_copy(update={"dtype": "float32"})
             console.print("written in float32, for candidates that are scored together are rounded nowhere")
-        evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().fingerprints))
+        evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
         builder = find_builder(recipe.kind)(build_context(file, sources, evidence))
         provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
         checked: list[str] = []

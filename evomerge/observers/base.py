@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import InputError
+from evomerge.store.record import Measure
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow, Status
 
 FOLDER_NAME = "observers"
@@ -72,10 +73,9 @@ class News:
         return self.candidates.get(event.candidate) if event.candidate is not None and ends(event) else None
 
     @property
-    def objectives(self) -> Sequence[Mapping[str, Any]]:
-        """The objectives of the search: "name", "maximise", "evaluator", "version", "metric" and "items" of each."""
-        found: Sequence[Mapping[str, Any]] = self.search.fingerprints["objectives"]
-        return found
+    def objectives(self) -> Sequence[Measure]:
+        """The objectives of the search."""
+        return self.search.record.objectives
 
 
 def ends(event: EventRow) -> bool:
@@ -89,7 +89,7 @@ def genome_of(row: CandidateRow, search: SearchRow) -> dict[str, float]:
     """A candidate's genome by the names of the parameters; empty for a landmark that has none."""
     if row.genome is None:
         return {}
-    names = [parameter["name"] for parameter in search.fingerprints["parameters"]]
+    names = [parameter.name for parameter in search.record.parameters]
     return dict(zip(names, np.asarray(row.genome).tolist(), strict=True))
 
 

@@ -147,8 +147,8 @@ class Listener:
             self._news = replace(self._news, events=[], candidates={}, workers=workers)
             return self._news
         search = self._store.search()
-        objectives = search.fingerprints["objectives"]
-        best = {o["name"]: self._store.best(o["name"], maximise=o["maximise"]) for o in objectives}
+        objectives = search.record.objectives
+        best = {o.name: self._store.best(o.name, maximise=o.maximise) for o in objectives}
         named = self._store.events(kinds=("shortlist", "winner"), newest=1)
         self._news = News(
             search=search,
@@ -178,9 +178,9 @@ class Listener:
         for number in {e.candidate for e in scored if e.kind == "scores" and e.candidate is not None}:
             found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
             known[number] = {
-                o["name"]: float(found[o["version"]][o["metric"]].astype(np.float64).mean())
-                for o in search.fingerprints["objectives"]
-                if o["version"] in found
+                o.name: float(found[o.version][o.metric].astype(np.float64).mean())
+                for o in search.record.objectives
+                if o.version in found
             }
         return known
 

@@ -138,8 +138,8 @@ def _items(row: CandidateRow, news: News) -> int:
     """On how many items a candidate was scored: of objectives on one evaluator, that with the most has all."""
     most: dict[int, int] = {}
     for objective in news.objectives:
-        if (found := row.objectives.get(objective["name"])) is not None:
-            most[objective["evaluator"]] = max(found["n"], most.get(objective["evaluator"], 0))
+        if (found := row.objectives.get(objective.name)) is not None:
+            most[objective.evaluator] = max(found["n"], most.get(objective.evaluator, 0))
     return sum(most.values())
 
 

@@ -39,12 +39,12 @@ class Tracker(Observer):
 
     def _values(self, row: CandidateRow, news: News) -> dict[str, float]:
         """A candidate's objectives by name, and the best of each so far under "best/"."""
-        means = {o["name"]: row.objectives[o["name"]]["mean"] for o in news.objectives if o["name"] in row.objectives}
+        means = {o.name: row.objectives[o.name]["mean"] for o in news.objectives if o.name in row.objectives}
         found = {f"candidate/{name}": mean for name, mean in means.items() if math.isfinite(mean)}
         for objective in news.objectives:
-            name = objective["name"]
+            name = objective.name
             if row.eligible and row.same_as is None and name in means:
-                better = max if objective["maximise"] else min
+                better = max if objective.maximise else min
                 self._best[name] = better(self._best.get(name, means[name]), means[name])
         return found | {f"best/{name}": best for name, best in self._best.items()}
 
@@ -68,8 +68,8 @@ def _front_row(row: CandidateRow, news: News) -> Row:
     content: dict[str, Any] = {"candidate": named(row.number)}
     held_out = news.held_out.get(row.number, {})
     for objective in news.objectives:
-        content[objective["name"]] = row.objectives[objective["name"]]["mean"]
-        content[f"held_out/{objective['name']}"] = held_out.get(objective["name"])
-    names = (parameter["name"] for parameter in news.search.fingerprints["parameters"])
+        content[objective.name] = row.objectives[objective.name]["mean"]
+        content[f"held_out/{objective.name}"] = held_out.get(objective.name)
+    names = (parameter.name for parameter in news.search.record.parameters)
     genome = genome_of(row, news.search)
     return content | {f"genome/{name}": genome.get(name) for name in names}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from evomerge.report.entries import ConfirmedEntry, Entry, Value, candidate_id, gap_text
 from evomerge.report.screen import cell, choice_text, p_text
 from evomerge.report.status import SearchStatus
-from evomerge.store import CandidateRow
+from evomerge.store import CandidateRow, SearchRecord
 
 
 def is_screened_out(row: CandidateRow, status: SearchStatus) -> bool:
@@ -23,12 +22,12 @@ def status_text(row: CandidateRow, status: SearchStatus) -> str:
     return f"eliminated by {'screen' if is_screened_out(row, status) else 'race'}"
 
 
-def score_lines(row: CandidateRow, fingerprints: Mapping[str, Any], status: SearchStatus) -> Iterator[str]:
+def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -> Iterator[str]:
     """What became of a candidate, and its scores on either split, a line for each."""
     name = candidate_id(row.number)
     if told := _fate(row, status):
         yield told
-    yield from _values(status.entry(row, fingerprints), status, "search")
+    yield from _values(status.entry(row, record), status, "search")
     if row.elite:
         yield "the best of its niche" if len(status.directions) == 1 else "on the front of its niche"
     if (confirmed := status.confirmed_entry(name)) is not None:

@@ -19,7 +19,7 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import Entry, Value, candidate_id, interval_text, measures_of
+from evomerge.report.entries import Entry, Value, candidate_id, interval_text
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
@@ -95,7 +95,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
     Files have the SHA-256 that the search recorded. A merge without a search gives their sizes in bytes alone: hashing
     would take longer than merging.
     """
-    known = provenance.search.fingerprints["sources"] if provenance else {}
+    known = provenance.search.record.files if provenance else {}
     content: dict[str, Any] = {
         "recipe_hash": recipe.hash,
         "made_with": {"evomerge": __version__},
@@ -143,7 +143,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
     if not front["base_model"]:
         del front["base_model"]
     if provenance is not None and (values := provenance.status.confirmed_values(candidate_id(provenance.row.number))):
-        metrics = {o["name"]: o["metric"] for o in provenance.search.fingerprints["objectives"]}
+        metrics = {o.name: o.metric for o in provenance.search.record.objectives}
         front["model-index"] = [{"name": title, "results": [_result(n, metrics[n], v) for n, v in values.items()]}]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
@@ -194,7 +194,7 @@ def _path_section(recipe: Recipe, depths: Mapping[str, int]) -> str:
 
 def _scores_section(provenance: Provenance) -> str:
     status, row = provenance.status, provenance.row
-    ours = _score_table(status.entry(row, provenance.search.fingerprints), status)
+    ours = _score_table(status.entry(row, provenance.search.record), status)
     text = "## Scores\n\nMean ± standard error. The search chose by its own split; the held-out split was read only to "
     text += f"confirm.\n\n{ours}"
     gaps = [
@@ -241,7 +241,7 @@ def _choice_section(provenance: Provenance) -> str:
         parts += [constrained]
     if choice is not None:
         frozen = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(choice.frozen_at))
-        top = provenance.search.settings["confirm"]["top"]
+        top = provenance.search.record.confirm.top
         shortlist = (
             f"A shortlist of {choice.shortlist} was written down at {frozen}, before any of its held-out items was "
             f"scored: the front, and the best {top} {_by(provenance.status)}."
@@ -326,8 +326,8 @@ def _constrained(provenance: Provenance) -> str:
 def _items_each(search: SearchRow) -> int:
     """How many items of the search split a candidate is scored on at most, over all evaluators but the screen's."""
     most: dict[int, int] = {}
-    for measure in measures_of(search.fingerprints):
-        most[measure["evaluator"]] = max(measure["items"], most.get(measure["evaluator"], 0))
+    for measure in search.record.measures:
+        most[measure.evaluator] = max(measure.items, most.get(measure.evaluator, 0))
     return sum(most.values())
 
 

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import better, combined_of
-from evomerge.report.entries import Known, Measure, judging
+from evomerge.report.entries import Known
 from evomerge.report.status import scale_of, status_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import Matrix, paired_difference, sign_test
 from evomerge.store import SearchRow, Store
+from evomerge.store.record import Measure
 
 Split = Literal["search", "held_out"]
 
@@ -54,22 +55,22 @@ def compared(store: Store, a: int, b: int) -> list[Comparison]:
     of each split that both were scored on.
     """
     search = store.search()
-    confidence = search.settings["confirm"]["confidence"]
+    confidence = search.record.confirm.confidence
     found = []
     for split in _SPLITS:
         pairs: dict[str, Matrix] = {}
         own = []
         scores_a, scores_b = ({s.evaluator: s for s in store.scores(number, split)} for number in (a, b))
-        for measure in judging(search.fingerprints):
-            if measure["version"] in scores_a and measure["version"] in scores_b:
-                one, other = (scores[measure["version"]] for scores in (scores_a, scores_b))
-                wanted = measure["items"] if split == "search" else max(len(one.items), len(other.items))
+        for measure in search.record.judging:
+            if measure.version in scores_a and measure.version in scores_b:
+                one, other = (scores[measure.version] for scores in (scores_a, scores_b))
+                wanted = measure.items if split == "search" else max(len(one.items), len(other.items))
                 items, at_one, at_other = np.intersect1d(one.items, other.items, return_indices=True)
                 at_one, at_other = (at[items < wanted] for at in (at_one, at_other))
                 if len(at_one):
-                    pair = one.metrics[measure["metric"]][at_one], other.metrics[measure["metric"]][at_other]
+                    pair = one.metrics[measure.metric][at_one], other.metrics[measure.metric][at_other]
                     own.append(_compare(measure, split, wanted, *pair, confidence))
-                    pairs[measure["name"]] = np.stack([better(measure, values) for values in pair], axis=1)
+                    pairs[measure.name] = np.stack([better(measure, values) for values in pair], axis=1)
         found += [*_combined(store, search, split, pairs, own), *own]
     return found
 
@@ -89,7 +90,7 @@ def _combined(
     status = status_of(store)
     scores = [pairs[name] for name in preference.objectives]
     combined = combined_of(store, search, preference, scores, split, scale_of(status, split))
-    gap = combined.difference(0, 1, search.settings["confirm"]["confidence"])
+    gap = combined.difference(0, 1, search.record.confirm.confidence)
     objectives = [each for each in own if each.objective in preference.objectives]
     a, b = (-preference.sign * combined.means).tolist()
     yield Comparison(
@@ -117,11 +118,11 @@ def _compare(
     other: NDArray[np.float32],
     confidence: float,
 ) -> Comparison:
-    sign = 1.0 if measure["maximise"] else -1.0
+    sign = measure.sign
     gap = paired_difference(sign * one, sign * other, confidence)
     better_a, better_b = int((sign * one > sign * other).sum()), int((sign * one < sign * other).sum())
     return Comparison(
-        objective=measure["name"],
+        objective=measure.name,
         split=split,
         n=len(one),
         wanted=wanted,

@@ -16,19 +16,18 @@ from evomerge.report.entries import (
     ConfirmedValue,
     Entry,
     Gap,
-    Measure,
     Scalar,
     candidate_id,
     constraints_of,
     entry_of,
     is_exact,
-    measures_of,
     origin_of,
 )
 from evomerge.search.estimation.combined import Combined, Range, Scored
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_at
 from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
 from evomerge.store import CandidateRow, EventRow, SearchRow, Store
+from evomerge.store.record import Measure
 
 CHOSEN_EVENTS = ("winner", "confirmed")
 """What is recorded when a choice is made: a winner, or that a front without one is confirmed."""
@@ -98,20 +97,20 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     frozen = [event for event in events if event.kind == "shortlist"]
     if not frozen:
         return Confirmed([], [], {}, None)
-    objectives, seed = search.fingerprints["objectives"], search.settings["seed"]
-    measures = measures_of(search.fingerprints)
-    last, confidence = frozen[-1].payload, search.settings["confirm"]["confidence"]
+    objectives, seed = search.record.objectives, search.record.seed
+    measures = search.record.measures
+    last, confidence = frozen[-1].payload, search.record.confirm.confidence
     marks = {row.number: found for row in landmarks if (found := held_out(store, row.number, measures))}
     ours = {number: found for number in last["candidates"] if (found := held_out(store, number, measures))}
     others = {row.label: marks[row.number] for row in landmarks if row.number in marks and _is_compared(row)}
-    gaps = {o["name"]: _gaps(o, ours, others, confidence, seed) for o in objectives}
+    gaps = {o.name: _gaps(o, ours, others, confidence, seed) for o in objectives}
     preference = Preference.of_search(search)
     numbers = _Numbers.of(store, search, preference, {**marks, **ours})
 
     def told(row: CandidateRow, items: Items) -> Entry:
         estimates = {name: mean_and_error(values) for name, values in items.items()}
-        found = entry_of(row, estimates, search.fingerprints)
-        return found.model_copy(update={"origin": origin_of(row, search.settings["sources"])})
+        found = entry_of(row, estimates, search.record)
+        return found.model_copy(update={"origin": origin_of(row, search.record.sources)})
 
     entries = []
     for number, items in ours.items():
@@ -134,9 +133,9 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     # What an earlier shortlist chose does not count: this one has not been scored to its end.
     made = [e.payload for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
     too_few = [
-        o["name"]
+        o.name
         for o in objectives
-        if not is_exact(o, search.fingerprints) and any(each.objectives[o["name"]].n == 1 for each in shown)
+        if not is_exact(o, search.record) and any(each.objectives[o.name].n == 1 for each in shown)
     ]
     luck = 0.0
     if numbers is not None:
@@ -165,7 +164,7 @@ def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, c
     """
     if not shown:
         return {}
-    limits = constraints_of(search.fingerprints)
+    limits = constraints_of(search.record)
     misses = np.array([sum(limits[n].violation(v.mean) for n, v in each.constraints.items()) for each in shown])
     kept = np.flatnonzero(misses == misses.min())
     among = preference.losses([{n: v.mean for n, v in each.objectives.items()} for each in shown])
@@ -185,11 +184,11 @@ def effort(
     last = frozen[-1].payload
     wanted = {row.number for row in landmarks if row.status in ("done", "cached")}
     wanted |= {*last["candidates"], *last.get("drawn", [])}
-    evaluators = {measure["evaluator"] for measure in measures_of(search.fingerprints)}
+    evaluators = {measure.evaluator for measure in search.record.measures}
     return Effort(
         models=len(wanted),
         models_done=len(held.entries) + len(held.baselines) + held.choice.drawn,
-        items_each=sum(search.fingerprints["evaluators"][number]["held_out_items"] for number in evaluators),
+        items_each=sum(search.record.evaluators[number].held_out_items for number in evaluators),
         seconds=_confirming_s(events, time.time() if is_driven else None),
     )
 
@@ -229,14 +228,14 @@ def _is_compared(landmark: CandidateRow) -> bool:
 def held_out(store: Store, number: int, measures: Sequence[Measure]) -> Items:
     """A candidate's held-out scores, float32 [items], for each measure; empty while it has none."""
     found = {scores.evaluator: scores.metrics for scores in store.scores(number, "held_out")}
-    if any(m["version"] not in found for m in measures):
+    if any(m.version not in found for m in measures):
         return {}
-    return {m["name"]: found[m["version"]][m["metric"]] for m in measures}
+    return {m.name: found[m.version][m.metric] for m in measures}
 
 
 def better(measure: Measure, values: NDArray[np.float32]) -> Matrix:
     """Scores of a measure in float64, so that more is better."""
-    return values.astype(np.float64) * (1.0 if measure["maximise"] else -1.0)
+    return values.astype(np.float64) * measure.sign
 
 
 def _gaps(
@@ -246,7 +245,7 @@ def _gaps(
     pairs = [(number, label) for number in ours for label in others]
     if not pairs:
         return {number: [] for number in ours}
-    name = objective["name"]
+    name = objective.name
     differences = [better(objective, ours[n][name]) - better(objective, others[label][name]) for n, label in pairs]
     found = simultaneous_differences(np.stack(differences, axis=1), confidence, seed)
     gaps: dict[int, list[Gap]] = {number: [] for number in ours}
@@ -258,7 +257,7 @@ def _gaps(
 def _luck(objectives: Sequence[Measure], contenders: Sequence[Items], seed: int) -> float:
     """The luck of the choice by the one objective."""
     (objective,) = objectives
-    values = [better(objective, found[objective["name"]]) for found in contenders]
+    values = [better(objective, found[objective.name]) for found in contenders]
     return luck_of_choice([np.stack(values, axis=1)], seed) if values else 0.0
 
 
@@ -275,8 +274,8 @@ class _Numbers:
         """That of models by number; None where there is no scalarisation, or no model."""
         if preference.scalarisation is None or not models:
             return None
-        objectives = search.fingerprints["objectives"]
-        scores = [np.stack([better(o, found[o["name"]]) for found in models.values()], axis=1) for o in objectives]
+        objectives = search.record.objectives
+        scores = [np.stack([better(o, found[o.name]) for found in models.values()], axis=1) for o in objectives]
         combined = combined_of(store, search, preference, scores, "held_out")
         return cls(preference, combined, {n: at for at, n in enumerate(models)}, sum(len(each) for each in scores))
 
@@ -319,10 +318,10 @@ def combined_of(
         scores: by objective of the preference float64 [items, models], more is better.
         scale: the range of objectives; that of these models unless it is given.
     """
-    objectives = [o for o in search.fingerprints["objectives"] if o["name"] in preference.objectives]
-    sets = _sets_of_items(store, [o["version"] for o in objectives], split)
+    objectives = [o for o in search.record.objectives if o.name in preference.objectives]
+    sets = _sets_of_items(store, [o.version for o in objectives], split)
     parts = [
-        Scored(values, sets[o["version"]], is_exact(o, search.fingerprints))
+        Scored(values, sets[o.version], is_exact(o, search.record))
         for o, values in zip(objectives, scores, strict=True)
     ]
     return Combined(preference.scalarisation, parts, scale)

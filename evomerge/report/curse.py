@@ -15,12 +15,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import Items, better, combined_of, held_out
-from evomerge.report.entries import Known, Measure, Value, candidate_id, interval_text
+from evomerge.report.entries import Known, Value, candidate_id, interval_text
 from evomerge.report.status import SearchStatus, scale_of, status_of
 from evomerge.search.estimation.combined import Combined
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.estimation.statistics import Matrix, kendall_tau, sum_interval
 from evomerge.store import CandidateRow, SearchRow, Store
+from evomerge.store.record import Measure
 
 _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
 
@@ -138,9 +139,9 @@ def curse_of(store: Store) -> Curse:
 
 def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Preference) -> Curse:
     """The curse in the number that a preference goes by."""
-    settings = search.settings["confirm"]
+    settings = search.record.confirm
     landmarks = store.candidates(step=0)
-    most = max(settings["top"], settings["drawn"])
+    most = max(settings.top, settings.drawn)
     best = [row for row in ranked(store, preference, most + len(landmarks)) if row.step > 0][:most]
     frozen = store.events(kinds=("shortlist",), newest=1)
     shortlist = [store.candidate(number) for event in frozen for number in event.payload["candidates"]]
@@ -169,7 +170,7 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
     finds.sort(key=lambda at: (-known.splits[0].means[at], known.rows[at].number))
     tau, slope = _association(*(split.means[finds] for split in known.splits))
     name = preference.scalar or next(iter(preference.objectives))
-    confidence = settings["confidence"]
+    confidence = settings.confidence
     return Curse(
         search=search.name,
         objective=name,
@@ -189,8 +190,8 @@ def _measured(
     store: Store, search: SearchRow, status: SearchStatus, preference: Preference, rows: Sequence[CandidateRow]
 ) -> _Measured:
     """Those of some candidates that were scored whole on both splits."""
-    all_objectives: Sequence[Measure] = search.fingerprints["objectives"]
-    objectives = [o for o in all_objectives if o["name"] in preference.objectives]
+    all_objectives: Sequence[Measure] = search.record.objectives
+    objectives = [o for o in all_objectives if o.name in preference.objectives]
     whole: list[CandidateRow] = []
     scores: dict[Literal["search", "held_out"], list[Items]] = {"search": [], "held_out": []}
     for row in {row.number: row for row in rows}.values():
@@ -203,13 +204,13 @@ def _measured(
 
     def number(split: Literal["search", "held_out"]) -> tuple[Combined, int]:
         values = [
-            np.stack([better(o, found[o["name"]]) for found in scores[split]], axis=1) if whole else np.empty((1, 0))
+            np.stack([better(o, found[o.name]) for found in scores[split]], axis=1) if whole else np.empty((1, 0))
             for o in objectives
         ]
         return combined_of(store, search, preference, values, split, scale), sum(len(each) for each in values)
 
     (before, n_before), (after, n_after) = number("search"), number("held_out")
-    way = status.numbers[preference.scalar or objectives[0]["name"]]
+    way = status.numbers[preference.scalar or objectives[0].name]
     sign = 1.0 if way == "maximize" else -1.0
     return _Measured(whole, (before, after), sign, (n_before, n_after))
 
@@ -219,11 +220,11 @@ def _searched(store: Store, row: CandidateRow, objectives: Sequence[Measure]) ->
     known = {scores.evaluator: scores for scores in store.scores(row.number, "search")}
     found: Items = {}
     for objective in objectives:
-        scores = known.get(objective["version"])
+        scores = known.get(objective.version)
         if scores is None:
             return {}
-        found[objective["name"]] = scores.metrics[objective["metric"]][scores.items < objective["items"]]
-    is_whole = all(len(found[objective["name"]]) == objective["items"] for objective in objectives)
+        found[objective.name] = scores.metrics[objective.metric][scores.items < objective.items]
+    is_whole = all(len(found[objective.name]) == objective.items for objective in objectives)
     return found if is_whole else {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator
@@ -12,7 +12,8 @@ from evaluators.cost import COUNTED
 from evomerge.optimizers import Feature
 from evomerge.report.parameters import parameters_of
 from evomerge.search.preparing.setup import violation
-from evomerge.store import CandidateRow, Estimate
+from evomerge.store import CandidateRow, Estimate, SearchRecord
+from evomerge.store.record import Measure
 from evomerge.store.summaries import Brief
 
 SOURCE = "source"
@@ -20,9 +21,6 @@ SOURCE = "source"
 
 EARLIER_WINNER = "earlier winner"
 """The origin of a merge that an earlier search found and that the paths of this one go through, beside its sources."""
-
-Measure = Mapping[str, Any]
-"""An objective, a constraint or a feature as a search's fingerprints say it."""
 
 
 def _none_if_nan(value: Any) -> Any:
@@ -158,37 +156,19 @@ def candidate_id(number: int) -> str:
     return f"c{number:04d}"
 
 
-def constraints_of(fingerprints: Mapping[str, Any]) -> dict[str, Constraint]:
+def constraints_of(record: SearchRecord) -> dict[str, Constraint]:
     """The constraints of a search by name."""
-    return {
-        c["name"]: Constraint(threshold=c["threshold"], at_least=c["maximise"]) for c in told_constraints(fingerprints)
-    }
+    return {c.name: Constraint(threshold=c.threshold, at_least=c.maximise) for c in record.constraints}
 
 
-def told_constraints(fingerprints: Mapping[str, Any]) -> Sequence[Measure]:
-    """The constraints of a search as its fingerprints say them; older programs said nothing of them."""
-    found: Sequence[Measure] = fingerprints.get("constraints", [])
-    return found
+def features_of(record: SearchRecord) -> dict[str, FeatureRange]:
+    """The features of a search by name."""
+    return {each.name: FeatureRange(low=each.low, high=each.high, bins=each.bins) for each in record.features}
 
 
-def judging(fingerprints: Mapping[str, Any]) -> list[Measure]:
-    """The measures by which one candidate is better than another: objectives and constraints."""
-    return [*fingerprints["objectives"], *told_constraints(fingerprints)]
-
-
-def features_of(fingerprints: Mapping[str, Any]) -> dict[str, FeatureRange]:
-    """The features of a search by name; older programs knew of none."""
-    return {each["name"]: FeatureRange.model_validate(each) for each in fingerprints.get("features", [])}
-
-
-def measures_of(fingerprints: Mapping[str, Any]) -> list[Measure]:
-    """The objectives, constraints and features of a search as its fingerprints say them."""
-    return [*judging(fingerprints), *fingerprints.get("features", [])]
-
-
-def entry(row: CandidateRow, fingerprints: Mapping[str, Any]) -> Entry:
+def entry(row: CandidateRow, record: SearchRecord) -> Entry:
     """A row of the store in the words of people."""
-    return entry_of(row, row.objectives, fingerprints)
+    return entry_of(row, row.objectives, record)
 
 
 def origin_of(row: CandidateRow | Brief, sources: Collection[str]) -> str:
@@ -203,20 +183,20 @@ def kind_of(origin: str, label: str) -> str:
     return f"{SOURCE} {label}" if origin == SOURCE else label
 
 
-def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], fingerprints: Mapping[str, Any]) -> Entry:
+def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], record: SearchRecord) -> Entry:
     """A candidate with estimates of its measures by name; what is not a measure of the search is left out."""
-    constraints = constraints_of(fingerprints)
+    constraints = constraints_of(record)
     values = {name: Value(**found) for name, found in estimates.items()}
     kept = {name: values[name] for name in constraints if name in values}
     return Entry(
         id=candidate_id(row.number),
         label=row.label,
         origin=row.origin,
-        objectives={o["name"]: values[o["name"]] for o in fingerprints["objectives"] if o["name"] in values},
+        objectives={o.name: values[o.name] for o in record.objectives if o.name in values},
         constraints=kept,
-        features={name: values[name] for name in features_of(fingerprints) if name in values},
+        features={f.name: values[f.name] for f in record.features if f.name in values},
         feasible=all(constraints[name].is_kept(value) for name, value in kept.items()),
-        parameters=dict(parameters_of(row.genome, fingerprints["parameters"])),
+        parameters=dict(parameters_of(row.genome, record.parameters)),
     )
 
 
@@ -246,7 +226,6 @@ def gap_text(gap: Gap) -> str:
     return mean if gap.low is None else f"{mean} {interval_text(gap.low, gap.high)}"
 
 
-def is_exact(measure: Measure, fingerprints: Mapping[str, Any]) -> bool:
+def is_exact(measure: Measure, record: SearchRecord) -> bool:
     """Whether a measure is counted and not sampled, such as layers: one item of it says all."""
-    evaluator = fingerprints["evaluators"][measure["evaluator"]]["name"]
-    return evaluator == "cost" and measure["metric"] in COUNTED
+    return record.evaluators[measure.evaluator].name == "cost" and measure.metric in COUNTED

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evomerge.report.entries import Measure
 from evomerge.report.prompts import text_lines
 from evomerge.store import Store
+from evomerge.store.record import Measure
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
     """The items of a split that all the candidates were scored on in a measure, in order."""
     sides: list[dict[int, Answered]] = []
     for number in candidates:
-        answers = store.answers(number, split).get(measure["version"], {})
-        found = next((s for s in store.scores(number, split) if s.evaluator == measure["version"]), None)
+        answers = store.answers(number, split).get(measure.version, {})
+        found = next((s for s in store.scores(number, split) if s.evaluator == measure.version), None)
         items = [] if found is None else found.items.tolist()
-        scores = [] if found is None else found.metrics[measure["metric"]].tolist()
+        scores = [] if found is None else found.metrics[measure.metric].tolist()
         sides.append({item: Answered(score, answers.get(item)) for item, score in zip(items, scores, strict=True)})
-    texts = dict(enumerate(store.item_texts(measure["version"], split)))
+    texts = dict(enumerate(store.item_texts(measure.version, split)))
     shared = sorted(set.intersection(*(set(side) for side in sides)))
     return [
         Item(item, text, right or None, tuple(side[item] for side in sides))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
@@ -15,26 +14,24 @@ from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.parameters import columns_of
 from evomerge.report.screen import cell, cells, further_titles, gain_cell, gain_title, p_text
 from evomerge.report.status import SearchStatus
-from evomerge.store import CandidateRow
+from evomerge.store import CandidateRow, SearchRecord
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}
 
 
-def top_table(
-    rows: Sequence[CandidateRow], known: SearchStatus, fingerprints: Mapping[str, Any], *, best: bool
-) -> FittedTable:
+def top_table(rows: Sequence[CandidateRow], known: SearchStatus, record: SearchRecord, *, best: bool) -> FittedTable:
     """Candidates with what they are worth on the search split, and on the held-out split where they were scored.
 
     Args:
         best: whether they are the best ones, whose gains matter more than what became of them.
     """
-    shown = [known.entry(row, fingerprints) for row in rows]
+    shown = [known.entry(row, record) for row in rows]
     ids = [each.id for each in shown]
     values = [cells(each, known) for each in shown]
     titles = [*known.numbers, *further_titles(known)]
     parameters = [
         Column(each.title, [each.text(row.genome) for row in rows], right=True)
-        for each in columns_of(fingerprints["parameters"])
+        for each in columns_of(record.parameters)
     ]
     columns = [
         Column("candidate", ids),

@@ -71,7 +71,7 @@ def exported(store: Store, candidate: str) -> int:
     """
     number = chosen(store, candidate)
     status = status_of(store)
-    names = store.search().settings["sources"]  # a path's earlier winner stands beside them, and is a merge
+    names = store.search().record.sources  # a path's earlier winner stands beside them, and is a merge
     source = next((e.label for e in status.baselines if e.id == candidate_id(number) and e.label in names), "")
     if not source or candidate not in {BEST, KNEE, *(pick.role for pick in status.picks)}:
         return number

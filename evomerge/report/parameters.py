@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from evomerge.genome import Genome
-
-Parameters = Sequence[Mapping[str, Any]]
-"""The parameters of a space as a search's fingerprints say them, in the order of a genome."""
+from evomerge.genome import Genome, Parameter
 
 MOST_COLUMNS = 6
 """Of a table of candidates; more would push out what they are worth."""
@@ -23,7 +19,7 @@ class ParameterColumn:
 
     title: str
     places: tuple[int, ...]
-    parameters: tuple[Mapping[str, Any], ...]
+    parameters: tuple[Parameter, ...]
 
     def text(self, genome: Genome | None) -> str:
         """Its value; nothing without a genome."""
@@ -35,10 +31,10 @@ class ParameterColumn:
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def columns_of(parameters: Parameters) -> list[ParameterColumn]:
+def columns_of(parameters: Sequence[Parameter]) -> list[ParameterColumn]:
     """The parameters, or where they are many their means over layer groups; none where those are many too."""
     if len(parameters) <= MOST_COLUMNS:
-        return [ParameterColumn(p["name"], (place,), (p,)) for place, p in enumerate(parameters)]
+        return [ParameterColumn(p.name, (place,), (p,)) for place, p in enumerate(parameters)]
     found = [
         ParameterColumn(title, tuple(places), tuple(parameters[place] for place in places))
         for title, places in alike(parameters).items()
@@ -46,7 +42,7 @@ def columns_of(parameters: Parameters) -> list[ParameterColumn]:
     return found if len(found) <= MOST_COLUMNS else []
 
 
-def alike(parameters: Parameters) -> dict[str, list[int]]:
+def alike(parameters: Sequence[Parameter]) -> dict[str, list[int]]:
     """The places of parameters that may be averaged over layer groups, by what they are then called.
 
     Those have the same name without their group, and the same range. Of a choice among several a mean says nothing, so
@@ -55,28 +51,28 @@ def alike(parameters: Parameters) -> dict[str, list[int]]:
     groups: dict[tuple[str, ...], list[int]] = {}
     for place, parameter in enumerate(parameters):
         groups.setdefault(_likeness(parameter), []).append(place)
-    return {key[0] if len(places) > 1 else parameters[places[0]]["name"]: places for key, places in groups.items()}
+    return {key[0] if len(places) > 1 else parameters[places[0]].name: places for key, places in groups.items()}
 
 
-def _likeness(parameter: Mapping[str, Any]) -> tuple[str, ...]:
-    name, group = parameter["name"], parameter["group"]
+def _likeness(parameter: Parameter) -> tuple[str, ...]:
+    name, group = parameter.name, parameter.group
     rest = name.removeprefix(f"{group}.") if group else name
-    if parameter["kind"] == "choice" and len(parameter["choices"]) > 2:
+    if parameter.kind == "choice" and len(parameter.choices) > 2:
         return (name,)
-    return (f"mean {rest}", str(parameter["kind"]), str(parameter["low"]), str(parameter["high"]))
+    return (f"mean {rest}", str(parameter.kind), str(parameter.low), str(parameter.high))
 
 
-def parameters_of(genome: Genome | None, parameters: Parameters) -> Iterator[tuple[str, float | int | str]]:
+def parameters_of(genome: Genome | None, parameters: Sequence[Parameter]) -> Iterator[tuple[str, float | int | str]]:
     """The parameters of a genome, names with values: a choice by its name; nothing without a genome."""
     if genome is not None:
         for parameter, number in zip(parameters, genome.tolist(), strict=False):
-            yield parameter["name"], _value(parameter, number)
+            yield parameter.name, _value(parameter, number)
 
 
-def _value(parameter: Mapping[str, Any], number: float) -> float | int | str:
-    if parameter["kind"] == "choice":
-        return str(parameter["choices"][int(number)])
-    return int(number) if parameter["kind"] == "int" else number
+def _value(parameter: Parameter, number: float) -> float | int | str:
+    if parameter.kind == "choice":
+        return str(parameter.choices[int(number)])
+    return int(number) if parameter.kind == "int" else number
 
 
 def parameter_text(value: float | int | str) -> str:

@@ -21,7 +21,6 @@ from evomerge.report.entries import (
     Constraint,
     Entry,
     FeatureRange,
-    Measure,
     Scalar,
     Value,
     candidate_id,
@@ -29,14 +28,14 @@ from evomerge.report.entries import (
     entry,
     features_of,
     kind_of,
-    measures_of,
     origin_of,
 )
 from evomerge.report.picks import Pick, conclusions, picks_of
 from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
-from evomerge.store import CandidateRow, SearchRow, Store, current_holder
+from evomerge.store import CandidateRow, SearchRecord, SearchRow, Store, current_holder
+from evomerge.store.record import Measure
 from evomerge.store.summaries import Brief
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
@@ -214,9 +213,9 @@ class SearchStatus(BaseModel):
             return sum(self.wanted[objective] for objective in self.directions)
         return self.wanted[name]
 
-    def entry(self, row: CandidateRow, fingerprints: Mapping[str, Any]) -> Entry:
+    def entry(self, row: CandidateRow, record: SearchRecord) -> Entry:
         """A candidate on the search split, with the number of the scalarisation."""
-        plain = entry(row, fingerprints)
+        plain = entry(row, record)
         origin = next((mark.origin for mark in self.baselines if mark.id == plain.id), plain.origin)
         named = plain.model_copy(update={"origin": origin})
         return with_scalar(named, self.scalar, preference_of(self.directions, self.scalarisation))
@@ -285,7 +284,7 @@ def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Rang
 
 def depths_of(store: Store) -> dict[str, int]:
     """How many layers each source has, from the landmarks: each source alone is one."""
-    sources = store.search().settings["sources"]
+    sources = store.search().record.sources
     alone = {row.label: row.recipe for row in store.candidates(step=0) if row.label in sources}
     return {name: len(json.loads(alone[name])["hops"]) for name in sources if name in alone}
 
@@ -299,8 +298,7 @@ def read_status(folder: Path) -> SearchStatus:
 def status_of(store: Store) -> SearchStatus:
     """The status of a search. Costs a few queries, however many candidates there are."""
     search = store.search()
-    settings, fingerprints = search.settings, search.fingerprints
-    objectives, measures = fingerprints["objectives"], measures_of(fingerprints)
+    record = search.record
     counts = store.counts()
     driven = current_holder(store) is not None
     state = search.state
@@ -311,13 +309,13 @@ def status_of(store: Store) -> SearchStatus:
     front = store.front()
     landmarks = store.candidates(step=0)
     held = confirmation(store, search, landmarks)
-    directions = {o["name"]: "maximize" if o["maximise"] else "minimize" for o in objectives}
-    sources = [row.label for row in landmarks if row.origin == "source"] or list(settings["sources"])
+    directions = {o.name: "maximize" if o.maximise else "minimize" for o in record.objectives}
+    sources = [row.label for row in landmarks if row.origin == "source"] or list(record.sources)
     preference = Preference.of_search(search)
     scalar = scalarised(preference, [*front, *landmarks])
 
     def shown(row: CandidateRow) -> Entry:
-        named = entry(row, fingerprints).model_copy(update={"origin": origin_of(row, settings["sources"])})
+        named = entry(row, record).model_copy(update={"origin": origin_of(row, record.sources)})
         return with_scalar(named, scalar, preference)
 
     best = {role: shown(row) for role, row in best_on_search(store, search, front, landmarks).items()}
@@ -329,9 +327,9 @@ def status_of(store: Store) -> SearchStatus:
         name=search.name,
         state=state,
         why=why,
-        space=describe_space(settings["space"]),
-        optimizer=settings["optimizer"]["name"],
-        parameters=len(fingerprints["parameters"]),
+        space=describe_space(record.space),
+        optimizer=record.optimizer.name,
+        parameters=len(record.parameters),
         candidates=Counts(
             asked=sum(counts.values()),
             done=counts["done"],
@@ -342,15 +340,15 @@ def status_of(store: Store) -> SearchStatus:
         ),
         items=_items(store, search, counts["done"]),
         budget=Budget(
-            candidates=settings["budget"]["candidates"],
-            hours=settings["budget"]["hours"],
+            candidates=record.budget.candidates,
+            hours=record.budget.hours,
             hours_spent=(search.spent_s + (unrecorded_s(store) if driven else 0.0)) / 3600,
         ),
         directions=directions,
-        wanted={m["name"]: m["items"] for m in measures},
-        constraints=constraints_of(fingerprints),
-        features=features_of(fingerprints),
-        racing=_racing(search),
+        wanted={m.name: m.items for m in record.measures},
+        constraints=constraints_of(record),
+        features=features_of(record),
+        racing=_racing(record),
         screen=_screen(store, search),
         item_response=_item_response(store),
         sources=sources,
@@ -359,15 +357,15 @@ def status_of(store: Store) -> SearchStatus:
         front=[candidate_id(row.number) for row in front],
         front_entries=[shown(row) for row in front],
         failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
-        unscored=list(_unscored(store, landmarks, settings["sources"], held)),
+        unscored=list(_unscored(store, landmarks, record.sources, held)),
         seconds=_mean_seconds(recent),
-        slow=slow_ones(_paces(recent, measures)),
+        slow=slow_ones(_paces(recent, record.measures)),
         confirmed=held.entries,
         confirmed_baselines=held.baselines,
         winner=held.winner,
         choice=held.choice,
         confirmation=effort(store, search, landmarks, held, is_driven=driven),
-        scalarisation=settings["optimizer"].get("scalarisation"),
+        scalarisation=record.optimizer.scalarisation,
         scalar=scalar,
         picks=picks_of(best, held, numbers, sources),
         best_by_role={role: found.id for role, found in best.items()},
@@ -420,44 +418,44 @@ def unrecorded_s(store: Store) -> float:
 
 def _items(store: Store, search: SearchRow, done: int) -> int:
     """How many item scores of objectives and constraints were measured."""
-    measures = measures_of(search.fingerprints)
-    if search.settings.get("racing") is None and search.fingerprints.get("screen") is None:
+    record = search.record
+    measures = record.measures
+    if record.racing is None and record.screen is None:
         return done * _distinct_items(measures)  # and no row needs to be looked at
-    return store.items_scored([measure["name"] for measure in _largest(measures)])
+    return store.items_scored([measure.name for measure in _largest(measures)])
 
 
 def _largest(measures: Sequence[Measure]) -> list[Measure]:
     """Of the measures on one evaluator the one with the most items, which holds those of all."""
     most: dict[int, Measure] = {}
     for measure in measures:
-        if measure["items"] > most.get(measure["evaluator"], {"items": 0})["items"]:
-            most[measure["evaluator"]] = measure
+        if measure.evaluator not in most or measure.items > most[measure.evaluator].items:
+            most[measure.evaluator] = measure
     return list(most.values())
 
 
 def _distinct_items(measures: Sequence[Measure]) -> int:
     """How many items a candidate is scored on for all of its measures."""
-    return sum(int(measure["items"]) for measure in _largest(measures))
+    return sum(measure.items for measure in _largest(measures))
 
 
-def _racing(search: SearchRow) -> Racing | None:
-    racing = search.settings.get("racing")
-    return None if racing is None else Racing(**racing)
+def _racing(record: SearchRecord) -> Racing | None:
+    return None if record.racing is None else Racing(**record.racing.model_dump())
 
 
 def _screen(store: Store, search: SearchRow) -> ScreenState | None:
     """The screen as the driver last spoke of it."""
-    screen = search.fingerprints.get("screen")
+    screen = search.record.screen
     if screen is None:
         return None
     events = store.events(kinds=("screen",), newest=1)
     last: dict[str, Any] = events[0].payload if events else {"pairs": 0, "tau": math.nan, "on": False}
-    objective = search.fingerprints["objectives"][screen["objective"]]["name"]
+    objective = search.record.objectives[screen.objective].name
     return ScreenState(
-        metric=screen["metric"],
+        metric=screen.metric,
         objective=objective,
-        items=screen["items"],
-        least_tau=screen["least_tau"],
+        items=screen.items,
+        least_tau=screen.least_tau,
         tau=None if math.isnan(last["tau"]) else last["tau"],
         pairs=last["pairs"],
         on=last["on"],
@@ -509,7 +507,7 @@ def _paces(rows: Sequence[CandidateRow], measures: Sequence[Measure]) -> list[tu
 
     What several workers have scored of a candidate, rung by rung, counts as the last one's: that had most of the items.
     """
-    wanted = {m["name"]: m["items"] for m in measures}
+    wanted = {m.name: m.items for m in measures}
     items = _distinct_items(measures)
     return [
         (row.worker, sum(row.timings.values()) / items)
@@ -539,7 +537,7 @@ def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]
     return slow
 
 
-def describe_space(space: dict[str, object]) -> str:
+def describe_space(space: Mapping[str, object]) -> str:
     """The space in a few words: its kind unless it is a parameter space, how paths are encoded, method, granularity."""
     told = [str(space[key]) for key in ("encoding", "method", "granularity") if space.get(key) is not None]
     kind = [] if space["kind"] == "parameter_space" else [str(space["kind"]).replace("_", " ")]

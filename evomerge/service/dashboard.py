@@ -108,10 +108,10 @@ class Studies:
 def _look(name: str, store: Store) -> tuple[float, Told]:
     """When a search began, and what is told of it."""
     search = store.search()
-    objectives = search.fingerprints["objectives"]
-    up = [bool(objective["maximise"]) for objective in objectives]
+    objectives = search.record.objectives
+    up = [bool(objective.maximise) for objective in objectives]
     directions = [StudyDirection.MAXIMIZE if each else StudyDirection.MINIMIZE for each in up]
-    return search.created_at, Told(name, directions, [objective["name"] for objective in objectives], [])
+    return search.created_at, Told(name, directions, [objective.name for objective in objectives], [])
 
 
 class _Whole:

@@ -123,7 +123,5 @@ def _progress(out: Path, expected: int) -> float:
 
 def _expected_bytes(search: SearchRow) -> int:
     """About as many bytes as the source has that gives the tokenizer."""
-    settings = search.settings
-    name = settings.get("tokenizer") or settings.get("base") or next(iter(settings["sources"]))
-    files = search.fingerprints.get("sources", {}).get(name, {})
-    return sum(int(each["size"]) for each in files.values())
+    files = search.record.files.get(search.record.tokenizer_source, {})
+    return sum(each["size"] for each in files.values())

@@ -19,10 +19,12 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from evomerge.report.entries import Measure, candidate_id
+from evomerge.genome import Parameter
+from evomerge.report.entries import candidate_id
 from evomerge.report.parameters import alike
 from evomerge.service.reading import Columns, Mask, Numbers, PerState, Values, columns_of, thinned
 from evomerge.store import Store, summaries
+from evomerge.store.record import Measure
 
 MOST_PARAMETERS = 20
 """Of a study; the dashboard sends each of them with every trial."""
@@ -83,7 +85,7 @@ class Projection:
             told.append(f"From {len(self.numbers):,} of {self.all:,} candidates, evenly over the search.")
         if any(len(gene.places) > 1 for gene in self.genes):
             told.append("Parameters are means over all layer groups.")
-        shown, all_ = sum(len(gene.places) for gene in self.genes), len(self.columns.search.fingerprints["parameters"])
+        shown, all_ = sum(len(gene.places) for gene in self.genes), len(self.columns.search.record.parameters)
         if shown < all_:
             told.append(f"{shown} of {all_} parameters are shown, those that vary most.")
         return told
@@ -92,11 +94,11 @@ class Projection:
         """A study of one objective, or of all of them; with these genes, or the projection's."""
         objectives = self.columns.objectives
         chosen = objectives if objective is None else [objective]
-        places = [i for i, each in enumerate(objectives) if any(each["name"] == one["name"] for one in chosen)]
+        places = [i for i, each in enumerate(objectives) if any(each.name == one.name for one in chosen)]
         told = Told(
             name=self.columns.search.name,
-            directions=[StudyDirection.MAXIMIZE if o["maximise"] else StudyDirection.MINIMIZE for o in chosen],
-            metrics=[o["name"] for o in chosen],
+            directions=[StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in chosen],
+            metrics=[o.name for o in chosen],
             notes=self.notes,
         )
         trials = self._trials(self.genes if genes is None else genes, self.values[:, places])
@@ -119,8 +121,8 @@ class Projection:
         for gene in self.genes:
             if gene.name == name:
                 return gene
-        for place, parameter in enumerate(self.columns.search.fingerprints["parameters"]):
-            if parameter["name"] == name:
+        for place, parameter in enumerate(self.columns.search.record.parameters):
+            if parameter.name == name:
                 return Gene(name, (place,), distribution_of([parameter]))
         raise KeyError(name)
 
@@ -146,15 +148,15 @@ def _trial(
 
 def _project(store: Store) -> Projection:
     columns = columns_of(store)
-    measured = [columns.measured(store, o["name"]) for o in columns.objectives]
+    measured = [columns.measured(store, o.name) for o in columns.objectives]
     whole: Mask = columns.own & np.array([status == "done" for status in columns.statuses], dtype=np.bool_)
     for objective, (means, _, items) in zip(columns.objectives, measured, strict=True):
-        whole &= np.isfinite(means) & (items >= objective["items"])
+        whole &= np.isfinite(means) & (items >= objective.items)
     numbers, genomes = summaries.genomes(store)
     whole &= np.isin(columns.numbers, numbers)
     taken = thinned(whole, columns.landmark | columns.on_front, MOST_TRIALS)
     chosen = genomes[np.isin(numbers, columns.numbers[taken])]
-    parameters = columns.search.fingerprints["parameters"]
+    parameters = columns.search.record.parameters
     return Projection(
         columns=columns,
         genes=genes_of(parameters, chosen),
@@ -172,17 +174,17 @@ projection_of: PerState[Projection] = PerState(_project)
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-def genes_of(parameters: Sequence[Mapping[str, Any]], genomes: Values) -> tuple[Gene, ...]:
+def genes_of(parameters: Sequence[Parameter], genomes: Values) -> tuple[Gene, ...]:
     """At most MOST_PARAMETERS genes: the parameters themselves, or else means of those alike in all layer groups.
 
     Where that leaves too many, the ones are taken whose values spread most over their range.
 
     Args:
-        parameters: as a search's fingerprints say them.
+        parameters: of the search space.
         genomes: float64 [n, parameters].
     """
     if len(parameters) <= MOST_PARAMETERS:
-        return tuple(Gene(p["name"], (i,), distribution_of([p])) for i, p in enumerate(parameters))
+        return tuple(Gene(p.name, (i,), distribution_of([p])) for i, p in enumerate(parameters))
     found = [
         Gene(name, tuple(places), distribution_of([parameters[place] for place in places]))
         for name, places in alike(parameters).items()
@@ -194,20 +196,20 @@ def genes_of(parameters: Sequence[Mapping[str, Any]], genomes: Values) -> tuple[
     return tuple(found)
 
 
-def distribution_of(parameters: Sequence[Mapping[str, Any]]) -> BaseDistribution:
+def distribution_of(parameters: Sequence[Parameter]) -> BaseDistribution:
     """The range of a parameter, or of the mean of several that have the same one."""
     first = parameters[0]
-    if len(parameters) > 1 or first["kind"] == "real":
-        return FloatDistribution(first["low"], first["high"])
-    if first["kind"] == "int":
-        return IntDistribution(int(first["low"]), int(first["high"]))
-    return CategoricalDistribution(tuple(first["choices"]))
+    if len(parameters) > 1 or first.kind == "real":
+        return FloatDistribution(first.low, first.high)
+    if first.kind == "int":
+        return IntDistribution(int(first.low), int(first.high))
+    return CategoricalDistribution(tuple(first.choices))
 
 
-def _spread(gene: Gene, parameters: Sequence[Mapping[str, Any]], genomes: Values) -> float:
+def _spread(gene: Gene, parameters: Sequence[Parameter], genomes: Values) -> float:
     """The standard deviation of a gene as a share of its range."""
     first = parameters[gene.places[0]]
-    width = first["high"] - first["low"]
+    width = first.high - first.low
     return float(genomes[:, list(gene.places)].mean(axis=1).std() / width) if width and len(genomes) else 0.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.report.confirmed import held_out
-from evomerge.report.entries import Measure, Value, candidate_id, measure_text, measures_of
+from evomerge.report.entries import Value, candidate_id, measure_text
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.store import Store, summaries
+from evomerge.store.record import Measure, Number
 
 Numbers = NDArray[np.int64]
 Values = NDArray[np.float64]
@@ -93,19 +94,18 @@ class Columns:
         self._measured: dict[str, tuple[Values, Values, Numbers]] = {}
 
     @property
-    def objectives(self) -> list[Measure]:
+    def objectives(self) -> tuple[Measure, ...]:
         """The objectives of the search, in order."""
-        found: list[Measure] = self.search.fingerprints["objectives"]
-        return found
+        return self.search.record.objectives
 
     @property
-    def measures(self) -> list[Measure]:
-        """Objectives and constraints."""
-        return measures_of(self.search.fingerprints)
+    def measures(self) -> tuple[Measure, ...]:
+        """Objectives, constraints and features."""
+        return self.search.record.measures
 
     def objective(self, name: str | None) -> Measure:
         """An objective by name; the first one by none. KeyError where there is no such."""
-        return self.objectives[0] if name is None else {o["name"]: o for o in self.objectives}[name]
+        return self.objectives[0] if name is None else {o.name: o for o in self.objectives}[name]
 
     @cached_property
     def preference(self) -> Preference:
@@ -113,12 +113,12 @@ class Columns:
         return Preference.of_search(self.search)
 
     @property
-    def numbers_that_decide(self) -> list[Measure]:
-        """The one objective, the number of a scalarisation, or all objectives of a front, as measures."""
+    def numbers_that_decide(self) -> Sequence[Number]:
+        """The one objective, the number of a scalarisation, or all objectives of a front, as numbers."""
         if not self.preference.scalar:
             return self.objectives
-        items = sum(o["items"] for o in self.objectives)
-        return [{"name": self.preference.scalar, "maximise": self.preference.sign < 0, "items": items}]
+        items = sum(o.items for o in self.objectives)
+        return [Number(name=self.preference.scalar, maximise=self.preference.sign < 0, items=items)]
 
     def measured(self, store: Store, name: str) -> tuple[Values, Values, Numbers]:
         """Means, standard errors (NaN where not known) and items (0) of a measure or of the scalarisation's number, [n]
@@ -139,8 +139,8 @@ class Columns:
 
     def _scalars(self, store: Store) -> tuple[Values, Values, Numbers]:
         """The number of the scalarisation of each, scaled as in every place; its error is not known."""
-        known = [self.measured(store, o["name"]) for o in self.objectives]
-        signs = [-1.0 if o["maximise"] else 1.0 for o in self.objectives]
+        known = [self.measured(store, o.name) for o in self.objectives]
+        signs = [-o.sign for o in self.objectives]
         losses = np.stack([sign * means for sign, (means, _, _) in zip(signs, known, strict=True)], axis=1)
         order = self.preference.order(losses, losses[self.on_front | self.landmark])
         items = np.sum([items for _, _, items in known], axis=0)
@@ -179,7 +179,7 @@ def confirmed_values(store: Store, found: Columns) -> dict[int, Mapping[str, Val
     return {number: values for number in shortlist if (values := _held_out(store, number, found.measures))}
 
 
-def _held_out(store: Store, number: int, measures: list[Measure]) -> dict[str, Value]:
+def _held_out(store: Store, number: int, measures: Sequence[Measure]) -> dict[str, Value]:
     items = held_out(store, number, measures)
     return {name: Value(**mean_and_error(values)) for name, values in items.items()}
 
@@ -205,6 +205,6 @@ def number_text(name: str, mean: float, error: float) -> str:
     return f"{mean:.3f}" if " " in name and math.isnan(error) else measure_text(mean, error)
 
 
-def axis_title(measure: Measure) -> str:
+def axis_title(measure: Number) -> str:
     """A measure and which way is better, in few letters: a phone has no room for more."""
-    return f"{measure['name']} {'↑' if measure['maximise'] else '↓'}"
+    return f"{measure.name} {'↑' if measure.maximise else '↓'}"

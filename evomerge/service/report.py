@@ -205,7 +205,7 @@ def _path(store: Store, shown: Entry) -> Markup | None:
 
 def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
     for row in ranked_rows(store, Preference.of_search(search), _TOP):
-        found = status.entry(row, search.fingerprints)
+        found = status.entry(row, search.record)
         marks = [*roles_of(status, found.id, "search"), *["front"] * row.on_front]
         what = [found.origin, *marks, status_text(row, status)]
         told = list(cells(found, status))

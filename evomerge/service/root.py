@@ -7,21 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TypeVar
 
 from evomerge.errors import InputError
 from evomerge.printable import printable
-from evomerge.search.settings.folder import is_search, open_store
+from evomerge.search.settings.folder import checked, is_search, open_store
 from evomerge.store import Store
-from evomerge.store.engine import damaged
 from evomerge.store.listing import searches
 from evomerge.store.reading import NoSearchError
 
 Result = TypeVar("Result")
 
-_YEAR_10000 = 253402300800  # in seconds since 1970; no date is later
 _MOST_LOGGED = 1000
 
 _log = logging.getLogger(__name__)
@@ -81,7 +77,6 @@ class Root:
             InputError: its store cannot be opened, or does not hold what a search has.
         """
         with self._open(name) as found:
-            check_record(found)
             yield found
 
     def each(
@@ -123,7 +118,7 @@ class Root:
         if self.database is None:
             return open_store(self.folder_of(name))
         try:
-            return Store.open(self.database, name=name)
+            return checked(Store.open(self.database, name=name))
         except NoSearchError:
             raise UnknownSearchError(f"no search is called {name!r} here") from None
 
@@ -142,58 +137,3 @@ class Root:
         if cause not in self._logged and len(self._logged) < _MOST_LOGGED:
             self._logged.add(cause)
             _log.error("the search %r cannot be read", name, exc_info=error)
-
-
-class _Budget(BaseModel):
-    candidates: int | None = None
-    hours: float | None = None
-
-
-class _Optimizer(BaseModel):
-    name: str
-
-
-class _Settings(BaseModel):
-    sources: dict[str, Any]
-    budget: _Budget
-    space: dict[str, Any]
-    optimizer: _Optimizer
-
-
-class _Objective(BaseModel):
-    name: str
-    maximise: bool
-    metric: str
-    version: str
-    items: int
-
-
-class _Fingerprints(BaseModel):
-    objectives: list[_Objective] = Field(min_length=1)
-    parameters: list[dict[str, Any]]
-
-
-class _Record(BaseModel):
-    """What everything that is shown of a search rests on."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    name: str
-    created_at: float = Field(ge=0, lt=_YEAR_10000, allow_inf_nan=False)
-    spent_s: float = Field(ge=0, allow_inf_nan=False)
-    settings: _Settings
-    fingerprints: _Fingerprints
-
-
-def check_record(store: Store) -> None:
-    """Refuse a store whose record of the search is not one that a search has.
-
-    Raises:
-        InputError: names the first value that is missing or of another kind.
-    """
-    try:
-        _Record.model_validate(store.search())
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise damaged(store.place, f"{where}: {first['msg']}") from None

@@ -14,7 +14,7 @@ from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import read_recipe
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation, is_left_unconfirmed
-from evomerge.report.entries import candidate_id, measures_of
+from evomerge.report.entries import candidate_id
 from evomerge.report.parameters import parameters_of
 from evomerge.report.picks import Pick, picks_of
 from evomerge.report.status import Counts, Scalarised, chosen_of_front, scalarised, unrecorded_s
@@ -32,6 +32,7 @@ from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.reading import PerState
 from evomerge.service.root import Root
 from evomerge.store import SearchRow, Store, summaries
+from evomerge.store.record import Measure
 from evomerge.store.rows import Estimate
 from evomerge.store.summaries import Brief
 
@@ -66,7 +67,7 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         state, why = UNCONFIRMED, UNCONFIRMED_WHY
     steps = _steps(store, preference)
     source = _best_source(preference, landmarks, scalar)
-    budget = Spending(**{key: search.settings["budget"].get(key) for key in Spending.model_fields})
+    budget = Spending(**search.record.budget.model_dump())
     return SearchSummary(
         name=name,
         state=state,
@@ -82,7 +83,7 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         best_source=None if source is None else _named(source, preference, scalar),
         sparkline=sparkline(steps, asked),
         gpu_hours=_gpu_hours(store, search, counts["done"] + counts["eliminated"]),
-        objectives=[Objective(name=o["name"], maximise=o["maximise"]) for o in search.fingerprints["objectives"]],
+        objectives=[Objective(name=o.name, maximise=o.maximise) for o in search.record.objectives],
         scalar=None if scalar is None else Objective(name=scalar.name, maximise=scalar.direction == "maximize"),
         confirmed=_confirmed(store),
     )
@@ -169,8 +170,8 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
         **_told(brief),
         recipe_hash=row.recipe_hash,
         recipe=yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None, allow_unicode=True),
-        mergekit=_mergekit(row.recipe, search.settings["sources"]),
-        genome=dict(parameters_of(row.genome, search.fingerprints["parameters"])),
+        mergekit=_mergekit(row.recipe, search.record.sources),
+        genome=dict(parameters_of(row.genome, search.record.parameters)),
         losses=None if row.losses is None else [*row.losses],
         timings=row.timings,
         failed=row.failure,
@@ -221,8 +222,8 @@ def _best_source(preference: Preference, landmarks: Sequence[Brief], scalar: Sca
 
 def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:
     """Hours of GPUs that candidates took, by the mean of the latest; None without a GPU."""
-    gpus = search.settings.get("cluster", {}).get("gpus_per_worker")
-    if gpus is None and str(search.settings.get("device") or "").startswith("cuda"):
+    gpus = search.record.cluster.gpus_per_worker
+    if gpus is None and (search.record.device or "").startswith("cuda"):
         gpus = 1.0
     if not gpus:
         return None
@@ -231,15 +232,15 @@ def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:
     return float(gpus) * scored * float(np.mean([row.seconds for row in recent])) / 3600 if recent else 0.0
 
 
-def measure_named(search: SearchRow, name: str | None) -> Mapping[str, Any]:
+def measure_named(search: SearchRow, name: str | None) -> Measure:
     """An objective or a constraint of a search; the first objective when no name is given.
 
     Raises:
         InputError: there is none of this name.
     """
-    measures = measures_of(search.fingerprints)
+    measures = search.record.measures
     for measure in measures:
-        if name in (None, measure["name"]):
+        if name in (None, measure.name):
             return measure
-    known = ", ".join(str(measure["name"]) for measure in measures)
+    known = ", ".join(measure.name for measure in measures)
     raise InputError("objective", f"there is none called {name!r}", f"There are {known}.")

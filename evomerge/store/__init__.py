@@ -2,6 +2,7 @@
 
 from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
 from evomerge.store.listing import ListedSearch, searches
+from evomerge.store.record import SearchRecord
 from evomerge.store.rows import (
     Answers,
     CandidateRow,
@@ -31,6 +32,7 @@ __all__ = [
     "Niches",
     "Outcome",
     "Scores",
+    "SearchRecord",
     "SearchRow",
     "Step",
     "Store",

@@ -186,7 +186,8 @@ class ReadStore:
             row = connection.execute(select(tables.search).where(columns.id == self.search_id)).one_or_none()
         if row is None:
             raise damaged(self.place, "the record of its search is gone")
-        return SearchRow(**{name: value for name, value in row._mapping.items() if name != "id"})
+        values = {name: value for name, value in row._mapping.items() if name != "id"}
+        return SearchRow(place=self.place, **values)
 
     @repeated
     def events(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.genome import Genome
+from evomerge.store.engine import damaged
+from evomerge.store.record import SearchRecord
 
 Status = Literal["asked", "running", "done", "eliminated", "failed", "cached"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -152,10 +155,15 @@ class EventRow:
     payload: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SearchRow:
-    """The search itself. ``why`` says in words what ended it; ``spent_s`` are seconds in which a driver was at work."""
+    """The search itself. ``why`` says in words what ended it; ``spent_s`` are seconds in which a driver was at work.
 
+    ``settings``, the resolved search file, and ``fingerprints`` are JSON as it stands in the store at ``place``: for
+    whoever writes them again. ``record`` is what they say.
+    """
+
+    place: str
     name: str
     schema_version: int
     created_at: float
@@ -165,6 +173,18 @@ class SearchRow:
     settings: dict[str, Any]
     fingerprints: dict[str, Any]
     environment: dict[str, Any]
+
+    @cached_property
+    def record(self) -> SearchRecord:
+        """What the search is.
+
+        Raises:
+            InputError: it is not what a program of ours has written.
+        """
+        try:
+            return SearchRecord.of(self)
+        except ValueError as error:
+            raise damaged(self.place, str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)

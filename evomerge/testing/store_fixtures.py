@@ -17,9 +17,16 @@ from evomerge.store.store import Store
 
 SETTINGS = {
     "name": "unit", "seed": 0, "sources": {"maths": "数学"}, "space": {"bounds": [0.0, math.inf]}, "objectives": {},
-    "optimizer": {}, "budget": {"candidates": 40}, "confirm": {},
+    "optimizer": {"name": "cma"}, "budget": {"candidates": 40}, "confirm": {},
 }  # fmt: skip
-FINGERPRINTS = {"sources": {"maths": "ab12"}, "evaluators": [], "objectives": [], "parameters": []}
+FINGERPRINTS = {
+    "sources": {"maths": {"model.safetensors": {"sha256": "ab12", "size": 5, "mtime_ns": 7}}},
+    "evaluators": [{"name": "task", "version": "task@1", "search_items": 9, "held_out_items": 9}],
+    "objectives": [
+        {"name": "acc", "evaluator": 0, "metric": "acc", "maximise": True, "items": 9, "version": "task@1"}
+    ],
+    "parameters": [{"name": name, "low": -1.0, "high": 1.0, "default": 0.0} for name in "abc"],
+}  # fmt: skip
 
 
 def create(place: str | Path, name: str = "unit") -> Store:

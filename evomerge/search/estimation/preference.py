@@ -57,8 +57,8 @@ class Preference:
     @classmethod
     def of_search(cls, search: SearchRow) -> Preference:
         """That of a recorded search."""
-        objectives = {o["name"]: bool(o["maximise"]) for o in search.fingerprints["objectives"]}
-        return cls.of(objectives, search.settings["optimizer"].get("scalarisation"))
+        objectives = {o.name: o.maximise for o in search.record.objectives}
+        return cls.of(objectives, search.record.optimizer.scalarisation)
 
     @classmethod
     def of(cls, objectives: Mapping[str, bool], scalarisation: Mapping[str, object] | None) -> Preference:

@@ -15,6 +15,7 @@ from evaluators.base import Evaluator, Split
 from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest, fingerprint
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
+from evomerge.files import FileFingerprint
 from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
@@ -31,6 +32,10 @@ from evomerge.search.settings.folder import (
     write_settings,
 )
 from evomerge.store import CandidateRow, ItemTexts, Store
+from evomerge.store.record import Evaluator as RecordedEvaluator
+
+Files = Mapping[str, FileFingerprint]
+"""The files of a source by name."""
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -93,9 +98,9 @@ def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
 
 def check_sources(store: Store, sources: Mapping[str, Source]) -> None:
     """Refuse to go on when a source is not what it was when the search began."""
-    recorded = store.search().fingerprints
+    recorded = store.search().record.files
     for name, source in sources.items():
-        check_fingerprints(source, recorded["sources"][name])
+        check_fingerprints(source, recorded[name])
 
 
 def as_recorded(store: Store, prepared: Prepared) -> Prepared:
@@ -108,15 +113,17 @@ def as_recorded(store: Store, prepared: Prepared) -> Prepared:
     """
     check_sources(store, prepared.sources)
     digest = None if prepared.calibration is None else prepared.calibration.digest
-    if store.search().fingerprints.get("calibration") != digest:
+    recorded = store.search().record
+    if recorded.calibration != digest:
         problem = "are not the texts that the search began with, so that its recipes would make other models"
         raise InputError("calibration", problem, "Put them back, or start a new search.")
-    recorded: list[dict[str, Any]] = store.search().fingerprints["evaluators"]
     infos = []
-    for before, info, evaluator in zip(recorded, prepared.setup.evaluators, prepared.evaluators, strict=True):
-        if evaluator.version != _accepted_version(before):
+    for before, info, evaluator in zip(
+        recorded.evaluators, prepared.setup.evaluators, prepared.evaluators, strict=True
+    ):
+        if evaluator.version != before.accepted:
             _check_items(store, before, evaluator)
-        infos.append(replace(info, version=before["version"]))
+        infos.append(replace(info, version=before.version))
     return replace(prepared, setup=replace(prepared.setup, evaluators=tuple(infos)))
 
 
@@ -125,9 +132,8 @@ def changed_evaluators(store: Store, prepared: Prepared) -> list[int]:
 
     Their data, a file of theirs or a library has changed since.
     """
-    recorded = store.search().fingerprints["evaluators"]
-    pairs = zip(recorded, prepared.evaluators, strict=True)
-    return [e for e, (before, now) in enumerate(pairs) if now.version != _accepted_version(before)]
+    pairs = zip(store.search().record.evaluators, prepared.evaluators, strict=True)
+    return [e for e, (before, now) in enumerate(pairs) if now.version != before.accepted]
 
 
 def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], scored: Sequence[str]) -> None:
@@ -143,14 +149,9 @@ def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], sco
     store.change_evaluators(fingerprints, texts, {"evaluators": named, "scored": list(scored)})
 
 
-def _accepted_version(recorded: Mapping[str, Any]) -> str:
-    """The evaluator that scores as recorded: the first one, or the last that was seen to."""
-    return str(recorded.get("accepted_version", recorded["version"]))
-
-
-def _check_items(store: Store, recorded: Mapping[str, Any], evaluator: Evaluator) -> None:
+def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator) -> None:
     """Refuse other items than those that scores are of: the search split's, and held-out ones once any was scored."""
-    version, digests = recorded["version"], recorded.get("items", {})  # an older program kept the texts alone
+    version, digests = recorded.version, recorded.items
     for split in _SPLITS:
         if split == "held_out" and not store.scored_on(version, split, most=1):
             continue
@@ -212,9 +213,9 @@ def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
     return read_recipe(row.recipe, sources)
 
 
-def make_pool(prepared: Prepared, folder: Path, fingerprints: Mapping[str, Any]) -> Pool:
-    """The pool that the search file names; Ray is only imported when it is wanted."""
-    kept, contents = folder.absolute() / EVIDENCE_NAME, contents_of(fingerprints)
+def make_pool(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> Pool:
+    """The pool that the search file names; Ray is only imported when it is wanted. ``files`` are those of sources."""
+    kept, contents = folder.absolute() / EVIDENCE_NAME, contents_of(files)
     if prepared.file.pool == "ray":
         from evomerge.search.pools.ray import RayPool
 
@@ -227,9 +228,9 @@ def make_pool(prepared: Prepared, folder: Path, fingerprints: Mapping[str, Any])
     return InProcessPool(lambda: Worker.of("in-process", prepared, evidence), prepared.file.together)
 
 
-def contents_of(fingerprints: Mapping[str, Any]) -> dict[str, str]:
+def contents_of(files: Mapping[str, Files]) -> dict[str, str]:
     """A digest of what each source holds."""
-    return {name: content_digest(files) for name, files in fingerprints["sources"].items()}
+    return {name: content_digest(each) for name, each in files.items()}
 
 
 def environment() -> dict[str, str]:

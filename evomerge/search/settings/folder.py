@@ -16,19 +16,13 @@ import yaml
 from evomerge.errors import InputError
 from evomerge.files import read_text
 from evomerge.store import Store
-from evomerge.store.engine import PASSWORD_HINT, damaged, parse_place, without_password
+from evomerge.store.engine import PASSWORD_HINT, parse_place, without_password
 from evomerge.yaml import load_yaml
 
 STORE_NAME = "search.db"
 FILE_NAME = "search.yaml"
 LOGS_NAME = "logs"
 EVIDENCE_NAME = "evidence"
-
-_SETTINGS = {
-    "seed": int, "sources": dict, "space": dict, "objectives": dict, "optimizer": dict, "budget": dict, "confirm": dict,
-}  # fmt: skip
-_FINGERPRINTS = {"sources": dict, "evaluators": list, "objectives": list, "parameters": list}
-"""What the record of a search has had since the first format, and the kind of each."""
 
 STORE_VARIABLE = "EVOMERGE_STORE"
 """The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""
@@ -44,25 +38,18 @@ def open_store(folder: Path) -> Store:
         InputError: no search lies there, or one of a newer version; or its database cannot be reached, or is damaged.
     """
     if (folder / STORE_NAME).is_file():
-        return _checked(Store.open(folder / STORE_NAME))
+        return checked(Store.open(folder / STORE_NAME))
     named, name = _named(folder / FILE_NAME)
     place = store_place(folder, named)
     if name is None or isinstance(place, Path):
         raise InputError(str(folder), "is not the folder of a search", "Start one: evomerge search FILE --dir DIR")
-    return _checked(Store.open(place, name=name))
+    return checked(Store.open(place, name=name))
 
 
-def _checked(store: Store) -> Store:
-    """A store whose record of the search has what every reader of it looks for; another is closed."""
+def checked(store: Store) -> Store:
+    """A store whose record of the search can be read; another is closed, and an InputError."""
     try:
-        search = store.search()
-        for what, record, kinds in (
-            ("settings", search.settings, _SETTINGS),
-            ("fingerprints", search.fingerprints, _FINGERPRINTS),
-        ):
-            for key, kind in kinds.items():
-                if not isinstance(record.get(key), kind):
-                    raise damaged(store.place, f"the {what} of its search have no {key}")
+        _ = store.search().record
     except BaseException:
         store.close()
         raise

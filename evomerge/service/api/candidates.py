@@ -40,7 +40,7 @@ def candidates(
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> CandidatePage:
     """A page of candidates that fit. Sorted by an objective, only those are in the list that have a value of it."""
-    objective = None if sort == "number" else str(measure_named(store.search(), sort)["name"])
+    objective = None if sort == "number" else measure_named(store.search(), sort).name
     after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 3)
     rows = summaries.page(
         store,
@@ -81,7 +81,7 @@ def compare(
     comparisons = [found for found in compared(store, a, b) if found.split == split]
     measure = measure_named(store.search(), objective)
     items = items_of(store, (a, b), split, measure)
-    return Compared(comparisons=comparisons, objective=measure["name"], items=[_compared(item) for item in items])
+    return Compared(comparisons=comparisons, objective=measure.name, items=[_compared(item) for item in items])
 
 
 def _compared(item: Item) -> ComparedItem:

@@ -74,7 +74,7 @@ def _as_json(drawn: Any) -> Response:
 
 
 def _check_objectives(store: Store, given: dict[str, str | None]) -> None:
-    known = [objective["name"] for objective in store.search().fingerprints["objectives"]]
+    known = [objective.name for objective in store.search().record.objectives]
     for field, value in given.items():
         if value is not None and value not in known:
             fault = Fault(field=field, problem=f"is no objective; the search has {', '.join(known)}")

@@ -108,11 +108,11 @@ def _words(point: Point) -> str:
 def constraints(store: Store) -> go.Figure:
     """Each constraint over the candidates, with its threshold; those that miss it have another shape."""
     found = columns_of(store)
-    limits = constraints_of(found.search.fingerprints)
+    limits = constraints_of(found.search.record)
     if not limits:
         return figure(notes=["The search has no constraints."])
     rows = make_subplots(rows=len(limits), shared_xaxes=True)
-    wanted = {m["name"]: m["items"] for m in found.measures}
+    wanted = {m.name: m.items for m in found.measures}
     drawn, all_ = 0, 0
     for row, (name, limit) in enumerate(limits.items(), start=1):
         means, errors, items = found.measured(store, name)

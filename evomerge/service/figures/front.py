@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from evomerge.report.entries import Measure, Value, candidate_id, measure_text
+from evomerge.report.entries import Value, candidate_id, measure_text
 from evomerge.service.figures.style import (
     BLUE,
     GREEN,
@@ -34,6 +34,7 @@ from evomerge.service.reading import (
     value_text,
 )
 from evomerge.store import Store
+from evomerge.store.record import Measure
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +67,13 @@ def front(store: Store, x: str | None = None, y: str | None = None) -> go.Figure
 
 def _axes(store: Store, found: Columns, x: str | None, y: str | None) -> tuple[_Axis, _Axis]:
     def axis(measure: Measure) -> _Axis:
-        means, errors, _ = found.measured(store, measure["name"])
+        means, errors, _ = found.measured(store, measure.name)
         return _Axis(measure, means, errors)
 
     if len(found.objectives) == 1:
         numbers = found.numbers.astype(np.float64)
         return _Axis(None, numbers, np.full(len(numbers), np.nan)), axis(found.objective(y or x))
-    first, second = (found.objectives[i]["name"] if name is None else name for i, name in enumerate((x, y)))
+    first, second = (found.objectives[i].name if name is None else name for i, name in enumerate((x, y)))
     return axis(found.objective(first)), axis(found.objective(second))
 
 
@@ -85,7 +86,7 @@ class _Front:
         wanted = np.ones(len(found.numbers), dtype=np.bool_)
         for axis in (x, y):
             if axis.measure is not None:
-                wanted &= found.measured(store, axis.measure["name"])[2] >= axis.measure["items"]
+                wanted &= found.measured(store, axis.measure.name)[2] >= axis.measure.items
         self._whole = self._known & wanted
         self._marked: Mask = found.on_front | found.landmark
 
@@ -124,7 +125,7 @@ class _Front:
         if axis.measure is None:
             return None
         kept = self._found.on_front & ~self._found.landmark
-        return focused(axis.values[self._known], kept[self._known], maximise=axis.measure["maximise"])
+        return focused(axis.values[self._known], kept[self._known], maximise=axis.measure.maximise)
 
     def _notes(self) -> Iterator[str]:
         if len(self._found.objectives) > 2:
@@ -132,9 +133,7 @@ class _Front:
 
     def _hover(self, mask: Mask) -> list[str]:
         told = []
-        measures = [
-            (m["name"], m["items"], *self._found.measured(self._store, m["name"])) for m in self._found.measures
-        ]
+        measures = [(m.name, m.items, *self._found.measured(self._store, m.name)) for m in self._found.measures]
         for at in np.flatnonzero(mask).tolist():
             lines = [f"<b>{safe(self._found.names[at])}</b>"]
             for name, wanted, means, errors, items in measures:
@@ -183,7 +182,7 @@ class _Front:
             return [points]
         order = np.argsort(self._x.values[mask], kind="stable")
         # Between two points the better of them in y counts that reaches as far in x.
-        shape = "vh" if self._x.measure["maximise"] else "hv"
+        shape = "vh" if self._x.measure.maximise else "hv"
         line = go.Scatter(
             x=self._x.values[mask][order],
             y=self._y.values[mask][order],
@@ -196,7 +195,7 @@ class _Front:
 
     def _held_out(self) -> list[go.Scatter]:
         """Held-out scores of the shortlist, and lines from their search scores."""
-        names = [axis.measure["name"] for axis in (self._x, self._y) if axis.measure is not None]
+        names = [axis.measure.name for axis in (self._x, self._y) if axis.measure is not None]
         confirmed = {
             number: values
             for number, values in confirmed_values(self._store, self._found).items()
@@ -228,7 +227,7 @@ class _Front:
         return [joins, stars]
 
     def _at(self, number: int, values: Mapping[str, Value]) -> tuple[float, float]:
-        x, y = (None if axis.measure is None else values[axis.measure["name"]].mean for axis in (self._x, self._y))
+        x, y = (None if axis.measure is None else values[axis.measure.name].mean for axis in (self._x, self._y))
         return (float(number) if x is None else x), (float(number) if y is None else y)
 
     def _held_out_words(self, number: int, values: Mapping[str, Value]) -> str:

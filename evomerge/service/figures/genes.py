@@ -13,11 +13,11 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.visualization import plot_parallel_coordinate, plot_param_importances, plot_slice
 from plotly.colors import sample_colorscale
 
-from evomerge.report.entries import Measure
 from evomerge.service.figures.style import BLUE, GREY, MARK_SCALE, figure, safe
 from evomerge.service.projection import Projection, projection_of
 from evomerge.service.reading import Mask
 from evomerge.store import Store
+from evomerge.store.record import Measure
 
 LEAST = 10
 """Candidates of which an importance is told at all; PED-ANOVA looks at the best tenth."""
@@ -56,7 +56,7 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
     ]  # fmt: skip
     return figure(
         bars,
-        notes=[f"For the best tenth in {measure['name']} (PED-ANOVA).", *unsteady, *found.notes],
+        notes=[f"For the best tenth in {measure.name} (PED-ANOVA).", *unsteady, *found.notes],
         xaxis={"title": {"text": "importance"}, "range": [0.0, _ROOM * max(max(bar.x, default=0.0) for bar in bars)]},
         showlegend=False,
     )
@@ -75,7 +75,7 @@ def slice_(store: Store, parameter: str | None = None, objective: str | None = N
     gene = found.gene(parameter) if parameter is not None else next(iter(found.genes), None)
     if gene is None or not len(found.numbers):
         return _too_few(found, 1)
-    drawn = plot_slice(found.study(measure, [gene]), target_name=measure["name"])
+    drawn = plot_slice(found.study(measure, [gene]), target_name=measure.name)
     (trace,) = drawn.data
     bar = {"title": {"text": "candidate"}, "thickness": 12, "len": 0.9}
     points = go.Scatter(
@@ -88,7 +88,7 @@ def slice_(store: Store, parameter: str | None = None, objective: str | None = N
         [points],
         notes=notes,
         xaxis={"title": {"text": safe(gene.name)}},
-        yaxis={"title": {"text": safe(measure["name"])}},
+        yaxis={"title": {"text": safe(measure.name)}},
     )
 
 
@@ -104,21 +104,21 @@ def parallel(store: Store, objective: str | None = None) -> go.Figure:
         return _too_few(found, 1)
     few = _few(found, measure)
     genes = [replace(gene, name=safe(gene.name)) for gene in few.genes]
-    drawn = plot_parallel_coordinate(few.study(measure, genes), target_name=safe(measure["name"]))
+    drawn = plot_parallel_coordinate(few.study(measure, genes), target_name=safe(measure.name))
     notes = [note for note in found.notes if not note.startswith("From")]
     if len(few.numbers) < found.all:
         half = _MOST_LINES // 2
         notes.insert(0, f"{len(few.numbers)} of {found.all:,} candidates: the {half} best, and others evenly.")
-    notes.append(f"Coloured by {measure['name']}.")
-    return _restyled(drawn, [measure["name"], *sorted((gene.name for gene in few.genes), key=safe)], notes)
+    notes.append(f"Coloured by {measure.name}.")
+    return _restyled(drawn, [measure.name, *sorted((gene.name for gene in few.genes), key=safe)], notes)
 
 
 def _few(found: Projection, measure: Measure) -> Projection:
     """The candidates that parallel coordinates have room for: the best half of them, and the rest evenly."""
     if len(found.numbers) <= _MOST_LINES:
         return found
-    place = next(i for i, o in enumerate(found.columns.objectives) if o["name"] == measure["name"])
-    order = np.argsort(found.values[:, place] * (-1.0 if measure["maximise"] else 1.0), kind="stable")
+    place = next(i for i, o in enumerate(found.columns.objectives) if o.name == measure.name)
+    order = np.argsort(found.values[:, place] * -measure.sign, kind="stable")
     half = _MOST_LINES // 2
     rest = np.sort(order[half:])
     taken: Mask = np.zeros(len(order), dtype=np.bool_)

@@ -22,28 +22,28 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
     Raises:
         KeyError: ``objective`` is none of the search.
     """
-    found, features = columns_of(store), features_of(store.search().fingerprints)
+    found, features = columns_of(store), features_of(store.search().record)
     measure = found.objective(objective)
     if not features:
         return figure(notes=["The search has no features."])
-    means, errors, items = found.measured(store, measure["name"])
+    means, errors, items = found.measured(store, measure.name)
     elites = np.flatnonzero(found.elite & np.isfinite(means))
     if not len(elites):
         return figure(notes=["No candidate has been scored yet."])
     across, along = _shown(features)
     best: dict[tuple[int, int], int] = {}
-    for at in sorted(elites.tolist(), key=lambda at: means[at], reverse=not measure["maximise"]):
+    for at in sorted(elites.tolist(), key=lambda at: means[at], reverse=not measure.maximise):
         niche = found.niches[at]
         best[niche[0], niche[1] if len(features) > 1 else 0] = at  # the best comes last, and stays
     scores, numbers = np.full((2, len(along[1]), len(across[1])), np.nan)
     words = np.full(scores.shape, "", dtype=object)
     for (x, y), at in best.items():
         scores[y, x], numbers[y, x] = means[at], found.numbers[at]
-        told = value_text(measure["name"], means[at], errors[at], items[at], measure["items"])
+        told = value_text(measure.name, means[at], errors[at], items[at], measure.items)
         words[y, x] = f"<b>{safe(found.names[at])}</b><br>{safe(told)}"
     cells = go.Heatmap(
         x=across[1], y=along[1], z=scores, customdata=numbers, hovertext=words, hoverinfo="text", hoverongaps=False,
-        colorscale=AREA_SCALE, reversescale=not measure["maximise"], xgap=1, ygap=1,
+        colorscale=AREA_SCALE, reversescale=not measure.maximise, xgap=1, ygap=1,
         colorbar={"title": {"text": safe(axis_title(measure))}, "thickness": 12, "len": 0.9},
     )  # fmt: skip
     occupied = len({tuple(found.niches[at]) for at in elites.tolist()})

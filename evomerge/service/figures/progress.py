@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from evomerge.front import hypervolume as volume_of
 from evomerge.front import nondominated
-from evomerge.report.entries import Measure, candidate_id
+from evomerge.report.entries import candidate_id
 from evomerge.service.figures.style import (
     BLUE,
     MARKS,
@@ -28,6 +28,7 @@ from evomerge.service.figures.style import (
 )
 from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, number_text, thinned, value_text
 from evomerge.store import Store
+from evomerge.store.record import Number
 
 Over = Literal["candidates", "hours"]
 
@@ -47,21 +48,21 @@ def history(store: Store, over: Over = "candidates", objective: str | None = Non
     """
     found = columns_of(store)
     measures = found.numbers_that_decide if objective is None else [found.objective(objective)]
-    panels = {measure["name"]: _history(store, found, measure, over) for measure in measures}
+    panels = {measure.name: _history(store, found, measure, over) for measure in measures}
     if len(panels) > 1 and not any(map(is_empty, panels.values())):
         return stacked(panels, _PANEL)
     return next(iter(panels.values()))
 
 
-def _history(store: Store, found: Columns, measure: Measure, over: Over) -> go.Figure:
+def _history(store: Store, found: Columns, measure: Number, over: Over) -> go.Figure:
     """The best so far in one measure."""
-    means, errors, items = found.measured(store, measure["name"])
+    means, errors, items = found.measured(store, measure.name)
     where = found.numbers.astype(np.float64) if over == "candidates" else found.hours()
     known: Mask = found.eligible & np.isfinite(means) & np.isfinite(where)
     if not known.any():
         return figure(notes=["No candidate that may win has been scored yet."])
     order = np.flatnonzero(known)[np.argsort(where[known], kind="stable")]
-    best = running_best(means[order], maximise=measure["maximise"])
+    best = running_best(means[order], maximise=measure.maximise)
     steps = np.flatnonzero(np.r_[True, best[1:] != best[:-1]])
     end = float(where[order][-1])
     each = known & found.own
@@ -69,10 +70,10 @@ def _history(store: Store, found: Columns, measure: Measure, over: Over) -> go.F
     traces = [
         _dots(found, shown & ~found.landmark, where, means, errors, items, measure),
         *_landmark_lines(found, means, errors, measure, end),
-        _best_line(found, order, steps, where, best, errors, end, measure["name"]),
+        _best_line(found, order, steps, where, best, errors, end, measure.name),
     ]
     bounds = focused(means[each], (found.landmark & _is_best_source(found, means, measure))[each],
-                     maximise=measure["maximise"])  # fmt: skip
+                     maximise=measure.maximise)  # fmt: skip
     axis = "candidate" if over == "candidates" else "hours since the start, pauses included"
     return figure(
         traces,
@@ -85,12 +86,12 @@ def _history(store: Store, found: Columns, measure: Measure, over: Over) -> go.F
     )
 
 
-def _is_best_source(found: Columns, means: Values, measure: Measure) -> Mask:
+def _is_best_source(found: Columns, means: Values, measure: Number) -> Mask:
     """Marks the source that is best in a measure, which the others are set against."""
     marks: Mask = np.zeros(len(means), dtype=np.bool_)
     sources = np.flatnonzero(found.landmark & found.of_origin("source") & np.isfinite(means))
     if len(sources):
-        marks[sources[np.argmax(means[sources]) if measure["maximise"] else np.argmin(means[sources])]] = True
+        marks[sources[np.argmax(means[sources]) if measure.maximise else np.argmin(means[sources])]] = True
     return marks
 
 
@@ -100,11 +101,11 @@ def running_best(means: Values, *, maximise: bool) -> Values:
 
 
 def _dots(
-    found: Columns, mask: Mask, where: Values, means: Values, errors: Values, items: Any, measure: Measure
+    found: Columns, mask: Mask, where: Values, means: Values, errors: Values, items: Any, measure: Number
 ) -> go.Scatter:
     words = [
         f"<b>{safe(found.names[i])}</b><br>"
-        + safe(value_text(measure["name"], means[i], errors[i], items[i], measure["items"]))
+        + safe(value_text(measure.name, means[i], errors[i], items[i], measure.items))
         for i in np.flatnonzero(mask).tolist()
     ]
     return go.Scatter(
@@ -130,7 +131,7 @@ def _best_line(
     )  # fmt: skip
 
 
-def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Measure, end: float) -> list[go.Scatter]:
+def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Number, end: float) -> list[go.Scatter]:
     """The best source with its error as a band, and the uniform average, whether or not they keep constraints."""
     known = found.landmark & np.isfinite(means)
     traces = []
@@ -141,12 +142,10 @@ def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Meas
         traces.append(go.Scatter(**band, **look, hoverinfo="skip", showlegend=False))
         name = f"best source: {found.labels[at]}"
         traces.append(
-            _level(
-                name, mean, end, ORANGE, "dash", f"{found.names[at]} {number_text(measure['name'], mean, errors[at])}"
-            )
+            _level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {number_text(measure.name, mean, errors[at])}")
         )
     for at in np.flatnonzero(known & found.of_origin("average")).tolist():
-        words = f"{found.names[at]} {number_text(measure['name'], means[at], errors[at])}"
+        words = f"{found.names[at]} {number_text(measure.name, means[at], errors[at])}"
         traces.append(_level(found.labels[at], means[at], end, PURPLE, "dot", words))
     return traces
 
@@ -171,9 +170,9 @@ def hypervolume(store: Store) -> go.Figure:
         return figure(notes=["No candidate that may win has been scored yet."])
     reference = reference_of(losses, known, found.landmark)
     at, volumes = growth(losses, known, reference)
-    signs = [-1.0 if o["maximise"] else 1.0 for o in found.objectives]
+    signs = [-o.sign for o in found.objectives]
     place = ", ".join(
-        f"{o['name']} {sign * value:.3f}" for o, sign, value in zip(found.objectives, signs, reference, strict=True)
+        f"{o.name} {sign * value:.3f}" for o, sign, value in zip(found.objectives, signs, reference, strict=True)
     )
     last = int(np.flatnonzero(known)[-1])
     words = [f"<b>{candidate_id(int(found.numbers[i]))}</b><br>{v:.5g}" for i, v in zip(at, volumes, strict=True)]
@@ -193,7 +192,7 @@ def hypervolume(store: Store) -> go.Figure:
 
 def _losses(store: Store, found: Columns) -> Values:
     """All objectives so that less is better: float64 [n, objectives]."""
-    columns = [(-1.0 if o["maximise"] else 1.0) * found.measured(store, o["name"])[0] for o in found.objectives]
+    columns = [-o.sign * found.measured(store, o.name)[0] for o in found.objectives]
     return np.stack(columns, axis=1)
 
 

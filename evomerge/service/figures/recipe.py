@@ -38,7 +38,7 @@ def recipe(store: Store, number: int) -> go.Figure:
     found = recipe_of(store, number)
     if not isinstance(found, StackRecipe):
         return figure(notes=["Drawn are layers that are merged. " + line for line in found.lines()[:1]])
-    names = list(store.search().settings["sources"])
+    names = list(store.search().record.sources)
     used = [name for name in names if any(name in blend.sources for blend in found.blends)]
     rows = _runs(list(_parts(found)))
     weights = np.array([[share_in(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
@@ -65,8 +65,8 @@ def recipe(store: Store, number: int) -> go.Figure:
 def _bounds(store: Store, found: StackRecipe) -> tuple[float, float]:
     """The least and the largest share that the search may give by these methods; 0 and 1 where it searches none."""
     names = {name for blend in found.blends for name in share_parameters(blend.method)}
-    named = [p for p in store.search().fingerprints["parameters"] if names & set(p["name"].split("."))]
-    return min((float(p["low"]) for p in named), default=0.0), max((float(p["high"]) for p in named), default=1.0)
+    named = [p for p in store.search().record.parameters if names & set(p.name.split("."))]
+    return min((float(p.low) for p in named), default=0.0), max((float(p.high) for p in named), default=1.0)
 
 
 def path(store: Store, number: int) -> str:
@@ -78,7 +78,7 @@ def path(store: Store, number: int) -> str:
 
 def recipe_of(store: Store, number: int) -> Recipe:
     """The recipe of a candidate."""
-    return read_recipe(store.candidate(number).recipe, store.search().settings["sources"])
+    return read_recipe(store.candidate(number).recipe, store.search().record.sources)
 
 
 def share_in(blend: Blend, source: str) -> float:

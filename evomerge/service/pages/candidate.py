@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 
 from evomerge.errors import InputError
+from evomerge.genome import Parameter
 from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.report.candidate import status_text
@@ -92,7 +93,7 @@ def show_candidate(
     row, search, depths = store.candidate(number), store.search(), depths_of(store)
     other = _opponent(store, status, number, against)
     found = None if other is None else paired(store, number, other, "search", wanted)
-    recipe = read_recipe(row.recipe, search.settings["sources"])
+    recipe = read_recipe(row.recipe, search.record.sources)
     told = [each for each in found.comparisons if each.objective == wanted] if found else []
     up = is_up(status, wanted)
     won, lost = _won_and_lost(found.items, up) if found else ([], [])
@@ -100,14 +101,14 @@ def show_candidate(
     return page(
         request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
         numbers=status.measures,
-        searched=status.entry(row, search.fingerprints), origin=origin_of(row, search.settings["sources"]),
+        searched=status.entry(row, search.record), origin=origin_of(row, search.record.sources),
         fate=status_text(row, status),
         held_out=status.confirmed_entry(mine), gaps=_gaps(status, mine),
         path=path_text(recipe, depths, _PATH_WIDTH), recipe_yaml=_mergekit(recipe, row.recipe),
         hold=choice_text(status)[:1] if status.confirmed_entry(mine) else [],
         picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
         roles=[*roles_of(status, mine, "held_out"), *search_roles(status, mine)],
-        recipe_lines=recipe.lines(), genome=_genes(row, search.fingerprints["parameters"]),
+        recipe_lines=recipe.lines(), genome=_genes(row, search.record.parameters),
         log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
         sentences=[sentence(each, mine, theirs) for each in told], won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS],
         won_count=len(won), lost_count=len(lost), name_a=mine, name_b=theirs, maximise=up, lead=ahead,
@@ -242,8 +243,8 @@ def _gaps(status: SearchStatus, name: str) -> list[str]:
     ]
 
 
-def _genes(row: CandidateRow, parameters: Sequence[dict[str, Any]]) -> list[Gene]:
-    bounds = {each["name"]: (f"{each['low']:g}", f"{each['high']:g}") for each in parameters}
+def _genes(row: CandidateRow, parameters: Sequence[Parameter]) -> list[Gene]:
+    bounds = {each.name: (f"{each.low:g}", f"{each.high:g}") for each in parameters}
     found = parameters_of(row.genome, parameters)
     return [Gene(name, parameter_text(value), *bounds[name]) for name, value in found]
 

@@ -119,7 +119,7 @@ def search(
         store, status=[query.status] if query.status else None, origin=query.origin or None, sort=query.sort,
         order=query.order, front=query.front, limit=PAGE_ROWS, cursor=query.cursor,
     )  # fmt: skip
-    rows, columns = list(_rows(status)), columns_of(found.fingerprints["parameters"])
+    rows, columns = list(_rows(status)), columns_of(found.record.parameters)
     return page(
         request, "search.html", here="", status=status, summary=summary, query=query, seq=seq,
         verbs=_verbs(summary, status.choice is not None and status.choice.made), caption=_caption(status, rows),
@@ -128,8 +128,8 @@ def search(
         measures=status.measures, best_values=_best_values(status), rows=rows,
         thrift=thrift_lines(status),
         choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
-        parameters=[each["name"] for each in found.fingerprints["parameters"]], origins=origins, page=table,
-        patience=found.settings["budget"].get("patience"), place=shell_place(place(root, name)),
+        parameters=[each.name for each in found.record.parameters], origins=origins, page=table,
+        patience=found.record.budget.patience, place=shell_place(place(root, name)),
     )  # fmt: skip
 
 
