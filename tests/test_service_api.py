@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from sqlalchemy import URL, Engine
 from starlette.testclient import TestClient
 
 from evomerge.errors import InputError
@@ -37,7 +39,8 @@ from evomerge.service import processes
 from evomerge.service.checking import Checker
 from evomerge.service.client import Client
 from evomerge.service.summary import sparkline
-from evomerge.store import Store, acquire, summaries
+from evomerge.store import Store, acquire, reading, summaries
+from evomerge.store.engine import connect
 
 API = "/api/v1"
 HOST = {"host": "testserver"}
@@ -94,6 +97,32 @@ def test_the_list_says_of_a_search_what_the_store_says(client: TestClient, store
 def test_a_search_is_shown_as_the_command_line_shows_it(client: TestClient, store: Store) -> None:
     expected = json.loads(status_of(store).model_dump_json()) | {"name": NAME}
     assert json_of(client, SEARCH) == expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"/searches/{NAME}{rest}" for rest in ("", "/candidates/6", "/compare", "/exports", "/report.html")),
+        *(f"{SEARCH}{rest}" for rest in ("", "/summary", "/front", "/candidates", "/candidates/6", "/figures/front",
+                                         "/compare?a=0&b=6")),
+    ],
+)  # fmt: skip
+def test_a_request_opens_the_store_of_its_search_once_and_no_other(
+    root: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (root / "other").mkdir(exist_ok=True)
+    (root / "other" / "search.db").write_bytes((root / NAME / "search.db").read_bytes())
+    opened: list[str] = []
+
+    def counted(url: URL) -> Engine:
+        opened.append(str(url.database))
+        return connect(url)
+
+    monkeypatch.setattr(reading, "connect", counted)
+    answered = client.get(path, headers={"accept": "text/html"})
+    shutil.rmtree(root / "other")
+    assert answered.status_code == 200, answered.text
+    assert opened == [str(root / NAME / "search.db")]
 
 
 def test_a_sparkline_is_the_best_so_far_at_equal_steps() -> None:
