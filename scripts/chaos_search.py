@@ -21,6 +21,7 @@ from sqlalchemy import Engine, event
 from evomerge.method import Method, MethodParameter
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.ray import RayPool, RayWorker
 from evomerge.search.preparing.setup import EvaluatorInfo, ObjectiveInfo, Setup
@@ -151,7 +152,7 @@ def drive(folder: Path, place: str, address: str, candidates: int) -> None:
         cluster = Cluster(address=address, insecure=True)
         pool = RayPool(SearchFile.model_construct(name="chaos", cluster=cluster), folder, {}, Worker)
         try:
-            Driver(setup, store, pool, Control(store.take_commands), logs=folder / "logs").run()
+            Driver(Drive(setup, store, pool, Control(store.take_commands), logs=folder / "logs")).run()
         finally:
             pool.close()
 

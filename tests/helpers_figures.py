@@ -16,6 +16,7 @@ from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, Setup
 from evomerge.search.settings.sections import Confirm
@@ -59,7 +60,7 @@ def search(root: Path, name: str, setup: Setup, simulation: Simulation = simulat
     drive(folder, setup, simulation=simulation)
     with Store.open(folder / "search.db") as store, acquire(store):
         pool, word = SimulatedPool(1, simulation, SimulatedClock()), Control(store.take_commands, interval_s=0.0)
-        assert Confirmation(setup, store, pool, word, logs=folder / "logs").run(_recipe_of)
+        assert Confirmation(Drive(setup, store, pool, word, logs=folder / "logs")).run(_recipe_of)
     return folder
 
 

@@ -14,6 +14,7 @@ from evomerge.genome import Genome, Landmark, Parameter
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.preparing.setup import EvaluatorInfo, ObjectiveInfo, Setup
@@ -138,7 +139,7 @@ def drive(
         word = Control(store.take_commands, interval_s=0.0)
         control(word)
         pool = SimulatedPool(workers, simulation, clock)
-        driver = Driver(setup, store, pool, word, logs=folder / "logs", idle=lambda: idle(word), clock=clock)
+        driver = Driver(Drive(setup, store, pool, word, logs=folder / "logs", idle=lambda: idle(word), clock=clock))
         driver.run()
         return driver
 

@@ -15,6 +15,7 @@ from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Confirm
@@ -28,7 +29,7 @@ def confirm(
     with Store.open(folder / "search.db") as store, acquire(store):
         word = Control(store.take_commands, interval_s=0.0)
         pool = SimulatedPool(1, simulation, SimulatedClock())
-        run = Confirmation(setup, store, pool, word, logs=folder / "logs", idle=lambda: idle(word))
+        run = Confirmation(Drive(setup, store, pool, word, logs=folder / "logs", idle=lambda: idle(word)))
         return run.run(recipe_of)
 
 

@@ -21,6 +21,7 @@ from evomerge.report.curse_picture import curse_svg
 from evomerge.report.status import Value, status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Confirm
@@ -64,7 +65,7 @@ def confirm(folder: Path, setup: Setup) -> None:
         store.update_settings(settings_of(setup))
         pool = SimulatedPool(1, simulate, SimulatedClock())
         word = Control(store.take_commands, interval_s=0.0)
-        assert Confirmation(setup, store, pool, word, logs=folder / "logs").run(recipe_of)
+        assert Confirmation(Drive(setup, store, pool, word, logs=folder / "logs")).run(recipe_of)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["maximised", "minimised"])

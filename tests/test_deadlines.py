@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.settings.sections import Mode, Racing
@@ -183,7 +184,7 @@ def test_a_resumed_search_knows_how_long_attempts_take(
         store = Store.open(path) if path.exists() else create_store(tmp_path, setup)
         with acquire(store):
             pool = SimulatedPool(3, simulation, clock)
-            Driver(setup, store, pool, Control(store.take_commands), logs=tmp_path, clock=clock).run()
+            Driver(Drive(setup, store, pool, Control(store.take_commands), logs=tmp_path, clock=clock)).run()
         return store
 
     def first(job: Job) -> tuple[float, Measured | Failed]:
@@ -217,5 +218,5 @@ def test_the_longest_attempt_is_what_the_search_file_says(tmp_path: Path) -> Non
         clock = SimulatedClock()
         pool = SimulatedPool(3, hangs, clock)
         word = Control(store.take_commands)
-        Driver(setup, store, pool, word, logs=tmp_path, clock=clock, deadlines=Deadlines(most_s=1800.0)).run()
+        Driver(Drive(setup, store, pool, word, logs=tmp_path, clock=clock, attempt_s=1800.0)).run()
     assert 1800 < clock.now < 1800 + 2 * LEAST_S

@@ -29,6 +29,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Landmark
 from evomerge.optimizers import CmaSettings, OptunaSettings
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.driving.ending import Ending
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
@@ -227,7 +228,7 @@ def test_what_happens_to_nodes_and_workers_is_recorded_also_when_it_ends_the_sea
     with create_store(tmp_path, setup) as store, acquire(store):
         clock = SimulatedClock()
         pool = TellingPool(3, simulate, clock)
-        driver = Driver(setup, store, pool, Control(store.take_commands), logs=tmp_path, clock=clock)
+        driver = Driver(Drive(setup, store, pool, Control(store.take_commands), logs=tmp_path, clock=clock))
         with pytest.raises(InputError, match="no worker could be started"):
             driver.run()
         told = [event.payload for event in store.events(kinds=("worker died",))]

@@ -11,6 +11,7 @@ from test_generation import RACE, setup_of, simulate
 
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
@@ -52,10 +53,10 @@ def test_an_eta_in_a_race_is_near_the_truth_all_along(tmp_path: Path, mode: str)
         Store.create(tmp_path / "search.db", name="s", settings={}, fingerprints={}, environment={}) as store,
         acquire(store),
     ):
-        Driver(
+        Driver(Drive(
             setup, store, pool, Control(store.take_commands, interval_s=0.0), logs=tmp_path, idle=idle, clock=clock,
             progress=progress,
-        ).run()  # fmt: skip
+        )).run()  # fmt: skip
     whole = clock()
     ends = np.array([at + eta for at, eta in told if at > 0.25 * whole])
     assert ends.max() / ends.min() < 2, "no leaps"

@@ -28,6 +28,7 @@ from evomerge.report.screen import cells, panel
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.preparing.setup import ConstraintInfo, EvaluatorInfo, ScreenInfo, Setup
 from evomerge.search.settings.folder import FILE_NAME, open_store
@@ -101,7 +102,7 @@ def confirm(folder: Path, setup: Setup, simulation: Simulation) -> None:
     with Store.open(folder / "search.db") as store, acquire(store):
         word = Control(store.take_commands, interval_s=0.0)
         pool = SimulatedPool(1, simulation, SimulatedClock())
-        assert Confirmation(setup, store, pool, word, logs=folder / "logs").run(recipe_of)
+        assert Confirmation(Drive(setup, store, pool, word, logs=folder / "logs")).run(recipe_of)
 
 
 @pytest.fixture(scope="module")

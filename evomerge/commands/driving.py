@@ -28,6 +28,7 @@ from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import GRACE_S, Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.progress import Progress
@@ -46,7 +47,6 @@ from evomerge.search.settings.folder import LOGS_NAME, has_store
 from evomerge.search.settings.rebudget import reread_budget
 from evomerge.search.settings.resuming import record_resumed
 from evomerge.search.settings.search_file import SearchFile
-from evomerge.search.work.deadlines import Deadlines
 from evomerge.search.workers.building import choose_device
 from evomerge.search.workers.bus_errors import explain_bus_errors
 from evomerge.store import Store, acquire
@@ -90,8 +90,8 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
-        with _session(folder, prepared, store, pool, artifacts, console) as session:
-            done = _confirm(folder, prepared, store, pool, *session)
+        with _session(folder, prepared, store, pool, artifacts, console) as drive:
+            done = _confirm(prepared, drive)
     console.print(panel(status_of(store)))
     return 0 if done else INTERRUPTED
 
@@ -129,20 +129,9 @@ def _drive(
     """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
     code, how, bound = INTERRUPTED, "resume", ""
     try:
-        with _session(folder, prepared, store, pool, artifacts, console) as (control, idle, progress):
-            driver = Driver(
-                prepared.setup,
-                store,
-                pool,
-                control,
-                logs=folder / LOGS_NAME,
-                idle=idle,
-                deadlines=_deadlines(prepared),
-                check=prepared.untouched.check,
-                progress=progress,
-            )
-            ending = driver.run()
-            if ending.state == "finished" and _confirm(folder, prepared, store, pool, control, idle, progress):
+        with _session(folder, prepared, store, pool, artifacts, console) as drive:
+            ending = Driver(drive).run()
+            if ending.state == "finished" and _confirm(prepared, drive):
                 code, how, bound = 0, "go on with more", ending.bound
         console.print(panel(status_of(store)))
     except InputError as error:
@@ -159,36 +148,14 @@ def _drive(
     return code
 
 
-def _confirm(
-    folder: Path,
-    prepared: Prepared,
-    store: Store,
-    pool: Pool,
-    control: Control,
-    idle: Callable[[], None],
-    progress: Progress,
-) -> bool:
+def _confirm(prepared: Prepared, drive: Drive) -> bool:
     began = time.monotonic()
-    confirmation = Confirmation(
-        prepared.setup,
-        store,
-        pool,
-        control,
-        logs=folder / LOGS_NAME,
-        idle=idle,
-        deadlines=_deadlines(prepared),
-        check=prepared.untouched.check,
-        progress=progress,
-    )
+    confirmation = Confirmation(drive)
     done = confirmation.run(lambda row: recipe_of(row, prepared.file.sources))
     if confirmation.items:
         took = duration(time.monotonic() - began)
         print(f"confirmation: {confirmation.models} models, {confirmation.items:,} held-out items in {took}")
     return done
-
-
-def _deadlines(prepared: Prepared) -> Deadlines:
-    return Deadlines(prepared.file.attempt_hours * 3600)
 
 
 @contextmanager
@@ -215,8 +182,8 @@ def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artif
 @contextmanager
 def _session(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
-) -> Iterator[tuple[Control, Callable[[], None], Progress]]:
-    """Hear signals and commands, show the screen and tell observers while open; gives what to do while waiting."""
+) -> Iterator[Drive]:
+    """Hear signals and commands, show the screen and tell observers while open."""
     if prepared.file.pool == "in_process":
         what = "a file that is in use was cut, or its disk fails"
         explain_bus_errors(f"error: {what}. Put it back and resume: evomerge resume {shlex.quote(str(folder))}")
@@ -225,7 +192,17 @@ def _session(
     screen = Screen(console, lambda: status_of(store), pool.state, progress)
     observers = Observers(store, folder, prepared.file.observers)
     with closing(observers), screen, control.signals(screen.say, lambda: _end_at_once(folder, store)):
-        yield control, _idle(store, pool, control, screen, observers, artifacts), progress
+        yield Drive(
+            prepared.setup,
+            store,
+            pool,
+            control,
+            logs=folder / LOGS_NAME,
+            idle=_idle(store, pool, control, screen, observers, artifacts),
+            attempt_s=prepared.file.attempt_hours * 3600,
+            check=prepared.untouched.check,
+            progress=progress,
+        )
 
 
 def _end_at_once(folder: Path, store: Store) -> None:

@@ -29,6 +29,7 @@ from evomerge.merging.evidence import Evidence
 from evomerge.optimizers import CmaSettings
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.opening.session import recipe_of
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
@@ -70,7 +71,7 @@ def drive(setup: Setup, workers: int, simulate: Simulation, end: Callable[[Store
         with store, acquire(store):
             clock = SimulatedClock()
             pool = SimulatedPool(workers, simulate, clock)
-            Driver(setup, store, pool, Control(store.take_commands), logs=Path(folder), clock=clock).run()
+            Driver(Drive(setup, store, pool, Control(store.take_commands), logs=Path(folder), clock=clock)).run()
             return end(store), clock.now
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.work.jobs import Job, Measured
@@ -58,7 +59,7 @@ def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int
             def note() -> None:
                 curve.append((simulated[0], time.perf_counter() - started))
 
-            driver = Driver(setup, store, pool, control, logs=Path(folder), clock=clock, idle=note)
+            driver = Driver(Drive(setup, store, pool, control, logs=Path(folder), clock=clock, idle=note))
             driver.run()
             curve.append((candidates, time.perf_counter() - started))
     return len(space.parameters), curve

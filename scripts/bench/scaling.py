@@ -21,6 +21,7 @@ import numpy as np
 
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.settings.sections import Mode
@@ -63,7 +64,9 @@ def run(mode: Mode, workers: int, candidates: int) -> dict[str, Any]:
                 if told[0] % 500 == 0:
                     curve.append((sum(store.counts().values()), time.perf_counter() - started))
 
-            driver = Driver(setup, store, pool, Control(store.take_commands), logs=Path(folder), clock=clock, idle=note)
+            driver = Driver(
+                Drive(setup, store, pool, Control(store.take_commands), logs=Path(folder), clock=clock, idle=note)
+            )
             driver.run()
             seconds = time.perf_counter() - started
             asked = sum(store.counts().values())

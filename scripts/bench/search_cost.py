@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from evomerge.merging.evidence import Evidence
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
 from evomerge.search.pools.base import PoolState
@@ -123,7 +124,7 @@ def run(folder: Path, name: str, seed: int) -> None:
     store = create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
         pool = CountingPool(prepared, Evidence())
-        driver = Driver(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")
+        driver = Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs"))
         why = driver.run().why
         curve = _curve(store, prepared, pool)
         landmarks = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}

@@ -23,6 +23,7 @@ import numpy as np
 from starlette.testclient import TestClient
 
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.work.jobs import Job, Measured
@@ -70,7 +71,7 @@ def make(folder: Path, candidates: int, parameters: int) -> int:
     with store, acquire(store):
         clock = SimulatedClock()
         pool = SimulatedPool(8, simulate, clock)
-        Driver(setup, store, pool, Control(store.take_commands), logs=folder, clock=clock).run()
+        Driver(Drive(setup, store, pool, Control(store.take_commands), logs=folder, clock=clock)).run()
     return len(space.parameters)
 
 

@@ -21,6 +21,7 @@ import ray
 
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.ray import RayPool, RayWorker
 from evomerge.search.settings.search_file import SearchFile
@@ -61,7 +62,7 @@ def run(workers: int, seconds: float, candidates: int) -> dict[str, Any]:
             try:
                 while pool.state().workers - pool.state().starting < workers:
                     pool.wait(1.0)
-                Driver(setup, store, pool, Control(store.take_commands), logs=folder).run()
+                Driver(Drive(setup, store, pool, Control(store.take_commands), logs=folder)).run()
             finally:
                 pool.close()
                 ray.shutdown()

@@ -13,54 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.recipes.base import Recipe
-from evomerge.search.driving.control import Control
-from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
-from evomerge.search.driving.progress import Progress
+from evomerge.search.driving.dispatch import Pending, feed_of, write_log
+from evomerge.search.driving.drive import Drive
 from evomerge.search.estimation.preference import BEST, Preference, ranked
 from evomerge.search.estimation.scores import to_answers, to_scores
 from evomerge.search.estimation.statistics import mean_and_error
-from evomerge.search.pools.base import Pool
-from evomerge.search.preparing.setup import Setup
 from evomerge.search.work.deadlines import Deadlines
-from evomerge.search.work.jobs import Failed, Finished, Measured, PoolNews
-from evomerge.store import CandidateRow, Estimate, Store
+from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.store import CandidateRow, Estimate
 
 _OURS = ("confirming", "paused")  # states that say nothing of the search that is being confirmed
 
 
 class Confirmation:
-    """Scores the shortlist and the landmarks on the held-out split; the caller holds the store's lease."""
+    """Scores the shortlist and the landmarks on the held-out split."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        store: Store,
-        pool: Pool,
-        control: Control,
-        *,
-        logs: Path,
-        idle: Callable[[], None] = lambda: None,
-        deadlines: Deadlines | None = None,
-        check: Callable[[], None] = lambda: None,
-        progress: Progress | None = None,
-    ) -> None:
-        self._setup = setup
-        self._store = store
-        self._logs = logs
+    def __init__(self, drive: Drive) -> None:
+        self._setup = drive.setup
+        self._store = drive.store
+        self._logs = drive.logs
         self._last_failure = ""
-        self._tasks = setup.tasks("held_out")
-        self._preference = Preference.of_setup(setup)
-
-        def report(news: PoolNews) -> None:
-            store.record_event(news.kind, news.payload)
-
-        self._dispatcher = Dispatcher(pool, control, setup.attempts, idle, deadlines, report, check, progress)
+        self._tasks = self._setup.tasks("held_out")
+        self._preference = Preference.of_setup(self._setup)
+        self._dispatcher = drive.dispatcher(Deadlines(drive.attempt_s))
         self._progress = self._dispatcher.progress
         self.models = self.items = 0  # that were scored in this run
 

@@ -9,79 +9,51 @@ brings a fresh optimizer to the same point by replaying the recorded asks and te
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
-from evomerge.optimizers import Best, Observation, Optimizer
+from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.recipes.base import Recipe, text_hash
-from evomerge.search.driving.control import Control
-from evomerge.search.driving.dispatch import Dispatcher, Pending
+from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
 from evomerge.search.driving.kept import Kept
-from evomerge.search.driving.progress import Progress
 from evomerge.search.driving.ranking import Ranking
-from evomerge.search.driving.scoring import FAVOURITE, Candidate
+from evomerge.search.driving.scoring import FAVOURITE, Candidate, Scoring
 from evomerge.search.driving.steady import SteadyScoring
 from evomerge.search.estimation.scores import ScoreTable
-from evomerge.search.pools.base import Pool
-from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
-from evomerge.search.work.jobs import BLAMELESS, PoolNews
-from evomerge.store import CandidateRow, EventRow, NewCandidate, Store
+from evomerge.search.work.jobs import BLAMELESS
+from evomerge.store import CandidateRow, EventRow, NewCandidate
 
 
 class Driver:
     """Runs one search.
 
-    Args:
-        setup: what to search.
-        store: where everything is recorded; the caller holds its lease.
-        pool: what runs the jobs.
-        control: the verbs.
-        logs: folder for the logs of failed attempts.
-        idle: called at least once a second while waiting, and after each step.
-        clock: seconds, for the budget of hours.
-        deadlines: how long an attempt may take; filled with what earlier drivers have recorded.
-        check: raises InputError where the sources are not what they were.
-        progress: is told how much has been scored and how much is to come.
+    Attributes:
+        optimizer: what proposes candidates.
+        asked_after: the seq of an event before the asks of those that were waiting when this driver began.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        store: Store,
-        pool: Pool,
-        control: Control,
-        *,
-        logs: Path,
-        idle: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
-        deadlines: Deadlines | None = None,
-        check: Callable[[], None] = lambda: None,
-        progress: Progress | None = None,
-    ) -> None:
-        self._setup = setup
-        self._store = store
-        self._control = control
-        self._clock = clock
-        self._started = clock()
+    def __init__(self, drive: Drive) -> None:
+        self._setup = setup = drive.setup
+        self._store = store = drive.store
+        self._control = drive.control
+        self._clock = drive.clock
+        self._started = self._clock()
         self._spent_before_s = 0.0
-        self._optimizer: Optimizer = setup.build_optimizer()
-        self._deadlines = deadlines or Deadlines()
-        dispatcher = Dispatcher(
-            pool, control, setup.attempts, idle, self._deadlines, self._record_news, check, progress
-        )
+        self.optimizer: Optimizer = setup.build_optimizer()
+        self.asked_after = 0
+        self._deadlines = Deadlines(drive.attempt_s)
+        dispatcher = drive.dispatcher(self._deadlines)
         dispatcher.progress.begin(self._items_to_come)
-        self._scoring: GenerationScoring | SteadyScoring
-        if setup.mode == "generational":
-            self._scoring = GenerationScoring(setup, store, dispatcher, logs)
-        else:
-            self._scoring = SteadyScoring(setup, store, dispatcher, logs, self._optimizer.population)
+        self._scoring: Scoring = (
+            GenerationScoring(setup, store, dispatcher, drive.logs)
+            if setup.mode == "generational"
+            else SteadyScoring(setup, store, dispatcher, drive.logs, self.optimizer.population)
+        )
         self._ranking = Ranking(setup, self._scoring.screening)
         self._step = 0
         self._asked = 0
@@ -90,7 +62,6 @@ class Driver:
         self._lost_landmarks = 0
         self._told_items = self._told_candidates = 0  # scored items of the candidates told, landmarks not counted
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
-        self._asked_after = 0  # an event before the asks of those that were open when this driver began
         self._kept = Kept(setup)
         self._unchanged = 0.0  # generations since the front or an elite last changed
 
@@ -101,55 +72,27 @@ class Driver:
         self._store.set_state("running")
         if not self._asked:
             self._ask_landmarks()
-        waits = isinstance(self._scoring, GenerationScoring) or self._setup.racing is not None
-        if waits and 0 in self._open:  # the landmarks are not told yet, and a race needs what they tell of items
-            if not self._scoring.score_landmarks(list(self._open.values())):
+        if self._scoring.landmarks_first and 0 in self._open:  # they are not told yet
+            if not self._scoring.score_landmarks(self.waiting):
                 return self._end(self._asked_to_end())
-            self._tell(list(self._open.values()))
-        ended = self._run_generations if isinstance(self._scoring, GenerationScoring) else self._run_steadily
-        spent = self._spent() if ended() else None
+            self.tell(self.waiting)
+        spent = self._spent() if self._scoring.run(self) else None
         return self._end(spent or self._asked_to_end())
 
-    def _run_generations(self) -> bool:
-        """Generation after generation; False when a stop came first."""
-        assert isinstance(self._scoring, GenerationScoring)  # by which ``run`` chose
-        while True:
-            if generation := list(self._open.values()):
-                keeps = self._optimizer.keeps
-                if not self._scoring.score(generation, self._kept.rivals(keeps), keeps):
-                    return False
-                self._tell(generation)
-            if self._spent():
-                return True
-            self._ask(self._optimizer.population)
+    @property
+    def waiting(self) -> list[Candidate]:
+        """The candidates that were asked for and are not told yet, in the order asked."""
+        return list(self._open.values())
 
-    def _run_steadily(self) -> bool:
-        """A new candidate whenever a worker is free; False when a stop came first."""
-        assert isinstance(self._scoring, SteadyScoring)  # by which ``run`` chose
-        self._scoring.take_up(list(self._open.values()), self._asked_after)
-        return self._scoring.run(self._next_job)
+    @property
+    def rivals(self) -> Grid:
+        """What a new candidate must better to be kept: the front, or the elites of its niche."""
+        return self._kept.rivals(self.optimizer.keeps)
 
-    def _next_job(self) -> Pending | None:
-        """The next rung of a candidate that came back, or a new candidate; those that are known now are told."""
-        assert isinstance(self._scoring, SteadyScoring)  # the feed of no other
-        while True:
-            if self._scoring.back:
-                candidate = self._scoring.back.popleft()
-            elif self._spent():
-                return None
-            else:
-                candidate, *others = self._ask(1)
-                self._scoring.begin([candidate, *others])
-                self._scoring.back.extend(others)
-            keeps, population = self._optimizer.keeps, self._optimizer.population
-            share = keeps.count / population if isinstance(keeps, Best) else None if keeps == "niches" else 1.0
-            pending = self._scoring.next_job(candidate, self._kept.rivals(keeps), share)
-            if pending is not None:
-                return pending
-            self._tell([candidate])
-
-    def _record_news(self, news: PoolNews) -> None:
-        self._store.record_event(news.kind, news.payload)
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more candidates are to be asked for."""
+        return self._spent() is not None
 
     # Asking and telling -------------------------------------------------------------------------------------------
 
@@ -158,11 +101,11 @@ class Driver:
         asked = [self._next(i, mark.kind, mark.genome, mark.recipe) for i, mark in enumerate(marks)]
         self._record_ask(asked, [mark.label for mark in marks])
 
-    def _ask(self, count: int) -> list[Candidate]:
+    def ask(self, count: int) -> list[Candidate]:
         """So many new candidates, or what is left of the budget; with racing, the optimizer's favourite beside them."""
         room = math.inf if self._budget.candidates is None else self._budget.candidates - self._asked
         name: str = self._setup.optimizer.name
-        points = [(name, genome) for genome in self._optimizer.ask(int(min(count, room)))]
+        points = [(name, genome) for genome in self.optimizer.ask(int(min(count, room)))]
         self._asked_since_favourite += len(points)
         if len(points) < room and (favourite := self._favourite()) is not None:
             points.append((FAVOURITE, favourite))
@@ -173,10 +116,10 @@ class Driver:
 
     def _favourite(self) -> Genome | None:
         """The optimizer's favourite, once a generation, where scores are estimates and the best are mostly lucky."""
-        if self._setup.racing is None or self._asked_since_favourite < self._optimizer.population:
+        if self._setup.racing is None or self._asked_since_favourite < self.optimizer.population:
             return None
         self._asked_since_favourite = 0
-        return self._optimizer.favourite
+        return self.optimizer.favourite
 
     def _next(self, i: int, origin: str, genome: Genome | None, recipe: Recipe) -> Candidate:
         text = recipe.canonical()
@@ -191,7 +134,7 @@ class Driver:
         self._open |= {c.number: c for c in asked}
         self._asked += len(asked)
 
-    def _tell(self, candidates: Sequence[Candidate]) -> None:
+    def tell(self, candidates: Sequence[Candidate]) -> None:
         """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
         outcomes = self._scoring.conclude(candidates)
         self._ranking.rank(candidates, self._scoring.recent)
@@ -220,7 +163,7 @@ class Driver:
     def _told(self, candidates: Sequence[Candidate]) -> None:
         """Let everything learn that learns from what was told."""
         taught = [c for c in candidates if c.origin != FAVOURITE]
-        self._optimizer.tell(
+        self.optimizer.tell(
             [self._observed(c, c.genome, c.losses) for c in taught if c.genome is not None and c.losses]
         )
         self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
@@ -235,7 +178,7 @@ class Driver:
             genome,
             losses,
             features=self._setup.feature_values(candidate.objectives),
-            items=self._scoring.item_losses(candidate) if self._optimizer.wants_items else (),
+            items=self._scoring.item_losses(candidate) if self.optimizer.wants_items else (),
             feasible=candidate.status != "failed" and self._setup.violation(candidate.objectives) == 0.0,
         )
 
@@ -256,7 +199,7 @@ class Driver:
 
     def _keep(self, told: Sequence[Candidate]) -> None:
         self._kept.take(told)
-        generation = 1.0 if self._setup.mode == "generational" else len(told) / self._optimizer.population
+        generation = 1.0 if self._setup.mode == "generational" else len(told) / self.optimizer.population
         self._unchanged = 0.0 if self._kept.changed else self._unchanged + generation
 
     # Progress -----------------------------------------------------------------------------------------------------
@@ -280,7 +223,7 @@ class Driver:
         if self._budget.candidates is None:
             return None
         sizes = [sum(counts.values()) for counts in self._setup.rungs[: self._setup.ordinary_rungs]]
-        weight = self._optimizer.population
+        weight = self.optimizer.population
         each = (self._told_items + weight * sum(sizes) / len(sizes)) / (self._told_candidates + weight)
         wanted = [sum(self._setup.all_counts().values()) if c.step == 0 else each for c in self._open.values()]
         known = [c.table.count for c in self._open.values()]
@@ -307,7 +250,7 @@ class Driver:
             return Ending("hours", budget.hours)
         if budget.patience is not None and self._unchanged >= budget.patience:
             return Ending("patience", budget.patience)
-        return Ending("optimizer", self._optimizer.stopped) if self._optimizer.stopped else None
+        return Ending("optimizer", self.optimizer.stopped) if self.optimizer.stopped else None
 
     def _asked_to_end(self) -> Ending:
         return Ending("cancel" if self._control.cancelled else "stop")
@@ -328,7 +271,7 @@ class Driver:
             if step.kind == "ask":
                 self._step = step.step
                 if not self._open:
-                    self._asked_after = step.seq - 1
+                    self.asked_after = step.seq - 1
                 self._open |= {c.number: c for c in self._replay_ask(step.step)}
             else:
                 told = [self._open[number] for number in step.candidates]
@@ -362,7 +305,7 @@ class Driver:
             points += [(mark.genome, mark.recipe) for mark in marks[len(rows) :]]
         else:
             ours = [row.genome for row in rows if row.genome is not None and row.origin != FAVOURITE]
-            genomes = self._optimizer.replay(ours)
+            genomes = self.optimizer.replay(ours)
             self._asked_since_favourite += len(genomes)
             if len(genomes) < len(rows) and (favourite := self._favourite()) is not None:
                 genomes.append(favourite)

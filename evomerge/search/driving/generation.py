@@ -15,12 +15,26 @@ import numpy as np
 from evomerge.front import nondominated
 from evomerge.optimizers import Best, Grid, Keeps
 from evomerge.optimizers.elites import cells_of
-from evomerge.search.driving.scoring import Candidate, Scoring
+from evomerge.search.driving.scoring import Candidate, Proposals, Scoring
 from evomerge.search.estimation.screening import Screening
 
 
 class GenerationScoring(Scoring):
     """Scores one generation after another."""
+
+    landmarks_first = True
+
+    def run(self, proposals: Proposals) -> bool:
+        """Generation after generation, until the budget is spent; False when a stop came first."""
+        optimizer = proposals.optimizer
+        while True:
+            if generation := proposals.waiting:
+                if not self.score(generation, proposals.rivals, optimizer.keeps):
+                    return False
+                proposals.tell(generation)
+            if proposals.is_spent:
+                return True
+            proposals.ask(optimizer.population)
 
     def score(self, generation: list[Candidate], rivals: Grid, keeps: Keeps) -> bool:
         """Score a generation as far as is needed to rank it; False when a stop came first.

@@ -7,18 +7,20 @@ in ``steady.py``, where nobody waits for another.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from evomerge.genome import Genome
-from evomerge.optimizers import Grid
+from evomerge.optimizers import Grid, Optimizer
 from evomerge.optimizers.elites import UNKNOWN, Bounds, cells_of
 from evomerge.recipes.base import Recipe
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
@@ -75,12 +77,55 @@ class Candidate:
         return self.status in ("done", "cached", "failed")
 
 
-class Scoring:
+class Proposals(Protocol):
+    """Where candidates come from and go back to: the driver, as a way of scoring sees it.
+
+    Attributes:
+        optimizer: what candidates are proposed by; a way of scoring reads how many it wants and what it keeps.
+        asked_after: the seq of an event before the asks of all that waited when this driver began.
+    """
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def asked_after(self) -> int: ...
+
+    @property
+    def waiting(self) -> list[Candidate]:
+        """The candidates that were asked for and are not told yet, in the order asked."""
+        ...
+
+    @property
+    def rivals(self) -> Grid:
+        """What a new candidate must better to be kept: the front, or the elites of each niche."""
+        ...
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more candidates are to be asked for."""
+        ...
+
+    def ask(self, count: int) -> list[Candidate]:
+        """So many new candidates, or what is left of the budget; perhaps the optimizer's favourite beside them."""
+        ...
+
+    def tell(self, candidates: Sequence[Candidate]) -> None:
+        """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
+        ...
+
+
+class Scoring(ABC):
     """What both ways of scoring share; the dispatcher's recorder.
 
     Args:
         logs: folder for the logs of failed attempts.
+
+    Attributes:
+        landmarks_first: whether the landmarks must be told before anything else is asked for.
     """
+
+    landmarks_first: bool
 
     def __init__(self, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path) -> None:
         self._setup = setup
@@ -96,6 +141,10 @@ class Scoring:
         self.recent: deque[Candidate] = deque(maxlen=0)  # told lately, where these are compared with new ones
         self.predictions = Predictions(setup)
         self.screening = Screening(setup.screen, setup.seed) if setup.screen is not None else None
+
+    @abstractmethod
+    def run(self, proposals: Proposals) -> bool:
+        """Score what is proposed until the budget is spent; False when a stop came first."""
 
     def score_landmarks(self, landmarks: Sequence[Candidate]) -> bool:
         """Score every landmark on all items; False when a stop came first."""

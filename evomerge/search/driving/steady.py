@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evomerge.optimizers import Grid
+from evomerge.optimizers import Best, Grid
 from evomerge.optimizers.elites import Point
 from evomerge.search.driving.dispatch import Dispatcher, Pending
-from evomerge.search.driving.scoring import Candidate, Scoring
+from evomerge.search.driving.scoring import Candidate, Proposals, Scoring
 from evomerge.search.preparing.setup import Counts, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import EventRow, Store
@@ -39,7 +40,7 @@ class SteadyScoring(Scoring):
     """Scores candidates one by one.
 
     Attributes:
-        back: candidates of which an attempt has just ended, for the driver to take up again.
+        back: candidates of which an attempt has just ended, to be taken up again.
     """
 
     def __init__(self, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path, population: int) -> None:
@@ -48,10 +49,30 @@ class SteadyScoring(Scoring):
         self.back: deque[Candidate] = deque()
         self.recent = deque(maxlen=RECENT * population)
         self._told_last: deque[Candidate] = deque(maxlen=RECENT * population)
+        self.landmarks_first = setup.racing is not None  # which needs what they tell of items
 
-    def run(self, feed: Callable[[], Pending | None]) -> bool:
-        """Score whatever the feed gives until it gives nothing; False when a stop came first."""
-        return self._dispatcher.run(feed, self)
+    def run(self, proposals: Proposals) -> bool:
+        """A new candidate whenever a worker is free, until the budget is spent; False when a stop came first."""
+        self.take_up(proposals.waiting, proposals.asked_after)
+        return self._dispatcher.run(partial(self._feed, proposals), self)
+
+    def _feed(self, proposals: Proposals) -> Pending | None:
+        """The next rung of a candidate that came back, or a new candidate; those that are known now are told."""
+        while True:
+            if self.back:
+                candidate = self.back.popleft()
+            elif proposals.is_spent:
+                return None
+            else:
+                candidate, *others = proposals.ask(1)
+                self.begin([candidate, *others])
+                self.back.extend(others)
+            keeps, population = proposals.optimizer.keeps, proposals.optimizer.population
+            share = keeps.count / population if isinstance(keeps, Best) else None if keeps == "niches" else 1.0
+            pending = self.next_job(candidate, proposals.rivals, share)
+            if pending is not None:
+                return pending
+            proposals.tell([candidate])
 
     def next_job(self, candidate: Candidate, rivals: Grid, keep: float | None) -> Pending | None:
         """What is to be scored next of a candidate; None when it is known as well as it needs to be.

@@ -1,0 +1,56 @@
+"""What a drive needs: what to score, where, on whose word, and where that is written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher
+from evomerge.search.driving.progress import Progress
+from evomerge.search.pools.base import Pool
+from evomerge.search.preparing.setup import Setup
+from evomerge.search.work.deadlines import MOST_S, Deadlines
+from evomerge.search.work.jobs import PoolNews
+from evomerge.store import Store
+
+
+@dataclass(frozen=True)
+class Drive:
+    """What a driver and a confirmation work with.
+
+    Attributes:
+        setup: what to search.
+        store: where everything is recorded; the caller holds its lease.
+        pool: what runs the jobs.
+        control: the verbs.
+        logs: folder for the logs of failed attempts.
+        idle: called at least once a second while waiting, and after each step.
+        clock: seconds, for the budget of hours.
+        attempt_s: the longest that an attempt may take, in seconds.
+        check: raises InputError where the sources are not what they were.
+        progress: is told how much has been scored and how much is to come.
+    """
+
+    setup: Setup
+    store: Store
+    pool: Pool
+    control: Control
+    logs: Path
+    idle: Callable[[], None] = lambda: None
+    clock: Callable[[], float] = time.monotonic
+    attempt_s: float = MOST_S
+    check: Callable[[], None] = lambda: None
+    progress: Progress = field(default_factory=Progress)
+
+    def dispatcher(self, deadlines: Deadlines) -> Dispatcher:
+        """What scores candidates on the pool, and records what happens to nodes and workers."""
+
+        def report(news: PoolNews) -> None:
+            self.store.record_event(news.kind, news.payload)
+
+        return Dispatcher(
+            self.pool, self.control, self.setup.attempts, self.idle, deadlines, report, self.check, self.progress
+        )
