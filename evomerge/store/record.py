@@ -92,9 +92,9 @@ class Evaluator(_Part):
 
 
 class _Fingerprints(_Part):
+    objectives: tuple[Measure, ...] = Field(min_length=1)
     files: Mapping[str, Mapping[str, FileFingerprint]] = Field(alias="sources")
     evaluators: tuple[Evaluator, ...]
-    objectives: tuple[Measure, ...] = Field(min_length=1)
     constraints: tuple[Constraint, ...] = ()
     features: tuple[Feature, ...] = ()
     screen: Screen | None = None
