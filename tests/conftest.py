@@ -29,11 +29,34 @@ settings.load_profile("commit")
 
 PLUGINS = Path(__file__).parents[1] / "examples" / "plugins"
 
-# Files of minutes, first: two processes share out whole files, and one of these at the end would run alone.
-LONG = ("test_kill", "test_chaos", "test_service_drivers", "test_cluster_files", "test_ray_pool", "test_service_walk")
+# Tests of pure functions and small objects: they build no model's folder and start no process, server or search of
+# models. With `-m unit` the other files are not even imported.
+UNIT = {
+    "test_card", "test_combined", "test_confirm", "test_curse", "test_data_flow_space", "test_deadlines",
+    "test_evaluators_answers", "test_evaluators_change", "test_evaluators_cost", "test_evaluators_mgsm",
+    "test_evaluators_multiple_choice", "test_files", "test_finite", "test_front", "test_hardware", "test_hybrid_space",
+    "test_inference", "test_item_response", "test_mergekit", "test_merging_drops", "test_merging_methods",
+    "test_numbers", "test_parameter_space", "test_path_drawing", "test_racing", "test_recipe", "test_statistics",
+    "test_store",
+}  # fmt: skip
+
+# Files of minutes, first: processes share out whole files, and one of these at the end would run alone.
+LONG = {
+    "test_chaos", "test_cluster_files", "test_commands", "test_faults_outside", "test_kill", "test_launch",
+    "test_merging_methods", "test_methods_searched", "test_ray_pool", "test_service_browser", "test_service_drivers",
+    "test_service_walk",
+}  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    other = collection_path.match("test_*.py") and collection_path.stem not in UNIT
+    return True if other and config.option.markexpr == "unit" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in UNIT and item.get_closest_marker("nightly") is None:
+            item.add_marker("unit")
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 

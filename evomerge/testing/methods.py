@@ -272,7 +272,7 @@ class MethodContract:
         """For any numbers within the limits, zeros among them, and any switches."""
 
         # Given inside: hypothesis refuses one given test that several classes inherit.
-        @settings(deadline=None)
+        @settings(max_examples=settings().max_examples // 2, deadline=None)
         @given(st.data())
         def check(data: st.DataObject) -> None:
             element = st.one_of(st.just(0.0), st.floats(-1e4, 1e4, width=16))
