@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.errors import InputError
 from evomerge.recipes.base import Recipe
 
 Genome = NDArray[np.float64]
@@ -32,6 +33,26 @@ class Parameter:
     group: str = ""
     choices: tuple[str, ...] = ()
     share_of: str = ""
+
+    def holds(self, value: float) -> bool:
+        """Whether it can have this value: within the bounds, and whole for "int" and "choice"."""
+        return self.low <= value <= self.high and (self.kind == "real" or value == int(value))
+
+
+def check_genome(genome: Genome, parameters: Sequence[Parameter], place: str) -> None:
+    """Refuse a genome that is no point of the space of these parameters.
+
+    Raises:
+        InputError: naming ``place``, which is what gave it, and the first parameter that has no such value.
+    """
+    hint = "Repair what gave it: float64 [parameters], within the bounds, whole numbers for int and choice."
+    if genome.dtype != np.float64 or genome.shape != (len(parameters),):
+        problem = f"gave a genome of {genome.dtype} {list(genome.shape)} for {len(parameters)} parameters"
+        raise InputError(place, problem, hint)
+    for parameter, value in zip(parameters, genome.tolist(), strict=True):
+        if not parameter.holds(value):
+            kind = f"{parameter.kind} in [{parameter.low:g}, {parameter.high:g}]"
+            raise InputError(place, f"gave {value:g} for {parameter.name}, which is {kind}", hint)
 
 
 @dataclass(frozen=True, slots=True)

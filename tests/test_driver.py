@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, cast
 from unittest import mock
 
 import numpy as np
@@ -26,8 +27,9 @@ from helpers_search import (
 )  # fmt: skip
 
 from evomerge.errors import InputError
-from evomerge.genome import Landmark
-from evomerge.optimizers import CmaSettings, OptunaSettings
+from evomerge.genome import Landmark, Parameter
+from evomerge.optimizers import CmaSettings, Feature, OptunaSettings
+from evomerge.optimizers.base import Optimizer, Settings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
@@ -450,3 +452,42 @@ def test_one_source_that_kills_its_worker_is_told_from_a_cluster_that_does(tmp_p
     with Store.open(tmp_path / "search.db") as store:
         assert [row.number for row in store.candidates(statuses=["failed"])] == [0]
         assert store.search().state == "finished"
+
+
+class FixedGenomeSettings(Settings):
+    """An optimizer of a package that gives one genome, wherever it lies; it has no ``check``."""
+
+    name: Literal["fixed_genome"] = "fixed_genome"
+    genome: tuple[float, ...]
+    dtype: str
+
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> Optimizer:
+        optimizer = mock.Mock(population=1, favourite=None, stopped=None, wants_items=False, keeps="all")
+        optimizer.ask = lambda n: [np.array(self.genome, self.dtype)] * n
+        return cast(Optimizer, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("genome", "dtype", "said"),
+    [
+        ((0.5, 1.5), "float64", "gave 1.5 for w1"),
+        ((-1e-9, 0.5), "float64", "for w0"),
+        ((math.nan, 0.5), "float64", "gave nan for w0"),
+        ((0.5,), "float64", "for 2 parameters"),
+        ((0.5, 0.5), "float32", "float32"),
+    ],
+)
+def test_an_optimizer_that_leaves_the_space_is_refused_by_name(
+    tmp_path: Path, genome: tuple[float, ...], dtype: str, said: str
+) -> None:
+    """Its genome would be scored as if it were a point of the space, or fail somewhere within."""
+    setup = make_setup(space=FakeSpace(2), optimizer=FixedGenomeSettings(genome=genome, dtype=dtype))
+    setup.optimizer.check(setup.space.parameters, 1, "optimizer")
+    with pytest.raises(InputError) as refused:
+        drive(tmp_path, setup)
+    assert refused.value.place == "optimizer fixed_genome"
+    assert said in refused.value.problem
+    with Store.open(tmp_path / "search.db") as store:
+        assert not store.candidates(step=1)

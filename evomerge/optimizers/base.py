@@ -122,12 +122,11 @@ class Settings(BaseModel):
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
-        """Refuse settings that cannot work on this space, number of objectives and features.
+        """Refuse settings that cannot work on this space, number of objectives and features. By default, none.
 
         Raises:
             InputError: naming ``place`` (``optimizer``) and the hint.
         """
-        raise NotImplementedError
 
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()

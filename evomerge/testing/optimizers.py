@@ -80,8 +80,7 @@ def inside(genome: Genome, parameters: Sequence[Parameter]) -> bool:
     return (
         genome.dtype == np.float64
         and genome.shape == (len(parameters),)
-        and all(p.low <= value <= p.high for p, value in zip(parameters, genome, strict=True))
-        and all(p.kind == "real" or value == int(value) for p, value in zip(parameters, genome, strict=True))
+        and all(p.holds(value) for p, value in zip(parameters, genome, strict=True))
     )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from evomerge.errors import InputError
-from evomerge.genome import Genome
+from evomerge.genome import Genome, check_genome
 from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.drive import Drive
@@ -109,6 +109,8 @@ class Driver:
         self._asked_since_favourite += len(points)
         if len(points) < room and (favourite := self._favourite()) is not None:
             points.append((FAVOURITE, favourite))
+        for _, genome in points:
+            check_genome(genome, self._setup.space.parameters, f"optimizer {name}")
         self._step += 1
         asked = [self._next(i, origin, g, self._setup.space.decode(g)) for i, (origin, g) in enumerate(points)]
         self._record_ask(asked, [""] * len(asked))
