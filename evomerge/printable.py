@@ -6,9 +6,11 @@ come they can fake lines of output, set a terminal's title, or run on for megaby
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MOST_CHARACTERS = 480
 """Of a message, so that it stays below 500 with what a command puts before it."""
@@ -52,6 +54,15 @@ def ranges(numbers: Sequence[int], to: str = "-") -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}{to}{run[-1]}" for run in runs)
+
+
+def without_nan(content: Any) -> Any:
+    """The same for JSON, which has no word for NaN and infinities: such numbers become null."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    return [without_nan(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def _escaped(character: str) -> str:

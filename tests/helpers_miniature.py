@@ -51,10 +51,10 @@ def evomerge(*arguments: object) -> int:
 
 
 def json_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """What a command prints as JSON."""
+    """What a command prints as JSON, which has no NaN and no Infinity."""
     capsys.readouterr()
     assert evomerge(*arguments) == 0
-    return json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 def environment() -> dict[str, str]:

@@ -130,6 +130,21 @@ def test_top_as_json_is_every_candidate_in_the_order_asked(searched: Path, capsy
     assert best["id"] == json_of(capsys, "status", searched, "--json")["best"]["id"]
 
 
+def test_json_has_null_for_what_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers are counted on one item, so they have no standard error; NaN is no JSON."""
+    objectives = {"layers": {"evaluator": "cost", "metric": "layers"}}
+    file = search_file(tmp_path, objectives=objectives, optimizer={"name": "random"}, budget={"candidates": 6})
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    for row in (
+        *json_of(capsys, "top", tmp_path / "search", "--all", "--json"),
+        json_of(capsys, "show", tmp_path / "search", "maths", "--json"),
+    ):
+        assert row["scores"]["layers"]["stderr"] is None
+    for name in ("maths", "japanese"):
+        scored = json_of(capsys, "score", MINIATURES / name, file, "--split", "search", "--json")
+        assert scored["objectives"]["layers"]["stderr"] is None
+
+
 def test_show_and_compare(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evomerge("show", searched, "c0006") == 0
     assert "model.weight.maths = " in capsys.readouterr().out

@@ -11,6 +11,7 @@ from evaluators.agreement import agreement as graded_by_both
 from evaluators.agreement import report, tables
 from evaluators.numerals import Language
 from evomerge.plugins import unknown_name
+from evomerge.printable import without_nan
 from evomerge.report.screen import make_console
 
 
@@ -31,4 +32,4 @@ def agreement(file: Path, language: str, *, as_json: bool) -> None:
         "metrics": {name: asdict(table) | {"kappa": table.kappa} for name, table in found},
         "differ": [asdict(each) | {"right": str(each.right)} for each in graded if each.sakana != each.exact],
     }
-    print(json.dumps(told, indent=2, ensure_ascii=False))
+    print(json.dumps(without_nan(told), indent=2, ensure_ascii=False))

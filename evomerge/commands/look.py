@@ -16,6 +16,7 @@ from rich.table import Table
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
+from evomerge.printable import without_nan
 from evomerge.recipes.base import read_recipe
 from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
@@ -63,7 +64,7 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
         rows = store.candidates() if k is None else ranked(store, Preference.of_search(search), k)
         known = status_of(store)
     if as_json:
-        print(json.dumps([_as_json(row, names, known, record) for row in rows], indent=2))
+        print(json.dumps(without_nan([_as_json(row, names, known, record) for row in rows]), indent=2))
         return
     console = make_console()
     console.print(top_table(rows, known, record, best=k is not None))
@@ -103,7 +104,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     if as_json:
         more = {"recipe": json.loads(row.recipe), "attempts": row.attempts, "worker": row.worker}
         more |= {"timings": row.timings, "failure": row.failure}
-        print(json.dumps(_as_json(row, names, known, search.record) | more, indent=2))
+        print(json.dumps(without_nan(_as_json(row, names, known, search.record) | more), indent=2))
         return
     console = make_console()
     shown = known.entry(row, search.record)
@@ -174,7 +175,7 @@ def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> Non
         rows = [
             {"objective": each.objective, "split": each.split} | asdict(item) for each in found for item in each.items
         ]
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(without_nan(rows), indent=2))
         return
     console = make_console()
     for each in found:
@@ -225,7 +226,7 @@ def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
     if not found:
         raise InputError(f"{a}, {b}", "were not scored on the same items", "`evomerge confirm` scores the best ones.")
     if as_json:
-        print(json.dumps([row.model_dump() for row in found], indent=2))
+        print(json.dumps(without_nan([row.model_dump() for row in found]), indent=2))
         return
     console = make_console()
     called = [f"{name} is {who}" for name, who in ((a, one), (b, other)) if name != who]

@@ -18,6 +18,7 @@ from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import opening, progress_bar
 from evomerge.errors import InputError
 from evomerge.objects import is_url
+from evomerge.printable import without_nan
 from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, Value, candidate_id, kind_of, origin_of
 from evomerge.report.naming import exported
@@ -132,7 +133,10 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
             "features": {f.name: values[f.name] for f in setup.features},
         }
         print(
-            json.dumps({"model": model, "split": split, **told, "feasible": setup.violation(values) == 0.0}, indent=2)
+            json.dumps(
+                without_nan({"model": model, "split": split, **told, "feasible": setup.violation(values) == 0.0}),
+                indent=2,
+            )
         )
         return
     table = Table(box=None, pad_edge=False)

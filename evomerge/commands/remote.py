@@ -10,6 +10,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from evomerge.printable import without_nan
 from evomerge.report.entries import Entry, Value, value_text
 from evomerge.report.screen import make_console, panel, ranked
 from evomerge.report.status import SearchStatus, preference_of, with_scalar
@@ -70,7 +71,7 @@ def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
         rows = sorted((row for row in rows if row.id in best), key=lambda row: best[row.id])[:k]
     rows = [row.model_copy(update={"scalar": _scalar(entries[row.id])}) for row in rows]
     if as_json:
-        print(json.dumps([row.model_dump() for row in rows], indent=2))
+        print(json.dumps(without_nan([row.model_dump() for row in rows]), indent=2))
         return
     table = Table(box=None, pad_edge=False)
     for title in ("candidate", "origin", "status", *known.numbers, "front"):

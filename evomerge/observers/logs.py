@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import mmap
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from evomerge.observers.base import News, Observer, ObserverSettings, locked, named
+from evomerge.printable import without_nan
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow
 
 FILE = Path("logs", "search.jsonl")
@@ -61,16 +60,7 @@ def _line(search: str, event: EventRow, ended: CandidateRow | None) -> str:
         content["payload"] = event.payload
     if ended is not None:
         content |= {"seconds": ended.timings, "objectives": ended.objectives}
-    return json.dumps(_plain(content), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """The same without what JSON has no word for: numbers that are none become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    return json.dumps(without_nan(content), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _last_seq(file: IO[bytes]) -> int:
