@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers_checkpoints import save_tokenizer
-from helpers_lm_eval import COUNTING_CODE, COUNTS, GENERATE, byte_tokenizer, questions, tiny_live, write_all, write_task
+from helpers_lm_eval import COUNTING_CODE, COUNTS, GENERATE, questions, write_all, write_task
 from helpers_miniature import MINIATURES
 from helpers_tiers import architectures
 from hypothesis import given, settings
@@ -31,6 +31,7 @@ from evomerge.inference.generation import GREEDY, Room, shaping
 from evomerge.inference.requests import Batch, Generate, Response, Text
 from evomerge.inference.stopping import TextEnds
 from evomerge.inference.transformers_engine import TransformersEngine, generate
+from evomerge.testing.models import byte_tokenizer, tiny_live
 
 MOST = 9
 SHOTS = "w1 w2 w3 w1 w2"

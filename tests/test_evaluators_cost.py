@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import tiny_live
 from helpers_miniature import MINIATURES
 
 from evaluators import cost
@@ -21,6 +20,7 @@ from evomerge.checkpoints.stack import Step
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import TransformersEngine
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import tiny_live
 
 
 @pytest.fixture(scope="module", autouse=True)

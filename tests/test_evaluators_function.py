@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from helpers_lm_eval import tiny_live
 from helpers_miniature import ROOT, evomerge, json_of, search_file
 
 from evaluators import function
@@ -29,6 +28,7 @@ from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import tiny_live
 
 ITEMS = [{"prompt": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "letters": n % 7, "more": [n]} for n in range(24)]
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import tiny_live
 from helpers_miniature import MINIATURES, ROOT
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -28,6 +27,7 @@ from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import tiny_live
 
 DATA = ROOT / "evaluators" / "tasks" / "data"
 ITEMS = [{"question": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "answer": n + n * n, "id": n} for n in range(24)]

@@ -13,17 +13,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import (
-    CHOOSE,
-    COUNTING_CODE,
-    COUNTS,
-    GENERATE,
-    byte_tokenizer,
-    questions,
-    tiny_live,
-    write_all,
-    write_task,
-)
+from helpers_lm_eval import CHOOSE, COUNTING_CODE, COUNTS, GENERATE, questions, write_all, write_task
 from helpers_miniature import search_file
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -41,6 +31,7 @@ from evomerge.inference.reading import Reader
 from evomerge.inference.stopping import StopAtText
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import byte_tokenizer, tiny_live
 
 ITEMS = 12
 

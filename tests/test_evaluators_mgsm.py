@@ -12,7 +12,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import tiny_live
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import tiny_live
 
 # A random model says digits now and then, so that some of these are right.
 PROBLEMS = [(f"{'so ' * (n % 5)}what is {n} + {n * n}?", 2 if n % 2 else 5) for n in range(24)]

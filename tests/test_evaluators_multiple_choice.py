@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import tiny_live, write_task
+from helpers_lm_eval import write_task
 from pydantic import ValidationError
 
 from evaluators import evaluator_settings
@@ -21,6 +21,7 @@ from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import tiny_live
 
 TASK = """\
 output_type: multiple_choice

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import byte_tokenizer, tiny_live
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -22,6 +21,7 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.models import byte_tokenizer, tiny_live
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 ITEMS = [{"prompt": f"{'so ' * (n % 5)}what is {n} + {n * n}?"} for n in range(16)]

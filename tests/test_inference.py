@@ -12,7 +12,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import tiny_live
 from helpers_miniature import evomerge, search_file
 
 from evaluators.base import Evaluator, EvaluatorSettings, Graded, Item, Outcome, Split, texts
@@ -34,6 +33,7 @@ from evomerge.inference.transformers_engine import TransformersEngine, generate
 from evomerge.plugins import OWN
 from evomerge.search.work.jobs import Task
 from evomerge.search.workers.measuring import Attempt, score
+from evomerge.testing.models import tiny_live
 
 WORDS = [f"{'so ' * (n % 4)}what is {n} + {n * n}?" for n in range(12)]
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda")

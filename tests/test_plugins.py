@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from averaged_logits import AveragedLogits, AveragedLogitsBuilder
-from helpers_lm_eval import tiny_live
 from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, search_file
 from map_elites import MapElitesSettings
 from picture_size import PictureSizeSettings, png_size
@@ -22,7 +21,6 @@ from tsv_merge import TSV_MERGE
 
 from evaluators.base import EvaluatorSettings
 from evaluators.scoring import prompts_of, score
-from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
@@ -42,6 +40,7 @@ from evomerge.recipes.stack import Blend, Role
 from evomerge.store import Store
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.methods import MadeUpInputs, MethodContract, merge, tensors
+from evomerge.testing.models import tiny_live
 from evomerge.testing.optimizers import SPACE, OptimizerContract, observed, sphere
 
 pytestmark = pytest.mark.usefixtures("plugins_installed")
@@ -328,10 +327,6 @@ class TestPictureSize(EvaluatorContract):
     @pytest.fixture
     def settings(self, tmp_path: Path) -> EvaluatorSettings:
         return PictureSizeSettings(file=pictures(tmp_path))
-
-    @pytest.fixture
-    def live(self) -> LiveModel:
-        return tiny_live()
 
 
 def test_the_answer_is_what_the_picture_shows(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import byte_tokenizer, tiny_live, write_lines, write_task
+from helpers_lm_eval import write_lines, write_task
 from helpers_miniature import MINIATURES, evomerge, search_file
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
@@ -25,6 +25,7 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.decoding import Decoder
 from evomerge.inference.reading import Reader, encode, encode_whole
+from evomerge.testing.models import byte_tokenizer, tiny_live
 
 START, END = 1, 2
 CHAT = (

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers_lm_eval import CHOOSE, COUNTING_CODE, COUNTS, GENERATE, byte_tokenizer, questions, write_lines, write_task
+from helpers_lm_eval import CHOOSE, COUNTING_CODE, COUNTS, GENERATE, questions, write_lines, write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adapters import LINEAR, train
@@ -39,6 +39,7 @@ from evomerge.merging.stack_builder import StackBuilder
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.search.workers.worker import Worker
+from evomerge.testing.models import byte_tokenizer
 
 SHOTS = "Q: 2 + 3?\nA: 5\n\nQ: 7 - 1?\nA: 6\n\n"
 PROMPTS = [f"{SHOTS}Q: {'so ' * (n % 4)}what is {n * n} + {n}?\nA:" for n in range(14)]

@@ -1,4 +1,10 @@
-"""What every evaluator must keep, as tests: inherit, and give the fixtures ``settings`` and ``live``."""
+"""The contract of an evaluator, as tests to inherit.
+
+class TestMine(EvaluatorContract):
+    @pytest.fixture
+    def settings(self, tmp_path):
+        return MySettings(file=some_items(tmp_path))
+"""
 
 from __future__ import annotations
 
@@ -17,12 +23,13 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import respond_to
 from evomerge.inference.transformers_engine import TransformersEngine
+from evomerge.testing.models import tiny_live
 
 SPLITS: tuple[Split, ...] = ("search", "held_out")
 
 
 class EvaluatorContract:
-    """Override both fixtures. Splits of some ten items and a tiny random model are enough."""
+    """Override ``settings``: splits of some ten items are enough. ``live`` is tiny, random, and reads any text."""
 
     @pytest.fixture
     def settings(self) -> EvaluatorSettings:
@@ -32,7 +39,7 @@ class EvaluatorContract:
     @pytest.fixture
     def live(self) -> LiveModel:
         """A model that the evaluator can score, on the CPU, in float32."""
-        raise NotImplementedError
+        return tiny_live()
 
     @pytest.fixture
     def evaluator(self, settings: EvaluatorSettings) -> Evaluator:
