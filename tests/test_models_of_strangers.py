@@ -158,6 +158,10 @@ SIZES: dict[str, Harm] = {
     "codebooks": config(model_type="moshi", architectures=None, num_codebooks=10**5),
     "a method": config(to_dict="x"),
     "a method of Python": config(__class__="x"),
+    "a million ends": config(eos_token_id=list(range(10**6))),
+    "a list of tokens": config(suppress_tokens=[0] * 20_000),
+    "a list in a part": config(text_config={"layer_types": ["full_attention"] * 20_000}),
+    "a million ends of answers": lambda f: edit_json(f / "generation_config.json", eos_token_id=[2] * 10**6),
     "nested deeply": lambda f: (f / "config.json").write_text(
         (f / "config.json").read_text().rstrip()[:-1] + ',"x":' + '{"a":' * 500 + "1" + "}" * 501
     ),

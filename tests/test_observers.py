@@ -359,9 +359,9 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     folder = tmp_path / "search"
     create(folder)
     with Store.open(folder / "search.db") as store, acquire(store):
-        store.record_event("screen", {"tau": math.nan, "of": [math.inf, 1.0]})
+        store.record_event("note", {"tau": math.nan, "of": [math.inf, 1.0]})
     observe(folder, "logs")
-    (line,) = [line for line in log_lines(folder) if line["kind"] == "screen"]
+    (line,) = [line for line in log_lines(folder) if line["kind"] == "note"]
     assert line["payload"] == {"tau": None, "of": [None, 1.0]}
 
 

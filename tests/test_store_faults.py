@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import shutil
@@ -11,12 +12,14 @@ import zlib
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy
 
 from evomerge.errors import InputError
+from evomerge.report.status import depths_of
 from evomerge.search.settings.folder import open_store
 from evomerge.store import engine, tables
 from evomerge.store.columns import Real, Whole, Words
@@ -24,6 +27,7 @@ from evomerge.store.engine import StoreFullError
 from evomerge.store.lease import acquire
 from evomerge.store.rows import Answers, NewCandidate, Scores
 from evomerge.store.store import Store
+from evomerge.store.summaries import events_after
 from evomerge.testing.store_fixtures import candidate, create, estimate
 
 KILLS = 20
@@ -238,6 +242,68 @@ def test_json_of_another_shape_is_damage(tmp_path: Path, table: str, column: str
         connection.execute(f'update "{table}" set "{column}" = ?', (value,))
     with pytest.raises(InputError, match="damaged"):
         read_all(open_store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        ("ask", {"step": 0}),
+        ("ask", {"step": "0", "candidates": [0]}),
+        ("tell", {"step": 0, "candidates": 0}),
+        ("state", {}),
+        ("state", {"state": None}),
+        ("failure", {"reason": "died", "final": "yes"}),
+        ("confirm failed", {"reason": "died", "final": True}),
+        ("rung", {"items": {}}),
+        ("rung", {"items": {"task@1": None}}),
+        ("scores", {"scores": [["task@1", "held_out"]]}),
+        ("scores", {"scores": [["task@1", "other", 1]]}),
+        ("eliminated", {"items": [1]}),
+        ("dispatch", {"worker": "w", "rung": 0}),
+        ("shortlist", {"candidates": [0, "1"]}),
+        ("shortlist", {"candidates": [0], "drawn": {"a": 1}}),
+        ("winner", {"candidate": -1}),
+        ("confirmed", {"chosen": {"knee": None}, "feasible": True}),
+        ("screen", {"pairs": 3, "tau": "high", "on": True}),
+        ("item response", {"acc": {"reference": 0.1}}),
+    ],
+)
+def test_an_event_that_carries_something_else_is_damage(tmp_path: Path, kind: str, payload: dict[str, Any]) -> None:
+    place = tmp_path / "search.db"
+    with create(place) as store, acquire(store):
+        store.record_ask(0, [candidate(0)])
+    with closing(sqlite3.connect(place)) as connection, connection:
+        connection.execute("update event set kind = ?, candidate = 0, payload = ?", (kind, json.dumps(payload)))
+    with Store.open(place) as store:
+        with pytest.raises(InputError, match=r"damaged.*event 1"):
+            store.events()
+        with pytest.raises(InputError, match=r"damaged.*event 1"):
+            events_after(store, 0, 10)
+
+
+@pytest.mark.parametrize("kind", ["dispatch", "failure", "result"])
+def test_an_event_of_a_candidate_that_names_none_is_damage(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "search.db"
+    with create(place) as store, acquire(store):
+        store.record_ask(0, [candidate(0)])
+    with closing(sqlite3.connect(place)) as connection, connection:
+        connection.execute("update event set kind = ? where seq = 1", (kind,))
+    with Store.open(place) as store, pytest.raises(InputError, match=r"damaged.*no candidate"):
+        store.events()
+
+
+@pytest.mark.parametrize("label", ["", "other", "math", "maths "])
+def test_a_source_that_no_landmark_is_named_after_is_damage(tmp_path: Path, label: str) -> None:
+    with create(tmp_path / "search.db") as store, acquire(store):
+        store.record_ask(0, [candidate(0, label=label, recipe='{"hops":[1,2]}')])
+        with pytest.raises(InputError, match=r"damaged.*maths"):
+            depths_of(store)
+
+
+def test_layers_of_sources_are_those_of_their_landmarks(tmp_path: Path) -> None:
+    with create(tmp_path / "search.db") as store, acquire(store):
+        store.record_ask(0, [candidate(0, label="maths", recipe='{"hops":[1,2]}')])
+        assert depths_of(store) == {"maths": 2}
 
 
 def test_damage_in_the_middle_stops_a_driver(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _QUANTISED = {"quantization_config", "compression_config"}
 _COUNTS_MODULES = re.compile(r"(layers?|blocks?|experts?|heads?)$")
 _COUNTS = re.compile(r"(num|n)_")
 _MOST_LABELS, _MOST_MODULES, _MOST_COUNTED = 100_000, 10_000, 10_000_000
+_MOST_LISTED = 10_000  # values in one list, a value for each layer being the longest that models have
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
@@ -48,6 +49,23 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
             )
         if type(value) is int and value > _most(key):
             raise InputError(place, f"config.json: {printable(key, 100)} is {value}, which no model has")
+    check_lists(config, "config.json", place)
+
+
+def check_lists(content: Mapping[str, Any], file: str, place: str) -> None:
+    """Refuse a list that is longer than those of any model: transformers goes through some again and again.
+
+    Args:
+        content: what stands in a configuration, at any depth.
+        file: its name.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for key, value in _walk(content):
+        if isinstance(value, list) and len(value) > _MOST_LISTED:
+            problem = f"{file}: {printable(key, 100)} lists {len(value):,} values, which no model does"
+            raise InputError(place, problem)
 
 
 def _is_harmless(key: str, value: Any) -> bool:

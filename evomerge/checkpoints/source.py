@@ -14,7 +14,7 @@ import torch
 from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter, refuse_alone
 from evomerge.checkpoints.blueprint import Blueprint, blueprint
-from evomerge.checkpoints.config import check_config
+from evomerge.checkpoints.config import check_config, check_lists
 from evomerge.checkpoints.folder import (
     INDEX,
     check_files,
@@ -164,7 +164,8 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
     check_kind(config, place)
     check_config(config, place)
     if has(folder, "generation_config.json"):
-        load_json(folder / "generation_config.json", place)
+        generation = load_json(folder / "generation_config.json", place)
+        check_lists(generation, "generation_config.json", place)
     check_tokenizer(folder, place)
     found = find_tensors(folder, place)
     plan = blueprint(config, {name: entry.shape for name, entry in found.items()}, place)

@@ -32,6 +32,7 @@ from evomerge.store.engine import (
     plain_errors,
 )
 from evomerge.store.outage import repeated
+from evomerge.store.payloads import event_rows
 from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
 
 SYNC_EVERY_S = 1.0
@@ -201,7 +202,7 @@ class ReadStore:
             query = query.where(columns.kind.in_(list(kinds)))
         with self.transaction() as connection:
             rows = connection.execute(query.order_by(columns.seq.desc()).limit(newest)).all()
-        return [EventRow(*row) for row in reversed(rows)]
+            return event_rows(reversed(rows))
 
     def steps(self) -> list[Step]:
         """Every ask and tell, in the order they happened: what replays an optimizer."""

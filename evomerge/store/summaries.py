@@ -15,6 +15,7 @@ from sqlalchemy import Select, func, select
 
 from evomerge.store import tables
 from evomerge.store.outage import ride_out
+from evomerge.store.payloads import event_rows
 from evomerge.store.reading import ReadStore
 from evomerge.store.rows import Estimate, EventRow, Status
 
@@ -199,7 +200,12 @@ def events_after(store: ReadStore, seq: int, limit: int) -> list[EventRow]:
     table = tables.event.c
     query = select(table.seq, table.time, table.kind, table.candidate, table.attempt, table.payload)
     query = query.where(table.search_id == store.search_id, table.seq > seq).order_by(table.seq).limit(limit)
-    return [EventRow(*row) for row in _all(store, query)]
+
+    def read() -> list[EventRow]:
+        with store.transaction() as connection:
+            return event_rows(connection.execute(query))
+
+    return ride_out(read)
 
 
 def last_event(store: ReadStore) -> int:
