@@ -137,7 +137,7 @@ def test_where_nothing_was_scored_a_mended_function_is_gone_on_with(
     file = with_function(tmp_path, "pass")
     function = tmp_path / "score.py"
     right = function.read_text()
-    function.write_text(right.replace("[1.0]", "[1.0 / 0]"))
+    function.write_text(right.replace("[1.0] *", "[1.0 / 0] *"))
     assert evomerge("search", file, "--dir", tmp_path / "s") == 2
     assert "every source and average failed" in capsys.readouterr().err
     function.write_text(right)
@@ -150,7 +150,7 @@ def test_where_nothing_was_scored_any_key_may_change(tmp_path: Path) -> None:
     file = with_function(tmp_path, "pass")
     function = tmp_path / "score.py"
     right = function.read_text()
-    function.write_text("def score(items, generate):\n    raise ValueError('no')\n")
+    function.write_text(right.replace("return [1.0] *", "raise ValueError('no') #"))
     assert evomerge("search", file, "--dir", tmp_path / "s") == 2
     function.write_text(right)
     (tmp_path / "items.jsonl").write_text((tmp_path / "items.jsonl").read_text() + json.dumps({"q": 99}) + "\n")
