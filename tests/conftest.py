@@ -40,6 +40,10 @@ UNIT = {
     "test_store",
 }  # fmt: skip
 
+# A test of the optimizers' contract that starts a process, for one class of each library; of the others it is nightly.
+OWN_PROCESS = "test_same_in_another_process"
+OWN_PROCESS_OF = {"TestCma", "TestTpe", "TestCatCma"}
+
 # Files of minutes, first: processes share out whole files, and one of these at the end would run alone.
 LONG = {
     "test_chaos", "test_cluster_files", "test_commands", "test_faults_outside", "test_kill", "test_launch",
@@ -55,6 +59,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.name == OWN_PROCESS and item.parent is not None and item.parent.name not in OWN_PROCESS_OF:
+            item.add_marker("nightly")
         if item.path.stem in UNIT and item.get_closest_marker("nightly") is None:
             item.add_marker("unit")
     items.sort(key=lambda item: item.path.stem not in LONG)

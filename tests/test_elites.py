@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers_miniature import MINIATURES, evomerge, search_file
 from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, table, weights_of
+from helpers_tiers import nightly_but
 from hypothesis import given
 from hypothesis import strategies as st
 from map_elites import MapElitesSettings
@@ -142,7 +143,7 @@ def test_features_change_nothing_for_an_optimizer_that_looks_at_none(tmp_path: P
     assert {(niche, elite) for _, niche, elite in rows_of(tmp_path / "without")} == {(None, False)}
 
 
-@pytest.mark.parametrize("mode", ["generational", "asynchronous"])
+@pytest.mark.parametrize("mode", nightly_but(["generational"], ["generational", "asynchronous"]))
 @pytest.mark.parametrize("race", [False, True])
 def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path, race: bool, mode: str) -> None:
     setup = setup_of(race=race, mode=mode, candidates=26)
@@ -156,7 +157,7 @@ def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path, race: bool, mo
         assert rows_of(folder) == rows_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mode", ["generational", pytest.param("asynchronous", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("mode", nightly_but(["generational"], ["generational", "asynchronous"]))
 def test_a_race_drops_no_elite_of_a_niche(tmp_path: Path, mode: str) -> None:
     """What it drops is, scored in full, hardly ever better than the elites of its niche; and it does spare items."""
     setup = setup_of(race=True, mode=mode, candidates=160)

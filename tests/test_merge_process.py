@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from helpers_checkpoints import save_model, tiny_config
 from helpers_miniature import environment
@@ -41,6 +42,7 @@ def configuration(folder: Path, layers: int, width: int) -> Path:
     return folder / "merge.yaml"
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     small, large = configuration(tmp_path / "small", 2, 64), configuration(tmp_path / "large", 24, 512)
     size = sum(file.stat().st_size for file in (tmp_path / "large").rglob("*.safetensors"))

@@ -81,6 +81,7 @@ def test_paths_of_16_bits_export_with_their_scales_folded(tmp_path: Path, capsys
     assert "verified: mini_math_ja" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_a_winner_joins_the_pool_and_is_never_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A search over weights, then one over paths through its winner and the sources."""
     items = {**ITEMS, "search": "validation[:40]", "held_out": "test[:60]"}

@@ -91,6 +91,7 @@ def test_a_point_of_the_front_shows_its_recipe(browser: Browser, small: str) -> 
     context.close()
 
 
+@pytest.mark.nightly
 def test_the_table_of_candidates_changes_without_leaving_the_page(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go(SEARCH)
@@ -105,6 +106,7 @@ def test_the_table_of_candidates_changes_without_leaving_the_page(browser: Brows
     context.close()
 
 
+@pytest.mark.nightly
 def test_an_answer_that_was_overtaken_changes_nothing(browser: Browser, small: str) -> None:
     """The page asks again for itself as the search goes on, and just then somebody filters the table."""
     context = browser.new_context(viewport=DESK)
@@ -122,6 +124,7 @@ def test_an_answer_that_was_overtaken_changes_nothing(browser: Browser, small: s
     context.close()
 
 
+@pytest.mark.nightly
 def test_the_point_of_the_shown_candidate_has_a_ring(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go(SEARCH)
@@ -140,6 +143,7 @@ def test_the_point_of_the_shown_candidate_has_a_ring(browser: Browser, small: st
     context.close()
 
 
+@pytest.mark.nightly
 def test_buttons_of_a_figure_cover_nothing(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go(SEARCH)
@@ -156,6 +160,7 @@ def test_buttons_of_a_figure_cover_nothing(browser: Browser, small: str) -> None
     context.close()
 
 
+@pytest.mark.nightly
 def test_on_a_phone_captions_wrap_and_the_first_column_stays(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=PHONE)
     page = watched(context, small).go(SEARCH)
@@ -175,6 +180,7 @@ def test_on_a_phone_captions_wrap_and_the_first_column_stays(browser: Browser, s
     context.close()
 
 
+@pytest.mark.nightly
 def test_a_budget_that_is_refused_is_mended_in_its_dialog(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go(SEARCH)
@@ -196,6 +202,7 @@ def test_a_budget_that_is_refused_is_mended_in_its_dialog(browser: Browser, smal
     context.close()
 
 
+@pytest.mark.nightly
 def test_the_name_of_an_export_follows_its_candidate_until_it_is_written(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go(f"{SEARCH}/exports")
@@ -211,6 +218,7 @@ def test_the_name_of_an_export_follows_its_candidate_until_it_is_written(browser
     context.close()
 
 
+@pytest.mark.nightly
 def test_an_export_without_verification_warns_and_says_so_to_the_server(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go(f"{SEARCH}/exports")
@@ -247,6 +255,7 @@ def test_a_browser_logs_out(browser: Browser, small: str) -> None:
     context.close()
 
 
+@pytest.mark.nightly
 def test_optunas_dashboard_fits_a_phone(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=PHONE)
     page = watched(context, small).go("/dashboard/")
@@ -262,6 +271,7 @@ def test_optunas_dashboard_fits_a_phone(browser: Browser, small: str) -> None:
 # ---- the form of a new search ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_several_objectives_have_an_optimizer_for_several_unless_one_is_chosen(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     page = watched(context, small).go("/new")
@@ -277,6 +287,7 @@ def test_several_objectives_have_an_optimizer_for_several_unless_one_is_chosen(b
     context.close()
 
 
+@pytest.mark.nightly
 def test_an_adapter_is_chosen_with_its_model_and_called_by_its_own_name(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)
     found = watched(context, small)
@@ -305,6 +316,7 @@ def test_an_adapter_is_chosen_with_its_model_and_called_by_its_own_name(browser:
     context.close()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fault", "line", "field"),
     [

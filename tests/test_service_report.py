@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from helpers_browser import open_browser
 from helpers_search import make_setup
 from helpers_service import serving
+from helpers_tiers import nightly_but
 from playwright.sync_api import Browser, Page, expect
 from starlette.testclient import TestClient
 
@@ -80,7 +81,7 @@ def evomerge(*arguments: object) -> int:
     return 0
 
 
-@pytest.mark.parametrize("name", ["two", "paths", "failing", "empty"])
+@pytest.mark.parametrize("name", nightly_but(["two"], ["two", "paths", "failing", "empty"]))
 def test_a_report_opens_from_disk_in_light_and_dark_and_on_a_phone_with_no_network(
     root: Path, browser: Browser, tmp_path: Path, name: str
 ) -> None:
