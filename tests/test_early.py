@@ -130,6 +130,7 @@ def test_evaluators_know_their_metrics_before_they_are_built() -> None:
     settings = {
         "likelihood": {"file": "x"},
         "multiple_choice": {"file": "x"},
+        "change": {"model": "x"},
         "cost": {"measure": True},
         "language": {"file": "x", "language": "ja"},
         "rouge": {"file": "x"},

@@ -317,9 +317,12 @@ def test_an_answer_without_tokens_of_its_own(tmp_path: Path) -> None:
 def test_the_end_token_is_scored_where_the_template_says_it(miniature: LiveModel, tmp_path: Path, answer: str) -> None:
     file, end = write(tmp_path, ITEMS), miniature.tokenizer.eos_token
     plain, ended = (
-        LikelihoodSettings(file=file, prompt="Q: {question}", answer=text)
-        .build()
-        .asked(Reader.of(miniature), "search", 0)
+        prompts_of(
+            LikelihoodSettings(file=file, prompt="Q: {question}", answer=text).build(),
+            Reader.of(miniature),
+            "search",
+            0,
+        )
         for text in (answer, answer + end)
     )
     assert miniature.tokenizer.eos_token_id not in plain[0].ids

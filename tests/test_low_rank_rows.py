@@ -116,7 +116,7 @@ def candidates(sources: dict[str, Source], layers: int, count: int) -> list[Stac
 def test_every_row_has_the_logits_of_its_own_merged_model(plain: Path, adapters: dict[str, Path]) -> None:
     sources = opened(plain, **adapters)
     recipes = candidates(sources, 2, 3)
-    live = loaded(sources, base_recipe(recipes[0], family_of(sources)))
+    live = loaded(sources, base_recipe(recipes[0], sources, family_of(sources)))
     before = logits(live)
     rows = rows_of(sources, live)
     shares = [shares_of(rows, sources, recipe) for recipe in recipes]
@@ -154,7 +154,7 @@ def test_logits_are_those_of_pefts_weighted_sum(plain: Path, tmp_path: Path) -> 
         reference.set_adapter("both")
         merged = reference.merge_and_unload().eval()
     recipe = recipe_of(sources, [arithmetic(weights)] * 2)
-    live = loaded(sources, base_recipe(recipe, family_of(sources)))
+    live = loaded(sources, base_recipe(recipe, sources, family_of(sources)))
     rows = rows_of(sources, live)
     with rows.mixed([shares_of(rows, sources, recipe)]), torch.inference_mode():
         assert torch.allclose(logits(live), merged(PROMPTS).logits, atol=1e-4)
@@ -177,7 +177,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     sources = opened(base, **folders)
     recipes = candidates(sources, 2, 3)
     assert low_rank_problem(recipes[0], sources) is None
-    live = loaded(sources, base_recipe(recipes[0], family_of(sources)))
+    live = loaded(sources, base_recipe(recipes[0], sources, family_of(sources)))
     rows = rows_of(sources, live)
     together = name != "rwkv"  # whose rows mix: `Decoder` and `Together` know of it
     with rows.mixed([shares_of(rows, sources, recipe) for recipe in recipes]):
@@ -200,7 +200,7 @@ def test_numbers_that_are_not_finite_are_named(plain: Path, adapters: dict[str, 
         recipe_of(sources, [arithmetic({"maths": maths, "broken": other})] * 2)
         for maths, other in ((0.5, 0.1), (0.5, 0.0), (1e39, 0.0))
     )
-    live = loaded(sources, base_recipe(with_it, family_of(sources)))
+    live = loaded(sources, base_recipe(with_it, sources, family_of(sources)))
     rows = rows_of(sources, live)
     with pytest.raises(NotFiniteError, match=r"layers\.1\.self_attn\.o_proj"):
         shares_of(rows, sources, with_it)
