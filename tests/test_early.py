@@ -132,7 +132,6 @@ def test_evaluators_know_their_metrics_before_they_are_built() -> None:
         "multiple_choice": {"file": "x"},
         "change": {"model": "x"},
         "cost": {"measure": True},
-        "change": {"model": "x"},
         "language": {"file": "x", "language": "ja"},
         "rouge": {"file": "x"},
         "reward_model": {"file": "x", "model": "x"},

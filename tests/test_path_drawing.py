@@ -49,6 +49,16 @@ def path_of(hops: str, scales: Sequence[float] | None = None, scaling: Scaling =
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("known", [{}, {"maths": 8}, {"ja": 12}, {"other": 3}])
+def test_a_path_through_a_source_of_unknown_depth_is_told_and_drawn(known: Mapping[str, int]) -> None:
+    path = path_of("m0 m1 j4 m5")
+    lines = path_text(path, known)
+    assert f"maths: 3 of {known.get('maths', 6)} layers" in lines[-1 if "ja" in known else -2]
+    assert f"ja: 1 of {known.get('ja', 5)} layers" in lines[-2 if "ja" in known else -1]
+    assert lines[0] in {"4 hops through maths and ja", "4 hops through ja and maths"}
+    assert ET.fromstring(path_svg(path, known, "a path")).find(f"{SVG}desc") is not None
+
+
 def test_a_path_is_told_in_runs_and_what_they_leave_out() -> None:
     found = path_text(path_of("m0 m1 m2 m3 j4 j5 j8 m2 m3 m7", [1, 1, 1, 1, 1.05, 1.05, 1, 0.9, 1.104, 1]), TWO)
     assert found == [

@@ -337,7 +337,7 @@ def test_an_odd_search_says_what_is_wrong_with_it(odd_client: TestClient) -> Non
     assert len(found) == 1 + len(ODD) + len(STRANGE) + 1
     assert {name for name, each in found.items() if each["state"] == "unreadable"} == {*ODD, r"\udcff\udcfe"}
     assert all(found[name]["why"] for name in ODD)
-    assert "the fingerprints of its search" in found["no fingerprints"]["why"]
+    assert "fingerprints" in found["no fingerprints"]["why"].split("is damaged")[1]
 
 
 @pytest.mark.parametrize("name", [*ODD, *STRANGE])

@@ -19,7 +19,6 @@ import pytest
 import sqlalchemy
 
 from evomerge.errors import InputError
-from evomerge.report.status import depths_of
 from evomerge.search.settings.folder import open_store
 from evomerge.store import engine, tables
 from evomerge.store.columns import Real, Whole, Words
@@ -290,20 +289,6 @@ def test_an_event_of_a_candidate_that_names_none_is_damage(tmp_path: Path, kind:
         connection.execute("update event set kind = ? where seq = 1", (kind,))
     with Store.open(place) as store, pytest.raises(InputError, match=r"damaged.*no candidate"):
         store.events()
-
-
-@pytest.mark.parametrize("label", ["", "other", "math", "maths "])
-def test_a_source_that_no_landmark_is_named_after_is_damage(tmp_path: Path, label: str) -> None:
-    with create(tmp_path / "search.db") as store, acquire(store):
-        store.record_ask(0, [candidate(0, label=label, recipe='{"hops":[1,2]}')])
-        with pytest.raises(InputError, match=r"damaged.*maths"):
-            depths_of(store)
-
-
-def test_layers_of_sources_are_those_of_their_landmarks(tmp_path: Path) -> None:
-    with create(tmp_path / "search.db") as store, acquire(store):
-        store.record_ask(0, [candidate(0, label="maths", recipe='{"hops":[1,2]}')])
-        assert depths_of(store) == {"maths": 2}
 
 
 def test_damage_in_the_middle_stops_a_driver(tmp_path: Path) -> None:

@@ -64,9 +64,17 @@ def _shares(blend: Blend) -> dict[str, float]:
 
 
 def _used(path: Sequence[_Step], depths: Mapping[str, int]) -> dict[str, int]:
-    """Depths of the sources that the path goes through, in the order of ``depths``."""
-    names = {name for step in path for name in step.layers}
-    return {name: depth for name, depth in depths.items() if name in names}
+    """Depths of the sources that the path goes through, in the order of ``depths``.
+
+    A source of unknown depth comes last, as deep as the path goes into it.
+    """
+    seen: dict[str, int] = {}
+    for step in path:
+        for name, layer in step.layers.items():
+            seen[name] = max(seen.get(name, 0), layer + 1)
+    return {name: depth for name, depth in depths.items() if name in seen} | {
+        name: depth for name, depth in seen.items() if name not in depths
+    }
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRecord, SearchRow, Store, current_holder
-from evomerge.store.engine import damaged
 from evomerge.store.record import Measure
 from evomerge.store.summaries import Brief
 
@@ -284,16 +283,10 @@ def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Rang
 
 
 def depths_of(store: Store) -> dict[str, int]:
-    """How many layers each source has, from the landmarks: each source alone is one.
-
-    Raises:
-        InputError: the store is damaged: a source is no landmark, though landmarks are written before all else.
-    """
+    """How many layers each source has that is a landmark by itself."""
     sources = store.search().record.sources
     alone = {row.label: row.recipe for row in store.candidates(step=0) if row.label in sources}
-    if missing := [name for name in sources if name not in alone]:
-        raise damaged(store.place, f"no landmark is named {', '.join(missing)}")
-    return {name: len(json.loads(alone[name])["hops"]) for name in sources}
+    return {name: len(json.loads(alone[name])["hops"]) for name in sources if name in alone}
 
 
 def read_status(folder: Path) -> SearchStatus:
