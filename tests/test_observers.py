@@ -32,6 +32,7 @@ from evomerge.search.driving.control import Control
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.work.jobs import Failed, Job, Measured, PoolState
 from evomerge.store import Scores, Store, acquire
+from evomerge.store.events import Eliminated, Rung, SettingsChanged, Shortlist, Winner
 from evomerge.testing.store_fixtures import FINGERPRINTS, SETTINGS
 
 SETUP = make_setup(space=FakeSpace(3), objectives=2, candidates=24)  # each objective on 40 items
@@ -75,9 +76,9 @@ def confirm(folder: Path) -> dict[str, float]:
         number = store.front()[0].number
         values = [np.linspace(0, 1, 10 + i, dtype=np.float32) for i in range(2)]
         items = [np.arange(len(v), dtype=np.int32) for v in values]
-        store.record_event("shortlist", {"candidates": [number], "drawn": []})
+        store.record_event(Shortlist(candidates=[number], drawn=[]))
         store.record_scores(number, 1, [Scores(f"v{i}", "held_out", items[i], {"acc": values[i]}) for i in range(2)])
-        store.record_event("winner", {"candidate": number, "feasible": True})
+        store.record_event(Winner(candidate=number, feasible=True))
         store.set_state("finished")
     return {name: sum(map(float, v)) / len(v) for name, v in zip(NAMES, values, strict=True)}
 
@@ -271,9 +272,9 @@ def test_races_are_counted_by_items(tmp_path: Path) -> None:
     folder = tmp_path / "search"
     create(folder)
     with Store.open(folder / "search.db") as store, acquire(store):
-        store.record_event("rung", {"items": {"v0": 10, "v1": 25}})
-        store.record_event("eliminated", {"items": 25})
-        store.record_event("eliminated", {"items": 25})
+        store.record_event(Rung(items={"v0": 10, "v1": 25}))
+        store.record_event(Eliminated(items=25))
+        store.record_event(Eliminated(items=25))
         with closing(Observers(store, folder, settings("prometheus"))) as observers:
             observers.look()
             found = scrape(observers)
@@ -359,10 +360,10 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     folder = tmp_path / "search"
     create(folder)
     with Store.open(folder / "search.db") as store, acquire(store):
-        store.record_event("note", {"tau": math.nan, "of": [math.inf, 1.0]})
+        store.record_event(SettingsChanged(before={"tau": math.nan, "of": [math.inf, 1.0]}))
     observe(folder, "logs")
-    (line,) = [line for line in log_lines(folder) if line["kind"] == "note"]
-    assert line["payload"] == {"tau": None, "of": [None, 1.0]}
+    (line,) = [line for line in log_lines(folder) if line["kind"] == "settings"]
+    assert line["payload"] == {"before": {"tau": None, "of": [None, 1.0]}}
 
 
 # ---- trackers --------------------------------------------------------------------------------------------------------

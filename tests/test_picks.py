@@ -44,6 +44,7 @@ from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of
 from evomerge.store import Store, acquire
+from evomerge.store.events import Shortlist
 
 SUM, DISTANCE = WeightedSum(name="weighted_sum", weights=(1, 1)), Chebyshev(name="chebyshev", weights=(1, 1))
 
@@ -187,7 +188,7 @@ def test_a_confirmation_that_was_broken_off_is_told(tmp_path: Path) -> None:
     with Store.open(folder / "search.db") as store:
         assert status_of(store).state == "finished"
         with acquire(store):
-            store.record_event("shortlist", {"candidates": [5], "drawn": []})
+            store.record_event(Shortlist(candidates=[5], drawn=[]))
         status = status_of(store)
         assert (status.state, status.winner) == ("interrupted", None)
         assert "evomerge confirm" in status.why

@@ -41,6 +41,7 @@ from evomerge.service.client import Client
 from evomerge.service.summary import sparkline
 from evomerge.store import Store, acquire, reading, summaries
 from evomerge.store.engine import connect
+from evomerge.store.events import CopyingNews
 
 API = "/api/v1"
 HOST = {"host": "testserver"}
@@ -333,12 +334,12 @@ def test_what_happens_later_comes_too(tmp_path: Path) -> None:
         with Store.open(folder / "search.db") as store, acquire(store):
             newest = store.events()[-1].seq
             reading = asyncio.create_task(read_events(app, 1, last_event_id=str(newest)))
-            store.record_event("noticed", {"what": "a thing"})
+            store.record_event(CopyingNews(state="ended", why="a thing"))
             return await reading
 
     (event, *_) = asyncio.run(run())
     found = json.loads(event["data"])
-    assert (found["kind"], found["payload"]) == ("noticed", {"what": "a thing"})
+    assert (found["kind"], found["payload"]) == ("artifacts", {"state": "ended", "why": "a thing"})
 
 
 def test_the_name_of_a_search_that_is_there_is_refused_before_anything_is_opened(client: TestClient) -> None:

@@ -26,6 +26,7 @@ from evomerge.service.problems import ProblemError
 from evomerge.service.processes import is_alive, read, start
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire, current_holder
+from evomerge.store.events import BeganAgain
 from evomerge.store.lease import current_epoch
 
 WAIT_S = 200.0
@@ -177,7 +178,7 @@ def test_a_search_that_began_again_is_not_starting_for_ever(root: Path) -> None:
         with acquire(store):
             with store.transaction(writes=True) as connection:
                 connection.exec_driver_sql("DELETE FROM event")
-            store.record_event("began again", {})
+            store.record_event(BeganAgain())
             assert drivers.look("made-up", store) == DriverState("starting", "", holds=True)
             store.set_state("stopped")
         assert drivers.look("made-up", store).state == "stopped"  # though its process has not ended yet

@@ -25,6 +25,7 @@ from evomerge.service import connections
 from evomerge.service.checking import MOST_WAITING, Checker
 from evomerge.service.connections import Server, most_connections
 from evomerge.store import Store, acquire
+from evomerge.store.events import BeganAgain
 
 API = "/api/v1"
 HALF = b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n"
@@ -186,7 +187,7 @@ def test_followers_hear_of_a_search_that_begins_again(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
             with store.transaction(writes=True) as connection:
                 connection.exec_driver_sql("DELETE FROM event")
-            store.record_event("began again", {})
+            store.record_event(BeganAgain())
             async with asyncio.timeout(60):
                 found: bytes = await heard
             await followed.aclose()

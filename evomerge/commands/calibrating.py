@@ -19,6 +19,7 @@ from evomerge.search.settings.folder import LOGS_NAME
 from evomerge.search.work.deadlines import Deadlines
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import Store
+from evomerge.store.events import Calibrated
 
 
 def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
@@ -49,7 +50,7 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     )  # fmt: skip
     if not dispatcher.run(feed_of(pending), _Recording(folder / LOGS_NAME, names)):
         return False
-    store.record_event("calibrated", {"digest": prepared.calibration.digest, "texts": texts, "sources": names})
+    store.record_event(Calibrated(digest=prepared.calibration.digest, texts=texts, sources=names))
     console.print(f"calibrated in {duration(time.monotonic() - started)}", style="dim")
     return True
 

@@ -15,6 +15,7 @@ from evomerge.report.entries import candidate_id
 from evomerge.search.estimation.statistics import Values, sign_test
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.store import CandidateRow, Store
+from evomerge.store.events import Rung
 
 _ONE_IN = 20
 """Of how many items one may score otherwise by more than the tolerance: two tokens were all but equally likely."""
@@ -168,6 +169,6 @@ def _raced(store: Store, row: CandidateRow) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for event in store.events(kinds=("rung",)):
         if event.candidate in same:
-            for version, count in event.payload["items"].items():
+            for version, count in event.read(Rung).items.items():
                 found.setdefault(version, set()).add(count)
     return found

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import InputError
+from evomerge.store.events import Failure
 from evomerge.store.record import Measure
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow, Status
 
@@ -81,7 +82,7 @@ class News:
 def ends(event: EventRow) -> bool:
     """Whether nothing more of a candidate will be scored on the search split after this event."""
     if event.kind == "failure":
-        return bool(event.payload["final"])
+        return event.read(Failure).final
     return event.kind in ("result", "cached", "eliminated", "done")
 
 

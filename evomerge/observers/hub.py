@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.observers.base import News, Observer, ObserverSettings, Workers, ends
+from evomerge.store.events import Winner
 from evomerge.store.lease import current_holder
 from evomerge.store.reading import ReadStore
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow
@@ -158,7 +159,7 @@ class Listener:
             front=self._store.front(),
             best={name: rows[0] for name, rows in best.items() if rows},
             held_out=self._held_out(search, events),
-            winner=next((event.payload["candidate"] for event in named if event.kind == "winner"), None),
+            winner=next((event.read(Winner).candidate for event in named if event.kind == "winner"), None),
             workers=workers,
         )
         return self._news

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from evomerge.errors import InputError
 from evomerge.observers.base import News, Observer, ObserverSettings, Workers, named, package
+from evomerge.store.events import Eliminated, Failure, Rung, ScoresAdded
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow
 
 _BUCKETS_S = tuple(m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5))
@@ -97,15 +98,15 @@ class Prometheus(Observer):
 
     def _count(self, event: EventRow, ended: CandidateRow | None, news: News) -> None:
         self._events.labels(event.kind).inc()
-        payload = event.payload
         if event.kind in ("failure", "confirm failed"):
-            self._failures.labels(payload["reason"], str(payload["final"]).lower()).inc()
+            told = event.read(Failure)
+            self._failures.labels(told.reason, str(told.final).lower()).inc()
         elif event.kind == "eliminated":
-            self._eliminated.labels(str(payload["items"])).inc()
+            self._eliminated.labels(str(event.read(Eliminated).items)).inc()
         elif event.kind == "rung":
-            self._rungs.labels(str(max(payload["items"].values()))).inc()
+            self._rungs.labels(str(max(event.read(Rung).items.values()))).inc()
         elif event.kind == "scores":
-            for _, split, count in payload["scores"]:
+            for _, split, count in event.read(ScoresAdded).scores:
                 self._items.labels(split).inc(count)
         if ended is not None and ended.same_as is None:
             self._items.labels("search").inc(_items(ended, news))

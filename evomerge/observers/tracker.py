@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.observers.base import ENDED, Kept, News, Observer, genome_of, named
+from evomerge.store.events import State
 from evomerge.store.rows import CandidateRow
 
 Row = Mapping[str, float | str | None]
@@ -32,7 +33,7 @@ class Tracker(Observer):
             if (row := news.ended_by(event)) is not None:
                 self._told += 1
                 self.candidate(self._told, row, self._values(row, news), genome_of(row, news.search))
-        if any(event.kind == "state" and event.payload["state"] in ENDED for event in news.events):
+        if any(event.kind == "state" and event.read(State).state in ENDED for event in news.events):
             self.front(self._told, [_front_row(row, news) for row in news.front], news)
         self.flush()
         self.kept.save(seq=news.events[-1].seq, told=self._told, best=self._best)

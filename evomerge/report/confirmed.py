@@ -27,6 +27,7 @@ from evomerge.search.estimation.combined import Combined, Range, Scored
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_at
 from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
 from evomerge.store import CandidateRow, EventRow, SearchRow, Store
+from evomerge.store.events import Chosen, Shortlist, State, Winner
 from evomerge.store.record import Measure
 
 CHOSEN_EVENTS = ("winner", "confirmed")
@@ -99,9 +100,9 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         return Confirmed([], [], {}, None)
     objectives, seed = search.record.objectives, search.record.seed
     measures = search.record.measures
-    last, confidence = frozen[-1].payload, search.record.confirm.confidence
+    last, confidence = frozen[-1].read(Shortlist), search.record.confirm.confidence
     marks = {row.number: found for row in landmarks if (found := held_out(store, row.number, measures))}
-    ours = {number: found for number in last["candidates"] if (found := held_out(store, number, measures))}
+    ours = {number: found for number in last.candidates if (found := held_out(store, number, measures))}
     others = {row.label: marks[row.number] for row in landmarks if row.number in marks and _is_compared(row)}
     gaps = {o.name: _gaps(o, ours, others, confidence, seed) for o in objectives}
     preference = Preference.of_search(search)
@@ -131,7 +132,7 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     feasible = {each.id for each in shown if each.feasible}
     contenders = {n: items for n, items in {**ours, **marks}.items() if candidate_id(n) in feasible}
     # What an earlier shortlist chose does not count: this one has not been scored to its end.
-    made = [e.payload for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
+    made = [_chosen_event(e) for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
     too_few = [
         o.name
         for o in objectives
@@ -143,18 +144,22 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     elif preference.decides:
         luck = _luck(objectives, list(contenders.values()), seed)
     choice = Choice(
-        frozen_at=next(event.time for event in frozen if event.payload["candidates"] == last["candidates"]),
-        shortlist=len(last["candidates"]),
-        shortlists=len({tuple(event.payload["candidates"]) for event in frozen}),
-        drawn=sum(bool(held_out(store, number, measures)) for number in last.get("drawn", [])),
+        frozen_at=next(event.time for event in frozen if event.read(Shortlist).candidates == last.candidates),
+        shortlist=len(last.candidates),
+        shortlists=len({tuple(event.read(Shortlist).candidates) for event in frozen}),
+        drawn=sum(bool(held_out(store, number, measures)) for number in last.drawn),
         comparisons=len(ours) * len(others),
         confidence=confidence,
         luck=luck,
-        feasible=made[-1].get("feasible", True) if made else True,
+        feasible=made[-1].feasible if made else True,
         made=bool(made),
         too_few=too_few,
     )
     return Confirmed(entries, baselines, _chosen(preference, shown, search, choice) if made else {}, choice)
+
+
+def _chosen_event(event: EventRow) -> Winner | Chosen:
+    return event.read(Winner) if event.kind == "winner" else event.read(Chosen)
 
 
 def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, choice: Choice) -> dict[str, str]:
@@ -181,9 +186,9 @@ def effort(
     frozen = [event for event in events if event.kind == "shortlist"]
     if not frozen or held.choice is None:
         return None
-    last = frozen[-1].payload
+    last = frozen[-1].read(Shortlist)
     wanted = {row.number for row in landmarks if row.status in ("done", "cached")}
-    wanted |= {*last["candidates"], *last.get("drawn", [])}
+    wanted |= {*last.candidates, *last.drawn}
     evaluators = {measure.evaluator for measure in search.record.measures}
     return Effort(
         models=len(wanted),
@@ -200,7 +205,7 @@ def _confirming_s(events: Sequence[EventRow], now: float | None) -> float:
         if event.kind in ("state", "lease") and since is not None:
             spent += (event.time if event.kind == "state" else last) - since
             since = None
-        if event.kind == "state" and event.payload["state"] == "confirming":
+        if event.kind == "state" and event.read(State).state == "confirming":
             since = event.time
         last = event.time
     if since is not None:

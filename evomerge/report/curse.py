@@ -21,6 +21,7 @@ from evomerge.search.estimation.combined import Combined
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.estimation.statistics import Matrix, kendall_tau, sum_interval
 from evomerge.store import CandidateRow, SearchRow, Store
+from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure
 
 _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
@@ -144,7 +145,7 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
     most = max(settings.top, settings.drawn)
     best = [row for row in ranked(store, preference, most + len(landmarks)) if row.step > 0][:most]
     frozen = store.events(kinds=("shortlist",), newest=1)
-    shortlist = [store.candidate(number) for event in frozen for number in event.payload["candidates"]]
+    shortlist = [store.candidate(number) for event in frozen for number in event.read(Shortlist).candidates]
     found = {row.number: row for row in [*best, *shortlist]}
     known = _measured(store, search, status, preference, [*found.values(), *landmarks])
     leading = {row.number for row in best}

@@ -35,6 +35,8 @@ from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRecord, SearchRow, Store, current_holder
+from evomerge.store.events import ConfirmFailed, Screening, State
+from evomerge.store.events import ItemResponse as ItemResponseNews
 from evomerge.store.record import Measure
 from evomerge.store.summaries import Brief
 
@@ -408,10 +410,10 @@ def unrecorded_s(store: Store) -> float:
             spent, since = 0.0, math.nan
         elif event.kind == "tell":
             spent, since = 0.0, event.time if runs else math.nan
-        elif event.payload["state"] == "running":
+        elif event.read(State).state == "running":
             since = event.time
         else:
-            paused = event.payload["state"] == "paused"
+            paused = event.read(State).state == "paused"
             spent, since = (spent + event.time - since if runs else spent) if paused else 0.0, math.nan
     return spent if math.isnan(since) else spent + time.time() - since
 
@@ -449,16 +451,16 @@ def _screen(store: Store, search: SearchRow) -> ScreenState | None:
     if screen is None:
         return None
     events = store.events(kinds=("screen",), newest=1)
-    last: dict[str, Any] = events[0].payload if events else {"pairs": 0, "tau": math.nan, "on": False}
+    last = events[0].read(Screening) if events else Screening()
     objective = search.record.objectives[screen.objective].name
     return ScreenState(
         metric=screen.metric,
         objective=objective,
         items=screen.items,
         least_tau=screen.least_tau,
-        tau=None if math.isnan(last["tau"]) else last["tau"],
-        pairs=last["pairs"],
-        on=last["on"],
+        tau=None if math.isnan(last.tau) else last.tau,
+        pairs=last.pairs,
+        on=last.on,
         left_out=store.eliminated_without(objective),
     )
 
@@ -466,13 +468,17 @@ def _screen(store: Store, search: SearchRow) -> ScreenState | None:
 def _item_response(store: Store) -> dict[str, ItemResponse]:
     """What the driver last said of item response, by measure."""
     events = store.events(kinds=("item response",), newest=1)
-    return {name: ItemResponse(**found) for event in events for name, found in event.payload.items()}
+    return {
+        name: ItemResponse(**found.model_dump())
+        for event in events
+        for name, found in event.read(ItemResponseNews).root.items()
+    }
 
 
 def _unconfirmed(store: Store) -> list[str]:
     """Why candidates could not be scored on the held-out split."""
     events = store.events(kinds=("confirm failed",), newest=_RECENT)
-    return [f"{event.payload['reason']} in confirmation" for event in events if event.payload["final"]]
+    return [f"{told.reason} in confirmation" for told in (e.read(ConfirmFailed) for e in events) if told.final]
 
 
 def _unscored(
@@ -480,7 +486,7 @@ def _unscored(
 ) -> Iterator[Unscored]:
     """Landmarks that have failed, on the search split or else on the held-out split."""
     events = store.events(kinds=("confirm failed",), newest=_RECENT)
-    there = {event.payload["candidate"]: event.payload for event in events if event.payload["final"]}
+    there = {told.candidate: told.payload for told in (e.read(ConfirmFailed) for e in events) if told.final}
     confirmed = {each.id for each in held.baselines}
     for row in landmarks:
         failure = row.failure if row.status == "failed" else there.get(row.number)

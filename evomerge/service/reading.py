@@ -17,6 +17,7 @@ from evomerge.report.entries import Value, candidate_id, measure_text
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.store import Store, summaries
+from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure, Number
 
 Numbers = NDArray[np.int64]
@@ -175,7 +176,7 @@ def confirmed_values(store: Store, found: Columns) -> dict[int, Mapping[str, Val
     frozen = store.events(kinds=("shortlist",), newest=1)
     if not frozen:
         return {}
-    shortlist: list[int] = frozen[0].payload["candidates"]
+    shortlist = frozen[0].read(Shortlist).candidates
     return {number: values for number in shortlist if (values := _held_out(store, number, found.measures))}
 
 

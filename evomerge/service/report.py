@@ -33,6 +33,7 @@ from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
 from evomerge.service.figures.recipe import recipe_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of
 from evomerge.store import SearchRow, Store
+from evomerge.store.events import ConfirmFailed, Failure
 
 _TOP = 15  # candidates in the table of the best
 _FAILURES = 50  # in the table of failures, the newest
@@ -245,15 +246,15 @@ def _choice(status: SearchStatus) -> list[str]:
 
 def _failures(store: Store) -> Iterator[FailureRow]:
     for event in store.events(kinds=("failure", "confirm failed"), newest=_FAILURES)[::-1]:
-        told = event.payload
-        number = told["candidate"] if event.candidate is None else event.candidate
+        told = event.read(Failure)
+        number = event.read(ConfirmFailed).candidate if event.candidate is None else event.candidate
         yield FailureRow(
             candidate_id(number),
             event.attempt or 0,
-            str(told["reason"]).replace("_", " "),
-            str(told.get("message", "")),
-            str(told.get("log") or ""),
-            bool(told.get("final")),
+            told.reason.replace("_", " "),
+            told.message,
+            told.log,
+            told.final,
         )
 
 

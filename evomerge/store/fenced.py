@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from sqlalchemy import Connection
 
-from evomerge.store import statements
+from evomerge.store import events, statements
+from evomerge.store.events import Happened
 from evomerge.store.lease import check_fence, last_write
 from evomerge.store.outage import repeated
 from evomerge.store.reading import ReadStore
@@ -35,8 +35,8 @@ class FencedStore(ReadStore):
                         connection, self.search_id, self.epoch, self.place, statements.CHANGE_LEASE, writes=number
                     )
                     if lost is not None:
-                        payload = {"seconds": round(time.monotonic() - lost[0], 3), "why": lost[1]}
-                        self.append_event(connection, "reconnected", payload=payload)
+                        away_s = round(time.monotonic() - lost[0], 3)
+                        self.append_event(connection, events.Reconnected(seconds=away_s, why=lost[1]))
                     yield connection
             except BaseException:
                 self._lost = lost or self._lost
@@ -85,11 +85,10 @@ class FencedStore(ReadStore):
     def append_event(
         self,
         connection: Connection,
-        kind: str,
+        event: Happened,
         candidate: int | None = None,
         attempt: int | None = None,
-        payload: Mapping[str, Any] | None = None,
     ) -> None:
-        row = {"search_id": self.search_id, "time": time.time(), "kind": kind}
-        row |= {"candidate": candidate, "attempt": attempt, "payload": payload or {}}
+        row = {"search_id": self.search_id, "time": time.time(), "kind": event.kind}
+        row |= {"candidate": candidate, "attempt": attempt, "payload": event.payload}
         connection.execute(statements.NEW_EVENT, row)

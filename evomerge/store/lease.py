@@ -28,6 +28,7 @@ from sqlalchemy import Connection, Row, Update, func, select, update
 from evomerge.errors import InputError
 from evomerge.store import tables
 from evomerge.store.engine import check_intact, damaged
+from evomerge.store.events import LeaseTaken
 from evomerge.store.outage import ride_out
 from evomerge.store.statements import CHANGE_LEASE
 
@@ -165,11 +166,12 @@ class _Taking:
                 hint = f"Stop it first, or wait: {self._expiry_s:.0f} s after its last sign of life it is free."
                 raise InputError(store.place, f"is driven by {holder} since {since}", hint)
             me = Holder.this_process()
+            epoch = int(row.epoch) + 1
             taken = {"host": me.host, "namespace": me.namespace, "pid": me.pid, "started": me.started, "writes": 0}
-            taken |= {"epoch": row.epoch + 1, "acquired_at": _now(connection)} | _until(connection, self._expiry_s)
+            taken |= {"epoch": epoch, "acquired_at": _now(connection)} | _until(connection, self._expiry_s)
             connection.execute(update(tables.lease).where(tables.lease.c.search_id == store.search_id).values(**taken))
             store.drop_commands(connection)
-            store.append_event(connection, "lease", payload={"epoch": taken["epoch"], "host": me.host, "pid": me.pid})
+            store.append_event(connection, LeaseTaken(epoch=epoch, host=me.host, pid=me.pid))
             self._tried = taken
         return int(row.epoch) + 1
 

@@ -31,6 +31,7 @@ from evomerge.store.engine import (
     parse_place,
     plain_errors,
 )
+from evomerge.store.events import Stepped
 from evomerge.store.outage import repeated
 from evomerge.store.payloads import event_rows
 from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
@@ -210,10 +211,11 @@ class ReadStore:
             Step(
                 "ask" if event.kind == "ask" else "tell",
                 event.seq,
-                event.payload["step"],
-                tuple(event.payload["candidates"]),
+                told.step,
+                tuple(told.candidates),
             )
             for event in self.events(kinds=("ask", "tell"))
+            for told in [event.read(Stepped)]
         ]
 
     @repeated

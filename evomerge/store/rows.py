@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
+from evomerge.errors import InputError
 from evomerge.genome import Genome
 from evomerge.store.engine import damaged
 from evomerge.store.record import SearchRecord
@@ -143,9 +145,12 @@ class CandidateRow:
     finished_at: float | None
 
 
+AnyEvent = TypeVar("AnyEvent", bound=BaseModel)
+
+
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """Something that happened; ``seq`` grows with every event of a store."""
+    """Something that happened; ``seq`` grows with every event of a store. ``payload`` is what ``read`` reads."""
 
     seq: int
     time: float
@@ -153,6 +158,18 @@ class EventRow:
     candidate: int | None
     attempt: int | None
     payload: dict[str, Any]
+
+    def read(self, event: type[AnyEvent]) -> AnyEvent:
+        """What it says, as an event of its kind: a class of ``events``.
+
+        Raises:
+            InputError: that is not what a program of ours has written.
+        """
+        try:
+            return event.model_validate(self.payload)
+        except ValidationError:
+            hint = "Restore the store from a backup."
+            raise InputError(f"event {self.seq}", f"is damaged: no {self.kind!r} says this", hint) from None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,17 @@ from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
-from evomerge.store import insertion, statements, tables
+from evomerge.store import events, insertion, statements, tables
+from evomerge.store.events import Decided, Happened
 from evomerge.store.fenced import FencedStore
 from evomerge.store.lease import lock_search
 from evomerge.store.outage import repeated
 from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Niches, Outcome, Scores, Status, Verb
 from evomerge.store.schema import make_tables
+
+_RACE_ENDS: dict[str, type[events.Cached | events.Done | events.Eliminated]] = {
+    each.kind: each for each in (events.Cached, events.Done, events.Eliminated)
+}
 
 
 class Store(FencedStore):
@@ -70,7 +75,7 @@ class Store(FencedStore):
                 store.search_id = connection.execute(new).scalar_one()
                 connection.execute(insert(tables.lease).values(search_id=store.search_id, epoch=0, writes=0))
                 insertion.insert_items(connection, store.search_id, items)
-                store.append_event(connection, "created")
+                store.append_event(connection, events.Created())
         except IntegrityError as error:
             store.close()
             raise InputError(store.place, f"holds a search named {name!r} already", "Choose another name.") from error
@@ -103,8 +108,7 @@ class Store(FencedStore):
                     for new in candidates
                 ],
             )
-            payload = {"step": step, "candidates": [new.number for new in candidates]}
-            self.append_event(connection, "ask", payload=payload)
+            self.append_event(connection, events.Ask(step=step, candidates=[new.number for new in candidates]))
 
     def _asked(self, step: int, new: NewCandidate, now: float) -> dict[str, Any]:
         return {
@@ -130,10 +134,10 @@ class Store(FencedStore):
             if not self._change(connection, number, values, ("asked",)):
                 raise ValueError(f"candidate {number} is not waiting")
             insertion.insert_objectives(connection, self.search_id, number, objectives)
-            self.append_event(connection, "cached", number, payload={"same_as": same_as})
+            self.append_event(connection, events.Cached(same_as=same_as), number)
 
     @repeated
-    def record_dispatch(self, number: int, attempt: int, worker: str, decided: Mapping[str, Any] | None = None) -> None:
+    def record_dispatch(self, number: int, attempt: int, worker: str, decided: Decided | None = None) -> None:
         """An attempt begins. Attempts count from 1; a higher one makes every lower one stale.
 
         ``decided`` is kept in the event: what was decided of the candidate's race, that it goes on to this attempt.
@@ -142,7 +146,8 @@ class Store(FencedStore):
             values = {"status": "running", "attempts": attempt, "worker": worker}
             if not self._change(connection, number, values, ("asked", "running"), fewer_attempts_than=attempt):
                 raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
-            self.append_event(connection, "dispatch", number, attempt, {"worker": worker, **(decided or {})})
+            told = {} if decided is None else decided.model_dump()
+            self.append_event(connection, events.Dispatch(worker=worker, **told), number, attempt)
 
     @repeated
     def record_result(
@@ -166,7 +171,7 @@ class Store(FencedStore):
             insertion.insert_scores(connection, self.search_id, number, scores)
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             insertion.insert_objectives(connection, self.search_id, number, objectives)
-            self.append_event(connection, "result", number, attempt, {"worker": worker})
+            self.append_event(connection, events.Result(worker=worker), number, attempt)
             return True
 
         return self._write(write)
@@ -195,7 +200,7 @@ class Store(FencedStore):
             insertion.insert_scores(connection, self.search_id, number, scores)
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             items = {s.evaluator: len(s.items) for s in scores}
-            self.append_event(connection, "rung", number, attempt, {"items": items, "worker": worker})
+            self.append_event(connection, events.Rung(items=items, worker=worker), number, attempt)
             return True
 
         return self._write(write)
@@ -210,7 +215,7 @@ class Store(FencedStore):
         def write(connection: Connection) -> bool:
             if not self._finish(connection, number, attempt, "failure", values):
                 return False
-            self.append_event(connection, "failure", number, attempt, {**failure, "final": final})
+            self.append_event(connection, events.Failure(**failure, final=final), number, attempt)
             return True
 
         return self._write(write)
@@ -224,8 +229,8 @@ class Store(FencedStore):
         def write(connection: Connection) -> bool:
             insertion.insert_scores(connection, self.search_id, number, scores)
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
-            payload = {"scores": [[s.evaluator, s.split, len(s.items)] for s in scores]}
-            self.append_event(connection, "scores", number, attempt, payload)
+            added = events.ScoresAdded(scores=[(s.evaluator, s.split, len(s.items)) for s in scores])
+            self.append_event(connection, added, number, attempt)
             return True
 
         self._write(write)
@@ -254,7 +259,7 @@ class Store(FencedStore):
             if niches is not None:
                 self._set_niches(connection, niches)
             self._change_search(connection, spent_s=spent_s)
-            self.append_event(connection, "tell", payload={"step": step, "candidates": list(losses)})
+            self.append_event(connection, events.Tell(step=step, candidates=list(losses)))
 
     def _end_race(self, connection: Connection, outcome: Outcome) -> None:
         values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
@@ -262,7 +267,7 @@ class Store(FencedStore):
             raise ValueError(f"candidate {outcome.number} is not waiting")
         insertion.insert_objectives(connection, self.search_id, outcome.number, outcome.objectives)
         items = max((each["n"] for each in outcome.objectives.values()), default=0)
-        self.append_event(connection, outcome.status, outcome.number, payload={"items": items})
+        self.append_event(connection, _RACE_ENDS[outcome.status](items=items), outcome.number)
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:
         before = set(connection.execute(statements.ON_FRONT, {"of_search_id": self.search_id}).scalars())
@@ -270,7 +275,7 @@ class Store(FencedStore):
             for number in changed:
                 self._change(connection, number, {"on_front": on_front})
         if before != after:
-            self.append_event(connection, "front", payload={"candidates": sorted(after)})
+            self.append_event(connection, events.Front(candidates=sorted(after)))
 
     def _set_niches(self, connection: Connection, niches: Niches) -> None:
         for number, niche in niches.told.items():
@@ -286,7 +291,7 @@ class Store(FencedStore):
         spent = {} if spent_s is None else {"spent_s": spent_s}
         with self.writing() as connection:
             self._change_search(connection, state=state, why=why, **spent)
-            self.append_event(connection, "state", payload={"state": state, "why": why})
+            self.append_event(connection, events.State(state=state, why=why))
 
     @repeated
     def update_settings(self, settings: Mapping[str, Any]) -> None:
@@ -295,17 +300,17 @@ class Store(FencedStore):
             query = select(tables.search.c.settings).where(tables.search.c.id == self.search_id)
             before = connection.execute(query).scalar_one()
             self._change_search(connection, settings=settings)
-            self.append_event(connection, "settings", payload={"before": before})
+            self.append_event(connection, events.SettingsChanged(before=before))
 
     @repeated
     def change_evaluators(
-        self, fingerprints: Mapping[str, Any], items: Sequence[ItemTexts], payload: Mapping[str, Any]
+        self, fingerprints: Mapping[str, Any], items: Sequence[ItemTexts], changed: events.EvaluatorsChanged
     ) -> None:
         """Take up evaluators that have changed and score as recorded; ``items`` replace those of the same split."""
         with self.writing() as connection:
             self._change_search(connection, fingerprints=fingerprints)
             insertion.insert_items(connection, self.search_id, items)
-            self.append_event(connection, "evaluators changed", payload=payload)
+            self.append_event(connection, changed)
 
     @repeated
     def begin_again(
@@ -329,12 +334,12 @@ class Store(FencedStore):
                 spent_s=0.0,
             )
             insertion.insert_items(connection, self.search_id, items)
-            self.append_event(connection, "began again")
+            self.append_event(connection, events.BeganAgain())
 
     @repeated
-    def record_event(self, kind: str, payload: Mapping[str, Any]) -> None:
+    def record_event(self, event: Happened) -> None:
         with self.writing() as connection:
-            self.append_event(connection, kind, payload=payload)
+            self.append_event(connection, event)
 
     def _change_search(self, connection: Connection, **values: Any) -> None:
         connection.execute(statements.CHANGE_SEARCH, {"of_search_id": self.search_id, **values})
@@ -371,7 +376,7 @@ class Store(FencedStore):
             rows = connection.execute(waiting).all()
             for row in rows:
                 connection.execute(update(tables.command).where(columns.id == row.id).values(taken_at=time.time()))
-                self.append_event(connection, "command", payload={"verb": row.verb})
+                self.append_event(connection, events.Command(verb=row.verb))
         return [row.verb for row in rows]
 
     def drop_commands(self, connection: Connection) -> None:
@@ -405,5 +410,5 @@ class Store(FencedStore):
         """End a running attempt; an answer that comes too late, or twice, leaves a mark and no more."""
         if self._change(connection, number, values, ("running",), attempt=attempt):
             return True
-        self.append_event(connection, "stale", number, attempt, {"what": what})
+        self.append_event(connection, events.Stale(what=what), number, attempt)
         return False

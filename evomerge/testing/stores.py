@@ -13,6 +13,7 @@ from sqlalchemy import update
 
 from evomerge.errors import InputError
 from evomerge.store import summaries, tables
+from evomerge.store.events import CopyingNews, Screening
 from evomerge.store.lease import Lease
 from evomerge.store.rows import Answers, Estimate, Scores
 from evomerge.store.store import Store
@@ -319,15 +320,16 @@ class StoreContract(LeaseContract):
         assert math.isnan(told[1])
 
     def test_events_are_numbered_in_order(self, store: Store, lease: Lease, reader: Store) -> None:
-        store.record_event("restart", {"reason": "tolfun", "sigma": math.inf})
+        store.record_event(Screening(pairs=3, tau=math.inf))
         store.record_ask(0, [candidate(0)])
         finish(store, 0, mean=0.5)
         events = reader.events()
         kinds = [event.kind for event in events]
-        assert kinds == ["created", "lease", "restart", "ask", "dispatch", "result"]
+        assert kinds == ["created", "lease", "screen", "ask", "dispatch", "result"]
         assert all(before.seq < after.seq for before, after in itertools.pairwise(events))
         assert reader.events(since=events[2].seq) == events[3:]
-        assert events[2].payload == {"reason": "tolfun", "sigma": math.inf}
+        assert events[2].payload == {"pairs": 3, "tau": math.inf}
+        assert events[2].read(Screening) == Screening(pairs=3, tau=math.inf)
         assert (events[4].candidate, events[4].attempt) == (0, 1)
 
     def test_a_reader_never_sees_half_of_a_write(self, store: Store, lease: Lease, reader: Store) -> None:
@@ -357,7 +359,7 @@ class StoreContract(LeaseContract):
         thread.start()
         taken: list[str] = []
         while thread.is_alive():
-            store.record_event("tick", {})
+            store.record_event(CopyingNews(state="ended", why=""))
             taken += store.take_commands()
         thread.join()
         assert len(taken + store.take_commands()) == 30

@@ -26,6 +26,7 @@ from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.search.work.deadlines import Deadlines
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import CandidateRow, Estimate
+from evomerge.store.events import Chosen, ConfirmFailed, Confirming, Shortlist, Stale, State, Winner
 
 _OURS = ("confirming", "paused")  # states that say nothing of the search that is being confirmed
 
@@ -50,7 +51,7 @@ class Confirmation:
         ``recipe_of`` gives a candidate's recipe with its sources' references.
         """
         why = self._store.search().why
-        states = [event.payload["state"] for event in self._store.events(kinds=("state",))]
+        states = [event.read(State).state for event in self._store.events(kinds=("state",))]
         before = next((state for state in reversed(states) if state not in _OURS), "created")
         self._store.set_state("confirming", why=why)
         try:
@@ -82,9 +83,9 @@ class Confirmation:
         chosen = {role: contenders[kept[at]] for role, at in self._preference.choose(among[kept], among).items()}
         feasible = bool(misses.min() == 0.0)
         if BEST in chosen:
-            self._store.record_event("winner", {"candidate": chosen[BEST], "feasible": feasible})
+            self._store.record_event(Winner(candidate=chosen[BEST], feasible=feasible))
         else:
-            self._store.record_event("confirmed", {"chosen": chosen, "feasible": feasible})
+            self._store.record_event(Chosen(chosen=chosen, feasible=feasible))
 
     def _score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         """Score what has no held-out scores yet; False when a stop came first."""
@@ -110,8 +111,8 @@ class Confirmation:
         shortlist = sorted(found.values(), key=lambda row: row.number)
         most = [row for each in self._preference.parts for row in self._best(each, settings.drawn)]
         drawn = list({row.number: row for row in most if row.recipe_hash not in found}.values())
-        numbers = {"candidates": [row.number for row in shortlist], "drawn": [row.number for row in drawn]}
-        self._store.record_event("shortlist", numbers)
+        numbers = [row.number for row in shortlist], [row.number for row in drawn]
+        self._store.record_event(Shortlist(candidates=numbers[0], drawn=numbers[1]))
         return shortlist, drawn
 
     def _best(self, preference: Preference, count: int) -> list[CandidateRow]:
@@ -138,7 +139,7 @@ class Confirmation:
         return self._is_scored(pending.number)
 
     def dispatched(self, pending: Pending) -> None:
-        self._store.record_event("confirm", {"candidate": pending.number, "attempt": pending.attempt})
+        self._store.record_event(Confirming(candidate=pending.number, attempt=pending.attempt))
 
     def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
         self._progress.models_done += 1
@@ -151,14 +152,17 @@ class Confirmation:
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
         self._last_failure = failure.message
         log = write_log(self._logs, finished, failure, "confirm-c")
-        payload = {"candidate": finished.candidate, "reason": failure.reason, "message": failure.message, "log": log}
-        self._store.record_event("confirm failed", payload | {"final": final})
+        self._store.record_event(
+            ConfirmFailed(
+                candidate=finished.candidate, reason=failure.reason, message=failure.message, log=log, final=final
+            )
+        )
 
     def at_once(self) -> AbstractContextManager[None]:
         return self._store.at_once()
 
     def late(self, finished: Finished) -> None:
-        self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
+        self._store.record_event(Stale(candidate=finished.candidate, attempt=finished.attempt))
 
 
 def _is_find(row: CandidateRow) -> bool:

@@ -13,7 +13,6 @@ from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.work.deadlines import MOST_S, Deadlines
-from evomerge.search.work.jobs import PoolNews
 from evomerge.store import Store
 
 
@@ -47,10 +46,7 @@ class Drive:
 
     def dispatcher(self, deadlines: Deadlines) -> Dispatcher:
         """What scores candidates on the pool, and records what happens to nodes and workers."""
-
-        def report(news: PoolNews) -> None:
-            self.store.record_event(news.kind, news.payload)
-
         return Dispatcher(
-            self.pool, self.control, self.setup.attempts, self.idle, deadlines, report, self.check, self.progress
-        )
+            self.pool, self.control, self.setup.attempts, self.idle, deadlines, self.store.record_event, self.check,
+            self.progress,
+        )  # fmt: skip

@@ -27,6 +27,7 @@ from evomerge.search.settings.sections import Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS
 from evomerge.store import CandidateRow, EventRow, NewCandidate
+from evomerge.store.events import Failure, ItemResponse, Rung, Screening
 
 
 class Driver:
@@ -152,15 +153,14 @@ class Driver:
     def _record_screen(self) -> None:
         """Write down what is known of the screen."""
         if (screening := self._scoring.screening) is not None:
-            found = {"pairs": screening.pairs, "tau": screening.tau, "on": screening.is_on}
-            self._store.record_event("screen", found)
+            self._store.record_event(Screening(pairs=screening.pairs, tau=screening.tau, on=screening.is_on))
 
     def _record_item_response(self) -> None:
         """Write down what is known of item response, if that is new; it is only with each new fit."""
         if told := dict(self._scoring.predictions.told()):
             before = self._store.events(kinds=("item response",), newest=1)
             if not before or before[0].payload != told:
-                self._store.record_event("item response", told)
+                self._store.record_event(ItemResponse.model_validate(told))
 
     def _told(self, candidates: Sequence[Candidate]) -> None:
         """Let everything learn that learns from what was told."""
@@ -284,7 +284,7 @@ class Driver:
         self._spent_before_s = self._store.search().spent_s
         if self._open:
             for event in self._store.events(kinds=("failure",)):
-                if event.candidate in self._open and event.payload["reason"] not in BLAMELESS:
+                if event.candidate in self._open and event.read(Failure).reason not in BLAMELESS:
                     self._open[event.candidate].faults += 1
         ended = self._store.events(kinds=ATTEMPT_EVENTS, newest=EVENTS_READ)
         for items, seconds in recorded_attempts(ended, self._scored_by):
@@ -295,7 +295,7 @@ class Driver:
         if event.kind == "result":
             landmark = event.candidate is not None and event.candidate < self._landmarks
             return self._setup.all_counts() if landmark else self._setup.counts()
-        items = event.payload["items"]
+        items = event.read(Rung).items
         return {i: items[e.version] for i, e in enumerate(self._setup.evaluators) if e.version in items}
 
     def _replay_ask(self, step: int) -> list[Candidate]:

@@ -32,6 +32,7 @@ from evomerge.search.estimation.screening import Screening
 from evomerge.search.preparing.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import Estimate, Outcome, Store
+from evomerge.store.events import Stale
 from evomerge.store.rows import Status
 
 FAVOURITE = "favourite"
@@ -448,7 +449,7 @@ class Scoring(ABC):
         return self._store.at_once()
 
     def late(self, finished: Finished) -> None:
-        self._store.record_event("stale", {"candidate": finished.candidate, "attempt": finished.attempt})
+        self._store.record_event(Stale(candidate=finished.candidate, attempt=finished.attempt))
 
 
 def _losses_on(table: ScoreTable, objective: ObjectiveInfo, items: NDArray[np.int32]) -> NDArray[np.float64]:

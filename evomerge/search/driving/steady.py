@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from evomerge.optimizers import Best, Grid
 from evomerge.optimizers.elites import Point
@@ -26,6 +25,7 @@ from evomerge.search.driving.scoring import Candidate, Proposals, Scoring
 from evomerge.search.preparing.setup import Counts, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import EventRow, Store
+from evomerge.store.events import Ask, Decided, Dispatch, Failure
 
 RECENT = 2
 """Generations' worth of told candidates that a new one is compared with."""
@@ -166,17 +166,17 @@ class SteadyScoring(Scoring):
                 c.out = "eliminated" if c.reached >= 0 else "screened"
         self.begin(open_)
         events = self._store.events(since=asked_after, kinds=("ask", "dispatch", *_ENDS))
-        decided = {e.candidate: e.payload for e in events if e.candidate in self._open and "rung" in e.payload}
+        dispatched = {e.candidate: e.read(Dispatch) for e in events if e.kind == "dispatch"}
+        decided = {n: race for n, each in dispatched.items() if n in self._open and (race := each.decided)}
         for c in open_:
             if c.number in decided:
                 self._decide_again(c, decided[c.number])
-        self._remember_screened([c for c in open_ if c.number in decided and decided[c.number]["rung"] != SCREEN])
+        self._remember_screened([c for c in open_ if c.number in decided and decided[c.number].rung != SCREEN])
         self.back = deque(_as_queued(open_, events))
 
-    def _decide_again(self, candidate: Candidate, decided: Mapping[str, Any]) -> None:
+    def _decide_again(self, candidate: Candidate, decided: Decided) -> None:
         """Take what was decided of a candidate when it was last sent to a worker."""
-        candidate.reached, candidate.out = decided["reached"], decided["out"]
-        rung = decided["rung"]
+        candidate.reached, candidate.out, rung = decided.reached, decided.out, decided.rung
         if rung != SCREEN:
             self._learn_from_same(candidate, self._screen_counts())
         if candidate.reached >= 0:
@@ -198,7 +198,7 @@ class SteadyScoring(Scoring):
         c = self._of(pending.number)
         counts = self._wanted[c.number]
         rung = self._rungs.index(counts) if counts in self._rungs else SCREEN
-        decided = None if c.step == 0 else {"reached": c.reached, "out": c.out, "rung": rung}
+        decided = None if c.step == 0 else Decided(reached=c.reached, out=c.out, rung=rung)
         c.attempts = pending.attempt
         self._store.record_dispatch(pending.number, pending.attempt, "", decided)
 
@@ -225,8 +225,8 @@ def _as_queued(open_: Sequence[Candidate], events: Sequence[EventRow]) -> list[C
     places: dict[int | None, tuple[bool, int]] = {}  # of each candidate: whether it waits, and since which event
     for event in events:
         if event.kind == "ask":
-            places |= dict.fromkeys(event.payload["candidates"], (True, event.seq))
-        elif event.kind == "dispatch" or (event.kind == "failure" and not event.payload["final"]):
+            places |= dict.fromkeys(event.read(Ask).candidates, (True, event.seq))
+        elif event.kind == "dispatch" or (event.kind == "failure" and not event.read(Failure).final):
             places[event.candidate] = (False, event.seq)
         else:
             places[event.candidate] = (True, event.seq)

@@ -24,6 +24,7 @@ from evomerge.objects import PARTIAL, Storage, StorageError
 from evomerge.search.opening.claim import BEAT_S, RECORD, Claim, TakenUpError
 from evomerge.search.settings.folder import FILE_NAME, STORE_NAME, has_store
 from evomerge.store import Store
+from evomerge.store.events import CopyingNews
 
 EVERY_S = 60.0
 """How long copying rests between two turns."""
@@ -76,7 +77,7 @@ class Artifacts:
         self._copied: dict[Path, object] = {}
         self._fault = ""
         self._lost = False
-        self._news: deque[dict[str, str]] = deque()
+        self._news: deque[CopyingNews] = deque()
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._copy, name="artifacts", daemon=True),
@@ -95,7 +96,7 @@ class Artifacts:
     def poll(self, store: Store) -> None:
         """Write down what befell the copying; called by the driver, who alone writes to the store."""
         while self._news:
-            store.record_event("artifacts", self._news.popleft())
+            store.record_event(self._news.popleft())
 
     def close(self) -> None:
         """Copy what is left, and let go of the place. Waits until that is done; whatever fails is logged."""
@@ -147,7 +148,7 @@ class Artifacts:
         return False
 
     def _tell(self, state: str, why: str) -> None:
-        self._news.append({"state": state, "why": why})
+        self._news.append(CopyingNews(state=state, why=why))
         if why:
             _log.warning("%s: %s", "copying ended" if state == "ended" else "not copied, to be tried again", why)
 

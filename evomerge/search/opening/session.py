@@ -32,6 +32,7 @@ from evomerge.search.settings.folder import (
     write_settings,
 )
 from evomerge.store import CandidateRow, ItemTexts, Store
+from evomerge.store.events import EvaluatorsChanged
 from evomerge.store.record import Evaluator as RecordedEvaluator
 
 Files = Mapping[str, FileFingerprint]
@@ -146,7 +147,7 @@ def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], sco
         texts += [ItemTexts(info.version, split, _texts(evaluator, split)) for split in _SPLITS]
         named.append({"name": info.name, "version": evaluator.version})
     fingerprints["evaluators"] = entries
-    store.change_evaluators(fingerprints, texts, {"evaluators": named, "scored": list(scored)})
+    store.change_evaluators(fingerprints, texts, EvaluatorsChanged(evaluators=named, scored=list(scored)))
 
 
 def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator) -> None:

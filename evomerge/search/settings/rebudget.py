@@ -12,6 +12,7 @@ from evomerge.search.settings.folder import FILE_NAME, write_settings
 from evomerge.search.settings.search_file import parse_search_file
 from evomerge.search.settings.sections import Budget
 from evomerge.store import Store
+from evomerge.store.events import SettingsRefused
 from evomerge.yaml import load_yaml
 
 
@@ -62,7 +63,7 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
         budget = parse_search_file(content, place=FILE_NAME, root=folder.resolve()).budget
         check_budget(budget, store)
     except InputError as error:
-        store.record_event("settings refused", {"why": str(error)})
+        store.record_event(SettingsRefused(why=str(error)))
         return None
     store.update_settings(store.search().settings | {"budget": budget.model_dump(mode="json")})
     return budget

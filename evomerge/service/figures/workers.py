@@ -13,6 +13,7 @@ from evomerge.report.entries import candidate_id
 from evomerge.report.svg import COLOURS
 from evomerge.service.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, TEAL, figure, safe
 from evomerge.store import EventRow, Store, current_holder
+from evomerge.store.events import AttemptEnded, ConfirmFailed, Failure, State
 
 MOST_ATTEMPTS = 1500
 """Of a timeline, the newest."""
@@ -86,7 +87,7 @@ def attempts_of(events: Iterable[EventRow], now: float | None) -> list[Attempt]:
             continue
         start = begun.pop(event.candidate, None)
         if start is not None and start.attempt == event.attempt:
-            found.append(_attempt(start, event.time, str(event.payload.get("worker") or "unknown"), _how(event)))
+            found.append(_attempt(start, event.time, event.read(AttemptEnded).worker or "unknown", _how(event)))
     if now is not None:
         found += [_attempt(start, now, "not known yet", "running") for start in begun.values()]
     return sorted(found, key=lambda attempt: attempt.begun)
@@ -96,9 +97,14 @@ def _attempt(start: EventRow, ended: float, worker: str, how: str) -> Attempt:
     return Attempt(start.candidate or 0, start.attempt or 0, start.time, ended, worker, how)
 
 
+def _candidate_of(event: EventRow) -> int:
+    """The candidate that an attempt failed of, on either split."""
+    return event.read(ConfirmFailed).candidate if event.candidate is None else event.candidate
+
+
 def _how(event: EventRow) -> str:
     if event.kind == "failure":
-        return f"failed: {str(event.payload['reason']).replace('_', ' ')}"
+        return f"failed: {event.read(Failure).reason.replace('_', ' ')}"
     return "scored" if event.kind == "result" else "scored up to a rung"
 
 
@@ -121,7 +127,7 @@ def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
             known = [at for at in (last if stopped_at is None else stopped_at, *running.values()) if at is not None]
             stopped_at = min(known, default=None)
             running.clear()
-        elif event.kind == "state" and event.payload["state"] != "running":
+        elif event.kind == "state" and event.read(State).state != "running":
             stopped_at = event.time if stopped_at is None else stopped_at
         elif event.kind == "state" and stopped_at is not None:
             stops.append((stopped_at, event.time))
@@ -193,10 +199,10 @@ def failures(store: Store) -> go.Figure:
     causes: dict[str, list[EventRow]] = {}
     for event in events:
         where = " in confirmation" if event.kind == "confirm failed" else ""
-        causes.setdefault(f"{str(event.payload['reason']).replace('_', ' ')}{where}", []).append(event)
+        causes.setdefault(f"{event.read(Failure).reason.replace('_', ' ')}{where}", []).append(event)
     lines = []
     for place, (cause, found) in enumerate(sorted(causes.items(), key=lambda item: -len(item[1]))):
-        numbers = [int(event.payload["candidate"] if event.candidate is None else event.candidate) for event in found]
+        numbers = [_candidate_of(event) for event in found]
         lines.append(
             go.Scatter(
                 x=[(event.time - search.created_at) / 3600 for event in found],
@@ -209,7 +215,7 @@ def failures(store: Store) -> go.Figure:
                 hoverinfo="text",
             )
         )
-    final = sum(bool(event.payload.get("final")) for event in events)
+    final = sum(event.read(Failure).final for event in events)
     again = len(events) - final
     return figure(
         lines,
@@ -220,7 +226,7 @@ def failures(store: Store) -> go.Figure:
 
 
 def _failure_words(number: int, event: EventRow) -> str:
-    message = str(event.payload.get("message") or "")
-    final = "for good" if event.payload.get("final") else "to be tried again"
+    told = event.read(Failure)
+    message, final = told.message, "for good" if told.final else "to be tried again"
     lines = [message[i : i + 80] for i in range(0, min(len(message), 240), 80)]
     return "<br>".join([f"<b>{candidate_id(number)}</b>, {final}", *map(safe, lines)])
