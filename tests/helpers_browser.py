@@ -22,7 +22,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.app import create_app
+from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.root import Root
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")

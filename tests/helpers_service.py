@@ -17,8 +17,9 @@ from helpers_search import drive, make_setup
 from starlette.testclient import TestClient
 
 from evomerge.search.preparing.setup import Setup
-from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.app import create_app
 from evomerge.service.connections import Server
+from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.root import Root
 from evomerge.service.streams import Streams
 from evomerge.store import Store

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from helpers_miniature import MINIATURES
 
-from evomerge.checkpoints import blueprint as module
-from evomerge.checkpoints.blueprint import Blueprint, blueprint
+from evomerge.checkpoints import kept_blueprints as module
+from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.headers import read_header
+from evomerge.checkpoints.kept_blueprints import blueprint
 from evomerge.checkpoints.layout import draw
 from evomerge.errors import InputError
 

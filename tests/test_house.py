@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import requires
 from pathlib import Path
 
+import grimp
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -186,6 +188,12 @@ def test_image_installs_the_pinned_versions_and_is_not_root() -> None:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_imports_go_in_circles() -> None:
+    """But for typing: what two modules need of each other belongs in a third."""
+    graph = grimp.build_graph("evomerge", "evaluators", "search_spaces", exclude_type_checking_imports=True)
+    TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
 
 
 def test_no_file_speaks_of_a_machine_or_a_registry() -> None:

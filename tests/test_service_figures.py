@@ -31,7 +31,7 @@ from evomerge.report.svg import DARK, LIGHT
 from evomerge.search.settings.sections import Racing
 from evomerge.service import problems
 from evomerge.service.api import figures as api
-from evomerge.service.app import ServiceSettings
+from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.figures import NAMES, Name, Wish, draw, draw_path, draw_recipe, style
 from evomerge.service.figures import recipe as figure_recipe
 from evomerge.service.figures.progress import growth

@@ -26,7 +26,7 @@ from evomerge.cli import main
 from evomerge.report.status import status_of
 from evomerge.report.svg import COLOURS
 from evomerge.service import dashboard
-from evomerge.service.app import ServiceSettings
+from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.guard import CONTENT_POLICY
 from evomerge.service.report import commands, report_html
 from evomerge.service.root import Root

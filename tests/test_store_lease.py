@@ -26,6 +26,7 @@ from evomerge.testing.store_fixtures import create, expire
 DRIVER = """
 import sys
 from evomerge.errors import InputError
+from evomerge.store.events import CopyingNews
 from evomerge.store.lease import acquire
 from evomerge.store.store import Store
 with Store.open(sys.argv[1]) as store, acquire(store, expiry_s=float(sys.argv[2])):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.blueprint import blueprint
 from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.folder import has, load_json
+from evomerge.checkpoints.kept_blueprints import blueprint
 from evomerge.checkpoints.parts import holders
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError

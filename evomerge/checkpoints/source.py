@@ -13,7 +13,7 @@ import torch
 
 from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter, refuse_alone
-from evomerge.checkpoints.blueprint import Blueprint, blueprint
+from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.config import check_config, check_lists
 from evomerge.checkpoints.folder import (
     INDEX,
@@ -27,6 +27,7 @@ from evomerge.checkpoints.folder import (
     tokenizer_files,
 )
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
+from evomerge.checkpoints.kept_blueprints import blueprint
 from evomerge.checkpoints.kinds import check_kind, headless
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries

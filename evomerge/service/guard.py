@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from evomerge.service.problems import Problem, answer
 
 if TYPE_CHECKING:
-    from evomerge.service.app import ServiceSettings
+    from evomerge.service.dependencies import ServiceSettings
 
 MOST_BYTES = 2**20
 """Of a request's body. A search file is a few kilobytes."""

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evomerge.errors import InputError
-from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.app import create_app
 from evomerge.service.connections import Server
+from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root

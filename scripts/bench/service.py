@@ -27,7 +27,8 @@ from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.work.jobs import Job, Measured
-from evomerge.service.app import ServiceSettings, create_app
+from evomerge.service.app import create_app
+from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire
 from evomerge.testing.searches import made_up_setup, made_up_space

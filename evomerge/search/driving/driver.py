@@ -15,12 +15,13 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome, check_genome
 from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.recipes.base import Recipe, text_hash
+from evomerge.search.driving.candidates import FAVOURITE, Candidate
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
 from evomerge.search.driving.kept import Kept
 from evomerge.search.driving.ranking import Ranking
-from evomerge.search.driving.scoring import FAVOURITE, Candidate, Scoring
+from evomerge.search.driving.scoring import Scoring
 from evomerge.search.driving.steady import SteadyScoring
 from evomerge.search.estimation.scores import ScoreTable
 from evomerge.search.settings.sections import Budget

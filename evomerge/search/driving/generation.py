@@ -15,7 +15,8 @@ import numpy as np
 from evomerge.front import nondominated
 from evomerge.optimizers import Best, Grid, Keeps
 from evomerge.optimizers.elites import cells_of
-from evomerge.search.driving.scoring import Candidate, Proposals, Scoring
+from evomerge.search.driving.candidates import Candidate, Proposals
+from evomerge.search.driving.scoring import Scoring
 from evomerge.search.estimation.screening import Screening
 
 

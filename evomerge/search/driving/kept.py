@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from evomerge.optimizers import Grid, Keeps
 from evomerge.optimizers.elites import Point
-from evomerge.search.driving.scoring import Candidate
+from evomerge.search.driving.candidates import Candidate
 from evomerge.search.preparing.setup import Setup
 from evomerge.store import Niches
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.search.driving.scoring import Candidate
+from evomerge.search.driving.candidates import Candidate
 from evomerge.search.estimation.screening import Screening
 from evomerge.search.preparing.setup import Setup
 

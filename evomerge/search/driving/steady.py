@@ -20,8 +20,9 @@ from pathlib import Path
 
 from evomerge.optimizers import Best, Grid
 from evomerge.optimizers.elites import Point
+from evomerge.search.driving.candidates import Candidate, Proposals
 from evomerge.search.driving.dispatch import Dispatcher, Pending
-from evomerge.search.driving.scoring import Candidate, Proposals, Scoring
+from evomerge.search.driving.scoring import Scoring
 from evomerge.search.preparing.setup import Counts, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import EventRow, Store

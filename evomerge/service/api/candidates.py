@@ -11,8 +11,8 @@ from fastapi import APIRouter, Path, Query
 
 from evomerge.report.comparing import compared
 from evomerge.report.items import Item, items_of
-from evomerge.service.app import StoreDependency
 from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
+from evomerge.service.dependencies import StoreDependency
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.service.summary import candidate_detail, candidate_summary, measure_named
 from evomerge.store import Store, summaries

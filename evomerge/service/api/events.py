@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query
 from starlette.responses import StreamingResponse
 
-from evomerge.service.app import RootDependency, StreamsDependency
+from evomerge.service.dependencies import RootDependency, StreamsDependency
 from evomerge.service.problems import RESPONSES
 
 router = APIRouter(prefix="/api/v1/searches/{name}", tags=["events"], responses=RESPONSES)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path
 from starlette.responses import FileResponse
 
 from evomerge.service import bodies
-from evomerge.service.app import ExportsDependency, StoreDependency
+from evomerge.service.dependencies import ExportsDependency, StoreDependency
 from evomerge.service.problems import RESPONSES
 
 router = APIRouter(prefix="/api/v1/searches/{name}/exports", tags=["exports"], responses=RESPONSES)

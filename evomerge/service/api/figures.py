@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from evomerge.service.app import StoreDependency
+from evomerge.service.dependencies import StoreDependency
 from evomerge.service.figures import Name, Over, Wish, draw, draw_path, draw_recipe
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.store import Store, summaries

@@ -16,15 +16,15 @@ from evomerge.report.confirmed import UNCONFIRMED
 from evomerge.report.status import SearchStatus, status_of
 from evomerge.search.settings.folder import FILE_NAME, LOGS_NAME
 from evomerge.service.allowed import PLACE, checked_file
-from evomerge.service.app import (
+from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary, Told
+from evomerge.service.contained import contained
+from evomerge.service.dependencies import (
     CheckerDependency,
     DriversDependency,
     RootDependency,
     SettingsDependency,
     StoreDependency,
 )
-from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary, Told
-from evomerge.service.contained import contained
 from evomerge.service.drivers import LOG_NAME, Drivers, DriverState
 from evomerge.service.leaving import while_connected
 from evomerge.service.problems import RESPONSES, Fault, ProblemError

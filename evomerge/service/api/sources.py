@@ -14,8 +14,8 @@ from evomerge.errors import InputError
 from evomerge.files import read_json
 from evomerge.printable import printable
 from evomerge.service.allowed import is_hub_id, located
-from evomerge.service.app import CheckerDependency, SettingsDependency
 from evomerge.service.bodies import Found, GivenSources, Sources
+from evomerge.service.dependencies import CheckerDependency, SettingsDependency
 from evomerge.service.leaving import while_connected
 from evomerge.service.problems import RESPONSES
 

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Form, Request
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from evomerge.service.app import DriversDependency, RootDependency
 from evomerge.service.bodies import Health
+from evomerge.service.dependencies import DriversDependency, RootDependency
 from evomerge.service.guard import Door, address_of, cookie_of, local_target, too_often
 from evomerge.service.problems import RESPONSES
 from evomerge.service.summary import summaries_of

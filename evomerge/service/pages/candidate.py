@@ -30,9 +30,9 @@ from evomerge.report.status import SearchStatus, depths_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.candidates import compare as paired
 from evomerge.service.api.searches import status_with
-from evomerge.service.app import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import ComparedItem
 from evomerge.service.contained import contained
+from evomerge.service.dependencies import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.pages.rendering import gap_words, page, signed
 from evomerge.service.pages.search import choices, log_url, main_pick, search_roles
 from evomerge.service.problems import ProblemError

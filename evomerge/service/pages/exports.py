@@ -12,8 +12,8 @@ from evomerge.report.entries import SOURCE
 from evomerge.report.status import SearchStatus
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with
-from evomerge.service.app import DriversDependency, ExportsDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import Export
+from evomerge.service.dependencies import DriversDependency, ExportsDependency, RootDependency, StoreDependency
 from evomerge.service.exports import Exports
 from evomerge.service.pages.model_card import Card, card_of
 from evomerge.service.pages.rendering import api_url, page, shell_place

@@ -7,8 +7,8 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
 from evomerge.printable import printable
-from evomerge.service.app import RootDependency
 from evomerge.service.bodies import GivenFile
+from evomerge.service.dependencies import RootDependency
 from evomerge.service.pages import forms
 from evomerge.service.pages.lines import place_of
 from evomerge.service.pages.rendering import page

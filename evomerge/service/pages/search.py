@@ -21,8 +21,8 @@ from evomerge.search.estimation.preference import BEST as WINNER
 from evomerge.search.estimation.preference import KNEE
 from evomerge.service.api.candidates import candidates
 from evomerge.service.api.searches import status_with
-from evomerge.service.app import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.bodies import CandidatePage, SearchSummary
+from evomerge.service.dependencies import DriversDependency, RootDependency, StoreDependency
 from evomerge.service.pages.rendering import api_url, gains_over_source, page, shell_place, signed
 from evomerge.service.report import report_html
 from evomerge.service.root import Root

@@ -1,0 +1,91 @@
+"""What routes are given: how the server is set up, what lives as long as it does, and the store of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from evomerge.service.checking import Checker
+from evomerge.service.drivers import Drivers
+from evomerge.service.exports import Exports
+from evomerge.service.ray_jobs import RayJobs
+from evomerge.service.root import Root
+from evomerge.service.streams import Streams
+from evomerge.store import Store
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a server is set up.
+
+    Attributes:
+        root: the searches.
+        token: what clients must show; None lets everybody in, which only a loopback address or a flag allows.
+        hosts: names by which a browser may call this server (against DNS rebinding).
+        sources: folders that search files which come over HTTP may name paths in.
+        jobs: where drivers are started; on this machine when left out.
+    """
+
+    root: Root
+    token: str | None
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    sources: tuple[Path, ...] = field(default=())
+    jobs: RayJobs | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where models and data may lie: the sources, and the root with its exports."""
+        return (*self.sources, self.root.folder)
+
+
+# These are asynchronous, for a dependency that is not takes a thread for a moment, and there are few.
+
+
+async def settings_of(request: Request) -> ServiceSettings:
+    found: ServiceSettings = request.app.state.settings
+    return found
+
+
+async def root_of(request: Request) -> Root:
+    return (await settings_of(request)).root
+
+
+async def drivers_of(request: Request) -> Drivers:
+    found: Drivers = request.app.state.drivers
+    return found
+
+
+async def exports_of(request: Request) -> Exports:
+    found: Exports = request.app.state.exports
+    return found
+
+
+async def streams_of(request: Request) -> Streams:
+    found: Streams = request.app.state.streams
+    return found
+
+
+async def checker_of(request: Request) -> Checker:
+    found: Checker = request.app.state.checker
+    return found
+
+
+RootDependency = Annotated[Root, Depends(root_of)]
+
+
+def store_of(name: str, root: RootDependency) -> Iterator[Store]:
+    """The store of the search that a path names: opened once for a request, and handed on."""
+    with root.store(name) as found:
+        yield found
+
+
+SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
+StoreDependency = Annotated[Store, Depends(store_of)]
+DriversDependency = Annotated[Drivers, Depends(drivers_of)]
+ExportsDependency = Annotated[Exports, Depends(exports_of)]
+StreamsDependency = Annotated[Streams, Depends(streams_of)]
+CheckerDependency = Annotated[Checker, Depends(checker_of)]
