@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from evomerge.errors import InputError
+from evomerge.search.preparing.evaluators import Evaluators
 from evomerge.search.settings.search_file import SearchFile, load_search_file, parse_search_file
 
 GOOD = """
@@ -69,6 +70,32 @@ def test_the_longest_attempt_is_a_day_unless_said_and_never_under_a_minute(path:
         InputError, match=r"must be 0.0167 or more: no attempt of less than a minute .* \(given: 0.01\)"
     ):
         load_search_file(path, ["attempt_hours=0.01"])
+
+
+def test_each_evaluator_is_opened_once_for_all_that_name_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load(GOOD) | {
+        "objectives": {"size": {"evaluator": "cost", "metric": "parameters", "direction": "minimize"}},
+        "constraints": {"deep": {"evaluator": "cost", "metric": "layers", "at_most": 9}},
+        "features": {
+            "long": {"evaluator": "cost", "metric": "layers", "answer": 3, "range": [1, 9]},
+            "lost": {"evaluator": "cost", "metric": "layer", "range": [1, 9]},
+            "many": {"evaluator": "cost", "metric": "layers", "items": 7, "range": [1, 9]},
+        },
+    }
+    file = parse_search_file(content, place="search.yaml", root=path.parent)
+    read: list[str] = []
+    evaluators = SearchFile.evaluators
+    monkeypatch.setattr(SearchFile, "evaluators", lambda self: (read.append(self.name), evaluators(self))[1])
+    opened = Evaluators.open(file)
+    assert list(opened.named) == ["objectives.size", "features.long"]
+    assert opened.resolve(file, "objectives.size") == (0, False, 1)
+    assert opened.resolve(file, "constraints.deep").evaluator == 0
+    assert opened.resolve(file, "features.long").evaluator == 1
+    with pytest.raises(InputError, match=r"features\.lost\.metric: there is no metric 'layer'"):
+        opened.resolve(file, "features.lost")
+    with pytest.raises(InputError, match=r"features\.many\.items: asks for 7 of 1 items"):
+        opened.resolve(file, "features.many")
+    assert read == ["example"]
 
 
 def test_equal_evaluator_settings_are_equal(path: Path) -> None:

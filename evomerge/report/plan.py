@@ -18,7 +18,7 @@ from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
-from evomerge.search.preparing.prepare import Prepared, distinct_evaluators
+from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
 
 LEAST_GAIN = 2
@@ -129,8 +129,8 @@ def _hardware(prepared: Prepared) -> list[str]:
 
 def _shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     """What a merged model takes, and what every evaluator asks of it."""
-    file, model = prepared.file, prepared.sources[prepared.file.tokenizer_source]
-    settings, tasks = distinct_evaluators(file), prepared.setup.tasks("search")
+    model = prepared.sources[prepared.file.tokenizer_source]
+    settings, tasks = prepared.opened.settings, prepared.setup.tasks("search")
     works = [
         work_of(settings[t.evaluator], list(prepared.evaluators[t.evaluator].metrics), len(t.indices)) for t in tasks
     ]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from evaluators.base import Evaluator, EvaluatorSettings
-from evaluators.benchmarks import count
+from evaluators.base import Evaluator
 from evaluators.change import ChangeEvaluator
 from evaluators.cost import COUNTED
 from evomerge.calibration import Calibration
@@ -22,9 +20,9 @@ from evomerge.genome import SearchSpace
 from evomerge.inference.reading import Reader
 from evomerge.merging.builders import check_recipe
 from evomerge.merging.low_rank import low_rank_problem
-from evomerge.plugins import unknown_name
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
+from evomerge.search.preparing.evaluators import Evaluators
 from evomerge.search.preparing.setup import (
     ConstraintInfo,
     EvaluatorInfo,
@@ -48,7 +46,7 @@ class Prepared:
     file: SearchFile
     setup: Setup
     sources: dict[str, Source]
-    evaluators: tuple[Evaluator, ...]
+    opened: Evaluators
     untouched: Untouched
     calibration: Calibration | None = None
     warnings: tuple[str, ...] = ()
@@ -56,7 +54,12 @@ class Prepared:
     @property
     def named_evaluators(self) -> dict[str, Evaluator]:
         """Each evaluator by the first place in the search file that names it."""
-        return _named(self.file, self.evaluators)
+        return self.opened.named
+
+    @property
+    def evaluators(self) -> tuple[Evaluator, ...]:
+        """The evaluators, in the order that jobs refer to them."""
+        return self.opened.opened
 
     def reader(self) -> Reader:
         """How the merged models will read."""
@@ -78,26 +81,26 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     sources = open_sources(file)
     untouched = Untouched(sources.values())
     space = build_space(file, sources)
-    settings = distinct_evaluators(file)
-    evaluators = tuple(_build(file, each, tries) for each in settings)
-    _refuse_test_items(file, settings, evaluators)
-    _check_together(file, space, sources, evaluators)
-    named, reader = _named(file, evaluators), reader_of(sources[file.tokenizer_source])
-    warnings = tuple(item_warnings(named, reader))
+    evaluators = Evaluators.open(file, tries=tries)
+    if not file.search_on_test_items:
+        evaluators.refuse_test_items()
+    _check_together(file, space, sources, evaluators.opened)
+    warnings = tuple(item_warnings(evaluators.named, reader_of(sources[file.tokenizer_source])))
     setup = Setup(
         name=file.name,
         seed=file.seed,
         space=space,
         optimizer=file.optimizer,
-        objectives=tuple(_objective(file, name, settings, evaluators) for name in file.objectives),
-        constraints=tuple(_constraint(file, name, settings, evaluators) for name in file.constraints),
-        features=tuple(_feature(file, name, settings, evaluators) for name in file.features),
-        screen=_screen(file, settings, evaluators),
+        objectives=tuple(_objective(file, name, evaluators) for name in file.objectives),
+        constraints=tuple(_constraint(file, name, evaluators) for name in file.constraints),
+        features=tuple(_feature(file, name, evaluators) for name in file.features),
+        screen=_screen(file, evaluators),
         racing=file.racing,
         mode=file.mode,
         answers=file.answers,
         evaluators=tuple(
-            EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out"))) for e in evaluators
+            EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out")))
+            for e in evaluators.opened
         ),
         budget=file.budget,
         confirm=file.confirm,
@@ -107,12 +110,6 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     _check_niches(file, setup)
     calibration = None if file.calibration is None else file.calibration.read()
     return Prepared(file, setup, sources, evaluators, untouched, calibration, warnings)
-
-
-def _named(file: SearchFile, evaluators: Sequence[Evaluator]) -> dict[str, Evaluator]:
-    settings, found = distinct_evaluators(file), file.evaluators()
-    places = [next(place for place, wanted in found.items() if wanted == each) for each in settings]
-    return dict(zip(places, evaluators, strict=True))
 
 
 def _check_engine(file: SearchFile) -> None:
@@ -181,33 +178,6 @@ def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
             raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
 
 
-def distinct_evaluators(file: SearchFile) -> list[EvaluatorSettings]:
-    """The evaluators of a search file, each once, in the order that jobs refer to them."""
-    distinct: list[EvaluatorSettings] = []
-    for settings in file.evaluators().values():
-        if settings not in distinct:
-            distinct.append(settings)
-    return distinct
-
-
-def _build(file: SearchFile, settings: EvaluatorSettings, tries: bool) -> Evaluator:
-    """Build an evaluator; what is wrong with it is said with the objective that named it."""
-    try:
-        evaluator: object = settings.build_and_try() if tries else settings.build()
-        if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
-            problem = f"{type(evaluator).__name__} is none of the shapes that evaluators have"
-            hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
-            raise InputError("evaluator", problem, hint)
-        return evaluator
-    except InputError as error:
-        place = next(place for place, found in file.evaluators().items() if found == settings)
-        raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
-    except (SystemExit, GeneratorExit) as error:  # of code that a task names
-        place = next(place for place, found in file.evaluators().items() if found == settings)
-        problem = f"its code ends the program ({type(error).__name__}: {error})"
-        raise InputError(place, problem, "Have it raise an Exception, or nothing.") from error
-
-
 def _check_together(
     file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], evaluators: Sequence[Evaluator]
 ) -> None:
@@ -230,69 +200,25 @@ def _check_together(
             raise InputError("together", problem, hint)
 
 
-def _refuse_test_items(
-    file: SearchFile, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
-) -> None:
-    """A search on the test items of a public benchmark makes its score there worthless, and is not to happen unseen."""
-    for place, wanted in file.evaluators().items():
-        evaluator = evaluators[settings.index(wanted)]
-        for benchmark, known in count(item.benchmark for item in evaluator.items("search")).items():
-            if not file.search_on_test_items:
-                items = len(evaluator.items("search"))
-                raise InputError(
-                    place,
-                    f"{known} of the {items} items to search on are test items of {benchmark}",
-                    "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
-                )
-
-
-class _Found(NamedTuple):
-    """Where a measure's evaluator stands, which way its metric is better, and how many items it is the mean of."""
-
-    evaluator: int
-    higher_is_better: bool
-    items: int
-
-
-def _find(
-    file: SearchFile, place: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
-) -> _Found:
-    measure = file.measures[place]
-    position = settings.index(file.evaluators()[place])
-    evaluator = evaluators[position]
-    if measure.metric not in evaluator.metrics:
-        raise unknown_name(measure.metric, evaluator.metrics, f"{place}.metric", "metric")
-    items = len(evaluator.items("search"))
-    if measure.items is not None and measure.items > items:
-        raise InputError(f"{place}.items", f"asks for {measure.items} of {items} items in the search split")
-    return _Found(position, evaluator.metrics[measure.metric], measure.items or items)
-
-
-def _objective(
-    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
-) -> ObjectiveInfo:
+def _objective(file: SearchFile, name: str, evaluators: Evaluators) -> ObjectiveInfo:
     objective = file.objectives[name]
-    found = _find(file, f"objectives.{name}", settings, evaluators)
+    found = evaluators.resolve(file, f"objectives.{name}")
     maximise = found.higher_is_better if objective.direction is None else objective.direction == "maximize"
     return ObjectiveInfo(name, found.evaluator, objective.metric, maximise, found.items)
 
 
-def _constraint(
-    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
-) -> ConstraintInfo:
+def _constraint(file: SearchFile, name: str, evaluators: Evaluators) -> ConstraintInfo:
     constraint = file.constraints[name]
-    found = _find(file, f"constraints.{name}", settings, evaluators)
+    found = evaluators.resolve(file, f"constraints.{name}")
     least = constraint.at_least is not None
     threshold = constraint.at_least if constraint.at_least is not None else constraint.at_most
     assert threshold is not None  # the search file has checked that there is one
     return ConstraintInfo(name, found.evaluator, constraint.metric, least, found.items, threshold)
 
 
-def _feature(
-    file: SearchFile, name: str, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
-) -> FeatureInfo:
+def _feature(file: SearchFile, name: str, evaluators: Evaluators) -> FeatureInfo:
     feature = file.features[name]
-    found = _find(file, f"features.{name}", settings, evaluators)
+    found = evaluators.resolve(file, f"features.{name}")
     (low, high), bins = feature.range, feature.bins
     return FeatureInfo(name, found.evaluator, feature.metric, found.higher_is_better, found.items, low, high, bins)
 
@@ -309,13 +235,11 @@ def _check_niches(file: SearchFile, setup: Setup) -> None:
         raise InputError("screen", problem, "Leave it out.")
 
 
-def _screen(
-    file: SearchFile, settings: Sequence[EvaluatorSettings], evaluators: Sequence[Evaluator]
-) -> ScreenInfo | None:
+def _screen(file: SearchFile, evaluators: Evaluators) -> ScreenInfo | None:
     screen = file.screen
     if screen is None:
         return None
-    found = _find(file, "screen", settings, evaluators)
+    found = evaluators.resolve(file, "screen")
     objective = list(file.objectives).index(screen.objective) if screen.objective is not None else 0
     return ScreenInfo(
         "screen", found.evaluator, screen.metric, found.higher_is_better, found.items,

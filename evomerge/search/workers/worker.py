@@ -13,7 +13,8 @@ from evomerge.merging.builders import Builders
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.stack_builder import StackBuilder
 from evomerge.recipes.base import STACK
-from evomerge.search.preparing.prepare import Prepared, build_space, distinct_evaluators, open_sources
+from evomerge.search.preparing.evaluators import distinct
+from evomerge.search.preparing.prepare import Prepared, build_space, open_sources
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured
 from evomerge.search.workers.building import build_context
@@ -39,7 +40,7 @@ class Worker:
     @classmethod
     def start(cls, name: str, file: SearchFile, evidence: Evidence) -> Worker:
         """Open everything that a search file names. ``evidence`` is what is known of its sources."""
-        evaluators = [settings.build() for settings in distinct_evaluators(file)]
+        evaluators = [settings.build() for settings in distinct(file.evaluators())]
         sources = open_sources(file)
         return cls._on(name, file, sources, evaluators, evidence, build_space(file, sources))
 

@@ -1,0 +1,114 @@
+"""The evaluators of a search file, opened once for all measures that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.benchmarks import count
+from evomerge.errors import InputError
+from evomerge.plugins import unknown_name
+from evomerge.search.settings.search_file import SearchFile
+
+
+class Resolved(NamedTuple):
+    """Where a measure's evaluator stands, which way its metric is better, and how many items it is the mean of."""
+
+    evaluator: int
+    higher_is_better: bool
+    items: int
+
+
+@dataclass(frozen=True)
+class Evaluators:
+    """The evaluators of a search file, each once, in the order that jobs refer to them.
+
+    Attributes:
+        wanted: the settings of each measure's evaluator, by the measure's place in the file.
+        settings: those of them that differ.
+        opened: the evaluator of each of these.
+    """
+
+    wanted: Mapping[str, EvaluatorSettings]
+    settings: tuple[EvaluatorSettings, ...]
+    opened: tuple[Evaluator, ...]
+
+    @classmethod
+    def open(cls, file: SearchFile, *, tries: bool = False) -> Evaluators:
+        """Open all that a search file names.
+
+        Args:
+            tries: whether what they do without a model is tried.
+
+        Raises:
+            InputError: naming the first measure whose evaluator cannot be opened.
+        """
+        wanted = file.evaluators()
+        settings = distinct(wanted)
+        return cls(wanted, settings, tuple(_build(_first_place(wanted, each), each, tries) for each in settings))
+
+    @property
+    def named(self) -> dict[str, Evaluator]:
+        """Each evaluator by the first place in the search file that names it."""
+        return {_first_place(self.wanted, s): each for s, each in zip(self.settings, self.opened, strict=True)}
+
+    def resolve(self, file: SearchFile, place: str) -> Resolved:
+        """What a measure is of.
+
+        Raises:
+            InputError: its evaluator has no such metric, or not so many items.
+        """
+        measure, position = file.measures[place], self.settings.index(self.wanted[place])
+        evaluator = self.opened[position]
+        if measure.metric not in evaluator.metrics:
+            raise unknown_name(measure.metric, evaluator.metrics, f"{place}.metric", "metric")
+        items = len(evaluator.items("search"))
+        if measure.items is not None and measure.items > items:
+            raise InputError(f"{place}.items", f"asks for {measure.items} of {items} items in the search split")
+        return Resolved(position, evaluator.metrics[measure.metric], measure.items or items)
+
+    def refuse_test_items(self) -> None:
+        """A search on test items of a public benchmark makes its score there worthless, and is not to happen unseen.
+
+        Raises:
+            InputError: naming the first measure that is scored on some.
+        """
+        for place, wanted in self.wanted.items():
+            items = self.opened[self.settings.index(wanted)].items("search")
+            for benchmark, known in count(item.benchmark for item in items).items():
+                raise InputError(
+                    place,
+                    f"{known} of the {len(items)} items to search on are test items of {benchmark}",
+                    "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
+                )
+
+
+def distinct(wanted: Mapping[str, EvaluatorSettings]) -> tuple[EvaluatorSettings, ...]:
+    """The settings that differ, in the order that jobs refer to their evaluators."""
+    found: list[EvaluatorSettings] = []
+    for settings in wanted.values():
+        if settings not in found:
+            found.append(settings)
+    return tuple(found)
+
+
+def _first_place(wanted: Mapping[str, EvaluatorSettings], settings: EvaluatorSettings) -> str:
+    return next(place for place, each in wanted.items() if each == settings)
+
+
+def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:
+    """Build an evaluator; what is wrong with it is said with the measure that named it first."""
+    try:
+        evaluator: object = settings.build_and_try() if tries else settings.build()
+        if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
+            problem = f"{type(evaluator).__name__} is none of the shapes that evaluators have"
+            hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
+            raise InputError("evaluator", problem, hint)
+        return evaluator
+    except InputError as error:
+        raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
+    except (SystemExit, GeneratorExit) as error:  # of code that a task names
+        problem = f"its code ends the program ({type(error).__name__}: {error})"
+        raise InputError(place, problem, "Have it raise an Exception, or nothing.") from error
