@@ -451,7 +451,7 @@ def _screen(store: Store, search: SearchRow) -> ScreenState | None:
     if screen is None:
         return None
     events = store.events(kinds=("screen",), newest=1)
-    last = events[0].read(Screening) if events else Screening()
+    last = events[0].read(Screening) if events else Screening(pairs=0, tau=math.nan, on=False)
     objective = search.record.objectives[screen.objective].name
     return ScreenState(
         metric=screen.metric,

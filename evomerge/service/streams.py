@@ -8,7 +8,6 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 
 from evomerge.errors import InputError
 from evomerge.service.bodies import Happening
@@ -147,5 +146,5 @@ def _file_of(store: Store) -> tuple[int, int] | None:
 
 
 def _written(event: EventRow) -> tuple[int, bytes]:
-    data = Happening(**asdict(event)).model_dump_json()
+    data = Happening.model_validate(event, from_attributes=True).model_dump_json()
     return event.seq, f"data: {data}\nid: {event.seq}\n\n".encode()

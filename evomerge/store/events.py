@@ -7,10 +7,27 @@ program may write, is still an ``EventRow``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, RootModel
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
+
+from evomerge.store.columns import DamagedValueError
+from evomerge.store.rows import EventRow, Scores
+
+Whole = Annotated[StrictInt, Field(ge=0)]
 
 
 class Happened(Protocol):
@@ -70,7 +87,7 @@ class State(Event):
     """What the search is doing from now on."""
 
     kind: ClassVar[str] = "state"
-    state: str
+    state: StrictStr
     why: str = ""
 
 
@@ -122,8 +139,8 @@ class CopyingNews(Event):
 class Stepped(Event):
     """A step of the optimizer with candidates, in the order that it gave them or was told of them."""
 
-    step: int
-    candidates: Sequence[int]
+    step: Whole
+    candidates: list[Whole]
 
 
 class Ask(Stepped):
@@ -138,7 +155,7 @@ class Front(Event):
     """These candidates form the Pareto front now."""
 
     kind: ClassVar[str] = "front"
-    candidates: Sequence[int]
+    candidates: list[Whole]
 
 
 class Decided(BaseModel):
@@ -146,19 +163,25 @@ class Decided(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    reached: int
-    out: str
-    rung: int
+    reached: StrictInt
+    out: StrictStr
+    rung: StrictInt
 
 
 class Dispatch(Event):
     """An attempt begins. Without a barrier it says what was decided of the candidate's race."""
 
     kind: ClassVar[str] = "dispatch"
-    worker: str = ""
-    reached: int | None = None
-    out: str | None = None
-    rung: int | None = None
+    worker: StrictStr
+    reached: StrictInt | None = None
+    out: StrictStr | None = None
+    rung: StrictInt | None = None
+
+    @model_validator(mode="after")
+    def _says_all_or_nothing(self) -> Self:
+        if len({value is None for value in (self.reached, self.out, self.rung)}) > 1:
+            raise ValueError("says a part of what was decided")
+        return self
 
     @property
     def decided(self) -> Decided | None:
@@ -171,7 +194,7 @@ class Dispatch(Event):
 class AttemptEnded(Event):
     """An attempt ended at a worker."""
 
-    worker: str = ""
+    worker: StrictStr = ""
 
 
 class Result(AttemptEnded):
@@ -184,17 +207,17 @@ class Rung(AttemptEnded):
     """An attempt ended with the scores of a rung: so many items in all by each evaluator's version."""
 
     kind: ClassVar[str] = "rung"
-    items: Mapping[str, int]
+    items: Annotated[dict[StrictStr, Whole], Field(min_length=1)]
 
 
 class Failure(AttemptEnded):
     """An attempt failed, for good where ``final``. ``log`` is a file in the folder of the search."""
 
     kind: ClassVar[str] = "failure"
-    reason: str
-    message: str = ""
+    reason: StrictStr
+    message: StrictStr = ""
     log: str = ""
-    final: bool = False
+    final: StrictBool
 
 
 class Cached(Event):
@@ -208,7 +231,7 @@ class Cached(Event):
 class RaceEnded(Event):
     """A candidate's race ended with so many items."""
 
-    items: int
+    items: Whole
 
 
 class Done(RaceEnded):
@@ -232,30 +255,35 @@ class ScoresAdded(Event):
     """A finished candidate has more scores: evaluator's version, split and number of items of each."""
 
     kind: ClassVar[str] = "scores"
-    scores: Sequence[tuple[str, str, int]]
+
+    @classmethod
+    def of(cls, scores: Iterable[Scores]) -> Self:
+        return cls.model_validate({"scores": [(s.evaluator, s.split, len(s.items)) for s in scores]})
+
+    scores: list[tuple[StrictStr, Literal["search", "held_out"], Whole]]
 
 
 class Screening(Event):
     """What is known of the screen: Kendall's tau over so many pairs of scores, and whether it decides."""
 
     kind: ClassVar[str] = "screen"
-    pairs: int = 0
-    tau: float = float("nan")
-    on: bool = False
+    pairs: Whole
+    tau: StrictFloat
+    on: StrictBool
 
 
 class ItemErrors(BaseModel):
     """Mean absolute errors of a measure's estimates, and whether item response is used for it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    reference: float
-    item_response: float
-    p_irt: float
-    used: bool
+    reference: StrictFloat
+    item_response: StrictFloat
+    p_irt: StrictFloat
+    used: StrictBool
 
 
-class ItemResponse(RootModel[Mapping[str, ItemErrors]]):
+class ItemResponse(RootModel[dict[StrictStr, ItemErrors]]):
     """What is known of item response, by measure."""
 
     kind: ClassVar[str] = "item response"
@@ -273,34 +301,74 @@ class Shortlist(Event):
     """What will be confirmed, and what is only scored for the pictures, before any of it is scored."""
 
     kind: ClassVar[str] = "shortlist"
-    candidates: Sequence[int]
-    drawn: Sequence[int] = ()
+    candidates: list[Whole]
+    drawn: list[Whole] = []
 
 
 class Confirming(Event):
     """An attempt on the held-out split begins."""
 
     kind: ClassVar[str] = "confirm"
-    candidate: int
-    attempt: int
+    candidate: Whole
+    attempt: int = 1
 
 
 class ConfirmFailed(Failure):
     kind: ClassVar[str] = "confirm failed"
-    candidate: int
+    candidate: Whole
 
 
 class Winner(Event):
     """The best on the held-out split, and whether it keeps the constraints there."""
 
     kind: ClassVar[str] = "winner"
-    candidate: int
-    feasible: bool = True
+    candidate: Whole
+    feasible: StrictBool = True
 
 
 class Chosen(Event):
     """Where there is no one winner: the candidate in each role."""
 
     kind: ClassVar[str] = "confirmed"
-    chosen: Mapping[str, int]
-    feasible: bool = True
+    chosen: dict[StrictStr, Whole]
+    feasible: StrictBool = True
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+READ: dict[str, type[Event | ItemResponse]] = {
+    each.kind: each
+    for each in (
+        State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, Stale, ScoresAdded,
+        Screening, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
+    )
+}  # fmt: skip
+"""The events that are read again, by kind; the others are for people."""
+
+_OF_A_CANDIDATE = frozenset({"dispatch", "result", "failure"})
+
+
+def event_rows(rows: Iterable[Sequence[Any]]) -> list[EventRow]:
+    """Events from rows of their table. What another program wrote into one is noticed here, and not where it is used.
+
+    Args:
+        rows: with the columns of ``EventRow``, in its order.
+
+    Raises:
+        DamagedValueError: one is of no candidate though it should be, or says something else than its kind does.
+    """
+    return [_event_row(EventRow(*row)) for row in rows]
+
+
+def _event_row(event: EventRow) -> EventRow:
+    if event.kind in _OF_A_CANDIDATE and event.candidate is None:
+        raise DamagedValueError(f"event {event.seq}, {event.kind!r}, names no candidate")
+    if (kind := READ.get(event.kind)) is None:
+        return event
+    try:
+        return replace(event, content=kind.model_validate(event.payload))
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "payload"
+        problem = f"event {event.seq}, {event.kind!r}, has another {place} than it was given"
+        raise DamagedValueError(problem) from error

@@ -31,9 +31,8 @@ from evomerge.store.engine import (
     parse_place,
     plain_errors,
 )
-from evomerge.store.events import Stepped
+from evomerge.store.events import Stepped, event_rows
 from evomerge.store.outage import repeated
-from evomerge.store.payloads import event_rows
 from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
 
 SYNC_EVERY_S = 1.0

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from evomerge.errors import InputError
 from evomerge.genome import Genome
 from evomerge.store.engine import damaged
 from evomerge.store.record import SearchRecord
@@ -150,7 +149,7 @@ AnyEvent = TypeVar("AnyEvent", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """Something that happened; ``seq`` grows with every event of a store. ``payload`` is what ``read`` reads."""
+    """Something that happened; ``seq`` grows with every event of a store. ``payload`` is its content as JSON."""
 
     seq: int
     time: float
@@ -158,18 +157,13 @@ class EventRow:
     candidate: int | None
     attempt: int | None
     payload: dict[str, Any]
+    content: BaseModel | None = field(default=None, compare=False, repr=False)
 
     def read(self, event: type[AnyEvent]) -> AnyEvent:
-        """What it says, as an event of its kind: a class of ``events``.
-
-        Raises:
-            InputError: that is not what a program of ours has written.
-        """
-        try:
-            return event.model_validate(self.payload)
-        except ValidationError:
-            hint = "Restore the store from a backup."
-            raise InputError(f"event {self.seq}", f"is damaged: no {self.kind!r} says this", hint) from None
+        """What it says, as a class of ``events`` for its kind. TypeError for that of another kind."""
+        if not isinstance(self.content, event):
+            raise TypeError(f"an event {self.kind!r} is no {event.__name__}")
+        return self.content
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ class Store(FencedStore):
         def write(connection: Connection) -> bool:
             insertion.insert_scores(connection, self.search_id, number, scores)
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
-            added = events.ScoresAdded(scores=[(s.evaluator, s.split, len(s.items)) for s in scores])
+            added = events.ScoresAdded.of(scores)
             self.append_event(connection, added, number, attempt)
             return True
 

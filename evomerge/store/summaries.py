@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sqlalchemy import Select, func, select
 
 from evomerge.store import tables
+from evomerge.store.events import event_rows
 from evomerge.store.outage import ride_out
-from evomerge.store.payloads import event_rows
 from evomerge.store.reading import ReadStore
 from evomerge.store.rows import Estimate, EventRow, Status
 

@@ -320,7 +320,7 @@ class StoreContract(LeaseContract):
         assert math.isnan(told[1])
 
     def test_events_are_numbered_in_order(self, store: Store, lease: Lease, reader: Store) -> None:
-        store.record_event(Screening(pairs=3, tau=math.inf))
+        store.record_event(Screening(pairs=3, tau=math.inf, on=True))
         store.record_ask(0, [candidate(0)])
         finish(store, 0, mean=0.5)
         events = reader.events()
@@ -328,8 +328,8 @@ class StoreContract(LeaseContract):
         assert kinds == ["created", "lease", "screen", "ask", "dispatch", "result"]
         assert all(before.seq < after.seq for before, after in itertools.pairwise(events))
         assert reader.events(since=events[2].seq) == events[3:]
-        assert events[2].payload == {"pairs": 3, "tau": math.inf}
-        assert events[2].read(Screening) == Screening(pairs=3, tau=math.inf)
+        assert events[2].payload == {"pairs": 3, "tau": math.inf, "on": True}
+        assert events[2].read(Screening) == Screening(pairs=3, tau=math.inf, on=True)
         assert (events[4].candidate, events[4].attempt) == (0, 1)
 
     def test_a_reader_never_sees_half_of_a_write(self, store: Store, lease: Lease, reader: Store) -> None:
