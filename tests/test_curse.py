@@ -215,7 +215,7 @@ def test_the_text_says_what_fell_and_what_is_the_curse() -> None:
     assert "tau +0.40" in text
     risen = curse(*FOUND, fall={"mean": -0.05, "low": -0.09, "high": -0.01})
     assert "0.050 [0.010, 0.090] better" in curse_text(risen)[0]
-    assert curse_text(curse(fall=None)) == ["No candidate has both scores yet."]
+    assert curse_text(curse(fall=None)) == ["No candidate of the best in search has both scores yet."]
 
 
 def drawn(found: Curse) -> ET.Element:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -42,8 +43,8 @@ from evomerge.service.drivers import Drivers
 from evomerge.service.figures import Wish, draw
 from evomerge.service.report import report_html
 from evomerge.service.root import Root
-from evomerge.service.summary import summaries_of
-from evomerge.store import Store, acquire
+from evomerge.service.summary import candidate_summaries, summaries_of
+from evomerge.store import Store, acquire, summaries
 from evomerge.store.events import Shortlist
 
 SUM, DISTANCE = WeightedSum(name="weighted_sum", weights=(1, 1)), Chebyshev(name="chebyshev", weights=(1, 1))
@@ -119,6 +120,27 @@ def test_a_scalarisation_decides_and_not_the_first_objective(tmp_path: Path, mix
     (listed,) = summaries_of(Root(tmp_path), Drivers(Root(tmp_path)))
     assert listed.best is not None
     assert (listed.best_role, listed.best.id) == ("best", status.best.id)
+
+
+@pytest.mark.parametrize("mix", [SUM, DISTANCE])
+def test_between_the_shortlist_and_its_first_score_a_search_can_be_looked_at(
+    tmp_path: Path, mix: WeightedSum | Chebyshev
+) -> None:
+    status, store = searched(tmp_path, setup_of(mix), BOTH_SKILLS)
+    with store:
+        assert status.winner is not None
+        with mock.patch("evomerge.report.confirmed.held_out", return_value={}):
+            between = status_of(store)
+        assert (between.confirmed, between.confirmed_baselines) == ([], [])
+
+
+def test_a_table_of_candidates_has_the_number_that_decides(tmp_path: Path) -> None:
+    status, store = searched(tmp_path, setup_of(SUM), BOTH_SKILLS)
+    with store:
+        assert status.best is not None
+        rows = {row.id: row for row in candidate_summaries(store, summaries.page(store, summaries.Order(), 100))}
+        assert rows[status.best.id].scalar == pytest.approx(sum(v.mean for v in status.best.objectives.values()))
+        assert all(row.scalar is not None for row in rows.values())
 
 
 def test_a_front_has_no_winner_but_the_best_at_each_and_the_knee(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     luck = 0.0
     if numbers is not None:
         luck = numbers.luck(list(contenders), seed)
-    elif preference.decides:
+    elif preference.decides and preference.scalarisation is None:
         luck = _luck(objectives, list(contenders.values()), seed)
     choice = Choice(
         frozen_at=next(event.time for event in frozen if event.read(Shortlist).candidates == last.candidates),

@@ -242,7 +242,7 @@ def _association(x: Matrix, y: Matrix) -> tuple[float | None, float | None]:
 def curse_text(curse: Curse) -> list[str]:
     """What the picture shows, in sentences."""
     if curse.fall is None:
-        return ["No candidate has both scores yet."]
+        return ["No candidate of the best in search has both scores yet."]
     who = f"the {curse.best} best by {curse.objective}" if curse.best > 1 else f"the best by {curse.objective}"
     word, sure = "worse" if curse.fall.mean >= 0 else "better", f"{curse.confidence:.0%}"
     lines = [

@@ -81,7 +81,8 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
         for line in _hardware(prepared):
             yield "estimate", line
-    yield "disk", f"{_gigabytes(_bytes(model))} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
+    export = _gigabytes(_bytes(model) * _widened(prepared))
+    yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
 
@@ -262,7 +263,14 @@ def _live_bytes(prepared: Prepared) -> int:
     """Of the live model: what is outside the layers, and as many layers as a path may be made of."""
     model = prepared.sources[prepared.file.tokenizer_source]
     layers = sum(e.end - e.begin for name, e in model.tensors.items() if model.roles[name].layer is not None)
-    return _bytes(model) + layers * max(0, prepared.setup.space.layer_buffers - model.layers) // model.layers
+    held = _bytes(model) + layers * max(0, prepared.setup.space.layer_buffers - model.layers) // model.layers
+    return held * _widened(prepared)
+
+
+def _widened(prepared: Prepared) -> int:
+    """How often as many bytes a model takes as its source: what is scored together is kept in float32."""
+    itemsize = prepared.sources[prepared.file.tokenizer_source].dtype.itemsize
+    return 4 // itemsize if prepared.file.together > 1 and itemsize < 4 else 1
 
 
 def _store_bytes(prepared: Prepared) -> int:

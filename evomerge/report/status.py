@@ -285,10 +285,14 @@ def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Rang
 
 
 def depths_of(store: Store) -> dict[str, int]:
-    """How many layers each source has that is a landmark by itself."""
+    """How many layers each source has, from the landmarks, of which most spaces make each source alone one.
+
+    A source that is none counts as deep as the deepest of the others.
+    """
     sources = store.search().record.sources
-    alone = {row.label: row.recipe for row in store.candidates(step=0) if row.label in sources}
-    return {name: len(json.loads(alone[name])["hops"]) for name in sources if name in alone}
+    alone = {row.label: json.loads(row.recipe) for row in store.candidates(step=0)}
+    known = {name: len(alone[name].get("hops", ())) for name in sources if name in alone}
+    return {name: known.get(name) or max(known.values(), default=0) for name in sources}
 
 
 def read_status(folder: Path) -> SearchStatus:

@@ -91,12 +91,15 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
 
 def _named(row: Brief, preference: Preference, scalar: Scalarised | None) -> CandidateName:
     """A candidate in a few words, with the number of the scalarisation."""
-    name = candidate_name(row)
-    if scalar is None or scalar.best is None or scalar.worst is None:
-        return name
+    return candidate_name(row).model_copy(update={"scalar": _scalar_of(row, preference, scalar)})
+
+
+def _scalar_of(row: Brief, preference: Preference, scalar: Scalarised | None) -> float | None:
+    """The number of the scalarisation on the search split; None where it is not reckoned."""
+    if not row.objectives or scalar is None or scalar.best is None or scalar.worst is None:
+        return None
     losses = preference.losses([{name: found["mean"] for name, found in row.objectives.items()}])
-    number = preference.sign * float(preference.order(losses, np.array([scalar.best, scalar.worst]))[0])
-    return name.model_copy(update={"scalar": number})
+    return preference.sign * float(preference.order(losses, np.array([scalar.best, scalar.worst]))[0])
 
 
 def _confirmed_pick(store: Store) -> Pick | None:
@@ -154,9 +157,18 @@ def candidate_name(row: Brief) -> CandidateName:
     )
 
 
-def candidate_summary(row: Brief) -> CandidateSummary:
-    """A candidate as a list shows it."""
-    return CandidateSummary(**_told(row))
+def candidate_summaries(store: Store, rows: Sequence[Brief]) -> list[CandidateSummary]:
+    """Candidates as a list shows them, with the number of a scalarisation where there is one."""
+    shown = [CandidateSummary(**_told(row)) for row in rows]
+    preference = Preference.of_search(store.search())
+    if not preference.scalar:
+        return shown
+    front = summaries.page(store, summaries.Order(), _LARGEST_FRONT, front=True)
+    scale = scalarised(preference, [*front, *summaries.landmarks(store)])
+    return [
+        each.model_copy(update={"scalar": _scalar_of(row, preference, scale)})
+        for each, row in zip(shown, rows, strict=True)
+    ]
 
 
 def candidate_detail(store: Store, number: int) -> CandidateDetail:

@@ -70,7 +70,8 @@ def computing(file: SearchFile) -> tuple[torch.device, torch.dtype | None]:
     """
     # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
     torch.set_num_threads(file.cluster.cpus_per_worker)
-    return choose_device(file.device), torch_dtype(file.dtype)
+    # What is scored together is rounded nowhere but to float32, as which it is exported.
+    return choose_device(file.device), torch.float32 if file.together > 1 else torch_dtype(file.dtype)
 
 
 def _vllm(source: Source) -> Callable[[LiveModel], ServingEngine]:

@@ -14,7 +14,7 @@ from evomerge.report.items import Item, items_of
 from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
 from evomerge.service.dependencies import StoreDependency
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
-from evomerge.service.summary import candidate_detail, candidate_summary, measure_named
+from evomerge.service.summary import candidate_detail, candidate_summaries, measure_named
 from evomerge.store import Store, summaries
 from evomerge.store.rows import Status
 from evomerge.store.summaries import Brief, Order
@@ -51,7 +51,7 @@ def candidates(
         front=front,
     )
     more = _cursor(rows[limit - 1], objective) if len(rows) > limit else None
-    return CandidatePage(candidates=[candidate_summary(row) for row in rows[:limit]], next=more)
+    return CandidatePage(candidates=candidate_summaries(store, rows[:limit]), next=more)
 
 
 @router.get("/candidates/{number}")
@@ -65,7 +65,7 @@ def candidate(number: CandidateNumber, store: StoreDependency) -> CandidateDetai
 def front(store: StoreDependency) -> Front:
     """The candidates on the Pareto front."""
     rows = summaries.page(store, Order(), _LARGEST, front=True)
-    return Front(candidates=[candidate_summary(row) for row in rows])
+    return Front(candidates=candidate_summaries(store, rows))
 
 
 @router.get("/compare")
