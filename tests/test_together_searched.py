@@ -54,10 +54,16 @@ def rows(folder: Path) -> list[tuple[object, ...]]:
         ]
 
 
+def scored(folder: Path) -> list[tuple[object, ...]]:
+    """Without the recipes' hashes, which name the dtype."""
+    return [(number, *rest) for number, _, *rest in rows(folder)]
+
+
 def test_it_is_the_search_that_scores_each_alone_and_exports(tmp_path: Path, sources: dict[str, str]) -> None:
-    assert evomerge("search", write(tmp_path, sources), "--dir", tmp_path / "alone") == 0
+    alone = write(tmp_path, sources, dtype="float32")  # as what is scored together is computed
+    assert evomerge("search", alone, "--dir", tmp_path / "alone") == 0
     assert evomerge("search", write(tmp_path, sources, together=4), "--dir", tmp_path / "together") == 0
-    assert rows(tmp_path / "together") == rows(tmp_path / "alone")
+    assert scored(tmp_path / "together") == scored(tmp_path / "alone")
     assert all(answers for *_, answers in rows(tmp_path / "together"))
     with open_store(tmp_path / "together") as store:
         began = [event.kind for event in store.events(kinds=("dispatch", "result"))]

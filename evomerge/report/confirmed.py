@@ -26,7 +26,7 @@ from evomerge.report.entries import (
 from evomerge.search.estimation.combined import Combined, Range, Scored
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_at
 from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_and_error, simultaneous_differences
-from evomerge.store import CandidateRow, EventRow, SearchRow, Store
+from evomerge.store import CandidateRow, EventRow, SearchRecord, SearchRow, Store
 from evomerge.store.events import Chosen, Shortlist, State, Winner
 from evomerge.store.record import Measure
 
@@ -107,21 +107,8 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     gaps = {o.name: _gaps(o, ours, others, confidence, seed) for o in objectives}
     preference = Preference.of_search(search)
     numbers = _Numbers.of(store, search, preference, {**marks, **ours})
-
-    def told(row: CandidateRow, items: Items) -> Entry:
-        estimates = {name: mean_and_error(values) for name, values in items.items()}
-        found = entry_of(row, estimates, search.record)
-        return found.model_copy(update={"origin": origin_of(row, search.record.sources)})
-
-    entries = []
-    for number, items in ours.items():
-        plain = told(store.candidate(number), items)
-        values = {
-            name: ConfirmedValue(**dict(value), difference=gaps[name][number])
-            for name, value in plain.objectives.items()
-        }
-        entries.append(ConfirmedEntry(**dict(plain) | {"objectives": values}))
-    baselines = [told(row, marks[row.number]) for row in landmarks if row.number in marks]
+    entries = [_entry_with_gaps(store.candidate(n), items, search.record, gaps) for n, items in ours.items()]
+    baselines = [_entry(row, marks[row.number], search.record) for row in landmarks if row.number in marks]
     if numbers is not None:
         compared = {row.label: row.number for row in landmarks if row.label in others}
         with_gaps = numbers.confirmed(list(ours), compared, confidence, seed)
@@ -156,6 +143,24 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
         too_few=too_few,
     )
     return Confirmed(entries, baselines, _chosen(preference, shown, search, choice) if made else {}, choice)
+
+
+def _entry(row: CandidateRow, items: Items, record: SearchRecord) -> Entry:
+    """A candidate on the held-out split."""
+    estimates = {name: mean_and_error(values) for name, values in items.items()}
+    return entry_of(row, estimates, record).model_copy(update={"origin": origin_of(row, record.sources)})
+
+
+def _entry_with_gaps(
+    row: CandidateRow, items: Items, record: SearchRecord, gaps: Mapping[str, Mapping[int, list[Gap]]]
+) -> ConfirmedEntry:
+    """A candidate of the shortlist with its differences in each objective."""
+    plain = _entry(row, items, record)
+    values = {
+        name: ConfirmedValue(**dict(value), difference=gaps[name][row.number])
+        for name, value in plain.objectives.items()
+    }
+    return ConfirmedEntry(**dict(plain) | {"objectives": values})
 
 
 def _chosen_event(event: EventRow) -> Winner | Chosen:

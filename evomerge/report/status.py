@@ -305,11 +305,7 @@ def status_of(store: Store) -> SearchStatus:
     """The status of a search. Costs a few queries, however many candidates there are."""
     search = store.search()
     record = search.record
-    counts = store.counts()
-    driven = current_holder(store) is not None
-    state = search.state
-    if state in ("running", "paused", "confirming") and not driven:
-        state = "interrupted"
+    counts, driven = _counts(store), current_holder(store) is not None
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
     failed = store.candidates(statuses=["failed"], newest=_RECENT)
     front = store.front()
@@ -326,9 +322,7 @@ def status_of(store: Store) -> SearchStatus:
 
     best = {role: shown(row) for role, row in best_on_search(store, search, front, landmarks).items()}
     numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
-    why = search.why
-    if state == "finished" and not driven and held.choice is not None and not held.choice.made:
-        state, why = UNCONFIRMED, UNCONFIRMED_WHY
+    state, why = _state(search, held, driven=driven)
     status = SearchStatus(
         name=search.name,
         state=state,
@@ -336,20 +330,9 @@ def status_of(store: Store) -> SearchStatus:
         space=describe_space(record.space),
         optimizer=record.optimizer.name,
         parameters=len(record.parameters),
-        candidates=Counts(
-            asked=sum(counts.values()),
-            done=counts["done"],
-            eliminated=counts["eliminated"],
-            failed=counts["failed"],
-            cached=counts["cached"],
-            running=counts["running"],
-        ),
-        items=_items(store, search, counts["done"]),
-        budget=Budget(
-            candidates=record.budget.candidates,
-            hours=record.budget.hours,
-            hours_spent=(search.spent_s + (unrecorded_s(store) if driven else 0.0)) / 3600,
-        ),
+        candidates=counts,
+        items=_items(store, search, counts.done),
+        budget=_budget(store, search, driven=driven),
         directions=directions,
         wanted={m.name: m.items for m in record.measures},
         constraints=constraints_of(record),
@@ -377,6 +360,33 @@ def status_of(store: Store) -> SearchStatus:
         best_by_role={role: found.id for role, found in best.items()},
     )
     return status.model_copy(update={"conclusions": conclusions(status)})
+
+
+def _state(search: SearchRow, held: Confirmed, *, driven: bool) -> tuple[str, str]:
+    """What a search is doing, and why."""
+    if search.state in ("running", "paused", "confirming") and not driven:
+        return "interrupted", search.why
+    if search.state == "finished" and not driven and held.choice is not None and not held.choice.made:
+        return UNCONFIRMED, UNCONFIRMED_WHY
+    return search.state, search.why
+
+
+def _counts(store: Store) -> Counts:
+    counts = store.counts()
+    return Counts(
+        asked=sum(counts.values()),
+        done=counts["done"],
+        eliminated=counts["eliminated"],
+        failed=counts["failed"],
+        cached=counts["cached"],
+        running=counts["running"],
+    )
+
+
+def _budget(store: Store, search: SearchRow, *, driven: bool) -> Budget:
+    spent_s = search.spent_s + (unrecorded_s(store) if driven else 0.0)
+    budget = search.record.budget
+    return Budget(candidates=budget.candidates, hours=budget.hours, hours_spent=spent_s / 3600)
 
 
 def best_on_search(
