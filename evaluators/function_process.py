@@ -98,9 +98,19 @@ class _Generate:
         return found
 
 
+_DEEPEST = 20_000
+"""Calls within calls that a person's code may make, whatever it lifts the limit to: each takes half a kilobyte."""
+
+
+def _bound_recursion() -> None:
+    lift = sys.setrecursionlimit
+    sys.setrecursionlimit = lambda limit, /: lift(min(limit, _DEEPEST))
+
+
 def _load(told: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
     """The function that running the file's bytes makes, or what is wrong."""
     file, name = told["file"], told["function"]
+    _bound_recursion()
     sys.path[:] = told["path"]
     module = ModuleType(told["module"])
     module.__file__ = file

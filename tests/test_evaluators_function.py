@@ -493,6 +493,7 @@ def test_a_function_that_is_slow_is_waited_for_as_long_as_its_settings_say(
         ("    return {'words': [1.0]}\n", "returned words, where letters is declared"),
         ("    return [float('nan')]\n", "returned nan"),
         ("    raise SystemExit\n", "score failed (SystemExit)"),
+        ("    import sys\n    sys.setrecursionlimit(10**8)\n    return score(items, generate)\n", "RecursionError"),
     ],
 )
 def test_what_fails_whatever_the_model_is_told_before_a_search(tmp_path: Path, body: str, said: str) -> None:

@@ -70,6 +70,9 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
     if shown_by:
         items = sum(len(task.indices) for each in tasks.values() for task in each)
         console.print(f"{', '.join(shown_by)}: {items} items score as recorded; going on", style="dim")
+    if lost := [candidate_id(row.number) for row in store.candidates(statuses=["failed"]) if row.step == 0]:
+        are = "was not scored before and is" if len(lost) == 1 else "were not scored before and are"
+        console.print(f"{', '.join(lost)} {are} not tried again: a new search scores every landmark", style="yellow")
     return True
 
 
