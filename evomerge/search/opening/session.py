@@ -158,13 +158,13 @@ def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator
             continue
         before, now = store.item_texts(version, split), _texts(evaluator, split)
         pairs = enumerate(zip_longest(before, map(tuple, now)))
-        other = next((f"item {number + 1}" for number, (a, b) in pairs if a != b), None)
+        other = next((f"item {number}" for number, (a, b) in pairs if a != b), None)
         if other is None and digests.get(split) not in (None, _digests(evaluator)[split]):
             other = "an item"
         if other is not None:
             raise InputError(
                 f"objectives: {evaluator.name}",
-                f"{other} of the {len(now)} {split.replace('_', '-')} items is not the one that was scored",
+                f"{other} of its {split.replace('_', '-')} items is not the one that was scored",
                 "Put the items back as they were, or start a new search. `evomerge export --no-verify` needs no items.",
             )
 
