@@ -42,7 +42,7 @@ from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, thinned
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, EventRow, NewCandidate, Store, acquire, tables
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingNews, event_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -363,18 +363,20 @@ def test_the_timeline_has_a_bar_for_each_attempt_that_ended(root: Path) -> None:
     assert {y for each in drawn.data for y in each.y} == {event.payload["worker"] for event in events}
 
 
-def event(seq: int, time: float, kind: str, candidate: int, attempt: int = 1, **payload: Any) -> EventRow:
-    return EventRow(seq, time, kind, candidate, attempt, payload)
+def event(seq: int, time: float, kind: str, candidate: int | None, attempt: int | None = 1, **payload: Any) -> EventRow:
+    given = {"worker": ""} if kind == "dispatch" else {}
+    (row,) = event_rows([(seq, time, kind, candidate, attempt, given | payload)])
+    return row
 
 
 def test_attempts_run_from_dispatch_to_record_and_those_of_dead_drivers_are_left_out() -> None:
     events = [
         event(1, 10.0, "dispatch", 1),
         event(2, 11.0, "dispatch", 2),
-        event(3, 14.0, "rung", 1, worker="a"),
+        event(3, 14.0, "rung", 1, worker="a", items={"v": 1}),
         event(4, 15.0, "dispatch", 2, 2),  # a new driver; attempt 1 never ended
         event(5, 16.0, "dispatch", 1, 2),
-        event(6, 18.0, "failure", 2, 2, worker="b", reason="out_of_memory"),
+        event(6, 18.0, "failure", 2, 2, worker="b", reason="out_of_memory", final=False),
         event(7, 19.0, "result", 9, worker="a"),  # its dispatch is older than these events
     ]
     assert attempts_of(events, None) == [
@@ -398,10 +400,10 @@ def test_idle_is_what_lies_between_a_workers_attempts() -> None:
 
 def test_while_a_search_stands_still_its_workers_are_not_idle() -> None:
     def state(seq: int, time: float, name: str) -> EventRow:
-        return EventRow(seq, time, "state", None, None, {"state": name})
+        return event(seq, time, "state", None, None, state=name)
 
     def lease(seq: int, time: float) -> EventRow:
-        return EventRow(seq, time, "lease", None, None, {"epoch": seq})
+        return event(seq, time, "lease", None, None, epoch=seq)
 
     def attempt(seq: int, begun: float, ended: float) -> list[EventRow]:
         return [event(seq, begun, "dispatch", seq), event(seq + 1, ended, "result", seq, worker="a")]
