@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -420,3 +421,18 @@ def test_the_dashboards_files_are_given_to_clients_that_unpack_nothing(odd_clien
         request = odd_client.build_request("GET", f"/dashboard/static/{name}")
         del request.headers["accept-encoding"]
         assert odd_client.send(request).status_code == status
+
+
+def test_a_server_leaves_the_handlers_of_others_alone(tmp_path: Path) -> None:
+    closed: list[bool] = []
+
+    class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    handler = Handler(io.StringIO())
+    with serving(make_app(tmp_path)) as address:
+        assert httpx.get(f"{address}/healthz").status_code == 200
+    assert not closed
+    handler.close()

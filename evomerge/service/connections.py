@@ -116,6 +116,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app, http=Connection, ws="none", access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=_GRACE_S, log_level="error",  # a warning is a line that any stranger can write
+            log_config=None,  # else it closes the handlers of whoever logs in this process, one of which closes stderr
         )  # fmt: skip
         super().__init__(config)
         self._listening = listening
