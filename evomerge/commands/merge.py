@@ -86,7 +86,7 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         console.print(f"warning: {warning}", style="yellow")
     with (
         local_folder(out, console) as folder,
-        _kept(sources) as evidence,
+        _kept(sources, texts) as evidence,
         progress_bar(console, "writing tensors") as update,
     ):
         beside = papers(folder.name, recipe, sources, None, None if is_url(str(out)) else folder)
@@ -106,10 +106,13 @@ def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe
 
 
 @contextmanager
-def _kept(sources: Mapping[str, Source]) -> Iterator[Evidence]:
-    """What is found of the sources while one model is made, in a folder of its own."""
+def _kept(sources: Mapping[str, Source], texts: Calibration | None) -> Iterator[Evidence]:
+    """What is found of the sources while one model is made: in memory, or where there are texts in a folder."""
     from evomerge.merging.evidence import Evidence
 
+    if texts is None:  # what is asked once is not worth a file
+        yield Evidence()
+        return
     with tempfile.TemporaryDirectory(prefix="evomerge-") as folder:
         yield Evidence(Path(folder), {name: name for name in sources})
 

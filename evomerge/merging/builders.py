@@ -1,7 +1,7 @@
 """Builders: what makes the models that recipes describe, one for each kind of recipe.
 
 A builder is a class under the entry point group ``evomerge.builders``, by the name of its kind (``recipes/base.py``).
-Whoever needs a model made asks ``builder_of`` for it, and knows no kind.
+Whoever needs models made asks ``Builders`` or ``find_builder`` for it, and knows no kind.
 """
 
 from __future__ import annotations
