@@ -111,7 +111,7 @@ def test_equal_evaluator_settings_are_equal(path: Path) -> None:
         ("budget.candidate=4", "search.yaml: budget.candidate", "Did you mean 'candidates'?"),
         ("budget.candidates=0", "search.yaml: budget.candidates", "greater than 0"),
         ("budget.candidates=many", "search.yaml: budget.candidates", "must be a whole number (given: 'many')"),
-        ("budget={}", "search.yaml: budget", "needs candidates, hours or patience"),
+        ("budget={}", "search.yaml: budget", "needs candidates, hours, patience or cost"),
         ("seed=-1", "search.yaml: seed", "greater than or equal to 0"),
         ("sources={only: x}", "search.yaml: sources", "needs at least 2, has 1"),
         ("base=nobody", "search.yaml", "there is no source 'nobody'; the sources are base, maths, japanese"),

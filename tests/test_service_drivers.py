@@ -198,11 +198,11 @@ def test_the_budget_is_written_into_the_search_file(root: Path) -> None:
         told = drivers.change_budget("made-up", store, NewBudget(candidates=50, hours=2.5))
         assert told == "the budget is 50 candidates, 2.5 hours"
         assert yaml.safe_load(path.read_text()) == content | {
-            "budget": {"candidates": 50, "hours": 2.5, "patience": None}
+            "budget": {"candidates": 50, "hours": 2.5, "patience": None, "cost": None}
         }
         assert drivers.change_budget("made-up", store, NewBudget(candidates=None)) == "the budget is 2.5 hours"
         before = path.read_text()
-        with pytest.raises(InputError, match="needs candidates, hours or patience"):
+        with pytest.raises(InputError, match="needs candidates, hours, patience or cost"):
             drivers.change_budget("made-up", store, NewBudget(hours=None))
         with pytest.raises(InputError, match="is 7, and 8 candidates are asked already"):
             drivers.change_budget("made-up", store, NewBudget(candidates=7))

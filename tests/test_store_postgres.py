@@ -28,6 +28,7 @@ __all__ = ["database", "postgres"]  # fixtures
 FORMAT_1 = (
     "ALTER TABLE candidate DROP COLUMN eligible, DROP COLUMN niche, DROP COLUMN elite",
     "ALTER TABLE lease DROP COLUMN writes, DROP COLUMN boot, DROP COLUMN expires_since_boot",
+    "ALTER TABLE search DROP COLUMN worker_s, DROP COLUMN gpu_s, DROP COLUMN held_s",
     "DROP TABLE alembic_version, answer, item",
     "UPDATE search SET schema_version = 1",
 )

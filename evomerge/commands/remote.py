@@ -45,7 +45,7 @@ def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel
 
 def resume(url: str, search: str, overrides: Sequence[str]) -> None:
     """Go on with a search, with another budget where one is given."""
-    hint = "Through a server only budget.candidates, budget.hours and budget.patience can be set."
+    hint = "Through a server only the bounds under budget can be set."
     bounds = bounds_of(overrides, hint)
     with Client(url) as client:
         told = client.change_budget(search, resume=True, **bounds) if bounds else client.tell(search, "resume")

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from evomerge.report.screen import finished, line, panel
+from evomerge.report.spending import seconds_affordable
 from evomerge.report.status import SearchStatus
 from evomerge.search.driving.progress import Progress
 from evomerge.search.work.jobs import PoolState
@@ -94,6 +95,8 @@ class Screen:
             ends.append(eta)
         if status.budget.hours and status.state != "confirming":
             ends.append((status.budget.hours - status.budget.hours_spent) * 3600)
+        if status.state != "confirming" and (affordable := seconds_affordable(status.cost)) is not None:
+            ends.append(affordable)
         return max(0.0, min(ends)) if ends else None
 
     def _by_candidates(self, status: SearchStatus) -> list[float]:

@@ -14,12 +14,14 @@ from evaluators.cost import COUNTED
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
+from evomerge.prices import amount_text
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
+from evomerge.search.settings.sections import Workers
 
 LEAST_GAIN = 2
 """A race whose first rung is more than one part in so many of all items cannot spare much."""
@@ -76,6 +78,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _together(prepared)
     yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
+    yield from _cost(prepared)
     yield "confirmation", _confirmation(setup)
     yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
@@ -218,7 +221,10 @@ def _together(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def _budget(prepared: Prepared) -> str:
     file, setup = prepared.file, prepared.setup
-    parts = [f"{value} {name}" for name, value in file.budget.model_dump(exclude_none=True).items()]
+    bounds = file.budget.model_dump(exclude_none=True, exclude={"cost"})
+    parts = [f"{value} {name}" for name, value in bounds.items()]
+    if file.budget.cost is not None:
+        parts.append(amount_text(file.budget.cost, file.cluster.currency))
     least, usual, most = _items_each(setup)
     each = f"{most} items a candidate" if least == most else f"{least} to {most} items a candidate, {usual} for most"
     text = f"{', '.join(parts)}; {each}"
@@ -228,6 +234,28 @@ def _budget(prepared: Prepared) -> str:
         low, high = (landmarks * whole + (file.budget.candidates - landmarks) * bound for bound in (least, most))
         text += f", {high:,} in all" if low == high else f", {low:,} to {high:,} in all"
     return text
+
+
+def _cost(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """What the workers cost in an hour, and how far that is from the bounds of the budget."""
+    cluster, budget = prepared.file.cluster, prepared.file.budget
+    if (prices := cluster.prices) is None:
+        return
+    gpus = 1.0 if cluster.gpus_per_worker is None else cluster.gpus_per_worker
+    each = prices.cost_an_hour(1, gpus)
+    text = f"{amount_text(each, prices.currency)} an hour a worker"
+    if cluster.gpus_per_worker is None and cluster.gpu_hour is not None:
+        text += ", if it has one GPU"
+    most = cluster.workers.max if isinstance(cluster.workers, Workers) else cluster.workers
+    count = 1 if prepared.file.pool == "in_process" else most
+    if count is not None and (count > 1 or budget.hours or budget.cost):
+        up_to = "up to " if isinstance(cluster.workers, Workers) else ""
+        text += f"; {up_to}{amount_text(count * each, prices.currency)} an hour with {count} worker{'s' * (count > 1)}"
+        if budget.hours is not None:
+            text += f", {amount_text(count * each * budget.hours, prices.currency)} in {budget.hours:g} hours"
+        if budget.cost is not None and each:
+            text += f"; the budget of money is spent in {budget.cost / (count * each):.3g} hours"
+    yield "cost", text
 
 
 def _confirmation(setup: Setup) -> str:

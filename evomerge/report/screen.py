@@ -38,6 +38,7 @@ def panel(
     parts: list[RenderableType] = [
         Text(headline(status, eta), style="bold"),
         Text(counts_line(status, pool)),
+        *([] if status.cost is None else [Text(f"cost {_cost_left(status, eta)}")]),
         *(Text(told) for told in thrift_lines(status)),
         scores(status, rows),
     ]
@@ -60,6 +61,12 @@ def headline(status: SearchStatus, eta: float | None = None) -> str:
     left = f"  ETA {duration(eta)}" if eta is not None and status.state in ("running", "confirming") else ""
     what = f"{status.space}, {status.parameters} parameter{'' if status.parameters == 1 else 's'}, {status.optimizer}"
     return f"{status.name}  ({what})  {status.state.upper()} {spent}{_confirmation(status)}{left}{ending}"
+
+
+def _cost_left(status: SearchStatus, eta: float | None) -> str:
+    """What was spent and is to come; ``eta`` is that of the process that drives the search."""
+    assert status.cost is not None
+    return (status.cost if eta is None else status.cost.with_left(eta)).text
 
 
 def _confirmation(status: SearchStatus) -> str:
@@ -290,6 +297,8 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
     c = status.candidates
     of = f"/{status.budget.candidates}" if status.budget.candidates else ""
     text = f"[{duration(status.budget.hours_spent * 3600)}] {finished(status)}{of} candidates"
+    if status.cost is not None:
+        text += f"; cost {_cost_left(status, eta)}"
     if c.eliminated:
         text += f", {c.eliminated} eliminated"
     if c.failed:

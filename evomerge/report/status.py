@@ -31,6 +31,7 @@ from evomerge.report.entries import (
     origin_of,
 )
 from evomerge.report.picks import Pick, conclusions, picks_of
+from evomerge.report.spending import Cost, cost_of, seconds_left
 from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
@@ -66,6 +67,7 @@ class Budget(BaseModel):
     candidates: int | None
     hours: float | None
     hours_spent: float
+    cost: float | None = None
 
 
 class Racing(BaseModel):
@@ -172,6 +174,7 @@ class SearchStatus(BaseModel):
     candidates: Counts
     items: int
     budget: Budget
+    cost: Cost | None = None
     directions: dict[str, str]
     wanted: dict[str, int]
     constraints: dict[str, Constraint]
@@ -323,6 +326,7 @@ def status_of(store: Store) -> SearchStatus:
     best = {role: shown(row) for role, row in best_on_search(store, search, front, landmarks).items()}
     numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
     state, why = _state(search, held, driven=driven)
+    budget = _budget(store, search, driven=driven)
     status = SearchStatus(
         name=search.name,
         state=state,
@@ -332,7 +336,8 @@ def status_of(store: Store) -> SearchStatus:
         parameters=len(record.parameters),
         candidates=counts,
         items=_items(store, search, counts.done),
-        budget=_budget(store, search, driven=driven),
+        budget=budget,
+        cost=_cost(search, counts, budget, runs=driven and state == "running"),
         directions=directions,
         wanted={m.name: m.items for m in record.measures},
         constraints=constraints_of(record),
@@ -386,7 +391,16 @@ def _counts(store: Store) -> Counts:
 def _budget(store: Store, search: SearchRow, *, driven: bool) -> Budget:
     spent_s = search.spent_s + (unrecorded_s(store) if driven else 0.0)
     budget = search.record.budget
-    return Budget(candidates=budget.candidates, hours=budget.hours, hours_spent=spent_s / 3600)
+    return Budget(candidates=budget.candidates, hours=budget.hours, hours_spent=spent_s / 3600, cost=budget.cost)
+
+
+def _cost(search: SearchRow, counts: Counts, budget: Budget, *, runs: bool) -> Cost | None:
+    """What the search has cost, and while it runs what is to come."""
+    spent_s = budget.hours_spent * 3600
+    if (cost := cost_of(search, spent_s)) is None or not runs:
+        return cost
+    finished = counts.done + counts.eliminated + counts.failed + counts.cached
+    return cost.with_left(seconds_left(budget, finished, spent_s, cost))
 
 
 def best_on_search(

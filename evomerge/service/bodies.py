@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, P
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import measure_text
 from evomerge.report.picks import Pick
+from evomerge.report.spending import Cost
 from evomerge.report.status import Counts
 from evomerge.search.settings.sections import Name
 from evomerge.store.rows import Status
@@ -57,6 +58,7 @@ class Spending(BaseModel):
     candidates: int | None
     hours: float | None
     patience: int | None
+    cost: float | None = None
 
 
 class CandidateName(BaseModel):
@@ -145,6 +147,7 @@ class SearchSummary(BaseModel):
     best_source: CandidateName | None
     sparkline: list[float]
     gpu_hours: float | None
+    cost: Cost | None = None
     objectives: list[Objective]
     scalar: Objective | None = None
     confirmed: Pick | None = None
@@ -213,6 +216,7 @@ class NewBudget(Wanted):
     candidates: PositiveInt | None = None
     hours: PositiveFloat | None = None
     patience: PositiveInt | None = None
+    cost: PositiveFloat | None = None
     resume: bool = False
 
 

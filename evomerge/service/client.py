@@ -78,7 +78,7 @@ class Client:
         return self._post(Told, f"searches/{_quoted(search)}/{word}", {}).told
 
     def change_budget(self, search: str, *, resume: bool = False, **bounds: float | None) -> str:
-        """Change ``candidates``, ``hours`` or ``patience`` of a search that nobody drives; what was done, in words."""
+        """Change bounds of the budget of a search that nobody drives; what was done, in words."""
         return self._post(Told, f"searches/{_quoted(search)}/budget", {**bounds, "resume": resume}).told
 
     def candidates(self, search: str, **wanted: Any) -> Iterator[CandidateSummary]:

@@ -156,8 +156,9 @@ def _last(store: Store, *kinds: str) -> int:
 
 
 def _told(budget: Budget) -> str:
-    bounds: dict[Literal["candidates", "hours", "patience"], str] = {
-        "candidates": "candidates", "hours": "hours", "patience": "generations without a better front"
+    bounds: dict[Literal["candidates", "hours", "patience", "cost"], str] = {
+        "candidates": "candidates", "hours": "hours", "patience": "generations without a better front",
+        "cost": "in money",
     }  # fmt: skip
     parts = [f"{getattr(budget, key):g} {words}" for key, words in bounds.items() if getattr(budget, key) is not None]
     return f"the budget is {', '.join(parts)}"

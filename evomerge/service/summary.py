@@ -17,6 +17,7 @@ from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation
 from evomerge.report.entries import candidate_id
 from evomerge.report.parameters import parameters_of
 from evomerge.report.picks import Pick, picks_of
+from evomerge.report.spending import cost_of, seconds_left
 from evomerge.report.status import Counts, Scalarised, chosen_of_front, scalarised, unrecorded_s
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_so_far
 from evomerge.service.bodies import (
@@ -68,6 +69,8 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     steps = _steps(store, preference)
     source = _best_source(preference, landmarks, scalar)
     budget = Spending(**search.record.budget.model_dump())
+    cost, runs = cost_of(search, spent_s), driver.holds and driver.state == "running"
+    eta_s = seconds_left(budget, finished, spent_s, cost) if runs else None
     return SearchSummary(
         name=name,
         state=state,
@@ -77,7 +80,8 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         spent_s=spent_s,
         counts=Counts.model_validate({**counts, "asked": asked}),
         budget=budget,
-        eta_s=_eta_s(budget, finished, spent_s) if driver.holds and driver.state == "running" else None,
+        eta_s=eta_s,
+        cost=None if cost is None else cost.with_left(eta_s),
         best=None if best is None else _named(best, preference, scalar),
         best_role=KNEE if KNEE in preference.roles else BEST,
         best_source=None if source is None else _named(source, preference, scalar),
@@ -208,16 +212,6 @@ def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
         return dump_recipe(read_recipe(recipe, sources))
     except InputError:  # mergekit has no words for it
         return None
-
-
-def _eta_s(budget: Spending, finished: int, spent_s: float) -> float | None:
-    """Seconds until the first bound of the budget is reached at the pace so far; that of patience is not foreseen."""
-    left = []
-    if budget.candidates is not None and finished:
-        left.append(max(0, budget.candidates - finished) * spent_s / finished)
-    if budget.hours is not None:
-        left.append(max(0.0, budget.hours * 3600 - spent_s))
-    return min(left, default=None)
 
 
 def _best_source(preference: Preference, landmarks: Sequence[Brief], scalar: Scalarised | None) -> Brief | None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evomerge.files import FileFingerprint
 from evomerge.genome import Parameter
+from evomerge.prices import Prices
 
 _YEAR_10000 = 253402300800  # in seconds since 1970; no date is later
 
@@ -118,6 +119,7 @@ class Budget(_Part):
     candidates: int | None = None
     hours: float | None = None
     patience: int | None = None
+    cost: float | None = None
 
 
 class Confirm(_Part):
@@ -140,6 +142,13 @@ class Cluster(_Part):
     """The workers, as far as it matters to those who look at a search."""
 
     gpus_per_worker: float | None = None
+    gpu_hour: float | None = None
+    worker_hour: float | None = None
+    currency: str = ""
+
+    @property
+    def prices(self) -> Prices | None:
+        return Prices.of(self.gpu_hour, self.worker_hour, self.currency)
 
 
 class _Settings(_Part):
@@ -164,6 +173,9 @@ class _Row(_Part):
 
     created_at: float = Field(ge=0, lt=_YEAR_10000, allow_inf_nan=False)
     spent_s: float = Field(ge=0, allow_inf_nan=False)
+    worker_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    gpu_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    held_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     settings: _Settings
     fingerprints: _Fingerprints
 

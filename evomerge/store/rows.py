@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.genome import Genome
+from evomerge.prices import WorkerTime
 from evomerge.store.engine import damaged
 from evomerge.store.record import SearchRecord
 
@@ -168,7 +169,8 @@ class EventRow:
 
 @dataclass(frozen=True)
 class SearchRow:
-    """The search itself. ``why`` says in words what ended it; ``spent_s`` are seconds in which a driver was at work.
+    """The search itself. ``why`` says in words what ended it; ``spent_s`` are seconds in which a driver was at work,
+    ``worker_s`` and ``gpu_s`` those that workers and their GPUs were held, in ``held_s`` seconds of the clock.
 
     ``settings``, the resolved search file, and ``fingerprints`` are JSON as it stands in the store at ``place``: for
     whoever writes them again. ``record`` is what they say.
@@ -184,6 +186,13 @@ class SearchRow:
     settings: dict[str, Any]
     fingerprints: dict[str, Any]
     environment: dict[str, Any]
+    worker_s: float = 0.0
+    gpu_s: float = 0.0
+    held_s: float = 0.0
+
+    @property
+    def worker_time(self) -> WorkerTime:
+        return WorkerTime(self.worker_s, self.gpu_s, self.held_s)
 
     @cached_property
     def record(self) -> SearchRecord:

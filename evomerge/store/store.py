@@ -11,6 +11,7 @@ from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
+from evomerge.prices import WorkerTime
 from evomerge.store import events, insertion, statements, tables
 from evomerge.store.events import Decided, Happened
 from evomerge.store.fenced import FencedStore
@@ -243,12 +244,13 @@ class Store(FencedStore):
         *,
         front: Collection[int],
         spent_s: float,
+        worker_time: WorkerTime | None = None,
         outcomes: Sequence[Outcome] = (),
         niches: Niches | None = None,
     ) -> None:
         """What the optimizer was told, in the order told; the candidates that form the Pareto front now; the seconds
-        that drivers have spent on the search; how a race ended for those that were still in it; and, of a search with
-        features, what changed in its niches.
+        that drivers have spent on the search, and how long workers were held where that grew; how a race ended for
+        those that were still in it; and, of a search with features, what changed in its niches.
         """
         with self.writing() as connection:
             for outcome in outcomes:
@@ -258,7 +260,7 @@ class Store(FencedStore):
             self._set_front(connection, set(front))
             if niches is not None:
                 self._set_niches(connection, niches)
-            self._change_search(connection, spent_s=spent_s)
+            self._change_search(connection, spent_s=spent_s, **_columns_of(worker_time))
             self.append_event(connection, events.Tell(step=step, candidates=list(losses)))
 
     def _end_race(self, connection: Connection, outcome: Outcome) -> None:
@@ -286,9 +288,13 @@ class Store(FencedStore):
     # What the driver writes about the search
 
     @repeated
-    def set_state(self, state: str, *, why: str = "", spent_s: float | None = None) -> None:
-        """What the search is doing now; ``why`` says what ended it, ``spent_s`` the seconds spent where they grew."""
-        spent = {} if spent_s is None else {"spent_s": spent_s}
+    def set_state(
+        self, state: str, *, why: str = "", spent_s: float | None = None, worker_time: WorkerTime | None = None
+    ) -> None:
+        """What the search is doing now; ``why`` says what ended it. The seconds spent, and how long workers were held,
+        are given where they grew.
+        """
+        spent = ({} if spent_s is None else {"spent_s": spent_s}) | _columns_of(worker_time)
         with self.writing() as connection:
             self._change_search(connection, state=state, why=why, **spent)
             self.append_event(connection, events.State(state=state, why=why))
@@ -332,6 +338,7 @@ class Store(FencedStore):
                 state="created",
                 why="",
                 spent_s=0.0,
+                **_columns_of(WorkerTime()),
             )
             insertion.insert_items(connection, self.search_id, items)
             self.append_event(connection, events.BeganAgain())
@@ -412,3 +419,7 @@ class Store(FencedStore):
             return True
         self.append_event(connection, events.Stale(what=what), number, attempt)
         return False
+
+
+def _columns_of(worker_time: WorkerTime | None) -> dict[str, float]:
+    return {} if worker_time is None else worker_time._asdict()

@@ -15,7 +15,7 @@ from sqlalchemy import (
 
 from evomerge.store.columns import Array, Json, PackedText, Real, Whole, Words
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -30,6 +30,9 @@ search = Table(
     Column("state", Words(20), nullable=False),
     Column("why", Words(500), nullable=False, server_default=""),  # what ended it, in words
     Column("spent_s", Real, nullable=False, server_default="0"),  # seconds in which a driver was at work
+    Column("worker_s", Real, nullable=False, server_default="0"),  # seconds that workers were held, summed over workers
+    Column("gpu_s", Real, nullable=False, server_default="0"),  # the same of their GPUs
+    Column("held_s", Real, nullable=False, server_default="0"),  # seconds of the clock in which any of that was counted
     Column("settings", Json(dict), nullable=False),  # the resolved search file
     Column("fingerprints", Json(dict), nullable=False),  # of sources and evaluators
     Column("environment", Json(dict), nullable=False),  # versions of libraries

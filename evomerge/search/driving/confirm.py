@@ -38,6 +38,7 @@ class Confirmation:
         self._setup = drive.setup
         self._store = drive.store
         self._logs = drive.logs
+        self._meter = drive.meter
         self._last_failure = ""
         self._tasks = self._setup.tasks("held_out")
         self._preference = Preference.of_setup(self._setup)
@@ -57,7 +58,7 @@ class Confirmation:
         try:
             return self._confirm(recipe_of)
         finally:
-            self._store.set_state(before, why=why)
+            self._store.set_state(before, why=why, worker_time=self._meter.read())
 
     def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         shortlist, drawn = self._freeze()

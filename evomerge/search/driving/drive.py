@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher
+from evomerge.search.driving.held import WorkerMeter
 from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.setup import Setup
@@ -44,9 +46,18 @@ class Drive:
     check: Callable[[], None] = lambda: None
     progress: Progress = field(default_factory=Progress)
 
+    @cached_property
+    def meter(self) -> WorkerMeter:
+        """How long workers have been held for this search."""
+        return WorkerMeter(self.pool, self.store.search().worker_time)
+
+    def _turn(self) -> None:
+        self.meter.read()
+        self.idle()
+
     def dispatcher(self, deadlines: Deadlines) -> Dispatcher:
         """What scores candidates on the pool, and records what happens to nodes and workers."""
         return Dispatcher(
-            self.pool, self.control, self.setup.attempts, self.idle, deadlines, self.store.record_event, self.check,
+            self.pool, self.control, self.setup.attempts, self._turn, deadlines, self.store.record_event, self.check,
             self.progress,
         )  # fmt: skip

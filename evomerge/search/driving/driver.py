@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from evomerge.errors import InputError
 from evomerge.genome import Genome, check_genome
 from evomerge.optimizers import Grid, Observation, Optimizer
+from evomerge.prices import amount_text
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.candidates import FAVOURITE, Candidate
 from evomerge.search.driving.drive import Drive
@@ -44,6 +45,8 @@ class Driver:
         self._store = store = drive.store
         self._control = drive.control
         self._clock = drive.clock
+        self._pool = drive.pool
+        self._meter = drive.meter
         self._started = self._clock()
         self._spent_before_s = 0.0
         self.optimizer: Optimizer = setup.build_optimizer()
@@ -145,8 +148,15 @@ class Driver:
         self._check_landmarks(candidates)
         self._keep(candidates)
         losses = {c.number: c.losses for c in candidates if c.losses is not None}
-        front, niches, spent_s = self._kept.front.niches, self._kept.niches, self._spent_s()
-        self._store.record_tell(self._step, losses, front=front, spent_s=spent_s, outcomes=outcomes, niches=niches)
+        self._store.record_tell(
+            self._step,
+            losses,
+            front=self._kept.front.niches,
+            spent_s=self._spent_s(),
+            worker_time=self._meter.read(),
+            outcomes=outcomes,
+            niches=self._kept.niches,
+        )
         self._told(candidates)
         self._record_screen()
         self._record_item_response()
@@ -253,13 +263,24 @@ class Driver:
             return Ending("hours", budget.hours)
         if budget.patience is not None and self._unchanged >= budget.patience:
             return Ending("patience", budget.patience)
+        if budget.cost is not None and (prices := self._setup.prices) is not None:
+            if prices.cost(self._meter.read()) >= budget.cost:
+                return Ending("cost", amount_text(budget.cost, prices.currency))
+            self._check_that_it_costs()
         return Ending("optimizer", self.optimizer.stopped) if self.optimizer.stopped else None
+
+    def _check_that_it_costs(self) -> None:
+        """Refuse a budget of money that would never be spent, as of GPUs where workers have none (InputError)."""
+        state, prices = self._pool.state(), self._setup.prices
+        if state.workers and prices is not None and not prices.cost_an_hour(state.workers, state.gpus):
+            problem = "would never be spent: cluster.gpu_hour is the price of a GPU, and the workers have none"
+            raise InputError("budget.cost", problem, "Give cluster.worker_hour, the price of a worker.")
 
     def _asked_to_end(self) -> Ending:
         return Ending("cancel" if self._control.cancelled else "stop")
 
     def _end(self, ending: Ending) -> Ending:
-        ending.record(self._store, spent_s=self._spent_s())
+        ending.record(self._store, spent_s=self._spent_s(), worker_time=self._meter.read())
         return ending
 
     # Replay -------------------------------------------------------------------------------------------------------

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from evomerge.prices import WorkerTime
 from evomerge.store import Store
 
-Reason = Literal["candidates", "hours", "patience", "optimizer", "stop", "cancel", "interrupted"]
+Reason = Literal["candidates", "hours", "patience", "cost", "optimizer", "stop", "cancel", "interrupted"]
 """A bound of the budget that was reached, an optimizer that has nothing more to ask, or a person's word."""
 
 _WHY: dict[Reason, str] = {
     "candidates": "{} candidates asked",
     "hours": "{} hours spent",
     "patience": "the front has not changed for {} generations",
+    "cost": "{} spent",
     "optimizer": "{}",
     "stop": "asked to stop",
     "cancel": "asked to end at once",
@@ -47,8 +49,8 @@ class Ending:
     @property
     def bound(self) -> str:
         """The key of the search file that lets a finished search go on when it is raised; "" where none does."""
-        return f"budget.{self.reason}" if self.reason in ("candidates", "hours", "patience") else ""
+        return f"budget.{self.reason}" if self.reason in ("candidates", "hours", "patience", "cost") else ""
 
-    def record(self, store: Store, *, spent_s: float | None = None) -> None:
-        """Write it down. ``spent_s`` as for ``Store.set_state``."""
-        store.set_state(self.state, why=self.why, spent_s=spent_s)
+    def record(self, store: Store, *, spent_s: float | None = None, worker_time: WorkerTime | None = None) -> None:
+        """Write it down; the others as for ``Store.set_state``."""
+        store.set_state(self.state, why=self.why, spent_s=spent_s, worker_time=worker_time)

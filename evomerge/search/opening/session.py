@@ -223,10 +223,14 @@ def make_pool(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> P
         return RayPool(prepared.file, kept, contents)
 
     from evomerge.merging.evidence import Evidence
+    from evomerge.search.workers.building import choose_device
     from evomerge.search.workers.worker import Worker
 
     evidence = Evidence(kept, contents)
-    return InProcessPool(lambda: Worker.of("in-process", prepared, evidence), prepared.file.together)
+    gpus = prepared.file.cluster.gpus_per_worker
+    if gpus is None:
+        gpus = float(choose_device(prepared.file.device).type == "cuda")
+    return InProcessPool(lambda: Worker.of("in-process", prepared, evidence), prepared.file.together, gpus)
 
 
 def contents_of(files: Mapping[str, Files]) -> dict[str, str]:

@@ -27,9 +27,10 @@ class InProcessPool:
     A job that hangs hangs the search: nothing else runs in this process that could end it.
     """
 
-    def __init__(self, make_worker: Callable[[], JobRunner], together: int = 1) -> None:
+    def __init__(self, make_worker: Callable[[], JobRunner], together: int = 1, gpus: float = 0.0) -> None:
         self._make_worker = make_worker
         self._together = together
+        self._gpus = gpus
         self._worker: JobRunner | None = None
         self._queue: deque[Job] = deque()
 
@@ -55,7 +56,7 @@ class InProcessPool:
 
     def state(self) -> PoolState:
         waiting = len(self._queue)
-        return PoolState(workers=1, busy=min(1, waiting), queued=max(0, waiting - 1), together=self._together)
+        return PoolState(1, min(1, waiting), 0, max(0, waiting - 1), self._together, self._gpus)
 
     def news(self) -> Sequence[PoolNews]:
         return ()

@@ -180,7 +180,9 @@ class RayPool:
 
     def state(self) -> PoolState:
         starting = sum(not worker.has_loaded for worker in self._workers.values())
-        return PoolState(len(self._workers), len(self._calls), starting, len(self._queue), self._together)
+        workers = len(self._workers)
+        gpus = workers * self._needs.get("GPU", 0.0)
+        return PoolState(workers, len(self._calls), starting, len(self._queue), self._together, gpus)
 
     def news(self) -> Sequence[PoolNews]:
         news, self._news = self._news, []

@@ -32,8 +32,9 @@ class SimulatedPool:
     on this clock. A job that takes ``math.inf`` seconds hangs.
     """
 
-    def __init__(self, workers: int, simulate: Simulation, clock: SimulatedClock) -> None:
+    def __init__(self, workers: int, simulate: Simulation, clock: SimulatedClock, gpus: float = 0.0) -> None:
         self._workers = workers
+        self._gpus = gpus
         self._simulate = simulate
         self._clock = clock
         self._queue: deque[Job] = deque()
@@ -80,7 +81,7 @@ class SimulatedPool:
                 return
 
     def state(self) -> PoolState:
-        return PoolState(workers=self._workers, busy=len(self._running), queued=len(self._queue))
+        return PoolState(workers=self._workers, busy=len(self._running), queued=len(self._queue), gpus=self._gpus)
 
     def news(self) -> Sequence[PoolNews]:
         return ()

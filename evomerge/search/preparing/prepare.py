@@ -98,6 +98,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         racing=file.racing,
         mode=file.mode,
         answers=file.answers,
+        prices=file.cluster.prices,
         evaluators=tuple(
             EvaluatorInfo(e.name, e.version, len(e.items("search")), len(e.items("held_out")))
             for e in evaluators.opened

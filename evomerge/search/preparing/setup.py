@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from evaluators.base import ItemScores, Split
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import Feature, Optimizer, OptimizerSettings
+from evomerge.prices import Prices
 from evomerge.search.settings.sections import Budget, Confirm, KeptAnswers, Mode, Racing
 from evomerge.search.work.jobs import Task
 from evomerge.store import Estimate
@@ -120,6 +121,7 @@ class Setup:
     racing: Racing | None = None
     mode: Mode = "generational"
     answers: KeptAnswers = "all"
+    prices: Prices | None = None
 
     @property
     def measures(self) -> Iterator[MeasureInfo]:

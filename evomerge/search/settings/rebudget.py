@@ -62,6 +62,9 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
         content = _content(folder / FILE_NAME, store)
         budget = parse_search_file(content, place=FILE_NAME, root=folder.resolve()).budget
         check_budget(budget, store)
+        if budget.cost is not None and store.search().record.cluster.prices is None:
+            hint = "Stop the search and resume it."
+            raise InputError("budget.cost", "needs a price, and a driver at work takes up none", hint)
     except InputError as error:
         store.record_event(SettingsRefused(why=str(error)))
         return None

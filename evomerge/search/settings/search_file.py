@@ -119,6 +119,19 @@ class SearchFile(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _cost_has_a_price(self) -> Self:
+        if self.budget.cost is None or self.cluster.worker_hour is not None:
+            return self
+        if self.cluster.gpu_hour is None:
+            raise ValueError(
+                "budget.cost: needs a price: cluster.gpu_hour, or cluster.worker_hour where workers have no GPU"
+            )
+        on_processor = self.device == "cpu" and self.cluster.gpus_per_worker is None
+        if self.cluster.gpus_per_worker == 0 or on_processor:
+            raise ValueError("budget.cost: workers have no GPU, so cluster.gpu_hour costs nothing; give worker_hour")
+        return self
+
     @property
     def tokenizer_source(self) -> str:
         """The source that gives tokenizer and configuration: as named, else the base, else the first source."""

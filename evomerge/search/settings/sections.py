@@ -16,6 +16,7 @@ from pydantic import (
 
 from evomerge.calibration import Calibration, read_calibration
 from evomerge.faults import NAME_PATTERN
+from evomerge.prices import Prices
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
@@ -24,6 +25,8 @@ Items = Annotated[int, Field(gt=0, le=10**8)]
 Candidates = Annotated[int, Field(gt=0, le=10**7)]
 WorkerCount = Annotated[int, Field(gt=0, le=100_000)]
 Threads = Annotated[int, Field(gt=0, le=4096)]
+Price = Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
 Hours = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 
 
@@ -141,17 +144,19 @@ class Racing(Section):
 class Budget(Section):
     """When the search ends: whichever comes first. Landmarks and cached candidates count as candidates.
 
-    ``patience`` counts generations in which the front did not change.
+    ``patience`` counts generations in which the front did not change. ``cost`` is money, in ``cluster.currency``: what
+    workers cost by the prices of ``cluster`` for as long as they are held.
     """
 
     candidates: Candidates | None = None
     hours: Hours | None = None
     patience: Candidates | None = None
+    cost: Amount | None = None
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
-        if self.candidates is None and self.hours is None and self.patience is None:
-            raise ValueError("needs candidates, hours or patience, or the search would have no end")
+        if all(bound is None for bound in (self.candidates, self.hours, self.patience, self.cost)):
+            raise ValueError("needs candidates, hours, patience or cost, or the search would have no end")
         return self
 
 
@@ -189,6 +194,8 @@ class Cluster(Section):
     pool. ``residency`` says where a worker on a GPU keeps the sources: in the device's memory, in pinned host memory,
     or in mapped files; ``auto`` takes the first of these that has room. ``insecure`` joins a cluster that asks for no
     token. ``runtime_env`` is what Ray sets up before a worker's process starts, in Ray's words (``runtime_env``).
+    ``gpu_hour`` is the price of a GPU for an hour, and ``worker_hour`` that of a worker beside its GPUs, in
+    ``currency``.
     """
 
     address: str | None = None
@@ -198,6 +205,14 @@ class Cluster(Section):
     insecure: bool = False
     residency: Literal["auto", "device", "pinned", "mapped"] = "auto"
     runtime_env: dict[str, Any] = {}
+    gpu_hour: Price | None = None
+    worker_hour: Price | None = None
+    currency: str = Field(default="USD", pattern=r"^[^\s\d.,]{1,8}$")
+
+    @property
+    def prices(self) -> Prices | None:
+        """What workers cost; None where that is not said."""
+        return Prices.of(self.gpu_hour, self.worker_hour, self.currency)
 
 
 Mode = Literal["generational", "asynchronous"]

@@ -84,13 +84,16 @@ class Finished:
 
 @dataclass(frozen=True)
 class PoolState:
-    """What a pool is doing, for the screen: workers by what they do now. Each takes up to ``together`` jobs at once."""
+    """What a pool is doing, for the screen: workers by what they do now. Each takes up to ``together`` jobs at once;
+    ``gpus`` are those of all of them.
+    """
 
     workers: int
     busy: int
     starting: int = 0
     queued: int = 0
     together: int = 1
+    gpus: float = 0.0
 
 
 def batch(queue: deque[Job]) -> list[Job]:

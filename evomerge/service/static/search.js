@@ -148,6 +148,7 @@ budget.addEventListener("submit", async (event) => {
   try {
     await call(`${api}/budget`, "POST", {
       candidates: number("candidates"), hours: number("hours"), patience: number("patience"), resume: form.has("resume"),
+      ...(form.has("cost") ? { cost: number("cost") } : {}),
     });
     budget.close();
     toast("The budget is changed.");

@@ -1,0 +1,14 @@
+"""Format 6: how long workers and their GPUs were held for a search. Of the searches of older programs nobody knows."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "6"
+down_revision = "5"
+
+
+def upgrade() -> None:
+    for name in ("worker_s", "gpu_s", "held_s"):
+        op.add_column("search", sa.Column(name, sa.Double(), nullable=False, server_default="0"))
