@@ -96,9 +96,9 @@ def report(graded: Sequence[Graded], language: Language) -> Iterator[str]:
             f"{name:<{len(str(len(graded))) + 10}}{t.both + t.sakana_alone:9}{t.both + t.exact_alone:8} |{t.both:7}"
             f"{t.sakana_alone:14}{t.exact_alone:13}{t.neither:9} |{kappa:>7}"
         )
-    for each in graded:
-        if each.sakana == each.exact:
+    for item in graded:
+        if item.sakana == item.exact:
             continue
-        read = f"sakana reads {last_number_sakana(each.answer)}, exact {answer_number(each.answer, language)}"
-        tail = " ".join(each.answer.split())[-_TAIL:]
-        yield f"{each.place}: {each.right} is right; {read}: ...{tail}"
+        read = f"sakana reads {last_number_sakana(item.answer)}, exact {answer_number(item.answer, language)}"
+        tail = " ".join(item.answer.split())[-_TAIL:]
+        yield f"{item.place}: {item.right} is right; {read}: ...{tail}"

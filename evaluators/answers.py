@@ -99,7 +99,7 @@ class AnswersEvaluator(Evaluator):
             lambda file: [self._question(line) for line in read_lines(file)],
             settings.file, settings.held_out_file, settings.held_out,
         )  # fmt: skip
-        self.splits = {split: [question.item for question in found] for split, found in self._questions.items()}
+        self.splits = {split: [question.item for question in questions] for split, questions in self._questions.items()}
         self._requests = ItemRequests(self._make)
         hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         self._examples = Examples(settings.num_fewshot, self._worked(), self.name)

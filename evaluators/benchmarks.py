@@ -41,7 +41,7 @@ def benchmark_of(fields: Mapping[str, object]) -> str | None:
     """
     known = _known()
     hashes = (question_hash(text) for value in fields.values() if isinstance(value, str) for text in _questions(value))
-    return next((known[found] for found in hashes if found in known), None)
+    return next((known[hashed] for hashed in hashes if hashed in known), None)
 
 
 def count(benchmarks: Iterable[str | None]) -> dict[str, int]:
@@ -53,7 +53,7 @@ def count(benchmarks: Iterable[str | None]) -> dict[str, int]:
 def _known() -> dict[str, str]:
     """The benchmark of each hash. The English questions of MGSM are GSM8K's: the first name counts."""
     files = sorted(DATA.glob("*.txt"), reverse=True)
-    return {found: file.stem for file in files for found in file.read_text("ascii").split()}
+    return {hashed: file.stem for file in files for hashed in file.read_text("ascii").split()}
 
 
 def _questions(text: str) -> Iterator[str]:

@@ -89,10 +89,10 @@ class CostEvaluator(ImperativeEvaluator):
             InputError: prompt and answer are longer than the model's context.
         """
         started = time.perf_counter()
-        found = {"layers": float(live.model.config.num_hidden_layers), "parameters": float(_parameters(live))}
+        costs = {"layers": float(live.model.config.num_hidden_layers), "parameters": float(_parameters(live))}
         if self._settings.measure:
-            found["tokens_per_second"] = self._speed(live)
-        scores = {metric: np.full(len(indices), value, dtype=np.float32) for metric, value in found.items()}
+            costs["tokens_per_second"] = self._speed(live)
+        scores = {metric: np.full(len(indices), value, dtype=np.float32) for metric, value in costs.items()}
         return Graded(scores, seconds={"score": time.perf_counter() - started})
 
     def _speed(self, live: LiveModel) -> float:

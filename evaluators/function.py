@@ -178,12 +178,12 @@ class FunctionEvaluator(ImperativeEvaluator):
         given = [self._lines[split][index].fields for index in indices]
         generate = _Generate(Reader.of(live), engine, self._settings)
         started = time.perf_counter()
-        found = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
+        by_metric = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
         whole = time.perf_counter() - started
         answers: Mapping[int, str] = {}
         if len(generate.answers) == len(indices):  # which of the answers are which item's only the function knows else
             answers = dict(zip(indices, generate.answers, strict=True))
-        scores = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in found.items()}
+        scores = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in by_metric.items()}
         return Graded(scores, answers, {"generate": generate.seconds, "score": whole - generate.seconds})
 
 
@@ -301,8 +301,8 @@ class _FunctionProcess:
             raise
         if "numbers" not in answer:
             raise self._fault(answer)
-        found: dict[str, list[float]] = answer["numbers"]
-        return found
+        by_metric: dict[str, list[float]] = answer["numbers"]
+        return by_metric
 
     def stop(self) -> None:
         """End the process and all that it has started."""

@@ -94,8 +94,8 @@ class _Generate:
         if answer is None or "answers" not in answer:
             self.ended = True
             raise _Ended
-        found: list[str] = answer["answers"]
-        return found
+        answers: list[str] = answer["answers"]
+        return answers
 
 
 _DEEPEST = 20_000
@@ -107,16 +107,16 @@ def _bound_recursion() -> None:
     sys.setrecursionlimit = lambda limit, /: lift(min(limit, _DEEPEST))
 
 
-def _load(told: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
+def _load(setup: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
     """The function that running the file's bytes makes, or what is wrong."""
-    file, name = told["file"], told["function"]
+    file, name = setup["file"], setup["function"]
     _bound_recursion()
-    sys.path[:] = told["path"]
-    module = ModuleType(told["module"])
+    sys.path[:] = setup["path"]
+    module = ModuleType(setup["module"])
     module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses look their own module up there
     try:
-        exec(compile(base64.b64decode(told["code"]), file, "exec", dont_inherit=True), module.__dict__)
+        exec(compile(base64.b64decode(setup["code"]), file, "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         return {"problem": f"is not Python ({error.msg})", "line": error.lineno}
     except BaseException as error:  # such as SystemExit, which is not to end anything here
@@ -128,11 +128,11 @@ def _load(told: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
     return {"problem": f"has no function {name!r}; it has: {made or 'none'}", "hint": "Name one as `function:`."}
 
 
-def _call(function: Callable[..., object], told: Mapping[str, Any], generate: _Generate) -> dict[str, Any]:
+def _call(function: Callable[..., object], request: Mapping[str, Any], generate: _Generate) -> dict[str, Any]:
     """What the function says of items, checked: {"numbers": by metric}, or what is wrong."""
-    metrics: list[str] = told["metrics"]
+    metrics: list[str] = request["metrics"]
     try:
-        returned = function(told["items"], generate)
+        returned = function(request["items"], generate)
         if not isinstance(returned, Mapping):
             if len(metrics) > 1:
                 wanted = ", ".join(metrics)
@@ -144,15 +144,15 @@ def _call(function: Callable[..., object], told: Mapping[str, Any], generate: _G
         if set(returned) != set(metrics):
             problem = f"returned {', '.join(map(str, returned)) or 'no metric'}, where {', '.join(metrics)} is declared"
             return {"returned": problem, "hint": "Fix the function, or `metrics:`."}
-        found = {}
+        by_metric = {}
         for metric in metrics:
-            values = _numbers(returned[metric], told["count"])
+            values = _numbers(returned[metric], request["count"])
             if isinstance(values, dict):
                 return values | {"metric": metric}
-            found[metric] = values
+            by_metric[metric] = values
     except BaseException as error:  # whatever it is, it is the function's
-        return _blame(told["file"], f"{told['function']} failed", error)
-    return {"numbers": found}
+        return _blame(request["file"], f"{request['function']} failed", error)
+    return {"numbers": by_metric}
 
 
 def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
@@ -207,10 +207,10 @@ def main(channel: socket.socket, worker: int) -> None:
     """Load what the worker names, and call it as often as it says."""
     process = os.getpid()
     threading.Thread(target=_end_with, args=(worker,), daemon=True).start()
-    told = receive(channel)
-    if told is None:
+    setup = receive(channel)
+    if setup is None:
         return
-    loaded = _load(told)
+    loaded = _load(setup)
     if os.getpid() != process:  # a copy that the file made of this process
         os._exit(0)
     send(channel, {"loaded": True} if callable(loaded) else loaded)
@@ -218,10 +218,10 @@ def main(channel: socket.socket, worker: int) -> None:
         if "items" not in wanted:  # the end of a call that was over already
             continue
         generate = _Generate(channel, process)
-        found = _call(loaded, {**told, **wanted}, generate)
+        result = _call(loaded, {**setup, **wanted}, generate)
         if os.getpid() != process:
             os._exit(0)
-        send(channel, {"ended": True} if generate.ended else found)
+        send(channel, {"ended": True} if generate.ended else result)
     os._exit(0)  # threads that it has started are not waited for
 
 

@@ -131,23 +131,23 @@ def split_items(
     Raises:
         InputError: an empty split, or an item that is in both; and what ``read`` raises.
     """
-    found = read(file)
+    all_items = read(file)
     splits: dict[Split, list[Item]]
     if held_out_file is not None:
-        splits = {"search": list(found), "held_out": list(read(held_out_file))}
-        ours = {item.hash for item in found}
+        splits = {"search": list(all_items), "held_out": list(read(held_out_file))}
+        ours = {item.hash for item in all_items}
         if shared := [item for item in splits["held_out"] if item.hash in ours]:
             problem = f"is an item of {file} too, with {len(shared) - 1} more"
             raise InputError(shared[0].place, problem, "Leave it out of one of the two files.")
     else:  # by what is asked, so that a question never is in both splits with two answers
-        to_held_out = [int(digest(item.asks), 16) / 16**16 < held_out for item in found]
+        to_held_out = [int(digest(item.asks), 16) / 16**16 < held_out for item in all_items]
         splits = {
-            "search": [item for item, held in zip(found, to_held_out, strict=True) if not held],
-            "held_out": [item for item, held in zip(found, to_held_out, strict=True) if held],
+            "search": [item for item, held in zip(all_items, to_held_out, strict=True) if not held],
+            "held_out": [item for item, held in zip(all_items, to_held_out, strict=True) if held],
         }
     for split, items in splits.items():
         if not items:
-            problem = f"gives no item to the {split} split, of {len(found)} items"
+            problem = f"gives no item to the {split} split, of {len(all_items)} items"
             hint = "Give more items, another share as `held_out:`, or a `held_out_file:`."
             raise InputError(str(file), problem, hint)
     return splits

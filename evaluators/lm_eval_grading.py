@@ -72,8 +72,8 @@ def grade(
         grades: Grades = {}
         for name in group[0].filtered_resps:
             # a copy, because some tasks write into the document that they grade
-            found = task.process_results(dict(doc), [request.filtered_resps[name] for request in group])
-            grades |= {(metric, name): value for metric, value in found.items()}
+            results = task.process_results(dict(doc), [request.filtered_resps[name] for request in group])
+            grades |= {(metric, name): value for metric, value in results.items()}
         graded.append(grades)
     return graded
 

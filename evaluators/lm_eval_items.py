@@ -97,10 +97,10 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
     rows = range(len(docs))[start:stop]
     if not rows:
         raise InputError(place, f"{spec!r} has no items; {source!r} has {len(docs)}")
-    found = [dict(docs[row]) for row in rows]
+    chosen = [dict(docs[row]) for row in rows]
     check = _ItemCheck(task, place)
-    read = [check(row, doc) for row, doc in zip(rows, found, strict=True)]
-    return Items(source, rows, found, [hashed for hashed, _ in read], [texts for _, texts in read])
+    read = [check(row, doc) for row, doc in zip(rows, chosen, strict=True)]
+    return Items(source, rows, chosen, [hashed for hashed, _ in read], [texts for _, texts in read])
 
 
 class _ItemCheck:
@@ -142,8 +142,8 @@ class _ItemCheck:
 
 def _answer_text(answer: Any, choices: Any) -> str:
     """The right answer, or all of several: choices are named by their places."""
-    found = answer if isinstance(answer, list) else [answer]
-    return " | ".join(str(choices[each]) if isinstance(each, int) and choices else str(each) for each in found)
+    answers = answer if isinstance(answer, list) else [answer]
+    return " | ".join(str(choices[one]) if isinstance(one, int) and choices else str(one) for one in answers)
 
 
 def _no_none(value: Any) -> Any:

@@ -86,15 +86,15 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         answers = [""] * len(requests)
         for group in groups.values():
             work = partial(self._generate_as_lm_eval, [requests[position] for position in group])
-            found = self._room.fit(self._wanted, len(group), self.device, work)
-            for position, text in zip(group, found, strict=True):
+            texts = self._room.fit(self._wanted, len(group), self.device, work)
+            for position, text in zip(group, texts, strict=True):
                 answers[position] = text
         return answers
 
     def _generate_as_lm_eval(self, requests: list[Instance], rows: int) -> list[str]:
         self.batch_size_per_gpu = rows
-        found: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return found
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return answers
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -121,11 +121,11 @@ class ResidentLM(HFLM):  # type: ignore[misc]
 
 def ask(lm: ResidentLM, requests: Mapping[int, Instance]) -> dict[int, Any]:
     """The model's answer to each request, kind by kind, as lm-eval has it."""
-    found: dict[int, Any] = {}
+    answers: dict[int, Any] = {}
     for kind in dict.fromkeys(request.request_type for request in requests.values()):
         asked = {number: request for number, request in requests.items() if request.request_type == kind}
-        found.update(zip(asked, getattr(lm, kind)(list(asked.values()), disable_tqdm=True), strict=True))
-    return found
+        answers.update(zip(asked, getattr(lm, kind)(list(asked.values()), disable_tqdm=True), strict=True))
+    return answers
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> Callable[..., str]:

@@ -249,13 +249,13 @@ def _read_hub(settings: MgsmSettings) -> Iterator[Line]:
 
     place = f"{settings.hub}, {settings.language}, test"
     try:
-        found = datasets.load_dataset(settings.hub, settings.language, split="test")
+        rows = datasets.load_dataset(settings.hub, settings.language, split="test")
     except Exception as error:  # whatever a hub, a cache or a dataset may raise
         problem = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         raise InputError(
             place, problem, "Name a `file:`, or fetch it once with the network on; it is cached."
         ) from error
-    for row, fields in enumerate(found):
+    for row, fields in enumerate(rows):
         yield Line(fields, f"{place}, row {row}")
 
 
@@ -278,11 +278,11 @@ def right_answer(line: Line) -> Decimal:
     given: Any = line.fields.get("answer_number")
     if given is None:  # datasets fill it in where only ``answer`` is given
         given = line.fields.get("answer")
-    found = None
+    number = None
     if isinstance(given, str):
-        found = answer_number(given, "en")
+        number = answer_number(given, "en")
     elif isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
-        found = Decimal(str(given))
-    if found is None:
+        number = Decimal(str(given))
+    if number is None:
         raise InputError(line.place, f"its answer {given!r} is no number", "Leave it out.")
-    return found
+    return number

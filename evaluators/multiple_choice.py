@@ -175,10 +175,10 @@ def _read(settings: MultipleChoiceSettings, file: Path) -> Iterator[_Question]:
 
 
 def _choices(line: Line) -> tuple[str, ...]:
-    found: Any = line.fields.get("choices")
-    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(c, str) and c.strip() for c in found):
-        raise InputError(line.place, f"its choices are no list of several texts: {str(found)[:100]}", _EXAMPLE)
-    return tuple(found)
+    choices: Any = line.fields.get("choices")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise InputError(line.place, f"its choices are no list of several texts: {str(choices)[:100]}", _EXAMPLE)
+    return tuple(choices)
 
 
 def _right(line: Line, choices: Sequence[str]) -> int:

@@ -43,8 +43,8 @@ def last_number_sakana(text: str) -> float | None:
     SakanaAI/evolutionary-model-merge, evomerge/eval/ja_mgsm.py, ``extract_answer_number``. That takes commas out of
     what it found as well, where none can be any more.
     """
-    found = re.findall(r"\d*\.?\d+", text)
-    return float(found[-1]) if found else None
+    numbers = re.findall(r"\d*\.?\d+", text)
+    return float(numbers[-1]) if numbers else None
 
 
 def answer_number(text: str, language: Language) -> Decimal | None:
@@ -52,8 +52,8 @@ def answer_number(text: str, language: Language) -> Decimal | None:
     text = plain(text, language)
     numbers = find_numbers(text, language)
     for marker in reversed(list(_markers(language).finditer(text))):
-        if (found := _behind(marker, numbers)) is not None:
-            return found.value
+        if (number := _behind(marker, numbers)) is not None:
+            return number.value
     return _last(numbers)
 
 
@@ -130,12 +130,12 @@ def _behind(marker: re.Match[str], numbers: Sequence[Number]) -> Number | None:
 
 def _clauses(text: str, start: int) -> Iterator[tuple[int, int]]:
     """The first two clauses from ``start`` on that hold letters or digits."""
-    found = 0
-    while start < len(text) and found < 2:
+    count = 0
+    while start < len(text) and count < 2:
         ending = _END_OF_CLAUSE.search(text, start)
         end = ending.start() if ending else len(text)
         if re.search(r"\w", text[start:end]):
-            found += 1
+            count += 1
             yield start, end
         start = ending.end() if ending else len(text)
 

@@ -92,14 +92,14 @@ _SCALES: dict[Language, dict[str, Decimal]] = {
 
 def plain(text: str, language: Language) -> str:
     """Full-width letters, digits and signs as ASCII, and fractions of one character or of LaTeX with a slash."""
-    text = re.sub("(?<=[０-９])[，．](?=[０-９])", lambda found: ",."["，．".index(found[0])], text)
+    text = re.sub("(?<=[０-９])[，．](?=[０-９])", lambda match: ",."["，．".index(match[0])], text)
     text = re.sub("(?<=[^\\n][0-9])．(?=[0-9])", ".", text)  # at the start of a line it is a list's
     if language == "ja":  # in Chinese it ends clauses
         text = re.sub("(?<=[0-9])，(?=[0-9]{3}(?![0-9]))", ",", text)
     text = re.sub(r"(\d?)\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", _slash, text)
-    text = re.sub("[！-＋－／-～]", lambda found: chr(ord(found[0]) - 0xFEE0), text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]), text).replace("⁄", "/")
-    return re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d)", lambda found: "," if "{" in found[0] else "\u202f", text)  # LaTeX
+    text = re.sub("[！-＋－／-～]", lambda match: chr(ord(match[0]) - 0xFEE0), text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text).replace("⁄", "/")
+    return re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d)", lambda match: "," if "{" in match[0] else "\u202f", text)  # LaTeX
 
 
 def _slash(fraction: re.Match[str]) -> str:
@@ -131,7 +131,10 @@ def find_numbers(text: str, language: Language) -> list[Number]:
     """All numbers of a text that ``plain`` made, in order, the parts of a fraction joined."""
     joined: list[Number] = []
     moments = {
-        at for found in _MOMENT.finditer(text) if not _ends(_STEP, text, found.start()) for at in range(*found.span())
+        at
+        for moment in _MOMENT.finditer(text)
+        if not _ends(_STEP, text, moment.start())
+        for at in range(*moment.span())
     }
     for match in _pattern(language).finditer(text):
         if not _in_word(match):

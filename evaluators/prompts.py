@@ -208,7 +208,7 @@ def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> 
     """
     fitting = 0
     for position in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_MOST_TOKENISED]:
-        longest = max(asked(position), key=lambda each: each.lost, default=None)
+        longest = max(asked(position), key=lambda prompt: prompt.lost, default=None)
         if longest is None or not longest.lost:
             fitting += 1
             if fitting == _FITTING:
@@ -218,12 +218,14 @@ def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> 
         yield longest
 
 
-def told_too_long(found: Sequence[Prompt]) -> str:
+def told_too_long(prompts: Sequence[Prompt]) -> str:
     """Which items lose their beginning, as a sentence for people; empty for none."""
-    if not found:
+    if not prompts:
         return ""
-    named = "; ".join(f"{each.place} ({len(each.ids) - each.unread:,} tokens)" for each in found[:_NAMED])
-    more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    room = min(each.room - each.unread for each in found if each.room is not None)
-    items = "1 item is too long and loses its" if len(found) == 1 else f"{len(found)} items are too long and lose their"
+    named = "; ".join(f"{prompt.place} ({len(prompt.ids) - prompt.unread:,} tokens)" for prompt in prompts[:_NAMED])
+    more = f"; and {len(prompts) - _NAMED} more" if len(prompts) > _NAMED else ""
+    room = min(prompt.room - prompt.unread for prompt in prompts if prompt.room is not None)
+    items = (
+        "1 item is too long and loses its" if len(prompts) == 1 else f"{len(prompts)} items are too long and lose their"
+    )
     return f"{items} beginning, as there is room for {room:,} tokens: {named}{more}"

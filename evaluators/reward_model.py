@@ -110,7 +110,7 @@ class _Judge:
         if self._model is None:
             self._model = _load(self._folder, device)
         encoded = [self._encode(prompt, answer) for prompt, answer in pairs]
-        found = [0.0] * len(pairs)
+        rewards = [0.0] * len(pairs)
         for batch in self._batches(encoded):
             rows = [torch.tensor(encoded[position], device=device) for position in batch]
             pad = self._padding() or 0  # without one, a row is alone and is not padded
@@ -121,8 +121,8 @@ class _Judge:
             with torch.inference_mode():
                 logits = self._model(input_ids=ids, attention_mask=mask.long()).logits
             for position, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
-                found[position] = reward
-        return found
+                rewards[position] = reward
+        return rewards
 
     def _encode(self, prompt: str, answer: str) -> list[int]:
         """Tokens of a prompt with its answer; of too many, all of the first part but its first token is left out."""

@@ -59,9 +59,9 @@ class Scoring:
         if not self._distinct:
             return Graded({metric: np.empty(0, dtype=np.float32) for metric in self.evaluator.metrics})
         started, given = time.perf_counter(), iter(responses)
-        found = [Outcome(r.run(live, engine)) if isinstance(r, Direct) else next(given) for r in self._all]
+        outcomes = [Outcome(r.run(live, engine)) if isinstance(r, Direct) else next(given) for r in self._all]
         answered = time.perf_counter()
-        graded = self.evaluator.grade(self._split, self._distinct, found)
+        graded = self.evaluator.grade(self._split, self._distinct, outcomes)
         seconds = {"score": time.perf_counter() - answered}
         if self.needs_model:
             seconds["generate"] = answered - started

@@ -30,8 +30,8 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
     faults = error.errors(include_url=False)
     fault, path = faults[0], _path(faults[0], content)
     if isinstance(fault["input"], Mapping):  # of a section among other types of value, what is wrong inside of it
-        below = [each for each in faults if _path(each, content)[: len(path)] == path]
-        fault = max(below, key=lambda each: len(_path(each, content)) > len(path))
+        below = [inner for inner in faults if _path(inner, content)[: len(path)] == path]
+        fault = max(below, key=lambda inner: len(_path(inner, content)) > len(path))
         path = _path(fault, content)
     known = _known_keys(model, path[:-1], content)
     kind, context = fault["type"], fault.get("ctx", {})
@@ -49,9 +49,9 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
         noun = path[-2].removesuffix("s") if path[-1].isdecimal() else path[-1]  # observers.0: one of the observers
         return unknown_name(context["tag"], names, f"{where}.{_tag_key(context)}", noun)
     # A value of several types has a fault for each; those of a section that it might have been are another's.
-    alike = [each for each in faults if _path(each, content) == path]
-    wrong = list(dict.fromkeys(_wrong(each["type"], str(each["msg"]), each.get("ctx", {})) for each in alike))
-    problem = " or ".join([wrong[0], *(each.removeprefix("must be ") for each in wrong[1:])])
+    alike = [other for other in faults if _path(other, content) == path]
+    wrong = list(dict.fromkeys(_wrong(other["type"], str(other["msg"]), other.get("ctx", {})) for other in alike))
+    problem = " or ".join([wrong[0], *(text.removeprefix("must be ") for text in wrong[1:])])
     if kind == "string_type" and (what := _read_as(fault.get("input"))) is not None:
         return InputError(where, f"must be text, and YAML reads it as {what}", "Put it in quotes.")
     given = fault.get("input")
@@ -164,4 +164,4 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     """The sections that an annotation allows, in lists and other containers too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for each in get_args(annotation) for found in _sections(each)]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]

@@ -56,7 +56,7 @@ def check_genome(genome: Genome, parameters: Sequence[Parameter], place: str) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Landmark:
+class Baseline:
     """A recipe that every search scores first and shows everything later against.
 
     ``genome`` is the point of the space that decodes to the same model, or None where the space holds no such point.
@@ -86,4 +86,4 @@ class SearchSpace(Protocol):
 
     def decode(self, genome: Genome) -> Recipe: ...
 
-    def landmarks(self) -> Iterable[Landmark]: ...
+    def baselines(self) -> Iterable[Baseline]: ...

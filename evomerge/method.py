@@ -142,12 +142,12 @@ def find_method(name: str, place: str) -> Method:
     Raises:
         InputError: there is none, or a package's entry point names something else than a ``Method`` of this name.
     """
-    found = find_plugin(GROUP, name, place)
-    if not isinstance(found, Method):
+    method = find_plugin(GROUP, name, place)
+    if not isinstance(method, Method):
         raise InputError(place, f"what the package names {name} is no merge method", "Let it name a Method.")
-    if found.name != name:
-        raise InputError(place, f"the method that is installed as {name} calls itself {found.name}")
-    return found
+    if method.name != name:
+        raise InputError(place, f"the method that is installed as {name} calls itself {method.name}")
+    return method
 
 
 def own_methods() -> dict[str, Method]:

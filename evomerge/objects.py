@@ -96,17 +96,17 @@ class Storage:
     def files(self) -> dict[str, int]:
         """All files here and below, with their sizes in bytes; but for what a probe left that was cut off."""
         with self._faults("listed"):
-            found = self._system.find(self._root, detail=True)
+            entries = self._system.find(self._root, detail=True)
         above = f"{self._root}/"
-        inside = {path[len(above) :]: each for path, each in found.items() if path.startswith(above)}
-        return {name: int(each["size"]) for name, each in sorted(inside.items()) if not name.startswith(_PROBE)}
+        inside = {path[len(above) :]: entry for path, entry in entries.items() if path.startswith(above)}
+        return {name: int(entry["size"]) for name, entry in sorted(inside.items()) if not name.startswith(_PROBE)}
 
     def put(self, file: Path, name: str, progress: Callable[[int], None] = lambda sent: None) -> None:
         """Copy a file there, whole or not at all; ``progress`` hears how many of its bytes were sent."""
         from fsspec.callbacks import Callback
 
-        told = Callback(hooks={"sent": lambda size, value, **_: progress(value)})
-        self._whole(name, lambda path: self._system.put_file(str(file), path, callback=told))
+        callback = Callback(hooks={"sent": lambda size, value, **_: progress(value)})
+        self._whole(name, lambda path: self._system.put_file(str(file), path, callback=callback))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all."""
@@ -135,8 +135,8 @@ class Storage:
     def modified(self, name: str) -> datetime:
         """When a file was last written, by the storage's clock."""
         with self._faults("looked at"):
-            found: datetime = self._system.modified(f"{self._root}/{name}")
-            return found
+            written_at: datetime = self._system.modified(f"{self._root}/{name}")
+            return written_at
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove files, one after the other; those that are not there are passed over."""

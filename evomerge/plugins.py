@@ -132,11 +132,11 @@ def find_class(group: str, name: str, place: str, base: type[Base]) -> type[Base
     Raises:
         InputError: as ``find_plugin``, or it is no subclass of ``base``.
     """
-    found = find_plugin(group, name, place)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    part = find_plugin(group, name, place)
+    if not (isinstance(part, type) and issubclass(part, base)):
         problem = f"what the package names {name} is no {NOUNS[group]}"
         raise InputError(place, problem, f"Let it name a subclass of {base.__name__}.")
-    return found
+    return part
 
 
 @cache

@@ -24,10 +24,10 @@ def questions(file: Path) -> Iterator[str]:
 
 def main() -> None:
     name, *files = sys.argv[1:]
-    found = {question_hash(question) for file in files for question in questions(Path(file))} - {None}
+    hashes = {question_hash(question) for file in files for question in questions(Path(file))} - {None}
     DATA.mkdir(exist_ok=True)
-    (DATA / f"{name}.txt").write_text("".join(f"{each}\n" for each in sorted(map(str, found))), "ascii")
-    print(f"{len(found)} questions of {name}")
+    (DATA / f"{name}.txt").write_text("".join(f"{hashed}\n" for hashed in sorted(map(str, hashes))), "ascii")
+    print(f"{len(hashes)} questions of {name}")
 
 
 if __name__ == "__main__":

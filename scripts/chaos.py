@@ -69,7 +69,7 @@ class Fault:
 
 
 def plan_faults(count: int, candidates: int, seed: int, store: str) -> list[Fault]:
-    """As many of each kind, in an order drawn by ``seed``, spread over the search after its landmarks and first ten."""
+    """As many of each kind, in an order drawn by ``seed``, spread over the search after its baselines and first ten."""
     rng = random.Random(seed)
     all_kinds = (*BY_HAND, *BY_STORE[store], *BY_WORKER)
     kinds = [all_kinds[i % len(all_kinds)] for i in range(count)]
@@ -254,7 +254,7 @@ class Chaos:
 
     def _alive(self, folder: str) -> list[tuple[int, dict[str, Any]]]:
         """Workers of this search by the notes in a folder: process id, and what the note says."""
-        found = []
+        workers = []
         for note in (self.folder / folder).glob("*[0-9]"):
             try:
                 ours = "::Worker" in " ".join(psutil.Process(int(note.name)).cmdline())
@@ -262,10 +262,10 @@ class Chaos:
             except (FileNotFoundError, psutil.NoSuchProcess):
                 ours = False
             if ours:
-                found.append((int(note.name), said))
+                workers.append((int(note.name), said))
             else:  # it was ended, and its number may be another's by now
                 note.unlink(missing_ok=True)
-        return found
+        return workers
 
     # What the store says ------------------------------------------------------------------------------------------
 
@@ -274,7 +274,7 @@ class Chaos:
 
     def _events(self) -> int:
         """The newest event."""
-        return max((found.seq for found in self.store.events(newest=1)), default=0)
+        return max((event.seq for event in self.store.events(newest=1)), default=0)
 
     def _known(self) -> int:
         """Candidates that have come to an end."""
@@ -294,8 +294,8 @@ def add_up(folder: Path, faults: list[Fault], chaos: Chaos) -> dict[str, Any]:
         times = Counter(e.candidate for e in events if e.kind == "result")
         double = {number for number, count in times.items() if count > 1}
         for row in rows:
-            for found in store.scores(row.number, "search"):
-                if not np.array_equal(found.metrics["acc"], scores_of(row.recipe_hash)):
+            for score in store.scores(row.number, "search"):
+                if not np.array_equal(score.metrics["acc"], scores_of(row.recipe_hash)):
                     double.add(row.number)
     for fault in faults:
         fault.seen = _seen(fault, [e for e in events if e.seq >= fault.after], late)
@@ -321,27 +321,27 @@ def _seen(fault: Fault, events: list[EventRow], late: set[int]) -> str:
     if fault.kind == "clock jump":
         jumps = [b.time - a.time for a, b in pairwise(events) if abs(b.time - a.time) > HOUR / 2]
         return f"times jump by {jumps[0]:+.0f} s" if jumps else ""
-    for found in events:
-        if found.candidate == fault.candidate and fault.attempt in (None, found.attempt):
-            if found.kind == "failure" and fault.kind == ZOMBIE:
-                known = found.payload["reason"] == "node_lost" and fault.candidate in late
-                return f"attempt {found.attempt} failed: node_lost; scored on, and did not count" if known else ""
-            if found.kind == "failure":
-                return f"attempt {found.attempt} failed: {found.payload['reason']}"
-            if found.kind == "result":
-                return f"attempt {found.attempt} gave scores all the same"
+    for event in events:
+        if event.candidate == fault.candidate and fault.attempt in (None, event.attempt):
+            if event.kind == "failure" and fault.kind == ZOMBIE:
+                known = event.payload["reason"] == "node_lost" and fault.candidate in late
+                return f"attempt {event.attempt} failed: node_lost; scored on, and did not count" if known else ""
+            if event.kind == "failure":
+                return f"attempt {event.attempt} failed: {event.payload['reason']}"
+            if event.kind == "result":
+                return f"attempt {event.attempt} gave scores all the same"
     later = any(e.candidate == fault.candidate and e.kind == "dispatch" for e in events)
     return "tried again by another driver" if later else ""
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     lines = [f"{'fault':<15} {'at':>4} {'candidate':>9}  seen in the events"]
-    for row in found["rows"]:
+    for row in results["rows"]:
         candidate = "" if row["candidate"] is None else row["candidate"]
         seen = row["seen"] if row["injected"] else "NOT INJECTED"
         lines.append(f"{row['kind']:<15} {row['at']:>4} {candidate:>9}  {seen or 'NOT SEEN'}")
     sums = ("faults", "candidates", "lost", "double", "hung", "zombies", "drivers")
-    return "\n".join([*lines, "", ", ".join(f"{name} {found[name]}" for name in sums)])
+    return "\n".join([*lines, "", ", ".join(f"{name} {results[name]}" for name in sums)])
 
 
 def running_store(store: str) -> AbstractContextManager[Any]:
@@ -366,10 +366,10 @@ def main() -> int:
         faults = plan_faults(options.faults, options.candidates, options.seed, options.store)
         chaos = Chaos(Path(name), faults, options.candidates, server)
         chaos.run()
-        found = add_up(Path(name), faults, chaos)
-    print(json.dumps(found, indent=2) if options.json else table(found))
-    whole = all(row["injected"] and row["seen"] for row in found["rows"])
-    return 0 if whole and not (found["lost"] or found["double"] or found["hung"]) else 1
+        results = add_up(Path(name), faults, chaos)
+    print(json.dumps(results, indent=2) if options.json else table(results))
+    whole = all(row["injected"] and row["seen"] for row in results["rows"])
+    return 0 if whole and not (results["lost"] or results["double"] or results["hung"]) else 1
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Searches:
         }  # fmt: skip
         settings: dict[str, Any] = {
             "name": name.replace(" ", "-"), "seed": 3, "dtype": "float32", "base": "base",
-            "sources": {each: str(MINIATURES / each) for each in ("base", "maths", "japanese")},
+            "sources": {model: str(MINIATURES / model) for model in ("base", "maths", "japanese")},
             "space": {"kind": "parameter_space", "method": "task_arithmetic", "granularity": 2},
             "objectives": {"sums": sums}, "optimizer": {"name": "cma", "population": 5}, "budget": {"candidates": 26},
             "confirm": {"top": 2}, "pool": "in_process",
@@ -119,12 +119,12 @@ class Searches:
     def _adapters(self) -> dict[str, str]:
         from test_adapters import LINEAR, train
 
-        base, found = MINIATURES / "base", {}
+        base, references = MINIATURES / "base", {}
         for seed, name in enumerate(("one", "two")):
             if not (adapter := self._folder / name).exists():
                 train(base, adapter, seed=seed, r=4, lora_alpha=8, target_modules=LINEAR)
-            found[name] = f"{base}+{adapter}"
-        return found
+            references[name] = f"{base}+{adapter}"
+        return references
 
     def path(self, name: str) -> Path:
         return self._folder / name
@@ -182,7 +182,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     from evomerge.search.settings.folder import open_store
 
     with open_store(folder) as store:
-        found: dict[str, Any] = {}
+        content: dict[str, Any] = {}
         for row in store.candidates():
             scores = [
                 (split, s.evaluator, s.items.tobytes(), {name: v.tobytes() for name, v in s.metrics.items()})
@@ -190,14 +190,14 @@ def snapshot(folder: Path) -> dict[str, Any]:
                 for s in store.scores(row.number, split)
             ]
             genome = None if row.genome is None else row.genome.tobytes()
-            found[f"candidate {row.number}"] = (
+            content[f"candidate {row.number}"] = (
                 row.step, row.origin, row.label, genome, row.recipe_hash, row.status, row.same_as, row.objectives,
                 row.losses, row.eligible, row.on_front, scores, store.answers(row.number, "search"),
             )  # fmt: skip
         for kind in ("shortlist", "winner"):
-            found[kind] = [event.payload for event in store.events(kinds=(kind,), newest=1)]
-        found["state"] = store.search().state
-    return found
+            content[kind] = [event.payload for event in store.events(kinds=(kind,), newest=1)]
+        content["state"] = store.search().state
+    return content
 
 
 def faults(folder: Path) -> Iterator[str]:
@@ -306,8 +306,8 @@ def main() -> int:
             server.execute("CREATE DATABASE kills")
         rows = []
         for position, kind in enumerate(kinds):
-            each = options.kills // len(kinds) + (position < options.kills % len(kinds))
-            rows.append(run(kind, Path(name) / f"{position}", server, each, rng))
+            kills = options.kills // len(kinds) + (position < options.kills % len(kinds))
+            rows.append(run(kind, Path(name) / f"{position}", server, kills, rng))
     print(json.dumps([vars(row) for row in rows], indent=2) if options.json else table(rows))
     return 0 if all(row.is_right for row in rows) else 1
 

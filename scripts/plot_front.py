@@ -48,7 +48,7 @@ def draw(search: Path, out: Path) -> None:
             baseline.label, (point[x].mean, point[y].mean),
             xytext=(6, -12), textcoords="offset points", color="tab:red", fontsize=8,
         )  # fmt: skip
-    axes.plot([], [], "x", color="tab:red", label="sources and landmarks, held-out split")
+    axes.plot([], [], "x", color="tab:red", label="sources and baselines, held-out split")
     for pick in (pick for pick in status.picks if pick.split == "held_out"):
         won = pick.objectives
         axes.annotate(

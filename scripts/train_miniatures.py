@@ -255,15 +255,15 @@ def scores(
         "mini_math_en": miniatures.score_math_en,
         "mini_translate_ja": miniatures.score_translation,
     }
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for task in names:
         lines = (tasks / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
         items = [json.loads(line) for line in lines]
         answers = answers_of(model, tokenizer, [item["prompt"] for item in items])
-        each = [scorers[task](item, [answer]) for item, answer in zip(items, answers, strict=True)]
-        for metric in each[0]:
-            found[f"{task}:{metric}"] = sum(one[metric] for one in each) / len(each)
-    return found
+        grades = [scorers[task](item, [answer]) for item, answer in zip(items, answers, strict=True)]
+        for metric in grades[0]:
+            means[f"{task}:{metric}"] = sum(one[metric] for one in grades) / len(grades)
+    return means
 
 
 def merged(base: Weights, experts: Sequence[Weights], weights: Sequence[float]) -> Weights:
@@ -281,11 +281,11 @@ def float_weights(model: LlamaForCausalLM) -> Weights:
 def print_table(out: Path, tasks: Path, split: str = "held_out") -> None:
     """Each model, and merges over a grid of two weights, on every task."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
-    each = {
+    loaded = {
         name: LlamaForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval()
         for name in ("base", "maths", "japanese")
     }
-    base, maths, japanese = (float_weights(model) for model in each.values())
+    base, maths, japanese = (float_weights(model) for model in loaded.values())
     rows: list[tuple[str, Weights]] = [("base", base), ("maths", maths), ("japanese", japanese)]
     pairs = [
         (0.3, 0.3), (0.5, 0.5), (1.0, 1.0),  # the uniform average of the sources, and defaults of merge methods
@@ -295,12 +295,12 @@ def print_table(out: Path, tasks: Path, split: str = "held_out") -> None:
     for m, j in pairs:
         rows.append((f"{m:.1f} maths + {j:.1f} japanese", merged(base, [maths, japanese], [m, j])))
     print(f"\n{split:28s} math_ja:acc_ja  math_ja:acc  math_en:acc  translate_ja:acc")
-    model = each["base"]
+    model = loaded["base"]
     for name, weights in rows:
         model.load_state_dict(weights)
-        found = scores(model, tokenizer, tasks, split)
+        means = scores(model, tokenizer, tasks, split)
         columns = ("mini_math_ja:acc_ja", "mini_math_ja:acc", "mini_math_en:acc", "mini_translate_ja:acc")
-        print(f"{name:28s} " + "  ".join(f"{found[column]:12.1%}" for column in columns), flush=True)
+        print(f"{name:28s} " + "  ".join(f"{means[column]:12.1%}" for column in columns), flush=True)
 
 
 # ---- writing ----

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Landmark
+from evomerge.genome import Baseline, Genome
 from evomerge.plugins import unknown_name
 from evomerge.recipes.base import DType
 from evomerge.recipes.stack import Blend, StackRecipe
@@ -133,7 +133,7 @@ class DataFlowSpace:
         picks, scales = self._genes.read(genome.tolist())
         return self._recipe(self._pool[0], [pick.layer for pick in picks], scales)
 
-    def landmarks(self) -> Iterator[Landmark]:
+    def baselines(self) -> Iterator[Baseline]:
         """Every model of the pool alone, and the paths that people stack by hand, each recipe once.
 
         By hand: the lower half of A with the upper half of another model; the middle of another model between the
@@ -145,13 +145,13 @@ class DataFlowSpace:
         for member, layers in zip(self._pool, self._spans(), strict=True):
             recipe = self._recipe(member, layers)
             seen.add(recipe.hash)
-            yield Landmark(member.label, "source", recipe, self._point(layers) if member is self._pool[0] else None)
+            yield Baseline(member.label, "source", recipe, self._point(layers) if member is self._pool[0] else None)
         for label, path in self._by_hand():
             path = self._genes.ended(path)
             recipe = self._recipe(self._pool[0], path)
             if len(path) <= self._genes.most and recipe.hash not in seen:
                 seen.add(recipe.hash)
-                yield Landmark(label, "default", recipe, self._point(path))
+                yield Baseline(label, "default", recipe, self._point(path))
 
     def _spans(self) -> list[range]:
         """The numbers of each model's layers."""

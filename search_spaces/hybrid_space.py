@@ -16,7 +16,7 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.files import absolute_reference
-from evomerge.genome import Genome, Landmark, SearchSpace
+from evomerge.genome import Baseline, Genome, SearchSpace
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import check_blend
 from evomerge.recipes.stack import StackRecipe
@@ -69,7 +69,7 @@ class HybridSpaceSettings(PathSettings):
             raise InputError("space", "needs a merge to start from, or a method to merge hops by", hint)
         if self.others is not None:
             raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
-        marks = list(ParameterSpaceSettings(method=self.method).build(context).landmarks())
+        marks = list(ParameterSpaceSettings(method=self.method).build(context).baselines())
         return JointSpace(self, context, self.method, marks)
 
     def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
@@ -103,7 +103,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     used = recipe.used_sources() | recipe.vocabulary.used_sources() | {recipe.tokenizer}
     here = Path(os.path.realpath(path)).parent  # which an exported recipe names folders from
     recipe = recipe.model_copy(
-        update={"sources": {name: absolute_reference(found, here) for name, found in recipe.sources.items()}}
+        update={"sources": {name: absolute_reference(reference, here) for name, reference in recipe.sources.items()}}
     )
     for name in sorted(used):
         if name not in context.sources:
@@ -155,14 +155,14 @@ class JointSpace:
         settings: of the paths and the weights.
         context: of the search.
         method: by which hops are merged.
-        marks: the landmarks of the parameter space of this method on the whole model.
+        marks: the baselines of the parameter space of this method on the whole model.
 
     Raises:
         InputError: settings that contradict each other or the sources.
     """
 
     def __init__(
-        self, settings: HybridSpaceSettings, context: SpaceContext, method: str, marks: Sequence[Landmark]
+        self, settings: HybridSpaceSettings, context: SpaceContext, method: str, marks: Sequence[Baseline]
     ) -> None:
         self._settings = settings
         self._context = context
@@ -208,7 +208,7 @@ class JointSpace:
             calibration=self._context.calibration_of(self._genes.method),
         )
 
-    def landmarks(self) -> Iterator[Landmark]:
+    def baselines(self) -> Iterator[Baseline]:
         """Those of the parameter space: every source alone, the uniform average, and the method's usual defaults."""
         path = self._path.point(range(self._context.layers))
         for mark in self._marks:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Landmark
+from evomerge.genome import Baseline, Genome
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend
 from evomerge.recipes.stack import Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
@@ -124,19 +124,19 @@ class ParameterSpace:
             calibration=self._context.calibration_of(self._method),
         )
 
-    def landmarks(self) -> Iterator[Landmark]:
+    def baselines(self) -> Iterator[Baseline]:
         """Every source alone, the uniform average of the merged ones, and the method's usual defaults."""
         mixed, method = self._context.mixed, self._method
         for name in self._context.sources:
             point = None
             if method.alone is not None and (name in mixed or method.needs_base):
                 point = method.alone(mixed, name if name in mixed else None)
-            yield Landmark(name, "source", self._weighted({name: 1.0}), self._genome_at(point))
+            yield Baseline(name, "source", self._weighted({name: 1.0}), self._genome_at(point))
         share = {name: 1.0 / len(mixed) for name in mixed}
         point = method.uniform(mixed) if method.uniform is not None else None
-        yield Landmark("uniform average", "average", self._weighted(share), self._genome_at(point))
+        yield Baseline("uniform average", "average", self._weighted(share), self._genome_at(point))
         usual = np.array([p.default for p in self.parameters], dtype=np.float64)
-        yield Landmark(f"{self._method.name} defaults", "default", self.decode(usual), usual)
+        yield Baseline(f"{self._method.name} defaults", "default", self.decode(usual), usual)
 
     def _group(self, role: Role) -> str:
         granularity = self._settings.granularity

@@ -162,12 +162,12 @@ class Blocks:
             ]
 
     def picks(self, numbers: Sequence[float]) -> list[Pick]:
-        found = []
+        picks = []
         for slot in range(len(self.slots)):
             model, start, length = self._segment(numbers, slot)
             stop = min(start + length, self._depths[model])
-            found += [Pick(slot, self._first[model] + layer) for layer in range(start, stop)]
-        return found[: self._room]
+            picks += [Pick(slot, self._first[model] + layer) for layer in range(start, stop)]
+        return picks[: self._room]
 
     def only(self, numbers: Sequence[float]) -> Pick:
         """The first layer of the first segment."""

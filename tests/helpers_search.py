@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 
-from evomerge.genome import Genome, Landmark, Parameter
+from evomerge.genome import Baseline, Genome, Parameter
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.driving.control import Control
@@ -48,12 +48,12 @@ class FakeSpace:
             head=blends[0],
         )
 
-    def landmarks(self) -> Iterator[Landmark]:
+    def baselines(self) -> Iterator[Baseline]:
         n = len(self.parameters)
         for name, value in (("one", 1.0), ("two", 0.0)):
             genome = np.full(n, value)
-            yield Landmark(name, "source", self.decode(genome), genome)
-        yield Landmark("uniform average", "average", self.decode(np.full(n, 0.25)), None)
+            yield Baseline(name, "source", self.decode(genome), genome)
+        yield Baseline("uniform average", "average", self.decode(np.full(n, 0.25)), None)
 
 
 def _blend(weight: float) -> Blend:

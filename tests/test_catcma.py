@@ -258,16 +258,16 @@ def test_reals_alone_converge_and_say_so() -> None:
 
 
 @pytest.mark.parametrize("kind", ["reals", "choices", "mixed"])
-def test_a_good_landmark_pulls_the_distribution_and_a_bad_one_does_nothing(kind: str) -> None:
-    """Also in 200 dimensions, where a landmark is far outside what the Gaussian would give."""
+def test_a_good_baseline_pulls_the_distribution_and_a_bad_one_does_nothing(kind: str) -> None:
+    """Also in 200 dimensions, where a baseline is far outside what the Gaussian would give."""
     space = {"reals": reals(200), "choices": choices(60, default=1), "mixed": [*choices(30, default=1), *reals(60)]}[
         kind
     ]
 
-    def second_generation(landmark: Genome | None) -> np.ndarray:
+    def second_generation(baseline: Genome | None) -> np.ndarray:
         optimizer = CatCmaSettings(name="catcma", sigma=0.03).build(space, 1, 0)
-        if landmark is not None:
-            optimizer.tell([Observation(landmark, [float(landmark.sum())])])
+        if baseline is not None:
+            optimizer.tell([Observation(baseline, [float(baseline.sum())])])
         first = optimizer.ask(optimizer.population)
         optimizer.tell([Observation(g, [float(g.sum())]) for g in first])
         return np.array(optimizer.ask(200))

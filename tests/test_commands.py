@@ -376,11 +376,11 @@ slices:
     assert torch.isfinite(model(torch.tensor([[1, 5, 7]])).logits).all()
 
 
-def test_score_of_a_source_equals_its_landmark(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_of_a_source_equals_its_baseline(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = json_of(capsys, "status", searched, "--json")
     found = json_of(capsys, "score", MINIATURES / "japanese", searched / "search.yaml", "--split", "search", "--json")
-    landmark = next(b for b in status["baselines"] if b["label"] == "japanese")
-    assert found["objectives"] == landmark["objectives"]
+    baseline = next(b for b in status["baselines"] if b["label"] == "japanese")
+    assert found["objectives"] == baseline["objectives"]
 
 
 def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
@@ -407,7 +407,7 @@ def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
         ("objectives.mini_math_ja.items=500", "objectives.mini_math_ja.items", "24"),
         ("device=cuda:7", "device", "cannot be used here"),
         ("device=meta", "device", "cannot be used here"),
-        ("budget.candidates=3", "budget.candidates", "the landmarks alone are 5"),
+        ("budget.candidates=3", "budget.candidates", "the baselines alone are 5"),
         ("space={method: ties, fixed: {density: 3}}", "space", "is 3"),
         ("space={method: ties, bounds: {density: [0, 3]}}", "space.bounds.density", "is 3; it must be from 0 to 1"),
         ("space.bounds={weight: [2, 1]}", "space.bounds.weight", "not below"),

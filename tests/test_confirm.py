@@ -55,32 +55,32 @@ def test_the_winner_is_the_best_on_held_out_items(tmp_path: Path) -> None:
             means[number] = float(scores.metrics["acc"].mean())
         assert means[winner["candidate"]] == max(means.values())  # type: ignore[index]
         for row in store.candidates(step=0):
-            assert store.scores(row.number, "held_out"), "every landmark is scored beside the shortlist"
+            assert store.scores(row.number, "held_out"), "every baseline is scored beside the shortlist"
         assert store.search().state == "finished"
 
 
-def test_the_shortlist_holds_as_many_finds_as_asked_for_landmarks_apart(tmp_path: Path) -> None:
-    """Landmarks are made the best of all; they must not take the places of what the search found."""
+def test_the_shortlist_holds_as_many_finds_as_asked_for_baselines_apart(tmp_path: Path) -> None:
+    """Baselines are made the best of all; they must not take the places of what the search found."""
     setup = make_setup(candidates=40)
-    landmarks = {mark.recipe.hash for mark in setup.space.landmarks()}
+    baselines = {mark.recipe.hash for mark in setup.space.baselines()}
 
-    def landmarks_are_best(job: Job) -> tuple[float, Measured | Failed]:
+    def baselines_are_best(job: Job) -> tuple[float, Measured | Failed]:
         found = scores_of(job)
-        if job.recipe.hash in landmarks:
+        if job.recipe.hash in baselines:
             for scores in found.scores:
                 scores["acc"][:] = 1.0
         return 1.0, found
 
-    drive(tmp_path, setup, simulation=landmarks_are_best)
+    drive(tmp_path, setup, simulation=baselines_are_best)
     confirm(tmp_path, setup)
     (shortlist,) = events(tmp_path, "shortlist")
     assert len(shortlist["candidates"]) == setup.confirm.top  # type: ignore[arg-type]
 
 
-def test_a_landmark_that_nothing_beats_is_the_winner(tmp_path: Path) -> None:
+def test_a_baseline_that_nothing_beats_is_the_winner(tmp_path: Path) -> None:
     """A search that found nothing better than what it started from must not name something worse."""
     setup = make_setup(candidates=40)
-    best, *_ = [mark for mark in setup.space.landmarks() if mark.kind == "source"]
+    best, *_ = [mark for mark in setup.space.baselines() if mark.kind == "source"]
 
     def a_source_is_best(job: Job) -> tuple[float, Measured | Failed]:
         found = scores_of(job)

@@ -96,31 +96,31 @@ def test_points_have_both_scores_and_say_what_they_are(place: Path, setup: Setup
         for point in curse.points:
             for split, value in (("search", point.search), ("held_out", point.held_out)):
                 assert value.mean == pytest.approx(scores(store, number_of(point), split).mean())
-    found = {number_of(p): p for p in curse.found}
+    found = {number_of(p): p for p in curse.candidates}
     assert set(found) == {*event.payload["candidates"], *event.payload["drawn"]}
     assert {n for n, p in found.items() if p.confirmed} == set(event.payload["candidates"])
     assert [p.id for p in curse.points if p.winner] == [status.winner]
     assert curse.best == 12
-    assert {p.label for p in curse.landmarks} == {"one", "two", "uniform average"}
+    assert {p.label for p in curse.baselines} == {"one", "two", "uniform average"}
     sign = 1 if setup.objectives[0].maximise else -1
-    means = [sign * p.search.mean for p in curse.found]
+    means = [sign * p.search.mean for p in curse.candidates]
     assert means == sorted(means, reverse=True)
 
 
-def test_the_fall_is_that_of_the_best_beyond_that_of_the_landmarks(place: Path, setup: Setup) -> None:
+def test_the_fall_is_that_of_the_best_beyond_that_of_the_baselines(place: Path, setup: Setup) -> None:
     with Store.open(place) as store:
         curse = curse_of(store)
         sign = 1 if setup.objectives[0].maximise else -1
         best, marks = (
             {split: sign * np.mean([scores(store, number_of(p), split) for p in group], axis=0) for split in SPLITS}
-            for group in ([p for p in curse.found if p.best], curse.landmarks)
+            for group in ([p for p in curse.candidates if p.best], curse.baselines)
         )
     assert curse.fall is not None
-    assert curse.fall_of_landmarks is not None
+    assert curse.fall_of_baselines is not None
     assert curse.excess is not None
     for fall, split in (
         (curse.fall, best),
-        (curse.fall_of_landmarks, marks),
+        (curse.fall_of_baselines, marks),
         (curse.excess, {s: best[s] - marks[s] for s in SPLITS}),
     ):
         welch = stats.ttest_ind(split["search"], split["held_out"], equal_var=False).confidence_interval(0.95)
@@ -134,7 +134,9 @@ SPLITS = ("search", "held_out")
 def test_slope_and_tau_are_scipys(place: Path) -> None:
     with Store.open(place) as store:
         curse = curse_of(store)
-    x, y = ([value.mean for value in side] for side in zip(*((p.search, p.held_out) for p in curse.found), strict=True))
+    x, y = (
+        [value.mean for value in side] for side in zip(*((p.search, p.held_out) for p in curse.candidates), strict=True)
+    )
     assert curse.slope == pytest.approx(stats.linregress(x, y).slope)
     assert curse.tau == pytest.approx(stats.kendalltau(x, y).statistic)
 
@@ -184,7 +186,7 @@ def point(search: float, held_out: float, label: str = "", error: float = 0.02, 
         "search": Value(mean=search, stderr=1.5 * error, n=100),
         "held_out": Value(mean=held_out, stderr=error, n=200),
     }
-    content: dict[str, object] = {"id": "c0009", "label": label, "landmark": bool(label), "confirmed": bool(label)}
+    content: dict[str, object] = {"id": "c0009", "label": label, "baseline": bool(label), "confirmed": bool(label)}
     content |= {"best": not label, "winner": False}
     return Point.model_validate(content | values | changes)
 
@@ -192,8 +194,8 @@ def point(search: float, held_out: float, label: str = "", error: float = 0.02, 
 def curse(*points: Point, **changes: object) -> Curse:
     content: dict[str, object] = {
         "search": "demo", "objective": "maths", "maximise": True, "confidence": 0.95, "points": points,
-        "best": sum(not p.landmark for p in points), "fall": {"mean": 0.05, "low": 0.01, "high": 0.09},
-        "fall_of_landmarks": {"mean": -0.01, "low": -0.04, "high": 0.02},
+        "best": sum(not p.baseline for p in points), "fall": {"mean": 0.05, "low": 0.01, "high": 0.09},
+        "fall_of_baselines": {"mean": -0.01, "low": -0.04, "high": 0.02},
         "excess": {"mean": 0.06, "low": 0.02, "high": 0.1}, "tau": 0.4, "slope": 0.5,
     }  # fmt: skip
     return Curse.model_validate(content | changes)
@@ -234,7 +236,7 @@ def test_the_picture_has_every_candidate_where_its_scores_are() -> None:
     svg = drawn(curse(*FOUND, point(0.5, 0.51, "japanese")))
     assert len(groups(svg, "found")) == 4
     assert len(groups(svg, "found drawn")) == 2
-    assert len(groups(svg, "landmark")) == 1
+    assert len(groups(svg, "baseline")) == 1
     (winner,) = groups(svg, "winner")
     assert winner.findtext(f"{SVG}title") == "c0009: search 0.680 ± 0.030, held out 0.660 ± 0.020"
     dots = [g.find(f"{SVG}circle") for g in groups(svg, "found")]
@@ -247,10 +249,10 @@ def test_the_picture_has_every_candidate_where_its_scores_are() -> None:
     assert x2 - x1 == pytest.approx(y1 - y2)
 
 
-def test_a_landmark_far_off_is_told_and_does_not_squeeze_the_rest() -> None:
+def test_a_baseline_far_off_is_told_and_does_not_squeeze_the_rest() -> None:
     far = point(0.01, 0.02, "base")
     svg = drawn(curse(*FOUND, far))
-    assert groups(svg, "landmark") == []
+    assert groups(svg, "baseline") == []
     texts = " ".join(text.text or "" for text in svg.iter(f"{SVG}text"))
     assert "base (0.010, 0.020)" in texts
 

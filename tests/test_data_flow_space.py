@@ -1,4 +1,4 @@
-"""Data-flow space: paths against plain readings of each encoding, scales, landmarks, and what is refused."""
+"""Data-flow space: paths against plain readings of each encoding, scales, baselines, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Landmark, SearchSpace
+from evomerge.genome import Baseline, Genome, SearchSpace
 from evomerge.merging.builders import check_recipe
 from evomerge.method import check_blend, find_method, own_methods
 from evomerge.optimizers import CmaSettings
@@ -142,9 +142,9 @@ def test_every_genome_is_a_path_within_the_limits(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-def test_landmarks_with_genomes_are_what_these_decode_to(data: st.DataObject) -> None:
+def test_baselines_with_genomes_are_what_these_decode_to(data: st.DataObject) -> None:
     space = build(**data.draw(all_settings()))
-    marks = list(space.landmarks())
+    marks = list(space.baselines())
     for mark in marks:
         if mark.genome is not None:
             assert space.decode(mark.genome).hash == mark.recipe.hash
@@ -157,7 +157,7 @@ def test_it_starts_at_a_once(settings: dict[str, Any]) -> None:
     if settings["encoding"] == "pruning":
         settings["max_hops"] = None  # room for A
     space = build(**settings)
-    (mark, *_) = space.landmarks()
+    (mark, *_) = space.baselines()
     assert route(mark.recipe) == [("a", layer) for layer in range(5)]
     assert space.decode(defaults(space)).hash == mark.recipe.hash
     assert mark.genome is not None
@@ -290,8 +290,8 @@ def test_pruning_takes_layers_of_a_away(data: st.DataObject, most: int) -> None:
     assert {source for source, _ in path} == {"a"}
 
 
-def test_pruning_to_fewer_layers_keeps_a_as_a_landmark_that_is_no_point() -> None:
-    (mark,) = build(encoding="pruning", max_hops=4).landmarks()
+def test_pruning_to_fewer_layers_keeps_a_as_a_baseline_that_is_no_point() -> None:
+    (mark,) = build(encoding="pruning", max_hops=4).baselines()
     assert (mark.label, mark.genome) == ("a", None)
     assert len(mark.recipe.hops) == 5
 
@@ -338,14 +338,14 @@ def test_none_leaves_every_hop_as_it_is() -> None:
     assert not any(name.endswith(".scale") for name in names(build(scale="none")))
 
 
-# ---- landmarks ------------------------------------------------------------------------------------------------------
+# ---- baselines ------------------------------------------------------------------------------------------------------
 
 
-def marks_of(**settings: Any) -> dict[str, Landmark]:
-    return {mark.label: mark for mark in build({"a": 8, "b": 8, "c": 6}, **settings).landmarks()}
+def marks_of(**settings: Any) -> dict[str, Baseline]:
+    return {mark.label: mark for mark in build({"a": 8, "b": 8, "c": 6}, **settings).baselines()}
 
 
-def test_landmarks_are_sources_and_paths_by_hand() -> None:
+def test_baselines_are_sources_and_paths_by_hand() -> None:
     marks = marks_of(keep_ends=False)
     a, b, c = ([(source, layer) for layer in range(depth)] for source, depth in (("a", 8), ("b", 8), ("c", 6)))
     assert {label: route(mark.recipe) for label, mark in marks.items()} == {
@@ -390,7 +390,7 @@ def test_up_scaling_needs_room() -> None:
 
 
 def test_models_too_small_for_a_path_by_hand_have_it_not_twice() -> None:
-    assert [mark.label for mark in build({"a": 2, "b": 2}).landmarks()] == ["a", "b"]
+    assert [mark.label for mark in build({"a": 2, "b": 2}).baselines()] == ["a", "b"]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -465,5 +465,5 @@ def test_paths_through_the_miniatures_can_be_made() -> None:
     for _ in range(20):
         numbers = [rng.uniform(p.low, p.high) for p in space.parameters]
         check_recipe(space.decode(np.array(numbers)), sources)
-    for mark in space.landmarks():
+    for mark in space.baselines():
         check_recipe(mark.recipe, sources)

@@ -91,7 +91,7 @@ class Notes:
 def run(simulation: Simulation, candidates: int, workers: int, deadlines: Deadlines) -> tuple[Notes, float]:
     """What became of candidates of a recipe each, and the seconds that it took."""
     setup, clock, notes = make_setup(), SimulatedClock(), Notes()
-    recipe = next(iter(setup.space.landmarks())).recipe
+    recipe = next(iter(setup.space.baselines())).recipe
     pending = [Pending(n, 1, recipe, str(n), setup.tasks("search")) for n in range(candidates)]
     pool = SimulatedPool(workers, simulation, clock)
     dispatcher = Dispatcher(pool, Control(list), 2, lambda: None, deadlines)

@@ -149,6 +149,6 @@ def test_a_search_says_it_and_scores_each_source_as_that_model_scores(
     capsys.readouterr()
     rows = json_of(capsys, "top", tmp_path / "search", "--all", "--json")
     alone = json_of(capsys, "score", tmp_path / "two", file, "--split", "search", "--json")
-    landmark = next(row for row in rows if row["label"] == "two")
-    assert landmark["scores"]["fluent"]["mean"] == alone["objectives"]["fluent"]["mean"]
+    baseline = next(row for row in rows if row["label"] == "two")
+    assert baseline["scores"]["fluent"]["mean"] == alone["objectives"]["fluent"]["mean"]
     assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", "c0001") == 0

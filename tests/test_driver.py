@@ -27,7 +27,7 @@ from helpers_search import (
 )  # fmt: skip
 
 from evomerge.errors import InputError
-from evomerge.genome import Landmark, Parameter
+from evomerge.genome import Baseline, Parameter
 from evomerge.optimizers import CmaSettings, Feature, OptunaSettings
 from evomerge.optimizers.base import Optimizer, Settings
 from evomerge.search.driving.control import Control
@@ -40,7 +40,7 @@ from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews
 from evomerge.store import Store, acquire
 
 
-def test_budget_of_candidates_is_exact_and_counts_landmarks(tmp_path: Path) -> None:
+def test_budget_of_candidates_is_exact_and_counts_baselines(tmp_path: Path) -> None:
     drive(tmp_path, make_setup(candidates=29))
     assert why(tmp_path) == "29 candidates asked"
     with Store.open(tmp_path / "search.db") as store:
@@ -49,12 +49,12 @@ def test_budget_of_candidates_is_exact_and_counts_landmarks(tmp_path: Path) -> N
         assert store.search().state == "finished"
 
 
-def test_a_search_improves_on_its_landmarks(tmp_path: Path) -> None:
+def test_a_search_improves_on_its_baselines(tmp_path: Path) -> None:
     drive(tmp_path, make_setup(candidates=120))
     with Store.open(tmp_path / "search.db") as store:
         (best,) = store.best("o0", maximise=True)
-        landmarks = [row.objectives["o0"]["mean"] for row in store.candidates(step=0)]
-    assert best.objectives["o0"]["mean"] > max(landmarks)
+        baselines = [row.objectives["o0"]["mean"] for row in store.candidates(step=0)]
+    assert best.objectives["o0"]["mean"] > max(baselines)
 
 
 def test_hours_are_those_of_the_clock_and_add_up_over_resumes(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_failed_candidates_are_recorded_logged_and_told_as_worst(tmp_path: Path)
         assert row.attempts == 1, "the candidate's own fault is not tried again"
 
 
-def test_a_search_in_which_all_but_a_landmark_fails_goes_on_to_its_budget(tmp_path: Path) -> None:
+def test_a_search_in_which_all_but_a_baseline_fails_goes_on_to_its_budget(tmp_path: Path) -> None:
     def only_the_first_works(job: Job) -> tuple[float, Measured | Failed]:
         return simulate(job) if job.candidate == 0 else (1.0, Failed("error", "no"))
 
@@ -133,7 +133,7 @@ def test_a_search_in_which_all_but_a_landmark_fails_goes_on_to_its_budget(tmp_pa
     assert len(numbers(table(tmp_path), "failed")) >= 37
 
 
-def test_when_every_landmark_fails_the_search_ends_with_the_reason(tmp_path: Path) -> None:
+def test_when_every_baseline_fails_the_search_ends_with_the_reason(tmp_path: Path) -> None:
     for _ in range(2):  # and again on resume, without spending anything
         with pytest.raises(InputError, match="every source and average failed; candidate 0: no chat template"):
             drive(
@@ -290,14 +290,14 @@ def test_killed_at_every_write_and_resumed_it_is_the_same_search(tmp_path: Path,
 
 
 class SpaceThatKnewLess(FakeSpace):
-    """As before somebody saw that its first landmark is a point of it."""
+    """As before somebody saw that its first baseline is a point of it."""
 
-    def landmarks(self) -> Iterator[Landmark]:
-        for mark in super().landmarks():
+    def baselines(self) -> Iterator[Baseline]:
+        for mark in super().baselines():
             yield replace(mark, genome=None) if mark.label == "one" else mark
 
 
-def test_a_search_goes_on_as_it_began_where_more_landmarks_are_points_today(tmp_path: Path) -> None:
+def test_a_search_goes_on_as_it_began_where_more_baselines_are_points_today(tmp_path: Path) -> None:
     drive(tmp_path / "whole", make_setup(space=SpaceThatKnewLess(), candidates=27))
     drive(tmp_path / "part", make_setup(space=SpaceThatKnewLess(), candidates=11))  # two whole steps
     drive(tmp_path / "part", make_setup(candidates=27))

@@ -132,7 +132,7 @@ def test_eliminated_candidates_rank_behind_the_others_and_are_not_confirmed(tmp_
 
 
 def test_the_best_of_a_generation_is_scored_on_every_item_before_it_leads(tmp_path: Path) -> None:
-    # With most seeds the first that leads, a landmark, is followed once: it is nearly as good as can be.
+    # With most seeds the first that leads, a baseline, is followed once: it is nearly as good as can be.
     drive(tmp_path, replace(setup_of(racing=Racing(rungs=(20,))), seed=1), simulation=simulate)
     scored = items_scored(tmp_path)
     with Store.open(tmp_path / "search.db") as store:

@@ -103,9 +103,9 @@ def check_path(recipe: StackRecipe, most: int) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["indicators", "integers", "blocks", "pruning"])
-def test_the_winner_is_a_landmark_and_a_point_of_the_space(winner: Path, encoding: str) -> None:
+def test_the_winner_is_a_baseline_and_a_point_of_the_space(winner: Path, encoding: str) -> None:
     space = after(winner, encoding=encoding)
-    mark, *others = space.landmarks()
+    mark, *others = space.baselines()
     assert (mark.label, mark.kind) == ("merged", "source")
     assert mark.recipe == merged()
     assert mark.genome is not None
@@ -225,7 +225,7 @@ def test_every_genome_is_a_path_of_merges(
     assert len({(hop.layer, hop.attention) for hop in recipe.hops}) <= space.layer_buffers
     assert not tied or recipe.head == recipe.embedding
     assert granularity != "model" or len(recipe.blends) == 1
-    for mark in space.landmarks():
+    for mark in space.baselines():
         assert len(mark.recipe.hops) <= space.layer_buffers
 
 
@@ -259,10 +259,10 @@ def test_each_slot_has_weights_of_its_own() -> None:
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 @pytest.mark.parametrize("granularity", ["hop", "model"])
-def test_landmarks_are_those_of_the_parameter_space(method: str, granularity: str) -> None:
+def test_baselines_are_those_of_the_parameter_space(method: str, granularity: str) -> None:
     """Their genomes say the model that the parameter space's genomes say."""
     space, alone = joint(method, granularity=granularity), parameter_space("model", method)
-    marks, others = list(space.landmarks()), list(alone.landmarks())
+    marks, others = list(space.baselines()), list(alone.baselines())
     assert [(m.label, m.kind, m.recipe.hash) for m in marks] == [(m.label, m.kind, m.recipe.hash) for m in others]
     for mark, other in zip(marks, others, strict=True):
         assert (mark.genome is None) == (other.genome is None)
@@ -272,13 +272,13 @@ def test_landmarks_are_those_of_the_parameter_space(method: str, granularity: st
 
 def test_the_defaults_are_the_methods_usual_ones() -> None:
     space = joint()
-    (*_, usual) = space.landmarks()
+    (*_, usual) = space.baselines()
     assert space.decode(np.array([p.default for p in space.parameters])).hash == usual.recipe.hash
 
 
-def test_landmarks_that_are_too_long_for_paths_are_no_points() -> None:
+def test_baselines_that_are_too_long_for_paths_are_no_points() -> None:
     space = joint(encoding="pruning", max_hops=4)
-    assert {mark.genome is None for mark in space.landmarks()} == {True}
+    assert {mark.genome is None for mark in space.baselines()} == {True}
     assert space.layer_buffers == LAYERS
 
 
@@ -315,7 +315,7 @@ def test_hops_are_merged_by_any_method_with_all_that_it_searches(method: str, gr
     mine = [p.name.partition(".")[2] for p in of_model.parameters]
     names = [p.name for p in pair.parameters]
     assert all(any(name.endswith(f".{end}") for name in names) for end in mine)
-    marks, plain = list(pair.landmarks()), list(of_model.landmarks())
+    marks, plain = list(pair.baselines()), list(of_model.baselines())
     assert [mark.recipe for mark in marks] == [mark.recipe for mark in plain]
     defaults = marks[-1]
     assert defaults.genome is not None

@@ -164,7 +164,7 @@ def test_asks_for_as_many_as_the_model_needs() -> None:
     assert asked == [(1, Best(1))] * 5
 
 
-def test_landmarks_enter_the_model() -> None:
+def test_baselines_enter_the_model() -> None:
     """As many as a full model needs: the first genomes asked for are then the best of the generation, in order."""
     loss = ellipsoid(4, 10, True)
     optimizer = LQ.build(reals(4), 1, 0)
@@ -187,7 +187,7 @@ def test_the_order_of_telling_plays_no_part() -> None:
 
 
 def test_points_are_rated_anew_when_the_range_of_an_objective_widens() -> None:
-    """Whichever of two landmarks shows the end of the front first, the model is the same."""
+    """Whichever of two baselines shows the end of the front first, the model is the same."""
     settings = LqCmaSettings(name="lq_cma", scalarisation=Chebyshev(name="chebyshev", weights=(1, 1)))
     points = random_state(2).random_sample((30, 4))
     results = [

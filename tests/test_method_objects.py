@@ -65,15 +65,15 @@ def test_every_method_is_held() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_space_has_the_parameters_and_landmarks_and_makes_the_recipes_that_it_did(name: str) -> None:
+def test_a_space_has_the_parameters_and_baselines_and_makes_the_recipes_that_it_did(name: str) -> None:
     golden = GOLDEN[name]
     made = space(name, tuple(golden["sources"]), granularity="block")
     found = [[p.name, p.low, p.high, p.default, p.kind, p.group, list(p.choices)] for p in made.parameters]
     assert found == golden["parameters"]
     marks = [
-        [m.label, m.kind, m.recipe.hash, None if m.genome is None else m.genome.tolist()] for m in made.landmarks()
+        [m.label, m.kind, m.recipe.hash, None if m.genome is None else m.genome.tolist()] for m in made.baselines()
     ]
-    assert marks == golden["landmarks"]
+    assert marks == golden["baselines"]
     random = np.random.default_rng(0)
     genomes = [np.array([random.uniform(p.low, p.high) for p in made.parameters]) for _ in range(3)]
     assert [made.decode(genome).hash for genome in genomes] == golden["hashes"]
@@ -109,15 +109,15 @@ def test_looking_methods_up_imports_neither_torch_nor_numba() -> None:
     assert not {"torch", "numba", "transformers", "scipy"} & set(said)
 
 
-# ---- landmarks -------------------------------------------------------------------------------------------------------
+# ---- baselines -------------------------------------------------------------------------------------------------------
 
 
 def alone(made: ParameterSpace, label: str) -> list[float] | None:
-    genome = next(mark.genome for mark in made.landmarks() if mark.label == label)
+    genome = next(mark.genome for mark in made.baselines() if mark.label == label)
     return None if genome is None else genome.tolist()
 
 
-def test_what_is_fixed_elsewhere_forbids_a_landmark() -> None:
+def test_what_is_fixed_elsewhere_forbids_a_baseline() -> None:
     """A factor of one half on the sum of task vectors makes a source alone another model than the source."""
     two = ("a", "b")
     assert alone(space("task_arithmetic", two), "a") == [1.0, 0.0]
@@ -127,7 +127,7 @@ def test_what_is_fixed_elsewhere_forbids_a_landmark() -> None:
     assert alone(space("dare_linear", two, fixed={"density": 1.0}), "uniform average") == [0.5, 0.5]
 
 
-def test_a_landmark_has_a_point_where_a_factor_is_searched_too() -> None:
+def test_a_baseline_has_a_point_where_a_factor_is_searched_too() -> None:
     made = space("task_arithmetic", ("a", "b"), bounds={"lambda": [0.5, 2.0]})
     assert alone(made, "b") == [0.0, 1.0, 1.0]
     assert alone(space("task_arithmetic", ("a", "b"), bounds={"lambda": [1.5, 2.0]}), "b") is None

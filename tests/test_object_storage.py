@@ -321,7 +321,7 @@ def test_a_search_taken_up_from_its_copy_is_the_one_that_was_not_interrupted(
     shutil.rmtree(folder)
     fetch(url, tmp_path / "two")
     with Store.open(tmp_path / "two" / "search.db") as store:
-        assert (len(store.candidates()) > 3) == (killed_at > 9)  # landmarks, and with time some generations
+        assert (len(store.candidates()) > 3) == (killed_at > 9)  # baselines, and with time some generations
     drive(tmp_path / "two", make_setup(candidates=CANDIDATES))
     assert table(tmp_path / "two") == undisturbed
     assert (tmp_path / "two" / "logs" / "c0001.1.log").read_text() == "it failed"

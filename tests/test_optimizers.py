@@ -327,11 +327,11 @@ def test_cma_does_not_converge_on_a_plateau() -> None:
 
 
 @pytest.mark.parametrize("n", [6, 200])
-def test_a_good_landmark_pulls_the_mean_and_a_bad_one_does_nothing(n: int) -> None:
-    def second_generation(landmark: Genome | None) -> np.ndarray:
+def test_a_good_baseline_pulls_the_mean_and_a_bad_one_does_nothing(n: int) -> None:
+    def second_generation(baseline: Genome | None) -> np.ndarray:
         optimizer = CmaSettings(name="cma", diagonal=False).build(reals(n, 0.0, 1.0), 1, 0)
-        if landmark is not None:
-            optimizer.tell([Observation(landmark, [float(landmark.sum())])])
+        if baseline is not None:
+            optimizer.tell([Observation(baseline, [float(baseline.sum())])])
         first = optimizer.ask(optimizer.population)
         optimizer.tell([Observation(g, [float(g.sum())]) for g in first])
         return np.array(optimizer.ask(200))
@@ -436,15 +436,15 @@ def test_genetic_samplers_beat_random_ones_on_zdt1(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nsga2", "nsga3"])
-def test_landmarks_become_parents(name: str) -> None:
-    landmarks = [np.full(12, value) for value in np.linspace(0.1, 0.2, 11)]  # more of them than a generation holds
+def test_baselines_become_parents(name: str) -> None:
+    baselines = [np.full(12, value) for value in np.linspace(0.1, 0.2, 11)]  # more of them than a generation holds
     optimizer = OptunaSettings.model_validate({"name": name}).build(reals(12, 0.0, 1.0), 1, 0)
-    optimizer.tell([Observation(landmark, [0.0]) for landmark in landmarks])
+    optimizer.tell([Observation(baseline, [0.0]) for baseline in baselines])
     first = optimizer.ask(optimizer.population)
     assert len({g.tobytes() for g in first}) == len(first)
-    assert not np.isin(first, np.concatenate(landmarks)).any()  # the first generation is chance, not their children
+    assert not np.isin(first, np.concatenate(baselines)).any()  # the first generation is chance, not their children
     optimizer.tell([Observation(g, [1.0]) for g in first])
-    assert np.isin(optimizer.ask(optimizer.population), np.concatenate(landmarks)).mean() > 0.5
+    assert np.isin(optimizer.ask(optimizer.population), np.concatenate(baselines)).mean() > 0.5
 
 
 def test_a_batch_of_nsga2_is_one_generation() -> None:

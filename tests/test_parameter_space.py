@@ -1,4 +1,4 @@
-"""Parameter space: the layout of genomes, decoding as a total function, and the landmarks."""
+"""Parameter space: the layout of genomes, decoding as a total function, and the baselines."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_fixed_parameters_are_not_searched() -> None:
     assert space.decode(np.array([0.1, 0.2])).blends[0].parameters["density"] == {"maths": 0.5, "japanese": 0.5}
 
 
-def test_landmarks_are_sources_average_and_defaults() -> None:
-    marks = list(build().landmarks())
+def test_baselines_are_sources_average_and_defaults() -> None:
+    marks = list(build().baselines())
     labels = [(m.label, m.kind) for m in marks]
     assert labels == [
         ("base", "source"),
@@ -139,8 +139,8 @@ def test_landmarks_are_sources_average_and_defaults() -> None:
     assert marks[3].genome.tolist() == [0.5, 0.5]
 
 
-def test_a_landmark_outside_the_bounds_has_no_genome() -> None:
-    marks = {m.label: m for m in build(bounds={"weight": (0.2, 0.9)}).landmarks()}
+def test_a_baseline_outside_the_bounds_has_no_genome() -> None:
+    marks = {m.label: m for m in build(bounds={"weight": (0.2, 0.9)}).baselines()}
     assert marks["maths"].genome is None
     assert marks["uniform average"].genome is not None
 

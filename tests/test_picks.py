@@ -20,7 +20,7 @@ from rich.console import Console
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.cli import main
 from evomerge.errors import InputError
-from evomerge.genome import Landmark
+from evomerge.genome import Baseline
 from evomerge.optimizers import CmaSettings
 from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
 from evomerge.recipes.base import read_recipe
@@ -218,14 +218,14 @@ def test_a_confirmation_that_was_broken_off_is_told(tmp_path: Path) -> None:
         assert (listed.state, listed.why) == (status.state, status.why)
 
 
-def test_where_only_landmarks_are_confirmed_their_table_is_there_and_a_word(tmp_path: Path) -> None:
-    """Every candidate fails, or left its race: what there is to see are the landmarks."""
-    landmarks = {mark.recipe.hash for mark in FakeSpace(1).landmarks()}
+def test_where_only_baselines_are_confirmed_their_table_is_there_and_a_word(tmp_path: Path) -> None:
+    """Every candidate fails, or left its race: what there is to see are the baselines."""
+    baselines = {mark.recipe.hash for mark in FakeSpace(1).baselines()}
 
-    def only_landmarks(job: Job) -> tuple[float, Measured | Failed]:
-        return BOTH_SKILLS(job) if job.recipe.hash in landmarks else (1.0, Failed("not_finite", "NaN"))
+    def only_baselines(job: Job) -> tuple[float, Measured | Failed]:
+        return BOTH_SKILLS(job) if job.recipe.hash in baselines else (1.0, Failed("not_finite", "NaN"))
 
-    status, store = searched(tmp_path, setup_of(objectives=1), only_landmarks)
+    status, store = searched(tmp_path, setup_of(objectives=1), only_baselines)
     store.close()
     assert status.confirmed == []
     text = drawn(status)
@@ -233,7 +233,7 @@ def test_where_only_landmarks_are_confirmed_their_table_is_there_and_a_word(tmp_
     assert "Nothing that the search found is confirmed" in text
 
 
-def test_tables_have_parameters_and_say_once_what_a_landmark_is(tmp_path: Path) -> None:
+def test_tables_have_parameters_and_say_once_what_a_baseline_is(tmp_path: Path) -> None:
     status, store = searched(tmp_path, setup_of(SUM), BOTH_SKILLS)
     with store:
         found = store.search()
@@ -317,7 +317,7 @@ def test_the_number_that_decides_stands_in_every_place_alike(
         assert curse.objective == name
         (point,) = (each for each in curse.points if each.winner)
         assert point.search.mean == pytest.approx(on_search.mean), "the same number wherever it stands"
-        assert len(curse.found) >= 8, "what is drawn is the best by the same number"
+        assert len(curse.candidates) >= 8, "what is drawn is the best by the same number"
         texts = {
             "report": report_html(store, folder),
             "card": card("m", read_recipe(row.recipe, SOURCES), sources_of(),
@@ -380,10 +380,10 @@ def test_an_earlier_winner_that_wins_again_is_no_source(tmp_path: Path) -> None:
     """What a path begins with is scored beside the sources, and is a merge."""
 
     class AfterAMerge(FakeSpace):
-        def landmarks(self) -> Iterator[Landmark]:
+        def baselines(self) -> Iterator[Baseline]:
             half = np.full(1, 0.5)
-            yield Landmark("merged", "source", self.decode(half), half)
-            yield from super().landmarks()
+            yield Baseline("merged", "source", self.decode(half), half)
+            yield from super().baselines()
 
     setup = replace(setup_of(SUM), space=AfterAMerge(1), budget=Budget(candidates=8))
     status, store = searched(tmp_path, setup, BOTH_SKILLS)
@@ -423,7 +423,7 @@ def test_the_confirmation_stands_in_the_state_line_with_its_total(tmp_path: Path
     store.close()
     effort = status.confirmation
     assert effort is not None
-    assert effort.models == effort.models_done == 3 + 8  # landmarks, and the best, some of which are only drawn
+    assert effort.models == effort.models_done == 3 + 8  # baselines, and the best, some of which are only drawn
     assert effort.items_each == 2 * ITEMS
     assert f"confirmation {effort.models} models x {2 * ITEMS} held-out items" in headline(status)
     half = status.model_copy(update={"confirmation": effort.model_copy(update={"models_done": 4, "seconds": 75.0})})

@@ -14,7 +14,7 @@ from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.work.jobs import Finished, Job, Measured, NewsKind, PoolNews
 
-RECIPE = next(FakeSpace().landmarks()).recipe
+RECIPE = next(FakeSpace().baselines()).recipe
 
 
 class PoolContract:

@@ -130,7 +130,7 @@ def test_verdicts_are_those_of_the_definition() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 99))
-def test_an_order_holds_every_item_once_and_strata_are_those_of_the_landmarks(n: int, models: int, seed: int) -> None:
+def test_an_order_holds_every_item_once_and_strata_are_those_of_the_baselines(n: int, models: int, seed: int) -> None:
     scores = np.random.default_rng(seed).integers(0, 2, (models, n)).astype(np.float64)
     order = item_order(scores, seed)
     assert sorted(order.positions.tolist()) == list(range(n))
@@ -149,7 +149,7 @@ def test_every_start_of_an_order_is_allotted_by_neymans_rule() -> None:
         taken = np.bincount(order.strata[order.positions[:most]], minlength=STRATA)
         assert taken == pytest.approx(most * wanted / wanted.sum(), abs=2.0)
         share = (order.strata == 0).mean()
-        assert taken[0] < most * share  # items on which landmarks agree are asked more seldom
+        assert taken[0] < most * share  # items on which baselines agree are asked more seldom
 
 
 def test_orders_of_other_seeds_are_other_samples() -> None:
@@ -243,7 +243,7 @@ def estimated(
 
 @given(st.integers(0, 10_000), st.integers(1, ITEMS - 1), st.floats(0, 1), st.floats(0, 1))
 def test_an_estimate_of_right_or_wrong_is_a_share(seed: int, count: int, able: float, reference: float) -> None:
-    """A poor candidate beside a good landmark, or the other way: what is added may not leave what can be."""
+    """A poor candidate beside a good baseline, or the other way: what is added may not leave what can be."""
     random = np.random.default_rng(seed)
     ours, theirs = ((random.random(ITEMS) < share).astype(np.float64) for share in (able, reference))
     mean, _ = estimated(ours, theirs, random.permutation(ITEMS)[:count])

@@ -89,7 +89,7 @@ def test_the_panel_says_what_a_person_wants_to_know() -> None:
         "+0.310 [+0.260, +0.360]",
         "winner",
         "Intervals hold all at once with 95%: corrected for 2 comparisons (1 candidate with base, ja).",
-        "The winner is the best of the 3 there (1 candidate and 2 landmarks): of its maths 0.610, ",
+        "The winner is the best of the 3 there (1 candidate and 2 baselines): of its maths 0.610, ",
         "about 0.012 may be luck of the choice.",
     ):
         assert words in text
@@ -158,14 +158,14 @@ def test_the_panel_says_what_racing_the_screen_and_constraints_do() -> None:
         "candidates 60 of 100: 20 scored, 33 eliminated, 2 cached, 1 failed, 3 running",
         "racing: rungs 25, 75; 5,400 items scored in all",
         "screen: log_likelihood agrees with maths, tau 0.71 over 60 candidates: on, 33 left out",
-        "item response: used for maths (held-out error 0.021, by the best landmark 0.034)",
+        "item response: used for maths (held-out error 0.021, by the best baseline 0.034)",
         "english ≥ 0.9",
         "0.400 ± 0.010 missed",
         "The winner is the best of the 2 there that keep english ≥ 0.9: of its maths 0.610",
     ):
         assert words in text
     assert "0.930 ± 0.010 missed" not in text
-    assert text.count("missed") == 2  # the landmark on either split, and in words
+    assert text.count("missed") == 2  # the baseline on either split, and in words
 
 
 def test_a_winner_that_keeps_no_constraint_is_told() -> None:
@@ -322,10 +322,10 @@ def test_no_table_is_cut_on_a_narrow_screen(width: int) -> None:
         value = {"mean": 0.5 + number / 1000, "stderr": 0.02, "n": 200, "difference": [gap]}
         return {"id": f"c{number:04d}", "label": label, "objectives": dict.fromkeys(names, value)}
 
-    landmarks = [entry(0, "japanese"), entry(1, "task_arithmetic defaults")]
+    baselines = [entry(0, "japanese"), entry(1, "task_arithmetic defaults")]
     found = status(
         directions=dict.fromkeys(names, "maximize"), wanted=dict.fromkeys(names, 200), sources=["japanese"],
-        best=entry(9), baselines=landmarks, confirmed_baselines=landmarks, confirmed=[entry(8), entry(9)],
+        best=entry(9), baselines=baselines, confirmed_baselines=baselines, confirmed=[entry(8), entry(9)],
         front=["c0009"], front_entries=[entry(9)], winner="c0009",
     )  # fmt: skip
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

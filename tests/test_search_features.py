@@ -280,7 +280,7 @@ def test_where_no_model_keeps_them_the_winner_misses_least_and_it_is_said(tmp_pa
     assert not status.choice.feasible
 
 
-def test_a_search_without_a_feasible_candidate_confirms_landmarks_and_names_no_best(tmp_path: Path) -> None:
+def test_a_search_without_a_feasible_candidate_confirms_baselines_and_names_no_best(tmp_path: Path) -> None:
     searched(tmp_path, make(least=1.5))
     status, _ = read(tmp_path)
     assert status.best is None
@@ -384,12 +384,12 @@ def test_score_shows_constraints(featured: Path, capsys: pytest.CaptureFixture[s
     status = json_of(capsys, "status", featured, "--json")
     arguments = ("score", MINIATURES / "japanese", featured / FILE_NAME, "--split", "search")
     found = json_of(capsys, *arguments, "--json")
-    landmark = next(shown for shown in status["baselines"] if shown["label"] == "japanese")
+    baseline = next(shown for shown in status["baselines"] if shown["label"] == "japanese")
     assert {name: found[name] for name in ("objectives", "constraints", "feasible")} == {
-        name: landmark[name] for name in ("objectives", "constraints", "feasible")
+        name: baseline[name] for name in ("objectives", "constraints", "feasible")
     }
     assert evomerge(*arguments) == 0
-    assert f"english ≥ 0.4  {landmark['constraints']['english']['mean']:.3f}" in capsys.readouterr().out
+    assert f"english ≥ 0.4  {baseline['constraints']['english']['mean']:.3f}" in capsys.readouterr().out
 
 
 def test_a_search_file_of_an_older_program_is_no_difference(featured: Path) -> None:
@@ -429,7 +429,7 @@ def test_the_plan_says_what_rungs_and_screen_cost(tmp_path: Path, capsys: pytest
     assert "constraint english: acc of mini_math_en ≥ 0.4, 20 of 20 search items, 20 held out" in text
     assert "log_likelihood of mini_math_ja.search on 20 items; leaves out up to 50%" in text
     assert "20, 50 items a candidate, then 80 for those that challenge the best" in text
-    # 5 landmarks of 100 items, and 16 candidates of 20 to 100
+    # 5 baselines of 100 items, and 16 candidates of 20 to 100
     assert "20 to 100 items a candidate, 40 to 70 for most, 820 to 2,100 in all" in text
     assert "warning racing" not in text
     assert "warning english: 20 search items have an uncertain mean" in text

@@ -400,7 +400,7 @@ HOSTILE = {
     "searches": "/",
     "search": "/searches/NAME",
     "failed": "/searches/NAME/candidates/7",
-    "landmark": "/searches/NAME/candidates/0?against=c0012",
+    "baseline": "/searches/NAME/candidates/0?against=c0012",
     "compare": f"/searches/NAME/compare?a=c0012&b=c0000&objective={ATTACKS[0]}",
     "nobody": f"/searches/NAME/compare?a={ATTACKS[2]}&b=c0000",
     "exports": f"/searches/NAME/exports?candidate={ATTACKS[2]}",

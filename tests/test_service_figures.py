@@ -113,7 +113,7 @@ def test_the_front_shows_every_scored_candidate_where_its_scores_are(two: Store)
             assert (x, y) == (rows[number].objectives["o0"]["mean"], rows[number].objectives["o1"]["mean"])
         seen += [int(number) for number in each.customdata if each.name != "front"]
     seen += [n for n in trace(drawn, "front").customdata if rows[n].step > 0]
-    assert sorted(seen) == sorted(rows)  # each once, but for landmarks on the front
+    assert sorted(seen) == sorted(rows)  # each once, but for baselines on the front
     assert [rows[n].label for n in trace(drawn, "sources").customdata] == ["one", "two"]
     assert [rows[n].label for n in trace(drawn, "uniform average").customdata] == ["uniform average"]
 
@@ -689,7 +689,7 @@ def test_what_there_is_not_is_refused_with_its_field(
 
 @pytest.mark.parametrize("maximise", [True, False])
 @pytest.mark.parametrize(("poor", "is_focused"), [(-5.8, True), (-40.0, True), (-0.2, False)])
-def test_one_poor_landmark_does_not_press_all_others_into_a_point(
+def test_one_poor_baseline_does_not_press_all_others_into_a_point(
     poor: float, is_focused: bool, maximise: bool
 ) -> None:
     values = np.r_[np.linspace(-0.1, -0.05, 30), poor] * (1 if maximise else -1)

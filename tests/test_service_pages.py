@@ -187,14 +187,14 @@ def test_before_the_confirmation_the_gain_is_said_to_be_of_the_search_split(clie
 def test_a_caption_counts_what_of_the_front_is_shown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.open(root / NAME / "search.db") as store:
         status = status_of(store)
-    front, landmarks = set(status.front), {each.id for each in status.baselines}
+    front, baselines = set(status.front), {each.id for each in status.baselines}
     rows = list(pages_search._rows(status))
     assert front <= {row.entry.id for row in rows}
     assert pages_search._caption(status, rows).endswith("and the front")
     monkeypatch.setattr(pages_search, "MOST_ON_FRONT", 1)
     rows = list(pages_search._rows(status))
     shown = sum(row.entry.id in front for row in rows)
-    assert 0 < shown <= len(front & landmarks | set(status.best_by_role.values())) < len(front)
+    assert 0 < shown <= len(front & baselines | set(status.best_by_role.values())) < len(front)
     assert f"{shown} of {len(front)} on the front" in pages_search._caption(status, rows)
 
 

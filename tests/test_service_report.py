@@ -178,7 +178,7 @@ def test_a_path_is_drawn_where_there_is_one(root: Path) -> None:
         assert 'class="evomerge-path"' not in report_html(store, root / "two")
 
 
-def test_held_out_scores_are_the_landmarks_and_then_the_best_first(root: Path) -> None:
+def test_held_out_scores_are_the_baselines_and_then_the_best_first(root: Path) -> None:
     with Store.open(root / "two" / "search.db") as store:
         html, status = report_html(store, root / "two"), status_of(store)
     table = html.partition("Confirmed on held-out items</h2>")[2].partition("</table>")[0]

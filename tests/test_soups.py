@@ -118,7 +118,7 @@ def test_finds_the_soup_of_the_paper(count: int, values: list[int], at_once: int
         assert sorted(asked) == sorted(scored)  # each once, and nothing else
 
 
-def test_landmarks_are_not_asked_for_again() -> None:
+def test_baselines_are_not_asked_for_again() -> None:
     accuracy = table(3, [5, 7, 8, 3, 1, 6, 9])  # 0: 5, 1: 7, 01: 8, 2: 3, 02: 1, 12: 6, 012: 9
     optimizer = SETTINGS.build(weights(3), 1, 0)
     known = [(0,), (1,), (2,), (0, 1, 2)]

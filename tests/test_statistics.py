@@ -159,7 +159,7 @@ def test_a_single_comparison_has_the_p_of_the_paired_t_test() -> None:
 
 @pytest.mark.parametrize("rare", [0.01, 0.05, 0.3])
 def test_right_or_wrong_scores_that_rarely_differ_are_covered_too(rare: float) -> None:
-    """Eight candidates against four landmarks that change few answers of one model, 100 items.
+    """Eight candidates against four baselines that change few answers of one model, 100 items.
 
     Intervals of Student's t with Bonferroni's correction, the plain formula, hold the truth far too seldom there.
     """

@@ -221,9 +221,9 @@ def test_patience_is_counted_in_generations_worth_of_candidates(tmp_path: Path) 
     drive(tmp_path, setup, simulation=nothing_works, workers=2)
     assert why(tmp_path) == "the front has not changed for 3 generations"
     with Store.open(tmp_path / "search.db") as store:
-        assert 1 + 18 <= sum(store.counts().values()) <= 1 + 18 + 2  # the first landmark changes it
+        assert 1 + 18 <= sum(store.counts().values()) <= 1 + 18 + 2  # the first baseline changes it
 
 
-def test_when_every_landmark_fails_it_says_so(tmp_path: Path) -> None:
+def test_when_every_baseline_fails_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every source and average failed"):
         drive(tmp_path, steady(), simulation=lambda job: (1.0, Failed("error", "no")))

@@ -1,4 +1,4 @@
-"""A landmark that cannot be scored: it is said everywhere, with the cause, and not only left out."""
+"""A baseline that cannot be scored: it is said everywhere, with the cause, and not only left out."""
 
 from __future__ import annotations
 

@@ -616,11 +616,11 @@ def test_a_search_file_unites_vocabularies(root: Path) -> None:
     opened = open_sources(file)
     space = build_space(file, opened)
     materialiser, live = Materialiser(opened), live_model(opened["base"], torch.device("cpu"))
-    for landmark in space.landmarks():
-        assert landmark.recipe.vocabulary == Vocabulary(kind="union", base="base")
-        materialiser.write(landmark.recipe, live)
-        if landmark.kind == "source":
-            assert torch.equal(live.tensors[EMBEDDING], opened[landmark.label].read(EMBEDDING))
+    for baseline in space.baselines():
+        assert baseline.recipe.vocabulary == Vocabulary(kind="union", base="base")
+        materialiser.write(baseline.recipe, live)
+        if baseline.kind == "source":
+            assert torch.equal(live.tensors[EMBEDDING], opened[baseline.label].read(EMBEDDING))
     with pytest.raises(InputError, match="there is no source 'z'"):
         parse_search_file({**content, "vocabulary": {"kind": "union", "base": "z"}}, place="s.yaml", root=root)
     with pytest.raises(InputError, match="differ in vocab_size"):

@@ -190,14 +190,14 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
             "pickled weights (adapter_model.bin), which can run code" if any(folder.glob("*.bin")) else f"no {WEIGHTS}"
         )
         raise InputError(place, f"the adapter {folder} holds {held}", _AGAIN)
-    found = read_header(folder / WEIGHTS, place)
-    for name, entry in found.items():
+    stored = read_header(folder / WEIGHTS, place)
+    for name, entry in stored.items():
         if entry.dtype not in TORCH_DTYPES:
             raise InputError(place, f"the adapter's {name} is stored as {entry.dtype}; use one in floating point")
-    if not found:
+    if not stored:
         raise InputError(place, f"the adapter {folder} holds no tensors", _AGAIN)
     reader = _Reader(folder, config, base, place)
-    changes, replaced = reader.read(found)
+    changes, replaced = reader.read(stored)
     dora = any(isinstance(change, LowRank) and change.magnitude is not None for change in changes.values())
     if config.get("use_dora") and not dora:
         raise InputError(place, f"{CONFIG}: use_dora is true, but the adapter holds no lora_magnitude_vector", _AGAIN)
@@ -267,8 +267,8 @@ class _Reader:
     place: str
     deadline: float = field(default_factory=lambda: time.thread_time() + _PATTERN_SECONDS)
 
-    def read(self, found: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
-        modules, whole = self._sorted(found)
+    def read(self, stored: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
+        modules, whole = self._sorted(stored)
         weights, biases = ([f"{m}.{field}" for m in modules] for field in ("weight", "bias"))
         names = self.base.find([*weights, *biases, *whole])
         changes: dict[str, Change] = {}
@@ -284,11 +284,11 @@ class _Reader:
         return changes, replaced
 
     def _sorted(
-        self, found: Mapping[str, TensorEntry]
+        self, stored: Mapping[str, TensorEntry]
     ) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
         """The factors of each module by their kind, and the tensors that are held in full, by their names."""
-        plain = {name.removeprefix("base_model.model."): entry for name, entry in found.items()}
-        if len(plain) < len(found):
+        plain = {name.removeprefix("base_model.model."): entry for name, entry in stored.items()}
+        if len(plain) < len(stored):
             raise InputError(self.place, f"the adapter {self.folder} holds a tensor under two names", _AGAIN)
         matches = {name: _TENSOR.fullmatch(name) for name in plain}
         adapters = {match["adapter"] for match in matches.values() if match} or {"default"}

@@ -102,8 +102,8 @@ def choose_template(wanted: str, tokenizers: Iterable[Any]) -> str | None:
     """
     if wanted != AUTO:
         return TEMPLATES.get(wanted, wanted)
-    found = [own_template(tokenizer) for tokenizer in tokenizers]
-    counts = Counter(template.strip() for template in found if template)
+    templates = [own_template(tokenizer) for tokenizer in tokenizers]
+    counts = Counter(template.strip() for template in templates if template)
     return counts.most_common(1)[0][0] if counts else None
 
 

@@ -225,9 +225,9 @@ def _vocabulary(source: Source) -> dict[str, int]:
     try:
         tokens = content["model"]["vocab"]
         # Unigram models list [token, score] in the order of ids; all others map tokens to ids.
-        found = {t[0]: i for i, t in enumerate(tokens)} if isinstance(tokens, list) else dict(tokens)
-        found |= {added["content"]: added["id"] for added in content.get("added_tokens") or ()}
-        highest = max(found.values())
+        ids = {t[0]: i for i, t in enumerate(tokens)} if isinstance(tokens, list) else dict(tokens)
+        ids |= {added["content"]: added["id"] for added in content.get("added_tokens") or ()}
+        highest = max(ids.values())
     except (KeyError, TypeError, IndexError, ValueError):
         raise InputError(source.place, "tokenizer.json holds no vocabulary", "Download it again.") from None
     size = source.settings["vocab_size"]
@@ -237,7 +237,7 @@ def _vocabulary(source: Source) -> dict[str, int]:
             f"the tokenizer has token ids up to {highest:,}, but the model only {size:,} embeddings (vocab_size)",
             "Give the model the tokenizer that it was trained with.",
         )
-    return found
+    return ids
 
 
 def _special(source: Source, token: str) -> str | None:

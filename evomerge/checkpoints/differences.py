@@ -60,14 +60,14 @@ def computing_settings(parsed: Any, depth: str) -> dict[str, str]:
 
 def differences(model: Source, other: Source) -> dict[str, tuple[str, str]]:
     """Settings that change what is computed in which two sources differ: values of ``model`` and ``other`` by key."""
-    found = {}
+    by_key = {}
     for key in {**model.computing, **other.computing}:
         mine, theirs = model.computing.get(key, "absent"), other.computing.get(key, "absent")
         # What is said of single layers cannot be compared where there are more of them; layers are, in their places.
         of_layers = key.partition(".")[0] in model.layered and model.layers != other.layers
         if mine != theirs and not of_layers:
-            found[key] = (mine, theirs)
-    return found
+            by_key[key] = (mine, theirs)
+    return by_key
 
 
 def warnings_across(sources: Mapping[str, Source], tokenizer: str) -> list[str]:
@@ -91,12 +91,12 @@ def warnings_across(sources: Mapping[str, Source], tokenizer: str) -> list[str]:
 def _twice(sources: Mapping[str, Source]) -> list[str]:
     """Which sources are the very same files."""
     names: dict[frozenset[str], str] = {}
-    found = []
+    sentences = []
     for name, source in sources.items():
         first = names.setdefault(frozenset(os.path.realpath(file) for file in source.files), name)
         if first != name:
-            found.append(f"{first} and {name} are the same model ({source.reference}): merging both adds nothing")
-    return found
+            sentences.append(f"{first} and {name} are the same model ({source.reference}): merging both adds nothing")
+    return sentences
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -30,13 +30,13 @@ def named_files(source: Source) -> dict[str, Path]:
     """All files of a source by the names that fingerprints have."""
     own = (source.folder, source.folder / TEMPLATES)
     adapters = list(dict.fromkeys(file.parent for file in source.files if file.parent not in own))
-    found = {}
+    by_name = {}
     for file in source.files:
         if file.parent in own:
-            found[file.relative_to(source.folder).as_posix()] = file
+            by_name[file.relative_to(source.folder).as_posix()] = file
         else:
-            found[f"adapter {1 + adapters.index(file.parent)}/{file.name}"] = file
-    return found
+            by_name[f"adapter {1 + adapters.index(file.parent)}/{file.name}"] = file
+    return by_name
 
 
 def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) -> dict[str, FileFingerprint]:

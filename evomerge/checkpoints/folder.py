@@ -297,9 +297,9 @@ def _indexed(folder: Path, weight_map: Any, place: str) -> dict[str, TensorEntry
         file = folder / shard
         if not has(folder, shard):
             raise InputError(place, f"the shard {shard} is missing from {folder}", "Complete the download.")
-        found = read_header(file, place)
-        if wrong := sorted(listed[shard] ^ found.keys()):
+        in_shard = read_header(file, place)
+        if wrong := sorted(listed[shard] ^ in_shard.keys()):
             where = "lacks it" if wrong[0] in listed[shard] else "has it unlisted"
             raise InputError(place, f"{INDEX} disagrees with {shard} on {wrong[0]!r}: the shard {where}")
-        tensors |= found
+        tensors |= in_shard
     return tensors

@@ -130,7 +130,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
         if isinstance(entry, str):
             raise refuse(f"has a header that lies about {name!r}: {entry}", "Do not use this file.")
         entries.append((entry.begin, entry.end, name, entry))
-    entries.sort(key=lambda found: found[:2])
+    entries.sort(key=lambda item: item[:2])
     position = 8 + length
     for begin, end, name, _ in entries:
         if begin != position:

@@ -43,19 +43,19 @@ class LayerSetting:
 
 def layer_settings(config: Mapping[str, Any], layers: int) -> dict[str, LayerSetting]:
     """What a configuration, as a dictionary with defaults filled in, says of each of ``layers`` layers, by its key."""
-    found: dict[str, LayerSetting] = {}
+    settings: dict[str, LayerSetting] = {}
     for key, value in config.items():
         if key in _COUNTS and type(value) is int:
-            found[key] = LayerSetting(_COUNTS[key], tuple(_counted(_COUNTS[key], value, layers)))
+            settings[key] = LayerSetting(_COUNTS[key], tuple(_counted(_COUNTS[key], value, layers)))
         elif isinstance(value, dict) and "layer" in key and (said := _by_number(value, layers)) is not None:
-            found[key] = LayerSetting("by_number", said)
+            settings[key] = LayerSetting("by_number", said)
         elif not isinstance(value, list | tuple) or _is_of_the_model(key):
             continue
         elif _are_numbers(value, layers) and ("layer" in key or key.endswith("_idxs")):
-            found[key] = LayerSetting("numbers", tuple(number in value for number in range(layers)))
+            settings[key] = LayerSetting("numbers", tuple(number in value for number in range(layers)))
         elif len(value) == layers:
-            found[key] = LayerSetting("each", tuple(value))
-    return found
+            settings[key] = LayerSetting("each", tuple(value))
+    return settings
 
 
 def written_settings(settings: Mapping[str, LayerSetting], path: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

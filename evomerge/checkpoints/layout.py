@@ -67,9 +67,9 @@ def checkpoint_parts(model: Any) -> dict[str, Part]:
             parts[part.tensor].append((name, part))
     layout: dict[str, Part] = {}
     for in_model, tensor in stored.items():
-        found = parts[in_model]
-        whole = sum(part.of(tensor).numel() for _, part in found) == tensor.numel()
-        layout |= dict(found) if whole else {in_model: Part(in_model)}
+        pieces = parts[in_model]
+        whole = sum(part.of(tensor).numel() for _, part in pieces) == tensor.numel()
+        layout |= dict(pieces) if whole else {in_model: Part(in_model)}
     return layout
 
 
@@ -186,8 +186,8 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     writers = [residual_writers(layer, parsed.model_type, parsed) for layer in stack]
     folds = {
         f"{name}.{number}.{inside}": fold
-        for number, found in enumerate(writers)
-        for inside, fold in (found.tensors.items() if found else ())
+        for number, layer_writers in enumerate(writers)
+        for inside, fold in (layer_writers.tensors.items() if layer_writers else ())
     }
     depth = parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     layered = layer_settings(parsed.to_dict(), layers)
@@ -210,7 +210,7 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         head=frozenset(name for name, part in parts.items() if stored[part.tensor] is head),
         turned=frozenset(name for name, part in parts.items() if isinstance(_owner(model, part), Conv1D)),
         folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
-        normed=all(found is not None and found.normed for found in writers),
+        normed=all(layer_writers is not None and layer_writers.normed for layer_writers in writers),
     )
 
 
@@ -218,8 +218,8 @@ def _float32(model: Any, parts: Mapping[str, Part], stored: Mapping[str, torch.T
     """What is kept in float32 in models of either 16-bit dtype; ``model`` is one of bfloat16."""
     wide = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
     wider = wide | loaded_in_float32(model, torch.float16)
-    found = {"bfloat16": wide, "float16": wider}
-    return {dtype: frozenset(n for n, part in parts.items() if part.tensor in names) for dtype, names in found.items()}
+    kept = {"bfloat16": wide, "float16": wider}
+    return {dtype: frozenset(n for n, part in parts.items() if part.tensor in names) for dtype, names in kept.items()}
 
 
 def _setting(parsed: Any, field: str) -> Any:
@@ -246,11 +246,11 @@ def find_names(model: Any, parts: Mapping[str, Part], names: Sequence[str]) -> d
     by_part = {part: name for name, part in parts.items()}
     tied = tied_names(model)
     meant = parts_in_model(model, dict.fromkeys(names, ()))[0]
-    found: dict[str, str | None] = {}
+    resolved: dict[str, str | None] = {}
     for name in names:
         part = meant.get(name, Part(name))
-        found[name] = name if name in parts else by_part.get(Part(tied.get(part.tensor, part.tensor)))
-    return found
+        resolved[name] = name if name in parts else by_part.get(Part(tied.get(part.tensor, part.tensor)))
+    return resolved
 
 
 def _check_experts(located: Mapping[Part, str], tensors: Mapping[str, torch.Tensor], place: str) -> None:

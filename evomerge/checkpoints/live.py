@@ -229,5 +229,5 @@ def finite_rows(live: LiveModel, rows: int) -> list[bool]:
     """Whether the logits for a short probe are finite, in each of so many equal rows."""
     probe = torch.arange(_PROBE_TOKENS, device=live.device) % live.model.config.vocab_size
     logits = live.model(probe.expand(rows, -1), use_cache=False).logits
-    found: list[bool] = torch.isfinite(logits).flatten(1).all(dim=1).tolist()
-    return found
+    finite: list[bool] = torch.isfinite(logits).flatten(1).all(dim=1).tolist()
+    return finite

@@ -91,10 +91,10 @@ class LowRankRows:
             NotFiniteError: one is NaN or Inf, or the factors are that it multiplies.
         """
         own = coefficients[tuple(self._where)]
-        found = torch.where(own == 0, 0.0, own * self._scales)
-        if len(broken := torch.nonzero(~torch.isfinite(found))):
+        shares = torch.where(own == 0, 0.0, own * self._scales)
+        if len(broken := torch.nonzero(~torch.isfinite(shares))):
             raise NotFiniteError(self._weights[int(self._where[0, broken[0]])])
-        return found
+        return shares
 
     @contextlib.contextmanager
     def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:

@@ -64,11 +64,11 @@ def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[
 
 
 def entries(
-    parts: Mapping[str, Part], located: Mapping[Part, str], found: Mapping[str, TensorEntry]
+    parts: Mapping[str, Part], located: Mapping[Part, str], stored: Mapping[str, TensorEntry]
 ) -> Iterator[tuple[str, TensorEntry]]:
     """Where each part lies in the files, by its name; those that no file holds in one run of bytes are left out."""
     for name, holder, part in holders(parts, located):
-        if (cut := _cut(found[holder], part)) is not None:
+        if (cut := _cut(stored[holder], part)) is not None:
             yield name, cut
 
 

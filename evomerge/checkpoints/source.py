@@ -168,12 +168,12 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         generation = load_json(folder / "generation_config.json", place)
         check_lists(generation, "generation_config.json", place)
     check_tokenizer(folder, place)
-    found = find_tensors(folder, place)
-    plan = blueprint(config, {name: entry.shape for name, entry in found.items()}, place)
-    tensors = _tensors(found, plan, config, place)
-    _check_copies(found, plan, place)
+    stored = find_tensors(folder, place)
+    plan = blueprint(config, {name: entry.shape for name, entry in stored.items()}, place)
+    tensors = _tensors(stored, plan, config, place)
+    _check_copies(stored, plan, place)
     used = set(plan.parts.values()) | {Part(part.tensor) for part in plan.parts.values()}
-    extra = found.keys() - {name for part, name in plan.located if part in used} - plan.copies.keys()
+    extra = stored.keys() - {name for part, name in plan.located if part in used} - plan.copies.keys()
     source = Source(
         name=name,
         reference=reference,
@@ -192,7 +192,7 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         tied=bool(plan.tied),
         folds=plan.folds,
         normed=plan.normed,
-        files=_files(folder, found),
+        files=_files(folder, stored),
         warnings=_warnings(tensors, plan.float32, sorted(extra), linked),
     )
     return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
@@ -232,10 +232,10 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
 
 
 def _tensors(
-    found: Mapping[str, TensorEntry], plan: Blueprint, config: Mapping[str, Any], place: str
+    stored: Mapping[str, TensorEntry], plan: Blueprint, config: Mapping[str, Any], place: str
 ) -> dict[str, TensorEntry]:
     """Where every tensor of the model lies, checked for presence, shape and dtype."""
-    tensors = dict(entries(plan.parts, dict(plan.located), found))
+    tensors = dict(entries(plan.parts, dict(plan.located), stored))
     if missing := [name for name in plan.parts if name not in tensors]:
         hint = "Complete the download, or see that config.json is the one that belongs to these weights."
         if plan.head.issuperset(missing):
@@ -254,10 +254,10 @@ def _tensors(
     return tensors
 
 
-def _check_copies(found: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> None:
+def _check_copies(stored: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> None:
     """Second copies of tied tensors in the files are fine as long as they are equal."""
     for copy, original in plan.copies.items():
-        one, other = found[copy], found[original]
+        one, other = stored[copy], stored[original]
         same = (one.dtype, one.shape) == (other.dtype, other.shape)
         if not same or not torch.equal(view_entry(one, map_file(one.file)), view_entry(other, map_file(other.file))):
             raise InputError(
@@ -267,8 +267,8 @@ def _check_copies(found: Mapping[str, TensorEntry], plan: Blueprint, place: str)
             )
 
 
-def _files(folder: Path, found: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
-    weights = sorted({entry.file for entry in found.values()})
+def _files(folder: Path, stored: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
+    weights = sorted({entry.file for entry in stored.values()})
     side = [folder / name for name in ("config.json", "generation_config.json", INDEX)]
     return (*weights, *(file for file in side if file.exists()), *tokenizer_files(folder))
 
@@ -279,15 +279,15 @@ def _warnings(
     extra: list[str],
     linked: Sequence[str],
 ) -> tuple[str, ...]:
-    told = []
+    sentences = []
     if linked:
-        told.append(f"links to files of another folder: {_few(list(linked))}")
+        sentences.append(f"links to files of another folder: {_few(list(linked))}")
     if extra:
-        told.append(f"left out, being no part of the model: {_few(extra)}")
+        sentences.append(f"left out, being no part of the model: {_few(extra)}")
     most = str(_dominant_dtype(tensors)).removeprefix("torch.")
     if len({entry.dtype for name, entry in tensors.items() if name not in float32.get(most, ())}) > 1:
-        told.append(f"the tensors are of several dtypes; most are {most}")
-    return tuple(printable(sentence) for sentence in told)
+        sentences.append(f"the tensors are of several dtypes; most are {most}")
+    return tuple(printable(sentence) for sentence in sentences)
 
 
 def _dominant_dtype(tensors: Mapping[str, TensorEntry]) -> torch.dtype:

@@ -76,7 +76,7 @@ def path_problem(config: Mapping[str, Any], path: Sequence[tuple[EmptyStack, int
 def _layer_problem(layer: nn.Module, own: int, built: nn.Module, number: int, shares: bool) -> str:
     """How a layer differs from what is built where it is put; ``shares`` says that layers use keys of others."""
     modules, others = dict(layer.named_modules()), dict(built.named_modules())
-    kinds, other_kinds = ({name: type(m).__name__ for name, m in found.items()} for found in (modules, others))
+    kinds, other_kinds = ({name: type(m).__name__ for name, m in named.items()} for named in (modules, others))
     there = f"layer {own}, where it is put (as layer {number}), would be built otherwise"
     if differing := next(_differences(kinds, other_kinds), None):
         name, mine, theirs = differing
@@ -95,10 +95,10 @@ def _layer_problem(layer: nn.Module, own: int, built: nn.Module, number: int, sh
 
 def _settings(module: nn.Module, number: int, shares: bool) -> dict[str, Any]:
     """The plain values that a module keeps, with "own" for the number of its layer."""
-    found = {key: value for key, value in vars(module).items() if not key.startswith("_") and _is_plain(value)}
+    settings = {key: value for key, value in vars(module).items() if not key.startswith("_") and _is_plain(value)}
     if not shares:
-        found.pop(_LENDS, None)
-    return found | {key: "own" for key in PLACES & found.keys() if found[key] == number}
+        settings.pop(_LENDS, None)
+    return settings | {key: "own" for key in PLACES & settings.keys() if settings[key] == number}
 
 
 def _is_plain(value: Any) -> bool:

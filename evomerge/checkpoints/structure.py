@@ -145,4 +145,4 @@ def layer_stack(model: Any, layers: int) -> tuple[str, nn.ModuleList]:
     stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not stacks:
         raise LookupError(f"{type(model).__name__} has no list of {layers} layers")
-    return min(stacks, key=lambda found: found[0].count("."))
+    return min(stacks, key=lambda stack: stack[0].count("."))

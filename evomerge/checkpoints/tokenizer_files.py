@@ -114,12 +114,12 @@ def tokenizer_texts(
 
 def with_tokens(ids: Mapping[str, int], plain: Sequence[str], added: Sequence[AddedToken]) -> dict[str, int]:
     """The ids of a vocabulary with these tokens behind its last, in their order; those that it has keep theirs."""
-    found = dict(ids)
-    free = itertools.count(1 + max(found.values()))
+    all_ids = dict(ids)
+    free = itertools.count(1 + max(all_ids.values()))
     for token in (*plain, *(token.content for token in added)):
-        if token not in found:
-            found[token] = next(free)
-    return found
+        if token not in all_ids:
+            all_ids[token] = next(free)
+    return all_ids
 
 
 def _extend(

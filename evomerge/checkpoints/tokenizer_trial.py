@@ -94,8 +94,8 @@ def _templates(folder: Path) -> Iterator[str]:
         if file.is_file():
             yield file.read_text("utf-8")
     if (folder / "tokenizer_config.json").is_file():
-        found = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template")
-        for template in found if isinstance(found, list) else [found]:
+        templates = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template")
+        for template in templates if isinstance(templates, list) else [templates]:
             text = template.get("template") if isinstance(template, dict) else template
             if isinstance(text, str):
                 yield text
@@ -136,8 +136,8 @@ def main(folder: Path, seconds: int) -> int:
     try:
         _try(folder)
     except BaseException as error:  # the library's panics are none of Exception
-        told: Any = str(error).strip().splitlines() or [""]
-        print(f"{type(error).__name__}: {told[0][:500]}")
+        lines: Any = str(error).strip().splitlines() or [""]
+        print(f"{type(error).__name__}: {lines[0][:500]}")
         return 1
     return 0
 

@@ -92,9 +92,9 @@ class _Table:
         total, count = torch.zeros(()), torch.zeros(())
         for source, own in self.own.items():
             stored, known = self.sources[source].read(name), own[ids] >= 0
-            found = stored[own[ids].clamp(min=0)].float()
+            rows = stored[own[ids].clamp(min=0)].float()
             known = known.view(-1, *[1] * (stored.ndim - 1))
-            total, count = total + torch.where(known, found, 0.0), count + known
+            total, count = total + torch.where(known, rows, 0.0), count + known
         return total / count
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -176,8 +176,8 @@ def _template(vocabulary: Vocabulary, tokenizers: Mapping[str, Any], model: str)
     """The chat template to write; None where that of the tokenizer's source stays."""
     if vocabulary.chat_template is None:
         return None
-    found = choose_template(vocabulary.chat_template, tokenizers.values())
-    return None if found == own_template(tokenizers[model]) else found
+    template = choose_template(vocabulary.chat_template, tokenizers.values())
+    return None if template == own_template(tokenizers[model]) else template
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class _Known:
 
     def row(self, token: str) -> int:
         """The row of a token; -1 where it has none."""
-        found = self.ids.get(token, -1)
-        return found if found < self.rows else -1
+        row = self.ids.get(token, -1)
+        return row if row < self.rows else -1
 
 
 def _known(source: Source, tokenizer: Any, names: Sequence[str]) -> _Known:
@@ -218,8 +218,8 @@ def _new_tokens(
     added: dict[str, AddedToken] = {}
     if vocabulary.kind == "union":
         for other in known.values():
-            added = {token: found for token, found in other.added.items() if other.row(token) >= 0} | added
-        added = {token: found for token, found in added.items() if token not in model.added}
+            added = {token: entry for token, entry in other.added.items() if other.row(token) >= 0} | added
+        added = {token: entry for token, entry in added.items() if token not in model.added}
         for other in known.values():
             for token in sorted(other.ids, key=lambda token: other.ids[token]):
                 if other.row(token) >= 0 and token not in model.ids and token not in added:
@@ -307,11 +307,11 @@ def _check_names(vocabulary: Vocabulary, sources: Mapping[str, Source]) -> None:
 
 def _check_tokenizer(source: Source, ids: Mapping[str, int]) -> None:
     """See that transformers reads the tokenizer that was made as it was meant."""
-    found = open_tokenizer(source).get_vocab()
-    if different := sorted(found.items() ^ ids.items(), key=lambda pair: pair[1]):
+    vocab = open_tokenizer(source).get_vocab()
+    if different := sorted(vocab.items() ^ ids.items(), key=lambda pair: pair[1]):
         token = different[0][0]
         raise InputError(
             source.place,
-            f"its tokenizer takes no new tokens: {token!r} would be {found.get(token, 'absent')}, not {ids.get(token)}",
+            f"its tokenizer takes no new tokens: {token!r} would be {vocab.get(token, 'absent')}, not {ids.get(token)}",
             "Give the tokenizer of another source, or keep its vocabulary: `vocabulary: {kind: tokenizer}`.",
         )

@@ -114,11 +114,11 @@ class FolderWriter:
             self._held.close()
             raise InputError(str(self.out), "is being written by another process") from None
         whole = {shard.file: shard.size for shard in self._shards}
-        for found in self._partial.iterdir():
-            if whole.get(found.name) == found.stat().st_size:
-                self._waiting[found.name].clear()
-            elif found.name != _LOCK:
-                found.unlink()
+        for file in self._partial.iterdir():
+            if whole.get(file.name) == file.stat().st_size:
+                self._waiting[file.name].clear()
+            elif file.name != _LOCK:
+                file.unlink()
 
     @property
     def done(self) -> set[str]:

@@ -148,24 +148,24 @@ def _parameters(step: Path, place: str) -> dict[str, _Parameter]:
     groups = [_shapes(group, place) for group in (groups if isinstance(groups, list) else [groups])]
     module, buffers = _field(first, "module", dict, place), first.get("buffer_names") or ()
     whole = {name: module[name] for name in buffers if isinstance(module.get(name), torch.Tensor)}
-    found = {name: _Parameter(tuple(tensor.shape), [tensor]) for name, tensor in whole.items()}
+    parameters = {name: _Parameter(tuple(tensor.shape), [tensor]) for name, tensor in whole.items()}
     for name, shape in _shapes(first.get("frozen_param_shapes") or {}, place).items():
         fragments = [_field(state, "frozen_param_fragments", dict, place) for state in states]
-        found[name] = _Parameter(shape, [_field(each, name, torch.Tensor, place) for each in fragments])
+        parameters[name] = _Parameter(shape, [_field(by_name, name, torch.Tensor, place) for by_name in fragments])
     if three:
-        found |= _cut_singly(groups, ranks, place)
+        parameters |= _cut_singly(groups, ranks, place)
     else:
-        found |= _cut_by_group(groups, ranks, _paddings(optimizers[0], groups, place), place)
-    for name, parameter in found.items():
+        parameters |= _cut_by_group(groups, ranks, _paddings(optimizers[0], groups, place), place)
+    for name, parameter in parameters.items():
         if sum(run.numel() for run in parameter.runs) < math.prod(parameter.shape):
             raise InputError(place, f"holds too little of {name}", _AGAIN)
     for name, same in (first.get("shared_params") or {}).items():
-        if same in found:
-            found[name] = found[same]
+        if same in parameters:
+            parameters[name] = parameters[same]
     if not three:
         whole = {name: tensor for name, tensor in module.items() if isinstance(tensor, torch.Tensor)}
-        found = {name: _Parameter(tuple(tensor.shape), [tensor]) for name, tensor in whole.items()} | found
-    return found
+        parameters = {name: _Parameter(tuple(tensor.shape), [tensor]) for name, tensor in whole.items()} | parameters
+    return parameters
 
 
 _AGAIN = "A rank did not finish saving, or an older checkpoint was written over; use another one."
@@ -173,15 +173,18 @@ _AGAIN = "A rank did not finish saving, or an older checkpoint was written over;
 
 def _paddings(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], place: str) -> list[list[int]]:
     """Elements behind each parameter in its group; older versions know none."""
-    found = optimizer.get("param_alignment_paddings")
-    if found is None:
+    paddings = optimizer.get("param_alignment_paddings")
+    if paddings is None:
         return [[0] * len(group) for group in groups]
     wanted = [len(group) for group in groups]
-    if not isinstance(found, list) or [len(each) if isinstance(each, list) else -1 for each in found] != wanted:
+    if (
+        not isinstance(paddings, list)
+        or [len(counts) if isinstance(counts, list) else -1 for counts in paddings] != wanted
+    ):
         raise InputError(place, "param_alignment_paddings do not fit param_shapes", _AGAIN)
-    if not all(type(size) is int and size >= 0 for each in found for size in each):
+    if not all(type(size) is int and size >= 0 for counts in paddings for size in counts):
         raise InputError(place, "param_alignment_paddings are no counts", "Do not use this file.")
-    return found
+    return paddings
 
 
 def _cut_by_group(
@@ -190,36 +193,36 @@ def _cut_by_group(
     paddings: Sequence[Sequence[int]],
     place: str,
 ) -> dict[str, _Parameter]:
-    found = {}
+    parameters = {}
     if any(len(rank) != len(groups) for rank in ranks):
         raise InputError(place, f"param_shapes has {len(groups)} groups, the shards have {len(ranks[0])}", _AGAIN)
     for number, (shapes, behind) in enumerate(zip(groups, paddings, strict=True)):
         vector = [rank[number] for rank in ranks]
         start = 0
         for (name, shape), padding in zip(shapes.items(), behind, strict=True):
-            found[name] = _Parameter(shape, _runs(vector, start, start + math.prod(shape)))
+            parameters[name] = _Parameter(shape, _runs(vector, start, start + math.prod(shape)))
             start += math.prod(shape) + padding
         # DeepSpeed pads to a multiple of two elements a rank, at one or two places.
         align = 2 * len(ranks)
         held = sum(part.numel() for part in vector)
         if math.ceil(start / align) != math.ceil(held / align):
             raise InputError(place, f"group {number} needs {start:,} elements, and its shards hold {held:,}", _AGAIN)
-    return found
+    return parameters
 
 
 def _cut_singly(
     groups: Sequence[Mapping[str, tuple[int, ...]]], ranks: Sequence[Sequence[torch.Tensor]], place: str
 ) -> dict[str, _Parameter]:
-    found = {}
+    parameters = {}
     start = 0
     for name, shape in (item for shapes in groups for item in shapes.items()):
         stop = start + math.ceil(math.prod(shape) / len(ranks))
-        found[name] = _Parameter(shape, [run for rank in ranks for run in _runs(rank, start, stop)])
+        parameters[name] = _Parameter(shape, [run for rank in ranks for run in _runs(rank, start, stop)])
         start = stop
     for number, rank in enumerate(ranks):
         if (held := sum(vector.numel() for vector in rank)) != start:
             raise InputError(place, f"rank {number} holds {held:,} elements; its share is {start:,}", _AGAIN)
-    return found
+    return parameters
 
 
 def _runs(vectors: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
@@ -238,20 +241,20 @@ def _runs(vectors: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.
 
 def _files(step: Path, kind: str, place: str) -> list[Path]:
     """The shards of a kind in the order of their ranks."""
-    found: dict[int, Path] = {}
+    by_rank: dict[int, Path] = {}
     for file in sorted(step.iterdir()):
         if (match := _SHARD.fullmatch(file.name)) is None or match["kind"] != kind:
             continue
         if int(match["split"]):
             raise InputError(place, f"{file.name} shows tensor parallelism, which cannot be put together here")
-        if (rank := int(match["rank"])) in found:
-            raise InputError(place, f"has rank {rank} twice: {found[rank].name} and {file.name}", _AGAIN)
-        found[rank] = file
-    if not found:
+        if (rank := int(match["rank"])) in by_rank:
+            raise InputError(place, f"has rank {rank} twice: {by_rank[rank].name} and {file.name}", _AGAIN)
+        by_rank[rank] = file
+    if not by_rank:
         raise InputError(place, f"has no zero_pp_rank_*_{kind}_states.pt in {step}", "It was not saved with ZeRO.")
-    if absent := set(range(max(found) + 1)) - found.keys():
+    if absent := set(range(max(by_rank) + 1)) - by_rank.keys():
         raise InputError(place, f"lacks the {kind} states of rank {min(absent)}", _AGAIN)
-    return [found[rank] for rank in sorted(found)]
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def _check_count(count: Any, ranks: int, place: str) -> None:

@@ -26,10 +26,10 @@ def agreement(file: Path, language: str, *, as_json: bool) -> None:
         for line in report(graded, code):
             console.print(line, soft_wrap=True)
         return
-    found = zip(("acc", f"acc_{code}"), tables(graded), strict=True)
-    told = {
+    named_tables = zip(("acc", f"acc_{code}"), tables(graded), strict=True)
+    result = {
         "answers": len(graded),
-        "metrics": {name: asdict(table) | {"kappa": table.kappa} for name, table in found},
-        "differ": [asdict(each) | {"right": str(each.right)} for each in graded if each.sakana != each.exact],
+        "metrics": {name: asdict(table) | {"kappa": table.kappa} for name, table in named_tables},
+        "differ": [asdict(answer) | {"right": str(answer.right)} for answer in graded if answer.sakana != answer.exact],
     }
-    print(json.dumps(without_nan(told), indent=2, ensure_ascii=False))
+    print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))

@@ -33,7 +33,7 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     Raises:
         InputError: a source cannot be run.
     """
-    recipes = [landmark.recipe for landmark in prepared.setup.space.landmarks()]
+    recipes = [baseline.recipe for baseline in prepared.setup.space.baselines()]
     made_by = next((recipe for recipe in recipes if recipe.calibration is not None), None)
     if prepared.calibration is None or made_by is None:
         return True

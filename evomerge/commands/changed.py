@@ -68,27 +68,27 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
     shown_by = [candidate_id(number) for number in tasks]
     accept_changed(store, prepared, changed, shown_by)
     if shown_by:
-        items = sum(len(task.indices) for each in tasks.values() for task in each)
+        items = sum(len(task.indices) for own in tasks.values() for task in own)
         console.print(f"{', '.join(shown_by)}: {items} items score as recorded; going on", style="dim")
     if lost := [candidate_id(row.number) for row in store.candidates(statuses=["failed"]) if row.step == 0]:
         are = "was not scored before and is" if len(lost) == 1 else "were not scored before and are"
-        console.print(f"{', '.join(lost)} {are} not tried again: a new search scores every landmark", style="yellow")
+        console.print(f"{', '.join(lost)} {are} not tried again: a new search scores every baseline", style="yellow")
     return True
 
 
 def _most_telling(store: Store, version: str, split: Split) -> int | None:
-    """The landmark to score again: whose scores vary most over the items, for one that solves none shows little.
+    """The baseline to score again: whose scores vary most over the items, for one that solves none shows little.
 
-    Landmarks have all their items scored at once. Without any, the first candidate that has scores; None without one.
+    Baselines have all their items scored at once. Without any, the first candidate that has scores; None without one.
     """
-    landmarks = [row.number for row in store.candidates(step=0)]
-    numbers = store.scored_on(version, split, most=1 + len(landmarks))
+    baselines = [row.number for row in store.candidates(step=0)]
+    numbers = store.scored_on(version, split, most=1 + len(baselines))
 
     def spread(number: int) -> float:
         metrics = _recorded(store, number, version, split).metrics.values()
         return sum(float(values.astype(np.float64).std()) for values in metrics)
 
-    return max([n for n in numbers if n in landmarks] or numbers[:1], key=spread, default=None)
+    return max([n for n in numbers if n in baselines] or numbers[:1], key=spread, default=None)
 
 
 def _recorded(store: Store, number: int, version: str, split: Split) -> Scores:

@@ -21,11 +21,11 @@ def inspect(models: Sequence[str], base: str | None, *, as_json: bool) -> None:
     screen = Console(stderr=True)  # what is printed may be read by a program
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("comparing weights", total=None)
-        found = inspect_models(models, base, lambda done, of: bar.update(task, completed=done, total=of))
+        inspection = inspect_models(models, base, lambda done, of: bar.update(task, completed=done, total=of))
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print(inspection.model_dump_json(indent=2))
         return
     console = make_console()
-    console.print(shown(found, console.width))
-    if base is None and found.base is not None:
-        console.print(f"\nThe base is {found.base}, because it was named first; --base names another.")
+    console.print(shown(inspection, console.width))
+    if base is None and inspection.base is not None:
+        console.print(f"\nThe base is {inspection.base}, because it was named first; --base names another.")

@@ -43,17 +43,17 @@ def list_server(url: str) -> None:
         _print(client.searches(), f"{url} has no searches yet")
 
 
-def _print(found: Sequence[SearchSummary], none: str) -> None:
-    make_console().print(searches_table([_listed(each) for each in found]) if found else none)
-    for each in found:
-        if each.state == "unreadable":
-            print(each.why, file=sys.stderr)
+def _print(searches: Sequence[SearchSummary], none: str) -> None:
+    make_console().print(searches_table([_listed(search) for search in searches]) if searches else none)
+    for search in searches:
+        if search.state == "unreadable":
+            print(search.why, file=sys.stderr)
 
 
 def _listed(search: SearchSummary) -> Listed:
     objectives = [objective.name for objective in search.objectives]
     of = f" of {search.budget.candidates}" if search.budget.candidates else ""
-    best, source = (_text(each, objectives) for each in (search.best, search.best_source))
+    best, source = (_text(candidate, objectives) for candidate in (search.best, search.best_source))
     best = f"{search.best_role} {best}" if best and search.best_role != BEST else best
     held_out, gain = _confirmed(search)
     what = ", ".join(objectives) if search.scalar is None else f"{search.scalar.name} of {', '.join(objectives)}"
@@ -90,14 +90,14 @@ def list_jobs(address: str) -> None:
     from evomerge.search.clusters.launch import running
 
     with _silent():
-        found = running(address)
+        jobs = running(address)
     table = Table(box=None, pad_edge=False)
     for title in ("search", "state", "folder", "job"):
         table.add_column(title)
-    for row in found:
+    for row in jobs:
         table.add_row(row.name, row.status, row.folder, row.job)
     console = make_console()
-    console.print(table if found else f"no search runs as a job of the cluster at {address}")
+    console.print(table if jobs else f"no search runs as a job of the cluster at {address}")
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
     if k is not None and 0 < len(rows) < asked:
         which = f"the {k} best" if len(rows) == k else "those that were scored on every item and keep all constraints"
         more = f"evomerge top {shlex.quote(str(folder))} --all"
-        told = f"{len(rows)} of {asked} candidates: {which}, of equal recipes the first. All: {more}"
-        console.print(told, style="dim", soft_wrap=True)
+        note = f"{len(rows)} of {asked} candidates: {which}, of equal recipes the first. All: {more}"
+        console.print(note, style="dim", soft_wrap=True)
     for line in conclusions(known):
         console.print(line)
     for line in choice_text(known):
@@ -136,10 +136,10 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
     versions = ", ".join(f"{name} {version}" for name, version in search.environment.items())
     console.print(f"made with {versions}", style="dim")
     with open_store(folder) as store:
-        items = [each for each in _items(store, (row.number,)) if each.items]
-    for each in items:
-        console.print(f"\n{each.title}, the first of {len(each.items)} (all: --items)", style="bold")
-        console.print(*item_lines(each.items[0], [candidate_id(row.number)]), sep="\n")
+        items = [measured for measured in _items(store, (row.number,)) if measured.items]
+    for measured in items:
+        console.print(f"\n{measured.title}, the first of {len(measured.items)} (all: --items)", style="bold")
+        console.print(*item_lines(measured.items[0], [candidate_id(row.number)]), sep="\n")
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> Non
     """Every item that a candidate was scored on, or those that two were scored on differently, with their answers."""
     with open_store(folder) as store:
         numbers = [chosen(store, name) for name in candidates]
-        found = [each for each in _items(store, numbers) if each.items]
-    if not found:
+        scored = [measured for measured in _items(store, numbers) if measured.items]
+    if not scored:
         raise InputError(
             ", ".join(candidates),
             "were not scored on the same items" if len(numbers) > 1 else "has no scores",
@@ -173,15 +173,17 @@ def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> Non
     names = [candidate_id(number) for number in numbers]
     if as_json:
         rows = [
-            {"objective": each.objective, "split": each.split} | asdict(item) for each in found for item in each.items
+            {"objective": measured.objective, "split": measured.split} | asdict(item)
+            for measured in scored
+            for item in measured.items
         ]
         print(json.dumps(without_nan(rows), indent=2))
         return
     console = make_console()
-    for each in found:
-        wanted = [item for item in each.items if len(numbers) == 1 or item.differs]
-        of = f"{len(wanted)} items" if len(numbers) == 1 else f"{len(wanted)} of {len(each.items)} items differ"
-        console.print(f"\n{each.title}: {of}", style="bold")
+    for measured in scored:
+        wanted = [item for item in measured.items if len(numbers) == 1 or item.differs]
+        of = f"{len(wanted)} items" if len(numbers) == 1 else f"{len(wanted)} of {len(measured.items)} items differ"
+        console.print(f"\n{measured.title}: {of}", style="bold")
         for item in wanted:
             console.print(*item_lines(item, names), "", sep="\n", soft_wrap=True)
 
@@ -191,7 +193,9 @@ def show_prompt(folder: Path, candidate: str) -> None:
     with open_store(folder) as store:
         number = chosen(store, candidate)
         file = resumed_file(folder, store, ())
-        items = {each.objective: each.items for each in _items(store, (number,)) if each.split == "search"}
+        items = {
+            measured.objective: measured.items for measured in _items(store, (number,)) if measured.split == "search"
+        }
     with opening():
         from evomerge.report.prompts import prompt_lines
         from evomerge.search.preparing.asking import shown_prompts
@@ -221,65 +225,65 @@ def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
     """Two candidates item by item, on every split that both were scored on."""
     with open_store(folder) as store:
         numbers = chosen(store, a), chosen(store, b)
-        found = compared(store, *numbers)
+        comparisons = compared(store, *numbers)
     one, other = (candidate_id(number) for number in numbers)
-    if not found:
+    if not comparisons:
         raise InputError(f"{a}, {b}", "were not scored on the same items", "`evomerge confirm` scores the best ones.")
     if as_json:
-        print(json.dumps(without_nan([row.model_dump() for row in found]), indent=2))
+        print(json.dumps(without_nan([row.model_dump() for row in comparisons]), indent=2))
         return
     console = make_console()
     called = [f"{name} is {who}" for name, who in ((a, one), (b, other)) if name != who]
     if called:
         console.print(", ".join(called), style="dim")
-    console.print(comparison_table(found, a, b))
-    for row in found:
+    console.print(comparison_table(comparisons, a, b))
+    for row in comparisons:
         if row.n < row.wanted:
             console.print(
                 f"{row.objective}, {row.split} split: both were scored on {row.n} of {row.wanted} items, and only "
-                "these are compared. A race asks first for items on which the landmarks differ, so that means of all "
+                "these are compared. A race asks first for items on which the baselines differ, so that means of all "
                 "items are others.",
                 style="dim",
             )
-    note = (
-        f"Each interval is of one comparison ({found[0].confidence:.0%}) and not corrected: of many pairs some differ "
-    )
+    confidence = f"{comparisons[0].confidence:.0%}"
+    note = f"Each interval is of one comparison ({confidence}) and not corrected: of many pairs some differ "
     console.print(f"{note}by luck. On the search split whoever was chosen for its score looks too good.", style="dim")
 
 
 def curse(folder: Path, *, as_json: bool, picture: Path | None) -> None:
     """How far the best search scores fall on held-out items: as a table, as JSON, or as a picture."""
     with open_store(folder) as store:
-        found = curse_of(store)
-    if not found.found:
+        winners_curse = curse_of(store)
+    if not winners_curse.candidates:
         raise InputError(str(folder), "has no candidate with held-out scores", f"Score them: evomerge confirm {folder}")
     if picture is not None:
-        _save(picture, curse_svg(found))
+        _save(picture, curse_svg(winners_curse))
         print(f"drawn into {picture}", file=sys.stderr)
         return
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print(winners_curse.model_dump_json(indent=2))
         return
     console = make_console()
-    for number, each in enumerate(found.all):
+    for number, one in enumerate(winners_curse.all):
         if number:
             console.print("")
-        console.print(_curse_table(each))
-        for line in curse_text(each):
+        console.print(_curse_table(one))
+        for line in curse_text(one):
             console.print(line)
-    if len(found.found) < _FEW:
+    count = len(winners_curse.candidates)
+    if count < _FEW:
         more = f"evomerge resume {shlex.quote(str(folder))} --set confirm.drawn={_MANY}"
-        console.print(f"{len(found.found)} candidates draw a poor picture. More of the best: {more}", style="dim")
+        console.print(f"{count} candidates draw a poor picture. More of the best: {more}", style="dim")
 
 
-def _curse_table(found: Curse) -> Table:
+def _curse_table(winners_curse: Curse) -> Table:
     """Every candidate with both scores of what a curse is about."""
-    table = Table(title=found.objective, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=winners_curse.objective, title_justify="left", box=None, pad_edge=False)
     for title in ("candidate", "", "search", "held out", "falls by"):
         table.add_column(title, justify="left" if title in ("candidate", "") else "right")
-    for point in found.points:
-        fall = (point.search.mean - point.held_out.mean) * (1 if found.maximise else -1) + 0.0
-        style = "bold green" if point.winner else "dim" if point.landmark else ""
+    for point in winners_curse.points:
+        fall = (point.search.mean - point.held_out.mean) * (1 if winners_curse.maximise else -1) + 0.0
+        style = "bold green" if point.winner else "dim" if point.baseline else ""
         table.add_row(point.id, _role(point), cell(point.search), cell(point.held_out), f"{fall:+.3f}", style=style)
     return table
 

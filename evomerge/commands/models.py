@@ -92,8 +92,8 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
         console.print(line)
     unseen = "" if verify else ", split was not scored again"
     roles = roles_of(provenance.status, candidate_id(number), "held_out")
-    told = [*([kind_of(origin_of(row, file.sources), row.label)] if row.label else []), *roles]
-    what = f" ({', '.join(told)})" if told else ""
+    descriptions = [*([kind_of(origin_of(row, file.sources), row.label)] if row.label else []), *roles]
+    what = f" ({', '.join(descriptions)})" if descriptions else ""
     console.print(f"exported {candidate_id(number)}{what} to {out}{unseen}", style="bold")
 
 
@@ -127,14 +127,14 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
     except BaseException as error:  # of a model with odd settings, a tokenizer's panic, or code that a task names
         raise InputError("MODEL", f"{model} cannot be scored ({first_line(error)})") from error
     if as_json:
-        told = {
+        scores = {
             "objectives": {o.name: values[o.name] for o in setup.objectives},
             "constraints": {c.name: values[c.name] for c in setup.constraints},
             "features": {f.name: values[f.name] for f in setup.features},
         }
         print(
             json.dumps(
-                without_nan({"model": model, "split": split, **told, "feasible": setup.violation(values) == 0.0}),
+                without_nan({"model": model, "split": split, **scores, "feasible": setup.violation(values) == 0.0}),
                 indent=2,
             )
         )
@@ -145,10 +145,11 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
     for objective in setup.objectives:
         value = Value(**values[objective.name])
         table.add_row(objective.name, cell(value), f"{value.n} {split}")
-    for each in setup.constraints:
-        value, limit = Value(**values[each.name]), Constraint(threshold=each.threshold, at_least=each.maximise)
+    for constraint in setup.constraints:
+        value = Value(**values[constraint.name])
+        limit = Constraint(threshold=constraint.threshold, at_least=constraint.maximise)
         kept = "kept" if limit.is_kept(value) else "missed"
-        table.add_row(f"{each.name} {limit.text}", f"{cell(value)}, {kept}", f"{value.n} {split}")
+        table.add_row(f"{constraint.name} {limit.text}", f"{cell(value)}, {kept}", f"{value.n} {split}")
     for feature in setup.features:
         value = Value(**values[feature.name])
         table.add_row(feature.name, cell(value), f"{value.n} {split}")

@@ -30,7 +30,7 @@ def observe(folder: Path, observers: Sequence[str]) -> None:
         raise explain(error, "evomerge observe", _Given, content) from None
     except InputError as error:  # of an observer, whose own class has checked it
         raise InputError(f"evomerge observe: {error.place}", error.problem, error.hint) from None
-    for each in given.observers:
-        each.check()
+    for observer in given.observers:
+        observer.check()
     with open_store(folder) as store, contextlib.suppress(KeyboardInterrupt):
         follow(store, folder, given.observers)

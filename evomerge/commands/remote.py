@@ -25,16 +25,16 @@ _ENDED = ("finished", "stopped", "cancelled", "failed", "interrupted")
 def status(url: str, search: str, *, as_json: bool, watch: bool) -> None:
     """Where a search stands; with ``watch``, again and again until it ends."""
     with Client(url) as client:
-        found = client.status(search)
+        current = client.status(search)
         if as_json:
-            print(found.model_dump_json(indent=2))
+            print(current.model_dump_json(indent=2))
             return
         console = make_console()
-        console.print(panel(found))
-        while watch and found.state not in _ENDED:
+        console.print(panel(current))
+        while watch and current.state not in _ENDED:
             time.sleep(_WATCH_S)
-            found = client.status(search)
-            console.print(panel(found))
+            current = client.status(search)
+            console.print(panel(current))
 
 
 def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel"]) -> None:
@@ -48,8 +48,8 @@ def resume(url: str, search: str, overrides: Sequence[str]) -> None:
     hint = "Through a server only the bounds under budget can be set."
     bounds = bounds_of(overrides, hint)
     with Client(url) as client:
-        told = client.change_budget(search, resume=True, **bounds) if bounds else client.tell(search, "resume")
-    print(told, file=sys.stderr)
+        answer = client.change_budget(search, resume=True, **bounds) if bounds else client.tell(search, "resume")
+    print(answer, file=sys.stderr)
 
 
 def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
@@ -67,7 +67,7 @@ def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
                 break
     entries = {row.id: _entry(row, known) for row in rows}
     if k is not None and known.scalar is not None:
-        best = {each.id: place for place, each in enumerate(ranked(list(entries.values()), known))}
+        best = {entry.id: place for place, entry in enumerate(ranked(list(entries.values()), known))}
         rows = sorted((row for row in rows if row.id in best), key=lambda row: best[row.id])[:k]
     rows = [row.model_copy(update={"scalar": _scalar(entries[row.id])}) for row in rows]
     if as_json:
@@ -88,9 +88,9 @@ def _entry(row: CandidateSummary, known: SearchStatus) -> Entry:
     """A candidate on the search split, with the number of the scalarisation."""
     means = {name: row.objectives[name] for name in known.directions if name in row.objectives}
     values = {
-        name: Value(mean=found.mean, stderr=found.stderr, n=found.n)
-        for name, found in means.items()
-        if found.mean is not None
+        name: Value(mean=estimate.mean, stderr=estimate.stderr, n=estimate.n)
+        for name, estimate in means.items()
+        if estimate.mean is not None
     }
     plain = Entry(id=row.id, label=row.label, origin=row.origin, objectives=values)
     return with_scalar(plain, known.scalar, preference_of(known.directions, known.scalarisation))

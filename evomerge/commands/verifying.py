@@ -118,21 +118,21 @@ def reproduce(
             now = score(evaluator, live, split, before.items.tolist()).scores
             parts = split == "search" and len(raced.get(info.version, set()) | {len(before.items)}) > 1
             exact = not (rounds or parts)
-            found = {
+            differences = {
                 metric: difference(now[metric], values, tolerance)
                 for metric, values in before.metrics.items()
                 if metric not in evaluator.measured
             }
-            for metric, moved in found.items():
+            for metric, moved in differences.items():
                 if moved.items and (exact or not moved.is_rounding):
                     place = f"{name} ({split}): {metric}"
                     raise _unlike(candidate_id(row.number), place, moved, len(before.items))
-            told = f"{what} score exactly as recorded"
-            if any(moved.items for moved in found.values()):
+            result = f"{what} score exactly as recorded"
+            if any(moved.items for moved in differences.values()):
                 all_exact = False
                 why = "of what was folded in" if rounds else "in other batches than those of its race"
-                told = f"{what} score as recorded but for rounding {why} ({_told(found)})"
-            lines.append(f"verified: {name}, {told}")
+                result = f"{what} score as recorded but for rounding {why} ({_differences_text(differences)})"
+            lines.append(f"verified: {name}, {result}")
     return lines if all_exact else [*lines, tolerance.text]
 
 
@@ -145,10 +145,10 @@ def measures_of(prepared: Prepared, number: int) -> str:
     return f"{', '.join(names)} ({own})"
 
 
-def _told(found: dict[str, Difference]) -> str:
+def _differences_text(differences: dict[str, Difference]) -> str:
     return "; ".join(
         f"{metric}: {moved.items} items differ, by up to {moved.largest:.2g}, the mean by {moved.shift:+.2g}"
-        for metric, moved in found.items()
+        for metric, moved in differences.items()
         if moved.items
     )
 
@@ -166,9 +166,9 @@ def _unlike(candidate: str, place: str, moved: Difference, count: int) -> InputE
 def _raced(store: Store, row: CandidateRow) -> dict[str, set[int]]:
     """For each evaluator's version the numbers of items at which scoring this recipe was broken off."""
     same = {other.number for other in store.candidates() if other.recipe_hash == row.recipe_hash}
-    found: dict[str, set[int]] = {}
+    counts: dict[str, set[int]] = {}
     for event in store.events(kinds=("rung",)):
         if event.candidate in same:
             for version, count in event.read(Rung).items.items():
-                found.setdefault(version, set()).add(count)
-    return found
+                counts.setdefault(version, set()).add(count)
+    return counts

@@ -56,11 +56,11 @@ class AdapterRowsEngine:
         self._rows.check_reached()
         if all(together):
             return [True] * len(models)
-        found = []
+        finite = []
         for model in models:  # some architectures mix rows of a batch: ask each alone
             self._rows.choose(model)
-            found.append(all(finite_rows(self._live, 1)))
-        return found
+            finite.append(all(finite_rows(self._live, 1)))
+        return finite
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
         """See ``Engine``."""

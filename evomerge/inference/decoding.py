@@ -101,7 +101,7 @@ class Decoder:
         of = self._groups.of
         members = [[prompts[i] for i in range(len(prompts)) if of[i] == group] for group in range(max(of) + 1)]
         self._shared = min(map(_common, members))  # of every group as many, so that one batch computes them all
-        starts = [each[0][: max(self._shared, 1)] for each in members]
+        starts = [group_prompts[0][: max(self._shared, 1)] for group_prompts in members]
         self._prefix = self._prefixes(starts, max(map(len, prompts)) + most)
 
     @torch.inference_mode()
@@ -161,8 +161,8 @@ class Decoder:
             use_cache=True,
             **self._known(position_ids=positions, logits_to_keep=1),
         )
-        found: list[int] = out.logits[:, -1].float().argmax(-1).tolist()
-        return found
+        likeliest: list[int] = out.logits[:, -1].float().argmax(-1).tolist()
+        return likeliest
 
     def _close(self, table: _Table, tokens: Sequence[int], count: int) -> None:
         """Write down the tokens of the last ``count`` rows, and take out of the table those that ended."""
@@ -183,15 +183,17 @@ class Decoder:
     def _prefixes(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
         """The prefix of every group; ``starts`` are their tokens, equally many."""
         step = max(1, _PREFILL_TOKENS // len(starts[0]))
-        found: list[Prefix] = []
+        prefixes: list[Prefix] = []
         for first in range(0, len(starts), step):
             part = starts[first : first + step]
             self._groups.tell(range(first, first + len(part)))
-            found.append(self._prefix_cache(part, longest))
-        if len(found) == 1:
-            return found[0]
-        layers = zip(*found, strict=True)
-        return [(torch.cat([keys for keys, _ in each]), torch.cat([values for _, values in each])) for each in layers]
+            prefixes.append(self._prefix_cache(part, longest))
+        if len(prefixes) == 1:
+            return prefixes[0]
+        layers = zip(*prefixes, strict=True)
+        return [
+            (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer])) for layer in layers
+        ]
 
     def _prefix_cache(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
         """What is in the cache that the model itself makes of some rows of tokens.
@@ -301,7 +303,7 @@ class _Table(Cache):  # type: ignore[misc]
         movers = [row for row in range(left, len(self.open)) if row not in gone]
         if to:
             start = self._end - max(self.lengths)
-            at, of = (torch.tensor(found, device=self.mask.device) for found in (to, movers))
+            at, of = (torch.tensor(indices, device=self.mask.device) for indices in (to, movers))
             self.mask[at] = self.mask[of]
             for layer in self.layers:
                 layer.move(of, at, slice(start, self._end))
@@ -375,9 +377,9 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
 def _moved(part: torch.Tensor, shape: Sequence[int], used: slice, dim: int) -> torch.Tensor:
     """Zeros of that shape that begin with the columns in use."""
     width = used.stop - used.start
-    found = part.new_zeros(shape)
-    found.narrow(dim, 0, width).copy_(part.narrow(dim, used.start, width))
-    return found
+    moved = part.new_zeros(shape)
+    moved.narrow(dim, 0, width).copy_(part.narrow(dim, used.start, width))
+    return moved
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -101,11 +101,11 @@ def answer_groups(
     except NoTableError as error:
         batch_size = 1 if error.alone else how.batch_size
     if batch_size is not None:
-        found = []
+        answers = []
         for number, group in enumerate(groups):
             choose([number])
-            found.append(_in_batches(live, group, how.max_new_tokens, how.stop, batch_size))
-        return found
+            answers.append(_in_batches(live, group, how.max_new_tokens, how.stop, batch_size))
+        return answers
     _room(live.model).fit(how.batch_size, len(prompts), live.device, decoder.run)
     texts = iter([text_of(live.tokenizer, tokens, how.stop) for tokens in decoder.answers])
     return [[next(texts) for _ in group] for group in groups]

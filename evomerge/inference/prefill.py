@@ -29,13 +29,13 @@ def log_likelihoods(live: LiveModel, requests: Sequence[Likelihood]) -> list[Log
     On a processor a request's number is the same bit for bit whatever requests are beside it: its width does not depend
     on them, and a matrix times a row rounds alike among any rows, if only they are not fewer than a few.
     """
-    found: dict[int, LogLikelihood] = {}
+    by_number: dict[int, LogLikelihood] = {}
     for most in dict.fromkeys(request.batch_tokens for request in requests):
         prompts = {n: request.prompt for n, request in enumerate(requests) if request.batch_tokens == most}
         logs = _sums(live, [_Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most)
         for (number, prompt), log in zip(prompts.items(), logs, strict=True):
-            found[number] = LogLikelihood(log, prompt.scored, _size(prompt))
-    return [found[number] for number in range(len(requests))]
+            by_number[number] = LogLikelihood(log, prompt.scored, _size(prompt))
+    return [by_number[number] for number in range(len(requests))]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
     """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
     import torch
 
-    found = [0.0] * len(items)
+    totals = [0.0] * len(items)
     context = getattr(live.model.config, "max_position_embeddings", None)
     row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
     for batch in _batches(items, most, context, row_logits):
@@ -121,5 +121,5 @@ def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
                 chosen = own.gather(1, answer[:, None]).squeeze(1)
                 sums.append((chosen - own.logsumexp(1)).sum(dtype=torch.float64))
         for position, total in zip(batch, torch.stack(sums).tolist(), strict=True):
-            found[position] = total
-    return found
+            totals[position] = total
+    return totals

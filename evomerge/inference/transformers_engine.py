@@ -50,8 +50,8 @@ class TransformersEngine:
         refuse_media(batches, "transformers")
         responses: list[dict[int, Response]] = [{} for _ in batches]
         left = set(range(len(batches)))
-        for batch, found in zip(batches, responses, strict=True):
-            self._likelihoods(batch, found)
+        for batch, answered in zip(batches, responses, strict=True):
+            self._likelihoods(batch, answered)
             yield from self._whole(batches, responses, left)
         decoded: dict[
             tuple[Hashable, Decoding], dict[int, list[int]]
@@ -83,8 +83,8 @@ class TransformersEngine:
         models = [batches[number].model for number in places]
         groups = [[batches[number].requests[place].prompt.fed for place in own] for number, own in places.items()]
         texts = answer_groups(self._live, groups, how, lambda rows: self._choose([models[row] for row in rows]))
-        for (number, own), found in zip(places.items(), texts, strict=True):
-            responses[number].update({place: Text(text) for place, text in zip(own, found, strict=True)})
+        for (number, own), answers in zip(places.items(), texts, strict=True):
+            responses[number].update({place: Text(text) for place, text in zip(own, answers, strict=True)})
 
     @staticmethod
     def _whole(

@@ -121,7 +121,7 @@ class VllmEngine:
         """See ``Engine``. Requests of all objectives go in one call, for vLLM fills its own batches."""
         refuse_media(batches, "vllm")
         likelihoods = [[r for r in batch.requests if isinstance(r, Likelihood)] for batch in batches]
-        scored = dict(self._transformers.respond([Batch(found) for found in likelihoods]))
+        scored = dict(self._transformers.respond([Batch(requests) for requests in likelihoods]))
         texts = iter(self._answers([r for batch in batches for r in batch.requests if isinstance(r, Generate)]))
         for number, batch in enumerate(batches):
             logs = iter(scored[number])
@@ -132,11 +132,11 @@ class VllmEngine:
         if not requests:
             return []
         asked = [self._vllm.TokensPrompt(prompt_token_ids=list(request.prompt.fed)) for request in requests]
-        found = self._llm.generate(asked, [self._settings(request) for request in requests], use_tqdm=False)
+        outputs = self._llm.generate(asked, [self._settings(request) for request in requests], use_tqdm=False)
         # Decoded here and not by vLLM, which keeps a leading space that decoding an answer by itself leaves out.
         return [
             Text(text_of(self._tokenizer, list(output.outputs[0].token_ids), request.stop))
-            for request, output in zip(requests, found, strict=True)
+            for request, output in zip(requests, outputs, strict=True)
         ]
 
     def _settings(self, request: Generate) -> Any:
@@ -157,8 +157,8 @@ class VllmEngine:
         expected = live.model(probes, use_cache=False).logits[:, -1].argmax(-1).tolist()
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
         asked = [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in probes.tolist()]
-        found = [each.outputs[0].token_ids[0] for each in self._llm.generate(asked, settings, use_tqdm=False)]
-        same = sum(a == b for a, b in zip(expected, found, strict=True))
+        actual = [output.outputs[0].token_ids[0] for output in self._llm.generate(asked, settings, use_tqdm=False)]
+        same = sum(a == b for a, b in zip(expected, actual, strict=True))
         if same < _AGREEING * _PROBES:
             problem = f"vLLM goes on from {same} of {_PROBES} probes as transformers does, so it computes another model"
             raise InputError("engine", problem, "Leave `engine` out.")
@@ -207,11 +207,11 @@ def _hide_from_scans() -> None:
     from llvmlite.binding import ffi
 
     kind = type(ffi.lib)
-    found = kind.__getattr__
+    original = kind.__getattr__
 
     def only_functions(self: Any, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return found(self, name)
+        return original(self, name)
 
     kind.__getattr__ = only_functions

@@ -60,7 +60,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def _explain(error: ValidationError, path: Path) -> InputError:
     """One fault of a recipe file; a misspelt key is told as that, not as the key that is then missing."""
     faults = error.errors(include_url=False)
-    fault = next((each for each in faults if each["type"] == "extra_forbidden"), faults[0])
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     where = ".".join(str(part) for part in fault["loc"])
     unknown = fault["type"] == "extra_forbidden"
     problem = "is not a key of a recipe" if unknown else fault["msg"].removeprefix("Value error, ")

@@ -65,7 +65,7 @@ def from_mergekit(
     grammar = find_grammar(str(method), f"{place}: merge_method")
     base = _base(config, f"{place}: base_model")
     slices = _slices(config, grammar, base, look, place)
-    references = list(dict.fromkeys(itertools.chain(*(each.starts for each in slices), [base] if base else [])))
+    references = list(dict.fromkeys(itertools.chain(*(piece.starts for piece in slices), [base] if base else [])))
     tokenizer = read_tokenizer(config, base or references[0], place)
     names = short_names(dict.fromkeys([*references, tokenizer]))
     parameters = read_parameters(config.get("parameters"), grammar, f"{place}: parameters")
@@ -133,7 +133,7 @@ class _Merge:
         """The most common blend of a part's tensors; the others become exceptions."""
         counts: list[tuple[Blend, int]] = []
         for blend in tensors.values():
-            if all(blend != each for each, _ in counts):
+            if all(blend != known for known, _ in counts):
                 counts.append((blend, sum(blend == other for other in tensors.values())))
         if not counts:
             return None
@@ -230,8 +230,8 @@ def _slices(
             models[base] = {}
         depths = {model: depth(look(model)) for model in models}
         if len(set(depths.values())) > 1:
-            told = ", ".join(f"{model} has {layers}" for model, layers in depths.items())
-            raise InputError(where, f"differ in layers: {told}", "Say with `slices:` which layers are mixed.")
+            listed = ", ".join(f"{model} has {layers}" for model, layers in depths.items())
+            raise InputError(where, f"differ in layers: {listed}", "Say with `slices:` which layers are mixed.")
         whole = _Slice(dict.fromkeys(models, 0), next(iter(depths.values())), base, models, {}, f"{place}: ")
         _check_mixed(whole, method, grammar, f"{place}: base_model", where)
         return [whole]
@@ -259,8 +259,8 @@ def _slice(
         ranges[model] = _range(source.get("layer_range"), model, look, f"{place}.sources[{number}].layer_range")
     lengths = {stop - start for start, stop in ranges.values()}
     if len(lengths) > 1:
-        told = ", ".join(f"{stop - start} of {model}" for model, (start, stop) in ranges.items())
-        raise InputError(f"{place}.sources", f"take different numbers of layers: {told}")
+        listed = ", ".join(f"{stop - start} of {model}" for model, (start, stop) in ranges.items())
+        raise InputError(f"{place}.sources", f"take different numbers of layers: {listed}")
     own = _base(given, f"{place}.base_model")
     piece = _Slice(
         {model: start for model, (start, _) in ranges.items()},
@@ -312,10 +312,10 @@ def _models(entries: Any, keys: Collection[str], grammar: Grammar, place: str) -
     return models
 
 
-def _list(found: Any, place: str) -> list[Any]:
-    if not isinstance(found, list) or not found:
+def _list(given: Any, place: str) -> list[Any]:
+    if not isinstance(given, list) or not given:
         raise InputError(place, "must be a list with at least one entry")
-    return found
+    return given
 
 
 def _dtype(config: Mapping[str, Any], place: str) -> DType | None:

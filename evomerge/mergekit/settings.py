@@ -23,22 +23,22 @@ def check_keys(given: Any, known: Collection[str], place: str) -> None:
             raise unknown_name(str(key), known, place, "key")
 
 
-def read_parameters(found: Any, grammar: Grammar, place: str) -> Parameters:
-    """The checked ``parameters:`` of a model, a slice or a whole configuration; none where ``found`` is None.
+def read_parameters(given: Any, grammar: Grammar, place: str) -> Parameters:
+    """The checked ``parameters:`` of a model, a slice or a whole configuration; none where ``given`` is None.
 
     Raises:
         InputError: an unknown key, a value of the wrong kind, or one that a recipe cannot hold.
     """
-    if found is None:
+    if given is None:
         return {}
-    check_keys(found, grammar.names, place)
+    check_keys(given, grammar.names, place)
     for setting in grammar.settings:
-        if setting.name in found:
-            _check_form(found[setting.name], setting, f"{place}.{setting.name}")
+        if setting.name in given:
+            _check_form(given[setting.name], setting, f"{place}.{setting.name}")
     for name, value in grammar.fixed.items():
-        if name in found and found[name] != value:
-            raise InputError(f"{place}.{name}", f"is always {value:g} here, not {found[name]!r}", "Remove it.")
-    return dict(found)
+        if name in given and given[name] != value:
+            raise InputError(f"{place}.{name}", f"is always {value:g} here, not {given[name]!r}", "Remove it.")
+    return dict(given)
 
 
 def find_value(setting: Setting, levels: Iterable[Parameters], tensor: str, t: float) -> Value | None:

@@ -14,8 +14,8 @@ from evomerge.vocabulary import TokenRow, TokenRule, Vocabulary, ZeroRow
 
 def read_tokenizer(config: Mapping[str, Any], fallback: str, place: str) -> str:
     """The reference of the model that gives the tokenizer; ``fallback`` where that is mergekit's "base" or "union"."""
-    found, where = _source(config, place)
-    return fallback if found in (None, "base", "union") else read_reference(found, where)
+    source, where = _source(config, place)
+    return fallback if source in (None, "base", "union") else read_reference(source, where)
 
 
 def read_vocabulary(config: Mapping[str, Any], names: Mapping[str, str], base: str | None, place: str) -> Vocabulary:

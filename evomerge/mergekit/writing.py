@@ -56,7 +56,7 @@ def to_mergekit(recipe: StackRecipe, look: Callable[[str], Roles]) -> dict[str, 
         slices = [{key: value for key, value in piece.items() if key != "base_model"} for piece in slices]
     config |= _whole(slices, look) or {"slices": slices}
     donor = recipe.sources[recipe.tokenizer]
-    if grammar.base == "source" and ("slices" in config or any(each["model"] == donor for each in config["models"])):
+    if grammar.base == "source" and ("slices" in config or any(entry["model"] == donor for entry in config["models"])):
         config["base_model"] = donor  # only the configuration is taken of it; else mergekit takes that of any model
     if recipe.dtype is not None:
         config |= {"dtype": "float32", "out_dtype": recipe.dtype}
@@ -124,8 +124,8 @@ def _hop(recipe: StackRecipe, roles: Roles, number: int) -> Iterator[_Tensor]:
 
 
 def _outside(recipe: StackRecipe, roles: Roles, *kinds: str) -> list[_Tensor]:
-    found = [(name, role) for name, role in roles.items() if role.layer is None and role.kind in kinds]
-    blends = [(name, recipe.blend_for(role, name)) for name, role in found]
+    chosen = [(name, role) for name, role in roles.items() if role.layer is None and role.kind in kinds]
+    blends = [(name, recipe.blend_for(role, name)) for name, role in chosen]
     return [_Tensor(name, dict.fromkeys(_models(blend), name), blend) for name, blend in blends]
 
 
@@ -198,12 +198,12 @@ def _setting(values: Mapping[str, Value], setting: Setting) -> Value | list[dict
     left = dict(values)  # those that no filter has taken yet
     rules: list[dict[str, Any]] = []
     while odd := next((name for name, value in left.items() if value != common), None):
-        found = _filter(odd, left)
-        if found is None:
+        part = _filter(odd, left)
+        if part is None:
             problem = f"no filter of mergekit's gives {odd} alone its {setting.name} {left[odd]:g}"
             raise InputError("recipe", problem, "Its name is a part of another tensor's name.")
-        rules.append({"filter": found, "value": left[odd]})
-        left = {name: value for name, value in left.items() if found not in name}
+        rules.append({"filter": part, "value": left[odd]})
+        left = {name: value for name, value in left.items() if part not in name}
     return [*rules, {"value": common}] if rules else common
 
 

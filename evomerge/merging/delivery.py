@@ -48,16 +48,16 @@ def upload(folder: Path, storage: Storage, progress: Callable[[int, int], None] 
     there = storage.files()
     before = _parsed((storage.read(SUMS) or b"").decode())
     kept = {name for name in files if before.get(name) == sums[name] and there.get(name) == sizes[name]}
-    stale = {name for name, found in before.items() if sums.get(name) != found}
+    stale = {name for name, digest in before.items() if sums.get(name) != digest}
     storage.remove([name for name in there if name.removesuffix(PARTIAL) in stale])
-    storage.write(SUMS, "".join(f"{found}  {name}\n" for name, found in sums.items()).encode())
+    storage.write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
     done, total = sum(sizes[name] for name in kept), sum(sizes.values())
 
-    def told(sent: int) -> None:
+    def report(sent: int) -> None:
         progress(done + sent, total)
 
     for name in [name for name in files if name not in kept]:
-        _put(storage, files[name], told)
+        _put(storage, files[name], report)
         done += sizes[name]
 
 
@@ -76,4 +76,4 @@ def _sum(file: Path) -> str:
 def _parsed(sums: str) -> Mapping[str, str]:
     """Sums by the names of their files."""
     rows = (line.partition("  ") for line in sums.splitlines())
-    return {name: found for found, _, name in rows}
+    return {name: digest for digest, _, name in rows}

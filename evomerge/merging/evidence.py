@@ -65,10 +65,10 @@ class Evidence:
         """
         key = kind, follows_from
         if key not in self._known:
-            found = compute() if self._folder is None else self._shared(self._folder, key, compute)
-            if self._folder is None and sum(tensor.nbytes for tensor in found.values()) > _SMALL:
-                return found
-            self._known[key] = found
+            tensors = compute() if self._folder is None else self._shared(self._folder, key, compute)
+            if self._folder is None and sum(tensor.nbytes for tensor in tensors.values()) > _SMALL:
+                return tensors
+            self._known[key] = tensors
         return self._known[key]
 
     def has(self, kind: str, follows_from: tuple[Any, ...]) -> bool:

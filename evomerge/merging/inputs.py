@@ -188,9 +188,9 @@ def _observed(live: LiveModel, source: Source, layers: Sequence[int], tokens: Se
         for text in tokens:
             with suppress(_PassEndsError):
                 live.model(text, use_cache=False)
-            for each in sums.values():
-                each.present.clear()
-    return {layer: each.result() for layer, each in sums.items()}
+            for layer_sums in sums.values():
+                layer_sums.present.clear()
+    return {layer: layer_sums.result() for layer, layer_sums in sums.items()}
 
 
 @contextmanager
@@ -227,13 +227,13 @@ def _linear(live: LiveModel, source: Source) -> dict[int, list[tuple[str, Any, i
     from transformers.pytorch_utils import Conv1D
 
     owners = {_module(source, stored): role.layer for stored, role in source.roles.items()}
-    found: dict[int, list[tuple[str, Any, int]]] = {}
+    by_layer: dict[int, list[tuple[str, Any, int]]] = {}
     for name, module in live.model.named_modules():
         if name in owners and isinstance(module, torch.nn.Linear | Conv1D):
             layer = owners[name]
             axis = 0 if isinstance(module, Conv1D) else 1
-            found.setdefault(_OUTSIDE if layer is None else layer, []).append((name, module, axis))
-    return found
+            by_layer.setdefault(_OUTSIDE if layer is None else layer, []).append((name, module, axis))
+    return by_layer
 
 
 def _module(source: Source, stored: str) -> str:
@@ -251,7 +251,7 @@ def _groups(live: LiveModel, source: Source, layers: Sequence[int]) -> Iterator[
     for layer in sorted(layers):
         if layer == _OUTSIDE:
             continue
-        if group and sum(sizes.get(each, 0) for each in (*group, layer)) > _MOST_BYTES:
+        if group and sum(sizes.get(member, 0) for member in (*group, layer)) > _MOST_BYTES:
             yield group
             group = []
         group.append(layer)

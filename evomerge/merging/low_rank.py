@@ -136,11 +136,11 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
     if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
         raise NotLowRankError("its hops are not the model's own layers in their order")
     weights = Weights(_refuse_to_read, WorkerThreads())
-    found: dict[str, list[float]] = {}
+    by_weight: dict[str, list[float]] = {}
     for merged in merged_tensors(recipe, sources):
         combined = _combined(merged, recipe, sources, weights)
-        found[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
-    return torch.tensor([found[weight] for weight in family.weights], dtype=torch.float64).float()
+        by_weight[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
+    return torch.tensor([by_weight[weight] for weight in family.weights], dtype=torch.float64).float()
 
 
 def _combined(
@@ -165,5 +165,5 @@ def _combined(
     return plan.coefficients
 
 
-def _refuse_to_read(found: Ref) -> Tensor:
+def _refuse_to_read(ref: Ref) -> Tensor:
     raise _WeightsReadError

@@ -125,20 +125,20 @@ class Materialiser:
         self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
         self._live: LiveModel | None = None
 
-    def read(self, found: Ref) -> Tensor:
+    def read(self, ref: Ref) -> Tensor:
         """A tensor of a source, contiguous. Views of mapped files are kept, and as many folds as there are sources."""
         for known in (self._views, self._folds):
-            if found in known:
-                return known[found]
-        source, name = found
+            if ref in known:
+                return known[ref]
+        source, name = ref
         tensor = self._sources[source].read(name).contiguous()
         if name not in self._sources[source].changes:
-            self._views[found] = tensor
+            self._views[ref] = tensor
             return tensor
         # A plan may ask for it several times; to keep all would be a float32 copy of each adapted model.
         while len(self._folds) >= len(self._sources):
             self._folds.pop(next(iter(self._folds)))
-        self._folds[found] = tensor
+        self._folds[ref] = tensor
         return tensor
 
     def write(self, recipe: StackRecipe, live: LiveModel) -> None:
@@ -254,14 +254,14 @@ class Materialiser:
         The dtype is the recipe's; where it has none, that in which the tokenizer's source stores the tensor. What
         transformers keeps in float32, whatever the dtype of the model, is written so: a live model has it so as well.
         """
-        found: list[tuple[str, Sequence[int], torch.dtype]] = []
+        layout: list[tuple[str, Sequence[int], torch.dtype]] = []
         model = self._sources[recipe.tokenizer]
         dtype: torch.dtype | None = getattr(torch, recipe.dtype) if recipe.dtype else None
         for merged in merged_tensors(recipe, self._sources):
             source = next(s for s in (model, *self._sources.values()) if merged.stored in s.tensors)
             shape = source.tensors[merged.stored].shape
-            found.append((merged.name, shape, source.dtype_of(merged.stored, dtype, dtype or model.dtype)))
-        return found
+            layout.append((merged.name, shape, source.dtype_of(merged.stored, dtype, dtype or model.dtype)))
+        return layout
 
     def _on(self, device: torch.device) -> DeviceRunner:
         every = [(name, tensor) for name, source in self._sources.items() for tensor in source.tensors]

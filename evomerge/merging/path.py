@@ -34,16 +34,16 @@ class Merged:
 
 def merged_tensors(recipe: StackRecipe, sources: Mapping[str, Source]) -> list[Merged]:
     """All tensors of a recipe's model, in the order of the tokenizer's source, layers in the order of the path."""
-    found: list[Merged] = []
+    merged: list[Merged] = []
     path_done = False
     for name, role in sources[recipe.tokenizer].roles.items():
         if role.layer is None:
-            found.append(Merged(name, role, name, role))
+            merged.append(Merged(name, role, name, role))
         elif not path_done:
             path_done = True
             for number in range(len(recipe.hops)):
-                found += _hop(recipe, number, sources)
-    return found
+                merged += _hop(recipe, number, sources)
+    return merged
 
 
 def _hop(recipe: StackRecipe, number: int, sources: Mapping[str, Source]) -> list[Merged]:

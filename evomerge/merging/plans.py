@@ -41,9 +41,9 @@ def switch(blend: Blend, name: str, default: bool) -> bool:
 
 def weights(blend: Blend, *, normalize: bool) -> list[float]:
     """The weights, over their sum where the blend says so (or, silent, ``normalize``) and that is not nothing."""
-    found = values(blend, "weight")
-    total = sum(found)
-    return found if cancel(found) or not switch(blend, "normalize", normalize) else [w / total for w in found]
+    raw = values(blend, "weight")
+    total = sum(raw)
+    return raw if cancel(raw) or not switch(blend, "normalize", normalize) else [w / total for w in raw]
 
 
 def cancel(weights: Sequence[float]) -> bool:

@@ -64,8 +64,8 @@ def shares_lost(
     origin = sources[base] if base is not None else None
     losses = {}
     for name, source in sources.items():
-        if name != base and (found := _loss(source, origin, model, dtype)) is not None:
-            losses[name] = found
+        if name != base and (loss := _loss(source, origin, model, dtype)) is not None:
+            losses[name] = loss
     return losses
 
 
@@ -124,10 +124,10 @@ def rounding_warning(name: str, lost: float, dtype: torch.dtype, *, adapted: boo
         adapted: the source is a model with adapters.
         where: the parts of the model of which that is true, where it is not true of the whole.
     """
-    told, epsilon = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+    dtype_name, epsilon = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
     kept, within = max(0.0, 1 - lost), f" in {where}" if where else ""
     together = ", or `together`, which adds adapters without rounding them into the weights" if adapted else ""
     return (
-        f"{name}: {kept:.0%} of its change{within} survives in {told}, in which the merge is stored: a step is "
+        f"{name}: {kept:.0%} of its change{within} survives in {dtype_name}, in which the merge is stored: a step is "
         f"{epsilon / 2:.2%} to {epsilon:.2%} of a weight. Merge with `dtype: float32`{together}"
     )

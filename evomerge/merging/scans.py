@@ -132,9 +132,9 @@ def rank_sums(base: Any, source: Any, row: Any, first_bin: Any, total: Any) -> N
             bx, by = pair(base, i)
             x, y = pair(source, i)
             for delta in (x - bx, y - by):
-                found = U64(magnitude_bin(delta, first_bin))
-                counts[found] += 1
-                sums[found] += np.float64(abs(delta))
+                bin_number = U64(magnitude_bin(delta, first_bin))
+                counts[bin_number] += 1
+                sums[bin_number] += np.float64(abs(delta))
         below = 0
         for j in range(RANK_BINS):
             middle = (below + 0.5 * max(counts[j] - 1, 0)) / max(2 * row - 1, 1)
@@ -146,8 +146,8 @@ def rank_sums(base: Any, source: Any, row: Any, first_bin: Any, total: Any) -> N
 @compiled
 def magnitude_bin(delta: Any, first_bin: Any) -> Any:
     """The bin of a magnitude in a table of ranks: eight bins an octave, 16 octaves, the lowest taking all below."""
-    found = np.int32(as_signed(U32(as_bits(delta) & U32(0x7FFFFFFF))) >> np.int32(20)) - first_bin
-    return np.int32(min(max(np.int32(found), np.int32(0)), np.int32(RANK_BINS - 1)))
+    bin_number = np.int32(as_signed(U32(as_bits(delta) & U32(0x7FFFFFFF))) >> np.int32(20)) - first_bin
+    return np.int32(min(max(np.int32(bin_number), np.int32(0)), np.int32(RANK_BINS - 1)))
 
 
 @compiled
@@ -205,44 +205,44 @@ def _sign_products(first: Any, second: Any) -> Any:
 @compiled
 def count_variances(arrays: Any, counts: Any) -> None:
     """As ``count_deltas``, of the variances over the sources (the base is the first of ``arrays``)."""
-    found = np.empty(2 * _BLOCK, np.float32)
+    variances = np.empty(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
-        count = _variances(arrays, start, found)
+        count = _variances(arrays, start, variances)
         for i in range(count):
-            counts[U64(_upper(found[i]))] += 1
+            counts[U64(_upper(variances[i]))] += 1
 
 
 @compiled
 def count_variances_in(arrays: Any, upper: Any, counts: Any) -> None:
     """As ``count_deltas_in``, of the variances over the sources."""
-    found = np.empty(2 * _BLOCK, np.float32)
+    variances = np.empty(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
-        count = _variances(arrays, start, found)
+        count = _variances(arrays, start, variances)
         for i in range(count):
-            if _upper(found[i]) == upper:
-                counts[U64(as_bits(found[i]) & U32(0xFFFF))] += 1
+            if _upper(variances[i]) == upper:
+                counts[U64(as_bits(variances[i]) & U32(0xFFFF))] += 1
 
 
 @compiled
 def energies(arrays: Any, least: Any, total: Any) -> None:
     """Add to ``total`` (float64 [sources]) the squared norms over the elements that vary by ``least`` at least."""
-    found, deltas = np.empty(2 * _BLOCK, np.float32), np.zeros(2 * _BLOCK, np.float32)
+    variances, deltas = np.empty(2 * _BLOCK, np.float32), np.zeros(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
-        count = _variances(arrays, start, found)
+        count = _variances(arrays, start, variances)
         for k in range(1, len(arrays)):
             for i in range(count // U64(2)):
                 bx, by = pair(arrays[0], start + i)
                 x, y = pair(arrays[k], start + i)
-                deltas[U64(2) * i] = x - bx if found[U64(2) * i] >= least else ZERO
-                deltas[U64(2) * i + U64(1)] = y - by if found[U64(2) * i + U64(1)] >= least else ZERO
+                deltas[U64(2) * i] = x - bx if variances[U64(2) * i] >= least else ZERO
+                deltas[U64(2) * i + U64(1)] = y - by if variances[U64(2) * i + U64(1)] >= least else ZERO
             deltas[np.int64(count) :] = 0
             total[k - 1] += _dot(deltas, deltas)
 
 
 @compiled
-def _variances(arrays: Any, start: Any, found: Any) -> Any:
-    """Write the variances of a block of pairs to ``found``, and return how many these are."""
+def _variances(arrays: Any, start: Any, variances: Any) -> Any:
+    """Write the variances of a block of pairs to ``variances``, and return how many these are."""
     count = min(U64(_BLOCK), U64(pairs(arrays[0]) - start))
     for i in range(count):
-        found[U64(2) * i], found[U64(2) * i + U64(1)] = variance(arrays[0], arrays[1:], start + i)
+        variances[U64(2) * i], variances[U64(2) * i + U64(1)] = variance(arrays[0], arrays[1:], start + i)
     return U64(2) * count

@@ -55,8 +55,8 @@ def multislerp(inner: Vector, weights: Vector) -> Vector:
     mean = mean / length
     tangent = weights @ (units - np.outer(units @ inner @ mean, mean))
     angle = _norm(tangent, inner) + _SMALL
-    found = mean * math.cos(angle) + tangent * (math.sin(angle) / angle)
-    return np.asarray(found * (norms @ weights))
+    barycentre = mean * math.cos(angle) + tangent * (math.sin(angle) / angle)
+    return np.asarray(barycentre * (norms @ weights))
 
 
 def karcher(inner: Vector, weights: Vector, steps: int = 10, tolerance: float = 1e-5) -> Vector:

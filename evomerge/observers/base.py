@@ -87,7 +87,7 @@ def ends(event: EventRow) -> bool:
 
 
 def genome_of(row: CandidateRow, search: SearchRow) -> dict[str, float]:
-    """A candidate's genome by the names of the parameters; empty for a landmark that has none."""
+    """A candidate's genome by the names of the parameters; empty for a baseline that has none."""
     if row.genome is None:
         return {}
     names = [parameter.name for parameter in search.record.parameters]

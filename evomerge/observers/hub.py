@@ -41,7 +41,7 @@ class Observers:
     """
 
     def __init__(self, store: ReadStore, folder: Path, settings: Sequence[ObserverSettings]) -> None:
-        self._listeners = [Listener(store, folder, each) for each in settings]
+        self._listeners = [Listener(store, folder, s) for s in settings]
         self._told_at = -math.inf
 
     def poll(self, workers: Callable[[], Workers]) -> None:
@@ -50,10 +50,10 @@ class Observers:
         if not self._listeners or moment - self._told_at < EVERY_S:
             return
         self._told_at = moment
-        found = workers()
+        current = workers()
         for listener in self._listeners:
             if not listener.is_busy():
-                listener.start(partial(listener.look, found))
+                listener.start(partial(listener.look, current))
 
     def look(self) -> None:
         """Tell every observer what is new, in this thread."""
@@ -65,7 +65,9 @@ class Observers:
         end = time.monotonic() + _PATIENCE_S
         for listener in self._listeners:
             listener.finish()
-        if left := [each.kind for each in self._listeners if each.is_busy(max(0.0, end - time.monotonic()))]:
+        if left := [
+            listener.kind for listener in self._listeners if listener.is_busy(max(0.0, end - time.monotonic()))
+        ]:
             _log.warning("observers have not ended and are left behind: %s", ", ".join(left))
 
 
@@ -110,8 +112,8 @@ class Listener:
             return
         self._is_away = False
         if self.observer is not None and news is not None:
-            told = self._guarded("failed", partial(_told, self.observer, news))
-            if not told:
+            succeeded = self._guarded("failed", partial(_tell, self.observer, news))
+            if not succeeded:
                 self._end()
 
     def finish(self) -> None:
@@ -177,16 +179,16 @@ class Listener:
         known = {} if self._news is None else dict(self._news.held_out)
         scored = events if self._news is not None else self._store.events(kinds=("scores",))
         for number in {e.candidate for e in scored if e.kind == "scores" and e.candidate is not None}:
-            found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
+            by_version = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
             known[number] = {
-                o.name: float(found[o.version][o.metric].astype(np.float64).mean())
+                o.name: float(by_version[o.version][o.metric].astype(np.float64).mean())
                 for o in search.record.objectives
-                if o.version in found
+                if o.version in by_version
             }
         return known
 
 
-def _told(observer: Observer, news: News) -> bool:
+def _tell(observer: Observer, news: News) -> bool:
     observer.tell(news)
     observer.seq = news.events[-1].seq if news.events else observer.seq
     return True

@@ -63,8 +63,12 @@ class Mlflow(Tracker):
         self._client.update_run(self._run, status="RUNNING")
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name, artifact_location=artifacts))
+        experiment = self._client.get_experiment_by_name(name)
+        return str(
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(name, artifact_location=artifacts)
+        )
 
     def candidate(self, step: int, row: CandidateRow, values: Mapping[str, float], genome: Mapping[str, float]) -> None:
         tags = {"mlflow.parentRunId": self._run, "status": row.status, "origin": row.origin}

@@ -99,8 +99,8 @@ class Prometheus(Observer):
     def _count(self, event: EventRow, ended: CandidateRow | None, news: News) -> None:
         self._events.labels(event.kind).inc()
         if event.kind in ("failure", "confirm failed"):
-            told = event.read(Failure)
-            self._failures.labels(told.reason, str(told.final).lower()).inc()
+            failure = event.read(Failure)
+            self._failures.labels(failure.reason, str(failure.final).lower()).inc()
         elif event.kind == "eliminated":
             self._eliminated.labels(str(event.read(Eliminated).items)).inc()
         elif event.kind == "rung":
@@ -139,8 +139,8 @@ def _items(row: CandidateRow, news: News) -> int:
     """On how many items a candidate was scored: of objectives on one evaluator, that with the most has all."""
     most: dict[int, int] = {}
     for objective in news.objectives:
-        if (found := row.objectives.get(objective.name)) is not None:
-            most[objective.evaluator] = max(found["n"], most.get(objective.evaluator, 0))
+        if (estimate := row.objectives.get(objective.name)) is not None:
+            most[objective.evaluator] = max(estimate["n"], most.get(objective.evaluator, 0))
     return sum(most.values())
 
 

@@ -23,7 +23,7 @@ class Tracker(Observer):
     def __init__(self, kept: Kept) -> None:
         self.kept = kept
         self.seq = kept.content.get("seq", 0)
-        self._told: int = kept.content.get("told", 0)
+        self._step: int = kept.content.get("told", 0)
         self._best: dict[str, float] = kept.content.get("best", {})
 
     def tell(self, news: News) -> None:
@@ -31,23 +31,23 @@ class Tracker(Observer):
             return
         for event in news.events:
             if (row := news.ended_by(event)) is not None:
-                self._told += 1
-                self.candidate(self._told, row, self._values(row, news), genome_of(row, news.search))
+                self._step += 1
+                self.candidate(self._step, row, self._values(row, news), genome_of(row, news.search))
         if any(event.kind == "state" and event.read(State).state in ENDED for event in news.events):
-            self.front(self._told, [_front_row(row, news) for row in news.front], news)
+            self.front(self._step, [_front_row(row, news) for row in news.front], news)
         self.flush()
-        self.kept.save(seq=news.events[-1].seq, told=self._told, best=self._best)
+        self.kept.save(seq=news.events[-1].seq, told=self._step, best=self._best)
 
     def _values(self, row: CandidateRow, news: News) -> dict[str, float]:
         """A candidate's objectives by name, and the best of each so far under "best/"."""
         means = {o.name: row.objectives[o.name]["mean"] for o in news.objectives if o.name in row.objectives}
-        found = {f"candidate/{name}": mean for name, mean in means.items() if math.isfinite(mean)}
+        values = {f"candidate/{name}": mean for name, mean in means.items() if math.isfinite(mean)}
         for objective in news.objectives:
             name = objective.name
             if row.eligible and row.same_as is None and name in means:
                 better = max if objective.maximise else min
                 self._best[name] = better(self._best.get(name, means[name]), means[name])
-        return found | {f"best/{name}": best for name, best in self._best.items()}
+        return values | {f"best/{name}": best for name, best in self._best.items()}
 
     @abstractmethod
     def candidate(self, step: int, row: CandidateRow, values: Mapping[str, float], genome: Mapping[str, float]) -> None:

@@ -50,8 +50,8 @@ class Wandb(Tracker):
         )  # fmt: skip
 
     def candidate(self, step: int, row: CandidateRow, values: Mapping[str, float], genome: Mapping[str, float]) -> None:
-        told = {"candidate": named(row.number), "status": row.status, **values}
-        self._run.log(told | {f"genome/{name}": value for name, value in genome.items()}, step=step)
+        content = {"candidate": named(row.number), "status": row.status, **values}
+        self._run.log(content | {f"genome/{name}": value for name, value in genome.items()}, step=step)
 
     def front(self, step: int, rows: Sequence[Row], news: News) -> None:
         columns = list(rows[0]) if rows else []

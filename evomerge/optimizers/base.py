@@ -99,7 +99,7 @@ class Optimizer(Protocol):
         """Take scored genomes.
 
         The order is free, a generation may come in parts, and genomes inside the bounds that were never asked for
-        (landmarks, points of another source) are welcome, also before the first ask.
+        (baselines, points of another source) are welcome, also before the first ask.
         """
         ...
 

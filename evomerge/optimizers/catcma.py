@@ -76,7 +76,7 @@ class CatCma:
     """One search by CatCMA with Margin.
 
     A generation is ``population`` genomes of one ask or several, all from the distribution as it stands. What was told
-    beside them is foreign: landmarks, what was asked for beyond a generation, and late results of the generation
+    beside them is foreign: baselines, what was asked for beyond a generation, and late results of the generation
     before. The best foreign genome takes the place of the worst of the generation, and only when it would be a parent,
     that is better than the worst of the better half. That is as if one sample had fallen there. Its reals and ints
     are first moved towards the mean, to the length of a usual sample (Hansen, Injecting External Solutions Into CMA-ES,
@@ -192,8 +192,8 @@ class CatCma:
         )
 
     def _learn(self) -> None:
-        told = self._ledger.told
-        generation, foreign = told[: self.population], [*self._ledger.foreign, *told[self.population :]]
+        results = self._ledger.results
+        generation, foreign = results[: self.population], [*self._ledger.foreign, *results[self.population :]]
         scalars = self._scalars.of([t.losses for t in generation])
         order = np.argsort(scalars, kind="stable")
         ranked = [generation[i].point for i in order]

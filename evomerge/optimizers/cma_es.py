@@ -249,7 +249,7 @@ class Strategy:
 class Cma:
     """One search by CMA-ES.
 
-    Genomes told without having been asked for, landmarks before the first ask among them, join the generation that is
+    Genomes told without having been asked for, baselines before the first ask among them, join the generation that is
     being told: the best one of them, and only when it would be a parent. pycma shortens the step to it to the length
     of a usual sample (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). So a good source pulls the
     mean towards it, but cannot blow up the step size, as asking for it exactly would in many dimensions, and a bad one
@@ -300,10 +300,10 @@ class Cma:
             self._learn()
 
     def _learn(self) -> None:
-        told, foreign = self._ledger.told, self._ledger.foreign
+        results, foreign = self._ledger.results, self._ledger.foreign
         restarted = self._strategy.tell(
-            [t.point for t in told],
-            self._scalars.of([t.losses for t in told]),
+            [t.point for t in results],
+            self._scalars.of([t.losses for t in results]),
             [t.point for t in foreign],
             self._scalars.of([t.losses for t in foreign]),
         )

@@ -101,7 +101,7 @@ class Grid:
             niche = self.niche(point.features)
             if niche is not None and all(map(math.isfinite, point.losses)):
                 new[niche][number] = point.losses
-        cells = {niche: extend_front(self.cells.get(niche, {}), found) for niche, found in new.items()}
+        cells = {niche: extend_front(self.cells.get(niche, {}), added) for niche, added in new.items()}
         return replace(self, cells={**self.cells, **cells}) if cells else self
 
     def box(self, bounds: Bounds) -> list[range]:

@@ -21,7 +21,7 @@ FOREIGN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Told(Generic[Point]):
+class Result(Generic[Point]):
     """A scored genome: its number in the order of asking, the algorithm's own point, and its losses [objectives]."""
 
     number: int
@@ -42,13 +42,13 @@ class Ledger(Generic[Point]):
         self._point = point
         self._given = 0
         self._out: defaultdict[bytes, deque[tuple[int, Point]]] = defaultdict(deque)
-        self._told: list[Told[Point]] = []
-        self.foreign: list[Told[Point]] = []
+        self._results: list[Result[Point]] = []
+        self.foreign: list[Result[Point]] = []
 
     @property
-    def told(self) -> list[Told[Point]]:
+    def results(self) -> list[Result[Point]]:
         """What was asked for and told since ``close``, by number: the order in which workers finish plays no part."""
-        return sorted(self._told, key=lambda t: t.number)
+        return sorted(self._results, key=lambda result: result.number)
 
     def give(self, genome: Genome, point: Point) -> int:
         """Note that a genome is asked for; its number."""
@@ -57,7 +57,7 @@ class Ledger(Generic[Point]):
         return self._given - 1
 
     def receive(self, observations: Sequence[Observation]) -> int:
-        """Enter observations, and return how many of the told there are now. Foreign genomes that failed teach nothing.
+        """Enter observations; how many of ``results`` there are now. Foreign genomes that failed teach nothing.
 
         Raises:
             ValueError: a foreign genome is not of the search space, or there are not as many losses as objectives.
@@ -66,16 +66,16 @@ class Ledger(Generic[Point]):
             genome, losses = observation.genome, self._scalars.see(observation.losses)
             waiting = self._out.get(genome.tobytes())
             if waiting:
-                self._told.append(Told(*waiting.popleft(), losses))
+                self._results.append(Result(*waiting.popleft(), losses))
                 if not waiting:
                     del self._out[genome.tobytes()]
             elif np.isfinite(losses[0]):
-                self.foreign.append(Told(FOREIGN, self._point(genome), losses))
-        return len(self._told)
+                self.foreign.append(Result(FOREIGN, self._point(genome), losses))
+        return len(self._results)
 
     def close(self) -> None:
         """End a generation: what was told has been learnt from."""
-        self._told.clear()
+        self._results.clear()
         self.foreign.clear()
 
     def forget(self) -> None:

@@ -77,7 +77,7 @@ class LqCma:
     or more), CMA-ES is told the whole generation, ordered by the model, and the model's optimum is the first point of
     the next; otherwise half as many again are asked for.
 
-    Landmarks and other foreign genomes enter the model too, and as in ``cma`` the best of them joins the generation
+    Baselines and other foreign genomes enter the model too, and as in ``cma`` the best of them joins the generation
     when it would be a parent. Of an int or a choice the model sees the middle of its part of the box. A candidate that
     failed stands in the model with the worst loss that it holds, and CMA-ES ranks it last: left out of the model, a
     region where all merges break would be asked for again and again.
@@ -106,7 +106,7 @@ class LqCma:
     @property
     def keeps(self) -> Best:
         """The better half of what is out: the model weighs losses by their rank, the worst least."""
-        out = len(self._given) - len(self._ledger.told)
+        out = len(self._given) - len(self._ledger.results)
         return Best(max(1, (out or self.population) // 2))
 
     @property
@@ -158,7 +158,7 @@ class LqCma:
 
     def _judge(self) -> None:
         """The body of the loop of SurrogatePopulation.__call__, after the function has been called."""
-        new = [t for t in self._ledger.told if t.point.place not in self._learnt]
+        new = [t for t in self._ledger.results if t.point.place not in self._learnt]
         self._model.add([(self._cell(t.point.unit), t.losses) for t in new])
         self._learnt |= {t.point.place: t.losses for t in new}
         scored, size = len(self._learnt), len(self._samples)

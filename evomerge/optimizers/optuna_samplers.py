@@ -77,7 +77,7 @@ class OptunaOptimizer:
     """One search by a sampler of Optuna.
 
     Failed candidates are told as inf, which every sampler ranks last. Genomes told without having been asked for count
-    like the others; under nsga2 and nsga3, landmarks are of the first generation, beside the genomes first asked for.
+    like the others; under nsga2 and nsga3, baselines are of the first generation, beside the genomes first asked for.
     """
 
     favourite: Genome | None = None
@@ -92,7 +92,7 @@ class OptunaOptimizer:
         self._asks = 0
         self._distributions = {str(i): _distribution(p) for i, p in enumerate(parameters)}
         self._asked: defaultdict[bytes, deque[optuna.Trial]] = defaultdict(deque)
-        self._landmarks: list[tuple[Genome, list[float]]] = []
+        self._baselines: list[tuple[Genome, list[float]]] = []
         self.population = settings.population or (default + default % 2 if self._genetic else default)
         with _calm():
             self._study = optuna.create_study(directions=["minimize"] * objectives)
@@ -117,9 +117,9 @@ class OptunaOptimizer:
         with _calm():
             self._study.sampler = self._sampler()
             genomes = [self._remember(self._study.ask(self._distributions)) for _ in range(n)]
-            for genome, losses in self._landmarks:
+            for genome, losses in self._baselines:
                 self._add(genome, losses, generation=0)
-        self._landmarks = []
+        self._baselines = []
         return genomes
 
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
@@ -145,7 +145,7 @@ class OptunaOptimizer:
                     if not waiting:
                         del self._asked[genome.tobytes()]
                 elif self._genetic and self._asks == 0:
-                    self._landmarks.append(
+                    self._baselines.append(
                         (genome.copy(), losses)
                     )  # told now, they would be the first generation alone
                 else:

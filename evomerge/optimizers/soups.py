@@ -57,7 +57,7 @@ class SoupSettings(Settings):
 class GreedySoup:
     """One search for the greedy soup.
 
-    What it asks for follows from the losses that it was told, whoever asked: landmarks that are a source alone, or a
+    What it asks for follows from the losses that it was told, whoever asked: baselines that are a source alone, or a
     soup, are not asked for again. Of a genome told twice the first loss counts.
     """
 

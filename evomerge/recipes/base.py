@@ -115,10 +115,10 @@ def recipe_kind(content: Mapping[str, Any], place: str) -> type[Recipe]:
         InputError: the kind is not installed, or its entry point is something else.
     """
     name = str(content.get("kind", STACK))
-    found = find_plugin("evomerge.recipes", name, f"{place}.kind")
-    if not (isinstance(found, type) and issubclass(found, Recipe)):
+    kind = find_plugin("evomerge.recipes", name, f"{place}.kind")
+    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         raise InputError(f"{place}.kind", f"the entry point {name} of evomerge.recipes is no subclass of Recipe")
-    return found
+    return kind
 
 
 def canonical_text(content: object) -> str:

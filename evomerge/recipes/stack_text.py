@@ -45,7 +45,9 @@ def _words(blend: Blend) -> str:
     numbers = []
     for name, value in blend.parameters.items():
         if isinstance(value, dict):
-            numbers.append(f"{name} " + ", ".join(f"{source} {value_text(each)}" for source, each in value.items()))
+            numbers.append(
+                f"{name} " + ", ".join(f"{source} {value_text(setting)}" for source, setting in value.items())
+            )
         elif isinstance(value, bool):
             numbers += [name] if value else []
         else:

@@ -25,14 +25,14 @@ def status_text(row: CandidateRow, status: SearchStatus) -> str:
 def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -> Iterator[str]:
     """What became of a candidate, and its scores on either split, a line for each."""
     name = candidate_id(row.number)
-    if told := _fate(row, status):
-        yield told
+    if fate := _fate(row, status):
+        yield fate
     yield from _values(status.entry(row, record), status, "search")
     if row.elite:
         yield "the best of its niche" if len(status.directions) == 1 else "on the front of its niche"
     if (confirmed := status.confirmed_entry(name)) is not None:
         yield from _values(confirmed, status, "held-out")
-    if name in {found.id for found in status.confirmed}:
+    if name in {confirmed.id for confirmed in status.confirmed}:
         yield from choice_text(status)
 
 

@@ -59,22 +59,22 @@ def papers(
     Args:
         folder: the model's on this machine, from which its recipe names the sources' folders.
     """
-    found = {
+    texts = {
         "recipe.yaml": dump_recipe(movable(recipe, folder)),
         "lineage.json": lineage(recipe, sources, provenance),
         NAME: card(title, recipe, sources, provenance),
     }
     depths = _depths(sources)
     if not is_plain(recipe, depths):
-        found[_PICTURE] = path_svg(recipe, depths, title)
+        texts[_PICTURE] = path_svg(recipe, depths, title)
     if provenance is not None and (curse := _drawn(provenance)):
-        found[_CURSE_PICTURE] = curse_svg(curse)
-    return found
+        texts[_CURSE_PICTURE] = curse_svg(curse)
+    return texts
 
 
 def _drawn(provenance: Provenance) -> Curse | None:
     """The winner's curse, if there is anything to draw of it."""
-    return provenance.curse if provenance.curse is not None and provenance.curse.found else None
+    return provenance.curse if provenance.curse is not None and provenance.curse.candidates else None
 
 
 def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
@@ -103,7 +103,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             name: {
                 "reference": public_name(sources[name]),
                 "licence": licence_of(sources[name].folder),
-                "files": {file: found["sha256"] for file, found in known[name].items()}
+                "files": {file: fingerprint["sha256"] for file, fingerprint in known[name].items()}
                 if known
                 else {file: path.stat().st_size for file, path in named_files(sources[name]).items()},
             }
@@ -199,10 +199,10 @@ def _scores_section(provenance: Provenance) -> str:
     text += f"confirm.\n\n{ours}"
     gaps = [
         f"| {name} | {gap.to} | {gap.mean:+.3f} | {interval_text(gap.low, gap.high)} | {p_text(gap.p)} |"
-        for found in status.confirmed
-        if found.id == candidate_id(row.number)
+        for confirmed in status.confirmed
+        if confirmed.id == candidate_id(row.number)
         for name in status.numbers
-        for gap in found.gaps(name)
+        for gap in confirmed.gaps(name)
     ]
     if gaps:
         text += "\n\nPaired differences on the held-out split; positive is better. "
@@ -220,8 +220,8 @@ def _score_table(ours: Entry, status: SearchStatus) -> str:
     def add(name: str, shown: Entry, split: str) -> None:
         values = (shown.value(name) for name in status.measures)
         items = ", ".join("-" if value is None else str(value.n) for value in values)
-        told = [*cells(shown, status, whole=split == "held out"), items]
-        lines.append(f"| {name} | {split} | {' | '.join(text or 'not scored' for text in told)} |")
+        texts = [*cells(shown, status, whole=split == "held out"), items]
+        lines.append(f"| {name} | {split} | {' | '.join(text or 'not scored' for text in texts)} |")
 
     add("this model", ours, "search")
     if (confirmed := status.confirmed_entry(ours.id)) is not None:
@@ -236,7 +236,7 @@ def _choice_section(provenance: Provenance) -> str:
     choice, row = provenance.status.choice, provenance.row
     parts = [" ".join([_counted(provenance), *_thrift(provenance.status)])]
     if provenance.status.unscored:
-        parts += [" ".join(each.text for each in provenance.status.unscored)]
+        parts += [" ".join(baseline.text for baseline in provenance.status.unscored)]
     if constrained := _constrained(provenance):
         parts += [constrained]
     if choice is not None:
@@ -251,12 +251,12 @@ def _choice_section(provenance: Provenance) -> str:
         parts += [" ".join([shortlist, *choice_text(provenance.status)[1:]])]
         parts += _picked(provenance)
     curse = _drawn(provenance)
-    told = _fall_of(row, provenance.status, curse)
+    sentences = _fall_of(row, provenance.status, curse)
     if curse is not None:
-        told += [line for each in curse.all for line in curse_text(each)]
-        parts += [" ".join(told), f"![Search and held-out scores]({_CURSE_PICTURE})"]
-    elif told:
-        parts += [" ".join(told)]
+        sentences += [line for one in curse.all for line in curse_text(one)]
+        parts += [" ".join(sentences), f"![Search and held-out scores]({_CURSE_PICTURE})"]
+    elif sentences:
+        parts += [" ".join(sentences)]
     return "## How it was chosen\n\n" + "\n\n".join(parts)
 
 
@@ -281,30 +281,32 @@ def _picked(provenance: Provenance) -> list[str]:
 
 def _counted(provenance: Provenance) -> str:
     """How many candidates there were, what became of them, and how many items that took."""
-    status, counts, each = provenance.status, provenance.status.candidates, _items_each(provenance.search)
+    status, counts, items = provenance.status, provenance.status.candidates, _items_each(provenance.search)
     rest = f"{counts.cached} had the recipe of one of these, and {counts.failed} failed."
     asked = f"The search asked for {counts.asked} candidates: {counts.done} were scored,"
     if status.racing is None and status.screen is None:
-        return f"{asked} each on {each:,} items of the search split ({counts.done * each:,} in all), {rest}"
+        return f"{asked} each on {items:,} items of the search split ({counts.done * items:,} in all), {rest}"
     return (
-        f"{asked} on up to {each:,} items of the search split each, {counts.eliminated} were eliminated as too poor "
+        f"{asked} on up to {items:,} items of the search split each, {counts.eliminated} were eliminated as too poor "
         f"before that, {rest} That took {status.items:,} scores of items in all."
     )
 
 
 def _thrift(status: SearchStatus) -> list[str]:
     """What spared items, a sentence for each."""
-    told = []
+    sentences = []
     if status.racing is not None:
         rungs = ", ".join(str(rung) for rung in status.racing.rungs)
-        by = "item response" if status.racing.estimate == "item_response" else "the best landmark's scores"
-        told.append(
+        by = "item response" if status.racing.estimate == "item_response" else "the best baseline's scores"
+        sentences.append(
             f"Candidates were raced: scored on {rungs} items first, and on more only where they might lead "
             f"(confidence {status.racing.confidence:g} in each comparison); the rest was estimated by {by}."
         )
     if status.screen is not None:
-        told.append(f"All were screened by {status.screen.items} items first; in the end {screen_text(status.screen)}.")
-    return told
+        sentences.append(
+            f"All were screened by {status.screen.items} items first; in the end {screen_text(status.screen)}."
+        )
+    return sentences
 
 
 def _constrained(provenance: Provenance) -> str:
@@ -315,12 +317,12 @@ def _constrained(provenance: Provenance) -> str:
     confirmed = status.confirmed_entry(candidate_id(provenance.row.number))
     if confirmed is None:
         return f"Candidates had to keep {', '.join(constraint_titles(status))}."
-    told = []
+    outcomes = []
     for name, limit in constraints.items():
         value = confirmed.constraints[name]
         kept = "kept" if limit.is_kept(value) else "**missed**"
-        told.append(f"{name} {limit.text} is {kept} with {cell(value)}")
-    return f"Candidates had to keep constraints. On held-out items of this model {'; '.join(told)}."
+        outcomes.append(f"{name} {limit.text} is {kept} with {cell(value)}")
+    return f"Candidates had to keep constraints. On held-out items of this model {'; '.join(outcomes)}."
 
 
 def _items_each(search: SearchRow) -> int:
@@ -340,14 +342,14 @@ def _fall_of(row: CandidateRow, status: SearchStatus, curse: Curse | None) -> li
     if status.scalar is not None and curse is not None:
         point = next((point for point in curse.points if point.id == candidate_id(row.number)), None)
         values = values if point is None else {curse.objective: (point.search, point.held_out), **values}
-    told = []
+    changes = []
     for name, (before, after) in values.items():
         change = after.mean - before.mean
         known = (
             "" if after.stderr is None or before.stderr is None else f" ± {math.hypot(after.stderr, before.stderr):.3f}"
         )
-        told.append(f"{name} {before.mean:.3f} became {after.mean:.3f} ({change:+.3f}{known})")
-    return [f"From search to held-out items, this model's {'; '.join(told)}."] if told else []
+        changes.append(f"{name} {before.mean:.3f} became {after.mean:.3f} ({change:+.3f}{known})")
+    return [f"From search to held-out items, this model's {'; '.join(changes)}."] if changes else []
 
 
 def _limits_section(provenance: Provenance) -> str:
@@ -369,7 +371,7 @@ def _limits_section(provenance: Provenance) -> str:
 def _again_section(provenance: Provenance | None) -> str:
     text = "## Make it again\n\n```\nevomerge merge recipe.yaml OUT\n```"
     if provenance is not None:
-        made = ", ".join(f"{name} {found}" for name, found in provenance.search.environment.items())
+        made = ", ".join(f"{name} {version}" for name, version in provenance.search.environment.items())
         text += f"\n\nMade with {made}."
     return text
 

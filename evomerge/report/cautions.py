@@ -23,14 +23,19 @@ DUPLICATE, OPPOSITE = 0.98, -0.05
 """Cosines of task vectors above and below which one source adds nothing to the other, or works against it."""
 
 
-def beware(found: Inspection, opened: Mapping[str, Source]) -> list[str]:
+def beware(inspection: Inspection, opened: Mapping[str, Source]) -> list[str]:
     """Sentences on what was found of the models, which were ``opened`` by these names."""
-    of_sources = (sentence for source in found.sources for sentence in _of_source(source, found))
-    return [*of_sources, *_of_large(found.sources), *_of_pairs(found.pairs), *_of_rounding(found, opened)]
+    of_sources = (sentence for source in inspection.sources for sentence in _of_source(source, inspection))
+    return [
+        *of_sources,
+        *_of_large(inspection.sources),
+        *_of_pairs(inspection.pairs),
+        *_of_rounding(inspection, opened),
+    ]
 
 
-def _of_source(source: SourceDistance, found: Inspection) -> Iterable[str]:
-    whole, base = source.whole, found.base
+def _of_source(source: SourceDistance, inspection: Inspection) -> Iterable[str]:
+    whole, base = source.whole, inspection.base
     if whole.changed == 0:
         yield f"{source.name} has the weights of {base}: 0 elements differ."
         return
@@ -40,10 +45,10 @@ def _of_source(source: SourceDistance, found: Inspection) -> Iterable[str]:
             "base (models that have nothing to do with each other are at about 1.4)."
         )
     layers = [
-        i for part, d in zip(found.parts, source.parts, strict=True) if d.changed == 0 and (i := _layer(part)) >= 0
+        i for part, d in zip(inspection.parts, source.parts, strict=True) if d.changed == 0 and (i := _layer(part)) >= 0
     ]
     if layers:
-        of = sum(part.startswith("layer ") for part in found.parts)
+        of = sum(part.startswith("layer ") for part in inspection.parts)
         yield f"{source.name} left {len(layers)} of {of} layers as they are in {base}: {ranges(layers)}."
 
 
@@ -56,10 +61,12 @@ def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
         )
 
 
-def _of_rounding(found: Inspection, opened: Mapping[str, Source]) -> Iterable[str]:
+def _of_rounding(inspection: Inspection, opened: Mapping[str, Source]) -> Iterable[str]:
     """Sources of whose task vectors a good part is rounded away, in the whole or somewhere."""
-    for source in found.sources:
-        lost = {p: d.rounded_away for p, d in zip(found.parts, source.parts, strict=True) if d.rounded_away is not None}
+    for source in inspection.sources:
+        lost = {
+            p: d.rounded_away for p, d in zip(inspection.parts, source.parts, strict=True) if d.rounded_away is not None
+        }
         lossy = {part: share for part, share in lost.items() if share >= LOSSY}
         if not lossy:
             continue
@@ -69,7 +76,7 @@ def _of_rounding(found: Inspection, opened: Mapping[str, Source]) -> Iterable[st
             rounding_warning(
                 source.name,
                 whole if whole is not None and everywhere else max(lossy.values()),
-                opened[found.base or ""].dtype,
+                opened[inspection.base or ""].dtype,
                 adapted=bool(opened[source.name].changes),
                 where="" if everywhere else _places(list(lossy)),
             )

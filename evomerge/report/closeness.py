@@ -19,25 +19,26 @@ _DARK, _WARM, _COLD, _AGAINST = (40, 40, 40), (255, 170, 40), (70, 170, 255), (2
 Cell = tuple[str, Style]
 
 
-def shown(found: Inspection, width: int) -> RenderableType:
+def shown(inspection: Inspection, width: int) -> RenderableType:
     """The whole inspection, no wider than ``width``."""
-    if found.base is None:
-        return _alone(found.models[0])
-    parts: list[RenderableType] = [_models(found)]
-    if found.sources:
-        title = f"task vectors d: each source less {found.base}, which is b"
-        parts += [Text(""), Text(title, style="italic"), _sources(found)]
-    if found.pairs:
+    if inspection.base is None:
+        return _alone(inspection.models[0])
+    parts: list[RenderableType] = [_models(inspection)]
+    if inspection.sources:
+        title = f"task vectors d: each source less {inspection.base}, which is b"
+        parts += [Text(""), Text(title, style="italic"), _sources(inspection)]
+    if inspection.pairs:
         title = "cosine of task vectors; above the diagonal, share of equal signs (by chance 0.5)"
-        parts += [Text(""), Text(title, style="italic"), _matrix(found)]
-    for table in _heat_maps(found, width):
+        parts += [Text(""), Text(title, style="italic"), _matrix(inspection)]
+    for table in _heat_maps(inspection, width):
         parts += [Text(""), table]
-    if found.left_out:
-        names = ", ".join(found.left_out[:3]) + (f" and {len(found.left_out) - 3} more" if found.left_out[3:] else "")
+    if inspection.left_out:
+        left_out = inspection.left_out
+        names = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if left_out[3:] else "")
         parts += [Text(""), Text(f"not compared, since not all have them in one shape: {names}")]
-    if found.warnings:
-        parts += [Text(""), _listed(found.warnings)]
-    elif found.sources:
+    if inspection.warnings:
+        parts += [Text(""), _listed(inspection.warnings)]
+    elif inspection.sources:
         parts += [Text(""), Text("Nothing speaks against merging these.", style="green")]
     return Group(*parts)
 
@@ -58,10 +59,10 @@ def _alone(facts: ModelFacts) -> RenderableType:
     return table
 
 
-def _models(found: Inspection) -> Table:
+def _models(inspection: Inspection) -> Table:
     table = _table("model", "architecture", "layers", "parameters", "dtype", "tokens")
-    for facts in found.models:
-        name = f"{facts.name} (base)" if facts.name == found.base else facts.name
+    for facts in inspection.models:
+        name = f"{facts.name} (base)" if facts.name == inspection.base else facts.name
         table.add_row(
             name, facts.architecture.removesuffix("ForCausalLM"), str(facts.layers), _count(facts.parameters),
             facts.dtype, _tokens(facts),
@@ -69,9 +70,9 @@ def _models(found: Inspection) -> Table:
     return table
 
 
-def _sources(found: Inspection) -> Table:
+def _sources(inspection: Inspection) -> Table:
     table = _table("", "source", "|d| / |b|", "mean |d|", "elements changed")
-    for letter, source in zip(_letters(found), found.sources, strict=True):
+    for letter, source in zip(_letters(inspection), inspection.sources, strict=True):
         whole = source.whole
         table.add_row(
             letter, source.name, _percent(whole.relative_norm), f"{whole.mean_change:.2g}", _percent(whole.changed)
@@ -79,13 +80,13 @@ def _sources(found: Inspection) -> Table:
     return table
 
 
-def _matrix(found: Inspection) -> Table:
-    letters = _letters(found)
+def _matrix(inspection: Inspection) -> Table:
+    letters = _letters(inspection)
     table = _table("", *letters, texts=1)
-    pairs = {frozenset((pair.a, pair.b)): pair.whole for pair in found.pairs}
-    for k, (letter, source) in enumerate(zip(letters, found.sources, strict=True)):
+    pairs = {frozenset((pair.a, pair.b)): pair.whole for pair in inspection.pairs}
+    for k, (letter, source) in enumerate(zip(letters, inspection.sources, strict=True)):
         cells = []
-        for m, other in enumerate(found.sources):
+        for m, other in enumerate(inspection.sources):
             if m == k:
                 cells.append(Text(""))
                 continue
@@ -95,16 +96,18 @@ def _matrix(found: Inspection) -> Table:
     return table
 
 
-def _heat_maps(found: Inspection, width: int) -> Iterator[Table]:
+def _heat_maps(inspection: Inspection, width: int) -> Iterator[Table]:
     """Parts of the model by sources (their relative norm) and pairs, in as many tables as the width asks for."""
-    letters = dict(zip((source.name for source in found.sources), _letters(found), strict=True))
-    most = max((d.relative_norm or 0.0 for source in found.sources for d in source.parts), default=0.0)
+    letters = dict(zip((source.name for source in inspection.sources), _letters(inspection), strict=True))
+    most = max((d.relative_norm or 0.0 for source in inspection.sources for d in source.parts), default=0.0)
     columns: list[tuple[str, Sequence[Cell]]] = [
         (f"d/b\n{letters[source.name]}", [_norm(d.relative_norm, most) for d in source.parts])
-        for source in found.sources
+        for source in inspection.sources
     ]
-    columns += [(f"cos\n{_both(letters, pair)}", [_cosine(near.cosine) for near in pair.parts]) for pair in found.pairs]
-    label = max((len(part) for part in found.parts), default=0)
+    columns += [
+        (f"cos\n{_both(letters, pair)}", [_cosine(near.cosine) for near in pair.parts]) for pair in inspection.pairs
+    ]
+    label = max((len(part) for part in inspection.parts), default=0)
     at_once = max(1, (width - label - 1) // _COLUMN)
     for start in range(0, len(columns), at_once):
         some = columns[start : start + at_once]
@@ -112,7 +115,7 @@ def _heat_maps(found: Inspection, width: int) -> Iterator[Table]:
         table.add_column("", min_width=label + 1)
         for title, _ in some:
             table.add_column(title, justify="right", no_wrap=True)
-        for row, part in enumerate(found.parts):
+        for row, part in enumerate(inspection.parts):
             table.add_row(part, *(Text(f"{text:>{_COLUMN}}", style) for text, style in (c[row] for _, c in some)))
         yield table
 
@@ -121,9 +124,9 @@ def _both(letters: dict[str, str], pair: Pair) -> str:
     return f"{letters[pair.a]}·{letters[pair.b]}"
 
 
-def _letters(found: Inspection) -> list[str]:
+def _letters(inspection: Inspection) -> list[str]:
     alphabet = string.ascii_uppercase
-    return [alphabet[i % 26] + (str(i // 26) if i >= 26 else "") for i in range(len(found.sources))]
+    return [alphabet[i % 26] + (str(i // 26) if i >= 26 else "") for i in range(len(inspection.sources))]
 
 
 def _table(*titles: str, texts: int = 2) -> Table:

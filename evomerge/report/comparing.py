@@ -56,7 +56,7 @@ def compared(store: Store, a: int, b: int) -> list[Comparison]:
     """
     search = store.search()
     confidence = search.record.confirm.confidence
-    found = []
+    comparisons = []
     for split in _SPLITS:
         pairs: dict[str, Matrix] = {}
         own = []
@@ -71,8 +71,8 @@ def compared(store: Store, a: int, b: int) -> list[Comparison]:
                     pair = one.metrics[measure.metric][at_one], other.metrics[measure.metric][at_other]
                     own.append(_compare(measure, split, wanted, *pair, confidence))
                     pairs[measure.name] = np.stack([better(measure, values) for values in pair], axis=1)
-        found += [*_combined(store, search, split, pairs, own), *own]
-    return found
+        comparisons += [*_combined(store, search, split, pairs, own), *own]
+    return comparisons
 
 
 def _combined(
@@ -91,13 +91,13 @@ def _combined(
     scores = [pairs[name] for name in preference.objectives]
     combined = combined_of(store, search, preference, scores, split, scale_of(status, split))
     gap = combined.difference(0, 1, search.record.confirm.confidence)
-    objectives = [each for each in own if each.objective in preference.objectives]
+    objectives = [comparison for comparison in own if comparison.objective in preference.objectives]
     a, b = (-preference.sign * combined.means).tolist()
     yield Comparison(
         objective=preference.scalar,
         split=split,
-        n=sum(each.n for each in objectives),
-        wanted=sum(each.wanted for each in objectives),
+        n=sum(comparison.n for comparison in objectives),
+        wanted=sum(comparison.wanted for comparison in objectives),
         a=a,
         b=b,
         difference=gap.mean,

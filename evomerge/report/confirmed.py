@@ -1,4 +1,4 @@
-"""What the held-out split says of the shortlist and the landmarks, and how the winner was chosen there."""
+"""What the held-out split says of the shortlist and the baseline_rows, and how the winner was chosen there."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Effort(BaseModel):
 
 
 class Confirmed(NamedTuple):
-    """What is known from the held-out split: the shortlist with its differences, landmarks, and how a choice is made.
+    """What is known from the held-out split: the shortlist with its differences, baselines, and how a choice is made.
 
     ``chosen`` has the candidate in each role of the search's preference, by id; none before the choice is made.
     """
@@ -92,7 +92,7 @@ class Confirmed(NamedTuple):
         return self.chosen.get(BEST)
 
 
-def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateRow]) -> Confirmed:
+def confirmation(store: Store, search: SearchRow, baseline_rows: Sequence[CandidateRow]) -> Confirmed:
     """What is known from the held-out split; nothing before a shortlist is frozen."""
     events = store.events(kinds=("shortlist", *CHOSEN_EVENTS))
     frozen = [event for event in events if event.kind == "shortlist"]
@@ -101,29 +101,29 @@ def confirmation(store: Store, search: SearchRow, landmarks: Sequence[CandidateR
     objectives, seed = search.record.objectives, search.record.seed
     measures = search.record.measures
     last, confidence = frozen[-1].read(Shortlist), search.record.confirm.confidence
-    marks = {row.number: found for row in landmarks if (found := held_out(store, row.number, measures))}
-    ours = {number: found for number in last.candidates if (found := held_out(store, number, measures))}
-    others = {row.label: marks[row.number] for row in landmarks if row.number in marks and _is_compared(row)}
+    marks = {row.number: scores for row in baseline_rows if (scores := held_out(store, row.number, measures))}
+    ours = {number: scores for number in last.candidates if (scores := held_out(store, number, measures))}
+    others = {row.label: marks[row.number] for row in baseline_rows if row.number in marks and _is_compared(row)}
     gaps = {o.name: _gaps(o, ours, others, confidence, seed) for o in objectives}
     preference = Preference.of_search(search)
     numbers = _Numbers.of(store, search, preference, {**marks, **ours})
     entries = [_entry_with_gaps(store.candidate(n), items, search.record, gaps) for n, items in ours.items()]
-    baselines = [_entry(row, marks[row.number], search.record) for row in landmarks if row.number in marks]
+    baselines = [_entry(row, marks[row.number], search.record) for row in baseline_rows if row.number in marks]
     if numbers is not None:
-        compared = {row.label: row.number for row in landmarks if row.label in others}
+        compared = {row.label: row.number for row in baseline_rows if row.label in others}
         with_gaps = numbers.confirmed(list(ours), compared, confidence, seed)
-        entries = [e.model_copy(update={"scalar": each}) for e, each in zip(entries, with_gaps, strict=True)]
+        entries = [e.model_copy(update={"scalar": scalar}) for e, scalar in zip(entries, with_gaps, strict=True)]
         baselines = [e.model_copy(update={"scalar": numbers.scalar(number)}) for e, number in
                      zip(baselines, marks, strict=True)]  # fmt: skip
     shown = [*baselines, *entries]
-    feasible = {each.id for each in shown if each.feasible}
+    feasible = {entry.id for entry in shown if entry.feasible}
     contenders = {n: items for n, items in {**ours, **marks}.items() if candidate_id(n) in feasible}
     # What an earlier shortlist chose does not count: this one has not been scored to its end.
     made = [_chosen_event(e) for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
     too_few = [
         o.name
         for o in objectives
-        if not is_exact(o, search.record) and any(each.objectives[o.name].n == 1 for each in shown)
+        if not is_exact(o, search.record) and any(entry.objectives[o.name].n == 1 for entry in shown)
     ]
     luck = 0.0
     if numbers is not None:
@@ -175,16 +175,16 @@ def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, c
     if not shown:
         return {}
     limits = constraints_of(search.record)
-    misses = np.array([sum(limits[n].violation(v.mean) for n, v in each.constraints.items()) for each in shown])
+    misses = np.array([sum(limits[n].violation(v.mean) for n, v in entry.constraints.items()) for entry in shown])
     kept = np.flatnonzero(misses == misses.min())
-    among = preference.losses([{n: v.mean for n, v in each.objectives.items()} for each in shown])
+    among = preference.losses([{n: v.mean for n, v in entry.objectives.items()} for entry in shown])
     roles = preference.choose(among[kept], among)
     unknown = {best_at(name) for name in choice.too_few} | ({BEST, KNEE} if choice.too_few else set())
     return {role: shown[kept[at]].id for role, at in roles.items() if role not in unknown}
 
 
 def effort(
-    store: Store, search: SearchRow, landmarks: Sequence[CandidateRow], held: Confirmed, *, is_driven: bool
+    store: Store, search: SearchRow, baseline_rows: Sequence[CandidateRow], held: Confirmed, *, is_driven: bool
 ) -> Effort | None:
     """What the latest confirmation, of which ``held`` is known, takes; None before there is one."""
     events = store.events(kinds=("state", "lease", "shortlist", "confirm", "confirm failed", *CHOSEN_EVENTS))
@@ -192,7 +192,7 @@ def effort(
     if not frozen or held.choice is None:
         return None
     last = frozen[-1].read(Shortlist)
-    wanted = {row.number for row in landmarks if row.status in ("done", "cached")}
+    wanted = {row.number for row in baseline_rows if row.status in ("done", "cached")}
     wanted |= {*last.candidates, *last.drawn}
     evaluators = {measure.evaluator for measure in search.record.measures}
     return Effort(
@@ -230,17 +230,17 @@ def is_left_unconfirmed(store: Store) -> bool:
     return bool(last) and last[0].kind == "shortlist"
 
 
-def _is_compared(landmark: CandidateRow) -> bool:
-    """Whether candidates are compared to a landmark: what a person would use without any search."""
-    return landmark.origin in ("source", "average")
+def _is_compared(baseline: CandidateRow) -> bool:
+    """Whether candidates are compared to a baseline: what a person would use without any search."""
+    return baseline.origin in ("source", "average")
 
 
 def held_out(store: Store, number: int, measures: Sequence[Measure]) -> Items:
     """A candidate's held-out scores, float32 [items], for each measure; empty while it has none."""
-    found = {scores.evaluator: scores.metrics for scores in store.scores(number, "held_out")}
-    if any(m.version not in found for m in measures):
+    by_version = {scores.evaluator: scores.metrics for scores in store.scores(number, "held_out")}
+    if any(m.version not in by_version for m in measures):
         return {}
-    return {m.name: found[m.version][m.metric] for m in measures}
+    return {m.name: by_version[m.version][m.metric] for m in measures}
 
 
 def better(measure: Measure, values: NDArray[np.float32]) -> Matrix:
@@ -257,9 +257,9 @@ def _gaps(
         return {number: [] for number in ours}
     name = objective.name
     differences = [better(objective, ours[n][name]) - better(objective, others[label][name]) for n, label in pairs]
-    found = simultaneous_differences(np.stack(differences, axis=1), confidence, seed)
+    corrected_differences = simultaneous_differences(np.stack(differences, axis=1), confidence, seed)
     gaps: dict[int, list[Gap]] = {number: [] for number in ours}
-    for (number, label), corrected in zip(pairs, found, strict=True):
+    for (number, label), corrected in zip(pairs, corrected_differences, strict=True):
         gaps[number].append(Gap(to=label, **vars(corrected)))
     return gaps
 
@@ -267,7 +267,7 @@ def _gaps(
 def _luck(objectives: Sequence[Measure], contenders: Sequence[Items], seed: int) -> float:
     """The luck of the choice by the one objective."""
     (objective,) = objectives
-    values = [better(objective, found[objective.name]) for found in contenders]
+    values = [better(objective, items[objective.name]) for items in contenders]
     return luck_of_choice([np.stack(values, axis=1)], seed) if values else 0.0
 
 
@@ -285,9 +285,9 @@ class _Numbers:
         if preference.scalarisation is None or not models:
             return None
         objectives = search.record.objectives
-        scores = [np.stack([better(o, found[o.name]) for found in models.values()], axis=1) for o in objectives]
+        scores = [np.stack([better(o, items[o.name]) for items in models.values()], axis=1) for o in objectives]
         combined = combined_of(store, search, preference, scores, "held_out")
-        return cls(preference, combined, {n: at for at, n in enumerate(models)}, sum(len(each) for each in scores))
+        return cls(preference, combined, {n: at for at, n in enumerate(models)}, sum(len(matrix) for matrix in scores))
 
     def scalar(self, number: int) -> Scalar:
         at = self._places[number]
@@ -304,9 +304,9 @@ class _Numbers:
         """Candidates with their differences to others by label, corrected together."""
         pairs = [(number, label) for number in ours for label in others]
         places = [(self._places[number], self._places[others[label]]) for number, label in pairs]
-        found = self._combined.differences(places, confidence, seed) if pairs else []
+        corrected_differences = self._combined.differences(places, confidence, seed) if pairs else []
         gaps: dict[int, list[Gap]] = {number: [] for number in ours}
-        for (number, label), corrected in zip(pairs, found, strict=True):
+        for (number, label), corrected in zip(pairs, corrected_differences, strict=True):
             gaps[number].append(Gap(to=label, **vars(corrected)))
         return [ConfirmedScalar(**dict(self.scalar(number)), difference=gaps[number]) for number in ours]
 
@@ -341,9 +341,9 @@ def _sets_of_items(store: Store, versions: Sequence[str], split: str) -> dict[st
     """Which evaluators have the same items of a split: an equal number by version. Those that ask the same have."""
     if len(versions) == 1:
         return {versions[0]: 0}
-    found: dict[str, int] = {}
+    sets: dict[str, int] = {}
     asked: dict[tuple[str, ...], int] = {}
     for version in dict.fromkeys(versions):
         questions = tuple(question for question, _ in store.item_texts(version, split))
-        found[version] = asked.setdefault(questions, len(found)) if questions else len(found)
-    return found
+        sets[version] = asked.setdefault(questions, len(sets)) if questions else len(sets)
+    return sets

@@ -1,7 +1,7 @@
 """The winner's curse of a search: how far the best search scores fall on items that the search never saw.
 
 Whoever is chosen for a high score was also lucky, and luck does not come twice. So the best are shown with both scores,
-beside the landmarks, which nobody chose: what these fall by is how much harder the held-out items are.
+beside the baselines, which nobody chose: what these fall by is how much harder the held-out items are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.report.confirmed import Items, better, combined_of, held_out
 from evomerge.report.entries import Known, Value, candidate_id, interval_text
@@ -30,9 +30,11 @@ _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
 class Point(BaseModel):
     """A candidate scored on both splits; ``confirmed`` when it could win, ``best`` when it is one of the best found."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     id: str
     label: str
-    landmark: bool
+    baseline: bool = Field(serialization_alias="landmark")
     confirmed: bool
     best: bool
     winner: bool
@@ -53,15 +55,17 @@ class Curse(BaseModel):
 
     Attributes:
         objective: what it is of.
-        points: candidates with both scores, the best by search score first; then landmarks.
+        points: candidates with both scores, the best by search score first; then baselines.
         best: how many of them are among the best by this objective that were to be scored on both splits.
         fall: of these on average; None without any.
-        fall_of_landmarks: the same of the landmarks.
-        excess: by how much more the best fall than the landmarks do; the interval is narrow, for items are the same.
+        fall_of_baselines: the same of the baselines.
+        excess: by how much more the best fall than the baselines do; the interval is narrow, for items are the same.
         tau: Kendall's rank correlation of both scores over all candidates that the search found.
         slope: of held-out over search score among them, by least squares: what remains of a difference.
         others: of a front, the same in its other objectives.
     """
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     search: str
     objective: str
@@ -70,7 +74,7 @@ class Curse(BaseModel):
     points: list[Point]
     best: int
     fall: Fall | None
-    fall_of_landmarks: Fall | None
+    fall_of_baselines: Fall | None = Field(serialization_alias="fall_of_landmarks")
     excess: Fall | None
     tau: float | None
     slope: float | None
@@ -82,14 +86,14 @@ class Curse(BaseModel):
         return [self, *self.others]
 
     @property
-    def found(self) -> list[Point]:
+    def candidates(self) -> list[Point]:
         """The candidates that the search found."""
-        return [point for point in self.points if not point.landmark]
+        return [point for point in self.points if not point.baseline]
 
     @property
-    def landmarks(self) -> list[Point]:
+    def baselines(self) -> list[Point]:
         """Those that it began with."""
-        return [point for point in self.points if point.landmark]
+        return [point for point in self.points if point.baseline]
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,11 @@ class _Measured:
 
     def values(self, at: int) -> tuple[Value, Value]:
         """What a model is worth on both splits."""
-        found = [
+        before, after = (
             Value(mean=self.sign * float(split.means[at]) + 0.0, stderr=float(split.errors[at]), n=n)
             for split, n in zip(self.splits, self.items, strict=True)
-        ]
-        return found[0], found[1]
+        )
+        return before, after
 
     def fall(self, group: Sequence[int], others: Sequence[int], confidence: float) -> Fall | None:
         """By how much the mean of a group of models falls, beyond that of the others; the splits are independent."""
@@ -141,15 +145,15 @@ def curse_of(store: Store) -> Curse:
 def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Preference) -> Curse:
     """The curse in the number that a preference goes by."""
     settings = search.record.confirm
-    landmarks = store.candidates(step=0)
+    baselines = store.candidates(step=0)
     most = max(settings.top, settings.drawn)
-    best = [row for row in ranked(store, preference, most + len(landmarks)) if row.step > 0][:most]
+    best = [row for row in ranked(store, preference, most + len(baselines)) if row.step > 0][:most]
     frozen = store.events(kinds=("shortlist",), newest=1)
     shortlist = [store.candidate(number) for event in frozen for number in event.read(Shortlist).candidates]
-    found = {row.number: row for row in [*best, *shortlist]}
-    known = _measured(store, search, status, preference, [*found.values(), *landmarks])
+    by_number = {row.number: row for row in [*best, *shortlist]}
+    known = _measured(store, search, status, preference, [*by_number.values(), *baselines])
     leading = {row.number for row in best}
-    could_win = {row.number for row in [*shortlist, *landmarks]}
+    could_win = {row.number for row in [*shortlist, *baselines]}
     top = [at for at, row in enumerate(known.rows) if row.number in leading]
     marks = [at for at, row in enumerate(known.rows) if row.step == 0]
 
@@ -159,7 +163,7 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
         return Point(
             id=candidate_id(row.number),
             label=row.label,
-            landmark=row.step == 0,
+            baseline=row.step == 0,
             confirmed=row.number in could_win,
             best=row.number in leading,
             winner=candidate_id(row.number) == status.winner,
@@ -180,7 +184,7 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
         points=[point(at) for at in [*finds, *marks]],
         best=len(top),
         fall=known.fall(top, [], confidence),
-        fall_of_landmarks=known.fall(marks, [], confidence),
+        fall_of_baselines=known.fall(marks, [], confidence),
         excess=known.fall(top, marks, confidence) if marks else None,
         tau=tau,
         slope=slope,
@@ -205,10 +209,10 @@ def _measured(
 
     def number(split: Literal["search", "held_out"]) -> tuple[Combined, int]:
         values = [
-            np.stack([better(o, found[o.name]) for found in scores[split]], axis=1) if whole else np.empty((1, 0))
+            np.stack([better(o, items[o.name]) for items in scores[split]], axis=1) if whole else np.empty((1, 0))
             for o in objectives
         ]
-        return combined_of(store, search, preference, values, split, scale), sum(len(each) for each in values)
+        return combined_of(store, search, preference, values, split, scale), sum(len(matrix) for matrix in values)
 
     (before, n_before), (after, n_after) = number("search"), number("held_out")
     way = status.numbers[preference.scalar or objectives[0].name]
@@ -219,14 +223,14 @@ def _measured(
 def _searched(store: Store, row: CandidateRow, objectives: Sequence[Measure]) -> Items:
     """A candidate's search scores in each objective; nothing where it was not scored on all items of one."""
     known = {scores.evaluator: scores for scores in store.scores(row.number, "search")}
-    found: Items = {}
+    by_objective: Items = {}
     for objective in objectives:
         scores = known.get(objective.version)
         if scores is None:
             return {}
-        found[objective.name] = scores.metrics[objective.metric][scores.items < objective.items]
-    is_whole = all(len(found[objective.name]) == objective.items for objective in objectives)
-    return found if is_whole else {}
+        by_objective[objective.name] = scores.metrics[objective.metric][scores.items < objective.items]
+    is_whole = all(len(by_objective[objective.name]) == objective.items for objective in objectives)
+    return by_objective if is_whole else {}
 
 
 def _association(x: Matrix, y: Matrix) -> tuple[float | None, float | None]:
@@ -248,17 +252,17 @@ def curse_text(curse: Curse) -> list[str]:
     lines = [
         f"On held-out items {who} {'are' if curse.best > 1 else 'is'} {_size(curse.fall)} {word} ({sure} interval)."
     ]
-    if curse.excess is not None and curse.fall_of_landmarks is not None:
-        other = curse.fall_of_landmarks
+    if curse.excess is not None and curse.fall_of_baselines is not None:
+        other = curse.fall_of_baselines
         marks = f"{abs(other.mean):.3f} {'worse' if other.mean >= 0 else 'better'}"
         left = f"what is left, {_signed(curse.excess)}, is the winner's curse"
         if curse.excess.mean <= 0:
             left = f"the best lost no more than these ({_signed(curse.excess)}), and no winner's curse is to be seen"
-        lines.append(f"The landmarks, which nobody chose, are {marks} there: {left}.")
+        lines.append(f"The baselines, which nobody chose, are {marks} there: {left}.")
     if curse.tau is not None and curse.slope is not None:
         lines.append(
-            f"Among the {len(curse.found)} found, of a difference in search score {curse.slope:.2f} remains (slope), "
-            f"and ranks agree with Kendall's tau {curse.tau:+.2f}."
+            f"Among the {len(curse.candidates)} found, of a difference in search score {curse.slope:.2f} remains "
+            f"(slope), and ranks agree with Kendall's tau {curse.tau:+.2f}."
         )
     return lines
 

@@ -15,27 +15,27 @@ from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, sha
 
 _PLOT, _LEFT, _TOP, _RIGHT = 520.0, 66.0, 62.0, 24.0  # the square plot's side and its margins, in the picture's units
 _AXIS, _ROW = 44.0, 18.0  # room for numbers and name of an axis; a line of the legend and of the text
-_DOT, _MARK, _HALO = 4.2, 5.0, 8.5  # radii of a candidate, a landmark and the ring around the winner
+_DOT, _MARK, _HALO = 4.2, 5.0, 8.5  # radii of a candidate, a baseline and the ring around the winner
 _NEAR = 13.0  # from a mark to its name
 _LETTER = 6.1  # the usual width of a letter of the text
 _TICKS = 7  # about so many on an axis
-_ROOM = 1.0  # landmarks may stretch the range of what was found by so much of it; others are told in words
+_ROOM = 1.0  # baselines may stretch the range of what was found by so much of it; others are told in words
 _KIND = "evomerge-curse"
-_FOUND, _LANDMARK, _WINNER = (COLOURS[number] for number in (0, 1, 2))
+_FOUND, _BASELINE, _WINNER = (COLOURS[number] for number in (0, 1, 2))
 
 
 def curse_svg(curse: Curse) -> str:
     """The winner's curse as a picture: one plot, or of a front one for each objective, below each other.
 
     A dot for each candidate that has both scores, full where it could win and open where it was scored for the picture
-    alone; diamonds are landmarks; bars are standard errors. On the diagonal a candidate is as good as it looked, below
+    alone; diamonds are baselines; bars are standard errors. On the diagonal a candidate is as good as it looked, below
     it was lucky (above, where an objective is minimised). The line is the regression of held-out on search scores. All
     dots say on hovering what they are; the whole says to screen readers what ``curse_text`` says.
 
     Returns:
         One SVG element that needs nothing else: no script and no font. It follows the reader's light or dark scheme.
     """
-    plots = [_Picture(each).draw() for each in curse.all if each.found] or [_Picture(curse).draw()]
+    plots = [_Picture(one).draw() for one in curse.all if one.candidates] or [_Picture(curse).draw()]
     if len(plots) == 1:
         return ET.tostring(plots[0], encoding="unicode")
     width = max(float(plot.get("width", "")) for plot in plots)
@@ -56,8 +56,8 @@ class _Picture:
     def __init__(self, curse: Curse) -> None:
         self._curse = curse
         self._low, self._high = _range(curse)
-        self._near = [point for point in curse.landmarks if self._holds(point)]
-        self._far = [point for point in curse.landmarks if not self._holds(point)]
+        self._near = [point for point in curse.baselines if self._holds(point)]
+        self._far = [point for point in curse.baselines if not self._holds(point)]
         width = int((_LEFT + _PLOT + _RIGHT - 32) / _LETTER)
         self._words = [row for line in self._sentences() for row in textwrap.wrap(line, width)]
 
@@ -93,10 +93,10 @@ class _Picture:
         label(svg, shortened(f"{self._curse.objective}; {arrow}", width - 32, _LETTER), "quiet", 16, 46)
         self._axes(svg)
         self._lines(svg)
-        for point in reversed(self._curse.found):  # the best on top
+        for point in reversed(self._curse.candidates):  # the best on top
             self._point(svg, point, "found" if point.confirmed else "found drawn")
         for point in self._near:
-            self._point(svg, point, "landmark")
+            self._point(svg, point, "baseline")
         self._names(svg)
         self._legend(svg, legend)
         for row, words in enumerate(self._words):
@@ -129,8 +129,8 @@ class _Picture:
         shape(svg, "line", "diagonal", **ends)
         if self._curse.slope is None:
             return
-        x = [point.search.mean for point in self._curse.found]
-        y = [point.held_out.mean for point in self._curse.found]
+        x = [point.search.mean for point in self._curse.candidates]
+        y = [point.held_out.mean for point in self._curse.candidates]
         at = [float(np.mean(y) + self._curse.slope * (end - np.mean(x))) for end in (min(x), max(x))]
         line = {"x1": self._x(min(x)), "y1": self._y(at[0]), "x2": self._x(max(x)), "y2": self._y(at[1])}
         shape(svg, "line", "trend", **line)
@@ -138,21 +138,21 @@ class _Picture:
     def _point(self, svg: ET.Element, point: Point, kind: str) -> None:
         group = ET.SubElement(svg, "g", {"class": f"{kind} winner" if point.winner else kind})
         name = f"{point.id} {point.label}".strip()
-        told = [f"{where} {measure_text(v.mean, v.stderr)}" for where, v in
+        scores = [f"{where} {measure_text(v.mean, v.stderr)}" for where, v in
                 (("search", point.search), ("held out", point.held_out))]  # fmt: skip
-        ET.SubElement(group, "title").text = legible(f"{name}: {', '.join(told)}")
+        ET.SubElement(group, "title").text = legible(f"{name}: {', '.join(scores)}")
         x, y = self._x(point.search.mean), self._y(point.held_out.mean)
         reach = [_PLOT * (value.stderr or 0.0) / (self._high - self._low) for value in (point.search, point.held_out)]
         right, bottom = _LEFT + _PLOT, _TOP + _PLOT
         shape(group, "line", "bar", x1=max(_LEFT, x - reach[0]), x2=min(right, x + reach[0]), y1=y, y2=y)
         shape(group, "line", "bar", x1=x, x2=x, y1=max(_TOP, y - reach[1]), y2=min(bottom, y + reach[1]))
-        _dot(group, x, y, landmark=point.landmark)
+        _dot(group, x, y, baseline=point.baseline)
         if point.winner:
             shape(group, "circle", "ring", cx=x, cy=y, r=_HALO)
 
     def _names(self, svg: ET.Element) -> None:
-        """Landmarks and the winner by name, one under the other where they are close, and within the plot."""
-        named = [point for point in [*self._curse.found, *self._near] if point.winner or point.landmark]
+        """Baselines and the winner by name, one under the other where they are close, and within the plot."""
+        named = [point for point in [*self._curse.candidates, *self._near] if point.winner or point.baseline]
         taken = -math.inf
         for point in sorted(named, key=lambda point: self._y(point.held_out.mean)):
             name = point.label or point.id
@@ -160,7 +160,7 @@ class _Picture:
             taken = y
             text = shortened(f"{name}, winner" if point.winner else name, _PLOT / 2, _LETTER)
             fits = x - _NEAR - 1.1 * _LETTER * len(text) > _LEFT  # bold letters are a little wider
-            kind = "name winner" if point.winner else "name landmark"
+            kind = "name winner" if point.winner else "name baseline"
             label(svg, text, f"{kind} end" if fits else kind, x - _NEAR if fits else x + _NEAR, y)
 
     def _legend(self, svg: ET.Element, y: float) -> None:
@@ -168,7 +168,7 @@ class _Picture:
         groups = {
             "found": "found",
             "found drawn": "drawn only",
-            "landmark": "landmark",
+            "baseline": "baseline",
             "found winner": "winner",
             "diagonal": "as good as it looked",
             "trend": "regression",
@@ -181,7 +181,7 @@ class _Picture:
                 x += 8
             else:
                 group = ET.SubElement(svg, "g", {"class": kind})
-                _dot(group, x, y - 4, landmark=kind == "landmark")
+                _dot(group, x, y - 4, baseline=kind == "baseline")
                 if kind == "found winner":
                     shape(group, "circle", "ring", cx=x, cy=y - 4, r=_HALO)
             label(svg, words, "tick", x + 12, y)
@@ -189,32 +189,32 @@ class _Picture:
 
     def _shows(self, kind: str) -> bool:
         """Whether the picture has something of this kind."""
-        found = self._curse.found
-        has = {"found drawn": any(not p.confirmed for p in found), "landmark": bool(self._near),
-               "found winner": any(p.winner for p in found), "trend": self._curse.slope is not None}  # fmt: skip
+        candidates = self._curse.candidates
+        has = {"found drawn": any(not p.confirmed for p in candidates), "baseline": bool(self._near),
+               "found winner": any(p.winner for p in candidates), "trend": self._curse.slope is not None}  # fmt: skip
         return has.get(kind, True)
 
 
-def _dot(parent: ET.Element, x: float, y: float, *, landmark: bool) -> None:
-    if not landmark:
+def _dot(parent: ET.Element, x: float, y: float, *, baseline: bool) -> None:
+    if not baseline:
         shape(parent, "circle", "dot", cx=x, cy=y, r=_DOT)
         return
     corners = ((x, y - _MARK), (x + _MARK, y), (x, y + _MARK), (x - _MARK, y))
-    found = shape(parent, "polygon", "dot")
-    found.set("points", " ".join(f"{a:.2f},{b:.2f}" for a, b in corners))
+    diamond = shape(parent, "polygon", "dot")
+    diamond.set("points", " ".join(f"{a:.2f},{b:.2f}" for a, b in corners))
 
 
 def _range(curse: Curse) -> tuple[float, float]:
-    """The range of both axes: all that was found with its errors, and the landmarks that are not far from it."""
+    """The range of both axes: all that was found with its errors, and the baselines that are not far from it."""
     ends = [
         value.mean + sign * (value.stderr or 0.0)
-        for point in curse.found
+        for point in curse.candidates
         for value in (point.search, point.held_out)
         for sign in (-1, 1)
     ]
     low, high = min(ends), max(ends)
     room = _ROOM * (high - low)
-    for point in curse.landmarks:
+    for point in curse.baselines:
         means = (point.search.mean, point.held_out.mean)
         if low - room <= min(means) and max(means) <= high + room:
             ends += means
@@ -248,7 +248,7 @@ def _scheme(tones: Mapping[str, str], column: int) -> str:
         f".ground,.drawn .dot{{fill:{tones['ground']}}}.name{{stroke:{tones['ground']}}}"
         f".title{{fill:{tones['ink']}}}.quiet,.tick,.axis{{fill:{tones['quiet']}}}"
         f".guide,.frame{{stroke:{tones['guide']}}}.diagonal{{stroke:{tones['quiet']}}}"
-        f".found,.trend{{color:{_FOUND[column]}}}.landmark{{color:{_LANDMARK[column]}}}"
+        f".found,.trend{{color:{_FOUND[column]}}}.baseline{{color:{_BASELINE[column]}}}"
         f".winner{{color:{_WINNER[column]}}}"
     )
     return bound(text, _KIND)

@@ -147,8 +147,8 @@ class ConfirmedEntry(Entry):
 
     def gaps(self, name: str) -> list[Gap]:
         """Its differences in an objective, or in the number of the scalarisation, by name."""
-        found = self.value(name)
-        return found.difference if isinstance(found, ConfirmedValue | ConfirmedScalar) else []
+        value = self.value(name)
+        return value.difference if isinstance(value, ConfirmedValue | ConfirmedScalar) else []
 
 
 def candidate_id(number: int) -> str:
@@ -163,7 +163,9 @@ def constraints_of(record: SearchRecord) -> dict[str, Constraint]:
 
 def features_of(record: SearchRecord) -> dict[str, FeatureRange]:
     """The features of a search by name."""
-    return {each.name: FeatureRange(low=each.low, high=each.high, bins=each.bins) for each in record.features}
+    return {
+        feature.name: FeatureRange(low=feature.low, high=feature.high, bins=feature.bins) for feature in record.features
+    }
 
 
 def entry(row: CandidateRow, record: SearchRecord) -> Entry:
@@ -177,7 +179,7 @@ def origin_of(row: CandidateRow | Brief, sources: Collection[str]) -> str:
 
 
 def kind_of(origin: str, label: str) -> str:
-    """What a landmark is, in words: source maths, uniform average; "" of a candidate without a name."""
+    """What a baseline is, in words: source maths, uniform average; "" of a candidate without a name."""
     if origin == EARLIER_WINNER:
         return f"{label}, the {EARLIER_WINNER}"
     return f"{SOURCE} {label}" if origin == SOURCE else label
@@ -186,7 +188,7 @@ def kind_of(origin: str, label: str) -> str:
 def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], record: SearchRecord) -> Entry:
     """A candidate with estimates of its measures by name; what is not a measure of the search is left out."""
     constraints = constraints_of(record)
-    values = {name: Value(**found) for name, found in estimates.items()}
+    values = {name: Value(**estimate) for name, estimate in estimates.items()}
     kept = {name: values[name] for name in constraints if name in values}
     return Entry(
         id=candidate_id(row.number),

@@ -38,7 +38,7 @@ Step = Callable[[Columns], Columns]
 
 def without(title: str) -> Step:
     """Leave out the column of this title."""
-    return lambda columns: [each for each in columns if each.title != title]
+    return lambda columns: [column for column in columns if column.title != title]
 
 
 def named(marks: Sequence[str]) -> Step:
@@ -54,7 +54,7 @@ def named(marks: Sequence[str]) -> Step:
 
 def terse(columns: Columns) -> Columns:
     """Leave out standard errors: 0.620 ± 0.024 becomes 0.620."""
-    return [replace(each, texts=[re.sub(r" ± [\d.]+", "", text) for text in each.texts]) for each in columns]
+    return [replace(column, texts=[re.sub(r" ± [\d.]+", "", text) for text in column.texts]) for column in columns]
 
 
 class FittedTable:
@@ -82,17 +82,17 @@ class FittedTable:
             columns = step(columns)
             table = self._table(columns, broken=True)
         yield table
-        shown = {each.title for each in columns}
-        if left_out := [each.title for each in self._columns if each.title and each.title not in shown]:
+        shown = {column.title for column in columns}
+        if left_out := [column.title for column in self._columns if column.title and column.title not in shown]:
             yield Text(f"A wider screen also shows: {', '.join(left_out)}.", style="dim")
 
     def _table(self, columns: Columns, *, broken: bool) -> Table:
         table = Table(title=self._title, title_justify="left", box=None, pad_edge=False)
-        for each in columns:
-            width = max([_LEAST_TITLE, *(len(text) for text in each.texts)])
-            title = heading(each.title, width) if broken else each.title
-            table.add_column(title, justify="right" if each.right else "left", max_width=each.most)
-        for number, texts in enumerate(zip(*(each.texts for each in columns), strict=True)):
+        for column in columns:
+            width = max([_LEAST_TITLE, *(len(text) for text in column.texts)])
+            title = heading(column.title, width) if broken else column.title
+            table.add_column(title, justify="right" if column.right else "left", max_width=column.most)
+        for number, texts in enumerate(zip(*(column.texts for column in columns), strict=True)):
             table.add_row(*texts, style=self._styles[number] if self._styles else None)
         return table
 

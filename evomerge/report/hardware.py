@@ -202,14 +202,13 @@ def estimate(gpu: Gpu, shape: ModelShape, works: Sequence[Work], engine: Engine,
 
 def lines(shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: int) -> list[str]:
     """One line for each GPU, for people."""
-    found = (estimate(gpu, shape, works, engine, host_free) for gpu in GPUS)
-    return [_line(each) for each in found]
+    return [_line(estimate(gpu, shape, works, engine, host_free)) for gpu in GPUS]
 
 
-def _line(each: Estimate) -> str:
-    gigabytes = f"{each.need / 1e9:.1f} GB a worker"
-    if each.residency is None:
-        return f"{each.gpu}: too small for a worker ({gigabytes})"
-    time = f"{each.seconds:.2g} s" if each.seconds < 100 else f"{each.seconds / 60:.0f} min"
-    most = f"room for {each.workers}" if each.workers > 1 else "room for one"
-    return f"{each.gpu}: {gigabytes}, {most}, sources {each.residency}; up to {time} a candidate"
+def _line(estimated: Estimate) -> str:
+    gigabytes = f"{estimated.need / 1e9:.1f} GB a worker"
+    if estimated.residency is None:
+        return f"{estimated.gpu}: too small for a worker ({gigabytes})"
+    time = f"{estimated.seconds:.2g} s" if estimated.seconds < 100 else f"{estimated.seconds / 60:.0f} min"
+    most = f"room for {estimated.workers}" if estimated.workers > 1 else "room for one"
+    return f"{estimated.gpu}: {gigabytes}, {most}, sources {estimated.residency}; up to {time} a candidate"

@@ -151,7 +151,7 @@ def inspect_models(
     warnings += [f"{warning}." for warning in warnings_across({s.name: s for s in (origin, *near)}, origin.name)]
     shared, left_out = _shared_tensors([origin, *near])
     parts = _measure([origin, *near], shared, progress) if near else {}
-    found = Inspection(
+    inspection = Inspection(
         models=facts,
         base=origin.name,
         parts=list(parts),
@@ -161,8 +161,8 @@ def inspect_models(
         left_out=left_out,
         warnings=warnings,
     )
-    found.warnings += beware(found, opened)
-    return found
+    inspection.warnings += beware(inspection, opened)
+    return inspection
 
 
 def _names(references: Sequence[str], called: Mapping[str, str]) -> list[str]:

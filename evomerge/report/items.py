@@ -37,7 +37,7 @@ class Item:
     @property
     def differs(self) -> bool:
         """Whether candidates scored differently on it."""
-        return len({each.score for each in self.answered}) > 1
+        return len({result.score for result in self.answered}) > 1
 
 
 def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measure) -> list[Item]:
@@ -45,9 +45,9 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
     sides: list[dict[int, Answered]] = []
     for number in candidates:
         answers = store.answers(number, split).get(measure.version, {})
-        found = next((s for s in store.scores(number, split) if s.evaluator == measure.version), None)
-        items = [] if found is None else found.items.tolist()
-        scores = [] if found is None else found.metrics[measure.metric].tolist()
+        recorded = next((s for s in store.scores(number, split) if s.evaluator == measure.version), None)
+        items = [] if recorded is None else recorded.items.tolist()
+        scores = [] if recorded is None else recorded.metrics[measure.metric].tolist()
         sides.append({item: Answered(score, answers.get(item)) for item, score in zip(items, scores, strict=True)})
     texts = dict(enumerate(store.item_texts(measure.version, split)))
     shared = sorted(set.intersection(*(set(side) for side in sides)))
@@ -60,13 +60,13 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
 
 def item_lines(item: Item, names: Sequence[str]) -> Iterator[str]:
     """An item for a terminal; ``names`` are those of the candidates."""
-    scores = ", ".join(f"{name} {each.score:.3f}" for name, each in zip(names, item.answered, strict=True))
+    scores = ", ".join(f"{name} {result.score:.3f}" for name, result in zip(names, item.answered, strict=True))
     yield f"item {item.number}: {scores}"
     width = max(len(name) for name in ("asked", "right", *names))
     if item.text is not None:
         yield from text_lines(f"{'asked':{width}}", item.text)
     if item.right is not None:
         yield from text_lines(f"{'right':{width}}", item.right)
-    for name, each in zip(names, item.answered, strict=True):
-        if each.answer is not None:
-            yield from text_lines(f"{name:{width}}", each.answer)
+    for name, result in zip(names, item.answered, strict=True):
+        if result.answer is not None:
+            yield from text_lines(f"{name:{width}}", result.answer)

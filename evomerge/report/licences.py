@@ -44,7 +44,7 @@ def licence_of(folder: Path) -> str:
 
 def most_restrictive(licences: Iterable[str]) -> str:
     """The one that binds most; "other" when any of them is not known here, for then a person must decide."""
-    found = list(licences)
-    if any(licence not in _ORDER for licence in found):
+    names = list(licences)
+    if any(licence not in _ORDER for licence in names):
         return "other"
-    return max(found, key=_ORDER.index)
+    return max(names, key=_ORDER.index)

@@ -26,16 +26,16 @@ def top_table(rows: Sequence[CandidateRow], known: SearchStatus, record: SearchR
         best: whether they are the best ones, whose gains matter more than what became of them.
     """
     shown = [known.entry(row, record) for row in rows]
-    ids = [each.id for each in shown]
-    values = [cells(each, known) for each in shown]
+    ids = [entry.id for entry in shown]
+    values = [cells(entry, known) for entry in shown]
     titles = [*known.numbers, *further_titles(known)]
     parameters = [
-        Column(each.title, [each.text(row.genome) for row in rows], right=True)
-        for each in columns_of(record.parameters)
+        Column(column.title, [column.text(row.genome) for row in rows], right=True)
+        for column in columns_of(record.parameters)
     ]
     columns = [
         Column("candidate", ids),
-        Column("origin", [origin_text(each.origin, each.label) for each in shown]),
+        Column("origin", [origin_text(entry.origin, entry.label) for entry in shown]),
         *parameters,
         Column("status", [status_text(row, known) for row in rows]),
         *(Column(title, [texts[i] for texts in values], right=True) for i, title in enumerate(titles)),
@@ -55,54 +55,54 @@ def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:
     """What candidates are worth on the held-out split, and what they gain there."""
     columns = []
     for name in known.numbers:
-        confirmed = [known.confirmed_entry(each) for each in ids]
-        there = [None if each is None else each.value(name) for each in confirmed]
-        gains = {found.id: gain_cell(found, known, name) for found in known.confirmed}
+        confirmed = [known.confirmed_entry(id_) for id_ in ids]
+        there = [None if entry is None else entry.value(name) for entry in confirmed]
+        gains = {entry.id: gain_cell(entry, known, name) for entry in known.confirmed}
         columns.append(Column(f"{name} held out", ["" if v is None else cell(v) for v in there], right=True))
         title = f"{gain_title(known, name)} there"
-        columns.append(Column(title, [gains.get(each, "") for each in ids], right=True))
+        columns.append(Column(title, [gains.get(id_, "") for id_ in ids], right=True))
     return columns
 
 
 def origin_text(origin: str, label: str) -> str:
-    """Where a candidate comes from: "source maths"; a landmark whose name says it has no word more."""
+    """Where a candidate comes from: "source maths"; a baseline whose name says it has no word more."""
     return label if label and origin not in (SOURCE, EARLIER_WINNER) else f"{origin} {label}".strip()
 
 
-def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
+def comparison_table(comparisons: Sequence[Comparison], a: str, b: str) -> Table:
     """Two candidates with each other: quantities below each other, and a column for each split."""
-    splits = list(dict.fromkeys(row.split for row in found))
+    splits = list(dict.fromkeys(row.split for row in comparisons))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    a, b = (f"candidate {name}" if name in {row.objective for row in found} else name for name in (a, b))
+    a, b = (f"candidate {name}" if name in {row.objective for row in comparisons} else name for name in (a, b))
     for split in splits:
         table.add_column(SPLITS[split], justify="right")
-    for number, objective in enumerate(dict.fromkeys(row.objective for row in found)):
+    for number, objective in enumerate(dict.fromkeys(row.objective for row in comparisons)):
         if number:
             table.add_row()
         table.add_row(objective, style="bold")
-        by = {row.split: row for row in found if row.objective == objective}
-        told = [_told(by[split], a, b) if split in by else {} for split in splits]
-        for title in next(each for each in told if each):
-            table.add_row(f"  {title}", *(each.get(title, "") for each in told))
+        by = {row.split: row for row in comparisons if row.objective == objective}
+        columns = [_texts(by[split], a, b) if split in by else {} for split in splits]
+        for title in next(column for column in columns if column):
+            table.add_row(f"  {title}", *(column.get(title, "") for column in columns))
     return table
 
 
-def _told(row: Comparison, a: str, b: str) -> dict[str, str]:
+def _texts(row: Comparison, a: str, b: str) -> dict[str, str]:
     """A comparison as titles and texts."""
-    told = {
+    texts = {
         a: f"{row.a:.3f}",
         b: f"{row.b:.3f}",
         f"{a} better by": f"{row.difference:+.3f}",
         f"{row.confidence:.0%} interval": interval_text(row.low, row.high),
     }
     if row.better_a is not None:
-        told |= {
+        texts |= {
             "p": p_text(row.p),
             f"items that {a} won": str(row.better_a),
             f"items that {b} won": str(row.better_b),
         }
-    return told | {"items in all": str(row.n)}
+    return texts | {"items in all": str(row.n)}
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,17 @@ class Listed:
     gain: str
 
 
-def searches_table(found: Sequence[Listed]) -> FittedTable:
+def searches_table(searches: Sequence[Listed]) -> FittedTable:
     """Searches with where each stands."""
     columns = [
-        Column("search", [each.name for each in found]),
-        Column("state", [each.state for each in found]),
-        Column("candidates", [each.candidates for each in found], right=True),
-        Column("objective", [each.objective for each in found]),
-        Column("best", [each.best for each in found], right=True),
-        Column("best source", [each.best_source for each in found], right=True),
+        Column("search", [search.name for search in searches]),
+        Column("state", [search.state for search in searches]),
+        Column("candidates", [search.candidates for search in searches], right=True),
+        Column("objective", [search.objective for search in searches]),
+        Column("best", [search.best for search in searches], right=True),
+        Column("best source", [search.best_source for search in searches], right=True),
     ]
-    if any(each.gain for each in found):
-        columns.append(Column("gain on held-out items", [each.gain for each in found], right=True))
+    if any(search.gain for search in searches):
+        columns.append(Column("gain on held-out items", [search.gain for search in searches], right=True))
     steps = [without("objective"), without("best source"), without("gain on held-out items")]
     return FittedTable(columns, [terse, *steps])

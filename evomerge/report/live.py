@@ -16,7 +16,7 @@ from evomerge.report.status import SearchStatus
 from evomerge.search.driving.progress import Progress
 from evomerge.search.work.jobs import PoolState
 
-_LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of landmarks, and of others, in a table: as many as there is room for
+_LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of baselines, and of others, in a table: as many as there is room for
 
 
 class Screen:
@@ -74,10 +74,10 @@ class Screen:
     def _fitted(self, status: SearchStatus, pool: PoolState | None, eta: float | None) -> RenderableType:
         """The panel with as many rows in each table as fit on the terminal."""
         for rows in _LIVE_ROWS:
-            found = panel(status, pool, eta, rows=rows)
-            if len(self._console.render_lines(found)) < self._console.height:
+            fitted = panel(status, pool, eta, rows=rows)
+            if len(self._console.render_lines(fitted)) < self._console.height:
                 break
-        return found
+        return fitted
 
     def say(self, text: str) -> None:
         """A line for the person, above the panel."""

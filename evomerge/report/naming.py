@@ -17,7 +17,7 @@ from evomerge.store import Store
 
 
 def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> int:
-    """The number of the candidate that a person names by its id, its number, or the label of a landmark.
+    """The number of the candidate that a person names by its id, its number, or the label of a baseline.
 
     Args:
         names: what else may be meant, and is looked up elsewhere.
@@ -53,11 +53,11 @@ def chosen(store: Store, candidate: str) -> int:
     if candidate == KNEE and not is_front(status):
         return _knee(store)
     if candidate == BEST:
-        found = chosen_for.get(BEST, chosen_for.get(KNEE, None if status.best is None else status.best.id))
-        if found is None:
+        id_ = chosen_for.get(BEST, chosen_for.get(KNEE, None if status.best is None else status.best.id))
+        if id_ is None:
             problem = "has no candidate yet that was scored on every item and keeps all constraints"
             raise InputError(store.place, problem, "`evomerge top DIR --all` lists every candidate by its id.")
-        return int(found.removeprefix("c"))
+        return int(id_.removeprefix("c"))
     if candidate in chosen_for:
         return int(chosen_for[candidate].removeprefix("c"))
     return candidate_number(candidate, store, [BEST, KNEE, *chosen_for])

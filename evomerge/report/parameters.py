@@ -35,11 +35,11 @@ def columns_of(parameters: Sequence[Parameter]) -> list[ParameterColumn]:
     """The parameters, or where they are many their means over layer groups; none where those are many too."""
     if len(parameters) <= MOST_COLUMNS:
         return [ParameterColumn(p.name, (place,), (p,)) for place, p in enumerate(parameters)]
-    found = [
+    columns = [
         ParameterColumn(title, tuple(places), tuple(parameters[place] for place in places))
         for title, places in alike(parameters).items()
     ]
-    return found if len(found) <= MOST_COLUMNS else []
+    return columns if len(columns) <= MOST_COLUMNS else []
 
 
 def alike(parameters: Sequence[Parameter]) -> dict[str, list[int]]:

@@ -45,12 +45,12 @@ class _Step:
 def _steps(recipe: StackRecipe) -> list[_Step]:
     """Every hop of the path, in order."""
     by_blend = [_shares(blend) for blend in recipe.blends]
-    found = []
+    steps = []
     for number, hop in enumerate(recipe.hops):
         parts = by_blend[hop.attention], by_blend[hop.mlp]
         shares = {name: sum(part.get(name, 0.0) for part in parts) / 2 for name in {**parts[0], **parts[1]}}
-        found.append(_Step(number, {name: hop.layer_of(name) for name in shares}, shares, hop.scale))
-    return found
+        steps.append(_Step(number, {name: hop.layer_of(name) for name in shares}, shares, hop.scale))
+    return steps
 
 
 def _shares(blend: Blend) -> dict[str, float]:
@@ -294,8 +294,8 @@ class _Picture:
         taken = len({step.layers[name] for step in self._path if name in step.layers})
         count = f"{taken} of {self._sources[name]} layers"
         shown = shortened(name, self._plot - 7.0 * len(count), 8.0)
-        found = label(svg, shown, f"name {self._colour(name)}", _LEFT, self._tops[name] - 6)
-        ET.SubElement(found, "tspan", {"class": "quiet", "dx": "8"}).text = count
+        name_text = label(svg, shown, f"name {self._colour(name)}", _LEFT, self._tops[name] - 6)
+        ET.SubElement(name_text, "tspan", {"class": "quiet", "dx": "8"}).text = count
 
     def _hop_axis(self, svg: ET.Element) -> None:
         every = next((n for n in (1, 2, 5, 10, 20, 50) if n * self._step_x >= 26), 100)

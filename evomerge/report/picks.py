@@ -34,12 +34,12 @@ class Pick(BaseModel):
     Attributes:
         role: "best", or of a front "best at" an objective or "knee"; ``--candidate`` takes these words.
         id: of the candidate.
-        label: of a landmark.
+        label: of a baseline.
         origin: "source" where it is a model that was not merged.
         split: that it is chosen on and its values are of: "held_out" as soon as it is, before "search".
         objectives: its values.
         scalar: the number of a scalarisation, where the search has one.
-        gains: by objective, over the source that is best in it; none of a landmark, nor on the search split.
+        gains: by objective, over the source that is best in it; none of a baseline, nor on the search split.
         scalar_gain: the same in the number of the scalarisation.
     """
 
@@ -72,7 +72,7 @@ class Pick(BaseModel):
 
     @property
     def kind(self) -> str:
-        """What it is, where it is a landmark: source maths, uniform average."""
+        """What it is, where it is a baseline: source maths, uniform average."""
         return kind_of(self.origin, self.label)
 
 
@@ -109,8 +109,8 @@ def _pick(role: str, entry: Entry, split: Literal["search", "held_out"], gains: 
 def _gains(entry: Entry, best: Mapping[str, str]) -> dict[str, Gap]:
     if not isinstance(entry, ConfirmedEntry):
         return {}
-    found = {name: gain_in(entry, name, source) for name, source in best.items()}
-    return {name: gap for name, gap in found.items() if gap is not None}
+    gaps = {name: gain_in(entry, name, source) for name, source in best.items()}
+    return {name: gap for name, gap in gaps.items() if gap is not None}
 
 
 def gain_in(entry: ConfirmedEntry, number: str, source: str) -> Gap | None:
@@ -138,11 +138,11 @@ def is_front(status: SearchStatus) -> bool:
 
 
 def conclusions(status: SearchStatus) -> list[str]:
-    """What was found, in sentences: which landmarks could not be scored, what no merge is better at than a source, and
+    """What was found, in sentences: which baselines could not be scored, what no merge is better at than a source, and
     what a front offers.
     """
     return [
-        *(each.text for each in status.unscored),
+        *(baseline.text for baseline in status.unscored),
         *_unsaid(status),
         *(_front(status) if is_front(status) else _best(status)),
     ]
@@ -155,7 +155,7 @@ def _unsaid(status: SearchStatus) -> Iterator[str]:
         return
     if choice.made and not status.confirmed:
         yield (
-            "Nothing that the search found is confirmed: no candidate beyond the landmarks was scored on every item "
+            "Nothing that the search found is confirmed: no candidate beyond the baselines was scored on every item "
             f"{'and keeps all constraints' if status.constraints else 'of the search split'}."
         )
     if choice.too_few and choice.made:
@@ -188,11 +188,11 @@ def _offered(pick: Pick, status: SearchStatus) -> str:
     """One candidate of a front: what it is, and its values or gains in every objective."""
     if pick.origin == SOURCE and pick.role != KNEE:
         return f"{pick.called}; no merge is better at it"
-    told = []
+    values = []
     for name, value in pick.objectives.items():
         gain = pick.gains.get(name)
-        told.append(f"{name} {value.mean:.3f}" + (f", {gap_text(gain)} over {gain.to}" if gain is not None else ""))
-    return f"{pick.called}: {'; '.join(told)}"
+        values.append(f"{name} {value.mean:.3f}" + (f", {gap_text(gain)} over {gain.to}" if gain is not None else ""))
+    return f"{pick.called}: {'; '.join(values)}"
 
 
 def roles_of(status: SearchStatus, candidate: str, split: Literal["search", "held_out"]) -> list[str]:

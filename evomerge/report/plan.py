@@ -59,7 +59,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "warning", warning
     yield from _rounding(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
-    yield "space", f"{len(setup.space.parameters)} parameters: {_told(space)}"
+    yield "space", f"{len(setup.space.parameters)} parameters: {_settings_text(space)}"
     if prepared.calibration is not None:
         texts, tokens = len(prepared.calibration.texts), prepared.calibration.tokens
         yield "calibration", f"{texts} texts of up to {tokens} tokens through {len(prepared.sources)} sources, once"
@@ -76,7 +76,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _few_items(setup)
     yield from _racing(setup)
     yield from _together(prepared)
-    yield "optimizer", _told(file.optimizer.model_dump(exclude_none=True))
+    yield "optimizer", _settings_text(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
     yield from _cost(prepared)
     yield "confirmation", _confirmation(setup)
@@ -102,12 +102,12 @@ def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
             yield "warning", rounding_warning(name, lost, dtype or model.dtype, adapted=bool(sources[name].changes))
 
 
-def _told(settings: Mapping[str, Any]) -> str:
+def _settings_text(settings: Mapping[str, Any]) -> str:
     """Settings in one line: name cma, sigma 0.167, x0 centre."""
 
     def text(value: Any) -> str:
         if isinstance(value, Mapping):
-            return f"({_told(value)})"
+            return f"({_settings_text(value)})"
         if isinstance(value, list | tuple):
             return " ".join(map(text, value))
         return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -159,18 +159,18 @@ def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:
-    for each in setup.constraints:
-        evaluator = setup.evaluators[each.evaluator]
-        limit = Constraint(threshold=each.threshold, at_least=each.maximise)
-        counts = f"{each.items} of {evaluator.search_items} search items, {evaluator.held_out_items} held out"
-        yield "constraint", f"{each.name}: {each.metric} of {evaluator.name} {limit.text}, {counts}"
+    for constraint in setup.constraints:
+        evaluator = setup.evaluators[constraint.evaluator]
+        limit = Constraint(threshold=constraint.threshold, at_least=constraint.maximise)
+        counts = f"{constraint.items} of {evaluator.search_items} search items, {evaluator.held_out_items} held out"
+        yield "constraint", f"{constraint.name}: {constraint.metric} of {evaluator.name} {limit.text}, {counts}"
 
 
 def _features(setup: Setup) -> Iterator[tuple[str, str]]:
-    for each in setup.features:
-        evaluator = setup.evaluators[each.evaluator]
-        niches = f"{each.bins} bins from {each.low:g} to {each.high:g}"
-        yield "feature", f"{each.name}: {each.metric} of {evaluator.name}, {niches}, {each.items} search items"
+    for feature in setup.features:
+        evaluator = setup.evaluators[feature.evaluator]
+        niches = f"{feature.bins} bins from {feature.low:g} to {feature.high:g}"
+        yield "feature", f"{feature.name}: {feature.metric} of {evaluator.name}, {niches}, {feature.items} search items"
 
 
 def _screen(setup: Setup) -> Iterator[tuple[str, str]]:
@@ -193,18 +193,18 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
     shown = [str(size) for size in sizes]
     ordinary, beyond = shown[: setup.ordinary_rungs], shown[setup.ordinary_rungs :]
     for_the_best = f", then {', '.join(beyond)} for those that challenge the best" if beyond else ""
-    by = "item response" if racing.estimate == "item_response" else "the best landmark"
+    by = "item response" if racing.estimate == "item_response" else "the best baseline"
     yield "racing", f"{', '.join(ordinary)} items a candidate{for_the_best}; the rest is estimated by {by}"
     items = max(setup.counts().values())
     if beyond_all := [str(rung) for rung in racing.rungs if rung >= items]:
-        told = f"racing: {', '.join(beyond_all)} of its rungs are not below the {items} items that there are"
-        yield "warning", f"{told}; each stands for all of them"
+        problem = f"racing: {', '.join(beyond_all)} of its rungs are not below the {items} items that there are"
+        yield "warning", f"{problem}; each stands for all of them"
     if sizes[-1] < LEAST_GAIN * sizes[0]:
         yield "warning", f"racing: the first rung is {sizes[0]} of all {sizes[-1]} items, so it can spare little"
     optimizer = setup.build_optimizer()
     if optimizer.keeps == "all":
-        told = f"racing: {setup.optimizer.name} learns from every candidate of a generation, so none is eliminated"
-        yield "warning", f"{told}; only the rungs bound what each is scored on"
+        problem = f"racing: {setup.optimizer.name} learns from every candidate of a generation, so none is eliminated"
+        yield "warning", f"{problem}; only the rungs bound what each is scored on"
 
 
 def _together(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -215,8 +215,8 @@ def _together(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "together", f"up to {file.together} candidates in one batch; each is exported in float32, as it was scored"
     first = sum(prepared.setup.rungs[0].values())
     if first > MOST_TOGETHER and not (torch.cuda.is_available() or file.cluster.gpus_per_worker):
-        told = f"together: on a processor it takes less time only with few items a candidate, not with {first}"
-        yield "warning", f"{told}; leave it out, or race on {MOST_TOGETHER} or fewer first"
+        problem = f"together: on a processor it takes less time only with few items a candidate, not with {first}"
+        yield "warning", f"{problem}; leave it out, or race on {MOST_TOGETHER} or fewer first"
 
 
 def _budget(prepared: Prepared) -> str:
@@ -226,12 +226,14 @@ def _budget(prepared: Prepared) -> str:
     if file.budget.cost is not None:
         parts.append(amount_text(file.budget.cost, file.cluster.currency))
     least, usual, most = _items_each(setup)
-    each = f"{most} items a candidate" if least == most else f"{least} to {most} items a candidate, {usual} for most"
-    text = f"{', '.join(parts)}; {each}"
+    per_candidate = (
+        f"{most} items a candidate" if least == most else f"{least} to {most} items a candidate, {usual} for most"
+    )
+    text = f"{', '.join(parts)}; {per_candidate}"
     if file.budget.candidates:
-        landmarks = len(list(setup.space.landmarks()))
+        baselines = len(list(setup.space.baselines()))
         whole = sum(setup.all_counts().values())
-        low, high = (landmarks * whole + (file.budget.candidates - landmarks) * bound for bound in (least, most))
+        low, high = (baselines * whole + (file.budget.candidates - baselines) * bound for bound in (least, most))
         text += f", {high:,} in all" if low == high else f", {low:,} to {high:,} in all"
     return text
 
@@ -260,9 +262,9 @@ def _cost(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def _confirmation(setup: Setup) -> str:
     """What is scored on held-out items at the end: up to 10 models x 350 items, 3,500 in all."""
-    landmarks = len(list(setup.space.landmarks()))
+    baselines = len(list(setup.space.baselines()))
     drawn = setup.confirm.drawn * len(Preference.of_setup(setup).parts)
-    models = landmarks + max(setup.confirm.top, drawn)
+    models = baselines + max(setup.confirm.top, drawn)
     items = sum(len(task.indices) for task in setup.tasks("held_out"))
     if len(setup.objectives) > 1:
         return f"up to {models} models and the front x {items:,} items"
@@ -304,8 +306,10 @@ def _widened(prepared: Prepared) -> int:
 def _store_bytes(prepared: Prepared) -> int:
     """Per-item scores dominate: four bytes for the position and four for each metric."""
     evaluators = prepared.evaluators
-    each = sum(len(t.indices) * 4 * (1 + len(evaluators[t.evaluator].metrics)) for t in prepared.setup.tasks("search"))
-    return (each + 4000) * (prepared.file.budget.candidates or 1000)
+    per_candidate = sum(
+        len(t.indices) * 4 * (1 + len(evaluators[t.evaluator].metrics)) for t in prepared.setup.tasks("search")
+    )
+    return (per_candidate + 4000) * (prepared.file.budget.candidates or 1000)
 
 
 def _gigabytes(count: int) -> str:

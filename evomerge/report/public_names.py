@@ -23,7 +23,7 @@ def public_name(source: Source) -> str:
 
 def hub_ids(source: Source) -> list[str]:
     """The hub ids of a source and of its adapters, without revisions; none of a folder that does not say its own."""
-    return [found for part in _parts(source) if (found := _found(part))]
+    return [id_ for part in _parts(source) if (id_ := _id_of(part))]
 
 
 def movable(recipe: Recipe, folder: Path | None) -> Recipe:
@@ -31,18 +31,18 @@ def movable(recipe: Recipe, folder: Path | None) -> Recipe:
     the way from the exported ``folder``, or where that is not on this machine the name alone.
     """
 
-    def told(part: str) -> str:
+    def movable_part(part: str) -> str:
         if not os.path.isabs(part) or not os.path.isdir(part):
             return part
-        if found := _SNAPSHOT.search(part):
-            return f"{found[1]}/{found[2]}@{Path(part).name}"
+        if match := _SNAPSHOT.search(part):
+            return f"{match[1]}/{match[2]}@{Path(part).name}"
         if folder is None:
             return Path(part).name
         way = os.path.relpath(os.path.realpath(part), os.path.realpath(folder))
         return way if way.startswith(os.pardir) else os.path.join(os.curdir, way)
 
     sources = {
-        name: "+".join(told(part) for part in split_reference(reference, None))
+        name: "+".join(movable_part(part) for part in split_reference(reference, None))
         for name, reference in recipe.sources.items()
     }
     return recipe.model_copy(update={"sources": sources})
@@ -64,7 +64,7 @@ def _parts(source: Source) -> list[str]:
     return split_reference(source.reference, None)
 
 
-def _found(part: str) -> str:
+def _id_of(part: str) -> str:
     return _hub_id(part) if _is_folder(part) else part.partition("@")[0]
 
 
@@ -74,5 +74,5 @@ def _is_folder(part: str) -> bool:
 
 def _hub_id(folder: str) -> str:
     """The id of a folder that lies in the hub's cache."""
-    found = _SNAPSHOT.search(folder)
-    return f"{found[1]}/{found[2]}" if found else ""
+    match = _SNAPSHOT.search(folder)
+    return f"{match[1]}/{match[2]}" if match else ""

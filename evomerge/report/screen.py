@@ -34,23 +34,23 @@ def make_console() -> Console:
 def panel(
     status: SearchStatus, pool: PoolState | None = None, eta: float | None = None, *, rows: int | None = None
 ) -> RenderableType:
-    """The whole status as tables, each of at most ``rows`` landmarks and as many others."""
+    """The whole status as tables, each of at most ``rows`` baselines and as many others."""
     parts: list[RenderableType] = [
         Text(headline(status, eta), style="bold"),
         Text(counts_line(status, pool)),
         *([] if status.cost is None else [Text(f"cost {_cost_left(status, eta)}")]),
-        *(Text(told) for told in thrift_lines(status)),
+        *(Text(text) for text in thrift_lines(status)),
         scores(status, rows),
     ]
     if not status.confirmed_baselines:
-        parts += [Text(told) for told in conclusions(status)]
+        parts += [Text(text) for text in conclusions(status)]
     if status.failures:
         causes = ", ".join(f"{count} {reason}" for reason, count in sorted(status.failures.items()))
         parts.append(Text(f"failures: {causes}", style="red"))
-    parts += [Text(f"slow: {slow_text(found)}", style="yellow") for found in status.slow]
+    parts += [Text(f"slow: {slow_text(slow)}", style="yellow") for slow in status.slow]
     if status.confirmed or status.confirmed_baselines:
-        parts += [Text(""), confirmed_table(status, rows), *(Text(told) for told in conclusions(status))]
-        parts += [Text(told, style="dim") for told in choice_text(status)]
+        parts += [Text(""), confirmed_table(status, rows), *(Text(text) for text in conclusions(status))]
+        parts += [Text(text, style="dim") for text in choice_text(status)]
     return Group(*parts)
 
 
@@ -71,12 +71,12 @@ def _cost_left(status: SearchStatus, eta: float | None) -> str:
 
 def _confirmation(status: SearchStatus) -> str:
     """What the confirmation took, or how far it is, after the time of the search itself."""
-    found = status.confirmation
-    if found is None:
+    effort = status.confirmation
+    if effort is None:
         return ""
-    total = f"{_count(found.models, 'model')} x {found.items_each:,} held-out items"
-    done = "" if found.models_done >= found.models else f"{found.models_done} of "
-    return f", confirmation {done}{total} {duration(found.seconds)}"
+    total = f"{_count(effort.models, 'model')} x {effort.items_each:,} held-out items"
+    done = "" if effort.models_done >= effort.models else f"{effort.models_done} of "
+    return f", confirmation {done}{total} {duration(effort.seconds)}"
 
 
 def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:
@@ -104,7 +104,7 @@ def thrift_lines(status: SearchStatus) -> list[str]:
     if status.screen is not None:
         lines.append(f"screen: {screen_text(status.screen)}")
     if status.racing is not None and status.racing.estimate == "item_response":
-        known = "; ".join(_item_response(name, found) for name, found in status.item_response.items())
+        known = "; ".join(_item_response(name, fitted) for name, fitted in status.item_response.items())
         lines.append(f"item response: {known or 'no model of it is fitted yet'}")
     return lines
 
@@ -122,31 +122,31 @@ def screen_text(screen: ScreenState) -> str:
     return f"{screen.metric} agrees with {screen.objective}, {tau}: {state}{left_out}"
 
 
-def _item_response(name: str, found: ItemResponse) -> str:
-    used = "used" if found.used else "not used"
-    return f"{used} for {name} (held-out error {found.item_response:.3f}, by the best landmark {found.reference:.3f})"
+def _item_response(name: str, fitted: ItemResponse) -> str:
+    used = "used" if fitted.used else "not used"
+    return f"{used} for {name} (held-out error {fitted.item_response:.3f}, by the best baseline {fitted.reference:.3f})"
 
 
-def slow_text(found: Slow) -> str:
+def slow_text(slow: Slow) -> str:
     """Who is slow, and by how much: node gpu07-3fa2c1 takes 0.42 s an item, the others 0.21 s (medians of ...)."""
-    medians = f"medians of {found.candidates} and {found.others_candidates} candidates"
-    seconds = f"{found.seconds:.3g} s an item, the others {found.others_seconds:.3g} s"
-    return f"{found.kind} {found.name} takes {seconds} ({medians})"
+    medians = f"medians of {slow.candidates} and {slow.others_candidates} candidates"
+    seconds = f"{slow.seconds:.3g} s an item, the others {slow.others_seconds:.3g} s"
+    return f"{slow.kind} {slow.name} takes {seconds} ({medians})"
 
 
 def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
-    """Landmarks, the best and the front, with standard errors, on the search split."""
+    """Baselines, the best and the front, with standard errors, on the search split."""
     front = {e.id for e in status.front_entries}
     known = {b.id for b in status.baselines}
-    found = ranked([e for e in status.front_entries if e.id not in known], status)
-    few = found[: rows or _FRONT_ROWS]
+    best_first = ranked([e for e in status.front_entries if e.id not in known], status)
+    few = best_first[: rows or _FRONT_ROWS]
     shown = [*_few(status.baselines, status, rows), *few]
     roles = [roles_of(status, e.id, "search") for e in shown]
     styles = ["bold green" if roles[i] and e in few else "dim" if e.id in known else "" for i, e in enumerate(shown)]
     titles = [f"{name} {arrow(way)}" for name, way in status.numbers.items()]
     marks = [", ".join([*([e.label] if e.label else []), *roles[i], *["front"] * (e.id in front)])
              for i, e in enumerate(shown)]  # fmt: skip
-    below = _more(len(status.baselines) + len(few) - len(shown), len(found) - len(few), "on the front")
+    below = _more(len(status.baselines) + len(few) - len(shown), len(best_first) - len(few), "on the front")
     if status.best is None and status.constraints and status.candidates.done:
         below.append(Text("none scored on every item keeps all constraints yet"))
     columns = _columns(shown, marks, [*titles, *further_titles(status)], [cells(e, status) for e in shown])
@@ -156,21 +156,21 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
 def confirmed_table(status: SearchStatus, rows: int | None = None) -> RenderableType:
     """What the held-out split says: every confirmed candidate, and how far it is from the best source."""
     few = ranked(status.confirmed, status)[:rows]
-    landmarks = _few(status.confirmed_baselines, status, rows)
-    shown = [*landmarks, *few]
+    baselines = _few(status.confirmed_baselines, status, rows)
+    shown = [*baselines, *few]
     roles = [roles_of(status, e.id, "held_out") for e in shown]
     marks = [", ".join([e.label] * bool(e.label) + roles[i]) for i, e in enumerate(shown)]
-    styles = ["bold green" if roles[i] else "dim" if e in landmarks else "" for i, e in enumerate(shown)]
+    styles = ["bold green" if roles[i] else "dim" if e in baselines else "" for i, e in enumerate(shown)]
     titles = [*status.numbers, *further_titles(status)]
     columns = _columns(shown, marks, titles, [cells(e, status, whole=True) for e in shown])
     gains = [
-        Column(title, [*("" for _ in landmarks), *(gain_cell(e, status, name) for e in few)], right=True)
+        Column(title, [*("" for _ in baselines), *(gain_cell(e, status, name) for e in few)], right=True)
         for name in status.numbers
         if few and (title := gain_title(status, name))
     ]
     columns += gains
     fewer = [without(column.title) for column in gains[:0:-1]]  # of what is chosen they stand below the table too
-    below = _more(len(status.confirmed_baselines) - len(landmarks), len(status.confirmed) - len(few), "confirmed")
+    below = _more(len(status.confirmed_baselines) - len(baselines), len(status.confirmed) - len(few), "confirmed")
     title = "held-out split (never seen by the search)"
     return Group(FittedTable(columns, [named(marks), terse, *fewer], title=title, styles=styles), *below)
 
@@ -181,35 +181,35 @@ def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str]
     return [Column("candidate", [e.id for e in shown]), Column("", marks), *values]
 
 
-def ranked(found: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
+def ranked(entries: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
     """The best first: by the one objective, by the scalarisation, or along a front by its first objective."""
     first, way = next(iter(status.numbers.items()))
-    known = [(value.mean, e) for e in found if (value := e.value(first)) is not None]
-    return [e for _, e in sorted(known, key=lambda each: each[0], reverse=way == "maximize")]
+    known = [(value.mean, e) for e in entries if (value := e.value(first)) is not None]
+    return [e for _, e in sorted(known, key=lambda pair: pair[0], reverse=way == "maximize")]
 
 
-def _few(landmarks: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
-    """All landmarks as they were asked, or the best of them where only a few rows are wanted."""
-    return list(landmarks) if rows is None or len(landmarks) <= rows else ranked(landmarks, status)[:rows]
+def _few(baselines: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
+    """All baselines as they were asked, or the best of them where only a few rows are wanted."""
+    return list(baselines) if rows is None or len(baselines) <= rows else ranked(baselines, status)[:rows]
 
 
-def _more(landmarks: int, others: int, what: str) -> list[RenderableType]:
+def _more(baselines: int, others: int, what: str) -> list[RenderableType]:
     """What is said of those that are not shown."""
-    told = [f"{others} more {what}"] * (others > 0) + [f"{_count(landmarks, 'landmark')} more"] * (landmarks > 0)
-    return [Text(f"and {', '.join(told)}", style="dim")] if told else []
+    counts = [f"{others} more {what}"] * (others > 0) + [f"{_count(baselines, 'baseline')} more"] * (baselines > 0)
+    return [Text(f"and {', '.join(counts)}", style="dim")] if counts else []
 
 
-def gain_text(found: ConfirmedEntry, status: SearchStatus, number: str) -> str:
+def gain_text(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:
     """The paired difference to the source that is best in an objective, or in the number of a scalarisation: +0.320
     [0.250, 0.390] over japanese.
     """
     best = best_confirmed_source(status, number)
-    return f"{gain_cell(found, status, number)} over {best}" if best else ""
+    return f"{gain_cell(entry, status, number)} over {best}" if best else ""
 
 
-def gain_cell(found: ConfirmedEntry, status: SearchStatus, number: str) -> str:
+def gain_cell(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:
     """The same where the source is named elsewhere."""
-    gap = gain_in(found, number, best_confirmed_source(status, number))
+    gap = gain_in(entry, number, best_confirmed_source(status, number))
     return "" if gap is None else gap_text(gap)
 
 
@@ -232,14 +232,16 @@ def choice_text(status: SearchStatus) -> list[str]:
     choice = status.choice
     if choice is None or not choice.comparisons:
         return []
-    told = [f"Intervals hold all at once with {choice.confidence:.0%}: corrected for {_comparisons(choice, status)}."]
+    sentences = [
+        f"Intervals hold all at once with {choice.confidence:.0%}: corrected for {_comparisons(choice, status)}."
+    ]
     if choice.made or status.winner is not None:
-        told += [text for text in [_winner_text(status.winner, choice, status)] if text]
+        sentences += [text for text in [_winner_text(status.winner, choice, status)] if text]
     if choice.shortlists > 1:
-        told.append(
+        sentences.append(
             f"This is shortlist {choice.shortlists} of the search: held-out scores of earlier ones were known before."
         )
-    return told
+    return sentences
 
 
 def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> str:
@@ -251,7 +253,7 @@ def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> st
     if winner is None:
         return ""
     among = sum(shown.feasible for shown in [*status.confirmed, *status.confirmed_baselines])
-    of = f"{_count(len(status.confirmed), 'candidate')} and {_count(len(status.confirmed_baselines), 'landmark')}"
+    of = f"{_count(len(status.confirmed), 'candidate')} and {_count(len(status.confirmed_baselines), 'baseline')}"
     who = f"the {among} there that keep {limits}" if limits else f"the {among} there ({of})"
     name = next(iter(status.numbers))
     entry = status.confirmed_entry(winner)
@@ -290,7 +292,7 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
         left = "" if eta is None else f"; ETA {duration(eta)}"
         return f"confirming on the held-out split: {scored}{left}"
     if status.state == "confirming":
-        done = f"{len(status.confirmed)} of the best and {len(status.confirmed_baselines)} landmarks"
+        done = f"{len(status.confirmed)} of the best and {len(status.confirmed_baselines)} baselines"
         if status.choice is not None and status.choice.drawn:
             done += f" and {status.choice.drawn} for the picture"
         return f"confirming on the held-out split: {done} scored so far"
@@ -311,7 +313,7 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
     if len(status.directions) > 1:
         text += f"; {len(status.front)} on the front"
     if status.slow:
-        text += f"; slow: {', '.join(found.name for found in status.slow)}"
+        text += f"; slow: {', '.join(slow.name for slow in status.slow)}"
     return text + (f"; ETA {duration(eta)}" if eta is not None and status.state == "running" else "")
 
 
@@ -366,7 +368,7 @@ def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[st
 
     Values from fewer items than the search wants are marked as estimates, unless a split is always scored ``whole``.
     """
-    found = []
+    texts = []
     for name in status.measures:
         value = shown.value(name)
         text = ""
@@ -374,8 +376,8 @@ def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[st
             text = cell(value) if whole else estimate_cell(value, status.wanted_of(name))
             if (limit := status.constraints.get(name)) is not None and not limit.is_kept(value):
                 text += " missed"
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts
 
 
 def estimate_cell(value: Value, wanted: int) -> str:

@@ -43,7 +43,7 @@ from evomerge.store.summaries import Brief
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
 _MOST_MESSAGE = 300  # characters of what a failure says
-_EACH = 5  # candidates that a node or worker has scored before it is compared
+_LEAST_SCORED = 5  # candidates that a node or worker has scored before it is compared
 _RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
 
 
@@ -75,7 +75,7 @@ class Racing(BaseModel):
 
     rungs: list[int]
     confidence: float
-    estimate: Literal["landmark", "item_response"]
+    estimate: Literal["baseline", "item_response"]
 
 
 class ScreenState(BaseModel):
@@ -98,7 +98,7 @@ class ScreenState(BaseModel):
 class ItemResponse(BaseModel):
     """Mean absolute errors of a measure's estimates from the first rung, on models that were left out of the fit.
 
-    ``reference`` is by the best landmark's scores. Item response is ``used`` while its own error is the smaller one.
+    ``reference`` is by the best baseline's scores. Item response is ``used`` while its own error is the smaller one.
     """
 
     reference: float
@@ -125,7 +125,7 @@ class Scalarised(BaseModel):
     """The number that a scalarisation makes of several objectives, of which ``direction`` says what is better.
 
     ``best`` and ``worst`` are the losses that objectives are scaled by on the search split, where the scalarisation
-    scales any: those of the front and the landmarks. None while nothing is scored.
+    scales any: those of the front and the baselines. None while nothing is scored.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Scalarised(BaseModel):
 
 
 class Unscored(BaseModel):
-    """A landmark that could not be scored on a split, and why; nothing is compared with it there."""
+    """A baseline that could not be scored on a split, and why; nothing is compared with it there."""
 
     id: str
     label: str
@@ -149,8 +149,8 @@ class Unscored(BaseModel):
         """That as a sentence."""
         where = "" if self.split == "search" else " on held-out items"
         cause = textwrap.shorten(self.message, _MOST_MESSAGE, placeholder=" ...")
-        told = f"{self.id} ({kind_of(self.origin, self.label)}) could not be scored{where}"
-        return f"{told}, so nothing is compared with it. {self.reason.replace('_', ' ')}: {cause}"
+        problem = f"{self.id} ({kind_of(self.origin, self.label)}) could not be scored{where}"
+        return f"{problem}, so nothing is compared with it. {self.reason.replace('_', ' ')}: {cause}"
 
 
 class SearchStatus(BaseModel):
@@ -159,7 +159,7 @@ class SearchStatus(BaseModel):
     ``picks`` is what it chose so far: the best where one objective or a ``scalarisation`` decides, else the best at
     each objective and the knee. ``best`` is the best on the search split, the knee of a front, and ``best_by_role``
     has all that is chosen there, by id. ``winner`` is the best on held-out items, None while there is none and where
-    nothing decides. ``conclusions`` say in words what was found, and which landmarks are ``unscored``.
+    nothing decides. ``conclusions`` say in words what was found, and which baselines are ``unscored``.
 
     ``wanted`` says of how many items each of the ``measures`` is the mean, and ``items`` how many item scores
     of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit.
@@ -227,12 +227,12 @@ class SearchStatus(BaseModel):
 
     def confirmed_values(self, candidate: str) -> Mapping[str, Value]:
         """A candidate's objectives on the held-out split, baselines included; empty when it has none."""
-        found = self.confirmed_entry(candidate)
-        return {} if found is None else found.objectives
+        confirmed = self.confirmed_entry(candidate)
+        return {} if confirmed is None else confirmed.objectives
 
     def confirmed_entry(self, candidate: str) -> Entry | None:
         """A candidate on the held-out split, baselines included; None when it was not scored there."""
-        return next((found for found in [*self.confirmed, *self.confirmed_baselines] if found.id == candidate), None)
+        return next((e for e in [*self.confirmed, *self.confirmed_baselines] if e.id == candidate), None)
 
 
 def preference_of(directions: Mapping[str, str], scalarisation: Mapping[str, object] | None) -> Preference:
@@ -250,31 +250,31 @@ def with_scalar(shown: Entry, scalar: Scalarised | None, preference: Preference)
     number = preference.order(losses, np.array([scalar.best, scalar.worst]))[0]
     if math.isnan(number):
         return shown
-    found = Scalar(
+    own_scalar = Scalar(
         name=scalar.name,
         mean=preference.sign * float(number) + 0.0,  # no negative zero
         stderr=None,
         n=sum(value.n for value in shown.objectives.values()),
     )
-    return shown.model_copy(update={"scalar": found})
+    return shown.model_copy(update={"scalar": own_scalar})
 
 
 def scalarised(preference: Preference, rows: Sequence[CandidateRow | Brief]) -> Scalarised | None:
-    """What decides between several objectives; ``rows`` are the front and the landmarks. None for a front."""
+    """What decides between several objectives; ``rows`` are the front and the baselines. None for a front."""
     if preference.scalarisation is None:
         return None
-    means = [{name: found["mean"] for name, found in row.objectives.items()} for row in rows]
-    found = Range.of(preference.losses(means))
+    means = [{name: estimate["mean"] for name, estimate in row.objectives.items()} for row in rows]
+    scale = Range.of(preference.losses(means))
     return Scalarised(
         name=preference.scalar,
         direction="maximize" if preference.sign < 0 else "minimize",
-        best=None if found is None else found.best.tolist(),
-        worst=None if found is None else found.worst.tolist(),
+        best=None if scale is None else scale.best.tolist(),
+        worst=None if scale is None else scale.worst.tolist(),
     )
 
 
 def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Range | None:
-    """The range that a scalarisation scales objectives by on a split: of the front and the landmarks, or of all models
+    """The range that a scalarisation scales objectives by on a split: of the front and the baselines, or of all models
     with held-out scores. None while nothing is scored there.
     """
     if split == "search":
@@ -283,12 +283,12 @@ def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Rang
             return None
         return Range(np.array(known.best), np.array(known.worst))
     shown = [*status.confirmed, *status.confirmed_baselines]
-    means = [{name: value.mean for name, value in each.objectives.items()} for each in shown]
+    means = [{name: value.mean for name, value in e.objectives.items()} for e in shown]
     return Range.of(preference_of(status.directions, status.scalarisation).losses(means))
 
 
 def depths_of(store: Store) -> dict[str, int]:
-    """How many layers each source has, from the landmarks, of which most spaces make each source alone one.
+    """How many layers each source has, from the baselines, of which most spaces make each source alone one.
 
     A source that is none counts as deep as the deepest of the others.
     """
@@ -312,18 +312,18 @@ def status_of(store: Store) -> SearchStatus:
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
     failed = store.candidates(statuses=["failed"], newest=_RECENT)
     front = store.front()
-    landmarks = store.candidates(step=0)
-    held = confirmation(store, search, landmarks)
+    baselines = store.candidates(step=0)
+    held = confirmation(store, search, baselines)
     directions = {o.name: "maximize" if o.maximise else "minimize" for o in record.objectives}
-    sources = [row.label for row in landmarks if row.origin == "source"] or list(record.sources)
+    sources = [row.label for row in baselines if row.origin == "source"] or list(record.sources)
     preference = Preference.of_search(search)
-    scalar = scalarised(preference, [*front, *landmarks])
+    scalar = scalarised(preference, [*front, *baselines])
 
     def shown(row: CandidateRow) -> Entry:
         named = entry(row, record).model_copy(update={"origin": origin_of(row, record.sources)})
         return with_scalar(named, scalar, preference)
 
-    best = {role: shown(row) for role, row in best_on_search(store, search, front, landmarks).items()}
+    best = {role: shown(row) for role, row in best_on_search(store, search, front, baselines).items()}
     numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
     state, why = _state(search, held, driven=driven)
     budget = _budget(store, search, driven=driven)
@@ -347,22 +347,22 @@ def status_of(store: Store) -> SearchStatus:
         item_response=_item_response(store),
         sources=sources,
         best=best.get(BEST, best.get(KNEE)),
-        baselines=[shown(row) for row in landmarks if row.objectives],
+        baselines=[shown(row) for row in baselines if row.objectives],
         front=[candidate_id(row.number) for row in front],
         front_entries=[shown(row) for row in front],
         failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
-        unscored=list(_unscored(store, landmarks, record.sources, held)),
+        unscored=list(_unscored(store, baselines, record.sources, held)),
         seconds=_mean_seconds(recent),
         slow=slow_ones(_paces(recent, record.measures)),
         confirmed=held.entries,
         confirmed_baselines=held.baselines,
         winner=held.winner,
         choice=held.choice,
-        confirmation=effort(store, search, landmarks, held, is_driven=driven),
+        confirmation=effort(store, search, baselines, held, is_driven=driven),
         scalarisation=record.optimizer.scalarisation,
         scalar=scalar,
         picks=picks_of(best, held, numbers, sources),
-        best_by_role={role: found.id for role, found in best.items()},
+        best_by_role={role: e.id for role, e in best.items()},
     )
     return status.model_copy(update={"conclusions": conclusions(status)})
 
@@ -404,25 +404,25 @@ def _cost(search: SearchRow, counts: Counts, budget: Budget, *, runs: bool) -> C
 
 
 def best_on_search(
-    store: Store, search: SearchRow, front: Sequence[CandidateRow], landmarks: Sequence[CandidateRow]
+    store: Store, search: SearchRow, front: Sequence[CandidateRow], baselines: Sequence[CandidateRow]
 ) -> dict[str, CandidateRow]:
     """What is chosen on the search split, by role."""
     preference = Preference.of_search(search)
     if len(preference.objectives) > 1:
-        return chosen_of_front(preference, front, landmarks)
+        return chosen_of_front(preference, front, baselines)
     ((name, up),) = preference.objectives.items()
-    found = store.best(name, maximise=up)
-    return {BEST: found[0]} if found else {}
+    rows = store.best(name, maximise=up)
+    return {BEST: rows[0]} if rows else {}
 
 
 AnyRow = TypeVar("AnyRow", CandidateRow, Brief)
 
 
-def chosen_of_front(preference: Preference, front: Sequence[AnyRow], landmarks: Sequence[AnyRow]) -> dict[str, AnyRow]:
+def chosen_of_front(preference: Preference, front: Sequence[AnyRow], baselines: Sequence[AnyRow]) -> dict[str, AnyRow]:
     """What is chosen among several objectives, by role. Whatever is best by any preference is on the front."""
     losses, among = (
-        preference.losses([{name: found["mean"] for name, found in row.objectives.items()} for row in rows])
-        for rows in (front, [*front, *landmarks])
+        preference.losses([{name: estimate["mean"] for name, estimate in row.objectives.items()} for row in rows])
+        for rows in (front, [*front, *baselines])
     )
     return {role: front[at] for role, at in preference.choose(losses, among).items()}
 
@@ -432,7 +432,7 @@ def unrecorded_s(store: Store) -> float:
     wanted = {"lease": 1, "tell": 1, "state": _RECENT}
     events = [event for kind, newest in wanted.items() for event in store.events(kinds=(kind,), newest=newest)]
     spent, since = 0.0, math.nan  # since when it runs; NaN while it does not
-    for event in sorted(events, key=lambda each: each.seq):
+    for event in sorted(events, key=lambda event: event.seq):
         runs = not math.isnan(since)
         if event.kind == "lease":  # whatever the driver before it left unrecorded is lost
             spent, since = 0.0, math.nan
@@ -497,26 +497,26 @@ def _item_response(store: Store) -> dict[str, ItemResponse]:
     """What the driver last said of item response, by measure."""
     events = store.events(kinds=("item response",), newest=1)
     return {
-        name: ItemResponse(**found.model_dump())
+        name: ItemResponse(**fitted.model_dump())
         for event in events
-        for name, found in event.read(ItemResponseNews).root.items()
+        for name, fitted in event.read(ItemResponseNews).root.items()
     }
 
 
 def _unconfirmed(store: Store) -> list[str]:
     """Why candidates could not be scored on the held-out split."""
     events = store.events(kinds=("confirm failed",), newest=_RECENT)
-    return [f"{told.reason} in confirmation" for told in (e.read(ConfirmFailed) for e in events) if told.final]
+    return [f"{failed.reason} in confirmation" for failed in (e.read(ConfirmFailed) for e in events) if failed.final]
 
 
 def _unscored(
-    store: Store, landmarks: Sequence[CandidateRow], sources: Collection[str], held: Confirmed
+    store: Store, baselines: Sequence[CandidateRow], sources: Collection[str], held: Confirmed
 ) -> Iterator[Unscored]:
-    """Landmarks that have failed, on the search split or else on the held-out split."""
+    """Baselines that have failed, on the search split or else on the held-out split."""
     events = store.events(kinds=("confirm failed",), newest=_RECENT)
-    there = {told.candidate: told.payload for told in (e.read(ConfirmFailed) for e in events) if told.final}
-    confirmed = {each.id for each in held.baselines}
-    for row in landmarks:
+    there = {failed.candidate: failed.payload for failed in (e.read(ConfirmFailed) for e in events) if failed.final}
+    confirmed = {baseline.id for baseline in held.baselines}
+    for row in baselines:
         failure = row.failure if row.status == "failed" else there.get(row.number)
         if failure is None or candidate_id(row.number) in confirmed:
             continue
@@ -554,17 +554,19 @@ def slow_ones(paces: Sequence[tuple[str, float]]) -> list[Slow]:
     """The nodes that are slow, by worker and seconds an item of candidates; and the slow workers of the other nodes."""
     nodes = _outliers("node", [(worker.partition("@")[2], pace) for worker, pace in paces if "@" in worker])
     known = {node.name for node in nodes}
-    return nodes + _outliers("worker", [found for found in paces if found[0].partition("@")[2] not in known])
+    return nodes + _outliers(
+        "worker", [(worker, pace) for worker, pace in paces if worker.partition("@")[2] not in known]
+    )
 
 
 def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]]) -> list[Slow]:
     by: dict[str, list[float]] = {}
     for name, pace in paces:
         by.setdefault(name, []).append(pace)
-    by = {name: found for name, found in sorted(by.items()) if len(found) >= _EACH}
+    by = {name: seconds for name, seconds in sorted(by.items()) if len(seconds) >= _LEAST_SCORED}
     slow = []
     for name, ours in by.items():
-        others = [pace for other, found in by.items() if other != name for pace in found]
+        others = [pace for other, theirs in by.items() if other != name for pace in theirs]
         if others and statistics.median(ours) > _SLOW * statistics.median(others):
             medians = {"seconds": statistics.median(ours), "others_seconds": statistics.median(others)}
             slow.append(Slow(kind=kind, name=name, candidates=len(ours), others_candidates=len(others), **medians))
@@ -573,6 +575,6 @@ def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]
 
 def describe_space(space: Mapping[str, object]) -> str:
     """The space in a few words: its kind unless it is a parameter space, how paths are encoded, method, granularity."""
-    told = [str(space[key]) for key in ("encoding", "method", "granularity") if space.get(key) is not None]
+    details = [str(space[key]) for key in ("encoding", "method", "granularity") if space.get(key) is not None]
     kind = [] if space["kind"] == "parameter_space" else [str(space["kind"]).replace("_", " ")]
-    return " ".join([*kind, *told])
+    return " ".join([*kind, *details])

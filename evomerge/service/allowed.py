@@ -72,15 +72,15 @@ def located(reference: str, place: str, folders: Sequence[Path]) -> str:
     Raises:
         InputError: it lies neither in these folders nor on the hub. Names ``place``, never what lies there.
     """
-    found = []
+    parts = []
     for part in split_reference(reference, folders[0]):
         if not part:
             raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
         local = os.path.join(folders[0], os.path.expanduser(part))
-        found.append(os.path.realpath(local) if os.path.isdir(local) else part)
-        if not is_inside(found[-1], folders) and not (is_hub_id(part) and found[-1] == part):
+        parts.append(os.path.realpath(local) if os.path.isdir(local) else part)
+        if not is_inside(parts[-1], folders) and not (is_hub_id(part) and parts[-1] == part):
             raise InputError(place, "names a folder that this server does not allow", _hint(folders))
-    return "+".join(found)
+    return "+".join(parts)
 
 
 def is_hub_id(text: str) -> bool:

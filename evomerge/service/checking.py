@@ -63,8 +63,8 @@ class Checker:
 
     async def create(self, text: str, folders: Sequence[Path]) -> str:
         """Check a search file and make the folder and store of its search; its name. Raises like ``plan``."""
-        found = await self._ask("create", text=text, folders=[str(f) for f in folders], root=str(self._root.folder))
-        return str(found["name"])
+        created = await self._ask("create", text=text, folders=[str(f) for f in folders], root=str(self._root.folder))
+        return str(created["name"])
 
     async def inspect(self, sources: Mapping[str, str], base: str | None) -> dict[str, Any]:
         """What models are and how close they are: an ``Inspection``. Raises like ``plan``."""
@@ -93,8 +93,8 @@ class Checker:
             raise InputError(*answer["fault"])
         if "broken" in answer:
             raise ProblemError(500, "The check failed", detail=answer["broken"])
-        found: dict[str, Any] = answer["found"]
-        return found
+        result: dict[str, Any] = answer["found"]
+        return result
 
     async def _take_turn(self) -> None:
         """Wait until the process has no other question."""
@@ -155,7 +155,7 @@ def _plan(text: str, folders: Sequence[str]) -> dict[str, Any]:
 
     table = plan(prepared)
     keys, texts = ([str(cell) for cell in column.cells] for column in table.columns)
-    rows = [PlanRow(key=key, text=told) for key, told in zip(keys, texts, strict=True)]
+    rows = [PlanRow(key=key, text=value) for key, value in zip(keys, texts, strict=True)]
     prompts = [
         PlanPrompt(place=s.place, item=s.item, prompt=s.prompt, answer=s.answer, tokens=token_text(s))
         for s in shown_prompts(prepared.named_evaluators, prepared.reader())

@@ -162,9 +162,9 @@ class Server(uvicorn.Server):
 
     def _close_longest_waiting(self) -> None:
         waiting = [
-            (each.waits_since, each)
-            for each in self.server_state.connections
-            if isinstance(each, Connection) and each.waits_since is not None
+            (connection.waits_since, connection)
+            for connection in self.server_state.connections
+            if isinstance(connection, Connection) and connection.waits_since is not None
         ]
         if waiting:
             min(waiting, key=lambda pair: pair[0])[1].transport.abort()

@@ -18,13 +18,13 @@ def contained(folder: Path, path: str) -> Path:
     parts = path.split("/")
     if any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in parts):
         raise missing
-    found = folder
+    target = folder
     try:
         for i, part in enumerate(parts):
-            found = found / part
-            mode = found.lstat().st_mode
+            target = target / part
+            mode = target.lstat().st_mode
             if not (stat.S_ISREG(mode) if i == len(parts) - 1 else stat.S_ISDIR(mode)):
                 raise missing
     except (OSError, ValueError):
         raise missing from None
-    return found
+    return target

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from evomerge.errors import InputError
 from evomerge.service.guard import CONTENT_POLICY
 from evomerge.service.problems import Fault, ProblemError
-from evomerge.service.projection import ReadOnlyStorage, Told, projection_of
+from evomerge.service.projection import ReadOnlyStorage, StudyDescription, projection_of
 from evomerge.service.root import Root, UnknownSearchError
 from evomerge.store import Store
 
@@ -70,17 +70,17 @@ class Studies:
     def __init__(self, root: Root) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[float, Told]] = {}
+        self._known: dict[str, tuple[float, StudyDescription]] = {}
         self._kept: OrderedDict[str, tuple[object, list[FrozenTrial]]] = OrderedDict()
 
-    def told(self) -> Mapping[str, Told]:
+    def descriptions(self) -> Mapping[str, StudyDescription]:
         """Every search that can be opened, the oldest first, so that they keep their numbers."""
         names = self._root.names()
         with self._lock:
             known = {name: self._known[name] for name in names if name in self._known}
-        for name, found in self._root.each(_look, [name for name in names if name not in known]):
-            if not isinstance(found, str):
-                known[name] = found
+        for name, result in self._root.each(_look, [name for name in names if name not in known]):
+            if not isinstance(result, str):
+                known[name] = result
         with self._lock:
             self._known = known
         return {name: known[name][1] for name in sorted(known, key=lambda name: (known[name][0], name))}
@@ -105,13 +105,13 @@ class Studies:
         return trials
 
 
-def _look(name: str, store: Store) -> tuple[float, Told]:
+def _look(name: str, store: Store) -> tuple[float, StudyDescription]:
     """When a search began, and what is told of it."""
     search = store.search()
     objectives = search.record.objectives
     up = [bool(objective.maximise) for objective in objectives]
-    directions = [StudyDirection.MAXIMIZE if each else StudyDirection.MINIMIZE for each in up]
-    return search.created_at, Told(name, directions, [objective.name for objective in objectives], [])
+    directions = [StudyDirection.MAXIMIZE if maximise else StudyDirection.MINIMIZE for maximise in up]
+    return search.created_at, StudyDescription(name, directions, [objective.name for objective in objectives], [])
 
 
 class _Whole:
@@ -152,7 +152,7 @@ def _is_number(text: str) -> bool:
 def install(app: FastAPI, root: Root) -> None:
     """Serve the dashboard. Call it before anything is mounted at a path of its own."""
     studies = Studies(root)
-    storage = ReadOnlyStorage(studies.told, studies.trials)
+    storage = ReadOnlyStorage(studies.descriptions, studies.trials)
     wsgi = cast(ASGIApp, WSGIMiddleware(optuna_dashboard.wsgi(storage)))
     app.router.routes.append(
         Route("/dashboard/static/{name}", _Whole(wsgi, storage.knows, "/dashboard"), methods=["GET"])

@@ -46,8 +46,8 @@ class ServiceSettings:
 
 
 async def settings_of(request: Request) -> ServiceSettings:
-    found: ServiceSettings = request.app.state.settings
-    return found
+    settings: ServiceSettings = request.app.state.settings
+    return settings
 
 
 async def root_of(request: Request) -> Root:
@@ -55,23 +55,23 @@ async def root_of(request: Request) -> Root:
 
 
 async def drivers_of(request: Request) -> Drivers:
-    found: Drivers = request.app.state.drivers
-    return found
+    drivers: Drivers = request.app.state.drivers
+    return drivers
 
 
 async def exports_of(request: Request) -> Exports:
-    found: Exports = request.app.state.exports
-    return found
+    exports: Exports = request.app.state.exports
+    return exports
 
 
 async def streams_of(request: Request) -> Streams:
-    found: Streams = request.app.state.streams
-    return found
+    streams: Streams = request.app.state.streams
+    return streams
 
 
 async def checker_of(request: Request) -> Checker:
-    found: Checker = request.app.state.checker
-    return found
+    checker: Checker = request.app.state.checker
+    return checker
 
 
 RootDependency = Annotated[Root, Depends(root_of)]
@@ -79,8 +79,8 @@ RootDependency = Annotated[Root, Depends(root_of)]
 
 def store_of(name: str, root: RootDependency) -> Iterator[Store]:
     """The store of the search that a path names: opened once for a request, and handed on."""
-    with root.store(name) as found:
-        yield found
+    with root.store(name) as store:
+        yield store
 
 
 SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]

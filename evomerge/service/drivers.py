@@ -105,14 +105,14 @@ class Drivers:
             if self._is_starting(name, store):
                 raise ProblemError(409, "A driver is starting already")
             log, record = folder / LOG_NAME, folder / RECORD_NAME
-            told = {"after": current_epoch(store)}
+            details = {"after": current_epoch(store)}
             if self._jobs is not None:
                 cluster = Cluster.model_validate(store.search().settings["cluster"])
-                processes.write(record, told | self._jobs.start(name, folder, log, cluster, command))
+                processes.write(record, details | self._jobs.start(name, folder, log, cluster, command))
                 return
             arguments = [sys.executable, "-m", "evomerge", command, str(folder)]
             more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
-            processes.start(arguments, self._root.folder, log, record, told, **more)
+            processes.start(arguments, self._root.folder, log, record, details, **more)
 
     def change_budget(self, name: str, store: Store, wanted: NewBudget) -> str:
         """Give a search another budget, also one that a driver is at work on; and go on with it if that is wanted.
@@ -126,11 +126,11 @@ class Drivers:
             detail = f"The search is {state.state}, and takes no other budget: wait until that is over."
             raise ProblemError(409, "Not now", detail=detail)
         changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
-        told = _told(change_budget(self._root.folder_of(name), store, changes))
+        message = _budget_text(change_budget(self._root.folder_of(name), store, changes))
         if state.holds:
             store.request_command("reread")
         goes_on = wanted.resume and state.state not in ("starting", "running")
-        return f"{told}; {self.resume(name, store)}" if goes_on else told
+        return f"{message}; {self.resume(name, store)}" if goes_on else message
 
     def _is_starting(self, name: str, store: Store) -> bool:
         """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
@@ -155,7 +155,7 @@ def _last(store: Store, *kinds: str) -> int:
     return max((event.seq for event in store.events(kinds=kinds, newest=1)), default=0)
 
 
-def _told(budget: Budget) -> str:
+def _budget_text(budget: Budget) -> str:
     bounds: dict[Literal["candidates", "hours", "patience", "cost"], str] = {
         "candidates": "candidates", "hours": "hours", "patience": "generations without a better front",
         "cost": "in money",

@@ -55,29 +55,29 @@ class Exports:
                 raise ProblemError(409, "There is an export of this name already", detail=name)
             out.parent.mkdir(exist_ok=True)
             _log(out).unlink(missing_ok=True)
-            told = {"candidate": candidate, "bytes": expected, "command": shlex.join(["evomerge", *arguments])}
+            details = {"candidate": candidate, "bytes": expected, "command": shlex.join(["evomerge", *arguments])}
             more = {} if self._root.database is None else {STORE_VARIABLE: self._root.database}
             command = [sys.executable, "-m", "evomerge", *arguments]
-            processes.start(command, self._root.folder, _log(out), record, told, **more)
-        return _export(out, processes.read(record) or told)
+            processes.start(command, self._root.folder, _log(out), record, details, **more)
+        return _export(out, processes.read(record) or details)
 
     def all(self, search: str) -> list[Export]:
         """The exports of a search, by name; those that were started here."""
         folder = self._root.folder_of(search) / FOLDER_NAME
         if not folder.is_dir() or folder.is_symlink():
             return []
-        found = []
+        exports = []
         for record in sorted(folder.glob(".*.json")):
-            told = processes.read(record)
-            if told is not None and told.keys() >= _KEPT:
-                found.append(_export(folder / record.name[1 : -len(".json")], told))
-        return found
+            details = processes.read(record)
+            if details is not None and details.keys() >= _KEPT:
+                exports.append(_export(folder / record.name[1 : -len(".json")], details))
+        return exports
 
     def one(self, search: str, name: str) -> Export:
         """Raises ProblemError when there is no such export (404)."""
-        for each in self.all(search):
-            if each.id == name:
-                return each
+        for export in self.all(search):
+            if export.id == name:
+                return export
         raise ProblemError(404, "There is no such export")
 
     def file(self, search: str, name: str, path: str) -> Path:
@@ -94,18 +94,18 @@ def _log(out: Path) -> Path:
     return out.with_name(f".{out.name}.log")
 
 
-def _export(out: Path, told: dict[str, Any]) -> Export:
+def _export(out: Path, details: dict[str, Any]) -> Export:
     done = out.is_dir() and not out.is_symlink()
-    running = not done and processes.is_alive(told if "pid" in told else None)
-    files = [each for each in sorted(out.iterdir()) if each.is_file() and not each.is_symlink()] if done else []
+    running = not done and processes.is_alive(details if "pid" in details else None)
+    files = [file for file in sorted(out.iterdir()) if file.is_file() and not file.is_symlink()] if done else []
     return Export(
         id=out.name,
-        candidate=told["candidate"],
+        candidate=details["candidate"],
         state="done" if done else "running" if running else "failed",
-        progress=1.0 if done else _progress(out, told["bytes"]),
+        progress=1.0 if done else _progress(out, details["bytes"]),
         folder=str(out),
-        command=told["command"],
-        files=[ExportFile(name=each.name, bytes=each.stat().st_size) for each in files],
+        command=details["command"],
+        files=[ExportFile(name=file.name, bytes=file.stat().st_size) for file in files],
         log="" if done else processes.tail(_log(out)),
     )
 
@@ -124,4 +124,4 @@ def _progress(out: Path, expected: int) -> float:
 def _expected_bytes(search: SearchRow) -> int:
     """About as many bytes as the source has that gives the tokenizer."""
     files = search.record.files.get(search.record.tokenizer_source, {})
-    return sum(each["size"] for each in files.values())
+    return sum(file["size"] for file in files.values())

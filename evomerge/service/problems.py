@@ -64,7 +64,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [Fault(field=_field(each["loc"]), problem=printable(each["msg"])) for each in error.errors()]
+        faults = [Fault(field=_field(detail["loc"]), problem=printable(detail["msg"])) for detail in error.errors()]
         return answer(Problem(title="The request is not valid", status=422, faults=faults))
 
     @app.exception_handler(HTTPException)

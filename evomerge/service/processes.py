@@ -25,9 +25,9 @@ _SAME_S = 1.0  # by how much psutil may tell the start of one process differentl
 
 
 def start(
-    arguments: Sequence[str], folder: Path, log: Path, record: Path, told: Mapping[str, Any], **environment: str
+    arguments: Sequence[str], folder: Path, log: Path, record: Path, details: Mapping[str, Any], **environment: str
 ) -> None:
-    """Start a command in ``folder``, with its output added to ``log``; ``record`` keeps which it is, and ``told``.
+    """Start a command in ``folder``, with its output added to ``log``; ``record`` keeps which it is, and ``details``.
 
     Raises:
         OSError: it cannot be started, or the files cannot be written.
@@ -40,23 +40,23 @@ def start(
         )  # fmt: skip
     threading.Thread(target=process.wait, daemon=True).start()  # so that none stays behind as a zombie
     started = {"pid": process.pid, "created": _created(process.pid), "host": socket.gethostname()}
-    write(record, {**told, **started})
+    write(record, {**details, **started})
 
 
-def write(record: Path, told: Mapping[str, Any]) -> None:
+def write(record: Path, content: Mapping[str, Any]) -> None:
     """Keep what names a process, whole or not at all."""
     partial = record.with_name(f".{record.name}.partial")
-    partial.write_text(json.dumps(dict(told)), encoding="utf-8")
+    partial.write_text(json.dumps(dict(content)), encoding="utf-8")
     partial.replace(record)
 
 
 def read(record: Path) -> dict[str, Any] | None:
     """What a record keeps; None where there is none, or it cannot be read."""
     try:
-        found = read_json(record, record.name, _MOST_BYTES)
+        content = read_json(record, record.name, _MOST_BYTES)
     except InputError:
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def is_alive(record: Mapping[str, Any] | None) -> bool:

@@ -30,7 +30,7 @@ MOST_PARAMETERS = 20
 """Of a study; the dashboard sends each of them with every trial."""
 
 MOST_TRIALS = 1000
-"""Of a study: evenly over the search, with all landmarks and the front."""
+"""Of a study: evenly over the search, with all baselines and the front."""
 
 _METRIC_NAMES = "study:metric_names"  # where ``Study.set_metric_names`` keeps them
 
@@ -50,11 +50,11 @@ class Gene:
         """Its value in each genome [n, parameters]: a number, or a choice by its name."""
         if isinstance(self.distribution, CategoricalDistribution):
             return [self.distribution.choices[int(at)] for at in genomes[:, self.places[0]]]
-        found = genomes[:, list(self.places)].mean(axis=1)
+        means = genomes[:, list(self.places)].mean(axis=1)
         return (
-            [round(value) for value in found.tolist()]
+            [round(value) for value in means.tolist()]
             if isinstance(self.distribution, IntDistribution)
-            else found.tolist()
+            else means.tolist()
         )
 
 
@@ -80,30 +80,30 @@ class Projection:
     @property
     def notes(self) -> list[str]:
         """What a study leaves out, in sentences."""
-        told = []
+        notes = []
         if len(self.numbers) < self.all:
-            told.append(f"From {len(self.numbers):,} of {self.all:,} candidates, evenly over the search.")
+            notes.append(f"From {len(self.numbers):,} of {self.all:,} candidates, evenly over the search.")
         if any(len(gene.places) > 1 for gene in self.genes):
-            told.append("Parameters are means over all layer groups.")
+            notes.append("Parameters are means over all layer groups.")
         shown, all_ = sum(len(gene.places) for gene in self.genes), len(self.columns.search.record.parameters)
         if shown < all_:
-            told.append(f"{shown} of {all_} parameters are shown, those that vary most.")
-        return told
+            notes.append(f"{shown} of {all_} parameters are shown, those that vary most.")
+        return notes
 
     def study(self, objective: Measure | None, genes: Sequence[Gene] | None = None) -> optuna.Study:
         """A study of one objective, or of all of them; with these genes, or the projection's."""
         objectives = self.columns.objectives
         chosen = objectives if objective is None else [objective]
-        places = [i for i, each in enumerate(objectives) if any(each.name == one.name for one in chosen)]
-        told = Told(
+        places = [i for i, o in enumerate(objectives) if any(o.name == one.name for one in chosen)]
+        description = StudyDescription(
             name=self.columns.search.name,
             directions=[StudyDirection.MAXIMIZE if o.maximise else StudyDirection.MINIMIZE for o in chosen],
             metrics=[o.name for o in chosen],
             notes=self.notes,
         )
         trials = self._trials(self.genes if genes is None else genes, self.values[:, places])
-        storage = ReadOnlyStorage(lambda: {told.name: told}, lambda name: trials)
-        return optuna.load_study(study_name=told.name, storage=storage)
+        storage = ReadOnlyStorage(lambda: {description.name: description}, lambda name: trials)
+        return optuna.load_study(study_name=description.name, storage=storage)
 
     def _trials(self, genes: Sequence[Gene], values: Values) -> list[FrozenTrial]:
         distributions = {gene.name: gene.distribution for gene in genes}
@@ -154,7 +154,7 @@ def _project(store: Store) -> Projection:
         whole &= np.isfinite(means) & (items >= objective.items)
     numbers, genomes = summaries.genomes(store)
     whole &= np.isin(columns.numbers, numbers)
-    taken = thinned(whole, columns.landmark | columns.on_front, MOST_TRIALS)
+    taken = thinned(whole, columns.baseline | columns.on_front, MOST_TRIALS)
     chosen = genomes[np.isin(numbers, columns.numbers[taken])]
     parameters = columns.search.record.parameters
     return Projection(
@@ -185,15 +185,15 @@ def genes_of(parameters: Sequence[Parameter], genomes: Values) -> tuple[Gene, ..
     """
     if len(parameters) <= MOST_PARAMETERS:
         return tuple(Gene(p.name, (i,), distribution_of([p])) for i, p in enumerate(parameters))
-    found = [
+    genes = [
         Gene(name, tuple(places), distribution_of([parameters[place] for place in places]))
         for name, places in alike(parameters).items()
     ]
-    if len(found) > MOST_PARAMETERS:
-        spread = [_spread(gene, parameters, genomes) for gene in found]
+    if len(genes) > MOST_PARAMETERS:
+        spread = [_spread(gene, parameters, genomes) for gene in genes]
         kept = sorted(np.argsort(spread, kind="stable")[::-1][:MOST_PARAMETERS].tolist())
-        found = [found[i] for i in kept]
-    return tuple(found)
+        genes = [genes[i] for i in kept]
+    return tuple(genes)
 
 
 def distribution_of(parameters: Sequence[Parameter]) -> BaseDistribution:
@@ -217,7 +217,7 @@ def _spread(gene: Gene, parameters: Sequence[Parameter], genomes: Values) -> flo
 
 
 @dataclass(frozen=True)
-class Told:
+class StudyDescription:
     """What Optuna is told of a study beside its trials."""
 
     name: str
@@ -236,7 +236,9 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
         trials: the trials of a study.
     """
 
-    def __init__(self, studies: Callable[[], Mapping[str, Told]], trials: Callable[[str], list[FrozenTrial]]) -> None:
+    def __init__(
+        self, studies: Callable[[], Mapping[str, StudyDescription]], trials: Callable[[str], list[FrozenTrial]]
+    ) -> None:
         self._studies = studies
         self._trials = trials
         self._ids: dict[str, int] = {}  # a study keeps its number for as long as this lives
@@ -254,38 +256,38 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
         return self._id(study_name)
 
     def get_study_name_from_id(self, study_id: int) -> str:
-        return self._told(study_id).name
+        return self._description(study_id).name
 
-    def _told(self, study_id: int) -> Told:
-        for name, told in self._studies().items():
+    def _description(self, study_id: int) -> StudyDescription:
+        for name, description in self._studies().items():
             if self._id(name) == study_id:
-                return told
+                return description
         raise KeyError(study_id)
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return self._told(study_id).directions
+        return self._description(study_id).directions
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        notes = self._told(study_id).notes
+        notes = self._description(study_id).notes
         return {"note": " ".join(notes)} if notes else {}
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return {_METRIC_NAMES: self._told(study_id).metrics}
+        return {_METRIC_NAMES: self._description(study_id).metrics}
 
     def get_all_studies(self) -> list[Any]:
         from optuna.study._frozen import FrozenStudy  # what this method must return has no public name
 
-        def frozen(name: str, told: Told) -> FrozenStudy:
+        def frozen(name: str, description: StudyDescription) -> FrozenStudy:
             number = self._id(name)
             return FrozenStudy(
-                study_name=name, direction=None, directions=told.directions, study_id=number,
+                study_name=name, direction=None, directions=description.directions, study_id=number,
                 user_attrs=self.get_study_user_attrs(number), system_attrs=self.get_study_system_attrs(number),
             )  # fmt: skip
 
-        return [frozen(name, told) for name, told in self._studies().items()]
+        return [frozen(name, description) for name, description in self._studies().items()]
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        trials = self._trials(self._told(study_id).name)
+        trials = self._trials(self._description(study_id).name)
         return [trial for trial in trials if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:

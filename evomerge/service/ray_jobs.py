@@ -50,13 +50,13 @@ class RayJobs:
 
     def is_alive(self, record: Mapping[str, Any]) -> bool:
         """Whether the job of a record has not ended. One that the cluster does not know any more has."""
-        found = self._look(record)
-        return found is not None and not has_ended(found.status)
+        job = self._look(record)
+        return job is not None and not has_ended(job.status)
 
     def complaint(self, record: Mapping[str, Any]) -> str:
         """What a job that failed said last; nothing where it ended well, or is not known any more."""
-        found = self._look(record)
-        lines = str(found.message or "").splitlines() if found is not None and found.status == "FAILED" else []
+        job = self._look(record)
+        lines = str(job.message or "").splitlines() if job is not None and job.status == "FAILED" else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
 
     def _look(self, record: Mapping[str, Any]) -> Any:

@@ -24,7 +24,7 @@ Numbers = NDArray[np.int64]
 Values = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 _COLUMNS = (
     "number",
@@ -42,27 +42,27 @@ _COLUMNS = (
 _MOST_KEPT = 4  # searches at once whose columns are kept: 10,000 candidates of 200 parameters take some 20 MB
 
 
-class PerState(Generic[Found]):
+class PerState(Generic[Result]):
     """A function of a store, computed again only when the store has a new event."""
 
-    def __init__(self, compute: Callable[[Store], Found]) -> None:
+    def __init__(self, compute: Callable[[Store], Result]) -> None:
         self._compute = compute
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], tuple[int, Found]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], tuple[int, Result]] = OrderedDict()
 
-    def __call__(self, store: Store) -> Found:
+    def __call__(self, store: Store) -> Result:
         key, newest = (store.place, store.search_id), summaries.last_event(store)
         with self._lock:
             kept = self._kept.get(key)
         if kept is not None and kept[0] == newest:
             return kept[1]
-        found = self._compute(store)
+        result = self._compute(store)
         with self._lock:
-            self._kept[key] = newest, found
+            self._kept[key] = newest, result
             self._kept.move_to_end(key)
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
-        return found
+        return result
 
 
 class Columns:
@@ -78,19 +78,19 @@ class Columns:
 
     def __init__(self, store: Store) -> None:
         self.search = store.search()
-        found = summaries.columns(store, _COLUMNS)
-        self.numbers: Numbers = np.array(found["number"], dtype=np.int64)
-        self.step: Numbers = np.array(found["step"], dtype=np.int64)
-        self.origins: list[str] = found["origin"]
-        self.labels: list[str] = found["label"]
-        self.statuses: NDArray[np.str_] = np.array(found["status"], dtype=np.str_)
-        self.own: Mask = np.array([same is None for same in found["same_as"]], dtype=np.bool_)
-        self.eligible: Mask = np.array(found["eligible"], dtype=np.bool_)
-        self.on_front: Mask = np.array(found["on_front"], dtype=np.bool_)
-        self.niches: list[list[int]] = [niche or [] for niche in found["niche"]]
-        self.elite: Mask = np.array(found["elite"], dtype=np.bool_)
+        columns = summaries.columns(store, _COLUMNS)
+        self.numbers: Numbers = np.array(columns["number"], dtype=np.int64)
+        self.step: Numbers = np.array(columns["step"], dtype=np.int64)
+        self.origins: list[str] = columns["origin"]
+        self.labels: list[str] = columns["label"]
+        self.statuses: NDArray[np.str_] = np.array(columns["status"], dtype=np.str_)
+        self.own: Mask = np.array([same is None for same in columns["same_as"]], dtype=np.bool_)
+        self.eligible: Mask = np.array(columns["eligible"], dtype=np.bool_)
+        self.on_front: Mask = np.array(columns["on_front"], dtype=np.bool_)
+        self.niches: list[list[int]] = [niche or [] for niche in columns["niche"]]
+        self.elite: Mask = np.array(columns["elite"], dtype=np.bool_)
         self.finished_at: Values = np.array(
-            [np.nan if at is None else at for at in found["finished_at"]], dtype=np.float64
+            [np.nan if at is None else at for at in columns["finished_at"]], dtype=np.float64
         )
         self._measured: dict[str, tuple[Values, Values, Numbers]] = {}
 
@@ -128,13 +128,13 @@ class Columns:
         if name == self.preference.scalar and name not in self._measured:
             self._measured[name] = self._scalars(store)
         if name not in self._measured:
-            found = summaries.measured(store, name)
+            measured = summaries.measured(store, name)
             means, errors = np.full((2, len(self.numbers)), np.nan)
             items = np.zeros(len(self.numbers), dtype=np.int64)
-            at = np.searchsorted(self.numbers, found.numbers)
+            at = np.searchsorted(self.numbers, measured.numbers)
             there = at < len(self.numbers)  # else it came after the columns were read
             at = at[there]
-            means[at], errors[at], items[at] = found.means[there], found.errors[there], found.items[there]
+            means[at], errors[at], items[at] = measured.means[there], measured.errors[there], measured.items[there]
             self._measured[name] = means, errors, items
         return self._measured[name]
 
@@ -143,13 +143,13 @@ class Columns:
         known = [self.measured(store, o.name) for o in self.objectives]
         signs = [-o.sign for o in self.objectives]
         losses = np.stack([sign * means for sign, (means, _, _) in zip(signs, known, strict=True)], axis=1)
-        order = self.preference.order(losses, losses[self.on_front | self.landmark])
+        order = self.preference.order(losses, losses[self.on_front | self.baseline])
         items = np.sum([items for _, _, items in known], axis=0)
         return self.preference.sign * order + 0.0, np.full(len(order), np.nan), items
 
     @cached_property
-    def landmark(self) -> Mask:
-        """Which candidates are landmarks: those asked first."""
+    def baseline(self) -> Mask:
+        """Which candidates are baselines: those asked first."""
         return np.asarray(self.step == 0)
 
     @cached_property
@@ -159,8 +159,8 @@ class Columns:
         return [f"{name} {label}".strip() for name, label in zip(ids, self.labels, strict=True)]
 
     def of_origin(self, origin: str) -> Mask:
-        """Which candidates came so: landmarks of this kind, or what an optimizer asked for."""
-        return np.array([found == origin for found in self.origins], dtype=np.bool_)
+        """Which candidates came so: baselines of this kind, or what an optimizer asked for."""
+        return np.array([name == origin for name in self.origins], dtype=np.bool_)
 
     def hours(self) -> Values:
         """Hours from the start of the search, pauses included, to the end of each; NaN before that."""
@@ -171,13 +171,13 @@ columns_of: PerState[Columns] = PerState(Columns)
 """The candidates of a search, read again when it has more to say."""
 
 
-def confirmed_values(store: Store, found: Columns) -> dict[int, Mapping[str, Value]]:
+def confirmed_values(store: Store, columns: Columns) -> dict[int, Mapping[str, Value]]:
     """What is known from the held-out split of the latest shortlist: measures by number."""
     frozen = store.events(kinds=("shortlist",), newest=1)
     if not frozen:
         return {}
     shortlist = frozen[0].read(Shortlist).candidates
-    return {number: values for number in shortlist if (values := _held_out(store, number, found.measures))}
+    return {number: values for number in shortlist if (values := _held_out(store, number, columns.measures))}
 
 
 def _held_out(store: Store, number: int, measures: Sequence[Measure]) -> dict[str, Value]:
@@ -190,15 +190,15 @@ def thinned(mask: Mask, keep: Mask, most: int) -> Mask:
     rest = np.flatnonzero(mask & ~keep)
     if len(rest) > most:
         rest = rest[np.linspace(0, len(rest) - 1, most).round().astype(np.int64)]
-    found: Mask = mask & keep
-    found[rest] = True
-    return found
+    kept: Mask = mask & keep
+    kept[rest] = True
+    return kept
 
 
 def value_text(name: str, mean: float, error: float, items: int, wanted: int) -> str:
     """A measure of a candidate on the search split: 'maths 0.620 ± 0.024 on 200 items'."""
-    told = f"{name} {number_text(name, mean, error)}"
-    return f"{told} on {items} items" if items >= wanted else f"{told} estimated from {items} of {wanted} items"
+    text = f"{name} {number_text(name, mean, error)}"
+    return f"{text} on {items} items" if items >= wanted else f"{text} estimated from {items} of {wanted} items"
 
 
 def number_text(name: str, mean: float, error: float) -> str:

@@ -162,8 +162,8 @@ def commands(folder: Path, status: SearchStatus) -> Iterator[tuple[str, str]]:
 def _shown(status: SearchStatus) -> Entry | None:
     """The candidate whose recipe is drawn: the winner or the knee, or else that of the search split."""
     for pick in status.picks:
-        if pick.role in (BEST, KNEE) and (found := status.confirmed_entry(pick.id)) is not None:
-            return found
+        if pick.role in (BEST, KNEE) and (entry := status.confirmed_entry(pick.id)) is not None:
+            return entry
     return status.best
 
 
@@ -177,10 +177,10 @@ def _applies(name: Name, status: SearchStatus) -> bool:
 
 
 def _picture(store: Store, name: Name, wish: Wish, title: str, about: str) -> Picture:
-    return _told(draw(store, name, wish), title, about, is_wide=name in _WIDE)
+    return _picture_of(draw(store, name, wish), title, about, is_wide=name in _WIDE)
 
 
-def _told(drawn: Any, title: str, about: str, *, is_wide: bool = False) -> Picture:
+def _picture_of(drawn: Any, title: str, about: str, *, is_wide: bool = False) -> Picture:
     """A figure whose notes stand in the page's own text, where they wrap."""
     json_ = Markup("") if is_empty(drawn) else _script(without_notes(drawn).to_json())
     return Picture(title, about, words_of(drawn), json_, is_wide)
@@ -193,7 +193,7 @@ def _script(text: str) -> Markup:
 
 def _recipe_picture(store: Store, shown: Entry) -> Picture:
     about = "What every part of the model takes of every source."
-    return _told(draw_recipe(store, _number(shown.id)), f"Recipe of {shown.id} {shown.label}".strip(), about)
+    return _picture_of(draw_recipe(store, _number(shown.id)), f"Recipe of {shown.id} {shown.label}".strip(), about)
 
 
 def _path(store: Store, shown: Entry) -> Markup | None:
@@ -206,34 +206,34 @@ def _path(store: Store, shown: Entry) -> Markup | None:
 
 def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
     for row in ranked_rows(store, Preference.of_search(search), _TOP):
-        found = status.entry(row, search.record)
-        marks = [*roles_of(status, found.id, "search"), *["front"] * row.on_front]
-        what = [found.origin, *marks, status_text(row, status)]
-        told = list(cells(found, status))
-        yield Row(found.id, found.label, ", ".join(what), told, roles_of(status, found.id, "held_out"))
+        entry = status.entry(row, search.record)
+        marks = [*roles_of(status, entry.id, "search"), *["front"] * row.on_front]
+        what = [entry.origin, *marks, status_text(row, status)]
+        texts = list(cells(entry, status))
+        yield Row(entry.id, entry.label, ", ".join(what), texts, roles_of(status, entry.id, "held_out"))
 
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
     for mark in status.confirmed_baselines:
-        told = list(cells(mark, status, whole=True))
-        yield Row(mark.id, mark.label, "landmark", told, roles_of(status, mark.id, "held_out"))
-    for found in ranked(status.confirmed, status):
-        what = "; ".join(_gain(found, status, name) for name in status.numbers)
-        told = list(cells(found, status, whole=True))
-        yield Row(found.id, found.label, what, told, roles_of(status, found.id, "held_out"))
+        texts = list(cells(mark, status, whole=True))
+        yield Row(mark.id, mark.label, "baseline", texts, roles_of(status, mark.id, "held_out"))
+    for entry in ranked(status.confirmed, status):
+        what = "; ".join(_gain(entry, status, name) for name in status.numbers)
+        texts = list(cells(entry, status, whole=True))
+        yield Row(entry.id, entry.label, what, texts, roles_of(status, entry.id, "held_out"))
 
 
-def _gain(found: ConfirmedEntry, status: SearchStatus, number: str) -> str:
+def _gain(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:
     inside = f"{number} " if len(status.directions) > 1 else ""
-    return f"{inside}{gain_text(found, status, number)}"
+    return f"{inside}{gain_text(entry, status, number)}"
 
 
 def _gaps(status: SearchStatus) -> Iterator[GapRow]:
-    for found in ranked(status.confirmed, status):
+    for entry in ranked(status.confirmed, status):
         for name in status.numbers:
-            for gap in found.gaps(name):
+            for gap in entry.gaps(name):
                 interval = interval_text(gap.low, gap.high)
-                yield GapRow(found.id, name, gap.to, f"{gap.mean:+.3f}", interval, p_text(gap.p))
+                yield GapRow(entry.id, name, gap.to, f"{gap.mean:+.3f}", interval, p_text(gap.p))
 
 
 def _choice(status: SearchStatus) -> list[str]:
@@ -246,15 +246,15 @@ def _choice(status: SearchStatus) -> list[str]:
 
 def _failures(store: Store) -> Iterator[FailureRow]:
     for event in store.events(kinds=("failure", "confirm failed"), newest=_FAILURES)[::-1]:
-        told = event.read(Failure)
+        failure = event.read(Failure)
         number = event.read(ConfirmFailed).candidate if event.candidate is None else event.candidate
         yield FailureRow(
             candidate_id(number),
             event.attempt or 0,
-            told.reason.replace("_", " "),
-            told.message,
-            told.log,
-            told.final,
+            failure.reason.replace("_", " "),
+            failure.message,
+            failure.log,
+            failure.final,
         )
 
 

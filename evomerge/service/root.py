@@ -48,15 +48,15 @@ class Root:
     def names(self) -> list[str]:
         """Every search, those that began last first."""
         if self.database is not None:
-            return [found.name for found in searches(self.database)]
+            return [search.name for search in searches(self.database)]
         if not self.folder.is_dir():
             return []
-        found = []
-        for each in self.folder.iterdir():
+        dated = []
+        for path in self.folder.iterdir():
             with suppress(OSError):  # one that was removed just now, or is not ours to read
-                if not each.name.startswith(".") and is_search(each):
-                    found.append((each.stat().st_ctime, each.name))
-        return [name for _, name in sorted(found, key=lambda pair: pair[0], reverse=True)]
+                if not path.name.startswith(".") and is_search(path):
+                    dated.append((path.stat().st_ctime, path.name))
+        return [name for _, name in sorted(dated, key=lambda pair: pair[0], reverse=True)]
 
     def has(self, name: str) -> bool:
         """Whether a search is called so."""
@@ -76,8 +76,8 @@ class Root:
             UnknownSearchError: there is none of this name.
             InputError: its store cannot be opened, or does not hold what a search has.
         """
-        with self._open(name) as found:
-            yield found
+        with self._open(name) as store:
+            yield store
 
     def each(
         self, read: Callable[[str, Store], Result], names: Iterable[str] | None = None
@@ -88,18 +88,18 @@ class Root:
         """
         for name in self.names() if names is None else names:
             shown = printable(name)  # the name of a folder need not be text
-            found: Result | str
+            result: Result | str
             try:
                 with self.store(name) as store:
-                    found = read(name, store)
+                    result = read(name, store)
             except UnknownSearchError:  # removed just now
                 continue
             except InputError as error:
-                found = str(error)
+                result = str(error)
             except Exception as error:
                 self._log_odd(shown, error)
-                found = f"{shown}: holds what cannot be read ({type(error).__name__})"
-            yield shown, found
+                result = f"{shown}: holds what cannot be read ({type(error).__name__})"
+            yield shown, result
 
     def folder_of(self, name: str) -> Path:
         """The folder of a search, which need not be here when its store is in a database.

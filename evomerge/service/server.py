@@ -60,9 +60,9 @@ def serve(
     root = Root.of(place, folder)
     if root.database is None and not root.folder.is_dir():
         raise InputError(place, "is no folder", "Make it; searches are folders in it.")
-    for each in sources:
-        if not each.is_dir():
-            raise InputError("--sources", f"{each} is no folder")
+    for source in sources:
+        if not source.is_dir():
+            raise InputError("--sources", f"{source} is no folder")
     root.names()  # a database that cannot be reached is said at once
     jobs = None if address is None else RayJobs(address, insecure=insecure)
     token = _token() if needs_token else None
@@ -70,7 +70,7 @@ def serve(
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         hosts = tuple(dict.fromkeys([*_LOOPBACK, shown.lower(), *_own_names(host), *names]))
-        settings = ServiceSettings(root, token, hosts, tuple(each.resolve() for each in sources), jobs)
+        settings = ServiceSettings(root, token, hosts, tuple(source.resolve() for source in sources), jobs)
         app = create_app(settings)
         visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
         say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))

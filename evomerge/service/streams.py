@@ -85,10 +85,10 @@ class _Followed:
             changed = self._changed
             if self._store is not None:
                 seq = seq if seq <= self._last else 0  # of events that are gone: the search has begun again
-                found = await self._after(self._store, seq)
-                if found:
-                    seq = found[-1][0]
-                    yield b"".join(text for _, text in found)
+                events = await self._after(self._store, seq)
+                if events:
+                    seq = events[-1][0]
+                    yield b"".join(text for _, text in events)
                     continue
             try:
                 async with asyncio.timeout(PING_S):
@@ -110,26 +110,26 @@ class _Followed:
                 self._store, self._before, self._last = store, seq, seq
                 self._tell_all()
                 while _file_of(store) == file:
-                    found = await asyncio.to_thread(summaries.events_after, store, self._last, _AT_ONCE)
-                    self._keep(found)
-                    if not found and await asyncio.to_thread(summaries.last_event, store) < self._last:
+                    events = await asyncio.to_thread(summaries.events_after, store, self._last, _AT_ONCE)
+                    self._keep(events)
+                    if not events and await asyncio.to_thread(summaries.last_event, store) < self._last:
                         self._newest.clear()
                         self._before = self._last = 0
                         self._tell_all()
-                    elif len(found) < _AT_ONCE:
+                    elif len(events) < _AT_ONCE:
                         await asyncio.sleep(POLL_S)
             except (InputError, UnknownSearchError) as error:
                 _log.info("the events of %r cannot be read: %s", self._name, error)
             finally:
                 self._tell_all()
 
-    def _keep(self, found: list[EventRow]) -> None:
-        for event in found:
+    def _keep(self, events: list[EventRow]) -> None:
+        for event in events:
             if len(self._newest) == _KEPT:
                 self._before = self._newest[0][0]
             self._newest.append(_written(event))
             self._last = event.seq
-        if found:
+        if events:
             self._tell_all()
 
     def _tell_all(self) -> None:
@@ -140,8 +140,8 @@ class _Followed:
 def _file_of(store: Store) -> tuple[int, int] | None:
     """Which file a store is, so that one in its place is not taken for it; None of a database server."""
     with suppress(OSError):
-        found = os.stat(store.place)
-        return found.st_dev, found.st_ino
+        status = os.stat(store.place)
+        return status.st_dev, status.st_ino
     return None
 
 

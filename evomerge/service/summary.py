@@ -47,8 +47,8 @@ _MOST_KNOWN = 1000  # searches
 
 def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
     """Every search in short; one that cannot be opened is in the state "unreadable", and says why."""
-    for name, found in root.each(lambda name, store: summary_of(name, store, drivers.look(name, store))):
-        yield SearchSummary.unreadable(name, found) if isinstance(found, str) else found
+    for name, result in root.each(lambda name, store: summary_of(name, store, drivers.look(name, store))):
+        yield SearchSummary.unreadable(name, result) if isinstance(result, str) else result
 
 
 def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
@@ -57,17 +57,17 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     asked = sum(counts.values())
     finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
     spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
-    preference, landmarks = Preference.of_search(search), summaries.landmarks(store)
+    preference, baselines = Preference.of_search(search), summaries.baselines(store)
     front = (
         summaries.page(store, summaries.Order(), _LARGEST_FRONT, front=True) if len(preference.objectives) > 1 else []
     )
-    best = _best(store, preference, front, landmarks)
-    scalar = scalarised(preference, [*front, *landmarks])
+    best = _best(store, preference, front, baselines)
+    scalar = scalarised(preference, [*front, *baselines])
     state, why = driver.state, driver.why
     if state == "finished" and is_left_unconfirmed(store):
         state, why = UNCONFIRMED, UNCONFIRMED_WHY
     steps = _steps(store, preference)
-    source = _best_source(preference, landmarks, scalar)
+    source = _best_source(preference, baselines, scalar)
     budget = Spending(**search.record.budget.model_dump())
     cost, runs = cost_of(search, spent_s), driver.holds and driver.state == "running"
     eta_s = seconds_left(budget, finished, spent_s, cost) if runs else None
@@ -102,7 +102,7 @@ def _scalar_of(row: Brief, preference: Preference, scalar: Scalarised | None) ->
     """The number of the scalarisation on the search split; None where it is not reckoned."""
     if not row.objectives or scalar is None or scalar.best is None or scalar.worst is None:
         return None
-    losses = preference.losses([{name: found["mean"] for name, found in row.objectives.items()}])
+    losses = preference.losses([{name: estimate["mean"] for name, estimate in row.objectives.items()}])
     return preference.sign * float(preference.order(losses, np.array([scalar.best, scalar.worst]))[0])
 
 
@@ -124,13 +124,13 @@ def _confirmed_pick(store: Store) -> Pick | None:
 _confirmed: PerState[Pick | None] = PerState(_confirmed_pick)
 
 
-def _best(store: Store, preference: Preference, front: Sequence[Brief], landmarks: Sequence[Brief]) -> Brief | None:
+def _best(store: Store, preference: Preference, front: Sequence[Brief], baselines: Sequence[Brief]) -> Brief | None:
     """The best on the search split, the knee of a front."""
     (first, up), *others = preference.objectives.items()
     if not others:
         return summaries.best(store, first, maximise=up)
-    found = chosen_of_front(preference, front, landmarks)
-    return found.get(BEST, found.get(KNEE))
+    chosen = chosen_of_front(preference, front, baselines)
+    return chosen.get(BEST, chosen.get(KNEE))
 
 
 def _steps(store: Store, preference: Preference) -> list[tuple[int, float]]:
@@ -163,15 +163,15 @@ def candidate_name(row: Brief) -> CandidateName:
 
 def candidate_summaries(store: Store, rows: Sequence[Brief]) -> list[CandidateSummary]:
     """Candidates as a list shows them, with the number of a scalarisation where there is one."""
-    shown = [CandidateSummary(**_told(row)) for row in rows]
+    shown = [CandidateSummary(**_brief_fields(row)) for row in rows]
     preference = Preference.of_search(store.search())
     if not preference.scalar:
         return shown
     front = summaries.page(store, summaries.Order(), _LARGEST_FRONT, front=True)
-    scale = scalarised(preference, [*front, *summaries.landmarks(store)])
+    scale = scalarised(preference, [*front, *summaries.baselines(store)])
     return [
-        each.model_copy(update={"scalar": _scalar_of(row, preference, scale)})
-        for each, row in zip(shown, rows, strict=True)
+        summary.model_copy(update={"scalar": _scalar_of(row, preference, scale)})
+        for summary, row in zip(shown, rows, strict=True)
     ]
 
 
@@ -180,10 +180,10 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
     row, search = store.candidate(number), store.search()
     (brief,) = summaries.briefs(store, [number])
     held = confirmation(store, search, store.candidates(step=0))
-    found = next((each for each in [*held.entries, *held.baselines] if each.id == candidate_id(number)), None)
-    there = {} if found is None else {**found.objectives, **found.constraints, **found.features}
+    entry = next((entry for entry in [*held.entries, *held.baselines] if entry.id == candidate_id(number)), None)
+    there = {} if entry is None else {**entry.objectives, **entry.constraints, **entry.features}
     return CandidateDetail(
-        **_told(brief),
+        **_brief_fields(brief),
         recipe_hash=row.recipe_hash,
         recipe=yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None, allow_unicode=True),
         mergekit=_mergekit(row.recipe, search.record.sources),
@@ -191,20 +191,20 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
         losses=None if row.losses is None else [*row.losses],
         timings=row.timings,
         failed=row.failure,
-        held_out={name: Mean(mean=each.mean, stderr=each.stderr, n=each.n) for name, each in there.items()},
+        held_out={name: Mean(mean=value.mean, stderr=value.stderr, n=value.n) for name, value in there.items()},
     )
 
 
 def values(estimates: Mapping[str, Estimate]) -> dict[str, Mean]:
-    return {name: Mean(**found) for name, found in estimates.items()}
+    return {name: Mean(**estimate) for name, estimate in estimates.items()}
 
 
-def _told(row: Brief) -> dict[str, Any]:
+def _brief_fields(row: Brief) -> dict[str, Any]:
     same = ("number", "label", "step", "origin", "status", "same_as", "attempts", "worker", "eligible", "on_front",
             "niche", "elite", "seconds", "asked_at", "finished_at")  # fmt: skip
-    told = {name: getattr(row, name) for name in same}
+    fields = {name: getattr(row, name) for name in same}
     reason = None if row.failure is None else str(row.failure.get("reason"))
-    return told | {"id": candidate_id(row.number), "objectives": values(row.objectives), "failure": reason}
+    return fields | {"id": candidate_id(row.number), "objectives": values(row.objectives), "failure": reason}
 
 
 def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
@@ -214,9 +214,9 @@ def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
         return None
 
 
-def _best_source(preference: Preference, landmarks: Sequence[Brief], scalar: Scalarised | None) -> Brief | None:
+def _best_source(preference: Preference, baselines: Sequence[Brief], scalar: Scalarised | None) -> Brief | None:
     """The source that the search would prefer to the others."""
-    known = [row for row in landmarks if row.objectives]
+    known = [row for row in baselines if row.objectives]
     losses = preference.losses([{name: e["mean"] for name, e in row.objectives.items()} for row in known])
     among = losses
     if scalar is not None and scalar.best is not None and scalar.worst is not None:

@@ -149,7 +149,7 @@ def parse_json(text: str) -> Any:
 
 def _without_surrogates(value: Any) -> Any:
     if isinstance(value, str):
-        return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
+        return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
     if isinstance(value, dict):
         return {_without_surrogates(key): _without_surrogates(inner) for key, inner in value.items()}
     return [_without_surrogates(inner) for inner in value] if isinstance(value, list) else value

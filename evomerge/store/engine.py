@@ -105,11 +105,11 @@ def connect(url: URL) -> Engine:
         return engine
     if kind != "postgresql":
         raise InputError(place, "needs a database driver that Evomerge has not", "Use SQLite or PostgreSQL.")
-    told = {name: value for name, value in _LIBPQ.items() if name not in url.query}
+    options = {name: value for name, value in _LIBPQ.items() if name not in url.query}
     try:
         # psycopg whatever the URL says: what errors mean is read from its attributes.
         url = url.set(drivername="postgresql+psycopg")
-        engine = create_engine(url, connect_args=told, use_native_hstore=False)  # whose type costs a query
+        engine = create_engine(url, connect_args=options, use_native_hstore=False)  # whose type costs a query
     except ModuleNotFoundError as error:
         raise InputError(place, f"needs a database driver ({error})", "pip install 'evomerge[postgresql]'") from error
     event.listen(engine, "connect", _set_up_postgresql)

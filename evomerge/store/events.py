@@ -290,8 +290,8 @@ class ItemResponse(RootModel[dict[StrictStr, ItemErrors]]):
 
     @property
     def payload(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.model_dump()
-        return found
+        content: Mapping[str, Any] = self.model_dump()
+        return content
 
 
 # ---- confirmation ----------------------------------------------------------------------------------------------------
@@ -338,8 +338,8 @@ class Chosen(Event):
 
 
 READ: dict[str, type[Event | ItemResponse]] = {
-    each.kind: each
-    for each in (
+    event.kind: event
+    for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, Stale, ScoresAdded,
         Screening, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
     )

@@ -101,8 +101,8 @@ class ReadStore:
         # Columns by name: a newer program's table may have others.
         query = select(tables.search.c.id, tables.search.c.name, tables.search.c.schema_version)
         with self.transaction() as connection:
-            found = connection.execute(query).all() if inspect(connection).has_table("search") else []
-        rows = [row for row in found if name in (None, row.name)]
+            searches = connection.execute(query).all() if inspect(connection).has_table("search") else []
+        rows = [row for row in searches if name in (None, row.name)]
         if not rows:
             raise NoSearchError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
         if len(rows) > 1:
@@ -210,11 +210,11 @@ class ReadStore:
             Step(
                 "ask" if event.kind == "ask" else "tell",
                 event.seq,
-                told.step,
-                tuple(told.candidates),
+                content.step,
+                tuple(content.candidates),
             )
             for event in self.events(kinds=("ask", "tell"))
-            for told in [event.read(Stepped)]
+            for content in [event.read(Stepped)]
         ]
 
     @repeated
@@ -223,8 +223,8 @@ class ReadStore:
         columns = tables.candidate.c
         query = select(columns.status, func.count()).where(columns.search_id == self.search_id)
         with self.transaction() as connection:
-            found = connection.execute(query.group_by(columns.status)).all()
-        return dict.fromkeys(STATUSES, 0) | dict(row._tuple() for row in found)
+            rows = connection.execute(query.group_by(columns.status)).all()
+        return dict.fromkeys(STATUSES, 0) | dict(row._tuple() for row in rows)
 
     @repeated
     def items_scored(self, objectives: Collection[str]) -> int:
@@ -329,12 +329,12 @@ class ReadStore:
         query = select(columns.evaluator, columns["items"], columns.texts).where(
             columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split
         )
-        found: dict[str, dict[int, str]] = {}
+        by_evaluator: dict[str, dict[int, str]] = {}
         with self.transaction() as connection:
             for evaluator, items, texts in connection.execute(query.order_by(columns.evaluator, columns.attempt)):
                 with damage_said("an answer for each item"):
-                    found.setdefault(evaluator, {}).update(zip(items.tolist(), parse_json(texts), strict=True))
-        return found
+                    by_evaluator.setdefault(evaluator, {}).update(zip(items.tolist(), parse_json(texts), strict=True))
+        return by_evaluator
 
     @repeated
     def item_texts(self, evaluator: str, split: str) -> list[tuple[str, str]]:

@@ -7,15 +7,20 @@ plug-in, such as the keys of a search space, stays as its search file has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from evomerge.files import FileFingerprint
 from evomerge.genome import Parameter
 from evomerge.prices import Prices
 
 _YEAR_10000 = 253402300800  # in seconds since 1970; no date is later
+
+Estimate = Annotated[
+    Literal["baseline", "item_response"], BeforeValidator(lambda given: "baseline" if given == "landmark" else given)
+]
+"""What predicts the scores of items that a race left out. Baselines were called landmarks once."""
 
 
 class _Part(BaseModel):
@@ -135,7 +140,7 @@ class Racing(_Part):
 
     rungs: tuple[int, ...]
     confidence: float
-    estimate: Literal["landmark", "item_response"] = "landmark"
+    estimate: Estimate = "baseline"
 
 
 class Cluster(_Part):

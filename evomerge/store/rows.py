@@ -103,11 +103,11 @@ class Niches:
     """What a tell changed in the grid of a search with features.
 
     Attributes:
-        told: the niche of each candidate that was told and has one, by number.
+        by_candidate: the niche of each candidate that was told and has one, by number.
         elites: each candidate that became an elite, or is one no more, by number.
     """
 
-    told: Mapping[int, Sequence[int]]
+    by_candidate: Mapping[int, Sequence[int]]
     elites: Mapping[int, bool]
 
 

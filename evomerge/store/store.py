@@ -21,7 +21,7 @@ from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Nich
 from evomerge.store.schema import make_tables
 
 _RACE_ENDS: dict[str, type[events.Cached | events.Done | events.Eliminated]] = {
-    each.kind: each for each in (events.Cached, events.Done, events.Eliminated)
+    event.kind: event for event in (events.Cached, events.Done, events.Eliminated)
 }
 
 
@@ -147,8 +147,8 @@ class Store(FencedStore):
             values = {"status": "running", "attempts": attempt, "worker": worker}
             if not self._change(connection, number, values, ("asked", "running"), fewer_attempts_than=attempt):
                 raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
-            told = {} if decided is None else decided.model_dump()
-            self.append_event(connection, events.Dispatch(worker=worker, **told), number, attempt)
+            fields = {} if decided is None else decided.model_dump()
+            self.append_event(connection, events.Dispatch(worker=worker, **fields), number, attempt)
 
     @repeated
     def record_result(
@@ -268,7 +268,7 @@ class Store(FencedStore):
         if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, ("asked",)):
             raise ValueError(f"candidate {outcome.number} is not waiting")
         insertion.insert_objectives(connection, self.search_id, outcome.number, outcome.objectives)
-        items = max((each["n"] for each in outcome.objectives.values()), default=0)
+        items = max((estimate["n"] for estimate in outcome.objectives.values()), default=0)
         self.append_event(connection, _RACE_ENDS[outcome.status](items=items), outcome.number)
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:
@@ -280,7 +280,7 @@ class Store(FencedStore):
             self.append_event(connection, events.Front(candidates=sorted(after)))
 
     def _set_niches(self, connection: Connection, niches: Niches) -> None:
-        for number, niche in niches.told.items():
+        for number, niche in niches.by_candidate.items():
             self._change(connection, number, {"niche": list(niche)})
         for number, is_elite in niches.elites.items():
             self._change(connection, number, {"elite": is_elite})

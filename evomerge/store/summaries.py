@@ -126,11 +126,11 @@ def best_so_far(store: ReadStore, objective: str, *, maximise: bool) -> list[tup
     )
     query = query.where(*_of(store), candidates.eligible, table.name == objective, table.mean.is_not(None))
     rows = _all(store, query.order_by(candidates.number))
-    found: list[tuple[int, float]] = []
+    improvements: list[tuple[int, float]] = []
     for number, mean in rows:
-        if not found or (mean > found[-1][1] if maximise else mean < found[-1][1]):
-            found.append((number, mean))
-    return found
+        if not improvements or (mean > improvements[-1][1] if maximise else mean < improvements[-1][1]):
+            improvements.append((number, mean))
+    return improvements
 
 
 def best(store: ReadStore, objective: str, *, maximise: bool) -> Brief | None:
@@ -150,7 +150,7 @@ def briefs(store: ReadStore, numbers: Collection[int]) -> list[Brief]:
     return _briefs(store, _brief().where(*_of(store), tables.candidate.c.number.in_(list(numbers))))
 
 
-def landmarks(store: ReadStore) -> list[Brief]:
+def baselines(store: ReadStore) -> list[Brief]:
     """The candidates that were asked first, before any of the optimizer's."""
     return _briefs(store, _brief().where(*_of(store), tables.candidate.c.step == 0))
 
@@ -246,6 +246,6 @@ def _briefs(store: ReadStore, query: Select[Any], *, sort: bool = True) -> list[
 
 
 def _as_brief(row: Any, objectives: dict[str, Estimate]) -> Brief:
-    told = row._asdict()
-    seconds = sum((told.pop("timings") or {}).values())
-    return Brief(**told, seconds=seconds, objectives=objectives)
+    values = row._asdict()
+    seconds = sum((values.pop("timings") or {}).values())
+    return Brief(**values, seconds=seconds, objectives=objectives)

@@ -44,7 +44,7 @@ candidate = Table(
     Column("search_id", Whole, primary_key=True),
     Column("number", Whole, primary_key=True, autoincrement=False),
     Column("step", Whole, nullable=False),  # which ask it came in
-    Column("origin", Words(40), nullable=False),  # a landmark's kind, or the optimizer's name
+    Column("origin", Words(40), nullable=False),  # a baseline's kind, or the optimizer's name
     Column("label", Words(200), nullable=False),
     Column("recipe_hash", Words(64), nullable=False),
     Column("status", Words(10), nullable=False),

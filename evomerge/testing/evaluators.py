@@ -165,8 +165,8 @@ class EvaluatorContract:
             assert list(rebuilt.items(split)) == list(evaluator.items(split))
 
 
-def _assert_agree(found: ItemScores, whole: ItemScores, chosen: Sequence[int]) -> None:
-    for metric, values in found.items():
+def _assert_agree(scores: ItemScores, whole: ItemScores, chosen: Sequence[int]) -> None:
+    for metric, values in scores.items():
         np.testing.assert_allclose(values, whole[metric][list(chosen)], rtol=1e-4, atol=1e-5)
 
 

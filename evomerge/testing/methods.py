@@ -126,7 +126,7 @@ class MethodContract:
 
     def merge(self, base: Tensor, sources: Sequence[Tensor], blend: Blend) -> Tensor:
         """Run the method, and see that it left its inputs as they were."""
-        before = [each.clone() for each in (base, *sources)]
+        before = [tensor.clone() for tensor in (base, *sources)]
         merged = merge(self.method, base, sources, blend)
         for old, new in zip(before, (base, *sources), strict=True):
             assert torch.equal(old, new), "the method wrote to its input"

@@ -256,7 +256,7 @@ class OptimizerContract:
         assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # type: ignore[index]
 
     def test_replay_by_asking_continues_bit_for_bit(self, make: Callable[..., Optimizer]) -> None:
-        """Uneven asks, a landmark, a failure, tells out of order and in parts; compared at every step."""
+        """Uneven asks, a baseline, a failure, tells out of order and in parts; compared at every step."""
         rebuilt = make()
         for kind, genomes, results in self._record(make()):
             if kind == "tell":

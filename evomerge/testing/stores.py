@@ -68,7 +68,7 @@ class StoreContract(LeaseContract):
     # The life of a candidate
 
     def test_a_candidate_comes_back_bit_for_bit(self, store: Store, lease: Lease, reader: Store) -> None:
-        new = candidate(0, label="数学 alone", origin="landmark")
+        new = candidate(0, label="数学 alone", origin="baseline")
         store.record_ask(0, [new])
         row = reader.candidate(0)
         assert new.genome is not None
@@ -76,12 +76,12 @@ class StoreContract(LeaseContract):
         assert row.genome.dtype == np.float64
         assert row.genome.tobytes() == new.genome.tobytes()
         assert (row.recipe, row.recipe_hash) == (new.recipe, new.recipe_hash)
-        assert (row.number, row.step, row.origin, row.label) == (0, 0, "landmark", "数学 alone")
+        assert (row.number, row.step, row.origin, row.label) == (0, 0, "baseline", "数学 alone")
         assert (row.status, row.attempts, row.losses, row.objectives, row.timings) == ("asked", 0, None, {}, {})
         assert row.asked_at > 1.7e9
         assert row.finished_at is None
 
-    def test_a_landmark_outside_the_space_has_no_genome(self, store: Store, lease: Lease) -> None:
+    def test_a_baseline_outside_the_space_has_no_genome(self, store: Store, lease: Lease) -> None:
         store.record_ask(0, [candidate(0, genome=None)])
         assert store.candidate(0).genome is None
 
@@ -136,9 +136,9 @@ class StoreContract(LeaseContract):
         store.record_dispatch(0, 1, "w")
         odd = Estimate(mean=-math.inf, stderr=math.nan, n=1)
         store.record_result(0, 1, [], {}, {"acc": odd}, "w")
-        found = store.candidate(0).objectives["acc"]
-        assert found["mean"] == -math.inf
-        assert math.isnan(found["stderr"])
+        recorded = store.candidate(0).objectives["acc"]
+        assert recorded["mean"] == -math.inf
+        assert math.isnan(recorded["stderr"])
 
     def test_scores_of_the_wrong_length_are_refused_whole(self, store: Store, lease: Lease) -> None:
         store.record_ask(0, [candidate(0)])
@@ -258,7 +258,7 @@ class StoreContract(LeaseContract):
         assert reader.counts() == {"asked": 1, "running": 1, "done": 1, "eliminated": 0, "failed": 1, "cached": 1}
 
     def test_candidates_are_found_by_what_they_are(self, store: Store, lease: Lease) -> None:
-        store.record_ask(0, [candidate(0, origin="landmark"), candidate(1, origin="landmark")])
+        store.record_ask(0, [candidate(0, origin="baseline"), candidate(1, origin="baseline")])
         store.record_ask(1, [candidate(3), candidate(2)])
         finish(store, 1, mean=0.5)
         finish(store, 2, mean=0.5)
@@ -291,9 +291,9 @@ class StoreContract(LeaseContract):
         assert [row.number for row in store.best("acc", maximise=True, k=3)] == [1, 2, 0], (
             "of equals those on the front"
         )
-        found = summaries.best(store, "cost", maximise=False)
-        assert found is not None
-        assert found.number == 2
+        best = summaries.best(store, "cost", maximise=False)
+        assert best is not None
+        assert best.number == 2
 
     def test_the_front_is_replaced(self, store: Store, lease: Lease, reader: Store) -> None:
         store.record_ask(0, [candidate(number) for number in range(4)])
@@ -314,10 +314,10 @@ class StoreContract(LeaseContract):
         ]
         assert reader.search().spent_s == 12.5
         assert reader.candidate(0).losses == [math.inf, -math.inf]
-        told = reader.candidate(1).losses
-        assert told is not None
-        assert told[0] == third
-        assert math.isnan(told[1])
+        losses = reader.candidate(1).losses
+        assert losses is not None
+        assert losses[0] == third
+        assert math.isnan(losses[1])
 
     def test_events_are_numbered_in_order(self, store: Store, lease: Lease, reader: Store) -> None:
         store.record_event(Screening(pairs=3, tau=math.inf, on=True))

@@ -27,7 +27,7 @@ from evomerge.checkpoints.plain import plain_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Landmark, Parameter
+from evomerge.genome import Baseline, Genome, Parameter
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.export import write_model
 from evomerge.merging.materialise import Materialiser
@@ -215,8 +215,8 @@ class AveragedLogitsSpace:
             share=float(genome[0]),
         )
 
-    def landmarks(self) -> Iterator[Landmark]:
+    def baselines(self) -> Iterator[Baseline]:
         middle = np.array([0.5])
         for name in self._context.sources:
-            yield Landmark(name, "source", _copy_of(name, self._context.depth(name), self.decode(middle)), None)
-        yield Landmark("equal shares", "average", self.decode(middle), middle)
+            yield Baseline(name, "source", _copy_of(name, self._context.depth(name), self.decode(middle)), None)
+        yield Baseline("equal shares", "average", self.decode(middle), middle)

@@ -47,7 +47,7 @@ class MapElitesSettings(Settings):
 
 
 class MapElites:
-    """One search by MAP-Elites. Its first generation is random; landmarks are elites like all others."""
+    """One search by MAP-Elites. Its first generation is random; baselines are elites like all others."""
 
     favourite: Genome | None = None
     stopped: str | None = None

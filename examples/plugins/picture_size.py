@@ -91,7 +91,7 @@ class PictureSizeEvaluator(Evaluator):
             lambda file: [_question(line, file.parent) for line in read_lines(file)],
             settings.file, None, settings.held_out,
         )  # fmt: skip
-        self.splits = {split: [question.item for question in found] for split, found in self._questions.items()}
+        self.splits = {split: [question.item for question in questions] for split, questions in self._questions.items()}
         ids = {split: [item.id for item in items] for split, items in self.splits.items()}
         self.version = digest(["picture_size 1", ids, settings.shaping])
         self._requests = ItemRequests(self._make)

@@ -35,12 +35,12 @@ def regmean(facts: Facts, blend: Blend) -> Pass:
     inputs = [facts.input_of(name) for name in blend.sources]
 
     def whole(tensors: Sequence[Tensor]) -> Tensor:
-        sides = [tensor if each.axis == 1 else tensor.T for tensor, each in zip(tensors, inputs, strict=True)]
+        sides = [tensor if given.axis == 1 else tensor.T for tensor, given in zip(tensors, inputs, strict=True)]
         width, device = sides[0].shape[1], sides[0].device
         above = torch.zeros(sides[0].shape, dtype=torch.float64, device=device)
         below = torch.zeros((width, width), dtype=torch.float64, device=device)
-        for w, side, each in zip(weights, sides, inputs, strict=True):
-            gram = each.gram.to(device, torch.float64)
+        for w, side, given in zip(weights, sides, inputs, strict=True):
+            gram = given.gram.to(device, torch.float64)
             gram = w * (off * gram + (1 - off) * torch.diag(gram.diagonal()))
             below += gram
             above += side.double() @ gram

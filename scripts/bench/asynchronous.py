@@ -91,7 +91,7 @@ def on_function(name: str, mode: Mode, workers: int, candidates: int, seed: int)
     function = FUNCTIONS["sphere" if noisy else name]
 
     def true_score(recipe_hash: str) -> float:
-        loss = function(genomes.get(recipe_hash, np.zeros_like(OPTIMUM)) - OPTIMUM)  # landmarks are not decoded
+        loss = function(genomes.get(recipe_hash, np.zeros_like(OPTIMUM)) - OPTIMUM)  # baselines are not decoded
         return float(np.exp(-loss)) if noisy else -loss
 
     def simulate(job: Job) -> tuple[float, Measured | Failed]:
@@ -122,9 +122,9 @@ def on_miniatures(mode: Mode, workers: int, candidates: int, seed: int) -> tuple
     def end(store: Store) -> float:
         best = store.front()[0]
         tasks = [Task(0, "held_out", range(prepared.setup.evaluators[0].held_out_items))]
-        found = worker.run(Job(best.number, 0, recipe_of(best, prepared.file.sources), tasks)).result
-        assert isinstance(found, Measured), found
-        return float(found.scores[0]["acc_ja"].mean(dtype=np.float64))
+        result = worker.run(Job(best.number, 0, recipe_of(best, prepared.file.sources), tasks)).result
+        assert isinstance(result, Measured), result
+        return float(result.scores[0]["acc_ja"].mean(dtype=np.float64))
 
     return drive(prepared.setup, workers, simulate, end)
 
@@ -136,8 +136,8 @@ Search = Callable[[Mode, int, int], tuple[float, float]]
 def compare(name: str, better: str, search: Search, workers: Sequence[int], seeds: int) -> list[dict[str, Any]]:
     rows = []
     for count in workers:
-        found = {mode: np.array([search(mode, count, seed) for seed in range(seeds)]) for mode in MODES}
-        generational, asynchronous = (found[mode] for mode in MODES)
+        by_mode = {mode: np.array([search(mode, count, seed) for seed in range(seeds)]) for mode in MODES}
+        generational, asynchronous = (by_mode[mode] for mode in MODES)
         gap = asynchronous[:, 0] - generational[:, 0]
         interval = bootstrap((gap,), np.mean, rng=np.random.default_rng(0)).confidence_interval
         row = {

@@ -88,8 +88,8 @@ class Scorer:
     def loss(self, recipe: StackRecipe) -> float:
         """Minus the mean log-likelihood on the search split."""
         self.materialiser.write(recipe, self.live)
-        found = score(self.likelihood, self.live, "search", range(ITEMS)).scores["log_likelihood"]
-        return -float(found.mean()) if np.isfinite(found).all() else np.inf
+        log_likelihoods = score(self.likelihood, self.live, "search", range(ITEMS)).scores["log_likelihood"]
+        return -float(log_likelihoods.mean()) if np.isfinite(log_likelihoods).all() else np.inf
 
     def held_out(self, recipe: StackRecipe) -> dict[str, float]:
         """Mean log-likelihood, and the share of right answers, on the whole held-out split."""
@@ -156,7 +156,7 @@ def search(
         best.append(min([known[recipe.hash], *best[-1:]]))
         return known[recipe.hash]
 
-    alone = next(iter(built.landmarks()))  # of the landmarks only A: the encodings are to show what they find
+    alone = next(iter(built.baselines()))  # of the baselines only A: the encodings are to show what they find
     if alone.genome is not None:
         chooser.tell([Observation(alone.genome, [loss_of(alone.recipe)])])
     while len(best) < candidates and chooser.stopped is None:
@@ -189,7 +189,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     labels = [label for label in CASES if not given.only or label in given.only.split(";")]
-    found: dict[str, Any] = {"candidates": given.candidates, "seeds": given.seeds, "items": ITEMS, "settings": {}}
+    results: dict[str, Any] = {"candidates": given.candidates, "seeds": given.seeds, "items": ITEMS, "settings": {}}
     with tempfile.TemporaryDirectory() as temporary:
         hurt(MINIATURES / "japanese", Path(temporary) / "hurt")
         settings = {
@@ -207,21 +207,21 @@ def main() -> None:
                     depths={n: s.layers for n, s in scorer.sources.items()},
                 )
             )  # fmt: skip
-            marks = {mark.label: scorer.held_out(mark.recipe) for mark in alone.landmarks()}
+            marks = {mark.label: scorer.held_out(mark.recipe) for mark in alone.baselines()}
             runs: dict[str, Any] = {}
             for label in labels:
                 start = time.perf_counter()
                 runs[label] = [search(scorer, *CASES[label], seed, given.candidates) for seed in range(given.seeds)]
                 print(row(setting, label, runs[label]), f"{time.perf_counter() - start:6.0f} s", flush=True)
-            found["settings"][setting] = {"landmarks": marks, "runs": runs}
+            results["settings"][setting] = {"baselines": marks, "runs": runs}
             print({label: round(mark["acc_ja"], 3) for label, mark in marks.items()}, flush=True)
     given.out.mkdir(exist_ok=True)
     kept = given.out / "data-flow.json"
     before = json.loads(kept.read_text()) if kept.exists() else {}
-    if all(before.get(key) == found[key] for key in ("candidates", "seeds", "items")):
-        found["settings"] = dict(sorted((before["settings"] | found["settings"]).items(), reverse=True))
-    kept.write_text(json.dumps(found) + "\n")
-    draw(found, given.out / "data-flow.svg")
+    if all(before.get(key) == results[key] for key in ("candidates", "seeds", "items")):
+        results["settings"] = dict(sorted((before["settings"] | results["settings"]).items(), reverse=True))
+    kept.write_text(json.dumps(results) + "\n")
+    draw(results, given.out / "data-flow.svg")
 
 
 def row(setting: str, label: str, runs: Sequence[dict[str, Any]]) -> str:
@@ -232,12 +232,12 @@ def row(setting: str, label: str, runs: Sequence[dict[str, Any]]) -> str:
     return f"{setting:8} {label:28} {'  '.join(cells)}"
 
 
-def draw(found: dict[str, Any], out: Path) -> None:
+def draw(results: dict[str, Any], out: Path) -> None:
     """The best log-likelihood so far over candidates: mean over the seeds, and its standard error as a band."""
     matplotlib.rcParams.update({"svg.hashsalt": "evomerge", "font.size": 9})
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, (setting, content) in zip(
-        figure.subplots(1, len(found["settings"]), squeeze=False)[0], found["settings"].items(), strict=True
+        figure.subplots(1, len(results["settings"]), squeeze=False)[0], results["settings"].items(), strict=True
     ):
         for label, runs in content["runs"].items():
             curves = -np.array([run["best"] for run in runs])

@@ -67,13 +67,13 @@ def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int
 
 def slopes(curve: list[tuple[int, float]], pieces: int) -> list[tuple[int, float]]:
     """Milliseconds a candidate in each of ``pieces`` equal stretches of the search."""
-    found = []
+    stretches = []
     counts, seconds = np.array([c for c, _ in curve]), np.array([s for _, s in curve])
     marks = np.linspace(0, counts[-1], pieces + 1)
     times = np.interp(marks, np.r_[0, counts], np.r_[0.0, seconds])
     for start, end, t0, t1 in zip(marks[:-1], marks[1:], times[:-1], times[1:], strict=True):
-        found.append((int(end), 1000 * float(t1 - t0) / float(end - start)))
-    return found
+        stretches.append((int(end), 1000 * float(t1 - t0) / float(end - start)))
+    return stretches
 
 
 def main() -> None:
@@ -86,13 +86,20 @@ def main() -> None:
     parameters, curve = run(arguments.parameters, arguments.candidates, arguments.store)
     stretches = slopes(curve, 8)
     count, seconds = curve[-1]
-    each = 1000 * seconds / count
+    mean_ms = 1000 * seconds / count
     if arguments.json:
         shape = [{"candidates": end, "milliseconds_per_candidate": ms} for end, ms in stretches]
-        found = {"parameters": parameters, "candidates": count, "milliseconds_per_candidate": each, "curve": shape}
-        print(json.dumps(found))
+        result = {
+            "parameters": parameters,
+            "candidates": count,
+            "milliseconds_per_candidate": mean_ms,
+            "curve": shape,
+        }
+        print(json.dumps(result))
         return
-    print(f"{parameters} parameters, {count} candidates, {ITEMS} items each: {each:.2f} ms of the driver a candidate")
+    print(
+        f"{parameters} parameters, {count} candidates, {ITEMS} items each: {mean_ms:.2f} ms of the driver a candidate"
+    )
     print("up to candidate    ms a candidate")
     for end, ms in stretches:
         print(f"{end:15d}    {ms:14.2f}")

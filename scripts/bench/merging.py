@@ -137,12 +137,12 @@ def blend(label: str, number: int) -> Blend:
     parameters, _ = CASES[label]
     method = find_method(label.split(",")[0], "--methods")
     names = NAMES[1:]
-    found: dict[str, Any] = default_parameters(method, names)
+    values: dict[str, Any] = default_parameters(method, names)
     for p in method.parameters:
         value = float(parameters.get(p.name, p.default)) - 1e-4 * number * (p.high > p.low)
-        found[p.name] = dict.fromkeys(names, value) if p.scope == "source" else value
-    found |= {name: value for name, value in parameters.items() if name in method.switches}
-    return Blend(method=method.name, sources=names, base="base" if method.needs_base else None, parameters=found)
+        values[p.name] = dict.fromkeys(names, value) if p.scope == "source" else value
+    values |= {name: value for name, value in parameters.items() if name in method.switches}
+    return Blend(method=method.name, sources=names, base="base" if method.needs_base else None, parameters=values)
 
 
 def timed(run: Callable[[int], None], number: int) -> tuple[float, float]:
@@ -222,10 +222,10 @@ def theirs(folder: Path, labels: list[str], python: str, environment: dict[str, 
     ran = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=3600
     )
-    found = dict(json.loads(line) for line in ran.stdout.splitlines() if line.startswith("["))
+    seconds = dict(json.loads(line) for line in ran.stdout.splitlines() if line.startswith("["))
     if ran.returncode:
         print(ran.stderr[-1500:], file=sys.stderr)
-    return found
+    return seconds
 
 
 def end_to_end(folder: Path, labels: list[str], python: str | None) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ def end_to_end(folder: Path, labels: list[str], python: str | None) -> list[dict
             p: value[name] for p, value in mix.parameters.items() if isinstance(value, dict) and p not in ("gamma",)
         }} for name in mix.sources]  # fmt: skip
         if mix.method == "karcher":
-            models = [{"model": each["model"]} for each in models]
+            models = [{"model": model["model"]} for model in models]
         config: dict[str, Any] = {"merge_method": mix.method, "models": models, "dtype": "bfloat16"}
         if mix.base or mix.method == "slerp":
             config["base_model"] = str(folder / ("base" if mix.base else mix.sources[0]))
@@ -288,11 +288,11 @@ def main() -> None:
         folder = Path(temporary)
         make_models(folder, given.layers)
         if given.end_to_end:
-            found: dict[str, Any] = {"end_to_end": end_to_end(folder, labels, given.mergekit)}
+            results: dict[str, Any] = {"end_to_end": end_to_end(folder, labels, given.mergekit)}
         else:
             references = {name: str(folder / name) for name in NAMES}
             bandwidth, size, rows = ours(make_adapters(folder) if given.adapters else references, labels)
-            found = {"copy_bandwidth_gbps": bandwidth / 1e9, "model_gb": size / 1e9, "rows": rows}
+            results = {"copy_bandwidth_gbps": bandwidth / 1e9, "model_gb": size / 1e9, "rows": rows}
             if given.mergekit:
                 plain = theirs(folder, labels, given.mergekit, {})
                 # Where sorting takes the time, fresh pages do not matter.
@@ -304,7 +304,7 @@ def main() -> None:
             print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
             for row in rows:
                 print(line_of(row))
-    text = json.dumps(found, indent=2)
+    text = json.dumps(results, indent=2)
     if given.json:
         given.json.write_text(text + "\n")
     else:

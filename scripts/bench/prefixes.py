@@ -65,7 +65,7 @@ def main() -> None:
             paths = [path(built.decode(genome)) for genome in genomes]
             saved.append(shared(paths))
             layers_of = [{layer for source, layer, _ in one if source == "a"} for one in paths]  # type: ignore[misc]
-            losses = [len(wanted ^ found) + 0.1 * len(one) for found, one in zip(layers_of, paths, strict=True)]
+            losses = [len(wanted ^ used) + 0.1 * len(one) for used, one in zip(layers_of, paths, strict=True)]
             chooser.tell([Observation(genome, [loss]) for genome, loss in zip(genomes, losses, strict=True)])
         print(f"{label:30} {saved[0]:15.0%} {saved[-1]:8.0%}")
 

@@ -63,10 +63,10 @@ def race(losses: Losses, order: ItemOrder, rungs: Sequence[int], keep: int, conf
         for level in sorted(set(scored.tolist())):
             there = np.flatnonzero(scored >= level)
             known = order.positions[:level]
-            found = surely_better([losses[np.ix_(there, known)]], [order.sample(known, items)], confidence)
+            sure = surely_better([losses[np.ix_(there, known)]], [order.sample(known, items)], confidence)
             lower = np.minimum(scored[there][:, None], scored[there][None, :]) == level
             block = better[np.ix_(there, there)]
-            block[lower] = found[lower]
+            block[lower] = sure[lower]
             better[np.ix_(there, there)] = block
         now = verdicts(better, keep)
         eliminated |= now.eliminated & racing
@@ -84,7 +84,7 @@ def race(losses: Losses, order: ItemOrder, rungs: Sequence[int], keep: int, conf
 
 
 def recorded(folder: Path) -> Iterator[list[Losses]]:
-    """Each search's generations, landmarks first."""
+    """Each search's generations, baselines first."""
     for path in sorted(folder.glob("*/search.db")):
         with Store.open(path) as store:
             settings = store.search().settings
@@ -97,7 +97,7 @@ def recorded(folder: Path) -> Iterator[list[Losses]]:
                 (scores,) = store.scores(row.number, "search")
                 losses = sign * scores.metrics[objective["metric"]].astype(np.float64)
                 generations.setdefault(row.step, []).append(losses)
-            yield [np.array(found) for found in generations.values()]
+            yield [np.array(generation) for generation in generations.values()]
 
 
 def simulated(searches: int, items: int = 500, population: int = 9) -> Iterator[list[Losses]]:
@@ -122,9 +122,9 @@ def measure(searches: Sequence[list[Losses]], orders: int) -> list[dict[str, obj
     for rungs in RUNGS:
         for confidence in CONFIDENCES:
             tally = Tally()
-            for number, (landmarks, *generations) in enumerate(searches):
+            for number, (baselines, *generations) in enumerate(searches):
                 for seed in range(orders):
-                    order = item_order(landmarks, 1000 * number + seed)
+                    order = item_order(baselines, 1000 * number + seed)
                     for losses in generations:
                         if len(losses) > 3:
                             race(losses, order, rungs, len(losses) // 2, confidence, tally)
@@ -137,15 +137,15 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = {"simulated": measure(list(simulated(100)), 1)}
+    results = {"simulated": measure(list(simulated(100)), 1)}
     if given.recorded is not None:
-        found["recorded"] = measure(list(recorded(given.recorded)), ORDERS)
-    for kind, rows in found.items():
+        results["recorded"] = measure(list(recorded(given.recorded)), ORDERS)
+    for kind, rows in results.items():
         for row in rows:
-            told = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print(f"{kind}  {told}")
+            columns = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"{kind}  {columns}")
     if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+        given.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

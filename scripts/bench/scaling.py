@@ -57,11 +57,11 @@ def run(mode: Mode, workers: int, candidates: int) -> dict[str, Any]:
         with store, acquire(store):
             pool = SimulatedPool(workers, simulate, clock)
             started = time.perf_counter()
-            told = [0]
+            calls = [0]
 
             def note() -> None:
-                told[0] += 1
-                if told[0] % 500 == 0:
+                calls[0] += 1
+                if calls[0] % 500 == 0:
                     curve.append((sum(store.counts().values()), time.perf_counter() - started))
 
             driver = Driver(
@@ -99,8 +99,8 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
         if row.get("long"):
             counts = np.array([0, *(p["candidates"] for p in row["curve"])])
             seconds = np.array([0.0, *(p["driver_s"] for p in row["curve"])])
-            each = 1000 * np.diff(seconds) / np.maximum(np.diff(counts), 1)
-            right.plot(counts[1:], each, color="#2563eb", label=f"{row['mode']}, {row['workers']} workers")
+            per_candidate = 1000 * np.diff(seconds) / np.maximum(np.diff(counts), 1)
+            right.plot(counts[1:], per_candidate, color="#2563eb", label=f"{row['mode']}, {row['workers']} workers")
     right.set(xlabel="candidates so far", ylabel="driver, ms a candidate", ylim=(0, None))
     right.legend()
     figure.savefig(out, metadata={"Date": None})

@@ -106,7 +106,7 @@ class Theirs:
         """Every item's scores, where samples are kept."""
         if batch_size not in self._models:
             self._models[batch_size] = HFLM(self._live.model, tokenizer=self._live.tokenizer, batch_size=batch_size)
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=self._models[batch_size],
             tasks=[self._task],
             task_manager=self._manager,
@@ -115,7 +115,7 @@ class Theirs:
             log_samples=samples,
             verbosity="CRITICAL",
         )
-        return {s["doc_id"]: (s["acc_ja"], s["acc"]) for s in found["samples"][self._task]} if samples else {}
+        return {s["doc_id"]: (s["acc_ja"], s["acc"]) for s in results["samples"][self._task]} if samples else {}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -132,7 +132,7 @@ def interleaved(repeats: int, works: Mapping[str, Callable[[], object]]) -> dict
             lasted = seconds(work)
             if repeat:
                 taken[name].append(lasted)
-    return {name: statistics.median(found) for name, found in taken.items()}
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def unaware() -> Any:
@@ -160,8 +160,8 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
             trial[size] = time.process_time() - started
         best = min(trial, key=lambda size: trial[size])
         taken = interleaved(repeats, {"simple_evaluate": lambda: theirs(best), "evomerge": scored})
-    found = scored()
-    mine = {i: (found["acc_ja"][i], found["acc"][i]) for i in range(items)}
+    scores = scored()
+    mine = {i: (scores["acc_ja"][i], scores["acc"][i]) for i in range(items)}
     differ = {size: sum(mine[i] != kept[size][i] for i in range(items)) for size in BATCH_SIZES}
     if live.model.dtype == torch.float32 and any(differ.values()):
         raise AssertionError(f"{task}: items are scored otherwise than by simple_evaluate: {differ}")
@@ -172,7 +172,7 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
         "batch size of simple_evaluate": best,
         "items that differ": max(differ.values()),
         "items that differ within lm-eval": sum(len({kept[size][i] for size in BATCH_SIZES}) > 1 for i in range(items)),
-        "mean acc_ja": float(found["acc_ja"].mean()),
+        "mean acc_ja": float(scores["acc_ja"].mean()),
         "answers alone": answers_alone(live, ours, items, repeats),
     }
 
@@ -236,12 +236,12 @@ def plain_likelihoods(live: LiveModel, prompts: Sequence[Sequence[int]], scored:
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts])
     with torch.inference_mode():
         hidden = live.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        found = []
+        sums = []
         for row, states in zip(prompts, hidden, strict=True):
             first = len(row) - scored
             logs = live.model.lm_head(states[first - 1 : len(row) - 1]).float().log_softmax(-1)
-            found.append(float(logs.gather(1, torch.tensor(row[first:])[:, None]).sum()))
-    return found
+            sums.append(float(logs.gather(1, torch.tensor(row[first:])[:, None]).sum()))
+    return sums
 
 
 def paired(repeats: int, theirs: Callable[[], object], ours: Callable[[], object]) -> dict[str, float]:
@@ -266,9 +266,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     large = large_vocabulary(given.repeats)
-    for what, found in large.items():
+    for what, times in large.items():
         print(
-            f"vocabulary of {VOCABULARY:,}, {what}: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True
+            f"vocabulary of {VOCABULARY:,}, {what}: " + ", ".join(f"{k} {v:.2f}" for k, v in times.items()),
+            flush=True,
         )
     if given.vocabulary:
         return
@@ -283,11 +284,11 @@ def main() -> None:
             live = load(dtype)
             for label, task in tasks.items():
                 name = f"{task}, {str(dtype).removeprefix('torch.')}, {label}"
-                found = results[name] = compare(live, Path(folder), task, given.items, given.repeats)
-                taken, alone = found["seconds"], found["answers alone"]
+                result = results[name] = compare(live, Path(folder), task, given.items, given.repeats)
+                taken, alone = result["seconds"], result["answers alone"]
                 print(
-                    f"{name:34}{taken['simple_evaluate']:15.2f}s{taken['evomerge']:9.2f}s{found['times as fast']:7.1f}"
-                    f"{found['items that differ']:8}   " + ", ".join(f"{alone[step]:.2f}s" for step in STEPS),
+                    f"{name:34}{taken['simple_evaluate']:15.2f}s{taken['evomerge']:9.2f}s{result['times as fast']:7.1f}"
+                    f"{result['items that differ']:8}   " + ", ".join(f"{alone[step]:.2f}s" for step in STEPS),
                     flush=True,
                 )
     rounded = json.loads(

@@ -4,7 +4,7 @@ The reference is a search by the settings of the original work (DARE-TIES, a wei
 its defaults, 1,000 candidates, each scored on every item). Every technique searches the same space on the same items,
 and whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The
 curves are those held-out scores over the items generated so far. The goal of a technique is 95% of the gain over the
-best landmark that the reference has when its budget is spent.
+best baseline that the reference has when its budget is spent.
 
     python scripts/bench/search_cost.py run FOLDER [--seeds 0 1 2 3 4] [--only NAME ...]   # hours; can be interrupted
     python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost.svg
@@ -127,13 +127,13 @@ def run(folder: Path, name: str, seed: int) -> None:
         driver = Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs"))
         why = driver.run().why
         curve = _curve(store, prepared, pool)
-        landmarks = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
-    found = {"name": name, "seed": seed, "why": why, "seconds": time.time() - started}
-    found |= {"landmarks": landmarks, "points": [vars(point) for point in curve], "folder": place.name}
+        baselines = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
+    result = {"name": name, "seed": seed, "why": why, "seconds": time.time() - started}
+    result |= {"baselines": baselines, "points": [vars(point) for point in curve], "folder": place.name}
     partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
+    partial.write_text(json.dumps(result))
     partial.rename(out)
-    print(f"{name}, seed {seed}: {curve[-1]}, {why}, {found['seconds']:.0f} s", flush=True)
+    print(f"{name}, seed {seed}: {curve[-1]}, {why}, {result['seconds']:.0f} s", flush=True)
 
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
@@ -181,46 +181,46 @@ class Curves:
     def at(self, grid: NDArray[np.float64]) -> NDArray[np.float64]:
         """float [seeds, grid]: the held-out score of the best candidate at so many items; its last one beyond."""
         rows = []
-        for found in self.runs:
-            items = np.array([point["items"] for point in found["points"]])
-            scores = np.array([point["held_out"] for point in found["points"]])
+        for search in self.runs:
+            items = np.array([point["items"] for point in search["points"]])
+            scores = np.array([point["held_out"] for point in search["points"]])
             at = np.searchsorted(items, grid, side="right") - 1
             rows.append(np.where(at >= 0, scores[np.maximum(at, 0)], np.nan))
         return np.array(rows)
 
     @property
     def last(self) -> NDArray[np.float64]:
-        return np.array([found["points"][-1]["held_out"] for found in self.runs])
+        return np.array([search["points"][-1]["held_out"] for search in self.runs])
 
     @property
     def spent(self) -> float:
-        return float(np.mean([found["points"][-1]["items"] for found in self.runs]))
+        return float(np.mean([search["points"][-1]["items"] for search in self.runs]))
 
 
 def report(folder: Path) -> None:
     """Put the curves of all runs together."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    curves = {name: Curves([each for each in runs if each["name"] == name]) for name in CASES}
-    curves = {name: found for name, found in curves.items() if found.runs}
+    curves = {name: Curves([search for search in runs if search["name"] == name]) for name in CASES}
+    curves = {name: case_curves for name, case_curves in curves.items() if case_curves.runs}
     reference = curves[REFERENCE]
-    start = float(np.mean([max(each["landmarks"].values()) for each in reference.runs]))
+    start = float(np.mean([max(search["baselines"].values()) for search in reference.runs]))
     goal = start + SHARE * (float(reference.last.mean()) - start)
-    grid = np.unique(np.concatenate([[p["items"] for p in each["points"]] for each in runs])).astype(np.float64)
-    found = {name: _row(each, reference, grid, start, goal) for name, each in curves.items()}
-    reaching = [name for name in found if name != REFERENCE and found[name]["items"] is not None]
-    best = min(reaching, key=lambda name: found[name]["items"] or 0.0, default=None)
+    grid = np.unique(np.concatenate([[p["items"] for p in search["points"]] for search in runs])).astype(np.float64)
+    rows = {name: _row(case_curves, reference, grid, start, goal) for name, case_curves in curves.items()}
+    reaching = [name for name in rows if name != REFERENCE and rows[name]["items"] is not None]
+    best = min(reaching, key=lambda name: rows[name]["items"] or 0.0, default=None)
     content = {
         "seeds": len(reference.runs),
         "best_landmark": start,
         "goal": goal,
         "reference_items": reference.spent,
-        "items_fraction_of_full": None if best is None else found[best]["fraction_of_full"],
+        "items_fraction_of_full": None if best is None else rows[best]["fraction_of_full"],
         "by": best,
-        "techniques": found,
+        "techniques": rows,
     }
     docs = ROOT / "docs"
     (docs / "search_cost.json").write_text(json.dumps(content, indent=2) + "\n")
-    for name, row in found.items():
+    for name, row in rows.items():
         print(
             f"{name:34} " + "  ".join(f"{key} {'-' if value is None else f'{value:.4g}'}" for key, value in row.items())
         )
@@ -245,7 +245,7 @@ def _row(
         "difference_from_full": float(gap.mean()),
         "difference_stderr": error,
         "items_at_the_end": curves.spent,
-        "screened_at_the_end": float(np.mean([each["points"][-1]["screened"] for each in curves.runs])),
+        "screened_at_the_end": float(np.mean([search["points"][-1]["screened"] for search in curves.runs])),
         "seeds": len(curves.runs),
     }
 
@@ -257,9 +257,9 @@ def _plot(curves: Mapping[str, Curves], grid: NDArray[np.float64], goal: float, 
     matplotlib.rcParams["svg.hashsalt"] = "search cost"
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for name, found in curves.items():
-        inside = grid[grid <= found.spent]
-        values = found.at(inside)
+    for name, case_curves in curves.items():
+        inside = grid[grid <= case_curves.spent]
+        values = case_curves.at(inside)
         (line,) = axes.plot(inside, values.mean(axis=0), label=name, lw=2 if name == REFERENCE else 1.4)
         error = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
         axes.fill_between(
@@ -268,7 +268,7 @@ def _plot(curves: Mapping[str, Curves], grid: NDArray[np.float64], goal: float, 
     axes.axhline(goal, color="0.4", ls="--", lw=1)
     axes.text(grid[-1], goal, f"{SHARE:.0%} of the reference's gain ", ha="right", va="bottom", color="0.35")
     axes.axhline(start, color="0.4", ls=":", lw=1)
-    axes.text(grid[-1], start, "best landmark ", ha="right", va="bottom", color="0.35")
+    axes.text(grid[-1], start, "best baseline ", ha="right", va="bottom", color="0.35")
     axes.set(xscale="log", xlabel="items generated", ylabel="held-out score of the best candidate so far")
     axes.legend(fontsize=8, loc="upper left")
     figure.savefig(out, metadata={"Date": None})

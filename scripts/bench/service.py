@@ -63,12 +63,14 @@ def make(folder: Path, candidates: int, parameters: int) -> int:
     }
     settings |= {"optimizer": {"name": "cma"}, "confirm": {"top": 5, "confidence": 0.95, "drawn": 0}}
     objective = {"name": "score", "evaluator": 0, "metric": "acc", "maximise": True, "items": ITEMS, "version": "v"}
-    told = {
+    fingerprints = {
         "objectives": [objective], "constraints": [], "screen": None, "sources": {},
         "evaluators": [{"name": "task", "version": "v", "search_items": ITEMS, "held_out_items": ITEMS}],
         "parameters": [asdict(parameter) for parameter in space.parameters],
     }  # fmt: skip
-    store = Store.create(folder / "search.db", name="large", settings=settings, fingerprints=told, environment={})
+    store = Store.create(
+        folder / "search.db", name="large", settings=settings, fingerprints=fingerprints, environment={}
+    )
     with store, acquire(store):
         clock = SimulatedClock()
         pool = SimulatedPool(8, simulate, clock)

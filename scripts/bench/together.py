@@ -47,7 +47,7 @@ ADAPTED = ("maths", "japanese")
 
 def write_adapter(name: str, rank: int, folder: Path) -> Path:
     """The best LoRA of that rank of what a miniature changed in the base's linear layers, as peft writes it."""
-    base, model = (open_source(each, str(MINIATURES / each), place=each) for each in ("base", name))
+    base, model = (open_source(miniature, str(MINIATURES / miniature), place=miniature) for miniature in ("base", name))
     tensors: dict[str, torch.Tensor] = {}
     for weight in base.tensors:
         if weight.endswith("_proj.weight"):
@@ -90,26 +90,26 @@ def recipes_of(sources: Mapping[str, Source], count: int) -> list[StackRecipe]:
         weights = dict(zip(adapted, numbers.uniform(0.0, 1.2, len(adapted)).tolist(), strict=True))
         return Blend(method="task_arithmetic", sources=adapted, base="base", parameters={"weight": weights})
 
-    found = []
+    recipes = []
     for _ in range(count):
         layers = [blend() for _ in range(sources["base"].layers)]
-        found.append(
+        recipes.append(
             StackRecipe.compose(
                 sources={name: source.reference for name, source in sources.items()}, tokenizer="base",
                 embedding=layers[0], norm=layers[0], head=layers[0],
-                hops=((number, each, each, each) for number, each in enumerate(layers)),
+                hops=((number, layer, layer, layer) for number, layer in enumerate(layers)),
             )
         )  # fmt: skip
-    return found
+    return recipes
 
 
 def scores(finished: list[Finished]) -> np.ndarray:
     """[candidates, items]"""
-    found = []
-    for each in finished:
-        assert isinstance(each.result, Measured), each.result
-        found.append(next(iter(each.result.scores[0].values())))
-    return np.stack(found)
+    rows = []
+    for done in finished:
+        assert isinstance(done.result, Measured), done.result
+        rows.append(next(iter(done.result.scores[0].values())))
+    return np.stack(rows)
 
 
 def main() -> None:
@@ -142,21 +142,21 @@ def main() -> None:
             "together": lambda: worker.run_together(jobs),
         }
         taken: dict[str, list[float]] = {name: [] for name in works}
-        found: dict[str, np.ndarray] = {}
+        results: dict[str, np.ndarray] = {}
         for repeat in range(given.repeats + 1):
             for name, work in works.items():
                 started = time.process_time()
                 finished = work()
                 if repeat:  # the first turn imports and compiles
                     taken[name].append(time.process_time() - started)
-                found[name] = scores(finished)
+                results[name] = scores(finished)
     alone, together = (statistics.median(taken[name]) for name in works)
-    differing = int((found["one at a time"] != found["together"]).sum())
+    differing = int((results["one at a time"] != results["together"]).sum())
     said = {
         "candidates": given.candidates, "items": given.items, "rank": given.rank, "dtype": given.dtype,
         "scored": "answers" if not given.likelihood else "likelihood",
         "seconds_one_at_a_time": round(alone, 3), "seconds_together": round(together, 3),
-        "ratio": round(alone / together, 2), "scores_that_differ": differing, "scores": found["together"].size,
+        "ratio": round(alone / together, 2), "scores_that_differ": differing, "scores": results["together"].size,
         "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
     }  # fmt: skip
     for key, value in said.items():

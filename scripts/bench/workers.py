@@ -88,12 +88,12 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=320)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = run(given.workers, given.seconds, given.candidates)
+    result = run(given.workers, given.seconds, given.candidates)
     print(
-        json.dumps(found)
+        json.dumps(result)
         if given.json
-        else f"{found['workers']} workers: {found['candidates_per_second']:.2f} candidates a second, "
-        f"{found['share_of_ideal']:.1%} of the ideal {found['ideal_per_second']:.2f}"
+        else f"{result['workers']} workers: {result['candidates_per_second']:.2f} candidates a second, "
+        f"{result['share_of_ideal']:.1%} of the ideal {result['ideal_per_second']:.2f}"
     )
 
 

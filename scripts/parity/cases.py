@@ -177,11 +177,11 @@ class _Maker:
         for method in (*plain, "dare_linear", "dare_ties", "della_linear", "della"):
             shared = {"density": 1.0} if method.startswith(("dare", "della")) else {"density": 0.3}
             for normalize in (False, True):
-                told = str(normalize).lower()
+                flag = str(normalize).lower()
                 config = self.config(method, _W, "base", normalize=normalize, **shared)
-                yield Case(f"{method} / normalize: {told}, density {shared['density']:g}", config)
+                yield Case(f"{method} / normalize: {flag}, density {shared['density']:g}", config)
                 config = self.config(method, _W, "base", normalize=normalize, **shared, **{"lambda": 0.7})
-                yield Case(f"{method} / normalize: {told}, lambda 0.7", config)
+                yield Case(f"{method} / normalize: {flag}, lambda 0.7", config)
             if method != "task_arithmetic":
                 yield Case(f"{method} / density 0", self.config(method, _W, "base", density=0.0))
         for method in plain[1:]:
@@ -432,8 +432,8 @@ class _Maker:
         """DARE and DELLA, alike in distribution."""
 
         def wide(method: str, models: Mapping[str, Values], **top: Any) -> Case:
-            told = ", ".join(f"{key} {str(value).lower()}" for key, value in top.items())
-            name = f"{method} / {len(models)} models{', ' + told if told else ''}"
+            options = ", ".join(f"{key} {str(value).lower()}" for key, value in top.items())
+            name = f"{method} / {len(models)} models{', ' + options if options else ''}"
             return Case(name, self.config(method, models, "base", family="wide", **top), "random")
 
         one = {"one": {"weight": 0.8}}

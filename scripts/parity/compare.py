@@ -73,11 +73,11 @@ def main() -> int:
         for number, case in cases.items():
             (root / f"{number}.yaml").write_text(yaml.safe_dump(case.config, sort_keys=False))
         oracle = [str(arguments.python), str(Path(__file__).with_name("oracle.py")), str(root)]
-        told = root / "oracle.log"
-        with told.open("w") as log, subprocess.Popen(oracle, stdout=log, stderr=log) as theirs:
+        log_file = root / "oracle.log"
+        with log_file.open("w") as log, subprocess.Popen(oracle, stdout=log, stderr=log) as theirs:
             refusals = {number: _merge(root / f"{number}.yaml") for number in cases}
         if theirs.returncode:
-            print(told.read_text(), file=sys.stderr)
+            print(log_file.read_text(), file=sys.stderr)
             return 1
         verdicts = {case.name: _judge(case, root / f"{n}.yaml", refusals[n]) for n, case in cases.items()}
     _print(verdicts)
@@ -125,7 +125,7 @@ def _side_files(case: Case, ours: Path, theirs: Path) -> str:
     """What differs in configuration and tokenizer. Tokens are compared by text; see ``_in_order``."""
     configs = [AutoConfig.from_pretrained(folder) for folder in (ours, theirs)]
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (ours, theirs)]
-    found = {
+    compared = {
         field: [getattr(config, field) for config in configs] for field in ("num_hidden_layers", "vocab_size", "dtype")
     }
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
@@ -133,12 +133,12 @@ def _side_files(case: Case, ours: Path, theirs: Path) -> str:
         "tokens": vocabularies,
         "ids": [vocabulary.values() for vocabulary in vocabularies],
     }.items():
-        found[what] = [sorted(set(one) - set(two)), sorted(set(two) - set(one))]
+        compared[what] = [sorted(set(one) - set(two)), sorted(set(two) - set(one))]
     for text in TEXTS:
-        found[f"tokens of {text!r}"] = [_cut(ours, text), _cut(_cutter(case, text) or theirs, text)]
+        compared[f"tokens of {text!r}"] = [_cut(ours, text), _cut(_cutter(case, text) or theirs, text)]
     for prompt in (False, True):
-        found[f"chats{' for an answer' * prompt}"] = [_chat(tokenizer, case, prompt) for tokenizer in tokenizers]
-    different = {what: values for what, values in found.items() if values[0] != values[1]}
+        compared[f"chats{' for an answer' * prompt}"] = [_chat(tokenizer, case, prompt) for tokenizer in tokenizers]
+    different = {what: values for what, values in compared.items() if values[0] != values[1]}
     return "; ".join(f"{what} differ: {str(one)[:80]} and {str(two)[:80]}" for what, (one, two) in different.items())
 
 
@@ -165,7 +165,7 @@ def _in_order(tensors: dict[str, Tensor], folder: Path, like: Path) -> dict[str,
 
     The order in which mergekit adds tokens is that of a hash table, which changes from process to process.
     """
-    theirs, ours = (AutoTokenizer.from_pretrained(each).get_vocab() for each in (folder, like))
+    theirs, ours = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (folder, like))
     if theirs == ours:
         return tensors
     order = torch.arange(AutoConfig.from_pretrained(folder).vocab_size)

@@ -60,10 +60,10 @@ def write_base(folder: Path) -> None:
 
 def write_items(folder: Path) -> None:
     """What to search and to confirm on, a skill after the other in turn."""
-    each = {name: different(name, SEARCH + HELD_OUT + TRAINING, 0) for name in SKILLS}
+    by_skill = {name: different(name, SEARCH + HELD_OUT + TRAINING, 0) for name in SKILLS}
     parts = {"search": slice(0, SEARCH), "held_out": slice(SEARCH, SEARCH + HELD_OUT)}
     for name, part in parts.items():
-        lines = [item.line for item in in_turn([items[part] for items in each.values()])]
+        lines = [item.line for item in in_turn([items[part] for items in by_skill.values()])]
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 

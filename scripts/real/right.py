@@ -17,8 +17,8 @@ def is_right(skill: str, value: str, answer: str) -> bool:
     """Whether an answer gives a value, and nothing but the form of its skill around it."""
     answer = answer.strip()
     if skill == "sums":
-        found = re.fullmatch(r".*The answer is (-?\d+)\.", answer)
-        return found is not None and found[1] == value
+        match = re.fullmatch(r".*The answer is (-?\d+)\.", answer)
+        return match is not None and match[1] == value
     if skill == "json":
         try:
             return bool(json.loads(answer) == {"answer": value})

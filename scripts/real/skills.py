@@ -48,10 +48,10 @@ def sums(rng: random.Random) -> Item:
         number = rng.randint(10, 40)
         clauses.append(f"{name} has {number} {thing}")
     else:
-        boxes, each = rng.randint(2, 6), rng.randint(2, 9)
-        number = boxes * each
-        clauses.append(f"{name} has {boxes} boxes of {each} {thing}")
-        steps.append(f"{boxes} * {each} = {number}.")
+        boxes, per_box = rng.randint(2, 6), rng.randint(2, 9)
+        number = boxes * per_box
+        clauses.append(f"{name} has {boxes} boxes of {per_box} {thing}")
+        steps.append(f"{boxes} * {per_box} = {number}.")
     for verb, sign in rng.sample([("buys", 1), ("gives away", -1)], 2 - len(steps)):
         change = rng.randint(2, 30 if sign > 0 else min(30, number - 1))
         clauses.append(f"{verb} {change}")
@@ -93,14 +93,14 @@ SKILLS: dict[str, Callable[[random.Random], Item]] = {"sums": sums, "json": json
 def different(skill: str, count: int, seed: int) -> list[Item]:
     """So many items of a skill, no question twice; equal for an equal seed."""
     rng = random.Random(f"{skill} {seed}")  # a text seeds alike in every process, its hash would not
-    found: dict[str, Item] = {}
-    while len(found) < count:
+    by_question: dict[str, Item] = {}
+    while len(by_question) < count:
         item = SKILLS[skill](rng)
-        found.setdefault(item.question, item)
-    return list(found.values())
+        by_question.setdefault(item.question, item)
+    return list(by_question.values())
 
 
-def in_turn(each: list[list[Item]]) -> Iterator[Item]:
+def in_turn(item_lists: list[list[Item]]) -> Iterator[Item]:
     """The first of every skill, then the second of every skill, and so on."""
-    for items in zip(*each, strict=True):
+    for items in zip(*item_lists, strict=True):
         yield from items

@@ -59,30 +59,30 @@ def transformers_answers(model: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
-    found = []
+    answers = []
     for prompt in prompts():
         ids = torch.tensor([tokenizer.encode(prompt)])
         with torch.inference_mode():
             answer = loaded.generate(ids, max_new_tokens=TOKENS, do_sample=False)
-        found.append(answer[0, ids.shape[1] :].tolist())
-    return found
+        answers.append(answer[0, ids.shape[1] :].tolist())
+    return answers
 
 
 def generate(folder: Path) -> int:
     from vllm import LLM, SamplingParams
 
-    found = {}
+    counts = {}
     for expected_file in sorted(folder.glob("*.json")):
         model = folder / expected_file.stem
         engine: Any = LLM(model=str(model), dtype="float32", enforce_eager=True, max_model_len=128)
         asked = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
-        answers = [list(each.outputs[0].token_ids) for each in asked]
+        answers = [list(output.outputs[0].token_ids) for output in asked]
         expected = json.loads(expected_file.read_text())
-        found[model.name] = sum(a == b for a, b in zip(answers, expected, strict=True)), len(expected)
+        counts[model.name] = sum(a == b for a, b in zip(answers, expected, strict=True)), len(expected)
         del engine
-    for name, (same, count) in found.items():
+    for name, (same, count) in counts.items():
         print(f"{name:10} {same} of {count} answers are the same in vLLM")
-    return sum(same != count for same, count in found.values())
+    return sum(same != count for same, count in counts.values())
 
 
 def main() -> None:

@@ -82,10 +82,10 @@ def answers() -> list[str]:
             begun = time.perf_counter()
             expected = by_transformers(live, asked, stop)
             middle = time.perf_counter()
-            found = by_vllm(live, engine, asked, stop)
+            actual = by_vllm(live, engine, asked, stop)
             ended = time.perf_counter()
             cut += differing(expected, whole)
-            apart = differing(expected, found)
+            apart = differing(expected, actual)
             print(
                 f"{name:10} {len(asked) - apart} of {len(asked)} answers are the same, stop texts {list(stop)}; "
                 f"swap {loaded - started:.3f} s, transformers {middle - begun:.3f} s, vLLM {ended - middle:.3f} s"
@@ -175,11 +175,11 @@ Scores = dict[str, dict[str, list[float]]]
 
 def searched(folder: Path, engine: str) -> Scores:
     """Run a search by the command line; the scores of every item, by recipe and split."""
-    file, found = folder / f"{engine}.yaml", folder / engine
+    file, out = folder / f"{engine}.yaml", folder / engine
     file.write_text(yaml.safe_dump(search_file(engine)))
-    subprocess.run([sys.executable, "-m", "evomerge", "search", str(file), "--dir", str(found)], check=True)
+    subprocess.run([sys.executable, "-m", "evomerge", "search", str(file), "--dir", str(out)], check=True)
     scores: Scores = {"search": {}, "held_out": {}}
-    with open_store(found) as store:
+    with open_store(out) as store:
         for row in store.candidates():
             for split, kept in scores.items():
                 for score in store.scores(row.number, split):
@@ -188,14 +188,14 @@ def searched(folder: Path, engine: str) -> Scores:
 
 
 def search(folder: Path) -> list[str]:
-    expected, found = searched(folder, "transformers"), searched(folder, "vllm")
+    expected, actual = searched(folder, "transformers"), searched(folder, "vllm")
     faults = []
     for split, kept in expected.items():
-        shared = kept.keys() & found[split].keys()
-        apart = sum(a != b for key in shared for a, b in zip(kept[key], found[split][key], strict=True))
+        shared = kept.keys() & actual[split].keys()
+        apart = sum(a != b for key in shared for a, b in zip(kept[key], actual[split][key], strict=True))
         print(f"{split}: {apart} of {sum(len(kept[key]) for key in shared)} scores differ, {len(shared)} recipes")
-        if apart or kept.keys() != found[split].keys():
-            lonely = len(kept.keys() ^ found[split].keys())
+        if apart or kept.keys() != actual[split].keys():
+            lonely = len(kept.keys() ^ actual[split].keys())
             faults.append(f"{split}: {apart} scores differ; {lonely} recipes are in one search alone")
         if not shared:
             faults.append(f"{split}: nothing was scored")

@@ -40,8 +40,8 @@ def connect(cluster: Cluster) -> bool:
         ray.shutdown()
         raise
     if cluster.address is None:
-        told = who_listens(listeners(), secured=in_token_mode(), ports=bool(os.environ.get(PORTS_VARIABLE)))
-        print(told, file=sys.stderr)
+        line = who_listens(listeners(), secured=in_token_mode(), ports=bool(os.environ.get(PORTS_VARIABLE)))
+        print(line, file=sys.stderr)
     return True
 
 

@@ -155,9 +155,9 @@ def stage(file: SearchFile, into: Path) -> list[str]:
 
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: moved(each) for key, each in value.items()}
+            return {key: moved(inner) for key, inner in value.items()}
         if isinstance(value, list):
-            return [moved(each) for each in value]
+            return [moved(inner) for inner in value]
         if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value):
             return value
         if value not in copies and _bytes(Path(value)) > _MOST_BYTES:
@@ -174,7 +174,7 @@ def stage(file: SearchFile, into: Path) -> list[str]:
 
 
 def _bytes(path: Path) -> int:
-    return sum(each.stat().st_size for each in ([path] if path.is_file() else path.rglob("*")) if each.is_file())
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def _copy(path: Path, to: Path) -> None:
@@ -227,12 +227,12 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> int:
         asyncio.run(_copy_log(client, job, write))
     except KeyboardInterrupt:
         return INTERRUPTED
-    found = client.get_job_info(job)
-    if found.status == "SUCCEEDED":
+    info = client.get_job_info(job)
+    if info.status == "SUCCEEDED":
         return 0
-    if found.status == "STOPPED":
+    if info.status == "STOPPED":
         return INTERRUPTED
-    return int(found.driver_exit_code or 1)
+    return int(info.driver_exit_code or 1)
 
 
 async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None:
@@ -271,14 +271,14 @@ def running(address: str) -> list[Running]:
     Raises:
         InputError: no job server answers there.
     """
-    found = []
-    for each in job_client(address).list_jobs():
-        metadata = each.metadata or {}
-        if _SEARCH in metadata and not has_ended(each.status):
-            started = (each.start_time or 0) / 1000
+    searches = []
+    for job in job_client(address).list_jobs():
+        metadata = job.metadata or {}
+        if _SEARCH in metadata and not has_ended(job.status):
+            started = (job.start_time or 0) / 1000
             folder = metadata.get(_FOLDER, "")
-            found.append(Running(metadata[_SEARCH], folder, each.submission_id, each.status.value, started))
-    return sorted(found, key=lambda row: row.started)
+            searches.append(Running(metadata[_SEARCH], folder, job.submission_id, job.status.value, started))
+    return sorted(searches, key=lambda row: row.started)
 
 
 def check_secured(job_server: str | None, *, insecure: bool, place: str = "cluster.insecure") -> None:
@@ -327,7 +327,7 @@ def asks_for_token(job_server: str) -> bool | None:
 
 def listeners() -> list[Listener]:
     """The ports that processes started by this one listen on: those of the Ray cluster that it has started."""
-    return sorted(set(_listening()), key=lambda each: (each.process, each.host, each.port))
+    return sorted(set(_listening()), key=lambda listener: (listener.process, listener.host, listener.port))
 
 
 def _listening() -> Iterator[Listener]:
@@ -336,9 +336,9 @@ def _listening() -> Iterator[Listener]:
             name, connections = _role(process.cmdline()), process.net_connections("tcp")
         except psutil.Error:  # it has ended meanwhile, or is somebody else's
             continue
-        for each in connections:
-            if each.status == psutil.CONN_LISTEN:
-                yield Listener(name, each.laddr.ip, each.laddr.port)
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN:
+                yield Listener(name, connection.laddr.ip, connection.laddr.port)
 
 
 def _role(command: Sequence[str]) -> str:
@@ -353,7 +353,7 @@ def _role(command: Sequence[str]) -> str:
     return "worker"
 
 
-def who_listens(found: Sequence[Listener], *, secured: bool, ports: bool) -> str:
+def who_listens(all_listeners: Sequence[Listener], *, secured: bool, ports: bool) -> str:
     """One line for people: whether other machines can reach the cluster of this search, and what that takes.
 
     Args:
@@ -362,13 +362,15 @@ def who_listens(found: Sequence[Listener], *, secured: bool, ports: bool) -> str
     """
     near: dict[str, list[str]] = {}
     far: dict[str, list[str]] = {}
-    for each in found:
-        side = near if each.host in ("127.0.0.1", "::1") else far
-        side.setdefault(each.process, []).append(str(each.port))
+    for listener in all_listeners:
+        side = near if listener.host in ("127.0.0.1", "::1") else far
+        side.setdefault(listener.process, []).append(str(listener.port))
     who = "whoever has its private token" if secured else "anybody: it asks for no token"
     who = who if far else "this machine alone"
     text = f"Ray runs on this machine, open to {who} (docs/cluster.md, Who may get in)"
     if not ports:
         return text
-    sides = ["; ".join(f"{name} {' '.join(each)}" for name, each in side.items()) or "nothing" for side in (far, near)]
+    sides = [
+        "; ".join(f"{name} {' '.join(numbers)}" for name, numbers in side.items()) or "nothing" for side in (far, near)
+    ]
     return f"{text}. On every interface: {sides[0]}. On this machine alone: {sides[1]}."

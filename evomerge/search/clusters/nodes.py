@@ -34,7 +34,7 @@ def needs_of_worker(cluster: Cluster, *nodes: Resources) -> dict[str, float]:
 
 def room(needs: Resources, *nodes: Resources) -> int:
     """How many workers fit; none is spread over two nodes."""
-    return sum(min(int(node.get(kind, 0) / each + 1e-9) for kind, each in needs.items()) for node in nodes)
+    return sum(min(int(node.get(kind, 0) / need + 1e-9) for kind, need in needs.items()) for node in nodes)
 
 
 def worker_limits(cluster: Cluster) -> tuple[int, int | None]:
@@ -56,8 +56,8 @@ def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
     if fitting >= least:
         return fitting if most is None else min(fitting, most)
     have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
-    sums = [f"{least} x {each:g} {kind} = {least * each:g} of {have[kind]:g}" for kind, each in needs.items()]
-    short = [text for text, (kind, each) in zip(sums, needs.items(), strict=True) if least * each > have[kind]]
+    sums = [f"{least} x {need:g} {kind} = {least * need:g} of {have[kind]:g}" for kind, need in needs.items()]
+    short = [text for text, (kind, need) in zip(sums, needs.items(), strict=True) if least * need > have[kind]]
     raise InputError(
         "cluster.workers",
         f"the cluster has too little: {'; '.join(short or sums)}",
@@ -82,10 +82,10 @@ def answers(node: str) -> bool:
     """Whether a node's raylet accepts connections. Ray itself takes 15 s to miss a node that is gone."""
     if ray.util.client.ray.is_connected():
         return True  # a Ray client's process need not reach the nodes
-    for found in ray.nodes():
-        if found["NodeID"] == node:
+    for entry in ray.nodes():
+        if entry["NodeID"] == node:
             try:
-                socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _ANSWER_S).close()
+                socket.create_connection((entry["NodeManagerAddress"], entry["NodeManagerPort"]), _ANSWER_S).close()
             except OSError:
                 return False
             return True
@@ -102,8 +102,8 @@ def words_of(error: RayError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, RayTaskError):
         return lines[-1][:_WORDS]
-    told = [line for line in lines if not re.match(r"(class_name|actor_id|pid|name|namespace|ip): ", line)]
-    return " ".join(told[1:] or told)[:_WORDS]
+    messages = [line for line in lines if not re.match(r"(class_name|actor_id|pid|name|namespace|ip): ", line)]
+    return " ".join(messages[1:] or messages)[:_WORDS]
 
 
 def draining_nodes() -> set[str]:

@@ -19,7 +19,7 @@ FAVOURITE = "favourite"
 
 @dataclass
 class Candidate:
-    """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a landmark's kind, the name
+    """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a baseline's kind, the name
     of the optimizer, or FAVOURITE.
 
     ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an

@@ -1,7 +1,7 @@
 """Confirmation: the choice among the best, made on items that the search never saw.
 
 The best of many noisy scores is mostly luck: of 1,000 equally good candidates, the best looks 4 points better than it
-is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every landmark. More of
+is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every baseline. More of
 the best may be scored there to draw how far search scores fall; they come when the winner is named, and never win.
 
 What decides is the objective, or the scalarisation of several. Several without one have no winner: the best at each and
@@ -32,7 +32,7 @@ _OURS = ("confirming", "paused")  # states that say nothing of the search that i
 
 
 class Confirmation:
-    """Scores the shortlist and the landmarks on the held-out split."""
+    """Scores the shortlist and the baselines on the held-out split."""
 
     def __init__(self, drive: Drive) -> None:
         self._setup = drive.setup
@@ -62,14 +62,14 @@ class Confirmation:
 
     def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         shortlist, drawn = self._freeze()
-        landmarks = [row for row in self._store.candidates(step=0) if row.status in ("done", "cached")]
-        rows = {row.number: row for row in [*landmarks, *shortlist]}
+        baselines = [row for row in self._store.candidates(step=0) if row.status in ("done", "cached")]
+        rows = {row.number: row for row in [*baselines, *shortlist]}
         if not self._score(rows.values(), recipe_of):
             return False
-        wanted = shortlist or landmarks
+        wanted = shortlist or baselines
         if wanted and not any(self._is_scored(row.number) for row in wanted):
             raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
-        # A landmark may win: a search that found nothing better than a source must not name something worse.
+        # A baseline may win: a search that found nothing better than a source must not name something worse.
         self._choose([row.number for row in rows.values() if self._is_scored(row.number)])
         return self._score(drawn, recipe_of)
 
@@ -78,8 +78,10 @@ class Confirmation:
         if not contenders:
             return
         estimates = [self._held_out(number) for number in contenders]
-        misses = np.array([self._setup.violation(each) for each in estimates])
-        among = self._preference.losses([{name: e["mean"] for name, e in each.items()} for each in estimates])
+        misses = np.array([self._setup.violation(by_measure) for by_measure in estimates])
+        among = self._preference.losses(
+            [{name: e["mean"] for name, e in by_measure.items()} for by_measure in estimates]
+        )
         kept = np.flatnonzero(misses == misses.min())
         chosen = {role: contenders[kept[at]] for role, at in self._preference.choose(among[kept], among).items()}
         feasible = bool(misses.min() == 0.0)
@@ -108,31 +110,31 @@ class Confirmation:
         """
         settings = self._setup.confirm
         finds = [*self._store.front(), *self._best(self._preference, settings.top)]
-        found = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
-        shortlist = sorted(found.values(), key=lambda row: row.number)
-        most = [row for each in self._preference.parts for row in self._best(each, settings.drawn)]
-        drawn = list({row.number: row for row in most if row.recipe_hash not in found}.values())
+        by_recipe = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
+        shortlist = sorted(by_recipe.values(), key=lambda row: row.number)
+        most = [row for part in self._preference.parts for row in self._best(part, settings.drawn)]
+        drawn = list({row.number: row for row in most if row.recipe_hash not in by_recipe}.values())
         numbers = [row.number for row in shortlist], [row.number for row in drawn]
         self._store.record_event(Shortlist(candidates=numbers[0], drawn=numbers[1]))
         return shortlist, drawn
 
     def _best(self, preference: Preference, count: int) -> list[CandidateRow]:
         """The best of what the search found, best first."""
-        landmarks = len(self._store.candidates(step=0))
-        return [row for row in ranked(self._store, preference, count + landmarks) if _is_find(row)][:count]
+        baselines = len(self._store.candidates(step=0))
+        return [row for row in ranked(self._store, preference, count + baselines) if _is_find(row)][:count]
 
     def _held_out(self, number: int) -> dict[str, Estimate]:
         """What a model is worth on the held-out split, by objective and constraint."""
-        found = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
+        by_version = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
         return {
-            m.name: mean_and_error(found[self._setup.evaluators[m.evaluator].version][m.metric])
+            m.name: mean_and_error(by_version[self._setup.evaluators[m.evaluator].version][m.metric])
             for m in self._setup.measures
         }
 
     def _is_scored(self, number: int) -> bool:
         """Whether all that objectives and constraints are measured by has held-out scores; the screen needs none."""
-        found = {scores.evaluator for scores in self._store.scores(number, "held_out")}
-        return all(self._setup.evaluators[evaluator].version in found for evaluator in self._setup.counts())
+        versions = {scores.evaluator for scores in self._store.scores(number, "held_out")}
+        return all(self._setup.evaluators[evaluator].version in versions for evaluator in self._setup.counts())
 
     # What the dispatcher reports -----------------------------------------------------------------------------------
 
@@ -167,5 +169,5 @@ class Confirmation:
 
 
 def _is_find(row: CandidateRow) -> bool:
-    """Whether the search found it: a landmark is scored anyway, and must not take the place of a find."""
+    """Whether the search found it: a baseline is scored anyway, and must not take the place of a find."""
     return row.step > 0

@@ -169,10 +169,10 @@ class Dispatcher:
     def _wait(self, timeout_s: float) -> list[Finished]:
         """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
         try:
-            found = self._pool.wait(timeout_s)
-            if found:
+            finished = self._pool.wait(timeout_s)
+            if finished:
                 self._check()
-            return found
+            return finished
         finally:
             for news in self._pool.news():
                 self._report(news)
@@ -216,8 +216,10 @@ class Dispatcher:
     def _submit(self, group: Sequence[Pending]) -> None:
         """Have candidates scored at once. Who is in a group follows from the feed, and not from who is free when."""
         number = group[0].number if len(group) > 1 else None
-        for each in group:
-            self._pool.submit(Job(each.number, each.attempt, each.recipe, each.tasks, number, each.calibrates))
+        for pending in group:
+            self._pool.submit(
+                Job(pending.number, pending.attempt, pending.recipe, pending.tasks, number, pending.calibrates)
+            )
 
     def _end_overdue(self, running: Mapping[int, Pending]) -> None:
         """Have the pool end what has run longer than it may; it comes back as failed."""

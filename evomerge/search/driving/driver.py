@@ -1,4 +1,4 @@
-"""The driver: one search from its first landmark to the end of its budget.
+"""The driver: one search from its first baseline to the end of its budget.
 
 It asks the optimizer for genomes, decodes them, has them scored by a pool, and tells the optimizer: generation after
 generation, or, without a barrier, whenever a worker is free and whenever a candidate is known. It alone writes to the
@@ -63,9 +63,9 @@ class Driver:
         self._step = 0
         self._asked = 0
         self._asked_since_favourite = 0
-        self._landmarks = len(list(setup.space.landmarks()))
-        self._lost_landmarks = 0
-        self._told_items = self._told_candidates = 0  # scored items of the candidates told, landmarks not counted
+        self._baselines = len(list(setup.space.baselines()))
+        self._lost_baselines = 0
+        self._told_items = self._told_candidates = 0  # scored items of the candidates told, baselines not counted
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._kept = Kept(setup)
         self._unchanged = 0.0  # generations since the front or an elite last changed
@@ -76,9 +76,9 @@ class Driver:
         self._started = self._clock()
         self._store.set_state("running")
         if not self._asked:
-            self._ask_landmarks()
-        if self._scoring.landmarks_first and 0 in self._open:  # they are not told yet
-            if not self._scoring.score_landmarks(self.waiting):
+            self._ask_baselines()
+        if self._scoring.baselines_first and 0 in self._open:  # they are not told yet
+            if not self._scoring.score_baselines(self.waiting):
                 return self._end(self._asked_to_end())
             self.tell(self.waiting)
         spent = self._spent() if self._scoring.run(self) else None
@@ -101,8 +101,8 @@ class Driver:
 
     # Asking and telling -------------------------------------------------------------------------------------------
 
-    def _ask_landmarks(self) -> None:
-        marks = list(self._setup.space.landmarks())
+    def _ask_baselines(self) -> None:
+        marks = list(self._setup.space.baselines())
         asked = [self._next(i, mark.kind, mark.genome, mark.recipe) for i, mark in enumerate(marks)]
         self._record_ask(asked, [mark.label for mark in marks])
 
@@ -145,7 +145,7 @@ class Driver:
         """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
         outcomes = self._scoring.conclude(candidates)
         self._ranking.rank(candidates, self._scoring.recent)
-        self._check_landmarks(candidates)
+        self._check_baselines(candidates)
         self._keep(candidates)
         losses = {c.number: c.losses for c in candidates if c.losses is not None}
         self._store.record_tell(
@@ -157,7 +157,7 @@ class Driver:
             outcomes=outcomes,
             niches=self._kept.niches,
         )
-        self._told(candidates)
+        self._learn(candidates)
         self._record_screen()
         self._record_item_response()
 
@@ -168,18 +168,18 @@ class Driver:
 
     def _record_item_response(self) -> None:
         """Write down what is known of item response, if that is new; it is only with each new fit."""
-        if told := dict(self._scoring.predictions.told()):
+        if payload := dict(self._scoring.predictions.summary()):
             before = self._store.events(kinds=("item response",), newest=1)
-            if not before or before[0].payload != told:
-                self._store.record_event(ItemResponse.model_validate(told))
+            if not before or before[0].payload != payload:
+                self._store.record_event(ItemResponse.model_validate(payload))
 
-    def _told(self, candidates: Sequence[Candidate]) -> None:
+    def _learn(self, candidates: Sequence[Candidate]) -> None:
         """Let everything learn that learns from what was told."""
         taught = [c for c in candidates if c.origin != FAVOURITE]
         self.optimizer.tell(
             [self._observed(c, c.genome, c.losses) for c in taught if c.genome is not None and c.losses]
         )
-        self._scoring.learn(candidates, landmarks=candidates[0].step == 0)
+        self._scoring.learn(candidates, baselines=candidates[0].step == 0)
         for c in candidates:
             del self._open[c.number]
             if c.step > 0:
@@ -195,24 +195,24 @@ class Driver:
             feasible=candidate.status != "failed" and self._setup.violation(candidate.objectives) == 0.0,
         )
 
-    def _check_landmarks(self, told: Sequence[Candidate]) -> None:
-        """When every landmark fails, what is wrong is not a merge, and a whole budget would be spent on finding out.
+    def _check_baselines(self, candidates: Sequence[Candidate]) -> None:
+        """When every baseline fails, what is wrong is not a merge, and a whole budget would be spent on finding out.
 
         Raises:
             InputError: with the first failure's message.
         """
-        self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
-        if told[0].step == 0 and self._lost_landmarks == self._landmarks:
+        self._lost_baselines += sum(c.step == 0 and c.status == "failed" for c in candidates)
+        if candidates[0].step == 0 and self._lost_baselines == self._baselines:
             failure = self._store.candidate(0).failure or {}
             raise InputError(
-                "landmarks",
+                "baselines",
                 f"every source and average failed; candidate 0: {failure.get('message')}",
                 f"See {failure['log']} in the folder of the search." if failure.get("log") else "",
             )
 
-    def _keep(self, told: Sequence[Candidate]) -> None:
-        self._kept.take(told)
-        generation = 1.0 if self._setup.mode == "generational" else len(told) / self.optimizer.population
+    def _keep(self, candidates: Sequence[Candidate]) -> None:
+        self._kept.take(candidates)
+        generation = 1.0 if self._setup.mode == "generational" else len(candidates) / self.optimizer.population
         self._unchanged = 0.0 if self._kept.changed else self._unchanged + generation
 
     # Progress -----------------------------------------------------------------------------------------------------
@@ -224,8 +224,8 @@ class Driver:
         known: dict[int, int] = {}
         screen = () if self._setup.screen is None else (self._setup.screen,)
         for measure in (*self._setup.measures, *screen):
-            if (found := candidate.objectives.get(measure.name)) is not None:
-                known[measure.evaluator] = max(found["n"], known.get(measure.evaluator, 0))
+            if (estimate := candidate.objectives.get(measure.name)) is not None:
+                known[measure.evaluator] = max(estimate["n"], known.get(measure.evaluator, 0))
         return sum(known.values())
 
     def _items_to_come(self) -> float | None:
@@ -237,12 +237,12 @@ class Driver:
             return None
         sizes = [sum(counts.values()) for counts in self._setup.rungs[: self._setup.ordinary_rungs]]
         weight = self.optimizer.population
-        each = (self._told_items + weight * sum(sizes) / len(sizes)) / (self._told_candidates + weight)
-        wanted = [sum(self._setup.all_counts().values()) if c.step == 0 else each for c in self._open.values()]
+        per_candidate = (self._told_items + weight * sum(sizes) / len(sizes)) / (self._told_candidates + weight)
+        wanted = [sum(self._setup.all_counts().values()) if c.step == 0 else per_candidate for c in self._open.values()]
         known = [c.table.count for c in self._open.values()]
         ended = [c.finished or bool(c.out) for c in self._open.values()]
         left = sum(max(0.0, w - k) for w, k, over in zip(wanted, known, ended, strict=True) if not over)
-        return left + each * max(0, self._budget.candidates - self._asked)
+        return left + per_candidate * max(0, self._budget.candidates - self._asked)
 
     # Budget -------------------------------------------------------------------------------------------------------
 
@@ -298,11 +298,11 @@ class Driver:
                     self.asked_after = step.seq - 1
                 self._open |= {c.number: c for c in self._replay_ask(step.step)}
             else:
-                told = [self._open[number] for number in step.candidates]
-                self._lost_landmarks += sum(c.step == 0 and c.status == "failed" for c in told)
-                self._ranking.remember(told)
-                self._keep(told)
-                self._told(told)
+                candidates = [self._open[number] for number in step.candidates]
+                self._lost_baselines += sum(c.step == 0 and c.status == "failed" for c in candidates)
+                self._ranking.remember(candidates)
+                self._keep(candidates)
+                self._learn(candidates)
         self._spent_before_s = self._store.search().spent_s
         if self._open:
             for event in self._store.events(kinds=("failure",)):
@@ -315,16 +315,16 @@ class Driver:
     def _scored_by(self, event: EventRow) -> Mapping[int, int]:
         """How many items of each evaluator a candidate had been scored on, by its event "rung" or "result"."""
         if event.kind == "result":
-            landmark = event.candidate is not None and event.candidate < self._landmarks
-            return self._setup.all_counts() if landmark else self._setup.counts()
+            baseline = event.candidate is not None and event.candidate < self._baselines
+            return self._setup.all_counts() if baseline else self._setup.counts()
         items = event.read(Rung).items
         return {i: items[e.version] for i, e in enumerate(self._setup.evaluators) if e.version in items}
 
     def _replay_ask(self, step: int) -> list[Candidate]:
         rows = self._store.candidates(step=step)
         if step == 0:
-            # Whether a landmark is a point of the space may be known better today than when the search began.
-            marks = list(self._setup.space.landmarks())
+            # Whether a baseline is a point of the space may be known better today than when the search began.
+            marks = list(self._setup.space.baselines())
             points = [(row.genome, mark.recipe) for row, mark in zip(rows, marks, strict=False)]
             points += [(mark.genome, mark.recipe) for mark in marks[len(rows) :]]
         else:
@@ -347,14 +347,14 @@ class Driver:
 
     def _restore(self, row: CandidateRow, genome: Genome | None, recipe: Recipe) -> Candidate:
         """A recorded candidate as it was when the store last heard of it."""
-        found = Candidate(row.number, genome, recipe, row.recipe_hash, "", row.step, row.origin, row.attempts)
+        candidate = Candidate(row.number, genome, recipe, row.recipe_hash, "", row.step, row.origin, row.attempts)
         # To be scored again, in place of an attempt that died with its driver.
-        found.status = "asked" if row.status == "running" else row.status
-        found.same_as, found.timings = row.same_as, dict(row.timings)
-        found.objectives, found.losses, found.eligible = row.objectives, row.losses, row.eligible
+        candidate.status = "asked" if row.status == "running" else row.status
+        candidate.same_as, candidate.timings = row.same_as, dict(row.timings)
+        candidate.objectives, candidate.losses, candidate.eligible = row.objectives, row.losses, row.eligible
         if row.losses is None:
-            found.table = ScoreTable.of(self._setup, self._store.scores(row.number, "search"))
-        return found
+            candidate.table = ScoreTable.of(self._setup, self._store.scores(row.number, "search"))
+        return candidate
 
 
 def _drift(place: str, problem: str) -> InputError:

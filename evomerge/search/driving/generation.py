@@ -23,7 +23,7 @@ from evomerge.search.estimation.screening import Screening
 class GenerationScoring(Scoring):
     """Scores one generation after another."""
 
-    landmarks_first = True
+    baselines_first = True
 
     def run(self, proposals: Proposals) -> bool:
         """Generation after generation, until the budget is spent; False when a stop came first."""
@@ -107,6 +107,6 @@ class GenerationScoring(Scoring):
         niches = [next(cells_of(box)) if all(len(bins) == 1 for bins in box) else None for box in boxes]
         best = np.isfinite(losses).all(axis=1) & np.array([niche is None for niche in niches], dtype=np.bool_)
         for niche in set(niches) - {None}:
-            there = np.flatnonzero([each == niche for each in niches])
+            there = np.flatnonzero([other == niche for other in niches])
             best[there] = nondominated(losses[there])
         return [candidates[i] for i in np.flatnonzero(best).tolist()]

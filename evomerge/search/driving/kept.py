@@ -32,12 +32,12 @@ class Kept:
         """What a new candidate must better to be kept: the front, or the elites where an optimizer keeps niches."""
         return self.elites if keeps == "niches" else self.front
 
-    def take(self, told: Sequence[Candidate]) -> None:
+    def take(self, candidates: Sequence[Candidate]) -> None:
         """Take candidates that are told; only those that may be on the front may be elites."""
         front, elites = self.front.niches.keys(), self.elites.niches.keys()
         eligible = {
             c.number: Point(c.losses, self._setup.feature_values(c.objectives))
-            for c in told
+            for c in candidates
             if c.eligible and c.losses is not None
         }
         self.front = self.front.extend({number: Point(point.losses) for number, point in eligible.items()})
@@ -45,6 +45,6 @@ class Kept:
         now = self.elites.niches.keys()
         self.changed = (self.front.niches.keys(), now) != (front, elites)
         if self._setup.features:
-            found = {c.number: self.elites.niche(self._setup.feature_values(c.objectives)) for c in told}
+            by_number = {c.number: self.elites.niche(self._setup.feature_values(c.objectives)) for c in candidates}
             changes = {number: number in now for number in sorted(elites ^ now)}
-            self.niches = Niches({number: niche for number, niche in found.items() if niche is not None}, changes)
+            self.niches = Niches({number: niche for number, niche in by_number.items() if niche is not None}, changes)

@@ -63,10 +63,10 @@ class Ranking:
 
     def _own(self, candidate: Candidate) -> Losses:
         """A candidate's losses by its own estimates; NaN where it has none."""
-        found = [candidate.objectives.get(o.name) for o in self._setup.objectives]
+        estimates = [candidate.objectives.get(o.name) for o in self._setup.objectives]
         losses = [
             math.nan if value is None else o.loss(value["mean"])
-            for o, value in zip(self._setup.objectives, found, strict=True)
+            for o, value in zip(self._setup.objectives, estimates, strict=True)
         ]
         if self._screening is not None and all(math.isnan(loss) for loss in losses):
             screen = self._screening.info

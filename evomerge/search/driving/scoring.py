@@ -40,10 +40,10 @@ class Scoring(ABC):
         logs: folder for the logs of failed attempts.
 
     Attributes:
-        landmarks_first: whether the landmarks must be told before anything else is asked for.
+        baselines_first: whether the baselines must be told before anything else is asked for.
     """
 
-    landmarks_first: bool
+    baselines_first: bool
 
     def __init__(self, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path) -> None:
         self._setup = setup
@@ -51,7 +51,7 @@ class Scoring(ABC):
         self._dispatcher = dispatcher
         self._logs = logs
         self._rungs = setup.rungs
-        self._orders: list[ItemOrder] = [plain_order(each.search_items) for each in setup.evaluators]
+        self._orders: list[ItemOrder] = [plain_order(evaluator.search_items) for evaluator in setup.evaluators]
         self._open: dict[int, Candidate] = {}
         self._by_recipe: dict[str, int] = {}
         self._elite_tables: dict[int, ScoreTable] = {}
@@ -64,42 +64,46 @@ class Scoring(ABC):
     def run(self, proposals: Proposals) -> bool:
         """Score what is proposed until the budget is spent; False when a stop came first."""
 
-    def score_landmarks(self, landmarks: Sequence[Candidate]) -> bool:
-        """Score every landmark on all items; False when a stop came first."""
-        self.begin(landmarks)
-        return self._score_all([(c, self._setup.all_counts()) for c in landmarks])
+    def score_baselines(self, baselines: Sequence[Candidate]) -> bool:
+        """Score every baseline on all items; False when a stop came first."""
+        self.begin(baselines)
+        return self._score_all([(c, self._setup.all_counts()) for c in baselines])
 
-    def learn(self, told: Sequence[Candidate], *, landmarks: bool) -> None:
+    def learn(self, candidates: Sequence[Candidate], *, baselines: bool) -> None:
         """Take candidates that have been told: their scores answer for their recipes from now on.
 
-        Of landmarks also the order of items, by what their scores tell of each.
+        Of baselines also the order of items, by what their scores tell of each.
         """
-        for c in told:
+        for c in candidates:
             self._open.pop(c.number, None)
             self._wanted.pop(c.number, None)
             if c.same_as is None and c.status in ("done", "eliminated"):
                 self._by_recipe[c.recipe_hash] = c.number
-        if landmarks and self._setup.racing is not None:
-            self._learn_items([c for c in told if c.status != "failed"])
+        if baselines and self._setup.racing is not None:
+            self._learn_items([c for c in candidates if c.status != "failed"])
         elif self.predictions.learns:  # the others never look at these scores
-            full = [c.number for c in told if c.status == "done" and c.eligible]
+            full = [c.number for c in candidates if c.status == "done" and c.eligible]
             self.predictions.take([self._recorded_table(number) for number in full], self._orders)
-        self._learn_screen(told)
+        self._learn_screen(candidates)
 
-    def _learn_screen(self, told: Sequence[Candidate]) -> None:
+    def _learn_screen(self, candidates: Sequence[Candidate]) -> None:
         if self.screening is None:
             return
         screen, target = self.screening.info, self._setup.objectives[self.screening.info.objective]
-        known = {c.number: c.objectives for c in told}
-        screened = {n: found[screen.name]["mean"] for n, found in known.items() if screen.name in found}
-        scored = {n: -target.loss(found[target.name]["mean"]) for n, found in known.items() if target.name in found}
+        known = {c.number: c.objectives for c in candidates}
+        screened = {n: estimates[screen.name]["mean"] for n, estimates in known.items() if screen.name in estimates}
+        scored = {
+            n: -target.loss(estimates[target.name]["mean"])
+            for n, estimates in known.items()
+            if target.name in estimates
+        }
         self.screening.remember(screened, scored)
 
-    def _learn_items(self, landmarks: Sequence[Candidate]) -> None:
-        """Put items in order by the landmarks' scores, and take the best landmark to predict scores by."""
-        if not landmarks:
+    def _learn_items(self, baselines: Sequence[Candidate]) -> None:
+        """Put items in order by the baselines' scores, and take the best baseline to predict scores by."""
+        if not baselines:
             return
-        tables = [self._recorded_table(c.number) for c in landmarks]
+        tables = [self._recorded_table(c.number) for c in baselines]
         for evaluator in self._setup.counts():
             # Of measures on one evaluator the one with the most items, and of those the first, says how they differ.
             measures = [m for m in self._setup.measures if m.evaluator == evaluator]
@@ -107,8 +111,8 @@ class Scoring(ABC):
             scores = np.array([table.values(measure) for table in tables], dtype=np.float64)
             self._orders[evaluator] = item_order(scores, self._setup.seed + evaluator)
         first = self._setup.objectives[0]
-        losses = [first.loss(c.objectives[first.name]["mean"]) for c in landmarks]
-        self.predictions.take_landmarks(tables, tables[int(np.argmin(losses))], self._orders)
+        losses = [first.loss(c.objectives[first.name]["mean"]) for c in baselines]
+        self.predictions.take_baselines(tables, tables[int(np.argmin(losses))], self._orders)
 
     def begin(self, candidates: Sequence[Candidate]) -> None:
         """Take candidates that were asked for; those of an interrupted search with what they have been scored on."""
@@ -131,8 +135,8 @@ class Scoring(ABC):
 
     def _score_all(self, wanted: Sequence[tuple[Candidate, Counts]]) -> bool:
         """Score candidates on these items each; False when a stop came first."""
-        found = (self._pending(c, counts) for c, counts in wanted)
-        return self._dispatcher.run(feed_of([pending for pending in found if pending is not None]), self)
+        all_pending = (self._pending(c, counts) for c, counts in wanted)
+        return self._dispatcher.run(feed_of([pending for pending in all_pending if pending is not None]), self)
 
     def _learn_from_same(self, candidate: Candidate, counts: Counts) -> bool:
         """Take what an earlier candidate of the same recipe scored; whether that is all that is wanted.
@@ -164,9 +168,9 @@ class Scoring(ABC):
         if not racing:
             return
         better = self._better([c.table for c in racing], [c.reached for c in racing])
-        found = verdicts(better, keep)
+        masks = verdicts(better, keep)
         ours = {c.number for c in candidates}
-        for c, eliminated, settled in zip(racing, found.eliminated, found.settled, strict=True):
+        for c, eliminated, settled in zip(racing, masks.eliminated, masks.settled, strict=True):
             if c.number in ours and not c.out and c.reached == rung:
                 c.out = "eliminated" if eliminated else "settled" if settled else ""
 
@@ -203,11 +207,11 @@ class Scoring(ABC):
         if not elites.axes:
             return ()
         assert self._setup.racing is not None  # without it every value is of all items, and nobody asks
-        found = self._estimates(candidate.table, candidate.reached)
+        estimates = self._estimates(candidate.table, candidate.reached)
         reach = float(special.ndtri((1 + self._setup.racing.confidence) / 2))
         bounds = []
         for feature in self._setup.features:
-            value = found.get(feature.name)
+            value = estimates.get(feature.name)
             if value is None or math.isnan(value["mean"]):
                 bounds.append(UNKNOWN)
             elif value["n"] >= feature.items:
@@ -244,10 +248,10 @@ class Scoring(ABC):
 
     def _losses(self, candidate: Candidate) -> list[float]:
         """What a candidate's losses are by the items of the rung that it reached; inf where it misses a constraint."""
-        found = self._estimates(candidate.table, candidate.reached)
-        if self._setup.violation(found) > 0.0:
+        estimates = self._estimates(candidate.table, candidate.reached)
+        if self._setup.violation(estimates) > 0.0:
             return [math.inf] * len(self._setup.objectives)
-        return [o.loss(found[o.name]["mean"]) for o in self._setup.objectives]
+        return [o.loss(estimates[o.name]["mean"]) for o in self._setup.objectives]
 
     def _leads(self, candidate: Candidate, rivals: Grid) -> bool:
         """Whether a candidate is feasible and no rival is as good in every objective, by what is known now."""
@@ -269,14 +273,14 @@ class Scoring(ABC):
 
     def _estimates(self, table: ScoreTable, rung: int) -> dict[str, Estimate]:
         """What a candidate is worth by the items up to a rung; by the screen alone for -1."""
-        found: dict[str, Estimate | None] = {}
+        estimates: dict[str, Estimate | None] = {}
         if rung >= 0:
             seen = table.within(self._setup, self._orders, self._rungs[rung])
             for m in self._setup.measures:
-                found[m.name] = estimate(m, seen, self._orders[m.evaluator], self.predictions.of(m))
+                estimates[m.name] = estimate(m, seen, self._orders[m.evaluator], self.predictions.of(m))
         if (screen := self._setup.screen) is not None:
-            found[screen.name] = estimate(screen, table, self._orders[screen.evaluator], None)
-        return {name: value for name, value in found.items() if value is not None}
+            estimates[screen.name] = estimate(screen, table, self._orders[screen.evaluator], None)
+        return {name: value for name, value in estimates.items() if value is not None}
 
     # Scores -------------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class SteadyScoring(Scoring):
         self.back: deque[Candidate] = deque()
         self.recent = deque(maxlen=RECENT * population)
         self._told_last: deque[Candidate] = deque(maxlen=RECENT * population)
-        self.landmarks_first = setup.racing is not None  # which needs what they tell of items
+        self.baselines_first = setup.racing is not None  # which needs what they tell of items
 
     def run(self, proposals: Proposals) -> bool:
         """A new candidate whenever a worker is free, until the budget is spent; False when a stop came first."""
@@ -146,10 +146,10 @@ class SteadyScoring(Scoring):
     def _recent_points(self) -> dict[int, Point]:
         return {c.number: Point(c.losses) for c in self.recent if c.losses is not None and c.out != "screened"}
 
-    def learn(self, told: Sequence[Candidate], *, landmarks: bool) -> None:
-        super().learn(told, landmarks=landmarks)
-        self.recent.extend(c for c in told if c.status != "failed" and not landmarks)
-        self._told_last.extend(c for c in told if not landmarks)
+    def learn(self, candidates: Sequence[Candidate], *, baselines: bool) -> None:
+        super().learn(candidates, baselines=baselines)
+        self.recent.extend(c for c in candidates if c.status != "failed" and not baselines)
+        self._told_last.extend(c for c in candidates if not baselines)
 
     # After an interruption ----------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class SteadyScoring(Scoring):
         self.begin(open_)
         events = self._store.events(since=asked_after, kinds=("ask", "dispatch", *_ENDS))
         dispatched = {e.candidate: e.read(Dispatch) for e in events if e.kind == "dispatch"}
-        decided = {n: race for n, each in dispatched.items() if n in self._open and (race := each.decided)}
+        decided = {n: race for n, dispatch in dispatched.items() if n in self._open and (race := dispatch.decided)}
         for c in open_:
             if c.number in decided:
                 self._decide_again(c, decided[c.number])

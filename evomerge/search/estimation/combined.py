@@ -70,51 +70,53 @@ class Combined:
 
     def __init__(self, mix: Scalarisation | None, objectives: Sequence[Scored], scale: Range | None = None) -> None:
         """``scale`` is the range of these models unless it is given."""
-        losses = np.stack([-each.scores.mean(axis=0) for each in objectives], axis=1)
-        found = scale or Range.of(losses) or Range(np.zeros(losses.shape[1]), np.ones(losses.shape[1]))
+        losses = np.stack([-objective.scores.mean(axis=0) for objective in objectives], axis=1)
+        span = scale or Range.of(losses) or Range(np.zeros(losses.shape[1]), np.ones(losses.shape[1]))
         self._objectives = objectives
-        self.means: Matrix = -(losses[:, 0] if mix is None else mix(losses, found.best, found.worst))
-        self._slopes: Matrix = np.ones_like(losses) if mix is None else mix.slopes(losses, found.best, found.worst)
+        self.means: Matrix = -(losses[:, 0] if mix is None else mix(losses, span.best, span.worst))
+        self._slopes: Matrix = np.ones_like(losses) if mix is None else mix.slopes(losses, span.best, span.worst)
 
     @cached_property
     def _deviations(self) -> dict[int, Matrix]:
         """By set of items float64 [items, models]: by how much an item's part in the number is above that of all."""
-        found: dict[int, Matrix] = {}
-        for place, each in enumerate(self._objectives):
-            if each.is_exact:
+        deviations: dict[int, Matrix] = {}
+        for place, objective in enumerate(self._objectives):
+            if objective.is_exact:
                 continue
-            size = max(len(other.scores) for other in self._objectives if other.items == each.items)
+            size = max(len(other.scores) for other in self._objectives if other.items == objective.items)
             own = np.zeros((size, len(self.means)))
             # Fewer items weigh more each, and the others say nothing.
-            own[: len(each.scores)] = (each.scores - each.scores.mean(axis=0)) * (size / len(each.scores))
-            found[each.items] = found.get(each.items, 0.0) + self._slopes[:, place] * own
-        return found
+            own[: len(objective.scores)] = (objective.scores - objective.scores.mean(axis=0)) * (
+                size / len(objective.scores)
+            )
+            deviations[objective.items] = deviations.get(objective.items, 0.0) + self._slopes[:, place] * own
+        return deviations
 
     @property
     def errors(self) -> Matrix:
         """The standard errors, float64 [models]; NaN where an objective has one item."""
         variance = np.zeros(len(self.means))
-        for each in self._deviations.values():
-            n = len(each)
-            variance += (each**2).sum(axis=0) / (n * (n - 1)) if n > 1 else math.nan
+        for matrix in self._deviations.values():
+            n = len(matrix)
+            variance += (matrix**2).sum(axis=0) / (n * (n - 1)) if n > 1 else math.nan
         return np.sqrt(variance)
 
     def differences(self, pairs: Pairs, confidence: float, seed: int) -> list[Corrected]:
         """By how much the first of each pair is better than the other, with intervals that hold all at once."""
         ours, theirs = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
-        deviations = {key: each[:, ours] - each[:, theirs] for key, each in self._deviations.items()}
+        deviations = {key: matrix[:, ours] - matrix[:, theirs] for key, matrix in self._deviations.items()}
         means = self.means[ours] - self.means[theirs]
         if not deviations:
             return [Corrected(mean, mean, mean, 1.0) for mean in means.tolist()]
         typical = {key: np.zeros(len(pairs)) for key in deviations}
         bound = 0.0
-        for place, each in enumerate(self._objectives):
+        for place, objective in enumerate(self._objectives):
             largest = np.maximum(self._slopes[ours, place], self._slopes[theirs, place])
-            between = each.scores[:, ours] - each.scores[:, theirs]
-            if each.is_exact:
+            between = objective.scores[:, ours] - objective.scores[:, theirs]
+            if objective.is_exact:
                 bound = math.inf
                 continue
-            typical[each.items] += largest**2 * typical_squares(between)
+            typical[objective.items] += largest**2 * typical_squares(between)
             bound += float(largest.max()) * bound_of(between)
         if np.ptp(self._slopes, axis=0).any():
             bound = math.inf  # no sum
@@ -125,17 +127,17 @@ class Combined:
     def difference(self, one: int, other: int, confidence: float) -> Difference:
         """By how much one is better than another, with an interval of its own."""
         mean = float(self.means[one] - self.means[other])
-        deviations = [each[:, one] - each[:, other] for each in self._deviations.values()]
+        deviations = [matrix[:, one] - matrix[:, other] for matrix in self._deviations.values()]
         return sum_interval(mean, deviations, confidence) if deviations else Difference(mean, mean, mean)
 
     def deviations_of(self, weights: Matrix) -> list[Matrix]:
         """By set of items float64 [items]: by how much an item's part in a weighted sum of these models is above that
         of all; ``weights`` is [models].
         """
-        return [each @ weights for each in self._deviations.values()]
+        return [matrix @ weights for matrix in self._deviations.values()]
 
     def luck(self, models: Sequence[int], seed: int) -> float:
         """How much better than it is the best of these models looks because it was chosen by this number."""
         chosen = list(models)
-        values = [each[:, chosen] for each in self._deviations.values() if len(each) > 1]
+        values = [matrix[:, chosen] for matrix in self._deviations.values() if len(matrix) > 1]
         return luck_of_choice([values[0] + self.means[chosen], *values[1:]], seed) if values else 0.0

@@ -111,8 +111,8 @@ def fit(responses: Matrix) -> ItemModel:
         return _loss(y, flat, centre)
 
     with one_thread():
-        found = optimize.minimize(loss, np.concatenate([ability, easiness, np.ones(n)]), jac=True, method="L-BFGS-B")
-    ability, easiness, slope = np.split(found.x, [models, models + n])
+        optimum = optimize.minimize(loss, np.concatenate([ability, easiness, np.ones(n)]), jac=True, method="L-BFGS-B")
+    ability, easiness, slope = np.split(optimum.x, [models, models + n])
     return ItemModel(easiness, slope, ability, low, width)
 
 

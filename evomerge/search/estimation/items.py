@@ -1,9 +1,9 @@
 """The order in which items are scored: a stratified sample that favours the items on which models differ.
 
-An item that every landmark solves, or none, says little of a merge of them. So items are divided into strata by how
-much the landmarks' scores differ, and every stratum gets its part of each rung by Neyman's rule, n_h ~ N_h S_h
+An item that every baseline solves, or none, says little of a merge of them. So items are divided into strata by how
+much the baselines' scores differ, and every stratum gets its part of each rung by Neyman's rule, n_h ~ N_h S_h
 (Cochran, Sampling Techniques, 3rd ed. 1977, eq. 5.26). No stratum is left out: estimates stay unbiased because each is
-weighted by its size (``racing.py``), and an item that all landmarks agree on may still tell two merges apart.
+weighted by its size (``racing.py``), and an item that all baselines agree on may still tell two merges apart.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from evomerge.optimizers.base import random_state
 from evomerge.search.estimation.racing import Sample
 
 STRATA = 3
-"""Items on which the landmarks agree, and two halves of the others by how much they differ."""
+"""Items on which the baselines agree, and two halves of the others by how much they differ."""
 
 PRIOR_MODELS = 1.0
-"""Weight, in models, of the average item in an item's variance: a few landmarks that agree prove little."""
+"""Weight, in models, of the average item in an item's variance: a few baselines that agree prove little."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def plain_order(count: int) -> ItemOrder:
 
 
 def item_order(scores: NDArray[np.float64], seed: int) -> ItemOrder:
-    """Order items by what the landmarks' scores say of them.
+    """Order items by what the baselines' scores say of them.
 
     Args:
-        scores: float64 [models, n], each landmark's score of every item.
+        scores: float64 [models, n], each baseline's score of every item.
         seed: decides which items of a stratum come first.
     """
     models, count = scores.shape
@@ -75,7 +75,7 @@ def item_order(scores: NDArray[np.float64], seed: int) -> ItemOrder:
 
 
 def _strata(variances: NDArray[np.float64]) -> NDArray[np.int64]:
-    """0 where the landmarks agree; the others halved by rank, equal variances together."""
+    """0 where the baselines agree; the others halved by rank, equal variances together."""
     strata = np.zeros(len(variances), dtype=np.int64)
     differ = variances > 0
     if differ.any():

@@ -1,6 +1,6 @@
-"""What a candidate's scores on a few items predict of all the others: by the best landmark, or by item response.
+"""What a candidate's scores on a few items predict of all the others: by the best baseline, or by item response.
 
-The best landmark and not the best candidate: one that leads was chosen by the items that come first, does better on
+The best baseline and not the best candidate: one that leads was chosen by the items that come first, does better on
 these than on the others, and would make whatever is estimated by its scores look worse than it is.
 """
 
@@ -38,7 +38,7 @@ class Predictions:
         return self._setup.racing is not None and self._setup.racing.estimate == "item_response"
 
     def of(self, measure: MeasureInfo) -> Prediction | None:
-        """What predicts a measure's scores; None before the landmarks are known."""
+        """What predicts a measure's scores; None before the baselines are known."""
         if self._reference is None:
             return None
         known = self._reference.values(measure).astype(np.float64)
@@ -50,10 +50,10 @@ class Predictions:
 
         return by_reference
 
-    def take_landmarks(self, landmarks: Sequence[ScoreTable], best: ScoreTable, orders: Sequence[ItemOrder]) -> None:
-        """Take the landmarks that were scored, and the best of them."""
+    def take_baselines(self, baselines: Sequence[ScoreTable], best: ScoreTable, orders: Sequence[ItemOrder]) -> None:
+        """Take the baselines that were scored, and the best of them."""
         self._reference = best
-        self.take(landmarks, orders)
+        self.take(baselines, orders)
 
     def take(self, scored: Sequence[ScoreTable], orders: Sequence[ItemOrder]) -> None:
         """Take models that were scored on every item; fits again when there are enough new ones."""
@@ -66,19 +66,19 @@ class Predictions:
                 self._fit(measure, orders[measure.evaluator])
 
     def _fit(self, measure: MeasureInfo, order: ItemOrder) -> None:
-        assert self._reference is not None  # landmarks come before any other candidate
+        assert self._reference is not None  # baselines come before any other candidate
         responses = np.array([table.values(measure) for table in self._scored], dtype=np.float64)
         items = order.positions[: self._setup.rungs[0][measure.evaluator]].astype(np.int64)
         subset = np.sort(items[items < measure.items])
         if len(subset) == measure.items:  # always scored whole
             return
         reference = self._reference.values(measure).astype(np.float64)
-        found = held_out_error(responses, [subset], order, reference)
-        self.errors[measure.name] = found
+        error = held_out_error(responses, [subset], order, reference)
+        self.errors[measure.name] = error
         self._models.pop(measure.name, None)
-        if found.item_response < found.reference:
+        if error.item_response < error.reference:
             self._models[measure.name] = fit(responses)
 
-    def told(self) -> Mapping[str, object]:
+    def summary(self) -> Mapping[str, object]:
         """What is known of the item models, for the record."""
         return {name: asdict(error) | {"used": name in self._models} for name, error in self.errors.items()}

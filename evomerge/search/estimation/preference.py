@@ -124,23 +124,23 @@ class Preference:
         rows = losses[known]
         if self.decides:
             return {BEST: int(known[self.order(rows, rows if among is None else among).argmin()])}
-        found = {}
+        by_role = {}
         for place, name in enumerate(self.objectives):
             others = rows[:, np.arange(rows.shape[1]) != place]
             # Of equals in this objective the one that is best in the next, so that it is never a dominated one.
             keys = [*others.T[::-1], rows[:, place]]
-            found[best_at(name)] = int(known[np.lexsort(keys)[0]])
-        return found | {KNEE: int(known[self._knee(rows, rows if among is None else among)])}
+            by_role[best_at(name)] = int(known[np.lexsort(keys)[0]])
+        return by_role | {KNEE: int(known[self._knee(rows, rows if among is None else among)])}
 
     def _knee(self, rows: Losses, among: Losses) -> int:
         """The row that is the knee. Where none is better than the line through the ends of the front, as of a front of
         two, the one is taken that gives away least of what ``among`` spans.
         """
-        found, all_ = knee(rows), among[np.isfinite(among).all(axis=1)]
+        row, all_ = knee(rows), among[np.isfinite(among).all(axis=1)]
         sums = self.order(rows, rows)
         best, worst = all_.min(axis=0), all_.max(axis=0)
         lost = ((rows - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1)
-        equal = np.flatnonzero(nondominated(rows) & (sums <= sums[found] + _EQUAL))
+        equal = np.flatnonzero(nondominated(rows) & (sums <= sums[row] + _EQUAL))
         return int(equal[lost[equal].argmin()])
 
 
@@ -174,14 +174,14 @@ def best_so_far(store: Store, preference: Preference) -> list[tuple[int, float]]
 
 def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], Losses, NDArray[np.bool_], Losses]:
     """The numbers of eligible candidates with scores of their own, their losses, and whether they are on the front;
-    and the losses of the front and the landmarks, which give the range of objectives in every place.
+    and the losses of the front and the baselines, which give the range of objectives in every place.
     """
     known = summaries.columns(store, ("number", "eligible", "same_as", "on_front", "step"))
     losses = np.full((len(known["number"]), len(preference.objectives)), np.nan)
     for place, (name, up) in enumerate(preference.objectives.items()):
-        found = summaries.measured(store, name)
-        there = found.numbers < len(losses)  # else it came after the columns were read
-        losses[found.numbers[there], place] = (-1.0 if up else 1.0) * found.means[there]
+        measured = summaries.measured(store, name)
+        there = measured.numbers < len(losses)  # else it came after the columns were read
+        losses[measured.numbers[there], place] = (-1.0 if up else 1.0) * measured.means[there]
     own = np.array([same is None for same in known["same_as"]], dtype=np.bool_)
     eligible = own & np.array(known["eligible"], dtype=np.bool_)
     numbers = np.flatnonzero(eligible & np.isfinite(losses).all(axis=1))

@@ -107,8 +107,8 @@ def _shares_of_variance(sample: Sample) -> Matrix:
 
 def _variances(values: Matrix, sample: Sample) -> Matrix:
     """float64 [H]: the variance of scores [k] in each stratum; 0 where there is one or none."""
-    found = [values[sample.strata == h] for h in range(len(sample.population))]
-    return np.array([each.var(ddof=1) if len(each) > 1 else 0.0 for each in found])
+    by_stratum = [values[sample.strata == h] for h in range(len(sample.population))]
+    return np.array([scores.var(ddof=1) if len(scores) > 1 else 0.0 for scores in by_stratum])
 
 
 def surely_less(values: Matrix, sample: Sample, confidence: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -172,6 +172,6 @@ def surely_better(objectives: Sequence[Matrix], samples: Sequence[Sample], confi
         objectives: for each, losses float64 [candidates, k] of the items that all of them are scored on.
         samples: for each, which items these are.
     """
-    found = [surely_less(values, sample, confidence) for values, sample in zip(objectives, samples, strict=True)]
-    less, no_more = (np.array(masks) for masks in zip(*found, strict=True))
+    pairs = [surely_less(values, sample, confidence) for values, sample in zip(objectives, samples, strict=True)]
+    less, no_more = (np.array(masks) for masks in zip(*pairs, strict=True))
     return np.asarray(no_more.all(axis=0) & less.any(axis=0))

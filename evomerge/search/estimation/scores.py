@@ -32,10 +32,10 @@ def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Sco
 
 def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Answers]:
     """What the model wrote, in the store's form; nothing of what the search does not keep."""
-    found = zip(tasks, result.answers, strict=True) if result.answers else ()
+    pairs = zip(tasks, result.answers, strict=True) if result.answers else ()
     return [
         Answers(setup.evaluators[task.evaluator].version, task.split, list(texts), list(texts.values()))
-        for task, texts in found
+        for task, texts in pairs
         if texts and setup.answers in ("all", task.split)
     ]
 
@@ -62,8 +62,8 @@ class ScoreTable:
     def of(cls, setup: Setup, scores: Sequence[Scores]) -> Self:
         """The table of a recorded candidate."""
         table, versions = cls(), [evaluator.version for evaluator in setup.evaluators]
-        for each in scores:
-            table.add(setup, versions.index(each.evaluator), each.items, each.metrics)
+        for row in scores:
+            table.add(setup, versions.index(row.evaluator), row.items, row.metrics)
         return table
 
     def add(
@@ -94,12 +94,12 @@ class ScoreTable:
 
     def scores(self, setup: Setup) -> list[Scores]:
         """In the store's form, items rising."""
-        found = []
+        scores = []
         for evaluator, metrics in sorted(self._values.items()):
             known = np.flatnonzero(~np.isnan(next(iter(metrics.values())))).astype(np.int32)
             kept = {metric: values[known] for metric, values in metrics.items()}
-            found.append(Scores(setup.evaluators[evaluator].version, "search", known, kept))
-        return found
+            scores.append(Scores(setup.evaluators[evaluator].version, "search", known, kept))
+        return scores
 
     def take(self, setup: Setup, other: ScoreTable, evaluator: int, positions: NDArray[np.int32]) -> None:
         """Enter what another table knows of an evaluator's items at these positions."""
@@ -141,13 +141,13 @@ def estimate(measure: MeasureInfo, table: ScoreTable, order: ItemOrder, predict:
     sample = order.sample(known.astype(np.int32), measure.items)
     scores = values[known].astype(np.float64)
     if predict is None:
-        found, all_scores = stratified_estimate(scores, sample), scores
+        raw, all_scores = stratified_estimate(scores, sample), scores
     else:
         predicted = predict(known, scores)
-        found = difference_estimate(scores, known, predicted, sample)
+        raw = difference_estimate(scores, known, predicted, sample)
         all_scores = np.concatenate([scores, predicted])
-    mean = float(np.clip(found["mean"], all_scores.min(), all_scores.max()))
-    return Estimate(mean=mean, stderr=found["stderr"] if len(scores) > 1 else math.nan, n=found["n"])
+    mean = float(np.clip(raw["mean"], all_scores.min(), all_scores.max()))
+    return Estimate(mean=mean, stderr=raw["stderr"] if len(scores) > 1 else math.nan, n=raw["n"])
 
 
 def missing_tasks(table: ScoreTable, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:

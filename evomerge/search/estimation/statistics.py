@@ -118,16 +118,16 @@ def simultaneous_sums(
         typical: for each set float64 [comparisons], as ``typical_squares`` gives it.
         bound: how far from 0 a difference can be.
     """
-    sizes = [len(each) for each in deviations]
+    sizes = [len(matrix) for matrix in deviations]
     if min(sizes) < 2:
         return [Corrected(mean, math.nan, math.nan, math.nan) for mean in means.tolist()]
-    if not means.any() and not any(each.any() for each in deviations):
+    if not means.any() and not any(matrix.any() for matrix in deviations):
         return [Corrected(mean, mean, mean, 1.0) for mean in means.tolist()]
     # Columns whose squares sum to the variance of their mean.
-    scaled = [each / math.sqrt(n * (n - 1)) for n, each in zip(sizes, deviations, strict=True)]
-    variances = np.stack([(each**2).sum(axis=0) for each in scaled])
+    scaled = [matrix / math.sqrt(n * (n - 1)) for n, matrix in zip(sizes, deviations, strict=True)]
+    variances = np.stack([(columns**2).sum(axis=0) for columns in scaled])
     variance = variances.sum(axis=0)
-    least = sum(np.asarray(each) / (n * (n - 1)) for n, each in zip(sizes, typical, strict=True))
+    least = sum(np.asarray(squares) / (n * (n - 1)) for n, squares in zip(sizes, typical, strict=True))
     largest = _largest_t(scaled, variances, seed)
     critical = float(np.quantile(largest, confidence))
     reach = critical * np.sqrt(variance + critical**2 * least)
@@ -138,7 +138,7 @@ def simultaneous_sums(
     as_large = _DRAWS - np.searchsorted(largest, np.sqrt(t_squared), side="left")
     p = (1 + as_large) / (1 + _DRAWS)
     low, high = np.maximum(means - reach, -bound), np.minimum(means + reach, bound)
-    return [Corrected(*map(float, found)) for found in zip(means, low, high, p, strict=True)]
+    return [Corrected(*map(float, values)) for values in zip(means, low, high, p, strict=True)]
 
 
 def typical_squares(differences: Matrix) -> Matrix:
@@ -174,9 +174,9 @@ def _largest_t(scaled: Sequence[Matrix], variances: Matrix, seed: int) -> Matrix
     variance = variances.sum(axis=0)
     flat = variance == 0
     errors = np.sqrt(np.where(flat, 1.0, variance))
-    draws = sum((_noise(each / errors, random) for each in scaled), start=np.zeros((_DRAWS, len(variance))))
+    draws = sum((_noise(columns / errors, random) for columns in scaled), start=np.zeros((_DRAWS, len(variance))))
     draws[:, flat] = random.standard_normal((_DRAWS, int(flat.sum())))
-    freedom = _freedom(variances[:, ~flat], [len(each) for each in scaled])
+    freedom = _freedom(variances[:, ~flat], [len(columns) for columns in scaled])
     return np.sort(np.abs(draws).max(axis=1) / np.sqrt(random.chisquare(freedom, _DRAWS) / freedom))
 
 
@@ -209,14 +209,14 @@ def luck_of_choice(values: Sequence[Matrix], seed: int) -> float:
         seed: of the draws.
     """
     count = values[0].shape[1]
-    if min(len(each) for each in values) < 2 or count < 2:
+    if min(len(scores) for scores in values) < 2 or count < 2:
         return 0.0
     random = np.random.default_rng(seed)
     means, noise = np.zeros(count), np.zeros((_DRAWS, count))
-    for each in values:
-        n, own = len(each), each.mean(axis=0)
+    for scores in values:
+        n, own = len(scores), scores.mean(axis=0)
         means += own
-        noise += _noise((each - own) / math.sqrt(n * (n - 1)), random)
+        noise += _noise((scores - own) / math.sqrt(n * (n - 1)), random)
     best = np.argmax(means + noise, axis=1)
     return max(0.0, math.sqrt(2) * float(np.take_along_axis(noise, best[:, None], axis=1).mean()))
 
@@ -228,12 +228,12 @@ def sum_interval(mean: float, deviations: Sequence[Matrix], confidence: float) -
         mean: the sum.
         deviations: for each set of items float64 [items], by how much its part in the sum is above that of all.
     """
-    if min(len(each) for each in deviations) < 2:
+    if min(len(part) for part in deviations) < 2:
         return Difference(mean, math.nan, math.nan)
-    variances = np.array([float(each.var(ddof=1)) / len(each) for each in deviations])
+    variances = np.array([float(part.var(ddof=1)) / len(part) for part in deviations])
     if not variances.any():
         return Difference(mean, mean, mean)
-    freedom = _freedom(variances[:, None], [len(each) for each in deviations])
+    freedom = _freedom(variances[:, None], [len(part) for part in deviations])
     reach = float(special.stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variances.sum())
     return Difference(mean, mean - reach, mean + reach)
 

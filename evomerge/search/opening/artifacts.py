@@ -154,8 +154,8 @@ class Artifacts:
 
     def _changed(self) -> Iterator[Path]:
         """The files that are not as they were copied; the store last, and before it the last file of a model folder."""
-        found = [file for file in self._folder.rglob("*") if self._belongs(file)]
-        for file in sorted(found, key=lambda file: (file.name == STORE_NAME, file.name == "config.json", file)):
+        files = [file for file in self._folder.rglob("*") if self._belongs(file)]
+        for file in sorted(files, key=lambda file: (file.name == STORE_NAME, file.name == "config.json", file)):
             if self._copied.get(file) != _looks(file):
                 yield file
 
@@ -180,8 +180,8 @@ class Artifacts:
 
 def _looks(file: Path) -> object:
     """Changes whenever the content does; of a database, most of it is in the log beside it."""
-    beside = [each for each in (file, file.with_name(f"{file.name}-wal")) if each.exists()]
-    return [(each.stat().st_size, each.stat().st_mtime_ns) for each in beside]
+    beside = [path for path in (file, file.with_name(f"{file.name}-wal")) if path.exists()]
+    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in beside]
 
 
 def _is_sqlite(file: Path) -> bool:

@@ -133,11 +133,11 @@ def _record(storage: Storage) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(content)
-        _holder(found), found["token"], found["state"]
+        record: dict[str, Any] = json.loads(content)
+        _holder(record), record["token"], record["state"]
     except (ValueError, LookupError, TypeError):
         raise InputError(storage.url, f"holds a {RECORD} of something else", "Choose another prefix.") from None
-    return found
+    return record
 
 
 def _holder(record: dict[str, Any]) -> Holder:

@@ -89,8 +89,8 @@ def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
     """
     search = store.search()
     settings, known = prepared.file.model_dump(mode="json"), fingerprints_of(prepared)
-    told = any(step.kind == "tell" for step in store.steps())
-    if store.has_scores() or not (told or (search.settings, search.fingerprints) != (settings, known)):
+    has_tell = any(step.kind == "tell" for step in store.steps())
+    if store.has_scores() or not (has_tell or (search.settings, search.fingerprints) != (settings, known)):
         return False
     write_settings(folder, settings)
     store.begin_again(settings=settings, fingerprints=known, environment=environment(), items=_item_texts(prepared))
@@ -191,7 +191,7 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
     """What a search was started on, as JSON data: files of its sources, its evaluators, and its measures resolved."""
     setup = prepared.setup
 
-    def told(measure: MeasureInfo) -> dict[str, Any]:
+    def resolved(measure: MeasureInfo) -> dict[str, Any]:
         return asdict(measure) | {"version": setup.evaluators[measure.evaluator].version}
 
     return {
@@ -200,10 +200,10 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
             asdict(info) | {"items": _digests(evaluator)}
             for info, evaluator in zip(setup.evaluators, prepared.evaluators, strict=True)
         ],
-        "objectives": [told(objective) for objective in setup.objectives],
-        "constraints": [told(constraint) for constraint in setup.constraints],
-        "features": [told(feature) for feature in setup.features],
-        "screen": None if setup.screen is None else told(setup.screen),
+        "objectives": [resolved(objective) for objective in setup.objectives],
+        "constraints": [resolved(constraint) for constraint in setup.constraints],
+        "features": [resolved(feature) for feature in setup.features],
+        "screen": None if setup.screen is None else resolved(setup.screen),
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
         "calibration": None if prepared.calibration is None else prepared.calibration.digest,
     }
@@ -235,15 +235,15 @@ def make_pool(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> P
 
 def contents_of(files: Mapping[str, Files]) -> dict[str, str]:
     """A digest of what each source holds."""
-    return {name: content_digest(each) for name, each in files.items()}
+    return {name: content_digest(source_files) for name, source_files in files.items()}
 
 
 def environment() -> dict[str, str]:
     """The versions of what decides a search's numbers."""
-    found = {}
+    versions = {}
     for library in _LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -150,7 +150,7 @@ class RayPool:
             ready, _ = ray.wait(pending, num_returns=1, timeout=0 if finished else timeout_s)
             if ready:  # take everything that has ended by now, not only the first
                 ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
-            finished += [each for call in ready if call in self._calls for each in self._collect(call)]
+            finished += [done for call in ready if call in self._calls for done in self._collect(call)]
             for call in ready:
                 if call in self._starting:
                     self._greet(call)
@@ -217,7 +217,7 @@ class RayPool:
         here = Counter(worker.node for worker in self._workers.values())
         free = {node: self._free(node, here[node]) for node in self._nodes}
         left = math.inf if self._most is None else self._most - sum(here[node] for node in self._nodes)
-        while left > 0 and free and (node := max(free, key=lambda each: free[each])) and free[node] > 0:
+        while left > 0 and free and (node := max(free, key=lambda n: free[n])) and free[node] > 0:
             self._hire(node)
             free[node] -= 1
             left -= 1
@@ -227,7 +227,7 @@ class RayPool:
         now = time.monotonic()
         self._silent = {node: since for node, since in self._silent.items() if now - since < _SILENT_S}
         before, draining_before = self._nodes, self._draining
-        self._nodes = {node: found for node, found in usable_nodes().items() if node not in self._silent}
+        self._nodes = {node: resources for node, resources in usable_nodes().items() if node not in self._silent}
         if self._nodes.keys() != before.keys():
             self._names = node_names()
         self._draining = draining_nodes()
@@ -281,12 +281,12 @@ class RayPool:
         """A worker has its place, or has loaded; or has failed to."""
         worker = self._starting.pop(call)
         try:
-            found = ray.get(call)
+            result = ray.get(call)
         except RayError as error:
             self._fail_to_start(worker, error)
             return
         if worker.phase == "placing":
-            worker.node, worker.phase = found, "placed"
+            worker.node, worker.phase = result, "placed"
         else:
             worker.phase = "idle"
             self._idle.append(worker)
@@ -346,8 +346,8 @@ class RayPool:
         for job in jobs:
             self._began.pop((job.candidate, job.attempt))
         try:
-            found = ray.get(call)
-            finished = cast(list[Finished], found if self._together > 1 else [found])
+            returned = ray.get(call)
+            finished = cast(list[Finished], returned if self._together > 1 else [returned])
         except RayError as error:  # its process, its node or its owner is gone; a task error is of our own making
             reason, words = self._blame(worker, error), words_of(error)
             message = f"its node is gone or about to go: {words}" if reason == "node_lost" else words
@@ -355,14 +355,14 @@ class RayPool:
             self._drop(worker, "worker dropped" if reason == "error" else "worker died", message)
             return self._failed(worker, jobs, failure)
         worker.phase = "idle"
-        results = [each.result for each in finished]
-        if died := [each for each in results if isinstance(each, Failed) and each.reason == "worker_died"]:
+        results = [done.result for done in finished]
+        if died := [result for result in results if isinstance(result, Failed) and result.reason == "worker_died"]:
             self._drop(worker, "worker dropped", died[0].message)  # it says so of itself
         elif worker.node not in self._nodes:
             self._drop(worker, "worker dropped", "its node is gone or about to go")
         else:
             self._idle.append(worker)
-        return [replace(each, worker=self._name(worker)) for each in finished]
+        return [replace(done, worker=self._name(worker)) for done in finished]
 
     def _failed(self, worker: _Hired, jobs: Sequence[Job], failure: Failed) -> list[Finished]:
         return [Finished(job.candidate, job.attempt, self._name(worker), failure) for job in jobs]
@@ -381,6 +381,6 @@ class RayPool:
         if self._workers or self._ended:
             return
         self._look()  # there may be another node by now, or a pause may be over
-        able = [node for node, found in self._nodes.items() if room(self._needs, found)]
+        able = [node for node, resources in self._nodes.items() if room(self._needs, resources)]
         if not self._workers and able and all(self._starts.is_hopeless(node) for node in able):
             raise InputError("cluster", f"no worker could be started: {self._starts.last_words}")

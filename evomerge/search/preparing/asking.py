@@ -67,8 +67,8 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
                 yield f"{place}: {again} of {len(items)} {_NAMES[split]} items repeat another one"
             sizes = [len(item.question) + len(item.answer) for item in items]
             asked = partial(_asked, evaluator, reader, place, split)
-            if told := told_too_long(list(too_long(asked, sizes))):
-                yield f"{place}: {told}"
+            if warning := told_too_long(list(too_long(asked, sizes))):
+                yield f"{place}: {warning}"
 
 
 def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[Shown]:

@@ -47,12 +47,14 @@ class Evaluators:
         """
         wanted = file.evaluators()
         settings = distinct(wanted)
-        return cls(wanted, settings, tuple(_build(_first_place(wanted, each), each, tries) for each in settings))
+        return cls(wanted, settings, tuple(_build(_first_place(wanted, s), s, tries) for s in settings))
 
     @property
     def named(self) -> dict[str, Evaluator]:
         """Each evaluator by the first place in the search file that names it."""
-        return {_first_place(self.wanted, s): each for s, each in zip(self.settings, self.opened, strict=True)}
+        return {
+            _first_place(self.wanted, s): evaluator for s, evaluator in zip(self.settings, self.opened, strict=True)
+        }
 
     def resolve(self, file: SearchFile, place: str) -> Resolved:
         """What a measure is of.
@@ -87,15 +89,15 @@ class Evaluators:
 
 def distinct(wanted: Mapping[str, EvaluatorSettings]) -> tuple[EvaluatorSettings, ...]:
     """The settings that differ, in the order that jobs refer to their evaluators."""
-    found: list[EvaluatorSettings] = []
+    unique: list[EvaluatorSettings] = []
     for settings in wanted.values():
-        if settings not in found:
-            found.append(settings)
-    return tuple(found)
+        if settings not in unique:
+            unique.append(settings)
+    return tuple(unique)
 
 
 def _first_place(wanted: Mapping[str, EvaluatorSettings], settings: EvaluatorSettings) -> str:
-    return next(place for place, each in wanted.items() if each == settings)
+    return next(place for place, other in wanted.items() if other == settings)
 
 
 def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:

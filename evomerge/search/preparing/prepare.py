@@ -196,32 +196,34 @@ def _check_together(
             why = "reads merged weights, and candidates that are scored together are never merged"
             raise InputError("together", f"{evaluator.name} {why}", hint)
     middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
-    for recipe in (*(mark.recipe for mark in space.landmarks()), space.decode(middle)):
+    for recipe in (*(mark.recipe for mark in space.baselines()), space.decode(middle)):
         if problem := low_rank_problem(recipe, sources):
             raise InputError("together", problem, hint)
 
 
 def _objective(file: SearchFile, name: str, evaluators: Evaluators) -> ObjectiveInfo:
     objective = file.objectives[name]
-    found = evaluators.resolve(file, f"objectives.{name}")
-    maximise = found.higher_is_better if objective.direction is None else objective.direction == "maximize"
-    return ObjectiveInfo(name, found.evaluator, objective.metric, maximise, found.items)
+    resolved = evaluators.resolve(file, f"objectives.{name}")
+    maximise = resolved.higher_is_better if objective.direction is None else objective.direction == "maximize"
+    return ObjectiveInfo(name, resolved.evaluator, objective.metric, maximise, resolved.items)
 
 
 def _constraint(file: SearchFile, name: str, evaluators: Evaluators) -> ConstraintInfo:
     constraint = file.constraints[name]
-    found = evaluators.resolve(file, f"constraints.{name}")
+    resolved = evaluators.resolve(file, f"constraints.{name}")
     least = constraint.at_least is not None
     threshold = constraint.at_least if constraint.at_least is not None else constraint.at_most
     assert threshold is not None  # the search file has checked that there is one
-    return ConstraintInfo(name, found.evaluator, constraint.metric, least, found.items, threshold)
+    return ConstraintInfo(name, resolved.evaluator, constraint.metric, least, resolved.items, threshold)
 
 
 def _feature(file: SearchFile, name: str, evaluators: Evaluators) -> FeatureInfo:
     feature = file.features[name]
-    found = evaluators.resolve(file, f"features.{name}")
+    resolved = evaluators.resolve(file, f"features.{name}")
     (low, high), bins = feature.range, feature.bins
-    return FeatureInfo(name, found.evaluator, feature.metric, found.higher_is_better, found.items, low, high, bins)
+    return FeatureInfo(
+        name, resolved.evaluator, feature.metric, resolved.higher_is_better, resolved.items, low, high, bins
+    )
 
 
 def _check_niches(file: SearchFile, setup: Setup) -> None:
@@ -240,9 +242,9 @@ def _screen(file: SearchFile, evaluators: Evaluators) -> ScreenInfo | None:
     screen = file.screen
     if screen is None:
         return None
-    found = evaluators.resolve(file, "screen")
+    resolved = evaluators.resolve(file, "screen")
     objective = list(file.objectives).index(screen.objective) if screen.objective is not None else 0
     return ScreenInfo(
-        "screen", found.evaluator, screen.metric, found.higher_is_better, found.items,
+        "screen", resolved.evaluator, screen.metric, resolved.higher_is_better, resolved.items,
         objective=objective, least_tau=screen.least_tau, drop=screen.drop,
     )  # fmt: skip

@@ -153,8 +153,8 @@ class Setup:
         """By how much estimates miss the constraints, in all; 0 when they keep them. What is not estimated is not held
         against a candidate.
         """
-        found = ((each, objectives.get(each.name)) for each in self.constraints)
-        return sum(constraint.violation(value["mean"]) for constraint, value in found if value is not None)
+        pairs = ((constraint, objectives.get(constraint.name)) for constraint in self.constraints)
+        return sum(constraint.violation(value["mean"]) for constraint, value in pairs if value is not None)
 
     @property
     def rungs(self) -> list[Counts]:
@@ -186,7 +186,7 @@ class Setup:
         return [Task(e, split, range(count)) for e, count in sorted(self.all_counts().items())]
 
     def all_counts(self) -> Counts:
-        """How many items of the search split a landmark is scored on: all that anything wants, the screen's too."""
+        """How many items of the search split a baseline is scored on: all that anything wants, the screen's too."""
         counts = dict(self.counts())
         if self.screen is not None:
             counts[self.screen.evaluator] = max(self.screen.items, counts.get(self.screen.evaluator, 0))

@@ -48,7 +48,7 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
     """The search space of a search file, for sources of these depths; see ``SpaceContext``.
 
     Raises:
-        InputError: settings that do not fit the sources, or a budget that the landmarks alone spend.
+        InputError: settings that do not fit the sources, or a budget that the baselines alone spend.
     """
     context = SpaceContext(
         sources=file.sources,
@@ -64,11 +64,11 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
         calibration=None if file.calibration is None else file.calibration.read().digest,
     )
     space = file.space.build(context)
-    landmarks = len(list(space.landmarks()))
-    if file.budget.candidates is not None and file.budget.candidates < landmarks:
+    baselines = len(list(space.baselines()))
+    if file.budget.candidates is not None and file.budget.candidates < baselines:
         what = "each source, their average, the method's defaults"
-        problem = f"is {file.budget.candidates}; the landmarks alone are {landmarks} ({what})"
-        hint = f"Give {landmarks} or more; what is beyond them is searched."
+        problem = f"is {file.budget.candidates}; the baselines alone are {baselines} ({what})"
+        hint = f"Give {baselines} or more; what is beyond them is searched."
         raise InputError("budget.candidates", problem, hint)
     return space
 
@@ -82,7 +82,7 @@ def _check_space(file: SearchFile) -> None:
             find_method(method, "space.method")
         return
     space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
-    axes = [Feature(name, *each.range, each.bins) for name, each in file.features.items()]
+    axes = [Feature(name, *feature.range, feature.bins) for name, feature in file.features.items()]
     file.optimizer.check(space.parameters, len(file.objectives), "optimizer", axes)
 
 

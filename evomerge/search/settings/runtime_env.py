@@ -31,7 +31,7 @@ def runtime_env_of(cluster: Cluster) -> dict[str, Any]:
                 f"cluster.runtime_env.{key}", "is not a key that is known here", f"Known: {', '.join(known)}."
             )
     try:
-        found: dict[str, Any] = RuntimeEnv(**cluster.runtime_env).to_dict()
+        env: dict[str, Any] = RuntimeEnv(**cluster.runtime_env).to_dict()
     except (TypeError, ValueError, OSError) as error:
         raise InputError("cluster.runtime_env", " ".join(str(error).split())) from None
-    return {key: value for key, value in found.items() if not key.startswith("_")}
+    return {key: value for key, value in env.items() if not key.startswith("_")}

@@ -147,14 +147,14 @@ class SearchFile(Section):
     @property
     def measures(self) -> dict[str, Measure]:
         """Everything that names an evaluator, by its place in the file; objectives come first."""
-        found: dict[str, Measure] = {f"objectives.{name}": objective for name, objective in self.objectives.items()}
-        found |= {f"constraints.{name}": constraint for name, constraint in self.constraints.items()}
-        found |= {f"features.{name}": feature for name, feature in self.features.items()}
-        return found if self.screen is None else found | {"screen": self.screen}
+        by_place: dict[str, Measure] = {f"objectives.{name}": objective for name, objective in self.objectives.items()}
+        by_place |= {f"constraints.{name}": constraint for name, constraint in self.constraints.items()}
+        by_place |= {f"features.{name}": feature for name, feature in self.features.items()}
+        return by_place if self.screen is None else by_place | {"screen": self.screen}
 
     def evaluators(self) -> dict[str, EvaluatorSettings]:
         """The evaluator settings of each measure, by the measure's place; equal settings mean one evaluator."""
-        found = {}
+        by_place = {}
         for place, measure in self.measures.items():
             settings = evaluator_settings(measure.evaluator, f"{place}.evaluator")
             keys = measure.evaluator_keys
@@ -164,10 +164,10 @@ class SearchFile(Section):
             }  # fmt: skip
             keys |= {key: value for key, value in shared.items() if key in settings.model_fields}
             try:
-                found[place] = settings.model_validate(keys)
+                by_place[place] = settings.model_validate(keys)
             except ValidationError as error:
                 raise explain(error, place, settings, keys, ".") from None
-        return found
+        return by_place
 
 
 def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
@@ -206,9 +206,13 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "space": parsed.space.at(root.resolve()),
         "task_folders": folders,
         "data_folder": Path(os.path.realpath(root / parsed.data_folder)),
-        "objectives": {n: _at(root.resolve(), f"objectives.{n}", each) for n, each in parsed.objectives.items()},
-        "constraints": {n: _at(root.resolve(), f"constraints.{n}", each) for n, each in parsed.constraints.items()},
-        "features": {n: _at(root.resolve(), f"features.{n}", each) for n, each in parsed.features.items()},
+        "objectives": {
+            n: _at(root.resolve(), f"objectives.{n}", objective) for n, objective in parsed.objectives.items()
+        },
+        "constraints": {
+            n: _at(root.resolve(), f"constraints.{n}", constraint) for n, constraint in parsed.constraints.items()
+        },
+        "features": {n: _at(root.resolve(), f"features.{n}", feature) for n, feature in parsed.features.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
     }
     if parsed.calibration is not None:

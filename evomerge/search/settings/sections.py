@@ -17,6 +17,7 @@ from pydantic import (
 from evomerge.calibration import Calibration, read_calibration
 from evomerge.faults import NAME_PATTERN
 from evomerge.prices import Prices
+from evomerge.store.record import Estimate
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
@@ -125,13 +126,13 @@ class Racing(Section):
 
     ``rungs`` are numbers of items, rising. At each one the candidates whose place is clear, with ``confidence`` in each
     comparison, leave the race. The last rung ends it for all but those that challenge the best: these go on to all
-    items. ``estimate`` says what predicts the scores of items that were not scored: the best ``landmark``, or a model
+    items. ``estimate`` says what predicts the scores of items that were not scored: the best ``baseline``, or a model
     of ``item_response``, which is used only while it is found to be the better of the two.
     """
 
     rungs: tuple[Annotated[int, Field(ge=10, le=10**8)], ...] = Field(min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
-    estimate: Literal["landmark", "item_response"] = "landmark"
+    estimate: Estimate = "baseline"
 
     @field_validator("rungs")
     @classmethod
@@ -142,7 +143,7 @@ class Racing(Section):
 
 
 class Budget(Section):
-    """When the search ends: whichever comes first. Landmarks and cached candidates count as candidates.
+    """When the search ends: whichever comes first. Baselines and cached candidates count as candidates.
 
     ``patience`` counts generations in which the front did not change. ``cost`` is money, in ``cluster.currency``: what
     workers cost by the prices of ``cluster`` for as long as they are held.
@@ -161,7 +162,7 @@ class Budget(Section):
 
 
 class Confirm(Section):
-    """What is scored on the held-out split at the end: the front, the ``top`` of the search, the landmarks.
+    """What is scored on the held-out split at the end: the front, the ``top`` of the search, the baselines.
 
     ``drawn`` of the best by what decides, or of a front by each objective, are scored there too, once the winner is
     named, to draw the winner's curse alone. ``confidence`` is that of all intervals of an objective together.

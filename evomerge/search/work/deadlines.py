@@ -110,10 +110,10 @@ def recorded_attempts(
 
 def _items(tasks: Sequence[Task]) -> dict[int, int]:
     """Number of items by evaluator."""
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for task in tasks:
-        found[task.evaluator] = found.get(task.evaluator, 0) + len(task.indices)
-    return found
+        counts[task.evaluator] = counts.get(task.evaluator, 0) + len(task.indices)
+    return counts
 
 
 def _share(ours: Mapping[int, int], theirs: Mapping[int, int]) -> float:

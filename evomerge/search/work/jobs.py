@@ -128,5 +128,5 @@ class PoolNews:
     @property
     def payload(self) -> dict[str, str]:
         """What the event says beside its kind."""
-        told = {"node": self.node, "worker": self.worker, "why": self.why}
-        return {name: value for name, value in told.items() if value}
+        content = {"node": self.node, "worker": self.worker, "why": self.why}
+        return {name: value for name, value in content.items() if value}

@@ -89,7 +89,7 @@ class Attempt:
     def measured(self) -> Measured:
         """The result, once all tasks are graded."""
         graded = [self._graded[number] for number in range(len(self._tasks))]
-        return Measured([each.scores for each in graded], self.seconds, [dict(each.answers) for each in graded])
+        return Measured([task.scores for task in graded], self.seconds, [dict(task.answers) for task in graded])
 
 
 def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Attempt, int]]:
@@ -154,11 +154,11 @@ def failure(error: BaseException) -> Failed:
     log = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
     if isinstance(error, NotFiniteError):
         return Failed("not_finite", str(error))
-    told = printable(f"{type(error).__name__}: {error}".removesuffix(": "))
+    message = printable(f"{type(error).__name__}: {error}".removesuffix(": "))
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return Failed("out_of_memory", printable(str(error)) or told, log)
+        return Failed("out_of_memory", printable(str(error)) or message, log)
     if type(error).__name__ == "AcceleratorError":  # after one, CUDA fails every later call of this process
         return Failed("worker_died", printable(str(error)))
-    return Failed("error", told, log)
+    return Failed("error", message, log)

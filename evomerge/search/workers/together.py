@@ -114,7 +114,7 @@ class Together:
 
     def _shares(self, candidates: Sequence[_Candidate]) -> list[Tensor]:
         """What rows of each candidate are mixed by, in the order of their numbers, which are given here."""
-        found: list[Tensor] = []
+        all_shares: list[Tensor] = []
         for candidate in candidates:
             try:
                 own = coefficients(candidate.job.recipe, self._sources, self._family)
@@ -122,9 +122,9 @@ class Together:
             except Exception as error:
                 candidate.result = failure(error)
             else:
-                candidate.number = len(found)
-                found.append(shares)
-        return found
+                candidate.number = len(all_shares)
+                all_shares.append(shares)
+        return all_shares
 
     def _begin(self, candidate: _Candidate) -> None:
         """Have the candidate's evaluators say what they ask."""
@@ -148,7 +148,7 @@ class Together:
 
     def _answer_at_once(self, candidates: Sequence[_Candidate]) -> None:
         of = {id(candidate.attempt): candidate for candidate in candidates}
-        for attempt, number in answered(self._engine, [each.attempt for each in candidates if each.attempt]):
+        for attempt, number in answered(self._engine, [c.attempt for c in candidates if c.attempt]):
             candidate = of[id(attempt)]
             if candidate.result is None and attempt.can_grade(number):
                 candidate.guarded(partial(attempt.grade, number))

@@ -61,7 +61,7 @@ class Worker:
         space: SearchSpace,
     ) -> Worker:
         builders = Builders(build_context(file, sources, evidence, space.layer_buffers))
-        builders.start({landmark.recipe.kind for landmark in space.landmarks()})
+        builders.start({baseline.recipe.kind for baseline in space.baselines()})
         return cls(name, builders, evaluators)
 
     def run(self, job: Job) -> Finished:

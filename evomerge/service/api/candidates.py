@@ -78,14 +78,14 @@ def compare(
 ) -> Compared:
     """Two candidates in every objective and constraint, and item by item in one: the first unless another is named."""
     _check(store, a, b)
-    comparisons = [found for found in compared(store, a, b) if found.split == split]
+    comparisons = [comparison for comparison in compared(store, a, b) if comparison.split == split]
     measure = measure_named(store.search(), objective)
     items = items_of(store, (a, b), split, measure)
     return Compared(comparisons=comparisons, objective=measure.name, items=[_compared(item) for item in items])
 
 
 def _compared(item: Item) -> ComparedItem:
-    a, b = (Side(score=each.score, answer=each.answer) for each in item.answered)
+    a, b = (Side(score=answered.score, answer=answered.answer) for answered in item.answered)
     return ComparedItem(item=item.number, text=item.text, gold=item.right, a=a, b=b)
 
 

@@ -37,5 +37,5 @@ def one(name: str, export: ExportName, exports: ExportsDependency) -> bodies.Exp
 @router.get("/{export}/files/{path:path}", response_class=FileResponse)
 def file(name: str, export: ExportName, path: str, exports: ExportsDependency) -> FileResponse:
     """A file of an export that is done, to be saved."""
-    found = exports.file(name, export, path)
-    return FileResponse(found, media_type="application/octet-stream", filename=found.name)
+    exported = exports.file(name, export, path)
+    return FileResponse(exported, media_type="application/octet-stream", filename=exported.name)

@@ -124,8 +124,8 @@ def confirm(name: str, store: StoreDependency, drivers: DriversDependency) -> To
 def log(name: str, file: Annotated[str, InPath(max_length=200)], root: RootDependency) -> FileResponse:
     """A log: driver.log, or that of a candidate, such as c0042.log."""
     folder = root.folder_of(name)
-    found = contained(folder, file if file == LOG_NAME else f"{LOGS_NAME}/{file}")
-    return FileResponse(found, media_type="text/plain; charset=utf-8")
+    log_file = contained(folder, file if file == LOG_NAME else f"{LOGS_NAME}/{file}")
+    return FileResponse(log_file, media_type="text/plain; charset=utf-8")
 
 
 def _check_text(text: str, root: Root, folders: Sequence[Path]) -> None:

@@ -28,30 +28,32 @@ _MOST = 1000
 @router.get("")
 def sources(settings: SettingsDependency) -> Sources:
     """The model folders and adapters that lie in the allowed folders."""
-    found: dict[Path, Found] = {}
+    by_path: dict[Path, Found] = {}
     for folder in settings.sources:
-        for path, each in _models(folder, _DEPTH):
-            found.setdefault(path, each)
-            if len(found) >= _MOST:
+        for path, source in _models(folder, _DEPTH):
+            by_path.setdefault(path, source)
+            if len(by_path) >= _MOST:
                 break
-    models = {path.resolve(): each for path, each in found.items() if each.adapter_of is None}
+    models = {path.resolve(): source for path, source in by_path.items() if source.adapter_of is None}
     listed = [
-        each if each.adapter_of is None else _with_base(path, each, each.adapter_of, models)
-        for path, each in found.items()
+        source if source.adapter_of is None else _with_base(path, source, source.adapter_of, models)
+        for path, source in by_path.items()
     ]
-    return Sources(sources=sorted(listed, key=lambda each: (each.adapter_of is not None, each.reference or each.name)))
+    return Sources(
+        sources=sorted(listed, key=lambda source: (source.adapter_of is not None, source.reference or source.name))
+    )
 
 
-def _with_base(adapter: Path, found: Found, base: str, models: Mapping[Path, Found]) -> Found:
+def _with_base(adapter: Path, source: Found, base: str, models: Mapping[Path, Found]) -> Found:
     """An adapter with the reference by which it is merged: on a model that is here, or on the hub.
 
     A model is known by its path, from here or from the adapter's folder, or by its folder's name if no other has it.
     """
     here = [models.get(Path(os.path.realpath(place / base))) for place in (Path.cwd(), adapter)]
-    named = [each for each in models.values() if each.name == Path(base).name]
-    model = next((each for each in here if each is not None), named[0] if len(named) == 1 else None)
+    named = [model for model in models.values() if model.name == Path(base).name]
+    model = next((model for model in here if model is not None), named[0] if len(named) == 1 else None)
     on = model.reference if model is not None else base if is_hub_id(base) else None
-    return found.model_copy(update={"reference": None if on is None else f"{on}+{adapter}"})
+    return source.model_copy(update={"reference": None if on is None else f"{on}+{adapter}"})
 
 
 _INSPECTION = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Inspection"}}}}
@@ -77,31 +79,31 @@ def _models(folder: Path, depth: int) -> Iterator[tuple[Path, Found]]:
     """Model folders and adapters in a folder, links not followed."""
     try:
         str(folder).encode()
-        inner = sorted(each for each in folder.iterdir() if not each.name.startswith(".") and not each.is_symlink())
-        found, folders = _found(folder, inner), [each for each in inner if each.is_dir()]
+        inner = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_symlink())
+        source, folders = _source_in(folder, inner), [path for path in inner if path.is_dir()]
     except (OSError, ValueError, InputError):  # not ours to read, no text, or another program's config.json
         return
-    if found is not None:
-        yield folder, found
+    if source is not None:
+        yield folder, source
     elif depth:
-        for each in folders:
-            yield from _models(each, depth - 1)
+        for path in folders:
+            yield from _models(path, depth - 1)
 
 
-def _found(folder: Path, inner: Sequence[Path]) -> Found | None:
+def _source_in(folder: Path, inner: Sequence[Path]) -> Found | None:
     """What a folder with these files holds; None of neither a model nor an adapter."""
-    files = {each.name for each in inner if each.is_file()}
-    size = sum(each.stat().st_size for each in inner if each.suffix == ".safetensors")
+    files = {path.name for path in inner if path.is_file()}
+    size = sum(path.stat().st_size for path in inner if path.suffix == ".safetensors")
     if "config.json" in files:
-        kind = _told(folder / "config.json", "model_type")
+        kind = _config_text(folder / "config.json", "model_type")
         return Found(name=folder.name, reference=str(folder), model_type=kind, bytes=size)
     if "adapter_config.json" in files:
         config = folder / "adapter_config.json"
-        kind, base = _told(config, "peft_type"), _told(config, "base_model_name_or_path")
+        kind, base = _config_text(config, "peft_type"), _config_text(config, "base_model_name_or_path")
         return Found(name=folder.name, reference=None, model_type=kind, bytes=size, adapter_of=base)
     return None
 
 
-def _told(config: Path, key: str) -> str:
+def _config_text(config: Path, key: str) -> str:
     content = read_json(config, config.name)
     return printable(str(content.get(key) if isinstance(content, dict) else None), 200)

@@ -38,16 +38,16 @@ def metrics(root: RootDependency, drivers: DriversDependency) -> str:
     spent = gauge("search_spent_seconds", "Seconds in which a driver was at work.")
     candidates = gauge("search_candidates", "Candidates by status.", "status")
     best = gauge("search_best", "The best mean of the first objective on the search split so far.", "objective")
-    for each in summaries_of(root, drivers):
-        state.labels(each.name, each.state).set(1)
-        driven.labels(each.name).set(each.driver)
-        spent.labels(each.name).set(each.spent_s)
-        for status, count in each.counts.model_dump().items():
-            candidates.labels(each.name, status).set(count)
-        for objective in each.objectives[:1]:
-            mean = None if each.best is None else each.best.objectives[objective.name].mean
+    for summary in summaries_of(root, drivers):
+        state.labels(summary.name, summary.state).set(1)
+        driven.labels(summary.name).set(summary.driver)
+        spent.labels(summary.name).set(summary.spent_s)
+        for status, count in summary.counts.model_dump().items():
+            candidates.labels(summary.name, status).set(count)
+        for objective in summary.objectives[:1]:
+            mean = None if summary.best is None else summary.best.objectives[objective.name].mean
             if mean is not None:
-                best.labels(each.name, objective.name).set(mean)
+                best.labels(summary.name, objective.name).set(mean)
     return generate_latest(registry).decode()
 
 

@@ -29,7 +29,7 @@ _PANEL = 340  # pixels of one plot of several
 
 _CONFIRMED = Mark(BLUE, "circle", 8)
 _DRAWN = Mark(BLUE, "circle-open", 8)
-_LANDMARK = Mark(ORANGE, "diamond", 9)
+_BASELINE = Mark(ORANGE, "diamond", 9)
 _WINNER = Mark(GREEN, "star", 15)
 _KEPT, _MISSED = Mark(BLUE, "circle", 5), Mark(PINK, "x-thin-open", 7)
 
@@ -39,43 +39,44 @@ def curse(store: Store) -> go.Figure:
 
     On the diagonal a candidate is as good as it looked. Bars are standard errors.
     """
-    panels = {found.objective: _curse(found) for found in curse_of(store).all if found.points}
+    panels = {curse.objective: _curse(curse) for curse in curse_of(store).all if curse.points}
     if not panels:
         return figure(notes=["No candidate has held-out scores yet."])
     return stacked(panels, _PANEL) if len(panels) > 1 else next(iter(panels.values()))
 
 
-def _curse(found: Curse) -> go.Figure:
+def _curse(curse: Curse) -> go.Figure:
     """The picture of one number."""
     groups = (
-        ("shortlist", _CONFIRMED, [p for p in found.found if p.confirmed and not p.winner]),
-        ("drawn only", _DRAWN, [p for p in found.found if not p.confirmed and not p.winner]),
-        ("landmarks", _LANDMARK, [p for p in found.landmarks if not p.winner]),
-        ("winner", _WINNER, [p for p in found.points if p.winner]),
+        ("shortlist", _CONFIRMED, [p for p in curse.candidates if p.confirmed and not p.winner]),
+        ("drawn only", _DRAWN, [p for p in curse.candidates if not p.confirmed and not p.winner]),
+        ("baselines", _BASELINE, [p for p in curse.baselines if not p.winner]),
+        ("winner", _WINNER, [p for p in curse.points if p.winner]),
     )
-    traces = [*_lines(found), *(_points(name, mark, points) for name, mark, points in groups if points)]
-    title = f"{found.objective} {'↑' if found.maximise else '↓'}"
+    traces = [*_lines(curse), *(_points(name, mark, points) for name, mark, points in groups if points)]
+    title = f"{curse.objective} {'↑' if curse.maximise else '↓'}"
     return figure(
         traces,
-        notes=curse_text(found),
+        notes=curse_text(curse),
         height=400,
         xaxis={"title": {"text": safe(f"{title} on search items")}},
         yaxis={"title": {"text": "on held-out items"}},
     )
 
 
-def _lines(found: Curse) -> list[go.Scatter]:
+def _lines(curse: Curse) -> list[go.Scatter]:
     """The diagonal, and the regression among what was found."""
-    means = [value.mean for point in found.points for value in (point.search, point.held_out)]
+    means = [value.mean for point in curse.points for value in (point.search, point.held_out)]
     ends = [min(means), max(means)]
     look = {"color": GREY, "width": 1.2, "dash": "dash"}
     lines = [go.Scatter(x=ends, y=ends, mode="lines", name="as good as it looked", line=look, hoverinfo="skip")]
-    if found.slope is not None:
+    if curse.slope is not None:
         x, y = (
-            [value.mean for value in side] for side in zip(*((p.search, p.held_out) for p in found.found), strict=True)
+            [value.mean for value in side]
+            for side in zip(*((p.search, p.held_out) for p in curse.candidates), strict=True)
         )
         at = [min(x), max(x)]
-        heights = [float(np.mean(y) + found.slope * (end - np.mean(x))) for end in at]
+        heights = [float(np.mean(y) + curse.slope * (end - np.mean(x))) for end in at]
         look = {"color": BLUE, "width": 2}
         lines.append(go.Scatter(x=at, y=heights, mode="lines", name="regression", line=look, hoverinfo="skip"))
     return lines
@@ -107,28 +108,28 @@ def _words(point: Point) -> str:
 
 def constraints(store: Store) -> go.Figure:
     """Each constraint over the candidates, with its threshold; those that miss it have another shape."""
-    found = columns_of(store)
-    limits = constraints_of(found.search.record)
+    columns = columns_of(store)
+    limits = constraints_of(columns.search.record)
     if not limits:
         return figure(notes=["The search has no constraints."])
     rows = make_subplots(rows=len(limits), shared_xaxes=True)
-    wanted = {m.name: m.items for m in found.measures}
+    wanted = {m.name: m.items for m in columns.measures}
     drawn, all_ = 0, 0
     for row, (name, limit) in enumerate(limits.items(), start=1):
-        means, errors, items = found.measured(store, name)
-        known = np.isfinite(means) & found.own
-        shown = thinned(known, found.landmark | found.on_front, MOST_POINTS)
+        means, errors, items = columns.measured(store, name)
+        known = np.isfinite(means) & columns.own
+        shown = thinned(known, columns.baseline | columns.on_front, MOST_POINTS)
         drawn, all_ = max(drawn, int(shown.sum())), max(all_, int(known.sum()))
         kept = means >= limit.threshold if limit.at_least else means <= limit.threshold
         for title, mark, mask in (("kept", _KEPT, shown & kept), ("missed", _MISSED, shown & ~kept)):
             words = [
-                f"<b>{safe(found.names[i])}</b><br>"
+                f"<b>{safe(columns.names[i])}</b><br>"
                 + safe(value_text(name, means[i], errors[i], items[i], wanted[name]))
                 for i in np.flatnonzero(mask).tolist()
             ]
             points = go.Scatter(
-                x=found.numbers[mask], y=means[mask], mode="markers", name=title, legendgroup=title,
-                showlegend=row == 1, marker=markers(mark, opacity=0.7), customdata=found.numbers[mask],
+                x=columns.numbers[mask], y=means[mask], mode="markers", name=title, legendgroup=title,
+                showlegend=row == 1, marker=markers(mark, opacity=0.7), customdata=columns.numbers[mask],
                 hovertext=words, hoverinfo="text",
             )  # fmt: skip
             rows.add_trace(points, row=row, col=1)

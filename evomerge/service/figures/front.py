@@ -61,41 +61,41 @@ def front(store: Store, x: str | None = None, y: str | None = None) -> go.Figure
     Raises:
         KeyError: ``x`` or ``y`` is no objective of the search.
     """
-    found = columns_of(store)
-    return _Front(store, found, *_axes(store, found, x, y)).draw()
+    columns = columns_of(store)
+    return _Front(store, columns, *_axes(store, columns, x, y)).draw()
 
 
-def _axes(store: Store, found: Columns, x: str | None, y: str | None) -> tuple[_Axis, _Axis]:
+def _axes(store: Store, columns: Columns, x: str | None, y: str | None) -> tuple[_Axis, _Axis]:
     def axis(measure: Measure) -> _Axis:
-        means, errors, _ = found.measured(store, measure.name)
+        means, errors, _ = columns.measured(store, measure.name)
         return _Axis(measure, means, errors)
 
-    if len(found.objectives) == 1:
-        numbers = found.numbers.astype(np.float64)
-        return _Axis(None, numbers, np.full(len(numbers), np.nan)), axis(found.objective(y or x))
-    first, second = (found.objectives[i].name if name is None else name for i, name in enumerate((x, y)))
-    return axis(found.objective(first)), axis(found.objective(second))
+    if len(columns.objectives) == 1:
+        numbers = columns.numbers.astype(np.float64)
+        return _Axis(None, numbers, np.full(len(numbers), np.nan)), axis(columns.objective(y or x))
+    first, second = (columns.objectives[i].name if name is None else name for i, name in enumerate((x, y)))
+    return axis(columns.objective(first)), axis(columns.objective(second))
 
 
 class _Front:
     """What is drawn, group by group."""
 
-    def __init__(self, store: Store, found: Columns, x: _Axis, y: _Axis) -> None:
-        self._store, self._found, self._x, self._y = store, found, x, y
-        self._known: Mask = np.isfinite(x.values) & np.isfinite(y.values) & found.own
-        wanted = np.ones(len(found.numbers), dtype=np.bool_)
+    def __init__(self, store: Store, columns: Columns, x: _Axis, y: _Axis) -> None:
+        self._store, self._columns, self._x, self._y = store, columns, x, y
+        self._known: Mask = np.isfinite(x.values) & np.isfinite(y.values) & columns.own
+        wanted = np.ones(len(columns.numbers), dtype=np.bool_)
         for axis in (x, y):
             if axis.measure is not None:
-                wanted &= found.measured(store, axis.measure.name)[2] >= axis.measure.items
+                wanted &= columns.measured(store, axis.measure.name)[2] >= axis.measure.items
         self._whole = self._known & wanted
-        self._marked: Mask = found.on_front | found.landmark
+        self._marked: Mask = columns.on_front | columns.baseline
 
     def draw(self) -> go.Figure:
         if not self._known.any():
             return figure(notes=["No candidate has been scored yet."])
         plain = self._known & ~self._marked
         shown = thinned(plain, np.zeros_like(plain), MOST_POINTS)
-        missing = self._whole & ~self._found.eligible
+        missing = self._whole & ~self._columns.eligible
         groups = (
             ("estimated, left their race", shown & ~self._whole, {"opacity": 0.45}),
             ("miss a constraint", shown & missing, {"opacity": 0.6}),
@@ -104,7 +104,7 @@ class _Front:
         traces = [self._points(name, mask, **style) for name, mask, style in groups if mask.any()]
         traces += self._front_traces()
         for name, origin in (("sources", "source"), ("uniform average", "average"), ("defaults", "default")):
-            if (mask := self._known & self._found.landmark & self._found.of_origin(origin)).any():
+            if (mask := self._known & self._columns.baseline & self._columns.of_origin(origin)).any():
                 traces.append(self._named(name, mask) if origin == "source" else self._marked_points(name, mask))
         traces += self._held_out()
         x, y = self._bounds(self._x), self._bounds(self._y)
@@ -124,23 +124,23 @@ class _Front:
         """The range of an axis that a few poor models do not stretch; None where all fit."""
         if axis.measure is None:
             return None
-        kept = self._found.on_front & ~self._found.landmark
+        kept = self._columns.on_front & ~self._columns.baseline
         return focused(axis.values[self._known], kept[self._known], maximise=axis.measure.maximise)
 
     def _notes(self) -> Iterator[str]:
-        if len(self._found.objectives) > 2:
-            yield f"The front is that of all {len(self._found.objectives)} objectives, of which two are drawn."
+        if len(self._columns.objectives) > 2:
+            yield f"The front is that of all {len(self._columns.objectives)} objectives, of which two are drawn."
 
     def _hover(self, mask: Mask) -> list[str]:
-        told = []
-        measures = [(m.name, m.items, *self._found.measured(self._store, m.name)) for m in self._found.measures]
+        texts = []
+        measures = [(m.name, m.items, *self._columns.measured(self._store, m.name)) for m in self._columns.measures]
         for at in np.flatnonzero(mask).tolist():
-            lines = [f"<b>{safe(self._found.names[at])}</b>"]
+            lines = [f"<b>{safe(self._columns.names[at])}</b>"]
             for name, wanted, means, errors, items in measures:
                 if np.isfinite(means[at]):
                     lines.append(safe(value_text(name, means[at], errors[at], items[at], wanted)))
-            told.append("<br>".join(lines))
-        return told
+            texts.append("<br>".join(lines))
+        return texts
 
     def _points(self, name: str, mask: Mask, **style: Any) -> go.Scatter:
         return go.Scatter(
@@ -149,7 +149,7 @@ class _Front:
             mode="markers",
             name=name,
             marker=markers(MARKS[name], **style),
-            customdata=self._found.numbers[mask],
+            customdata=self._columns.numbers[mask],
             hovertext=self._hover(mask),
             hoverinfo="text",
         )
@@ -165,20 +165,20 @@ class _Front:
     def _named(self, name: str, mask: Mask) -> go.Scatter:
         """Candidates with their names above them."""
         trace = self._marked_points(name, mask)
-        names = [safe(self._found.labels[at]) for at in np.flatnonzero(mask)]
+        names = [safe(self._columns.labels[at]) for at in np.flatnonzero(mask)]
         return trace.update(
             mode="markers+text", text=names, textposition="top center", textfont={"size": 11}, cliponaxis=False
         )
 
     def _front_traces(self) -> list[go.Scatter]:
         """The front, along with the line that bounds what it reaches where all of it is seen."""
-        mask = self._known & self._found.on_front
+        mask = self._known & self._columns.on_front
         if not mask.any():
             return []
         if self._x.measure is None:
             return [self._marked_points("best in search", mask)]
         points = self._marked_points("front", mask)
-        if len(self._found.objectives) > 2:
+        if len(self._columns.objectives) > 2:
             return [points]
         order = np.argsort(self._x.values[mask], kind="stable")
         # Between two points the better of them in y counts that reaches as far in x.
@@ -198,12 +198,12 @@ class _Front:
         names = [axis.measure.name for axis in (self._x, self._y) if axis.measure is not None]
         confirmed = {
             number: values
-            for number, values in confirmed_values(self._store, self._found).items()
+            for number, values in confirmed_values(self._store, self._columns).items()
             if all(name in values for name in names)
         }
         if not confirmed:
             return []
-        at = {number: int(np.searchsorted(self._found.numbers, number)) for number in confirmed}
+        at = {number: int(np.searchsorted(self._columns.numbers, number)) for number in confirmed}
         ends = {number: self._at(number, values) for number, values in confirmed.items()}
         joined_x = [v for n, end in ends.items() for v in (float(self._x.values[at[n]]), end[0], None)]
         joined_y = [v for n, end in ends.items() for v in (float(self._y.values[at[n]]), end[1], None)]
@@ -231,7 +231,7 @@ class _Front:
         return (float(number) if x is None else x), (float(number) if y is None else y)
 
     def _held_out_words(self, number: int, values: Mapping[str, Value]) -> str:
-        label = self._found.labels[int(np.searchsorted(self._found.numbers, number))]
+        label = self._columns.labels[int(np.searchsorted(self._columns.numbers, number))]
         name = f"{candidate_id(number)} {label}".strip()
         lines = [f"{measure} {measure_text(v.mean, v.stderr)} on {v.n} held-out items" for measure, v in values.items()]
         return "<br>".join([f"<b>{safe(name)}</b>", *map(safe, lines)])

@@ -41,12 +41,12 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
     Raises:
         KeyError: ``objective`` is none of the search.
     """
-    found = projection_of(store)
-    measure = found.columns.objective(objective)
-    if len(found.numbers) < LEAST:
-        return _too_few(found, LEAST)
-    drawn = plot_param_importances(found.study(measure), PedAnovaImportanceEvaluator())
-    unsteady = [f"Of {len(found.numbers)} candidates only: it will change."] * (len(found.numbers) < _STEADY)
+    projection = projection_of(store)
+    measure = projection.columns.objective(objective)
+    if len(projection.numbers) < LEAST:
+        return _too_few(projection, LEAST)
+    drawn = plot_param_importances(projection.study(measure), PedAnovaImportanceEvaluator())
+    unsteady = [f"Of {len(projection.numbers)} candidates only: it will change."] * (len(projection.numbers) < _STEADY)
     bars = [
         go.Bar(
             x=trace.x, y=[_name(name) for name in trace.y], text=trace.text, orientation="h", textposition="outside",
@@ -56,7 +56,7 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
     ]  # fmt: skip
     return figure(
         bars,
-        notes=[f"For the best tenth in {measure.name} (PED-ANOVA).", *unsteady, *found.notes],
+        notes=[f"For the best tenth in {measure.name} (PED-ANOVA).", *unsteady, *projection.notes],
         xaxis={"title": {"text": "importance"}, "range": [0.0, _ROOM * max(max(bar.x, default=0.0) for bar in bars)]},
         showlegend=False,
     )
@@ -70,20 +70,20 @@ def slice_(store: Store, parameter: str | None = None, objective: str | None = N
     Raises:
         KeyError: there is no such parameter or objective.
     """
-    found = projection_of(store)
-    measure = found.columns.objective(objective)
-    gene = found.gene(parameter) if parameter is not None else next(iter(found.genes), None)
-    if gene is None or not len(found.numbers):
-        return _too_few(found, 1)
-    drawn = plot_slice(found.study(measure, [gene]), target_name=measure.name)
+    projection = projection_of(store)
+    measure = projection.columns.objective(objective)
+    gene = projection.gene(parameter) if parameter is not None else next(iter(projection.genes), None)
+    if gene is None or not len(projection.numbers):
+        return _too_few(projection, 1)
+    drawn = plot_slice(projection.study(measure, [gene]), target_name=measure.name)
     (trace,) = drawn.data
     bar = {"title": {"text": "candidate"}, "thickness": 12, "len": 0.9}
     points = go.Scatter(
-        x=trace.x, y=trace.y, mode="markers", customdata=found.numbers, showlegend=False,
-        marker={"color": found.numbers, "colorscale": MARK_SCALE, "colorbar": bar, "size": 6, "opacity": 0.8},
-        hovertext=[safe(found.columns.names[i]) for i in _places(found)], hoverinfo="text+x+y",
+        x=trace.x, y=trace.y, mode="markers", customdata=projection.numbers, showlegend=False,
+        marker={"color": projection.numbers, "colorscale": MARK_SCALE, "colorbar": bar, "size": 6, "opacity": 0.8},
+        hovertext=[safe(projection.columns.names[i]) for i in _places(projection)], hoverinfo="text+x+y",
     )  # fmt: skip
-    notes = [note for note in found.notes if note.startswith("From")]
+    notes = [note for note in projection.notes if note.startswith("From")]
     return figure(
         [points],
         notes=notes,
@@ -98,34 +98,39 @@ def parallel(store: Store, objective: str | None = None) -> go.Figure:
     Raises:
         KeyError: ``objective`` is none of the search.
     """
-    found = projection_of(store)
-    measure = found.columns.objective(objective)
-    if not len(found.numbers):
-        return _too_few(found, 1)
-    few = _few(found, measure)
+    projection = projection_of(store)
+    measure = projection.columns.objective(objective)
+    if not len(projection.numbers):
+        return _too_few(projection, 1)
+    few = _few(projection, measure)
     genes = [replace(gene, name=safe(gene.name)) for gene in few.genes]
     drawn = plot_parallel_coordinate(few.study(measure, genes), target_name=safe(measure.name))
-    notes = [note for note in found.notes if not note.startswith("From")]
-    if len(few.numbers) < found.all:
+    notes = [note for note in projection.notes if not note.startswith("From")]
+    if len(few.numbers) < projection.all:
         half = _MOST_LINES // 2
-        notes.insert(0, f"{len(few.numbers)} of {found.all:,} candidates: the {half} best, and others evenly.")
+        notes.insert(0, f"{len(few.numbers)} of {projection.all:,} candidates: the {half} best, and others evenly.")
     notes.append(f"Coloured by {measure.name}.")
     return _restyled(drawn, [measure.name, *sorted((gene.name for gene in few.genes), key=safe)], notes)
 
 
-def _few(found: Projection, measure: Measure) -> Projection:
+def _few(projection: Projection, measure: Measure) -> Projection:
     """The candidates that parallel coordinates have room for: the best half of them, and the rest evenly."""
-    if len(found.numbers) <= _MOST_LINES:
-        return found
-    place = next(i for i, o in enumerate(found.columns.objectives) if o.name == measure.name)
-    order = np.argsort(found.values[:, place] * -measure.sign, kind="stable")
+    if len(projection.numbers) <= _MOST_LINES:
+        return projection
+    place = next(i for i, o in enumerate(projection.columns.objectives) if o.name == measure.name)
+    order = np.argsort(projection.values[:, place] * -measure.sign, kind="stable")
     half = _MOST_LINES // 2
     rest = np.sort(order[half:])
     taken: Mask = np.zeros(len(order), dtype=np.bool_)
     taken[order[:half]] = True
     taken[rest[np.linspace(0, len(rest) - 1, half).round().astype(np.int64)]] = True
     return Projection(
-        found.columns, found.genes, found.numbers[taken], found.genomes[taken], found.values[taken], found.all
+        projection.columns,
+        projection.genes,
+        projection.numbers[taken],
+        projection.genomes[taken],
+        projection.values[taken],
+        projection.all,
     )
 
 
@@ -154,8 +159,8 @@ def _restyled(drawn: go.Figure, names: list[str], notes: list[str]) -> go.Figure
     return figure([*lines, bar], notes=notes, **layout)
 
 
-def _places(found: Projection) -> list[int]:
-    return list(np.searchsorted(found.columns.numbers, found.numbers).tolist())
+def _places(projection: Projection) -> list[int]:
+    return list(np.searchsorted(projection.columns.numbers, projection.numbers).tolist())
 
 
 def _lines(name: str) -> str:
@@ -172,8 +177,8 @@ def _name(name: str) -> str:
     return safe(name if len(name) <= _LETTERS else "…" + name[1 - _LETTERS :])
 
 
-def _too_few(found: Projection, least: int) -> go.Figure:
-    if not found.genes:
+def _too_few(projection: Projection, least: int) -> go.Figure:
+    if not projection.genes:
         return figure(notes=["The search has no parameters."])
-    what = "1 candidate that was" if len(found.numbers) == 1 else f"{len(found.numbers)} candidates that were"
+    what = "1 candidate that was" if len(projection.numbers) == 1 else f"{len(projection.numbers)} candidates that were"
     return figure(notes=[f"There are {what} scored on every item and came from the search space; {least} are needed."])

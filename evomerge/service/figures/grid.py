@@ -22,32 +22,32 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
     Raises:
         KeyError: ``objective`` is none of the search.
     """
-    found, features = columns_of(store), features_of(store.search().record)
-    measure = found.objective(objective)
+    columns, features = columns_of(store), features_of(store.search().record)
+    measure = columns.objective(objective)
     if not features:
         return figure(notes=["The search has no features."])
-    means, errors, items = found.measured(store, measure.name)
-    elites = np.flatnonzero(found.elite & np.isfinite(means))
+    means, errors, items = columns.measured(store, measure.name)
+    elites = np.flatnonzero(columns.elite & np.isfinite(means))
     if not len(elites):
         return figure(notes=["No candidate has been scored yet."])
     across, along = _shown(features)
     best: dict[tuple[int, int], int] = {}
     for at in sorted(elites.tolist(), key=lambda at: means[at], reverse=not measure.maximise):
-        niche = found.niches[at]
+        niche = columns.niches[at]
         best[niche[0], niche[1] if len(features) > 1 else 0] = at  # the best comes last, and stays
     scores, numbers = np.full((2, len(along[1]), len(across[1])), np.nan)
     words = np.full(scores.shape, "", dtype=object)
     for (x, y), at in best.items():
-        scores[y, x], numbers[y, x] = means[at], found.numbers[at]
-        told = value_text(measure.name, means[at], errors[at], items[at], measure.items)
-        words[y, x] = f"<b>{safe(found.names[at])}</b><br>{safe(told)}"
+        scores[y, x], numbers[y, x] = means[at], columns.numbers[at]
+        text = value_text(measure.name, means[at], errors[at], items[at], measure.items)
+        words[y, x] = f"<b>{safe(columns.names[at])}</b><br>{safe(text)}"
     cells = go.Heatmap(
         x=across[1], y=along[1], z=scores, customdata=numbers, hovertext=words, hoverinfo="text", hoverongaps=False,
         colorscale=AREA_SCALE, reversescale=not measure.maximise, xgap=1, ygap=1,
         colorbar={"title": {"text": safe(axis_title(measure))}, "thickness": 12, "len": 0.9},
     )  # fmt: skip
-    occupied = len({tuple(found.niches[at]) for at in elites.tolist()})
-    bins = int(np.prod([each.bins for each in features.values()]))
+    occupied = len({tuple(columns.niches[at]) for at in elites.tolist()})
+    bins = int(np.prod([feature.bins for feature in features.values()]))
     notes = [f"{occupied} of {bins:,} niches have a candidate."]
     if len(features) > 2:
         notes.append(f"The first two of {len(features)} features are drawn; a cell is the best of all niches there.")
@@ -62,8 +62,8 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
 
 def _shown(features: Mapping[str, FeatureRange]) -> list[tuple[str, Values]]:
     """Title and the middles of the bins of both axes; an only feature stands over an axis of one bin."""
-    told = [
-        (name, each.low + (np.arange(each.bins, dtype=np.float64) + 0.5) * each.width)
-        for name, each in features.items()
+    axes = [
+        (name, feature.low + (np.arange(feature.bins, dtype=np.float64) + 0.5) * feature.width)
+        for name, feature in features.items()
     ]
-    return [*told, ("", np.zeros(1))][:2]
+    return [*axes, ("", np.zeros(1))][:2]

@@ -46,50 +46,50 @@ def history(store: Store, over: Over = "candidates", objective: str | None = Non
     Raises:
         KeyError: ``objective`` is none of the search.
     """
-    found = columns_of(store)
-    measures = found.numbers_that_decide if objective is None else [found.objective(objective)]
-    panels = {measure.name: _history(store, found, measure, over) for measure in measures}
+    columns = columns_of(store)
+    measures = columns.numbers_that_decide if objective is None else [columns.objective(objective)]
+    panels = {measure.name: _history(store, columns, measure, over) for measure in measures}
     if len(panels) > 1 and not any(map(is_empty, panels.values())):
         return stacked(panels, _PANEL)
     return next(iter(panels.values()))
 
 
-def _history(store: Store, found: Columns, measure: Number, over: Over) -> go.Figure:
+def _history(store: Store, columns: Columns, measure: Number, over: Over) -> go.Figure:
     """The best so far in one measure."""
-    means, errors, items = found.measured(store, measure.name)
-    where = found.numbers.astype(np.float64) if over == "candidates" else found.hours()
-    known: Mask = found.eligible & np.isfinite(means) & np.isfinite(where)
+    means, errors, items = columns.measured(store, measure.name)
+    where = columns.numbers.astype(np.float64) if over == "candidates" else columns.hours()
+    known: Mask = columns.eligible & np.isfinite(means) & np.isfinite(where)
     if not known.any():
         return figure(notes=["No candidate that may win has been scored yet."])
     order = np.flatnonzero(known)[np.argsort(where[known], kind="stable")]
     best = running_best(means[order], maximise=measure.maximise)
     steps = np.flatnonzero(np.r_[True, best[1:] != best[:-1]])
     end = float(where[order][-1])
-    each = known & found.own
-    shown = thinned(each, found.landmark, MOST_POINTS)
+    own = known & columns.own
+    shown = thinned(own, columns.baseline, MOST_POINTS)
     traces = [
-        _dots(found, shown & ~found.landmark, where, means, errors, items, measure),
-        *_landmark_lines(found, means, errors, measure, end),
-        _best_line(found, order, steps, where, best, errors, end, measure.name),
+        _dots(columns, shown & ~columns.baseline, where, means, errors, items, measure),
+        *_baseline_lines(columns, means, errors, measure, end),
+        _best_line(columns, order, steps, where, best, errors, end, measure.name),
     ]
-    bounds = focused(means[each], (found.landmark & _is_best_source(found, means, measure))[each],
+    bounds = focused(means[own], (columns.baseline & _is_best_source(columns, means, measure))[own],
                      maximise=measure.maximise)  # fmt: skip
     axis = "candidate" if over == "candidates" else "hours since the start, pauses included"
     return figure(
         traces,
         notes=[
-            *drawn_note(int(shown.sum()), int(each.sum())),
-            *outside_note(int(is_outside(means[each], bounds).sum())),
+            *drawn_note(int(shown.sum()), int(own.sum())),
+            *outside_note(int(is_outside(means[own], bounds).sum())),
         ],
         xaxis={"title": {"text": axis}},
         yaxis={"title": {"text": safe(axis_title(measure))}, "range": bounds},
     )
 
 
-def _is_best_source(found: Columns, means: Values, measure: Number) -> Mask:
+def _is_best_source(columns: Columns, means: Values, measure: Number) -> Mask:
     """Marks the source that is best in a measure, which the others are set against."""
     marks: Mask = np.zeros(len(means), dtype=np.bool_)
-    sources = np.flatnonzero(found.landmark & found.of_origin("source") & np.isfinite(means))
+    sources = np.flatnonzero(columns.baseline & columns.of_origin("source") & np.isfinite(means))
     if len(sources):
         marks[sources[np.argmax(means[sources]) if measure.maximise else np.argmin(means[sources])]] = True
     return marks
@@ -101,52 +101,55 @@ def running_best(means: Values, *, maximise: bool) -> Values:
 
 
 def _dots(
-    found: Columns, mask: Mask, where: Values, means: Values, errors: Values, items: Any, measure: Number
+    columns: Columns, mask: Mask, where: Values, means: Values, errors: Values, items: Any, measure: Number
 ) -> go.Scatter:
     words = [
-        f"<b>{safe(found.names[i])}</b><br>"
+        f"<b>{safe(columns.names[i])}</b><br>"
         + safe(value_text(measure.name, means[i], errors[i], items[i], measure.items))
         for i in np.flatnonzero(mask).tolist()
     ]
     return go.Scatter(
-        x=where[mask], y=means[mask], mode="markers", name="candidates", customdata=found.numbers[mask],
+        x=where[mask], y=means[mask], mode="markers", name="candidates", customdata=columns.numbers[mask],
         marker=markers(MARKS["candidates"], opacity=0.5), hovertext=words, hoverinfo="text",
     )  # fmt: skip
 
 
 def _best_line(
-    found: Columns, order: Any, steps: Any, where: Values, best: Values, errors: Values, end: float, name: str
+    columns: Columns, order: Any, steps: Any, where: Values, best: Values, errors: Values, end: float, name: str
 ) -> go.Scatter:
     """The line of the best, which changes at ``steps``, up to the last candidate."""
     at = order[steps]
     words = [
-        f"<b>best so far: {safe(found.names[i])}</b><br>"
+        f"<b>best so far: {safe(columns.names[i])}</b><br>"
         f"{number_text(name, value, errors[i])}; chosen for it, so partly luck"
         for i, value in zip(at.tolist(), best[steps].tolist(), strict=True)
     ]
     return go.Scatter(
         x=np.append(where[at], end), y=np.append(best[steps], best[-1]), mode="lines+markers", name="best so far",
         line={"color": BLUE, "width": 2.5, "shape": "hv"}, marker={"size": [6] * len(at) + [0], "color": BLUE},
-        customdata=np.append(found.numbers[at], found.numbers[at[-1]]), hovertext=[*words, words[-1]], hoverinfo="text",
+        customdata=np.append(columns.numbers[at], columns.numbers[at[-1]]), hovertext=[*words, words[-1]],
+        hoverinfo="text",
     )  # fmt: skip
 
 
-def _landmark_lines(found: Columns, means: Values, errors: Values, measure: Number, end: float) -> list[go.Scatter]:
+def _baseline_lines(columns: Columns, means: Values, errors: Values, measure: Number, end: float) -> list[go.Scatter]:
     """The best source with its error as a band, and the uniform average, whether or not they keep constraints."""
-    known = found.landmark & np.isfinite(means)
+    known = columns.baseline & np.isfinite(means)
     traces = []
-    for at in np.flatnonzero(_is_best_source(found, means, measure)).tolist():
+    for at in np.flatnonzero(_is_best_source(columns, means, measure)).tolist():
         mean, error = means[at], np.nan_to_num(errors[at])
         band = {"x": [0.0, end, end, 0.0], "y": [mean - error, mean - error, mean + error, mean + error]}
         look = {"fill": "toself", "fillcolor": ORANGE, "opacity": 0.18, "line": {"width": 0}, "mode": "lines"}
         traces.append(go.Scatter(**band, **look, hoverinfo="skip", showlegend=False))
-        name = f"best source: {found.labels[at]}"
+        name = f"best source: {columns.labels[at]}"
         traces.append(
-            _level(name, mean, end, ORANGE, "dash", f"{found.names[at]} {number_text(measure.name, mean, errors[at])}")
+            _level(
+                name, mean, end, ORANGE, "dash", f"{columns.names[at]} {number_text(measure.name, mean, errors[at])}"
+            )
         )
-    for at in np.flatnonzero(known & found.of_origin("average")).tolist():
-        words = f"{found.names[at]} {number_text(measure.name, means[at], errors[at])}"
-        traces.append(_level(found.labels[at], means[at], end, PURPLE, "dot", words))
+    for at in np.flatnonzero(known & columns.of_origin("average")).tolist():
+        words = f"{columns.names[at]} {number_text(measure.name, means[at], errors[at])}"
+        traces.append(_level(columns.labels[at], means[at], end, PURPLE, "dot", words))
     return traces
 
 
@@ -160,45 +163,46 @@ def _level(name: str, value: float, end: float, colour: str, dash: str, words: s
 
 
 def hypervolume(store: Store) -> go.Figure:
-    """The volume between the front and a reference point, the worst of the landmarks in each objective."""
-    found = columns_of(store)
-    if len(found.objectives) == 1:
+    """The volume between the front and a reference point, the worst of the baselines in each objective."""
+    columns = columns_of(store)
+    if len(columns.objectives) == 1:
         return figure(notes=["There is one objective: the best so far says it all."])
-    losses = _losses(store, found)
-    known = found.eligible & found.own & np.isfinite(losses).all(axis=1)
+    losses = _losses(store, columns)
+    known = columns.eligible & columns.own & np.isfinite(losses).all(axis=1)
     if not known.any():
         return figure(notes=["No candidate that may win has been scored yet."])
-    reference = reference_of(losses, known, found.landmark)
+    reference = reference_of(losses, known, columns.baseline)
     at, volumes = growth(losses, known, reference)
-    signs = [-o.sign for o in found.objectives]
+    signs = [-o.sign for o in columns.objectives]
     place = ", ".join(
-        f"{o.name} {sign * value:.3f}" for o, sign, value in zip(found.objectives, signs, reference, strict=True)
+        f"{o.name} {sign * value:.3f}" for o, sign, value in zip(columns.objectives, signs, reference, strict=True)
     )
     last = int(np.flatnonzero(known)[-1])
-    words = [f"<b>{candidate_id(int(found.numbers[i]))}</b><br>{v:.5g}" for i, v in zip(at, volumes, strict=True)]
+    words = [f"<b>{candidate_id(int(columns.numbers[i]))}</b><br>{v:.5g}" for i, v in zip(at, volumes, strict=True)]
     line = go.Scatter(
-        x=np.append(found.numbers[at], found.numbers[last]), y=np.append(volumes, volumes[-1]), mode="lines+markers",
-        line={"color": BLUE, "width": 2.5, "shape": "hv"}, marker={"size": [6] * len(at) + [0], "color": BLUE},
-        customdata=np.append(found.numbers[at], found.numbers[at[-1]]), hovertext=[*words, words[-1]],
+        x=np.append(columns.numbers[at], columns.numbers[last]), y=np.append(volumes, volumes[-1]),
+        mode="lines+markers", line={"color": BLUE, "width": 2.5, "shape": "hv"},
+        marker={"size": [6] * len(at) + [0], "color": BLUE},
+        customdata=np.append(columns.numbers[at], columns.numbers[at[-1]]), hovertext=[*words, words[-1]],
         hoverinfo="text", showlegend=False,
     )  # fmt: skip
     return figure(
         [line],
-        notes=[f"Volume beyond {place}, the worst of the landmarks in each objective."],
+        notes=[f"Volume beyond {place}, the worst of the baselines in each objective."],
         xaxis={"title": {"text": "candidate"}},
         yaxis={"title": {"text": "hypervolume"}, "rangemode": "tozero"},
     )
 
 
-def _losses(store: Store, found: Columns) -> Values:
+def _losses(store: Store, columns: Columns) -> Values:
     """All objectives so that less is better: float64 [n, objectives]."""
-    columns = [-o.sign * found.measured(store, o.name)[0] for o in found.objectives]
-    return np.stack(columns, axis=1)
+    losses = [-o.sign * columns.measured(store, o.name)[0] for o in columns.objectives]
+    return np.stack(losses, axis=1)
 
 
-def reference_of(losses: Values, known: Mask, landmark: Mask) -> Values:
-    """The worst of the landmarks in each objective, float64 [m]; the worst of all where no landmark is known."""
-    marks = known & landmark
+def reference_of(losses: Values, known: Mask, baseline: Mask) -> Values:
+    """The worst of the baselines in each objective, float64 [m]; the worst of all where no baseline is known."""
+    marks = known & baseline
     return np.asarray(losses[marks if marks.any() else known].max(axis=0))
 
 

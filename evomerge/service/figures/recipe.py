@@ -35,15 +35,15 @@ def recipe(store: Store, number: int) -> go.Figure:
     Raises:
         InputError: there is no such candidate.
     """
-    found = recipe_of(store, number)
-    if not isinstance(found, StackRecipe):
-        return figure(notes=["Drawn are layers that are merged. " + line for line in found.lines()[:1]])
+    recipe = recipe_of(store, number)
+    if not isinstance(recipe, StackRecipe):
+        return figure(notes=["Drawn are layers that are merged. " + line for line in recipe.lines()[:1]])
     names = list(store.search().record.sources)
-    used = [name for name in names if any(name in blend.sources for blend in found.blends)]
-    rows = _runs(list(_parts(found)))
+    used = [name for name in names if any(name in blend.sources for blend in recipe.blends)]
+    rows = _runs(list(_parts(recipe)))
     weights = np.array([[share_in(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
     words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
-    low, high = _bounds(store, found)  # the same of every candidate, so that pictures can be compared
+    low, high = _bounds(store, recipe)  # the same of every candidate, so that pictures can be compared
     legible = len(rows) * len(used) <= _MOST_WRITTEN
     signs = bool(min(float(np.nanmin(weights)), low) < 0)
     most = max(float(np.nanmax(np.abs(weights))), -low, high)
@@ -55,16 +55,16 @@ def recipe(store: Store, number: int) -> go.Figure:
     )  # fmt: skip
     return figure(
         [cells],
-        notes=_notes(found),
+        notes=_notes(recipe),
         height=max(_LEAST, _ROOM + (_WRITTEN_ROW if legible else _ROW) * len(rows)),
         xaxis={"type": "category", "side": "bottom", "showgrid": False},
         yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
     )
 
 
-def _bounds(store: Store, found: StackRecipe) -> tuple[float, float]:
+def _bounds(store: Store, recipe: StackRecipe) -> tuple[float, float]:
     """The least and the largest share that the search may give by these methods; 0 and 1 where it searches none."""
-    names = {name for blend in found.blends for name in share_parameters(blend.method)}
+    names = {name for blend in recipe.blends for name in share_parameters(blend.method)}
     named = [p for p in store.search().record.parameters if names & set(p.name.split("."))]
     return min((float(p.low) for p in named), default=0.0), max((float(p.high) for p in named), default=1.0)
 
@@ -88,18 +88,18 @@ def share_in(blend: Blend, source: str) -> float:
     return shares_of(blend)[source]
 
 
-def _parts(found: StackRecipe) -> Iterator[_Part]:
+def _parts(recipe: StackRecipe) -> Iterator[_Part]:
     """Every part of the model with its blend, in the order of the forward pass."""
-    yield "embedding", found.blends[found.embedding], None
-    for number, hop in enumerate(found.hops):
+    yield "embedding", recipe.blends[recipe.embedding], None
+    for number, hop in enumerate(recipe.hops):
         name = f"layer {number}" if hop.layer == number else f"hop {number}: layer {_layers(hop)}"
         if hop.attention == hop.mlp:
-            yield name, found.blends[hop.attention], hop
+            yield name, recipe.blends[hop.attention], hop
         else:
-            yield f"{name} attention", found.blends[hop.attention], hop
-            yield f"{name} mlp", found.blends[hop.mlp], hop
-    yield "norm", found.blends[found.norm], None
-    yield "head", found.blends[found.head], None
+            yield f"{name} attention", recipe.blends[hop.attention], hop
+            yield f"{name} mlp", recipe.blends[hop.mlp], hop
+    yield "norm", recipe.blends[recipe.norm], None
+    yield "head", recipe.blends[recipe.head], None
 
 
 def _runs(rows: Sequence[_Part]) -> list[_Part]:
@@ -151,13 +151,13 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
     return "<br>".join(safe(line) for line in lines)
 
 
-def _notes(found: StackRecipe) -> list[str]:
-    told = []
-    bases = dict.fromkeys(blend.base for blend in found.blends if blend.base and blend.base not in blend.sources)
+def _notes(recipe: StackRecipe) -> list[str]:
+    notes = []
+    bases = dict.fromkeys(blend.base for blend in recipe.blends if blend.base and blend.base not in blend.sources)
     if bases:
-        told.append(f"Weights are of changes, which are added to {' and '.join(bases)}.")
-    if found.tensors:
-        told.append(f"{len(found.tensors)} tensors are made otherwise than their part.")
-    if any(hop.norm not in (hop.attention, hop.mlp) for hop in found.hops):
-        told.append("Norms of layers have weights of their own, which are not shown.")
-    return told
+        notes.append(f"Weights are of changes, which are added to {' and '.join(bases)}.")
+    if recipe.tensors:
+        notes.append(f"{len(recipe.tensors)} tensors are made otherwise than their part.")
+    if any(hop.norm not in (hop.attention, hop.mlp) for hop in recipe.hops):
+        notes.append("Norms of layers have weights of their own, which are not shown.")
+    return notes

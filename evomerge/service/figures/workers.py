@@ -78,7 +78,7 @@ def attempts_of(events: Iterable[EventRow], now: float | None) -> list[Attempt]:
     is given because a driver lives, lasts until then.
     """
     begun: dict[int, EventRow] = {}
-    found = []
+    attempts = []
     for event in events:
         if event.candidate is None:
             continue
@@ -87,10 +87,10 @@ def attempts_of(events: Iterable[EventRow], now: float | None) -> list[Attempt]:
             continue
         start = begun.pop(event.candidate, None)
         if start is not None and start.attempt == event.attempt:
-            found.append(_attempt(start, event.time, event.read(AttemptEnded).worker or "unknown", _how(event)))
+            attempts.append(_attempt(start, event.time, event.read(AttemptEnded).worker or "unknown", _how(event)))
     if now is not None:
-        found += [_attempt(start, now, "not known yet", "running") for start in begun.values()]
-    return sorted(found, key=lambda attempt: attempt.begun)
+        attempts += [_attempt(start, now, "not known yet", "running") for start in begun.values()]
+    return sorted(attempts, key=lambda attempt: attempt.begun)
 
 
 def _attempt(start: EventRow, ended: float, worker: str, how: str) -> Attempt:
@@ -144,7 +144,7 @@ def idle_share(attempts: Sequence[Attempt], stops: Sequence[tuple[float, float]]
     """
     ends: dict[str, float] = {}
     busy = idle = 0.0
-    for attempt in sorted(attempts, key=lambda each: each.begun):  # some wait in line while others run
+    for attempt in sorted(attempts, key=lambda attempt: attempt.begun):  # some wait in line while others run
         if attempt.how == "running":
             continue
         free = ends.get(attempt.worker, attempt.begun)
@@ -201,17 +201,17 @@ def failures(store: Store) -> go.Figure:
         where = " in confirmation" if event.kind == "confirm failed" else ""
         causes.setdefault(f"{event.read(Failure).reason.replace('_', ' ')}{where}", []).append(event)
     lines = []
-    for place, (cause, found) in enumerate(sorted(causes.items(), key=lambda item: -len(item[1]))):
-        numbers = [_candidate_of(event) for event in found]
+    for place, (cause, group) in enumerate(sorted(causes.items(), key=lambda item: -len(item[1]))):
+        numbers = [_candidate_of(event) for event in group]
         lines.append(
             go.Scatter(
-                x=[(event.time - search.created_at) / 3600 for event in found],
-                y=list(range(1, len(found) + 1)),
+                x=[(event.time - search.created_at) / 3600 for event in group],
+                y=list(range(1, len(group) + 1)),
                 mode="lines+markers",
-                name=f"{safe(cause)} ({len(found)})",
+                name=f"{safe(cause)} ({len(group)})",
                 line={"shape": "hv", "dash": _DASHES[place % len(_DASHES)], "color": COLOURS[place % len(COLOURS)][0]},
                 customdata=numbers,
-                hovertext=[_failure_words(n, event) for n, event in zip(numbers, found, strict=True)],
+                hovertext=[_failure_words(n, event) for n, event in zip(numbers, group, strict=True)],
                 hoverinfo="text",
             )
         )
@@ -226,7 +226,7 @@ def failures(store: Store) -> go.Figure:
 
 
 def _failure_words(number: int, event: EventRow) -> str:
-    told = event.read(Failure)
-    message, final = told.message, "for good" if told.final else "to be tried again"
+    failure = event.read(Failure)
+    message, final = failure.message, "for good" if failure.final else "to be tried again"
     lines = [message[i : i + 80] for i in range(0, min(len(message), 240), 80)]
     return "<br>".join([f"<b>{candidate_id(number)}</b>, {final}", *map(safe, lines)])

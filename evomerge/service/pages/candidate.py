@@ -92,11 +92,13 @@ def show_candidate(
     wanted = objective if objective in measures else measures[0]
     row, search, depths = store.candidate(number), store.search(), depths_of(store)
     other = _opponent(store, status, number, against)
-    found = None if other is None else paired(store, number, other, "search", wanted)
+    compared = None if other is None else paired(store, number, other, "search", wanted)
     recipe = read_recipe(row.recipe, search.record.sources)
-    told = [each for each in found.comparisons if each.objective == wanted] if found else []
+    comparisons = (
+        [comparison for comparison in compared.comparisons if comparison.objective == wanted] if compared else []
+    )
     up = is_up(status, wanted)
-    won, lost = _won_and_lost(found.items, up) if found else ([], [])
+    won, lost = _won_and_lost(compared.items, up) if compared else ([], [])
     theirs = "" if other is None else called(status, other)
     return page(
         request, "candidate.html", here="", status=status, row=row, measures=measures, objective=wanted,
@@ -109,9 +111,10 @@ def show_candidate(
         picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
         roles=[*roles_of(status, mine, "held_out"), *search_roles(status, mine)],
         recipe_lines=recipe.lines(), genome=_genes(row, search.record.parameters),
-        log=_log(root, name, row), log_url=log_url(name, row.failure), landmarks=choices(status), against=other,
-        sentences=[sentence(each, mine, theirs) for each in told], won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS],
-        won_count=len(won), lost_count=len(lost), name_a=mine, name_b=theirs, maximise=up, lead=ahead,
+        log=_log(root, name, row), log_url=log_url(name, row.failure), baselines=choices(status), against=other,
+        sentences=[sentence(comparison, mine, theirs) for comparison in comparisons],
+        won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS], won_count=len(won), lost_count=len(lost),
+        name_a=mine, name_b=theirs, maximise=up, lead=ahead,
         are_records=_has_records(search, wanted),
     )  # fmt: skip
 
@@ -133,21 +136,21 @@ def compare(
     if query.a and query.b:
         try:
             a, b = chosen(store, query.a), chosen(store, query.b)
-            found = {split: paired(store, a, b, split, wanted) for split in _SPLITS}
-            comparisons = [each for split in _SPLITS for each in found[split].comparisons]
-            items, name_a, name_b = found[query.split].items, called(status, a), called(status, b)
+            by_split = {split: paired(store, a, b, split, wanted) for split in _SPLITS}
+            comparisons = [comparison for split in _SPLITS for comparison in by_split[split].comparisons]
+            items, name_a, name_b = by_split[query.split].items, called(status, a), called(status, b)
             fault = "" if comparisons else f"{name_a} and {name_b} were not scored on the same items."
         except InputError as error:
             fault = f"{error.place} {error.problem}."
     up = is_up(status, wanted)
-    items = [each for each in items if not query.differ or ahead(each, up)]
+    items = [item for item in items if not query.differ or ahead(item, up)]
     begin, shown = (query.page - 1) * PAGE_ITEMS, query.model_copy(update={"objective": wanted})
     return page(
         request, "compare.html", here="", status=status, query=shown, measures=measures, choices=choices(status),
-        roles=[each.role for each in status.picks if each.role not in (BEST, KNEE)],
+        roles=[pick.role for pick in status.picks if pick.role not in (BEST, KNEE)],
         fault=fault, compared=comparisons, name_a=name_a, name_b=name_b, maximise=up, lead=ahead,
         are_records=_has_records(store.search(), wanted),
-        sentences=[sentence(each, name_a, name_b) for each in comparisons],
+        sentences=[sentence(comparison, name_a, name_b) for comparison in comparisons],
         shown=items[begin : begin + PAGE_ITEMS], total=len(items), more=len(items) > begin + PAGE_ITEMS,
     )  # fmt: skip
 
@@ -155,43 +158,45 @@ def compare(
 def _proposed(query: Pair, status: SearchStatus) -> Pair:
     """The pair that was asked for; what is left open is the best, and the best source."""
     a = query.a or main_pick(status)
-    average = next((each.id for each in status.baselines if each.origin == "average"), "")
-    found = [each.id for each in [*ranked(status.confirmed, status), *status.front_entries] if each.origin != SOURCE]
+    average = next((baseline.id for baseline in status.baselines if baseline.origin == "average"), "")
+    ids = [entry.id for entry in [*ranked(status.confirmed, status), *status.front_entries] if entry.origin != SOURCE]
     # Where the best is the best source itself, it is set against the best that was found, or the average.
-    others = [best_source(status), "" if status.best is None else status.best.id, *found, average]
-    labels = {each.id: each.label for each in status.baselines}
-    b = query.b or next((each for each in others if each and a not in (each, labels.get(each))), "")
+    others = [best_source(status), "" if status.best is None else status.best.id, *ids, average]
+    labels = {baseline.id: baseline.label for baseline in status.baselines}
+    b = query.b or next((other for other in others if other and a not in (other, labels.get(other))), "")
     return query.model_copy(update={"a": a, "b": b})
 
 
 def _has_records(search: SearchRow, measure: str) -> bool:
     """Whether the items of an objective or constraint are the fields of records, as those of a Python function."""
     kinds = ("objectives", "constraints", "features")
-    measures = {name: each for kind in kinds for name, each in (search.settings.get(kind) or {}).items()}
+    measures = {name: settings for kind in kinds for name, settings in (search.settings.get(kind) or {}).items()}
     return bool(measures.get(measure, {}).get("evaluator") == "python")
 
 
 def called(status: SearchStatus, number: int) -> str:
-    """What people call a candidate: a landmark by its label, any other by its id."""
+    """What people call a candidate: a baseline by its label, any other by its id."""
     name = candidate_id(number)
-    return next((each.label for each in status.baselines if each.id == name and each.label), name)
+    return next((baseline.label for baseline in status.baselines if baseline.id == name and baseline.label), name)
 
 
-def sentence(found: Comparison, a: str, b: str) -> str:
+def sentence(comparison: Comparison, a: str, b: str) -> str:
     """A paired comparison in words."""
-    where = f"{found.objective}, on {found.n} {'held-out' if found.split == 'held_out' else 'search'} items"
-    items = "item" if found.better_a == 1 else "items"
-    counts = f"It won {found.better_a} {items} and lost {found.better_b} (p {p_text(found.p)})."
-    if found.better_a is None:  # in the number of a scalarisation no item is won
+    where = (
+        f"{comparison.objective}, on {comparison.n} {'held-out' if comparison.split == 'held_out' else 'search'} items"
+    )
+    items = "item" if comparison.better_a == 1 else "items"
+    counts = f"It won {comparison.better_a} {items} and lost {comparison.better_b} (p {p_text(comparison.p)})."
+    if comparison.better_a is None:  # in the number of a scalarisation no item is won
         counts = ""
-    if found.difference == 0:
+    if comparison.difference == 0:
         return f"{where}: {a} and {b} score the same. {counts}".rstrip()
-    how = "better" if found.difference > 0 else "worse"
-    gap = signed(abs(found.difference))[1:]
-    if found.low is None or found.high is None:
+    how = "better" if comparison.difference > 0 else "worse"
+    gap = signed(abs(comparison.difference))[1:]
+    if comparison.low is None or comparison.high is None:
         return f"{where}: {a} is {gap} {how} than {b}. One item says nothing of how sure that is."
-    interval = f"{found.confidence:.0%} interval {signed(found.low)} to {signed(found.high)}"
-    sure = "" if found.low > 0 or found.high < 0 else " That may be luck: the interval holds 0."
+    interval = f"{comparison.confidence:.0%} interval {signed(comparison.low)} to {signed(comparison.high)}"
+    sure = "" if comparison.low > 0 or comparison.high < 0 else " That may be luck: the interval holds 0."
     return f"{where}: {a} is {gap} {how} than {b}, {interval}.{sure} {counts}".rstrip()
 
 
@@ -209,8 +214,8 @@ def ahead(item: ComparedItem, maximise: bool) -> float:
 
 
 def _won_and_lost(items: Sequence[ComparedItem], maximise: bool) -> tuple[list[ComparedItem], list[ComparedItem]]:
-    gaps = [(ahead(each, maximise), each) for each in items]
-    return [each for gap, each in gaps if gap > 0], [each for gap, each in gaps if gap < 0]
+    gaps = [(ahead(item, maximise), item) for item in items]
+    return [item for gap, item in gaps if gap > 0], [item for gap, item in gaps if gap < 0]
 
 
 def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> int | None:
@@ -228,25 +233,25 @@ def best_source(status: SearchStatus) -> str:
     """
     first, way = next(iter(status.numbers.items()))
     label = best_label(status.baselines, status.sources, first, way)
-    return next((each.id for each in status.baselines if label and each.label == label), "")
+    return next((baseline.id for baseline in status.baselines if label and baseline.label == label), "")
 
 
 def _gaps(status: SearchStatus, name: str) -> list[str]:
-    """The corrected differences of a confirmed candidate to the landmarks, in words."""
-    found = next((each for each in status.confirmed if each.id == name), None)
-    if found is None:
+    """The corrected differences of a confirmed candidate to the baselines, in words."""
+    entry = next((entry for entry in status.confirmed if entry.id == name), None)
+    if entry is None:
         return []
     return [
         f"{measure}: {gap_words(gap)} over {gap.to}" + (f", p {p_text(gap.p)}" if gap.p is not None else "")
         for measure in status.numbers
-        for gap in found.gaps(measure)
+        for gap in entry.gaps(measure)
     ]
 
 
 def _genes(row: CandidateRow, parameters: Sequence[Parameter]) -> list[Gene]:
-    bounds = {each.name: (f"{each.low:g}", f"{each.high:g}") for each in parameters}
-    found = parameters_of(row.genome, parameters)
-    return [Gene(name, parameter_text(value), *bounds[name]) for name, value in found]
+    bounds = {parameter.name: (f"{parameter.low:g}", f"{parameter.high:g}") for parameter in parameters}
+    values = parameters_of(row.genome, parameters)
+    return [Gene(name, parameter_text(value), *bounds[name]) for name, value in values]
 
 
 def _mergekit(recipe: Recipe, canonical: str) -> str:

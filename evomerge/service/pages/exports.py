@@ -33,17 +33,17 @@ def exports(
     """What was exported, and a form that exports more."""
     status = status_with(store, name, drivers.look(name, store))
     try:
-        found = known.all(name)
+        existing = known.all(name)
     except InputError:  # its folder is on another machine
-        found = []
-    taken = {each.id for each in found}
+        existing = []
+    taken = {export.id for export in existing}
     wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{name[:40]}-{candidate}")[:60]
     proposal = next(
-        each for each in (wanted, *(f"{wanted}-{i}" for i in range(2, len(taken) + 3))) if each not in taken
+        option for option in (wanted, *(f"{wanted}-{i}" for i in range(2, len(taken) + 3))) if option not in taken
     )
     return page(
-        request, "exports.html", here="", status=status, exports=found, candidate=candidate, proposal=proposal,
-        cards={each.id: _card(known, name, each) for each in found},
+        request, "exports.html", here="", status=status, exports=existing, candidate=candidate, proposal=proposal,
+        cards={export.id: _card(known, name, export) for export in existing},
         choices=choices(status), roles=[pick.role for pick in status.picks if pick.role not in (BEST, KNEE)],
         source=_unmerged(status, candidate),
         place=shell_place(place(root, name)),

@@ -36,8 +36,8 @@ def _shown(as_problem: Handler) -> Handler:
     """The handler that answers as ``as_problem`` does, as a page where a person asks."""
 
     async def handle(request: Request, error: Any) -> Response:
-        found = as_problem(request, error)
-        response = found if isinstance(found, Response) else await found
+        result = as_problem(request, error)
+        response = result if isinstance(result, Response) else await result
         if not _is_person(request):
             return response
         problem = Problem.model_validate(json.loads(bytes(response.body)))

@@ -280,7 +280,7 @@ def _form_of(
         return _form_of(known.get(described["$ref"].rpartition("/")[2], {}), known)
     if "enum" in described:
         return "text", ("", *map(str, described["enum"]))
-    forms = [form for each in described.get("anyOf", ()) if (form := _form_of(each, known)) is not None]
+    forms = [form for alternative in described.get("anyOf", ()) if (form := _form_of(alternative, known)) is not None]
     if forms:
         return forms[0]
     match described.get("type"):

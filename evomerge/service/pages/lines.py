@@ -34,8 +34,8 @@ def place_of(text: str, field: str) -> Place:
         field: as errors name it: ``search file: objectives.maths.metric``, ``sources.maths``, ``search file, line 7``,
             ``objectives.maths: file``, ``task gsm8k: held_out`` of the objective on that task.
     """
-    if (found := _LINE.search(field)) is not None:
-        return Place(min(int(found[1]), text.count("\n") + 1))
+    if (match := _LINE.search(field)) is not None:
+        return Place(min(int(match[1]), text.count("\n") + 1))
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -52,8 +52,8 @@ def place_of(text: str, field: str) -> Place:
 
 def _path(root: yaml.Node | None, field: str) -> Sequence[str]:
     """The keys that a place names, from the outermost."""
-    if (task := _TASK.search(field)) is not None and (found := _of_task(root, task[1])) is not None:
-        return [*found, *(task[2] or "task").split(".")]
+    if (task := _TASK.search(field)) is not None and (keys := _of_task(root, task[1])) is not None:
+        return [*keys, *(task[2] or "task").split(".")]
     known = {key.value for key, _ in _pairs(root)}
     parts = [part.split(".") for part in field.split(": ")]
     begin = next((i for i, part in enumerate(parts) if part[0] in known), len(parts) - 1)

@@ -31,9 +31,9 @@ def card_of(text: str, files: str) -> Card | None:
     """The card of an export whose files lie below the address ``files``; None of no text."""
     if not text:
         return None
-    found = _FRONT.match(text)
+    match = _FRONT.match(text)
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = reader.parse(text[found.end() :] if found else text)
+    tokens = reader.parse(text[match.end() :] if match else text)
     for token in _all(tokens):
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(_DEEPEST, int(token.tag[1]) + _BELOW)}"
@@ -42,7 +42,7 @@ def card_of(text: str, files: str) -> Card | None:
         elif token.type == "image":
             address = _address(str(token.attrs["src"]), files)
             token.type, token.content = "html_inline", Markup('<a href="{}">{}</a>').format(address, token.content)
-    return Card(found[1] if found else "", Markup(reader.renderer.render(tokens, reader.options, {})))
+    return Card(match[1] if match else "", Markup(reader.renderer.render(tokens, reader.options, {})))
 
 
 def _all(tokens: Sequence[Token]) -> Iterator[Token]:

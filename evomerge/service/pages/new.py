@@ -39,12 +39,12 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
         request, "new.html", here="new", proposal=proposal, spaces=forms.spaces(), evaluators=evaluators,
         budget=forms.BUDGET, optimizer=forms.OPTIMIZER, optimizers=forms.optimizers(), more=forms.MORE,
         workers=forms.WORKERS,
-        about={"evaluators": {each.name: each.hint for each in evaluators}, "several": forms.SEVERAL},
+        about={"evaluators": {evaluator.name: evaluator.hint for evaluator in evaluators}, "several": forms.SEVERAL},
     )  # fmt: skip
 
 
 @router.post("/new/line")
 def line(fault: Fault) -> Line:
     """The line of a fault in a search file."""
-    found = place_of(fault.file, fault.field)
-    return Line(line=found.line, path=[printable(key) for key in found.path])
+    place = place_of(fault.file, fault.field)
+    return Line(line=place.line, path=[printable(key) for key in place.path])

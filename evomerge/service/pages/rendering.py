@@ -50,21 +50,21 @@ def page(request: Request, template: str, *, status_code: int = 200, **content: 
 
 @cache
 def _environment() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    found.filters |= {
+    environment.filters |= {
         "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
         "moment": _moment, "candidate_id": _candidate_id, "finished": finished, "spark": sparkline, "p_text": p_text,
         "first": _first, "fields": fields_of, "gap": gap_words, "measure": _measure,
     }  # fmt: skip
-    found.globals |= {
+    environment.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
         "gains_over_source": gains_over_source, "origin_text": origin_text, "status_words": STATUS_WORDS,
         "origin_words": ORIGIN_WORDS,
     }  # fmt: skip
-    return found
+    return environment
 
 
 # ---- addresses -------------------------------------------------------------------------------------------------------
@@ -121,11 +121,13 @@ def gains_over_source(summary: SearchSummary) -> dict[str, float]:
     """
     gains = {}
     best, source = summary.best, summary.best_source
-    one, other = (None if each is None else each.scalar for each in (best, source))
+    one, other = (None if candidate is None else candidate.scalar for candidate in (best, source))
     if summary.scalar is not None and one is not None and other is not None:
         gains[summary.scalar.name] = (one - other) * (1 if summary.scalar.maximise else -1)
     for objective in summary.objectives:
-        ours, theirs = (None if each is None else each.objectives.get(objective.name) for each in (best, source))
+        ours, theirs = (
+            None if candidate is None else candidate.objectives.get(objective.name) for candidate in (best, source)
+        )
         if ours is not None and theirs is not None and ours.mean is not None and theirs.mean is not None:
             gains[objective.name] = (ours.mean - theirs.mean) * (1 if objective.maximise else -1)
     return gains
@@ -137,7 +139,7 @@ def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str
 
     The best so far stays as it is until a better one comes, so the line goes in steps.
     """
-    points = [each for each in points if math.isfinite(each)]
+    points = [point for point in points if math.isfinite(point)]
     if not points:
         return None
     source = source if source is not None and math.isfinite(source) else None
@@ -149,7 +151,7 @@ def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str
         return f"{_HEIGHT - _EDGE - share * (_HEIGHT - 2 * _EDGE):.2f}"
 
     step = _WIDTH / len(points)
-    line = f"M0 {y(points[0])}" + "".join(f"V{y(each)}H{step * (i + 1):.2f}" for i, each in enumerate(points))
+    line = f"M0 {y(points[0])}" + "".join(f"V{y(point)}H{step * (i + 1):.2f}" for i, point in enumerate(points))
     level = "" if source is None else f"M0 {y(source)}H{_WIDTH:g}"
     return {"line": line, "area": f"{line}V{_HEIGHT:g}H0Z", "source": level}
 

@@ -32,7 +32,7 @@ from evomerge.store import Store, summaries
 router = APIRouter(include_in_schema=False)
 
 MOST_ON_FRONT = 12
-"""Rows of the front beside the landmarks; the table of candidates has them all."""
+"""Rows of the front beside the baselines; the table of candidates has them all."""
 
 MOST_FAILURES = 25
 """Failed candidates that the page lists, the latest."""
@@ -60,7 +60,7 @@ class Row:
 
     entry: Entry
     marks: list[str]
-    landmark: bool
+    baseline: bool
     chosen: bool
     gains: Sequence[str] = ()
 
@@ -99,9 +99,9 @@ class Filter(BaseModel):
 @router.get("/")
 def searches(request: Request, root: RootDependency, drivers: DriversDependency) -> HTMLResponse:
     """Every search: where it stands and what it found."""
-    found = list(summaries_of(root, drivers))
+    listed = list(summaries_of(root, drivers))
     return page(
-        request, "index.html", here="searches", searches=found, folder=shell_place(root.folder), gain=gain_words
+        request, "index.html", here="searches", searches=listed, folder=shell_place(root.folder), gain=gain_words
     )  # fmt: skip
 
 
@@ -113,13 +113,13 @@ def search(
     """One search: scores, front, progress, failures, candidates."""
     driver = drivers.look(name, store)
     status, summary = status_with(store, name, driver), summary_of(name, store, driver)
-    found, seq = store.search(), summaries.last_event(store)
+    search_row, seq = store.search(), summaries.last_event(store)
     failures, origins = _failures(store, name), dict.fromkeys(summaries.columns(store, ["origin"])["origin"])
     table = candidates(
         store, status=[query.status] if query.status else None, origin=query.origin or None, sort=query.sort,
         order=query.order, front=query.front, limit=PAGE_ROWS, cursor=query.cursor,
     )  # fmt: skip
-    rows, columns = list(_rows(status)), columns_of(found.record.parameters)
+    rows, columns = list(_rows(status)), columns_of(search_row.record.parameters)
     return page(
         request, "search.html", here="", status=status, summary=summary, query=query, seq=seq,
         verbs=_verbs(summary, status.choice is not None and status.choice.made), caption=_caption(status, rows),
@@ -128,8 +128,8 @@ def search(
         measures=status.measures, best_values=_best_values(status), rows=rows,
         thrift=thrift_lines(status),
         choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
-        parameters=[each.name for each in found.record.parameters], origins=origins, page=table,
-        patience=found.record.budget.patience, place=shell_place(place(root, name)),
+        parameters=[parameter.name for parameter in search_row.record.parameters], origins=origins, page=table,
+        patience=search_row.record.budget.patience, place=shell_place(place(root, name)),
     )  # fmt: skip
 
 
@@ -158,15 +158,15 @@ def _compared(gain: float) -> str:
 
 
 def choices(status: SearchStatus) -> list[Choice]:
-    """The candidates that people pick most: the winner, the best in search, then front and landmarks."""
+    """The candidates that people pick most: the winner, the best in search, then front and baselines."""
     best, main, front = status.best.id if status.best else "", main_pick(status), set(status.front)
     picked = [status.best, *(status.confirmed_entry(pick.id) for pick in status.picks)]
-    known = [*status.front_entries, *status.baselines, *(each for each in picked if each is not None)]
-    found = []
-    for name, each in {each.id: each for each in known}.items():
-        what = dict.fromkeys([*roles_of(status, name, "held_out"), *_marks(each, status, front)])
-        found.append(Choice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
-    return sorted(found, key=lambda choice: (choice.id != main, choice.id != best, choice.number))
+    known = [*status.front_entries, *status.baselines, *(entry for entry in picked if entry is not None)]
+    options = []
+    for name, entry in {entry.id: entry for entry in known}.items():
+        what = dict.fromkeys([*roles_of(status, name, "held_out"), *_marks(entry, status, front)])
+        options.append(Choice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
+    return sorted(options, key=lambda choice: (choice.id != main, choice.id != best, choice.number))
 
 
 def main_pick(status: SearchStatus) -> str:
@@ -232,25 +232,25 @@ def _best_values(status: SearchStatus) -> dict[str, Value]:
 def _caption(status: SearchStatus, rows: Sequence[Row]) -> str:
     """What the rows of the table of scores are."""
     if len(status.directions) == 1:
-        return f"Landmarks, and the {BEST}"
+        return f"Baselines, and the {BEST}"
     front = set(status.front)
     shown = sum(row.entry.id in front for row in rows)
-    told = "and the front" if shown == len(front) else f"and {shown} of {len(front)} on the front"
-    return f"Landmarks, {told}" if front else "Landmarks"
+    front_text = "and the front" if shown == len(front) else f"and {shown} of {len(front)} on the front"
+    return f"Baselines, {front_text}" if front else "Baselines"
 
 
 def _rows(status: SearchStatus) -> Iterator[Row]:
-    """Landmarks, then the front, the best first; what is chosen is among them."""
+    """Baselines, then the front, the best first; what is chosen is among them."""
     front = set(status.front)
-    known = {each.id for each in status.baselines}
-    others = ranked([each for each in status.front_entries if each.id not in known], status)
-    if status.best is not None and status.best.id not in known | {each.id for each in others}:
+    known = {entry.id for entry in status.baselines}
+    others = ranked([entry for entry in status.front_entries if entry.id not in known], status)
+    if status.best is not None and status.best.id not in known | {entry.id for entry in others}:
         others.insert(0, status.best)
-    chosen = [each for each in others if search_roles(status, each.id)]
-    shown = {each.id for each in [*chosen, *others][: max(MOST_ON_FRONT, len(chosen))]}
-    for each in [*status.baselines, *(each for each in others if each.id in shown)]:
-        chosen_for = bool(search_roles(status, each.id))
-        yield Row(each, _marks(each, status, front), landmark=each.id in known, chosen=chosen_for)
+    chosen = [entry for entry in others if search_roles(status, entry.id)]
+    shown = {entry.id for entry in [*chosen, *others][: max(MOST_ON_FRONT, len(chosen))]}
+    for entry in [*status.baselines, *(entry for entry in others if entry.id in shown)]:
+        chosen_for = bool(search_roles(status, entry.id))
+        yield Row(entry, _marks(entry, status, front), baseline=entry.id in known, chosen=chosen_for)
 
 
 def _marks(shown: Entry, status: SearchStatus, front: set[str]) -> list[str]:
@@ -259,19 +259,19 @@ def _marks(shown: Entry, status: SearchStatus, front: set[str]) -> list[str]:
 
 
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
-    """The held-out split: landmarks, then the shortlist, the best first."""
-    for each in status.confirmed_baselines:
-        yield _confirmed_row(each, status, landmark=True)
-    for found in ranked(status.confirmed, status):
-        gains = [gain_text(found, status, name) for name in status.numbers]
-        yield _confirmed_row(found, status, landmark=False, gains=gains)
+    """The held-out split: baselines, then the shortlist, the best first."""
+    for entry in status.confirmed_baselines:
+        yield _confirmed_row(entry, status, baseline=True)
+    for entry in ranked(status.confirmed, status):
+        gains = [gain_text(entry, status, name) for name in status.numbers]
+        yield _confirmed_row(entry, status, baseline=False, gains=gains)
 
 
-def _confirmed_row(shown: Entry, status: SearchStatus, *, landmark: bool, gains: Sequence[str] = ()) -> Row:
+def _confirmed_row(shown: Entry, status: SearchStatus, *, baseline: bool, gains: Sequence[str] = ()) -> Row:
     roles = roles_of(status, shown.id, "held_out")
     on_search = [] if is_front(status) else search_roles(status, shown.id)
     label = [shown.label] if shown.label else []
-    return Row(shown, [*label, *roles, *on_search], landmark=landmark, chosen=bool(roles), gains=gains)
+    return Row(shown, [*label, *roles, *on_search], baseline=baseline, chosen=bool(roles), gains=gains)
 
 
 def _failures(store: Store, name: str) -> list[Failed]:

@@ -101,9 +101,9 @@ function replace(old, fresh) {
     if (same) same.open = details.open;
   }
   const focus = old.contains(document.activeElement) ? handle(document.activeElement) : null;
-  const scrolled = [...old.querySelectorAll(".scroll")].map((each) => each.scrollLeft);
+  const scrolled = [...old.querySelectorAll(".scroll")].map((pane) => pane.scrollLeft);
   old.replaceWith(fresh);
-  [...fresh.querySelectorAll(".scroll")].forEach((each, i) => { each.scrollLeft = scrolled[i] || 0; });
+  [...fresh.querySelectorAll(".scroll")].forEach((pane, i) => { pane.scrollLeft = scrolled[i] || 0; });
   if (focus) fresh.querySelector(focus)?.focus({ preventScroll: true });
   if (keys.size) {
     for (const row of fresh.querySelectorAll("[data-key]")) if (!keys.has(row.dataset.key)) row.classList.add("fresh");

@@ -9,7 +9,7 @@ const quoted = (text) => (/^[\w./@:+-]+$/.test(text) ? text : `'${text.replaceAl
 /** The folder's name follows the candidate until somebody has written another. */
 let isOwn = false;
 function propose() {
-  const taken = new Set([...document.querySelectorAll("[data-export]")].map((each) => each.dataset.export));
+  const taken = new Set([...document.querySelectorAll("[data-export]")].map((card) => card.dataset.export));
   const wanted = `${search.slice(0, 40)}-${form.elements.candidate.value.trim()}`.replace(/[^A-Za-z0-9_-]+/g, "-").slice(0, 60);
   let name = wanted;
   for (let i = 2; taken.has(name); i += 1) name = `${wanted}-${i}`;
@@ -41,7 +41,7 @@ form.addEventListener("submit", async (event) => {
   }
 });
 
-const running = () => [...document.querySelectorAll("[data-export]")].filter((each) => each.dataset.state === "running");
+const running = () => [...document.querySelectorAll("[data-export]")].filter((card) => card.dataset.state === "running");
 async function turn() {
   const before = running().length;
   if (before && !document.hidden) {

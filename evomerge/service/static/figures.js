@@ -18,14 +18,14 @@ const recoloured = (text) => (dark.matches ? text.replace(/#[0-9a-f]{6}/gi, (ton
 /** A figure says what it leaves out in its title; here that is a paragraph above it, which wraps and is read out. */
 function tell(box, layout) {
   const text = new DOMParser().parseFromString((layout.title?.text ?? "").replace(/<br\s*\/?>/g, " "), "text/html").body.textContent;
-  let told = box.previousElementSibling;
-  if (!told?.classList.contains("told")) {
-    told = document.createElement("p");
-    told.className = "told quiet small";
-    box.before(told);
+  let paragraph = box.previousElementSibling;
+  if (!paragraph?.classList.contains("told")) {
+    paragraph = document.createElement("p");
+    paragraph.className = "told quiet small";
+    box.before(paragraph);
   }
-  told.textContent = text;
-  told.hidden = text === "";
+  paragraph.textContent = text;
+  paragraph.hidden = text === "";
 }
 
 /** Lay the page's colours under what a figure says itself. */
@@ -36,30 +36,30 @@ function themed(layout, box) {
     tickfont: { color: quiet, ...(own || {}).tickfont },
     title: typeof (own || {}).title === "string" ? { text: own.title } : (own || {}).title,
   });
-  const found = {
+  const styled = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
     margin: { l: 48, r: 12, t: 12, b: 44 }, hovermode: "closest", ...layout,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, ...(layout.font || {}), color: ink },
     legend: { orientation: "h", y: -0.22, x: 0, font: { color: ink }, ...(layout.legend || {}) },
     hoverlabel: { bgcolor: tone("--surface"), bordercolor: tone("--edge"), font: { color: ink }, ...(layout.hoverlabel || {}) },
   };
-  found.modebar = { bgcolor: "rgba(0,0,0,0)", color: quiet, activecolor: tone("--accent"), orientation: "h" };
-  if (layout.annotations) found.annotations = layout.annotations.map((each) => ({ ...each, bgcolor: tone("--surface"), font: { ...each.font, color: quiet } }));
+  styled.modebar = { bgcolor: "rgba(0,0,0,0)", color: quiet, activecolor: tone("--accent"), orientation: "h" };
+  if (layout.annotations) styled.annotations = layout.annotations.map((annotation) => ({ ...annotation, bgcolor: tone("--surface"), font: { ...annotation.font, color: quiet } }));
   for (const name of new Set(["xaxis", "yaxis", ...Object.keys(layout)])) {
-    if (/^[xy]axis\d*$/.test(name)) found[name] = axis(layout[name]);
+    if (/^[xy]axis\d*$/.test(name)) styled[name] = axis(layout[name]);
   }
   if (layout.coloraxis) {
-    found.coloraxis = { ...layout.coloraxis, colorbar: { ...layout.coloraxis.colorbar, tickfont: { color: ink } } };
+    styled.coloraxis = { ...layout.coloraxis, colorbar: { ...layout.coloraxis.colorbar, tickfont: { color: ink } } };
   }
-  delete found.template;
-  delete found.title;
-  found.margin = { ...found.margin, t: TOP + TOOLS };
-  delete found.width;
+  delete styled.template;
+  delete styled.title;
+  styled.margin = { ...styled.margin, t: TOP + TOOLS };
+  delete styled.width;
   const height = layout.height && layout.height - ((layout.margin?.t ?? TOP) - TOP); // without the room for its title
   if (height) box.style.minHeight = `${height + TOOLS}px`;
-  found.height = height ? height + TOOLS : box.clientHeight || undefined;
+  styled.height = height ? height + TOOLS : box.clientHeight || undefined;
   box.style.minWidth = layout.meta?.least_width ? `${layout.meta.least_width}px` : "";
-  return found;
+  return styled;
 }
 
 function waiting(box, text) {
@@ -109,7 +109,7 @@ const ringed = new Map(); // of each figure: the candidate whose point has a rin
 export function ring(box, number) {
   ringed.set(box, number);
   if (!box.classList.contains("js-plotly-plot") || !box._fullData) return;
-  const at = box._fullData.map((trace) => [trace, [...(trace.customdata ?? [])].findIndex((each) => Number(each) === number)]);
+  const at = box._fullData.map((trace) => [trace, [...(trace.customdata ?? [])].findIndex((value) => Number(value) === number)]);
   const [trace, i] = at.find(([, i]) => i >= 0) ?? [];
   const shapes = trace === undefined ? [] : [{
     type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: trace.x[i], yanchor: trace.y[i], x0: -RING, x1: RING, y0: -RING,

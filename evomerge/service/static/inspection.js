@@ -36,33 +36,33 @@ function heat(value, text, strength) {
   return made;
 }
 
-export function drawInspection(place, found) {
+export function drawInspection(place, inspection) {
   const parts = [];
-  if (found.warnings?.length) {
+  if (inspection.warnings?.length) {
     const note = element("div", "note warn"), list = element("ul");
     note.append(element("strong", "", "Beware"));
-    for (const text of found.warnings) list.append(element("li", "", text));
+    for (const text of inspection.warnings) list.append(element("li", "", text));
     note.append(list);
     parts.push(note);
   } else parts.push(element("div", "note good", "Nothing speaks against merging these."));
-  parts.push(table("The models", ["model", "architecture", "layers", "parameters", "type", "tokens"], found.models.map((m) => [
-    m.name === found.base ? `${m.name} (base)` : m.name, cell(m.architecture.replace(/ForCausalLM$/, "")), cell(String(m.layers), "num"),
+  parts.push(table("The models", ["model", "architecture", "layers", "parameters", "type", "tokens"], inspection.models.map((m) => [
+    m.name === inspection.base ? `${m.name} (base)` : m.name, cell(m.architecture.replace(/ForCausalLM$/, "")), cell(String(m.layers), "num"),
     cell(count(m.parameters), "num"), cell(m.dtype), cell(m.tokens === null ? "none" : m.tokens.toLocaleString("en"), "num"),
   ])));
-  const origin = found.base ?? "the base";
-  if (found.sources?.length) {
-    parts.push(table(`How far each source is from ${origin}`, ["source", "|d| / |b|", "mean |d|", "changed"], found.sources.map((s) => [
+  const origin = inspection.base ?? "the base";
+  if (inspection.sources?.length) {
+    parts.push(table(`How far each source is from ${origin}`, ["source", "|d| / |b|", "mean |d|", "changed"], inspection.sources.map((s) => [
       s.name, cell(percent(s.whole.relative_norm), "num"), cell(s.whole.mean_change.toPrecision(2), "num"), cell(percent(s.whole.changed), "num"),
     ])));
   }
-  if (found.parts?.length && found.sources?.length) {
-    const most = Math.max(...found.sources.flatMap((s) => s.parts.map((d) => d.relative_norm ?? 0)), 1e-12);
-    const titles = ["part", ...found.sources.map((s) => `|d| ${s.name}`), ...found.pairs.map((p) => `cos ${p.a} · ${p.b}`)];
-    const rows = [["all", ...found.sources.map((s) => heat(s.whole.relative_norm, percent(s.whole.relative_norm), (s.whole.relative_norm ?? 0) / most)),
-      ...found.pairs.map((p) => heat(p.whole.cosine, p.whole.cosine?.toFixed(2) ?? "·", Math.sqrt(Math.abs(p.whole.cosine ?? 0))))]];
-    found.parts.forEach((part, i) => rows.push([part,
-      ...found.sources.map((s) => heat(s.parts[i].relative_norm, percent(s.parts[i].relative_norm), (s.parts[i].relative_norm ?? 0) / most)),
-      ...found.pairs.map((p) => heat(p.parts[i].cosine, p.parts[i].cosine?.toFixed(2) ?? "·", Math.sqrt(Math.abs(p.parts[i].cosine ?? 0)))),
+  if (inspection.parts?.length && inspection.sources?.length) {
+    const most = Math.max(...inspection.sources.flatMap((s) => s.parts.map((d) => d.relative_norm ?? 0)), 1e-12);
+    const titles = ["part", ...inspection.sources.map((s) => `|d| ${s.name}`), ...inspection.pairs.map((p) => `cos ${p.a} · ${p.b}`)];
+    const rows = [["all", ...inspection.sources.map((s) => heat(s.whole.relative_norm, percent(s.whole.relative_norm), (s.whole.relative_norm ?? 0) / most)),
+      ...inspection.pairs.map((p) => heat(p.whole.cosine, p.whole.cosine?.toFixed(2) ?? "·", Math.sqrt(Math.abs(p.whole.cosine ?? 0))))]];
+    inspection.parts.forEach((part, i) => rows.push([part,
+      ...inspection.sources.map((s) => heat(s.parts[i].relative_norm, percent(s.parts[i].relative_norm), (s.parts[i].relative_norm ?? 0) / most)),
+      ...inspection.pairs.map((p) => heat(p.parts[i].cosine, p.parts[i].cosine?.toFixed(2) ?? "·", Math.sqrt(Math.abs(p.parts[i].cosine ?? 0)))),
     ]));
     const details = element("details");
     details.open = true;

@@ -28,18 +28,18 @@ function removeSource(reference) { sources.delete(reference); sourcesChanged(); 
 async function listFolders() {
   const place = byId("folders"), note = byId("folders-note");
   try {
-    const found = await call("/api/v1/sources");
-    const folders = found.sources;
+    const listed = await call("/api/v1/sources");
+    const folders = listed.sources;
     note.hidden = folders.length > 0;
     note.textContent = "No model folder is known here. Start the server with --sources FOLDER, or name models of the hub.";
-    for (const each of folders) {
-      const { reference } = each, label = element("label", "inline"), box = element("input");
+    for (const folder of folders) {
+      const { reference } = folder, label = element("label", "inline"), box = element("input");
       box.type = "checkbox";
       box.disabled = reference === null;
       if (reference !== null) box.dataset.folder = reference;
       box.addEventListener("change", () => (box.checked ? addSource(reference) : removeSource(reference)));
-      const text = element("span"), of = each.adapter_of;
-      text.append(element("span", "", each.name), " ");
+      const text = element("span"), of = folder.adapter_of;
+      text.append(element("span", "", folder.name), " ");
       if (of !== null) text.append(element("span", "badge plain", "adapter"), " ");
       text.append(element("span", "hint", reference ?? `its base model ${of} is in no folder here: add it below as BASE+ADAPTER`));
       label.append(box, text);
@@ -70,7 +70,7 @@ function sourcesChanged() {
     remove.type = "button";
     remove.append(element("span", "hidden-text", ` ${name}`));
     remove.addEventListener("click", () => {
-      const box = [...document.querySelectorAll("[data-folder]")].find((each) => each.dataset.folder === reference);
+      const box = [...document.querySelectorAll("[data-folder]")].find((box) => box.dataset.folder === reference);
       if (box) box.checked = false;
       removeSource(reference);
     });
@@ -97,8 +97,8 @@ async function inspect() {
   place.replaceChildren(element("p", "quiet", "Comparing the models; each weight is read once…"));
   try {
     const named = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
-    const found = await call("/api/v1/sources/inspect", "POST", { sources: named, base: byId("base").value || null }, mine.signal);
-    drawInspection(place, found);
+    const inspection = await call("/api/v1/sources/inspect", "POST", { sources: named, base: byId("base").value || null }, mine.signal);
+    drawInspection(place, inspection);
   } catch (error) {
     if (!mine.signal.aborted) place.replaceChildren(element("div", "note bad", error.message));
   }
@@ -108,17 +108,17 @@ async function inspect() {
 
 /** What the fields within a place say, by their keys; empty ones say nothing. */
 function said(place) {
-  const found = {};
+  const values = {};
   for (const input of place.querySelectorAll("[data-key]")) {
     const { key, kind } = input.dataset;
-    if (kind === "switch") { if (input.checked) found[key] = true; continue; }
+    if (kind === "switch") { if (input.checked) values[key] = true; continue; }
     // A space before an answer belongs to it, and \n in a prompt is a new line.
     const text = ["prompt", "answer"].includes(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
     if (text === "") continue;
-    if (kind === "numbers") found[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
-    else found[key] = kind === "number" || /^-?\d+(\.\d+)?$/.test(text) && kind !== "text" ? number(text) : text;
+    if (kind === "numbers") values[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
+    else values[key] = kind === "number" || /^-?\d+(\.\d+)?$/.test(text) && kind !== "text" ? number(text) : text;
   }
-  return found;
+  return values;
 }
 function number(text) { return Number.isFinite(Number(text)) ? Number(text) : text; }
 
@@ -126,9 +126,9 @@ function addObjective(evaluator) {
   numbers += 1;
   const made = byId("objective-template").content.cloneNode(true);
   const box = made.querySelector("[data-objective]");
-  for (const each of [box, ...box.querySelectorAll("*")]) {
+  for (const node of [box, ...box.querySelectorAll("*")]) {
     for (const name of ["id", "for", "aria-describedby", "list"]) {
-      if (each.hasAttribute(name)) each.setAttribute(name, each.getAttribute(name).replace(/^N-/, `o${numbers}-`));
+      if (node.hasAttribute(name)) node.setAttribute(name, node.getAttribute(name).replace(/^N-/, `o${numbers}-`));
     }
   }
   box.dataset.number = numbers;
@@ -153,15 +153,15 @@ function propose() {
 }
 optimizer.addEventListener("change", () => {
   hasChosen = true;
-  for (const each of form.querySelectorAll("[data-optimizer]")) each.hidden = each.dataset.optimizer !== optimizer.value;
+  for (const section of form.querySelectorAll("[data-optimizer]")) section.hidden = section.dataset.optimizer !== optimizer.value;
 });
 
 function settings(box, evaluator) {
   const place = box.querySelector("[data-settings]"), number = box.dataset.number;
   const made = document.querySelector(`template[data-evaluator="${CSS.escape(evaluator)}"]`).content.cloneNode(true);
-  for (const each of made.querySelectorAll("*")) {
+  for (const node of made.querySelectorAll("*")) {
     for (const name of ["id", "for", "aria-describedby", "list"]) {
-      if (each.hasAttribute(name)) each.setAttribute(name, each.getAttribute(name).replace(/^N-/, `o${number}-`));
+      if (node.hasAttribute(name)) node.setAttribute(name, node.getAttribute(name).replace(/^N-/, `o${number}-`));
     }
   }
   place.replaceChildren(made);
@@ -171,37 +171,37 @@ function settings(box, evaluator) {
 // ---- the file ----
 
 function content() {
-  const found = { name: byId("name").value.trim() };
+  const content = { name: byId("name").value.trim() };
   const seed = number(byId("seed").value.trim() || "0");
-  if (seed !== 0) found.seed = seed;
-  found.sources = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
-  for (const key of ["base", "tokenizer", "dtype"]) if (byId(key).value) found[key] = byId(key).value;
+  if (seed !== 0) content.seed = seed;
+  content.sources = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
+  for (const key of ["base", "tokenizer", "dtype"]) if (byId(key).value) content[key] = byId(key).value;
   const kind = form.querySelector("[name=space]:checked").value;
-  found.space = { kind, ...said(form.querySelector(`[data-space="${kind}"]`)) };
-  found.objectives = {};
+  content.space = { kind, ...said(form.querySelector(`[data-space="${kind}"]`)) };
+  content.objectives = {};
   for (const box of form.querySelectorAll("[data-objective]")) {
     const evaluator = box.querySelector("[data-evaluator-of]").value;
     const its = said(box.querySelector("[data-settings]"));
     const name = box.querySelector("[data-name]").value.trim() || String(its.task ?? evaluator).replace(/[^A-Za-z0-9_-]+/g, "_");
     const items = box.querySelector("[data-items]").value.trim(), direction = box.querySelector("[data-direction]").value;
-    const unique = name in found.objectives ? `${name}_${box.dataset.number}` : name;
+    const unique = name in content.objectives ? `${name}_${box.dataset.number}` : name;
     box.dataset.called = unique;
-    found.objectives[unique] = {
+    content.objectives[unique] = {
       ...(evaluator === "lm_eval" ? {} : { evaluator }), ...its,
       ...(items ? { items: number(items) } : {}), ...(direction ? { direction } : {}),
     };
   }
   const more = said(form.querySelector("[data-section=more]"));
-  if (more.rungs) found.racing = { rungs: more.rungs };
+  if (more.rungs) content.racing = { rungs: more.rungs };
   const own = form.querySelector(`[data-optimizer="${CSS.escape(optimizer.value)}"]`);
-  found.optimizer = { ...said(form.querySelector("[data-section=optimizer]")), ...(own ? said(own) : {}) };
-  found.budget = said(form.querySelector("[data-section=budget]"));
+  content.optimizer = { ...said(form.querySelector("[data-section=optimizer]")), ...(own ? said(own) : {}) };
+  content.budget = said(form.querySelector("[data-section=budget]"));
   const confirm = { ...(more.top ? { top: more.top } : {}), ...(more.drawn ? { drawn: more.drawn } : {}) };
-  if (Object.keys(confirm).length) found.confirm = confirm;
+  if (Object.keys(confirm).length) content.confirm = confirm;
   const { pool, workers } = said(form.querySelector("[data-section=workers]"));
-  if (pool) found.pool = pool;
-  if (workers) found.cluster = { workers };
-  return found;
+  if (pool) content.pool = pool;
+  if (workers) content.cluster = { workers };
+  return content;
 }
 
 function build() {
@@ -230,7 +230,7 @@ function fieldOf([first, second, third]) {
   if (first === "sources") return byId("reference");
   if (first === "space") return within(form.querySelector("[data-space]:not([hidden])"), second);
   if (first === "objectives") {
-    const box = [...form.querySelectorAll("[data-objective]")].find((each) => each.dataset.called === second);
+    const box = [...form.querySelectorAll("[data-objective]")].find((box) => box.dataset.called === second);
     if (["items", "direction"].includes(third)) return box?.querySelector(`[data-${third}]`) ?? null;
     return within(box, third ?? "task") ?? box?.querySelector("[data-name]") ?? byId("add-objective");
   }
@@ -240,7 +240,7 @@ function fieldOf([first, second, third]) {
 }
 
 function clearField() {
-  for (const each of form.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
+  for (const field of form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
 }
 
 function setByHand(value) {
@@ -268,14 +268,14 @@ byId("copy").addEventListener("click", async () => {
 
 function tellFaults(problem) {
   clearField();
-  const box = element("div", "note bad"), line = problem.line ?? problem.faults?.find((each) => each.line)?.line ?? 0;
+  const box = element("div", "note bad"), line = problem.line ?? problem.faults?.find((fault) => fault.line)?.line ?? 0;
   box.append(element("strong", "", problem.title || "That does not work"));
   for (const fault of problem.faults?.length ? problem.faults : [{ field: "", problem: problem.detail ?? "" }]) {
-    const told = element("p");
-    if (fault.field) told.append(element("code", "", fault.field), " ");
-    told.append(fault.problem);
-    if (fault.hint) told.append(element("br"), fault.hint);
-    box.append(told);
+    const paragraph = element("p");
+    if (fault.field) paragraph.append(element("code", "", fault.field), " ");
+    paragraph.append(fault.problem);
+    if (fault.hint) paragraph.append(element("br"), fault.hint);
+    box.append(paragraph);
   }
   if (line) {
     const go = element("button", "tiny", `Go to line ${line}`);
@@ -304,7 +304,7 @@ function scrollTo(line) {
 
 function goTo(line) {
   const lines = file.value.split("\n");
-  const begin = lines.slice(0, line - 1).reduce((sum, each) => sum + each.length + 1, 0);
+  const begin = lines.slice(0, line - 1).reduce((sum, text) => sum + text.length + 1, 0);
   file.focus();
   file.setSelectionRange(begin, begin + lines[line - 1].length);
   scrollTo(line);
@@ -335,8 +335,8 @@ function tellPlan(plan) {
 async function locate(problem) {
   if (problem.line || !problem.faults?.length) return problem;
   try {
-    const found = await call("/new/line", "POST", { file: file.value, field: problem.faults[0].field });
-    return { ...problem, line: found.line, path: found.path };
+    const place = await call("/new/line", "POST", { file: file.value, field: problem.faults[0].field });
+    return { ...problem, line: place.line, path: place.path };
   } catch { return problem; }
 }
 
@@ -365,7 +365,7 @@ byId("start").addEventListener("click", () => ask(byId("start"), "Checking, then
 
 for (const radio of form.querySelectorAll("[name=space]")) {
   radio.addEventListener("change", () => {
-    for (const each of form.querySelectorAll("[data-space]")) each.hidden = each.dataset.space !== radio.value;
+    for (const section of form.querySelectorAll("[data-space]")) section.hidden = section.dataset.space !== radio.value;
   });
 }
 byId("add-reference").addEventListener("click", () => { addSource(byId("reference").value.trim()); byId("reference").value = ""; });

@@ -51,19 +51,19 @@ function select(number) {
 /** Offer the candidates that are best by now; until somebody has chosen, the best of them is shown. */
 let isChosen = false;
 function offer() {
-  const options = [...byId("choices").children].map((each) => new Option(each.textContent, each.dataset.number));
+  const options = [...byId("choices").children].map((choice) => new Option(choice.textContent, choice.dataset.number));
   const before = picker.value, [best] = options;
-  if (before && !options.some((each) => each.value === before)) options.push(new Option(`c${before.padStart(4, "0")}`, before));
+  if (before && !options.some((option) => option.value === before)) options.push(new Option(`c${before.padStart(4, "0")}`, before));
   picker.replaceChildren(...options);
   picker.value = before;
   if (!isChosen && best && best.value !== before) select(Number(best.value));
 }
 picker.addEventListener("change", () => { isChosen = true; select(Number(picker.value)); });
 function choose(point) {
-  const found = [point.customdata].flat().find((each) => Number.isInteger(Number(each)) || /^c\d+$/.test(each));
-  if (found === undefined) return;
+  const candidate = [point.customdata].flat().find((value) => Number.isInteger(Number(value)) || /^c\d+$/.test(value));
+  if (candidate === undefined) return;
   isChosen = true;
-  select(Number(String(found).replace(/^c/, "")));
+  select(Number(String(candidate).replace(/^c/, "")));
   speak(`Recipe of ${byId("selected-name").textContent}`, true);
 }
 for (const box of [byId("front-figure"), document.getElementById("grid-figure")]) if (box) figures.onPoint(box, choose);
@@ -71,7 +71,7 @@ if (picker.value) select(Number(picker.value));
 
 for (const button of document.querySelectorAll("[data-over]")) {
   button.addEventListener("click", () => {
-    for (const each of document.querySelectorAll("[data-over]")) each.setAttribute("aria-pressed", String(each === button));
+    for (const other of document.querySelectorAll("[data-over]")) other.setAttribute("aria-pressed", String(other === button));
     figures.show(byId("history-figure"), `${api}/figures/history?over=${button.dataset.over}`);
   });
 }
