@@ -108,9 +108,11 @@ def test_a_7b_search_on_the_gpus_that_people_have() -> None:
     assert {round(each.need / 1e9, 2) for each in found.values()} == {16.63}
     assert {name: each.workers for name, each in found.items()} == {
         "A100-40": 2, "A100-80": 5, "H100-80": 5, "H200-141": 9, "L40S-48": 2, "RTX 4090-24": 1,
+        "B200-180": 11, "B300-288": 17,
     }  # fmt: skip
     assert [name for name, each in found.items() if each.residency == "device"] == [
-        "A100-80", "H100-80", "H200-141",  # 85.9 GB less 15.6 of a worker and a quarter to spare leave 48.8 for 43.5
+        "A100-80", "H100-80", "H200-141", "B200-180", "B300-288",
+        # 85.9 GB less 15.6 of a worker and a quarter to spare leave 48.8 for 43.5
     ]  # fmt: skip
     told = lines(shape, [work], "vllm", 0)
     assert told[0] == "A100-40: too small for a worker (46.7 GB a worker)"

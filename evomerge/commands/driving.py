@@ -23,6 +23,7 @@ from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.errors import InputError
 from evomerge.observers import Observers
+from evomerge.report.fit import check_fit
 from evomerge.report.live import Screen
 from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
@@ -47,7 +48,7 @@ from evomerge.search.settings.folder import LOGS_NAME, has_store
 from evomerge.search.settings.rebudget import reread_budget
 from evomerge.search.settings.resuming import record_resumed
 from evomerge.search.settings.search_file import SearchFile
-from evomerge.search.workers.building import choose_device
+from evomerge.search.workers.building import check_devices
 from evomerge.search.workers.bus_errors import explain_bus_errors
 from evomerge.store import Store, acquire
 
@@ -109,8 +110,8 @@ def open_all(file: SearchFile, folder: Path | None = None, *, begins: bool = Tru
     if file.artifacts is not None:
         check_artifacts(file.artifacts, file.name, folder)
     prepared = prepare(file, tries=begins and file.pool == "in_process")
-    if file.pool == "in_process":
-        choose_device(file.device)
+    check_devices(file)
+    check_fit(prepared)
     for source in prepared.sources.values():
         check_finite(source)
     return prepared

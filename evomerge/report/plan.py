@@ -16,7 +16,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.prices import amount_text
 from evomerge.report.entries import Constraint
-from evomerge.report.hardware import ModelShape, Work, host_bytes, lines, model_shape, work_of
+from evomerge.report.hardware import ModelShape, Work, host_bytes, layout_lines, lines, model_shape, work_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
 from evomerge.search.preparing.prepare import Prepared
@@ -82,8 +82,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "confirmation", _confirmation(setup)
     yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
-        for line in _hardware(prepared):
-            yield "estimate", line
+        yield from _hardware(prepared)
     export = _gigabytes(_bytes(model) * _widened(prepared))
     yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
@@ -118,20 +117,24 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
 def _memory(prepared: Prepared) -> str:
     """What a worker takes at its peak."""
     files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
-    peak = host_bytes(*_shape_and_works(prepared), sum(files.values()))
+    peak = host_bytes(*shape_and_works(prepared), sum(files.values()))
     return (
         f"about {_gigabytes(peak)} at a worker's peak on a processor, of which {_gigabytes(_live_bytes(prepared))} are "
         "its model's weights; the sources are mapped, not copied"
     )
 
 
-def _hardware(prepared: Prepared) -> list[str]:
-    """A worker on the GPUs that people have: arithmetic, not measured."""
-    shape, works = _shape_and_works(prepared)
-    return lines(shape, works, prepared.file.engine, psutil.virtual_memory().available)
+def _hardware(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """A worker on the GPUs that people have, and other layouts of it: arithmetic, not measured."""
+    (shape, works), free = shape_and_works(prepared), psutil.virtual_memory().available
+    file = prepared.file
+    for line in lines(shape, works, file.engine, free, file.cluster.devices):
+        yield "estimate", line
+    for line in layout_lines(shape, works, free):
+        yield "layout", line
 
 
-def _shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
+def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     """What a merged model takes, and what every evaluator asks of it."""
     model = prepared.sources[prepared.file.tokenizer_source]
     settings, tasks = prepared.opened.settings, prepared.setup.tasks("search")
@@ -140,7 +143,18 @@ def _shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     ]
     sources = sum(_bytes(source) for source in prepared.sources.values())
     layers = max(model.layers, prepared.setup.space.layer_buffers)
-    return model_shape(model.config, _live_bytes(prepared), sources, layers, model.dtype.itemsize), works
+    sizes = [size * _widened(prepared) for size in layer_bytes(model, layers)]
+    weights, itemsize = _live_bytes(prepared), model.dtype.itemsize * _widened(prepared)
+    return model_shape(model.config, weights, sources, layers, itemsize, sizes), works
+
+
+def layer_bytes(model: Source, layers: int) -> list[int]:
+    """Bytes of each of so many layer buffers of a live model; those beyond its layers are like these, in order."""
+    own = [0] * model.layers
+    for name, entry in model.tensors.items():
+        if (layer := model.roles[name].layer) is not None:
+            own[layer] += entry.end - entry.begin
+    return [own[number % model.layers] for number in range(layers)]
 
 
 def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
@@ -292,9 +306,9 @@ def _bytes(source: Source) -> int:
 def _live_bytes(prepared: Prepared) -> int:
     """Of the live model: what is outside the layers, and as many layers as a path may be made of."""
     model = prepared.sources[prepared.file.tokenizer_source]
-    layers = sum(e.end - e.begin for name, e in model.tensors.items() if model.roles[name].layer is not None)
-    held = _bytes(model) + layers * max(0, prepared.setup.space.layer_buffers - model.layers) // model.layers
-    return held * _widened(prepared)
+    outside = _bytes(model) - sum(layer_bytes(model, model.layers))
+    buffers = layer_bytes(model, max(model.layers, prepared.setup.space.layer_buffers))
+    return (outside + sum(buffers)) * _widened(prepared)
 
 
 def _widened(prepared: Prepared) -> int:

@@ -178,12 +178,13 @@ def _prepared(text: str, folders: Sequence[str]) -> Any:
     file = checked_file(text, [Path(folder) for folder in folders])
     check_early(file)
     from evomerge.checkpoints.checks import check_finite
+    from evomerge.report.fit import check_fit
     from evomerge.search.preparing.prepare import prepare
-    from evomerge.search.workers.building import choose_device
+    from evomerge.search.workers.building import check_devices
 
     prepared = prepare(file)
-    if prepared.file.pool == "in_process":
-        choose_device(prepared.file.device)
+    check_devices(prepared.file)
+    check_fit(prepared)
     for source in prepared.sources.values():
         check_finite(source)
     return prepared

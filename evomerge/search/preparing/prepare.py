@@ -32,6 +32,7 @@ from evomerge.search.preparing.setup import (
     Setup,
 )
 from evomerge.search.settings.early import make_space
+from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 
@@ -79,6 +80,8 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     if file.pool == "ray":
         runtime_env_of(file.cluster)
     sources = open_sources(file)
+    model = sources[file.tokenizer_source]
+    check_layout(file, model.config, model.layers)
     untouched = Untouched(sources.values())
     space = build_space(file, sources)
     evaluators = Evaluators.open(file, tries=tries)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from evaluators.base import FOLDER, MODEL, EvaluatorSettings
 from evomerge.checkpoints.references import check_reference, local_config
@@ -18,6 +19,7 @@ from evomerge.genome import SearchSpace
 from evomerge.method import find_method
 from evomerge.optimizers import Feature
 from evomerge.plugins import unknown_name
+from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.settings.sections import Measure
@@ -39,6 +41,9 @@ def check_early(file: SearchFile) -> None:
         _check_metric(file.measures[place], settings, place)
     for name, reference in file.sources.items():
         check_reference(reference, f"sources.{name}")
+    config = local_config(file.sources[file.tokenizer_source])
+    if (depth := _depth(config)) is not None:
+        check_layout(file, config, depth)
     _check_space(file)
     if file.pool == "ray":
         runtime_env_of(file.cluster)
@@ -75,7 +80,7 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
 
 def _check_space(file: SearchFile) -> None:
     """Make the space where configurations say how deep the sources are; else see that its method is there."""
-    depths = {name: _depth(reference) for name, reference in file.sources.items()}
+    depths = {name: _depth(local_config(reference)) for name, reference in file.sources.items()}
     known = {name: depth for name, depth in depths.items() if depth is not None}
     if len(known) < len(depths):
         if isinstance(method := getattr(file.space, "method", None), str):
@@ -86,9 +91,9 @@ def _check_space(file: SearchFile) -> None:
     file.optimizer.check(space.parameters, len(file.objectives), "optimizer", axes)
 
 
-def _depth(reference: str) -> int | None:
+def _depth(config: Mapping[str, Any]) -> int | None:
     """The number of layers as config.json has it; None where that is not on this machine, or says it elsewhere."""
-    depth = local_config(reference).get("num_hidden_layers")
+    depth = config.get("num_hidden_layers")
     return depth if isinstance(depth, int) and 0 < depth <= 1000 else None
 
 

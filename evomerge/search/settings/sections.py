@@ -31,6 +31,10 @@ Amount = Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
 Hours = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 
 
+MOST_GPUS = 16
+"""GPUs of one node: what is built has eight, a few have sixteen."""
+
+
 class Section(BaseModel):
     """A part of the search file: frozen, and a key that it does not know is an error."""
 
@@ -194,7 +198,8 @@ class Cluster(Section):
     while nodes come and go. ``cpus_per_worker`` is also the number of threads that a worker computes with, in either
     pool. ``residency`` says where a worker on a GPU keeps the sources: in the device's memory, in pinned host memory,
     or in mapped files; ``auto`` takes the first of these that has room. ``insecure`` joins a cluster that asks for no
-    token. ``runtime_env`` is what Ray sets up before a worker's process starts, in Ray's words (``runtime_env``).
+    token. ``gpus_per_worker`` is a share of a GPU, or whole GPUs of one node, over which a worker lays its model.
+    ``runtime_env`` is what Ray sets up before a worker's process starts, in Ray's words (``runtime_env``).
     ``gpu_hour`` is the price of a GPU for an hour, and ``worker_hour`` that of a worker beside its GPUs, in
     ``currency``.
     """
@@ -209,6 +214,22 @@ class Cluster(Section):
     gpu_hour: Price | None = None
     worker_hour: Price | None = None
     currency: str = Field(default="USD", pattern=r"^[^\s\d.,]{1,8}$")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_above_one(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            low = int(gpus)
+            problem = f"is {gpus:g}: a worker has a share of one GPU, or whole ones. Give {low} or {low + 1}"
+            raise ValueError(problem)
+        if gpus is not None and gpus > MOST_GPUS:
+            raise ValueError(f"is {gpus:g} GPUs on one node, and no node has more than {MOST_GPUS}")
+        return gpus
+
+    @property
+    def devices(self) -> int:
+        """How many devices a worker lays its model over."""
+        return max(1, int(self.gpus_per_worker or 1))
 
     @property
     def prices(self) -> Prices | None:

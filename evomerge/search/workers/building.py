@@ -13,6 +13,7 @@ from evomerge.errors import InputError
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.evidence import Evidence
 from evomerge.recipes.base import DType
+from evomerge.search.settings.layouts import PLACE, is_here
 
 if TYPE_CHECKING:
     from evomerge.search.settings.search_file import SearchFile
@@ -30,6 +31,27 @@ def choose_device(wanted: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise InputError("device", f"{wanted!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def choose_devices(file: SearchFile) -> tuple[torch.device, ...]:
+    """The devices of a worker in this process: one, unless the search file gives a worker several GPUs.
+
+    Raises:
+        InputError: this machine has no such device, or not so many GPUs.
+    """
+    count = file.cluster.devices
+    if count == 1:
+        return (choose_device(file.device),)
+    if (there := torch.cuda.device_count()) < count:
+        problem = f"is {count}, and this machine has {there} GPU{'s' * (there != 1)}: {count - there} are missing"
+        raise InputError(PLACE, problem, "Name the cluster that has them as `cluster.address`, or lower it.")
+    return tuple(torch.device("cuda", number) for number in range(count))
+
+
+def check_devices(file: SearchFile) -> None:
+    """Refuse devices that this machine does not have, where the workers are to be on it. Raises InputError."""
+    if file.pool == "in_process" or (is_here(file) and file.cluster.devices > 1):
+        choose_devices(file)
 
 
 def torch_dtype(name: DType | None) -> torch.dtype | None:
