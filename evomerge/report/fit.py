@@ -33,16 +33,14 @@ def check_memory(file: SearchFile, shape: ModelShape, works: list[Work], memory:
     sources = shape.sources * fullest.weights // shape.weights if file.cluster.residency == "device" else 0
     if (needed := fullest.total + sources) <= memory:
         return
-    problem = (
-        f"is {devices}, and the fullest GPU of a worker needs {_sum_of(fullest, sources)}; {owner} has {_gb(memory)}"
-    )
+    problem = f"is {devices}, and the fullest GPU of a worker needs {_sum_of(fullest, sources)}; {owner} has {_gb(memory)}: {_gb(needed - memory)} too little"
     fitting = [str(n) for n in layouts(shape, file.engine) if worker_bytes(shape, works, file.engine, n) <= memory]
     hint = (
         f"It fits on {' or '.join(fitting)} GPUs a worker." if fitting else "It fits on no usual number of such GPUs."
     )
     if sources and fullest.total <= memory:
         hint = "Leave the sources in the host's memory: `residency: auto`."
-    raise InputError(PLACE, problem, f"{hint} {_gb(needed - memory)} are missing.")
+    raise InputError(PLACE, problem, hint)
 
 
 def _memory(file: SearchFile) -> tuple[int, str]:
