@@ -25,7 +25,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def hollow_checkpoint(name: str, folder: Path) -> Path:
-    """A folder with a recorded config.json and a safetensors file of the right names and shapes, which takes no disk."""
+    """A folder with a recorded config.json and a safetensors file of the right shapes, which takes no disk."""
     folder.mkdir(parents=True)
     config = config_of(name)
     (folder / "config.json").write_text(json.dumps(config))

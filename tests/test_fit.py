@@ -120,7 +120,7 @@ def test_a_shard_holds_its_share_and_one_head_of_keys_at_least() -> None:
     config = config_of("qwen2.5-7b")
     whole = CHECKPOINT_BYTES["qwen2.5-7b"]
     assert shard_bytes(config, whole, 28, 2, 4) == whole / 4
-    # On 28 devices each of the four heads lies seven times: 28 layers x 2 matrices x 3584 x 128 numbers of 2 bytes each.
+    # On 28 devices each of the four heads lies seven times: 28 layers x 2 matrices x 3584 x 128 numbers of 2 bytes.
     assert shard_bytes(config, whole, 28, 2, 28) == round(whole / 28 + 28 * 2 * 3584 * 128 * 2 * (1 - 4 / 28))
 
 
@@ -140,7 +140,7 @@ def test_which_layouts_of_a_70b_fit_on_which_gpus(tmp_path: Path) -> None:
     assert header.startswith("on each GPU of a worker: transformers 144.9 GB on 1, ")
     assert rows[1] == "A100-80: transformers on 2 (mapped), 4 (mapped), 8 (mapped); vllm on 8 (mapped)"
     assert lines(shape, [ANSWERS], "transformers", 0, 4)[0].startswith(
-        "A100-40: 37.1 GB on each of 4 GPUs, room for one"
+        "A100-40: 37.7 GB on each of 4 GPUs, room for one"
     )
 
 
@@ -191,7 +191,7 @@ def test_devices_that_are_not_there_or_do_not_divide_the_model_are_refused(
             2,
             "auto",
             50,
-            "is 2, and the fullest GPU of a worker needs 73.3 GB (weights 70.9 GB + keys",
+            "is 2, and the fullest GPU of a worker needs 73.3 GB (weights 70.9 GB +",
             "It fits on 4 or 8",
         ),
         (4, "auto", 21, "the GPU has 21.0 GB: 16.7 GB too little", "It fits on 8 GPUs a worker."),

@@ -33,7 +33,8 @@ def check_memory(file: SearchFile, shape: ModelShape, works: list[Work], memory:
     sources = shape.sources * fullest.weights // shape.weights if file.cluster.residency == "device" else 0
     if (needed := fullest.total + sources) <= memory:
         return
-    problem = f"is {devices}, and the fullest GPU of a worker needs {_sum_of(fullest, sources)}; {owner} has {_gb(memory)}: {_gb(needed - memory)} too little"
+    missing = f"{owner} has {_gb(memory)}: {_gb(needed - memory)} too little"
+    problem = f"is {devices}, and the fullest GPU of a worker needs {_sum_of(fullest, sources)}; {missing}"
     fitting = [str(n) for n in layouts(shape, file.engine) if worker_bytes(shape, works, file.engine, n) <= memory]
     hint = (
         f"It fits on {' or '.join(fitting)} GPUs a worker." if fitting else "It fits on no usual number of such GPUs."
