@@ -46,9 +46,9 @@ OWN_PROCESS_OF = {"TestCma", "TestTpe", "TestCatCma"}
 
 # Files of minutes, first: processes share out whole files, and one of these at the end would run alone.
 LONG = {
-    "test_chaos", "test_cluster_files", "test_commands", "test_faults_outside", "test_kill", "test_launch",
-    "test_merging_methods", "test_methods_searched", "test_ray_pool", "test_service_browser", "test_service_drivers",
-    "test_service_walk",
+    "test_chaos", "test_cluster_files", "test_commands", "test_faults_outside", "test_gpu_kit", "test_kill",
+    "test_launch", "test_merging_methods", "test_methods_searched", "test_ray_pool", "test_service_browser",
+    "test_service_drivers", "test_service_walk",
 }  # fmt: skip
 
 

@@ -1,0 +1,75 @@
+"""What a merge costs beside a plain copy, for every method: both move bytes, and little else should count.
+
+A merge of n tensors into one moves n + 1 of them, a copy two. They run in turns and are compared pair by pair, so that
+a device that changes its pace changes both; the median of the ratios counts. What a method plans is not timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from check_methods import METHODS, fine_tunes, planned
+from kit import Row, Setting, check
+from torch import Tensor
+
+from evomerge.merging.device import DeviceRunner
+from evomerge.merging.jobs import Job, WorkerThreads
+from evomerge.merging.passes import Pass
+from evomerge.method import find_method
+
+GOALS = {"Combine": 0.8, "Sparsify": 0.5}
+"""Of a copy's bandwidth on a GPU, by kind of pass: those that stay in the span of the sources, and those with masks."""
+_PAIRS = 7
+_CALLS = 4  # in a row: one alone would be timed with its launch
+
+
+def rows() -> list[Row]:
+    return [Row(f"bandwidth {name}", partial(_measure, name)) for name in METHODS]
+
+
+def _measure(name: str, setting: Setting) -> str:
+    shape = (512, 2048) if setting.small else (4096, 14336)
+    tensors = _fine_tunes(shape)
+    plan = planned(find_method(name, "row"), tensors)
+    placed = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
+    out = torch.empty_like(placed["base"])
+    merge, copied = _merge(plan, placed, out, setting), placed[plan.inputs[-1]]
+    copy = partial(out.copy_, copied)
+    merge(), copy()  # the first ones compile
+    pairs = [(_seconds(copy, setting), _seconds(merge, setting)) for _ in range(_PAIRS)]
+    moved, of_copy = (len(plan.inputs) + 1) * out.nbytes, 2 * out.nbytes
+    share = statistics.median(moved / merged / (of_copy / copied_s) for copied_s, merged in pairs)
+    speed = moved / statistics.median(merged for _, merged in pairs) / 1e9
+    kind, figure = type(plan).__name__, f"{share:.0%} of a copy's bandwidth, {speed:.1f} GB/s"
+    goal = None if setting.small else GOALS.get(kind)
+    if goal is not None:
+        figure += f", goal {goal:.0%}"
+        check(share >= goal, figure)
+    return f"{figure} ({kind})"
+
+
+@cache
+def _fine_tunes(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return fine_tunes(shape)
+
+
+def _merge(plan: Pass, placed: dict[str, Tensor], out: Tensor, setting: Setting) -> Callable[[], None]:
+    """One merge as a search makes it: by the device's runner on a GPU, by the compiled passes on the CPU."""
+    if setting.device.type == "cuda":
+        runner = DeviceRunner(setting.device, lambda ref: placed[ref[0]], [], "mapped")
+        return partial(runner.run, plan, [(name, "") for name in plan.inputs], out)
+    threads, inputs = WorkerThreads(), [placed[name] for name in plan.inputs]
+    return lambda: threads.run([Job(plan, inputs, out)])
+
+
+def _seconds(work: Callable[[], object], setting: Setting) -> float:
+    setting.wait()
+    started = time.perf_counter()
+    for _ in range(_CALLS):
+        work()
+    setting.wait()
+    return time.perf_counter() - started

@@ -1,0 +1,115 @@
+"""Every merge method by its registry, and methods on whole matrices: planned once, made on the CPU and on the device.
+
+A new method has its row as soon as it has its line in ``evomerge.plugins``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from check_passes import NAMES, by_cpu, by_device
+from kit import CPU, Row, Setting, check, close_share
+from torch import Tensor
+
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.inputs import LayerInput
+from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.passes import Pass
+from evomerge.merging.site import Ref, Site
+from evomerge.method import Method, default_parameters, find_method
+from evomerge.plugins import OWN
+from evomerge.recipes.stack import Blend, Role
+
+METHODS = tuple(OWN["evomerge.merge_methods"])
+MATRIX_METHODS = {"tsv_merge": "TSV_MERGE", "regmean": "REGMEAN"}
+"""Of examples/plugins: module, and the name of the method in it. Their passes are of grain "tensor"."""
+
+
+def rows() -> list[Row]:
+    return [
+        *(Row(f"method {name}", partial(_compare, name)) for name in METHODS),
+        *(Row(f"matrix {module}", partial(_compare_matrix, module, name)) for module, name in MATRIX_METHODS.items()),
+    ]
+
+
+class SampledInputs:
+    """What layers are given as input: some tokens that were drawn, others for each source."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def of(self, ref: Ref) -> LayerInput:
+        random = torch.Generator(CPU).manual_seed(len(ref[0]))
+        tokens = torch.empty(4 * self._width, self._width).normal_(0, 1, generator=random)
+        tokens[:, 1:] += 0.5 * tokens[:, :-1]  # channels that hang together, as a model's do
+        return LayerInput(tokens.T @ tokens / len(tokens), tokens.abs().mean(dim=0), 1)
+
+
+def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
+    """How a method makes a tensor by its defaults, from a base and sources by name, which lie on the CPU."""
+    sources = NAMES[1:][: method.max_sources]
+    blend = Blend(
+        method=method.name,
+        sources=sources,
+        base="base" if method.needs_base else None,
+        parameters=default_parameters(method, sources),
+    )
+    shape = tuple(tensors["base"].shape)
+    site = Site("model.layers.0.mlp.up_proj.weight", Role("mlp", 0), shape, {name: (name, "") for name in tensors})
+    weights = Weights(lambda ref: tensors[ref[0]], WorkerThreads())
+    return method.plan(Facts(site, weights, Evidence(), 3, SampledInputs(shape[-1])), blend)
+
+
+def fine_tunes(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A base and two fine-tunes of it by name, on the CPU."""
+    random = torch.Generator(CPU).manual_seed(shape[0])
+    base, one, two = (torch.empty(shape).normal_(0, size, generator=random) for size in (0.02, 0.003, 0.003))
+    made = base, base + one, base + two
+    return dict(zip(NAMES, (tensor.to(dtype) for tensor in made), strict=True))
+
+
+def _compare(name: str, setting: Setting) -> str:
+    method, shares = find_method(name, "row"), []
+    shapes: list[tuple[int, ...]] = [(192,), (33, 65), (96, 256)]
+    if not setting.small:
+        shapes.append((4096, 4096))
+    for shape in shapes:
+        tensors = fine_tunes(shape)
+        plan = planned(method, tensors)
+        expected, made = by_cpu(plan, tensors), by_device(plan, tensors, setting)
+        shares.append(close_share(made, expected, scale=0.2, what=f"a tensor of {shape}"))
+    return f"{type(plan).__name__}, {min(shares):.2%} of elements the same"
+
+
+def _compare_matrix(module: str, name: str, setting: Setting) -> str:
+    width = 256 if setting.small else 4096
+    tensors = fine_tunes((width, width), torch.float32)
+    plan, planning = _timed(lambda: planned(getattr(import_module(module), name), tensors))
+    check(plan.grain == "tensor", f"its pass has the grain {plan.grain}")
+    expected, on_cpu = _timed(lambda: by_cpu(plan, tensors))
+    placed = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
+
+    def make() -> Tensor:
+        made = by_device(plan, placed, setting)
+        setting.wait()
+        return made
+
+    make()  # the first call sets libraries up
+    made, on_device = _timed(make)
+    change = (expected - tensors["base"]).norm().item()
+    off = (made.to(CPU) - expected).norm().item() / change
+    check(off < 1e-3, f"is off by {off:.2g} of the change to the base")
+    seconds = f"planned in {planning:.2f} s, made in {on_device:.3f} s, by the CPU in {on_cpu:.3f} s"
+    return f"{width} wide: off by {off:.1g} of the change; {seconds}"
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    made = work()
+    return made, time.perf_counter() - started

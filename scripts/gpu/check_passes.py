@@ -1,0 +1,161 @@
+"""Every kind of pass, on the device and on the CPU, from one element to 2^31.
+
+Numbers that no step rounds must give the same bits: what is left to differ is which elements a mask keeps, which source
+is read where, and where a piece begins, and none of these may. Other numbers may differ in what rounding explains.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+from kit import CPU, Row, Setting, WrongError, close_share, same_bits
+from torch import Tensor
+
+from evomerge.merging import passes
+from evomerge.merging.device import DeviceRunner
+from evomerge.merging.jobs import Job, WorkerThreads
+from evomerge.merging.passes import Combine, Elementwise, Part, Pass, Select, Sparsify, Whole
+
+NAMES = ("base", "one", "two")
+LARGEST = 1 << 31
+_KEYS = ((0x9E3779B9, 0x7F4A7C15), (0xBF58476D, 0x1CE4E5B9))
+_ROW = 4096
+
+
+def rows() -> list[Row]:
+    """One for each example, and a failing one for a kind of pass that has none."""
+    labelled = examples(exact=True)
+    without = sorted(set(kinds()) - {type(plan).__name__ for plan in labelled.values()})
+    return [
+        *(Row(f"pass {label}", partial(_compare, label)) for label in labelled),
+        *(Row(f"pass {kind}", partial(_has_no_example, kind)) for kind in without),
+    ]
+
+
+def kinds() -> list[str]:
+    """The names of all kinds of pass."""
+    members = ("inputs", "grain", "run", "kernel")
+    classes = inspect.getmembers(passes, inspect.isclass)
+    return [name for name, kind in classes if kind is not Pass and all(member in _names(kind) for member in members)]
+
+
+def _names(kind: type) -> set[str]:
+    return {*dir(kind), *getattr(kind, "__dataclass_fields__", ())}
+
+
+def examples(*, exact: bool) -> dict[str, Pass]:
+    """A pass of every kind, by a label that begins with the kind.
+
+    Args:
+        exact: with numbers that no step rounds on the data of ``weights(exact=True)``.
+    """
+    w, v = (0.5, 0.25) if exact else (0.37, 0.81)
+    s, t = (1.0, 1.0) if exact else (0.6, 0.4)
+    unit = 1.0 if exact else 0.001
+    sizes = Part("one", w, low=2 * unit, high=7 * unit, share=s), Part("two", v, low=3 * unit, share=t)
+    one, two = _KEYS
+    drawn = Part("one", w, key=one, levels=20_000, share=s), Part("two", v, key=two, levels=50_000, share=t)
+    met = (
+        Part("one", w, key=one, levels=20_000, rise=20_000, share=s),
+        Part("two", v, key=two, levels=9_000, rise=40_000, share=t),
+    )
+    scale = 0.5 if exact else 0.7
+    return {
+        "Combine": Combine({"base": w, "one": v, "two": v}),
+        "Sparsify by size": Sparsify("base", sizes),
+        "Sparsify by size, elected": Sparsify("base", sizes, elect=True),
+        "Sparsify by size, divided": Sparsify("base", sizes, elect=True, divide=True, scale=scale),
+        "Sparsify at random": Sparsify("base", drawn),
+        "Sparsify at random, divided": Sparsify("base", drawn, elect=True, divide=True, scale=scale),
+        "Sparsify at random by rank": Sparsify("base", met, elect=True),
+        "Select": Select("base", {"one": s, "two": t}, least=4 * unit * unit),
+        "Elementwise": Elementwise(NAMES, _every_other_row),
+        "Whole": Whole(NAMES, _where_largest),
+    }
+
+
+def _every_other_row(tensors: Sequence[Tensor], first_row: int) -> Tensor:
+    base, one, two = tensors
+    numbers = torch.arange(first_row, first_row + len(base), device=base.device)[:, None]
+    return base + torch.where(numbers % 2 == 0, one - base, 0.5 * (two - base))
+
+
+def _where_largest(tensors: Sequence[Tensor]) -> Tensor:
+    base, one, two = tensors
+    change = one - base
+    return base + change.where(change.abs() < change.abs().amax(), 0.0) + 0.5 * two
+
+
+def _has_no_example(kind: str, setting: Setting) -> str:
+    raise WrongError(f"{kind} has no example: add one to scripts/gpu/check_passes.py")
+
+
+def _compare(label: str, setting: Setting) -> str:
+    exact, rounded = examples(exact=True)[label], examples(exact=False)[label]
+    largest = 1 << 20 if setting.small else LARGEST
+    for count in (1, 2, 3, 3 * 1001, 1 << 20, (1 << 25) + 2, LARGEST):
+        if count <= largest:
+            expected, made = both(exact, setting, count, torch.bfloat16, exact=True)
+            same_bits(made, expected, f"{count} exact elements")
+    shares = []
+    for count, dtype in ((3 * 1001, torch.float16), (1 << 20, torch.float32), (1 << 20, torch.bfloat16)):
+        expected, made = both(rounded, setting, count, dtype, exact=False)
+        shares.append(close_share(made, expected, scale=0.2, what=f"{count} elements of {dtype}"))
+    return f"bit for bit where exact, to 2^{math.log2(largest):.0f}; of others {min(shares):.2%} the same"
+
+
+def both(plan: Pass, setting: Setting, count: int, dtype: torch.dtype, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """What the CPU's compiled passes make of ``count`` elements, and what the device makes of them, where each is."""
+    make = _largest_weights if count == LARGEST else weights
+    tensors = make(setting, count, dtype, exact)
+    on_cpu = tensors if setting.device == CPU else [tensor.to(CPU) for tensor in tensors]
+    return by_cpu(plan, dict(zip(NAMES, on_cpu, strict=True))), by_device(
+        plan, dict(zip(NAMES, tensors, strict=True)), setting
+    )
+
+
+def by_cpu(plan: Pass, tensors: dict[str, Tensor]) -> Tensor:
+    """What the CPU's compiled passes make of tensors by name, which lie on the CPU."""
+    inputs = [tensors[name] for name in plan.inputs]
+    out = torch.empty_like(inputs[0])
+    WorkerThreads().run([Job(plan, inputs, out)])
+    return out
+
+
+def by_device(plan: Pass, tensors: dict[str, Tensor], setting: Setting) -> Tensor:
+    """What the device makes of tensors by name, which may lie there already."""
+    runner = DeviceRunner(setting.device, lambda ref: tensors[ref[0]], [], "mapped")
+    out = torch.empty_like(tensors[plan.inputs[0]], device=setting.device)
+    runner.run(plan, [(name, "") for name in plan.inputs], out)
+    return out
+
+
+def weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> list[Tensor]:
+    """A base and two fine-tunes of it, on the device.
+
+    Args:
+        exact: small whole numbers, of which no step of an exact example rounds anything; else such as weights are.
+    """
+    shape = (count // _ROW, _ROW) if count % _ROW == 0 else (count // 1001, 1001) if count % 1001 == 0 else (1, count)
+    random = torch.Generator(setting.device).manual_seed(count)
+
+    def draw(size: float) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=setting.device)
+        if exact:
+            return tensor.random_(-int(size), int(size) + 1, generator=random)
+        return tensor.normal_(0, size, generator=random)
+
+    if exact:
+        return [draw(4), draw(8), draw(8)]
+    base = draw(0.02)
+    return [base, base + draw(0.003), base + draw(0.003)]
+
+
+@cache
+def _largest_weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> list[Tensor]:
+    """``weights``, made once for all rows: they are gigabytes."""
+    return weights(setting, count, dtype, exact)
