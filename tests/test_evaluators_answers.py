@@ -324,7 +324,7 @@ def test_templates_and_splits(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "。"}])
     assert "line 2: its answer '。' has no word to compare" in refusal(RougeSettings(file=file))
-    assert "there is no such file of items" in refusal(RougeSettings(file=tmp_path / "none"))
+    assert "there is no such file" in refusal(RougeSettings(file=tmp_path / "none"))
     assert "line 1: has no text or number in its field 'question'" in refusal(
         LanguageSettings(file=file, language="ja", prompt="{question}")
     )

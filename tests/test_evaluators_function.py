@@ -421,7 +421,7 @@ def test_several_metrics_need_a_mapping(tmp_path: Path) -> None:
 
 
 def test_items_that_cannot_be_used(tmp_path: Path) -> None:
-    assert "there is no such file of items" in refusal(given(tmp_path, items_file=tmp_path / "none.jsonl"))
+    assert "there is no such file" in refusal(given(tmp_path, items_file=tmp_path / "none.jsonl"))
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(ITEMS[3]) + "\n")
     assert "other.jsonl, line 1: is an item of" in refusal(given(tmp_path, held_out_file=other))

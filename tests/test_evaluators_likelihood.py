@@ -239,7 +239,7 @@ def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = write(tmp_path, [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "1 + 2 ="}])
-    assert "no such file of items. A path is relative to the folder of the search file" in refusal(file=tmp_path / "no")
+    assert "no such file. A path is relative to the folder of the search file" in refusal(file=tmp_path / "no")
     assert "is a folder" in refusal(file=tmp_path)
     assert "line 2: has no text or number in its field 'answer'; it has: prompt" in refusal(file=file)
     assert "line 1: has no text or number in its field 'question'" in refusal(file=file, prompt="{question}")

@@ -212,7 +212,7 @@ def test_problems_from_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "problems.tsv"
-    assert "there is no such file of items" in refusal(file=file)
+    assert "there is no such file" in refusal(file=file)
     assert "is neither .tsv nor .jsonl" in refusal(file=tmp_path / "problems.csv")
     file.write_text("question\t1\n\nno tab here\n")
     assert "line 3: has no tab" in refusal(file=file)

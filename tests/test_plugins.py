@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -434,6 +435,26 @@ def test_a_calibrated_method_is_searched_resumed_and_exported_and_runs_its_texts
     assert evomerge("merge", recipe, tmp_path / "again", *texts) == 0
     ours, theirs = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "again"))
     assert ours == theirs
+
+
+def test_an_export_that_is_not_verified_needs_the_evidence_and_not_the_texts(
+    calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search, texts, away = calibrated / "search", calibrated / "texts.jsonl", tmp_path / "texts.jsonl"
+    with Store.open(search / "search.db") as store:
+        row = max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
+    export = ("export", search, "--candidate", f"c{row.number:04d}", "--no-verify")
+    texts.rename(away)
+    try:
+        assert evomerge(*export, tmp_path / "out") == 0
+        shutil.copytree(search, tmp_path / "search")
+        shutil.rmtree(tmp_path / "search" / "evidence")
+        capsys.readouterr()
+        assert evomerge(export[0], tmp_path / "search", *export[2:], tmp_path / "again") == 2
+    finally:
+        away.rename(texts)
+    assert "calibration.file" in capsys.readouterr().err
+    assert "calibration" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
 def test_a_search_does_not_go_on_with_other_texts(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers_miniature import ROOT, evomerge, search_file
 
+from evomerge.commands.changed import _Rescoring
 from evomerge.commands.verifying import Tolerance, difference, measures_of
 
 BF16 = Tolerance.of(torch.bfloat16)
@@ -108,3 +109,21 @@ def test_the_winner_of_a_raced_likelihood_in_bfloat16_is_exported_exactly(
     assert "score exactly as recorded" in (tmp_path / "model" / "README.md").read_text()
     assert evomerge("export", tmp_path / "out", tmp_path / "unseen", "--no-verify") == 0
     assert "Not verified" in (tmp_path / "unseen" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("together", "dtype", "computed"),
+    [
+        (1, None, torch.bfloat16),
+        (1, "float32", torch.float32),
+        (4, None, torch.float32),
+        (4, "bfloat16", torch.float32),
+    ],
+)
+def test_what_is_scored_again_is_held_to_the_dtype_that_it_is_computed_in(
+    together: int, dtype: str | None, computed: torch.dtype
+) -> None:
+    file = SimpleNamespace(together=together, dtype=dtype, tokenizer_source="a")
+    prepared: Any = SimpleNamespace(file=file, sources={"a": SimpleNamespace(dtype=torch.bfloat16)})
+    store: Any = None
+    assert _Rescoring(Path(), prepared, store)._tolerance == Tolerance.of(computed)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
+from evomerge.commands.outside import OutsideJobs
 from evomerge.errors import InputError
 from evomerge.report.screen import duration
-from evomerge.search.driving.control import Control
-from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Pending
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
-from evomerge.search.settings.folder import LOGS_NAME
-from evomerge.search.work.deadlines import Deadlines
-from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.search.work.jobs import Failed, Finished
 from evomerge.store import Store
 from evomerge.store.events import Calibrated
 
@@ -41,42 +37,20 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     texts = len(prepared.calibration.texts)
     console.print(f"calibrating: {texts} texts through {len(names)} sources", style="dim")
     started = time.monotonic()
-    pending = [
-        Pending(-1 - n, 1, made_by, f"calibration of {name}", (), calibrates=name) for n, name in enumerate(names)
-    ]
-    dispatcher = Dispatcher(
-        pool, Control(store.take_commands), prepared.setup.attempts, lambda: None,
-        Deadlines(prepared.file.attempt_hours * 3600), check=prepared.untouched.check,
-    )  # fmt: skip
-    if not dispatcher.run(feed_of(pending), _Recording(folder / LOGS_NAME, names)):
+    runs = (Pending(-1 - n, 1, made_by, f"calibration of {name}", (), calibrates=name) for n, name in enumerate(names))
+    if not _SourceRuns(folder, prepared, store).run(pool, runs):
         return False
     store.record_event(Calibrated(digest=prepared.calibration.digest, texts=texts, sources=names))
     console.print(f"calibrated in {duration(time.monotonic() - started)}", style="dim")
     return True
 
 
-class _Recording:
-    """Hears how the runs go."""
+class _SourceRuns(OutsideJobs):
+    """Each source's run over the texts, which leaves evidence behind and no scores."""
 
-    def __init__(self, logs: Path, names: Sequence[str]) -> None:
-        self._logs = logs
-        self._names = names
+    log_prefix = "calibration"
 
-    def answer(self, pending: Pending) -> bool:
-        return False
-
-    def dispatched(self, pending: Pending) -> None: ...
-
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
-
-    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
-        if final:
-            name = self._names[-1 - finished.candidate]
-            log = write_log(self._logs, finished, failure, "calibration")
-            hint = f"See {log} in the search's folder." if log else ""
-            raise InputError("calibration", f"source {name} cannot be run over the texts: {failure.message}", hint)
-
-    def at_once(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def late(self, finished: Finished) -> None: ...
+    def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
+        name = list(self.prepared.sources)[-1 - finished.candidate]
+        hint = f"See {log} in the search's folder." if log else ""
+        return InputError("calibration", f"source {name} cannot be run over the texts: {failure.message}", hint)

@@ -6,25 +6,22 @@ scored stays true only if the same model has the same scores now, so a recorded 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from evaluators.base import ItemScores, Split
+from evomerge.commands.outside import OutsideJobs
 from evomerge.commands.verifying import Tolerance, difference
 from evomerge.errors import InputError
 from evomerge.report.entries import candidate_id
-from evomerge.search.driving.control import Control
-from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Pending
 from evomerge.search.opening.session import accept_changed, changed_evaluators, recipe_of
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
-from evomerge.search.settings.folder import LOGS_NAME
-from evomerge.search.work.deadlines import Deadlines
 from evomerge.search.work.jobs import Failed, Finished, Measured, Task
-from evomerge.search.workers.building import torch_dtype
+from evomerge.search.workers.building import computing_dtype
 from evomerge.store import Scores, Store
 
 _SPLITS: tuple[Split, ...] = ("search", "held_out")
@@ -52,18 +49,12 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
             if (number := _most_telling(store, prepared.setup.evaluators[e].version, split)) is not None:
                 scores = _recorded(store, number, prepared.setup.evaluators[e].version, split)
                 tasks.setdefault(number, []).append(Task(e, split, scores.items.tolist()))
-    scored = _Rescoring(folder / LOGS_NAME, prepared, store)
     rows = [store.candidate(number) for number in tasks]
-    pending = [
+    jobs = [
         Pending(row.number, 1, recipe_of(row, prepared.file.sources), row.recipe_hash, tasks[row.number])
         for row in rows
     ]
-    deadlines = Deadlines(prepared.file.attempt_hours * 3600)
-    dispatcher = Dispatcher(
-        pool, Control(store.take_commands), prepared.setup.attempts, lambda: None, deadlines,
-        check=prepared.untouched.check,
-    )  # fmt: skip
-    if not dispatcher.run(feed_of(pending), scored):
+    if not _Rescoring(folder, prepared, store).run(pool, jobs):
         return False
     shown_by = [candidate_id(number) for number in tasks]
     accept_changed(store, prepared, changed, shown_by)
@@ -95,30 +86,25 @@ def _recorded(store: Store, number: int, version: str, split: Split) -> Scores:
     return next(scores for scores in store.scores(number, split) if scores.evaluator == version)
 
 
-class _Rescoring:
+class _Rescoring(OutsideJobs):
     """Compares what comes of candidates that are scored again with what is recorded of them."""
 
-    def __init__(self, logs: Path, prepared: Prepared, store: Store) -> None:
-        self._logs = logs
-        self._prepared = prepared
-        self._store = store
+    log_prefix = "again-c"
+
+    def __init__(self, folder: Path, prepared: Prepared, store: Store) -> None:
+        super().__init__(folder, prepared, store)
         model = prepared.sources[prepared.file.tokenizer_source]
-        self._tolerance = Tolerance.of(torch_dtype(prepared.file.dtype) or model.dtype)
-
-    def answer(self, pending: Pending) -> bool:
-        return False
-
-    def dispatched(self, pending: Pending) -> None: ...
+        self._tolerance = Tolerance.of(computing_dtype(prepared.file) or model.dtype)
 
     def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
         for task, scores in zip(pending.tasks, result.scores, strict=True):
             before = _recorded(
-                self._store, pending.number, self._prepared.setup.evaluators[task.evaluator].version, task.split
+                self.store, pending.number, self.prepared.setup.evaluators[task.evaluator].version, task.split
             )
             self._compare(pending.number, task, before, scores)
 
     def _compare(self, number: int, task: Task, before: Scores, now: ItemScores) -> None:
-        evaluator = self._prepared.evaluators[task.evaluator]
+        evaluator = self.prepared.evaluators[task.evaluator]
         for metric, values in before.metrics.items():
             if metric in evaluator.measured:
                 continue
@@ -138,16 +124,9 @@ class _Rescoring:
                     "`evomerge export --no-verify` needs none of them.",
                 )
 
-    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
-        log = write_log(self._logs, finished, failure, "again-c")
-        if final:
-            raise InputError(
-                candidate_id(finished.candidate),
-                f"cannot be scored again: {failure.message}" + (f" (see {log})" if log else ""),
-                "It was scored when the search began: put right what has changed since.",
-            )
-
-    def at_once(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def late(self, finished: Finished) -> None: ...
+    def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
+        return InputError(
+            candidate_id(finished.candidate),
+            f"cannot be scored again: {failure.message}" + (f" (see {log})" if log else ""),
+            "It was scored when the search began: put right what has changed since.",
+        )

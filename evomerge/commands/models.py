@@ -70,7 +70,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             recipe = recipe.model_copy(update={"dtype": "float32"})
             console.print("written in float32, for candidates that are scored together are rounded nowhere")
         evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
-        builder = find_builder(recipe.kind)(build_context(file, sources, evidence))
+        builder = find_builder(recipe.kind)(build_context(file, sources, evidence, texts_digest=recipe.calibration))
         provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
         checked: list[str] = []
         with local_folder(out, console) as model, progress_bar(console, "writing tensors") as bar:

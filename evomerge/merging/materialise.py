@@ -173,8 +173,10 @@ class Materialiser:
 
     def _check(self, recipe: StackRecipe) -> None:
         check_stack(recipe, self._sources)
+        if recipe.calibration is None:
+            return
         digest = None if self._inputs is None else self._inputs.digest
-        if recipe.calibration not in (None, digest):
+        if recipe.calibration != digest:
             has = "there are none here" if digest is None else f"these have {digest}"
             problem = f"is made by the calibration texts with the digest {recipe.calibration}, and {has}"
             raise InputError("recipe.calibration", problem, "Give those that the recipe was made by.")

@@ -20,12 +20,13 @@ from pydantic import Field
 
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, likelihoods
 from evaluators.benchmarks import benchmark_of
-from evaluators.item_files import Line, digest, fill, read_lines, split_items
+from evaluators.item_files import digest, fill, split_items
 from evaluators.prompts import ItemRequests, PromptSettings, asked_pair
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
 from evomerge.inference.reading import Media, Reader
 from evomerge.inference.requests import Likelihood, Request, Response
+from evomerge.json_lines import Line, read_lines
 
 _SIDES = ("width", "height")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -112,7 +112,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer", setup.axes)
     _check_niches(file, setup)
-    calibration = None if file.calibration is None else file.calibration.read()
+    calibration = None if file.calibration is None else file.calibration.texts
     return Prepared(file, setup, sources, evaluators, untouched, calibration, warnings)
 
 

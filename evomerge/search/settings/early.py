@@ -66,7 +66,7 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,
         depths=depths,
-        calibration=None if file.calibration is None else file.calibration.read().digest,
+        calibration=None if file.calibration is None else file.calibration.texts.digest,
     )
     space = file.space.build(context)
     baselines = len(list(space.baselines()))

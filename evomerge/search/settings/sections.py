@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.calibration import Calibration, read_calibration
+from evomerge.calibration import Calibration, calibration_from
 from evomerge.faults import NAME_PATTERN
 from evomerge.prices import Prices
 from evomerge.store.record import Estimate
@@ -71,9 +72,14 @@ class CalibrationTexts(Section):
     prompts: int = Field(default=32, gt=0, le=100_000)
     tokens: int = Field(default=512, gt=0, le=1_000_000)
 
-    def read(self) -> Calibration:
-        """The texts. Raises InputError: see ``read_calibration``."""
-        return read_calibration(self.file, self.prompts, self.tokens, "calibration.file")
+    @cached_property
+    def texts(self) -> Calibration:
+        """The texts, read once, when they are first needed."""
+        return self.recorded(None)
+
+    def recorded(self, digest: str | None) -> Calibration:
+        """The texts of a search that has recorded their digest: read only where evidence of them is missing."""
+        return calibration_from(self.file, self.prompts, self.tokens, "calibration.file", digest)
 
 
 class Objective(Measure):

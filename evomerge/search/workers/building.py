@@ -64,13 +64,17 @@ def build_context(
     sources: Mapping[str, Source],
     evidence: Evidence,
     layers: int | None = None,
+    texts_digest: str | None = None,
 ) -> BuildContext:
     """What models of a search are made of and for. Sets the threads that this process computes with.
 
     Args:
         layers: the most different layers that a recipe is made of; those of a source when None.
+        texts_digest: that of the calibration texts, where it is known: they are read only where evidence is missing.
     """
     device, dtype = computing(file)
+    texts = file.calibration
+    calibration = None if texts is None else texts.recorded(texts_digest) if texts_digest else texts.texts
     return BuildContext(
         sources=sources,
         tokenizer=file.tokenizer_source,
@@ -78,7 +82,7 @@ def build_context(
         device=device,
         dtype=dtype,
         layers=layers,
-        calibration=None if file.calibration is None else file.calibration.read(),
+        calibration=calibration,
         residency=None if file.cluster.residency == "auto" else file.cluster.residency,
         engine=_vllm(sources[file.tokenizer_source]) if file.engine == "vllm" else None,
     )
@@ -92,8 +96,13 @@ def computing(file: SearchFile) -> tuple[torch.device, torch.dtype | None]:
     """
     # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
     torch.set_num_threads(file.cluster.cpus_per_worker)
+    return choose_device(file.device), computing_dtype(file)
+
+
+def computing_dtype(file: SearchFile) -> torch.dtype | None:
+    """The dtype that models of a search are scored in; None for that of the tokenizer's source."""
     # What is scored together is rounded nowhere but to float32, as which it is exported.
-    return choose_device(file.device), torch.float32 if file.together > 1 else torch_dtype(file.dtype)
+    return torch.float32 if file.together > 1 else torch_dtype(file.dtype)
 
 
 def _vllm(source: Source) -> Callable[[LiveModel], ServingEngine]:

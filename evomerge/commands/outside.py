@@ -1,0 +1,65 @@
+"""Jobs that are done before a search goes on and are not its candidates: the store records none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+from evomerge.errors import InputError
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.pools.base import Pool
+from evomerge.search.preparing.prepare import Prepared
+from evomerge.search.settings.folder import LOGS_NAME
+from evomerge.search.work.deadlines import Deadlines
+from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.store import Store
+
+
+class OutsideJobs:
+    """Some jobs of one kind, and what is made of their results. The last failure of any of them ends the command.
+
+    Args:
+        folder: of the search.
+    """
+
+    log_prefix: ClassVar[str]
+    """What the names of logs begin with."""
+
+    def __init__(self, folder: Path, prepared: Prepared, store: Store) -> None:
+        self.prepared = prepared
+        self.store = store
+        self._logs = folder / LOGS_NAME
+
+    def run(self, pool: Pool, jobs: Iterable[Pending]) -> bool:
+        """Have the jobs done; False when a stop came first. Raises InputError: one has failed."""
+        dispatcher = Dispatcher(
+            pool, Control(self.store.take_commands), self.prepared.setup.attempts, lambda: None,
+            Deadlines(self.prepared.file.attempt_hours * 3600), check=self.prepared.untouched.check,
+        )  # fmt: skip
+        return dispatcher.run(feed_of(jobs), self)
+
+    def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
+        """What a job's failure means to people; ``log`` is a file in the search's folder, or empty."""
+        raise NotImplementedError
+
+    # As a ``Recorder``
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
+        log = write_log(self._logs, finished, failure, self.log_prefix)
+        if final:
+            raise self.error(finished, failure, log)
+
+    def answer(self, pending: Pending) -> bool:
+        return False
+
+    def dispatched(self, pending: Pending) -> None: ...
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def late(self, finished: Finished) -> None: ...

@@ -1,0 +1,75 @@
+"""Files of JSON lines, or of lines of text: read line by line, each with the place where it stands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError
+from evomerge.files import open_file, parse_json
+
+_MOST_BYTES = 2_000_000_000  # of a file
+_LINE_BYTES = 8_000_000  # an item of as many is beyond any model's context
+
+
+@dataclass(frozen=True)
+class Line:
+    """The JSON object on one line of a file; ``place`` says where it was read, for people."""
+
+    fields: Mapping[str, Any]
+    place: str
+
+
+def read_lines(
+    file: Path, name: str | None = None, *, example: str = '{"prompt": "1 + 1 =", "answer": "2"}'
+) -> Iterator[Line]:
+    """The objects of a file in order; blank lines are passed over.
+
+    Args:
+        name: of the file in places; its path when None.
+        example: of a line, for messages.
+
+    Raises:
+        InputError: a file that cannot be read, or a line that is not a JSON object.
+    """
+    for place, line in text_lines(file, name):
+        try:
+            fields = parse_json(line.encode())
+        except ValueError as error:
+            raise InputError(place, f"is not JSON that can be used ({error})") from None
+        if not isinstance(fields, dict):
+            raise InputError(place, "is not a JSON object", f"Write a line such as {example}.")
+        yield Line(fields, place)
+
+
+def text_lines(file: Path, name: str | None = None) -> Iterator[tuple[str, str]]:
+    """The lines of a file that are not blank, each after its place.
+
+    Args:
+        name: of the file in places; its path when None.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not UTF-8, or too long.
+    """
+    if not file.is_symlink() and not file.exists():
+        which = "" if name is None else f": {file}"
+        hint = "A path is relative to the folder of the search file."
+        raise InputError(name or str(file), f"there is no such file{which}", hint)
+    with open_file(file, name or str(file), _MOST_BYTES) as stream:
+        for number in itertools.count(1):
+            raw = stream.readline(_LINE_BYTES + 1)  # in bytes, for text would also be cut inside of it, at U+2028
+            if not raw:
+                return
+            place = f"{name or file}, line {number}"
+            if len(raw) > _LINE_BYTES:
+                raise InputError(place, f"has more than {_LINE_BYTES:,} bytes", "Break it into several lines.")
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                problem = f"is not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})"
+                raise InputError(place, problem, "Save the file as UTF-8.") from None
+            if line.strip():
+                yield place, line.rstrip("\n")
