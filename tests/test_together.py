@@ -454,7 +454,7 @@ def test_any_prompts_of_any_candidates_in_any_number_of_rows(
 ) -> None:  # fmt: skip
     live, rows = decoded
     prompts = [[start + end for end in ends] for start, ends in zip(shared, groups, strict=False)]
-    with mock.patch.multiple(decoding, _PREFILL_TOKENS=prefill, _COLUMNS=columns):
+    with mock.patch.multiple(decoding, _PREFILL_TOKENS_CPU=prefill, _COLUMNS=columns):
         found = answer_groups(live, prompts, Decoding(most, (), batch), rows.choose)
     for number, (group, answers) in enumerate(zip(prompts, found, strict=True)):
         for prompt, answer in zip(group, answers, strict=True):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
+from evomerge.checkpoints.attention import use_grouped_attention
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.finite import first_not_finite
 from evomerge.checkpoints.residual import residual_writers
@@ -151,6 +152,7 @@ def for_scoring(model: Any) -> Any:
     for module in heads | beside:
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(_as_one_matrix)
+    use_grouped_attention(model)
     return model.eval().requires_grad_(False)
 
 

@@ -27,8 +27,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 _COLUMNS = 64
 """Room for so many tokens is made at once: making it copies the table."""
 
-_PREFILL_TOKENS = 8192
-"""Most tokens of prompts in one forward pass: a layer's activations need far more memory than its keys and values."""
+_PREFILL_TOKENS, _PREFILL_TOKENS_CPU = 8192, 1024
+"""Most tokens of prompts in one forward pass: a layer's activations need far more memory than its keys and values. On a
+processor so few that they stay in its cache: a model of 135 M answered 60 prompts of 55 tokens in 6/7 of the time.
+"""
 
 _REFILL = 4
 """Rows wait until a quarter of them is free: a forward pass of few prompts takes about as long as one of many."""
@@ -98,6 +100,7 @@ class Decoder:
         self._order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         self._finished: set[int] = set()
         self._accepted = inspect.signature(model.forward).parameters
+        self._prefill_tokens = _PREFILL_TOKENS_CPU if model.device.type == "cpu" else _PREFILL_TOKENS
         of = self._groups.of
         members = [[prompts[i] for i in range(len(prompts)) if of[i] == group] for group in range(max(of) + 1)]
         self._shared = min(map(_common, members))  # of every group as many, so that one batch computes them all
@@ -126,7 +129,7 @@ class Decoder:
 
     def _group(self, waiting: Sequence[int], free: int) -> Sequence[int]:
         width = max(1, len(self._prompts[waiting[0]]) - self._shared)
-        return waiting[: min(free, max(1, _PREFILL_TOKENS // width))]
+        return waiting[: min(free, max(1, self._prefill_tokens // width))]
 
     def _admit(self, table: _Table, group: Sequence[int]) -> list[int]:
         """Put prompts into the last rows of the table; the first token of each answer.
@@ -182,7 +185,7 @@ class Decoder:
     @torch.inference_mode()
     def _prefixes(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
         """The prefix of every group; ``starts`` are their tokens, equally many."""
-        step = max(1, _PREFILL_TOKENS // len(starts[0]))
+        step = max(1, self._prefill_tokens // len(starts[0]))
         prefixes: list[Prefix] = []
         for first in range(0, len(starts), step):
             part = starts[first : first + step]
