@@ -13,6 +13,7 @@ import pytest
 from evaluators import evaluator_settings
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.lm_eval_files import metrics_of
+from evomerge.checkpoints.references import check_reference
 from evomerge.errors import InputError
 from evomerge.plugins import plugins
 
@@ -49,6 +50,8 @@ WRONG = {
     f"sources.maths={MINIATURES / 'base'}+.": "sources.maths: has no adapter_config.json",
     f"sources.maths={MINIATURES / 'base'}+adapters/maths": "sources.maths: there is no folder adapters/maths, and",
     f"sources.maths={MINIATURES / 'base'}+org/name@v1": "sources.maths: there is no folder org/name@v1, and",
+    "objectives.m={evaluator: change, metric: change, model: adapter}": "objectives.m.model",
+    "sources.maths=adapter": "sources.maths",
     "sources.maths=org/name": "sources.maths: there is no folder org/name, and",
     "sources.maths=org/name+./nowhere": "sources.maths: there is no folder org/name, and",
     "objectives.m={evaluator: reward_model, metric: reward, file: items.jsonl, model: org/judge}": "objectives.m.model",
@@ -93,6 +96,8 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path)
     (tmp_path / "f.py").write_text("open('ran', 'w')\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     mergekit = {"merge_method": "tise", "models": [{"model": str(MINIATURES / "maths")}]}
     (tmp_path / "mergekit.yaml").write_text(json.dumps(mergekit))
     blend = {"method": "linear", "sources": ["a"], "parameters": {}}
@@ -113,6 +118,8 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path)
         (["resume", "nowhere"], "nowhere"),
         (["confirm", "nowhere"], "nowhere"),
         (["export", "nowhere", "out"], "nowhere"),
+        (["inspect", str(MINIATURES / "base"), "adapter"], "adapter: adapter is an adapter"),
+        (["score", "adapter", "search.yaml"], "MODEL: adapter is an adapter"),
         (["inspect", str(MINIATURES / "base"), "./nowhere"], "./nowhere: there is no folder"),
         (["merge", "mergekit.yaml", "out"], "merge_method"),
         (["merge", "recipe.yaml", "out"], "recipe.yaml: blends[0]"),
@@ -124,6 +131,26 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path)
         assert text.startswith(f"error: {place}") or f": {place}" in text, (command, text)
         assert modules < 1500, command
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "advice"),
+    [
+        ("org/base", "Write `org/base+adapter`."),
+        (str(MINIATURES / "base"), f"Write `{MINIATURES / 'base'}+adapter`."),
+        ("base", "Write `BASE+adapter`, where BASE is the model that it adapts; it was trained on base."),
+        ("/gone/base", "Write `BASE+adapter`, where BASE is the model that it adapts; it was trained on /gone/base."),
+        (None, "Write `BASE+adapter`, where BASE is the model that it adapts."),
+        (7, "Write `BASE+adapter`, where BASE is the model that it adapts."),
+    ],
+)
+def test_an_adapter_alone_is_named_with_its_base(trained_on: object, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
+    with pytest.raises(InputError) as refused:
+        check_reference("adapter", "sources.maths", tmp_path)
+    assert refused.value.place == "sources.maths"
+    assert refused.value.hint == advice
 
 
 def test_evaluators_know_their_metrics_before_they_are_built() -> None:

@@ -159,19 +159,6 @@ def fold(stored: torch.Tensor, changes: Sequence[Change], view: Callable[[Tensor
     return weight
 
 
-def refuse_alone(folder: Path, reference: str, place: str) -> None:
-    """Refuse an adapter that stands where a model should.
-
-    Raises:
-        InputError: always; it tells how to name the two together.
-    """
-    base = load_json(folder / CONFIG, place).get("base_model_name_or_path")
-    named = base if isinstance(base, str) and base else "BASE"
-    raise InputError(
-        place, f"{folder} is an adapter, which is no model without its base", f"Write `{named}+{reference}`."
-    )
-
-
 def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
     """Open an adapter's folder and match all of it to its base, headers only.
 

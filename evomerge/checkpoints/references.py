@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from evomerge.checkpoints.config import check_config
 from evomerge.checkpoints.places import find_folder, is_hub_id, split_reference
@@ -12,26 +12,44 @@ from evomerge.errors import InputError
 from evomerge.files import read_json
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-_ANOTHER_KIND = (_ADAPTER, "*.gguf", "*.pt", "latest", "global_step*")
-"""Adapters alone, GGUF, DeepSpeed's checkpoints."""
+_ANOTHER_KIND = ("*.gguf", "*.pt", "latest", "global_step*")
+"""GGUF, DeepSpeed's checkpoints."""
 
 
 def check_reference(reference: str, place: str, root: Path | None = None) -> None:
     """Refuse a model, or an adapter on it, that is not there or has no configuration that can be read.
 
-    Of what is on the hub the configuration alone is downloaded. Left to be opened are folders in which something else
+    Of what is on the hub the configurations alone are downloaded. Left to be opened are folders in which something else
     stands for a model: that is said better by who knows what it is.
 
     Raises:
         InputError: names ``place`` and the folder.
     """
     model, *adapters = split_reference(reference, root)
-    folder = find_folder(model, place, root, [_CONFIG])
+    folder = find_folder(model, place, root, [_CONFIG, _ADAPTER])
+    if (folder / _ADAPTER).exists():
+        refuse_adapter_alone(folder, reference, place)
     is_elsewhere = is_hub_id(model, root) and not (folder / _CONFIG).exists()
     if not is_elsewhere and not any(any(folder.glob(pattern)) for pattern in _ANOTHER_KIND):
         check_config(_json(folder, _CONFIG, "a model", place), place)
     for adapter in adapters:
         _json(find_folder(adapter, place, root, [_ADAPTER]), _ADAPTER, "an adapter", place)
+
+
+def refuse_adapter_alone(folder: Path, reference: str, place: str) -> NoReturn:
+    """Refuse an adapter that stands where a model should.
+
+    Raises:
+        InputError: always; it says how to name the two together.
+    """
+    content = read_json(folder / _ADAPTER, place)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    named = base if isinstance(base, str) and base else None
+    problem = f"{folder} is an adapter, which is no model without its base"
+    if named is None or not (os.path.isdir(named) or is_hub_id(named, None)):
+        trained = "" if named is None else f"; it was trained on {named}"
+        raise InputError(place, problem, f"Write `BASE+{reference}`, where BASE is the model that it adapts{trained}.")
+    raise InputError(place, problem, f"Write `{named}+{reference}`.")
 
 
 def local_config(reference: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
-from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter, refuse_alone
+from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.config import check_config, check_lists
 from evomerge.checkpoints.folder import (
@@ -32,6 +32,7 @@ from evomerge.checkpoints.kinds import check_kind, headless
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
+from evomerge.checkpoints.references import refuse_adapter_alone
 from evomerge.errors import InputError
 from evomerge.printable import printable
 from evomerge.recipes.stack import Role
@@ -159,7 +160,7 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
 def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequence[Path]) -> Source:
     linked = check_files(folder, place)
     if has(folder, ADAPTER_CONFIG):
-        refuse_alone(folder, reference, place)
+        refuse_adapter_alone(folder, reference, place)
     refuse_unreadable(folder, place)
     config = load_config(folder, place)
     check_kind(config, place)
