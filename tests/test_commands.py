@@ -31,6 +31,7 @@ from evomerge.report.screen import make_console, p_text
 from evomerge.search.opening.session import recipe_of
 from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.search_file import load_search_file
+from evomerge.store import acquire
 
 
 def test_help_is_quick() -> None:
@@ -381,6 +382,28 @@ def test_score_of_a_source_equals_its_baseline(searched: Path, capsys: pytest.Ca
     found = json_of(capsys, "score", MINIATURES / "japanese", searched / "search.yaml", "--split", "search", "--json")
     baseline = next(b for b in status["baselines"] if b["label"] == "japanese")
     assert found["objectives"] == baseline["objectives"]
+
+
+def test_what_has_nothing_to_do_says_so_and_opens_no_model(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = said(searched, [["confirm", str(searched)], ["resume", str(searched)]])
+    assert [(code, text, heavy) for code, text, heavy, _ in results] == [(0, "", [])] * 2
+    assert evomerge("confirm", searched) == 0
+    assert "nothing to confirm" in capsys.readouterr().out
+    assert evomerge("resume", searched) == 0
+    assert f"evomerge resume {searched} --set budget.candidates=N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["created", "interrupted", "stopped", "cancelled", "running", "confirming"])
+def test_the_status_of_a_search_that_has_not_ended_says_how_to_go_on(
+    state: str, searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(searched, tmp_path / "a search")
+    assert evomerge("status", folder) == 0
+    assert "resume:" not in capsys.readouterr().out
+    with open_store(folder) as store, acquire(store):
+        store.set_state(state)
+    assert evomerge("status", folder) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"resume: evomerge resume '{folder}'"
 
 
 def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(

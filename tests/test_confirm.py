@@ -13,9 +13,10 @@ from helpers_search import FakeSpace, drive, make_setup, scores_of, simulate
 from evomerge.errors import InputError
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import StackRecipe
-from evomerge.search.driving.confirm import Confirmation
+from evomerge.search.driving.confirm import Confirmation, is_confirmed
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
+from evomerge.search.estimation.preference import Preference
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Confirm
@@ -127,6 +128,27 @@ def test_confirming_again_scores_nothing_again(tmp_path: Path) -> None:
     assert confirm(tmp_path, setup, count)
     assert jobs == []
     assert events(tmp_path, "winner")[0] == events(tmp_path, "winner")[1]
+
+
+def test_it_is_known_beforehand_whether_anything_is_left_to_score(tmp_path: Path) -> None:
+    setup = make_setup(candidates=40)
+
+    def left(**changes: int) -> bool:
+        with Store.open(tmp_path / "search.db") as store:
+            versions = [evaluator.version for evaluator in setup.evaluators]
+            confirm = setup.confirm.model_copy(update=changes)
+            return not is_confirmed(store, confirm, Preference.of_setup(setup), versions)
+
+    drive(tmp_path, setup)
+    assert left()
+    assert not confirm(tmp_path, setup, idle=lambda word: word.hear("stop"))
+    assert left()
+    assert confirm(tmp_path, setup)
+    assert not left()
+    assert not left(drawn=1)  # the best is on the shortlist
+    assert left(drawn=20)
+    assert left(top=setup.confirm.top + 1)
+    assert left(top=1)  # another choice, among fewer
 
 
 class Killed(BaseException):

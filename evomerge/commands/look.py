@@ -30,7 +30,7 @@ from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
 from evomerge.report.picks import conclusions, roles_of
-from evomerge.report.screen import cell, cells, choice_text, make_console, panel
+from evomerge.report.screen import cell, cells, choice_text, make_console, panel, resume_lines
 from evomerge.report.status import SearchStatus, depths_of, read_status, status_of
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.settings.folder import open_store
@@ -52,7 +52,10 @@ def status(folder: Path, *, as_json: bool, watch: bool) -> None:
                 while current_holder(store) is not None:
                     screen.draw()
                     time.sleep(1.0)
-        console.print(panel(status_of(store)))
+        known = status_of(store)
+    console.print(panel(known))
+    for line in resume_lines(known, str(folder)):
+        console.print(line, soft_wrap=True)
 
 
 def top(folder: Path, k: int | None, *, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from evomerge.printable import without_nan
 from evomerge.report.entries import Entry, Value, value_text
-from evomerge.report.screen import make_console, panel, ranked
+from evomerge.report.screen import make_console, panel, ranked, resume_lines
 from evomerge.report.status import SearchStatus, preference_of, with_scalar
 from evomerge.search.settings.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary
@@ -35,6 +35,8 @@ def status(url: str, search: str, *, as_json: bool, watch: bool) -> None:
             time.sleep(_WATCH_S)
             current = client.status(search)
             console.print(panel(current))
+        for line in resume_lines(current, search, "--server", url):
+            console.print(line, soft_wrap=True)
 
 
 def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel"]) -> None:

@@ -5,6 +5,7 @@ What a person can have got wrong is looked at first, with light imports alone: t
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import open_store, refuse_existing
 from evomerge.search.settings.rebudget import bounds_of, change_budget
 from evomerge.search.settings.resuming import resumed_file
-from evomerge.search.settings.search_file import load_search_file
+from evomerge.search.settings.search_file import SearchFile, load_search_file
 from evomerge.store import Store, acquire, current_holder
 
 
@@ -85,6 +86,15 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
             return 0
         with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
             file = resumed_file(folder, store, overrides)
+            if _is_at_its_end(store, file):
+                from evomerge.report.screen import panel
+                from evomerge.report.status import status_of
+
+                console.print(panel(status_of(store)))
+                bound = next(iter(file.budget.model_dump(exclude_none=True)), "candidates")
+                more = f"evomerge resume {shlex.quote(str(folder))} --set budget.{bound}=N"
+                console.print(f"nothing to do: it is finished and confirmed; go on with more: {more}", soft_wrap=True)
+                return 0
             check_early(file)
             with opening():
                 from evomerge.commands.driving import drive_again, reopen
@@ -92,6 +102,24 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 prepared = reopen(folder, store, file)
             with output_is_optional():
                 return drive_again(folder, prepared, store, last, console)
+
+
+def _is_at_its_end(store: Store, file: SearchFile) -> bool:
+    """Whether going on with a search as ``file`` says would do nothing."""
+    search = store.search()
+    is_as_recorded = file.model_dump(mode="json") == search.settings
+    return search.state == "finished" and is_as_recorded and _has_nothing_to_confirm(store, file)
+
+
+def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
+    from evomerge.search.driving.confirm import is_confirmed
+    from evomerge.search.estimation.preference import Preference
+
+    if file.artifacts is not None:  # of which something may not be copied yet
+        return False
+    search = store.search()
+    versions = {measure.version for measure in search.record.measures}
+    return is_confirmed(store, file.confirm, Preference.of_search(search), versions)
 
 
 def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: Console) -> None:
@@ -123,11 +151,16 @@ def _local(place: str, into: Path | None, console: Console) -> Path:
 
 def confirm(folder: Path) -> int:
     """Score the front and the best on the held-out split; the exit code."""
-    from evomerge.report.screen import make_console
+    from evomerge.report.screen import make_console, panel
+    from evomerge.report.status import status_of
 
     console = make_console()
     with ExitStack() as last, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
+        if _has_nothing_to_confirm(store, file):
+            console.print(panel(status_of(store)))
+            console.print("nothing to confirm: all that would be scored has held-out scores", soft_wrap=True)
+            return 0
         check_early(file)
         with opening():
             from evomerge.commands.driving import drive_confirmation, reopen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
@@ -19,6 +20,7 @@ from evomerge.search.driving.progress import Progress
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.search.work.jobs import PoolState
 
+_RESUMABLE = ("created", "interrupted", "paused", "stopped", "cancelled")
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
 
 
@@ -52,6 +54,15 @@ def panel(
         parts += [Text(""), confirmed_table(status, rows), *(Text(text) for text in conclusions(status))]
         parts += [Text(text, style="dim") for text in choice_text(status)]
     return Group(*parts)
+
+
+def resume_lines(status: SearchStatus, *where: str) -> list[str]:
+    """The command that goes on with a search that is not at work and not at its end, if it is so.
+
+    Args:
+        where: the arguments that name the search.
+    """
+    return [f"resume: evomerge resume {shlex.join(where)}"] if status.state in _RESUMABLE else []
 
 
 def headline(status: SearchStatus, eta: float | None = None) -> str:

@@ -11,7 +11,7 @@ them least, and the record says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -23,9 +23,10 @@ from evomerge.search.driving.drive import Drive
 from evomerge.search.estimation.preference import BEST, Preference, ranked
 from evomerge.search.estimation.scores import to_answers, to_scores
 from evomerge.search.estimation.statistics import mean_and_error
+from evomerge.search.settings.sections import Confirm
 from evomerge.search.work.deadlines import Deadlines
 from evomerge.search.work.jobs import Failed, Finished, Measured
-from evomerge.store import CandidateRow, Estimate
+from evomerge.store import CandidateRow, Estimate, Store
 from evomerge.store.events import Chosen, ConfirmFailed, Confirming, Shortlist, Stale, State, Winner
 
 _OURS = ("confirming", "paused")  # states that say nothing of the search that is being confirmed
@@ -62,7 +63,7 @@ class Confirmation:
 
     def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         shortlist, drawn = self._freeze()
-        baselines = [row for row in self._store.candidates(step=0) if row.status in ("done", "cached")]
+        baselines = _baselines(self._store)
         rows = {row.number: row for row in [*baselines, *shortlist]}
         if not self._score(rows.values(), recipe_of):
             return False
@@ -103,25 +104,11 @@ class Confirmation:
         return self._dispatcher.run(feed_of(todo), self)
 
     def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
-        """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn.
-
-        The shortlist is the front and the best of the search; of equal recipes the first is taken. Drawn are the best
-        by what decides, or where nothing does by each objective, for the pictures of the winner's curse.
-        """
-        settings = self._setup.confirm
-        finds = [*self._store.front(), *self._best(self._preference, settings.top)]
-        by_recipe = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
-        shortlist = sorted(by_recipe.values(), key=lambda row: row.number)
-        most = [row for part in self._preference.parts for row in self._best(part, settings.drawn)]
-        drawn = list({row.number: row for row in most if row.recipe_hash not in by_recipe}.values())
+        """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn."""
+        shortlist, drawn = _wanted(self._store, self._preference, self._setup.confirm)
         numbers = [row.number for row in shortlist], [row.number for row in drawn]
         self._store.record_event(Shortlist(candidates=numbers[0], drawn=numbers[1]))
         return shortlist, drawn
-
-    def _best(self, preference: Preference, count: int) -> list[CandidateRow]:
-        """The best of what the search found, best first."""
-        baselines = len(self._store.candidates(step=0))
-        return [row for row in ranked(self._store, preference, count + baselines) if _is_find(row)][:count]
 
     def _held_out(self, number: int) -> dict[str, Estimate]:
         """What a model is worth on the held-out split, by objective and constraint."""
@@ -132,9 +119,7 @@ class Confirmation:
         }
 
     def _is_scored(self, number: int) -> bool:
-        """Whether all that objectives and constraints are measured by has held-out scores; the screen needs none."""
-        versions = {scores.evaluator for scores in self._store.scores(number, "held_out")}
-        return all(self._setup.evaluators[evaluator].version in versions for evaluator in self._setup.counts())
+        return _is_scored(self._store, number, (self._setup.evaluators[e].version for e in self._setup.counts()))
 
     # What the dispatcher reports -----------------------------------------------------------------------------------
 
@@ -166,6 +151,51 @@ class Confirmation:
 
     def late(self, finished: Finished) -> None:
         self._store.record_event(Stale(candidate=finished.candidate, attempt=finished.attempt))
+
+
+def is_confirmed(store: Store, confirm: Confirm, preference: Preference, versions: Collection[str]) -> bool:
+    """Whether a confirmation would score nothing: the choice among what it would score is made, and all of it scored.
+
+    Args:
+        versions: of the evaluators that models are judged by.
+    """
+    events = store.events(kinds=("shortlist", "winner", "confirmed"))
+    if not events or events[-1].kind == "shortlist":
+        return False
+    shortlist, drawn = _wanted(store, preference, confirm)
+    last = next(event for event in reversed(events) if event.kind == "shortlist").read(Shortlist)
+    if last.candidates != [row.number for row in shortlist] or last.drawn != [row.number for row in drawn]:
+        return False
+    return all(_is_scored(store, row.number, versions) for row in (*_baselines(store), *shortlist, *drawn))
+
+
+def _wanted(store: Store, preference: Preference, confirm: Confirm) -> tuple[list[CandidateRow], list[CandidateRow]]:
+    """What a confirmation scores beside the baselines: the shortlist, and what is only drawn.
+
+    The shortlist is the front and the best of the search; of equal recipes the first is taken. Drawn are the best by
+    what decides, or where nothing does by each objective, for the pictures of the winner's curse.
+    """
+    finds = [*store.front(), *_best(store, preference, confirm.top)]
+    by_recipe = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
+    shortlist = sorted(by_recipe.values(), key=lambda row: row.number)
+    most = [row for part in preference.parts for row in _best(store, part, confirm.drawn)]
+    return shortlist, list({row.number: row for row in most if row.recipe_hash not in by_recipe}.values())
+
+
+def _best(store: Store, preference: Preference, count: int) -> list[CandidateRow]:
+    """The best of what the search found, best first."""
+    baselines = len(store.candidates(step=0))
+    return [row for row in ranked(store, preference, count + baselines) if _is_find(row)][:count]
+
+
+def _baselines(store: Store) -> list[CandidateRow]:
+    """Those that have scores."""
+    return [row for row in store.candidates(step=0) if row.status in ("done", "cached")]
+
+
+def _is_scored(store: Store, number: int, versions: Iterable[str]) -> bool:
+    """Whether a candidate has held-out scores of all these evaluators; the screen's are not needed."""
+    return {scores.evaluator for scores in store.scores(number, "held_out")}.issuperset(versions)
 
 
 def _is_find(row: CandidateRow) -> bool:
