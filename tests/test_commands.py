@@ -238,6 +238,18 @@ def test_the_export_is_a_plain_folder_with_its_lineage(exported: Path, searched:
     assert "17 candidates" in card
 
 
+def test_the_export_of_a_candidate_that_nobody_confirmed_says_so(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json_of(capsys, "top", searched, "--all", "--json")
+    with open_store(searched) as store:
+        number = next(n for n in range(5, len(rows)) if not store.scores(n, "held_out"))
+    assert evomerge("export", searched, tmp_path / "out", "--candidate", f"c{number:04d}", "--no-verify") == 0
+    note = f"c{number:04d} was never scored on held-out items."
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "out" / "README.md").read_text()
+
+
 GENERATE = """
 import json, sys
 assert not any(name == "evomerge" or name.startswith("evomerge.") for name in sys.modules)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from evomerge.report.basis import basis_text
 from evomerge.report.comparing import Comparison
 from evomerge.report.confirmed import Choice
 from evomerge.report.entries import (
@@ -166,6 +167,20 @@ def test_the_panel_says_what_racing_the_screen_and_constraints_do() -> None:
         assert words in text
     assert "0.930 ± 0.010 missed" not in text
     assert text.count("missed") == 2  # the baseline on either split, and in words
+
+
+def test_of_an_unconfirmed_candidate_it_says_what_its_scores_rest_on() -> None:
+    def raced(items: int, english: int = 100) -> Entry:
+        maths, kept = Value(mean=0.7, stderr=0.05, n=items), Value(mean=0.9, stderr=0.01, n=english)
+        return Entry(id="c0009", label="", objectives={"maths": maths}, constraints={"english": kept})
+
+    by_baseline = Racing(rungs=[25, 75], confidence=0.9, estimate="baseline")
+    some = basis_text(raced(25), thrifty())
+    assert "c0009 was never scored on held-out items" in some
+    assert "its maths 0.700 ± 0.050 rests on 25 of 200 items; its english 0.900 ± 0.010 rests on all 100 items." in some
+    assert "estimated by item response" in some
+    assert "estimated by the best baseline's scores" in basis_text(raced(200, 75), thrifty(racing=by_baseline))
+    assert "estimated" not in basis_text(raced(200), thrifty())
 
 
 def test_a_winner_that_keeps_no_constraint_is_told() -> None:

@@ -19,6 +19,7 @@ from evomerge.commands.waiting import opening, progress_bar
 from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.printable import without_nan
+from evomerge.report.basis import unconfirmed_text
 from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, Value, candidate_id, kind_of, origin_of
 from evomerge.report.naming import exported
@@ -71,7 +72,9 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             console.print("written in float32, for candidates that are scored together are rounded nowhere")
         evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
         builder = find_builder(recipe.kind)(build_context(file, sources, evidence, texts_digest=recipe.calibration))
-        provenance = Provenance(store.search(), status_of(store), row, curse_of(store))
+        status = status_of(store)
+        unconfirmed = unconfirmed_text(store, row, status)
+        provenance = Provenance(store.search(), status, row, curse_of(store), unconfirmed)
         checked: list[str] = []
         with local_folder(out, console) as model, progress_bar(console, "writing tensors") as bar:
 
@@ -90,11 +93,13 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)
     for line in checked:
         console.print(line)
-    unseen = "" if verify else ", split was not scored again"
-    roles = roles_of(provenance.status, candidate_id(number), "held_out")
+    unseen = "" if verify else ", not scored again"
+    roles = roles_of(status, candidate_id(number), "held_out")
     descriptions = [*([kind_of(origin_of(row, file.sources), row.label)] if row.label else []), *roles]
     what = f" ({', '.join(descriptions)})" if descriptions else ""
     console.print(f"exported {candidate_id(number)}{what} to {out}{unseen}", style="bold")
+    if unconfirmed:
+        console.print(f"not confirmed: {unconfirmed}", style="yellow", soft_wrap=True)
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_json: bool) -> None:

@@ -37,12 +37,18 @@ _PICTURE, _CURSE_PICTURE = "path.svg", "curse.svg"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The search that a candidate comes from; ``curse`` is None where its scores were not looked up."""
+    """The search that a candidate comes from.
+
+    Attributes:
+        curse: None where its scores were not looked up.
+        unconfirmed: what the scores of a candidate rest on that was never scored on held-out items.
+    """
 
     search: SearchRow
     status: SearchStatus
     row: CandidateRow
     curse: Curse | None = None
+    unconfirmed: str = ""
 
 
 def papers(
@@ -360,8 +366,8 @@ def _limits_section(provenance: Provenance) -> str:
         f"## Limits\n\nIt was chosen among {status.candidates.asked} candidates by its {by} on the search split of "
         f"{names}; that score is therefore too good, and only the held-out one counts. "
     )
-    if not status.confirmed_values(candidate_id(provenance.row.number)):
-        text += "**This candidate was not scored on the held-out split.** "
+    if provenance.unconfirmed:
+        text += f"**This candidate was not confirmed:** {provenance.unconfirmed} "
     return text + (
         "Nothing else was measured: abilities outside these tasks may have suffered, and the faults of every source "
         "may be in it."
