@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
+from evomerge.merging import rounding
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts
 from evomerge.merging.facts import Weights as SourceWeights
@@ -400,6 +401,28 @@ def test_validate_says_what_every_candidate_rounds_away(
     if told:
         expected = lost(weights_of(sources["base"]), weights_of(sources["tune"]), getattr(torch, dtype))
         assert f"tune: {max(0.0, 1 - expected):.0%} of its change" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "lm_head"], ["down_proj"]])
+def test_inspect_and_validate_say_the_same_of_several_adapters_in_one_sentence(
+    targets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "_ELEMENTS", 50_000)  # fewer than there are
+    base = MINIATURES / "base"
+    settings = {"r": 2, "target_modules": targets}
+    alphas = {"a": 0.004, "b": 0.003, "c": 0.002}
+    sources = {n: f"{base}+{train(base, tmp_path / n, lora_alpha=alpha, **settings)}" for n, alpha in alphas.items()}
+    opened = {n: open_source(n, reference, place=n) for n, reference in {"base": str(base), **sources}.items()}
+    lost = rounding.shares_lost(opened, "base", opened["base"], None)
+    sentence = rounding.rounding_warning(lost, torch.bfloat16, adapted=True)
+    assert min(lost.values()) >= LOSSY
+    assert sentence.startswith("a, b, c: ")
+    assert "of their changes survive in bfloat16" in sentence
+    inspection = inspect_models([str(base), *sources.values()], None, called={r: n for n, r in sources.items()})
+    assert [warning for warning in inspection.warnings if "survive" in warning] == [f"{sentence}."]
+    assert evomerge("validate", search_file(tmp_path, sources={"base": str(base), **sources})) == 0
+    assert sentence in " ".join(capsys.readouterr().out.split())
 
 
 # --- what is printed

@@ -54,7 +54,8 @@ def shares_lost(
 ) -> dict[str, float]:
     """For each source of which the merge's dtype rounds anything away, the share of its task vector; about.
 
-    Reads some of the layers' tensors of those sources, and nothing of others.
+    It is that of the layers, or where these lose nothing of all else. Reads some of the tensors of those sources, and
+    nothing of others.
 
     Args:
         base: what task vectors are taken against; if there is none, adapted sources are held against what they adapt.
@@ -73,6 +74,7 @@ def _loss(source: Source, origin: Source | None, model: Source, dtype: torch.dty
     """The share of a source's task vector that is lost; None where nothing can be."""
     dtypes = {name: model.dtype_of(name, dtype, dtype or model.dtype) for name in _comparable(source, origin, model)}
     lossy = [name for name, kept in dtypes.items() if not _both_exact(source, origin, name, kept)]
+    lossy = [name for name in lossy if source.roles[name].layer is not None] or lossy
     lost, length = 0.0, 0.0
     for name in _some(source, lossy):
         tuned = source.read(name).reshape(-1)
@@ -88,16 +90,12 @@ def _loss(source: Source, origin: Source | None, model: Source, dtype: torch.dty
 
 
 def _comparable(source: Source, origin: Source | None, model: Source) -> list[str]:
-    """Tensors of layers that the source, the origin of its task vector and the merged model have in one shape."""
-    if origin is None:
-        return [name for name in source.changes if source.roles[name].layer is not None and name in model.tensors]
+    """Tensors that the source, the origin of its task vector and the merged model have in one shape."""
+    others = [model] if origin is None else [model, origin]
     return [
         name
-        for name, role in source.roles.items()
-        if role.layer is not None
-        and name in model.tensors
-        and name in origin.tensors
-        and origin.tensors[name].shape == source.tensors[name].shape
+        for name in (source.changes if origin is None else source.roles)
+        if all(name in s.tensors and s.tensors[name].shape == source.tensors[name].shape for s in others)
     ]
 
 
@@ -116,18 +114,20 @@ def _some(source: Source, names: list[str]) -> list[str]:
     return picked
 
 
-def rounding_warning(name: str, lost: float, dtype: torch.dtype, *, adapted: bool, where: str = "") -> str:
+def rounding_warning(lost: Mapping[str, float], dtype: torch.dtype, *, adapted: bool, where: str = "") -> str:
     """A sentence for a person, without a full stop.
 
     Args:
-        lost: share of the source's task vector that rounding takes.
-        adapted: the source is a model with adapters.
+        lost: share of each source's task vector that rounding takes, by the source's name; of one at least.
+        adapted: the sources are models with adapters.
         where: the parts of the model of which that is true, where it is not true of the whole.
     """
     dtype_name, epsilon = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
-    kept, within = max(0.0, 1 - lost), f" in {where}" if where else ""
+    within = f" in {where}" if where else ""
+    kept = ", ".join(f"{max(0.0, 1 - share):.0%}" for share in lost.values())
+    survives = "its change{} survives" if len(lost) == 1 else "their changes{} survive"
     together = ", or `together`, which adds adapters without rounding them into the weights" if adapted else ""
     return (
-        f"{name}: {kept:.0%} of its change{within} survives in {dtype_name}, in which the merge is stored: a step is "
-        f"{epsilon / 2:.2%} to {epsilon:.2%} of a weight. Merge with `dtype: float32`{together}"
+        f"{', '.join(lost)}: {kept} of {survives.format(within)} in {dtype_name}, in which the merge is stored: a step "
+        f"is {epsilon / 2:.2%} to {epsilon:.2%} of a weight. Merge with `dtype: float32`{together}"
     )

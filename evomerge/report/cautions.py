@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging.rounding import LOSSY, rounding_warning
+from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.printable import ranges
 
 if TYPE_CHECKING:
@@ -63,25 +63,18 @@ def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
 
 def _of_rounding(inspection: Inspection, opened: Mapping[str, Source]) -> Iterable[str]:
     """Sources of whose task vectors a good part is rounded away, in the whole or somewhere."""
+    base = opened[inspection.base or ""]
+    sources = {name: opened[name] for name in (base.name, *(source.name for source in inspection.sources))}
+    whole = {name: share for name, share in shares_lost(sources, base.name, base, None).items() if share >= LOSSY}
+    by_place = {"": whole} if whole else {}
     for source in inspection.sources:
-        lost = {
-            p: d.rounded_away for p, d in zip(inspection.parts, source.parts, strict=True) if d.rounded_away is not None
-        }
-        lossy = {part: share for part, share in lost.items() if share >= LOSSY}
-        if not lossy:
-            continue
-        whole = source.whole.rounded_away
-        everywhere = whole is not None and whole >= LOSSY
-        yield (
-            rounding_warning(
-                source.name,
-                whole if whole is not None and everywhere else max(lossy.values()),
-                opened[inspection.base or ""].dtype,
-                adapted=bool(opened[source.name].changes),
-                where="" if everywhere else _places(list(lossy)),
-            )
-            + "."
-        )
+        shares = {part: d.rounded_away for part, d in zip(inspection.parts, source.parts, strict=True)}
+        lossy = {part: share for part, share in shares.items() if share is not None and share >= LOSSY}
+        if lossy and source.name not in whole:
+            by_place.setdefault(_places(list(lossy)), {})[source.name] = max(lossy.values())
+    for where, lost in by_place.items():
+        adapted = all(opened[name].changes for name in lost)
+        yield f"{rounding_warning(lost, base.dtype, adapted=adapted, where=where)}."
 
 
 def _places(parts: Sequence[str]) -> str:

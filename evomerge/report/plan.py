@@ -96,9 +96,10 @@ def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
         return
     model = sources[file.tokenizer_source]
     dtype = getattr(torch, file.dtype) if file.dtype is not None else None
-    for name, lost in shares_lost(sources, file.base, model, dtype).items():
-        if lost >= LOSSY:
-            yield "warning", rounding_warning(name, lost, dtype or model.dtype, adapted=bool(sources[name].changes))
+    lost = {name: share for name, share in shares_lost(sources, file.base, model, dtype).items() if share >= LOSSY}
+    if lost:
+        adapted = all(sources[name].changes for name in lost)
+        yield "warning", rounding_warning(lost, dtype or model.dtype, adapted=adapted)
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:
