@@ -404,7 +404,7 @@ def test_validate_says_what_every_candidate_rounds_away(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "lm_head"], ["down_proj"]])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"], ["down_proj"]])
 def test_inspect_and_validate_say_the_same_of_several_adapters_in_one_sentence(
     targets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
