@@ -79,7 +79,7 @@ class Question:
 
     @property
     def item(self) -> Item:
-        return Item(self.hash, self.prompt, self.reference, self.benchmark)
+        return Item(self.hash, self.prompt, self.reference, self.benchmark, place=self.place)
 
 
 class AnswersEvaluator(Evaluator):

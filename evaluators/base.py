@@ -49,6 +49,7 @@ class Item:
         benchmark: the public benchmark that has it as a test item, as ``evaluators.benchmarks`` tells it; None where
             none has. A search on such items needs a person's consent.
         media: what it holds beside text.
+        place: where it was read, for people: a file and a line; empty where it was in none.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Item:
     answer: str = ""
     benchmark: str | None = None
     media: tuple[Media, ...] = ()
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ class Evaluator(ABC):
     def items(self, split: Split) -> Sequence[Item]:
         """The items of a split, in order."""
         return self.splits[split]
+
+    def name_of(self, split: Split, index: int) -> str:
+        """The item at a position, for people: where it was read, or which one it is."""
+        return self.items(split)[index].place or f"item {index} of its {split.replace('_', '-')} items"
 
     @abstractmethod
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:

@@ -119,7 +119,8 @@ class _Line:
     @property
     def item(self) -> Item:
         """With its fields as JSON."""
-        return Item(self.hash, json.dumps(dict(self.fields), ensure_ascii=False), "", benchmark_of(self.fields))
+        text = json.dumps(dict(self.fields), ensure_ascii=False)
+        return Item(self.hash, text, "", benchmark_of(self.fields), place=self.place)
 
 
 class FunctionEvaluator(ImperativeEvaluator):
@@ -163,7 +164,7 @@ class FunctionEvaluator(ImperativeEvaluator):
             return [""] * len(prompts)
 
         try:
-            self._process.call([self._lines["search"][0].fields], list(self.metrics), say_nothing, limit_s)
+            self._process.call([self._lines["search"][0]], list(self.metrics), say_nothing, limit_s)
         except _TookTooLongError:
             raise
         except InputError:
@@ -176,7 +177,7 @@ class FunctionEvaluator(ImperativeEvaluator):
         Raises:
             InputError: the function fails, with its file and line, or returns anything but numbers as declared.
         """
-        given = [self._lines[split][index].fields for index in indices]
+        given = [self._lines[split][index] for index in indices]
         generate = _Generate(Reader.of(live), engine, self._settings)
         started = time.perf_counter()
         by_metric = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
@@ -272,7 +273,7 @@ class _FunctionProcess:
 
     def call(
         self,
-        items: Sequence[Mapping[str, Any]],
+        lines: Sequence[_Line],
         metrics: Sequence[str],
         generate: Callable[[Sequence[str], int, Sequence[str]], list[str]],
         limit_s: float,
@@ -290,7 +291,7 @@ class _FunctionProcess:
         self._is_idle = False
         try:
             deadline = time.monotonic() + limit_s
-            self._send({"items": items, "metrics": metrics, "count": len(items)})
+            self._send({"items": [line.fields for line in lines], "metrics": metrics, "count": len(lines)})
             while "prompts" in (answer := self._wait(deadline, limit_s, f"in {self._settings.function}")):
                 asked = time.monotonic()
                 answers = self._answers(answer, generate)
@@ -301,7 +302,7 @@ class _FunctionProcess:
                 self.stop()
             raise
         if "numbers" not in answer:
-            raise self._fault(answer)
+            raise self._fault(answer, lines)
         by_metric: dict[str, list[float]] = answer["numbers"]
         return by_metric
 
@@ -352,12 +353,13 @@ class _FunctionProcess:
             raise InputError(file, f"ended its process {when} ({_how(process.wait())})", "Have it return, or raise.")
         return message
 
-    def _fault(self, answer: Mapping[str, Any]) -> InputError:
-        """What the process says is wrong."""
+    def _fault(self, answer: Mapping[str, Any], lines: Sequence[_Line] = ()) -> InputError:
+        """What the process says is wrong, of a call for these items."""
         place, hint = str(self._settings.file), str(answer.get("hint", ""))
         if "returned" in answer:
             metric = f": {answer['metric']}" if "metric" in answer else ""
-            return InputError(f"{place}, {self._settings.function}{metric}", str(answer["returned"]), hint)
+            of = f" for {lines[answer['position']].place}" if "position" in answer else ""
+            return InputError(f"{place}, {self._settings.function}{metric}", f"{answer['returned']}{of}", hint)
         if answer.get("line"):
             place += f", line {answer['line']}"
         return InputError(place, str(answer.get("problem", "said nothing that can be understood")), hint)

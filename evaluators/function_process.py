@@ -173,7 +173,8 @@ def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
         )
         if not a_number or not abs(value) <= LARGEST:  # nor is NaN
             return {
-                "returned": f"returned {_shown(value)} for the item at {position} of those given",
+                "returned": f"returned {_shown(value)}",
+                "position": position,
                 "hint": "Return a finite number.",
             }
     return [float(value) for value in values]

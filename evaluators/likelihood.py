@@ -105,7 +105,7 @@ class LikelihoodEvaluator(Evaluator):
             lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
         )
         self.splits = {
-            split: [Item(pair.hash, pair.prompt, pair.answer, pair.benchmark) for pair in pairs]
+            split: [Item(pair.hash, pair.prompt, pair.answer, pair.benchmark, place=pair.place) for pair in pairs]
             for split, pairs in self._pairs.items()
         }
         hashes = {split: [item.id for item in items] for split, items in self.splits.items()}

@@ -138,8 +138,10 @@ class LmEvalEvaluator(Evaluator):
         known by content."""
         whole = self.name if items.source == self._benchmark_split else None
         return [
-            Item(hashed, question, answer, whole or benchmark_of(doc))
-            for hashed, (question, answer), doc in zip(items.hashes, items.texts, items.docs, strict=True)
+            Item(hashed, question, answer, whole or benchmark_of(doc), place=items.place(index))
+            for index, (hashed, (question, answer), doc) in enumerate(
+                zip(items.hashes, items.texts, items.docs, strict=True)
+            )
         ]
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
@@ -184,8 +186,7 @@ class LmEvalEvaluator(Evaluator):
     def _make(self, reader: Reader, split: Split, index: int) -> list[Generate | Prompt]:
         from evaluators.lm_eval_model import request_of
 
-        items = self._items[split]
-        place = f"task {self.name}, row {items.rows[index]} of {items.source!r}"
+        place = f"task {self.name}, {self._items[split].place(index)}"
         return [request_of(instance, reader, self._settings, place) for instance in self._instances[split][index]]
 
     def _flat(self, split: Split, indices: Sequence[int]) -> list[Instance]:

@@ -46,6 +46,10 @@ class Items:
     hashes: Sequence[str]
     texts: Sequence[tuple[str, str]]
 
+    def place(self, index: int) -> str:
+        """Where the item at a position stands in the task's data, for people; rows are counted from 0 there."""
+        return f"row {self.rows[index]} of {self.source!r}"
+
 
 def read_splits(task: ConfigurableTask, settings: LmEvalSettings) -> dict[Split, Items]:
     """Read both splits.
@@ -64,11 +68,11 @@ def read_splits(task: ConfigurableTask, settings: LmEvalSettings) -> dict[Split,
     if search.source == held_out.source and (shared := set(search.rows) & set(held_out.rows)):
         raise InputError(place, f"shares {len(shared)} rows of {search.source!r} with the search split", hint)
     if shared_items := set(search.hashes) & set(held_out.hashes):
-        row = next(i for i, item in enumerate(held_out.hashes) if item in shared_items)
+        first = next(i for i, item in enumerate(held_out.hashes) if item in shared_items)
         raise InputError(
             place,
-            f"has {len(shared_items)} items that the search split has too (item {row} is the first: same question, "
-            "same answer)",
+            f"has {len(shared_items)} items that the search split has too ({held_out.place(first)} is the first: same "
+            "question, same answer)",
             hint,
         )
     return splits
@@ -194,7 +198,7 @@ def build_requests(
         except InputError:
             raise
         except Exception as error:
-            raise explain(error, f"task {settings.task}, row {items.rows[position]} of {items.source!r}") from error
+            raise explain(error, f"task {settings.task}, {items.place(position)}") from error
         requests.append(made if isinstance(made, list) else [made])
     return requests
 

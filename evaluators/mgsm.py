@@ -170,7 +170,7 @@ class MgsmEvaluator(Evaluator):
         self._settings = settings
         self._problems = _splits(settings)
         self.splits = {
-            split: [Item(p.hash, p.question, str(p.answer), p.benchmark) for p in problems]
+            split: [Item(p.hash, p.question, str(p.answer), p.benchmark, place=p.place) for p in problems]
             for split, problems in self._problems.items()
         }
         hashes = {split: [item.id for item in items] for split, items in self.splits.items()}

@@ -96,7 +96,7 @@ class _Question:
 
     @property
     def item(self) -> Item:
-        return Item(self.hash, self.prompt, self.choices[self.right], self.benchmark)
+        return Item(self.hash, self.prompt, self.choices[self.right], self.benchmark, place=self.place)
 
 
 class MultipleChoiceEvaluator(Evaluator):

@@ -273,9 +273,9 @@ def test_the_models_own_faults_are_not_the_functions(tmp_path: Path) -> None:
         ("None", "letters: returned NoneType, not a number for each item"),
         ("1.0", "letters: returned float, not a number for each item"),
         ("[1.0]", "letters: returned 1 numbers for 3 items"),
-        ("[1, 'a', 2]", "letters: returned 'a' for the item at 1"),
-        ("[1, 2, float('nan')]", "letters: returned nan for the item at 2"),
-        ("[1e39, 1, 1]", "letters: returned 1e+39 for the item at 0"),
+        ("[1, 'a', 2]", "letters: returned 'a' for {items}, line 3"),
+        ("[1, 2, float('nan')]", "letters: returned nan for {items}, line 4"),
+        ("[1e39, 1, 1]", "letters: returned 1e+39 for {items}, line 2"),
         ("[1, 10**400, 1]", "letters: returned 1000"),
         ("{}", "returned no metric, where letters is declared"),
         ("{'letters': [1, 2, 3], 'b': [1, 2, 3]}", "returned letters, b, where letters is declared"),
@@ -283,7 +283,8 @@ def test_the_models_own_faults_are_not_the_functions(tmp_path: Path) -> None:
 )
 def test_anything_but_numbers(tmp_path: Path, returned: str, said: str) -> None:
     code = f"def score(items, generate):\n    return {returned}\n"
-    assert f"my_score.py, score: {said}" in fault(tmp_path, code)
+    place = said.format(items=tmp_path / "items.jsonl")
+    assert f"my_score.py, score: {place}" in fault(tmp_path, code)
 
 
 ENDINGS = {

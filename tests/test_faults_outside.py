@@ -314,13 +314,13 @@ def test_an_export_sees_for_itself_that_a_changed_function_scores_as_recorded(un
 @pytest.mark.parametrize(
     ("file", "old", "new", "item"),
     [
-        ("score.py", "/ 2", "/ 2 + (item['q'][0] == '4')", "item 4"),
-        ("score.py", 'item["a"] +', 'item["a"] * (1 + item["a"] // 5 / 1e4) +', "item 5"),
-        ("score.py", "/ 2", "/ 3", "item"),
+        ("score.py", "/ 2", "/ 2 + (item['q'][0] == '4')", "search.jsonl, line 5"),
+        ("score.py", 'item["a"] +', 'item["a"] * (1 + item["a"] // 5 / 1e4) +', "search.jsonl, line 6"),
+        ("score.py", "/ 2", "/ 3", "search.jsonl, line "),
         ("score.py", 'item["a"] +', '[][item["a"]] +', "again"),
-        ("search.jsonl", '"a": 3', '"a": 4', "item 3"),
+        ("search.jsonl", '"a": 3', '"a": 4', "search.jsonl, line 4"),
         ("search.jsonl", '{"q": "5 plus 5 is", "a": 5}\n', "", "item 5"),
-        ("search.jsonl", '"2 plus 2 is"', '"2 plus 3 is"', "item 2"),
+        ("search.jsonl", '"2 plus 2 is"', '"2 plus 3 is"', "search.jsonl, line 3"),
     ],
     ids=["one item", "one item, a little", "all items", "broken", "reference", "fewer", "question"],
 )
@@ -346,8 +346,8 @@ def test_held_out_items_stay_once_they_are_scored(unconfirmed: Path, capsys: pyt
     assert evomerge("confirm", unconfirmed / "s") == 0
     edit(unconfirmed / "held_out.jsonl", '"a": 55', '"a": 54')
     assert evomerge("confirm", unconfirmed / "s") == 2
-    assert "item 5 of its held-out items" in capsys.readouterr().err
+    assert "held_out.jsonl, line 6 is not the one that was scored" in capsys.readouterr().err
     edit(unconfirmed / "held_out.jsonl", '55 plus 55 is", "a": 54', '55 plus 55 is", "a": 55')
     edit(unconfirmed / "score.py", "/ 2", "/ 2 + (item['a'] == 52)")  # which a held-out item alone shows
     assert evomerge("confirm", unconfirmed / "s") == 2
-    assert "item 2 of its held-out items" in capsys.readouterr().err
+    assert "held_out.jsonl, line 3 has " in capsys.readouterr().err

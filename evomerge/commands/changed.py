@@ -115,11 +115,11 @@ class _Rescoring(OutsideJobs):
                 size = np.abs(now[metric].astype(np.float64) - values)
                 beyond = np.flatnonzero(size > self._tolerance.item * (1 + np.abs(values)))
                 first = int((beyond if len(beyond) else np.flatnonzero(size))[0])
+                item = evaluator.name_of(task.split, task.indices[first])
                 raise InputError(
                     f"objectives: {evaluator.name}",
-                    f"scores otherwise than when the search began: item {task.indices[first]} of its "
-                    f"{task.split.replace('_', '-')} items has {metric} {now[metric][first]:.6g}, and had "
-                    f"{values[first]:.6g}, of {candidate_id(number)}; {moved.items} of {len(values)} items differ",
+                    f"scores otherwise than when the search began: {item} has {metric} {now[metric][first]:.6g}, and "
+                    f"had {values[first]:.6g}, of {candidate_id(number)}; {moved.items} of {len(values)} items differ",
                     "Put its data, its files and the libraries back, where the search ran, or start a new search. "
                     "`evomerge export --no-verify` needs none of them.",
                 )

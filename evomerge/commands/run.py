@@ -18,7 +18,7 @@ from evomerge.errors import InputError
 from evomerge.objects import Storage, is_url
 from evomerge.search.opening.artifacts import fetch
 from evomerge.search.opening.claim import Claim
-from evomerge.search.settings.early import check_early
+from evomerge.search.settings.early import changed_since, check_early
 from evomerge.search.settings.folder import open_store, refuse_existing
 from evomerge.search.settings.rebudget import bounds_of, change_budget
 from evomerge.search.settings.resuming import resumed_file
@@ -119,7 +119,10 @@ def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
         return False
     search = store.search()
     versions = {measure.version for measure in search.record.measures}
-    return is_confirmed(store, file.confirm, Preference.of_search(search), versions)
+    if not is_confirmed(store, file.confirm, Preference.of_search(search), versions):
+        return False
+    (last,) = store.events(kinds=("winner", "confirmed"), newest=1)
+    return not changed_since(file, last.time)  # else who confirms is told whether it scores as recorded
 
 
 def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: Console) -> None:

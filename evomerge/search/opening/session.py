@@ -157,14 +157,16 @@ def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator
         if split == "held_out" and not store.scored_on(version, split, most=1):
             continue
         before, now = store.item_texts(version, split), _texts(evaluator, split)
+        named = split.replace("_", "-")
         pairs = enumerate(zip_longest(before, map(tuple, now)))
-        other = next((f"item {number}" for number, (a, b) in pairs if a != b), None)
-        if other is None and digests.get(split) not in (None, _digests(evaluator)[split]):
-            other = "an item"
-        if other is not None:
+        other = next((number for number, (a, b) in pairs if a != b), None)
+        if other is not None or digests.get(split) not in (None, _digests(evaluator)[split]):
+            what = f"an item of its {named} items"
+            if other is not None:
+                what = evaluator.name_of(split, other) if other < len(now) else f"item {other} of its {named} items"
             raise InputError(
                 f"objectives: {evaluator.name}",
-                f"{other} of its {split.replace('_', '-')} items is not the one that was scored",
+                f"{what} is not the one that was scored",
                 "Put the items back as they were, or start a new search. `evomerge export --no-verify` needs no items.",
             )
 

@@ -49,6 +49,20 @@ def check_early(file: SearchFile) -> None:
         runtime_env_of(file.cluster)
 
 
+def changed_since(file: SearchFile, moment: float) -> bool:
+    """Whether a file that an evaluator names was written since then, in seconds since 1970, or is gone."""
+    values = (value for s in file.evaluators().values() for key in type(s).model_fields for value in [getattr(s, key)])
+    named = (path for value in values for path in (value if isinstance(value, tuple) else [value]))
+    return any(_is_newer(path, moment) for path in named if isinstance(path, Path))
+
+
+def _is_newer(path: Path, moment: float) -> bool:
+    try:
+        return any(one.stat().st_mtime > moment for one in [path, *(path.rglob("*") if path.is_dir() else [])])
+    except OSError:
+        return True
+
+
 def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str, int]) -> SearchSpace:
     """The search space of a search file, for sources of these depths; see ``SpaceContext``.
 
