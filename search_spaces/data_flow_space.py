@@ -127,7 +127,7 @@ class DataFlowSpace:
         self._layers = [layer for member in pool for layer in member.layers]
         self._genes = PathGenes(settings, {member.label: len(member.layers) for member in pool})
         self.parameters = self._genes.parameters
-        self.layer_buffers = len(self._layers)
+        self.layer_buffers, self.hops = len(self._layers), self._genes.most
 
     def decode(self, genome: Genome) -> StackRecipe:
         picks, scales = self._genes.read(genome.tolist())

@@ -179,7 +179,8 @@ class JointSpace:
         if len(self.parameters) > MOST_PARAMETERS:
             problem = f"makes {len(self.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
             raise InputError("space.granularity", problem, "Set it to model.")
-        self.layer_buffers = context.layers if self._one else max(self._path.most, context.layers)
+        self.hops = max(self._path.most, context.layers)
+        self.layer_buffers = context.layers if self._one else self.hops
 
     @property
     def _one(self) -> bool:

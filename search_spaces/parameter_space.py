@@ -98,7 +98,7 @@ class ParameterSpace:
         self._genes = MethodGenes(self._method, context, settings.bounds, settings.fixed, settings.switches)
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
-        self.layer_buffers = context.layers
+        self.layer_buffers = self.hops = context.layers
         check_blend(self._genes.blend(), self._method, "space")
 
     def decode(self, genome: Genome) -> StackRecipe:

@@ -31,7 +31,7 @@ class FakeSpace:
 
     def __init__(self, n: int = 4, round_to: int | None = None) -> None:
         self.parameters = [Parameter(f"w{i}", 0.0, 1.0, 0.5) for i in range(n)]
-        self.layer_buffers = n
+        self.layer_buffers = self.hops = n
         self._round_to = round_to
 
     def decode(self, genome: Genome) -> StackRecipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from helpers_miniature import MINIATURES
 
+from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.stack import Step
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
-from evomerge.inference.vllm_engine import VllmEngine
+from evomerge.inference.vllm_engine import VllmEngine, check_paths
 
 PROMPTS = ["問題: 3個と4個で何個ですか。\n答え:", "問題: 12 + 30 は?\n答え:", "Problem: 5 + 8?\nAnswer:"]
 HEADS = "vllm.model_executor.layers.vocab_parallel_embedding"
@@ -31,7 +33,10 @@ class MadeUpLlm:
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
         source = open_source("served", str(arguments["model"]), place="served")
-        self._live = live_model(source, torch.device("cpu"), getattr(torch, arguments["dtype"]))
+        hops = arguments["hf_overrides"].get("num_hidden_layers", source.layers)
+        self._live = live_model(source, torch.device("cpu"), getattr(torch, arguments["dtype"]), hops)
+        assert self._live.stack is not None
+        self._live.stack.lay([Step(n, min(n, source.layers - 1)) for n in range(hops)])
         load_weights(self._live, ((n, torch.full_like(t, 0.01)) for n, t in self._live.tensors.items()))
         self._cache: dict[tuple[int, ...], list[int]] = {}
 
@@ -168,24 +173,56 @@ def test_a_cache_that_stays_is_an_error(
         VllmEngine(sources["maths"], live).load(live)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        [Step(layer, layer) for layer in (0, 1, 2, 3, 4)],
-        [Step(layer, layer) for layer in (0, 1, 2, 2, 3, 4, 5)],
-        [Step(layer, layer) for layer in (1, 0, 2, 3, 4, 5)],
-        [Step(layer, layer, 0.9 if layer == 3 else 1.0) for layer in range(6)],
-    ],
-)
-def test_a_path_is_refused(live: LiveModel, sources: dict[str, Source], path: list[Step]) -> None:
-    engine = VllmEngine(sources["maths"], live)
+PATHS = {
+    "plain": [Step(layer, layer) for layer in range(6)],
+    "skips": [Step(layer, layer) for layer in (0, 1, 2, 3, 4)],
+    "repeats": [Step(layer, layer) for layer in (0, 1, 2, 2, 3, 3, 4, 5)],
+    "swaps": [Step(layer, layer) for layer in (1, 0, 2, 3, 4, 5)],
+    "scaled": [Step(layer, layer, 0.5 if layer > 2 else 1.25) for layer in range(6)],
+}
+
+
+def test_one_engine_serves_paths_of_every_length(live: LiveModel, sources: dict[str, Source]) -> None:
+    engine = VllmEngine(sources["maths"], live, hops=8)
     assert live.stack is not None
-    live.stack.lay(path)
-    with pytest.raises(InputError, match="data-flow and hybrid spaces"):
+    plain, seen = generate(live, PROMPTS, 16, (), 4), []
+    for path in [*PATHS.values(), PATHS["plain"]]:
+        live.stack.lay(path)
         engine.load(live)
+        expected, answered = both(live, engine)
+        assert answered == expected
+        seen.append(expected)
+    assert seen[0] == seen[-1] == plain
+    assert all(answers != plain for answers in seen[1:-1])
 
 
-def test_layers_that_share_a_shelf_are_no_path(live: LiveModel, sources: dict[str, Source]) -> None:
+def test_a_shorter_path_writes_zero_behind_its_end(live: LiveModel, sources: dict[str, Source]) -> None:
+    assert live.stack is not None
+    live.stack.lay(PATHS["skips"])
+    weights = dict(VllmEngine(sources["maths"], live)._weights(live))
+    assert weights.keys() == set(sources["maths"].tensors)
+    zero = {name for name, tensor in weights.items() if not tensor.any()}
+    assert zero == {f"model.layers.5.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")}
+
+
+def test_the_engine_has_a_layer_for_every_hop(live: LiveModel, sources: dict[str, Source]) -> None:
+    assert VllmEngine(sources["maths"], live)._llm.arguments["hf_overrides"] == {}
+    overrides = VllmEngine(sources["maths"], live, hops=9)._llm.arguments["hf_overrides"]
+    assert overrides["num_hidden_layers"] == 9
+
+
+def test_layers_that_are_built_for_their_place_have_no_paths_in_vllm(sources: dict[str, Source]) -> None:
+    check_paths(sources, "maths")
+    turns = LayerSetting("each", ("full_attention", "sliding_attention") * 3)
+    model = replace(sources["japanese"], layered={"layer_types": turns})
+    with pytest.raises(InputError, match=r"engine: .*layer_types differs between layers of japanese"):
+        check_paths({**sources, "japanese": model}, "maths")
+    kind = replace(sources["maths"], folds={})
+    with pytest.raises(InputError, match="where the layers of a llama write is not known"):
+        check_paths({"maths": kind}, "maths")
+
+
+def test_layers_that_share_a_buffer_are_no_path(live: LiveModel, sources: dict[str, Source]) -> None:
     assert live.stack is not None
     live.stack.lay([Step(0 if layer == 1 else layer, layer) for layer in range(6)])
     engine = VllmEngine(sources["maths"], live)

@@ -3,26 +3,34 @@
 Written against vLLM 0.32. All that hangs on vLLM's insides is in this file: the weights go through its own
 ``reload_weights`` (which packs them anew where its kernels want another layout), what that leaves behind is fixed, and
 the prefix cache, which knows prompts and not weights, is emptied.
+
+Its model has as many layers as the longest path of the search. Behind the layers of a shorter path come layers that
+write zero to the residual stream, and so change nothing: one engine serves paths of every length, where another engine
+for every length would take longer to start than dozens of candidates to score.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 from evomerge.checkpoints.config import first_line
+from evomerge.checkpoints.layered import written_settings
 from evomerge.checkpoints.live import LiveModel
+from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.stack import Stack, Step
 from evomerge.checkpoints.tokenizer_files import tokenizer_folder
 from evomerge.errors import InputError
 from evomerge.inference.generation import text_of
 from evomerge.inference.requests import Batch, Generate, Likelihood, Response, Text, refuse_media
 from evomerge.inference.transformers_engine import TransformersEngine
+from evomerge.recipes.stack import renumber
 
 ENVIRONMENT = {
     # The engine in this very process, where it can be handed the live model's own tensors instead of copies of them.
@@ -66,6 +74,7 @@ class VllmEngine:
     Args:
         source: gives configuration and tokenizer.
         live: the built model that will be loaded: its dtype, device and context are the engine's as well.
+        hops: the longest path that will be loaded; as many layers as the source has when None.
 
     Raises:
         InputError: vLLM is not installed, or cannot serve this model here.
@@ -73,8 +82,9 @@ class VllmEngine:
 
     greedy_only = True
 
-    def __init__(self, source: Source, live: LiveModel) -> None:
+    def __init__(self, source: Source, live: LiveModel, hops: int | None = None) -> None:
         self._vllm = import_vllm()
+        self._source, self._hops = source, hops or source.layers
         self._tokenizer = live.tokenizer
         ends = live.model.generation_config.eos_token_id
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
@@ -85,6 +95,7 @@ class VllmEngine:
             with tokenizer_folder(source) as folder:
                 self._llm = self._vllm.LLM(
                     model=str(folder),
+                    hf_overrides=_of_depth(source, self._hops),
                     load_format="dummy",
                     dtype=str(live.model.dtype).removeprefix("torch."),
                     max_model_len=getattr(live.model.config, "max_position_embeddings", None),
@@ -104,12 +115,11 @@ class VllmEngine:
         otherwise, or whose weights it does not take, is refused instead of scored.
 
         Raises:
-            InputError: the live model is a path that vLLM cannot have, or the tokens differ.
+            InputError: the tokens differ.
             RuntimeError: the prefix cache cannot be emptied.
         """
-        _check_path(live)
         self._transformers = TransformersEngine(live)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(live.tensors.items())})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(live)})
         self._llm.apply_model(_repack_head)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache, whose answers are another candidate's")
@@ -126,6 +136,17 @@ class VllmEngine:
         for number, batch in enumerate(batches):
             logs = iter(scored[number])
             yield number, [next(texts) if isinstance(r, Generate) else next(logs) for r in batch.requests]
+
+    def _weights(self, live: LiveModel) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the engine's model by its name: scales are folded in, and what is left over writes zero."""
+        if live.stack is None or (self._hops == live.stack.depth and _is_plain(live.stack)):
+            yield from live.tensors.items()
+            return
+        yield from live.outside.items()
+        path = live.stack.path
+        for number in range(self._hops):
+            step, factor = (path[number], path[number].factor) if number < len(path) else (path[0], 0.0)
+            yield from _scaled(self._source, live.stack, number, step, factor)
 
     def _answers(self, requests: Sequence[Generate]) -> list[Text]:
         """The greedy answer to each prompt, in order, up to the first of its stop texts."""
@@ -172,17 +193,48 @@ def _memory(device: torch.device) -> dict[str, Any]:
     return {"gpu_memory_utilization": _GPU_SHARE * free / total}
 
 
-def _check_path(live: LiveModel) -> None:
-    """Refuse a live model whose layers are not those of the configuration, each once, in order and unscaled."""
-    if live.stack is None:
-        return
-    path = live.stack.path
-    if [(step.like, step.factor) for step in path] != [(layer, 1.0) for layer in range(live.stack.depth)]:
-        problem = (
-            f"vLLM has room for the {live.stack.depth} layers of the model in their own order, and this candidate is a "
-            f"path of {len(path)} hops: data-flow and hybrid spaces cannot be searched with it"
-        )
-        raise InputError("engine", problem, "Leave `engine` out.")
+def check_paths(sources: Mapping[str, Source], tokenizer: str) -> None:
+    """Refuse models of whose layers vLLM cannot have a path: it builds every layer for its place.
+
+    Raises:
+        InputError: naming what differs from layer to layer, or that nobody knows where layers write.
+    """
+    model = sources[tokenizer]
+    hint = "Leave `engine` out: transformers can."
+    for name, source in sources.items():
+        for key, setting in source.layered.items():
+            first = model.layered[key].values[0] if key in model.layered else setting.values[0]
+            if any(value != first for value in setting.values):
+                problem = f"vLLM builds every layer for its place, and {key} differs between layers of {name}"
+                raise InputError("engine", f"{problem}: it cannot serve paths of these", hint)
+    if not model.folds:
+        kind = model.config["model_type"]
+        problem = f"where the layers of a {kind} write is not known, so that vLLM cannot serve paths of several lengths"
+        raise InputError("engine", problem, hint)
+
+
+def _of_depth(source: Source, hops: int) -> dict[str, Any]:
+    """What is otherwise in the configuration of a model of so many layers, all like the first."""
+    if hops == source.layers:
+        return {}
+    first = {key: setting.values[0] for key, setting in source.layered.items()}
+    return {source.settings["depth"]: hops, **written_settings(source.layered, [first] * hops)}
+
+
+def _is_plain(stack: Stack) -> bool:
+    """The layers are those of the configuration, each once, in order and unscaled."""
+    return [(step.like, step.factor) for step in stack.path] == [(layer, 1.0) for layer in range(stack.depth)]
+
+
+def _scaled(source: Source, stack: Stack, number: int, step: Step, factor: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a layer as layer ``number``, which adds ``factor`` times as much to the residual stream."""
+    roles = source.roles
+    folds = {renumber(n, roles[n], number): fold for n, fold in source.folds.items() if roles[n].layer == step.like}
+    for name, tensor in stack.tensors_of(number, step):
+        if factor != 1.0 and name in folds:
+            tensor = tensor.clone()
+            fold_in(tensor, factor, folds[name])
+        yield name, tensor
 
 
 def _repack_head(model: Any) -> None:

@@ -146,7 +146,8 @@ def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     layers = max(model.layers, prepared.setup.space.layer_buffers)
     sizes = [size * _widened(prepared) for size in layer_bytes(model, layers)]
     weights, itemsize = _live_bytes(prepared), model.dtype.itemsize * _widened(prepared)
-    return model_shape(model.config, weights, sources, layers, itemsize, sizes), works
+    hops = max(layers, prepared.setup.space.hops)
+    return model_shape(model.config, weights, sources, hops, itemsize, sizes), works
 
 
 def layer_bytes(model: Source, layers: int) -> list[int]:

@@ -201,7 +201,7 @@ class AveragedLogitsSpace:
 
     def __init__(self, context: SpaceContext) -> None:
         self._context = context
-        self.layer_buffers = context.layers
+        self.layer_buffers = self.hops = context.layers
 
     def decode(self, genome: Genome) -> AveragedLogits:
         first, second = self._context.mixed

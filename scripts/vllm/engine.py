@@ -1,6 +1,7 @@
 """The engine `vllm` beside transformers, on the miniatures. Run by scripts/test-vllm where both can be imported.
 
 python scripts/vllm/engine.py answers          # the same greedy text, with and without stop texts
+python scripts/vllm/engine.py paths            # paths of several lengths in one engine: the same greedy text
 python scripts/vllm/engine.py stale            # no candidate gets an answer of another one, and the check can fail
 python scripts/vllm/engine.py search FOLDER    # a whole search gives every item the score that it has in transformers
 """
@@ -22,6 +23,7 @@ import yaml
 
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.stack import Step
 from evomerge.inference.transformers_engine import generate
 from evomerge.inference.vllm_engine import VllmEngine, import_vllm
 from evomerge.merging.materialise import Materialiser
@@ -94,6 +96,44 @@ def answers() -> list[str]:
                 faults.append(f"{name}: {apart} answers differ with stop texts {list(stop)}")
     if not cut:
         faults.append("no stop text ended an answer, so that nothing was tested of them")
+    return faults
+
+
+def paths() -> list[str]:
+    """Paths shorter than the engine's model, as long, with repeated and scaled layers, one after the other."""
+    sources, asked, faults = open_miniatures(), prompts(), []
+    source, hops = sources["maths"], 9
+    live = build(source)
+    load_weights(live, ((tensor, source.read(tensor)) for tensor in live.tensors))
+    started = time.perf_counter()
+    engine = VllmEngine(source, live, hops)
+    print(f"an engine of {hops} layers starts in {time.perf_counter() - started:.1f} s")
+    assert live.stack is not None
+    whole = by_transformers(live, asked)
+    for name, path in {
+        "plain": [Step(n, n) for n in range(6)],
+        "skips": [Step(n, n) for n in (0, 1, 2, 4, 5)],
+        "repeats": [Step(n, n) for n in (0, 1, 2, 2, 3, 3, 4, 4, 5)],
+        "scaled": [Step(n, n, factor) for n, factor in enumerate((0.9, 1.1, 1.0, 0.8, 1.05, 1.0))],
+        "plain again": [Step(n, n) for n in range(6)],
+    }.items():
+        live.stack.lay(path)
+        begun = time.perf_counter()
+        engine.load(live)
+        loaded, expected = time.perf_counter(), by_transformers(live, asked)
+        middle = time.perf_counter()
+        actual = by_vllm(live, engine, asked)
+        ended = time.perf_counter()
+        apart, changed = differing(expected, actual), differing(expected, whole)
+        print(
+            f"{name:12} {len(path)} hops: {len(asked) - apart} of {len(asked)} answers are the same, {changed} are not "
+            f"those of the plain model; swap {loaded - begun:.3f} s, transformers {middle - loaded:.3f} s, vLLM "
+            f"{ended - middle:.3f} s"
+        )
+        if apart:
+            faults.append(f"{name}: {apart} answers differ")
+        if bool(changed) is name.startswith("plain"):
+            faults.append(f"{name}: {changed} answers are other than those of the plain model")
     return faults
 
 
@@ -204,11 +244,11 @@ def search(folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("answers", "stale", "search"))
+    parser.add_argument("what", choices=("answers", "paths", "stale", "search"))
     parser.add_argument("folder", type=Path, nargs="?", help="for what a search writes")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    faults = {"answers": answers, "stale": stale, "search": partial(search, given.folder)}[given.what]()
+    faults = {"answers": answers, "paths": paths, "stale": stale, "search": partial(search, given.folder)}[given.what]()
     for fault in faults:
         print(f"FAILED: {fault}", file=sys.stderr)
     sys.exit(bool(faults))

@@ -84,6 +84,10 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     check_layout(file, model.config, model.layers)
     untouched = Untouched(sources.values())
     space = build_space(file, sources)
+    if file.engine == "vllm" and file.space.kind != "parameter_space":
+        from evomerge.inference.vllm_engine import check_paths
+
+        check_paths(sources, file.tokenizer_source)
     evaluators = Evaluators.open(file, tries=tries)
     if not file.search_on_test_items:
         evaluators.refuse_test_items()
@@ -117,11 +121,8 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
 
 
 def _check_engine(file: SearchFile) -> None:
-    """Refuse an engine that is not installed here, or has no room for what the space makes."""
+    """Refuse an engine that is not installed here."""
     if file.engine == "vllm":
-        if file.space.kind != "parameter_space":
-            problem = "vLLM has room for models of one depth, and this space makes paths of many"
-            raise InputError("engine", problem, "Leave `engine` out.")
         from evomerge.inference.vllm_engine import import_vllm
 
         import_vllm()

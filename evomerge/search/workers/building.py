@@ -65,12 +65,14 @@ def build_context(
     evidence: Evidence,
     layers: int | None = None,
     texts_digest: str | None = None,
+    hops: int | None = None,
 ) -> BuildContext:
     """What models of a search are made of and for. Sets the threads that this process computes with.
 
     Args:
         layers: the most different layers that a recipe is made of; those of a source when None.
         texts_digest: that of the calibration texts, where it is known: they are read only where evidence is missing.
+        hops: the most layers of a recipe, as `layers`.
     """
     device, dtype = computing(file)
     texts = file.calibration
@@ -84,7 +86,7 @@ def build_context(
         layers=layers,
         calibration=calibration,
         residency=None if file.cluster.residency == "auto" else file.cluster.residency,
-        engine=_vllm(sources[file.tokenizer_source]) if file.engine == "vllm" else None,
+        engine=_vllm(sources[file.tokenizer_source], hops) if file.engine == "vllm" else None,
     )
 
 
@@ -105,7 +107,7 @@ def computing_dtype(file: SearchFile) -> torch.dtype | None:
     return torch.float32 if file.together > 1 else torch_dtype(file.dtype)
 
 
-def _vllm(source: Source) -> Callable[[LiveModel], ServingEngine]:
+def _vllm(source: Source, hops: int | None) -> Callable[[LiveModel], ServingEngine]:
     from evomerge.inference.vllm_engine import VllmEngine
 
-    return lambda live: VllmEngine(source, live)
+    return lambda live: VllmEngine(source, live, hops)

@@ -60,7 +60,7 @@ class Worker:
         evidence: Evidence,
         space: SearchSpace,
     ) -> Worker:
-        builders = Builders(build_context(file, sources, evidence, space.layer_buffers))
+        builders = Builders(build_context(file, sources, evidence, space.layer_buffers, hops=space.hops))
         builders.start({baseline.recipe.kind for baseline in space.baselines()})
         return cls(name, builders, evaluators)
 
