@@ -174,9 +174,9 @@ class Killed(BaseException):
 
 
 def dying(after_commits: int) -> mock._patch[object]:
-    """Let the driver's n-th next write commit, and then die."""
+    """Let the driver's n-th next transaction commit, and then die."""
     left = [after_commits]
-    # Results are held back until all that came at once are known; what writes them then is ``_write_all``.
+    # What a turn of the driver records is gathered; what writes it then is ``_write_all``.
     names = ("record_ask", "record_dispatch", "record_cached", "record_tell", "_write_all")
 
     def wrap(name: str) -> object:
@@ -184,7 +184,7 @@ def dying(after_commits: int) -> mock._patch[object]:
 
         def method(self: Store, *args: object, **kwargs: object) -> object:
             found = original(self, *args, **kwargs)
-            left[0] -= 1
+            left[0] -= self._gathered is None or name == "_write_all"
             if left[0] <= 0:
                 raise Killed
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 
 from sqlalchemy import Connection
 
@@ -14,11 +15,16 @@ from evomerge.store.lease import check_fence, last_write
 from evomerge.store.outage import repeated
 from evomerge.store.reading import ReadStore
 
+Write = Callable[[Connection], bool]
+"""A part of a transaction; whether it was done."""
+
 
 class FencedStore(ReadStore):
     """A store that one driver writes to."""
 
-    _held: list[Callable[[Connection], bool]] | None = None
+    _gathered: list[Write] | None = None  # writes that wait for the end of ``gathering`` or ``at_once``
+    _group_begins: int | None = None  # where in them the writes of ``at_once`` begin
+    _gathers = 0  # the thread that does
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -58,26 +64,74 @@ class FencedStore(ReadStore):
         Raises:
             ValueError: at the end, where one of the attempts was not the one that runs.
         """
-        held: list[Callable[[Connection], bool]] = []
-        self._held = held
+        outer = self._gathered
+        gathered = [] if outer is None else outer
+        self._gathered, self._group_begins = gathered, len(gathered)
         try:
             yield
+        except BaseException:
+            del gathered[self._group_begins :]
+            raise
         finally:
-            self._held = None
-        if held:
-            self._write_all(held)
+            self._gathered, self._group_begins = outer, None
+        if outer is None and gathered:
+            self._write_all(gathered)
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """What is recorded within is written in one transaction at the end, or before anything is read; in its order.
+
+        An error that ends it early takes nothing of it away; what ends the process does.
+
+        Raises:
+            ValueError: at the end, where one of the attempts was not the one that runs.
+        """
+        gathered: list[Write] = []
+        self._gathered, self._gathers = gathered, get_ident()
+        try:
+            yield
+        except Exception:
+            self._gathered = None
+            if gathered:
+                self._write_all(gathered)
+            raise
+        finally:
+            self._gathered = None
+        if gathered:
+            self._write_all(gathered)
+
+    @contextmanager
+    def transaction(
+        self, *, writes: bool = False, was_committed: Callable[[], bool] = lambda: False
+    ) -> Iterator[Connection]:
+        if not writes and self._gathered and self._gathers == get_ident():
+            self._write_gathered(self._gathered)
+        with super().transaction(writes=writes, was_committed=was_committed) as connection:
+            yield connection
+
+    def _write_gathered(self, gathered: list[Write]) -> None:
+        """Write what was gathered so far, so that it can be read; but for what is written with others or not at all."""
+        begins = len(gathered) if self._group_begins is None else self._group_begins
+        ready = gathered[:begins]
+        del gathered[:begins]
+        if self._group_begins is not None:
+            self._group_begins = 0
+        if ready:
+            self._write_all(ready)
 
     @repeated
-    def _write_all(self, writes: Sequence[Callable[[Connection], bool]]) -> None:
+    def _write_all(self, writes: Sequence[Write]) -> None:
         with self.writing() as connection:
             if not all(write(connection) for write in writes):
                 raise ValueError("an attempt had ended before")
 
     @repeated
-    def _write(self, write: Callable[[Connection], bool]) -> bool:
-        """Write in a transaction of its own, or later in that of all others (``at_once``); whether it was done."""
-        if self._held is not None:
-            self._held.append(write)
+    def _write(self, write: Write) -> bool:
+        """Write in a transaction of its own, or later in one with others (``gathering``, ``at_once``); whether it was
+        done.
+        """
+        if self._gathered is not None:
+            self._gathered.append(write)
             return True
         with self.writing() as connection:
             return write(connection)

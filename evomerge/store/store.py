@@ -99,7 +99,8 @@ class Store(FencedStore):
     def record_ask(self, step: int, candidates: Sequence[NewCandidate]) -> None:
         """All candidates of one ask, in the order asked."""
         now = time.time()
-        with self.writing() as connection:
+
+        def write(connection: Connection) -> bool:
             rows = [self._asked(step, new, now) for new in candidates]
             connection.execute(statements.NEW_CANDIDATE, rows)
             connection.execute(
@@ -110,6 +111,9 @@ class Store(FencedStore):
                 ],
             )
             self.append_event(connection, events.Ask(step=step, candidates=[new.number for new in candidates]))
+            return True
+
+        self._write(write)
 
     def _asked(self, step: int, new: NewCandidate, now: float) -> dict[str, Any]:
         return {
@@ -130,12 +134,16 @@ class Store(FencedStore):
         self, number: int, same_as: int, objectives: Mapping[str, Estimate], *, eligible: bool = True
     ) -> None:
         """A candidate that was asked is answered by the scores of another, of the same recipe."""
-        with self.writing() as connection:
-            values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
+        values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
+
+        def write(connection: Connection) -> bool:
             if not self._change(connection, number, values, ("asked",)):
                 raise ValueError(f"candidate {number} is not waiting")
             insertion.insert_objectives(connection, self.search_id, number, objectives)
             self.append_event(connection, events.Cached(same_as=same_as), number)
+            return True
+
+        self._write(write)
 
     @repeated
     def record_dispatch(self, number: int, attempt: int, worker: str, decided: Decided | None = None) -> None:
@@ -143,12 +151,16 @@ class Store(FencedStore):
 
         ``decided`` is kept in the event: what was decided of the candidate's race, that it goes on to this attempt.
         """
-        with self.writing() as connection:
-            values = {"status": "running", "attempts": attempt, "worker": worker}
+        values = {"status": "running", "attempts": attempt, "worker": worker}
+
+        def write(connection: Connection) -> bool:
             if not self._change(connection, number, values, ("asked", "running"), fewer_attempts_than=attempt):
                 raise ValueError(f"candidate {number} is finished, or attempt {attempt} is not its next")
             fields = {} if decided is None else decided.model_dump()
             self.append_event(connection, events.Dispatch(worker=worker, **fields), number, attempt)
+            return True
+
+        self._write(write)
 
     @repeated
     def record_result(
@@ -252,7 +264,8 @@ class Store(FencedStore):
         that drivers have spent on the search, and how long workers were held where that grew; how a race ended for
         those that were still in it; and, of a search with features, what changed in its niches.
         """
-        with self.writing() as connection:
+
+        def write(connection: Connection) -> bool:
             for outcome in outcomes:
                 self._end_race(connection, outcome)
             for number, values in losses.items():
@@ -262,6 +275,9 @@ class Store(FencedStore):
                 self._set_niches(connection, niches)
             self._change_search(connection, spent_s=spent_s, **_columns_of(worker_time))
             self.append_event(connection, events.Tell(step=step, candidates=list(losses)))
+            return True
+
+        self._write(write)
 
     def _end_race(self, connection: Connection, outcome: Outcome) -> None:
         values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
@@ -345,8 +361,11 @@ class Store(FencedStore):
 
     @repeated
     def record_event(self, event: Happened) -> None:
-        with self.writing() as connection:
+        def write(connection: Connection) -> bool:
             self.append_event(connection, event)
+            return True
+
+        self._write(write)
 
     def _change_search(self, connection: Connection, **values: Any) -> None:
         connection.execute(statements.CHANGE_SEARCH, {"of_search_id": self.search_id, **values})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -80,6 +80,23 @@ def feed_of(candidates: Iterable[Pending]) -> Feed:
     return lambda: next(left, None)
 
 
+class _Jobs:
+    """Candidates that are to be scored: those at workers, by number and with their recipes, and those that wait."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Pending] = deque()
+        self.running: dict[int, Pending] = {}
+        self.recipes: set[str] = set()
+
+    def add(self, pending: Pending) -> None:
+        self.running[pending.number] = pending
+        self.recipes.add(pending.recipe_hash)
+
+    def remove(self, pending: Pending) -> None:
+        del self.running[pending.number]
+        self.recipes.remove(pending.recipe_hash)
+
+
 class Dispatcher:
     """Runs candidates on a pool.
 
@@ -89,6 +106,7 @@ class Dispatcher:
         deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
         report: takes what happens to nodes and workers.
         progress: counts the item scores that come in.
+        gathering: what is recorded within is one transaction, as far as nothing is read in between.
         check: called before anything is scored and before any result counts; raises InputError where what is scored is
             not what it was.
     """
@@ -103,6 +121,7 @@ class Dispatcher:
         report: Callable[[PoolNews], None] = lambda news: None,
         check: Callable[[], None] = lambda: None,
         progress: Progress | None = None,
+        gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pool = pool
         self._control = control
@@ -112,6 +131,7 @@ class Dispatcher:
         self._report = report
         self._check = check
         self.progress = progress or Progress()
+        self._gathering = gathering
         self._checked_at = float("-inf")
         self._has_scored = False
         self._deaths = 0  # of workers, while none has given a score
@@ -122,49 +142,63 @@ class Dispatcher:
 
         Of candidates with one recipe, one is scored at a time: when it is done the others are answered from it.
         """
-        waiting: deque[Pending] = deque()
-        running: dict[int, Pending] = {}
+        jobs = _Jobs()
+        ended: list[Finished] = []
+        begun: Mapping[tuple[int, int], float] = {}
         exhausted = False
         self._check()
         while True:
-            self._idle()
             self._control.poll()
-            if self._control.cancelled:
-                return False
-            if self._control.stopping and not running:
-                return False
             rests = self._pool.now() < self._rests_until
-            if not (self._control.paused or self._control.stopping or rests):
-                exhausted = self._fill(feed, waiting, running, recorder)
-            if not running:
-                if exhausted and not waiting:
+            held_up = self._control.paused or self._control.stopping or rests  # a cancelled one is stopping too
+            with self._gathering():
+                for again in self._end_all(ended, begun, jobs, recorder):
+                    if self._deaths and (other := feed()) is not None:
+                        jobs.waiting += [other, again]  # whether another one fares better says whose fault it is
+                    else:
+                        # In front, so that a later candidate of the same recipe still waits for this one.
+                        jobs.waiting.appendleft(again)
+                groups: list[list[Pending]] = []
+                if not held_up:
+                    exhausted = self._fill(feed, jobs, recorder, groups)
+            for group in groups:
+                self._submit(group)
+            self._idle()
+            if self._control.cancelled or (self._control.stopping and not jobs.running):
+                return False
+            if not jobs.running:
+                if exhausted and not jobs.waiting:
                     return True
                 time.sleep(_PAUSE_S)  # nothing runs: paused, or no worker is left, for now
             begun = self._pool.running()
-            ended = self._wait(1.0 if running or rests else 0.0)
-            retried: list[Pending] = []
-            # A group ends as one, so that after an interruption the same candidates are scored at once again.
-            with recorder.at_once():
-                for finished in ended:
-                    pending = running.get(finished.candidate)
-                    if pending is None or pending.attempt != finished.attempt:
-                        recorder.late(finished)
-                        continue
-                    del running[finished.candidate]
-                    if isinstance(finished.result, Measured):
-                        self.progress.add(sum(len(task.indices) for task in pending.tasks))
+            ended = self._wait(1.0 if jobs.running or rests else 0.0)
+            self._end_overdue(jobs.running)
+
+    def _end_all(
+        self, ended: Sequence[Finished], begun: Mapping[tuple[int, int], float], jobs: _Jobs, recorder: Recorder
+    ) -> list[Pending]:
+        """Record how attempts ended; those to come in place of some of them.
+
+        A group ends as one, so that after an interruption the same candidates are scored at once again.
+        """
+        if not ended:
+            return []
+        retried: list[Pending] = []
+        with recorder.at_once():
+            for finished in ended:
+                pending = jobs.running.get(finished.candidate)
+                if pending is None or pending.attempt != finished.attempt:
+                    recorder.late(finished)
+                    continue
+                jobs.remove(pending)
+                if isinstance(finished.result, Measured):
+                    self.progress.add(sum(len(task.indices) for task in pending.tasks))
                     started = begun.get((finished.candidate, finished.attempt))
-                    if started is not None and isinstance(finished.result, Measured):
+                    if started is not None:
                         self._deadlines.learn(pending.tasks, self._pool.now() - started)
-                    if (again := self._end(pending, self._blamed(finished), recorder)) is not None:
-                        retried.append(again)
-            for again in retried:
-                if self._deaths and (other := feed()) is not None:
-                    waiting += [other, again]  # whether another one fares better says whose fault it is
-                else:
-                    # In front, so that a later candidate of the same recipe still waits for this one.
-                    waiting.appendleft(again)
-            self._end_overdue(running)
+                if (again := self._end(pending, self._blamed(finished), recorder)) is not None:
+                    retried.append(again)
+        return retried
 
     def _wait(self, timeout_s: float) -> list[Finished]:
         """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
@@ -177,40 +211,40 @@ class Dispatcher:
             for news in self._pool.news():
                 self._report(news)
 
-    def _fill(self, feed: Feed, waiting: deque[Pending], running: dict[int, Pending], recorder: Recorder) -> bool:
-        """Submit as many as the workers take; what shares a recipe with a running candidate keeps waiting.
+    def _fill(self, feed: Feed, jobs: _Jobs, recorder: Recorder, groups: list[list[Pending]]) -> bool:
+        """Record that as many are dispatched as the workers take, and give them as ``groups``; what shares a recipe
+        with a running candidate keeps waiting.
 
         Returns:
             Whether the feed has nothing more, for now.
         """
         held: list[Pending] = []
-        busy = {pending.recipe_hash for pending in running.values()}
         state = self._pool.state()
         room = state.workers * state.together
         exhausted = False
-        while len(running) < room and len(held) <= room and not exhausted:
+        while len(jobs.running) < room and len(held) <= room and not exhausted:
             group: list[Pending] = []
             while len(group) < state.together and len(held) <= room:
-                pending = waiting.popleft() if waiting else feed()
+                pending = jobs.waiting.popleft() if jobs.waiting else feed()
                 if pending is None:
                     exhausted = True
                     break
                 if recorder.answer(pending):
                     continue
-                if pending.recipe_hash in busy:
+                if pending.recipe_hash in jobs.recipes:
                     held.append(pending)
                     continue
                 if pending.faults and group:
-                    waiting.appendleft(pending)
+                    jobs.waiting.appendleft(pending)
                     break
                 recorder.dispatched(pending)
                 group.append(pending)
-                running[pending.number] = pending
-                busy.add(pending.recipe_hash)
+                jobs.add(pending)
                 if pending.faults:  # what it did to its worker, it would do to those beside it
                     break
-            self._submit(group)
-        waiting.extendleft(reversed(held))
+            if group:
+                groups.append(group)
+        jobs.waiting.extendleft(reversed(held))
         return exhausted
 
     def _submit(self, group: Sequence[Pending]) -> None:
