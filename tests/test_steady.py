@@ -106,7 +106,7 @@ def test_killed_at_every_write_it_goes_on_and_loses_nothing(tmp_path: Path, setu
             break
         except Killed:
             deaths += 1
-    assert deaths > 20
+    assert deaths > 10
     with Store.open(tmp_path / "search.db") as store:
         told = [number for step in store.steps() if step.kind == "tell" for number in step.candidates]
         rows = store.candidates()
@@ -139,7 +139,7 @@ def test_with_one_worker_a_killed_search_is_the_same_search(tmp_path: Path, setu
     deaths = 0
     while True:
         try:
-            with dying(after_commits=1 + 7 * deaths % 17):
+            with dying(after_commits=1 + 3 * deaths % 7):
                 drive(tmp_path / "killed", setup, simulation=simulate, workers=1)
             break
         except Killed:

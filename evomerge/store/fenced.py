@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -25,6 +26,8 @@ class FencedStore(ReadStore):
     _gathered: list[Write] | None = None  # writes that wait for the end of ``gathering`` or ``at_once``
     _group_begins: int | None = None  # where in them the writes of ``at_once`` begin
     _gathers = 0  # the thread that does
+    _new_events: list[dict[str, Any]] | None = None  # of the transaction that is open
+    _front: tuple[int | None, set[int]] | None = None  # the epoch that read it, and what has been written since
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -43,10 +46,16 @@ class FencedStore(ReadStore):
                     if lost is not None:
                         away_s = round(time.monotonic() - lost[0], 3)
                         self.append_event(connection, events.Reconnected(seconds=away_s, why=lost[1]))
+                    self._new_events = []
                     yield connection
+                    if self._new_events:
+                        connection.execute(statements.NEW_EVENT, self._new_events)
             except BaseException:
                 self._lost = lost or self._lost
+                self._front = None
                 raise
+            finally:
+                self._new_events = None
             self.writes = number
 
     @repeated
@@ -145,4 +154,7 @@ class FencedStore(ReadStore):
     ) -> None:
         row = {"search_id": self.search_id, "time": time.time(), "kind": event.kind}
         row |= {"candidate": candidate, "attempt": attempt, "payload": event.payload}
-        connection.execute(statements.NEW_EVENT, row)
+        if self._new_events is None:
+            connection.execute(statements.NEW_EVENT, row)
+        else:
+            self._new_events.append(row)  # all of a transaction are one statement

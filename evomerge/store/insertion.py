@@ -59,12 +59,11 @@ def insert_scores(connection: Connection, search_id: int, number: int, scores: S
     """Scores replace older ones of the same evaluator on the same split."""
     for one in scores:
         key = {"search_id": search_id, "candidate": number, "evaluator": one.evaluator, "split": one.split}
-        connection.execute(statements.OLD_SCORE, _of(key))
         values = np.stack([np.asarray(array, dtype=np.float32) for array in one.metrics.values()])
         if values.shape[1:] != (len(one.items),):
             raise ValueError(f"{one.evaluator}: {len(one.items)} items, but scores of shape {values.shape}")
         row = {"items": one.items, "metrics": list(one.metrics), "scores": values}
-        connection.execute(statements.NEW_SCORE, key | row)
+        connection.execute(statements.put_score(connection.dialect.name), key | row)
 
 
 def insert_answers(

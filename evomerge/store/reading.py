@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sqlalchemy import Connection, Engine, Row, ScalarSelect, Select, exists, func, inspect, select
 from sqlalchemy.exc import DBAPIError
@@ -37,6 +37,8 @@ from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scor
 
 SYNC_EVERY_S = 1.0
 """A write waits for the disk if none has for so long."""
+
+_PAGE = 10_000  # events that are read at once of a search that may have millions
 
 
 class NoSearchError(InputError):
@@ -192,30 +194,36 @@ class ReadStore:
 
     @repeated
     def events(
-        self, *, since: int = 0, kinds: Collection[str] | None = None, newest: int | None = None
+        self,
+        *,
+        since: int = 0,
+        kinds: Collection[str] | None = None,
+        newest: int | None = None,
+        oldest: int | None = None,
     ) -> list[EventRow]:
-        """Events after the one with seq ``since``, oldest first; of all kinds, or of these; at most the ``newest``."""
+        """Events after the one with seq ``since``, oldest first; of all kinds, or of these; at most so many of the
+        ``newest`` or of the ``oldest`` of them.
+        """
         columns = tables.event.c
         query = select(columns.seq, columns.time, columns.kind, columns.candidate, columns.attempt, columns.payload)
         query = query.where(columns.search_id == self.search_id, columns.seq > since)
         if kinds is not None:
             query = query.where(columns.kind.in_(list(kinds)))
         with self.transaction() as connection:
+            if oldest is not None:
+                return event_rows(connection.execute(query.order_by(columns.seq).limit(oldest)))
             rows = connection.execute(query.order_by(columns.seq.desc()).limit(newest)).all()
             return event_rows(reversed(rows))
 
-    def steps(self) -> list[Step]:
-        """Every ask and tell, in the order they happened: what replays an optimizer."""
-        return [
-            Step(
-                "ask" if event.kind == "ask" else "tell",
-                event.seq,
-                content.step,
-                tuple(content.candidates),
-            )
-            for event in self.events(kinds=("ask", "tell"))
-            for content in [event.read(Stepped)]
-        ]
+    def steps(self) -> Iterator[Step]:
+        """Every ask and tell, in the order they happened: what replays an optimizer. Few are in memory at once."""
+        since = 0
+        while page := self.events(since=since, kinds=("ask", "tell"), oldest=_PAGE):
+            since = page[-1].seq
+            for event in page:
+                content = event.read(Stepped)
+                kind: Literal["ask", "tell"] = "ask" if event.kind == "ask" else "tell"
+                yield Step(kind, event.seq, content.step, tuple(content.candidates))
 
     @repeated
     def counts(self) -> dict[Status, int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from sqlalchemy import BindParameter, Update, bindparam, delete, insert, select, update
+from sqlalchemy import BindParameter, Insert, Update, bindparam, delete, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from evomerge.store import tables
 from evomerge.store.rows import Status
@@ -17,12 +18,7 @@ NEW_CANDIDATE = insert(tables.candidate)
 NEW_RECIPE = insert(tables.recipe)
 NEW_EVENT = insert(tables.event)
 NEW_OBJECTIVE = insert(tables.objective)
-NEW_SCORE = insert(tables.score)
 NEW_ANSWER = insert(tables.answer)
-
-OLD_SCORE = delete(tables.score).where(
-    *(tables.score.c[name] == bindparam(f"of_{name}") for name in ("search_id", "candidate", "evaluator", "split"))
-)
 
 OLD_ANSWER = delete(tables.answer).where(
     *(
@@ -44,6 +40,15 @@ ON_FRONT = select(tables.candidate.c.number).where(
 
 
 @cache
+def put_score(dialect: str) -> Insert:
+    """New scores, or others in place of those that a candidate has by an evaluator on a split."""
+    new = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(tables.score)
+    key = [column.name for column in tables.score.primary_key]
+    others = {column.name: column for column in new.excluded if column.name not in key}
+    return new.on_conflict_do_update(index_elements=key, set_=others)
+
+
+@cache
 def change_candidate(statuses: tuple[Status, ...] = (), attempts: Literal["any", "this", "fewer"] = "any") -> Update:
     """A candidate as long as it is in one of these statuses, none being all, and has had so many attempts.
 
@@ -55,7 +60,8 @@ def change_candidate(statuses: tuple[Status, ...] = (), attempts: Literal["any",
         columns.search_id == bindparam("of_search_id"), columns.number == bindparam("of_number")
     )
     if statuses:
-        ours = ours.where(columns.status.in_(statuses))
+        # Not IN, of which SQLAlchemy writes the text anew each time.
+        ours = ours.where(or_(*(columns.status == status for status in statuses)))
     attempt: BindParameter[int] = bindparam("of_attempt")
     if attempts == "any":
         return ours

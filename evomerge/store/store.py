@@ -288,12 +288,16 @@ class Store(FencedStore):
         self.append_event(connection, _RACE_ENDS[outcome.status](items=items), outcome.number)
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:
-        before = set(connection.execute(statements.ON_FRONT, {"of_search_id": self.search_id}).scalars())
+        if self._front is None or self._front[0] != self.epoch:  # within an epoch nobody else writes
+            numbers = connection.execute(statements.ON_FRONT, {"of_search_id": self.search_id}).scalars()
+            self._front = (self.epoch, set(numbers))
+        before = self._front[1]
         for changed, on_front in ((before - after, False), (after - before, True)):
             for number in changed:
                 self._change(connection, number, {"on_front": on_front})
         if before != after:
             self.append_event(connection, events.Front(candidates=sorted(after)))
+            self._front = (self.epoch, after)
 
     def _set_niches(self, connection: Connection, niches: Niches) -> None:
         for number, niche in niches.by_candidate.items():
@@ -346,6 +350,7 @@ class Store(FencedStore):
         """Make a new search of one in which nothing was scored: what was asked and told is gone."""
         with self.writing() as connection:
             insertion.drop_contents(connection, self.search_id)
+            self._front = None
             self._change_search(
                 connection,
                 settings=settings,

@@ -291,18 +291,21 @@ class Driver:
         Raises:
             InputError: a genome or recipe comes out otherwise than it was recorded.
         """
+        before_ask: dict[int, int] = {}  # of each open candidate, the seq of an event before its ask
         for step in self._store.steps():
             if step.kind == "ask":
                 self._step = step.step
-                if not self._open:
-                    self.asked_after = step.seq - 1
                 self._open |= {c.number: c for c in self._replay_ask(step.step)}
+                before_ask |= dict.fromkeys(step.candidates, step.seq - 1)
             else:
                 candidates = [self._open[number] for number in step.candidates]
                 self._lost_baselines += sum(c.step == 0 and c.status == "failed" for c in candidates)
                 self._ranking.remember(candidates)
                 self._keep(candidates)
                 self._learn(candidates)
+                for number in step.candidates:
+                    del before_ask[number]
+        self.asked_after = min(before_ask.values(), default=0)
         self._spent_before_s = self._store.search().spent_s
         if self._open:
             for event in self._store.events(kinds=("failure",)):

@@ -90,7 +90,8 @@ class ScoreTable:
         """Which of these positions have no score of an evaluator yet, rising."""
         mine = next(iter(self._values.get(evaluator, {}).values()), None)
         wanted = positions if mine is None else positions[np.isnan(mine[positions])]
-        return sorted(int(position) for position in wanted)
+        rising: list[int] = np.sort(wanted).tolist()
+        return rising
 
     def scores(self, setup: Setup) -> list[Scores]:
         """In the store's form, items rising."""
@@ -103,9 +104,11 @@ class ScoreTable:
 
     def take(self, setup: Setup, other: ScoreTable, evaluator: int, positions: NDArray[np.int32]) -> None:
         """Enter what another table knows of an evaluator's items at these positions."""
-        known = np.setdiff1d(positions, other.missing(evaluator, positions)).astype(np.int32)
+        theirs = other._values.get(evaluator, {})
+        if not theirs:
+            return
+        known = np.sort(positions[~np.isnan(next(iter(theirs.values()))[positions])])
         if len(known):
-            theirs = other._values[evaluator]
             self.add(setup, evaluator, known, {metric: values[known] for metric, values in theirs.items()})
 
     def update(self, setup: Setup, other: ScoreTable) -> None:
