@@ -291,8 +291,10 @@ class Driver:
         Raises:
             InputError: a genome or recipe comes out otherwise than it was recorded.
         """
+        newest = 0
         before_ask: dict[int, int] = {}  # of each open candidate, the seq of an event before its ask
         for step in self._store.steps():
+            newest = step.seq
             if step.kind == "ask":
                 self._step = step.step
                 self._open |= {c.number: c for c in self._replay_ask(step.step)}
@@ -305,7 +307,7 @@ class Driver:
                 self._learn(candidates)
                 for number in step.candidates:
                     del before_ask[number]
-        self.asked_after = min(before_ask.values(), default=0)
+        self.asked_after = min(before_ask.values(), default=newest)
         self._spent_before_s = self._store.search().spent_s
         if self._open:
             for event in self._store.events(kinds=("failure",)):
