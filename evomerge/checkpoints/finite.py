@@ -32,13 +32,23 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Name of the first of some tensors on one device with NaN or an infinity in it."""
+    """Name of the first of some tensors, all in the host's memory or none, with NaN or an infinity in it."""
     suspects = list(tensors)
     if tensors and next(iter(tensors.values())).device.type != "cpu":
-        # One sum a tensor and a single wait for the device; a sum may overflow over finite weights, so confirm.
-        sums = torch.isfinite(torch.stack([tensor.sum().float() for tensor in tensors.values()]))
-        suspects = [name for name, finite in zip(tensors, sums.tolist(), strict=True) if not finite]
+        suspects = _suspects(tensors)
     return next((name for name in suspects if not all_finite(tensors[name])), None)
+
+
+def _suspects(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors whose sum is not finite, as may be that of finite weights; one wait for each device."""
+    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        sums.setdefault(tensor.device, {})[name] = tensor.sum().float()
+    flags = [torch.isfinite(torch.stack(list(own.values()))) for own in sums.values()]  # before any is waited for
+    broken: set[str] = set()
+    for own, finite in zip(sums.values(), flags, strict=True):
+        broken |= {name for name, is_finite in zip(own, finite.tolist(), strict=True) if not is_finite}
+    return [name for name in tensors if name in broken]
 
 
 @compiler([Path(__file__)])

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from evomerge.checkpoints.attention import use_grouped_attention
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.finite import first_not_finite
+from evomerge.checkpoints.placement import Devices, as_devices, compute_where_weights_are, place_model
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.stack import Stack
@@ -43,7 +44,7 @@ class ServingEngine(Protocol):
 
 @dataclass
 class LiveModel:
-    """A model on a device, ready to be written to and scored.
+    """A model on a device or several, ready to be written to and scored.
 
     Attributes:
         model: a transformers ``PreTrainedModel`` in eval mode, without gradients.
@@ -51,6 +52,7 @@ class LiveModel:
         outside: the tensors outside the stack of layers, by their names in the source.
         stack: its layers; None for a model that is never written to.
         engine: what answers prompts; None for transformers.
+        devices: those that share out its layers; the model's own when empty.
     """
 
     model: Any
@@ -58,10 +60,12 @@ class LiveModel:
     outside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stack: Stack | None = None
     engine: ServingEngine | None = None
+    devices: tuple[torch.device, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
+        """Where it takes tokens and gives logits: the first device."""
+        device: torch.device = self.devices[0] if self.devices else self.model.device
         return device
 
     @property
@@ -73,7 +77,7 @@ class LiveModel:
 
 
 def live_model(
-    source: Source, device: torch.device, dtype: torch.dtype | None = None, layer_buffers: int | None = None
+    source: Source, device: Devices, dtype: torch.dtype | None = None, layer_buffers: int | None = None
 ) -> LiveModel:
     """Build the model of a source on a device, without its weights.
 
@@ -81,7 +85,7 @@ def live_model(
 
     Args:
         source: gives structure, tokenizer and generation settings.
-        device: where the model lives.
+        device: where the model lives; several devices share out its layers, see ``placement``.
         dtype: of its weights; that of the source when None.
         layer_buffers: most different layers that a recipe is made of; those of the source have memory always.
 
@@ -89,8 +93,9 @@ def live_model(
         InputError: the tokenizer or the generation settings cannot be loaded.
     """
     model = empty_model(parse_config(source.config, source.place), source.place, dtype or source.dtype)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty gives every module its own memory
+    name, layers = layer_stack(model, source.layers)
+    devices = as_devices(device)
+    placed = place_model(model, layers, devices, layer_buffers or source.layers)
     stored = stored_tensors(model)
     for tensor in stored.values():
         tensor.data.fill_(torch.nan)
@@ -102,10 +107,9 @@ def live_model(
         except Exception as error:  # whatever a strange value does inside transformers
             raise InputError(source.place, f"generation_config.json cannot be used: {first_line(error)}") from error
     outside = {n: part.of(stored[part.tensor]) for n, part in source.parts.items() if source.roles[n].layer is None}
-    name, layers = layer_stack(model, source.layers)
     writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
-    stack = Stack(model, name, layers, source.parts, source.roles, layer_buffers or source.layers, writers)
-    return LiveModel(model, load_tokenizer(source), outside, stack)
+    stack = Stack(model, name, layers, source.parts, source.roles, placed, writers)
+    return LiveModel(model, load_tokenizer(source), outside, stack, devices=devices)
 
 
 def configured(live: LiveModel, source: Source) -> LiveModel:
@@ -116,14 +120,18 @@ def configured(live: LiveModel, source: Source) -> LiveModel:
     """
     model = empty_model(parse_config(source.config, source.place), source.place, live.model.dtype)
     model.load_state_dict(live.model.state_dict(keep_vars=True), assign=True)
-    for module in model.modules():
+    homes = {name: buffer.device for name, buffer in live.model.named_buffers()}
+    for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:  # which no file holds
-                module._buffers[name] = torch.empty_like(buffer, device=live.device)
+                home = homes.get(f"{path}.{name}", live.device)
+                module._buffers[name] = torch.empty_like(buffer, device=home)
+    if len(live.devices) > 1:
+        compute_where_weights_are(model, layer_stack(model, source.layers)[1])
     _compute_buffers(model)
     for_scoring(model)
     model.generation_config = live.model.generation_config
-    return LiveModel(model, live.tokenizer)
+    return LiveModel(model, live.tokenizer, devices=live.devices)
 
 
 def _compute_buffers(model: Any) -> None:

@@ -47,7 +47,7 @@ class _Pair:
 
 
 class LowRankRows:
-    """The adapters of some sources, held once on the device of a live model, in its dtype.
+    """The adapters of some sources, held once beside the weights of a live model that they change, in its dtype.
 
     Args:
         live: of the base of all sources.
@@ -62,19 +62,22 @@ class LowRankRows:
         where: list[tuple[int, int]] = []  # of each rank, the numbers of its weight and of its source
         scales: list[float] = []
         for number, weight in enumerate(weights):
+            tensor = sources[0].parts[weight].tensor
+            device = live.model.get_parameter(tensor).device
             downs, ups, first = [], [], len(where)
             for owner, source in enumerate(sources):
                 for change in source.changes.get(weight, ()):
                     assert isinstance(change, LowRank)
-                    down, up = (_read(entry).to(live.device, live.model.dtype) for entry in (change.down, change.up))
+                    down, up = (_read(entry).to(device, live.model.dtype) for entry in (change.down, change.up))
                     broken = not (torch.isfinite(down).all() and torch.isfinite(up).all())
                     # A candidate that leaves the adapter out is sound, so that its own zeros may not meet the NaN.
                     downs.append(torch.zeros_like(down) if broken else down)
                     ups.append(torch.zeros_like(up).T if broken else up.T)
                     scales += [math.nan if broken else change.scale] * len(down)
                     where += [(number, owner)] * len(down)
-            module = sources[0].parts[weight].tensor.removesuffix(".weight")
-            self._pairs.append(_Pair(module, torch.cat(downs), torch.cat(ups), slice(first, len(where))))
+            self._pairs.append(
+                _Pair(tensor.removesuffix(".weight"), torch.cat(downs), torch.cat(ups), slice(first, len(where)))
+            )
         self._where = torch.tensor(where).T
         self._scales = torch.tensor(scales, dtype=torch.float32)
         self._shares = self._chosen = torch.empty(0)
@@ -139,7 +142,7 @@ class LowRankRows:
         """Add the low-rank part to what a module gives. A batch comes as [rows, tokens, width], or rows and tokens as
         one dimension, each row's tokens together."""
         self._reached.add(pair.module)
-        shares = self._chosen[:, pair.ranks]  # [rows, ranks], or one row for all
+        shares = self._chosen[:, pair.ranks].to(output.device)  # [rows, ranks], or one row for all
         inner = F.linear(given[0], pair.down)
         mixed = inner.reshape(len(shares), -1, inner.shape[-1]) * shares[:, None]  # in float32, as the shares are
         output.view(-1, output.shape[-1]).addmm_(mixed.to(inner.dtype).view(-1, inner.shape[-1]), pair.up)

@@ -7,7 +7,106 @@ each device and forward pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+Devices: TypeAlias = torch.device | Sequence[torch.device]
+"""A device, or several that share out the layers of a model."""
+
+
+def as_devices(devices: Devices) -> tuple[torch.device, ...]:
+    """The devices, one or several, each by its number: ``cuda`` is the one that is current."""
+    several = (devices,) if isinstance(devices, torch.device) else tuple(devices)
+    return tuple(_numbered(device) for device in several)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    if ":" in str(device) or device.type in ("cpu", "meta"):
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def place_model(model: Any, layers: nn.ModuleList, devices: Sequence[torch.device], buffers: int) -> list[torch.device]:
+    """Move a model to its devices; what is on the meta device gets memory that holds anything.
+
+    Args:
+        layers: the model's stack.
+        buffers: how many layer buffers there will be, those beyond the layers each beside one of these.
+
+    Returns:
+        The device of each layer buffer.
+    """
+    sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in layers]
+    outside = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - sum(sizes)
+    placed = [devices[number] for number in place_buffers(outside, sizes, max(buffers, len(layers)), len(devices))]
+    homes = {module: placed[number] for number, layer in enumerate(layers) for module in layer.modules()}
+    for module in model.modules():
+        _move(module, homes.get(module, devices[0]))
+    model.tie_weights()  # memory that is new is of every module its own
+    if len(devices) > 1:
+        compute_where_weights_are(model, layers)
+    return placed
+
+
+def compute_where_weights_are(model: Any, layers: nn.ModuleList) -> None:
+    """Have each layer, and each module outside them with weights of its own, move what it is given to these."""
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [m for m in model.modules() if m not in inside and (m._parameters or m._buffers)]
+    for module in [*layers, *outside]:
+        module.register_forward_pre_hook(_to_weights, with_kwargs=True)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """The tensors of a module, but not those of modules in it."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(moved(parameter.data), requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = moved(buffer)
+
+
+def _to_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What a module is given, on the device of its weights."""
+    weights = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return (args, kwargs) if weights is None else (_on(args, weights.device), _on(kwargs, weights.device))
+
+
+def _on(given: Any, device: torch.device) -> Any:
+    """Tensors in tuples, lists and dictionaries on a device; all else, such as a cache, as it is."""
+    if isinstance(given, torch.Tensor):
+        return given.to(device, non_blocking=True)
+    if type(given) in (tuple, list):
+        return type(given)(_on(part, device) for part in given)
+    if type(given) is dict:
+        return {key: _on(part, device) for key, part in given.items()}
+    return given
+
+
+def place_buffers(outside: int, layers: Sequence[int], buffers: int, devices: int) -> list[int]:
+    """The device of each layer buffer, counted from 0; those beyond the model's layers are beside these in turn.
+
+    So layers with one number, whichever source they are of, lie on one device, and a path goes from device to device
+    about as often as a plain model does.
+
+    Args:
+        outside: bytes of what is outside the layers.
+        layers: bytes of each layer of the model.
+        buffers: how many layer buffers there are, as many as layers at least.
+        devices: how many there are.
+    """
+    own = len(layers)
+    shares = [size * len(range(number, buffers, own)) for number, size in enumerate(layers)]
+    placed = spread_layers(outside, shares, devices)
+    return [placed[number % own] for number in range(buffers)]
 
 
 def spread_layers(outside: int, layers: Sequence[int], devices: int) -> list[int]:

@@ -16,14 +16,17 @@ from evomerge.checkpoints.live import (
     load_tokenizer,
     load_weights,
 )
+from evomerge.checkpoints.placement import Devices, as_devices, place_model
 from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.structure import layer_stack
 from evomerge.errors import InputError
 
 
-def plain_model(source: Source, device: torch.device, dtype: torch.dtype | None) -> LiveModel:
+def plain_model(source: Source, device: Devices, dtype: torch.dtype | None) -> LiveModel:
     """A model as plain transformers loads it; adapters are folded into it, as a search does.
 
     Args:
+        device: where it is; several devices share out its layers.
         dtype: of its weights; that in which they are stored when None.
 
     Raises:
@@ -43,7 +46,12 @@ def plain_model(source: Source, device: torch.device, dtype: torch.dtype | None)
             )  # fmt: skip
         except Exception as error:  # whatever strange settings do inside transformers
             raise InputError(source.place, f"transformers cannot load it: {first_line(error)}") from error
-        live = LiveModel(for_scoring(model.to(device)), load_tokenizer(source))
+        devices = as_devices(device)
+        if len(devices) == 1:
+            model.to(devices[0])
+        else:
+            place_model(model, layer_stack(model, source.layers)[1], devices, source.layers)
+        live = LiveModel(for_scoring(model), load_tokenizer(source), devices=devices)
     try:
         check_live(live)
     except NotFiniteError as error:

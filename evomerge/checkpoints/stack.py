@@ -53,14 +53,15 @@ class _Stored:
 
 
 class Stack:
-    """The stack of layers of a model on a device.
+    """The stack of layers of a model, on one device or several: a hop computes where its layer buffer lies.
 
     Args:
         model: with as many layers as its configuration says; their parameters are the first layer buffers.
         name: of its list of layers.
         layers: that list, whose content becomes the path.
         parts, roles: of the model's source.
-        layer_buffers: how many layers of weights are wanted; those beyond the model's own are allocated now.
+        devices: that of each layer of weights that is wanted; those beyond the model's own are allocated now, beside
+            the model's layers in turn.
         writers: where each layer writes to the residual stream; None where that is not known: factors are refused.
     """
 
@@ -71,15 +72,16 @@ class Stack:
         layers: nn.ModuleList,
         parts: Mapping[str, Part],
         roles: Mapping[str, Role],
-        layer_buffers: int,
+        devices: Sequence[torch.device],
         writers: Sequence[Writers | None],
     ) -> None:
         self._config = model.config
         self._list = layers
         self._layers = list(layers)
         self._writers = writers
+        self.devices = tuple(devices)
         self.layer_buffers: list[LayerBuffer] = [layer.state_dict(keep_vars=True) for layer in self._layers]
-        for number in range(len(self._layers), layer_buffers):
+        for number in range(len(self._layers), len(self.devices)):
             self.layer_buffers.append(_another(self.layer_buffers[number % len(self._layers)]))
         self._stored: list[list[_Stored]] = [[] for _ in self._layers]
         for stored, part in parts.items():
@@ -134,7 +136,8 @@ class Stack:
             yield renumber(stored.name, stored.role, number), stored.part.of(layer_buffer[stored.inside])
 
     def _hop(self, number: int, step: Step) -> nn.Module:
-        hop = _sharing(self._layers[step.like], self.layer_buffers[step.layer_buffer], "")
+        device = self.devices[step.layer_buffer]
+        hop = _sharing(self._layers[step.like], self.layer_buffers[step.layer_buffer], "", device)
         for module in hop.modules():
             for field in PLACES & vars(module).keys():
                 if getattr(module, field) == step.like:
@@ -156,8 +159,12 @@ def _another(layer_buffer: LayerBuffer) -> LayerBuffer:
     }
 
 
-def _sharing(module: nn.Module, layer_buffer: LayerBuffer, prefix: str) -> nn.Module:
-    """A copy of a module and all in it, which has hooks of its own and the parameters of the layer buffer."""
+def _sharing(module: nn.Module, layer_buffer: LayerBuffer, prefix: str, device: torch.device) -> nn.Module:
+    """A copy of a module and all in it, which has hooks of its own and the parameters of the layer buffer.
+
+    Args:
+        device: of the layer buffer, to which buffers that no file holds are brought.
+    """
     same_as = copy.copy(module)
     same_as._forward_hooks = OrderedDict()
     same_as._forward_hooks_with_kwargs = OrderedDict()
@@ -166,9 +173,12 @@ def _sharing(module: nn.Module, layer_buffer: LayerBuffer, prefix: str) -> nn.Mo
         name: None if parameter is None else layer_buffer[prefix + name]  # type: ignore[misc]
         for name, parameter in module._parameters.items()
     }
-    same_as._buffers = {name: layer_buffer.get(prefix + name, buffer) for name, buffer in module._buffers.items()}
+    same_as._buffers = {
+        name: layer_buffer.get(prefix + name, None if buffer is None else buffer.to(device))
+        for name, buffer in module._buffers.items()
+    }
     same_as._modules = {
-        name: None if child is None else _sharing(child, layer_buffer, f"{prefix}{name}.")
+        name: None if child is None else _sharing(child, layer_buffer, f"{prefix}{name}.", device)
         for name, child in module._modules.items()
     }
     return same_as

@@ -117,7 +117,7 @@ class Decoder:
         waiting = [i for i in self._order if i not in self._finished]
         for number in waiting:
             self.answers[number] = []
-        table = _Table(self._prefix, min(rows, len(waiting)))
+        table = _Table(self._prefix, min(rows, len(waiting)), self._model.device)
         while waiting or table.open:
             if (rows - len(table.open)) * _REFILL >= rows:
                 while waiting and len(table.open) < rows:
@@ -250,15 +250,17 @@ class _Table(Cache):  # type: ignore[misc]
         lengths: tokens of each row, prompt and answer.
         mask: int64 [rows, columns], 1 where a row has a token.
         place: what the next forward pass sees.
+
+    Keys and values of a layer are on that layer's device, all else is on the model's first.
     """
 
-    def __init__(self, prefix: Prefix, rows: int) -> None:
+    def __init__(self, prefix: Prefix, rows: int, device: torch.device) -> None:
         self.place = _Place()
         super().__init__(layers=[_TableLayer(self.place, keys, values, rows) for keys, values in prefix])
         self.open: list[int] = []
         self.lengths: list[int] = []
         keys, _ = prefix[0]
-        self.mask = torch.zeros(rows, 0, dtype=torch.int64, device=keys.device)
+        self.mask = torch.zeros(rows, 0, dtype=torch.int64, device=device)
         self._end = 0
         self._several = keys.shape[0] > 1
 
@@ -360,6 +362,7 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def copy_prefix(self, rows: slice, columns: slice, source: torch.Tensor, groups: torch.Tensor) -> None:
         """``source``: int64 [rows, columns], the token of the prefix of the row's group that goes there."""
+        groups, source = groups.to(self.keys.device), source.to(self.keys.device)
         for part, prefix in zip((self.keys, self.values), self._prefix, strict=True):
             part[rows, :, columns] = prefix[groups[:, None], :, source].transpose(1, 2)
 
@@ -368,6 +371,7 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
             part[rows] = 0
 
     def move(self, rows: torch.Tensor, to: torch.Tensor, columns: slice) -> None:
+        rows, to = rows.to(self.keys.device), to.to(self.keys.device)
         for part in (self.keys, self.values):
             part[to, :, columns] = part[rows, :, columns]
 

@@ -41,7 +41,7 @@ class BuildContext:
     Attributes:
         sources: opened, by the names that recipes use.
         evidence: what is known of these very sources, and shared with other processes.
-        device: where live models are kept.
+        devices: where live models are kept; several share out a model's layers.
         dtype: of their weights; that of the tokenizer's source when None.
         tokenizer: the source that gives tokenizer and configuration.
         layers: the most different layers that a recipe of the search is made of.
@@ -53,7 +53,7 @@ class BuildContext:
     sources: Mapping[str, Source]
     tokenizer: str
     evidence: Evidence = field(default_factory=Evidence)
-    device: torch.device = CPU
+    devices: tuple[torch.device, ...] = (CPU,)
     dtype: torch.dtype | None = None
     layers: int | None = None
     residency: Residency | None = None

@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -66,8 +66,9 @@ class DeviceRunner:
     Args:
         device: of the live model.
         read: gives a tensor of a source on the CPU.
-        refs: every tensor of every source, for counting bytes.
+        refs: every tensor of every source that is kept for this device, for counting bytes.
         residency: where sources are kept; chosen by what fits when None.
+        devices: how many devices of this worker share the host's memory.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class DeviceRunner:
         read: Callable[[Ref], Tensor],
         refs: Iterable[Ref],
         residency: Residency | None = None,
+        devices: int = 1,
     ) -> None:
+        self._devices = devices
         self._device = device
         self._read = read
         self._kept: dict[Ref, Tensor] = {}
@@ -88,19 +91,19 @@ class DeviceRunner:
             return Place("mapped", f"a {self._device.type} device reads the mapped files")
         free, total = torch.cuda.mem_get_info(self._device)
         size = sum(self._read(ref).nbytes for ref in refs)
-        return choose_place(size, free, total, psutil.virtual_memory().available)
+        return choose_place(size, free, total, psutil.virtual_memory().available // self._devices)
 
-    def tensor(self, ref: Ref) -> Tensor:
-        """A tensor of a source on the device."""
+    def tensor(self, ref: Ref, device: torch.device | None = None) -> Tensor:
+        """A tensor of a source on the device, or on another one."""
+        device = device or self._device
         if self.place.residency == "mapped":
-            return self._read(ref).to(self._device)
+            return self._read(ref).to(device)
         if ref not in self._kept:
             read = self._read(ref)
             self._kept[ref] = read.to(self._device) if self.place.residency == "device" else read.pin_memory()
         # The device waits for the copy before it computes: both stand in one stream.
-        return self._kept[ref].to(self._device, non_blocking=True)
+        return self._kept[ref].to(device, non_blocking=True)
 
-    @torch.no_grad()
     def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor) -> None:
         """Make one tensor in place.
 
@@ -108,13 +111,44 @@ class DeviceRunner:
             refs: what ``plan.inputs`` names.
             out: contiguous, on the device.
         """
+        self.compute(plan, [self.tensor(ref) for ref in refs], out)
+
+    @torch.no_grad()
+    def compute(self, plan: Pass, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """Make one tensor in place, from tensors on the device."""
         row, total, grain = out.shape[-1] if out.shape else 1, out.numel(), plan.grain
-        flat = [self.tensor(ref).reshape(-1) for ref in refs]
+        flat = [tensor.reshape(-1) for tensor in tensors]
         step = {"element": _PIECE, "row": max(1, _PIECE // max(row, 1)) * row, "tensor": total}[grain] or 1
         for begin in range(0, total, step):
             pieces = [in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in flat]
             made = plan.run(pieces, begin, computer(self._device))
             out.view(-1)[begin : begin + step].copy_(made.reshape(-1))
+
+
+class DeviceRunners:
+    """Makes the tensors of a live model whose layers several devices share out, each on the device where it lies.
+
+    Args:
+        homes: every tensor of every source, with the device for which it is kept: that of the layer with its number.
+            A path that has the layer elsewhere brings it there.
+        read, residency: as of ``DeviceRunner``; where sources are kept is chosen for each device.
+    """
+
+    def __init__(
+        self, homes: Mapping[Ref, torch.device], read: Callable[[Ref], Tensor], residency: Residency | None = None
+    ) -> None:
+        kept: dict[torch.device, list[Ref]] = {}
+        for ref, device in homes.items():
+            kept.setdefault(device, []).append(ref)
+        self._homes = homes
+        self.of_device = {
+            device: DeviceRunner(device, read, refs, residency, len(kept)) for device, refs in kept.items()
+        }
+
+    def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor, device: torch.device) -> None:
+        """Make one tensor in place, which is contiguous and on ``device``; ``refs`` are what ``plan.inputs`` names."""
+        tensors = [self.of_device[self._homes[ref]].tensor(ref, device) for ref in refs]
+        self.of_device[device].compute(plan, tensors, out)
 
 
 def computer(device: torch.device) -> Compute:

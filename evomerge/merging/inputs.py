@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.calibration import Calibration
+from evomerge.checkpoints.placement import Devices
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence, Tensors
@@ -62,16 +63,16 @@ class Inputs:
         sources: by the names that recipes use.
         calibration: the texts.
         evidence: where they are kept.
-        device: where sources are run.
+        devices: where sources are run; several share out their layers.
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], calibration: Calibration, evidence: Evidence, device: torch.device
+        self, sources: Mapping[str, Source], calibration: Calibration, evidence: Evidence, devices: Devices
     ) -> None:
         self._sources = sources
         self._calibration = calibration
         self._evidence = evidence
-        self._device = device
+        self._devices = devices
         self._recorded: set[str] = set()
 
     @property
@@ -119,7 +120,7 @@ class Inputs:
         from evomerge.checkpoints.live import live_model, load_weights
 
         source = self._sources[name]
-        live = live_model(source, self._device)
+        live = live_model(source, self._devices)
         load_weights(live, ((tensor, source.read(tensor)) for tensor in source.tensors))
         tokens = [self._tokens(live, number) for number in range(len(self._calibration.texts))]
         for group in _groups(live, source, layers):

@@ -53,8 +53,9 @@ def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, he
     """A layer buffer for every hop: one that holds its layer already, else a free one.
 
     Hops made alike share one. Empty ones are filled first, so that where there are enough for every source, all layers
-    are written once. Of others a hop gets the one with its own number where it can, so that a search over weights
-    alone finds each layer where it was and writes only the tensors that differ.
+    are written once. Of others a hop gets one on the device of the layer that it is like, and the one with its own
+    number where it can, so that a search over weights alone finds each layer where it was and writes only the tensors
+    that differ.
 
     Args:
         hops: the tensors of each.
@@ -80,8 +81,9 @@ def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, he
                 )
                 raise InputError("recipe.hops", problem, "Export it to a folder.")
             # An empty layer buffer before one whose layer may come again, and the hop's own before others.
-            _, _, taken[content] = min(
-                (bool(held[layer_buffer]), layer_buffer != number, layer_buffer) for layer_buffer in fitting
+            *_, taken[content] = min(
+                (bool(held[buffer]), stack.devices[buffer] != stack.devices[like], buffer != number, buffer)
+                for buffer in fitting
             )
             free.remove(taken[content])
         path.append(Step(taken[content], like, factor))

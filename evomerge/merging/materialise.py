@@ -12,7 +12,7 @@ from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.device import DeviceRunner, Residency
+from evomerge.merging.device import DeviceRunners, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import Inputs
@@ -30,8 +30,10 @@ if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to imp
     from evomerge.checkpoints.stack import Stack
 
 
-_Changed = tuple[Made, Held, Tensor]
+_Changed = tuple[Made, Held, Tensor, torch.device]
 """A tensor of the live model that is to be made anew: what of, where that is noted, and where it is written."""
+
+_CPU = torch.device("cpu")
 
 
 def check_opened(recipe: Recipe, sources: Mapping[str, Source]) -> None:
@@ -87,7 +89,7 @@ _PLANNED_BYTES = 1 << 28
 def _batches(changed: Iterable[_Changed]) -> Iterator[list[_Changed]]:
     batch: list[_Changed] = []
     for entry in changed:
-        if batch and sum(target.nbytes for _, _, target in (*batch, entry)) > _PLANNED_BYTES:
+        if batch and sum(target.nbytes for _, _, target, _ in (*batch, entry)) > _PLANNED_BYTES:
             yield batch
             batch = []
         batch.append(entry)
@@ -117,7 +119,7 @@ class Materialiser:
         self._inputs = inputs
         self._threads = WorkerThreads()
         self._residency = residency
-        self._runner: DeviceRunner | None = None
+        self._runner: DeviceRunners | None = None
         self._views: dict[Ref, Tensor] = {}
         self._folds: dict[Ref, Tensor] = {}
         self._weights = Weights(self.read, self._threads)
@@ -156,18 +158,17 @@ class Materialiser:
         outside, hops = tensors_made(recipe, self._sources)
         path = assign(recipe, hops, stack, self._held[:-1])
         changed: list[_Changed] = []
-        self._compare(outside, self._held[-1], live.outside, changed)
+        self._compare(outside, self._held[-1], live.outside, live.device, changed)
         seen = set()
         for number, step in enumerate(path):
             if step.layer_buffer not in seen:
-                self._compare(
-                    hops[number], self._held[step.layer_buffer], dict(stack.tensors_of(number, step)), changed
-                )
+                targets, device = dict(stack.tensors_of(number, step)), stack.devices[step.layer_buffer]
+                self._compare(hops[number], self._held[step.layer_buffer], targets, device, changed)
                 seen.add(step.layer_buffer)
         for some in _batches(changed):
-            self._make([(*self._planned(made.merged, recipe), target) for made, _, target in some])
+            self._make([(*self._planned(made.merged, recipe), target, device) for made, _, target, device in some])
         self._folds.clear()
-        for made, held, _ in changed:
+        for made, held, _, _ in changed:
             held[made.place] = made.way
         stack.lay(path)
 
@@ -181,17 +182,17 @@ class Materialiser:
             problem = f"is made by the calibration texts with the digest {recipe.calibration}, and {has}"
             raise InputError("recipe.calibration", problem, "Give those that the recipe was made by.")
 
-    def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor]]) -> None:
+    def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor, torch.device]]) -> None:
         """Make tensors of the live model from their plans and what these read."""
         if self._runner is None:
             # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
-            self._threads.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out in planned)
+            self._threads.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out, _ in planned)
             # To map them again takes 0.15 s a gigabyte, and a process is not as large as all of its sources meanwhile.
-            for source, stored in {ref for _, refs, _ in planned for ref in refs}:
+            for source, stored in {ref for _, refs, _, _ in planned for ref in refs}:
                 self._sources[source].release(stored)
         else:
-            for plan, refs, out in planned:
-                self._runner.run(plan, refs, out)
+            for plan, refs, out, device in planned:
+                self._runner.run(plan, refs, out, device)
 
     def _stack(self, live: LiveModel) -> Stack:
         """The layers of the live model, of which nothing is known to be held if it is another than the last one."""
@@ -199,17 +200,24 @@ class Materialiser:
             raise ValueError("this model cannot be written to")
         if live is not self._live:
             self._live = live
-            self._runner = None if live.device.type == "cpu" else self._on(live.device)
+            devices = live.stack.devices[: live.stack.depth]
+            self._runner = None if {live.device, *devices} == {_CPU} else self._on(live.device, devices)
             self._held = [{} for _ in (None, *live.stack.layer_buffers)]
         return live.stack
 
     @staticmethod
-    def _compare(wanted: Sequence[Made], held: Held, targets: Mapping[str, Tensor], changed: list[_Changed]) -> None:
+    def _compare(
+        wanted: Sequence[Made],
+        held: Held,
+        targets: Mapping[str, Tensor],
+        device: torch.device,
+        changed: list[_Changed],
+    ) -> None:
         """Add what is not held yet, and forget what is held there: after an error half way nobody knows what it is."""
         for made in wanted:
             if held.get(made.place) != made.way:
                 held.pop(made.place, None)
-                changed.append((made, held, targets[made.merged.name]))
+                changed.append((made, held, targets[made.merged.name], device))
 
     def tensors(self, recipe: StackRecipe, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The merged model's tensors but those named in ``without``, one at a time, in the order of ``layout``.
@@ -265,9 +273,14 @@ class Materialiser:
             layout.append((merged.name, shape, source.dtype_of(merged.stored, dtype, dtype or model.dtype)))
         return layout
 
-    def _on(self, device: torch.device) -> DeviceRunner:
-        every = [(name, tensor) for name, source in self._sources.items() for tensor in source.tensors]
-        return DeviceRunner(device, self.read, every, self._residency)
+    def _on(self, first: torch.device, layers: Sequence[torch.device] = ()) -> DeviceRunners:
+        """What makes tensors on devices: those of the layers by number, and the first for all else."""
+        homes = {}
+        for name, source in self._sources.items():
+            for tensor in source.tensors:
+                layer = source.roles[tensor].layer
+                homes[name, tensor] = layers[layer % len(layers)] if layers and layer is not None else first
+        return DeviceRunners(homes, self.read, self._residency)
 
     def _planned(self, merged: Merged, recipe: StackRecipe) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""

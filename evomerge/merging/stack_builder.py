@@ -43,7 +43,7 @@ class StackBuilder:
         context = self._context
         if context.calibration is None:
             return None
-        return Inputs(context.sources, context.calibration, context.evidence, context.device)
+        return Inputs(context.sources, context.calibration, context.evidence, context.devices)
 
     @cached_property
     def live(self) -> LiveModel:
@@ -52,7 +52,7 @@ class StackBuilder:
 
         context = self._context
         source = context.sources[context.tokenizer]
-        live = live_model(source, context.device, context.dtype, context.layers)
+        live = live_model(source, context.devices, context.dtype, context.layers)
         if context.engine is not None:
             live.engine = context.engine(live)
         return live
@@ -109,4 +109,4 @@ class StackBuilder:
         from evomerge.checkpoints.source import open_source
 
         source = open_source("export", str(folder), place=str(folder))
-        return plain_model(source, self._context.device, None)
+        return plain_model(source, self._context.devices, None)

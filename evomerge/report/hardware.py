@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evomerge.checkpoints.placement import device_bytes, spread_layers
+from evomerge.checkpoints.placement import device_bytes, place_buffers
 from evomerge.checkpoints.sharding import Heads, heads_of, shard_bytes, sharding_problem, text_config
 from evomerge.merging.device import Residency, choose_place
 from evomerge.search.settings.layouts import LAYOUTS
@@ -79,7 +79,8 @@ class ModelShape:
         cache: bytes of keys and values for each token.
         vocabulary: tokens.
         width: bytes of a weight, and of a key or value.
-        layer_weights: bytes of each layer of the live model; equal shares of the weights when empty.
+        layer_weights: bytes of each layer of the model itself, those beyond it being like these in turn; equal shares
+            of the weights when empty.
         config: the config.json that says how the model may be divided.
     """
 
@@ -101,13 +102,15 @@ class ModelShape:
         return heads_of(self.config)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of each layer."""
-        return self.layer_weights or (self.weights // self.layers,) * self.layers
+    def sizes(self) -> list[int]:
+        """Bytes of each layer that a candidate may have."""
+        own = self.layer_weights or (self.weights // self.layers,) * self.layers
+        return [own[number % len(own)] for number in range(self.layers)]
 
     def placed(self, devices: int) -> list[int]:
         """The device of each layer where several share them out."""
-        return spread_layers(self.weights - sum(self.sizes), self.sizes, devices)
+        own = self.layer_weights or tuple(self.sizes)
+        return place_buffers(self.weights - sum(self.sizes), own, self.layers, devices)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def model_shape(
     Args:
         layers: as many as a candidate may have; a path may have more than the configuration says.
         width: bytes of a weight, and of a key or value.
-        layer_weights: bytes of each layer; equal shares of the weights when empty.
+        layer_weights: bytes of each layer of the model itself; equal shares of the weights when empty.
     """
     heads = heads_of(config)
     cache = 2 * layers * heads.keys * heads.size * width

@@ -144,7 +144,7 @@ def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     ]
     sources = sum(_bytes(source) for source in prepared.sources.values())
     layers = max(model.layers, prepared.setup.space.layer_buffers)
-    sizes = [size * _widened(prepared) for size in layer_bytes(model, layers)]
+    sizes = [size * _widened(prepared) for size in layer_bytes(model, model.layers)]
     weights, itemsize = _live_bytes(prepared), model.dtype.itemsize * _widened(prepared)
     hops = max(layers, prepared.setup.space.hops)
     return model_shape(model.config, weights, sources, hops, itemsize, sizes), works

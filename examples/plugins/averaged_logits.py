@@ -134,7 +134,7 @@ class AveragedLogitsBuilder:
     def _side(self, name: str, recipe: AveragedLogits) -> LiveModel:
         if name not in self._sides:
             source = self._context.sources[name]
-            live = live_model(source, self._context.device, self._context.dtype)
+            live = live_model(source, self._context.devices, self._context.dtype)
             Materialiser(self._context.sources).write(_copy_of(name, source.layers, recipe), live)
             self._sides[name] = live
         return self._sides[name]
@@ -167,7 +167,7 @@ class AveragedLogitsBuilder:
     def reload(self, folder: Path) -> LiveModel:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         sources = [open_source(about[key], str(folder / about[key]), place=str(folder)) for key in ("first", "second")]
-        first, second = (plain_model(source, self._context.device, None) for source in sources)
+        first, second = (plain_model(source, self._context.devices, None) for source in sources)
         return _live(first, second, about["share"])
 
 

@@ -74,14 +74,14 @@ def build_context(
         texts_digest: that of the calibration texts, where it is known: they are read only where evidence is missing.
         hops: the most layers of a recipe, as `layers`.
     """
-    device, dtype = computing(file)
+    devices, dtype = computing(file)
     texts = file.calibration
     calibration = None if texts is None else texts.recorded(texts_digest) if texts_digest else texts.texts
     return BuildContext(
         sources=sources,
         tokenizer=file.tokenizer_source,
         evidence=evidence,
-        device=device,
+        devices=devices,
         dtype=dtype,
         layers=layers,
         calibration=calibration,
@@ -90,15 +90,15 @@ def build_context(
     )
 
 
-def computing(file: SearchFile) -> tuple[torch.device, torch.dtype | None]:
+def computing(file: SearchFile) -> tuple[tuple[torch.device, ...], torch.dtype | None]:
     """Where models of a search are and in which dtype. Sets the threads that this process computes with.
 
     Raises:
-        InputError: this machine has no such device.
+        InputError: this machine has no such device, or too few.
     """
     # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
     torch.set_num_threads(file.cluster.cpus_per_worker)
-    return choose_device(file.device), computing_dtype(file)
+    return choose_devices(file), computing_dtype(file)
 
 
 def computing_dtype(file: SearchFile) -> torch.dtype | None:
