@@ -16,6 +16,7 @@ import pytest
 import ray
 from helpers_miniature import evomerge, json_of, search_file
 from ray.cluster_utils import Cluster as LocalCluster
+from ray.util.placement_group import placement_group_table
 from test_deadlines import Notes
 from test_old_searches import goes_on_and_is_exported
 from test_pools import RECIPE, PoolContract
@@ -65,6 +66,22 @@ def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(
     with pytest.raises(InputError, match="too little") as caught:
         workers_that_fit(Cluster.model_validate(cluster), resources)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "words"),
+    [
+        (4, [2.0, 2.0, 2.0], "is 4, all of one node, and the largest node has 2: 2 are missing"),
+        (2, [1.0, 1.0], "is 2, all of one node, and the largest node has 1: 1 are missing"),
+        (8, [4.0, 0.0], "the largest node has 4: 4 are missing"),
+        (2, [0.0], "the largest node has 0: 2 are missing"),
+    ],
+)
+def test_more_gpus_than_any_node_has_are_refused(gpus: int, nodes: list[float], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        workers_that_fit(Cluster(gpus_per_worker=gpus), *({"CPU": 64.0, "GPU": there} for there in nodes))
+    assert caught.value.place == "cluster.gpus_per_worker"
+    assert words in caught.value.problem
 
 
 class WorkerKiller(threading.Thread):
@@ -152,11 +169,12 @@ def test_when_no_worker_can_start_the_search_ends_and_says_why(
 
 # A cluster of several nodes, and workers that only do what they are told ---------------------------------------------
 
-CRASHES, HANGS, HOLDS = 3, 5, 100
+CRASHES, HANGS, HOLDS, DEVICES = 3, 5, 100, 50
 
 
 class Stub(RayWorker):
-    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 100 and more wait for the file ``go``.
+    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 100 and more wait for the file ``go``; 50 counts
+    the GPUs that it may see.
 
     Its seconds are what the environment variable STUB says. It cannot start while there is a file ``broken``.
     """
@@ -173,6 +191,9 @@ class Stub(RayWorker):
             os._exit(1)
         while (job.candidate, job.attempt) == (HANGS, 1) or (job.candidate >= HOLDS and not self._go.exists()):
             time.sleep(0.05)
+        if job.candidate == DEVICES:
+            visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+            return Finished(job.candidate, job.attempt, "", Measured([], {"gpus": float(len(visible))}))
         return Finished(job.candidate, job.attempt, "", Measured([], {"score": float(os.environ.get("STUB", "0"))}))
 
 
@@ -268,6 +289,28 @@ def test_requirements_are_read_from_their_file(tmp_path: Path) -> None:
     found = runtime_env_of(Cluster(runtime_env={"pip": str(tmp_path / "requirements.txt")}))
     assert found["pip"]["packages"] == ["one==1", "two"]
     assert runtime_env_of(Cluster(runtime_env=found)) == found  # as it travels with a job
+
+
+@pytest.mark.timeout(120)
+def test_the_gpus_of_a_worker_are_held_together_on_one_node(
+    start: Callable[..., RayPool], cluster: LocalCluster
+) -> None:
+    others = [cluster.add_node(num_cpus=4, num_gpus=gpus, object_store_memory=80 * 2**20) for gpus in (1, 1, 2)]
+    pool = start(gpus_per_worker=2)
+    pool.submit(Job(DEVICES, 1, RECIPE, []))
+    finished: list[Finished] = []
+    while not finished:
+        finished = pool.wait(0.1)
+    assert isinstance(finished[0].result, Measured)
+    assert finished[0].result.timings == {"gpus": 2.0}
+    assert finished[0].worker.endswith(others[2].node_id[:6])
+    assert pool.state().workers == 1
+    (group,) = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    assert (group["strategy"], group["bundles"]) == ("STRICT_PACK", {0: {"CPU": 1.0, "GPU": 2.0}})
+    pool.close()
+    assert placement_group_table()[group["placement_group_id"]]["state"] == "REMOVED"
+    for other in others:
+        cluster.remove_node(other)
 
 
 class TestRay(PoolContract):

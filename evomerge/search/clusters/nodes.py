@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from evomerge.errors import InputError
 from evomerge.search.settings.sections import Cluster, Workers
@@ -55,6 +56,7 @@ def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
     fitting = room(needs, *nodes)
     if fitting >= least:
         return fitting if most is None else min(fitting, most)
+    _check_node(needs, nodes)
     have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
     sums = [f"{least} x {need:g} {kind} = {least * need:g} of {have[kind]:g}" for kind, need in needs.items()]
     short = [text for text, (kind, need) in zip(sums, needs.items(), strict=True) if least * need > have[kind]]
@@ -63,6 +65,14 @@ def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
         f"the cluster has too little: {'; '.join(short or sums)}",
         f"At most {fitting} such workers fit, each on one node.",
     )
+
+
+def _check_node(needs: Resources, nodes: Sequence[Resources]) -> None:
+    """Refuse a worker of more GPUs than any node has. Raises InputError."""
+    wanted, most = needs.get("GPU", 0), max((node.get("GPU", 0) for node in nodes), default=0)
+    if wanted > max(most, 1):
+        problem = f"is {wanted:g}, all of one node, and the largest node has {most:g}: {wanted - most:g} are missing"
+        raise InputError("cluster.gpus_per_worker", problem, "Lower it, or let nodes join that have so many.")
 
 
 def usable_nodes() -> dict[str, Resources]:
@@ -114,6 +124,11 @@ def draining_nodes() -> set[str]:
     if ray.util.client.ray.is_connected():
         return set()
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def together_on_a_node(needs: Resources, node: str) -> PlacementGroup:
+    """Hold what one worker takes, all of one node: of this one, unless somebody else has taken the room there."""
+    return placement_group([dict(needs)], strategy="STRICT_PACK", _soft_target_node_id=node)
 
 
 def ask_for(needs: Resources, workers: int) -> None:

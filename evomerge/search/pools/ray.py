@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from evomerge.errors import InputError
 from evomerge.search.clusters.joining import connect
@@ -26,6 +27,7 @@ from evomerge.search.clusters.nodes import (
     node_names,
     room,
     tells_of_lost_node,
+    together_on_a_node,
     usable_nodes,
     words_of,
     worker_limits,
@@ -72,16 +74,28 @@ class RayWorker:
 
 @dataclass(eq=False)
 class _Hired:
-    """A worker as the pool sees it. ``node`` is where it is wanted, and once it is placed, where it is."""
+    """A worker as the pool sees it.
+
+    Attributes:
+        node: where it is wanted, and once it is placed, where it is.
+        group: the placement group that holds its GPUs together; None where it has one at most.
+    """
 
     number: int
     actor: Any
     node: str
+    group: PlacementGroup | None = None
     phase: Literal["placing", "placed", "loading", "idle", "busy"] = "placing"
 
     @property
     def has_loaded(self) -> bool:
         return self.phase in ("idle", "busy")
+
+    def end(self) -> None:
+        """End its process, and give back what was held for it."""
+        ray.kill(self.actor)
+        if self.group is not None:
+            remove_placement_group(self.group)
 
 
 class RayPool:
@@ -190,7 +204,7 @@ class RayPool:
 
     def close(self) -> None:
         for worker in self._workers.values():
-            ray.kill(worker.actor)
+            worker.end()
         if self._asked_for and self._workers:
             ask_for(self._needs, 0)
         self._workers.clear()
@@ -252,6 +266,8 @@ class RayPool:
         environment = {name: str(self._threads) for name in _THREADS}
         environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         environment |= self._runtime_env.get("env_vars", {})
+        group = together_on_a_node(self._needs, node) if self._needs.get("GPU", 0) > 1 else None
+        place = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
         actor = (
             ray.remote(self._worker)
             .options(
@@ -259,12 +275,12 @@ class RayPool:
                 num_gpus=self._needs.get("GPU", 0),
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True),
+                scheduling_strategy=place if group is None else PlacementGroupSchedulingStrategy(group, 0),
                 runtime_env=self._runtime_env | {"env_vars": environment},
             )
             .remote(f"ray-{number}", *self._arguments)
         )
-        worker = self._workers[number] = _Hired(number, actor, node)
+        worker = self._workers[number] = _Hired(number, actor, node, group)
         self._starting[actor.node.remote()] = worker
 
     def _load(self) -> None:
@@ -304,7 +320,7 @@ class RayPool:
 
     def _drop(self, worker: _Hired, kind: NewsKind, why: str) -> None:
         """End a worker; another is started when the cluster is next looked at, which is soon."""
-        ray.kill(self._workers.pop(worker.number).actor)
+        self._workers.pop(worker.number).end()
         self._starting = {call: other for call, other in self._starting.items() if other is not worker}
         self._idle = [other for other in self._idle if other is not worker]
         self._tell(kind, worker.node, self._name(worker), why)
