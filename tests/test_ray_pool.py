@@ -173,9 +173,9 @@ CRASHES, HANGS, HOLDS, DEVICES = 3, 5, 100, 50
 
 
 class Stub(RayWorker):
-    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 50 counts the GPUs that it may see, 100 and more wait
-    for the file ``go``.
+    """Knows no models: 3 ends its process, 5 hangs at the first attempt, 50 counts the GPUs that it may see.
 
+    100 and more wait for the file ``go``.
     Its seconds are what the environment variable STUB says. It cannot start while there is a file ``broken``.
     """
 
