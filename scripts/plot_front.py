@@ -12,8 +12,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from evomerge.report.status import Value, candidate_id, read_status
+from evomerge.report.status import read_status
 from evomerge.search.settings.folder import open_store
+from evomerge.store import Estimate
+from evomerge.store.rows import candidate_id
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def draw(search: Path, out: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.scatter(
-        [row.objectives[x]["mean"] for row in rows], [row.objectives[y]["mean"] for row in rows],
+        [row.objectives[x].mean for row in rows], [row.objectives[y].mean for row in rows],
         s=14, color="0.7", label=f"{len(rows)} candidates",
     )  # fmt: skip
     front = sorted(status.front_entries, key=lambda entry: entry.objectives[x].mean)
@@ -62,7 +64,7 @@ def draw(search: Path, out: Path) -> None:
 
 
 def points(
-    axes: matplotlib.axes.Axes, values: list[dict[str, Value]], x: str, y: str, color: str, label: str, fmt: str
+    axes: matplotlib.axes.Axes, values: list[dict[str, Estimate]], x: str, y: str, color: str, label: str, fmt: str
 ) -> None:
     axes.errorbar(
         [v[x].mean for v in values], [v[y].mean for v in values],

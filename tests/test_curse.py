@@ -18,14 +18,14 @@ from evomerge.recipes.stack import StackRecipe
 from evomerge.report.card import Provenance, papers
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.status import Value, status_of
+from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Confirm
-from evomerge.store import CandidateRow, Store, acquire
+from evomerge.store import CandidateRow, Estimate, Store, acquire
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -183,8 +183,8 @@ def test_a_second_shortlist_is_told_and_the_same_one_again_is_not(tmp_path: Path
 
 def point(search: float, held_out: float, label: str = "", error: float = 0.02, **changes: object) -> Point:
     values = {
-        "search": Value(mean=search, stderr=1.5 * error, n=100),
-        "held_out": Value(mean=held_out, stderr=error, n=200),
+        "search": Estimate(mean=search, stderr=1.5 * error, n=100),
+        "held_out": Estimate(mean=held_out, stderr=error, n=200),
     }
     content: dict[str, object] = {"id": "c0009", "label": label, "baseline": bool(label), "confirmed": bool(label)}
     content |= {"best": not label, "winner": False}
@@ -294,7 +294,7 @@ def test_the_card_discloses_how_many_there_were_and_how_the_winner_was_chosen(pl
         "Intervals hold all at once with 95%: corrected for 9 comparisons "
         "(3 candidates with one, two, uniform average).",
         "may be luck of the choice",
-        f"this model's o0 {row.objectives['o0']['mean']:.3f} became",
+        f"this model's o0 {row.objectives['o0'].mean:.3f} became",
         "the 12 best by o0 are",
         "(curse.svg)",
     ):

@@ -53,8 +53,8 @@ def test_a_search_improves_on_its_baselines(tmp_path: Path) -> None:
     drive(tmp_path, make_setup(candidates=120))
     with Store.open(tmp_path / "search.db") as store:
         (best,) = store.best("o0", maximise=True)
-        baselines = [row.objectives["o0"]["mean"] for row in store.candidates(step=0)]
-    assert best.objectives["o0"]["mean"] > max(baselines)
+        baselines = [row.objectives["o0"].mean for row in store.candidates(step=0)]
+    assert best.objectives["o0"].mean > max(baselines)
 
 
 def test_hours_are_those_of_the_clock_and_add_up_over_resumes(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_two_objectives_make_a_front_of_both_directions(tmp_path: Path) -> None:
     drive(tmp_path, make_setup(objectives=2, optimizer=OptunaSettings(name="nsga2", population=8), candidates=60))
     with Store.open(tmp_path / "search.db") as store:
         rows = [row for row in store.candidates() if row.objectives]
-        points = {r.number: (-r.objectives["o0"]["mean"], r.objectives["o1"]["mean"]) for r in rows}
+        points = {r.number: (-r.objectives["o0"].mean, r.objectives["o1"].mean) for r in rows}
         front = {row.number for row in store.front()}
     for number, (a, b) in points.items():  # the plain definition
         dominated = any((c, d) != (a, b) and c <= a and d <= b for c, d in points.values())

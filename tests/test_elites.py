@@ -124,11 +124,11 @@ def test_the_store_knows_niches_and_their_elites(tmp_path: Path) -> None:
         rows = [row for row in store.candidates() if row.status == "done"]
     grid = Grid(setup_of().axes)
     for row in rows:
-        assert row.niche == list(grid.niche([row.objectives[name]["mean"] for name in ("length", "size")]) or ())
-        assert (row.objectives["size"]["n"], row.objectives["length"]["n"]) == (1, COUNT)
+        assert row.niche == list(grid.niche([row.objectives[name].mean for name in ("length", "size")]) or ())
+        assert (row.objectives["size"].n, row.objectives["length"].n) == (1, COUNT)
     for niche in {tuple(row.niche or ()) for row in rows}:
         there = [row for row in rows if row.niche == list(niche)]
-        best = max(there, key=lambda row: (row.objectives["o0"]["mean"], -row.number))
+        best = max(there, key=lambda row: (row.objectives["o0"].mean, -row.number))
         assert [row.number for row in there if row.elite] == [best.number]
     assert len({tuple(row.niche or ()) for row in rows}) > 4
 
@@ -165,7 +165,7 @@ def test_a_race_drops_no_elite_of_a_niche(tmp_path: Path, mode: str) -> None:
     with Store.open(tmp_path / "search.db") as store:
         rows = store.candidates()
     grid = Grid(setup.axes)
-    elites = {tuple(row.niche or ()): row.objectives["o0"]["mean"] for row in rows if row.elite}
+    elites = {tuple(row.niche or ()): row.objectives["o0"].mean for row in rows if row.elite}
     dropped = [row for row in rows if row.status == "eliminated"]
     wrongly = 0
     for row in dropped:

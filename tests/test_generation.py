@@ -106,13 +106,13 @@ def test_what_is_scored_on_few_items_is_estimated_near_the_truth(tmp_path: Path)
     means = truth(setup, tmp_path)
     with Store.open(tmp_path / "search.db") as store:
         rows = [row for row in store.candidates() if row.number in means and row.step > 0]
-    partial = [row for row in rows if row.objectives["o0"]["n"] < COUNT]
-    misses = np.array([row.objectives["o0"]["mean"] - means[row.number] for row in partial])
-    claimed = np.array([row.objectives["o0"]["stderr"] for row in partial])
+    partial = [row for row in rows if row.objectives["o0"].n < COUNT]
+    misses = np.array([row.objectives["o0"].mean - means[row.number] for row in partial])
+    claimed = np.array([row.objectives["o0"].stderr for row in partial])
     assert len(partial) > 30
     assert np.sqrt((misses**2).mean()) < claimed.mean()  # the errors claimed are also those of the items as a sample
-    full = [row for row in rows if row.objectives["o0"]["n"] == COUNT]
-    assert all(row.objectives["o0"]["mean"] == pytest.approx(means[row.number]) for row in full)
+    full = [row for row in rows if row.objectives["o0"].n == COUNT]
+    assert all(row.objectives["o0"].mean == pytest.approx(means[row.number]) for row in full)
 
 
 def test_eliminated_candidates_rank_behind_the_others_and_are_not_confirmed(tmp_path: Path) -> None:
@@ -229,18 +229,18 @@ def test_infeasible_candidates_rank_behind_feasible_ones_by_how_much_they_miss(t
         rows = [row for row in store.candidates() if row.losses is not None and row.genome is not None]
         (best,) = store.best("o0", maximise=True)
         front = store.front()
-    infeasible = [row for row in rows if row.objectives["limit"]["mean"] < 0.45]
+    infeasible = [row for row in rows if row.objectives["limit"].mean < 0.45]
     feasible = [row for row in rows if row not in infeasible]
     assert len(infeasible) > 5
     assert len(feasible) > 10
     assert all(row.eligible for row in feasible)
     assert not any(row.eligible for row in infeasible)
-    assert best.objectives["limit"]["mean"] >= 0.45
+    assert best.objectives["limit"].mean >= 0.45
     assert {row.number for row in front}.isdisjoint(row.number for row in infeasible)
     for step in {row.step for row in rows}:
         worst = max((row.losses[0] for row in feasible if row.step == step and row.losses), default=-np.inf)
         missing = sorted(
-            (-row.objectives["limit"]["mean"], row.losses[0]) for row in infeasible if row.step == step and row.losses
+            (-row.objectives["limit"].mean, row.losses[0]) for row in infeasible if row.step == step and row.losses
         )
         assert all(loss > worst for _, loss in missing)
         assert [loss for _, loss in missing] == sorted(loss for _, loss in missing)

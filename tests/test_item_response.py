@@ -117,8 +117,8 @@ def test_unbiased_whatever_the_model() -> None:
     for _ in range(2000):
         items = np.concatenate([random.permutation(200)[:40], 200 + random.permutation(100)[:20]])
         result = estimate(wrong, items, truth[items], strata)
-        found.append(result["mean"])
-        errors.append(np.sqrt(result["stderr"] ** 2 - predicted_variance(wrong, items, truth)))
+        found.append(result.mean)
+        errors.append(np.sqrt(result.stderr**2 - predicted_variance(wrong, items, truth)))
         naive.append(p_irt(wrong, items, truth[items]))
     standard = np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found) - truth.mean()) < 4 * standard + 0.002
@@ -145,8 +145,8 @@ def test_exact_when_every_item_is_scored(seed: int, scale: tuple[float, float], 
     scores = scale[0] + 1.5 * scale[1] * random.random_sample(12)
     every = random.permutation(12)
     result = estimate(fit(responses), every, scores[every], np.arange(12) % strata)
-    assert result["mean"] == pytest.approx(scores.mean(), abs=1e-9 * (1 + abs(scores).max()))
-    assert result["n"] == 12
+    assert result.mean == pytest.approx(scores.mean(), abs=1e-9 * (1 + abs(scores).max()))
+    assert result.n == 12
     assert p_irt(fit(responses), every, scores[every]) == pytest.approx(scores.mean())
 
 
@@ -155,8 +155,8 @@ def test_the_unit_of_a_metric_does_not_matter() -> None:
     items, strata = np.arange(15), np.zeros(50, dtype=np.int64)
     plain = estimate(fit(y[1:]), items, y[0, items], strata)
     other = estimate(fit(8 * y[1:] - 3), items, 8 * y[0, items] - 3, strata)
-    assert other["mean"] == pytest.approx(8 * plain["mean"] - 3, abs=1e-6)
-    assert other["stderr"] == pytest.approx(8 * plain["stderr"], abs=1e-6)
+    assert other.mean == pytest.approx(8 * plain.mean - 3, abs=1e-6)
+    assert other.stderr == pytest.approx(8 * plain.stderr, abs=1e-6)
 
 
 def test_few_models_are_rasch() -> None:

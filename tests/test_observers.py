@@ -105,7 +105,7 @@ def bests(rows: Sequence[Any], name: str, maximise: bool) -> list[float]:
     """The best so far after each candidate, slowly."""
     found: list[float] = []
     for i in range(len(rows)):
-        known = [r.objectives[name]["mean"] for r in rows[: i + 1] if r.eligible and r.same_as is None]
+        known = [r.objectives[name].mean for r in rows[: i + 1] if r.eligible and r.same_as is None]
         found += [max(known) if maximise else min(known)] if known else []
     return found
 
@@ -224,7 +224,7 @@ def test_metrics_are_what_the_store_says(tmp_path: Path) -> None:
     assert found["evomerge_search_info", "made-up"] == 1
     assert found["evomerge_search_state", "finished"] == 1
     for name, extreme in zip(NAMES, (max, min), strict=True):
-        assert found["evomerge_best", name] == extreme(r.objectives[name]["mean"] for r in rows if r.eligible)
+        assert found["evomerge_best", name] == extreme(r.objectives[name].mean for r in rows if r.eligible)
         assert found["evomerge_held_out", f"c{front[0].number:04d}", name] == pytest.approx(means[name], rel=1e-6)
     assert [found["evomerge_workers", s] for s in ("busy", "idle", "starting")] == [5, 2, 1]
     assert found["evomerge_queue_depth",] == 3
@@ -395,7 +395,7 @@ def test_tensorboard_reads_the_curves(searched: Path) -> None:
     assert [event.wall_time for event in numbers] == pytest.approx([row.finished_at for row in rows])
     for name, maximise in zip(NAMES, (True, False), strict=True):
         assert [e.value for e in found.Scalars(f"best/{name}")] == pytest.approx(bests(rows, name, maximise))
-        values = [row.objectives[name]["mean"] for row in rows if name in row.objectives]
+        values = [row.objectives[name].mean for row in rows if name in row.objectives]
         assert [e.value for e in found.Scalars(f"candidate/{name}")] == pytest.approx(values)
     for i in range(3):
         values = [row.genome[i] for row in rows if row.genome is not None]
@@ -426,7 +426,7 @@ def test_mlflow_reads_a_run_for_the_search_and_one_a_candidate(searched: Path) -
     for row in rows:
         run = children[f"c{row.number:04d}"]
         assert run.data.tags["mlflow.parentRunId"] == ours.info.run_id
-        assert run.data.metrics == {name: found["mean"] for name, found in row.objectives.items()}
+        assert run.data.metrics == {name: found.mean for name, found in row.objectives.items()}
         genome = [] if row.genome is None else row.genome.tolist()
         assert {k: float(v) for k, v in run.data.params.items()} == {f"w{i}": v for i, v in enumerate(genome)}
         assert run.info.status == ("FAILED" if row.status == "failed" else "FINISHED")
@@ -475,7 +475,7 @@ def test_wandb_keeps_one_run_with_a_row_a_candidate(searched: Path) -> None:
         assert found["_step"] == step
         assert found["status"] == row.status
         for name in row.objectives:
-            assert found[f"candidate/{name}"] == row.objectives[name]["mean"]
+            assert found[f"candidate/{name}"] == row.objectives[name].mean
         if row.genome is not None:
             assert [found[f"genome/w{i}"] for i in range(3)] == row.genome.tolist()
     assert any("front" in key for row in rows for key in row)

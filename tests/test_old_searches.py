@@ -62,7 +62,7 @@ def candidates(folder: Path) -> list[dict[str, Any]]:
                 "losses": row.losses,
                 "on_front": row.on_front,
                 "eligible": row.eligible,
-                "objectives": {name: value["mean"] for name, value in row.objectives.items()},
+                "objectives": {name: value.mean for name, value in row.objectives.items()},
                 "scores": _digest(store, row.number),
             }
             for row in store.candidates()

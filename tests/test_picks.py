@@ -33,7 +33,8 @@ from evomerge.report.lists import origin_text, top_table
 from evomerge.report.naming import chosen, exported
 from evomerge.report.picks import conclusions
 from evomerge.report.screen import headline, line, panel
-from evomerge.report.status import SearchStatus, status_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.pools.simulated import Simulation
 from evomerge.search.preparing.setup import Setup

@@ -15,11 +15,10 @@ from evomerge.report.comparing import Comparison
 from evomerge.report.confirmed import Choice
 from evomerge.report.entries import (
     ConfirmedEntry,
-    ConfirmedValue,
+    ConfirmedEstimate,
     Constraint,
     Entry,
     Gap,
-    Value,
     gap_text,
     is_exact,
     measure_text,
@@ -29,32 +28,30 @@ from evomerge.report.licences import licence_of, most_restrictive
 from evomerge.report.lists import comparison_table
 from evomerge.report.live import Screen
 from evomerge.report.screen import choice_text, duration, line, p_text, panel, screen_text
-from evomerge.report.status import (
+from evomerge.report.search_status import (
     Budget,
     Counts,
-    ItemResponse,
-    Racing,
     ScreenState,
     SearchStatus,
     Slow,
-    slow_ones,
-    status_of,
-    unrecorded_s,
-)  # fmt: skip
+)
+from evomerge.report.status import slow_ones, status_of, unrecorded_s
 from evomerge.search.work.jobs import PoolState
 from evomerge.store import NewCandidate, Store, acquire
-from evomerge.store.record import Evaluator, Measure, SearchRecord
+from evomerge.store.events import ItemErrors
+from evomerge.store.record import Evaluator, Measure, Racing, SearchRecord
+from evomerge.store.rows import Estimate
 
 
 def status(**changes: object) -> SearchStatus:
     def entry(number: int, label: str, mean: float) -> Entry:
-        return Entry(id=f"c{number:04d}", label=label, objectives={"maths": Value(mean=mean, stderr=0.02, n=200)})
+        return Entry(id=f"c{number:04d}", label=label, objectives={"maths": Estimate(mean=mean, stderr=0.02, n=200)})
 
     gaps = [Gap(to="base", mean=0.4, low=0.3, high=0.5, p=0.001), Gap(to="ja", mean=0.31, low=0.26, high=0.36, p=0.002)]
     choice = Choice(
         frozen_at=0.0, shortlist=1, shortlists=1, drawn=0, comparisons=2, confidence=0.95, luck=0.0123
     )  # fmt: skip
-    confirmed = ConfirmedValue(mean=0.61, stderr=0.02, n=500, difference=gaps)
+    confirmed = ConfirmedEstimate(mean=0.61, stderr=0.02, n=500, difference=gaps)
     content: dict[str, object] = {
         "name": "demo", "state": "running", "why": "", "space": "ties layer", "optimizer": "cma", "parameters": 18,
         "candidates": Counts(asked=50, done=40, eliminated=0, failed=3, cached=2, running=2), "items": 8000,
@@ -132,14 +129,14 @@ def thrifty(**changes: object) -> SearchStatus:
     plain = status()
 
     def limited(shown: Entry, mean: float) -> Entry:
-        value = Value(mean=mean, stderr=0.01, n=100)
+        value = Estimate(mean=mean, stderr=0.01, n=100)
         return shown.model_copy(update={"constraints": {"english": value}, "feasible": mean >= 0.9})
 
     content: dict[str, object] = {
         "candidates": Counts(asked=60, done=20, eliminated=33, failed=1, cached=2, running=3), "items": 5400,
         "wanted": {"maths": 200, "english": 100}, "constraints": {"english": Constraint(threshold=0.9, at_least=True)},
         "racing": Racing(rungs=[25, 75], confidence=0.9, estimate="item_response"), "screen": SCREEN,
-        "item_response": {"maths": ItemResponse(reference=0.034, item_response=0.021, p_irt=0.05, used=True)},
+        "item_response": {"maths": ItemErrors(reference=0.034, item_response=0.021, p_irt=0.05, used=True)},
         "baselines": [limited(plain.baselines[0], 0.95), limited(plain.baselines[1], 0.4)],
         "front_entries": [limited(plain.front_entries[0], 0.93)],
         "confirmed": [limited(plain.confirmed[0], 0.92)],
@@ -171,7 +168,7 @@ def test_the_panel_says_what_racing_the_screen_and_constraints_do() -> None:
 
 def test_of_an_unconfirmed_candidate_it_says_what_its_scores_rest_on() -> None:
     def raced(items: int, english: int = 100) -> Entry:
-        maths, kept = Value(mean=0.7, stderr=0.05, n=items), Value(mean=0.9, stderr=0.01, n=english)
+        maths, kept = Estimate(mean=0.7, stderr=0.05, n=items), Estimate(mean=0.9, stderr=0.01, n=english)
         return Entry(id="c0009", label="", objectives={"maths": maths}, constraints={"english": kept})
 
     by_baseline = Racing(rungs=[25, 75], confidence=0.9, estimate="baseline")
@@ -273,11 +270,10 @@ def test_the_status_names_slow_workers_from_what_is_recorded(tmp_path: Path) -> 
         store.record_ask(1, [NewCandidate(n, "cma", "{}", f"hash {n}") for n in range(24)])
         for n in range(24):
             worker, seconds = ("ray-1@b", 20.0) if n % 2 else ("ray-0@a", 8.0)
-            known = {"maths": {"mean": 0.5, "stderr": 0.1, "n": 40}, "easy": {"mean": 0.5, "stderr": 0.1, "n": 30}}
-            if n >= 20:
-                known["maths"]["n"], seconds = 39, 1e6
+            items, seconds = (39, 1e6) if n >= 20 else (40, seconds)
+            known = {name: Estimate(mean=0.5, stderr=0.1, n=n) for name, n in (("maths", items), ("easy", 30))}
             store.record_dispatch(n, 1, "")
-            assert store.record_result(n, 1, [], {"merge": 2.0, "score": seconds - 2.0}, known, worker)  # type: ignore[arg-type]
+            assert store.record_result(n, 1, [], {"merge": 2.0, "score": seconds - 2.0}, known, worker)
         found = status_of(store)
     assert found.slow == [
         Slow(kind="node", name="b", seconds=0.5, candidates=10, others_seconds=0.2, others_candidates=10)

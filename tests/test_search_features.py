@@ -25,7 +25,8 @@ from evomerge.report.curse import curse_of
 from evomerge.report.entries import entry
 from evomerge.report.naming import chosen
 from evomerge.report.screen import cells, panel
-from evomerge.report.status import SearchStatus, status_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
@@ -153,7 +154,7 @@ def test_constraints_are_told_of_each_entry(folder: Path) -> None:
         assert cells(shown, status)[1].endswith(" missed") != shown.feasible
     assert status.best is not None
     assert status.best.feasible
-    assert any(row.objectives.get("limit", {"mean": 1.0})["mean"] < 0.45 for row in rows if row.step > 0)
+    assert any(row.objectives["limit"].mean < 0.45 for row in rows if row.step > 0 and "limit" in row.objectives)
 
 
 def test_what_the_driver_last_said_of_the_screen_and_item_response_is_shown(folder: Path) -> None:
@@ -181,21 +182,21 @@ def test_a_candidate_says_why_it_was_not_scored_on_every_item(folder: Path) -> N
         assert line.startswith("eliminated by the screen: among the poorest of its generation in acc (")
         assert cells(entry(row, record), status) == ["", ""]
     for row, line in told["eliminated by race"]:
-        n = row.objectives["o0"]["n"]
+        n = row.objectives["o0"].n
         assert n in (20, 60)
         assert line.startswith(f"eliminated by its race after {n} of 120 items of o0, {n} of 80 items of limit:")
         assert cells(entry(row, record), status)[0] == (
-            f"~{row.objectives['o0']['mean']:.3f} ± {row.objectives['o0']['stderr']:.3f} ({n})"
+            f"~{row.objectives['o0'].mean:.3f} ± {row.objectives['o0'].stderr:.3f} ({n})"
         )
-    whole = [line for row, line in told["done"] if row.objectives["o0"]["n"] == COUNT]
+    whole = [line for row, line in told["done"] if row.objectives["o0"].n == COUNT]
     assert whole
     assert not any("race" in line for line in whole)
 
 
 def test_two_candidates_are_compared_on_the_items_that_both_have(folder: Path) -> None:
     status, rows = read(folder)
-    few = next(row.number for row in rows if row.objectives.get("o0", {"n": 0})["n"] == 20)
-    more = next(row.number for row in rows if row.objectives.get("o0", {"n": 0})["n"] == 60)
+    few = next(row.number for row in rows if "o0" in row.objectives and row.objectives["o0"].n == 20)
+    more = next(row.number for row in rows if "o0" in row.objectives and row.objectives["o0"].n == 60)
     assert status.best is not None
     best = chosen_number(status.best.id)
     with open_store(folder) as store:

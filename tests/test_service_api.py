@@ -42,6 +42,7 @@ from evomerge.service.summary import sparkline
 from evomerge.store import Store, acquire, reading, summaries
 from evomerge.store.engine import connect
 from evomerge.store.events import CopyingNews
+from evomerge.testing.store_fixtures import content
 
 API = "/api/v1"
 HOST = {"host": "testserver"}
@@ -87,7 +88,7 @@ def test_the_list_says_of_a_search_what_the_store_says(client: TestClient, store
     assert status.best is not None
     assert found["best"]["id"] == status.best.id
     assert found["best"]["objectives"]["o0"]["mean"] == status.best.objectives["o0"].mean
-    sources = {row.label: row.objectives["o0"]["mean"] for row in store.candidates() if row.origin == "source"}
+    sources = {row.label: row.objectives["o0"].mean for row in store.candidates() if row.origin == "source"}
     assert found["best_source"]["label"] == max(sources, key=sources.__getitem__)
     assert found["best_role"] == "knee"
     assert found["sparkline"] == sorted(found["sparkline"])
@@ -156,12 +157,12 @@ def test_pages_together_are_the_whole_list_in_order(client: TestClient, store: S
     def key(row: Any) -> Any:
         if sort == "number":
             return sign * row.number
-        return sign * row.objectives[sort]["mean"], not row.on_front, row.number
+        return sign * row.objectives[sort].mean, not row.on_front, row.number
 
     rows = sorted(store.candidates(), key=key)
     assert [each["number"] for each in found] == [row.number for row in rows]
     for each, row in zip(found, rows, strict=True):
-        assert each["objectives"] == row.objectives
+        assert each["objectives"] == {name: value.model_dump() for name, value in row.objectives.items()}
         assert each["seconds"] == pytest.approx(sum(row.timings.values()))
         same = ("step", "origin", "label", "status", "same_as", "worker", "eligible", "on_front", "finished_at")
         assert {name: each[name] for name in same} == {name: getattr(row, name) for name in same}
@@ -211,10 +212,13 @@ def test_two_candidates_are_compared_on_their_own_scores(client: TestClient, sto
 
 def test_light_queries_agree_with_the_rows(store: Store) -> None:
     rows = store.candidates()
-    means = summaries.measured(store, "o0")
-    assert means.numbers.tolist() == [row.number for row in rows]
-    assert means.means.tolist() == [row.objectives["o0"]["mean"] for row in rows]
-    assert means.items.tolist() == [row.objectives["o0"]["n"] for row in rows]
+    means, errors, items = summaries.measured(store, "o0", np.array([row.number for row in rows]))
+    assert means.tolist() == [row.objectives["o0"].mean for row in rows]
+    assert errors.tolist() == [row.objectives["o0"].stderr for row in rows]
+    assert items.tolist() == [row.objectives["o0"].n for row in rows]
+    alone, _, _ = summaries.measured(store, "o0", np.array([3, 4, 10**6]))
+    assert alone[:2].tolist() == means[3:5].tolist()
+    assert np.isnan(alone[2])
     numbers, genomes = summaries.genomes(store)
     assert numbers.tolist() == [row.number for row in rows if row.genome is not None]
     np.testing.assert_array_equal(genomes, np.stack([row.genome for row in rows if row.genome is not None]))
@@ -222,11 +226,10 @@ def test_light_queries_agree_with_the_rows(store: Store) -> None:
         "worker": [row.worker for row in rows],
         "timings": [row.timings for row in rows],
     }
-    for name, maximise in (("o0", True), ("o1", False)):
-        best = summaries.best(store, name, maximise=maximise)
-        (expected,) = store.best(name, maximise=maximise)
-        assert best is not None
-        assert best.number == expected.number
+    light = [{key: value for key, value in content(row).items() if key not in ("recipe", "genome")} for row in rows]
+    page = summaries.page(store, summaries.Order(), 10**4)
+    assert [content(row) for row in page] == light
+    assert [content(row) for row in summaries.candidates(store, [9, 3])] == [light[3], light[9]]
     assert summaries.last_event(store) == store.events()[-1].seq
     some = summaries.events_after(store, 5, 7)
     assert some == [event for event in store.events() if event.seq > 5][:7]

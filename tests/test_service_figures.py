@@ -41,7 +41,7 @@ from evomerge.service.figures.workers import Attempt, attempts_of, idle_share, s
 from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, thinned
 from evomerge.service.root import Root
-from evomerge.store import CandidateRow, EventRow, NewCandidate, Store, acquire, tables
+from evomerge.store import CandidateRow, Estimate, EventRow, NewCandidate, Store, acquire, tables
 from evomerge.store.events import CopyingNews, event_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -89,7 +89,7 @@ def test_a_cell_of_the_grid_is_the_best_of_its_niche(tmp_path: Path, axes: int) 
     wanted: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for row in rows:
         x, y, *_ = [*(row.niche or []), 0]
-        wanted.setdefault((x, y), []).append((row.objectives["o0"]["mean"], -row.number))
+        wanted.setdefault((x, y), []).append((row.objectives["o0"].mean, -row.number))
     assert np.isfinite(np.array(cells.z, dtype=float)).sum() == len(wanted) > 2
     for (x, y), there in wanted.items():
         assert (cells.z[y][x], -int(cells.customdata[y][x])) == max(there)
@@ -110,7 +110,7 @@ def test_the_front_shows_every_scored_candidate_where_its_scores_are(two: Store)
         if each.customdata is None or each.name == "held out":
             continue
         for number, x, y in zip(each.customdata, each.x, each.y, strict=True):
-            assert (x, y) == (rows[number].objectives["o0"]["mean"], rows[number].objectives["o1"]["mean"])
+            assert (x, y) == (rows[number].objectives["o0"].mean, rows[number].objectives["o1"].mean)
         seen += [int(number) for number in each.customdata if each.name != "front"]
     seen += [n for n in trace(drawn, "front").customdata if rows[n].step > 0]
     assert sorted(seen) == sorted(rows)  # each once, but for baselines on the front
@@ -123,9 +123,9 @@ def test_what_is_marked_has_its_standard_errors_as_bars(two: Store) -> None:
     for name in ("front", "sources", "uniform average"):
         each = trace(drawn, name)
         for i, number in enumerate(each.customdata):
-            assert each.error_x.array[i] == rows[number].objectives["o0"]["stderr"]
-            assert each.error_y.array[i] == rows[number].objectives["o1"]["stderr"]
-            assert f"o0 {rows[number].objectives['o0']['mean']:.3f} ± " in each.hovertext[i]
+            assert each.error_x.array[i] == rows[number].objectives["o0"].stderr
+            assert each.error_y.array[i] == rows[number].objectives["o1"].stderr
+            assert f"o0 {rows[number].objectives['o0'].mean:.3f} ± " in each.hovertext[i]
 
 
 @pytest.mark.parametrize(("x", "y"), [("o0", "o1"), ("o1", "o0")])
@@ -139,11 +139,10 @@ def test_the_line_of_the_front_bounds_all_that_may_win(two: Store, x: str, y: st
     rows = [row.objectives for row in own(two) if row.eligible]
     for cx, cy in corners:  # a corner is a point that the front just reaches: nobody is better in both
         assert not any(
-            better[x] * row[x]["mean"] > better[x] * cx and better[y] * row[y]["mean"] > better[y] * cy for row in rows
+            better[x] * row[x].mean > better[x] * cx and better[y] * row[y].mean > better[y] * cy for row in rows
         )
         assert any(
-            better[x] * row[x]["mean"] >= better[x] * cx and better[y] * row[y]["mean"] >= better[y] * cy
-            for row in rows
+            better[x] * row[x].mean >= better[x] * cx and better[y] * row[y].mean >= better[y] * cy for row in rows
         )
 
 
@@ -160,12 +159,12 @@ def test_stars_are_the_held_out_scores_of_the_shortlist(two: Store) -> None:
 def test_one_objective_is_drawn_over_candidates(root: Path) -> None:
     with Store.open(root / "constrained" / "search.db") as store:
         drawn, rows = draw(store, "front"), {row.number: row for row in own(store)}
-        misses = {n for n, row in rows.items() if row.objectives["language"]["mean"] < 0.92 and row.step > 0}
+        misses = {n for n, row in rows.items() if row.objectives["language"].mean < 0.92 and row.step > 0}
         assert misses  # or the test tests nothing
         assert set(trace(drawn, "miss a constraint").customdata) == misses
         best = trace(drawn, "best in search")
         assert list(best.x) == list(best.customdata)
-        eligible = [row.objectives["o0"]["mean"] for row in rows.values() if row.eligible]
+        eligible = [row.objectives["o0"].mean for row in rows.values() if row.eligible]
         assert list(best.y) == [max(eligible)]
 
 
@@ -175,7 +174,7 @@ def test_what_left_its_race_is_told_apart(tmp_path: Path) -> None:
     folder = made.create(tmp_path, "raced", setup)
     drive(folder, setup)
     with Store.open(folder / "search.db") as store:
-        gone = {row.number for row in own(store) if row.objectives["o0"]["n"] < 40 and row.step > 0}
+        gone = {row.number for row in own(store) if row.objectives["o0"].n < 40 and row.step > 0}
         drawn = trace(draw(store, "front"), "estimated, left their race")
         assert gone
         assert set(drawn.customdata) == gone
@@ -198,7 +197,7 @@ def test_the_history_is_the_best_of_those_before(two: Store, over: Any, objectiv
     rows = sorted((row for row in two.candidates() if row.eligible), key=place)
     best, expected = None, []
     for row in rows:
-        mean = row.objectives[objective]["mean"]
+        mean = row.objectives[objective].mean
         if best is None or pick(best, mean) != best:
             best = mean
             expected.append((place(row), mean, row.number))
@@ -208,9 +207,9 @@ def test_the_history_is_the_best_of_those_before(two: Store, over: Any, objectiv
 
 def test_the_best_source_has_its_error_as_a_band(two: Store) -> None:
     drawn = draw(two, "history", Wish(objective="o0"))
-    source = max((row for row in two.candidates() if row.origin == "source"), key=lambda r: r.objectives["o0"]["mean"])
+    source = max((row for row in two.candidates() if row.origin == "source"), key=lambda r: r.objectives["o0"].mean)
     level = trace(drawn, f"best source: {source.label}")
-    mean, error = source.objectives["o0"]["mean"], source.objectives["o0"]["stderr"]
+    mean, error = source.objectives["o0"].mean, source.objectives["o0"].stderr
     assert set(level.y) == {mean}
     (band,) = (each for each in drawn.data if each.fill == "toself")
     assert set(band.y) == {mean - error, mean + error}
@@ -219,7 +218,7 @@ def test_the_best_source_has_its_error_as_a_band(two: Store) -> None:
 def test_sources_are_drawn_also_where_they_miss_a_constraint(root: Path) -> None:
     with Store.open(root / "constrained" / "search.db") as store:
         assert not any(row.eligible for row in store.candidates(step=0))
-        assert set(trace(draw(store, "history"), "best source: one").y) == {store.candidate(0).objectives["o0"]["mean"]}
+        assert set(trace(draw(store, "history"), "best source: one").y) == {store.candidate(0).objectives["o0"].mean}
 
 
 def area(points: list[tuple[float, float]], corner: tuple[float, float]) -> float:
@@ -236,7 +235,7 @@ def test_the_hypervolume_is_the_area_that_the_front_so_far_covers(two: Store) ->
     drawn = draw(two, "hypervolume")
     (line,) = drawn.data
     rows = [row for row in own(two) if row.eligible]
-    points = {row.number: (-row.objectives["o0"]["mean"], row.objectives["o1"]["mean"]) for row in rows}
+    points = {row.number: (-row.objectives["o0"].mean, row.objectives["o1"].mean) for row in rows}
     marks = [points[row.number] for row in rows if row.step == 0]
     corner = max(x for x, _ in marks), max(y for _, y in marks)
     drawn_at = dict(zip(line.customdata[:-1], line.y[:-1], strict=True))
@@ -270,7 +269,7 @@ def plain_study(store: Store, objective: str, direction: str) -> optuna.Study:
                 optuna.create_trial(
                     params=dict(zip(names, row.genome.tolist(), strict=True)),
                     distributions={name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names},
-                    value=row.objectives[objective]["mean"],
+                    value=row.objectives[objective].mean,
                 )
             )
     return study
@@ -291,7 +290,7 @@ def test_a_slice_is_score_over_gene(two: Store) -> None:
     for number, x, y in zip(points.customdata, points.x, points.y, strict=True):
         genome = rows[number].genome
         assert genome is not None
-        assert (x, y) == (genome[2], rows[number].objectives["o1"]["mean"])
+        assert (x, y) == (genome[2], rows[number].objectives["o1"].mean)
 
 
 def test_parallel_coordinates_are_a_line_a_candidate_up_to_a_hundred(tmp_path: Path, two: Store) -> None:
@@ -467,7 +466,7 @@ def test_constraints_tell_who_keeps_them(root: Path) -> None:
     with Store.open(root / "constrained" / "search.db") as store:
         drawn, rows = draw(store, "constraints"), own(store)
     for name, kept in (("kept", True), ("missed", False)):
-        mine = [row for row in rows if (row.objectives["language"]["mean"] >= 0.92) is kept]
+        mine = [row for row in rows if (row.objectives["language"].mean >= 0.92) is kept]
         assert sorted(trace(drawn, name).customdata) == [row.number for row in mine]
     assert drawn.layout.shapes[0].y0 == drawn.layout.shapes[0].y1 == 0.92
 
@@ -570,7 +569,7 @@ def test_names_are_shown_as_they_are_and_never_read_as_markup(tmp_path: Path) ->
         new = NewCandidate(0, "source", recipe.canonical(), recipe.hash, np.zeros(4), evil)
         store.record_ask(0, [new])
         store.record_dispatch(0, 1, evil)
-        store.record_result(0, 1, [], {}, {"o0": {"mean": 0.5, "stderr": 0.1, "n": 40}}, evil)
+        store.record_result(0, 1, [], {}, {"o0": Estimate(mean=0.5, stderr=0.1, n=40)}, evil)
         for name in NAMES:
             text = draw(store, name).to_json()
             assert "<a" not in json.dumps(json.loads(text), ensure_ascii=False)

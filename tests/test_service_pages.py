@@ -26,7 +26,8 @@ from evomerge.method import own_methods
 from evomerge.plugins import OWN, find_class
 from evomerge.report.comparing import Comparison
 from evomerge.report.screen import gain_text
-from evomerge.report.status import SearchStatus, status_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import status_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.settings.sections import Budget, Cluster, Confirm, Racing
 from evomerge.service import processes
@@ -147,7 +148,7 @@ def test_the_page_of_a_search_says_what_the_store_says(client: TestClient, root:
         best = store.best("o0", maximise=True)[0]
         counts = store.counts()
     text = seen(client, SEARCH).text
-    assert f"{best.objectives['o0']['mean']:.3f} ± {best.objectives['o0']['stderr']:.3f}" in text
+    assert f"{best.objectives['o0'].mean:.3f} ± {best.objectives['o0'].stderr:.3f}" in text
     assert f"{counts['done']} scored" in text
     assert "finished" in text
     assert "uniform average" in text
@@ -243,7 +244,7 @@ def test_the_table_of_candidates_is_filtered_sorted_and_paged_as_the_api_does(cl
 def test_a_candidate_shows_its_recipe_its_genome_and_whom_it_beat(client: TestClient, root: Path) -> None:
     with Store.open(root / NAME / "search.db") as store:
         row, scores = store.candidate(12), store.scores(12, "search")
-        sources = {r.label: r.objectives["o0"]["mean"] for r in store.candidates() if r.origin == "source"}
+        sources = {r.label: r.objectives["o0"].mean for r in store.candidates() if r.origin == "source"}
         best = max(sources, key=sources.__getitem__)
         theirs = store.scores(list(sources).index(best), "search")
     page = seen(client, f"{SEARCH}/candidates/12").text

@@ -128,7 +128,7 @@ def test_a_report_says_what_the_store_holds(root: Path) -> None:
         assert f"<dt>{pick.role}</dt><dd><strong>{pick.id}</strong>" in text
     assert "A front has no one winner." in text
     estimate = best.objectives["o0"]
-    assert f"{estimate['mean']:.3f} ± {estimate['stderr']:.3f}" in text
+    assert f"{estimate.mean:.3f} ± {estimate.stderr:.3f}" in text
     for found in status.confirmed:
         for gap in found.objectives["o0"].difference:
             row = f'<td>o0</td><td>{gap.to}</td><td class="number">{gap.mean:+.3f}</td>'
@@ -267,7 +267,7 @@ def test_the_dashboards_own_requests_are_answered(app: FastAPI, root: Path) -> N
             rows = [row for row in store.candidates() if row.status == "done" and row.genome is not None]
         assert [trial["number"] for trial in detail["trials"]] == [row.number for row in rows]
         assert [trial["values"] for trial in detail["trials"]] == [
-            [row.objectives[name]["mean"] for name in ("o0", "o1")] for row in rows
+            [row.objectives[name].mean for name in ("o0", "o1")] for row in rows
         ]
         for path in (
             "/dashboard", "/dashboard/studies/0", "/dashboard/static/bundle.js", "/api/meta",

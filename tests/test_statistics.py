@@ -41,17 +41,17 @@ def test_an_interval_of_right_and_wrong_stays_within_what_is_possible() -> None:
 def test_mean_and_error_of_right_and_wrong(answers: list[int]) -> None:
     values = np.array(answers, dtype=np.float32)
     found = mean_and_error(values)
-    assert found["mean"] == pytest.approx(sum(answers) / len(answers))
-    assert found["stderr"] == pytest.approx(float(stats.sem(values.astype(np.float64))), abs=1e-12)
-    assert found["n"] == len(answers)
+    assert found.mean == pytest.approx(sum(answers) / len(answers))
+    assert found.stderr == pytest.approx(float(stats.sem(values.astype(np.float64))), abs=1e-12)
+    assert found.n == len(answers)
 
 
 def test_a_single_item_says_nothing_of_its_error() -> None:
     """Neither zero nor any other number: it is not known."""
     one = np.array([0.352], np.float32)
     found = mean_and_error(one)
-    assert (found["mean"], found["n"]) == (pytest.approx(0.352), 1)
-    assert np.isnan(found["stderr"])
+    assert (found.mean, found.n) == (pytest.approx(0.352), 1)
+    assert found.stderr is None
     gap = paired_difference(one, np.zeros(1, np.float32), 0.95)
     assert np.isnan([gap.low, gap.high]).all()
     (corrected,) = simultaneous_differences(np.ones((1, 1)), 0.95, seed=0)

@@ -98,7 +98,7 @@ def test_a_killed_driver_loses_nothing_that_it_reported(tmp_path: Path) -> None:
         for what, number in reported:
             if what == "done":
                 assert rows[number].status == "done"
-                assert rows[number].objectives["acc"]["mean"] == number / 7
+                assert rows[number].objectives["acc"].mean == number / 7
             else:
                 assert ("tell" if what == "told" else "ask", number) in steps
             if what == "told":

@@ -15,7 +15,6 @@ from evaluators.base import ItemScores, Split
 from evomerge.commands.outside import OutsideJobs
 from evomerge.commands.verifying import Tolerance, difference
 from evomerge.errors import InputError
-from evomerge.report.entries import candidate_id
 from evomerge.search.driving.dispatch import Pending
 from evomerge.search.opening.session import accept_changed, changed_evaluators, recipe_of
 from evomerge.search.pools.base import Pool
@@ -23,6 +22,7 @@ from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.work.jobs import Failed, Finished, Measured, Task
 from evomerge.search.workers.building import computing_dtype
 from evomerge.store import Scores, Store
+from evomerge.store.rows import candidate_id
 
 _SPLITS: tuple[Split, ...] = ("search", "held_out")
 
@@ -61,7 +61,7 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
     if shown_by:
         items = sum(len(task.indices) for own in tasks.values() for task in own)
         console.print(f"{', '.join(shown_by)}: {items} items score as recorded; going on", style="dim")
-    if lost := [candidate_id(row.number) for row in store.candidates(statuses=["failed"]) if row.step == 0]:
+    if lost := [row.id for row in store.candidates(statuses=["failed"]) if row.step == 0]:
         are = "was not scored before and is" if len(lost) == 1 else "were not scored before and are"
         console.print(f"{', '.join(lost)} {are} not tried again: a new search scores every baseline", style="yellow")
     return True

@@ -80,7 +80,7 @@ def _text(candidate: CandidateName | None, objectives: Sequence[str]) -> str:
     """What a candidate is worth in each objective."""
     if candidate is None:
         return ""
-    values = [candidate.objectives[name].text for name in objectives if name in candidate.objectives]
+    values = [value_text(candidate.objectives[name]) for name in objectives if name in candidate.objectives]
     return _joined([*([] if candidate.scalar is None else [f"{candidate.scalar:.3f}"]), *values],
                    candidate.scalar is not None)  # fmt: skip
 

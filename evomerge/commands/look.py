@@ -22,7 +22,6 @@ from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import candidate_id
 from evomerge.report.items import Item, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import Screen
@@ -31,11 +30,13 @@ from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
 from evomerge.report.picks import conclusions, roles_of
 from evomerge.report.screen import cell, cells, choice_text, make_console, panel, resume_lines
-from evomerge.report.status import SearchStatus, depths_of, read_status, status_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import depths_of, read_status, status_of
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.resuming import resumed_file
 from evomerge.store import CandidateRow, SearchRecord, Store, Verb, current_holder
+from evomerge.store.rows import candidate_id
 
 _FEW, _MANY = 20, 50  # candidates in a picture of the winner's curse: too few to see it, and enough
 
@@ -96,7 +97,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         depths = depths_of(store)
     recipe = read_recipe(row.recipe, search.record.sources)
     if picture is not None:
-        title = f"{search.name} {candidate_id(row.number)} {row.label}".strip()
+        title = f"{search.name} {row.id} {row.label}".strip()
         _save(picture, path_svg(recipe, depths, title))
         print(f"drawn into {picture}", file=sys.stderr)
         return
@@ -115,7 +116,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         f"{shown.id}  {origin_text(shown.origin, shown.label)}  {row.status}, asked in step {row.step}",
         style="bold",
     )
-    if chosen_for := [*roles_of(known, candidate_id(row.number), "held_out")]:
+    if chosen_for := [*roles_of(known, row.id, "held_out")]:
         console.print(f"  {', '.join(chosen_for)} on held-out items")
     for line in score_lines(row, search.record, known):
         console.print(f"  {line}")
@@ -142,7 +143,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         items = [measured for measured in _items(store, (row.number,)) if measured.items]
     for measured in items:
         console.print(f"\n{measured.title}, the first of {len(measured.items)} (all: --items)", style="bold")
-        console.print(*item_lines(measured.items[0], [candidate_id(row.number)]), sep="\n")
+        console.print(*item_lines(measured.items[0], [row.id]), sep="\n")
 
 
 @dataclass(frozen=True)
@@ -316,14 +317,14 @@ def _as_json(row: CandidateRow, names: list[str], known: SearchStatus, record: S
     shown = known.entry(row, record)
     genome = None if row.genome is None else dict(zip(names, row.genome.tolist(), strict=True))
     return {
-        "id": candidate_id(row.number),
+        "id": row.id,
         "label": row.label,
         "origin": shown.origin,
         "step": row.step,
         "genome": genome,
         "recipe_hash": row.recipe_hash,
         "status": row.status,
-        "scores": row.objectives,
+        "scores": {name: estimate.model_dump() for name, estimate in row.objectives.items()},
         "scalar": None if shown.scalar is None else shown.scalar.model_dump(),
         "eligible": row.eligible,
         "on_front": row.on_front,

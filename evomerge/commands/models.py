@@ -21,7 +21,7 @@ from evomerge.objects import is_url
 from evomerge.printable import without_nan
 from evomerge.report.basis import unconfirmed_text
 from evomerge.report.curse import curse_of
-from evomerge.report.entries import Constraint, Value, candidate_id, kind_of, origin_of
+from evomerge.report.entries import Constraint, kind_of, origin_of
 from evomerge.report.naming import exported
 from evomerge.report.picks import roles_of
 from evomerge.report.screen import cell, make_console
@@ -30,6 +30,7 @@ from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import EVIDENCE_NAME, open_store
 from evomerge.search.settings.resuming import resumed_file
 from evomerge.search.settings.search_file import load_search_file
+from evomerge.store.rows import candidate_id
 
 
 def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> None:
@@ -133,9 +134,9 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         raise InputError("MODEL", f"{model} cannot be scored ({first_line(error)})") from error
     if as_json:
         scores = {
-            "objectives": {o.name: values[o.name] for o in setup.objectives},
-            "constraints": {c.name: values[c.name] for c in setup.constraints},
-            "features": {f.name: values[f.name] for f in setup.features},
+            "objectives": {o.name: values[o.name].model_dump() for o in setup.objectives},
+            "constraints": {c.name: values[c.name].model_dump() for c in setup.constraints},
+            "features": {f.name: values[f.name].model_dump() for f in setup.features},
         }
         print(
             json.dumps(
@@ -148,14 +149,14 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
     for title in ("objective", "score", "items"):
         table.add_column(title)
     for objective in setup.objectives:
-        value = Value(**values[objective.name])
+        value = values[objective.name]
         table.add_row(objective.name, cell(value), f"{value.n} {split}")
     for constraint in setup.constraints:
-        value = Value(**values[constraint.name])
+        value = values[constraint.name]
         limit = Constraint(threshold=constraint.threshold, at_least=constraint.maximise)
         kept = "kept" if limit.is_kept(value) else "missed"
         table.add_row(f"{constraint.name} {limit.text}", f"{cell(value)}, {kept}", f"{value.n} {split}")
     for feature in setup.features:
-        value = Value(**values[feature.name])
+        value = values[feature.name]
         table.add_row(feature.name, cell(value), f"{value.n} {split}")
     make_console().print(table)

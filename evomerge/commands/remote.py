@@ -11,9 +11,9 @@ from typing import Literal
 from rich.table import Table
 
 from evomerge.printable import without_nan
-from evomerge.report.entries import Entry, Value, value_text
+from evomerge.report.entries import Entry, value_text
 from evomerge.report.screen import make_console, panel, ranked, resume_lines
-from evomerge.report.status import SearchStatus, preference_of, with_scalar
+from evomerge.report.search_status import SearchStatus, preference_of, with_scalar
 from evomerge.search.settings.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary
 from evomerge.service.client import Client
@@ -88,12 +88,7 @@ def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
 
 def _entry(row: CandidateSummary, known: SearchStatus) -> Entry:
     """A candidate on the search split, with the number of the scalarisation."""
-    means = {name: row.objectives[name] for name in known.directions if name in row.objectives}
-    values = {
-        name: Value(mean=estimate.mean, stderr=estimate.stderr, n=estimate.n)
-        for name, estimate in means.items()
-        if estimate.mean is not None
-    }
+    values = {name: row.objectives[name] for name in known.directions if name in row.objectives}
     plain = Entry(id=row.id, label=row.label, origin=row.origin, objectives=values)
     return with_scalar(plain, known.scalar, preference_of(known.directions, known.scalarisation))
 

@@ -11,7 +11,6 @@ import torch
 from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
-from evomerge.report.entries import candidate_id
 from evomerge.search.estimation.statistics import Values, sign_test
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.store import CandidateRow, Store
@@ -126,7 +125,7 @@ def reproduce(
             for metric, moved in differences.items():
                 if moved.items and (exact or not moved.is_rounding):
                     place = f"{name} ({split}): {metric}"
-                    raise _unlike(candidate_id(row.number), place, moved, len(before.items))
+                    raise _unlike(row.id, place, moved, len(before.items))
             result = f"{what} score exactly as recorded"
             if any(moved.items for moved in differences.values()):
                 all_exact = False

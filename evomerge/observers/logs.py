@@ -59,7 +59,8 @@ def _line(search: str, event: EventRow, ended: CandidateRow | None) -> str:
     if event.payload:
         content["payload"] = event.payload
     if ended is not None:
-        content |= {"seconds": ended.timings, "objectives": ended.objectives}
+        objectives = {name: estimate.model_dump() for name, estimate in ended.objectives.items()}
+        content |= {"seconds": ended.timings, "objectives": objectives}
     return json.dumps(without_nan(content), ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -85,7 +85,7 @@ class Prometheus(Observer):
         for status, count in news.counts.items():
             self._candidates.labels(status).set(count)
         for objective, row in news.best.items():
-            self._best.labels(objective).set(row.objectives[objective]["mean"])
+            self._best.labels(objective).set(row.objectives[objective].mean)
         for number, means in news.held_out.items():
             for objective, mean in means.items():
                 self._held_out.labels(objective, named(number)).set(mean)
@@ -140,7 +140,7 @@ def _items(row: CandidateRow, news: News) -> int:
     most: dict[int, int] = {}
     for objective in news.objectives:
         if (estimate := row.objectives.get(objective.name)) is not None:
-            most[objective.evaluator] = max(estimate["n"], most.get(objective.evaluator, 0))
+            most[objective.evaluator] = max(estimate.n, most.get(objective.evaluator, 0))
     return sum(most.values())
 
 

@@ -40,7 +40,7 @@ class Tracker(Observer):
 
     def _values(self, row: CandidateRow, news: News) -> dict[str, float]:
         """A candidate's objectives by name, and the best of each so far under "best/"."""
-        means = {o.name: row.objectives[o.name]["mean"] for o in news.objectives if o.name in row.objectives}
+        means = {o.name: row.objectives[o.name].mean for o in news.objectives if o.name in row.objectives}
         values = {f"candidate/{name}": mean for name, mean in means.items() if math.isfinite(mean)}
         for objective in news.objectives:
             name = objective.name
@@ -69,7 +69,7 @@ def _front_row(row: CandidateRow, news: News) -> Row:
     content: dict[str, Any] = {"candidate": named(row.number)}
     held_out = news.held_out.get(row.number, {})
     for objective in news.objectives:
-        content[objective.name] = row.objectives[objective.name]["mean"]
+        content[objective.name] = row.objectives[objective.name].mean
         content[f"held_out/{objective.name}"] = held_out.get(objective.name)
     names = (parameter.name for parameter in news.search.record.parameters)
     genome = genome_of(row, news.search)

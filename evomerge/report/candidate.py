@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from evomerge.report.entries import ConfirmedEntry, Entry, Value, candidate_id, gap_text
+from evomerge.report.entries import ConfirmedEntry, Entry, gap_text
 from evomerge.report.screen import cell, choice_text, p_text
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.store import CandidateRow, SearchRecord
 
 
@@ -24,7 +24,7 @@ def status_text(row: CandidateRow, status: SearchStatus) -> str:
 
 def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -> Iterator[str]:
     """What became of a candidate, and its scores on either split, a line for each."""
-    name = candidate_id(row.number)
+    name = row.id
     if fate := _fate(row, status):
         yield fate
     yield from _values(status.entry(row, record), status, "search")
@@ -39,15 +39,13 @@ def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -
 def _fate(row: CandidateRow, status: SearchStatus) -> str:
     """Why a candidate was not scored on every item; nothing if it was."""
     if is_screened_out(row, status) and status.screen is not None:
-        value = Value(**row.objectives["screen"])
+        value = row.objectives["screen"]
         return (
             f"eliminated by the screen: among the poorest of its generation in {status.screen.metric} "
             f"({cell(value)} on {value.n} items), so it was not scored on the objectives"
         )
-    few = [
-        name for name, wanted in status.wanted.items() if name in row.objectives and row.objectives[name]["n"] < wanted
-    ]
-    scored = ", ".join(f"{row.objectives[name]['n']} of {status.wanted[name]} items of {name}" for name in few)
+    few = [name for name, wanted in status.wanted.items() if name in row.objectives and row.objectives[name].n < wanted]
+    scored = ", ".join(f"{row.objectives[name].n} of {status.wanted[name]} items of {name}" for name in few)
     if row.status == "eliminated":
         who = "others of its generation or of its niche" if status.features else "too many others of its generation"
         return f"eliminated by its race after {scored}: {who} are surely better"

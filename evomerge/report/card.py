@@ -19,15 +19,16 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import Entry, Value, candidate_id, interval_text
+from evomerge.report.entries import Entry, interval_text
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, movable, public_name, without_places
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.report.unmerged import unmerged_source
 from evomerge.store import CandidateRow, SearchRow
+from evomerge.store.rows import Estimate, candidate_id
 
 NAME = "README.md"
 """The card's file in the exported folder."""
@@ -128,7 +129,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             "constraints": without_places(search.settings.get("constraints", {})),
             "evaluators": search.fingerprints["evaluators"],
             "candidates": provenance.status.candidates.asked,
-            "candidate": candidate_id(row.number),
+            "candidate": row.id,
             "origin": row.origin,
             "step": row.step,
         }
@@ -206,7 +207,7 @@ def _scores_section(provenance: Provenance) -> str:
     gaps = [
         f"| {name} | {gap.to} | {gap.mean:+.3f} | {interval_text(gap.low, gap.high)} | {p_text(gap.p)} |"
         for confirmed in status.confirmed
-        if confirmed.id == candidate_id(row.number)
+        if confirmed.id == row.id
         for name in status.numbers
         for gap in confirmed.gaps(name)
     ]
@@ -341,12 +342,9 @@ def _items_each(search: SearchRow) -> int:
 
 def _fall_of(row: CandidateRow, status: SearchStatus, curse: Curse | None) -> list[str]:
     """What this model scores on search items, and on held-out ones: in what decides, and in each objective."""
-    values = {
-        name: (Value(**row.objectives[name]), value)
-        for name, value in status.confirmed_values(candidate_id(row.number)).items()
-    }
+    values = {name: (row.objectives[name], value) for name, value in status.confirmed_values(row.id).items()}
     if status.scalar is not None and curse is not None:
-        point = next((point for point in curse.points if point.id == candidate_id(row.number)), None)
+        point = next((point for point in curse.points if point.id == row.id), None)
         values = values if point is None else {curse.objective: (point.search, point.held_out), **values}
     changes = []
     for name, (before, after) in values.items():
@@ -382,7 +380,7 @@ def _again_section(provenance: Provenance | None) -> str:
     return text
 
 
-def _result(name: str, metric: str, value: Value) -> dict[str, Any]:
+def _result(name: str, metric: str, value: Estimate) -> dict[str, Any]:
     error = "" if value.stderr is None else f" (± {value.stderr:.3f})"
     return {
         "task": {"type": "text-generation"},

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import better, combined_of
-from evomerge.report.entries import Known
-from evomerge.report.status import scale_of, status_of
+from evomerge.report.search_status import scale_of
+from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import Matrix, paired_difference, sign_test
 from evomerge.store import SearchRow, Store
 from evomerge.store.record import Measure
+from evomerge.store.rows import Known
 
 Split = Literal["search", "held_out"]
 

@@ -12,12 +12,11 @@ from pydantic import BaseModel
 
 from evomerge.report.entries import (
     ConfirmedEntry,
+    ConfirmedEstimate,
     ConfirmedScalar,
-    ConfirmedValue,
     Entry,
     Gap,
     Scalar,
-    candidate_id,
     constraints_of,
     entry_of,
     is_exact,
@@ -29,6 +28,7 @@ from evomerge.search.estimation.statistics import Matrix, luck_of_choice, mean_a
 from evomerge.store import CandidateRow, EventRow, SearchRecord, SearchRow, Store
 from evomerge.store.events import Chosen, Shortlist, State, Winner
 from evomerge.store.record import Measure
+from evomerge.store.rows import candidate_id
 
 CHOSEN_EVENTS = ("winner", "confirmed")
 """What is recorded when a choice is made: a winner, or that a front without one is confirmed."""
@@ -157,7 +157,7 @@ def _entry_with_gaps(
     """A candidate of the shortlist with its differences in each objective."""
     plain = _entry(row, items, record)
     values = {
-        name: ConfirmedValue(**dict(value), difference=gaps[name][row.number])
+        name: ConfirmedEstimate(**dict(value), difference=gaps[name][row.number])
         for name, value in plain.objectives.items()
     }
     return ConfirmedEntry(**dict(plain) | {"objectives": values})
@@ -177,7 +177,7 @@ def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, c
     limits = constraints_of(search.record)
     misses = np.array([sum(limits[n].violation(v.mean) for n, v in entry.constraints.items()) for entry in shown])
     kept = np.flatnonzero(misses == misses.min())
-    among = preference.losses([{n: v.mean for n, v in entry.objectives.items()} for entry in shown])
+    among = preference.losses([entry.objectives for entry in shown])
     roles = preference.choose(among[kept], among)
     unknown = {best_at(name) for name in choice.too_few} | ({BEST, KNEE} if choice.too_few else set())
     return {role: shown[kept[at]].id for role, at in roles.items() if role not in unknown}

@@ -15,14 +15,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.report.confirmed import Items, better, combined_of, held_out
-from evomerge.report.entries import Known, Value, candidate_id, interval_text
-from evomerge.report.status import SearchStatus, scale_of, status_of
+from evomerge.report.entries import interval_text
+from evomerge.report.search_status import SearchStatus, scale_of
+from evomerge.report.status import status_of
 from evomerge.search.estimation.combined import Combined
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.estimation.statistics import Matrix, kendall_tau, sum_interval
 from evomerge.store import CandidateRow, SearchRow, Store
 from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure
+from evomerge.store.rows import Estimate, Known
 
 _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
 
@@ -38,8 +40,8 @@ class Point(BaseModel):
     confirmed: bool
     best: bool
     winner: bool
-    search: Value
-    held_out: Value
+    search: Estimate
+    held_out: Estimate
 
 
 class Fall(BaseModel):
@@ -112,10 +114,10 @@ class _Measured:
     sign: float
     items: tuple[int, int]
 
-    def values(self, at: int) -> tuple[Value, Value]:
+    def values(self, at: int) -> tuple[Estimate, Estimate]:
         """What a model is worth on both splits."""
         before, after = (
-            Value(mean=self.sign * float(split.means[at]) + 0.0, stderr=float(split.errors[at]), n=n)
+            Estimate(mean=self.sign * float(split.means[at]) + 0.0, stderr=float(split.errors[at]), n=n)
             for split, n in zip(self.splits, self.items, strict=True)
         )
         return before, after
@@ -161,12 +163,12 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
         row = known.rows[at]
         on_search, there = known.values(at)
         return Point(
-            id=candidate_id(row.number),
+            id=row.id,
             label=row.label,
             baseline=row.step == 0,
             confirmed=row.number in could_win,
             best=row.number in leading,
-            winner=candidate_id(row.number) == status.winner,
+            winner=row.id == status.winner,
             search=on_search,
             held_out=there,
         )

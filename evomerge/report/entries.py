@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel
 
 from evaluators.cost import COUNTED
 from evomerge.optimizers import Feature
@@ -14,32 +13,13 @@ from evomerge.report.parameters import parameters_of
 from evomerge.search.preparing.setup import violation
 from evomerge.store import CandidateRow, Estimate, SearchRecord
 from evomerge.store.record import Measure
-from evomerge.store.summaries import Brief
+from evomerge.store.rows import Known, ListedCandidate
 
 SOURCE = "source"
 """The origin of a model that a search began with and did not merge."""
 
 EARLIER_WINNER = "earlier winner"
 """The origin of a merge that an earlier search found and that the paths of this one go through, beside its sources."""
-
-
-def _none_if_nan(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-Known = Annotated[float | None, BeforeValidator(_none_if_nan)]
-"""A number that may not be known: NaN, which JSON has no word for, is null."""
-
-
-class Value(BaseModel):
-    """A measure of a candidate: the mean over ``n`` items and its standard error, as the metric gives it.
-
-    One item says nothing of how far its mean may be off: its error is None.
-    """
-
-    mean: float
-    stderr: Known
-    n: int
 
 
 class Gap(BaseModel):
@@ -56,13 +36,13 @@ class Gap(BaseModel):
     p: Known
 
 
-class ConfirmedValue(Value):
+class ConfirmedEstimate(Estimate):
     """A value on the held-out split, with its differences to every source and the uniform average."""
 
     difference: list[Gap]
 
 
-class Scalar(Value):
+class Scalar(Estimate):
     """The number by which a scalarisation decides between several objectives, over ``n`` items of all of them.
 
     On the search split its error is not reckoned: it hangs on how objectives vary together there.
@@ -91,7 +71,7 @@ class Constraint(BaseModel):
         """By how much a mean misses the threshold, as a share of it; 0 where it is kept."""
         return violation(mean, self.threshold, at_least=self.at_least)
 
-    def is_kept(self, value: Value) -> bool:
+    def is_kept(self, value: Estimate) -> bool:
         """Whether the mean keeps it; its error is not looked at."""
         return value.mean >= self.threshold if self.at_least else value.mean <= self.threshold
 
@@ -125,14 +105,14 @@ class Entry(BaseModel):
     id: str
     label: str
     origin: str = ""
-    objectives: Mapping[str, Value]
+    objectives: Mapping[str, Estimate]
     scalar: Scalar | None = None
-    constraints: dict[str, Value] = {}
-    features: dict[str, Value] = {}
+    constraints: dict[str, Estimate] = {}
+    features: dict[str, Estimate] = {}
     feasible: bool = True
     parameters: dict[str, float | int | str] = {}
 
-    def value(self, name: str) -> Value | None:
+    def value(self, name: str) -> Estimate | None:
         """An objective, a constraint, a feature or the scalarisation's number by name; None where it is not known."""
         if self.scalar is not None and self.scalar.name == name:
             return self.scalar
@@ -142,18 +122,13 @@ class Entry(BaseModel):
 class ConfirmedEntry(Entry):
     """A candidate of the shortlist, on the held-out split."""
 
-    objectives: dict[str, ConfirmedValue]
+    objectives: dict[str, ConfirmedEstimate]
     scalar: ConfirmedScalar | None = None
 
     def gaps(self, name: str) -> list[Gap]:
         """Its differences in an objective, or in the number of the scalarisation, by name."""
         value = self.value(name)
-        return value.difference if isinstance(value, ConfirmedValue | ConfirmedScalar) else []
-
-
-def candidate_id(number: int) -> str:
-    """How a candidate is named to people: c0042."""
-    return f"c{number:04d}"
+        return value.difference if isinstance(value, ConfirmedEstimate | ConfirmedScalar) else []
 
 
 def constraints_of(record: SearchRecord) -> dict[str, Constraint]:
@@ -173,7 +148,7 @@ def entry(row: CandidateRow, record: SearchRecord) -> Entry:
     return entry_of(row, row.objectives, record)
 
 
-def origin_of(row: CandidateRow | Brief, sources: Collection[str]) -> str:
+def origin_of(row: ListedCandidate, sources: Collection[str]) -> str:
     """Where a candidate comes from, in a search of these sources: the store has an earlier winner among them."""
     return EARLIER_WINNER if row.origin == SOURCE and row.label not in sources else row.origin
 
@@ -188,15 +163,14 @@ def kind_of(origin: str, label: str) -> str:
 def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], record: SearchRecord) -> Entry:
     """A candidate with estimates of its measures by name; what is not a measure of the search is left out."""
     constraints = constraints_of(record)
-    values = {name: Value(**estimate) for name, estimate in estimates.items()}
-    kept = {name: values[name] for name in constraints if name in values}
+    kept = {name: estimates[name] for name in constraints if name in estimates}
     return Entry(
-        id=candidate_id(row.number),
+        id=row.id,
         label=row.label,
         origin=row.origin,
-        objectives={o.name: values[o.name] for o in record.objectives if o.name in values},
+        objectives={o.name: estimates[o.name] for o in record.objectives if o.name in estimates},
         constraints=kept,
-        features={f.name: values[f.name] for f in record.features if f.name in values},
+        features={f.name: estimates[f.name] for f in record.features if f.name in estimates},
         feasible=all(constraints[name].is_kept(value) for name, value in kept.items()),
         parameters=dict(parameters_of(row.genome, record.parameters)),
     )
@@ -209,8 +183,12 @@ def measure_text(mean: float, stderr: float | None) -> str:
     return f"{mean:,.0f}" if mean > 1 and mean.is_integer() else f"{mean:.3f} ± -"
 
 
-def value_text(value: Value) -> str:
-    """A value with its standard error, as ``measure_text``; the number of a scalarisation alone where none is known."""
+def value_text(value: Estimate) -> str:
+    """A value with its standard error, as ``measure_text``; the number of a scalarisation alone where its error is not
+    known, and nothing where the mean is not.
+    """
+    if math.isnan(value.mean):
+        return ""
     if isinstance(value, Scalar) and value.stderr is None:
         return f"{value.mean:.3f}"
     return measure_text(value.mean, value.stderr)

@@ -13,7 +13,7 @@ from evomerge.report.entries import EARLIER_WINNER, SOURCE, interval_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.parameters import columns_of
 from evomerge.report.screen import cell, cells, further_titles, gain_cell, gain_title, p_text
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.store import CandidateRow, SearchRecord
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}

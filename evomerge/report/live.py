@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from evomerge.report.screen import finished, line, panel
+from evomerge.report.search_status import SearchStatus
 from evomerge.report.spending import seconds_affordable
-from evomerge.report.status import SearchStatus
 from evomerge.search.driving.progress import Progress
 from evomerge.search.work.jobs import PoolState
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.front import knee
-from evomerge.report.entries import SOURCE, candidate_id
+from evomerge.report.entries import SOURCE
 from evomerge.report.picks import is_front
 from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store
+from evomerge.store.rows import candidate_id
 
 
 def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> int:

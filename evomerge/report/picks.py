@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from evomerge.report.confirmed import Confirmed
-from evomerge.report.entries import (
-    SOURCE,
-    ConfirmedEntry,
-    Entry,
-    Gap,
-    Scalar,
-    Value,
-    gap_text,
-    kind_of,
-)
+from evomerge.report.entries import SOURCE, ConfirmedEntry, Entry, Gap, Scalar, gap_text, kind_of
 from evomerge.search.estimation.preference import BEST, KNEE
+from evomerge.store.rows import Estimate
 
 if TYPE_CHECKING:
-    from evomerge.report.status import SearchStatus
+    from evomerge.report.search_status import SearchStatus
 
 
 class Pick(BaseModel):
@@ -48,13 +40,13 @@ class Pick(BaseModel):
     label: str
     origin: str
     split: Literal["search", "held_out"]
-    objectives: dict[str, Value]
+    objectives: dict[str, Estimate]
     gains: dict[str, Gap]
     scalar: Scalar | None = None
     scalar_gain: Gap | None = None
 
     @property
-    def values(self) -> dict[str, Value]:
+    def values(self) -> dict[str, Estimate]:
         """All that it is judged by: the number of a scalarisation, then the objectives."""
         return self.objectives if self.scalar is None else {self.scalar.name: self.scalar, **self.objectives}
 
@@ -95,14 +87,10 @@ def picks_of(
 
 
 def _pick(role: str, entry: Entry, split: Literal["search", "held_out"], gains: dict[str, Gap]) -> Pick:
-    values = {name: Value(mean=v.mean, stderr=v.stderr, n=v.n) for name, v in entry.objectives.items()}
-    scalar, scalar_gain = None, None
-    if entry.scalar is not None:
-        scalar = Scalar(name=entry.scalar.name, mean=entry.scalar.mean, stderr=entry.scalar.stderr, n=entry.scalar.n)
-        scalar_gain = gains.pop(scalar.name, None)
+    scalar_gain = None if entry.scalar is None else gains.pop(entry.scalar.name, None)
     return Pick(
-        role=role, id=entry.id, label=entry.label, origin=entry.origin, split=split, objectives=values, gains=gains,
-        scalar=scalar, scalar_gain=scalar_gain,
+        role=role, id=entry.id, label=entry.label, origin=entry.origin, split=split, objectives=dict(entry.objectives),
+        gains=gains, scalar=entry.scalar, scalar_gain=scalar_gain,
     )  # fmt: skip
 
 

@@ -12,13 +12,15 @@ from rich.text import Text
 
 from evomerge.report.confirmed import Choice
 from evomerge.report.consoles import PrintableConsole
-from evomerge.report.entries import ConfirmedEntry, Entry, Value, gap_text, value_text
+from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, conclusions, gain_in, is_front, roles_of
-from evomerge.report.status import ItemResponse, ScreenState, SearchStatus, Slow
+from evomerge.report.search_status import ScreenState, SearchStatus, Slow
 from evomerge.search.driving.progress import Progress
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.search.work.jobs import PoolState
+from evomerge.store.events import ItemErrors
+from evomerge.store.rows import Estimate
 
 _RESUMABLE = ("created", "interrupted", "paused", "stopped", "cancelled")
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
@@ -133,7 +135,7 @@ def screen_text(screen: ScreenState) -> str:
     return f"{screen.metric} agrees with {screen.objective}, {tau}: {state}{left_out}"
 
 
-def _item_response(name: str, fitted: ItemResponse) -> str:
+def _item_response(name: str, fitted: ItemErrors) -> str:
     used = "used" if fitted.used else "not used"
     return f"{used} for {name} (held-out error {fitted.item_response:.3f}, by the best baseline {fitted.reference:.3f})"
 
@@ -333,7 +335,7 @@ def arrow(way: str) -> str:
     return "↑" if way == "maximize" else "↓"
 
 
-def cell(value: Value) -> str:
+def cell(value: Estimate) -> str:
     """A mean with its standard error: 0.620 ± 0.024."""
     return value_text(value)
 
@@ -391,6 +393,6 @@ def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[st
     return texts
 
 
-def estimate_cell(value: Value, wanted: int) -> str:
+def estimate_cell(value: Estimate, wanted: int) -> str:
     """A mean with its standard error; one that is estimated from fewer items than wanted as ~0.620 ± 0.024 (25)."""
     return cell(value) if value.n >= wanted else f"~{cell(value)} ({value.n})"

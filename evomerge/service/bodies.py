@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveFloat, PositiveInt
 
 from evomerge.report.comparing import Comparison
-from evomerge.report.entries import measure_text
 from evomerge.report.picks import Pick
+from evomerge.report.search_status import Counts
 from evomerge.report.spending import Cost
-from evomerge.report.status import Counts
 from evomerge.search.settings.sections import Name
-from evomerge.store.rows import Status
+from evomerge.store.record import Budget
+from evomerge.store.rows import Estimate, Status
 
 
 def _none_if_nan(value: Any) -> Any:
@@ -24,25 +24,14 @@ Number = Annotated[float | None, BeforeValidator(_none_if_nan)]
 """A number that may not be known: NaN and infinities, which JSON has no words for, are null."""
 
 
+def _reason(failure: Any) -> Any:
+    return str(failure.get("reason")) if isinstance(failure, dict) else failure
+
+
 class Wanted(BaseModel):
     """The body of a request: a key that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid")
-
-
-class Mean(BaseModel):
-    """A measure of a candidate: the mean over ``n`` items and its standard error."""
-
-    mean: Number
-    stderr: Number
-    n: int
-
-    @property
-    def text(self) -> str:
-        """The mean with its error, for people; nothing where it is not known."""
-        if self.mean is None:
-            return ""
-        return measure_text(self.mean, self.stderr)
 
 
 class Objective(BaseModel):
@@ -52,25 +41,18 @@ class Objective(BaseModel):
     maximise: bool
 
 
-class Spending(BaseModel):
-    """What a search may spend, as its search file says."""
-
-    candidates: int | None
-    hours: float | None
-    patience: int | None
-    cost: float | None = None
-
-
 class CandidateName(BaseModel):
     """A candidate with what it is worth: ``id`` is how people call it, c0042.
 
     ``scalar`` is the number of a scalarisation on the search split, null without one and where it is not reckoned.
     """
 
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     number: int
     label: str
-    objectives: dict[str, Mean]
+    objectives: dict[str, Estimate]
     scalar: Number = None
 
 
@@ -92,7 +74,7 @@ class CandidateSummary(CandidateName):
     niche: list[int] | None = None
     elite: bool = False
     seconds: float
-    failure: str | None
+    failure: Annotated[str | None, BeforeValidator(_reason)]
     asked_at: float
     finished_at: float | None
 
@@ -119,7 +101,7 @@ class CandidateDetail(CandidateSummary):
     losses: list[Number] | None
     timings: dict[str, float]
     failed: dict[str, JsonValue] | None
-    held_out: dict[str, Mean]
+    held_out: dict[str, Estimate]
 
 
 class SearchSummary(BaseModel):
@@ -140,7 +122,7 @@ class SearchSummary(BaseModel):
     created_at: float
     spent_s: float
     counts: Counts
-    budget: Spending
+    budget: Budget
     eta_s: float | None
     best: CandidateName | None
     best_role: str = "best"
@@ -158,7 +140,7 @@ class SearchSummary(BaseModel):
         counts = Counts(asked=0, done=0, eliminated=0, failed=0, cached=0, running=0)
         return cls(
             name=name, state="unreadable", why=why, driver=False, created_at=0.0, spent_s=0.0, counts=counts,
-            budget=Spending(candidates=None, hours=None, patience=None), eta_s=None, best=None, best_source=None,
+            budget=Budget(), eta_s=None, best=None, best_source=None,
             sparkline=[], gpu_hours=None, objectives=[],
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ import httpx
 from pydantic import BaseModel
 
 from evomerge.errors import InputError
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.service.bodies import (
     CandidateDetail,
     CandidatePage,

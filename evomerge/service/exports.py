@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from evomerge.report.entries import candidate_id
 from evomerge.report.naming import exported
 from evomerge.search.settings.folder import STORE_VARIABLE
 from evomerge.service import processes
@@ -21,6 +20,7 @@ from evomerge.service.contained import contained
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
 from evomerge.store import SearchRow, Store
+from evomerge.store.rows import candidate_id
 
 FOLDER_NAME = "exports"
 _KEPT = {"candidate", "bytes", "command"}  # in the record of an export, beside its process

@@ -20,11 +20,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.genome import Parameter
-from evomerge.report.entries import candidate_id
 from evomerge.report.parameters import alike
 from evomerge.service.reading import Columns, Mask, Numbers, PerState, Values, columns_of, thinned
 from evomerge.store import Store, summaries
 from evomerge.store.record import Measure
+from evomerge.store.rows import candidate_id
 
 MOST_PARAMETERS = 20
 """Of a study; the dashboard sends each of them with every trial."""

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.report.confirmed import held_out
-from evomerge.report.entries import Value, candidate_id, measure_text
+from evomerge.report.entries import measure_text
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.store import Store, summaries
 from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure, Number
+from evomerge.store.rows import Estimate, candidate_id
+from evomerge.store.summaries import Measured
 
 Numbers = NDArray[np.int64]
 Values = NDArray[np.float64]
@@ -92,7 +94,7 @@ class Columns:
         self.finished_at: Values = np.array(
             [np.nan if at is None else at for at in columns["finished_at"]], dtype=np.float64
         )
-        self._measured: dict[str, tuple[Values, Values, Numbers]] = {}
+        self._measured: dict[str, Measured] = {}
 
     @property
     def objectives(self) -> tuple[Measure, ...]:
@@ -121,24 +123,17 @@ class Columns:
         items = sum(o.items for o in self.objectives)
         return [Number(name=self.preference.scalar, maximise=self.preference.sign < 0, items=items)]
 
-    def measured(self, store: Store, name: str) -> tuple[Values, Values, Numbers]:
+    def measured(self, store: Store, name: str) -> Measured:
         """Means, standard errors (NaN where not known) and items (0) of a measure or of the scalarisation's number, [n]
         each; read once.
         """
         if name == self.preference.scalar and name not in self._measured:
             self._measured[name] = self._scalars(store)
         if name not in self._measured:
-            measured = summaries.measured(store, name)
-            means, errors = np.full((2, len(self.numbers)), np.nan)
-            items = np.zeros(len(self.numbers), dtype=np.int64)
-            at = np.searchsorted(self.numbers, measured.numbers)
-            there = at < len(self.numbers)  # else it came after the columns were read
-            at = at[there]
-            means[at], errors[at], items[at] = measured.means[there], measured.errors[there], measured.items[there]
-            self._measured[name] = means, errors, items
+            self._measured[name] = summaries.measured(store, name, self.numbers)
         return self._measured[name]
 
-    def _scalars(self, store: Store) -> tuple[Values, Values, Numbers]:
+    def _scalars(self, store: Store) -> Measured:
         """The number of the scalarisation of each, scaled as in every place; its error is not known."""
         known = [self.measured(store, o.name) for o in self.objectives]
         signs = [-o.sign for o in self.objectives]
@@ -171,7 +166,7 @@ columns_of: PerState[Columns] = PerState(Columns)
 """The candidates of a search, read again when it has more to say."""
 
 
-def confirmed_values(store: Store, columns: Columns) -> dict[int, Mapping[str, Value]]:
+def confirmed_values(store: Store, columns: Columns) -> dict[int, Mapping[str, Estimate]]:
     """What is known from the held-out split of the latest shortlist: measures by number."""
     frozen = store.events(kinds=("shortlist",), newest=1)
     if not frozen:
@@ -180,9 +175,9 @@ def confirmed_values(store: Store, columns: Columns) -> dict[int, Mapping[str, V
     return {number: values for number in shortlist if (values := _held_out(store, number, columns.measures))}
 
 
-def _held_out(store: Store, number: int, measures: Sequence[Measure]) -> dict[str, Value]:
+def _held_out(store: Store, number: int, measures: Sequence[Measure]) -> dict[str, Estimate]:
     items = held_out(store, number, measures)
-    return {name: Value(**mean_and_error(values)) for name, values in items.items()}
+    return {name: mean_and_error(values) for name, values in items.items()}
 
 
 def thinned(mask: Mask, keep: Mask, most: int) -> Mask:

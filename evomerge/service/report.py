@@ -20,11 +20,12 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, Entry, candidate_id, interval_text
+from evomerge.report.entries import ConfirmedEntry, Entry, interval_text
 from evomerge.report.path import is_plain
 from evomerge.report.picks import conclusions, is_front, roles_of
 from evomerge.report.screen import arrow, cells, choice_text, duration, further_titles, gain_text, p_text, ranked
-from evomerge.report.status import SearchStatus, depths_of, status_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import depths_of, status_of
 from evomerge.report.svg import COLOURS
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.estimation.preference import ranked as ranked_rows
@@ -34,6 +35,7 @@ from evomerge.service.figures.recipe import recipe_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of
 from evomerge.store import SearchRow, Store
 from evomerge.store.events import ConfirmFailed, Failure
+from evomerge.store.rows import candidate_id
 
 _TOP = 15  # candidates in the table of the best
 _FAILURES = 50  # in the table of failures, the newest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import yaml
@@ -14,28 +13,25 @@ from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import read_recipe
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, confirmation, is_left_unconfirmed
-from evomerge.report.entries import candidate_id
 from evomerge.report.parameters import parameters_of
 from evomerge.report.picks import Pick, picks_of
+from evomerge.report.search_status import Counts, Scalarised
 from evomerge.report.spending import cost_of, seconds_left
-from evomerge.report.status import Counts, Scalarised, chosen_of_front, scalarised, unrecorded_s
+from evomerge.report.status import chosen_of_front, scalarised, unrecorded_s
 from evomerge.search.estimation.preference import BEST, KNEE, Preference, best_so_far
 from evomerge.service.bodies import (
     CandidateDetail,
     CandidateName,
     CandidateSummary,
-    Mean,
     Objective,
     SearchSummary,
-    Spending,
 )
 from evomerge.service.drivers import Drivers, DriverState
 from evomerge.service.reading import PerState
 from evomerge.service.root import Root
 from evomerge.store import SearchRow, Store, summaries
 from evomerge.store.record import Measure
-from evomerge.store.rows import Estimate
-from evomerge.store.summaries import Brief
+from evomerge.store.rows import ListedCandidate, candidate_id
 
 _POINTS = 24  # of a sparkline
 _LARGEST_FRONT = 2**31 - 1  # all of it
@@ -53,9 +49,7 @@ def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
 
 def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
     """A search as a list shows it, by the name that it has here."""
-    search, counts = store.search(), store.counts()
-    asked = sum(counts.values())
-    finished = counts["done"] + counts["eliminated"] + counts["failed"] + counts["cached"]
+    search, counts = store.search(), Counts.of(store.counts())
     spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
     preference, baselines = Preference.of_search(search), summaries.baselines(store)
     front = (
@@ -68,9 +62,9 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         state, why = UNCONFIRMED, UNCONFIRMED_WHY
     steps = _steps(store, preference)
     source = _best_source(preference, baselines, scalar)
-    budget = Spending(**search.record.budget.model_dump())
+    budget = search.record.budget
     cost, runs = cost_of(search, spent_s), driver.holds and driver.state == "running"
-    eta_s = seconds_left(budget, finished, spent_s, cost) if runs else None
+    eta_s = seconds_left(budget, counts.finished, spent_s, cost) if runs else None
     return SearchSummary(
         name=name,
         state=state,
@@ -78,31 +72,32 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
         driver=driver.holds,
         created_at=search.created_at,
         spent_s=spent_s,
-        counts=Counts.model_validate({**counts, "asked": asked}),
+        counts=counts,
         budget=budget,
         eta_s=eta_s,
         cost=None if cost is None else cost.with_left(eta_s),
         best=None if best is None else _named(best, preference, scalar),
         best_role=KNEE if KNEE in preference.roles else BEST,
         best_source=None if source is None else _named(source, preference, scalar),
-        sparkline=sparkline(steps, asked),
-        gpu_hours=_gpu_hours(store, search, counts["done"] + counts["eliminated"]),
+        sparkline=sparkline(steps, counts.asked),
+        gpu_hours=_gpu_hours(store, search, counts.done + counts.eliminated),
         objectives=[Objective(name=o.name, maximise=o.maximise) for o in search.record.objectives],
         scalar=None if scalar is None else Objective(name=scalar.name, maximise=scalar.direction == "maximize"),
         confirmed=_confirmed(store),
     )
 
 
-def _named(row: Brief, preference: Preference, scalar: Scalarised | None) -> CandidateName:
+def _named(row: ListedCandidate, preference: Preference, scalar: Scalarised | None) -> CandidateName:
     """A candidate in a few words, with the number of the scalarisation."""
-    return candidate_name(row).model_copy(update={"scalar": _scalar_of(row, preference, scalar)})
+    name = CandidateName.model_validate(row)
+    return name.model_copy(update={"scalar": _scalar_of(row, preference, scalar)})
 
 
-def _scalar_of(row: Brief, preference: Preference, scalar: Scalarised | None) -> float | None:
+def _scalar_of(row: ListedCandidate, preference: Preference, scalar: Scalarised | None) -> float | None:
     """The number of the scalarisation on the search split; None where it is not reckoned."""
     if not row.objectives or scalar is None or scalar.best is None or scalar.worst is None:
         return None
-    losses = preference.losses([{name: estimate["mean"] for name, estimate in row.objectives.items()}])
+    losses = preference.losses([row.objectives])
     return preference.sign * float(preference.order(losses, np.array([scalar.best, scalar.worst]))[0])
 
 
@@ -124,11 +119,13 @@ def _confirmed_pick(store: Store) -> Pick | None:
 _confirmed: PerState[Pick | None] = PerState(_confirmed_pick)
 
 
-def _best(store: Store, preference: Preference, front: Sequence[Brief], baselines: Sequence[Brief]) -> Brief | None:
+def _best(
+    store: Store, preference: Preference, front: Sequence[ListedCandidate], baselines: Sequence[ListedCandidate]
+) -> ListedCandidate | None:
     """The best on the search split, the knee of a front."""
     (first, up), *others = preference.objectives.items()
     if not others:
-        return summaries.best(store, first, maximise=up)
+        return next(iter(store.best(first, maximise=up)), None)
     chosen = chosen_of_front(preference, front, baselines)
     return chosen.get(BEST, chosen.get(KNEE))
 
@@ -154,16 +151,9 @@ def sparkline(steps: list[tuple[int, float]], asked: int) -> list[float]:
     return [steps[place - 1][1] for place in places if place > 0]
 
 
-def candidate_name(row: Brief) -> CandidateName:
-    """A candidate in a few words."""
-    return CandidateName(
-        id=candidate_id(row.number), number=row.number, label=row.label, objectives=values(row.objectives)
-    )
-
-
-def candidate_summaries(store: Store, rows: Sequence[Brief]) -> list[CandidateSummary]:
+def candidate_summaries(store: Store, rows: Sequence[ListedCandidate]) -> list[CandidateSummary]:
     """Candidates as a list shows them, with the number of a scalarisation where there is one."""
-    shown = [CandidateSummary(**_brief_fields(row)) for row in rows]
+    shown = [CandidateSummary.model_validate(row) for row in rows]
     preference = Preference.of_search(store.search())
     if not preference.scalar:
         return shown
@@ -178,12 +168,10 @@ def candidate_summaries(store: Store, rows: Sequence[Brief]) -> list[CandidateSu
 def candidate_detail(store: Store, number: int) -> CandidateDetail:
     """All that is known of a candidate. Raises InputError when there is none of this number."""
     row, search = store.candidate(number), store.search()
-    (brief,) = summaries.briefs(store, [number])
     held = confirmation(store, search, store.candidates(step=0))
     entry = next((entry for entry in [*held.entries, *held.baselines] if entry.id == candidate_id(number)), None)
-    there = {} if entry is None else {**entry.objectives, **entry.constraints, **entry.features}
     return CandidateDetail(
-        **_brief_fields(brief),
+        **dict(CandidateSummary.model_validate(row)),
         recipe_hash=row.recipe_hash,
         recipe=yaml.safe_dump(json.loads(row.recipe), sort_keys=False, default_flow_style=None, allow_unicode=True),
         mergekit=_mergekit(row.recipe, search.record.sources),
@@ -191,20 +179,8 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
         losses=None if row.losses is None else [*row.losses],
         timings=row.timings,
         failed=row.failure,
-        held_out={name: Mean(mean=value.mean, stderr=value.stderr, n=value.n) for name, value in there.items()},
+        held_out={} if entry is None else {**entry.objectives, **entry.constraints, **entry.features},
     )
-
-
-def values(estimates: Mapping[str, Estimate]) -> dict[str, Mean]:
-    return {name: Mean(**estimate) for name, estimate in estimates.items()}
-
-
-def _brief_fields(row: Brief) -> dict[str, Any]:
-    same = ("number", "label", "step", "origin", "status", "same_as", "attempts", "worker", "eligible", "on_front",
-            "niche", "elite", "seconds", "asked_at", "finished_at")  # fmt: skip
-    fields = {name: getattr(row, name) for name in same}
-    reason = None if row.failure is None else str(row.failure.get("reason"))
-    return fields | {"id": candidate_id(row.number), "objectives": values(row.objectives), "failure": reason}
 
 
 def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
@@ -214,10 +190,12 @@ def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
         return None
 
 
-def _best_source(preference: Preference, baselines: Sequence[Brief], scalar: Scalarised | None) -> Brief | None:
+def _best_source(
+    preference: Preference, baselines: Sequence[ListedCandidate], scalar: Scalarised | None
+) -> ListedCandidate | None:
     """The source that the search would prefer to the others."""
     known = [row for row in baselines if row.objectives]
-    losses = preference.losses([{name: e["mean"] for name, e in row.objectives.items()} for row in known])
+    losses = preference.losses([row.objectives for row in known])
     among = losses
     if scalar is not None and scalar.best is not None and scalar.worst is not None:
         among = np.array([scalar.best, scalar.worst])

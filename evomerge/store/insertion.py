@@ -45,9 +45,9 @@ def insert_objectives(connection: Connection, search_id: int, number: int, objec
             "search_id": search_id,
             "candidate": number,
             "name": name,
-            "mean": _null_if_nan(estimate["mean"]),
-            "stderr": _null_if_nan(estimate["stderr"]),
-            "n": int(estimate["n"]),
+            "mean": _null_if_nan(estimate.mean),
+            "stderr": estimate.stderr,
+            "n": estimate.n,
         }
         for name, estimate in objectives.items()
     ]

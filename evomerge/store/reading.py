@@ -33,7 +33,17 @@ from evomerge.store.engine import (
 )
 from evomerge.store.events import Stepped, event_rows
 from evomerge.store.outage import repeated
-from evomerge.store.rows import STATUSES, CandidateRow, Estimate, EventRow, Scores, SearchRow, Status, Step
+from evomerge.store.rows import (
+    STATUSES,
+    AnyCandidate,
+    CandidateRow,
+    Estimate,
+    EventRow,
+    Scores,
+    SearchRow,
+    Status,
+    Step,
+)
 
 SYNC_EVERY_S = 1.0
 """A write waits for the disk if none has for so long."""
@@ -366,8 +376,12 @@ class ReadStore:
         query = select(tables.candidate, recipes.genome, recipes.recipe).join(tables.recipe, same)
         return query.where(columns.search_id == self.search_id)
 
-    @repeated
     def _rows(self, query: Select[Any]) -> list[CandidateRow]:
+        return self.read_candidates(query, CandidateRow)
+
+    @repeated
+    def read_candidates(self, query: Select[Any], kind: type[AnyCandidate]) -> list[AnyCandidate]:
+        """The candidates whose columns a query gives, in its order, with their objectives."""
         objectives = tables.objective.c
         numbers = query.with_only_columns(tables.candidate.c.number).correlate(None)
         of_these = select(
@@ -377,21 +391,16 @@ class ReadStore:
         with self.transaction() as connection:
             rows = connection.execute(query).all()
             for number, name, mean, stderr, n in connection.execute(of_these):
-                estimate = Estimate(mean=_nan_if_null(mean), stderr=_nan_if_null(stderr), n=n)
-                measured.setdefault(number, {})[name] = estimate
-        return [_candidate(row, measured.get(row.number, {})) for row in rows]
+                measured.setdefault(number, {})[name] = Estimate(mean=mean, stderr=stderr, n=n)
+        return [_candidate(row, kind, measured.get(row.number, {})) for row in rows]
 
 
-def _candidate(row: Row[Any], objectives: dict[str, Estimate]) -> CandidateRow:
+def _candidate(row: Row[Any], kind: type[AnyCandidate], objectives: dict[str, Estimate]) -> AnyCandidate:
     values = {name: value for name, value in row._mapping.items() if name != "search_id"}
-    return CandidateRow(**values | {"timings": row.timings or {}}, objectives=objectives)
+    return kind(**values | {"timings": row.timings or {}}, objectives=objectives)
 
 
 def _scores(row: Row[Any]) -> Scores:
     with damage_said("a score for each item and metric"):
         values = row.scores.reshape(len(row.metrics), len(row.items))
     return Scores(row.evaluator, row.split, row.items, dict(zip(row.metrics, values, strict=True)))
-
-
-def _nan_if_null(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from evomerge.genome import Genome
 from evomerge.prices import WorkerTime
@@ -22,11 +23,25 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 Verb = Literal["pause", "resume", "stop", "cancel", "reread"]
 
 
-class Estimate(TypedDict):
-    """An objective of a candidate: mean over n items, and its standard error."""
+def _none_if_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
-    mean: float
-    stderr: float
+
+Known = Annotated[float | None, BeforeValidator(_none_if_nan)]
+"""A number that may not be known: NaN, which JSON has no word for, is null."""
+
+
+class Estimate(BaseModel):
+    """A measure of a model: the mean over ``n`` items and its standard error, as the metric gives it.
+
+    One item says nothing of how far its mean may be off: its error is None. A mean that is not known is NaN, in JSON
+    null.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+    stderr: Known
     n: int
 
 
@@ -111,9 +126,14 @@ class Niches:
     elites: Mapping[int, bool]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CandidateRow:
-    """A candidate and what is known of it, scores of items apart. Times are seconds since 1970.
+def candidate_id(number: int) -> str:
+    """How a candidate is named to people: c0042."""
+    return f"c{number:04d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ListedCandidate:
+    """A candidate and what is known of it, scores of items apart, as a list shows it. Times are seconds since 1970.
 
     ``failure`` holds at least "reason" and "message"; after a failure that is tried again, that of the last attempt.
     ``timings`` are seconds by phase. ``losses`` is what the optimizer was told, None before it was told. ``eligible``:
@@ -128,8 +148,6 @@ class CandidateRow:
     label: str
     status: Status
     recipe_hash: str
-    recipe: str
-    genome: Genome | None
     same_as: int | None
     attempts: int
     worker: str
@@ -144,6 +162,26 @@ class CandidateRow:
     asked_at: float
     finished_at: float | None
 
+    @property
+    def id(self) -> str:
+        """How it is named to people: c0042."""
+        return candidate_id(self.number)
+
+    @property
+    def seconds(self) -> float:
+        """What was spent on it, over all phases."""
+        return sum(self.timings.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CandidateRow(ListedCandidate):
+    """The whole of a candidate: with its recipe, as JSON text, and its genome, which take longer to read."""
+
+    recipe: str
+    genome: Genome | None
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=ListedCandidate)
 
 AnyEvent = TypeVar("AnyEvent", bound=BaseModel)
 

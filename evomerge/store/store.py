@@ -284,7 +284,7 @@ class Store(FencedStore):
         if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, ("asked",)):
             raise ValueError(f"candidate {outcome.number} is not waiting")
         insertion.insert_objectives(connection, self.search_id, outcome.number, outcome.objectives)
-        items = max((estimate["n"] for estimate in outcome.objectives.values()), default=0)
+        items = max((estimate.n for estimate in outcome.objectives.values()), default=0)
         self.append_event(connection, _RACE_ENDS[outcome.status](items=items), outcome.number)
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:

@@ -1,10 +1,11 @@
-"""Light queries over many candidates, for pages and pictures: no recipe is decompressed, and no row made in vain.
+"""Light queries over many candidates, for pages and pictures: no recipe is decompressed.
 
 They cost milliseconds where ``Store.candidates`` takes seconds: 10,000 candidates of 200 parameters in 20 to 60 ms.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,36 +18,7 @@ from evomerge.store import tables
 from evomerge.store.events import event_rows
 from evomerge.store.outage import ride_out
 from evomerge.store.reading import ReadStore
-from evomerge.store.rows import Estimate, EventRow, Status
-
-_BRIEF = (
-    "number", "step", "origin", "label", "status", "same_as", "attempts", "worker", "eligible", "on_front",
-    "niche", "elite",
-    "timings", "failure", "asked_at", "finished_at",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Brief:
-    """A candidate as a list shows it; fields as in ``CandidateRow``. ``seconds`` is the sum of its timings."""
-
-    number: int
-    step: int
-    origin: str
-    label: str
-    status: Status
-    same_as: int | None
-    attempts: int
-    worker: str
-    eligible: bool
-    on_front: bool
-    niche: list[int] | None
-    elite: bool
-    seconds: float
-    failure: dict[str, Any] | None
-    asked_at: float
-    finished_at: float | None
-    objectives: dict[str, Estimate]
+from evomerge.store.rows import EventRow, ListedCandidate, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +34,8 @@ class Order:
     after: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Measured:
-    """An objective of all candidates that have a value, by number: ``numbers`` int64 [n], the others float64 [n].
-
-    ``items`` are how many each mean is of; a mean that is not known, NaN, is left out.
-    """
-
-    numbers: NDArray[np.int64]
-    means: NDArray[np.float64]
-    errors: NDArray[np.float64]
-    items: NDArray[np.int64]
+Measured = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]
+"""Means, standard errors and how many items they are of, for some candidates, [n] each; NaN and 0 where not known."""
 
 
 def columns(store: ReadStore, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -86,18 +49,18 @@ def columns(store: ReadStore, names: Sequence[str]) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-def measured(store: ReadStore, objective: str) -> Measured:
-    """What all candidates are worth in one objective or constraint."""
+def measured(store: ReadStore, objective: str, numbers: NDArray[np.int64]) -> Measured:
+    """What these candidates, by rising number, are worth in one objective or constraint."""
     table = tables.objective.c
     query = select(table.candidate, table.mean, table.stderr, table.n)
     query = query.where(table.search_id == store.search_id, table.name == objective, table.mean.is_not(None))
-    rows = _all(store, query.order_by(table.candidate))
-    return Measured(
-        numbers=np.array([row[0] for row in rows], dtype=np.int64),
-        means=np.array([row[1] for row in rows], dtype=np.float64),
-        errors=np.array([np.nan if row[2] is None else row[2] for row in rows], dtype=np.float64),
-        items=np.array([row[3] for row in rows], dtype=np.int64),
-    )
+    place_of = {number: place for place, number in enumerate(numbers.tolist())}
+    means, errors = np.full((2, len(numbers)), np.nan)
+    items = np.zeros(len(numbers), dtype=np.int64)
+    for number, mean, stderr, n in _all(store, query):
+        if (place := place_of.get(number)) is not None:  # else it came after these
+            means[place], errors[place], items[place] = mean, math.nan if stderr is None else stderr, n
+    return means, errors, items
 
 
 def genomes(store: ReadStore) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -133,26 +96,19 @@ def best_so_far(store: ReadStore, objective: str, *, maximise: bool) -> list[tup
     return improvements
 
 
-def best(store: ReadStore, objective: str, *, maximise: bool) -> Brief | None:
-    """The best eligible candidate in one objective; of equals one on the front, and the one with the lowest number."""
-    table, candidates = tables.objective.c, tables.candidate.c
-    its = (table.search_id == candidates.search_id) & (table.candidate == candidates.number)
-    query = select(candidates.number).join(tables.objective, its)
-    query = query.where(*_of(store), candidates.eligible, candidates.same_as.is_(None))
-    query = query.where(table.name == objective, table.mean.is_not(None))
-    order = (table.mean.desc() if maximise else table.mean, candidates.on_front.desc(), candidates.number)
-    rows = _all(store, query.order_by(*order).limit(1))
-    return briefs(store, [rows[0].number])[0] if rows else None
-
-
-def briefs(store: ReadStore, numbers: Collection[int]) -> list[Brief]:
+def candidates(store: ReadStore, numbers: Collection[int]) -> list[ListedCandidate]:
     """These candidates, by number; those that there are."""
-    return _briefs(store, _brief().where(*_of(store), tables.candidate.c.number.in_(list(numbers))))
+    number = tables.candidate.c.number
+    query = select(tables.candidate).where(*_of(store), number.in_(list(numbers))).order_by(number)
+    return store.read_candidates(query, ListedCandidate)
 
 
-def baselines(store: ReadStore) -> list[Brief]:
+def baselines(store: ReadStore) -> list[ListedCandidate]:
     """The candidates that were asked first, before any of the optimizer's."""
-    return _briefs(store, _brief().where(*_of(store), tables.candidate.c.step == 0))
+    query = (
+        select(tables.candidate).where(*_of(store), tables.candidate.c.step == 0).order_by(tables.candidate.c.number)
+    )
+    return store.read_candidates(query, ListedCandidate)
 
 
 def page(
@@ -163,12 +119,12 @@ def page(
     statuses: Collection[Status] = (),
     origin: str | None = None,
     front: bool = False,
-) -> list[Brief]:
+) -> list[ListedCandidate]:
     """At most ``limit`` candidates that fit, from where ``order.after`` says: a page of a list, at the same price
     wherever it is.
     """
     candidates, table = tables.candidate.c, tables.objective.c
-    query = _brief().where(*_of(store))
+    query = select(tables.candidate).where(*_of(store))
     if statuses:
         query = query.where(candidates.status.in_(list(statuses)))
     if origin is not None:
@@ -192,7 +148,7 @@ def page(
             else:
                 query = query.where((mean != last) | (~candidates.on_front & later))
         query = query.order_by(mean.desc() if order.descending else mean, candidates.on_front.desc(), number)
-    return _briefs(store, query.limit(limit), sort=False)
+    return store.read_candidates(query.limit(limit), ListedCandidate)
 
 
 def events_after(store: ReadStore, seq: int, limit: int) -> list[EventRow]:
@@ -218,34 +174,9 @@ def _of(store: ReadStore) -> tuple[Any, ...]:
     return (tables.candidate.c.search_id == store.search_id,)
 
 
-def _brief() -> Select[Any]:
-    return select(*(tables.candidate.c[name] for name in _BRIEF))
-
-
 def _all(store: ReadStore, query: Select[Any]) -> Sequence[Any]:
     def read() -> Sequence[Any]:
         with store.transaction() as connection:
             return connection.execute(query).all()
 
     return ride_out(read)
-
-
-def _briefs(store: ReadStore, query: Select[Any], *, sort: bool = True) -> list[Brief]:
-    rows = _all(store, query.order_by(tables.candidate.c.number) if sort else query)
-    table = tables.objective.c
-    values = select(table.candidate, table.name, table.mean, table.stderr, table.n).where(
-        table.search_id == store.search_id, table.candidate.in_([row.number for row in rows])
-    )
-    known: dict[int, dict[str, Estimate]] = {}
-    for number, name, mean, stderr, n in _all(store, values):
-        estimate = Estimate(
-            mean=np.nan if mean is None else mean, stderr=np.nan if stderr is None else stderr, n=n
-        )  # as the store's own rows have them
-        known.setdefault(number, {})[name] = estimate
-    return [_as_brief(row, known.get(row.number, {})) for row in rows]
-
-
-def _as_brief(row: Any, objectives: dict[str, Estimate]) -> Brief:
-    values = row._asdict()
-    seconds = sum((values.pop("timings") or {}).values())
-    return Brief(**values, seconds=seconds, objectives=objectives)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sqlalchemy import update
 
 from evomerge.store import tables
 from evomerge.store.lease import Lease, acquire
-from evomerge.store.rows import CandidateRow, Estimate, ItemTexts, NewCandidate, Scores
+from evomerge.store.rows import Estimate, ItemTexts, ListedCandidate, NewCandidate, Scores
 from evomerge.store.store import Store
 
 SETTINGS = {
@@ -71,10 +72,10 @@ def expire(store: Store) -> None:
         connection.execute(update(tables.lease).values(expires_at=0.0, expires_since_boot=0.0))
 
 
-def content(row: CandidateRow) -> dict[str, object]:
+def content(row: ListedCandidate) -> dict[str, object]:
     """A row as plain values that ``==`` compares, float bits included."""
-    fields = {name: getattr(row, name) for name in CandidateRow.__slots__}
-    return fields | {"genome": None if row.genome is None else row.genome.tobytes()}
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 
 class StoreFixtures:

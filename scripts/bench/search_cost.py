@@ -157,7 +157,7 @@ def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
 def _point(
     store: Store, prepared: Prepared, pool: CountingPool, best: int, items: int, screened: int, candidates: int
 ) -> Point:
-    search = store.candidate(best).objectives["maths"]["mean"]
+    search = store.candidate(best).objectives["maths"].mean
     return Point(items, screened, candidates, search, _held_out(best, store, prepared, pool))
 
 

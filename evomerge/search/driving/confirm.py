@@ -80,9 +80,7 @@ class Confirmation:
             return
         estimates = [self._held_out(number) for number in contenders]
         misses = np.array([self._setup.violation(by_measure) for by_measure in estimates])
-        among = self._preference.losses(
-            [{name: e["mean"] for name, e in by_measure.items()} for by_measure in estimates]
-        )
+        among = self._preference.losses(estimates)
         kept = np.flatnonzero(misses == misses.min())
         chosen = {role: contenders[kept[at]] for role, at in self._preference.choose(among[kept], among).items()}
         feasible = bool(misses.min() == 0.0)

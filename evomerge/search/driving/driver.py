@@ -225,7 +225,7 @@ class Driver:
         screen = () if self._setup.screen is None else (self._setup.screen,)
         for measure in (*self._setup.measures, *screen):
             if (estimate := candidate.objectives.get(measure.name)) is not None:
-                known[measure.evaluator] = max(estimate["n"], known.get(measure.evaluator, 0))
+                known[measure.evaluator] = max(estimate.n, known.get(measure.evaluator, 0))
         return sum(known.values())
 
     def _items_to_come(self) -> float | None:

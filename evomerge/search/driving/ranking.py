@@ -65,13 +65,13 @@ class Ranking:
         """A candidate's losses by its own estimates; NaN where it has none."""
         estimates = [candidate.objectives.get(o.name) for o in self._setup.objectives]
         losses = [
-            math.nan if value is None else o.loss(value["mean"])
+            math.nan if value is None else o.loss(value.mean)
             for o, value in zip(self._setup.objectives, estimates, strict=True)
         ]
         if self._screening is not None and all(math.isnan(loss) for loss in losses):
             screen = self._screening.info
             target = self._setup.objectives[screen.objective]
-            losses[screen.objective] = target.loss(self._screening.predict(candidate.objectives[screen.name]["mean"]))
+            losses[screen.objective] = target.loss(self._screening.predict(candidate.objectives[screen.name].mean))
         return np.array(losses, dtype=np.float64)
 
     def _after(self, own: Losses, floor: Losses) -> list[float]:

@@ -91,11 +91,9 @@ class Scoring(ABC):
             return
         screen, target = self.screening.info, self._setup.objectives[self.screening.info.objective]
         known = {c.number: c.objectives for c in candidates}
-        screened = {n: estimates[screen.name]["mean"] for n, estimates in known.items() if screen.name in estimates}
+        screened = {n: estimates[screen.name].mean for n, estimates in known.items() if screen.name in estimates}
         scored = {
-            n: -target.loss(estimates[target.name]["mean"])
-            for n, estimates in known.items()
-            if target.name in estimates
+            n: -target.loss(estimates[target.name].mean) for n, estimates in known.items() if target.name in estimates
         }
         self.screening.remember(screened, scored)
 
@@ -111,7 +109,7 @@ class Scoring(ABC):
             scores = np.array([table.values(measure) for table in tables], dtype=np.float64)
             self._orders[evaluator] = item_order(scores, self._setup.seed + evaluator)
         first = self._setup.objectives[0]
-        losses = [first.loss(c.objectives[first.name]["mean"]) for c in baselines]
+        losses = [first.loss(c.objectives[first.name].mean) for c in baselines]
         self.predictions.take_baselines(tables, tables[int(np.argmin(losses))], self._orders)
 
     def begin(self, candidates: Sequence[Candidate]) -> None:
@@ -212,14 +210,14 @@ class Scoring(ABC):
         bounds = []
         for feature in self._setup.features:
             value = estimates.get(feature.name)
-            if value is None or math.isnan(value["mean"]):
+            if value is None or math.isnan(value.mean):
                 bounds.append(UNKNOWN)
-            elif value["n"] >= feature.items:
-                bounds.append((value["mean"], value["mean"]))
-            elif math.isnan(value["stderr"]):
+            elif value.n >= feature.items:
+                bounds.append((value.mean, value.mean))
+            elif value.stderr is None:
                 bounds.append(UNKNOWN)
             else:
-                bounds.append((value["mean"] - reach * value["stderr"], value["mean"] + reach * value["stderr"]))
+                bounds.append((value.mean - reach * value.stderr, value.mean + reach * value.stderr))
         return bounds
 
     def _better(self, tables: Sequence[ScoreTable], reached: Sequence[int]) -> NDArray[np.bool_]:
@@ -251,7 +249,7 @@ class Scoring(ABC):
         estimates = self._estimates(candidate.table, candidate.reached)
         if self._setup.violation(estimates) > 0.0:
             return [math.inf] * len(self._setup.objectives)
-        return [o.loss(estimates[o.name]["mean"]) for o in self._setup.objectives]
+        return [o.loss(estimates[o.name].mean) for o in self._setup.objectives]
 
     def _leads(self, candidate: Candidate, rivals: Grid) -> bool:
         """Whether a candidate is feasible and no rival is as good in every objective, by what is known now."""
@@ -311,7 +309,7 @@ class Scoring(ABC):
         counts = dict(self._screen_counts())
         for rung, rungs in enumerate(self._rungs):
             wanted = {m.name: len(self._items(m, rung)) for m in self._setup.measures}
-            if all(name in known and known[name]["n"] >= count for name, count in wanted.items()):
+            if all(name in known and known[name].n >= count for name, count in wanted.items()):
                 counts |= {evaluator: max(count, counts.get(evaluator, 0)) for evaluator, count in rungs.items()}
         return table.within(self._setup, self._orders, counts)
 

@@ -177,8 +177,8 @@ def held_out_error(responses: Matrix, subsets: Sequence[Items], order: ItemOrder
             for items in subsets:
                 sample, scores = order.sample(items.astype(np.int32), count), row[items]
                 estimates = (
-                    difference_estimate(scores, items, reference, sample)["mean"],
-                    difference_estimate(scores, items, model.predict(items, scores), sample)["mean"],
+                    difference_estimate(scores, items, reference, sample).mean,
+                    difference_estimate(scores, items, model.predict(items, scores), sample).mean,
                     p_irt(model, items, scores),
                 )
                 errors.append(np.abs(np.array(estimates) - row.mean()))

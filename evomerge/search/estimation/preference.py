@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from evomerge.front import knee, nondominated
 from evomerge.optimizers.scalarisation import Scalarisation
 from evomerge.search.preparing.setup import Setup
-from evomerge.store import CandidateRow, SearchRow, Store, summaries
+from evomerge.store import CandidateRow, Estimate, SearchRow, Store, summaries
 
 Losses = NDArray[np.float64]
 """Losses of models, float64 [models, objectives]; less is better."""
@@ -90,11 +90,14 @@ class Preference:
         """What ``order`` is multiplied by to be shown: a sum of what is maximised as one, a distance as it is."""
         return -1.0 if self.scalarisation is None or self.scalarisation.name == "weighted_sum" else 1.0
 
-    def losses(self, models: Sequence[Mapping[str, float]]) -> Losses:
-        """The losses of models by their means in each objective; NaN where one is not known."""
+    def losses(self, models: Sequence[Mapping[str, Estimate]]) -> Losses:
+        """The losses of models by what is known of each; NaN where an objective is not known."""
         rows = [
-            [(-1.0 if up else 1.0) * means.get(name, np.nan) for name, up in self.objectives.items()]
-            for means in models
+            [
+                (-1.0 if up else 1.0) * (known[name].mean if name in known else np.nan)
+                for name, up in self.objectives.items()
+            ]
+            for known in models
         ]
         return np.array(rows, dtype=np.float64).reshape(len(models), len(self.objectives))
 
@@ -177,13 +180,12 @@ def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], 
     and the losses of the front and the baselines, which give the range of objectives in every place.
     """
     known = summaries.columns(store, ("number", "eligible", "same_as", "on_front", "step"))
-    losses = np.full((len(known["number"]), len(preference.objectives)), np.nan)
+    numbers = np.array(known["number"], dtype=np.int64)
+    losses = np.empty((len(numbers), len(preference.objectives)))
     for place, (name, up) in enumerate(preference.objectives.items()):
-        measured = summaries.measured(store, name)
-        there = measured.numbers < len(losses)  # else it came after the columns were read
-        losses[measured.numbers[there], place] = (-1.0 if up else 1.0) * measured.means[there]
+        losses[:, place] = (-1.0 if up else 1.0) * summaries.measured(store, name, numbers)[0]
     own = np.array([same is None for same in known["same_as"]], dtype=np.bool_)
     eligible = own & np.array(known["eligible"], dtype=np.bool_)
-    numbers = np.flatnonzero(eligible & np.isfinite(losses).all(axis=1))
+    taken = eligible & np.isfinite(losses).all(axis=1)
     on_front = np.array(known["on_front"], dtype=np.bool_)
-    return numbers, losses[numbers], on_front[numbers], losses[on_front | (np.array(known["step"]) == 0)]
+    return numbers[taken], losses[taken], on_front[taken], losses[on_front | (np.array(known["step"]) == 0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
@@ -149,8 +148,8 @@ def estimate(measure: MeasureInfo, table: ScoreTable, order: ItemOrder, predict:
         predicted = predict(known, scores)
         raw = difference_estimate(scores, known, predicted, sample)
         all_scores = np.concatenate([scores, predicted])
-    mean = float(np.clip(raw["mean"], all_scores.min(), all_scores.max()))
-    return Estimate(mean=mean, stderr=raw["stderr"] if len(scores) > 1 else math.nan, n=raw["n"])
+    mean = float(np.clip(raw.mean, all_scores.min(), all_scores.max()))
+    return Estimate(mean=mean, stderr=raw.stderr if len(scores) > 1 else None, n=raw.n)
 
 
 def missing_tasks(table: ScoreTable, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:

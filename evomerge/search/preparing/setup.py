@@ -139,7 +139,7 @@ class Setup:
 
     def feature_values(self, objectives: Mapping[str, Estimate]) -> list[float]:
         """A candidate's value of each feature by its estimates; NaN where there is none."""
-        return [objectives[f.name]["mean"] if f.name in objectives else math.nan for f in self.features]
+        return [objectives[f.name].mean if f.name in objectives else math.nan for f in self.features]
 
     def counts(self, rung: int | None = None) -> Counts:
         """How many items of the search split are scored at a rung; all that objectives want when None."""
@@ -154,7 +154,7 @@ class Setup:
         against a candidate.
         """
         pairs = ((constraint, objectives.get(constraint.name)) for constraint in self.constraints)
-        return sum(constraint.violation(value["mean"]) for constraint, value in pairs if value is not None)
+        return sum(constraint.violation(value.mean) for constraint, value in pairs if value is not None)
 
     @property
     def rungs(self) -> list[Counts]:

@@ -16,8 +16,8 @@ from evomerge.service.dependencies import StoreDependency
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.service.summary import candidate_detail, candidate_summaries, measure_named
 from evomerge.store import Store, summaries
-from evomerge.store.rows import Status
-from evomerge.store.summaries import Brief, Order
+from evomerge.store.rows import ListedCandidate, Status
+from evomerge.store.summaries import Order
 
 router = APIRouter(prefix="/api/v1/searches/{name}", tags=["candidates"], responses=RESPONSES)
 
@@ -91,14 +91,14 @@ def _compared(item: Item) -> ComparedItem:
 
 def _check(store: Store, *numbers: int) -> None:
     """Refuse candidates that there are not (404)."""
-    there = {row.number for row in summaries.briefs(store, numbers)}
+    there = {row.number for row in summaries.candidates(store, numbers)}
     if missing := [number for number in numbers if number not in there]:
         raise ProblemError(404, "There is no such candidate", detail=f"The search has none of number {missing[0]}.")
 
 
-def _cursor(last: Brief, objective: str | None) -> str:
+def _cursor(last: ListedCandidate, objective: str | None) -> str:
     """Where the next page begins: what the list is sorted by, of the last one on this page."""
-    mean = [] if objective is None else [last.objectives[objective]["mean"], int(last.on_front)]
+    mean = [] if objective is None else [last.objectives[objective].mean, int(last.on_front)]
     keys = [*mean, last.number]
     return base64.urlsafe_b64encode(json.dumps(keys).encode()).decode()
 

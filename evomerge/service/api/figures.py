@@ -82,5 +82,5 @@ def _check_objectives(store: Store, given: dict[str, str | None]) -> None:
 
 
 def _check_candidate(store: Store, number: int) -> None:
-    if not summaries.briefs(store, [number]):
+    if not summaries.candidates(store, [number]):
         raise ProblemError(404, "There is no such candidate", detail=f"The search has none of number {number}.")

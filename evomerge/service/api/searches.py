@@ -13,7 +13,8 @@ from starlette.responses import FileResponse, PlainTextResponse
 
 from evomerge.files import read_text
 from evomerge.report.confirmed import UNCONFIRMED
-from evomerge.report.status import SearchStatus, status_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import status_of
 from evomerge.search.settings.folder import FILE_NAME, LOGS_NAME
 from evomerge.service.allowed import PLACE, checked_file
 from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary, Told

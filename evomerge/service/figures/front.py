@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from evomerge.report.entries import Value, candidate_id, measure_text
+from evomerge.report.entries import measure_text
 from evomerge.service.figures.style import (
     BLUE,
     GREEN,
@@ -35,6 +35,7 @@ from evomerge.service.reading import (
 )
 from evomerge.store import Store
 from evomerge.store.record import Measure
+from evomerge.store.rows import Estimate, candidate_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +227,11 @@ class _Front:
             stars.error_x = _bars([values[names[0]].stderr or 0.0 for values in confirmed.values()], GREEN)
         return [joins, stars]
 
-    def _at(self, number: int, values: Mapping[str, Value]) -> tuple[float, float]:
+    def _at(self, number: int, values: Mapping[str, Estimate]) -> tuple[float, float]:
         x, y = (None if axis.measure is None else values[axis.measure.name].mean for axis in (self._x, self._y))
         return (float(number) if x is None else x), (float(number) if y is None else y)
 
-    def _held_out_words(self, number: int, values: Mapping[str, Value]) -> str:
+    def _held_out_words(self, number: int, values: Mapping[str, Estimate]) -> str:
         label = self._columns.labels[int(np.searchsorted(self._columns.numbers, number))]
         name = f"{candidate_id(number)} {label}".strip()
         lines = [f"{measure} {measure_text(v.mean, v.stderr)} on {v.n} held-out items" for measure, v in values.items()]

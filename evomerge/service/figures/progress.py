@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 
 from evomerge.front import hypervolume as volume_of
 from evomerge.front import nondominated
-from evomerge.report.entries import candidate_id
 from evomerge.service.figures.style import (
     BLUE,
     MARKS,
@@ -29,6 +28,7 @@ from evomerge.service.figures.style import (
 from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, number_text, thinned, value_text
 from evomerge.store import Store
 from evomerge.store.record import Number
+from evomerge.store.rows import candidate_id
 
 Over = Literal["candidates", "hours"]
 

@@ -12,11 +12,11 @@ from evomerge.method import share_parameters, shares_of
 from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.recipes.stack import Blend, Hop, StackRecipe
 from evomerge.recipes.stack_text import value_text
-from evomerge.report.entries import candidate_id
 from evomerge.report.path import path_svg
 from evomerge.report.status import depths_of
 from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
 from evomerge.store import Store
+from evomerge.store.rows import candidate_id
 
 _Part = tuple[str, Blend, Hop | None]
 """What a part is called, the blend that makes it, and the step of the path where it is one."""

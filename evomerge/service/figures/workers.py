@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from evomerge.report.entries import candidate_id
 from evomerge.report.svg import COLOURS
 from evomerge.service.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, TEAL, figure, safe
 from evomerge.store import EventRow, Store, current_holder
 from evomerge.store.events import AttemptEnded, ConfirmFailed, Failure, State
+from evomerge.store.rows import candidate_id
 
 MOST_ATTEMPTS = 1500
 """Of a timeline, the newest."""

@@ -19,14 +19,15 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
-from evomerge.report.entries import SOURCE, candidate_id, origin_of
+from evomerge.report.entries import SOURCE, origin_of
 from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import best_source as best_label
 from evomerge.report.picks import roles_of
 from evomerge.report.screen import choice_text, p_text, ranked
-from evomerge.report.status import SearchStatus, depths_of
+from evomerge.report.search_status import SearchStatus
+from evomerge.report.status import depths_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.candidates import compare as paired
 from evomerge.service.api.searches import status_with
@@ -38,6 +39,7 @@ from evomerge.service.pages.search import choices, log_url, main_pick, search_ro
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, SearchRow, Store
+from evomerge.store.rows import candidate_id
 from evomerge.yaml import dump_yaml
 
 router = APIRouter(include_in_schema=False)

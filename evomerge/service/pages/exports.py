@@ -9,7 +9,7 @@ from fastapi.responses import HTMLResponse
 
 from evomerge.errors import InputError
 from evomerge.report.entries import SOURCE
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with
 from evomerge.service.bodies import Export

@@ -17,11 +17,11 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evomerge import __version__
-from evomerge.report.entries import Gap, Value, candidate_id, measure_text, value_text
+from evomerge.report.entries import Gap, value_text
 from evomerge.report.lists import origin_text
 from evomerge.report.screen import duration, p_text
-from evomerge.report.status import Counts
-from evomerge.service.bodies import Mean, SearchSummary
+from evomerge.service.bodies import SearchSummary
+from evomerge.store.rows import candidate_id
 
 HERE = Path(__file__).resolve().parent.parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
@@ -56,8 +56,8 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters |= {
         "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
-        "moment": _moment, "candidate_id": _candidate_id, "finished": finished, "spark": sparkline, "p_text": p_text,
-        "first": _first, "fields": fields_of, "gap": gap_words, "measure": _measure,
+        "moment": _moment, "candidate_id": _candidate_id, "spark": sparkline, "p_text": p_text,
+        "first": _first, "fields": fields_of, "gap": gap_words, "measure": value_text,
     }  # fmt: skip
     environment.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
@@ -108,11 +108,6 @@ def gap_words(gap: Gap) -> str:
     if gap.low is None or gap.high is None:
         return signed(gap.mean)
     return f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
-
-
-def finished(counts: Counts) -> int:
-    """How many candidates are over and done with."""
-    return counts.done + counts.eliminated + counts.failed + counts.cached
 
 
 def gains_over_source(summary: SearchSummary) -> dict[str, float]:
@@ -168,12 +163,6 @@ def fields_of(text: str) -> list[tuple[str, str]]:
         (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for key, value in content.items()
     ]
-
-
-def _measure(value: Value | Mean) -> str:
-    if isinstance(value, Value):
-        return value_text(value)
-    return "" if value.mean is None else measure_text(value.mean, value.stderr)
 
 
 def _first(values: Any) -> Any:

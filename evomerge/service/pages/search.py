@@ -12,11 +12,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
-from evomerge.report.entries import Entry, Value
+from evomerge.report.entries import Entry
 from evomerge.report.parameters import ParameterColumn, columns_of
 from evomerge.report.picks import Pick, conclusions, is_front, roles_of
 from evomerge.report.screen import choice_text, gain_text, ranked, thrift_lines
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.search.estimation.preference import BEST as WINNER
 from evomerge.search.estimation.preference import KNEE
 from evomerge.service.api.candidates import candidates
@@ -28,6 +28,7 @@ from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of, summary_of
 from evomerge.store import Store, summaries
+from evomerge.store.rows import Estimate
 
 router = APIRouter(include_in_schema=False)
 
@@ -223,7 +224,7 @@ def _work_s(status: SearchStatus) -> float:
     return sum(status.seconds.values()) * (status.candidates.done + status.candidates.eliminated)
 
 
-def _best_values(status: SearchStatus) -> dict[str, Value]:
+def _best_values(status: SearchStatus) -> dict[str, Estimate]:
     """What the best on the search split is worth."""
     known = {name: None if status.best is None else status.best.value(name) for name in status.numbers}
     return {name: value for name, value in known.items() if value is not None}
