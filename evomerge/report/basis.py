@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evomerge.report.entries import Entry, value_text
-from evomerge.report.status import SearchStatus
+from evomerge.report.search_status import SearchStatus
 from evomerge.store import CandidateRow, Store
 
 
