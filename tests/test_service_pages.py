@@ -39,7 +39,7 @@ from evomerge.service.pages.lines import line_of, place_of
 from evomerge.service.pages.model_card import card_of
 from evomerge.service.pages.rendering import fields_of, sparkline
 from evomerge.service.pages.search import choices
-from evomerge.store import Store, acquire, tables
+from evomerge.store import Store, acquire, record, tables
 from evomerge.yaml import dump_yaml
 from search_spaces.base import SpaceSettings
 
@@ -219,7 +219,7 @@ def test_only_what_would_do_something_is_offered(
 ) -> None:
     best = CandidateName(id="c0005", number=5, label="", objectives={})
     summary = SearchSummary.unreadable("x", "").model_copy(update={"state": state, "driver": driver, "best": best})
-    summary.counts.asked, summary.budget.candidates = 30, budget
+    summary.counts.asked, summary.budget = 30, record.Budget(candidates=budget)
     assert [(verb, text) for verb, text, _ in pages_search._verbs(summary, made)] == verbs
 
 
