@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -25,12 +25,13 @@ from evomerge.report.entries import Constraint, kind_of, origin_of
 from evomerge.report.naming import exported
 from evomerge.report.picks import roles_of
 from evomerge.report.screen import cell, make_console
+from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
 from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import EVIDENCE_NAME, open_store
 from evomerge.search.settings.resuming import resumed_file
 from evomerge.search.settings.search_file import load_search_file
-from evomerge.store.rows import candidate_id
+from evomerge.store import CandidateRow
 
 
 def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> None:
@@ -40,12 +41,9 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
     """
     console = make_console()
     with open_store(folder) as store:
-        number = exported(store, candidate)
-        row = store.candidate(number)
+        row = store.candidate(exported(store, candidate))
         if row.status not in ("done", "eliminated", "cached"):
-            raise InputError(
-                candidate_id(number), f"is {row.status}: it has no scores", "`evomerge top` lists those with."
-            )
+            raise InputError(row.id, f"is {row.status}: it has no scores", "`evomerge top` lists those with.")
         if not is_url(str(out)):
             check_target(Path(out))
         file = resumed_file(folder, store, ())
@@ -95,12 +93,16 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
     for line in checked:
         console.print(line)
     unseen = "" if verify else ", not scored again"
-    roles = roles_of(status, candidate_id(number), "held_out")
-    descriptions = [*([kind_of(origin_of(row, file.sources), row.label)] if row.label else []), *roles]
-    what = f" ({', '.join(descriptions)})" if descriptions else ""
-    console.print(f"exported {candidate_id(number)}{what} to {out}{unseen}", style="bold")
+    console.print(f"exported {_called(row, status, file.sources)} to {out}{unseen}", style="bold")
     if unconfirmed:
         console.print(f"not confirmed: {unconfirmed}", style="yellow", soft_wrap=True)
+
+
+def _called(row: CandidateRow, status: SearchStatus, sources: Collection[str]) -> str:
+    """A candidate with what it is: c0042 (best)."""
+    kind = [kind_of(origin_of(row, sources), row.label)] if row.label else []
+    descriptions = [*kind, *roles_of(status, row.id, "held_out")]
+    return f"{row.id} ({', '.join(descriptions)})" if descriptions else row.id
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_json: bool) -> None:
