@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -236,6 +237,38 @@ def lay_out(package: Distribution, site: Path) -> None:
         link = site / top
         if not link.exists():
             link.symlink_to(Path(str(package.locate_file(top))))
+
+
+@pytest.mark.nightly  # a minute and a half: torch generates, and a C++ compiler compiles, a dozen kernels
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU with a C++ compiler")
+def test_passes_are_compiled_as_one_graph_that_writes_nothing_but_its_result(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the compiler that makes them for CUDA, up to where it generates code: one graph, no buffer, the same bits."""
+    import torch
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import run_and_get_code
+
+    from evomerge.merging import device
+
+    torch._dynamo.reset()
+    counters.clear()
+    device.compiled.cache_clear()
+    monkeypatch.setattr(device, "is_compiled", lambda device: True)
+    passes, module = kit("check_passes"), kit("kit")
+    setting = module.Setting(module.CPU, True, tmp_path)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    for label, plan in passes.examples(exact=True).items():
+        if plan.kernel() is None:
+            continue
+        (expected, made), codes = run_and_get_code(passes.both, plan, setting, 1 << 16, torch.bfloat16, exact=True)
+        module.same_bits(made, expected, label)
+        (code,) = codes
+        assert "empty_strided_cpu(" not in code.partition("def call")[2], label
+        expected, made = passes.both(plan, setting, 3003, torch.bfloat16, exact=True)
+        module.same_bits(made, expected, label)
+    assert not counters["graph_break"]
+    device.compiled.cache_clear()
 
 
 @pytest.mark.nightly  # half a minute: every pass, method and model of the kit

@@ -88,14 +88,20 @@ def test_where_the_sources_lie_changes_nothing(residency: Residency, sources: di
     assert runner.place.reason == "asked for"
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "sce"])
 def test_the_definitions_compile_without_a_break(
     method: str, sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced by torch.compile as on CUDA, with whole graphs demanded, and run without generating code."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda f, *a: f(*a), dynamic=True, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(device, "computer", lambda found: compiled)
+    device.compiled.cache_clear()
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, dynamic, options: compile_(function, dynamic=dynamic, fullgraph=True, backend="aot_eager"),
+    )
+    monkeypatch.setattr(device, "is_compiled", lambda device: True)
     materialiser = Materialiser(sources)
     name = "model.layers.0.mlp.up_proj.weight"
     expected = dict(materialiser.tensors(recipe(method, sources)))[name]
@@ -103,6 +109,7 @@ def test_the_definitions_compile_without_a_break(
     out = torch.empty_like(expected)
     plan, refs = materialiser._planned(merged, recipe(method, sources))
     DeviceRunner(CPU, materialiser.read, [], "mapped").run(plan, refs, out)
+    device.compiled.cache_clear()
     assert torch.allclose(out, expected, rtol=2**-7, atol=1e-6)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evomerge.merging.drops import element_bits, turns
+
 
 def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """sum_k c_k x_k in float32."""
@@ -19,25 +21,29 @@ def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 def sparsify(
     tensors: Sequence[Tensor],
     numbers: Tensor,
-    masks: Sequence[tuple[Tensor, Tensor]] | None,
-    scale: Tensor,
+    draws: Tensor | None,
     elect: bool,
     divide: bool,
+    meet: bool,
 ) -> Tensor:
     """What ``Sparsify`` says, in float32.
 
     Args:
         tensors: the base and the sources.
-        numbers: float32 [parts, 4]: weight, low, high, share.
-        masks: for each part random bits and the largest that are kept; None for masks by magnitude.
+        numbers: float32 [parts, 5]: weight, low, high, share, scale.
+        draws: int64 [parts, 5], see ``drawn``; None for masks by magnitude.
+        meet: elements of a row meet; ``tensors`` are then whole rows.
     """
     base = tensors[0].float()
     total, above, below = torch.zeros_like(base), torch.zeros_like(base), torch.zeros_like(base)
     shares_above, shares_below = torch.zeros_like(base), torch.zeros_like(base)
     for k, tensor in enumerate(tensors[1:]):
         delta = tensor.float() - base
-        weight, low, high, share = numbers[k]
-        kept = (delta.abs() >= low) & (delta.abs() < high) if masks is None else masks[k][0] <= masks[k][1]
+        weight, low, high, share, _ = numbers[k]
+        if draws is None:
+            kept = (delta.abs() >= low) & (delta.abs() < high)
+        else:
+            kept = drawn(tensors[0], tensor, draws[k], meet)
         part = (weight * delta).where(kept, 0.0)
         total = total + part
         above, below = above + part.clamp(min=0), below + part.clamp(max=0)
@@ -46,14 +52,53 @@ def sparsify(
         return base + total
     positive = above + below >= 0  # a sum of zero counts as positive
     elected, agreeing = torch.where(positive, above, below), torch.where(positive, shares_above, shares_below)
-    return base + (scale * (elected / agreeing.where(agreeing != 0, 1.0)) if divide else elected)
+    return base + (numbers[0, 4] * (elected / agreeing.where(agreeing != 0, 1.0)) if divide else elected)
+
+
+def drawn(base: Tensor, source: Tensor, draw: Tensor, meet: bool) -> Tensor:
+    """Which elements of a task vector are kept at random: a mask of its shape. See ``Part``.
+
+    Args:
+        draw: int64 [5]: the two halves of the stream's key, signed; the largest bits that are kept, of an element that
+            is not larger than the one it meets and of one that is; the number of the first element in the whole.
+    """
+    key, device = (draw[0].to(torch.int32), draw[1].to(torch.int32)), base.device
+    bits = element_bits(draw[4] + torch.arange(base.numel(), device=device).view(base.shape), key)
+    if not meet:
+        return bits <= draw[2]
+    rows, length = base.shape
+    turned = turns(draw[4] // length + torch.arange(rows, device=device), length, key)
+    met = (torch.arange(length, device=device) + turned[:, None]) % length
+    # Computed again of what is met, not looked up in what was computed: that would have to be written down first.
+    size, met_size = _upper_bits(base, source), _upper_bits(base.gather(1, met), source.gather(1, met))
+    coin = (bits >> 16) & 1
+    return bits <= torch.where(size > met_size - coin, draw[3], draw[2])
+
+
+def _upper_bits(base: Tensor, source: Tensor) -> Tensor:
+    """The upper 16 bits of the magnitudes of a task vector, as int32."""
+    return (source.float() - base.float()).abs().view(torch.int32) >> 16
+
+
+def constants(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor on a device, without waiting for what the device is at: pinned memory is copied in its turn."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
     """What ``Select`` says, in float32; ``numbers`` are the shares and then the least variance."""
     base = tensors[0].float()
-    deltas = torch.stack([tensor.float() - base for tensor in tensors[1:]])
-    varies = deltas.double().var(dim=0, unbiased=False).float()
-    agrees = deltas.sign() == torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
-    kept = numbers[:-1].view(-1, *[1] * base.ndim) * agrees
-    return base + ((deltas * kept).sum(dim=0) / kept.sum(dim=0).clamp(min=1e-6)).where(varies >= numbers[-1], 0.0)
+    deltas = [tensor.float() - base for tensor in tensors[1:]]
+    total, mean = torch.zeros_like(base), torch.zeros_like(base).double()
+    for delta in deltas:
+        total, mean = total + delta, mean + delta.double() / len(deltas)
+    squares = torch.zeros_like(mean)
+    kept, agreeing = torch.zeros_like(base), torch.zeros_like(base)
+    for k, delta in enumerate(deltas):
+        squares = squares + (delta.double() - mean) ** 2
+        agrees = torch.where(total >= 0, delta > 0, delta < 0)  # a sum of zero counts as positive
+        kept, agreeing = kept + (numbers[k] * delta).where(agrees, 0.0), agreeing + numbers[k] * agrees
+    varies = (squares / len(deltas)).float()
+    return base + (kept / agreeing.clamp(min=1e-6)).where(varies >= numbers[-1], 0.0)

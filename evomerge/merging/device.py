@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 
 Residency = Literal["device", "pinned", "mapped"]
 
-_PIECE = 1 << 25  # elements: intermediate results of a definition that is not compiled take a few hundred MB
+_PIECE = 1 << 24  # elements: intermediate results of a definition that is not compiled take a few hundred MB
+_COMPILED_PIECE = 1 << 30  # elements: there are none, and 32 bits count what a kernel is given
+_MOST_COMPILED = 128  # variants of all definitions together
+# What is used twice is computed twice. torch would write long expressions down in float32 and read them again, which
+# takes longer than anything that a definition computes.
+_ONE_KERNEL = {"realize_opcount_threshold": 100_000, "realize_reads_threshold": 1_000}
 _SPARE = 0.25  # share of the device's memory that is left to scoring: activations, cache, evaluators
 _HOST_SHARE = 0.5  # of the free memory of the host, which other workers want as well
 
@@ -117,12 +122,15 @@ class DeviceRunner:
     def compute(self, plan: Pass, tensors: Sequence[Tensor], out: Tensor) -> None:
         """Make one tensor in place, from tensors on the device."""
         row, total, grain = out.shape[-1] if out.shape else 1, out.numel(), plan.grain
-        flat = [tensor.reshape(-1) for tensor in tensors]
-        step = {"element": _PIECE, "row": max(1, _PIECE // max(row, 1)) * row, "tensor": total}[grain] or 1
+        # What has no compiled form on the CPU has none here: it is run as it stands, with all its intermediate results.
+        most = _COMPILED_PIECE if is_compiled(self._device) and plan.kernel() is not None else _PIECE
+        flat, whole = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
+        step = {"element": most, "row": max(1, most // max(row, 1)) * row, "tensor": total}[grain] or 1
         for begin in range(0, total, step):
-            pieces = [in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in flat]
-            made = plan.run(pieces, begin, computer(self._device))
-            out.view(-1)[begin : begin + step].copy_(made.reshape(-1))
+            *pieces, target = (in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in (*flat, whole))
+            made = plan.run(pieces, begin, computer(self._device, target))
+            if made is not target:
+                target.copy_(made.reshape(target.shape))
 
 
 class DeviceRunners:
@@ -151,20 +159,37 @@ class DeviceRunners:
         self.of_device[device].compute(plan, tensors, out)
 
 
-def computer(device: torch.device) -> Compute:
-    """How plain definitions are run on a device: compiled on CUDA, where torch brings Triton, else as they stand.
+def is_compiled(device: torch.device) -> bool:
+    """Whether plain definitions are compiled for a device: on CUDA, where torch brings Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
-    Compiling takes some ten seconds for each method and number of sources; torch keeps the result on disk.
+
+def computer(device: torch.device, target: Tensor) -> Compute:
+    """How plain definitions are run on a device: compiled, or as they stand.
+
+    Compiled, one kernel reads the sources and writes ``target`` in its dtype, which is then the result: what a
+    definition gives in float32 is never in memory. Compiling takes some ten seconds for each method and number of
+    sources; torch keeps the result on disk.
     """
-    if device.type == "cuda" and find_spec("triton") is not None:
-        return _call_compiled
-    return call
+    if not is_compiled(device):
+        return call
 
+    def compute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        compiled(function)(target, *arguments)
+        return target
 
-def _call_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return _compile(function)(*arguments)
+    return compute
 
 
 @cache
-def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True)
+def compiled(function: Callable[..., Tensor]) -> Callable[..., None]:
+    """(where to, the function's arguments) -> nothing: a plain definition whose result is written in place."""
+
+    def write(target: Tensor, *arguments: Any) -> None:
+        target.copy_(function(*arguments))
+
+    # A worker meets another number of sources, dtype or setting now and then; beyond so many, and that is 8 unless one
+    # says otherwise, torch runs all others as they stand.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_COMPILED)
+    return torch.compile(write, dynamic=True, options=dict(_ONE_KERNEL))

@@ -36,24 +36,47 @@ def random_words(first: int, count: int, key: tuple[int, int], device: torch.dev
     """Words first .. first + count - 1 of a stream: int64 [count], each in [0, 2**32). ``words`` has it compiled."""
     import torch
 
-    x = (torch.arange(first, first + count, device=device) & _LOW_32) ^ key[0]
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW_32
-    x = (x + key[1]) & _LOW_32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW_32
-    return x ^ (x >> 16)
+    return _words(torch.arange(first, first + count, device=device), as_signed(key)).long() & _LOW_32
 
 
 def random_halves(first: int, count: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
     """The bits of elements first .. first + count - 1, in the upper half of an int32 [count]."""
     import torch
 
-    words = random_words(first // 2, (first + count + 1) // 2 - first // 2, key, device)
-    halves = torch.stack([words << 16, words & (0xFFFF << 16)], dim=-1).view(-1)
-    return halves[first % 2 : first % 2 + count].to(torch.int32)
+    return element_bits(torch.arange(first, first + count, device=device), as_signed(key))
 
 
 def row_turns(first: int, rows: int, length: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """How many places further the element stands that one meets, in rows first .. first + rows - 1; see ``Part``.
+    """How many places further the element stands that one meets, in rows first .. first + rows - 1; see ``turns``."""
+    import torch
+
+    return turns(torch.arange(first, first + rows, device=device), length, as_signed(key))
+
+
+Key = tuple["int | Tensor", "int | Tensor"]
+"""A stream's key as numbers of 32 bits with a sign, or as int32 tensors of no dimension that hold these."""
+
+
+def as_signed(key: tuple[int, int]) -> tuple[int, int]:
+    """A key with halves of -2**31 to 2**31 - 1, of the same bits."""
+    first, second = (half - ((half >> 31) << 32) for half in key)
+    return first, second
+
+
+def element_bits(elements: Tensor, key: Key) -> Tensor:
+    """The bits of elements by their numbers (int64), in the upper half of an int32 of that shape.
+
+    Each element hashes its own word, whose other half is its neighbour's: on a GPU, where this is compiled into a pass,
+    that is cheaper than to exchange it.
+    """
+    import torch
+
+    words = _words(elements >> 1, key)
+    return torch.where(elements & 1 == 0, words << 16, words & -LEVELS)
+
+
+def turns(rows: Tensor, length: int, key: Key) -> Tensor:
+    """How many places further the element stands that one meets, in rows by their numbers (int64); see ``Part``.
 
     The stream is another than that of the elements: that of the key with its halves exchanged.
 
@@ -61,9 +84,24 @@ def row_turns(first: int, rows: int, length: int, key: tuple[int, int], device: 
         length: of a row.
 
     Returns:
-        int64 [rows], each from 1 to length - 1 (1 in rows of one element, which meets itself).
+        int64 of the shape of ``rows``, each from 1 to length - 1 (1 in rows of one element, which meets itself).
     """
-    return 1 + (random_words(first, rows, key[::-1], device) * (length - 1) >> 32)
+    return 1 + ((_words(rows, key[::-1]).long() & _LOW_32) * (length - 1) >> 32)
+
+
+def _words(numbers: Tensor, key: Key) -> Tensor:
+    """The words of these numbers (int64) as int32, whose products leave out what is beyond 32 bits."""
+    import torch
+
+    x = numbers.to(torch.int32) ^ key[0]
+    x = (x ^ _shifted(x, 16)) * 0x7FEB352D + key[1]
+    x = (x ^ _shifted(x, 15)) * (0x846CA68B - (1 << 32))
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """Words shifted to the right as if they had no sign."""
+    return (words >> by) & (_LOW_32 >> by)
 
 
 def level(chance: float) -> int:

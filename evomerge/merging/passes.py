@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from evomerge.merging.drops import LEVELS, limit, random_halves, row_turns
+from evomerge.merging.drops import LEVELS, as_signed, limit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ class Pass(Protocol):
         """
 
     def kernel(self) -> Kernel | None:
-        """The same compiled for the CPU; None where there is nothing but ``run``."""
+        """The same compiled for the CPU; None where there is nothing but ``run``, and that does not use ``compute``."""
 
 
 def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -106,10 +106,10 @@ class Combine:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import combine
+        from evomerge.merging.definitions import combine, constants
 
         coefficients = [self.coefficients[name] for name in self.inputs]
-        return compute(combine, tensors, torch.tensor(coefficients, device=tensors[0].device))
+        return compute(combine, tensors, constants(coefficients, torch.float32, tensors[0].device))
 
     def kernel(self) -> Kernel:
         from evomerge.merging import kernels
@@ -129,7 +129,7 @@ class Part:
         key: of the stream of random bits; None where nothing is drawn.
         levels: how many of the 65,536 values of an element's bits keep it, one at least.
         rise: None where the chance does not hang on the magnitude, else how many more keep an element that is larger
-            than the one it meets. Each element of a row meets the one so many places further as ``drops.row_turns``
+            than the one it meets. Each element of a row meets the one so many places further as ``drops.turns``
             says, the row being a ring. What it meets is then any other element of its row with equal chance, so the
             chance to be the larger is its rank in the row, from 0 to 1, and the chance to be kept rises evenly with
             the rank: no element is ever ranked. Magnitudes are compared by their upper 16 bits, about half a percent
@@ -175,15 +175,24 @@ class Sparsify:
         """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
         import torch
 
-        from evomerge.merging.definitions import sparsify
+        from evomerge.merging.definitions import constants, sparsify
 
-        device, parts = tensors[0].device, self.parts
-        numbers = [[part.weight, part.low, part.high, part.share] for part in parts]
-        masks: list[tuple[Tensor, Tensor]] | None = None
-        if parts[0].key is not None:
-            masks = [(self._bits(part, tensors[0], first), self._limits(part, tensors, first)) for part in parts]
-        scale = torch.tensor(self.scale, device=device)
-        return compute(sparsify, tensors, torch.tensor(numbers, device=device), masks, scale, self.elect, self.divide)
+        device, parts, meet = tensors[0].device, self.parts, self.parts[0].rise is not None
+        numbers = [[part.weight, part.low, part.high, part.share, self.scale] for part in parts]
+        draws = [
+            [*as_signed(part.key), limit(part.levels), limit(part.levels + (part.rise or 0)), first]
+            for part in parts
+            if part.key is not None
+        ]
+        return compute(
+            sparsify,
+            tensors,
+            constants(numbers, torch.float32, device),
+            constants(draws, torch.int64, device) if draws else None,
+            self.elect,
+            self.divide,
+            meet,
+        )
 
     def kernel(self) -> Kernel:
         from evomerge.merging import kernels
@@ -208,26 +217,6 @@ class Sparsify:
             kernels.sparsify(arrays[0], arrays[1:], *arguments, first, row, out, span.stream)
 
         return run
-
-    @staticmethod
-    def _bits(part: Part, like: Tensor, first: int) -> Tensor:
-        assert part.key is not None
-        return random_halves(first, like.numel(), part.key, like.device).view(like.shape)
-
-    def _limits(self, part: Part, tensors: Sequence[Tensor], first: int) -> Tensor:
-        """What the bits must not exceed: one number, or one an element by what it meets."""
-        import torch
-
-        base, lowest = tensors[0], torch.tensor(limit(part.levels), dtype=torch.int32, device=tensors[0].device)
-        if part.rise is None:
-            return lowest
-        assert part.key is not None
-        size = (tensors[1 + self.parts.index(part)].float() - base.float()).abs().view(torch.int32) >> 16
-        rows, length = base.shape
-        turns = row_turns(first // length, rows, length, part.key, base.device)
-        met = size.gather(1, (torch.arange(length, device=base.device) + turns[:, None]) % length)
-        coin = (self._bits(part, base, first) >> 16) & 1
-        return torch.where(size > met - coin, limit(part.levels + part.rise), lowest)
 
 
 @dataclass(frozen=True)
@@ -254,9 +243,9 @@ class Select:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import select
+        from evomerge.merging.definitions import constants, select
 
-        numbers = torch.tensor([*self.shares.values(), self.least], device=tensors[0].device)
+        numbers = constants([*self.shares.values(), self.least], torch.float32, tensors[0].device)
         return compute(select, tensors, numbers)
 
     def kernel(self) -> Kernel:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
-from kit import CPU, Row, Setting, WrongError, close_share, same_bits
+from kit import CPU, Row, Setting, WrongError, check, close_share, same_bits
 from torch import Tensor
 
 from evomerge.merging import passes
@@ -105,6 +105,9 @@ def _compare(label: str, setting: Setting) -> str:
     for count, dtype in ((3 * 1001, torch.float16), (1 << 20, torch.float32), (1 << 20, torch.bfloat16)):
         expected, made = both(rounded, setting, count, dtype, exact=False)
         shares.append(close_share(made, expected, scale=0.2, what=f"{count} elements of {dtype}"))
+    if setting.device.type == "cuda":
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        check(not breaks, f"is not compiled as one graph: {', '.join(breaks)}")
     return f"bit for bit where exact, to 2^{math.log2(largest):.0f}; of others {min(shares):.2%} the same"
 
 
