@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.device import DeviceRunners, Residency
+from evomerge.merging.device import DeviceRunner, DeviceRunners, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import Inputs
@@ -105,6 +106,7 @@ class Materialiser:
         evidence: what is known of these very sources, and shared with others; kept for this process alone when None.
         residency: where sources are kept for a model on a GPU; see ``device``.
         inputs: of the sources' layers, for recipes that are made by calibration texts.
+        device: of the live models that ``tensors`` are to equal bit for bit: another one may round otherwise.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class Materialiser:
         evidence: Evidence | None = None,
         residency: Residency | None = None,
         inputs: Inputs | None = None,
+        device: torch.device = _CPU,
     ) -> None:
+        self._device = device
         self._sources = sources
         self._inputs = inputs
         self._threads = WorkerThreads()
@@ -234,10 +238,9 @@ class Materialiser:
         ):
             if name in without:
                 continue
-            out = torch.empty(shape, dtype=dtype)
             plan, refs = self._planned(merged, recipe)
             read = [self.read(ref) for ref in refs]
-            self._threads.run([Job(plan, read, out)])
+            out = self._made(plan, refs, read, shape, dtype)
             if (layer := merged.role.layer) is not None and factors[layer] != 1.0:
                 folds = self._sources[giver(recipe.hops[layer], recipe)].folds
                 if merged.stored in folds:
@@ -248,6 +251,22 @@ class Materialiser:
             self._views.clear()
             self._folds.clear()
             yield name, out
+
+    def _made(
+        self, plan: Pass, refs: Sequence[Ref], read: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """A tensor made as it would be in a live model, on the CPU."""
+        out = torch.empty(shape, dtype=dtype, device=self._device)
+        if self._exporter is None:
+            self._threads.run([Job(plan, read, out)])
+        else:
+            self._exporter.run(plan, refs, out)
+        return out.to(_CPU)
+
+    @cached_property
+    def _exporter(self) -> DeviceRunner | None:
+        """What makes tensors one at a time on the device of live models; None where that is the CPU."""
+        return None if self._device.type == "cpu" else DeviceRunner(self._device, self.read, [], "mapped")
 
     def _check_finite(self, name: str, out: Tensor, plan: Pass, read: Sequence[Tensor]) -> None:
         if all_finite(out):

@@ -35,7 +35,11 @@ class StackBuilder:
         """What writes recipes into the live model."""
         context = self._context
         return Materialiser(
-            context.sources, evidence=context.evidence, residency=context.residency, inputs=self._inputs
+            context.sources,
+            evidence=context.evidence,
+            residency=context.residency,
+            inputs=self._inputs,
+            device=context.devices[0],
         )
 
     @cached_property

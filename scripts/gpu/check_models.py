@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import models
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel, live_model
 from evomerge.checkpoints.stack import Stack
-from evomerge.merging.device import Residency
+from evomerge.merging.device import DeviceRunner, Residency
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.stack import Blend, StackRecipe
@@ -46,13 +46,17 @@ def rows() -> list[Row]:
 
 
 class OnDevice(Materialiser):
-    """Writes as it would on a GPU, whatever the device of the live model."""
+    """Makes tensors as it would on a GPU, whatever the device of the live model."""
 
     def _stack(self, live: LiveModel) -> Stack:
         stack = super()._stack(live)
         if self._runner is None:
             self._runner = self._on(live.device)
         return stack
+
+    @cached_property
+    def _exporter(self) -> DeviceRunner:
+        return DeviceRunner(self._device, self.read, [], "mapped")
 
 
 def recipe(method: str, setting: Setting) -> StackRecipe:
@@ -97,22 +101,22 @@ def _pin_by_copying() -> None:
 
 
 def _live_equals_export(setting: Setting) -> str:
-    sources, figures = models.sources(setting), []
-    live, materialiser = live_model(sources["base"], setting.device), Materialiser(sources)
-    for method in _EXPORTED:
-        made = recipe(method, setting)
-        materialiser.write(made, live)
-        figures.append(_compared(live.tensors, materialiser.tensors(made), method))
-    return f"{len(figures)} methods bit for bit"
+    sources = models.sources(setting)
+    for kind in (Materialiser, OnDevice):  # which differ on the CPU alone
+        live, materialiser = live_model(sources["base"], setting.device), kind(sources, device=setting.device)
+        for method in _EXPORTED:
+            made = recipe(method, setting)
+            materialiser.write(made, live)
+            _compare(live.tensors, materialiser.tensors(made), method)
+    return f"{len(_EXPORTED)} methods bit for bit"
 
 
-def _compared(live: dict[str, Tensor], exported: Iterable[tuple[str, Tensor]], method: str) -> int:
+def _compare(live: dict[str, Tensor], exported: Iterable[tuple[str, Tensor]], method: str) -> None:
     count = 0
     for name, tensor in exported:
         same_bits(live[name], tensor, f"{method}: {name}")
         count += 1
     check(count == len(live), f"{method}: {count} tensors are exported of {len(live)}")
-    return count
 
 
 # ---- searches --------------------------------------------------------------------------------------------------------
