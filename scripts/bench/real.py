@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from together import open_family, real_evaluator
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluators.base import Evaluator
+from evaluators.function import FunctionSettings
+from evaluators.likelihood import LikelihoodSettings
 from evomerge.checkpoints.live import LiveModel
-from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.builders import BuildContext, Builders
 from evomerge.merging.stack_builder import StackBuilder
 from evomerge.recipes.stack import Blend, StackRecipe
@@ -63,6 +64,21 @@ def recipe_of(sources: Mapping[str, Source], numbers: np.ndarray) -> StackRecipe
     )  # fmt: skip
 
 
+def open_family(base: Path, adapters: Mapping[str, Path]) -> dict[str, Source]:
+    references = {"base": str(base), **{name: f"{base}+{adapter}" for name, adapter in adapters.items()}}
+    return {name: open_source(name, reference, place=name) for name, reference in references.items()}
+
+
+def real_evaluator(items: Path, likelihood: bool) -> Evaluator:
+    files = {"held_out_file": items / "held_out.jsonl", "apply_chat_template": True}
+    if likelihood:
+        return LikelihoodSettings(file=items / "search.jsonl", prompt="{question}", **files).build()
+    return FunctionSettings(
+        file=ROOT / "scripts" / "real" / "right.py", function="right", items_file=items / "search.jsonl",
+        metrics={"right": "maximize"}, batch_size=256, allow_task_code=True, **files,
+    ).build()  # fmt: skip
+
+
 class Candidates:
     """A worker on the real model, and candidates for it.
 
@@ -91,10 +107,18 @@ class Candidates:
         self.merge = result.timings["merge"]
 
 
-def plain_prompts(folder: Path, items: int) -> list[str]:
+def plain(folder: Path) -> tuple[Any, Any]:
+    """The model and its tokenizer in plain transformers, which is imported here: a process that scores does without
+    much of what this brings, and its peak is measured too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=torch.bfloat16).eval()
+    return model, AutoTokenizer.from_pretrained(folder / "smollm2", padding_side="left")
+
+
+def plain_prompts(tokenizer: Any, folder: Path, items: int) -> list[str]:
     """The questions as a chat, as the evaluator asks them."""
     lines = (folder / "items" / "search.jsonl").read_text("utf-8").splitlines()[:items]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2")
     talks = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
     return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
 
@@ -117,9 +141,8 @@ def seconds(work: Callable[[], object]) -> float:
 def compare(folder: Path, items: int, repeats: int) -> dict[str, float]:
     """Seconds a candidate, ours and plain; those of its merge, and of copying what a merge reads and writes."""
     ours = Candidates(folder, items, repeats + 1)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2", padding_side="left")
-    plain = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=torch.bfloat16).eval()
-    prompts = plain_prompts(folder, items)
+    model, tokenizer = plain(folder)
+    prompts = plain_prompts(tokenizer, folder, items)
     base = ours.sources["base"]
     read = [base.read(name) for name in base.tensors]
     written = [torch.empty_like(tensor) for tensor in read]
@@ -129,13 +152,13 @@ def compare(folder: Path, items: int, repeats: int) -> dict[str, float]:
             target.copy_(tensor)
 
     def answers(size: int) -> float:
-        return seconds(lambda: plain_answers(plain, tokenizer, prompts, size))
+        return seconds(lambda: plain_answers(model, tokenizer, prompts, size))
 
     rows: list[dict[str, float]] = []
     best = 0
     for repeat, recipe in enumerate(ours.recipes):
         evomerge = seconds(partial(ours.score, recipe))
-        plain.load_state_dict(ours.live.model.state_dict(), strict=False)
+        model.load_state_dict(ours.live.model.state_dict(), strict=False)
         best = best or min(BATCH_SIZES, key=answers)
         taken = {"evomerge": evomerge, "plain": answers(best), "merge": ours.merge, "copy": seconds(copy)}
         if repeat:  # the first turn imports and compiles
@@ -199,9 +222,8 @@ def main() -> None:
         for recipe in ours.recipes:
             ours.score(recipe)
     elif given.peak == "plain":
-        tokenizer = AutoTokenizer.from_pretrained(given.real / "smollm2", padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(given.real / "smollm2", dtype=torch.bfloat16).eval()
-        plain_answers(model, tokenizer, plain_prompts(given.real, given.items), BATCH_SIZES[-1])
+        model, tokenizer = plain(given.real)
+        plain_answers(model, tokenizer, plain_prompts(tokenizer, given.real, given.items), BATCH_SIZES[-1])
     if given.peak:
         print(own_peak())
         return

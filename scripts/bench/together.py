@@ -26,11 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from real import open_family, real_evaluator
 from safetensors.torch import save_file
 
-from evaluators.base import Evaluator
-from evaluators.function import FunctionSettings
-from evaluators.likelihood import LikelihoodSettings
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.lm_eval_quiet import quiet
 from evomerge.checkpoints.source import Source, open_source
@@ -64,21 +62,6 @@ def write_adapter(name: str, rank: int, folder: Path) -> Path:
 
 def open_miniatures(rank: int, folder: Path) -> dict[str, Source]:
     return open_family(MINIATURES / "base", {name: write_adapter(name, rank, folder / name) for name in ADAPTED})
-
-
-def open_family(base: Path, adapters: Mapping[str, Path]) -> dict[str, Source]:
-    references = {"base": str(base), **{name: f"{base}+{adapter}" for name, adapter in adapters.items()}}
-    return {name: open_source(name, reference, place=name) for name, reference in references.items()}
-
-
-def real_evaluator(items: Path, likelihood: bool) -> Evaluator:
-    files = {"held_out_file": items / "held_out.jsonl", "apply_chat_template": True}
-    if likelihood:
-        return LikelihoodSettings(file=items / "search.jsonl", prompt="{question}", **files).build()
-    return FunctionSettings(
-        file=ROOT / "scripts" / "real" / "right.py", function="right", items_file=items / "search.jsonl",
-        metrics={"right": "maximize"}, batch_size=256, allow_task_code=True, **files,
-    ).build()  # fmt: skip
 
 
 def recipes_of(sources: Mapping[str, Source], count: int) -> list[StackRecipe]:
