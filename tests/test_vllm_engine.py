@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +21,23 @@ from evomerge.checkpoints.stack import Step
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
 from evomerge.inference.vllm_engine import VllmEngine, check_paths
+from evomerge.inference.vllm_worker import SharedWeights, places_of
 
 PROMPTS = ["問題: 3個と4個で何個ですか。\n答え:", "問題: 12 + 30 は?\n答え:", "Problem: 5 + 8?\nAnswer:"]
 HEADS = "vllm.model_executor.layers.vocab_parallel_embedding"
+
+
+class MadeUpWorker(SharedWeights):
+    """A worker of it, with the real extension. ``taken`` are the bytes that it was handed of each tensor."""
+
+    def __init__(self, rank: int, live: LiveModel) -> None:
+        self.rank, self.get_model, self._live = rank, lambda: live.model, live
+        self.taken: dict[str, int] = {}
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        tensors = dict(weights_iterator)
+        self.taken = {name: tensor.nbytes for name, tensor in tensors.items()}
+        load_weights(self._live, tensors.items())
 
 
 class MadeUpLlm:
@@ -39,11 +55,19 @@ class MadeUpLlm:
         self._live.stack.lay([Step(n, min(n, source.layers - 1)) for n in range(hops)])
         load_weights(self._live, ((n, torch.full_like(t, 0.01)) for n, t in self._live.tensors.items()))
         self._cache: dict[tuple[int, ...], list[int]] = {}
+        self.workers = [MadeUpWorker(rank, self._live) for rank in range(arguments.get("tensor_parallel_size", 1))]
 
-    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        assert method == "reload_weights"
-        if self.takes_weights:
-            load_weights(self._live, kwargs["weights_iterator"])
+    def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        if not self.takes_weights:
+            return []
+        assert len(self.workers) == 1 or pickle.dumps((args, kwargs))  # what processes are told must travel
+        return [getattr(worker, method)(*args, **(kwargs or {})) for worker in self.workers]
 
     def apply_model(self, function: Any) -> None:
         function(self._live.model)
@@ -91,7 +115,12 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     heads.__dict__["ParallelLMHead"] = type("ParallelLMHead", (), {})
     monkeypatch.setitem(sys.modules, "vllm", found)
     monkeypatch.setitem(sys.modules, HEADS, heads)
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"):
+    for name in (
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_NO_USAGE_STATS",
+        "VLLM_WORKER_MULTIPROC_METHOD",
+    ):
         monkeypatch.setenv(name, "1")  # so that what an engine sets is taken back
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -154,7 +183,44 @@ def test_on_a_gpu_it_asks_for_half_of_what_is_free(monkeypatch: pytest.MonkeyPat
     from evomerge.inference.vllm_engine import _memory
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
-    assert _memory(torch.device("cuda", 0)) == {"gpu_memory_utilization": pytest.approx(0.375)}
+    assert _memory([torch.device("cuda", 0)]) == {"gpu_memory_utilization": pytest.approx(0.375)}
+
+
+def test_several_gpus_give_what_the_fullest_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evomerge.inference.vllm_engine import _memory
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 - 20 * device.index, 80))
+    assert _memory([torch.device("cuda", n) for n in (0, 1)]) == {"gpu_memory_utilization": pytest.approx(0.25)}
+
+
+def test_devices_of_the_live_model_divide_that_of_vllm(sources: dict[str, Source]) -> None:
+    live = live_model(sources["maths"], (torch.device("cpu"), torch.device("cpu")), torch.float32)
+    engine = VllmEngine(sources["maths"], live)
+    asked = engine._llm.arguments
+    assert (asked["tensor_parallel_size"], asked["distributed_executor_backend"]) == (2, "mp")
+    module, _, name = asked["worker_extension_cls"].rpartition(".")
+    assert getattr(importlib.import_module(module), name) is SharedWeights
+    answers = []
+    for source in ("maths", "japanese", "maths"):
+        fill(live, sources[source])
+        engine.load(live)
+        expected, actual = both(live, engine)
+        assert actual == expected
+        answers.append(actual)
+    assert answers[0] == answers[2] != answers[1]
+    for worker in engine._llm.workers:
+        assert worker.taken == {name: tensor.nbytes for name, tensor in live.tensors.items()}
+
+
+def test_weights_are_told_of_and_not_sent(live: LiveModel) -> None:
+    messages = places_of(live.tensors.items(), 2)
+    assert sum(map(len, messages)) < 0.1 * sum(tensor.nbytes for tensor in live.tensors.values())
+    name, tensor = next(iter(live.tensors.items()))
+    for message in messages:
+        there = dict(pickle.loads(message))
+        assert torch.equal(there[name], tensor)
+        tensor[0] += 1.0  # the same memory
+        assert torch.equal(there[name], tensor)
 
 
 def test_weights_that_do_not_arrive_are_noticed(
@@ -249,9 +315,9 @@ def test_a_model_that_vllm_does_not_know(live: LiveModel, sources: dict[str, Sou
 def test_llvmlite_still_works_after_it_is_hidden() -> None:
     from llvmlite import binding
 
-    from evomerge.inference.vllm_engine import _hide_from_scans
+    from evomerge.inference.vllm_worker import hide_from_scans
 
-    _hide_from_scans()
+    hide_from_scans()
     assert not hasattr(binding.ffi.lib, "__dict__")
     assert binding.get_process_triple()
     assert str(binding.parse_assembly("define i32 @one() { ret i32 1 }"))

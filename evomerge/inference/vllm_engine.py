@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from evomerge.errors import InputError
 from evomerge.inference.generation import text_of
 from evomerge.inference.requests import Batch, Generate, Likelihood, Response, Text, refuse_media
 from evomerge.inference.transformers_engine import TransformersEngine
+from evomerge.inference.vllm_worker import SharedWeights, hide_from_scans, places_of, repack_head
 from evomerge.recipes.stack import renumber
 
 ENVIRONMENT = {
@@ -37,6 +37,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",  # it writes to the screen, that of the search, and warns of every reload
     "VLLM_NO_USAGE_STATS": "1",
+    # Its workers, where there are several: a fork of a process with threads may hang.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 """What vLLM reads when it is imported; what the user has set counts, but for the first."""
 
@@ -68,12 +70,13 @@ def import_vllm() -> Any:
 class VllmEngine:
     """An ``Engine`` that answers with vLLM. Likelihoods are asked of the live model, by transformers.
 
-    Memory, beside the live model's: on a GPU half of what is free when the engine starts, for its weights, activations
-    and cache; on a CPU its weights and 1 GiB of cache.
+    Where several devices share out the live model's layers, they also divide the engine's model by tensor parallelism
+    (see ``vllm_worker``). Memory, beside the live model's: on a GPU half of what is free when the engine starts, for
+    its weights, activations and cache; on a CPU its weights and 1 GiB of cache.
 
     Args:
         source: gives configuration and tokenizer.
-        live: the built model that will be loaded: its dtype, device and context are the engine's as well.
+        live: the built model that will be loaded: its dtype, devices and context are the engine's as well.
         hops: the longest path that will be loaded; as many layers as the source has when None.
 
     Raises:
@@ -85,12 +88,12 @@ class VllmEngine:
     def __init__(self, source: Source, live: LiveModel, hops: int | None = None) -> None:
         self._vllm = import_vllm()
         self._source, self._hops = source, hops or source.layers
-        self._tokenizer = live.tokenizer
+        self._tokenizer, self._devices = live.tokenizer, live.devices or (live.device,)
         ends = live.model.generation_config.eos_token_id
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
         self._compared = False
         self._transformers = TransformersEngine(live)
-        _hide_from_scans()
+        hide_from_scans()
         try:
             with tokenizer_folder(source) as folder:
                 self._llm = self._vllm.LLM(
@@ -101,7 +104,8 @@ class VllmEngine:
                     max_model_len=getattr(live.model.config, "max_position_embeddings", None),
                     generation_config="vllm",  # none: `_settings` says everything itself
                     enable_prefix_caching=True,
-                    **_memory(live.device),
+                    **_layout(self._devices),
+                    **_memory(self._devices),
                 )
         except Exception as error:  # whatever a model that it does not know does inside vLLM
             problem = f"vLLM cannot serve {source.name}: {first_line(error)}"
@@ -119,8 +123,7 @@ class VllmEngine:
             RuntimeError: the prefix cache cannot be emptied.
         """
         self._transformers = TransformersEngine(live)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(live)})
-        self._llm.apply_model(_repack_head)
+        self._hand_over(live)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache, whose answers are another candidate's")
         if not self._compared:
@@ -136,6 +139,17 @@ class VllmEngine:
         for number, batch in enumerate(batches):
             logs = iter(scored[number])
             yield number, [next(texts) if isinstance(r, Generate) else next(logs) for r in batch.requests]
+
+    def _hand_over(self, live: LiveModel) -> None:
+        """Have vLLM's loader take every tensor, in this process or in those of its workers."""
+        if len(self._devices) == 1:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(live)})
+            self._llm.apply_model(repack_head)
+            return
+        weights = list(self._weights(live))  # what is made for this alone stays until it is taken
+        for device in {device for device in self._devices if device.type != "cpu"}:
+            torch.accelerator.synchronize(device)
+        self._llm.collective_rpc("take_weights", args=(places_of(weights, len(self._devices)),))
 
     def _weights(self, live: LiveModel) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the engine's model by its name: scales are folded in, and what is left over writes zero."""
@@ -185,12 +199,24 @@ class VllmEngine:
             raise InputError("engine", problem, "Leave `engine` out.")
 
 
-def _memory(device: torch.device) -> dict[str, Any]:
-    """What the engine asks for. On a CPU without compilation, which would keep the weights that it was compiled for."""
-    if device.type == "cpu":
+def _layout(devices: Sequence[torch.device]) -> dict[str, Any]:
+    """How the engine divides its model: a process for each of several devices, on this very node."""
+    if len(devices) == 1:
+        return {}
+    return {
+        "tensor_parallel_size": len(devices),
+        "distributed_executor_backend": "mp",  # also within a worker of Ray, whose GPUs these are
+        "worker_extension_cls": f"{SharedWeights.__module__}.{SharedWeights.__name__}",
+    }
+
+
+def _memory(devices: Sequence[torch.device]) -> dict[str, Any]:
+    """What the engine asks for of each device: as much as the fullest can give. On a CPU without compilation, which
+    would keep the weights that it was compiled for."""
+    if devices[0].type == "cpu":
         return {"kv_cache_memory_bytes": _HOST_CACHE, "enforce_eager": True}
-    free, total = torch.cuda.mem_get_info(device)
-    return {"gpu_memory_utilization": _GPU_SHARE * free / total}
+    shares = [free / total for free, total in map(torch.cuda.mem_get_info, devices)]
+    return {"gpu_memory_utilization": _GPU_SHARE * min(shares)}
 
 
 def check_paths(sources: Mapping[str, Source], tokenizer: str) -> None:
@@ -235,35 +261,3 @@ def _scaled(source: Source, stack: Stack, number: int, step: Step, factor: float
             tensor = tensor.clone()
             fold_in(tensor, factor, folds[name])
         yield name, tensor
-
-
-def _repack_head(model: Any) -> None:
-    """Have vLLM's head take its weights again.
-
-    A head that is the embedding gets no weights of its own, so vLLM's reload passes it by. On a CPU it computes with a
-    packed copy, which would stay the one of the first candidate. Elsewhere, and for other heads, this changes nothing.
-    """
-    kind = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding").ParallelLMHead
-    for module in model.modules():
-        if isinstance(module, kind):
-            module.quant_method.process_weights_after_loading(module)
-
-
-@cache
-def _hide_from_scans() -> None:
-    """Have llvmlite's library object answer that it has no ``__dict__``, as is the case.
-
-    It answers to any name with a function of that name. On a CPU, vLLM looks into the ``__dict__`` of everything that
-    any module holds, and falls over that function.
-    """
-    from llvmlite.binding import ffi
-
-    kind = type(ffi.lib)
-    original = kind.__getattr__
-
-    def only_functions(self: Any, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return original(self, name)
-
-    kind.__getattr__ = only_functions

@@ -61,6 +61,7 @@ _MAPPED = 0.5  # of the bus: the processor copies before it does
 # Python, or replaying a recorded graph of them.
 _LAUNCH_S: Mapping[Engine, float] = {"transformers": 0.7e-3, "vllm": 0.05e-3}
 _CONTEXT = 1 << 30  # bytes of a process on a GPU: CUDA itself, its libraries, the allocator's slack
+_PEER = 500_000_000  # bytes of the same of each process of vLLM, all of which read the weights of every GPU
 _PROCESS = 600_000_000  # bytes of a process that has imported torch, transformers and lm-eval
 _BATCH = 750_000_000  # bytes of a batch on a processor at most: logits of whole prompts are computed in parts
 _LOGIT = 6  # bytes of each logit where a whole prompt is scored: bfloat16, and the float32 of its log-softmax
@@ -210,7 +211,8 @@ def needs(shape: ModelShape, works: Sequence[Work], engine: Engine, devices: int
     if _serves(works, engine):
         scratch = max(_scratch(shape, work, max(1 / devices, 1 / shape.heads.keys)) for work in works)
         shard = shard_bytes(shape.config, shape.weights, shape.layers, shape.width, devices)
-        return [Need(held, served=2 * (shard + scratch)) for held in weights]
+        context = _CONTEXT + (devices * _PEER if devices > 1 else 0)
+        return [Need(held, served=2 * (shard + scratch), context=context) for held in weights]
     shares = [placed.count(device) / len(placed) for device in range(devices)]
     heads = [device == 0 for device in range(devices)]  # what is outside the layers computes the logits
     scratch_of = [

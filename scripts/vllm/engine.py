@@ -2,6 +2,7 @@
 
 python scripts/vllm/engine.py answers          # the same greedy text, with and without stop texts
 python scripts/vllm/engine.py paths            # paths of several lengths in one engine: the same greedy text
+python scripts/vllm/engine.py divided          # two processes share an engine's model: the same greedy text
 python scripts/vllm/engine.py stale            # no candidate gets an answer of another one, and the check can fail
 python scripts/vllm/engine.py search FOLDER    # a whole search gives every item the score that it has in transformers
 """
@@ -137,6 +138,32 @@ def paths() -> list[str]:
     return faults
 
 
+def divided() -> list[str]:
+    """Tensor parallelism over two processes: every miniature in one engine, and the first again."""
+    sources, asked, faults = open_miniatures(), prompts(), []
+    cpu = torch.device("cpu")
+    live = live_model(sources["maths"], (cpu, cpu), torch.float32)
+    started = time.perf_counter()
+    engine = VllmEngine(sources["maths"], live)
+    print(f"an engine in two processes starts in {time.perf_counter() - started:.1f} s")
+    answers_of: dict[str, list[str]] = {}
+    for name in (*sources, "base"):
+        load_weights(live, ((tensor, sources[name].read(tensor)) for tensor in live.tensors))
+        begun = time.perf_counter()
+        engine.load(live)
+        loaded, expected = time.perf_counter(), by_transformers(live, asked)
+        actual = by_vllm(live, engine, asked)
+        apart = differing(expected, actual)
+        print(f"{name:10} {len(asked) - apart} of {len(asked)} answers are the same; swap {loaded - begun:.3f} s")
+        if apart:
+            faults.append(f"{name}: {apart} answers differ")
+        if differing(answers_of.setdefault(name, actual), actual):
+            faults.append(f"{name}: its answers differ after another model was there")
+    if not differing(answers_of["maths"], answers_of["base"]):
+        faults.append("two models give the same answers, so that nothing was tested")
+    return faults
+
+
 def recipe(maths: float, japanese: float) -> StackRecipe:
     weights = {"maths": maths, "japanese": japanese}
     blend = Blend(
@@ -244,11 +271,15 @@ def search(folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("answers", "paths", "stale", "search"))
+    parser.add_argument("what", choices=("answers", "paths", "divided", "stale", "search"))
     parser.add_argument("folder", type=Path, nargs="?", help="for what a search writes")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    faults = {"answers": answers, "paths": paths, "stale": stale, "search": partial(search, given.folder)}[given.what]()
+    checks = {
+        "answers": answers, "paths": paths, "divided": divided, "stale": stale,
+        "search": partial(search, given.folder),
+    }  # fmt: skip
+    faults = checks[given.what]()
     for fault in faults:
         print(f"FAILED: {fault}", file=sys.stderr)
     sys.exit(bool(faults))
