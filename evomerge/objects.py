@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from evomerge.errors import InputError
 
@@ -29,6 +30,17 @@ _SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD", re.IGNORECASE)
 _SECRET_LENGTH = 8  # what is shorter is no secret, and would be found in ordinary words
 _WITH_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 _MOST_SHOWN = 300  # characters of what a storage's library says
+
+
+_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
+"""What storages say of a file that is another once it is written anew, the surest first."""
+
+
+class FileVersion(NamedTuple):
+    """A file in a storage: its size in bytes, and its tag or time there, where the storage tells any."""
+
+    size: int
+    tag: str
 
 
 class StorageError(InputError):
@@ -100,6 +112,18 @@ class Storage:
         above = f"{self._root}/"
         inside = {path[len(above) :]: entry for path, entry in entries.items() if path.startswith(above)}
         return {name: int(entry["size"]) for name, entry in sorted(inside.items()) if not name.startswith(_PROBE)}
+
+    def versions(self) -> dict[str, FileVersion]:
+        """The files here, without those below: of each its size, and what changes when it is written anew."""
+        with self._faults("listed"):
+            found = self._system.find(self._root, maxdepth=1, detail=True)
+        above = f"{self._root}/"
+        inside = {path[len(above) :]: each for path, each in found.items() if path.startswith(above)}
+        return {
+            name: FileVersion(int(each["size"]), next((str(each[key]) for key in _TAGS if each.get(key)), ""))
+            for name, each in sorted(inside.items())
+            if not name.startswith(_PROBE)
+        }
 
     def put(self, file: Path, name: str, progress: Callable[[int], None] = lambda sent: None) -> None:
         """Copy a file there, whole or not at all; ``progress`` hears how many of its bytes were sent."""

@@ -1,4 +1,4 @@
-"""Finding what a reference names: a folder on this machine, or a model on the Hugging Face hub."""
+"""Finding what a reference names: a folder on this machine, a model on the Hugging Face hub, or one at a URL."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from evomerge.checkpoints.local_copy import local_copy
 from evomerge.errors import InputError
 from evomerge.files import is_path
+from evomerge.objects import is_url
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -38,7 +40,8 @@ def is_hub_id(reference: str, root: Path | None) -> bool:
 
 
 def find_folder(reference: str, place: str, root: Path | None, files: Sequence[str] = _HUB_FILES) -> Path:
-    """The folder of a model or an adapter, downloaded if it is on the hub: as many of its ``files`` as there are.
+    """The folder of a model or an adapter: as many of its ``files`` as there are, downloaded if it is on the hub, or
+    copied if a URL names it.
 
     Raises:
         InputError: there is none, or the hub does not give it.
@@ -47,6 +50,8 @@ def find_folder(reference: str, place: str, root: Path | None, files: Sequence[s
         raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
     if not is_path(reference):
         raise InputError(place, f"{reference!r} holds a character that no name of a file can have")
+    if is_url(reference):
+        return local_copy(reference, place, files)
     local = _local(reference, root)
     if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
         return local
@@ -57,7 +62,9 @@ def find_folder(reference: str, place: str, root: Path | None, files: Sequence[s
         raise InputError(place, f"{local} is a file", hint)
     hub = _HUB_ID.fullmatch(reference)
     if hub is None or reference.startswith("."):
-        raise InputError(place, f"there is no folder {local}", "Give a model's folder, or org/name of one on the hub.")
+        raise InputError(
+            place, f"there is no folder {local}", "Give a model's folder, org/name of one on the hub, or a URL."
+        )
     return _download(hub["id"], hub["revision"], files, local, place)
 
 

@@ -6,12 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 
 from evaluators.base import Evaluator
+from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.inference.transformers_engine import engine_of
 from evomerge.merging.builders import Builders
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.stack_builder import StackBuilder
+from evomerge.objects import is_url
 from evomerge.recipes.base import STACK
 from evomerge.search.preparing.evaluators import distinct
 from evomerge.search.preparing.prepare import Prepared, build_space, open_sources
@@ -42,6 +45,9 @@ class Worker:
         """Open everything that a search file names. ``evidence`` is what is known of its sources."""
         evaluators = [settings.build() for settings in distinct(file.evaluators())]
         sources = open_sources(file)
+        for source in sources.values():
+            if is_url(source.reference):  # copied by this node, perhaps after it was written anew there
+                _check_content(source, evidence.content_of(source.name))
         return cls._on(name, file, sources, evaluators, evidence, build_space(file, sources))
 
     @classmethod
@@ -111,3 +117,10 @@ class Worker:
         attempt.took("merge", merged)
         score(engine, attempt, live.device)
         return attempt.measured()
+
+
+def _check_content(source: Source, digest: str) -> None:
+    """Refuse a source that does not hold what it held when the search began (InputError)."""
+    if content_digest(fingerprint(source)) != digest:
+        problem = f"{source.reference} does not hold what it did when the search began"
+        raise InputError(source.place, problem, "Put the old files back there, or start a new search.")

@@ -1,0 +1,101 @@
+"""Models in object storage, or on a disk that all nodes share, copied to this machine: once, however many want them.
+
+The copy lies in the user's cache (XDG_CACHE_HOME on Linux) under a hash of the URL and of what the storage says of each
+file, so a model that is written anew there is another copy. One process of a machine copies, and the others wait for
+it; the lock of one that dies is let go of, and whoever is next goes on with the files that are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from evomerge.errors import InputError
+from evomerge.objects import PARTIAL, FileVersion, Storage, StorageError
+
+log = logging.getLogger(__name__)
+
+TRIES = 6
+FIRST_PAUSE_S = 1.0
+"""The pause after a copy that failed; each further one doubles it. About as long again by chance, so that the nodes of
+a cluster do not come back all at once. All five pauses are half a minute to a minute."""
+
+
+def local_copy(url: str, place: str, patterns: Sequence[str]) -> Path:
+    """The folder with the files of a model that fit one of ``patterns``; copied first where it is not there yet.
+
+    Args:
+        place: where the URL was given, for errors.
+
+    Raises:
+        InputError: the storage cannot be reached or holds no such file; there is no room.
+    """
+    storage = Storage(url, place)
+    try:
+        listed = storage.versions()
+        files = {name: version for name, version in listed.items() if any(fnmatch(name, each) for each in patterns)}
+        if not files:
+            raise InputError(place, f"there is no model at {url}", "Name the folder that holds its config.json.")
+        folder = _folder_of(storage, files)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.exists():  # nobody has copied it while we waited
+                    _copy(storage, files, folder, place)
+    except StorageError as error:
+        raise InputError(place, f"{error.place} {error.problem}", error.hint) from None
+    except OSError as error:
+        raise InputError(place, f"{url} cannot be copied to this machine ({error})") from None
+    return folder
+
+
+def _folder_of(storage: Storage, files: Mapping[str, FileVersion]) -> Path:
+    text = json.dumps([storage.url, sorted((name, *version) for name, version in files.items())])
+    name = re.sub(r"[^\w.-]", "_", storage.name)[:80]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+    return user_cache_path("evomerge") / "sources" / f"{name}-{digest}"
+
+
+def _copy(storage: Storage, files: Mapping[str, FileVersion], folder: Path, place: str) -> None:
+    """Copy files beside their folder, each under a temporary name; the folder appears when all are there."""
+    beside = folder.with_name(folder.name + PARTIAL)
+    beside.mkdir(exist_ok=True)
+    lacking = {name: each.size for name, each in files.items() if not (beside / name).exists()}
+    room, wanted = shutil.disk_usage(beside).free, sum(lacking.values())
+    if room < wanted:
+        problem = f"needs {wanted / 1e9:.1f} GB for a copy in {beside.parent}, and {room / 1e9:.1f} GB are free"
+        raise InputError(place, problem, "Make room, or let XDG_CACHE_HOME name another disk.")
+    for name, size in lacking.items():
+        _get(storage, name, size, beside / name)
+    beside.rename(folder)
+
+
+def _get(storage: Storage, name: str, size: int, file: Path) -> None:
+    """Copy one file, whole or not at all; a storage that fails is given time to come back."""
+    partial = file.with_name(file.name + PARTIAL)
+    pause = FIRST_PAUSE_S
+    for tries in range(1, TRIES + 1):
+        try:
+            storage.get(name, partial)
+            if partial.stat().st_size != size:
+                raise StorageError(f"{storage.url}/{name}", f"gave {partial.stat().st_size} of {size} bytes")
+            partial.rename(file)
+            return
+        except StorageError as error:
+            if tries == TRIES:
+                raise
+            pause_s = pause * (1 + random.random())
+            log.warning("%s: %s; tried again in %.0f s", error.place, error.problem, pause_s)
+            time.sleep(pause_s)
+            pause *= 2
