@@ -154,6 +154,14 @@ class Evaluator(ABC):
             InputError: an item cannot be scored with such a model.
         """
 
+    def first_prompts(self, reader: Reader) -> Sequence[Prompt]:
+        """What a model will be given for the first item of the search split, for people to read before a search.
+
+        Raises:
+            InputError: the item cannot be scored with such a model.
+        """
+        return prompts_of(self, reader, "search", 0)
+
     @abstractmethod
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
         """The scores of items from the responses to what ``requests`` asked of the same ones, in its order.
@@ -161,6 +169,17 @@ class Evaluator(ABC):
         Deterministic but for what is ``measured``: the same model and indices give the same numbers. An item's score
         does not depend on the other items asked for, beyond the last bits that batching moves.
         """
+
+
+def prompts_of(evaluator: Evaluator, reader: Reader, split: Split, index: int) -> list[Prompt]:
+    """What a model will be given for the item at a position, as far as that is known before there is a model.
+
+    Raises:
+        InputError: the item cannot be scored with such a model.
+    """
+    requests = evaluator.requests(reader, split, [index])
+    groups = (request.prompts if isinstance(request, Direct) else (request.prompt,) for request in requests)
+    return [prompt for group in groups for prompt in group]
 
 
 class ImperativeEvaluator(Evaluator):

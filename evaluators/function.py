@@ -36,7 +36,7 @@ from evaluators.item_files import digest, split_items
 from evaluators.prompts import PromptSettings, asked_prompt, told_too_long
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
-from evomerge.inference.reading import Reader
+from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import Engine, Generate, respond_to
 from evomerge.json_lines import read_lines
 
@@ -101,7 +101,7 @@ class FunctionSettings(PromptSettings):
 
     def build_and_try(self) -> FunctionEvaluator:
         evaluator = FunctionEvaluator(self)
-        evaluator.try_out(self.max_seconds if "max_seconds" in self.model_fields_set else _TRY_S)
+        evaluator.try_out()
         return evaluator
 
 
@@ -143,33 +143,49 @@ class FunctionEvaluator(ImperativeEvaluator):
         self.splits = {split: [line.item for line in lines] for split, lines in self._lines.items()}
         hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         code = _read_code(settings.file)
+        self._asked_first: list[tuple[str, int]] | None = None
         self._process = _FunctionProcess(settings, code)
         self._process.start()
         said = [settings.function, settings.batch_size, self.metrics, settings.shaping]
         self.version = digest(["python 1", hashlib.sha256(code).hexdigest(), hashes, said])
 
-    def try_out(self, limit_s: float) -> None:
-        """Have the function score one item with empty answers, in so many seconds.
+    def try_out(self) -> list[tuple[str, int]]:
+        """Have the function score the first item with empty answers; what it asks first, each with most new tokens.
 
         A search would else wait for a function that never ends once for every source. What goes wrong after the
         function has asked a model is not held against it: a model would have answered something else.
 
         Raises:
-            InputError: it takes longer, or fails before it has asked a model anything.
+            InputError: it takes longer than it may, or fails before it has asked a model anything.
         """
-        asked: list[str] = []
+        if self._asked_first is not None:
+            return self._asked_first
+        asked: list[list[tuple[str, int]]] = []
 
         def say_nothing(prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
-            asked.extend(prompts)
+            asked.append([(text, most) for text in prompts])
             return [""] * len(prompts)
 
+        settings = self._settings
+        limit_s = settings.max_seconds if "max_seconds" in settings.model_fields_set else _TRY_S
         try:
-            self._process.call([self._lines["search"][0]], list(self.metrics), say_nothing, limit_s)
+            self._process.call(self._lines["search"][:1], list(self.metrics), say_nothing, limit_s)
         except _TookTooLongError:
             raise
         except InputError:
             if not asked:
                 raise
+        self._asked_first = next((prompts for prompts in asked if prompts), [])
+        return self._asked_first
+
+    def first_prompts(self, reader: Reader) -> list[Prompt]:
+        """What the function asks first for the first item: it is run, with empty answers.
+
+        Raises:
+            InputError: as ``try_out`` does, or a prompt that such a model cannot be given.
+        """
+        place = self._lines["search"][0].place
+        return [asked_prompt(reader, self._settings, text, most, place) for text, most in self.try_out()]
 
     def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
         """Have the function score the items at these positions.

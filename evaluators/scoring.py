@@ -13,19 +13,8 @@ from evaluators.base import Direct, Evaluator, Graded, Outcome, Split
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
-    from evomerge.inference.reading import Prompt, Reader
+    from evomerge.inference.reading import Reader
     from evomerge.inference.requests import Engine, Request, Response
-
-
-def prompts_of(evaluator: Evaluator, reader: Reader, split: Split, index: int) -> list[Prompt]:
-    """What a model will be given for the item at a position, as far as that is known before there is a model.
-
-    Raises:
-        InputError: the item cannot be scored with such a model.
-    """
-    requests = evaluator.requests(reader, split, [index])
-    groups = (request.prompts if isinstance(request, Direct) else (request.prompt,) for request in requests)
-    return [prompt for group in groups for prompt in group]
 
 
 class Scoring:

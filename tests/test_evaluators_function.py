@@ -25,6 +25,7 @@ from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.commands.driving import open_all
 from evomerge.errors import InputError
+from evomerge.inference.reading import Reader
 from evomerge.inference.transformers_engine import generate
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
@@ -220,6 +221,40 @@ def test_the_version_is_of_code_items_and_settings(tmp_path: Path) -> None:
     settings = given(tmp_path)
     settings.items_file.write_text(settings.items_file.read_text().replace('"letters": 3', '"letters": 4'))
     assert len({first, *others, settings.build().version}) == 6
+
+
+# ---- what it asks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "prompts"),
+    [
+        ("return [len(a) for a in generate(['Q: ' + i['prompt'] for i in items], 5)]", ["Q: {prompt}"]),
+        ("a = generate([items[0]['prompt']], 2)\n    return [len(generate([a[0] + 'x'], 2))]", ["{prompt}"]),
+        ("generate([], 2)\n    generate(['a', 'b'], 2)\n    return [1]", ["a", "b"]),
+        ("return [1 / len(generate([items[0]['prompt']], 2)[0])]", ["{prompt}"]),  # fails on an empty answer
+        ("return [1]", []),
+    ],
+)
+def test_the_first_prompts_are_those_that_it_sends_for_the_first_item(
+    tmp_path: Path, body: str, prompts: list[str]
+) -> None:
+    evaluator = given(tmp_path, f"def score(items, generate):\n    {body}\n").build()
+    first = json.loads(evaluator.items("search")[0].question)["prompt"]
+    asked = evaluator.first_prompts(Reader(tiny_live().tokenizer, None))
+    assert [prompt.text for prompt in asked] == [text.format(prompt=first) for text in prompts]
+    assert {prompt.place for prompt in asked} <= {evaluator.items("search")[0].place}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [("while True: pass", "took more than 1 s"), ("raise ValueError('no')", "line 2: score failed")]
+)
+def test_a_function_that_asks_nothing_and_does_not_end_well_shows_no_prompts(
+    tmp_path: Path, body: str, said: str
+) -> None:
+    evaluator = given(tmp_path, f"def score(items, generate):\n    {body}\n", max_seconds=1).build()
+    with pytest.raises(InputError, match=said):
+        evaluator.first_prompts(Reader(tiny_live().tokenizer, None))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 
 from evaluators import evaluator_settings
-from evaluators.base import Evaluator
+from evaluators.base import Evaluator, prompts_of
 from evaluators.lm_eval_model import ResidentLM
 from evaluators.prompts import Example, Examples, PromptSettings, chat_text, render
-from evaluators.scoring import prompts_of, score
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.decoding import Decoder
@@ -318,21 +318,34 @@ def test_prompts_and_answers_are_read_in_a_terminal(tmp_path: Path, capsys: pyte
         "said": {"evaluator": "rouge", "metric": "rouge_l", "file": "items.jsonl", "max_new_tokens": 4},
         "likely": {"evaluator": "likelihood", "metric": "log_likelihood", "file": "items.jsonl", "num_fewshot": 1},
         "size": {"evaluator": "cost", "metric": "parameters"},
-    }
+        "own": {
+            "evaluator": "python", "file": "own.py", "function": "own", "metrics": {"own": "maximize"}, "metric": "own",
+            "items_file": "items.jsonl", "system_instruction": "Be brief.",
+        },
+    }  # fmt: skip
+    (tmp_path / "own.py").write_text(
+        "def own(items, generate):\n"
+        "    first = generate([f'Once more: {item[\"prompt\"]}' for item in items], 3)\n"
+        "    return [float(len(generate([text], 2)[0])) for text in first]\n"
+    )
     optimizer = {"name": "random"}
     file = search_file(
-        tmp_path, objectives=objectives, budget={"candidates": 6}, optimizer=optimizer, confirm={"top": 1}
-    )
+        tmp_path, objectives=objectives, budget={"candidates": 6}, optimizer=optimizer, confirm={"top": 1},
+        allow_task_code=True,
+    )  # fmt: skip
     assert evomerge("validate", file, "--show-prompt") == 0
     shown = capsys.readouterr().out
     assert "objectives.likely: " in shown
     assert "objectives.size: its prompts, if any" in shown
-    assert shown.count("'<bos>'") == 2
+    assert shown.count("'<bos>'") == 3
+    own = shown.partition("objectives.own: ")[2]
+    assert "Be brief." in own
+    assert "| Once more: " in own
     assert "| \\x1b[2J答:" in shown
     assert evomerge("search", file, "--dir", tmp_path / "out") == 0
     capsys.readouterr()
     for arguments, parts in {
-        ("show", "c0001"): ("said, search split, the first of", "item 0: c0001", "asked  |", "c0001  |"),
+        ("show", "c0001"): ("said, search split, the first of", "item 0: c0001", "asked  |", "prompt   |", "c0001  |"),
         ("show", "c0001", "--items"): ("item 3: c0001",),
         ("show", "c0001", "--prompt"): ("objectives.said: ", "tokens  1 '<bos>'", "c0001  |"),
         ("compare", "c0001", "c0002", "--items"): ("items differ", "c0002 "),

@@ -25,6 +25,7 @@ from evaluators import evaluator_settings
 from evomerge.method import own_methods
 from evomerge.plugins import OWN, find_class
 from evomerge.report.comparing import Comparison
+from evomerge.report.items import fields_of
 from evomerge.report.screen import gain_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
@@ -37,7 +38,7 @@ from evomerge.service.pages import search as pages_search
 from evomerge.service.pages.candidate import sentence
 from evomerge.service.pages.lines import line_of, place_of
 from evomerge.service.pages.model_card import card_of
-from evomerge.service.pages.rendering import fields_of, sparkline
+from evomerge.service.pages.rendering import sparkline
 from evomerge.service.pages.search import choices
 from evomerge.store import Store, acquire, record, tables
 from evomerge.yaml import dump_yaml
@@ -269,6 +270,8 @@ def test_what_is_no_candidate_is_refused(client: TestClient, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "fields"),
     [
+        ('{"level": 3, "prompt": "1 + 1?", "text": "t"}', [("prompt", "1 + 1?"), ("level", "3"), ("text", "t")]),
+        ('{"prompt": ["x"], "input": "i"}', [("input", "i"), ("prompt", '["x"]')]),
         ('{"question": "1 + 1?\\nSay.", "level": 3}', [("question", "1 + 1?\nSay."), ("level", "3")]),
         ('{"choices": ["a", "b"], "empty": ""}', [("choices", '["a", "b"]'), ("empty", "")]),
         ('{"nested": {"é": null}}', [("nested", '{"é": null}')]),

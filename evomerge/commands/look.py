@@ -22,7 +22,7 @@ from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Curse, Point, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.items import Item, item_lines, items_of
+from evomerge.report.items import Item, are_records, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import Screen
 from evomerge.report.naming import chosen
@@ -143,7 +143,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         items = [measured for measured in _items(store, (row.number,)) if measured.items]
     for measured in items:
         console.print(f"\n{measured.title}, the first of {len(measured.items)} (all: --items)", style="bold")
-        console.print(*item_lines(measured.items[0], [row.id]), sep="\n")
+        console.print(*item_lines(measured.items[0], [row.id], records=measured.records), sep="\n")
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,15 @@ class _Items:
     objective: str
     split: str
     items: list[Item]
+    records: bool
 
 
 def _items(store: Store, numbers: Sequence[int]) -> Iterator[_Items]:
+    search = store.search()
     for split, name in SPLITS.items():
-        for measure in store.search().record.measures:
-            title = f"{measure.name}, {name}"
-            yield _Items(title, measure.name, split, items_of(store, numbers, split, measure))
+        for measure in search.record.measures:
+            items, records = items_of(store, numbers, split, measure), are_records(search, measure.name)
+            yield _Items(f"{measure.name}, {name}", measure.name, split, items, records)
 
 
 def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> None:
@@ -189,7 +191,7 @@ def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> Non
         of = f"{len(wanted)} items" if len(numbers) == 1 else f"{len(wanted)} of {len(measured.items)} items differ"
         console.print(f"\n{measured.title}: {of}", style="bold")
         for item in wanted:
-            console.print(*item_lines(item, names), "", sep="\n", soft_wrap=True)
+            console.print(*item_lines(item, names, records=measured.records), "", sep="\n", soft_wrap=True)
 
 
 def show_prompt(folder: Path, candidate: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from evomerge.printable import printable
 from evomerge.report.prompts import text_lines
-from evomerge.store import Store
+from evomerge.store import SearchRow, Store
 from evomerge.store.record import Measure
+
+_QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "input", "text")
+"""What people call the field that a function asks, the likeliest first."""
+
+_LONGEST_TITLE = 24
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,45 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
     ]
 
 
-def item_lines(item: Item, names: Sequence[str]) -> Iterator[str]:
-    """An item for a terminal; ``names`` are those of the candidates."""
+def are_records(search: SearchRow, measure: str) -> bool:
+    """Whether the items of a measure are the fields of records, as those of a Python function: their text is JSON."""
+    kinds = ("objectives", "constraints", "features")
+    measures = {name: settings for kind in kinds for name, settings in (search.settings.get(kind) or {}).items()}
+    return bool(measures.get(measure, {}).get("evaluator") == "python")
+
+
+def fields_of(text: str) -> list[tuple[str, str]]:
+    """The fields of an item whose text is a JSON object, what is likely to be its question first; nothing of other
+    text.
+    """
+    try:
+        content = json.loads(text) if text.startswith("{") else None
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(content, dict):
+        return []
+    fields = [
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in content.items()
+    ]
+    question = next((name for name in _QUESTIONS if isinstance(content.get(name), str)), None)
+    return sorted(fields, key=lambda field: field[0] != question)
+
+
+def item_lines(item: Item, names: Sequence[str], *, records: bool = False) -> Iterator[str]:
+    """An item for a terminal.
+
+    Args:
+        names: those of the candidates.
+        records: the text of the item is that of a record, of which each field is shown.
+    """
     scores = ", ".join(f"{name} {result.score:.3f}" for name, result in zip(names, item.answered, strict=True))
     yield f"item {item.number}: {scores}"
-    width = max(len(name) for name in ("asked", "right", *names))
-    if item.text is not None:
-        yield from text_lines(f"{'asked':{width}}", item.text)
-    if item.right is not None:
-        yield from text_lines(f"{'right':{width}}", item.right)
-    for name, result in zip(names, item.answered, strict=True):
-        if result.answer is not None:
-            yield from text_lines(f"{name:{width}}", result.answer)
+    fields = fields_of(item.text) if records and item.text is not None else []
+    asked: Sequence[tuple[str, str | None]] = fields or [("asked", item.text or None)]
+    answers = zip(names, (result.answer for result in item.answered), strict=True)
+    texts = [*asked, ("right", item.right), *answers]
+    shown = [(printable(title, _LONGEST_TITLE), text) for title, text in texts if text is not None]
+    width = max((len(title) for title, _ in shown), default=0)
+    for title, text in shown:
+        yield from text_lines(f"{title:{width}}", text)

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluators.base import Evaluator, EvaluatorSettings, Item, ItemScores, Split
+from evaluators.base import Evaluator, EvaluatorSettings, Item, ItemScores, Split, prompts_of
 from evaluators.benchmarks import count
-from evaluators.scoring import Scoring, prompts_of, score
+from evaluators.scoring import Scoring, score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import respond_to

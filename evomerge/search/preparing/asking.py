@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-from evaluators.base import Evaluator, Split
+from evaluators.base import Evaluator, Split, prompts_of
 from evaluators.prompts import told_too_long, too_long
-from evaluators.scoring import prompts_of
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config
@@ -66,16 +66,19 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
             if again := len(items) - len({item.id for item in items}):
                 yield f"{place}: {again} of {len(items)} {_NAMES[split]} items repeat another one"
             sizes = [len(item.question) + len(item.answer) for item in items]
-            asked = partial(_asked, evaluator, reader, place, split)
-            if warning := told_too_long(list(too_long(asked, sizes))):
+            with _said_of(place):
+                warning = told_too_long(list(too_long(partial(prompts_of, evaluator, reader, split), sizes)))
+            if warning:
                 yield f"{place}: {warning}"
 
 
 def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[Shown]:
     """The first prompt of the search split of each measure that asks the model anything."""
     for place, evaluator in evaluators.items():
-        for asked in _asked(evaluator, reader, place, "search", 0)[:1]:
-            yield shown(asked, reader, place)
+        with _said_of(place):
+            asked = evaluator.first_prompts(reader)
+        for prompt in asked[:1]:
+            yield shown(prompt, reader, place)
 
 
 def shown(asked: Prompt, reader: Reader, place: str) -> Shown:
@@ -85,10 +88,11 @@ def shown(asked: Prompt, reader: Reader, place: str) -> Shown:
     return Shown(place, asked.place, asked.text, asked.answer, tokens, asked.scored)
 
 
-def _asked(evaluator: Evaluator, reader: Reader, place: str, split: Split, index: int) -> list[Prompt]:
-    """What a model will be given for an item, as far as is known; what is wrong with it is said with the measure."""
+@contextmanager
+def _said_of(place: str) -> Iterator[None]:
+    """What is wrong with the prompts of a measure is said with its place in the search file."""
     try:
-        return prompts_of(evaluator, reader, split, index)
+        yield
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     except BaseException as error:

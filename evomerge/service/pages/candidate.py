@@ -20,6 +20,7 @@ from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import SOURCE, origin_of
+from evomerge.report.items import are_records
 from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
@@ -38,7 +39,7 @@ from evomerge.service.pages.rendering import gap_words, page, signed
 from evomerge.service.pages.search import choices, log_url, main_pick, search_roles
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
-from evomerge.store import CandidateRow, SearchRow, Store
+from evomerge.store import CandidateRow, Store
 from evomerge.store.rows import candidate_id
 from evomerge.yaml import dump_yaml
 
@@ -117,7 +118,7 @@ def show_candidate(
         sentences=[sentence(comparison, mine, theirs) for comparison in comparisons],
         won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS], won_count=len(won), lost_count=len(lost),
         name_a=mine, name_b=theirs, maximise=up, lead=ahead,
-        are_records=_has_records(search, wanted),
+        are_records=are_records(search, wanted),
     )  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def compare(
         request, "compare.html", here="", status=status, query=shown, measures=measures, choices=choices(status),
         roles=[pick.role for pick in status.picks if pick.role not in (BEST, KNEE)],
         fault=fault, compared=comparisons, name_a=name_a, name_b=name_b, maximise=up, lead=ahead,
-        are_records=_has_records(store.search(), wanted),
+        are_records=are_records(store.search(), wanted),
         sentences=[sentence(comparison, name_a, name_b) for comparison in comparisons],
         shown=items[begin : begin + PAGE_ITEMS], total=len(items), more=len(items) > begin + PAGE_ITEMS,
     )  # fmt: skip
@@ -167,13 +168,6 @@ def _proposed(query: Pair, status: SearchStatus) -> Pair:
     labels = {baseline.id: baseline.label for baseline in status.baselines}
     b = query.b or next((other for other in others if other and a not in (other, labels.get(other))), "")
     return query.model_copy(update={"a": a, "b": b})
-
-
-def _has_records(search: SearchRow, measure: str) -> bool:
-    """Whether the items of an objective or constraint are the fields of records, as those of a Python function."""
-    kinds = ("objectives", "constraints", "features")
-    measures = {name: settings for kind in kinds for name, settings in (search.settings.get(kind) or {}).items()}
-    return bool(measures.get(measure, {}).get("evaluator") == "python")
 
 
 def called(status: SearchStatus, number: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evomerge import __version__
 from evomerge.report.entries import Gap, value_text
+from evomerge.report.items import fields_of
 from evomerge.report.lists import origin_text
 from evomerge.report.screen import duration, p_text
 from evomerge.service.bodies import SearchSummary
@@ -149,20 +149,6 @@ def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str
     line = f"M0 {y(points[0])}" + "".join(f"V{y(point)}H{step * (i + 1):.2f}" for i, point in enumerate(points))
     level = "" if source is None else f"M0 {y(source)}H{_WIDTH:g}"
     return {"line": line, "area": f"{line}V{_HEIGHT:g}H0Z", "source": level}
-
-
-def fields_of(text: str) -> list[tuple[str, str]]:
-    """The fields of an item whose text is a JSON object, as the python evaluator keeps them; nothing of other text."""
-    try:
-        content = json.loads(text) if text.startswith("{") else None
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(content, dict):
-        return []
-    return [
-        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for key, value in content.items()
-    ]
 
 
 def _first(values: Any) -> Any:
