@@ -72,16 +72,16 @@ def test_a_base_that_changes_are_taken_against_is_none_of_those_merged(
     assert words in papers("model", recipe(sources, blend), sources, None)["README.md"]
 
 
-@pytest.mark.parametrize("beside", ["out", "deep/in/there/out"])
-def test_a_recipe_goes_with_a_model_and_names_the_way_to_its_sources(
-    tmp_path: Path, sources: dict[str, Source], beside: str
+def test_a_recipe_on_this_machine_is_valid_wherever_its_folder_is_moved(
+    tmp_path: Path, sources: dict[str, Source]
 ) -> None:
-    folder = tmp_path / beside
-    written = papers("model", recipe(sources, linear(maths=0.5, base=0.5)), sources, None, folder)["recipe.yaml"]
-    found = yaml.safe_load(written)["sources"]
-    assert not any(Path(way).is_absolute() for way in found.values())
-    for name, way in found.items():
-        assert absolute_reference(way, folder) == str((MINIATURES / name).resolve())
+    texts = papers("model", recipe(sources, linear(maths=0.5, base=0.5)), sources, None)
+    references = yaml.safe_load(texts["recipe.yaml"])["sources"]
+    for folder in (tmp_path, tmp_path / "deep/in/there", Path("/")):
+        for name, reference in references.items():
+            assert absolute_reference(reference, folder) == str((MINIATURES / name).resolve())
+    assert "elsewhere, name yours" in texts["README.md"]
+    assert str(MINIATURES.resolve()) not in texts["README.md"] + texts["lineage.json"]
 
 
 def test_a_recipe_for_elsewhere_names_hub_ids_and_folders_without_their_places(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_recipe_for_elsewhere_names_hub_ids_and_folders_without_their_places(t
         folder.mkdir(parents=True)
     references = {"a": str(snapshot), "b": f"org/other@v1+{adapter}", "c": str(made)}
     plain = StackRecipe.uniform(linear(a=0.5, b=0.25, c=0.25), sources=references, tokenizer="a", layers=1)
-    moved = movable(plain, None)
+    moved = movable(plain, stays=False)
     assert moved.sources == {"a": "org/model@0123abcd", "b": "org/other@v1+lora", "c": "made"}
     assert moved.hash == plain.hash
 

@@ -311,7 +311,8 @@ def test_an_export_that_scores_otherwise_is_refused_and_leaves_nothing(
 
 
 def test_merge_makes_the_exported_model_again(exported: Path, tmp_path: Path) -> None:
-    assert evomerge("merge", exported / "recipe.yaml", tmp_path / "again") == 0
+    moved = shutil.copytree(exported, tmp_path / "moved" / "elsewhere")
+    assert evomerge("merge", moved / "recipe.yaml", tmp_path / "again") == 0
     ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (exported, tmp_path / "again"))
     assert ours == theirs
 

@@ -89,7 +89,7 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         _kept(sources, texts) as evidence,
         progress_bar(console, "writing tensors") as update,
     ):
-        beside = papers(folder.name, recipe, sources, None, None if is_url(str(out)) else folder)
+        beside = papers(folder.name, recipe, sources, None, stays=not is_url(str(out)))
         context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts)
         find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
     console.print(f"merged into {out}", style="bold")

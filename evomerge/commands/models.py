@@ -86,7 +86,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
                 with (written / NAME).open("a", encoding="utf-8") as text:
                     text.write(verification(checked))
 
-            texts = papers(model.name, recipe, sources, provenance, None if is_url(str(out)) else model)
+            texts = papers(model.name, recipe, sources, provenance, stays=not is_url(str(out)))
             if not verify:
                 texts[NAME] += verification(())
             builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,7 +22,7 @@ from evomerge.report.entries import Entry, interval_text
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
-from evomerge.report.public_names import hub_ids, movable, public_name, without_places
+from evomerge.report.public_names import hub_ids, is_public, movable, public_name, without_places
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.unmerged import unmerged_source
@@ -57,17 +56,18 @@ def papers(
     recipe: Recipe,
     sources: Mapping[str, Source],
     provenance: Provenance | None,
-    folder: Path | None = None,
+    *,
+    stays: bool = True,
 ) -> dict[str, str]:
     """The texts that go with an exported model, by file name, and its pictures.
 
     Its path is drawn where it is more than its layers, and the winner's curse where candidates were confirmed.
 
     Args:
-        folder: the model's on this machine, from which its recipe names the sources' folders.
+        stays: the model stays on this machine, so that its recipe can say where the sources' folders lie.
     """
     texts = {
-        "recipe.yaml": dump_recipe(movable(recipe, folder)),
+        "recipe.yaml": dump_recipe(movable(recipe, stays=stays)),
         "lineage.json": lineage(recipe, sources, provenance),
         NAME: card(title, recipe, sources, provenance),
     }
@@ -165,7 +165,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
         parts.append(_path_section(recipe, _depths(sources)))
     if provenance is not None:
         parts += [_scores_section(provenance), _choice_section(provenance), _limits_section(provenance)]
-    parts.append(_again_section(provenance))
+    parts.append(_again_section(provenance, are_public=all(map(is_public, sources.values()))))
     return "\n\n".join(parts) + "\n"
 
 
@@ -372,8 +372,10 @@ def _limits_section(provenance: Provenance) -> str:
     )
 
 
-def _again_section(provenance: Provenance | None) -> str:
+def _again_section(provenance: Provenance | None, *, are_public: bool) -> str:
     text = "## Make it again\n\n```\nevomerge merge recipe.yaml OUT\n```"
+    if not are_public:
+        text += "\n\n`recipe.yaml` names folders of the machine where this was made; elsewhere, name yours in it."
     if provenance is not None:
         made = ", ".join(f"{name} {version}" for name, version in provenance.search.environment.items())
         text += f"\n\nMade with {made}."

@@ -26,9 +26,17 @@ def hub_ids(source: Source) -> list[str]:
     return [id_ for part in _parts(source) if (id_ := _id_of(part))]
 
 
-def movable(recipe: Recipe, folder: Path | None) -> Recipe:
-    """The recipe as it goes with an exported model: of models in the hub's cache it names the ids, and of other folders
-    the way from the exported ``folder``, or where that is not on this machine the name alone.
+def is_public(source: Source) -> bool:
+    """Whether a source and all of its adapters are on the hub."""
+    return len(hub_ids(source)) == len(_parts(source))
+
+
+def movable(recipe: Recipe, *, stays: bool) -> Recipe:
+    """The recipe as it goes with a model: of models in the hub's cache it names the ids.
+
+    Args:
+        stays: on this machine, where other folders are found by their absolute paths, wherever the model's is moved to;
+            elsewhere they have their names alone.
     """
 
     def movable_part(part: str) -> str:
@@ -36,10 +44,7 @@ def movable(recipe: Recipe, folder: Path | None) -> Recipe:
             return part
         if match := _SNAPSHOT.search(part):
             return f"{match[1]}/{match[2]}@{Path(part).name}"
-        if folder is None:
-            return Path(part).name
-        way = os.path.relpath(os.path.realpath(part), os.path.realpath(folder))
-        return way if way.startswith(os.pardir) else os.path.join(os.curdir, way)
+        return part if stays else Path(part).name
 
     sources = {
         name: "+".join(movable_part(part) for part in split_reference(reference, None))
