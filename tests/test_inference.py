@@ -17,6 +17,7 @@ from helpers_miniature import evomerge, search_file
 from evaluators.base import Evaluator, EvaluatorSettings, Graded, Item, Outcome, Split, texts
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.errors import InputError
+from evomerge.inference.answering import listening
 from evomerge.inference.reading import Media, Prompt, Reader
 from evomerge.inference.requests import (
     Batch,
@@ -88,6 +89,19 @@ def test_what_is_answered_first_comes_first() -> None:
     live = tiny_live()
     batches = [Batch(answers(live, WORDS), 0), Batch(likelihoods(live, WORDS), 1), Batch(answers(live, WORDS[:1]), 2)]
     assert list(passes(live, batches)[0]) == [1, 0, 2]
+
+
+@pytest.mark.parametrize("shaped", [False, True])  # by rows of a table, and by transformers' own loop
+def test_who_listens_hears_of_every_prompt(shaped: bool) -> None:
+    live, heard = tiny_live(), list[int]()
+    live.model.generation_config.min_new_tokens = 3 if shaped else None
+    asked = [*answers(live, WORDS, batch_size=3), *likelihoods(live, WORDS[:5], 40)]
+    with listening(heard.append):
+        respond_to(TransformersEngine(live), asked)
+    assert sum(heard) == len(asked)
+    assert len(heard) > 4
+    respond_to(TransformersEngine(live), asked[:1])
+    assert sum(heard) == len(asked)
 
 
 def test_batches_of_one_objective_share_forward_passes() -> None:

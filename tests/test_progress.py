@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_search import drive
+from helpers_search import drive, make_setup, scores_of
+from test_deadlines import Notes
 from test_generation import RACE, setup_of, simulate
 
+from evomerge.inference.answering import answered
 from evomerge.optimizers import CmaSettings
+from evomerge.search.driving import dispatch
 from evomerge.search.driving.control import Control
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.driving.progress import Progress
+from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.search.work.jobs import Failed, Finished, Job
 from evomerge.store import Store, acquire
 
 
@@ -68,3 +75,49 @@ def test_whoever_resumes_counts_what_was_done(tmp_path: Path) -> None:
     driver = drive(tmp_path, setup_of(racing=RACE, candidates=83), simulation=simulate)
     assert driver._told_candidates == 80
     assert driver._items_to_come() == 0
+
+
+def in_process(idle: Callable[[], None], progress: Progress) -> Notes:
+    """How two candidates end, of which each has its model answer three prompts."""
+    setup, notes = make_setup(), Notes()
+    recipe = next(iter(setup.space.baselines())).recipe
+    pending = [Pending(n, 1, recipe, str(n), setup.tasks("search")) for n in range(2)]
+
+    class Answering:
+        def run(self, job: Job) -> Finished:
+            try:
+                for _ in range(3):
+                    answered(1)
+            except Exception as error:
+                return Finished(job.candidate, job.attempt, "local", Failed("error", str(error)))
+            return Finished(job.candidate, job.attempt, "local", scores_of(job))
+
+    Dispatcher(InProcessPool(Answering), Control(list), 2, idle, progress=progress).run(feed_of(pending), notes)
+    return notes
+
+
+def test_what_is_done_while_waiting_is_done_while_a_model_answers_in_the_same_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_work: list[tuple[Sequence[int], int]] = []
+    progress = Progress()
+
+    def idle() -> None:
+        at_work.append((progress.at_work()[0], progress.answers))
+
+    monkeypatch.setattr(dispatch, "_CHECK_S", 0.0)
+    assert in_process(idle, progress).done == [(0, 1), (1, 1)]
+    assert [pair for pair in at_work if pair[1]] == [([n], count) for n in range(2) for count in (1, 2, 3)]
+
+
+def test_a_store_that_is_lost_while_a_model_answers_ends_the_search_and_fails_no_candidate() -> None:
+    calls: list[int] = []
+
+    def idle() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("the store is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        in_process(idle, Progress())
+    assert len(calls) == 2

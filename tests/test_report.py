@@ -36,6 +36,7 @@ from evomerge.report.search_status import (
     Slow,
 )
 from evomerge.report.status import slow_ones, status_of, unrecorded_s
+from evomerge.search.driving.progress import Progress
 from evomerge.search.work.jobs import PoolState
 from evomerge.store import NewCandidate, Store, acquire
 from evomerge.store.events import ItemErrors
@@ -380,6 +381,39 @@ def test_without_a_terminal_the_screen_prints_few_plain_lines() -> None:
     text = console.export_text()
     assert text.count("candidates") == 1
     assert "\x1b" not in text
+
+
+def test_without_a_terminal_a_candidate_that_takes_long_is_told_of_every_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, progress = [0.0], Progress(lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(force_terminal=False, record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115
+    screen = Screen(console, status, progress=progress)
+    for second in range(200):
+        now[0] = float(second)
+        if second == 30:
+            progress.work(lambda: ([3], 360))
+        progress.answers += second >= 100
+        screen.draw()
+    lines = console.export_text().splitlines()
+    assert len(lines) == 4
+    assert "scoring" not in lines[0]
+    assert "; scoring c0003: 360 items" in lines[1]
+    assert "; scoring c0003: 21 answers, 360 items" in lines[2]
+
+
+def test_the_line_names_few_candidates_and_counts_many() -> None:
+    progress = Progress()
+    progress.work(lambda: ([3, 4], 20))
+    assert "; scoring c0003, c0004: 20 items" in line(status(), progress=progress)
+    progress.work(lambda: (range(8), 80))
+    progress.answers = 1
+    assert "; scoring 8 candidates: 1 answer, 80 items" in line(status(), progress=progress)
+    progress.begin(lambda: None, models=7, items=700)
+    progress.work(lambda: ([5], 100))
+    confirming = line(status(state="confirming"), progress=progress)
+    assert "0 of 7 models, 0 of 700 items; scoring c0005: 100 items" in confirming
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ import torch
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from evomerge.inference.answering import answered
+
 _COLUMNS = 64
 """Room for so many tokens is made at once: making it copies the table."""
 
@@ -181,6 +183,7 @@ class Decoder:
         ]
         self._finished.update(table.open[row] for row in closed)
         table.remove(closed)
+        answered(len(closed))
 
     @torch.inference_mode()
     def _prefixes(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:

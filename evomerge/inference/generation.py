@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from evomerge.inference.answering import answered
 from evomerge.inference.requests import BatchSize
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def _in_batches(
             batch = left[:rows]
             texts = _answer(live, [prompts[i] for i in batch], max_new_tokens, stop)
             answers.update(zip(batch, texts, strict=True))
+            answered(len(batch))
 
     _room(live.model).fit(batch_size, len(prompts), live.device, work)
     return [answers[i] for i in range(len(prompts))]

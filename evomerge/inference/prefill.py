@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from evomerge.inference.answering import answered
 from evomerge.inference.reading import Prompt
 from evomerge.inference.requests import Likelihood, LogLikelihood
 
@@ -122,4 +123,5 @@ def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
                 sums.append((chosen - own.logsumexp(1)).sum(dtype=torch.float64))
         for position, total in zip(batch, torch.stack(sums).tolist(), strict=True):
             totals[position] = total
+        answered(len(batch))
     return totals

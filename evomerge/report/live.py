@@ -18,6 +18,8 @@ from evomerge.search.work.jobs import PoolState
 
 _LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of baselines, and of others, in a table: as many as there is room for
 
+_EVERY_LINE_S = 60.0
+
 
 class Screen:
     """Draws a status again and again, and never more often than is useful.
@@ -43,7 +45,8 @@ class Screen:
         self._progress = progress
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._every_s = 1.0 if self._live else 10.0
-        self._drawn_at = float("-inf")
+        self._drawn_at = self._printed_at = float("-inf")
+        self._printed: tuple[object, ...] = ()
         self._first: tuple[float, int] | None = None  # when candidates began to come in, and how many had by then
 
     def __enter__(self) -> Self:
@@ -69,6 +72,14 @@ class Screen:
         if self._live:
             self._live.update(self._fitted(status, pool, eta), refresh=True)
         else:
+            self._print(status, eta, moment)
+
+    def _print(self, status: SearchStatus, eta: float | None, moment: float) -> None:
+        """A line where a candidate has ended or the search does something else, and every minute."""
+        ended = 0 if self._progress is None else self._progress.models_done
+        news = (status.state, finished(status), ended)
+        if news != self._printed or moment - self._printed_at >= _EVERY_LINE_S:
+            self._printed, self._printed_at = news, moment
             self._console.print(line(status, eta, self._progress), highlight=False, soft_wrap=True)
 
     def _fitted(self, status: SearchStatus, pool: PoolState | None, eta: float | None) -> RenderableType:

@@ -20,7 +20,10 @@ from evomerge.search.driving.progress import Progress
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.search.work.jobs import PoolState
 from evomerge.store.events import ItemErrors
-from evomerge.store.rows import Estimate
+from evomerge.store.rows import Estimate, candidate_id
+
+_NAMED = 2
+"""Candidates that are scored at once beyond which they are counted and not named."""
 
 _RESUMABLE = ("created", "interrupted", "paused", "stopped", "cancelled")
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
@@ -303,7 +306,7 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
     if status.state == "confirming" and progress is not None and progress.models:
         scored = f"{progress.models_done} of {progress.models} models, {progress.done:,} of {progress.items:,} items"
         left = "" if eta is None else f"; ETA {duration(eta)}"
-        return f"confirming on the held-out split: {scored}{left}"
+        return f"confirming on the held-out split: {scored}{_at_work(progress)}{left}"
     if status.state == "confirming":
         done = f"{len(status.confirmed)} of the best and {len(status.confirmed_baselines)} baselines"
         if status.choice is not None and status.choice.drawn:
@@ -327,7 +330,19 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
         text += f"; {len(status.front)} on the front"
     if status.slow:
         text += f"; slow: {', '.join(slow.name for slow in status.slow)}"
+    text += _at_work(progress)
     return text + (f"; ETA {duration(eta)}" if eta is not None and status.state == "running" else "")
+
+
+def _at_work(progress: Progress | None) -> str:
+    """Who is being scored, and how far that is."""
+    numbers, items = ([], 0) if progress is None else progress.at_work()
+    if progress is None or not numbers:
+        return ""
+    named = [candidate_id(number) for number in numbers]
+    names = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} candidates"
+    answers = f"{_count(progress.answers, 'answer')}, " if progress.answers else ""
+    return f"; scoring {names}: {answers}{_count(items, 'item')}"
 
 
 def arrow(way: str) -> str:

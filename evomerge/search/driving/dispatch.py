@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from evomerge.errors import InputError
+from evomerge.inference.answering import listening
 from evomerge.recipes.base import Recipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.progress import Progress
@@ -92,6 +93,11 @@ class _Jobs:
         self.running[pending.number] = pending
         self.recipes.add(pending.recipe_hash)
 
+    def at_work(self) -> tuple[list[int], int]:
+        """The numbers of those that run, and how many items they are scored on in all."""
+        tasks = (task for pending in self.running.values() for task in pending.tasks)
+        return list(self.running), sum(len(task.indices) for task in tasks)
+
     def remove(self, pending: Pending) -> None:
         del self.running[pending.number]
         self.recipes.remove(pending.recipe_hash)
@@ -136,6 +142,8 @@ class Dispatcher:
         self._has_scored = False
         self._deaths = 0  # of workers, while none has given a score
         self._rests_until = float("-inf")  # by the pool's clock
+        self._idled_at = float("-inf")
+        self._idle_error: Exception | None = None
 
     def run(self, feed: Feed, recorder: Recorder) -> bool:
         """Score what the feed gives, until it gives nothing and nothing runs; False when a stop came first.
@@ -146,6 +154,7 @@ class Dispatcher:
         ended: list[Finished] = []
         begun: Mapping[tuple[int, int], float] = {}
         exhausted = False
+        self.progress.work(jobs.at_work)
         self._check()
         while True:
             self._control.poll()
@@ -191,6 +200,7 @@ class Dispatcher:
                     recorder.late(finished)
                     continue
                 jobs.remove(pending)
+                self.progress.answers = 0
                 if isinstance(finished.result, Measured):
                     self.progress.add(sum(len(task.indices) for task in pending.tasks))
                     started = begun.get((finished.candidate, finished.attempt))
@@ -203,13 +213,27 @@ class Dispatcher:
     def _wait(self, timeout_s: float) -> list[Finished]:
         """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
         try:
-            finished = self._pool.wait(timeout_s)
+            with listening(self._hear):
+                finished = self._pool.wait(timeout_s)
+            if self._idle_error is not None:
+                raise self._idle_error
             if finished:
                 self._check()
             return finished
         finally:
             for news in self._pool.news():
                 self._report(news)
+
+    def _hear(self, answers: int) -> None:
+        """A model in this process has answered so many prompts; what is done while waiting is done meanwhile, too."""
+        self.progress.answers += answers
+        moment = time.monotonic()
+        if self._idle_error is None and moment - self._idled_at >= _CHECK_S:
+            self._idled_at = moment
+            try:
+                self._idle()
+            except Exception as error:  # it is not the candidate's: raised where the pool has ended
+                self._idle_error = error
 
     def _fill(self, feed: Feed, jobs: _Jobs, recorder: Recorder, groups: list[list[Pending]]) -> bool:
         """Record that as many are dispatched as the workers take, and give them as ``groups``; what shares a recipe

@@ -6,7 +6,7 @@ Candidates are no measure of that: in a race they end all at once with their gen
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class Progress:
@@ -20,6 +20,8 @@ class Progress:
         items: how many item scores these are in all.
         models_done: how many models of them are scored.
         done: how many item scores have come in, in this phase.
+        at_work: gives the numbers of the candidates that are being scored, and on how many items these are in all.
+        answers: how many prompts were answered for them, where this process hears of it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,6 +36,11 @@ class Progress:
         self._results = 0
         self._first: tuple[float, int] | None = None  # when the first result came, and how many items it had
         self._last = 0.0
+        self.work(lambda: ([], 0))
+
+    def work(self, at_work: Callable[[], tuple[Sequence[int], int]]) -> None:
+        """Candidates begin to be scored; ``at_work`` says which are, and on how many items in all."""
+        self.at_work, self.answers = at_work, 0
 
     def add(self, items: int) -> None:
         """An attempt has given so many item scores."""
