@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import helpers_figures as made
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from helpers_browser import DESK, PHONE, app_of, click_on_a_source, open_browser, settle, watched
+from helpers_search import make_setup
 from helpers_service import NAME, make_search, serving
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Route, expect
+from playwright.sync_api import Browser, Route, ViewportSize, expect
 from sqlalchemy import insert, update
 
+from evomerge.search.settings.sections import Confirm
 from evomerge.store import Store, tables
 from evomerge.yaml import load_yaml
 
@@ -62,6 +67,25 @@ def test_a_page_is_sound_in_light_in_dark_and_on_a_phone(browser: Browser, small
         grave = [each for each in told if each["impact"] in ("serious", "critical")]
         assert not grave, json.dumps([{k: e[k] for k in ("id", "help", "nodes")} for e in grave], indent=1)[:4000]
         context.close()
+
+
+def test_scores_and_gains_in_three_objectives_fit_a_desk_and_a_phone(browser: Browser, tmp_path: Path) -> None:
+    setup = replace(make_setup(objectives=3, candidates=20), confirm=Confirm(top=2))
+    named = zip(setup.objectives, ("word_problems", "json_answers", "verdicts"), strict=True)
+    made.search(tmp_path, "three", replace(setup, objectives=tuple(replace(o, name=name) for o, name in named)))
+    with serving(app_of(tmp_path)) as address:
+        for size in (ViewportSize(width=1440, height=900), PHONE):
+            context = browser.new_context(viewport=size, reduced_motion="reduce")
+            page = watched(context, address).go("/searches/three")
+            table = page.locator("#confirmed table")
+            for name in ("word_problems", "json_answers", "verdicts"):
+                cells = table.locator(f"td[data-title={name}]")
+                expect(cells.filter(has_text="±")).not_to_have_count(0)
+                expect(cells.locator(".gain").first).to_contain_text("]")
+            for scrolled in ("#confirmed .scroll", "#scores .scroll"):
+                hidden = page.locator(scrolled).evaluate("box => box.scrollWidth - box.clientWidth")
+                assert hidden == 0, (scrolled, size)
+            context.close()
 
 
 def test_a_page_can_be_used_by_keyboard(browser: Browser, small: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from evomerge.report.entries import Entry
 from evomerge.report.parameters import ParameterColumn, columns_of
 from evomerge.report.picks import Pick, conclusions, is_front, roles_of
-from evomerge.report.screen import choice_text, gain_text, ranked, thrift_lines
+from evomerge.report.screen import best_confirmed_source, choice_text, gain_cell, ranked, thrift_lines
 from evomerge.report.search_status import SearchStatus
 from evomerge.search.estimation.preference import BEST as WINNER
 from evomerge.search.estimation.preference import KNEE
@@ -63,7 +63,7 @@ class Row:
     marks: list[str]
     baseline: bool
     chosen: bool
-    gains: Sequence[str] = ()
+    gains: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def search(
         work_s=_work_s(status), columns=columns, table_parameters=_table_parameters(store, table, columns),
         measures=status.measures, best_values=_best_values(status), rows=rows,
         thrift=thrift_lines(status),
-        choices=choices(status), confirmed=list(_confirmed(status)), choice=choice_text(status), failures=failures,
+        choices=choices(status), confirmed=list(_confirmed(status)),
+        gains_over=_gains_over(status), choice=choice_text(status), failures=failures,
         parameters=[parameter.name for parameter in search_row.record.parameters], origins=origins, page=table,
         patience=search_row.record.budget.patience, place=shell_place(place(root, name)),
     )  # fmt: skip
@@ -259,20 +260,28 @@ def _marks(shown: Entry, status: SearchStatus, front: set[str]) -> list[str]:
     return [*label, *search_roles(status, shown.id), *["front"] * (shown.id in front)]
 
 
+def _gains_over(status: SearchStatus) -> dict[str, str]:
+    """The source that is best in each number, by which gains are told; of a search that has confirmed any."""
+    best = {name: best_confirmed_source(status, name) for name in status.numbers} if status.confirmed else {}
+    return {name: source for name, source in best.items() if source}
+
+
 def _confirmed(status: SearchStatus) -> Iterator[Row]:
     """The held-out split: baselines, then the shortlist, the best first."""
     for entry in status.confirmed_baselines:
         yield _confirmed_row(entry, status, baseline=True)
     for entry in ranked(status.confirmed, status):
-        gains = [gain_text(entry, status, name) for name in status.numbers]
+        gains = {name: gain_cell(entry, status, name) for name in status.numbers}
         yield _confirmed_row(entry, status, baseline=False, gains=gains)
 
 
-def _confirmed_row(shown: Entry, status: SearchStatus, *, baseline: bool, gains: Sequence[str] = ()) -> Row:
+def _confirmed_row(
+    shown: Entry, status: SearchStatus, *, baseline: bool, gains: Mapping[str, str] | None = None
+) -> Row:
     roles = roles_of(status, shown.id, "held_out")
     on_search = [] if is_front(status) else search_roles(status, shown.id)
     label = [shown.label] if shown.label else []
-    return Row(shown, [*label, *roles, *on_search], baseline=baseline, chosen=bool(roles), gains=gains)
+    return Row(shown, [*label, *roles, *on_search], baseline=baseline, chosen=bool(roles), gains=gains or {})
 
 
 def _failures(store: Store, name: str) -> list[Failed]:
