@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers_checkpoints import save_model, tiny_config
 from helpers_devices import FIRST, SECOND, THIRD, without_values
+from helpers_miniature import evomerge, search_file
 from helpers_tiers import nightly_but
 from test_adapters import LINEAR, train
 from test_architectures import MODELS
@@ -38,6 +39,8 @@ from evomerge.method import default_parameters, own_methods
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.hardware import model_shape, needs
 from evomerge.report.plan import layer_bytes
+from evomerge.search.settings.folder import open_store
+from evomerge.search.workers import building
 
 THREE = (FIRST, SECOND, THIRD)
 METHODS = own_methods()
@@ -236,3 +239,25 @@ def test_what_is_not_finite_is_seen_on_every_device() -> None:
     tensors = {str(number): torch.full((3,), float(number)) for number in range(4)}
     tensors["2"][1] = torch.nan
     assert _suspects(tensors) == ["2"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("space", [{"method": "task_arithmetic"}, {"kind": "data_flow_space", "repeats": 2}])
+def test_a_search_over_three_devices_is_that_over_one(
+    space: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its export is verified over the devices as well."""
+    scores = []
+    for devices in ((FIRST,), THREE):
+        monkeypatch.setattr(building, "choose_devices", lambda file, devices=devices: devices)
+        folder = tmp_path / str(len(devices))
+        folder.mkdir()
+        assert evomerge("search", search_file(folder, space=space), "--dir", folder / "search") == 0
+        with open_store(folder / "search") as store:
+            rows = list(store.candidates())
+            items = [[s.metrics["acc_ja"].tolist() for s in store.scores(row.number, "search")] for row in rows]
+            scores.append([(row.recipe_hash, of_items) for row, of_items in zip(rows, items, strict=True)])
+        last = max(row.number for row in rows if row.status == "done")
+        assert evomerge("export", folder / "search", folder / "out", "--candidate", f"c{last:04d}") == 0
+    assert scores[0] == scores[1]
+    assert any(of_items for _, of_items in scores[0])

@@ -142,6 +142,7 @@ def test_which_layouts_of_a_70b_fit_on_which_gpus(tmp_path: Path) -> None:
     assert lines(shape, [ANSWERS], "transformers", 0, 4)[0].startswith(
         "A100-40: 37.7 GB on each of 4 GPUs, room for one"
     )
+    assert estimate(GPUS[3], shape, [ANSWERS], "transformers", 0, 8).workers == 1  # though seven would fit on each
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,8 @@ def estimate(
     by_device = needs(shape, works, engine, devices)
     need = max(on_device.total for on_device in by_device)
     room = gpu.memory // need
+    if devices > 1:
+        room = min(room, 1)  # whole GPUs are nobody else's
     if not room:
         return Estimate(gpu.name, need, 0, None, math.inf)
     fullest = max(on_device.weights for on_device in by_device)  # its layers' sources are the most
