@@ -80,6 +80,10 @@ def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
     return raw.view(dtype).view(entry.shape)
 
 
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
 def release_pages(mapped: torch.Tensor, begin: int, end: int) -> None:
     """Drop bytes ``begin`` to ``end`` of a mapped file from this process's memory; the system's cache stays.
 
@@ -88,8 +92,7 @@ def release_pages(mapped: torch.Tensor, begin: int, end: int) -> None:
     """
     begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
-        address, length = ctypes.c_void_p(mapped.data_ptr() + begin), ctypes.c_size_t(end - begin)
-        ctypes.CDLL(None).madvise(address, length, mmap.MADV_DONTNEED)
+        _madvise(mapped.data_ptr() + begin, end - begin, mmap.MADV_DONTNEED)
 
 
 def read_header(file: Path, place: str) -> dict[str, TensorEntry]:

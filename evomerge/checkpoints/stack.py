@@ -83,6 +83,7 @@ class Stack:
         self.layer_buffers: list[LayerBuffer] = [layer.state_dict(keep_vars=True) for layer in self._layers]
         for number in range(len(self._layers), len(self.devices)):
             self.layer_buffers.append(_another(self.layer_buffers[number % len(self._layers)]))
+        self._shapes = [{inside: t.shape for inside, t in buffer.items()} for buffer in self.layer_buffers]
         self._stored: list[list[_Stored]] = [[] for _ in self._layers]
         for stored, part in parts.items():
             role = roles[stored]
@@ -105,8 +106,7 @@ class Stack:
 
     def fits(self, layer_buffer: int, like: int) -> bool:
         """A layer buffer has room for the weights of a layer like this one."""
-        wanted, there = self.layer_buffers[like], self.layer_buffers[layer_buffer]
-        return {n: t.shape for n, t in wanted.items()} == {n: t.shape for n, t in there.items()}
+        return self._shapes[like] == self._shapes[layer_buffer]
 
     def lay(self, path: Sequence[Step]) -> None:
         """Make the model's layers this path.

@@ -90,11 +90,14 @@ mapped files stays until they are made. Four times as many took 190 MB more of t
 
 def _batches(changed: Iterable[_Changed]) -> Iterator[list[_Changed]]:
     batch: list[_Changed] = []
+    planned = 0
     for entry in changed:
-        if batch and sum(target.nbytes for _, _, target, _ in (*batch, entry)) > _PLANNED_BYTES:
+        _, _, target, _ = entry
+        if batch and planned + target.nbytes > _PLANNED_BYTES:
             yield batch
-            batch = []
+            batch, planned = [], 0
         batch.append(entry)
+        planned += target.nbytes
     if batch:
         yield batch
 

@@ -329,7 +329,7 @@ def _sources(blends: Iterable[Blend]) -> set[str]:
 
 def renumber(name: str, role: Role, layer: int) -> str:
     """The name of the tensor that is in layer ``layer`` what ``name``, of this role, is in its own layer."""
-    if role.layer is None:
+    if role.layer in (None, layer):
         return name
     parts = name.split(".")
     parts[parts.index(str(role.layer))] = str(layer)

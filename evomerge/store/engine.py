@@ -12,9 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.util import LRUCache
 
 from evomerge.errors import InputError
 
@@ -88,6 +91,25 @@ def without_password(url: URL) -> URL:
     return URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
 
 
+class _SQLite(SQLiteDialect_pysqlite):
+    """SQLite's dialect, equal for all files, so that what was compiled for one store is used by every other.
+
+    A server opens a store anew for each request; to compile its statements each time took longer than to run them.
+    """
+
+    supports_statement_cache = True
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+registry.register("sqlite.evomerge", __name__, _SQLite.__name__)
+_COMPILED: LRUCache[Any, Any] = LRUCache(500)  # statements; SQLAlchemy keeps as many for an engine
+
+
 def connect(url: URL) -> Engine:
     """An engine whose transactions read, or write when the execution option ``writes`` is set (also ``synced``).
 
@@ -97,10 +119,16 @@ def connect(url: URL) -> Engine:
     kind = url.get_backend_name()
     place = url.render_as_string(hide_password=True)
     if kind == "sqlite":
-        path = Path(url.database or "")
+        path, shared = Path(url.database or ""), {"compiled_cache": _COMPILED}
         if path.is_file() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
-            return create_engine("sqlite://", creator=lambda: _connect_to_read(path), poolclass=QueuePool)
-        engine = create_engine(url, connect_args={"timeout": BUSY_S})
+            return create_engine(
+                "sqlite+evomerge://",
+                creator=lambda: _connect_to_read(path),
+                poolclass=QueuePool,
+                execution_options=shared,
+            )
+        url = url.set(drivername="sqlite+evomerge")
+        engine = create_engine(url, connect_args={"timeout": BUSY_S}, execution_options=shared)
         event.listen(engine, "connect", _set_up_sqlite)
         return engine
     if kind != "postgresql":
