@@ -24,7 +24,7 @@ _TAIL = 80  # characters of an answer that are shown: its last sentence
 
 
 @dataclass(frozen=True)
-class Graded:
+class JudgedAnswer:
     """An answer and its verdicts: whether the number is right, and whether it is and the language too."""
 
     place: str
@@ -52,7 +52,7 @@ class Table:
         return None if chance == n * n else ((self.both + self.neither) * n - chance) / (n * n - chance)
 
 
-def agreement(file: Path, language: Language) -> list[Graded]:
+def agreement(file: Path, language: Language) -> list[JudgedAnswer]:
     """The verdicts of both scorers on each answer of a file. Outside of Japanese, sakana's numbers are read as there.
 
     Raises:
@@ -67,13 +67,13 @@ def agreement(file: Path, language: Language) -> list[Graded]:
             raise InputError(line.place, "has no text in its field 'response'", hint)
         right = right_answer(line)
         sakana, exact = (verdict(answer, right, scorer, language, detector) for scorer in ("sakana", "exact"))
-        graded.append(Graded(line.place, answer, right, sakana, exact))
+        graded.append(JudgedAnswer(line.place, answer, right, sakana, exact))
     if not graded:
         raise InputError(str(file), "holds no answers")
     return graded
 
 
-def tables(graded: Sequence[Graded]) -> tuple[Table, Table]:
+def tables(graded: Sequence[JudgedAnswer]) -> tuple[Table, Table]:
     """The table of the verdicts on numbers, and that of the verdicts on numbers and languages."""
     first, second = (
         Table(
@@ -87,7 +87,7 @@ def tables(graded: Sequence[Graded]) -> tuple[Table, Table]:
     return first, second
 
 
-def report(graded: Sequence[Graded], language: Language) -> Iterator[str]:
+def report(graded: Sequence[JudgedAnswer], language: Language) -> Iterator[str]:
     """Lines for people: what each scorer counts right, the tables, and each answer that they differ on."""
     yield f"{len(graded)} answers     sakana   exact |   both  sakana alone  exact alone  neither |  kappa"
     for name, t in zip(("acc", f"acc_{language}"), tables(graded), strict=True):

@@ -43,7 +43,7 @@ BLANK_ANSWERS = {"generate_until": "", "loglikelihood": (-1.0, False), "loglikel
 
 
 @dataclass(frozen=True)
-class Measure:
+class FilteredMetric:
     """One metric behind one filter, and how the task aggregates it."""
 
     metric: str
@@ -92,7 +92,7 @@ def written(task: ConfigurableTask, doc: Mapping[str, Any], requests: Sequence[I
 
 def find_measures(
     task: ConfigurableTask, items: Items, requests: Sequence[Sequence[Instance]], place: str
-) -> dict[str, Measure]:
+) -> dict[str, FilteredMetric]:
     """The metrics that give every item a number, found by grading blank answers.
 
     Blank answers also show grading code that fails, before a model is there to waste.
@@ -113,7 +113,7 @@ def find_measures(
     for metric, name in graded[0]:
         aggregate = aggregations.get(metric, mean)
         logarithm = LOGARITHMS.get(aggregate)
-        measure = Measure(metric, name, logarithm or aggregate, bool(directions.get(metric)))
+        measure = FilteredMetric(metric, name, logarithm or aggregate, bool(directions.get(metric)))
         key = ("log_" if logarithm else "") + metric + ("" if name == "none" else f",{name}")
         if metric in directions and _is_number_for_all(measure, graded):
             measures[key] = measure
@@ -128,7 +128,7 @@ def find_measures(
     return measures
 
 
-def _is_number_for_all(measure: Measure, graded: Sequence[Grades]) -> bool:
+def _is_number_for_all(measure: FilteredMetric, graded: Sequence[Grades]) -> bool:
     if measure.aggregate in OF_MANY_ITEMS:
         return False
     try:

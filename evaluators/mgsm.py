@@ -131,7 +131,7 @@ class MgsmSettings(FewshotSettings):
 
 
 @dataclass(frozen=True)
-class Problem:
+class MgsmItem:
     """``answer`` is the right number, ``worked`` the answer as the file has it, with its steps where it has them.
 
     ``place`` is for people; ``benchmark`` has it as a test item.
@@ -219,10 +219,10 @@ def verdict(
 # ---- problems --------------------------------------------------------------------------------------------------------
 
 
-def _splits(settings: MgsmSettings) -> dict[Split, list[Problem]]:
+def _splits(settings: MgsmSettings) -> dict[Split, list[MgsmItem]]:
     source = settings.file or Path(settings.hub)
 
-    def read(file: Path) -> list[Problem]:
+    def read(file: Path) -> list[MgsmItem]:
         from_hub = settings.file is None and file is source
         return [_problem(line, settings) for line in (_read_hub(settings) if from_hub else _read_file(file))]
 
@@ -260,14 +260,14 @@ def _read_hub(settings: MgsmSettings) -> Iterator[Line]:
         yield Line(fields, f"{place}, row {row}")
 
 
-def _problem(line: Line, settings: MgsmSettings) -> Problem:
+def _problem(line: Line, settings: MgsmSettings) -> MgsmItem:
     question = line.fields.get("question")
     if not isinstance(question, str) or not question.strip():
         raise InputError(line.place, "has no question", 'Write a line such as {"question": "1 + 1?", "answer": 2}.')
     prompt = fill("prompt", settings.asked[0], line)
     right, worked = right_answer(line), line.fields.get("answer")
     steps = worked if isinstance(worked, str) and worked.strip() else str(right)
-    return Problem(question, prompt, right, steps, line.place, benchmark_of({"question": question}))
+    return MgsmItem(question, prompt, right, steps, line.place, benchmark_of({"question": question}))
 
 
 def right_answer(line: Line) -> Decimal:

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from functools import cache
 
-from evaluators.numerals import COUNTER, Language, Number, find_numbers, plain
+from evaluators.numerals import COUNTER, Language, Numeral, find_numbers, plain
 
 
 def last_number_sakana(text: str) -> float | None:
@@ -62,7 +62,7 @@ def last_number(text: str, language: Language) -> Decimal | None:
     return _last(find_numbers(plain(text, language), language))
 
 
-def _last(numbers: Sequence[Number]) -> Decimal | None:
+def _last(numbers: Sequence[Numeral]) -> Decimal | None:
     sure = [number for number in numbers if not number.weak]
     proper = [number for number in sure if not number.aside]
     return (proper or sure)[-1].value if sure else None
@@ -109,7 +109,7 @@ def _markers(language: Language) -> re.Pattern[str]:
     return re.compile(rf"(?P<sentence>{either(_SENTENCES)}|\\boxed\s*\{{)|{label}|####", re.IGNORECASE)
 
 
-def _behind(marker: re.Match[str], numbers: Sequence[Number]) -> Number | None:
+def _behind(marker: re.Match[str], numbers: Sequence[Numeral]) -> Numeral | None:
     """The number that the marker points to, in its clause or, where that has none, in the next that is not empty."""
     text, start = marker.string, marker.end()
     first = marker["label"] is not None and not re.search(r"\w", text[: marker.start()])
@@ -140,7 +140,7 @@ def _clauses(text: str, start: int) -> Iterator[tuple[int, int]]:
         start = ending.end() if ending else len(text)
 
 
-def _stands_alone(text: str, marker_end: int, number: Number) -> bool:
+def _stands_alone(text: str, marker_end: int, number: Numeral) -> bool:
     """Whether a short numeral is the answer itself: right behind the marker, and no word goes on after it."""
     directly = _DIRECTLY.fullmatch(text, marker_end, number.start)
     return bool(directly and (_CLOSES.match(text, number.end) or COUNTER.match(text, number.end)))

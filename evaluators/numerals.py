@@ -16,7 +16,7 @@ Language = Literal["de", "en", "es", "fr", "ja", "ru", "zh"]
 
 
 @dataclass(frozen=True)
-class Number:
+class Numeral:
     """A number of a text.
 
     Attributes:
@@ -127,9 +127,9 @@ def _pattern(language: Language) -> re.Pattern[str]:
     return re.compile(rf"(?P<sign>{sign})?{currency}(?P<numeral>{numeral}){scale}", re.IGNORECASE)
 
 
-def find_numbers(text: str, language: Language) -> list[Number]:
+def find_numbers(text: str, language: Language) -> list[Numeral]:
     """All numbers of a text that ``plain`` made, in order, the parts of a fraction joined."""
-    joined: list[Number] = []
+    joined: list[Numeral] = []
     moments = {
         at
         for moment in _MOMENT.finditer(text)
@@ -153,7 +153,7 @@ def _in_word(match: re.Match[str]) -> bool:
     return not times and before[2].upper() not in _CODES
 
 
-def _number(match: re.Match[str], language: Language) -> Number:
+def _number(match: re.Match[str], language: Language) -> Numeral:
     text, raw, start, end = match.string, match["numeral"], match.start("numeral"), match.end()
     kanji = any(char in _DIGITS or char in _UNITS for char in raw)
     value = _kanji(raw, language) if kanji else _arabic(raw, language)
@@ -163,7 +163,7 @@ def _number(match: re.Match[str], language: Language) -> Number:
     listed = whole and value < 100 and _ends(_LISTED, text, start) and _LIST_ENDS.match(text, end)
     aside = bool(listed or _ends(_STEP, text, match.start()) or _ORDER.match(text, end))
     weak = kanji and not re.search("[0-9]", raw) and _is_weak(raw, text, end)
-    return Number(start, end, -value if _is_negative(match) else value, whole, aside, weak)
+    return Numeral(start, end, -value if _is_negative(match) else value, whole, aside, weak)
 
 
 def _ends(pattern: re.Pattern[str], text: str, end: int) -> re.Match[str] | None:
@@ -234,7 +234,7 @@ def _is_weak(raw: str, text: str, end: int) -> bool:
     return COUNTER.match(text, end) is None
 
 
-def _append(text: str, numbers: list[Number], number: Number) -> None:
+def _append(text: str, numbers: list[Numeral], number: Numeral) -> None:
     """Add a number to those found, as a part of the last where the two are a fraction."""
     last = numbers[-1] if numbers else None
     if last is None or not last.whole or not number.whole or not last.value or not number.value:

@@ -27,7 +27,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Pick:
+class SlotLayer:
     """One hop of a path: the slot that put it there and the layer, both by number."""
 
     slot: int
@@ -43,11 +43,11 @@ class Encoding(Protocol):
     @property
     def parameters(self) -> Sequence[Parameter]: ...
 
-    def picks(self, numbers: Sequence[float]) -> list[Pick]:
+    def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
         """The path that the numbers say; it may be empty, and is never longer than there is room for."""
         ...
 
-    def only(self, numbers: Sequence[float]) -> Pick:
+    def only(self, numbers: Sequence[float]) -> SlotLayer:
         """The one hop that stands for an empty path."""
         ...
 
@@ -85,15 +85,15 @@ class Indicators:
             for slot, default in zip(self.slots, defaults, strict=True)
         ]
 
-    def picks(self, numbers: Sequence[float]) -> list[Pick]:
+    def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
         used = [slot for slot, number in enumerate(numbers) if number > 0]
         strongest = sorted(used, key=lambda slot: -numbers[slot])[: self._room]
-        return [Pick(slot, self._layers[slot]) for slot in sorted(strongest)]
+        return [SlotLayer(slot, self._layers[slot]) for slot in sorted(strongest)]
 
-    def only(self, numbers: Sequence[float]) -> Pick:
+    def only(self, numbers: Sequence[float]) -> SlotLayer:
         """The slot nearest to being on."""
         slot = max(range(len(numbers)), key=numbers.__getitem__)
-        return Pick(slot, self._layers[slot])
+        return SlotLayer(slot, self._layers[slot])
 
     def numbers_of(self, path: Sequence[int]) -> list[float] | None:
         numbers = [self._off] * len(self._layers)
@@ -118,12 +118,12 @@ class Integers:
             for slot, default in zip(self.slots, _known(self.numbers_of(start)), strict=True)
         ]
 
-    def picks(self, numbers: Sequence[float]) -> list[Pick]:
-        return [Pick(slot, round(number) - 1) for slot, number in enumerate(numbers) if round(number) > 0]
+    def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
+        return [SlotLayer(slot, round(number) - 1) for slot, number in enumerate(numbers) if round(number) > 0]
 
-    def only(self, numbers: Sequence[float]) -> Pick:
+    def only(self, numbers: Sequence[float]) -> SlotLayer:
         """The first layer of A."""
-        return Pick(0, 0)
+        return SlotLayer(0, 0)
 
     def numbers_of(self, path: Sequence[int]) -> list[float] | None:
         if len(path) > len(self.slots):
@@ -161,18 +161,18 @@ class Blocks:
                 Parameter(f"{slot.name}.length", 0.0, min(deepest, room), next(defaults), "int", slot.group),
             ]
 
-    def picks(self, numbers: Sequence[float]) -> list[Pick]:
+    def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
         picks = []
         for slot in range(len(self.slots)):
             model, start, length = self._segment(numbers, slot)
             stop = min(start + length, self._depths[model])
-            picks += [Pick(slot, self._first[model] + layer) for layer in range(start, stop)]
+            picks += [SlotLayer(slot, self._first[model] + layer) for layer in range(start, stop)]
         return picks[: self._room]
 
-    def only(self, numbers: Sequence[float]) -> Pick:
+    def only(self, numbers: Sequence[float]) -> SlotLayer:
         """The first layer of the first segment."""
         model, start, _ = self._segment(numbers, 0)
-        return Pick(0, self._first[model] + start)
+        return SlotLayer(0, self._first[model] + start)
 
     def numbers_of(self, path: Sequence[int]) -> list[float] | None:
         runs = self._runs(path)

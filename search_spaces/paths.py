@@ -15,7 +15,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Parameter
 from evomerge.recipes.stack import Scaling
 from search_spaces.base import SpaceSettings
-from search_spaces.path_encodings import ON, Blocks, Encoding, Indicators, Integers, Pick, Slot
+from search_spaces.path_encodings import ON, Blocks, Encoding, Indicators, Integers, Slot, SlotLayer
 
 MOST_PARAMETERS = 10_000
 """Of a space. A search of some thousand candidates learns nothing of so many numbers, and a store holds them all."""
@@ -157,14 +157,14 @@ class PathGenes:
         self.slots = [*self._encoding.slots, *([Slot(e, e) for e in ("first", "last")] if self._ends else [])]
         self.parameters = [*self._encoding.parameters, *self._scale_parameters()]
 
-    def read(self, numbers: Sequence[float]) -> tuple[list[Pick], list[float]]:
+    def read(self, numbers: Sequence[float]) -> tuple[list[SlotLayer], list[float]]:
         """The hops of the path and the scale of each."""
         cut = len(self._encoding.parameters)
         inner, scales = numbers[:cut], numbers[cut:]
         picks = self._encoding.picks(inner)
         if self._ends is not None:
             slots = len(self.slots)
-            picks = [Pick(slots - 2, self._ends[0]), *picks, Pick(slots - 1, self._ends[1])]
+            picks = [SlotLayer(slots - 2, self._ends[0]), *picks, SlotLayer(slots - 1, self._ends[1])]
         elif not picks:
             picks = [self._encoding.only(inner)]
         return picks, list(self._scales(picks, scales))
@@ -221,7 +221,7 @@ class PathGenes:
                 for here in self._labels:
                     yield Parameter(f"{before}>{here}.scale", low, high, 1.0, group=f"{before}.scale")
 
-    def _scales(self, picks: Sequence[Pick], numbers: Sequence[float]) -> Iterator[float]:
+    def _scales(self, picks: Sequence[SlotLayer], numbers: Sequence[float]) -> Iterator[float]:
         """The scale of each hop. Nothing comes before the first one, so it has no transition."""
         size = len(self._labels)
         for before, pick in zip([None, *picks], picks, strict=False):

@@ -16,7 +16,7 @@ from evomerge.checkpoints.source import open_source
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.report.card import Provenance, papers
-from evomerge.report.curse import Curse, Point, curse_of, curse_text
+from evomerge.report.curse import Curse, SplitScores, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
@@ -85,7 +85,7 @@ def scores(store: Store, number: int, split: str) -> np.ndarray:
     return found.metrics["acc"].astype(np.float64)
 
 
-def number_of(point: Point) -> int:
+def number_of(point: SplitScores) -> int:
     return int(point.id.removeprefix("c"))
 
 
@@ -181,17 +181,17 @@ def test_a_second_shortlist_is_told_and_the_same_one_again_is_not(tmp_path: Path
 # ---- what people see -------------------------------------------------------------------------------------------------
 
 
-def point(search: float, held_out: float, label: str = "", error: float = 0.02, **changes: object) -> Point:
+def point(search: float, held_out: float, label: str = "", error: float = 0.02, **changes: object) -> SplitScores:
     values = {
         "search": Estimate(mean=search, stderr=1.5 * error, n=100),
         "held_out": Estimate(mean=held_out, stderr=error, n=200),
     }
     content: dict[str, object] = {"id": "c0009", "label": label, "baseline": bool(label), "confirmed": bool(label)}
     content |= {"best": not label, "winner": False}
-    return Point.model_validate(content | values | changes)
+    return SplitScores.model_validate(content | values | changes)
 
 
-def curse(*points: Point, **changes: object) -> Curse:
+def curse(*points: SplitScores, **changes: object) -> Curse:
     content: dict[str, object] = {
         "search": "demo", "objective": "maths", "maximise": True, "confidence": 0.95, "points": points,
         "best": sum(not p.baseline for p in points), "fall": {"mean": 0.05, "low": 0.01, "high": 0.09},

@@ -25,7 +25,7 @@ from evomerge.errors import InputError
 from evomerge.search.clusters import launch as launching
 from evomerge.search.clusters.launch import (
     INTERRUPTED,
-    Listener,
+    ListeningPort,
     asks_for_token,
     check_secured,
     entrypoint,
@@ -205,7 +205,7 @@ def test_ports_of_processes_of_ours_are_found_and_told_apart() -> None:
 
 def test_a_person_is_told_who_can_reach_a_cluster_without_its_ports() -> None:
     def told(host: str, secured: bool) -> str:
-        found = [Listener("gcs", host, 6379), Listener("gcs", host, 6380)]
+        found = [ListeningPort("gcs", host, 6379), ListeningPort("gcs", host, 6380)]
         assert who_listens(found, secured=secured, ports=True).count("gcs 6379 6380") == 1
         return who_listens(found, secured=secured, ports=False)
 

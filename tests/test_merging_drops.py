@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from evomerge.merging import words as compiled_words
 from evomerge.merging.drops import LEVELS, level, limit, random_halves, random_words, row_turns, stream_key
-from evomerge.merging.jobs import Job, WorkerThreads
-from evomerge.merging.passes import Part, Sparsify
+from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.passes import SparsePart, Sparsify
 
 N = 200_000
 KEY = stream_key(3, "maths", "lm_head.weight")
@@ -146,8 +146,8 @@ def chances(source: torch.Tensor, low: float, high: float, seeds: int) -> torch.
     base, out, total = torch.zeros_like(source), torch.empty_like(source), torch.zeros_like(source)
     for seed in range(seeds):
         key = stream_key(seed, "a", "w")
-        part = Part("a", 1.0, key=key, levels=level(low), rise=level(high) - level(low))
-        WorkerThreads(1).run([Job(Sparsify("b", (part,)), [base, source], out)])
+        part = SparsePart("a", 1.0, key=key, levels=level(low), rise=level(high) - level(low))
+        WorkerThreads(1).run([TensorJob(Sparsify("b", (part,)), [base, source], out)])
         total += out != 0
     return total / seeds
 
@@ -158,10 +158,10 @@ def test_rows_of_any_length_are_drawn_as_defined(length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     base, *sources = (torch.randn(9, length, generator=generator).bfloat16() for _ in range(3))
     plan = Sparsify("b", tuple(
-        Part(name, 1.0, key=stream_key(1, name, "w"), levels=level(0.3), rise=level(0.4)) for name in "ac"
+        SparsePart(name, 1.0, key=stream_key(1, name, "w"), levels=level(0.3), rise=level(0.4)) for name in "ac"
     ))  # fmt: skip
     out = torch.empty(9, length)
-    WorkerThreads(2).run([Job(plan, [base, *sources], out)])
+    WorkerThreads(2).run([TensorJob(plan, [base, *sources], out)])
     assert torch.allclose(out, plan.run([base, *sources], 0), rtol=1e-6, atol=1e-6)
 
 

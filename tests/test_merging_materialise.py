@@ -21,7 +21,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Weights
-from evomerge.merging.jobs import Job
+from evomerge.merging.jobs import TensorJob
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.method import default_parameters, own_methods
 from evomerge.recipes.stack import Blend, StackRecipe
@@ -197,15 +197,15 @@ def test_after_a_failure_half_way_everything_that_it_touched_is_written_again(
     materialiser = Materialiser(sources)
     materialiser.write(recipe_of(blend("linear"), sources), live)
     expected = {name: tensor.clone() for name, tensor in live.tensors.items()}
-    original, calls = Job.run, iter(range(100))
+    original, calls = TensorJob.run, iter(range(100))
 
-    def fail_soon(job: Job, piece: tuple[int, int]) -> None:
+    def fail_soon(job: TensorJob, piece: tuple[int, int]) -> None:
         if next(calls) == 5:
             raise MemoryError
         original(job, piece)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "run", fail_soon)
+        patch.setattr(TensorJob, "run", fail_soon)
         with pytest.raises(MemoryError):
             materialiser.write(recipe_of(blend("ties"), sources), live)
     materialiser.write(recipe_of(blend("linear"), sources), live)

@@ -30,7 +30,7 @@ from evomerge.merging import inputs
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import Job, WorkerThreads
+from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.passes import Elementwise, Pass, Whole
 from evomerge.merging.site import Site
 from evomerge.method import Method, find_method
@@ -125,7 +125,7 @@ def test_weights_alone_decompose_nothing_again(tmp_path: Path, monkeypatch: pyte
         blend = Blend(method="tsv_merge", sources=("one", "two"), base="base", parameters=parameters)
         plan = method.plan(Facts(site, weights, Evidence(tmp_path, contents), seed=0), blend)
         out = torch.empty(40, 30)
-        WorkerThreads(1).run([Job(plan, [held[name] for name in plan.inputs], out)])
+        WorkerThreads(1).run([TensorJob(plan, [held[name] for name in plan.inputs], out)])
         made.append(out)
     assert len(counted) == 4  # two changes and two sides, once
     assert torch.equal(made[0], made[2])

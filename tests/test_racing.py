@@ -23,7 +23,7 @@ from evomerge.search.estimation.racing import (
     verdicts,
 )
 from evomerge.search.estimation.scores import ScoreTable, estimate
-from evomerge.search.estimation.screening import LEAST_PAIRS, Pair, Screening, weighted_tau
+from evomerge.search.estimation.screening import LEAST_PAIRS, ScoredPair, Screener, weighted_tau
 from evomerge.search.preparing.setup import ScreenInfo, Setup
 
 STRATUM = np.array([0, 0, 0, 1, 1, 1, 1])  # a population of seven items in two strata
@@ -172,22 +172,23 @@ def test_a_sample_counts_only_the_items_that_a_measure_is_the_mean_of() -> None:
 def test_tau_of_equal_weights_is_that_of_scipy(points: list[tuple[int, int]]) -> None:
     x, y = zip(*points, strict=True)
     expected = stats.kendalltau(x, y).statistic
-    assert weighted_tau([Pair(float(a), float(b), 2.0) for a, b in points]) == pytest.approx(expected, nan_ok=True)
+    pairs = [ScoredPair(float(a), float(b), 2.0) for a, b in points]
+    assert weighted_tau(pairs) == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_weight_of_two_is_nearly_two_candidates() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=60)
     y = x + random.normal(size=60)
-    pairs = [Pair(a, b, 1.0) for a, b in zip(x, y, strict=True)]
+    pairs = [ScoredPair(a, b, 1.0) for a, b in zip(x, y, strict=True)]
     doubled = [*pairs, *pairs[:30]]
-    weighted = [Pair(p.screen, p.objective, 2.0 if i < 30 else 1.0) for i, p in enumerate(pairs)]
+    weighted = [ScoredPair(p.screen, p.objective, 2.0 if i < 30 else 1.0) for i, p in enumerate(pairs)]
     # A candidate and its double are a tied pair, which tau-b leaves out on both sides.
     assert weighted_tau(weighted) == pytest.approx(weighted_tau(doubled))
 
 
-def screening(*, maximise: bool = True) -> Screening:
-    return Screening(ScreenInfo("screen", 1, "m", maximise, 10, 0, least_tau=0.5, drop=0.5), seed=3)
+def screening(*, maximise: bool = True) -> Screener:
+    return Screener(ScreenInfo("screen", 1, "m", maximise, 10, 0, least_tau=0.5, drop=0.5), seed=3)
 
 
 @pytest.mark.parametrize("maximise", [True, False])

@@ -26,7 +26,7 @@ from evomerge.report.entries import (
 from evomerge.report.fitting import heading
 from evomerge.report.licences import licence_of, most_restrictive
 from evomerge.report.lists import comparison_table
-from evomerge.report.live import Screen
+from evomerge.report.live import LiveScreen
 from evomerge.report.screen import choice_text, duration, line, p_text, panel, screen_text
 from evomerge.report.search_status import (
     Budget,
@@ -211,7 +211,7 @@ def test_eliminated_candidates_are_finished_ones_for_the_time_that_is_left(monke
     moments = iter([0.0, 60.0])
     monkeypatch.setattr("evomerge.report.live.time.monotonic", lambda: next(moments))
     counts = iter([(0, 0), (1, 0), (20, 40)])
-    screen = Screen(Console(force_terminal=False), status)
+    screen = LiveScreen(Console(force_terminal=False), status)
 
     def eta() -> float | None:
         done, eliminated = next(counts)
@@ -365,7 +365,7 @@ def test_a_live_screen_is_no_taller_than_the_terminal_and_keeps_the_caveats(heig
     )
     file = io.StringIO()
     console = Console(width=120, height=height, force_terminal=True, file=file)
-    with Screen(console, lambda: found) as screen:
+    with LiveScreen(console, lambda: found) as screen:
         screen.draw()
         drawn = file.getvalue()
     assert drawn.count("\n") < height
@@ -375,7 +375,7 @@ def test_a_live_screen_is_no_taller_than_the_terminal_and_keeps_the_caveats(heig
 
 def test_without_a_terminal_the_screen_prints_few_plain_lines() -> None:
     console = Console(force_terminal=False, record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115
-    with Screen(console, status) as screen:
+    with LiveScreen(console, status) as screen:
         for _ in range(50):
             screen.draw()
     text = console.export_text()
@@ -389,7 +389,7 @@ def test_without_a_terminal_a_candidate_that_takes_long_is_told_of_every_minute(
     now, progress = [0.0], Progress(lambda: 0.0)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     console = Console(force_terminal=False, record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115
-    screen = Screen(console, status, progress=progress)
+    screen = LiveScreen(console, status, progress=progress)
     for second in range(200):
         now[0] = float(second)
         if second == 30:

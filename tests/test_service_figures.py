@@ -37,7 +37,7 @@ from evomerge.service.figures import recipe as figure_recipe
 from evomerge.service.figures.progress import growth
 from evomerge.service.figures.recipe import share_in
 from evomerge.service.figures.style import MARKS, is_empty, without_notes, words_of
-from evomerge.service.figures.workers import Attempt, attempts_of, idle_share, stops_of
+from evomerge.service.figures.workers import AttemptSpan, attempts_of, idle_share, stops_of
 from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, thinned
 from evomerge.service.root import Root
@@ -379,19 +379,19 @@ def test_attempts_run_from_dispatch_to_record_and_those_of_dead_drivers_are_left
         event(7, 19.0, "result", 9, worker="a"),  # its dispatch is older than these events
     ]
     assert attempts_of(events, None) == [
-        Attempt(1, 1, 10.0, 14.0, "a", "scored up to a rung"),
-        Attempt(2, 2, 15.0, 18.0, "b", "failed: out of memory"),
+        AttemptSpan(1, 1, 10.0, 14.0, "a", "scored up to a rung"),
+        AttemptSpan(2, 2, 15.0, 18.0, "b", "failed: out of memory"),
     ]
-    assert attempts_of(events, 20.0)[-1] == Attempt(1, 2, 16.0, 20.0, "not known yet", "running")
+    assert attempts_of(events, 20.0)[-1] == AttemptSpan(1, 2, 16.0, 20.0, "not known yet", "running")
 
 
 def test_idle_is_what_lies_between_a_workers_attempts() -> None:
     attempts = [
-        Attempt(1, 1, 0.0, 4.0, "a", "scored"),
-        Attempt(2, 1, 6.0, 10.0, "a", "scored"),
-        Attempt(3, 1, 5.0, 10.0, "b", "scored"),
-        Attempt(4, 1, 7.0, 12.0, "b", "scored"),  # which waited until 10 for the one before it
-        Attempt(5, 1, 9.0, 99.0, "not known yet", "running"),
+        AttemptSpan(1, 1, 0.0, 4.0, "a", "scored"),
+        AttemptSpan(2, 1, 6.0, 10.0, "a", "scored"),
+        AttemptSpan(3, 1, 5.0, 10.0, "b", "scored"),
+        AttemptSpan(4, 1, 7.0, 12.0, "b", "scored"),  # which waited until 10 for the one before it
+        AttemptSpan(5, 1, 9.0, 99.0, "not known yet", "running"),
     ]
     assert idle_share(attempts) == pytest.approx(2.0 / 17.0)
     assert idle_share(attempts[4:]) is None

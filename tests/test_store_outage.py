@@ -25,7 +25,7 @@ from evomerge.store import engine, outage, tables
 from evomerge.store.engine import ServerAwayError
 from evomerge.store.events import CopyingNews
 from evomerge.store.lease import Lease, acquire, current_holder
-from evomerge.store.rows import Outcome
+from evomerge.store.rows import RaceEnd
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import candidate, content, create, estimate, scores
 
@@ -54,7 +54,7 @@ def drive(store: Store) -> list[object]:
     store.request_command("pause")
     answers.append(store.take_commands())
     store.record_scores(0, 1, [scores("held_out")])
-    outcome = Outcome(2, "eliminated", {"acc": estimate(0.1)}, eligible=False)
+    outcome = RaceEnd(2, "eliminated", {"acc": estimate(0.1)}, eligible=False)
     store.record_tell(0, {0: [-0.5], 2: [-0.1]}, front=(0,), spent_s=1.5, outcomes=[outcome])
     store.update_settings({"budget": 9})
     store.record_event(CopyingNews(state="ended", why="end"))

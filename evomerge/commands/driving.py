@@ -24,7 +24,7 @@ from evomerge.commands.changed import check_changed
 from evomerge.errors import InputError
 from evomerge.observers import Observers
 from evomerge.report.fit import check_fit
-from evomerge.report.live import Screen
+from evomerge.report.live import LiveScreen
 from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
@@ -190,7 +190,7 @@ def _session(
         explain_bus_errors(f"error: {what}. Put it back and resume: evomerge resume {shlex.quote(str(folder))}")
     control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
     progress = Progress(lambda: time.monotonic() - control.paused_s())
-    screen = Screen(console, lambda: status_of(store), pool.state, progress)
+    screen = LiveScreen(console, lambda: status_of(store), pool.state, progress)
     observers = Observers(store, folder, prepared.file.observers)
     with closing(observers), screen, control.signals(screen.say, lambda: _end_at_once(folder, store)):
         yield Drive(
@@ -217,7 +217,7 @@ def _end_at_once(folder: Path, store: Store) -> None:
 
 
 def _idle(
-    store: Store, pool: Pool, control: Control, screen: Screen, observers: Observers, artifacts: Artifacts | None
+    store: Store, pool: Pool, control: Control, screen: LiveScreen, observers: Observers, artifacts: Artifacts | None
 ) -> Callable[[], None]:
     """What to do while waiting: show a pause to those who read the store, draw the screen, tell observers."""
     paused_from = ""

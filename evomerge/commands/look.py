@@ -20,11 +20,11 @@ from evomerge.printable import without_nan
 from evomerge.recipes.base import read_recipe
 from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
-from evomerge.report.curse import Curse, Point, curse_of, curse_text
+from evomerge.report.curse import Curse, SplitScores, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.items import Item, are_records, item_lines, items_of
+from evomerge.report.items import ItemAnswers, are_records, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
-from evomerge.report.live import Screen
+from evomerge.report.live import LiveScreen
 from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
@@ -49,7 +49,7 @@ def status(folder: Path, *, as_json: bool, watch: bool) -> None:
     console = make_console()
     with open_store(folder) as store:
         if watch:
-            with Screen(console, lambda: status_of(store)) as screen:
+            with LiveScreen(console, lambda: status_of(store)) as screen:
                 while current_holder(store) is not None:
                     screen.draw()
                     time.sleep(1.0)
@@ -153,7 +153,7 @@ class _Items:
     title: str
     objective: str
     split: str
-    items: list[Item]
+    items: list[ItemAnswers]
     records: bool
 
 
@@ -294,7 +294,7 @@ def _curse_table(winners_curse: Curse) -> Table:
     return table
 
 
-def _role(point: Point) -> str:
+def _role(point: SplitScores) -> str:
     """What a candidate is in the picture of the curse."""
     if point.winner:
         return f"{point.label}, winner".removeprefix(", ")

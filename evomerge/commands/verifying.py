@@ -50,7 +50,7 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreChange:
     """How a metric's scores differ from those recorded.
 
     Attributes:
@@ -68,7 +68,7 @@ class Difference:
     is_rounding: bool
 
 
-def difference(now: Values, before: Values, tolerance: Tolerance) -> Difference:
+def difference(now: Values, before: Values, tolerance: Tolerance) -> ScoreChange:
     """What became of the scores of some items; both are float [items]."""
     moved = now.astype(np.float64) - before
     size = np.abs(before)
@@ -77,7 +77,7 @@ def difference(now: Values, before: Values, tolerance: Tolerance) -> Difference:
     shift, error = float(moved.mean()), float(moved.std() / np.sqrt(len(moved)))
     has_shifted = abs(shift) > max(tolerance.mean * (1 + float(size.mean())), _SURE * error)
     is_one_sided = sign_test(better, int(beyond.sum()) - better) < 0.001
-    return Difference(
+    return ScoreChange(
         items=int((moved != 0).sum()),
         beyond=int(beyond.sum()),
         largest=float(np.abs(moved).max()),
@@ -144,7 +144,7 @@ def measures_of(prepared: Prepared, number: int) -> str:
     return f"{', '.join(names)} ({own})"
 
 
-def _differences_text(differences: dict[str, Difference]) -> str:
+def _differences_text(differences: dict[str, ScoreChange]) -> str:
     return "; ".join(
         f"{metric}: {moved.items} items differ, by up to {moved.largest:.2g}, the mean by {moved.shift:+.2g}"
         for metric, moved in differences.items()
@@ -152,7 +152,7 @@ def _differences_text(differences: dict[str, Difference]) -> str:
     )
 
 
-def _unlike(candidate: str, place: str, moved: Difference, count: int) -> InputError:
+def _unlike(candidate: str, place: str, moved: ScoreChange, count: int) -> InputError:
     return InputError(
         candidate,
         f"the exported model scores {moved.items} of {count} items of {place} otherwise than was recorded, by up to "

@@ -26,7 +26,7 @@ Piece = tuple[int, int]
 """Elements ``begin`` to ``end`` - 1 of a flat tensor."""
 
 
-class Job:
+class TensorJob:
     """The making of one tensor.
 
     Args:
@@ -127,6 +127,6 @@ class WorkerThreads:
         for done in [self._pool.submit(serve) for _ in range(self._threads)]:
             done.result()
 
-    def run(self, jobs: Iterable[Job]) -> None:
+    def run(self, jobs: Iterable[TensorJob]) -> None:
         """Make the tensors of all jobs."""
         self.each(lambda task: task[0].run(task[1]), ((job, piece) for job in jobs for piece in job.pieces))

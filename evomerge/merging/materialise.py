@@ -17,7 +17,7 @@ from evomerge.merging.device import DeviceRunner, DeviceRunners, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import Inputs
-from evomerge.merging.jobs import Job, WorkerThreads
+from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.layer_buffers import Held, Made, assign, tensors_made
 from evomerge.merging.passes import Pass
 from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
@@ -194,7 +194,7 @@ class Materialiser:
         """Make tensors of the live model from their plans and what these read."""
         if self._runner is None:
             # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
-            self._threads.run(Job(plan, [self.read(ref) for ref in refs], out) for plan, refs, out, _ in planned)
+            self._threads.run(TensorJob(plan, [self.read(ref) for ref in refs], out) for plan, refs, out, _ in planned)
             # To map them again takes 0.15 s a gigabyte, and a process is not as large as all of its sources meanwhile.
             for source, stored in {ref for _, refs, _, _ in planned for ref in refs}:
                 self._sources[source].release(stored)
@@ -262,7 +262,7 @@ class Materialiser:
         """A tensor made as it would be in a live model, on the CPU."""
         out = torch.empty(shape, dtype=dtype, device=self._device)
         if self._exporter is None:
-            self._threads.run([Job(plan, read, out)])
+            self._threads.run([TensorJob(plan, read, out)])
         else:
             self._exporter.run(plan, refs, out)
         return out.to(_CPU)

@@ -119,7 +119,7 @@ class Combine:
 
 
 @dataclass(frozen=True)
-class Part:
+class SparsePart:
     """One task vector of a sparsifying merge: w m (x - b).
 
     Attributes:
@@ -158,7 +158,7 @@ class Sparsify:
     """
 
     base: str
-    parts: tuple[Part, ...]
+    parts: tuple[SparsePart, ...]
     elect: bool = False
     divide: bool = False
     scale: float = 1.0

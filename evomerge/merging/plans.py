@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evomerge.merging.passes import Combine, Part, Pass, Sparsify
+from evomerge.merging.passes import Combine, Pass, SparsePart, Sparsify
 from evomerge.recipes.stack import Blend
 
 
@@ -66,7 +66,7 @@ def along(base: str, sources: Sequence[str], factors: Sequence[float]) -> Pass:
     """b + sum_i f_i d_i where factors may be of any size: those of task vectors that are short beside the others."""
     if max(map(abs, factors)) < _LARGE:
         return added(base, sources, factors)
-    return Sparsify(base, tuple(Part(name, f) for name, f in zip(sources, factors, strict=True) if f))
+    return Sparsify(base, tuple(SparsePart(name, f) for name, f in zip(sources, factors, strict=True) if f))
 
 
 def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combine:

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, per_source, task_vectors
-from evomerge.merging.passes import Part, Pass
+from evomerge.merging.passes import Pass, SparsePart
 from evomerge.merging.plans import base_of
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches, windowed
@@ -33,7 +33,7 @@ def breadcrumbs_ties(facts: Facts, blend: Blend) -> Pass:
     return masked_sum(facts, blend, _without_outliers, elect=True)
 
 
-def _without_outliers(facts: Facts, blend: Blend, source: str) -> Part | None:
+def _without_outliers(facts: Facts, blend: Blend, source: str) -> SparsePart | None:
     share, size = blend.value("density", source), facts.size
     if share >= 1:
         return windowed(facts, blend, source, 0.0, math.inf)

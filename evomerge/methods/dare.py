@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, task_vectors
 from evomerge.merging.drops import LEVELS, level
-from evomerge.merging.passes import Part, Pass
+from evomerge.merging.passes import Pass, SparsePart
 from evomerge.merging.plans import switch
 from evomerge.method import Method
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches
@@ -33,12 +33,12 @@ def dare_ties(facts: Facts, blend: Blend) -> Pass:
     return masked_sum(facts, blend, _dropped, elect=True)
 
 
-def _dropped(facts: Facts, blend: Blend, source: str) -> Part | None:
+def _dropped(facts: Facts, blend: Blend, source: str) -> SparsePart | None:
     levels = level(blend.value("density", source))
     if levels == 0:
         return None
     factor = LEVELS / levels if switch(blend, "rescale", True) else 1.0
-    return Part(source, factor, key=facts.stream(source), levels=levels)
+    return SparsePart(source, factor, key=facts.stream(source), levels=levels)
 
 
 _PARAMETERS = (weight(0.5), density(0.5), scale())

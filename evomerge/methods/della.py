@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, per_source, task_vectors
 from evomerge.merging.drops import LEVELS, level
-from evomerge.merging.passes import Part, Pass
+from evomerge.merging.passes import Pass, SparsePart
 from evomerge.merging.plans import base_of, switch
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches
@@ -35,7 +35,7 @@ def della(facts: Facts, blend: Blend) -> Pass:
     return masked_sum(facts, blend, _dropped_by_rank, elect=True)
 
 
-def _dropped_by_rank(facts: Facts, blend: Blend, source: str) -> Part | None:
+def _dropped_by_rank(facts: Facts, blend: Blend, source: str) -> SparsePart | None:
     chance = blend.value("density", source)
     epsilon = min(blend.value("epsilon", source), chance, 1 - chance)
     if level(chance) == 0:
@@ -43,7 +43,7 @@ def _dropped_by_rank(facts: Facts, blend: Blend, source: str) -> Part | None:
     lowest, highest = max(1, level(chance - epsilon)), max(1, level(chance + epsilon))
     kept = (lowest + (highest - lowest) * facts.mean_rank(base_of(blend), source)) / LEVELS
     factor = 1 / kept if switch(blend, "rescale", True) else 1.0
-    return Part(source, factor, key=facts.stream(source), levels=lowest, rise=highest - lowest)
+    return SparsePart(source, factor, key=facts.stream(source), levels=lowest, rise=highest - lowest)
 
 
 _SPREAD = MethodParameter("epsilon", "source", low=0.0, high=0.3, default=0.15, searched=False, limits=FRACTION)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, Part, Pass, Sparsify
+from evomerge.merging.passes import Combine, Pass, SparsePart, Sparsify
 from evomerge.merging.plans import base_of, number, switch, values, weights
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend
@@ -14,7 +14,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts
 
-Mask = Callable[["Facts", Blend, str], Part | None]
+Mask = Callable[["Facts", Blend, str], SparsePart | None]
 """(facts about one tensor, blend, source) -> its masked task vector, with no weight yet; None where nothing is kept."""
 
 ALL_KEPT: Mapping[str, Value] = {"density": 1.0, "lambda": 1.0}
@@ -41,13 +41,13 @@ def masked_sum(facts: Facts, blend: Blend, mask: Mask, *, elect: bool) -> Pass:
     return Sparsify(base, tuple(parts), elect=elect, divide=divide, scale=factor if divide else 1.0)
 
 
-def windowed(facts: Facts, blend: Blend, source: str, low: float, high: float) -> Part:
+def windowed(facts: Facts, blend: Blend, source: str, low: float, high: float) -> SparsePart:
     """The task vector where its magnitude is within [low, high), rescaled to its whole L1 norm if the blend says so."""
     factor = 1.0
     if switch(blend, "rescale", False):
         whole, kept = facts.window_sums(base_of(blend), source, low, high)
         factor = whole / kept if min(whole, kept) >= 1e-7 else 1.0
-    return Part(source, factor, low, high)
+    return SparsePart(source, factor, low, high)
 
 
 def switches(*, rescale: bool) -> Mapping[str, bool]:

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, task_vectors
-from evomerge.merging.passes import Part, Pass
+from evomerge.merging.passes import Pass, SparsePart
 from evomerge.merging.plans import base_of
 from evomerge.method import Method
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches, windowed
@@ -30,7 +30,7 @@ def ties(facts: Facts, blend: Blend) -> Pass:
     return masked_sum(facts, blend, _trimmed, elect=True)
 
 
-def _trimmed(facts: Facts, blend: Blend, source: str) -> Part | None:
+def _trimmed(facts: Facts, blend: Blend, source: str) -> SparsePart | None:
     kept = blend.value("density", source)
     if kept <= 0:
         return None

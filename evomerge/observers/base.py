@@ -30,7 +30,7 @@ ENDED = ("finished", "stopped", "cancelled", "failed")
 """States of a search in which nothing more will come, unless it is resumed."""
 
 
-class Workers(Protocol):
+class PoolCounts(Protocol):
     """What a pool is doing: workers by what they do now, and the jobs that wait for one."""
 
     @property
@@ -67,7 +67,7 @@ class News:
     best: Mapping[str, CandidateRow]
     held_out: Mapping[int, Mapping[str, float]]
     winner: int | None
-    workers: Workers | None
+    workers: PoolCounts | None
 
     def ended_by(self, event: EventRow) -> CandidateRow | None:
         """The candidate that an event ended; None if it ended none."""
@@ -158,7 +158,7 @@ def locked(path: Path, kind: str) -> IO[bytes]:
     return file
 
 
-class Kept:
+class ObserverState:
     """What an observer keeps in a search's folder: the ids of its runs, and the last event that it was told of.
 
     Raises:

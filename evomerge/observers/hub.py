@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.observers.base import News, Observer, ObserverSettings, Workers, ends
+from evomerge.observers.base import News, Observer, ObserverSettings, PoolCounts, ends
 from evomerge.store.events import Winner
 from evomerge.store.lease import current_holder
 from evomerge.store.reading import ReadStore
@@ -44,7 +44,7 @@ class Observers:
         self._listeners = [Listener(store, folder, s) for s in settings]
         self._told_at = -math.inf
 
-    def poll(self, workers: Callable[[], Workers]) -> None:
+    def poll(self, workers: Callable[[], PoolCounts]) -> None:
         """Tell the observers if it is time; the caller, a driver, never waits for them."""
         moment = time.monotonic()
         if not self._listeners or moment - self._told_at < EVERY_S:
@@ -96,7 +96,7 @@ class Listener:
         self._thread.join(wait_s)
         return self._thread.is_alive()
 
-    def look(self, workers: Workers | None = None) -> None:
+    def look(self, workers: PoolCounts | None = None) -> None:
         """Read what is new and tell it; starts the observer at the first time, because that may ask a server."""
         if self._is_dropped:
             return
@@ -144,7 +144,7 @@ class Listener:
 
     # Reading
 
-    def _read(self, workers: Workers | None) -> News:
+    def _read(self, workers: PoolCounts | None) -> News:
         events = self._store.events(since=self.observer.seq if self.observer is not None else 0)
         if self._news is not None and not events:
             self._news = replace(self._news, events=[], candidates={}, workers=workers)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
-from evomerge.observers.base import ENDED, FOLDER_NAME, Kept, News, ObserverSettings, named, package
+from evomerge.observers.base import ENDED, FOLDER_NAME, News, ObserverSettings, ObserverState, named, package
 from evomerge.observers.tracker import Row, Tracker
 from evomerge.store.rows import CandidateRow, SearchRow
 
@@ -41,13 +41,13 @@ class MlflowSettings(ObserverSettings):
         package("mlflow", "mlflow")
 
     def build(self, folder: Path, search: SearchRow) -> Mlflow:
-        return Mlflow(Kept(folder, "mlflow"), folder.absolute() / FOLDER_NAME, search, self)
+        return Mlflow(ObserverState(folder, "mlflow"), folder.absolute() / FOLDER_NAME, search, self)
 
 
 class Mlflow(Tracker):
     """Metrics of the search's run are the best so far; a candidate's run has its genome as parameters."""
 
-    def __init__(self, kept: Kept, folder: Path, search: SearchRow, settings: MlflowSettings) -> None:
+    def __init__(self, kept: ObserverState, folder: Path, search: SearchRow, settings: MlflowSettings) -> None:
         super().__init__(kept)
         self._entities: Any = package("mlflow.entities", "mlflow")
         self._client: Any = package("mlflow", "mlflow").MlflowClient(

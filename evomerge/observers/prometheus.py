@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from pydantic import Field
 
 from evomerge.errors import InputError
-from evomerge.observers.base import News, Observer, ObserverSettings, Workers, named, package
+from evomerge.observers.base import News, Observer, ObserverSettings, PoolCounts, named, package
 from evomerge.store.events import Eliminated, Failure, Rung, ScoresAdded
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow
 
@@ -113,7 +113,7 @@ class Prometheus(Observer):
             for phase, seconds in ended.timings.items():
                 self._seconds.labels(phase).observe(seconds)
 
-    def _tell_workers(self, pool: Workers | None) -> None:
+    def _tell_workers(self, pool: PoolCounts | None) -> None:
         if pool is None:
             return
         idle = max(0, pool.workers - pool.busy - pool.starting)

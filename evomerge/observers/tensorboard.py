@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.observers.base import Kept, News, ObserverSettings, named, package
+from evomerge.observers.base import News, ObserverSettings, ObserverState, named, package
 from evomerge.observers.tracker import Row, Tracker
 from evomerge.store.rows import CandidateRow, SearchRow
 
@@ -21,13 +21,13 @@ class TensorBoardSettings(ObserverSettings):
         package("tensorboardX", "tensorboard")
 
     def build(self, folder: Path, search: SearchRow) -> TensorBoard:
-        return TensorBoard(Kept(folder, "tensorboard"), folder / "tensorboard")
+        return TensorBoard(ObserverState(folder, "tensorboard"), folder / "tensorboard")
 
 
 class TensorBoard(Tracker):
     """Curves over candidates that have ended; a resumed search adds a file to the same run."""
 
-    def __init__(self, kept: Kept, folder: Path) -> None:
+    def __init__(self, kept: ObserverState, folder: Path) -> None:
         super().__init__(kept)
         # It names a file by the whole second and would empty the one of an earlier writer in the same; readers take
         # files in the order of their names.

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evomerge.observers.base import ENDED, Kept, News, Observer, genome_of, named
+from evomerge.observers.base import ENDED, News, Observer, ObserverState, genome_of, named
 from evomerge.store.events import State
 from evomerge.store.rows import CandidateRow
 
@@ -20,7 +20,7 @@ class Tracker(Observer):
     A process that is killed between telling and keeping tells its last second again.
     """
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: ObserverState) -> None:
         self.kept = kept
         self.seq = kept.content.get("seq", 0)
         self._step: int = kept.content.get("told", 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evomerge.errors import InputError
-from evomerge.observers.base import FOLDER_NAME, Kept, News, ObserverSettings, named, package
+from evomerge.observers.base import FOLDER_NAME, News, ObserverSettings, ObserverState, named, package
 from evomerge.observers.tracker import Row, Tracker
 from evomerge.store.rows import CandidateRow, SearchRow
 
@@ -31,13 +31,13 @@ class WandbSettings(ObserverSettings):
             raise InputError("observers: wandb", "has no key", hint)
 
     def build(self, folder: Path, search: SearchRow) -> Wandb:
-        return Wandb(Kept(folder, "wandb"), folder / FOLDER_NAME, search, self)
+        return Wandb(ObserverState(folder, "wandb"), folder / FOLDER_NAME, search, self)
 
 
 class Wandb(Tracker):
     """A history row a candidate; a resumed search goes on with the run of the same id."""
 
-    def __init__(self, kept: Kept, folder: Path, search: SearchRow, settings: WandbSettings) -> None:
+    def __init__(self, kept: ObserverState, folder: Path, search: SearchRow, settings: WandbSettings) -> None:
         super().__init__(kept)
         if "run" not in kept.content:
             kept.save(run=uuid.uuid4().hex[:16])  # before the run is made, so that there is never a second

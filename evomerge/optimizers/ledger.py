@@ -21,7 +21,7 @@ FOREIGN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Result(Generic[Point]):
+class ScoredGenome(Generic[Point]):
     """A scored genome: its number in the order of asking, the algorithm's own point, and its losses [objectives]."""
 
     number: int
@@ -42,11 +42,11 @@ class Ledger(Generic[Point]):
         self._point = point
         self._given = 0
         self._out: defaultdict[bytes, deque[tuple[int, Point]]] = defaultdict(deque)
-        self._results: list[Result[Point]] = []
-        self.foreign: list[Result[Point]] = []
+        self._results: list[ScoredGenome[Point]] = []
+        self.foreign: list[ScoredGenome[Point]] = []
 
     @property
-    def results(self) -> list[Result[Point]]:
+    def results(self) -> list[ScoredGenome[Point]]:
         """What was asked for and told since ``close``, by number: the order in which workers finish plays no part."""
         return sorted(self._results, key=lambda result: result.number)
 
@@ -66,11 +66,11 @@ class Ledger(Generic[Point]):
             genome, losses = observation.genome, self._scalars.see(observation.losses)
             waiting = self._out.get(genome.tobytes())
             if waiting:
-                self._results.append(Result(*waiting.popleft(), losses))
+                self._results.append(ScoredGenome(*waiting.popleft(), losses))
                 if not waiting:
                     del self._out[genome.tobytes()]
             elif np.isfinite(losses[0]):
-                self.foreign.append(Result(FOREIGN, self._point(genome), losses))
+                self.foreign.append(ScoredGenome(FOREIGN, self._point(genome), losses))
         return len(self._results)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from evomerge.store.rows import Estimate, Known
 _LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
 
 
-class Point(BaseModel):
+class SplitScores(BaseModel):
     """A candidate scored on both splits; ``confirmed`` when it could win, ``best`` when it is one of the best found."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -73,7 +73,7 @@ class Curse(BaseModel):
     objective: str
     maximise: bool
     confidence: float
-    points: list[Point]
+    points: list[SplitScores]
     best: int
     fall: Fall | None
     fall_of_baselines: Fall | None = Field(serialization_alias="fall_of_landmarks")
@@ -88,12 +88,12 @@ class Curse(BaseModel):
         return [self, *self.others]
 
     @property
-    def candidates(self) -> list[Point]:
+    def candidates(self) -> list[SplitScores]:
         """The candidates that the search found."""
         return [point for point in self.points if not point.baseline]
 
     @property
-    def baselines(self) -> list[Point]:
+    def baselines(self) -> list[SplitScores]:
         """Those that it began with."""
         return [point for point in self.points if point.baseline]
 
@@ -159,10 +159,10 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
     top = [at for at, row in enumerate(known.rows) if row.number in leading]
     marks = [at for at, row in enumerate(known.rows) if row.step == 0]
 
-    def point(at: int) -> Point:
+    def point(at: int) -> SplitScores:
         row = known.rows[at]
         on_search, there = known.values(at)
-        return Point(
+        return SplitScores(
             id=row.id,
             label=row.label,
             baseline=row.step == 0,

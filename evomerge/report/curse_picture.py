@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from evomerge.report.curse import Curse, Point, curse_text
+from evomerge.report.curse import Curse, SplitScores, curse_text
 from evomerge.report.entries import measure_text
 from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
 
@@ -67,7 +67,7 @@ class _Picture:
         places = ", ".join(f"{p.label} ({p.search.mean:.3f}, {p.held_out.mean:.3f})" for p in self._far)
         return [*curse_text(self._curse), f"Outside the picture: {places}."]
 
-    def _holds(self, point: Point) -> bool:
+    def _holds(self, point: SplitScores) -> bool:
         return all(self._low <= value.mean <= self._high for value in (point.search, point.held_out))
 
     def _x(self, value: float) -> float:
@@ -135,7 +135,7 @@ class _Picture:
         line = {"x1": self._x(min(x)), "y1": self._y(at[0]), "x2": self._x(max(x)), "y2": self._y(at[1])}
         shape(svg, "line", "trend", **line)
 
-    def _point(self, svg: ET.Element, point: Point, kind: str) -> None:
+    def _point(self, svg: ET.Element, point: SplitScores, kind: str) -> None:
         group = ET.SubElement(svg, "g", {"class": f"{kind} winner" if point.winner else kind})
         name = f"{point.id} {point.label}".strip()
         scores = [f"{where} {measure_text(v.mean, v.stderr)}" for where, v in

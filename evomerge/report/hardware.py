@@ -125,7 +125,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class GpuEstimate:
     """What a GPU would do: ``need`` in bytes of one worker, seconds for a candidate, how many workers it has room for.
 
     With no room for one, ``residency`` is None and ``seconds`` is infinite.
@@ -262,7 +262,7 @@ def work_seconds(shape: ModelShape, gpu: Gpu, work: Work, engine: Engine, device
 
 def estimate(
     gpu: Gpu, shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: int, devices: int = 1
-) -> Estimate:
+) -> GpuEstimate:
     """Whether a worker fits on so many GPUs, where its sources would lie, and how long a candidate takes.
 
     Args:
@@ -274,14 +274,14 @@ def estimate(
     if devices > 1:
         room = min(room, 1)  # whole GPUs are nobody else's
     if not room:
-        return Estimate(gpu.name, need, 0, None, math.inf)
+        return GpuEstimate(gpu.name, need, 0, None, math.inf)
     fullest = max(on_device.weights for on_device in by_device)  # its layers' sources are the most
     free = gpu.memory - fullest - _CONTEXT
     sources = shape.sources * fullest // shape.weights
     place = choose_place(sources, free // 2 if _serves(works, engine) else free, gpu.memory, host_free // devices)
     seconds = merge_seconds(shape, gpu, place.residency, devices)
     seconds += sum(work_seconds(shape, gpu, work, engine, devices) for work in works)
-    return Estimate(gpu.name, need, room, place.residency, seconds)
+    return GpuEstimate(gpu.name, need, room, place.residency, seconds)
 
 
 def lines(shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: int, devices: int = 1) -> list[str]:
@@ -289,7 +289,7 @@ def lines(shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: i
     return [_line(estimate(gpu, shape, works, engine, host_free, devices), devices) for gpu in GPUS]
 
 
-def _line(estimated: Estimate, devices: int) -> str:
+def _line(estimated: GpuEstimate, devices: int) -> str:
     gigabytes = f"{estimated.need / 1e9:.1f} GB " + ("a worker" if devices == 1 else f"on each of {devices} GPUs")
     if estimated.residency is None:
         return f"{estimated.gpu}: too small for a worker ({gigabytes})"

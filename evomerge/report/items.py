@@ -26,7 +26,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Item:
+class ItemAnswers:
     """An item that candidates were scored on.
 
     Attributes:
@@ -47,7 +47,7 @@ class Item:
         return len({result.score for result in self.answered}) > 1
 
 
-def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measure) -> list[Item]:
+def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measure) -> list[ItemAnswers]:
     """The items of a split that all the candidates were scored on in a measure, in order."""
     sides: list[dict[int, Answered]] = []
     for number in candidates:
@@ -59,7 +59,7 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
     texts = dict(enumerate(store.item_texts(measure.version, split)))
     shared = sorted(set.intersection(*(set(side) for side in sides)))
     return [
-        Item(item, text, right or None, tuple(side[item] for side in sides))
+        ItemAnswers(item, text, right or None, tuple(side[item] for side in sides))
         for item in shared
         for text, right in [texts.get(item, (None, None))]
     ]
@@ -90,7 +90,7 @@ def fields_of(text: str) -> list[tuple[str, str]]:
     return sorted(fields, key=lambda field: field[0] != question)
 
 
-def item_lines(item: Item, names: Sequence[str], *, records: bool = False) -> Iterator[str]:
+def item_lines(item: ItemAnswers, names: Sequence[str], *, records: bool = False) -> Iterator[str]:
     """An item for a terminal.
 
     Args:

@@ -21,7 +21,7 @@ _LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of baselines, and of others, in a table: as m
 _EVERY_LINE_S = 60.0
 
 
-class Screen:
+class LiveScreen:
     """Draws a status again and again, and never more often than is useful.
 
     On a terminal it takes no more lines than there are, and is gone in the end: whoever closes it prints it in full.

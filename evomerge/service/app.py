@@ -16,7 +16,7 @@ from evomerge.service.bodies import Happening
 from evomerge.service.checking import Checker
 from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.drivers import Drivers
-from evomerge.service.exports import Exports
+from evomerge.service.exports import Exporter
 from evomerge.service.guard import Door, Guard
 from evomerge.service.streams import Streams
 
@@ -57,7 +57,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.settings = settings
     app.state.door = Door(settings.token)
     app.state.drivers = Drivers(settings.root, settings.jobs)
-    app.state.exports = Exports(settings.root)
+    app.state.exports = Exporter(settings.root)
     app.state.streams = Streams(settings.root)
     app.state.checker = Checker(settings.root)
     for part in (system, searches, candidates, figures, events, exports, sources):

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 
 from evomerge.service.checking import Checker
 from evomerge.service.drivers import Drivers
-from evomerge.service.exports import Exports
+from evomerge.service.exports import Exporter
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 from evomerge.service.streams import Streams
@@ -59,8 +59,8 @@ async def drivers_of(request: Request) -> Drivers:
     return drivers
 
 
-async def exports_of(request: Request) -> Exports:
-    exports: Exports = request.app.state.exports
+async def exports_of(request: Request) -> Exporter:
+    exports: Exporter = request.app.state.exports
     return exports
 
 
@@ -86,6 +86,6 @@ def store_of(name: str, root: RootDependency) -> Iterator[Store]:
 SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
 StoreDependency = Annotated[Store, Depends(store_of)]
 DriversDependency = Annotated[Drivers, Depends(drivers_of)]
-ExportsDependency = Annotated[Exports, Depends(exports_of)]
+ExportsDependency = Annotated[Exporter, Depends(exports_of)]
 StreamsDependency = Annotated[Streams, Depends(streams_of)]
 CheckerDependency = Annotated[Checker, Depends(checker_of)]

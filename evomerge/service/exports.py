@@ -27,7 +27,7 @@ _KEPT = {"candidate", "bytes", "command"}  # in the record of an export, beside 
 _WRITTEN = 0.9  # of the progress is writing; the rest is loading the model and scoring it again
 
 
-class Exports:
+class Exporter:
     """Starts exports of the searches in a root, and finds them."""
 
     def __init__(self, root: Root) -> None:

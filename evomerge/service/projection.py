@@ -290,39 +290,11 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
         trials = self._trials(self._description(study_id).name)
         return [trial for trial in trials if states is None or trial.state in states]
 
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        raise _refusal()  # trials of several studies may share an id; nothing that reads asks for one alone
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a study projected from a search can only be read")
 
-    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        raise _refusal()
-
-    def delete_study(self, study_id: int) -> None:
-        raise _refusal()
-
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        raise _refusal()
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        raise _refusal()
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        raise _refusal()
-
-    def set_trial_param(self, trial_id: int, *args: Any, **kwargs: Any) -> None:
-        raise _refusal()
-
-    def set_trial_state_values(self, trial_id: int, *args: Any, **kwargs: Any) -> bool:
-        raise _refusal()
-
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        raise _refusal()
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        raise _refusal()
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        raise _refusal()
-
-
-def _refusal() -> RuntimeError:
-    return RuntimeError("a study projected from a search can only be read")
+    # Trials of several studies may share an id; nothing that reads asks for one alone.
+    get_trial = _refuse
+    create_new_study = delete_study = set_study_user_attr = set_study_system_attr = _refuse
+    create_new_trial = set_trial_param = set_trial_state_values = set_trial_intermediate_value = _refuse
+    set_trial_user_attr = set_trial_system_attr = _refuse

@@ -68,7 +68,7 @@ class Picture(NamedTuple):
     is_wide: bool
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     """A candidate in a table."""
 
     id: str
@@ -206,23 +206,23 @@ def _path(store: Store, shown: Entry) -> Markup | None:
     return Markup(draw_path(store, number))  # its texts are escaped by the XML library
 
 
-def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Row]:
+def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[ReportRow]:
     for row in ranked_rows(store, Preference.of_search(search), _TOP):
         entry = status.entry(row, search.record)
         marks = [*roles_of(status, entry.id, "search"), *["front"] * row.on_front]
         what = [entry.origin, *marks, status_text(row, status)]
         texts = list(cells(entry, status))
-        yield Row(entry.id, entry.label, ", ".join(what), texts, roles_of(status, entry.id, "held_out"))
+        yield ReportRow(entry.id, entry.label, ", ".join(what), texts, roles_of(status, entry.id, "held_out"))
 
 
-def _confirmed(status: SearchStatus) -> Iterator[Row]:
+def _confirmed(status: SearchStatus) -> Iterator[ReportRow]:
     for mark in status.confirmed_baselines:
         texts = list(cells(mark, status, whole=True))
-        yield Row(mark.id, mark.label, "baseline", texts, roles_of(status, mark.id, "held_out"))
+        yield ReportRow(mark.id, mark.label, "baseline", texts, roles_of(status, mark.id, "held_out"))
     for entry in ranked(status.confirmed, status):
         what = "; ".join(_gain(entry, status, name) for name in status.numbers)
         texts = list(cells(entry, status, whole=True))
-        yield Row(entry.id, entry.label, what, texts, roles_of(status, entry.id, "held_out"))
+        yield ReportRow(entry.id, entry.label, what, texts, roles_of(status, entry.id, "held_out"))
 
 
 def _gain(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:

@@ -114,7 +114,7 @@ class _Plain(TypeDecorator[Any]):
         return checked
 
 
-class Whole(_Plain):
+class WholeNumber(_Plain):
     """a whole number"""
 
     impl = Integer

@@ -39,10 +39,10 @@ from evomerge.store.rows import (
     CandidateRow,
     Estimate,
     EventRow,
+    OptimizerStep,
     Scores,
     SearchRow,
     Status,
-    Step,
 )
 
 SYNC_EVERY_S = 1.0
@@ -225,7 +225,7 @@ class ReadStore:
             rows = connection.execute(query.order_by(columns.seq.desc()).limit(newest)).all()
             return event_rows(reversed(rows))
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[OptimizerStep]:
         """Every ask and tell, in the order they happened: what replays an optimizer. Few are in memory at once."""
         since = 0
         while page := self.events(since=since, kinds=("ask", "tell"), oldest=_PAGE):
@@ -233,7 +233,7 @@ class ReadStore:
             for event in page:
                 content = event.read(Stepped)
                 kind: Literal["ask", "tell"] = "ask" if event.kind == "ask" else "tell"
-                yield Step(kind, event.seq, content.step, tuple(content.candidates))
+                yield OptimizerStep(kind, event.seq, content.step, tuple(content.candidates))
 
     @repeated
     def counts(self) -> dict[Status, int]:

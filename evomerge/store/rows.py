@@ -100,7 +100,7 @@ class NewCandidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class RaceEnd:
     """How a race ended for a candidate: "done", "eliminated", or "cached" when its scores are those of ``same_as``.
 
     ``eligible`` says whether it may be on the front and be confirmed.
@@ -246,7 +246,7 @@ class SearchRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class OptimizerStep:
     """One ask or tell of the optimizer: the candidates, in the order asked or told; ``seq`` is that of its event."""
 
     kind: Literal["ask", "tell"]

@@ -17,7 +17,7 @@ from evomerge.store.events import Decided, Happened
 from evomerge.store.fenced import FencedStore
 from evomerge.store.lease import lock_search
 from evomerge.store.outage import repeated
-from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Niches, Outcome, Scores, Status, Verb
+from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Niches, RaceEnd, Scores, Status, Verb
 from evomerge.store.schema import make_tables
 
 _RACE_ENDS: dict[str, type[events.Cached | events.Done | events.Eliminated]] = {
@@ -257,7 +257,7 @@ class Store(FencedStore):
         front: Collection[int],
         spent_s: float,
         worker_time: WorkerTime | None = None,
-        outcomes: Sequence[Outcome] = (),
+        outcomes: Sequence[RaceEnd] = (),
         niches: Niches | None = None,
     ) -> None:
         """What the optimizer was told, in the order told; the candidates that form the Pareto front now; the seconds
@@ -279,7 +279,7 @@ class Store(FencedStore):
 
         self._write(write)
 
-    def _end_race(self, connection: Connection, outcome: Outcome) -> None:
+    def _end_race(self, connection: Connection, outcome: RaceEnd) -> None:
         values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
         if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, ("asked",)):
             raise ValueError(f"candidate {outcome.number} is not waiting")

@@ -13,7 +13,7 @@ from sqlalchemy import (
     false,
 )
 
-from evomerge.store.columns import Array, Json, PackedText, Real, Whole, Words
+from evomerge.store.columns import Array, Json, PackedText, Real, WholeNumber, Words
 
 SCHEMA_VERSION = 6
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
@@ -25,7 +25,7 @@ search = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("name", Words(200), nullable=False, unique=True),
-    Column("schema_version", Whole, nullable=False),
+    Column("schema_version", WholeNumber, nullable=False),
     Column("created_at", Real, nullable=False),  # seconds since 1970, as is every time below
     Column("state", Words(20), nullable=False),
     Column("why", Words(500), nullable=False, server_default=""),  # what ended it, in words
@@ -41,15 +41,15 @@ search = Table(
 candidate = Table(
     "candidate",
     metadata,
-    Column("search_id", Whole, primary_key=True),
-    Column("number", Whole, primary_key=True, autoincrement=False),
-    Column("step", Whole, nullable=False),  # which ask it came in
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("number", WholeNumber, primary_key=True, autoincrement=False),
+    Column("step", WholeNumber, nullable=False),  # which ask it came in
     Column("origin", Words(40), nullable=False),  # a baseline's kind, or the optimizer's name
     Column("label", Words(200), nullable=False),
     Column("recipe_hash", Words(64), nullable=False),
     Column("status", Words(10), nullable=False),
-    Column("same_as", Whole),  # a cached candidate's scores are those of this one
-    Column("attempts", Whole, nullable=False),
+    Column("same_as", WholeNumber),  # a cached candidate's scores are those of this one
+    Column("attempts", WholeNumber, nullable=False),
     Column("worker", Words(200), nullable=False),
     Column("eligible", Boolean, nullable=False, server_default=false()),  # for the front and for confirmation
     Column("on_front", Boolean, nullable=False, server_default=false()),
@@ -72,8 +72,8 @@ candidate = Table(
 recipe = Table(
     "recipe",
     metadata,
-    Column("search_id", Whole, primary_key=True),
-    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("candidate", WholeNumber, primary_key=True, autoincrement=False),
     Column("genome", Array("<f8")),
     Column("recipe", PackedText, nullable=False),
 )
@@ -82,20 +82,20 @@ recipe = Table(
 objective = Table(
     "objective",
     metadata,
-    Column("search_id", Whole, primary_key=True),
-    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("candidate", WholeNumber, primary_key=True, autoincrement=False),
     Column("name", Words(100), primary_key=True),
     Column("mean", Real),
     Column("stderr", Real),
-    Column("n", Whole, nullable=False),
+    Column("n", WholeNumber, nullable=False),
     Index("objective_by_mean", "search_id", "name", "mean"),
 )
 
 score = Table(
     "score",
     metadata,
-    Column("search_id", Whole, primary_key=True),
-    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("candidate", WholeNumber, primary_key=True, autoincrement=False),
     Column("evaluator", Words(200), primary_key=True),  # the evaluator's version
     Column("split", Words(20), primary_key=True),
     Column("items", Array("<i4"), nullable=False),  # positions in the split
@@ -107,11 +107,11 @@ score = Table(
 answer = Table(
     "answer",
     metadata,
-    Column("search_id", Whole, primary_key=True),
-    Column("candidate", Whole, primary_key=True, autoincrement=False),
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("candidate", WholeNumber, primary_key=True, autoincrement=False),
     Column("evaluator", Words(200), primary_key=True),
     Column("split", Words(20), primary_key=True),
-    Column("attempt", Whole, primary_key=True, autoincrement=False),
+    Column("attempt", WholeNumber, primary_key=True, autoincrement=False),
     Column("items", Array("<i4"), nullable=False),
     Column("texts", PackedText, nullable=False),  # a JSON list
 )
@@ -120,7 +120,7 @@ answer = Table(
 item = Table(
     "item",
     metadata,
-    Column("search_id", Whole, primary_key=True),
+    Column("search_id", WholeNumber, primary_key=True),
     Column("evaluator", Words(200), primary_key=True),
     Column("split", Words(20), primary_key=True),
     Column("texts", PackedText, nullable=False),  # a JSON list of [question, right answer]
@@ -130,11 +130,11 @@ event = Table(
     "event",
     metadata,
     Column("seq", Integer, primary_key=True, autoincrement=True),
-    Column("search_id", Whole, nullable=False),
+    Column("search_id", WholeNumber, nullable=False),
     Column("time", Real, nullable=False),
     Column("kind", Words(40), nullable=False),
-    Column("candidate", Whole),
-    Column("attempt", Whole),
+    Column("candidate", WholeNumber),
+    Column("attempt", WholeNumber),
     Column("payload", Json(dict), nullable=False),
     Index("event_by_kind", "search_id", "kind", "seq"),
     Index("event_by_search", "search_id", "seq"),
@@ -143,12 +143,12 @@ event = Table(
 lease = Table(
     "lease",
     metadata,
-    Column("search_id", Whole, primary_key=True, autoincrement=False),
-    Column("epoch", Whole, nullable=False),  # how often the search has been taken; a lower one may not write
-    Column("writes", Whole, nullable=False, server_default="0"),  # in this epoch: tells a write that was done
+    Column("search_id", WholeNumber, primary_key=True, autoincrement=False),
+    Column("epoch", WholeNumber, nullable=False),  # how often the search has been taken; a lower one may not write
+    Column("writes", WholeNumber, nullable=False, server_default="0"),  # in this epoch: tells a write that was done
     Column("host", Words(255)),  # null: nobody holds it
     Column("namespace", Words(100)),
-    Column("pid", Whole),
+    Column("pid", WholeNumber),
     Column("started", Real),  # seconds from the host's start to the process's
     Column("acquired_at", Real),
     Column("expires_at", Real),  # by the database's clock, for whoever is on another machine than the holder
@@ -160,7 +160,7 @@ command = Table(
     "command",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("search_id", Whole, nullable=False),
+    Column("search_id", WholeNumber, nullable=False),
     Column("verb", Words(20), nullable=False),
     Column("requested_at", Real, nullable=False),
     Column("taken_at", Real),

@@ -21,7 +21,7 @@ from evomerge.merging import jobs
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import LayerInput
-from evomerge.merging.jobs import Job, WorkerThreads, in_grain
+from evomerge.merging.jobs import TensorJob, WorkerThreads, in_grain
 from evomerge.merging.passes import Pass, call
 from evomerge.merging.site import Ref, Site
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
@@ -63,7 +63,7 @@ def merge(
     """One tensor, merged as an export or a search would."""
     planned, read = plan(method, base, sources, blend)
     out = torch.full(sources[0].shape, torch.nan, dtype=dtype)
-    THREADS.run([Job(planned, read, out)])
+    THREADS.run([TensorJob(planned, read, out)])
     return out
 
 

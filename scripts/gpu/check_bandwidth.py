@@ -17,7 +17,7 @@ from kit import Row, Setting, check
 from torch import Tensor
 
 from evomerge.merging.device import DeviceRunner
-from evomerge.merging.jobs import Job, WorkerThreads
+from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.passes import Pass
 from evomerge.method import find_method
 
@@ -63,7 +63,7 @@ def _merge(plan: Pass, placed: dict[str, Tensor], out: Tensor, setting: Setting)
         runner = DeviceRunner(setting.device, lambda ref: placed[ref[0]], [], "mapped")
         return partial(runner.run, plan, [(name, "") for name in plan.inputs], out)
     threads, inputs = WorkerThreads(), [placed[name] for name in plan.inputs]
-    return lambda: threads.run([Job(plan, inputs, out)])
+    return lambda: threads.run([TensorJob(plan, inputs, out)])
 
 
 def _seconds(work: Callable[[], object], setting: Setting) -> float:

@@ -9,7 +9,7 @@ from kit import CPU, Row, Setting, check, same_bits
 
 from evomerge.merging import words
 from evomerge.merging.drops import LEVELS, random_halves, random_words, row_turns, stream_key
-from evomerge.merging.passes import Part, Sparsify
+from evomerge.merging.passes import SparsePart, Sparsify
 
 _FIRST = (0, 1, (1 << 31) - 3, (1 << 33) + 5)
 """Elements from which bits are drawn: also where 32 bits do not count them."""
@@ -47,7 +47,7 @@ def _masks(setting: Setting, rise: int | None) -> str:
     source[source == 0] = 1
     tensors = {"base": torch.zeros_like(source), "one": source}
     levels = LEVELS // 4
-    plan = Sparsify("base", (Part("one", 1.0, key=stream_key(1, "one", "w"), levels=levels, rise=rise),))
+    plan = Sparsify("base", (SparsePart("one", 1.0, key=stream_key(1, "one", "w"), levels=levels, rise=rise),))
     expected, made = by_cpu(plan, tensors), by_device(plan, tensors, setting)
     same_bits(made, expected, "what is kept")
     kept = (expected != 0).double().mean().item()

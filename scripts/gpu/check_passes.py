@@ -17,8 +17,8 @@ from torch import Tensor
 
 from evomerge.merging import passes
 from evomerge.merging.device import DeviceRunner
-from evomerge.merging.jobs import Job, WorkerThreads
-from evomerge.merging.passes import Combine, Elementwise, Part, Pass, Select, Sparsify, Whole
+from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.passes import Combine, Elementwise, Pass, Select, SparsePart, Sparsify, Whole
 
 NAMES = ("base", "one", "two")
 LARGEST = 1 << 31
@@ -56,12 +56,12 @@ def examples(*, exact: bool) -> dict[str, Pass]:
     w, v = (0.5, 0.25) if exact else (0.37, 0.81)
     s, t = (1.0, 1.0) if exact else (0.6, 0.4)
     unit = 1.0 if exact else 0.001
-    sizes = Part("one", w, low=2 * unit, high=7 * unit, share=s), Part("two", v, low=3 * unit, share=t)
+    sizes = SparsePart("one", w, low=2 * unit, high=7 * unit, share=s), SparsePart("two", v, low=3 * unit, share=t)
     one, two = _KEYS
-    drawn = Part("one", w, key=one, levels=20_000, share=s), Part("two", v, key=two, levels=50_000, share=t)
+    drawn = SparsePart("one", w, key=one, levels=20_000, share=s), SparsePart("two", v, key=two, levels=50_000, share=t)
     met = (
-        Part("one", w, key=one, levels=20_000, rise=20_000, share=s),
-        Part("two", v, key=two, levels=9_000, rise=40_000, share=t),
+        SparsePart("one", w, key=one, levels=20_000, rise=20_000, share=s),
+        SparsePart("two", v, key=two, levels=9_000, rise=40_000, share=t),
     )
     scale = 0.5 if exact else 0.7
     return {
@@ -125,7 +125,7 @@ def by_cpu(plan: Pass, tensors: dict[str, Tensor]) -> Tensor:
     """What the CPU's compiled passes make of tensors by name, which lie on the CPU."""
     inputs = [tensors[name] for name in plan.inputs]
     out = torch.empty_like(inputs[0])
-    WorkerThreads().run([Job(plan, inputs, out)])
+    WorkerThreads().run([TensorJob(plan, inputs, out)])
     return out
 
 

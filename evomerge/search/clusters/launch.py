@@ -55,7 +55,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Listener:
+class ListeningPort:
     """A port that a process of this search's own Ray cluster listens on."""
 
     process: str
@@ -325,12 +325,12 @@ def asks_for_token(job_server: str) -> bool | None:
         return None
 
 
-def listeners() -> list[Listener]:
+def listeners() -> list[ListeningPort]:
     """The ports that processes started by this one listen on: those of the Ray cluster that it has started."""
     return sorted(set(_listening()), key=lambda listener: (listener.process, listener.host, listener.port))
 
 
-def _listening() -> Iterator[Listener]:
+def _listening() -> Iterator[ListeningPort]:
     for process in psutil.Process().children(recursive=True):
         try:
             name, connections = _role(process.cmdline()), process.net_connections("tcp")
@@ -338,7 +338,7 @@ def _listening() -> Iterator[Listener]:
             continue
         for connection in connections:
             if connection.status == psutil.CONN_LISTEN:
-                yield Listener(name, connection.laddr.ip, connection.laddr.port)
+                yield ListeningPort(name, connection.laddr.ip, connection.laddr.port)
 
 
 def _role(command: Sequence[str]) -> str:
@@ -353,7 +353,7 @@ def _role(command: Sequence[str]) -> str:
     return "worker"
 
 
-def who_listens(all_listeners: Sequence[Listener], *, secured: bool, ports: bool) -> str:
+def who_listens(all_listeners: Sequence[ListeningPort], *, secured: bool, ports: bool) -> str:
     """One line for people: whether other machines can reach the cluster of this search, and what that takes.
 
     Args:

@@ -22,7 +22,7 @@ from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
 from evomerge.search.driving.kept import Kept
 from evomerge.search.driving.ranking import Ranking
-from evomerge.search.driving.scoring import Scoring
+from evomerge.search.driving.scoring import CandidateScoring
 from evomerge.search.driving.steady import SteadyScoring
 from evomerge.search.estimation.scores import ScoreTable
 from evomerge.search.settings.sections import Budget
@@ -54,7 +54,7 @@ class Driver:
         self._deadlines = Deadlines(drive.attempt_s)
         dispatcher = drive.dispatcher(self._deadlines)
         dispatcher.progress.begin(self._items_to_come)
-        self._scoring: Scoring = (
+        self._scoring: CandidateScoring = (
             GenerationScoring(setup, store, dispatcher, drive.logs)
             if setup.mode == "generational"
             else SteadyScoring(setup, store, dispatcher, drive.logs, self.optimizer.population)

@@ -16,11 +16,11 @@ from evomerge.front import nondominated
 from evomerge.optimizers import Best, Grid, Keeps
 from evomerge.optimizers.elites import cells_of
 from evomerge.search.driving.candidates import Candidate, Proposals
-from evomerge.search.driving.scoring import Scoring
-from evomerge.search.estimation.screening import Screening
+from evomerge.search.driving.scoring import CandidateScoring
+from evomerge.search.estimation.screening import Screener
 
 
-class GenerationScoring(Scoring):
+class GenerationScoring(CandidateScoring):
     """Scores one generation after another."""
 
     baselines_first = True
@@ -70,7 +70,7 @@ class GenerationScoring(Scoring):
             else:
                 c.out = "failed"
 
-    def _screen(self, screening: Screening, generation: list[Candidate]) -> bool:
+    def _screen(self, screening: Screener, generation: list[Candidate]) -> bool:
         """Score a generation by the screen; what it finds too poor leaves the race. False when a stop came first."""
         screen = screening.info
         if not self._score_all([(c, {screen.evaluator: screen.items}) for c in generation]):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.search.driving.candidates import Candidate
-from evomerge.search.estimation.screening import Screening
+from evomerge.search.estimation.screening import Screener
 from evomerge.search.preparing.setup import Setup
 
 Losses = NDArray[np.float64]
@@ -24,7 +24,7 @@ Losses = NDArray[np.float64]
 class Ranking:
     """Gives losses to one generation after another, and remembers how good and bad feasible candidates can be."""
 
-    def __init__(self, setup: Setup, screening: Screening | None) -> None:
+    def __init__(self, setup: Setup, screening: Screener | None) -> None:
         self._setup = setup
         self._screening = screening
         self._best = np.full(len(setup.objectives), math.inf)

@@ -25,15 +25,15 @@ from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
 from evomerge.search.estimation.prediction import Predictions
 from evomerge.search.estimation.racing import surely_better, verdicts
 from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_answers
-from evomerge.search.estimation.screening import Screening
+from evomerge.search.estimation.screening import Screener
 from evomerge.search.preparing.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
-from evomerge.store import Estimate, Outcome, Store
+from evomerge.store import Estimate, RaceEnd, Store
 from evomerge.store.events import Stale
 from evomerge.store.rows import Status
 
 
-class Scoring(ABC):
+class CandidateScoring(ABC):
     """What both ways of scoring share; the dispatcher's recorder.
 
     Args:
@@ -58,7 +58,7 @@ class Scoring(ABC):
         self._wanted: dict[int, Counts] = {}  # of each candidate that is being scored
         self.recent: deque[Candidate] = deque(maxlen=0)  # told lately, where these are compared with new ones
         self.predictions = Predictions(setup)
-        self.screening = Screening(setup.screen, setup.seed) if setup.screen is not None else None
+        self.screening = Screener(setup.screen, setup.seed) if setup.screen is not None else None
 
     @abstractmethod
     def run(self, proposals: Proposals) -> bool:
@@ -258,7 +258,7 @@ class Scoring(ABC):
 
     # The end ------------------------------------------------------------------------------------------------------
 
-    def conclude(self, candidates: Sequence[Candidate]) -> list[Outcome]:
+    def conclude(self, candidates: Sequence[Candidate]) -> list[RaceEnd]:
         """Estimate what each candidate is worth that was not scored on every item, and say how its race ended."""
         outcomes = []
         for c in candidates:
@@ -266,7 +266,7 @@ class Scoring(ABC):
                 c.objectives = self._estimates(c.table, c.reached)
                 status: Status = "eliminated" if c.is_eliminated else "done" if c.same_as is None else "cached"
                 c.status = status
-                outcomes.append(Outcome(c.number, status, c.objectives, eligible=False, same_as=c.same_as))
+                outcomes.append(RaceEnd(c.number, status, c.objectives, eligible=False, same_as=c.same_as))
         return outcomes
 
     def _estimates(self, table: ScoreTable, rung: int) -> dict[str, Estimate]:

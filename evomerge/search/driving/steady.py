@@ -22,7 +22,7 @@ from evomerge.optimizers import Best, Grid
 from evomerge.optimizers.elites import Point
 from evomerge.search.driving.candidates import Candidate, Proposals
 from evomerge.search.driving.dispatch import Dispatcher, Pending
-from evomerge.search.driving.scoring import Scoring
+from evomerge.search.driving.scoring import CandidateScoring
 from evomerge.search.preparing.setup import Counts, Setup
 from evomerge.search.work.jobs import Failed, Finished, Measured
 from evomerge.store import EventRow, Store
@@ -37,7 +37,7 @@ SCREEN = -1
 _ENDS = ("rung", "result", "cached", "failure")  # events after which the driver comes back to a candidate
 
 
-class SteadyScoring(Scoring):
+class SteadyScoring(CandidateScoring):
     """Scores candidates one by one.
 
     Attributes:

@@ -27,7 +27,7 @@ MOST_PAIRS = 60
 
 
 @dataclass(frozen=True)
-class Pair:
+class ScoredPair:
     """A candidate by both metrics; it stands for ``weight`` candidates of its generation."""
 
     screen: float
@@ -35,13 +35,13 @@ class Pair:
     weight: float
 
 
-class Screening:
+class Screener:
     """What is known of a screen, and what it decides."""
 
     def __init__(self, info: ScreenInfo, seed: int) -> None:
         self.info = info
         self._seed = seed
-        self._pairs: deque[Pair] = deque(maxlen=MOST_PAIRS)
+        self._pairs: deque[ScoredPair] = deque(maxlen=MOST_PAIRS)
 
     @property
     def pairs(self) -> int:
@@ -81,7 +81,7 @@ class Screening:
         audited = [number for number in zone if number in scored]
         for number in sorted(screened.keys() & scored.keys()):
             weight = len(zone) / len(audited) if number in zone else 1.0
-            self._pairs.append(Pair(self._better(screened[number]), scored[number], weight))
+            self._pairs.append(ScoredPair(self._better(screened[number]), scored[number], weight))
 
     def _poorest_first(self, means: Mapping[int, float]) -> list[int]:
         return sorted(means, key=lambda number: (self._better(means[number]), number))
@@ -99,11 +99,11 @@ class Screening:
         return float(height + slope * (self._better(mean) - centre))
 
 
-def _columns(pairs: Sequence[Pair] | deque[Pair]) -> list[tuple[float, float, float]]:
+def _columns(pairs: Sequence[ScoredPair] | deque[ScoredPair]) -> list[tuple[float, float, float]]:
     return [(pair.screen, pair.objective, pair.weight) for pair in pairs]
 
 
-def weighted_tau(pairs: Sequence[Pair]) -> float:
+def weighted_tau(pairs: Sequence[ScoredPair]) -> float:
     """Kendall's tau-b, two pairs counting by the product of their weights; NaN where either metric is constant.
 
     Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945. With equal weights it is the usual one.

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query
 
 from evomerge.report.comparing import compared
-from evomerge.report.items import Item, items_of
+from evomerge.report.items import ItemAnswers, items_of
 from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
 from evomerge.service.dependencies import StoreDependency
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
@@ -84,7 +84,7 @@ def compare(
     return Compared(comparisons=comparisons, objective=measure.name, items=[_compared(item) for item in items])
 
 
-def _compared(item: Item) -> ComparedItem:
+def _compared(item: ItemAnswers) -> ComparedItem:
     a, b = (Side(score=answered.score, answer=answered.answer) for answered in item.answered)
     return ComparedItem(item=item.number, text=item.text, gold=item.right, a=a, b=b)
 

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from evomerge.report.curse import Curse, Point, curse_of, curse_text
+from evomerge.report.curse import Curse, SplitScores, curse_of, curse_text
 from evomerge.report.entries import constraints_of, measure_text
 from evomerge.service.figures.style import (
     BLUE,
@@ -82,7 +82,7 @@ def _lines(curse: Curse) -> list[go.Scatter]:
     return lines
 
 
-def _points(name: str, mark: Mark, points: list[Point]) -> go.Scatter:
+def _points(name: str, mark: Mark, points: list[SplitScores]) -> go.Scatter:
     thin = {"type": "data", "color": mark.colour, "thickness": 1, "width": 0}
     return go.Scatter(
         x=[p.search.mean for p in points],
@@ -98,7 +98,7 @@ def _points(name: str, mark: Mark, points: list[Point]) -> go.Scatter:
     )
 
 
-def _words(point: Point) -> str:
+def _words(point: SplitScores) -> str:
     name = f"{point.id} {point.label}".strip()
     splits = (("search", point.search), ("held out", point.held_out))
     return "<br>".join(

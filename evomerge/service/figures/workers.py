@@ -27,7 +27,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class AttemptSpan:
     """One attempt at a candidate: when it ran (seconds since 1970), on which worker, and how it ended."""
 
     candidate: int
@@ -71,7 +71,7 @@ def timeline(store: Store) -> go.Figure:
     )
 
 
-def attempts_of(events: Iterable[EventRow], now: float | None) -> list[Attempt]:
+def attempts_of(events: Iterable[EventRow], now: float | None) -> list[AttemptSpan]:
     """Attempts from their events, oldest first.
 
     An attempt whose driver died has no end and no worker that is known; it is left out. What still runs, where ``now``
@@ -93,8 +93,8 @@ def attempts_of(events: Iterable[EventRow], now: float | None) -> list[Attempt]:
     return sorted(attempts, key=lambda attempt: attempt.begun)
 
 
-def _attempt(start: EventRow, ended: float, worker: str, how: str) -> Attempt:
-    return Attempt(start.candidate or 0, start.attempt or 0, start.time, ended, worker, how)
+def _attempt(start: EventRow, ended: float, worker: str, how: str) -> AttemptSpan:
+    return AttemptSpan(start.candidate or 0, start.attempt or 0, start.time, ended, worker, how)
 
 
 def _candidate_of(event: EventRow) -> int:
@@ -136,7 +136,7 @@ def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
     return stops
 
 
-def idle_share(attempts: Sequence[Attempt], stops: Sequence[tuple[float, float]] = ()) -> float | None:
+def idle_share(attempts: Sequence[AttemptSpan], stops: Sequence[tuple[float, float]] = ()) -> float | None:
     """What share of the time between its first and its last attempt a worker did nothing, over all workers.
 
     ``stops`` are no part of that time, but for attempts that ended meanwhile. None where no worker has finished
@@ -155,7 +155,7 @@ def idle_share(attempts: Sequence[Attempt], stops: Sequence[tuple[float, float]]
     return idle / (busy + idle) if busy + idle > 0 else None
 
 
-def _bars(how: str, attempts: Sequence[Attempt]) -> go.Bar:
+def _bars(how: str, attempts: Sequence[AttemptSpan]) -> go.Bar:
     reason = how.removeprefix("failed: ").replace(" ", "_")
     failed = how.startswith("failed")
     colour = _REASONS.get(reason, GREY) if failed else _COLOURS[how]

@@ -58,7 +58,7 @@ _SPLITS: tuple[Literal["search", "held_out"], ...] = ("search", "held_out")
 _PATH_WIDTH = 10_000  # no line of the path is broken: the page does that
 
 
-class Pair(BaseModel):
+class ComparisonQuery(BaseModel):
     """What the page of comparisons shows."""
 
     a: str = ""
@@ -70,7 +70,7 @@ class Pair(BaseModel):
 
 
 @dataclass(frozen=True)
-class Gene:
+class ParameterValue:
     """A parameter of the search space with its value, as people read them."""
 
     name: str
@@ -124,7 +124,11 @@ def show_candidate(
 
 @router.get("/searches/{name}/compare")
 def compare(
-    request: Request, drivers: DriversDependency, store: StoreDependency, name: str, query: Annotated[Pair, Query()]
+    request: Request,
+    drivers: DriversDependency,
+    store: StoreDependency,
+    name: str,
+    query: Annotated[ComparisonQuery, Query()],
 ) -> HTMLResponse:
     """Two candidates: the paired test in words, and their items side by side.
 
@@ -158,7 +162,7 @@ def compare(
     )  # fmt: skip
 
 
-def _proposed(query: Pair, status: SearchStatus) -> Pair:
+def _proposed(query: ComparisonQuery, status: SearchStatus) -> ComparisonQuery:
     """The pair that was asked for; what is left open is the best, and the best source."""
     a = query.a or main_pick(status)
     average = next((baseline.id for baseline in status.baselines if baseline.origin == "average"), "")
@@ -244,10 +248,10 @@ def _gaps(status: SearchStatus, name: str) -> list[str]:
     ]
 
 
-def _genes(row: CandidateRow, parameters: Sequence[Parameter]) -> list[Gene]:
+def _genes(row: CandidateRow, parameters: Sequence[Parameter]) -> list[ParameterValue]:
     bounds = {parameter.name: (f"{parameter.low:g}", f"{parameter.high:g}") for parameter in parameters}
     values = parameters_of(row.genome, parameters)
-    return [Gene(name, parameter_text(value), *bounds[name]) for name, value in values]
+    return [ParameterValue(name, parameter_text(value), *bounds[name]) for name, value in values]
 
 
 def _mergekit(recipe: Recipe, canonical: str) -> str:

@@ -14,7 +14,7 @@ from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with
 from evomerge.service.bodies import Export
 from evomerge.service.dependencies import DriversDependency, ExportsDependency, RootDependency, StoreDependency
-from evomerge.service.exports import Exports
+from evomerge.service.exports import Exporter
 from evomerge.service.pages.model_card import Card, card_of
 from evomerge.service.pages.rendering import api_url, page, shell_place
 from evomerge.service.pages.search import choices, place
@@ -57,7 +57,7 @@ def _unmerged(status: SearchStatus, candidate: str) -> str:
     return next((pick.called for pick in status.picks if pick.role == candidate and pick.origin == SOURCE), "")
 
 
-def _card(known: Exports, name: str, export: Export) -> Card | None:
+def _card(known: Exporter, name: str, export: Export) -> Card | None:
     """The model card of an export that is done."""
     if export.state != "done":
         return None

@@ -14,7 +14,7 @@ _MEASURES = ("objectives", "constraints", "features")
 
 
 @dataclass(frozen=True)
-class Place:
+class FaultPlace:
     """A line from 1, 0 where it cannot be told, and the keys that lead to what is wrong."""
 
     line: int
@@ -26,7 +26,7 @@ def line_of(text: str, field: str) -> int:
     return place_of(text, field).line
 
 
-def place_of(text: str, field: str) -> Place:
+def place_of(text: str, field: str) -> FaultPlace:
     """Where the key stands that ``field`` names; the innermost part of it that is there.
 
     Args:
@@ -35,11 +35,11 @@ def place_of(text: str, field: str) -> Place:
             ``objectives.maths: file``, ``task gsm8k: held_out`` of the objective on that task.
     """
     if (match := _LINE.search(field)) is not None:
-        return Place(min(int(match[1]), text.count("\n") + 1))
+        return FaultPlace(min(int(match[1]), text.count("\n") + 1))
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
-        return Place(0)
+        return FaultPlace(0)
     path = _path(root, field)
     line, node = 0, root
     for key in path:
@@ -47,7 +47,7 @@ def place_of(text: str, field: str) -> Place:
         if pair is None:
             break
         line, node = pair[0].start_mark.line + 1, pair[1]
-    return Place(line, tuple(path))
+    return FaultPlace(line, tuple(path))
 
 
 def _path(root: yaml.Node | None, field: str) -> Sequence[str]:

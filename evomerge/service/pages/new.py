@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel
 
 from evomerge.printable import printable
 from evomerge.service.bodies import GivenFile
 from evomerge.service.dependencies import RootDependency
 from evomerge.service.pages import forms
-from evomerge.service.pages.lines import place_of
+from evomerge.service.pages.lines import FaultPlace, place_of
 from evomerge.service.pages.rendering import page
 
 router = APIRouter(include_in_schema=False)
 
 
-class Fault(GivenFile):
+class FaultyField(GivenFile):
     """A search file, and the field of it that is wrong."""
 
     field: str
-
-
-class Line(BaseModel):
-    """Where that field stands: a line from 1, or 0 where it cannot be told, and the keys that lead there."""
-
-    line: int
-    path: list[str]
 
 
 @router.get("/new")
@@ -44,7 +38,7 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
 
 
 @router.post("/new/line")
-def line(fault: Fault) -> Line:
+def line(fault: FaultyField) -> FaultPlace:
     """The line of a fault in a search file."""
     place = place_of(fault.file, fault.field)
-    return Line(line=place.line, path=[printable(key) for key in place.path])
+    return replace(place, path=tuple(printable(key) for key in place.path))

@@ -54,7 +54,7 @@ _CONFIRM = ("Confirm", "Scores the best on the held-out split, and chooses there
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """A line of a table of scores: a candidate with what it is, whether it is chosen for anything, and its gain over
     the best source in each objective where known.
     """
@@ -67,7 +67,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CandidateChoice:
     """A candidate that can be picked, by what it is called and known for."""
 
     number: int
@@ -76,7 +76,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedCandidate:
     """A failed candidate: what it said, and where its log is."""
 
     number: int
@@ -159,7 +159,7 @@ def _compared(gain: float) -> str:
     return "equal" if gain == 0 else f"{signed(abs(gain))[1:]} {'better' if gain > 0 else 'worse'}"
 
 
-def choices(status: SearchStatus) -> list[Choice]:
+def choices(status: SearchStatus) -> list[CandidateChoice]:
     """The candidates that people pick most: the winner, the best in search, then front and baselines."""
     best, main, front = status.best.id if status.best else "", main_pick(status), set(status.front)
     picked = [status.best, *(status.confirmed_entry(pick.id) for pick in status.picks)]
@@ -167,7 +167,7 @@ def choices(status: SearchStatus) -> list[Choice]:
     options = []
     for name, entry in {entry.id: entry for entry in known}.items():
         what = dict.fromkeys([*roles_of(status, name, "held_out"), *_marks(entry, status, front)])
-        options.append(Choice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
+        options.append(CandidateChoice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
     return sorted(options, key=lambda choice: (choice.id != main, choice.id != best, choice.number))
 
 
@@ -231,7 +231,7 @@ def _best_values(status: SearchStatus) -> dict[str, Estimate]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _caption(status: SearchStatus, rows: Sequence[Row]) -> str:
+def _caption(status: SearchStatus, rows: Sequence[ScoreRow]) -> str:
     """What the rows of the table of scores are."""
     if len(status.directions) == 1:
         return f"Baselines, and the {BEST}"
@@ -241,7 +241,7 @@ def _caption(status: SearchStatus, rows: Sequence[Row]) -> str:
     return f"Baselines, {front_text}" if front else "Baselines"
 
 
-def _rows(status: SearchStatus) -> Iterator[Row]:
+def _rows(status: SearchStatus) -> Iterator[ScoreRow]:
     """Baselines, then the front, the best first; what is chosen is among them."""
     front = set(status.front)
     known = {entry.id for entry in status.baselines}
@@ -252,7 +252,7 @@ def _rows(status: SearchStatus) -> Iterator[Row]:
     shown = {entry.id for entry in [*chosen, *others][: max(MOST_ON_FRONT, len(chosen))]}
     for entry in [*status.baselines, *(entry for entry in others if entry.id in shown)]:
         chosen_for = bool(search_roles(status, entry.id))
-        yield Row(entry, _marks(entry, status, front), baseline=entry.id in known, chosen=chosen_for)
+        yield ScoreRow(entry, _marks(entry, status, front), baseline=entry.id in known, chosen=chosen_for)
 
 
 def _marks(shown: Entry, status: SearchStatus, front: set[str]) -> list[str]:
@@ -266,7 +266,7 @@ def _gains_over(status: SearchStatus) -> dict[str, str]:
     return {name: source for name, source in best.items() if source}
 
 
-def _confirmed(status: SearchStatus) -> Iterator[Row]:
+def _confirmed(status: SearchStatus) -> Iterator[ScoreRow]:
     """The held-out split: baselines, then the shortlist, the best first."""
     for entry in status.confirmed_baselines:
         yield _confirmed_row(entry, status, baseline=True)
@@ -277,18 +277,18 @@ def _confirmed(status: SearchStatus) -> Iterator[Row]:
 
 def _confirmed_row(
     shown: Entry, status: SearchStatus, *, baseline: bool, gains: Mapping[str, str] | None = None
-) -> Row:
+) -> ScoreRow:
     roles = roles_of(status, shown.id, "held_out")
     on_search = [] if is_front(status) else search_roles(status, shown.id)
     label = [shown.label] if shown.label else []
-    return Row(shown, [*label, *roles, *on_search], baseline=baseline, chosen=bool(roles), gains=gains or {})
+    return ScoreRow(shown, [*label, *roles, *on_search], baseline=baseline, chosen=bool(roles), gains=gains or {})
 
 
-def _failures(store: Store, name: str) -> list[Failed]:
+def _failures(store: Store, name: str) -> list[FailedCandidate]:
     """The latest failed candidates, the newest first."""
     order = summaries.Order(descending=True)
     return [
-        Failed(row.number, row.failure or {"reason": "unknown", "message": ""}, row.attempts, row.worker,
+        FailedCandidate(row.number, row.failure or {"reason": "unknown", "message": ""}, row.attempts, row.worker,
                log_url(name, row.failure))
         for row in summaries.page(store, order, MOST_FAILURES, statuses=["failed"])
     ]  # fmt: skip
