@@ -19,9 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from evaluators.base import EvaluatorSettings
+from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.likelihood import LikelihoodEvaluator, LikelihoodSettings
-from evaluators.scoring import prompts_of, score
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, load_tokenizer
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError

@@ -19,12 +19,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evaluators import evaluator_settings, lm_eval_tasks
-from evaluators.base import EvaluatorSettings
+from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.benchmarks import count
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
 from evaluators.lm_eval_model import ResidentLM
 from evaluators.prompts import told_too_long
-from evaluators.scoring import prompts_of, score
+from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader

@@ -20,8 +20,8 @@ from regmean import REGMEAN
 from transformers import AutoModelForCausalLM
 from tsv_merge import TSV_MERGE
 
-from evaluators.base import EvaluatorSettings
-from evaluators.scoring import prompts_of, score
+from evaluators.base import EvaluatorSettings, prompts_of
+from evaluators.scoring import score
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Parameter

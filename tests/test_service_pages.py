@@ -29,8 +29,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.screen import gain_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
-from evomerge.search.settings.search_file import SearchFile
-from evomerge.search.settings.sections import Budget, Cluster, Confirm, Racing
+from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, Racing
 from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
@@ -393,7 +392,7 @@ def test_whoever_has_no_token_is_sent_to_the_login_and_back(root: Path) -> None:
 def test_the_form_knows_every_method_and_optimizer() -> None:
     (method,) = (field for field in forms.spaces()[0].fields if field.key == "method")
     assert set(method.options) >= set(METHODS)
-    assert set(forms.OPTIMIZER[0].options) >= OWN["evomerge.optimizers"].keys()
+    assert set(forms.sections()["optimizer"][0].options) >= OWN["evomerge.optimizers"].keys()
 
 
 def test_the_form_writes_keys_that_the_search_file_knows() -> None:
@@ -405,10 +404,20 @@ def test_the_form_writes_keys_that_the_search_file_knows() -> None:
         for field in group.fields:
             for option in filter(None, field.options):
                 kind.model_validate(defaults | {field.key: option})
-    assert {field.key for field in forms.BUDGET} == set(Budget.model_fields)
-    known = {**Racing.model_fields, **Confirm.model_fields, **Cluster.model_fields, **SearchFile.model_fields}
-    assert {field.key for field in (*forms.MORE, *forms.WORKERS)} <= set(known)
-    assert forms.SEVERAL in forms.OPTIMIZER[0].options
+    assert forms.SEVERAL in forms.sections()["optimizer"][0].options
+
+
+def test_the_form_has_what_the_sections_of_the_search_file_have() -> None:
+    fields = {field.key: field for part in forms.sections().values() for field in part}
+    whole = {"budget": Budget, "racing": Racing, "confirm": Confirm, "calibration": CalibrationTexts}
+    expected = {f"{name}.{key}" for name, section in whole.items() for key in section.model_fields}
+    assert set(fields) == expected | {"optimizer.name", "optimizer.population", "pool", "cluster.workers"}
+    assert set(forms._WORDS) <= set(fields)
+    assert not any(field.required for field in fields.values())
+    kinds = {"racing.rungs": "numbers", "racing.confidence": "number", "calibration.file": "text"}
+    assert {key: fields[key].kind for key in kinds} == kinds
+    assert fields["calibration.tokens"].example == "512"
+    assert fields["racing.estimate"].options == ("", "baseline", "item_response")
 
 
 @pytest.mark.parametrize("group", forms.evaluators(), ids=lambda group: group.name)

@@ -1,14 +1,15 @@
 """The fields of the form for a new search: the keys of the search file that people set most.
 
-Those of this project's parts are chosen and explained by hand; tests hold them to the classes that read them. Those of
-a package's part are all that the JSON schema of its class has, so that whatever is installed can be filled in.
+Sections of the search file, and the parts of packages, have a field for all that their JSON schema has, so that what is
+added to a section or installed can be filled in; what people read of a section is written here. The settings of this
+project's spaces and evaluators are chosen and explained by hand; tests hold them to the classes that read them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -18,6 +19,7 @@ from evaluators.base import EvaluatorSettings
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Settings
 from evomerge.plugins import OWN, find_class, plugins
+from evomerge.search.settings.search_file import SearchFile
 from search_spaces.base import SpaceSettings
 
 log = logging.getLogger(__name__)
@@ -181,38 +183,63 @@ _OWN_EVALUATORS = (
     ),
 )  # fmt: skip
 
-BUDGET = (
-    Field(
-        "candidates",
-        "Candidates",
-        "number",
-        default="100",
-        hint="the sources alone and their average included",
-    ),
-    Field("hours", "Hours", "number"),
-    Field("patience", "Patience", "number", hint="generations without a change of the front"),
-)
-
 SEVERAL = "nsga2"
 """The optimizer that the form proposes for several objectives."""
 
-OPTIMIZER = (
-    Field("name", "Optimizer", default="cma",
-          options=tuple(plugins("evomerge.optimizers")),
-          hint="several objectives: nsga2, nsga3, tpe, gp; paths: catcma"),
-    Field("population", "Population", "number", hint="4 + 3 ln(parameters) unless given"),
-)  # fmt: skip
+# What people read of sections of the search file. Their keys, in this order, and what these take are in its schema.
+_WORDS: dict[str, dict[str, Any]] = {
+    "calibration.file": {"label": "Texts", "example": "texts.jsonl", "hint": "lines, or JSON objects with a text each"},
+    "calibration.prompts": {"hint": "the first so many texts count"},
+    "calibration.tokens": {"hint": "of each text"},
+    "racing.rungs": {
+        "label": "Racing: rungs", "example": "50, 150", "hint": "after so many items the worst drop out",
+    },
+    "racing.confidence": {"label": "Racing: confidence", "hint": "in each comparison"},
+    "racing.estimate": {"label": "Racing: estimate", "hint": "what predicts the scores of the other items"},
+    "optimizer.name": {
+        "label": "Optimizer", "default": "cma", "options": tuple(plugins("evomerge.optimizers")),
+        "hint": "several objectives: nsga2, nsga3, tpe, gp; paths: catcma",
+    },
+    "budget.candidates": {"default": "100", "hint": "the sources alone and their average included"},
+    "budget.patience": {"hint": "generations without a change of the front"},
+    "budget.cost": {"hint": "money, by the prices of workers in the search file"},
+    "confirm.top": {"label": "Confirm: top", "hint": "on the held-out split, beside the front"},
+    "confirm.drawn": {"label": "Confirm: drawn", "hint": "more of the best, to draw the winner's curse"},
+    "confirm.confidence": {"label": "Confirm: confidence", "hint": "of all intervals together"},
+    "cluster.workers": {"hint": "of Ray; as many as fit unless given"},
+}  # fmt: skip
 
-MORE = (
-    Field("rungs", "Racing: rungs", "numbers", example="50, 150", hint="after so many items the worst drop out"),
-    Field("top", "Confirm: top", "number", example="5", hint="on the held-out split, beside the front"),
-    Field("drawn", "Confirm: drawn", "number", example="0", hint="more of the best, to draw the winner's curse"),
-)
+_POPULATION = Field(
+    "optimizer.population", "Population", "number", hint="4 + 3 ln(parameters) unless given"
+)  # which every optimizer of ours has, and the section's own schema has not
 
-WORKERS = (
-    Field("pool", "Workers run in", options=("", "ray"), labels=("this process, one", "Ray, several at once")),
-    Field("workers", "Workers", "number", hint="of Ray; as many as fit unless given"),
-)
+_POOL = Field("pool", "Workers run in", options=("", "ray"), labels=("this process, one", "Ray, several at once"))
+
+
+def sections() -> dict[str, tuple[Field, ...]]:
+    """The fields of the form's own parts, which write sections of the search file. Their keys have the section's."""
+    return {
+        "calibration": _section("calibration"),
+        "budget": _section("budget"),
+        "optimizer": (*_section("optimizer"), _POPULATION),
+        "workers": (_POOL, *_section("cluster", "workers")),
+        "more": (*_section("racing"), *_section("confirm")),
+    }
+
+
+def _section(name: str, *chosen: str) -> tuple[Field, ...]:
+    """A field for every key of a section of the search file, or for those that are chosen."""
+    schema = SearchFile.model_json_schema()
+    described = schema["properties"][name]
+    (reference,) = (part["$ref"] for part in (described, *described.get("anyOf", ())) if "$ref" in part)
+    section = schema["$defs"][reference.rpartition("/")[2]]
+    fields = [field for field in _drawn(section, schema["$defs"]) if not chosen or field.key in chosen]
+    # None is required: a section that says nothing is left out.
+    return tuple(
+        replace(field, **{"key": key, "required": False, **_WORDS.get(key, {})})
+        for field in fields
+        for key in [f"{name}.{field.key}"]
+    )
 
 
 # ---- what packages bring ---------------------------------------------------------------------------------------------
@@ -255,8 +282,12 @@ def fields_of(settings: type[BaseModel]) -> Iterator[Field]:
     What is left out by a person is left out of the search file, and then has its default; it is shown as an example.
     """
     schema = settings.model_json_schema()
+    yield from _drawn(schema, schema.get("$defs", {}))
+
+
+def _drawn(schema: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Field]:
     for key, described in schema.get("properties", {}).items():
-        form = _form_of(described, schema.get("$defs", {}))
+        form = _form_of(described, known)
         if form is None:
             continue
         default = described.get("default")

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from evomerge.printable import printable
+from evomerge.search.settings.search_file import SearchFile
 from evomerge.service.bodies import GivenFile
 from evomerge.service.dependencies import RootDependency
 from evomerge.service.pages import forms
@@ -31,9 +32,12 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
     evaluators = forms.evaluators()
     return page(
         request, "new.html", here="new", proposal=proposal, spaces=forms.spaces(), evaluators=evaluators,
-        budget=forms.BUDGET, optimizer=forms.OPTIMIZER, optimizers=forms.optimizers(), more=forms.MORE,
-        workers=forms.WORKERS,
-        about={"evaluators": {evaluator.name: evaluator.hint for evaluator in evaluators}, "several": forms.SEVERAL},
+        sections=forms.sections(), optimizers=forms.optimizers(),
+        about={
+            "evaluators": {evaluator.name: evaluator.hint for evaluator in evaluators},
+            "keys": [*SearchFile.model_fields],
+            "several": forms.SEVERAL,
+        },
     )  # fmt: skip
 
 

@@ -191,17 +191,17 @@ function content() {
       ...(items ? { items: number(items) } : {}), ...(direction ? { direction } : {}),
     };
   }
-  const more = said(form.querySelector("[data-section=more]"));
-  if (more.rungs) content.racing = { rungs: more.rungs };
+  content.budget = {}; // which is needed
+  for (const place of form.querySelectorAll("[data-section]")) {
+    for (const [path, value] of Object.entries(said(place))) {
+      const [section, key] = path.split(".");
+      if (key) (content[section] ??= {})[key] = value;
+      else content[section] = value;
+    }
+  }
   const own = form.querySelector(`[data-optimizer="${CSS.escape(optimizer.value)}"]`);
-  content.optimizer = { ...said(form.querySelector("[data-section=optimizer]")), ...(own ? said(own) : {}) };
-  content.budget = said(form.querySelector("[data-section=budget]"));
-  const confirm = { ...(more.top ? { top: more.top } : {}), ...(more.drawn ? { drawn: more.drawn } : {}) };
-  if (Object.keys(confirm).length) content.confirm = confirm;
-  const { pool, workers } = said(form.querySelector("[data-section=workers]"));
-  if (pool) content.pool = pool;
-  if (workers) content.cluster = { workers };
-  return content;
+  if (own) Object.assign(content.optimizer, said(own));
+  return Object.fromEntries(about.keys.filter((key) => key in content).map((key) => [key, content[key]]));
 }
 
 function build() {
@@ -222,10 +222,9 @@ function drawGutter(fault = 0) {
 
 // ---- the field of a fault ----
 
-const ELSEWHERE = { racing: "more", confirm: "more", cluster: "workers" }; // where a section's fields stand in the form
-
 /** The field of the form that writes a key of the file, where there is one. */
-function fieldOf([first, second, third]) {
+function fieldOf(path) {
+  const [first, second, third] = path;
   const within = (place, key) => place?.querySelector(`[data-key="${CSS.escape(key ?? "")}"]`) ?? null;
   if (first === "sources") return byId("reference");
   if (first === "space") return within(form.querySelector("[data-space]:not([hidden])"), second);
@@ -234,9 +233,9 @@ function fieldOf([first, second, third]) {
     if (["items", "direction"].includes(third)) return box?.querySelector(`[data-${third}]`) ?? null;
     return within(box, third ?? "task") ?? box?.querySelector("[data-name]") ?? byId("add-objective");
   }
-  if (first === "pool") return byId("workers-pool");
-  if (second === undefined) return form.querySelector(`#${CSS.escape(first ?? "")}:is(input, select)`);
-  return within(form.querySelector(`[data-section="${CSS.escape(ELSEWHERE[first] ?? first)}"]`), second);
+  const section = within(form, path.slice(0, 2).join("."));
+  if (section || second === undefined) return section ?? form.querySelector(`#${CSS.escape(first ?? "")}:is(input, select)`);
+  return first === "optimizer" ? within(form.querySelector("[data-optimizer]:not([hidden])"), second) : null;
 }
 
 function clearField() {
