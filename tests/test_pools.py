@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from typing import get_args
 
 import pytest
 from helpers_search import FakeSpace
 
-from evomerge.search.clusters.starts import FIRST_PAUSE_S, TOGETHER, TRIES, TRIES_AT_FIRST, Starts
+from evomerge.search.clusters.starts import (
+    FIRST_PAUSE_S,
+    PLACED_TOGETHER,
+    TOGETHER,
+    TRIES,
+    TRIES_AT_FIRST,
+    Starts,
+    next_places,
+)
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
@@ -116,3 +125,26 @@ def test_starts_that_fail_together_are_one_try_and_the_next_is_made_alone() -> N
     assert starts.limit("n", 2, 10.0 + 3 * FIRST_PAUSE_S - 0.1) == 0
     starts.started("n")
     assert starts.most("n", here=3, loaded=3, now=11.0) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rooms", "wanted"), [(32, 8, 256), (1, 256, 256), (4, 64, 256), (300, 1, 256), (2, 3, float("inf"))]
+)
+def test_hundreds_of_workers_are_started_a_few_at_once(nodes: int, rooms: int, wanted: float) -> None:
+    """A process takes three seconds to start, on the first node ten; each second the pool looks what there is to do."""
+    starting: list[tuple[float, str]] = []  # when each will have started, and where
+    here: Counter[str] = Counter()
+    for now in range(2000):
+        starting = [(end, node) for end, node in starting if end > now]
+        placing = Counter(node for _, node in starting)
+        free = {f"n{i}": float(rooms - here[f"n{i}"]) for i in range(nodes)}
+        for node in next_places(free, placing, wanted - here.total()):
+            starting.append((now + (10 if node == "n0" else 3), node))
+            here[node] += 1
+            placing[node] += 1
+        assert placing.total() <= PLACED_TOGETHER
+        assert max(placing.values(), default=0) <= TOGETHER
+        if not starting:
+            break
+    assert here.total() == min(wanted, nodes * rooms)
+    assert max(here.values()) - min(here.values()) <= 1 or nodes > wanted

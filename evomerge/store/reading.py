@@ -355,6 +355,14 @@ class ReadStore:
         return by_evaluator
 
     @repeated
+    def answered(self) -> list[int]:
+        """The candidates of which answers to search items are kept, by number."""
+        columns = tables.answer.c
+        query = select(columns.candidate).where(columns.search_id == self.search_id, columns.split == "search")
+        with self.transaction() as connection:
+            return list(connection.execute(query.distinct().order_by(columns.candidate)).scalars())
+
+    @repeated
     def item_texts(self, evaluator: str, split: str) -> list[tuple[str, str]]:
         """(question, right answer) of each item of a split, in order; nothing where none were kept."""
         columns = tables.item.c

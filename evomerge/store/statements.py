@@ -27,6 +27,13 @@ OLD_ANSWER = delete(tables.answer).where(
     )
 )
 
+DROP_ANSWERS = delete(tables.answer).where(
+    tables.answer.c.search_id == bindparam("of_search_id"),
+    tables.answer.c.candidate == bindparam("of_candidate"),
+    tables.answer.c.split == "search",
+)
+"""What a candidate answered to search items."""
+
 CHANGE_SEARCH = update(tables.search).where(tables.search.c.id == bindparam("of_search_id"))
 
 CHANGE_LEASE = update(tables.lease).where(

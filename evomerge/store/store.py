@@ -259,10 +259,12 @@ class Store(FencedStore):
         worker_time: WorkerTime | None = None,
         outcomes: Sequence[RaceEnd] = (),
         niches: Niches | None = None,
+        without_answers: Sequence[int] = (),
     ) -> None:
         """What the optimizer was told, in the order told; the candidates that form the Pareto front now; the seconds
         that drivers have spent on the search, and how long workers were held where that grew; how a race ended for
-        those that were still in it; and, of a search with features, what changed in its niches.
+        those that were still in it; of a search with features, what changed in its niches; and the candidates whose
+        answers to search items are no longer kept.
         """
 
         def write(connection: Connection) -> bool:
@@ -274,10 +276,22 @@ class Store(FencedStore):
             if niches is not None:
                 self._set_niches(connection, niches)
             self._change_search(connection, spent_s=spent_s, **_columns_of(worker_time))
+            self._drop_answers(connection, without_answers)
             self.append_event(connection, events.Tell(step=step, candidates=list(losses)))
             return True
 
         self._write(write)
+
+    @repeated
+    def drop_answers(self, numbers: Sequence[int]) -> None:
+        """Keep no longer what these candidates answered to search items."""
+        with self.writing() as connection:
+            self._drop_answers(connection, numbers)
+
+    def _drop_answers(self, connection: Connection, numbers: Sequence[int]) -> None:
+        if numbers:
+            rows = [{"of_search_id": self.search_id, "of_candidate": number} for number in numbers]
+            connection.execute(statements.DROP_ANSWERS, rows)
 
     def _end_race(self, connection: Connection, outcome: RaceEnd) -> None:
         values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}

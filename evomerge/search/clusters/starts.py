@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 TOGETHER = 4
 """Workers of a node that load sources at once, after the first: by then the files are in the node's memory, and more at
 once would want memory for as many unfinished copies."""
+
+PLACED_TOGETHER = 32
+"""Workers of the cluster whose processes are started at once. Hundreds at once would keep Ray's head, and a file system
+that all import from, from answering."""
 
 TRIES = 5
 """Failed starts in a row after which a node is left alone."""
@@ -15,6 +22,28 @@ TRIES_AT_FIRST = 2
 FIRST_PAUSE_S = 5.0
 """How long a node is left alone after a failed start; each further one doubles it. All four pauses are 75 s, in which a
 file system comes back, or an earlier process gives its memory back."""
+
+
+def next_places(free: Mapping[str, float], placing: Mapping[str, int], wanted: float) -> list[str]:
+    """The nodes on which workers are started now, in this order: where there is most room first, and no more at once of
+    a node and of the cluster than answer soon. As processes have started, the next ones are.
+
+    Args:
+        free: how many more workers may be sent to each node.
+        placing: how many processes of each node are being started.
+        wanted: how many more workers are wanted.
+    """
+    left, starting = dict(free), Counter(placing)
+    places: list[str] = []
+    while len(places) < wanted and starting.total() < PLACED_TOGETHER:
+        able = [node for node, room in left.items() if room > 0 and starting[node] < TOGETHER]
+        if not able:
+            break
+        node = max(able, key=lambda each: left[each])
+        places.append(node)
+        left[node] -= 1
+        starting[node] += 1
+    return places
 
 
 class Starts:

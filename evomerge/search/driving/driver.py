@@ -16,6 +16,7 @@ from evomerge.genome import Genome, check_genome
 from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.prices import amount_text
 from evomerge.recipes.base import Recipe, text_hash
+from evomerge.search.driving.answers import BestAnswers
 from evomerge.search.driving.candidates import FAVOURITE, Candidate
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.ending import Ending
@@ -25,7 +26,7 @@ from evomerge.search.driving.ranking import Ranking
 from evomerge.search.driving.scoring import CandidateScoring
 from evomerge.search.driving.steady import SteadyScoring
 from evomerge.search.estimation.scores import ScoreTable
-from evomerge.search.settings.sections import Budget
+from evomerge.search.settings.sections import BestKept, Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS
 from evomerge.store import CandidateRow, EventRow, NewCandidate
@@ -68,6 +69,10 @@ class Driver:
         self._told_items = self._told_candidates = 0  # scored items of the candidates told, baselines not counted
         self._open: dict[int, Candidate] = {}  # asked for and not yet told, in the order asked
         self._kept = Kept(setup)
+        self._best_answers = (
+            BestAnswers(setup.answers.best, len(setup.objectives)) if isinstance(setup.answers, BestKept) else None
+        )
+        self._without_answers: list[int] = []  # by the last tell
         self._unchanged = 0.0  # generations since the front or an elite last changed
 
     def run(self) -> Ending:
@@ -156,6 +161,7 @@ class Driver:
             worker_time=self._meter.read(),
             outcomes=outcomes,
             niches=self._kept.niches,
+            without_answers=self._without_answers,
         )
         self._learn(candidates)
         self._record_screen()
@@ -212,6 +218,8 @@ class Driver:
 
     def _keep(self, candidates: Sequence[Candidate]) -> None:
         self._kept.take(candidates)
+        if self._best_answers is not None:
+            self._without_answers = self._best_answers.take(candidates, self._kept)
         generation = 1.0 if self._setup.mode == "generational" else len(candidates) / self.optimizer.population
         self._unchanged = 0.0 if self._kept.changed else self._unchanged + generation
 
@@ -308,6 +316,9 @@ class Driver:
                 for number in step.candidates:
                     del before_ask[number]
         self.asked_after = min(before_ask.values(), default=newest)
+        if self._best_answers is not None:  # of an earlier driver that kept more
+            open_or_best = self._open.keys() | self._best_answers.kept
+            self._store.drop_answers([number for number in self._store.answered() if number not in open_or_best])
         self._spent_before_s = self._store.search().spent_s
         if self._open:
             for event in self._store.events(kinds=("failure",)):

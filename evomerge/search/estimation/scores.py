@@ -12,6 +12,7 @@ from evomerge.search.estimation.items import ItemOrder
 from evomerge.search.estimation.racing import difference_estimate, stratified_estimate
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.search.preparing.setup import Counts, MeasureInfo, Setup
+from evomerge.search.settings.sections import BestKept
 from evomerge.search.work.jobs import Measured, Task
 from evomerge.store import Answers, Estimate, Scores
 
@@ -35,7 +36,7 @@ def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[An
     return [
         Answers(setup.evaluators[task.evaluator].version, task.split, list(texts), list(texts.values()))
         for task, texts in pairs
-        if texts and setup.answers in ("all", task.split)
+        if texts and (isinstance(setup.answers, BestKept) or setup.answers in ("all", task.split))
     ]
 
 

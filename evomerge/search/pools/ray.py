@@ -33,7 +33,7 @@ from evomerge.search.clusters.nodes import (
     worker_limits,
     workers_that_fit,
 )
-from evomerge.search.clusters.starts import Starts
+from evomerge.search.clusters.starts import Starts, next_places
 from evomerge.search.pools.in_process import JobRunner
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
@@ -231,10 +231,9 @@ class RayPool:
         here = Counter(worker.node for worker in self._workers.values())
         free = {node: self._free(node, here[node]) for node in self._nodes}
         left = math.inf if self._most is None else self._most - sum(here[node] for node in self._nodes)
-        while left > 0 and free and (node := max(free, key=lambda n: free[n])) and free[node] > 0:
+        placing = Counter(worker.node for worker in self._workers.values() if worker.phase == "placing")
+        for node in next_places(free, placing, left):
             self._hire(node)
-            free[node] -= 1
-            left -= 1
 
     def _look_at_nodes(self) -> None:
         """Take in which nodes there are, and tell what has changed."""
@@ -303,6 +302,7 @@ class RayPool:
             return
         if worker.phase == "placing":
             worker.node, worker.phase = result, "placed"
+            self._look_at = 0.0  # another may be started in its place
         else:
             worker.phase = "idle"
             self._idle.append(worker)

@@ -246,5 +246,12 @@ class Cluster(Section):
 Mode = Literal["generational", "asynchronous"]
 """Whether a generation waits for its last candidate, and gives the same search every time, or no worker ever waits."""
 
-KeptAnswers = Literal["all", "held_out", "none"]
-"""Of which splits the store keeps what models wrote: to be read, and for nothing else."""
+
+class BestKept(Section):
+    """Of the search split, what the ``best`` by each objective wrote, beside baselines, the front and the elites."""
+
+    best: Candidates
+
+
+KeptAnswers = Literal["all", "held_out", "none"] | BestKept
+"""Of which splits, or of whom, the store keeps what models wrote: to be read, and for nothing else."""
