@@ -139,16 +139,20 @@ def paths() -> list[str]:
 
 
 def divided() -> list[str]:
-    """Tensor parallelism over two processes: every miniature in one engine, and the first again."""
+    """Tensor parallelism over two processes: every miniature, a scaled path and the first again, in one engine."""
     sources, asked, faults = open_miniatures(), prompts(), []
-    cpu = torch.device("cpu")
+    cpu, plain = torch.device("cpu"), [Step(n, n) for n in range(6)]
     live = live_model(sources["maths"], (cpu, cpu), torch.float32)
+    assert live.stack is not None
     started = time.perf_counter()
-    engine = VllmEngine(sources["maths"], live)
+    engine = VllmEngine(sources["maths"], live, 7)
     print(f"an engine in two processes starts in {time.perf_counter() - started:.1f} s")
+    scaled = [Step(n, n, factor) for n, factor in ((0, 0.9), (1, 1.0), (3, 1.1), (4, 1.0), (5, 0.95))]
     answers_of: dict[str, list[str]] = {}
-    for name in (*sources, "base"):
-        load_weights(live, ((tensor, sources[name].read(tensor)) for tensor in live.tensors))
+    for name, source, path in (*((n, n, plain) for n in sources), ("path", "maths", scaled), ("base", "base", plain)):
+        live.stack.lay(plain)
+        load_weights(live, ((tensor, sources[source].read(tensor)) for tensor in live.tensors))
+        live.stack.lay(path)
         begun = time.perf_counter()
         engine.load(live)
         loaded, expected = time.perf_counter(), by_transformers(live, asked)
@@ -159,8 +163,9 @@ def divided() -> list[str]:
             faults.append(f"{name}: {apart} answers differ")
         if differing(answers_of.setdefault(name, actual), actual):
             faults.append(f"{name}: its answers differ after another model was there")
-    if not differing(answers_of["maths"], answers_of["base"]):
-        faults.append("two models give the same answers, so that nothing was tested")
+    for one, other in (("maths", "base"), ("maths", "path")):
+        if not differing(answers_of[one], answers_of[other]):
+            faults.append(f"{one} and {other} give the same answers, so that nothing was tested")
     return faults
 
 
