@@ -1,7 +1,8 @@
 """What a merge costs beside a plain copy, for every method: both move bytes, and little else should count.
 
 A merge of n tensors into one moves n + 1 of them, a copy two. They run in turns and are compared pair by pair, so that
-a device that changes its pace changes both; the median of the ratios counts. What a method plans is not timed.
+a device that changes its pace changes both; the median of the ratios counts. What a method plans is not timed, and
+tensors are large, so that the launch of a kernel is not either.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from check_methods import METHODS, fine_tunes, planned
-from kit import Row, Setting, check
+from check_methods import METHODS, planned
+from check_passes import fine_tunes
+from kit import CPU, Row, Setting, check
 from torch import Tensor
 
 from evomerge.merging.device import DeviceRunner
@@ -32,18 +34,16 @@ def rows() -> list[Row]:
 
 
 def _measure(name: str, setting: Setting) -> str:
-    shape = (512, 2048) if setting.small else (4096, 14336)
-    tensors = _fine_tunes(shape)
-    plan = planned(find_method(name, "row"), tensors)
-    placed = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
-    out = torch.empty_like(placed["base"])
-    merge, copied = _merge(plan, placed, out, setting), placed[plan.inputs[-1]]
-    copy = partial(out.copy_, copied)
+    tensors = _tensors(setting)
+    # Of some rows: what a pass moves is the same for any.
+    plan = planned(find_method(name, "row"), {name: tensor[:64].to(CPU) for name, tensor in tensors.items()})
+    out = torch.empty_like(tensors["base"])
+    merge, copy = _merge(plan, tensors, out, setting), partial(out.copy_, tensors["one"])
     merge(), copy()  # the first ones compile
     pairs = [(_seconds(copy, setting), _seconds(merge, setting)) for _ in range(_PAIRS)]
-    moved, of_copy = (len(plan.inputs) + 1) * out.nbytes, 2 * out.nbytes
-    share = statistics.median(moved / merged / (of_copy / copied_s) for copied_s, merged in pairs)
-    speed = moved / statistics.median(merged for _, merged in pairs) / 1e9
+    moved, copied = (len(plan.inputs) + 1) * out.nbytes, 2 * out.nbytes
+    share = statistics.median((moved / merge_s) / (copied / copy_s) for copy_s, merge_s in pairs)
+    speed = _CALLS * moved / statistics.median(merge_s for _, merge_s in pairs) / 1e9
     kind, figure = type(plan).__name__, f"{share:.0%} of a copy's bandwidth, {speed:.1f} GB/s"
     goal = None if setting.small else GOALS.get(kind)
     if goal is not None:
@@ -53,16 +53,17 @@ def _measure(name: str, setting: Setting) -> str:
 
 
 @cache
-def _fine_tunes(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    return fine_tunes(shape)
+def _tensors(setting: Setting) -> dict[str, Tensor]:
+    """Of a model of 70 billion parameters the largest of a layer; in the small form a megabyte each."""
+    return fine_tunes((512, 2048) if setting.small else (8192, 28672), torch.bfloat16, setting.device)
 
 
-def _merge(plan: Pass, placed: dict[str, Tensor], out: Tensor, setting: Setting) -> Callable[[], None]:
+def _merge(plan: Pass, tensors: dict[str, Tensor], out: Tensor, setting: Setting) -> Callable[[], None]:
     """One merge as a search makes it: by the device's runner on a GPU, by the compiled passes on the CPU."""
     if setting.device.type == "cuda":
-        runner = DeviceRunner(setting.device, lambda ref: placed[ref[0]], [], "mapped")
+        runner = DeviceRunner(setting.device, lambda ref: tensors[ref[0]], [], "mapped")
         return partial(runner.run, plan, [(name, "") for name in plan.inputs], out)
-    threads, inputs = WorkerThreads(), [placed[name] for name in plan.inputs]
+    threads, inputs = WorkerThreads(), [tensors[name] for name in plan.inputs]
     return lambda: threads.run([TensorJob(plan, inputs, out)])
 
 

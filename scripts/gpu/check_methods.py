@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from check_passes import NAMES, by_cpu, by_device
+from check_passes import NAMES, by_cpu, by_device, fine_tunes
 from kit import CPU, Row, Setting, check, close_share
 from torch import Tensor
 
@@ -66,21 +66,13 @@ def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
     return method.plan(Facts(site, weights, Evidence(), 3, SampledInputs(shape[-1])), blend)
 
 
-def fine_tunes(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """A base and two fine-tunes of it by name, on the CPU."""
-    random = torch.Generator(CPU).manual_seed(shape[0])
-    base, one, two = (torch.empty(shape).normal_(0, size, generator=random) for size in (0.02, 0.003, 0.003))
-    made = base, base + one, base + two
-    return dict(zip(NAMES, (tensor.to(dtype) for tensor in made), strict=True))
-
-
 def _compare(name: str, setting: Setting) -> str:
     method, shares = find_method(name, "row"), []
     shapes: list[tuple[int, ...]] = [(192,), (33, 65), (96, 256)]
     if not setting.small:
         shapes.append((4096, 4096))
     for shape in shapes:
-        tensors = fine_tunes(shape)
+        tensors = fine_tunes(shape, torch.bfloat16, CPU)
         plan = planned(method, tensors)
         expected, made = by_cpu(plan, tensors), by_device(plan, tensors, setting)
         shares.append(close_share(made, expected, scale=0.2, what=f"a tensor of {shape}"))
@@ -89,7 +81,7 @@ def _compare(name: str, setting: Setting) -> str:
 
 def _compare_matrix(module: str, name: str, setting: Setting) -> str:
     width = 256 if setting.small else 4096
-    tensors = fine_tunes((width, width), torch.float32)
+    tensors = fine_tunes((width, width), torch.float32, CPU)
     plan, planning = _timed(lambda: planned(getattr(import_module(module), name), tensors))
     check(plan.grain == "tensor", f"its pass has the grain {plan.grain}")
     expected, on_cpu = _timed(lambda: by_cpu(plan, tensors))

@@ -74,7 +74,7 @@ def examples(*, exact: bool) -> dict[str, Pass]:
         "Sparsify at random by rank": Sparsify("base", met, elect=True),
         "Select": Select("base", {"one": s, "two": t}, least=4 * unit * unit),
         "Elementwise": Elementwise(NAMES, _every_other_row),
-        "Whole": Whole(NAMES, _where_largest),
+        "Whole": Whole(("base", "one"), _between_extremes),
     }
 
 
@@ -84,10 +84,12 @@ def _every_other_row(tensors: Sequence[Tensor], first_row: int) -> Tensor:
     return base + torch.where(numbers % 2 == 0, one - base, 0.5 * (two - base))
 
 
-def _where_largest(tensors: Sequence[Tensor]) -> Tensor:
-    base, one, two = tensors
+def _between_extremes(tensors: Sequence[Tensor]) -> Tensor:
+    """Every change but the largest and the smallest of the tensor, with little memory beside the result."""
+    base, one = tensors
     change = one - base
-    return base + change.where(change.abs() < change.abs().amax(), 0.0) + 0.5 * two
+    least, most = change.aminmax()
+    return change.mul_((change > least) & (change < most)).add_(base)
 
 
 def _has_no_example(kind: str, setting: Setting) -> str:
@@ -113,12 +115,9 @@ def _compare(label: str, setting: Setting) -> str:
 
 def both(plan: Pass, setting: Setting, count: int, dtype: torch.dtype, *, exact: bool) -> tuple[Tensor, Tensor]:
     """What the CPU's compiled passes make of ``count`` elements, and what the device makes of them, where each is."""
-    make = _largest_weights if count == LARGEST else weights
-    tensors = make(setting, count, dtype, exact)
-    on_cpu = tensors if setting.device == CPU else [tensor.to(CPU) for tensor in tensors]
-    return by_cpu(plan, dict(zip(NAMES, on_cpu, strict=True))), by_device(
-        plan, dict(zip(NAMES, tensors, strict=True)), setting
-    )
+    draw = _largest_weights if count == LARGEST else weights
+    on_cpu, on_device = draw(setting, count, dtype, exact)
+    return by_cpu(plan, on_cpu), by_device(plan, on_device, setting)
 
 
 def by_cpu(plan: Pass, tensors: dict[str, Tensor]) -> Tensor:
@@ -137,28 +136,44 @@ def by_device(plan: Pass, tensors: dict[str, Tensor], setting: Setting) -> Tenso
     return out
 
 
-def weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> list[Tensor]:
-    """A base and two fine-tunes of it, on the device.
+Weights = dict[str, Tensor]
+"""A base and two fine-tunes of it by name."""
+
+
+def weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> tuple[Weights, Weights]:
+    """Equal weights on the CPU and on the device.
 
     Args:
         exact: small whole numbers, of which no step of an exact example rounds anything; else such as weights are.
     """
     shape = (count // _ROW, _ROW) if count % _ROW == 0 else (count // 1001, 1001) if count % 1001 == 0 else (1, count)
-    random = torch.Generator(setting.device).manual_seed(count)
-
-    def draw(size: float) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype, device=setting.device)
-        if exact:
-            return tensor.random_(-int(size), int(size) + 1, generator=random)
-        return tensor.normal_(0, size, generator=random)
-
-    if exact:
-        return [draw(4), draw(8), draw(8)]
-    base = draw(0.02)
-    return [base, base + draw(0.003), base + draw(0.003)]
+    drawn = exact_weights(shape, dtype, setting) if exact else fine_tunes(shape, dtype, setting.device)
+    on_cpu = drawn if setting.device == CPU else {name: tensor.to(CPU) for name, tensor in drawn.items()}
+    return on_cpu, drawn
 
 
 @cache
-def _largest_weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> list[Tensor]:
+def _largest_weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> tuple[Weights, Weights]:
     """``weights``, made once for all rows: they are gigabytes."""
     return weights(setting, count, dtype, exact)
+
+
+def exact_weights(shape: tuple[int, ...], dtype: torch.dtype, setting: Setting) -> Weights:
+    """Whole numbers, on the device."""
+    random = torch.Generator(setting.device).manual_seed(shape[0])
+
+    def draw(most: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=setting.device).random_(-most, most + 1, generator=random)
+
+    return dict(zip(NAMES, (draw(4), draw(8), draw(8)), strict=True))
+
+
+def fine_tunes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Weights:
+    """Numbers such as weights are, on a device."""
+    random = torch.Generator(device).manual_seed(shape[0])
+
+    def draw(size: float) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, size, generator=random)
+
+    base = draw(0.02)
+    return dict(zip(NAMES, (base, base + draw(0.003), base + draw(0.003)), strict=True))

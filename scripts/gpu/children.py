@@ -37,13 +37,13 @@ def run_rows(wanted: Sequence[str], command: Callable[[Sequence[str]], list[str]
     Raises:
         NothingRanError: such as for a name that is none of a row.
     """
-    left: list[str] | None = None
-    while left is None or left:
-        with Child(command(left or wanted), limit_s) as child:
+    left, is_planned = list(wanted), False
+    while left or not is_planned:
+        with Child(command(left), limit_s) as child:
             running, is_new = "", True
             for report in child.reports():
                 if "rows" in report:
-                    left = left or report["rows"]
+                    left, is_planned = report["rows"], True
                 elif "starts" in report:
                     running, is_new = report["starts"], False
                 else:
@@ -51,7 +51,7 @@ def run_rows(wanted: Sequence[str], command: Callable[[Sequence[str]], list[str]
                     left.remove(report["name"])
                     log = child.printed(report.pop("printed"))
                     yield Result(**report, log="" if report["ok"] else log)
-            if left is None:
+            if not is_planned:
                 raise NothingRanError(child.printed())
             if left and (running or is_new):  # a child may end between two rows, but not before its first
                 name = running or left[0]

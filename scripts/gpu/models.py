@@ -33,9 +33,9 @@ def config(setting: Setting) -> LlamaConfig:
 
 def references(setting: Setting) -> dict[str, str]:
     """The folders of the models by name; made unless another row has made them."""
-    folder = setting.folder / "models"
+    folder = setting.folder / ("tiny" if setting.small else "models")
     if not folder.exists():
-        partial = setting.folder / "models.partial"
+        partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         _make(partial, setting)
         partial.rename(folder)
