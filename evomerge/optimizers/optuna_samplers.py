@@ -1,47 +1,22 @@
-"""Optuna's samplers, driven by ask and tell on a study in memory.
+"""Optuna's samplers as a search file names them; ``optuna_study`` drives them.
 
-A sampler is made afresh for every ask, seeded by (search seed, number of the ask): all else that it knows it reads from
-the study, so the study's trials are its whole state.
+Optuna is imported when one of them is to propose: that takes a fifth of a second, which every command would pay.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
-
-import numpy as np
-import optuna
+from collections.abc import Sequence
+from typing import Literal
 
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import (
-    Best,
-    Keeps,
-    Observation,
-    Settings,
-    check_population,
-    default_population,
-    one_thread,
-)
+from evomerge.genome import Parameter
+from evomerge.optimizers.base import Optimizer, Settings, check_population
 from evomerge.optimizers.elites import Feature
 
 SamplerName = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 
 MOST_PARAMETERS = {"gp": 1_000, "qmc": 21_201}
 """gp: beyond, one ask takes minutes and learns nothing. qmc: the dimensions of scipy's Sobol sequence."""
-
-GENERATION_KEYS = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:generation"}
-"""Where Optuna keeps the generation of a trial; a trial without one never becomes a parent."""
-
-DEAR = ("tpe", "gp")
-"""Samplers whose asks cost up to seconds each."""
-
-GOOD_SHARE, MOST_GOOD = 0.1, 25
-"""tpe models the best tenth of all trials, at most 25, as good: the default ``gamma`` of Optuna's TPESampler."""
 
 
 class OptunaSettings(Settings):
@@ -69,160 +44,7 @@ class OptunaSettings(Settings):
 
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
-    ) -> OptunaOptimizer:
+    ) -> Optimizer:
+        from evomerge.optimizers.optuna_study import OptunaOptimizer
+
         return OptunaOptimizer(self, parameters, objectives, seed)
-
-
-class OptunaOptimizer:
-    """One search by a sampler of Optuna.
-
-    Failed candidates are told as inf, which every sampler ranks last. Genomes told without having been asked for count
-    like the others; under nsga2 and nsga3, baselines are of the first generation, beside the genomes first asked for.
-    """
-
-    favourite: Genome | None = None
-    wants_items = False
-    stopped: str | None = None
-
-    def __init__(self, settings: OptunaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
-        default = default_population(len(parameters))
-        self._name = settings.name
-        self._genetic = settings.name in GENERATION_KEYS
-        self._seed = seed
-        self._asks = 0
-        self._distributions = {str(i): _distribution(p) for i, p in enumerate(parameters)}
-        self._asked: defaultdict[bytes, deque[optuna.Trial]] = defaultdict(deque)
-        self._baselines: list[tuple[Genome, list[float]]] = []
-        self.population = settings.population or (default + default % 2 if self._genetic else default)
-        with _calm():
-            self._study = optuna.create_study(directions=["minimize"] * objectives)
-
-    @property
-    def keeps(self) -> Keeps:
-        match self._name:
-            case "tpe":  # the others are bad alike, however bad; with several objectives only the share holds
-                finished: int = sum(t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
-                good = math.ceil(GOOD_SHARE * (finished + self.population))
-                most = MOST_GOOD if len(self._study.directions) == 1 else good
-                return Best(min(good, most, self.population))
-            case "random" | "qmc":  # they learn nothing; the best alone counts, as the result
-                return Best(1)
-            case _:  # nsga2, nsga3: the elite of two generations may hold all; gp fits its model to every loss
-                return "all"
-
-    def ask(self, n: int) -> list[Genome]:
-        if n < 1:
-            return []
-        self._asks += 1
-        with _calm():
-            self._study.sampler = self._sampler()
-            genomes = [self._remember(self._study.ask(self._distributions)) for _ in range(n)]
-            for genome, losses in self._baselines:
-                self._add(genome, losses, generation=0)
-        self._baselines = []
-        return genomes
-
-    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        if self._name not in DEAR or not genomes:
-            return self.ask(len(genomes))
-        self._asks += 1
-        with _calm():
-            self._study.sampler = optuna.samplers.RandomSampler(seed=0)
-            for genome in genomes:
-                self._study.enqueue_trial(self._values(genome))
-                self._remember(self._study.ask(self._distributions))
-        return list(genomes)
-
-    def tell(self, observations: Sequence[Observation]) -> None:
-        with _calm():
-            for observation in observations:
-                genome, losses = observation.genome, [float(loss) for loss in observation.losses]
-                if not np.all(np.isfinite(losses)):
-                    losses = [np.inf] * len(losses)
-                waiting = self._asked.get(genome.tobytes())
-                if waiting:
-                    self._study.tell(waiting.popleft(), losses)
-                    if not waiting:
-                        del self._asked[genome.tobytes()]
-                elif self._genetic and self._asks == 0:
-                    self._baselines.append(
-                        (genome.copy(), losses)
-                    )  # told now, they would be the first generation alone
-                else:
-                    self._add(genome, losses, generation=self._generation())
-
-    def _remember(self, trial: optuna.Trial) -> Genome:
-        values = trial.params  # a deep copy each time
-        genome = np.array([float(values[name]) for name in self._distributions]) + 0.0
-        self._asked[genome.tobytes()].append(trial)
-        return genome
-
-    def _values(self, genome: Genome) -> dict[str, float | int]:
-        return {
-            name: value if isinstance(distribution, optuna.distributions.FloatDistribution) else int(value)
-            for (name, distribution), value in zip(self._distributions.items(), genome.tolist(), strict=True)
-        }
-
-    def _add(self, genome: Genome, losses: list[float], generation: int) -> None:
-        self._study.add_trial(
-            optuna.create_trial(
-                params=self._values(genome),
-                distributions=self._distributions,
-                values=losses,
-                system_attrs={GENERATION_KEYS[self._name]: generation} if self._genetic else {},
-            )
-        )
-
-    def _generation(self) -> int:
-        """The generation that nsga2 and nsga3 are gathering: the latest asked for."""
-        if not self._genetic:
-            return 0
-        key = GENERATION_KEYS[self._name]
-        return max(int(t.system_attrs.get(key, 0)) for t in self._study.get_trials(deepcopy=False))
-
-    def _sampler(self) -> Any:
-        first, second = np.random.SeedSequence((self._seed, self._asks)).generate_state(2).tolist()
-        samplers = optuna.samplers
-        uniform = samplers.RandomSampler(seed=second)
-        match self._name:
-            case "tpe":
-                # Optuna's default with several objectives takes each parameter alone, at a cost that grows with both.
-                return samplers.TPESampler(seed=first, multivariate=True, constant_liar=True)
-            case "gp":
-                return samplers.GPSampler(seed=first)
-            case "random":
-                return uniform
-            case "qmc":
-                # The scrambling must be the same for the whole sequence, so its seed is the search's own.
-                return samplers.QMCSampler(scramble=True, seed=self._seed, independent_sampler=uniform)
-            case "nsga2":
-                sampler = samplers.NSGAIISampler(population_size=self.population, seed=first)
-            case "nsga3":
-                sampler = samplers.NSGAIIISampler(population_size=self.population, seed=first)
-        # Its own uniform numbers repeat, from the same seed, the stream that decides crossover and parents: seeded
-        # afresh for every ask, the first mutated value would follow from the choice of the parents.
-        sampler.sample_independent = uniform.sample_independent
-        return sampler
-
-
-def _distribution(parameter: Parameter) -> Any:
-    match parameter.kind:
-        case "real":
-            return optuna.distributions.FloatDistribution(parameter.low, parameter.high)
-        case "int":
-            return optuna.distributions.IntDistribution(int(parameter.low), int(parameter.high))
-        case "choice":
-            return optuna.distributions.CategoricalDistribution(range(int(parameter.high) + 1))
-
-
-@contextmanager
-def _calm() -> Iterator[None]:
-    """One thread, and neither Optuna's log nor its warnings (experimental classes, inf among the values)."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with one_thread(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
