@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import psutil
 from pydantic import Field
 
 from evaluators import function_process
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 log = logging.getLogger(__name__)
+
+_LOOK_S = 0.25
+"""How often the memory of a function that is at work is looked at; most have answered before."""
 
 _UNWIND_S = 5.0
 """How long a function that is no longer wanted may take to end by itself."""
@@ -65,6 +70,7 @@ class FunctionSettings(PromptSettings):
         batch_size: prompts at once in ``generate``.
         max_seconds: how long the function may take for a model, answers of the model not counted. Where a search
             begins it is tried on one item, which may take 15 s, or as long as this says.
+        max_gigabytes: how much memory the function's process may hold, with all that it starts.
         allow_task_code: consent to run the file.
     """
 
@@ -77,6 +83,7 @@ class FunctionSettings(PromptSettings):
     metrics: dict[str, Literal["maximize", "minimize"]] = Field(min_length=1)
     batch_size: int = Field(default=16, ge=1)
     max_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    max_gigabytes: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     allow_task_code: bool = False
 
     def __hash__(self) -> int:  # `metrics` is a dict, which has none
@@ -170,7 +177,7 @@ class FunctionEvaluator(ImperativeEvaluator):
         limit_s = settings.max_seconds if "max_seconds" in settings.model_fields_set else _TRY_S
         try:
             self._process.call(self._lines["search"][:1], list(self.metrics), say_nothing, limit_s)
-        except _TookTooLongError:
+        except _BeyondBoundsError:
             raise
         except InputError:
             if not asked:
@@ -237,8 +244,8 @@ class _Generate:
         return answers
 
 
-class _TookTooLongError(InputError):
-    """A function has not ended in the time that it has."""
+class _BeyondBoundsError(InputError):
+    """A function takes longer than it may, or more memory."""
 
 
 @cache
@@ -351,16 +358,17 @@ class _FunctionProcess:
             limit_s: how long that was from the beginning of what is waited for.
 
         Raises:
-            InputError: it does not come in time, or the process has ended.
+            InputError: it does not come in time, the process has ended, or it has taken too much memory.
         """
         file = str(self._settings.file)
         try:
+            self._watch(deadline, when)
             self._channel.settimeout(max(0.001, deadline - time.monotonic()))
             message = receive(self._channel)
         except TimeoutError:
             self.stop()
             hint = "Mend it, or say how long it may take as `max_seconds:`."
-            raise _TookTooLongError(file, f"took more than {limit_s:g} s {when}", hint) from None
+            raise _BeyondBoundsError(file, f"took more than {limit_s:g} s {when}", hint) from None
         except (OSError, ValueError, RecursionError):  # it writes to what it does not know
             message = None
         if message is None:
@@ -368,6 +376,24 @@ class _FunctionProcess:
             self.stop()
             raise InputError(file, f"ended its process {when} ({_how(process.wait())})", "Have it return, or raise.")
         return message
+
+    def _watch(self, deadline: float, when: str) -> None:
+        """Look at the memory of the process until it says something, or its time is over.
+
+        Raises:
+            InputError: it takes more than it may.
+        """
+        poll, most = select.poll(), self._settings.max_gigabytes
+        poll.register(self._channel, select.POLLIN)
+        while True:
+            if (taken := _memory_of(self._process.pid) / 1e9) > most:
+                self.stop()
+                hint = "Have it keep less, or say how much it may take as `max_gigabytes:`."
+                problem = f"took {taken:.1f} GB of memory {when}, of {most:g} GB that it may have"
+                raise _BeyondBoundsError(str(self._settings.file), problem, hint)
+            left = deadline - time.monotonic()
+            if left <= 0 or poll.poll(1000 * min(left, _LOOK_S)):
+                return
 
     def _fault(self, answer: Mapping[str, Any], lines: Sequence[_Line] = ()) -> InputError:
         """What the process says is wrong, of a call for these items."""
@@ -387,6 +413,17 @@ def _closing(handle: int) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _memory_of(process: int) -> int:
+    """Bytes that a process holds, with all that it has started; 0 where it is gone."""
+    taken = 0
+    with contextlib.suppress(psutil.Error):
+        own = psutil.Process(process)
+        for one in [own, *own.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                taken += one.memory_info().rss
+    return taken
 
 
 def _end(process: subprocess.Popen[bytes], channel: socket.socket, worker: int) -> None:

@@ -337,6 +337,36 @@ ENDINGS = {
 }
 
 
+FILL = "k = []\nwhile 1: k.append(b'x' * (1 << 24))"
+SWELLING = {
+    "a list": "kept = []\n    while True: kept.append(b'x' * (1 << 24))",
+    "after an answer": "generate(['x'], 2)\n    kept = []\n    while True: kept.append(b'x' * (1 << 24))",
+    "a process that it starts": f"import subprocess, sys\n    subprocess.run([sys.executable, '-c', {FILL!r}])",
+    "a thread that it starts": (
+        "import threading\n    def fill(kept):\n        while True: kept.append(b'x' * (1 << 24))\n"
+        "    threading.Thread(target=fill, args=([],), daemon=True).start()\n    threading.Event().wait()"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWELLING)
+def test_a_function_that_takes_all_memory_is_ended_and_the_next_call_is_answered(tmp_path: Path, name: str) -> None:
+    body = f"if items[0]['letters'] == 1:\n        return [1] * len(items)\n    {SWELLING[name]}"
+    code = f"def score(items, generate):\n    {body}\n"
+    evaluator = given(tmp_path, code, max_gigabytes=0.3).build()
+    items = [json.loads(item.question)["letters"] for item in evaluator.items("search")]
+    fine, bad = items.index(1), next(i for i, letters in enumerate(items) if letters != 1)
+    with pytest.raises(InputError, match=r"took \S+ GB of memory in score, of 0.3 GB that it may have") as caught:
+        score(evaluator, tiny_live(), "search", [bad])
+    assert caught.value.place == str(tmp_path / "my_score.py")
+    assert score(evaluator, tiny_live(), "search", [fine]).scores["letters"].tolist() == [1]
+
+
+def test_a_file_that_takes_all_memory_is_refused(tmp_path: Path) -> None:
+    code = "kept = []\nwhile True:\n    kept.append(b'x' * (1 << 24))\n"
+    assert "GB of memory when it was loaded" in refusal(given(tmp_path, code, max_gigabytes=0.3))
+
+
 @pytest.mark.parametrize("name", ENDINGS)
 def test_however_it_ends_the_next_call_is_answered(tmp_path: Path, name: str) -> None:
     statement, said = ENDINGS[name]
