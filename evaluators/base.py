@@ -57,7 +57,7 @@ class Item:
     answer: str = ""
     benchmark: str | None = None
     media: tuple[Media, ...] = ()
-    place: str = ""
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

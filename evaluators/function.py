@@ -367,7 +367,7 @@ class _FunctionProcess:
             message = receive(self._channel)
         except TimeoutError:
             self.stop()
-            hint = "Mend it, or say how long it may take as `max_seconds:`."
+            hint = "Fix it, or set how long it may take as `max_seconds:`."
             raise _BeyondBoundsError(file, f"took more than {limit_s:g} s {when}", hint) from None
         except (OSError, ValueError, RecursionError):  # it writes to what it does not know
             message = None

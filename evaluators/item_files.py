@@ -61,7 +61,7 @@ def fill(key: str, template: str, line: Line) -> str:
         if not isinstance(line.fields.get(field), str | int | float):
             has = ", ".join(sorted(line.fields)) or "nothing"
             problem = f"has no text or number in its field {field!r}; it has: {has}"
-            raise InputError(line.place, problem, f"Mend the item, or the template `{key}: {template!r}`.")
+            raise InputError(line.place, problem, f"Fix the item, or the template `{key}: {template!r}`.")
     return template.format_map(line.fields)
 
 
@@ -89,7 +89,7 @@ def split_items(
         }
     for split, items in splits.items():
         if not items:
-            problem = f"gives no item to the {split} split, of {len(all_items)} items"
+            problem = f"leaves no items for the {split} split, of {len(all_items)} items"
             hint = "Give more items, another share as `held_out:`, or a `held_out_file:`."
             raise InputError(str(file), problem, hint)
     return splits

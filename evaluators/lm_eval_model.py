@@ -176,7 +176,7 @@ def request_of(request: Instance, reader: Reader, settings: LmEvalSettings, plac
         before, after = encode_pair(tokenizer, text, answer)
         if not 0 < len(after) <= most:
             problem = f"has an answer of {len(after)} tokens, where the model can take 1 to {most}"
-            raise InputError(place, problem, "Mend the item, or leave it out with a slice such as `test[:100]`.")
+            raise InputError(place, problem, "Fix the item, or leave it out with a slice such as `test[:100]`.")
         reader.check_known([*before, *after], place)
         return Prompt(text, answer, [*before, *after], len(after), most + 1, place)
     text = request.args[0]

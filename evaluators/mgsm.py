@@ -234,7 +234,7 @@ def _read_file(file: Path) -> Iterable[Line]:
         return _read_tsv(file)
     if file.suffix == ".jsonl":
         return read_lines(file)
-    raise InputError(str(file), "is neither .tsv nor .jsonl", "Name it by what it holds.")
+    raise InputError(str(file), "is neither .tsv nor .jsonl", "Give it the suffix of its format.")
 
 
 def _read_tsv(file: Path) -> Iterator[Line]:
@@ -285,5 +285,5 @@ def right_answer(line: Line) -> Decimal:
     elif isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
         number = Decimal(str(given))
     if number is None:
-        raise InputError(line.place, f"its answer {given!r} is no number", "Leave it out.")
+        raise InputError(line.place, f"its answer {given!r} is not a number", "Leave it out.")
     return number

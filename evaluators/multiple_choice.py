@@ -178,7 +178,7 @@ def _read(settings: MultipleChoiceSettings, file: Path) -> Iterator[_Question]:
 def _choices(line: Line) -> tuple[str, ...]:
     choices: Any = line.fields.get("choices")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise InputError(line.place, f"its choices are no list of several texts: {str(choices)[:100]}", _EXAMPLE)
+        raise InputError(line.place, f"its choices are not a list of several texts: {str(choices)[:100]}", _EXAMPLE)
     return tuple(choices)
 
 
@@ -189,4 +189,4 @@ def _right(line: Line, choices: Sequence[str]) -> int:
     if type(answer) is int and 0 <= answer < len(choices):
         return answer
     problem = f"its answer {answer!r} is neither one of its {len(choices)} choices nor its number; the first is 0"
-    raise InputError(line.place, problem, "Mend the item or leave it out.")
+    raise InputError(line.place, problem, "Fix the item or leave it out.")

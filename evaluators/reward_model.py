@@ -172,7 +172,7 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
     place = "model"
     if "+" in reference and not Path(reference).is_dir():
         hint = "Merge it into a folder of its own first, with peft's merge_and_unload."
-        raise InputError(place, f"{reference} names an adapter, which no reward model takes here", hint)
+        raise InputError(place, f"{reference} names an adapter, and adapters of reward models are not supported", hint)
     folder = find_folder(reference, place, None)
     check_files(folder, place)
     refuse_unreadable(folder, place)
@@ -181,7 +181,7 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
     check_tokenizer(folder, place)
     architecture = str((config.get("architectures") or ["none"])[0])
     if not architecture.endswith(_HEAD):
-        problem = f"config.json: architectures is {architecture}, which is no reward model"
+        problem = f"config.json: architectures is {architecture}, which is not a reward model"
         raise InputError(place, problem, f"Name a model that was saved as one {_HEAD}, with one label.")
     if (labels := parse_config(config, place).num_labels) != 1:
         problem = f"its head has {labels} labels; a reward is one number"

@@ -72,7 +72,7 @@ def search(
         str | None, typer.Option(metavar="auto|ray://...|http://...", help="Run it as a job of this Ray cluster.")
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="With --address: do not follow the job's log.")] = False,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Join a cluster that asks for no token.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Join a cluster that requires no token.")] = False,
 ) -> None:
     """Run a search to the end of its budget. Then its best are confirmed on the held-out split."""
     settings = [*set_, "cluster.insecure=true"] if insecure else set_

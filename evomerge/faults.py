@@ -39,7 +39,7 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
-        return InputError(where, "is not a key that is known here", hint if known else "")
+        return InputError(where, "is not a known key", hint if known else "")
     if kind == "missing":
         return InputError(where, "is missing")
     if kind == "union_tag_not_found":
@@ -53,7 +53,7 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
     wrong = list(dict.fromkeys(_wrong(other["type"], str(other["msg"]), other.get("ctx", {})) for other in alike))
     problem = " or ".join([wrong[0], *(text.removeprefix("must be ") for text in wrong[1:])])
     if kind == "string_type" and (what := _read_as(fault.get("input"))) is not None:
-        return InputError(where, f"must be text, and YAML reads it as {what}", "Put it in quotes.")
+        return InputError(where, f"must be text, but YAML reads it as {what}", "Put it in quotes.")
     given = fault.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return InputError(where, problem + shown)

@@ -101,7 +101,7 @@ def read_text(file: Path, place: str, most: int = TEXT_BYTES, encoding: str = "u
         return read_bytes(file, place, most).decode(encoding, errors)
     except UnicodeDecodeError as error:
         problem = (
-            f"{file.name} cannot be read: it is no text in {encoding.upper()} ({error.reason} at byte {error.start})"
+            f"{file.name} cannot be read: it is not text in {encoding.upper()} ({error.reason} at byte {error.start})"
         )
         raise InputError(place, problem, f"Save it as {encoding.upper()}.") from None
 
@@ -185,7 +185,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         seen: set[str] = set()
         repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {repeated[:100]!r} stands twice")
+        raise ValueError(f"the key {repeated[:100]!r} appears twice")
     return content
 
 

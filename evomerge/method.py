@@ -144,7 +144,7 @@ def find_method(name: str, place: str) -> Method:
     """
     method = find_plugin(GROUP, name, place)
     if not isinstance(method, Method):
-        raise InputError(place, f"what the package names {name} is no merge method", "Let it name a Method.")
+        raise InputError(place, f"what the package names {name} is not a merge method", "Let it name a Method.")
     if method.name != name:
         raise InputError(place, f"the method that is installed as {name} calls itself {method.name}")
     return method

@@ -200,7 +200,7 @@ def _check_kind(kind: str, place: str) -> None:
         raise InputError(place, f"{kind}:// needs a package that is not installed here", hint) from None
     except ValueError:
         hint = "Known are s3://, gs://, abfs://, file:// and others of fsspec's."
-        raise InputError(place, f"{kind}:// is no storage that is known", hint) from None
+        raise InputError(place, f"{kind}:// is not a known kind of storage", hint) from None
 
 
 def _public(error: Exception) -> str:

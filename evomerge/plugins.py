@@ -134,7 +134,7 @@ def find_class(group: str, name: str, place: str, base: type[Base]) -> type[Base
     """
     part = find_plugin(group, name, place)
     if not (isinstance(part, type) and issubclass(part, base)):
-        problem = f"what the package names {name} is no {NOUNS[group]}"
+        problem = f"what the package names {name} is not {_with_article(NOUNS[group])}"
         raise InputError(place, problem, f"Let it name a subclass of {base.__name__}.")
     return part
 
@@ -159,3 +159,7 @@ def _listed(names: Sequence[str]) -> str:
     if fitting == len(names):
         return ", ".join(names)
     return f"{', '.join(names[:fitting])} and {len(names) - fitting:,} more"
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

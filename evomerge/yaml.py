@@ -46,7 +46,7 @@ class _StrictLoader(yaml.SafeLoader):
                 what = _TEXTS.get(key_node.tag.rpartition(":")[2], "no text")
                 raise _fault(key_node, f"YAML reads the key {key_node.value} as {what}; put it in quotes")
             if key in first:
-                problem = f"the key {key!r} stands here again; it is on line {first[key].line + 1} already"
+                problem = f"the key {key!r} appears here again; it is on line {first[key].line + 1} already"
                 raise _fault(key_node, problem)
             first[key] = key_node.start_mark
         return super().construct_mapping(node, deep)
@@ -149,7 +149,7 @@ def _count_events(events: Iterable[yaml.Event], place: str, most: int) -> None:
     for event in events:
         values += isinstance(event, yaml.NodeEvent)
         if values > most:
-            raise InputError(place, f"says more than {most:,} values")
+            raise InputError(place, f"holds more than {most:,} values")
         if isinstance(event, yaml.CollectionStartEvent):
             deep += 1
             if deep > _MOST_DEEP:
@@ -174,7 +174,7 @@ def _count_values(node: yaml.Node | None, place: str, most: int) -> None:
                 parts = [part for pair in node.value for part in pair]
             sizes[id(node)] = 1 + sum(size(part, above | {id(node)}) for part in parts)
             if sizes[id(node)] > most:
-                raise InputError(place, f"says more than {most:,} values once its aliases are written out")
+                raise InputError(place, f"holds more than {most:,} values once its aliases are written out")
         return sizes[id(node)]
 
     if node is not None:

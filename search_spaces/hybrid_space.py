@@ -60,7 +60,7 @@ class HybridSpaceSettings(PathSettings):
 
     def build(self, context: SpaceContext) -> SearchSpace:
         if self.winner is not None and self.method is not None:
-            problem = "is for hops that are merged anew, and those of the winner are merged already"
+            problem = "is for hops that are merged again, and those of the winner are merged already"
             raise InputError("space.method", problem, "Leave out one of the two.")
         if self.winner is not None:
             return self._after(self.winner, context)
@@ -74,7 +74,7 @@ class HybridSpaceSettings(PathSettings):
 
     def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
         if self.granularity is not None:
-            raise InputError("space.granularity", "is for hops that are merged anew", "Leave it out.")
+            raise InputError("space.granularity", "is for hops that are merged again", "Leave it out.")
         if MERGED in context.sources:
             raise InputError(f"sources.{MERGED}", "is the name of the winner in the pool", "Give it another name.")
         recipe = read_winner(winner, context)
@@ -107,7 +107,9 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     )
     for name in sorted(used):
         if name not in context.sources:
-            raise InputError(place, f"merges {name}, which is no source of this search", f"Add it: `sources.{name}`.")
+            raise InputError(
+                place, f"merges {name}, which is not a source of this search", f"Add it: `sources.{name}`."
+            )
         if recipe.sources[name] != context.sources[name]:
             problem = f"means {recipe.sources[name]} by {name}, and this search {context.sources[name]}"
             raise InputError(place, problem, "If they are one model, write the same in both files.")

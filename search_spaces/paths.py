@@ -95,7 +95,7 @@ class PathSettings(SpaceSettings):
         (first, layers), *_ = depths.items()
         most = self.hops(layers)
         if self.keep_ends and layers < 2:
-            problem = f"keeps the first and the last layer of {first}, which has but one"
+            problem = f"keeps the first and the last layer of {first}, which has only one"
             raise InputError("space.keep_ends", problem, "Set it to false.")
         if self.keep_ends and most < 3:
             hint = "Allow more, or set `keep_ends: false`."
@@ -132,7 +132,7 @@ class PathSettings(SpaceSettings):
             "pruning": ("encoding", every, 1),
         }[self.encoding]
         if (count := slots * (genes + (self.scale == "hop")) + pairs) > MOST_PARAMETERS:
-            raise InputError(f"space.{key}", f"makes some {count:,} parameters; {MOST_PARAMETERS:,} is the limit")
+            raise InputError(f"space.{key}", f"makes about {count:,} parameters; {MOST_PARAMETERS:,} is the limit")
 
 
 class PathGenes:

@@ -336,7 +336,7 @@ BAD: dict[str, tuple[Harm, str]] = {
     "pattern of text": (config(rank_pattern={"q": "3"}), "rank_pattern must give numbers"),
     "other width": (tensors(bigger), r"for a model whose model.layers.0.* has shape \[16, 20\]; here it is \[16, 16\]"),
     "other depth": (tensors(elsewhere), "model.layers.7.self_attn.q_proj.weight, which the model does not have"),
-    "half a pair": (tensors(lambda t: t.pop(HALF)), "no pair of matrices"),
+    "half a pair": (tensors(lambda t: t.pop(HALF)), "not a pair of matrices"),
     "unknown part": (tensors(lambda t: t.update({HALF.replace("lora_B", "hada_B"): torch.ones(2)})), "does not have"),
     "other vocabulary": (
         tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(40, 16)})),
@@ -345,7 +345,7 @@ BAD: dict[str, tuple[Harm, str]] = {
     "integers": (tensors(lambda t: t.update({HALF: t[HALF].to(torch.int8)})), "stored as I8"),
     "pickled": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "holds pickled weights"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
-    "no config": (lambda f: (f / CONFIG).unlink(), "is no adapter"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "is not an adapter"),
     "config not JSON": (lambda f: (f / CONFIG).write_text("{"), "not JSON"),
     "weights cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "cut short"),
 }

@@ -344,7 +344,7 @@ BAD: dict[str, tuple[Harm, str]] = {
     "shape lies": (norm(shape=[17]), "does not fill"),
     "shape not whole": (norm(shape=[16.0]), "shape"),
     "field missing": (header(lambda h: h["model.norm.weight"].pop("dtype")), "exactly dtype"),
-    "a name twice": (twice, "'model.norm.weight' stands twice"),
+    "a name twice": (twice, "'model.norm.weight' appears twice"),
     "tensor missing": (tensors(lambda t: t.pop("model.norm.weight")), "missing from the files: model.norm.weight"),
     "config one layer more": (config(num_hidden_layers=3), "model.layers.2.* and 6 more"),
     "untied without head": (tensors(lambda t: t.pop(HEAD)), "missing from the files: lm_head.weight"),

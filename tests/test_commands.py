@@ -71,7 +71,7 @@ def test_what_a_person_got_wrong_is_told_before_anything_heavy_is_imported(searc
         "broken.yaml": ["search", tmp_path / "broken.yaml"],
         "is not a key": ["validate", file, "--set", "budgets.candidates=4"],
         "must be a whole number": ["score", MINIATURES / "maths", file, "--set", "seed=x"],
-        "exists already": ["search", file, "--dir", searched],
+        "already exists": ["search", file, "--dir", searched],
         "space.method: 'task_arithmetic' -> 'ties'": ["resume", searched, "--set", "space.method=ties"],
         "exists and is not empty": ["export", searched, tmp_path / "full"],
         "full: exists and is not empty": ["merge", file, tmp_path / "full"],
@@ -306,7 +306,7 @@ def test_an_export_that_scores_otherwise_is_refused_and_leaves_nothing(
 
     monkeypatch.setattr(StackBuilder, "reload", another_model)
     assert evomerge("export", searched, tmp_path / "out") == 2
-    assert "otherwise than was recorded" in capsys.readouterr().err
+    assert "differently than was recorded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -430,7 +430,7 @@ def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
     assert evomerge("resume", folder, "--set", "budget.candidates=11") == 0
     assert json_of(capsys, "status", folder, "--json")["candidates"]["asked"] == 11
     assert evomerge("search", file, "--dir", folder) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_models_too_small_for_a_path_by_hand_have_it_not_twice() -> None:
         ({"max_hops": 4}, "space.max_hops", "a alone is 5 hops"),
         ({"max_hops": 6}, "space.max_hops", "c alone is 7 hops"),
         ({"encoding": "pruning", "max_hops": 2}, "space.max_hops", "the ends of a alone are 2 hops"),
-        ({"depths": {"a": 1, "b": 2}}, "space.keep_ends", "has but one"),
+        ({"depths": {"a": 1, "b": 2}}, "space.keep_ends", "has only one"),
         ({"depths": {"a": 2, "b": 2}, "max_hops": 2}, "space.max_hops", "the ends of a"),
         ({"depths": {"a": 2, "b": 2}, "encoding": "pruning", "keep_ends": True}, "space.max_hops", "the ends of a"),
         ({"encoding": "integers", "repeats": 2}, "space.repeats", "belongs to indicators"),

@@ -333,7 +333,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     other = write(tmp_path, [{"prompt": "3", "answer": "b"}], "other.jsonl")
     assert "is an item of" in refusal(RougeSettings(file=file, held_out_file=other))
     empty = write(tmp_path, [], "empty.jsonl")
-    assert "gives no item to the held_out split" in refusal(RougeSettings(file=file, held_out_file=empty))
+    assert "leaves no items for the held_out split" in refusal(RougeSettings(file=file, held_out_file=empty))
     for wrong in ({"stop": [""]}, {"prompt": "{}"}, {"answer": "{a.b}"}, {"max_new_tokens": 0}):
         with pytest.raises(ValidationError):
             RougeSettings.model_validate({"file": file, **wrong})

@@ -274,8 +274,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_splits_that_cannot_be_used(tmp_path: Path) -> None:
     file = write(tmp_path, ITEMS)
-    assert "gives no item to the" in refusal(file=write(tmp_path, ITEMS[:1], "one.jsonl"), **TEMPLATES)
-    assert "gives no item to the search split" in refusal(file=write(tmp_path, [], "none.jsonl"))
+    assert "leaves no items for the" in refusal(file=write(tmp_path, ITEMS[:1], "one.jsonl"), **TEMPLATES)
+    assert "leaves no items for the search split" in refusal(file=write(tmp_path, [], "none.jsonl"))
     other = write(tmp_path, [{"question": "?", "answer": 1}, ITEMS[3], ITEMS[4]], "other.jsonl")
     said = refusal(file=file, held_out_file=other, **TEMPLATES)
     assert f"other.jsonl, line 2: is an item of {file} too, with 1 more" in said

@@ -217,13 +217,14 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file.write_text("question\t1\n\nno tab here\n")
     assert "line 3: has no tab" in refusal(file=file)
     file.write_text("question\tmany\n")
-    assert "line 1: its answer 'many' is no number. Leave it out" in refusal(file=file)
+    assert "line 1: its answer 'many' is not a number. Leave it out" in refusal(file=file)
     file.write_text("\t5\n")
     assert "line 1: has no question" in refusal(file=file)
     file.write_text("question\t5\n")
-    assert "gives no item to the" in refusal(file=file)
-    assert "its answer None is no number" in refusal(file=write_objects(tmp_path, [{"question": "a"}]))
-    assert "its answer True is no number" in refusal(file=write_objects(tmp_path, [{"question": "a", "answer": True}]))
+    assert "leaves no items for the" in refusal(file=file)
+    assert "its answer None is not a number" in refusal(file=write_objects(tmp_path, [{"question": "a"}]))
+    boolean = write_objects(tmp_path, [{"question": "a", "answer": True}])
+    assert "its answer True is not a number" in refusal(file=boolean)
     whole = write(tmp_path)
     assert "is an item of" in refusal(file=whole, held_out_file=write(tmp_path, PROBLEMS[3:4], "b.tsv"))
     assert "has no text or number in its field 'hint'" in refusal(file=whole, prompt="{hint} {question}")
@@ -347,7 +348,7 @@ def test_right_answers_as_numbers(tmp_path: Path) -> None:
     assert {question: answer for question, (_, answer) in found.items()} == wanted
     nan = tmp_path / "nan.jsonl"
     nan.write_text('{"question": "a", "answer_number": NaN}\n')
-    assert "its answer nan is no number" in refusal(file=nan)
+    assert "its answer nan is not a number" in refusal(file=nan)
 
 
 # ---- agreement of the scorers ----------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def test_kappa_is_observed_agreement_beyond_chance(verdicts: list[tuple[bool, bo
 def test_answers_that_cannot_be_graded(tmp_path: Path) -> None:
     for objects, wanted in (
         ([{"answer": "18"}], "line 1: has no text in its field 'response'"),
-        ([{"response": "18"}], "line 1: its answer None is no number"),
+        ([{"response": "18"}], "line 1: its answer None is not a number"),
         ([], "holds no answers"),
     ):
         with pytest.raises(InputError, match=wanted):

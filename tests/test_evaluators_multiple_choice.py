@@ -136,7 +136,7 @@ def test_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("choices", [None, "ab", ["a"], [], ["a", 1], ["a", " "]])
 def test_choices_that_are_none(tmp_path: Path, choices: Any) -> None:
     said = refusal(tmp_path, {"question": "?", "choices": choices, "answer": 0})
-    assert "line 2: its choices are no list of several texts" in said
+    assert "line 2: its choices are not a list of several texts" in said
 
 
 @pytest.mark.parametrize("answer", [None, 2, -1, True, 1.0, "c", "A"])

@@ -162,7 +162,7 @@ def test_models_that_are_none(tmp_path: Path) -> None:
     folder = tmp_path / "judge"
     live = tiny_live()
     live.model.save_pretrained(folder)
-    assert "architectures is LlamaForCausalLM, which is no reward model" in refusal(settings_of(tmp_path))
+    assert "architectures is LlamaForCausalLM, which is not a reward model" in refusal(settings_of(tmp_path))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     judge(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -142,7 +142,7 @@ def test_where_nothing_was_scored_a_mended_function_is_gone_on_with(
     assert "every source and average failed" in capsys.readouterr().err
     function.write_text(right)
     assert evomerge("resume", tmp_path / "s") == 0
-    assert "begins again" in capsys.readouterr().out
+    assert "starts over" in capsys.readouterr().out
     assert scored(tmp_path / "s") == 13
 
 

@@ -90,7 +90,7 @@ def test_text_is_read_in_its_encoding(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes("\ufeffあ".encode())
     assert read_text(tmp_path / "a", "here", encoding="utf-8-sig") == "あ"
     (tmp_path / "a").write_bytes(b"a\xff")
-    with pytest.raises(InputError, match="is no text"):
+    with pytest.raises(InputError, match="is not text"):
         read_text(tmp_path / "a", "here")
 
 
@@ -130,7 +130,7 @@ def test_a_key_that_stands_twice_is_seen_among_many() -> None:
     pairs = ",".join(f'"n{i}":0' for i in range(200_000))
     assert len(parse_json(f"{{{pairs}}}".encode(), unique=True)) == 200_000
     for key in ("n0", "n199999"):
-        with pytest.raises(ValueError, match=f"{key}' stands twice"):
+        with pytest.raises(ValueError, match=f"{key}' appears twice"):
             parse_json(f'{{{pairs},"{key}":1}}'.encode(), unique=True)
 
 

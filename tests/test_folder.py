@@ -103,7 +103,7 @@ def test_of_several_processes_that_make_one_folder_one_does(tmp_path: Path) -> N
         with pytest.raises(InputError, match="is being made by another process"), new_folder(tmp_path / "s"):
             raise AssertionError("two make it")
     assert [file.name for file in tmp_path.iterdir()] == ["s"]
-    with pytest.raises(InputError, match="exists already"), new_folder(tmp_path / "s"):
+    with pytest.raises(InputError, match="already exists"), new_folder(tmp_path / "s"):
         pass
     assert (tmp_path / "s" / "file").read_text() == "whole"
 

@@ -276,7 +276,7 @@ def test_models_that_share_nothing_are_no_tunes(models: Path) -> None:
     found = inspected(models, "its-base", "unrelated")
     ratio = found.sources[0].whole.relative_norm
     assert ratio == pytest.approx(math.sqrt(2), rel=0.05)
-    assert f"unrelated is no fine-tune of its-base: its change is {ratio:.2f} times" in "\n".join(found.warnings)
+    assert f"unrelated is not a fine-tune of its-base: its change is {ratio:.2f} times" in "\n".join(found.warnings)
 
 
 def test_says_when_nothing_speaks_against_it(models: Path) -> None:

@@ -160,7 +160,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("server", [200], indirect=True)
 def test_an_open_cluster_is_refused_unless_a_person_consents(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # our own mode proves nothing when the cluster says otherwise
-    with pytest.raises(InputError, match="asks for no token"):
+    with pytest.raises(InputError, match="requires no token"):
         check_secured(server, insecure=False)
     check_secured(server, insecure=True)
 
@@ -179,7 +179,7 @@ def test_without_a_job_server_our_own_mode_decides(monkeypatch: pytest.MonkeyPat
             if secured:
                 check_secured(job_server, insecure=False)
             else:
-                with pytest.raises(InputError, match="asks for no token"):
+                with pytest.raises(InputError, match="requires no token"):
                     check_secured(job_server, insecure=False)
 
 
@@ -210,7 +210,7 @@ def test_a_person_is_told_who_can_reach_a_cluster_without_its_ports() -> None:
         return who_listens(found, secured=secured, ports=False)
 
     assert "open to whoever has its private token" in told("::", True)
-    assert "open to anybody: it asks for no token" in told("::", False)
+    assert "open to anybody: it requires no token" in told("::", False)
     assert "open to this machine alone" in told("127.0.0.1", False)
     assert "6379" not in told("::", True)
 

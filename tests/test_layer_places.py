@@ -234,7 +234,7 @@ def test_a_folder_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> Non
     name = "model.layers.1.mlp.up_proj.weight"
     for changed, problem in (
         ({**shapes, name: (3, 16)}, "shape"),
-        ({**shapes, "model.layers.1.more.weight": (3, 16)}, "model.layers.1.more.weight is no tensor of it"),
+        ({**shapes, "model.layers.1.more.weight": (3, 16)}, "model.layers.1.more.weight is not a tensor of it"),
         ({key: shape for key, shape in shapes.items() if key != name}, f"{name} is missing"),
     ):
         with pytest.raises(InputError, match=problem):

@@ -164,7 +164,7 @@ def test_one_that_goes_on_failing_is_an_error_and_leaves_no_model(
     [
         ("file:///nowhere/at/all", "there is no model"),
         ("s3://user:secret@bucket/model", "holds a password"),
-        ("gopher://bucket/model", "is no storage that is known"),
+        ("gopher://bucket/model", "is not a known kind of storage"),
         ("s3://", "is not the URL of one folder"),
     ],
 )

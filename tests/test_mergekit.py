@@ -839,7 +839,7 @@ def test_what_mergekit_cannot_say_is_refused() -> None:
         ({"blends": (ties, ties.model_copy(update={"base": "a"})), "norm": 1}, "a as a source, which mergekit leaves"),
         ({"blends": (ties.model_copy(update={"method": "mine"}),)}, "no merge method of mergekit's 'mine'"),
         ({"blends": (ties.model_copy(update={"sources": ("a", "base")}),)}, "mixes the base base as a source"),
-        ({"blends": (blend_of("ties", mine=1.0),)}, "mine: is no parameter of mergekit's ties"),
+        ({"blends": (blend_of("ties", mine=1.0),)}, "mine: is not a parameter of mergekit's ties"),
         ({"blends": (blend_of("slerp", t={"a": 1.0, "b": 0.0}),)}, "t: is one number for all sources"),
         ({"blends": (karcher,)}, "weight: is always 1 in mergekit's karcher"),
         ({"blends": (blend_of("model_stock", **{"lambda": 0.5}),)}, "lambda: is always 1 in mergekit's model_stock"),

@@ -398,7 +398,7 @@ def test_a_package_can_bring_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(plugins, "plugins", lambda group: points)
     assert find_method("double", "m") is DOUBLE
-    with pytest.raises(InputError, match="is no merge method"):
+    with pytest.raises(InputError, match="is not a merge method"):
         find_method("broken", "m")
     with pytest.raises(InputError, match="calls itself double"):
         find_method("dubble", "m")

@@ -94,7 +94,7 @@ def shaped(shape: str) -> str:
 HEADERS: dict[str, tuple[Harm, str]] = {
     "a name twice among many": (
         added(",".join(f'"n{i}":{EMPTY}' for i in [*range(50_000), 49_999])),
-        "'n49999' stands twice",
+        "'n49999' appears twice",
     ),
     "sizes of thousands of digits": (added(shaped(f"[{','.join(['9' * 4000] * 3000)}]")), "digits"),
     "thousands of large sizes": (added(shaped(f"[{','.join(['4294967296'] * 50_000)}]")), "shape of 50,000 numbers"),

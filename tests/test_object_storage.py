@@ -408,7 +408,7 @@ def test_a_folder_that_was_left_behind_copies_no_more(
     assert not one.is_complete
     assert [record.message for record in caplog.records if "copying ended" in record.message] != []
     assert Storage(memory).read("search.yaml") == b"name: made-up\n"
-    with pytest.raises(InputError, match="gone on with from another folder"):
+    with pytest.raises(InputError, match="was resumed from another folder"):
         Artifacts(memory, tmp_path / "one").take()
     two.close()
     _copier(memory, tmp_path / "two").close()  # it is still the last, and may go on
@@ -513,9 +513,9 @@ def test_from_a_search_to_another_machine_and_a_model_over_http(
     before, after = table(Path("gone")), table(Path("searches/small"))
     assert len(after) == 13
     assert [row[:-1] for row in before] == [row[:-1] for row in after[:9]]  # but for who is on the front
-    with pytest.raises(InputError, match="gone on with from another folder"):
+    with pytest.raises(InputError, match="was resumed from another folder"):
         resume(Path("gone"), ())
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         resume(url, (), Path("gone"))
     capsys.readouterr()
     export(Path("searches/small"), f"{s3}/merged/one", "best", verify=True)

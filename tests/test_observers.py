@@ -543,7 +543,7 @@ def test_one_that_cannot_start_is_left_out(tmp_path: Path, caplog: pytest.LogCap
     with Store.open(folder / "search.db") as store, closing(hub(store, folder, Broken(), "logs")) as first:
         first.look()
         observe(folder, "logs")
-    assert "another process tells logs of this search already" in caplog.text
+    assert "another process already reports this search to logs" in caplog.text
 
 
 def test_a_driver_never_waits_and_is_not_changed(tmp_path: Path) -> None:

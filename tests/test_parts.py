@@ -101,7 +101,7 @@ def test_a_package_replaces_nothing_of_the_project() -> None:
 
 
 def test_a_part_that_is_no_such_part_is_said_to_be_none() -> None:
-    with pytest.raises(InputError, match=r"is no evaluator\. Let it name a subclass of EvaluatorSettings"):
+    with pytest.raises(InputError, match=r"is not an evaluator\. Let it name a subclass of EvaluatorSettings"):
         find_class("evomerge.evaluators", "nothing", "o", EvaluatorSettings)
 
 

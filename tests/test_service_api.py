@@ -372,7 +372,7 @@ def test_the_client_reads_what_the_api_says(app: FastAPI, store: Store) -> None:
         assert len(client.compare(NAME, 1, 2).items) == 40
         some = list(itertools.islice(client.events(NAME, since=3), 4))
         assert [event.seq for event in some] == [event.seq for event in store.events()[3:7]]
-        with pytest.raises(InputError, match="no search is called 'nowhere'"):
+        with pytest.raises(InputError, match="there is no search called 'nowhere'"):
             client.status("nowhere")
         with pytest.raises(InputError, match="no driver is at work"):
             client.tell(NAME, "pause")

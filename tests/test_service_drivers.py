@@ -204,7 +204,7 @@ def test_the_budget_is_written_into_the_search_file(root: Path) -> None:
         before = path.read_text()
         with pytest.raises(InputError, match="needs candidates, hours, patience or cost"):
             drivers.change_budget("made-up", store, NewBudget(hours=None))
-        with pytest.raises(InputError, match="is 7, and 8 candidates are asked already"):
+        with pytest.raises(InputError, match="is 7, and 8 candidates have been asked for already"):
             drivers.change_budget("made-up", store, NewBudget(candidates=7))
         assert path.read_text() == before
     with Store.open(root / "made-up" / "search.db") as store, acquire(store):

@@ -256,7 +256,7 @@ def test_a_check_that_takes_too_long_ends_and_the_next_is_answered(root: Path, m
     monkeypatch.setattr("evomerge.service.checking.MOST_S", 0.1)
     with slow_checks(monkeypatch) as free, client_of(make_app(root)) as client:
         found = client.post(f"{API}/sources/inspect", json={"sources": {"a": "base"}})
-        assert (found.status_code, found.json()["title"]) == (503, "The check did not come to an end")
+        assert (found.status_code, found.json()["title"]) == (503, "The check did not finish")
         assert int(found.headers["retry-after"]) > 0
         free.set()
         assert client.post(f"{API}/sources/inspect", json={"sources": {"a": "base"}}).status_code == 200

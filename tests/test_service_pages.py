@@ -339,10 +339,10 @@ def test_a_search_that_is_stopped_can_be_confirmed(tmp_path: Path, monkeypatch: 
     ("path", "status", "words"),
     [
         ("/searches/nothing", 404, "There is no such search"),
-        (f"{SEARCH}/candidates/99", 404, "c0099 is no candidate"),
+        (f"{SEARCH}/candidates/99", 404, "c0099 is not a candidate"),
         (f"{SEARCH}?sort=nonsense", 422, "nonsense"),
         (f"{SEARCH}?status=nonsense", 422, "The request is not valid"),
-        (f"{SEARCH}/compare?a=best&b=nobody", 200, "nobody is no candidate of this search"),
+        (f"{SEARCH}/compare?a=best&b=nobody", 200, "nobody is not a candidate of this search"),
         ("/nothing", 404, "There is no such page"),
     ],
 )

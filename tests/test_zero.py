@@ -351,7 +351,7 @@ BAD: dict[str, tuple[Harm, str]] = {
         f"has no {EMBEDDING}",
     ),
     "frozen lost": (
-        edit(MODEL, lambda c: c["frozen_param_shapes"].update(x=torch.Size([3]))), "has no x, or in a form not known"
+        edit(MODEL, lambda c: c["frozen_param_shapes"].update(x=torch.Size([3]))), "has no x, or in an unknown form"
     ),
     "cut short": (lambda s: os.truncate(s / shard(0), 2000), "cannot be read safely"),
     "no checkpoint": (lambda s: (s / shard(0)).write_text("hello"), "cannot be read safely"),
@@ -399,7 +399,7 @@ def test_the_latest_step_lies_in_the_folder(broken: tuple[Path, Path], tmp_path:
     shutil.move(folder / STEP, tmp_path / "elsewhere")
     for tag in ("../elsewhere", str(tmp_path / "elsewhere"), ""):
         (folder / "latest").write_text(tag)
-        with pytest.raises(InputError, match="is no DeepSpeed ZeRO checkpoint"):
+        with pytest.raises(InputError, match="is not a DeepSpeed ZeRO checkpoint"):
             consolidate_zero(folder, tmp_path / "out", model)
 
 

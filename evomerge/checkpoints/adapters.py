@@ -168,7 +168,7 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
     check_files(folder, place)
     if not has(folder, CONFIG):
         raise InputError(
-            place, f"{folder} is no adapter: it has no {CONFIG}", "Name models apart; a plus adds adapters."
+            place, f"{folder} is not an adapter: it has no {CONFIG}", "Name models separately; a plus adds adapters."
         )
     config = load_json(folder / CONFIG, place)
     _check_config(config, place)
@@ -197,7 +197,7 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
 def _check_config(config: Mapping[str, Any], place: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(place, f"{CONFIG}: peft_type is {kind!r}; only LORA and its kin can be folded", _FOLD)
+        raise InputError(place, f"{CONFIG}: peft_type is {kind!r}; only LORA and its variants can be folded", _FOLD)
     for key in _UNSUPPORTED:
         if config.get(key):
             raise InputError(place, f"{CONFIG}: {key} is not supported", _FOLD)
@@ -302,7 +302,9 @@ class _Reader:
         known = {infix + "A", infix + "B", infix + "B.bias", "lora_magnitude_vector"}
         if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2 or not tensors.keys() <= known:
             raise InputError(
-                self.place, f"the adapter's tensors for {module} are no pair of matrices: {', '.join(tensors)}", _FOLD
+                self.place,
+                f"the adapter's tensors for {module} are not a pair of matrices: {', '.join(tensors)}",
+                _FOLD,
             )
         scale = self._scale(module, down.shape[0])
         target = f"{module}.weight"

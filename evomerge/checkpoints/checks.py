@@ -97,10 +97,10 @@ def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     try:
         plan = blueprint(config, shapes, place)
     except InputError as error:
-        raise InputError(place, f"what would be written is no model: {error.problem}", hint) from None
+        raise InputError(place, f"what would be written is not a model: {error.problem}", hint) from None
     held = {name: holder for name, holder, _ in holders(plan.parts, dict(plan.located))}
     wrong = [f"{name} is missing" for name in plan.parts if name not in held]
-    wrong += [f"{name} is no tensor of it" for name in shapes.keys() - {*held.values()} - plan.copies.keys()]
+    wrong += [f"{name} is not a tensor of it" for name in shapes.keys() - {*held.values()} - plan.copies.keys()]
     wrong += [
         f"{name} has shape {list(shapes[name])}, not {list(plan.shapes[name])}"
         for name, holder in held.items()

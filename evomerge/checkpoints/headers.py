@@ -113,7 +113,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
         if (start[8:9] != b"{" or not 2 <= length <= MAX_HEADER_BYTES) and (problem := _other_format(start, size)):
             raise refuse(problem, "Download the file again.")
         if not 2 <= length <= MAX_HEADER_BYTES:
-            raise refuse(f"claims a header of {length:,} bytes: it is no safetensors file", "Download it again.")
+            raise refuse(f"claims a header of {length:,} bytes: it is not a safetensors file", "Download it again.")
         if 8 + length > size:
             raise refuse(f"is cut short: {size:,} bytes, with a header of {length:,}", "Download it again.")
         stream.seek(8)
@@ -123,7 +123,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
     except ValueError as error:
         raise refuse(f"has a header that cannot be read ({error})", "Download it again.") from None
     if not isinstance(header, dict):
-        raise refuse("has a header that is no JSON object", "Download it again.")
+        raise refuse("has a header that is not a JSON object", "Download it again.")
     header.pop("__metadata__", None)
     entries = []
     for name, fields in header.items():

@@ -45,7 +45,7 @@ def refuse_adapter_alone(folder: Path, reference: str, place: str) -> NoReturn:
     content = read_json(folder / _ADAPTER, place)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     named = base if isinstance(base, str) and base else None
-    problem = f"{folder} is an adapter, which is no model without its base"
+    problem = f"{folder} is an adapter, which is not a model without its base"
     if named is None or not (os.path.isdir(named) or is_hub_id(named, None)):
         trained = "" if named is None else f"; it was trained on {named}"
         raise InputError(place, problem, f"Write `BASE+{reference}`, where BASE is the model that it adapts{trained}.")

@@ -93,7 +93,7 @@ def consolidate_zero(
     empty = empty_model(parse_config(config, str(model)), str(model))
     place = str(folder)
     if not folder.is_dir() or (step := zero_folder(folder)) is None:
-        raise InputError(place, "is no DeepSpeed ZeRO checkpoint", "Name the folder with `latest` and global_step*.")
+        raise InputError(place, "is not a DeepSpeed ZeRO checkpoint", "Name the folder with `latest` and global_step*.")
     check_files(step, place)
     parameters = _parameters(step, place)
     held = _match(empty, {name: parameter.shape for name, parameter in parameters.items()}, model, place)
@@ -183,7 +183,7 @@ def _paddings(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]],
     ):
         raise InputError(place, "param_alignment_paddings do not fit param_shapes", _AGAIN)
     if not all(type(size) is int and size >= 0 for counts in paddings for size in counts):
-        raise InputError(place, "param_alignment_paddings are no counts", "Do not use this file.")
+        raise InputError(place, "param_alignment_paddings are not counts", "Do not use this file.")
     return paddings
 
 
@@ -287,7 +287,7 @@ def _field(state: Mapping[str, Any], key: str, kind: Any, place: str) -> Any:
     value = state.get(key)
     if not isinstance(value, kind):
         hint = "Only checkpoints of ZeRO 1, 2 and 3 can be put together."
-        raise InputError(place, f"a shard has no {key}, or in a form not known", hint)
+        raise InputError(place, f"a shard has no {key}, or in an unknown form", hint)
     return value
 
 

@@ -60,7 +60,7 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
     accept_changed(store, prepared, changed, shown_by)
     if shown_by:
         items = sum(len(task.indices) for own in tasks.values() for task in own)
-        console.print(f"{', '.join(shown_by)}: {items} items score as recorded; going on", style="dim")
+        console.print(f"{', '.join(shown_by)}: {items} items score as recorded; continuing", style="dim")
     if lost := [row.id for row in store.candidates(statuses=["failed"]) if row.step == 0]:
         are = "was not scored before and is" if len(lost) == 1 else "were not scored before and are"
         console.print(f"{', '.join(lost)} {are} not tried again: a new search scores every baseline", style="yellow")
@@ -118,7 +118,7 @@ class _Rescoring(OutsideJobs):
                 item = evaluator.name_of(task.split, task.indices[first])
                 raise InputError(
                     f"objectives: {evaluator.name}",
-                    f"scores otherwise than when the search began: {item} has {metric} {now[metric][first]:.6g}, and "
+                    f"scores differently than when the search began: {item} has {metric} {now[metric][first]:.6g}, and "
                     f"had {values[first]:.6g}, of {candidate_id(number)}; {moved.items} of {len(values)} items differ",
                     "Put its data, its files and the libraries back, where the search ran, or start a new search. "
                     "`evomerge export --no-verify` needs none of them.",
@@ -128,5 +128,5 @@ class _Rescoring(OutsideJobs):
         return InputError(
             candidate_id(finished.candidate),
             f"cannot be scored again: {failure.message}" + (f" (see {log})" if log else ""),
-            "It was scored when the search began: put right what has changed since.",
+            "It was scored when the search began: undo what has changed since.",
         )

@@ -74,7 +74,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
 def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
     """Go on with a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
     if begin_again(folder, store, prepared):
-        console.print("nothing had been scored yet: the search begins again, as its file is now", style="dim")
+        console.print("nothing had been scored yet: the search starts over with its file as it is now", style="dim")
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):
@@ -133,11 +133,11 @@ def _drive(
         with _session(folder, prepared, store, pool, artifacts, console) as drive:
             ending = Driver(drive).run()
             if ending.state == "finished" and _confirm(prepared, drive):
-                code, how, bound = 0, "go on with more", ending.bound
+                code, how, bound = 0, "continue with more", ending.bound
         console.print(panel(status_of(store)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        code, how = 2, "when that is put right, resume"
+        code, how = 2, "once that is fixed, resume"
     except KeyboardInterrupt:
         Ending("interrupted").record(store)
     except Exception:
@@ -174,7 +174,9 @@ def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artif
         with console.status(f"copying what is left to {artifacts.url}"):
             artifacts.close()
         if artifacts.is_complete:
-            console.print(f"copied; to go on elsewhere: evomerge resume {shlex.quote(artifacts.url)}", soft_wrap=True)
+            console.print(
+                f"copied; to continue elsewhere: evomerge resume {shlex.quote(artifacts.url)}", soft_wrap=True
+            )
         else:
             again = f"evomerge resume {shlex.quote(str(folder))}"
             console.print(f"the copy at {artifacts.url} is not complete; to try again: {again}", soft_wrap=True)
@@ -186,7 +188,7 @@ def _session(
 ) -> Iterator[Drive]:
     """Hear signals and commands, show the screen and tell observers while open."""
     if prepared.file.pool == "in_process":
-        what = "a file that is in use was cut, or its disk fails"
+        what = "a file in use was truncated, or its disk is failing"
         explain_bus_errors(f"error: {what}. Put it back and resume: evomerge resume {shlex.quote(str(folder))}")
     control = Control(store.take_commands, reread=lambda: reread_budget(folder, store))
     progress = Progress(lambda: time.monotonic() - control.paused_s())

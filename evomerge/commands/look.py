@@ -73,9 +73,9 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
     console = make_console()
     console.print(top_table(rows, known, record, best=k is not None))
     if not rows:
-        console.print("No candidate was scored on every item and keeps all constraints; --all lists every one.")
+        console.print("No candidate was scored on every item and meets all constraints; --all lists every candidate.")
     if k is None and any("~" in text for row in rows for text in cells(known.entry(row, record), known)):
-        console.print("~ is estimated from the scores of so many items (in brackets).", style="dim")
+        console.print("~ marks an estimate, from the number of items in brackets.", style="dim")
     asked = known.candidates.asked
     if k is not None and 0 < len(rows) < asked:
         which = f"the {k} best" if len(rows) == k else "those that were scored on every item and keep all constraints"
@@ -253,7 +253,7 @@ def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
             )
     confidence = f"{comparisons[0].confidence:.0%}"
     note = f"Each interval is of one comparison ({confidence}) and not corrected: of many pairs some differ "
-    console.print(f"{note}by luck. On the search split whoever was chosen for its score looks too good.", style="dim")
+    console.print(f"{note}by luck. On the search split a candidate chosen by its score looks too good.", style="dim")
 
 
 def curse(folder: Path, *, as_json: bool, picture: Path | None) -> None:
@@ -306,7 +306,7 @@ def send(folder: Path, verb: Verb) -> None:
     with open_store(folder) as store:
         holder = current_holder(store)
         if holder is None:
-            raise InputError(str(folder), "has no driver at work", f"Go on with it: evomerge resume {folder}")
+            raise InputError(str(folder), "has no driver at work", f"Continue it: evomerge resume {folder}")
         store.request_command(verb)
     print(f"told {holder} to {verb}", file=sys.stderr)
 

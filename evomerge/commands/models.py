@@ -68,7 +68,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they
             # change would be rounded away, and the folder be another model than was scored.
             recipe = recipe.model_copy(update={"dtype": "float32"})
-            console.print("written in float32, for candidates that are scored together are rounded nowhere")
+            console.print("written in float32: candidates that are scored together are never rounded")
         evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
         builder = find_builder(recipe.kind)(build_context(file, sources, evidence, texts_digest=recipe.calibration))
         status = status_of(store)

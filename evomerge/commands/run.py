@@ -93,7 +93,9 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 console.print(panel(status_of(store)))
                 bound = next(iter(file.budget.model_dump(exclude_none=True)), "candidates")
                 more = f"evomerge resume {shlex.quote(str(folder))} --set budget.{bound}=N"
-                console.print(f"nothing to do: it is finished and confirmed; go on with more: {more}", soft_wrap=True)
+                console.print(
+                    f"nothing to do: it is finished and confirmed; to continue with more: {more}", soft_wrap=True
+                )
                 return 0
             check_early(file)
             with opening():
@@ -134,7 +136,7 @@ def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: 
         console.print(f"gave the driver of {folder} another budget")
     if store.search().state == "paused":
         store.request_command("resume")
-        console.print(f"told the driver of {folder} to go on")
+        console.print(f"told the driver of {folder} to continue")
 
 
 def _local(place: str, into: Path | None, console: Console) -> Path:

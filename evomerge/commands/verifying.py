@@ -155,7 +155,7 @@ def _differences_text(differences: dict[str, ScoreChange]) -> str:
 def _unlike(candidate: str, place: str, moved: ScoreChange, count: int) -> InputError:
     return InputError(
         candidate,
-        f"the exported model scores {moved.items} of {count} items of {place} otherwise than was recorded, by up to "
+        f"the exported model scores {moved.items} of {count} items of {place} differently than was recorded, by up to "
         f"{moved.largest:.2g}, the mean by {moved.shift:+.2g}",
         "It is not what was scored, or it was scored with other libraries, threads or another device: then export "
         "where the search ran. Without verification (`--no-verify`) it is written as it is.",

@@ -49,7 +49,7 @@ def load_recipe_file(path: Path, look: Callable[[str], Roles]) -> Recipe:
             raise _explain(error, path) from None
     if isinstance(content, dict) and "merge_method" in content:
         return from_mergekit(content, look, str(path))
-    raise InputError(str(path), "is no recipe: it has neither `blends:` nor, as mergekit's have, `merge_method:`")
+    raise InputError(str(path), "is not a recipe: it has neither `blends:` nor, as mergekit's have, `merge_method:`")
 
 
 def dump_recipe(recipe: Recipe) -> str:

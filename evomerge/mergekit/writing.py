@@ -84,7 +84,7 @@ def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
             if given != {unsaid[name]}:
                 raise InputError(f"{place}.{name}", f"is always {unsaid[name]:g} in mergekit's {blend.method}")
         elif name not in settings:
-            raise InputError(f"{place}.{name}", f"is no parameter of mergekit's {blend.method}")
+            raise InputError(f"{place}.{name}", f"is not a parameter of mergekit's {blend.method}")
         elif isinstance(value, dict) and not settings[name].per_source:
             raise InputError(f"{place}.{name}", f"is one number for all sources in mergekit's {blend.method}")
 

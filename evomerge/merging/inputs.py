@@ -96,7 +96,7 @@ class Inputs:
         if f"of.{module}" not in kept:
             raise InputError(
                 source.place,
-                f"what {stored} is multiplied with cannot be observed: it is no linear layer of its own",
+                f"what {stored} is multiplied with cannot be observed: it is not a linear layer of its own",
                 "Use a method that needs no calibration.",
             )
         entry = int(kept[f"of.{module}"])

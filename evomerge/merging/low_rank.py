@@ -129,7 +129,7 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         InputError: it cannot be made of these sources at all.
     """
     if not isinstance(recipe, StackRecipe):
-        raise NotLowRankError(f"a recipe of the kind {recipe.kind} is no weighted sum of adapters")
+        raise NotLowRankError(f"a recipe of the kind {recipe.kind} is not a weighted sum of adapters")
     check_stack(recipe, sources)
     if recipe.is_scaled:
         raise NotLowRankError("its hops have scales")

@@ -153,7 +153,7 @@ def locked(path: Path, kind: str) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        problem = f"another process tells {kind} of this search already"
+        problem = f"another process already reports this search to {kind}"
         raise InputError(f"observers: {kind}", problem, "End that one, or leave this one out.") from None
     return file
 

@@ -117,7 +117,7 @@ def recipe_kind(content: Mapping[str, Any], place: str) -> type[Recipe]:
     name = str(content.get("kind", STACK))
     kind = find_plugin("evomerge.recipes", name, f"{place}.kind")
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
-        raise InputError(f"{place}.kind", f"the entry point {name} of evomerge.recipes is no subclass of Recipe")
+        raise InputError(f"{place}.kind", f"the entry point {name} of evomerge.recipes is not a subclass of Recipe")
     return kind
 
 

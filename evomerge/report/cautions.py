@@ -41,7 +41,7 @@ def _of_source(source: SourceDistance, inspection: Inspection) -> Iterable[str]:
         return
     if whole.relative_norm is not None and whole.relative_norm > UNRELATED:
         yield (
-            f"{source.name} is no fine-tune of {base}: its change is {whole.relative_norm:.2f} times as long as the "
+            f"{source.name} is not a fine-tune of {base}: its change is {whole.relative_norm:.2f} times as long as the "
             "base (models that have nothing to do with each other are at about 1.4)."
         )
     layers = [

@@ -34,8 +34,8 @@ def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> in
         return int(digits)
     near = difflib.get_close_matches(text, [*labels, *names], n=1)
     meant = f"Did you mean {near[0]!r}? " if near else ""
-    hint = f"{meant}`evomerge top` lists them; a source goes by its name."
-    raise InputError(text, "is no candidate of this search", hint)
+    hint = f"{meant}`evomerge top` lists them; a source is called by its name."
+    raise InputError(text, "is not a candidate of this search", hint)
 
 
 def chosen(store: Store, candidate: str) -> int:
@@ -80,7 +80,7 @@ def exported(store: Store, candidate: str) -> int:
     other = f"; for a merge, --candidate {merges[0]} or another of `evomerge top DIR`" if merges else ""
     raise InputError(
         candidate_id(number),
-        f"is the source {source} itself, unmerged, and it is the {candidate}: a copy of it is no merge",
+        f"is the source {source} itself, unmerged, and it is the {candidate}: a copy of it is not a merge",
         f"For the copy, say --candidate {source}{other}.",
     )
 

@@ -52,7 +52,7 @@ def checked_file(text: str, folders: Sequence[Path]) -> SearchFile:
     content = _content(text)
     for key in _REFUSED:
         if _at(content, key) not in (None, False):
-            problem = "is not allowed in a search file that comes over HTTP"
+            problem = "is not allowed in a search file sent over HTTP"
             raise InputError(f"{PLACE}: {key}", problem, "Leave it out, or start the search from the command line.")
     try:
         file = parse_search_file(content, place=PLACE, root=folders[0])
@@ -133,14 +133,14 @@ def _check(key: str, name: str, value: Any, folders: Sequence[Path]) -> None:
     """
     place = f"{PLACE}: {key}"
     if name in _CODE_KEYS and value:
-        raise InputError(place, "would run code, which no search file may that comes over HTTP", "Leave it out.")
+        raise InputError(place, "would run code, which a search file sent over HTTP may not", "Leave it out.")
     if name == "evaluator" and value == "python":
-        problem = "runs a Python file, which no search file may that comes over HTTP"
+        problem = "runs a Python file, which a search file sent over HTTP may not"
         raise InputError(place, problem, "Start the search from the command line.")
     if not isinstance(value, str):
         return
     if _CODE_FILE.search(value):
-        raise InputError(place, "names a Python file, which no search file may that comes over HTTP")
+        raise InputError(place, "names a Python file, which a search file sent over HTTP may not")
     if _PATH.search(value) and not is_inside(value, folders):
         raise InputError(place, "names a path that this server does not allow", _hint(folders))
 

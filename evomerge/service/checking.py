@@ -87,7 +87,7 @@ class Checker:
             raise
         if not line:
             detail = f"It took more than {MOST_S:.0f} s, or more memory than there is. See the server's output."
-            raise ProblemError(503, "The check did not come to an end", detail=detail)
+            raise ProblemError(503, "The check did not finish", detail=detail)
         answer: dict[str, Any] = parse_json(line.decode())
         if "fault" in answer:
             raise InputError(*answer["fault"])
@@ -106,7 +106,7 @@ class Checker:
                 await self._turn.acquire()
         except TimeoutError:
             detail = f"It has waited {WAIT_S:.0f} s for another one, which goes on. Try again in a minute."
-            raise ProblemError(503, "The check did not begin", detail=detail) from None
+            raise ProblemError(503, "The check did not start", detail=detail) from None
         finally:
             self._waiting -= 1
 

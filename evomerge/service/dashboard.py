@@ -138,7 +138,9 @@ class _Whole:
             raise ProblemError(404, "There is no such file")
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if not all(_is_number(value) for name, value in query if name == "after"):
-            raise ProblemError(422, "The request is not valid", Fault(field="after", problem="is no number from 0 on"))
+            raise ProblemError(
+                422, "The request is not valid", Fault(field="after", problem="is not a number from 0 up")
+            )
         if not any(name == b"accept-encoding" for name, _ in headers):
             headers = [*headers, (b"accept-encoding", b"identity")]
         inner = {**scope, "root_path": "", "path": path, "raw_path": path.encode(), "headers": headers}

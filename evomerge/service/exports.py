@@ -52,7 +52,7 @@ class Exporter:
         with self._starting:
             record = _record(out)
             if out.exists() or processes.is_alive(processes.read(record)):
-                raise ProblemError(409, "There is an export of this name already", detail=name)
+                raise ProblemError(409, "An export of this name already exists", detail=name)
             out.parent.mkdir(exist_ok=True)
             _log(out).unlink(missing_ok=True)
             details = {"candidate": candidate, "bytes": expected, "command": shlex.join(["evomerge", *arguments])}

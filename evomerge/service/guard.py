@@ -159,7 +159,7 @@ class Guard:
             return _refused(431, "The headers are too large", f"{MOST_HEADER_BYTES} bytes are the most.")
         if _host(headers.get("host", "")) not in self._hosts:
             hint = "Open it by the address that was printed, or start it with --allow-host NAME."
-            return _refused(421, "This server is not called so", hint)
+            return _refused(421, "Unknown host name", hint)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             return _too_large()

@@ -111,7 +111,7 @@ class Root:
         if self._has_folder(name):
             return self.folder / name
         if self.database is None or not self.has(name):
-            raise UnknownSearchError(f"no search is called {name!r} here")
+            raise UnknownSearchError(f"there is no search called {name!r} here")
         raise InputError(name, "was started elsewhere, and its folder is not here", "Use the machine that has it.")
 
     def _open(self, name: str) -> Store:
@@ -120,7 +120,7 @@ class Root:
         try:
             return checked(Store.open(self.database, name=name))
         except NoSearchError:
-            raise UnknownSearchError(f"no search is called {name!r} here") from None
+            raise UnknownSearchError(f"there is no search called {name!r} here") from None
 
     def _has_folder(self, name: str) -> bool:
         """Whether this is the name of a folder right in the root that holds a search; none reaches out of it."""

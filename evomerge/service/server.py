@@ -56,13 +56,13 @@ def serve(
     """
     if not needs_token and not is_loopback(host) and not insecure:
         hint = "Leave out --no-token; or, where something else guards it, add --insecure."
-        raise InputError("--no-token", f"would let everybody in who reaches {host}", hint)
+        raise InputError("--no-token", f"would let in everybody who reaches {host}", hint)
     root = Root.of(place, folder)
     if root.database is None and not root.folder.is_dir():
-        raise InputError(place, "is no folder", "Make it; searches are folders in it.")
+        raise InputError(place, "is not a folder", "Make it; searches are folders in it.")
     for source in sources:
         if not source.is_dir():
-            raise InputError("--sources", f"{source} is no folder")
+            raise InputError("--sources", f"{source} is not a folder")
     root.names()  # a database that cannot be reached is said at once
     jobs = None if address is None else RayJobs(address, insecure=insecure)
     token = _token() if needs_token else None

@@ -109,7 +109,7 @@ class _Plain(TypeDecorator[Any]):
         def checked(value: Any) -> Any:
             if value is None or value.__class__ in kinds:
                 return value
-            raise DamagedValueError(f"what should be {what} is another thing")
+            raise DamagedValueError(f"what should be {what} is something else")
 
         return checked
 

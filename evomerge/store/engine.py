@@ -132,7 +132,7 @@ def connect(url: URL) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
         return engine
     if kind != "postgresql":
-        raise InputError(place, "needs a database driver that Evomerge has not", "Use SQLite or PostgreSQL.")
+        raise InputError(place, "needs a database driver that Evomerge does not support", "Use SQLite or PostgreSQL.")
     options = {name: value for name, value in _LIBPQ.items() if name not in url.query}
     try:
         # psycopg whatever the URL says: what errors mean is read from its attributes.

@@ -45,8 +45,8 @@ def ride_out(work: Callable[[], Result]) -> Result:
             return work()
         except ServerAwayError as error:
             lost = error
-    hint = "All that was recorded is intact; go on when the server is back: evomerge resume DIR"
-    raise InputError(lost.place, f"{lost.problem}, and was waited for {OUTAGE_S:.0f} s", hint) from lost
+    hint = "All that was recorded is intact; continue when the server is back: evomerge resume DIR"
+    raise InputError(lost.place, f"{lost.problem} for more than {OUTAGE_S:.0f} s", hint) from lost
 
 
 def repeated(method: Callable[Given, Result]) -> Callable[Given, Result]:

@@ -118,7 +118,7 @@ class ReadStore:
         if not rows:
             raise NoSearchError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
         if len(rows) > 1:
-            raise InputError(self.place, f"holds {len(rows)} searches", "Say which one by its name.")
+            raise InputError(self.place, f"holds {len(rows)} searches", "Name the one that you mean.")
         self.come_up_to_date(rows[0].schema_version)
         return int(rows[0].id)
 

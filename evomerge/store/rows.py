@@ -201,7 +201,7 @@ class EventRow:
     def read(self, event: type[AnyEvent]) -> AnyEvent:
         """What it says, as a class of ``events`` for its kind. TypeError for that of another kind."""
         if not isinstance(self.content, event):
-            raise TypeError(f"an event {self.kind!r} is no {event.__name__}")
+            raise TypeError(f"an event {self.kind!r} is not a {event.__name__}")
         return self.content
 
 

@@ -231,7 +231,7 @@ class MethodContract:
         """A blend with the values of a point, and the method's defaults where it has none."""
         blend = self.blend()
         names = {p.name: p.scope for p in self.method.parameters}
-        assert set(point) <= set(names), "the point has values of what is no parameter"
+        assert set(point) <= set(names), "the point has values of what is not a parameter"
         values = {
             name: {source: value_at(point, name, source) for source in blend.sources}
             if names[name] == "source"

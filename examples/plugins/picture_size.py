@@ -115,7 +115,7 @@ def _question(line: Line, folder: Path) -> _Question:
     text, picture = fill("question", "{question}", line), folder / fill("picture", "{picture}", line)
     side = line.fields.get("side", "width")
     if side not in _SIDES:
-        raise InputError(line.place, f"its side {side!r} is neither of {', '.join(_SIDES)}", "Mend the item.")
+        raise InputError(line.place, f"its side {side!r} is neither of {', '.join(_SIDES)}", "Fix the item.")
     content = read_bytes(picture, f"{line.place}: picture", TEXT_BYTES)
     size = dict(zip(_SIDES, png_size(content, f"{line.place}: picture"), strict=True))
     hashed = hashlib.sha256(content).hexdigest()

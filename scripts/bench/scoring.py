@@ -164,7 +164,7 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
     mine = {i: (scores["acc_ja"][i], scores["acc"][i]) for i in range(items)}
     differ = {size: sum(mine[i] != kept[size][i] for i in range(items)) for size in BATCH_SIZES}
     if live.model.dtype == torch.float32 and any(differ.values()):
-        raise AssertionError(f"{task}: items are scored otherwise than by simple_evaluate: {differ}")
+        raise AssertionError(f"{task}: items are scored differently than by simple_evaluate: {differ}")
     return {
         "seconds": taken,
         "times as fast": taken["simple_evaluate"] / taken["evomerge"],

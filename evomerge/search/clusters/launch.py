@@ -303,7 +303,7 @@ def check_secured(job_server: str | None, *, insecure: bool, place: str = "clust
     if not asks:
         raise InputError(
             place,
-            "the Ray cluster asks for no token: whoever reaches its ports can run commands on it",
+            "the Ray cluster requires no token: whoever reaches its ports can run commands on it",
             "Start it with RAY_AUTH_MODE=token (docs/cluster.md), or consent: --insecure, or `cluster.insecure: true`.",
         )
 
@@ -365,7 +365,7 @@ def who_listens(all_listeners: Sequence[ListeningPort], *, secured: bool, ports:
     for listener in all_listeners:
         side = near if listener.host in ("127.0.0.1", "::1") else far
         side.setdefault(listener.process, []).append(str(listener.port))
-    who = "whoever has its private token" if secured else "anybody: it asks for no token"
+    who = "whoever has its private token" if secured else "anybody: it requires no token"
     who = who if far else "this machine alone"
     text = f"Ray runs on this machine, open to {who} (docs/cluster.md, Who may get in)"
     if not ports:

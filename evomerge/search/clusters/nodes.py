@@ -72,7 +72,7 @@ def _check_node(needs: Resources, nodes: Sequence[Resources]) -> None:
     wanted, most = needs.get("GPU", 0), max((node.get("GPU", 0) for node in nodes), default=0)
     if wanted > max(most, 1):
         problem = f"is {wanted:g}, all of one node, and the largest node has {most:g}: {wanted - most:g} are missing"
-        raise InputError("cluster.gpus_per_worker", problem, "Lower it, or let nodes join that have so many.")
+        raise InputError("cluster.gpus_per_worker", problem, "Lower it, or add nodes that have that many.")
 
 
 def usable_nodes() -> dict[str, Resources]:

@@ -94,7 +94,7 @@ class Control:
                 self.hear("cancel")
                 raise KeyboardInterrupt
             self.hear("stop")
-            say("stopping when what runs has finished; once more to end now")
+            say("stopping when running jobs have finished; again to stop now")
 
         # Python runs its handlers between two of its own steps, and two signals within one step as one. The bytes of
         # the wakeup descriptor are written at once, one for each.

@@ -57,7 +57,7 @@ class Claim:
             return
         if not ours:
             url = self._storage.url
-            hint = f"Go on with it (evomerge resume {url}), or choose another name or another prefix."
+            hint = f"Continue it (evomerge resume {url}), or choose another name or another prefix."
             raise InputError(url, f"holds a search already, last driven by {_holder(there)}", hint)
         raise self._taken_up(there)
 
@@ -107,10 +107,10 @@ class Claim:
 
     def _taken_up(self, there: dict[str, Any]) -> TakenUpError:
         hint = (
-            f"Go on from there (evomerge resume {self._storage.url} --dir NEW), or give this folder a copy of its own: "
+            f"Continue from there (evomerge resume {self._storage.url} --dir NEW), or give this folder its own copy: "
             f"evomerge resume {self._kept.parent} --set artifacts=URL"
         )
-        return TakenUpError(self._storage.url, f"was gone on with from another folder, by {_holder(there)}", hint)
+        return TakenUpError(self._storage.url, f"was resumed from another folder, by {_holder(there)}", hint)
 
     def _write(self, state: str) -> None:
         content = {"token": self._token, "state": state, **asdict(Holder.this_process())}

@@ -105,7 +105,7 @@ def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:
     try:
         evaluator: object = settings.build_and_try() if tries else settings.build()
         if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
-            problem = f"{type(evaluator).__name__} is none of the shapes that evaluators have"
+            problem = f"{type(evaluator).__name__} has none of the shapes of an evaluator"
             hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
             raise InputError("evaluator", problem, hint)
         return evaluator

@@ -168,7 +168,9 @@ def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
         try:
             check_recipe(space.decode(genome), sources)
         except InputError as error:
-            raise InputError("space", f"its {corner}est values make no recipe: {error.problem}", error.hint) from error
+            raise InputError(
+                "space", f"its {corner}est values do not make a recipe: {error.problem}", error.hint
+            ) from error
     return space
 
 

@@ -97,10 +97,12 @@ def refuse_existing(folder: Path) -> None:
     except OSError as error:
         raise cannot_be_made(folder, error) from error
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(str(folder), f"cannot be made: {above} is no folder to write in", "Name another with --dir.")
+        raise InputError(
+            str(folder), f"cannot be made: {above} is not a folder to write in", "Name another with --dir."
+        )
     if there:
-        go_on = f"Go on with it (evomerge resume {folder}), or name" if is_search(folder) else "Name"
-        raise InputError(str(folder), "exists already", f"{go_on} another folder with --dir.")
+        go_on = f"Continue it (evomerge resume {folder}), or name" if is_search(folder) else "Name"
+        raise InputError(str(folder), "already exists", f"{go_on} another folder with --dir.")
 
 
 def cannot_be_made(folder: Path, error: OSError) -> InputError:

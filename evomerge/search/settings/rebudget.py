@@ -27,7 +27,7 @@ def bounds_of(overrides: Sequence[str], hint: str) -> dict[str, Any]:
         key, _, text = override.partition("=")
         section, _, bound = key.strip().partition(".")
         if section != "budget" or bound not in Budget.model_fields:
-            raise InputError(f"--set {override}", "is no budget", hint)
+            raise InputError(f"--set {override}", "is not a budget setting", hint)
         bounds[bound] = load_yaml(text, f"--set {override}")
     return bounds
 
@@ -52,7 +52,7 @@ def check_budget(budget: Budget, store: Store) -> None:
     """Refuse a budget of fewer candidates than a search has asked for (InputError)."""
     asked = sum(store.counts().values())
     if budget.candidates is not None and budget.candidates < asked:
-        problem = f"is {budget.candidates}, and {asked} candidates are asked already"
+        problem = f"is {budget.candidates}, and {asked} candidates have been asked for already"
         raise InputError("budget.candidates", problem, f"Give {asked} to end it here, or more to go on.")
 
 
@@ -64,7 +64,7 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
         check_budget(budget, store)
         if budget.cost is not None and store.search().record.cluster.prices is None:
             hint = "Stop the search and resume it."
-            raise InputError("budget.cost", "needs a price, and a driver at work takes up none", hint)
+            raise InputError("budget.cost", "needs a price, and a driver at work cannot be given one", hint)
     except InputError as error:
         store.record_event(SettingsRefused(why=str(error)))
         return None
@@ -76,5 +76,7 @@ def _content(path: Path, store: Store) -> dict[str, Any]:
     """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
     content = load_yaml(read_text(path, FILE_NAME), FILE_NAME) if path.is_file() else store.search().settings
     if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
-        raise InputError(FILE_NAME, "is no search file any more", "Put back the one that the search was started with.")
+        raise InputError(
+            FILE_NAME, "is not a search file any more", "Put back the one that the search was started with."
+        )
     return content

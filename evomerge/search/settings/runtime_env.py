@@ -27,9 +27,7 @@ def runtime_env_of(cluster: Cluster) -> dict[str, Any]:
     known = sorted(key for key in RuntimeEnv.known_fields if not key.startswith("_") and key not in _OURS)
     for key in cluster.runtime_env:
         if key not in known:
-            raise InputError(
-                f"cluster.runtime_env.{key}", "is not a key that is known here", f"Known: {', '.join(known)}."
-            )
+            raise InputError(f"cluster.runtime_env.{key}", "is not a known key", f"Known: {', '.join(known)}.")
     try:
         env: dict[str, Any] = RuntimeEnv(**cluster.runtime_env).to_dict()
     except (TypeError, ValueError, OSError) as error:

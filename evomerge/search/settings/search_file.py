@@ -236,7 +236,7 @@ def _check_values(value: Any, place: str, key: str) -> None:
         for position, inner in enumerate(value):
             _check_values(inner, place, f"{key}.{position}")
     elif isinstance(value, str) and "\0" in value:
-        raise InputError(f"{place}{key}", "holds a null character, which no name and no text can")
+        raise InputError(f"{place}{key}", "holds a null character, which no name or text can hold")
     elif isinstance(value, int | float) and not abs(value) <= _MOST:
         shown = f"{value:.3g}" if isinstance(value, float) else f"a whole number of {len(str(value))} digits"
         raise InputError(f"{place}{key}", f"is {shown}; no number here is infinite or beyond {_MOST:.0e}")

@@ -114,7 +114,7 @@ class Feature(Measure):
     @classmethod
     def _rises(cls, range: tuple[float, float]) -> tuple[float, float]:
         if not range[0] < range[1]:
-            raise ValueError(f"must rise from its first number to its second, and is {list(range)}")
+            raise ValueError(f"must go from a smaller number to a larger one, and is {list(range)}")
         return range
 
 
@@ -148,7 +148,7 @@ class Racing(Section):
     @classmethod
     def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if list(rungs) != sorted(set(rungs)):
-            raise ValueError("must rise from one to the next")
+            raise ValueError("must each be larger than the one before")
         return rungs
 
 

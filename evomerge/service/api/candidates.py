@@ -112,5 +112,5 @@ def _read_cursor(text: str, length: int) -> tuple[float, ...]:
             raise ValueError
         return tuple(key if i == length - 1 else float(key) for i, key in enumerate(keys))
     except (ValueError, TypeError, OverflowError, RecursionError):
-        fault = Fault(field="cursor", problem="is not one that this list gave", hint="Begin again without it.")
+        fault = Fault(field="cursor", problem="is not one that this list gave", hint="Start again without it.")
         raise ProblemError(422, "The request is not valid", fault) from None

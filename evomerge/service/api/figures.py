@@ -77,7 +77,7 @@ def _check_objectives(store: Store, given: dict[str, str | None]) -> None:
     known = [objective.name for objective in store.search().record.objectives]
     for field, value in given.items():
         if value is not None and value not in known:
-            fault = Fault(field=field, problem=f"is no objective; the search has {', '.join(known)}")
+            fault = Fault(field=field, problem=f"is not an objective; the search has {', '.join(known)}")
             raise ProblemError(422, "There is no such objective", fault)
 
 

@@ -133,8 +133,8 @@ def _check_text(text: str, root: Root, folders: Sequence[Path]) -> None:
     """Refuse what is wrong with a search file by its text alone, and the name of a search that is there (409)."""
     file = checked_file(text, folders)
     if root.has(file.name):
-        fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} is there already", hint="Choose another.")
-        raise ProblemError(409, "There is a search of this name already", fault, detail=file.name)
+        fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} already exists", hint="Choose another.")
+        raise ProblemError(409, "A search of this name already exists", fault, detail=file.name)
 
 
 def _created(name: str, start: bool, root: Root, drivers: Drivers) -> SearchStatus:

@@ -90,7 +90,7 @@ def show_candidate(
     number = int(candidate.removeprefix("c"))
     mine, status = candidate_id(number), status_with(store, name, drivers.look(name, store))
     if not 0 <= number < status.candidates.asked:
-        raise ProblemError(404, f"{mine} is no candidate of {name}", detail="The search's page lists them.")
+        raise ProblemError(404, f"{mine} is not a candidate of {name}", detail="The search's page lists them.")
     measures = [*status.directions, *status.constraints]
     wanted = objective if objective in measures else measures[0]
     row, search, depths = store.candidate(number), store.search(), depths_of(store)

@@ -58,7 +58,7 @@ def _is_person(request: Request) -> bool:
 
 
 def _page(request: Request, problem: Problem) -> Response:
-    titles = {404: "There is no such page", 405: "That is no page"}
+    titles = {404: "There is no such page", 405: "That is not a page"}
     plain = problem.title in ("Not Found", "Method Not Allowed")
     return page(
         request, "fault.html", status_code=problem.status, here="", status=problem.status,
