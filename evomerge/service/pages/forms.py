@@ -189,10 +189,10 @@ SEVERAL = "nsga2"
 # What people read of sections of the search file. Their keys, in this order, and what these take are in its schema.
 _WORDS: dict[str, dict[str, Any]] = {
     "calibration.file": {"label": "Texts", "example": "texts.jsonl", "hint": "lines, or JSON objects with a text each"},
-    "calibration.prompts": {"hint": "the first so many texts count"},
+    "calibration.prompts": {"hint": "how many of the texts count, from the first"},
     "calibration.tokens": {"hint": "of each text"},
     "racing.rungs": {
-        "label": "Racing: rungs", "example": "50, 150", "hint": "after so many items the worst drop out",
+        "label": "Racing: rungs", "example": "50, 150", "hint": "after this many items the worst drop out",
     },
     "racing.confidence": {"label": "Racing: confidence", "hint": "in each comparison"},
     "racing.estimate": {"label": "Racing: estimate", "hint": "what predicts the scores of the other items"},
