@@ -125,16 +125,16 @@ def killer(tmp_path: Path) -> Iterator[WorkerKiller]:
 def test_a_worker_killed_mid_candidate_loses_nothing(
     tmp_path: Path, killer: WorkerKiller, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = search_file(tmp_path, pool="ray", cluster={"workers": 2}, budget={"candidates": 21})
+    file = search_file(tmp_path, pool="ray", cluster={"workers": 2}, budget={"candidates": 17})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     assert killer.killed is not None
     rows = json_of(capsys, "top", tmp_path / "search", "--all", "--json")
-    assert len(rows) == 21
+    assert len(rows) == 17
     assert {row["status"] for row in rows} <= {"done", "cached"}
     with open_store(tmp_path / "search") as store:
         assert [row.attempts for row in store.candidates() if row.attempts != 1 and row.same_as is None] == [2]
 
-    same = search_file(tmp_path, budget={"candidates": 21})
+    same = search_file(tmp_path, budget={"candidates": 17})
     assert evomerge("search", same, "--dir", tmp_path / "in-process") == 0
     alone = json_of(capsys, "top", tmp_path / "in-process", "--all", "--json")
     assert [(r["genome"], r["recipe_hash"], r["scores"]) for r in rows] == [

@@ -120,13 +120,13 @@ def test_a_search_and_an_export_outlive_the_server_and_are_found_again(
     (found,) = server.client.searches()
     assert (found.name, found.driver, found.state) == ("small", True, "running")
     assert found.eta_s is not None
+    server.client.tell("small", "pause")  # so that the search takes no time from what is waited for
+    until(lambda: server.client.status("small").state == "paused")
     until(lambda: server.client.export_state("small", "model").state != "running")
     export = server.client.export_state("small", "model")
     assert (export.state, export.progress) == ("done", 1.0), export.log
     assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in export.files}
 
-    server.client.tell("small", "pause")
-    until(lambda: server.client.status("small").state == "paused")
     server.client.tell("small", "resume")
     until(lambda: server.client.status("small").state == "running")
     assert server.client.change_budget("small", candidates=5000) == "the budget is 5000 candidates"
