@@ -235,7 +235,7 @@ _FAULTS = {  # a part of "Type: message", for each fault that has plainer words
     "corresponds to no data": ("a data file is empty", _ONE_A_LINE),
     "DatasetGenerationError": ("a data file cannot be read", _ONE_A_LINE),
     "FileNotFoundError": ("a data file is missing", "Paths in a task file start from the folder of the search file."),
-    "UndefinedError": ("an item lacks a field that its prompt or answer needs", "Mend the data or the task file."),
+    "UndefinedError": ("an item lacks a field that its prompt or answer needs", "Fix the data or the task file."),
     "OfflineModeIsEnabled": ("its data is not on this machine", "Fetch it once without HF_HUB_OFFLINE; it is cached."),
     "ConnectionError": ("its data cannot be fetched", "Fetch it once with the network on; it is cached."),
 }
