@@ -158,9 +158,9 @@ def _best(status: SearchStatus) -> Iterator[str]:
     if pick.split == "search":
         yield f"So far nothing is better in {objective} than {pick.kind}."
     elif pick.origin == SOURCE:
-        yield f"No merge is better in {objective} than {pick.kind}, which so is the winner itself, unmerged."
+        yield f"No merge is better in {objective} than {pick.kind}: the winner is that source itself, unmerged."
     else:
-        yield f"Nothing that the search found is better in {objective} than {pick.kind}, which so is the winner."
+        yield f"Nothing that the search found is better in {objective} than {pick.kind}: that is the winner."
 
 
 def _front(status: SearchStatus) -> Iterator[str]:
