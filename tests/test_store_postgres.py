@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
+import psycopg
 import pytest
 from helpers_postgres import Server, database, postgres
+from helpers_search import make_setup, simulate
 from sqlalchemy import text, update
 
 from evomerge.errors import InputError
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
+from evomerge.search.driving.driver import Driver
+from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.store import ItemTexts, tables
 from evomerge.store import lease as leases
 from evomerge.store.events import CopyingNews
@@ -232,3 +241,51 @@ def test_a_search_that_was_killed_in_its_making_gives_its_name_back(postgres: Se
         acquire(store).release()
     with pytest.raises(InputError, match="holds a search named"):
         Store.create(database, **given, in_place_of_undriven=True)
+
+
+@pytest.mark.nightly
+def test_twenty_searches_share_a_server_and_wait_for_nothing_of_each_other(
+    postgres: Server, url: str, tmp_path: Path
+) -> None:
+    """Each has its rows, no transaction waits for a lock of another search, and there is room for those who look on."""
+    searches, candidates = 20, 30
+    setup = replace(make_setup(candidates=candidates), mode="asynchronous")
+    clients, waiting, ended = [0], [0], threading.Event()
+
+    def watch() -> None:
+        query = (
+            "SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event NOT IN ('extend'))"
+            " FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        with psycopg.connect(url, autocommit=True) as connection:
+            while not ended.wait(0.02):
+                row = connection.execute(query).fetchone()
+                assert row is not None
+                clients[0], waiting[0] = max(clients[0], row[0]), waiting[0] + row[1]
+
+    def search(number: int) -> None:
+        with create(url, f"search{number}") as store, acquire(store):
+            waiting[0] = 0  # they all begin in one empty database, of which one makes the tables
+            clock = SimulatedClock()
+            pool = SimulatedPool(4, simulate, clock)
+            logs = tmp_path / str(number)
+            Driver(Drive(setup, store, pool, Control(store.take_commands), logs=logs, clock=clock)).run()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        at_once(search, searches)
+    finally:
+        ended.set()
+        watcher.join()
+    assert waiting[0] == 0
+    assert clients[0] <= 3 * searches  # a hundred are what a server lets in unless it is told otherwise
+    for number in range(searches):
+        with Store.open(url, name=f"search{number}") as store:
+            counts = store.counts()
+            assert (sum(counts.values()), counts["running"], counts["asked"]) == (candidates, 0, 0)
+            assert store.search().why == f"{candidates} candidates asked"
+            told = [number for step in store.steps() if step.kind == "tell" for number in step.candidates]
+            assert sorted(told) == list(range(candidates))
+            kinds = Counter(event.kind for event in store.events())
+            assert (kinds["dispatch"], kinds["tell"], kinds["stale"]) == (candidates - counts["cached"], len(told), 0)

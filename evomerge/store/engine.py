@@ -26,6 +26,10 @@ PASSWORD_HINT = "Keep it in ~/.pgpass, or give the whole URL in the environment 
 BUSY_S = 30
 """How long a statement waits for another process's lock before it is an error."""
 
+CACHE_KB = 64 * 1024
+"""Of an SQLite file, in the memory of a connection that needs so much: most pages of the indices of a hundred thousand
+candidates, which each write would otherwise read again."""
+
 IDLE_S = 15
 """How long a server keeps a transaction of which it hears nothing, and its locks. Ours take milliseconds; one that is
 silent for so long belongs to a connection that was cut, or to a process that was stopped."""
@@ -171,6 +175,7 @@ def _set_up_postgresql(connection: Any, _: ConnectionPoolEntry) -> None:
 def _set_up_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")  # readers never wait for the writer, nor it for them
+    cursor.execute(f"PRAGMA cache_size = -{CACHE_KB}")
     cursor.close()
 
 

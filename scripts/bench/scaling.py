@@ -107,12 +107,14 @@ class _LateDriver(_TimedDriver):
 
     def _replay(self) -> None:
         with self._store.transaction() as connection:
+            newest = connection.exec_driver_sql("SELECT max(seq) FROM event").scalar_one()
             rows = connection.exec_driver_sql("SELECT number, recipe_hash, status, step FROM candidate")
             for number, recipe_hash, status, step in rows:
                 self._asked = max(self._asked, number + 1)
                 self._step = max(self._step, step)
                 if status == "done":
                     self._scoring._by_recipe[recipe_hash] = number
+        self.asked_after = newest
         self.began = time.process_time()
 
 
