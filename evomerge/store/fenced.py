@@ -75,7 +75,7 @@ class FencedStore(ReadStore):
         """
         outer = self._gathered
         gathered = [] if outer is None else outer
-        self._gathered, self._group_begins = gathered, len(gathered)
+        self._gathered, self._group_begins, self._gathers = gathered, len(gathered), get_ident()
         try:
             yield
         except BaseException:
@@ -139,7 +139,7 @@ class FencedStore(ReadStore):
         """Write in a transaction of its own, or later in one with others (``gathering``, ``at_once``); whether it was
         done.
         """
-        if self._gathered is not None:
+        if self._gathered is not None and self._gathers == get_ident():
             self._gathered.append(write)
             return True
         with self.writing() as connection:

@@ -192,6 +192,31 @@ class StoreContract(LeaseContract):
         with pytest.raises(ValueError, match="had ended"), store.at_once():
             store.record_result(0, 1, [scores()], {}, {"acc": estimate(0.5)}, "w")
 
+    def test_what_is_gathered_is_one_transaction_in_its_order_and_can_be_read(self, store: Store, lease: Lease) -> None:
+        before = store.writes
+        with store.gathering():
+            store.record_ask(0, [candidate(0), candidate(1)])
+            store.record_dispatch(0, 1, "w")
+            with store.at_once():
+                assert store.record_result(0, 1, [scores()], {}, {"acc": estimate(0.5)}, "w")
+            store.record_tell(0, {0: [-0.5]}, front=(0,), spent_s=1.0)
+        assert store.writes == before + 1
+        assert [event.kind for event in store.events()][-5:] == ["ask", "dispatch", "result", "front", "tell"]
+        with store.gathering():
+            store.record_dispatch(1, 1, "w")
+            assert store.candidate(1).status == "running"  # which writes what came before
+            store.record_tell(1, {}, front=(), spent_s=2.0)
+        assert store.writes == before + 3
+
+        def fail() -> None:
+            with store.gathering():
+                store.record_failure(1, 1, {"reason": "error", "message": "broken"}, final=True)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert (store.candidate(1).status, store.front()) == ("failed", [])
+
     def test_a_failure_is_tried_again_or_final(self, store: Store, lease: Lease) -> None:
         failure = {"reason": "oom", "message": "out of memory", "log": "logs/0.txt"}
         store.record_ask(0, [candidate(0)])
