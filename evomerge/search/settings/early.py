@@ -50,15 +50,25 @@ def check_early(file: SearchFile) -> None:
 
 
 def changed_since(file: SearchFile, moment: float) -> bool:
-    """Whether a file that an evaluator names was written since then, in seconds since 1970, or is gone."""
-    values = (value for s in file.evaluators().values() for key in type(s).model_fields for value in [getattr(s, key)])
+    """Whether a file that an evaluator names was written since then, in seconds since 1970, or is gone.
+
+    A folder where relative paths start is none of these: searches and models may lie in it.
+    """
+    fields = (
+        (s, key)
+        for s in file.evaluators().values()
+        for key, field in type(s).model_fields.items()
+        if FOLDER not in field.metadata
+    )
+    values = (getattr(settings, key) for settings, key in fields)
     named = (path for value in values for path in (value if isinstance(value, tuple) else [value]))
     return any(_is_newer(path, moment) for path in named if isinstance(path, Path))
 
 
 def _is_newer(path: Path, moment: float) -> bool:
     try:
-        return any(one.stat().st_mtime > moment for one in [path, *(path.rglob("*") if path.is_dir() else [])])
+        inside = path.rglob("*") if path.is_dir() else [path]
+        return any(one.stat().st_mtime > moment for one in inside if "__pycache__" not in one.parts)
     except OSError:
         return True
 
