@@ -143,7 +143,7 @@ def parse_json(text: str) -> Any:
 
     Half of a surrogate pair, which JSON can hold and no file or page can, comes back spelled out: ``\\ud800``.
     """
-    value = json.loads(text, object_hook=_read_float)
+    value = _DECODER.decode(text)
     return _without_surrogates(value) if _ESCAPED_SURROGATE.search(text) else value
 
 
@@ -190,3 +190,6 @@ def _spell(value: Any) -> Any:
 
 def _read_float(value: dict[str, Any]) -> Any:
     return float(value[_FLOAT]) if value.keys() == {_FLOAT} else value
+
+
+_DECODER = json.JSONDecoder(object_hook=_read_float)  # made once: thousands of small texts are read for a page

@@ -8,7 +8,6 @@ program may write, is still an ``EventRow``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
@@ -358,16 +357,17 @@ def event_rows(rows: Iterable[Sequence[Any]]) -> list[EventRow]:
     Raises:
         DamagedValueError: one is of no candidate though it should be, or says something else than its kind does.
     """
-    return [_event_row(EventRow(*row)) for row in rows]
+    return [_event_row(row) for row in rows]
 
 
-def _event_row(event: EventRow) -> EventRow:
+def _event_row(row: Sequence[Any]) -> EventRow:
+    event = EventRow(*row)
     if event.kind in _OF_A_CANDIDATE and event.candidate is None:
         raise DamagedValueError(f"event {event.seq}, {event.kind!r}, names no candidate")
     if (kind := READ.get(event.kind)) is None:
         return event
     try:
-        return replace(event, content=kind.model_validate(event.payload))
+        return EventRow(*row, content=kind.model_validate(event.payload))
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "payload"
         problem = f"event {event.seq}, {event.kind!r}, has another {place} than it was given"
