@@ -11,6 +11,7 @@ apart, for which nothing is kept yet. The goal is under 300.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -106,6 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         parameters = make(Path(place) / "large", given.candidates, given.parameters)
         app = create_app(ServiceSettings(root=Root.of(place, Path(place)), token=None, hosts=("testserver",)))
+        gc.freeze()  # as the server does
         with TestClient(app) as client:
             rows = [ask(client, path, given.repeats) for path in PATHS]
     print(f"{given.candidates} candidates, {parameters} parameters: milliseconds, and of this process alone")
