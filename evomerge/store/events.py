@@ -367,7 +367,7 @@ def _event_row(row: Sequence[Any]) -> EventRow:
     if (kind := READ.get(event.kind)) is None:
         return event
     try:
-        return EventRow(*row, content=kind.model_validate(event.payload))
+        return EventRow(*[*row, kind.model_validate(event.payload)])
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "payload"
         problem = f"event {event.seq}, {event.kind!r}, has another {place} than it was given"
