@@ -69,7 +69,7 @@ def test_what_a_person_got_wrong_is_told_before_anything_heavy_is_imported(searc
     wrong = {
         "there is no such file": ["validate", tmp_path / "nope.yaml"],
         "broken.yaml": ["search", tmp_path / "broken.yaml"],
-        "is not a key": ["validate", file, "--set", "budgets.candidates=4"],
+        "is not a known key": ["validate", file, "--set", "budgets.candidates=4"],
         "must be a whole number": ["score", MINIATURES / "maths", file, "--set", "seed=x"],
         "already exists": ["search", file, "--dir", searched],
         "space.method: 'task_arithmetic' -> 'ties'": ["resume", searched, "--set", "space.method=ties"],

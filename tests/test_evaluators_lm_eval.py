@@ -263,7 +263,7 @@ def test_the_same_item_in_both_splits(tmp_path: Path) -> None:
     test = questions("test", 4)
     write_task(tmp_path, "leak", CHOOSE, validation=[*questions("validation", 4), test[2]], test=test)
     said = refusal(tmp_path, "leak")
-    assert "held_out: has 1 items that the search split has too (item 2 is the first" in said
+    assert "held_out: has 1 items that the search split has too (row 2 of 'test' is the first" in said
 
 
 def test_versions(tmp_path: Path) -> None:

@@ -268,8 +268,8 @@ def test_ray_sets_up_what_the_search_file_says(start: Callable[..., RayPool]) ->
 @pytest.mark.parametrize(
     ("runtime_env", "place", "problem"),
     [
-        ({"env_var": {"A": "1"}}, "cluster.runtime_env.env_var", "not a key that is known"),
-        ({"working_dir": "."}, "cluster.runtime_env.working_dir", "not a key that is known"),
+        ({"env_var": {"A": "1"}}, "cluster.runtime_env.env_var", "not a known key"),
+        ({"working_dir": "."}, "cluster.runtime_env.working_dir", "not a known key"),
         ({"env_vars": {"A": 1}}, "cluster.runtime_env", "must be of type Dict[str, str]"),
         ({"pip": ["a"], "conda": "b"}, "cluster.runtime_env", "cannot be specified at the same time"),
         ({"pip": "no-such-file.txt"}, "cluster.runtime_env", "no-such-file.txt"),

@@ -481,7 +481,7 @@ def test_a_plain_search_file_is_let_through() -> None:
     file = checked_file(yaml.safe_dump(file_of(sources={"base": "base", "maths": "org/model@main"})), [MINIATURES])
     assert file.sources == {"base": str(MINIATURES / "base"), "maths": "org/model@main"}
     shared = "x: &x {task: mini_math_ja, metric: acc_ja}\n"
-    with pytest.raises(InputError, match="x: is not a key"):  # the alias itself is fine
+    with pytest.raises(InputError, match="x: is not a known key"):  # the alias itself is fine
         checked_file(shared + yaml.safe_dump(file_of()), [MINIATURES])
 
 

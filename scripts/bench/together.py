@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from real import open_family, real_evaluator
+from real_model import open_family, real_evaluator
 from safetensors.torch import save_file
 
 from evaluators.lm_eval import LmEvalSettings

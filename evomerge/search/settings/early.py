@@ -50,7 +50,7 @@ def check_early(file: SearchFile) -> None:
 
 
 def changed_since(file: SearchFile, moment: float) -> bool:
-    """Whether a file that an evaluator names was written since then, in seconds since 1970, or is gone.
+    """Whether a file of an evaluator or of calibration texts was written since then, in seconds since 1970, or is gone.
 
     A folder where relative paths start is none of these: searches and models may lie in it.
     """
@@ -62,7 +62,8 @@ def changed_since(file: SearchFile, moment: float) -> bool:
     )
     values = (getattr(settings, key) for settings, key in fields)
     named = (path for value in values for path in (value if isinstance(value, tuple) else [value]))
-    return any(_is_newer(path, moment) for path in named if isinstance(path, Path))
+    texts = [] if file.calibration is None else [file.calibration.file]
+    return any(_is_newer(path, moment) for path in (*named, *texts) if isinstance(path, Path))
 
 
 def _is_newer(path: Path, moment: float) -> bool:

@@ -7,7 +7,7 @@ which plain transformers has no counterpart for, count against Evomerge. Beside 
 many bytes, the peak of a process that does nothing but score candidates, and how long ``evomerge validate`` takes to
 its plan on the miniatures. With --search, the confirmed gain of the search of scripts/real/search.
 
-    python scripts/bench/real.py [--real real] [--items 60] [--repeats 5] [--threads 2] [--search real/search]
+    python scripts/bench/real_model.py [--real real] [--items 60] [--repeats 5] [--threads 2] [--search real/search]
         [--json docs/real_model.json]
 """
 
