@@ -520,6 +520,7 @@ def test_released_weights_are_read_again(tmp_path: Path) -> None:
             for name in source.tensors:
                 assert torch.equal(source.read(name), expected[name])
                 source.release(name)
+            source.release_files()
 
 
 def test_a_file_beyond_the_memory_that_may_be_addressed_is_told(tmp_path: Path) -> None:

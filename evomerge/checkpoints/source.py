@@ -131,6 +131,11 @@ class Source:
         if entry.file in self._maps:
             release_pages(self._maps[entry.file], entry.begin, entry.end)
 
+    def release_files(self) -> None:
+        """The same of all tensors of the mapped files."""
+        for mapped in self._maps.values():
+            release_pages(mapped, 0, len(mapped))
+
     def _view(self, entry: TensorEntry) -> torch.Tensor:
         if entry.file not in self._maps:
             self._maps[entry.file] = map_file(entry.file)
