@@ -97,6 +97,7 @@ def start_server(root: Path) -> Iterator[Callable[[], Server]]:
             server.kill()
 
 
+@pytest.mark.nightly  # a minute; the walk on the page starts, stops and exports a real search, too
 @pytest.mark.timeout(900)
 def test_a_search_and_an_export_outlive_the_server_and_are_found_again(
     root: Path, start_server: Callable[[], Server]
