@@ -33,6 +33,8 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
         below = [inner for inner in faults if _path(inner, content)[: len(path)] == path]
         fault = max(below, key=lambda inner: len(_path(inner, content)) > len(path))
         path = _path(fault, content)
+    if fault["type"] == "missing" and (misspelt := _misspelt(path, faults, content)) is not None:
+        fault, path = misspelt, _path(misspelt, content)
     known = _known_keys(model, path[:-1], content)
     kind, context = fault["type"], fault.get("ctx", {})
     where = f"{place}{joint}{'.'.join(path)}" if path else place
@@ -80,6 +82,16 @@ def read_part(value: object, group: str, key: str, place: str, base: type[Model]
         return settings.model_validate(content)
     except ValidationError as error:
         raise explain(error, place, settings, content, ".") from None
+
+
+def _misspelt(missing: Sequence[str], faults: Sequence[ErrorDetails], content: Any) -> ErrorDetails | None:
+    """The fault of an unknown key beside a missing one that is spelt nearly as it."""
+    for fault in faults:
+        path = _path(fault, content)
+        if fault["type"] == "extra_forbidden" and path[:-1] == missing[:-1]:
+            if difflib.get_close_matches(path[-1], [missing[-1]], n=1):
+                return fault
+    return None
 
 
 def _path(fault: ErrorDetails, content: Any) -> list[str]:

@@ -173,6 +173,16 @@ def test_faults_name_the_place_and_the_mend(path: Path, override: str, place: st
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(("key", "written"), [("budget", "budgets"), ("objectives", "objective"), ("space", "spaces")])
+def test_a_misspelt_key_that_must_be_there_is_told_as_misspelt(path: Path, key: str, written: str) -> None:
+    content = yaml.safe_load(path.read_text())
+    content[written] = content.pop(key)
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=f"Did you mean '{key}'") as caught:
+        load_search_file(path)
+    assert caught.value.place.endswith(f"search.yaml: {written}")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [("budget", "not of the form key.path=value"), ("name.x=1", "'name' is not a section"), ("x=[1", "expected")],
