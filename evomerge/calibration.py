@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
 from evomerge.errors import InputError
 from evomerge.json_lines import read_lines, text_lines
+from evomerge.plugins import unknown_name
 
 _LEAST_CHARACTERS = 20
 """What is shorter says next to nothing of what layers are given."""
+
+_MISSING_HINT = "Give texts for all sources that have none of their own, or for each of these."
 
 
 @dataclass(frozen=True)
@@ -27,41 +30,93 @@ class Calibration:
     Whoever knows their digest and has all evidence of them never reads them.
 
     Attributes:
-        read: gives the texts, in order.
+        read: gives the texts of the sources that have none of their own, in order; None where each has its own.
         tokens: the most of each text that counts.
         known_digest: the digest that a search has recorded, which the texts must have.
+        own: by source, what gives the texts that are of its own task.
     """
 
-    read: Callable[[], Sequence[str]]
+    read: Callable[[], Sequence[str]] | None
     tokens: int
     known_digest: str | None = None
+    own: Mapping[str, Callable[[], Sequence[str]]] = field(default_factory=dict)
 
-    @cached_property
-    def texts(self) -> tuple[str, ...]:
-        """Raises InputError: they cannot be read, or are not those of the known digest."""
-        texts = tuple(self.read())
-        if self.known_digest not in (None, self._digest_of(texts)):
-            problem = f"these are not the texts with the digest {self.known_digest}, which the search began with"
-            raise InputError("calibration", problem, "Put them back.")
+    def texts_of(self, source: str) -> tuple[str, ...]:
+        """The texts that a source is run over.
+
+        Raises:
+            InputError: they cannot be read, are not those of the known digest, or there are none for this source.
+        """
+        shared, own = self._texts
+        texts = own.get(source, shared)
+        if texts is None:
+            raise InputError("calibration", f"has no texts for {source}", _MISSING_HINT)
         return texts
 
     @cached_property
+    def _texts(self) -> tuple[tuple[str, ...] | None, dict[str, tuple[str, ...]]]:
+        """The texts of sources that have none of their own, and those of the others."""
+        shared = None if self.read is None else tuple(self.read())
+        own = {source: tuple(read()) for source, read in sorted(self.own.items())}
+        if self.known_digest not in (None, self._digest_of(shared, own)):
+            problem = f"these are not the texts with the digest {self.known_digest}, which the search began with"
+            raise InputError("calibration", problem, "Put them back.")
+        return shared, own
+
+    @cached_property
     def digest(self) -> str:
-        """16 hex digits of the SHA-256 of all that the results follow from. Raises InputError: as ``texts``."""
-        return self.known_digest or self._digest_of(self.texts)
+        """16 hex digits of the SHA-256 of all that the results follow from. Raises InputError: as ``texts_of``."""
+        return self.known_digest or self._digest_of(*self._texts)
 
-    def _digest_of(self, texts: Sequence[str]) -> str:
-        return hashlib.sha256(json.dumps([self.tokens, *texts]).encode()).hexdigest()[:16]
+    def key_of(self, source: str) -> tuple[str, ...]:
+        """What tells the texts of a source from those of others, also where two sources hold the same."""
+        return (self.digest, source) if source in self.own else (self.digest,)
+
+    def _digest_of(self, shared: Sequence[str] | None, own: Mapping[str, Sequence[str]]) -> str:
+        content = [self.tokens, *(shared or ())] if not own else [self.tokens, shared, own]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def calibration_from(file: Path, prompts: int, tokens: int, place: str, known_digest: str | None = None) -> Calibration:
+def calibration_from(
+    file: Path | None,
+    prompts: int,
+    tokens: int,
+    place: str,
+    known_digest: str | None = None,
+    own: Mapping[str, tuple[Path, str]] | None = None,
+) -> Calibration:
     """The first ``prompts`` texts of a file, of which ``tokens`` tokens count each; ``read_texts`` reads them.
 
     Args:
+        file: of the sources that have none of their own.
         place: of the file's name, for messages.
         known_digest: as a search has recorded it.
+        own: by source, the file of its own texts and the place of its name.
     """
-    return Calibration(partial(read_texts, file, prompts, place), tokens, known_digest)
+    return Calibration(
+        None if file is None else partial(read_texts, file, prompts, place),
+        tokens,
+        known_digest,
+        {source: partial(read_texts, path, prompts, named_at) for source, (path, named_at) in (own or {}).items()},
+    )
+
+
+def check_all_have_texts(own: Mapping[str, str], has_shared: bool, sources: Collection[str]) -> None:
+    """Refuse texts of a source that there is not, and a source that no texts are for.
+
+    Args:
+        own: the sources that have texts of their own, with the place where each is named.
+        has_shared: whether there are texts for the others.
+        sources: all there are.
+
+    Raises:
+        InputError: naming the source.
+    """
+    for name, place in own.items():
+        if name not in sources:
+            raise unknown_name(name, sources, place, "source")
+    if not has_shared and (missing := [name for name in sources if name not in own]):
+        raise InputError("calibration", f"has no texts for {', '.join(missing)}", _MISSING_HINT)
 
 
 def read_texts(file: Path, prompts: int, place: str) -> list[str]:
@@ -80,6 +135,8 @@ def read_texts(file: Path, prompts: int, place: str) -> list[str]:
             problem = f"has {len(text)} characters; a text of fewer than {_LEAST_CHARACTERS} calibrates nothing"
             raise InputError(line_place, problem, "Give whole sentences, such as prompts of the task.")
         texts.append(text)
+    if not texts:
+        raise InputError(place, "holds no texts", "Give whole sentences, a line each, such as prompts of the task.")
     if len(texts) < prompts:
         raise InputError(place, f"holds {len(texts)} of the {prompts} texts asked for", "Lower `calibration.prompts`.")
     return texts

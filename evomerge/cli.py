@@ -285,17 +285,19 @@ def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe of Evomerge's or mergekit's.")],
     out: OutArgument,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="TEXTS", help="Texts that sources are run over, for a method that needs it.")
-    ] = None,
+        list[str],
+        typer.Option(
+            metavar="TEXTS|SOURCE=TEXTS",
+            help="Texts that sources are run over, for a method that needs it; repeatable: those of one source alone.",
+        ),
+    ] = [],  # noqa: B006
     prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
     tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
-    from evomerge.calibration import calibration_from
-    from evomerge.commands.merge import merge
+    from evomerge.commands.merge import calibration_of, merge
 
-    texts = None if calibration is None else calibration_from(calibration, prompts, tokens, "--calibration")
-    merge(recipe, out, texts)
+    merge(recipe, out, calibration_of(calibration, prompts, tokens))
 
 
 @app.command()

@@ -11,13 +11,15 @@ import torch
 from helpers_checkpoints import WORDS, in_own_memory, save_model, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from evomerge.calibration import Calibration, calibration_from, read_texts
+from evomerge.calibration import Calibration, calibration_from, check_all_have_texts, read_texts
 from evomerge.checkpoints import live
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.commands.merge import calibration_of
 from evomerge.errors import InputError
 from evomerge.merging import inputs as inputs_module
 from evomerge.merging.evidence import Evidence
-from evomerge.merging.inputs import Inputs
+from evomerge.merging.inputs import Inputs, token_ids
+from evomerge.search.preparing.texts import text_warnings
 
 LINES = ("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19")
 TEXTS = Calibration(lambda: LINES, 12)
@@ -40,7 +42,7 @@ def inputs(source: Source, folder: Path | None = None, texts: Calibration = TEXT
 
 def tokens_of(source: Source) -> Iterator[torch.Tensor]:
     tokenizer = live.load_tokenizer(source)
-    for text in TEXTS.texts:
+    for text in TEXTS.texts_of("a"):
         yield torch.tensor([tokenizer(text)["input_ids"][: TEXTS.tokens]])
 
 
@@ -138,7 +140,7 @@ def test_experts_that_are_computed_as_one_are_refused_by_name(tmp_path: Path) ->
         ("t.jsonl", '{"texts": "long enough to calibrate"}\n', "line 1.* has no `text`"),
         ("t.jsonl", '{"text": "short"}\n', "line 1.* has 5 characters"),
         ("t.txt", "a line that is long enough\n\n", "holds 1 of the 2 texts"),
-        ("t.txt", "", "holds 0 of the 2 texts"),
+        ("t.txt", "", "holds no texts"),
     ],
 )
 def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: str | None, problem: str) -> None:
@@ -166,9 +168,80 @@ def test_texts_whose_digest_is_known_are_read_when_they_are_needed_and_must_have
     known = calibration_from(file, 1, 16, "calibration.file", "0123456789abcdef")
     assert known.digest == "0123456789abcdef"
     with pytest.raises(InputError, match="no such file"):
-        _ = known.texts
+        known.texts_of("a")
     file.write_text("a line that is long enough\n")
     with pytest.raises(InputError, match="not the texts with the digest 0123456789abcdef"):
-        _ = known.texts
+        known.texts_of("a")
     digest = calibration_from(file, 1, 16, "calibration.file").digest
-    assert calibration_from(file, 1, 16, "calibration.file", digest).texts == ("a line that is long enough",)
+    assert calibration_from(file, 1, 16, "calibration.file", digest).texts_of("a") == ("a line that is long enough",)
+
+
+# ---- texts of single sources -----------------------------------------------------------------------------------------
+
+MORE = ("w20 w21 w22 w23 w24 w25 w3",)
+
+
+def test_the_digest_of_texts_for_all_is_what_it_always_was() -> None:
+    """Recipes and searches hold it: this one is of a program that knew of no others."""
+    assert Calibration(lambda: LINES, 12).digest == "d3e49ded264d921c"
+
+
+def test_the_digest_tells_whose_texts_are_which() -> None:
+    def digest(shared: tuple[str, ...] | None, **own: tuple[str, ...]) -> str:
+        return Calibration(shared and (lambda: shared), 12, own={n: lambda t=t: t for n, t in own.items()}).digest  # type: ignore[misc]
+
+    digests = [digest(LINES), digest(LINES, a=MORE), digest(MORE, a=LINES), digest(LINES, b=MORE), digest(None, a=MORE)]
+    assert len(set(digests)) == len(digests)
+    assert digest(LINES, a=MORE, b=LINES) == digest(LINES, b=LINES, a=MORE)
+
+
+def test_a_source_is_run_over_its_own_texts_also_where_another_holds_the_same(llama: Source, tmp_path: Path) -> None:
+    stored = "model.layers.1.mlp.up_proj.weight"
+    texts = Calibration(lambda: LINES, 12, own={"b": lambda: MORE})
+    evidence = Evidence(tmp_path, {"a": "one", "b": "one"})
+    found = Inputs({"a": llama, "b": llama}, texts, evidence, CPU)
+    assert torch.equal(found.of(("a", stored)).gram, inputs(llama).of(("a", stored)).gram)
+    alone = inputs(llama, texts=Calibration(lambda: MORE, 12)).of(("a", stored)).gram
+    assert torch.equal(found.of(("b", stored)).gram, alone)
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "place", "problem"),
+    [
+        ({"c": "calibration.sources.c"}, True, "calibration.sources.c", "no source 'c'"),
+        ({"a": "calibration.sources.a"}, False, "calibration", "no texts for b"),
+    ],
+)
+def test_texts_must_be_of_sources_and_sources_have_texts(
+    own: dict[str, str], shared: bool, place: str, problem: str
+) -> None:
+    check_all_have_texts({"a": "calibration.sources.a"}, True, ["a", "b"])
+    with pytest.raises(InputError, match=problem) as refused:
+        check_all_have_texts(own, shared, ["a", "b"])
+    assert refused.value.place == place
+
+
+def test_the_command_line_names_texts_for_all_and_of_single_sources(tmp_path: Path) -> None:
+    for name in ("all.txt", "a=b.txt", "maths.txt"):
+        (tmp_path / name).write_text(f"a line that is long enough of {name}\n")
+    texts = calibration_of([f"{tmp_path}/a=b.txt", f"maths={tmp_path}/maths.txt"], 1, 8)
+    assert texts is not None
+    assert texts.texts_of("other") == ("a line that is long enough of a=b.txt",)
+    assert texts.texts_of("maths") == ("a line that is long enough of maths.txt",)
+    assert calibration_of([], 1, 8) is None
+    with pytest.raises(InputError, match="twice for maths"):
+        calibration_of(["maths=one.txt", "maths=two.txt"], 1, 8)
+
+
+def test_a_text_without_tokens_is_refused_by_its_number() -> None:
+    texts = Calibration(lambda: ("w1", "w2 w3"), 4)
+    nothing = lambda text: {"input_ids": [1] if text == "w1" else []}  # noqa: E731
+    with pytest.raises(InputError, match="text 2 of a has no tokens"):
+        token_ids(nothing, texts, "a")
+
+
+def test_texts_shorter_than_the_widest_layer_are_told_of(llama: Source) -> None:
+    texts = Calibration(lambda: (" ".join(["w3"] * 40),), 40, own={"b": lambda: MORE})
+    (warning,) = text_warnings(texts, {"a": llama, "b": llama}, "a", live.load_tokenizer(llama))
+    assert "texts of b have 7 tokens" in warning
+    assert "24 inputs" in warning

@@ -233,3 +233,12 @@ def test_a_search_file_that_is_no_plain_file(tmp_path: Path) -> None:
     for name in ("pipe", "loop", "zero", "folder", "latin"):
         with pytest.raises(InputError, match=f"{name}.yaml"):
             load_search_file(tmp_path / f"{name}.yaml")
+
+
+def test_calibration_texts_of_single_sources(path: Path) -> None:
+    file = load_search_file(path, ["calibration={file: t.txt, sources: {maths: m.txt}}"])
+    assert file.calibration is not None
+    assert file.calibration.files == (path.parent / "t.txt", path.parent / "m.txt")
+    assert SearchFile.model_validate(file.model_dump(mode="json")) == file
+    with pytest.raises(InputError, match="names no texts"):
+        load_search_file(path, ["calibration={prompts: 3}"])

@@ -414,7 +414,12 @@ def test_the_form_has_what_the_sections_of_the_search_file_have() -> None:
     assert set(fields) == expected | {"optimizer.name", "optimizer.population", "pool", "cluster.workers"}
     assert set(forms._WORDS) <= set(fields)
     assert not any(field.required for field in fields.values())
-    kinds = {"racing.rungs": "numbers", "racing.confidence": "number", "calibration.file": "text"}
+    kinds = {
+        "racing.rungs": "numbers",
+        "racing.confidence": "number",
+        "calibration.file": "text",
+        "calibration.sources": "pairs",
+    }
     assert {key: fields[key].kind for key in kinds} == kinds
     assert fields["calibration.tokens"].example == "512"
     assert fields["racing.estimate"].options == ("", "baseline", "item_response")

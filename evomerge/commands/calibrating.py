@@ -31,10 +31,10 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     """
     recipes = [baseline.recipe for baseline in prepared.setup.space.baselines()]
     made_by = next((recipe for recipe in recipes if recipe.calibration is not None), None)
-    if prepared.calibration is None or made_by is None:
+    settings = prepared.file.calibration
+    if prepared.calibration is None or settings is None or made_by is None:
         return True
-    names = list(prepared.sources)
-    texts = len(prepared.calibration.texts)
+    names, texts = list(prepared.sources), settings.prompts
     console.print(f"calibrating: {texts} texts through {len(names)} sources", style="dim")
     started = time.monotonic()
     runs = (Pending(-1 - n, 1, made_by, f"calibration of {name}", (), calibrates=name) for n, name in enumerate(names))

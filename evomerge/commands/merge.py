@@ -7,19 +7,21 @@ wrong is looked at before torch is imported.
 from __future__ import annotations
 
 import os.path
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.calibration import Calibration
+from evomerge.calibration import Calibration, calibration_from, check_all_have_texts
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
+from evomerge.faults import NAME_PATTERN
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import check_blend, check_needs, find_method
 from evomerge.objects import is_url
@@ -30,6 +32,30 @@ from evomerge.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
     from evomerge.merging.evidence import Evidence
+
+
+_TEXTS = "--calibration"
+
+
+def calibration_of(given: Sequence[str], prompts: int, tokens: int) -> Calibration | None:
+    """The texts that the command line names, each as FILE or, those of one source alone, as SOURCE=FILE.
+
+    A file whose own name is like that is written ``./a=b.txt``.
+
+    Raises:
+        InputError: two files for the same.
+    """
+    files: dict[str | None, Path] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        source = name if equals and re.match(NAME_PATTERN, name) else None
+        if source in files:
+            raise InputError(_TEXTS, f"is given twice for {source or 'all sources'}", "Put the texts into one file.")
+        files[source] = Path(text if source is None else file)
+    if not files:
+        return None
+    own = {source: (file, f"{_TEXTS} {source}") for source, file in files.items() if source is not None}
+    return calibration_from(files.get(None), prompts, tokens, _TEXTS, own=own)
 
 
 def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None:
@@ -96,7 +122,13 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
 
 
 def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe:
-    """The recipe with the digest of the texts that it is made by. Raises InputError: it is made by others."""
+    """The recipe with the digest of the texts that it is made by.
+
+    Raises:
+        InputError: it is made by others, or they are not of its sources.
+    """
+    if texts is not None:
+        check_all_have_texts({name: f"{_TEXTS} {name}" for name in texts.own}, texts.read is not None, recipe.sources)
     digest = None if texts is None else texts.digest
     if recipe.calibration not in (None, digest):
         given = "none are given" if digest is None else f"those given have {digest}"

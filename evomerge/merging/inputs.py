@@ -112,8 +112,8 @@ class Inputs:
             for layer, made in self._run(name, missing):
                 self._evidence.get(_KIND, self._key(name, layer), lambda made=made: made)  # type: ignore[misc]
 
-    def _key(self, name: str, layer: int) -> tuple[str, int, str]:
-        return self._evidence.content_of(name), layer, self.digest
+    def _key(self, name: str, layer: int) -> tuple[str | int, ...]:
+        return self._evidence.content_of(name), layer, *self._calibration.key_of(name)
 
     def _run(self, name: str, layers: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
         """What some layers are given, a few layers at a time."""
@@ -122,14 +122,23 @@ class Inputs:
         source = self._sources[name]
         live = live_model(source, self._devices)
         load_weights(live, ((tensor, source.read(tensor)) for tensor in source.tensors))
-        tokens = [self._tokens(live, number) for number in range(len(self._calibration.texts))]
+        ids = token_ids(live.tokenizer, self._calibration, name)
+        tokens = [torch.tensor([text], device=live.device) for text in ids]
         for group in _groups(live, source, layers):
             yield from _observed(live, source, group, tokens).items()
 
-    def _tokens(self, live: LiveModel, number: int) -> Tensor:
-        """int64 [1, tokens] of a text."""
-        ids = live.tokenizer(self._calibration.texts[number])["input_ids"][: self._calibration.tokens]
-        return torch.tensor([ids], device=live.device)
+
+def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[list[int]]:
+    """The tokens of each text of a source, as many as count.
+
+    Raises:
+        InputError: the texts cannot be read, or one has no tokens.
+    """
+    ids = [tokenizer(text)["input_ids"][: calibration.tokens] for text in calibration.texts_of(source)]
+    for number, text in enumerate(ids, start=1):
+        if not text:
+            raise InputError("calibration", f"text {number} of {source} has no tokens", "Give whole sentences.")
+    return ids
 
 
 class _PassEndsError(Exception):
@@ -200,7 +209,7 @@ def _watched(live: LiveModel, source: Source, sums: Mapping[int, _Sums]) -> Iter
     from evomerge.checkpoints.structure import layer_stack
 
     hooks = []
-    for layer, modules in _linear(live, source).items():
+    for layer, modules in _linear(live.model, source).items():
         if layer in sums:
             for name, module, axis in modules:
                 sums[layer].axes[name] = axis
@@ -223,13 +232,24 @@ def _stop(module: Any, given: Any, out: Any) -> None:
     raise _PassEndsError
 
 
-def _linear(live: LiveModel, source: Source) -> dict[int, list[tuple[str, Any, int]]]:
+def widest_input(source: Source) -> int:
+    """How many inputs the widest linear layer in the stack of a source has. Builds its modules without memory."""
+    from evomerge.checkpoints.structure import empty_model, parse_config
+
+    model = empty_model(parse_config(source.config, source.place), source.place)
+    linear = (
+        of_layer for layer, modules in _linear(model, source).items() if layer != _OUTSIDE for of_layer in modules
+    )
+    return max((module.weight.shape[axis] for _, module, axis in linear), default=0)
+
+
+def _linear(model: Any, source: Source) -> dict[int, list[tuple[str, Any, int]]]:
     """By layer, the linear layers whose weights the source has: name, module, and the axis of the weight."""
     from transformers.pytorch_utils import Conv1D
 
     owners = {_module(source, stored): role.layer for stored, role in source.roles.items()}
     by_layer: dict[int, list[tuple[str, Any, int]]] = {}
-    for name, module in live.model.named_modules():
+    for name, module in model.named_modules():
         if name in owners and isinstance(module, torch.nn.Linear | Conv1D):
             layer = owners[name]
             axis = 0 if isinstance(module, Conv1D) else 1
@@ -246,7 +266,7 @@ def _groups(live: LiveModel, source: Source, layers: Sequence[int]) -> Iterator[
     """The layers in groups whose Gram matrices fit into memory; those outside the stack last and alone."""
     sizes = {
         layer: sum(4 * module.weight.shape[axis] ** 2 for _, module, axis in modules)
-        for layer, modules in _linear(live, source).items()
+        for layer, modules in _linear(live.model, source).items()
     }
     group: list[int] = []
     for layer in sorted(layers):

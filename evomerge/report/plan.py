@@ -60,9 +60,10 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _rounding(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
     yield "space", f"{len(setup.space.parameters)} parameters: {_settings_text(space)}"
-    if prepared.calibration is not None:
-        texts, tokens = len(prepared.calibration.texts), prepared.calibration.tokens
-        yield "calibration", f"{texts} texts of up to {tokens} tokens through {len(prepared.sources)} sources, once"
+    if (texts := file.calibration) is not None:
+        own = f"; of their own for {', '.join(texts.sources)}" if texts.sources else ""
+        through = f"through {len(prepared.sources)} sources, once{own}"
+        yield "calibration", f"{texts.prompts} texts of up to {texts.tokens} tokens {through}"
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]
         way = "maximize" if objective.maximise else "minimize"

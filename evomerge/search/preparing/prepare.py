@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from evomerge.search.preparing.setup import (
     ScreenInfo,
     Setup,
 )
+from evomerge.search.preparing.texts import text_warnings
 from evomerge.search.settings.early import make_space
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
@@ -41,7 +42,7 @@ from evomerge.search.settings.search_file import SearchFile
 class Prepared:
     """An opened search: what the driver knows, and what a worker in this process can use at once.
 
-    ``warnings`` are sentences for a person, of items.
+    ``warnings`` are sentences for a person, of items and calibration texts.
     """
 
     file: SearchFile
@@ -92,7 +93,8 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     if not file.search_on_test_items:
         evaluators.refuse_test_items()
     _check_together(file, space, sources, evaluators.opened)
-    warnings = tuple(item_warnings(evaluators.named, reader_of(sources[file.tokenizer_source])))
+    reader = reader_of(model)
+    warnings = (*item_warnings(evaluators.named, reader), *_text_warnings(file, space, sources, reader))
     setup = Setup(
         name=file.name,
         seed=file.seed,
@@ -118,6 +120,15 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     _check_niches(file, setup)
     calibration = None if file.calibration is None else file.calibration.texts
     return Prepared(file, setup, sources, evaluators, untouched, calibration, warnings)
+
+
+def _text_warnings(
+    file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], reader: Reader
+) -> Iterator[str]:
+    """What is odd about the calibration texts, where models of the space are made by them."""
+    if file.calibration is None or all(mark.recipe.calibration is None for mark in space.baselines()):
+        return
+    yield from text_warnings(file.calibration.texts, sources, file.tokenizer_source, reader.tokenizer)
 
 
 def _check_engine(file: SearchFile) -> None:

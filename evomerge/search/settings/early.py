@@ -44,6 +44,8 @@ def check_early(file: SearchFile) -> None:
     config = local_config(file.sources[file.tokenizer_source])
     if (depth := _depth(config)) is not None:
         check_layout(file, config, depth)
+    if file.calibration is not None:
+        file.calibration.check(file.sources)
     _check_space(file)
     if file.pool == "ray":
         runtime_env_of(file.cluster)
@@ -62,7 +64,7 @@ def changed_since(file: SearchFile, moment: float) -> bool:
     )
     values = (getattr(settings, key) for settings, key in fields)
     named = (path for value in values for path in (value if isinstance(value, tuple) else [value]))
-    texts = [] if file.calibration is None else [file.calibration.file]
+    texts = () if file.calibration is None else file.calibration.files
     return any(_is_newer(path, moment) for path in (*named, *texts) if isinstance(path, Path))
 
 

@@ -216,8 +216,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
     }
     if parsed.calibration is not None:
-        texts = Path(os.path.realpath(root / os.path.expanduser(parsed.calibration.file)))
-        update["calibration"] = parsed.calibration.model_copy(update={"file": texts})
+        update["calibration"] = parsed.calibration.at(root)
     resolved = parsed.model_copy(update=update)
     resolved.evaluators()
     return resolved

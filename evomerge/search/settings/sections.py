@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.calibration import Calibration, calibration_from
+from evomerge.calibration import Calibration, calibration_from, check_all_have_texts
 from evomerge.faults import NAME_PATTERN
 from evomerge.prices import Prices
 from evomerge.store.record import Estimate
@@ -61,16 +63,42 @@ class Measure(Section):
         return dict(self.model_extra or {})
 
 
+_OWN_TEXTS = "calibration.sources"
+
+
 class CalibrationTexts(Section):
-    """Texts that sources are run over once, for methods that must know what their layers are given.
+    """Texts that sources are run over, for methods that must know what their layers are given.
 
     Of lines of JSON (``.jsonl``) the text is under ``text``; any other file is a text a line. The first ``prompts``
-    count, each up to ``tokens`` tokens.
+    count, each up to ``tokens`` tokens. ``sources`` names files of single sources, such as texts of the task that each
+    was trained for; ``file`` is of all others.
     """
 
-    file: Path
+    file: Path | None = None
+    sources: dict[Name, Path] = Field(default_factory=dict)
     prompts: int = Field(default=32, gt=0, le=100_000)
     tokens: int = Field(default=512, gt=0, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _some_file(self) -> Self:
+        if self.file is None and not self.sources:
+            raise ValueError("names no texts; give a file, or one for each source under sources")
+        return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that are named."""
+        return (*(() if self.file is None else (self.file,)), *self.sources.values())
+
+    def at(self, root: Path) -> Self:
+        """The same with its paths absolute, taken from the folder ``root``."""
+
+        def absolute(path: Path) -> Path:
+            return Path(os.path.realpath(root / os.path.expanduser(path)))
+
+        file = None if self.file is None else absolute(self.file)
+        own = {name: absolute(path) for name, path in self.sources.items()}
+        return self.model_copy(update={"file": file, "sources": own})
 
     @cached_property
     def texts(self) -> Calibration:
@@ -79,7 +107,13 @@ class CalibrationTexts(Section):
 
     def recorded(self, digest: str | None) -> Calibration:
         """The texts of a search that has recorded their digest: read only where evidence of them is missing."""
-        return calibration_from(self.file, self.prompts, self.tokens, "calibration.file", digest)
+        own = {name: (path, f"{_OWN_TEXTS}.{name}") for name, path in self.sources.items()}
+        return calibration_from(self.file, self.prompts, self.tokens, "calibration.file", digest, own)
+
+    def check(self, sources: Collection[str]) -> None:
+        """Refuse texts of a source that there is not, or a source without any. Raises InputError."""
+        own = {name: f"{_OWN_TEXTS}.{name}" for name in self.sources}
+        check_all_have_texts(own, self.file is not None, sources)
 
 
 class Objective(Measure):

@@ -29,12 +29,13 @@ log = logging.getLogger(__name__)
 class Field:
     """A key of the search file as a field: a list of ``options``, a text with ``suggestions``, or a switch.
 
-    ``labels`` are what people read of the options, the options themselves unless given.
+    ``labels`` are what people read of the options, the options themselves unless given. "pairs" are names with a text
+    each, written ``a=..., b=...``.
     """
 
     key: str
     label: str
-    kind: Literal["text", "number", "numbers", "switch"] = "text"
+    kind: Literal["text", "number", "numbers", "pairs", "switch"] = "text"
     default: str | bool = ""
     hint: str = ""
     example: str = ""
@@ -189,6 +190,10 @@ SEVERAL = "nsga2"
 # What people read of sections of the search file. Their keys, in this order, and what these take are in its schema.
 _WORDS: dict[str, dict[str, Any]] = {
     "calibration.file": {"label": "Texts", "example": "texts.jsonl", "hint": "lines, or JSON objects with a text each"},
+    "calibration.sources": {
+        "label": "Texts of single sources", "example": "maths=maths.txt, chat=chat.txt",
+        "hint": "where a source has texts of its own task",
+    },
     "calibration.prompts": {"hint": "how many of the texts count, from the first"},
     "calibration.tokens": {"hint": "of each text"},
     "racing.rungs": {
@@ -297,7 +302,7 @@ def _drawn(schema: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Fiel
             str(described.get("title", key)),
             "text" if yes else form[0],
             hint=str(described.get("description", "")),
-            example="" if default is None else str(default),
+            example="" if default is None or form[0] == "pairs" else str(default),
             required=key in schema.get("required", []),
             options=("", "true", "false") if yes else form[1],
         )
@@ -305,7 +310,7 @@ def _drawn(schema: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Fiel
 
 def _form_of(
     described: Mapping[str, Any], known: Mapping[str, Any]
-) -> tuple[Literal["text", "number", "numbers", "switch"], tuple[str, ...]] | None:
+) -> tuple[Literal["text", "number", "numbers", "pairs", "switch"], tuple[str, ...]] | None:
     """What kind of field a schema needs, and its options; None for sections, which are written by hand."""
     if "$ref" in described:
         return _form_of(known.get(described["$ref"].rpartition("/")[2], {}), known)
@@ -323,4 +328,15 @@ def _form_of(
             return "text", ()
         case "array" if described.get("items", {}).get("type") in ("integer", "number"):
             return "numbers", ()
+        case "object" if all(_is_text(value) for value in _values(described)):
+            return "pairs", ()
     return None
+
+
+def _values(described: Mapping[str, Any]) -> list[Any]:
+    """The schemas of what names are given in an object; what says nothing of them may hold anything."""
+    return [*described.get("patternProperties", {}).values()] or [described.get("additionalProperties", True)]
+
+
+def _is_text(schema: Any) -> bool:
+    return isinstance(schema, Mapping) and schema.get("type") == "string"

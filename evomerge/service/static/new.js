@@ -116,9 +116,17 @@ function said(place) {
     const text = ["prompt", "answer"].includes(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
     if (text === "") continue;
     if (kind === "numbers") values[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
+    else if (kind === "pairs") values[key] = pairs(text);
     else values[key] = kind === "number" || /^-?\d+(\.\d+)?$/.test(text) && kind !== "text" ? number(text) : text;
   }
   return values;
+}
+/** "a=one, b=two" as an object; what has no "=" is kept under its own name, for the check to say what is wrong. */
+function pairs(text) {
+  return Object.fromEntries(text.split(",").map((pair) => pair.trim()).filter(Boolean).map((pair) => {
+    const [name, ...rest] = pair.split("=");
+    return [name.trim(), rest.join("=").trim()];
+  }));
 }
 function number(text) { return Number.isFinite(Number(text)) ? Number(text) : text; }
 
