@@ -19,6 +19,8 @@ from evomerge.errors import InputError
 from evomerge.merging import inputs as inputs_module
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.inputs import Inputs, token_ids
+from evomerge.merging.path import merged_tensors, site_of
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.texts import text_warnings
 
 LINES = ("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19")
@@ -116,6 +118,21 @@ def test_weights_that_stand_the_other_way_say_so(tmp_path: Path) -> None:
     given = inputs(source, tmp_path / "kept").of(("a", stored))
     assert (given.axis, given.gram.shape) == (0, (16, 16))
     assert source.tensors[stored].shape[0] == 16
+
+
+def test_methods_are_told_the_side_of_the_input_without_texts(llama: Source, tmp_path: Path) -> None:
+    """By the site of every matrix as texts show it: a method that works on weights alone need not run a model."""
+    gpt2 = opened(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=64), tmp_path)
+    for source, axes in ((llama, {1}), (gpt2, {0})):
+        found, seen = inputs(source), set()
+        blend = Blend(method="linear", sources=("a",), parameters={"weight": 1.0})
+        recipe = StackRecipe.uniform(blend, sources={"a": ""}, tokenizer="a", layers=source.layers)
+        for merged in merged_tensors(recipe, {"a": source}):
+            site = site_of(merged, recipe, blend, {"a": source})
+            if site.is_matrix and site.role.layer == 0:
+                assert site.input_axis == found.of(site.refs["a"]).axis
+                seen.add(site.input_axis)
+        assert seen == axes
 
 
 def test_experts_that_are_computed_as_one_are_refused_by_name(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class Source:
         roles: the role of each of them. A tied head has no tensor of its own, so there is then no role "head".
         layers: number of layers in the stack.
         tied: the head is the embedding, and has no tensor of its own.
+        turned: names of the weights that are stored as inputs by outputs, as those of GPT-2's layers are.
         folds, normed: how the scales of a path go into its tensors: see ``Blueprint``.
         files: all files that make this model what it is: weights, index, configurations, tokenizer, adapters.
         warnings: sentences for a person.
@@ -83,6 +84,7 @@ class Source:
     roles: Mapping[str, Role]
     layers: int
     tied: bool
+    turned: frozenset[str]
     folds: Mapping[str, Fold]
     normed: bool
     files: tuple[Path, ...]
@@ -196,6 +198,7 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         roles=plan.roles,
         layers=plan.layers,
         tied=bool(plan.tied),
+        turned=plan.turned,
         folds=plan.folds,
         normed=plan.normed,
         files=_files(folder, stored),

@@ -67,7 +67,8 @@ def site_of(merged: Merged, recipe: StackRecipe, blend: Blend, sources: Mapping[
     names = (*((blend.base,) if blend.base is not None else ()), *blend.sources)
     refs = {name: _ref(merged, recipe, name) for name in names}
     source, stored = refs[names[-1]]
-    return Site(merged.stored, merged.role, tuple(sources[source].tensors[stored].shape), refs)
+    shape = tuple(sources[source].tensors[stored].shape)
+    return Site(merged.stored, merged.role, shape, refs, input_axis=0 if stored in sources[source].turned else 1)
 
 
 def _ref(merged: Merged, recipe: StackRecipe, source: str) -> Ref:

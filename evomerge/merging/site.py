@@ -20,12 +20,15 @@ class Site:
         role: what it is in the merged model.
         shape: of it, and of each tensor that it is made from.
         refs: by source, the base among them where there is one: where each has it.
+        input_axis: of a matrix of a layer, the dimension along which it meets the layer's input: 1 of [out, in], 0 of
+            [in, out], as GPT-2 stores it.
     """
 
     name: str
     role: Role
     shape: tuple[int, ...]
     refs: Mapping[str, Ref]
+    input_axis: int = 1
 
     @property
     def is_matrix(self) -> bool:

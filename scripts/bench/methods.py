@@ -210,7 +210,9 @@ class Bench:
         number = len(self._prepared.evaluators)
         return float(self._run(recipe, [Task(number, "search", range(1))]).scores[0]["change"][0])
 
-    def score(self, recipe: StackRecipe, split: Literal["search", "held_out"], items: Sequence[Sequence[int]]) -> Scores:
+    def score(
+        self, recipe: StackRecipe, split: Literal["search", "held_out"], items: Sequence[Sequence[int]]
+    ) -> Scores:
         """Scores of some items of each objective, one objective after the other."""
         objectives = self._prepared.setup.objectives
         tasks = [Task(o.evaluator, split, list(some)) for o, some in zip(objectives, items, strict=True)]
@@ -274,7 +276,9 @@ def run(bench: Bench, name: str, out: Path) -> None:
         for setting, candidate in chosen.items():
             if key(candidate) not in held:
                 held[key(candidate)] = bench.held_out(bench.of(case, candidate)).tolist()
-            rows.append({"seed": seed, "setting": setting, "candidate": json.loads(key(candidate)), "held": key(candidate)})
+            rows.append(
+                {"seed": seed, "setting": setting, "candidate": json.loads(key(candidate)), "held": key(candidate)}
+            )
     result = {"method": name, "rows": rows, "held_out": held, "seconds": time.time() - started}
     write(out, result)
     tuned = np.mean([np.mean(held[row["held"]]) for row in rows if row["setting"] == "tuned"])
@@ -327,7 +331,15 @@ def rows_of(folder: Path, problem: str) -> list[dict[str, Any]]:
             rows.append(row_of(problem, name, setting, tuned_scores(result, setting), baseline))
     rows.sort(key=lambda row: (row["setting"] != "tuned", -row["held_out"]))
     for name, held in json.loads(place(folder, problem, "sources").read_text())["held_out"].items():
-        rows.append(row_of(problem, name, "source" if name != "plain average" else "paper", np.array([held] * len(baseline)), baseline))
+        rows.append(
+            row_of(
+                problem,
+                name,
+                "source" if name != "plain average" else "paper",
+                np.array([held] * len(baseline)),
+                baseline,
+            )
+        )
     return rows
 
 
@@ -340,7 +352,9 @@ def row_of(problem: str, name: str, setting: str, scores: Scores, baseline: Scor
 
 
 def report(folder: Path) -> None:
-    rows = [row for problem in PROBLEMS if place(folder, problem, BASELINE).exists() for row in rows_of(folder, problem)]
+    rows = [
+        row for problem in PROBLEMS if place(folder, problem, BASELINE).exists() for row in rows_of(folder, problem)
+    ]
     docs = ROOT / "docs"
     (docs / "methods.json").write_text(json.dumps({"seeds": len(SEEDS), "rows": rows}, indent=2) + "\n")
     for row in rows:
@@ -365,7 +379,10 @@ def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             some = [row for row in rows if row["problem"] == problem and row["setting"] == setting]
             heights = [-names.index(row["method"]) for row in some]
             middles = [row["difference"] for row in some]
-            reach = [[row["difference"] - row["low"] for row in some], [row["high"] - row["difference"] for row in some]]
+            reach = [
+                [row["difference"] - row["low"] for row in some],
+                [row["high"] - row["difference"] for row in some],
+            ]
             axes.errorbar(middles, heights, xerr=reach, fmt="o", ms=4, lw=1, color=colour, label=setting)
         axes.axvline(0, color="0.4", lw=1)
         axes.set_yticks([-place for place in range(len(names))], names, fontsize=8)
