@@ -9,7 +9,7 @@ import numpy as np
 
 from evomerge.genome import Parameter
 from evomerge.method import Method, MethodParameter, Point, Value, default_parameters, value_at
-from evomerge.recipes.stack import Blend
+from evomerge.recipes.stack import Basis, Blend
 from search_spaces.base import SpaceContext
 
 
@@ -50,6 +50,7 @@ class MethodGenes:
         bounds: by parameter, where the method's own range is not wanted. One that is not ``searched`` is with bounds.
         fixed: values of parameters that are not searched.
         switches: the method's yes/no settings, where its defaults are not wanted.
+        basis: of the blend.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class MethodGenes:
         bounds: Mapping[str, tuple[float, float]] | None = None,
         fixed: Mapping[str, Value] | None = None,
         switches: Mapping[str, bool] | None = None,
+        basis: Basis | None = None,
     ) -> None:
         self._method = method
         self._sources = context.mixed
-        self._base = context.base if method.needs_base else None
+        self._base = context.base if method.needs_base or basis else None
+        self._basis = basis
         self._fixed = dict(fixed or {})
         self._switches = dict(switches or {})
         self._genes = list(self._lay_out(dict(bounds or {})))
@@ -90,7 +93,9 @@ class MethodGenes:
                 of_sources[gene.source] = gene.value(number)
             else:
                 values[gene.parameter.name] = gene.value(number)
-        return Blend(method=self._method.name, sources=self._sources, base=self._base, parameters=values)
+        return Blend(
+            method=self._method.name, sources=self._sources, base=self._base, parameters=values, basis=self._basis
+        )
 
     def numbers_at(self, point: Point | None) -> list[float] | None:
         """The numbers of a point; None where bounds or what is fixed forbid it, or it leaves a number open."""

@@ -17,7 +17,7 @@ from pydantic import Field, FiniteFloat
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend
-from evomerge.recipes.stack import Blend, ChoiceName, Role, StackRecipe, roles
+from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.method_genes import MethodGenes
 
@@ -34,6 +34,8 @@ class ParameterSpaceSettings(SpaceSettings):
             leaves alone by default (``lambda``, ``gamma``, ``epsilon``) are searched when they are given one.
         fixed: a parameter that is not searched: ``density: 0.5``.
         switches: the method's yes/no settings: ``normalize: true``.
+        basis: "core" where all sources but the base are low-rank adapters of it (LoRA): the method merges these in the
+            few coordinates that hold all of their changes. Of the weights' own where nothing is said.
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
@@ -42,6 +44,7 @@ class ParameterSpaceSettings(SpaceSettings):
     bounds: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
     fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)
     switches: dict[str, bool] = Field(default_factory=dict)
+    basis: Basis | None = None
 
     def build(self, context: SpaceContext) -> ParameterSpace:
         method = context.method(self.method)
@@ -49,6 +52,8 @@ class ParameterSpaceSettings(SpaceSettings):
         self._check_names(method)
         if method.needs_base and context.base is None:
             raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
+        if self.basis is not None and context.base is None:
+            raise InputError("space.basis", "merges changes of a base, and there is none", "Name it: `base: NAME`.")
         if isinstance(self.granularity, int) and self.granularity > context.layers:
             raise InputError(
                 "space.granularity", f"is {self.granularity}, but the sources have {context.layers} layers"
@@ -95,7 +100,9 @@ class ParameterSpace:
         self._context = context
         self._method = context.method(settings.method)
         self._group_of = {role: self._group(role) for role in roles(context.layers)}
-        self._genes = MethodGenes(self._method, context, settings.bounds, settings.fixed, settings.switches)
+        self._genes = MethodGenes(
+            self._method, context, settings.bounds, settings.fixed, settings.switches, settings.basis
+        )
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
         self.layer_buffers = self.hops = context.layers

@@ -70,6 +70,15 @@ class LowRank:
     turned: bool
     magnitude: TensorEntry | None = None
 
+    def factors(self, view: Callable[[TensorEntry], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """L [rows, rank] and R [rank, columns] of the weight as it is stored, to which s L R is added: float32.
+
+        Args:
+            view: gives the tensor of an entry.
+        """
+        up, down = view(self.up).float(), view(self.down).float()
+        return (down.T, up.T) if self.turned else (up, down)
+
     def apply(
         self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor], *, first: bool
     ) -> None:
@@ -81,8 +90,7 @@ class LowRank:
             view: gives the tensor of an entry.
             first: there are no adapters before.
         """
-        up, down = view(self.up).float(), view(self.down).float()
-        left, right = (down.T, up.T) if self.turned else (up, down)
+        left, right = self.factors(view)
         weight.addmm_(left, right, alpha=self.scale)
         if self.magnitude is None:
             return

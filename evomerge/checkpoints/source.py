@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
-from evomerge.checkpoints.adapters import Adapter, Base, Change, fold, open_adapter
+from evomerge.checkpoints.adapters import Adapter, Base, Change, LowRank, fold, open_adapter
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.config import check_config, check_lists
 from evomerge.checkpoints.folder import (
@@ -66,6 +66,7 @@ class Source:
         warnings: sentences for a person.
         adapters: the folders of the adapters on it, in their order.
         changes: what adapters do to tensors, by name, in the order of the adapters.
+        replaced: the tensors that adapters hold in full.
         tokenizer_texts: the files of the tokenizer, by name, where those in the folder do not count.
     """
 
@@ -91,6 +92,7 @@ class Source:
     warnings: tuple[str, ...]
     adapters: tuple[Path, ...] = ()
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
     tokenizer_texts: Mapping[str, str] = field(default_factory=dict)
     _maps: dict[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -126,6 +128,11 @@ class Source:
     def read_stored(self, name: str) -> torch.Tensor:
         """A tensor as the files hold it, without what adapters change: a view, in its stored dtype."""
         return self._view(self.tensors[name])
+
+    def low_rank(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """L, R and s of each adapter that adds s L R to a tensor; see ``LowRank.factors``. None has a magnitude."""
+        changes = self.changes.get(name, ())
+        return [(*change.factors(self._view), change.scale) for change in changes if isinstance(change, LowRank)]
 
     def release(self, name: str) -> None:
         """Let the system take back the memory that holds a tensor of the mapped files. It is read anew when needed."""
@@ -236,8 +243,15 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
             sentence = f"the adapter {adapter.folder} was trained on {adapter.base}; it is put on {model}"
             warnings += (printable(sentence),)
     files = (*source.files, *(file for adapter in adapters for file in adapter.files))
-    folders = tuple(adapter.folder for adapter in adapters)
-    return replace(source, tensors=tensors, adapters=folders, changes=changes, files=files, warnings=warnings)
+    return replace(
+        source,
+        tensors=tensors,
+        adapters=tuple(adapter.folder for adapter in adapters),
+        changes=changes,
+        replaced=tuple(dict.fromkeys(name for adapter in adapters for name in adapter.replaced)),
+        files=files,
+        warnings=warnings,
+    )
 
 
 def _tensors(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.path import Merged, giver, merged_tensors
-from evomerge.recipes.stack import StackRecipe, renumber
+from evomerge.recipes.stack import Blend, StackRecipe, renumber
 
 if TYPE_CHECKING:  # needs transformers, which takes seconds to import
     from evomerge.checkpoints.stack import Stack, Step
@@ -40,13 +40,22 @@ def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[li
     outside: list[Made] = []
     hops: list[list[Made]] = [[] for _ in recipe.hops]
     for merged in merged_tensors(recipe, sources):
-        blend = blends[recipe.blend_number(merged.role, merged.name)]
+        number = recipe.blend_number(merged.role, merged.name)
+        base = _unchanged(merged, recipe.blends[number], sources)
+        blend = blends[number] if base is None else base
         if merged.role.layer is None:
             outside.append(Made(merged, merged.name, (blend, recipe.seed)))
         else:
             place = renumber(merged.stored, merged.origin, 0)
             hops[merged.role.layer].append(Made(merged, place, (blend, layers[merged.role.layer], recipe.seed)))
     return outside, hops
+
+
+def _unchanged(merged: Merged, blend: Blend, sources: Mapping[str, Source]) -> str | None:
+    """The base whose own tensor it is: one that no adapter changes, in core space; None where the blend makes it."""
+    if blend.basis is None or any(merged.stored in sources[name].changes for name in blend.sources):
+        return None
+    return blend.base
 
 
 def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:

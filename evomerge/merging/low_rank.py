@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.source import Source
+from evomerge.merging.core_space import NotLowRankError, check_adapters
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import WorkerThreads
@@ -29,10 +29,6 @@ from evomerge.vocabulary import Vocabulary
 
 _ROUNDING = 1e-6
 """By how much coefficients may miss a sum of 1, beside the sum of their sizes: float32 tells no more of a weight."""
-
-
-class NotLowRankError(ValueError):
-    """Why sources or a recipe are no weighted sum of low-rank adapters, in words for a person."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,8 @@ def family_of(sources: Mapping[str, Source]) -> Family:
     if base is None:
         raise NotLowRankError("the model under the adapters is not a source itself")
     for name, source in sources.items():
-        _check_adapters(name, source, base, sources[base])
+        check_adapters(name, source, base, sources[base])
+        _check_rows(name, source)
     adapted = tuple(name for name, source in sources.items() if source.changes)
     if not adapted:
         raise NotLowRankError("no source has a low-rank adapter")
@@ -85,23 +82,13 @@ def family_of(sources: Mapping[str, Source]) -> Family:
     return Family(base, adapted, tuple(weight for weight in sources[base].tensors if weight in changed))
 
 
-def _check_adapters(name: str, source: Source, base: str, model: Source) -> None:
-    if source.folder != model.folder:
-        raise NotLowRankError(f"{name} is another model than {base}, not an adapter of it")
-    if type(source) is not Source:
-        raise NotLowRankError("the sources' embeddings are laid out for another vocabulary")
-    if whole := [tensor for tensor, entry in source.tensors.items() if entry != model.tensors[tensor]]:
-        raise NotLowRankError(f"the adapter of {name} holds {whole[0]} in full (modules_to_save, or a trained bias)")
-    for tensor, changes in source.changes.items():
+def _check_rows(name: str, source: Source) -> None:
+    """Refuse an adapter of what cannot be computed beside the weights."""
+    for tensor in source.changes:
         if source.roles[tensor].kind == "embedding":
             raise NotLowRankError(f"the adapter of {name} changes the embedding, {tensor}")
         if source.parts[tensor].cuts:
             raise NotLowRankError(f"the adapter of {name} changes {tensor}, which is one piece of a larger tensor")
-        for change in changes:
-            if not isinstance(change, LowRank):
-                raise NotLowRankError(f"the adapter of {name} moves the bias {tensor} (lora_bias)")
-            if change.magnitude is not None:
-                raise NotLowRankError(f"the adapter of {name} is a DoRA: its norms are no sum")
 
 
 def base_recipe(recipe: Recipe, sources: Mapping[str, Source], family: Family) -> StackRecipe:
@@ -148,6 +135,8 @@ def _combined(
 ) -> Mapping[str, float]:
     """The coefficients of a tensor by source: a linear combination that leaves what sources share as it is."""
     blend = recipe.blend_for(merged.role, merged.name)
+    if blend.basis is not None:
+        raise NotLowRankError(f"{blend.method} merges it in core space")
     facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)
     try:
         plan = find_method(blend.method, "recipe.blends").plan(facts, blend)

@@ -13,6 +13,7 @@ from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
+from evomerge.merging.core_space import CoreSpace, check_core
 from evomerge.merging.device import DeviceRunner, DeviceRunners, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
@@ -57,6 +58,8 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
         method = find_method(blend.method, place)
         check_blend(blend, method, place)
         check_needs(method, () if recipe.calibration is None else ("calibration",), place)
+        if blend.basis == "core":
+            check_core(blend, recipe, sources, f"{place}.basis")
     _check_scales(recipe, sources[recipe.tokenizer])
     for number, hop in enumerate(recipe.hops):
         for index in {hop.attention, hop.mlp, hop.norm}:
@@ -131,6 +134,7 @@ class Materialiser:
         self._folds: dict[Ref, Tensor] = {}
         self._weights = Weights(self.read, self._threads)
         self._evidence = evidence or Evidence()
+        self._core_space = CoreSpace(sources, self._evidence, self._threads)
         self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
         self._live: LiveModel | None = None
 
@@ -304,6 +308,8 @@ class Materialiser:
     def _planned(self, merged: Merged, recipe: StackRecipe) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
         blend = recipe.blend_for(merged.role, merged.name)
+        if blend.basis == "core":
+            return self._core_space.planned(merged, blend, recipe.seed)
         site = site_of(merged, recipe, blend, self._sources)
         method = find_method(blend.method, "recipe.blends")
         plan = method.plan(Facts(site, self._weights, self._evidence, recipe.seed, self._inputs), blend)

@@ -31,6 +31,7 @@ from evomerge.vocabulary import Vocabulary
 
 RoleKind = Literal["embedding", "attention", "mlp", "norm", "head"]
 Scaling = Literal["stream", "update"]
+Basis = Literal["core"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,24 @@ class Blend(Frozen):
     ``parameters`` maps a parameter's name to one value, to a value for each source by name, or to a yes/no switch. A
     value is a number (a whole one, too, is a float) or the name of a choice.
     ``sources`` never holds the base unless the base is mixed in as a source as well (as in a linear average with it).
+
+    ``basis`` says in which coordinates the method merges: those of the weights, or "core", the few that hold all that
+    low-rank adapters change of a weight. The method is then given changes of ``base``, whose own is zero, and what it
+    makes of them is put on the base (``merging/core_space.py``).
     """
 
     method: str
     sources: tuple[str, ...] = Field(min_length=1)
     base: str | None = None
     parameters: dict[str, bool | Number | ChoiceName | dict[str, Number | ChoiceName]] = Field(default_factory=dict)
+    basis: Basis | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_says_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        if self.basis is None:
+            written.pop("basis", None)
+        return written
 
     def value(self, name: str, source: str | None = None) -> float:
         """One number of this blend; of ``source`` where the parameter has a value for each. KeyError when absent."""

@@ -53,4 +53,5 @@ def _words(blend: Blend) -> str:
         else:
             numbers.append(f"{name} {value_text(value)}")
     onto = f" on {blend.base}" if blend.base else ""
-    return "; ".join([f"{blend.method} of {', '.join(blend.sources)}{onto}", *numbers])
+    basis = " in core space" if blend.basis == "core" else ""
+    return "; ".join([f"{blend.method} of {', '.join(blend.sources)}{onto}{basis}", *numbers])

@@ -145,7 +145,8 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
         if mine is not None and mine is not False:
             numbers.append(name if mine is True else f"{name} {value_text(mine)}")
     onto = f" on {blend.base}" if blend.base else ""
-    lines = [f"{part}, {source}", f"{blend.method}{onto}", *numbers]
+    basis = " in core space" if blend.basis == "core" else ""
+    lines = [f"{part}, {source}", f"{blend.method}{onto}{basis}", *numbers]
     if hop is not None and hop.scale != 1.0:
         lines.append(f"scale {hop.scale:.4g}")
     return "<br>".join(safe(line) for line in lines)

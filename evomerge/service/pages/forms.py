@@ -73,6 +73,8 @@ _OWN_SPACES = (
             Field("method", "Method", default="task_arithmetic", options=_METHODS),
             Field("granularity", "Granularity", options=("model", "layer", "block"), default="model",
                   hint="what has numbers of its own; by hand also a number of layers"),
+            Field("basis", "Adapters in core space", options=("", "core"), labels=("no", "yes"),
+                  hint="for LoRA adapters of one base: their changes in the few coordinates that hold them"),
         ),
     ),
     Group(
