@@ -39,6 +39,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "ramplus_tl": "evomerge.methods.ram:RAMPLUS_TL",
         "arcee_fusion": "evomerge.methods.arcee_fusion:ARCEE_FUSION",
         "nearswap": "evomerge.methods.nearswap:NEARSWAP",
+        "tsv": "evomerge.methods.tsv:TSV",
     },
     "evomerge.search_spaces": {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",

@@ -290,9 +290,11 @@ def test_the_small_form_holds_on_what_the_kit_lists_alone(tmp_path: Path) -> Non
     assert [row["name"] for row in rows if not row["ok"]] == []
     assert all(set(row) == {"name", "ok", "figure"} and row["figure"] for row in rows)
     names = {row["name"] for row in rows}
-    assert names >= {f"{part} {method}" for part in ("method", "bandwidth") for method in own_methods()}
+    matrices = {"tsv"}  # whose passes are products of matrices, not at the speed of memory
+    assert names >= {f"method {method}" for method in own_methods()} | {f"matrix {method}" for method in matrices}
+    assert names >= {f"bandwidth {method}" for method in own_methods() if method not in matrices}
     assert names >= {
-        "matrix tsv_merge", "matrix regmean", "residency device", "residency pinned", "residency mapped",
+        "matrix regmean", "residency device", "residency pinned", "residency mapped",
         "live equals export", "out of memory", "search of a synthetic model", "two workers on one device",
     }  # fmt: skip
 

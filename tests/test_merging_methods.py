@@ -123,6 +123,11 @@ class TestNearswap(MethodContract):
     whole = None
 
 
+class TestTsv(MethodContract):
+    method = METHODS["tsv"]
+    tolerance: ClassVar[float] = 1e-5
+
+
 def test_every_method_is_held_to_its_contract() -> None:
     held = {kind.method.name for kind in MethodContract.__subclasses__()}
     assert held >= set(METHODS)

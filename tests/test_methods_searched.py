@@ -12,7 +12,7 @@ from evomerge.method import own_methods
 from evomerge.store import Store
 
 METHODS = own_methods()
-# Grain "element", the same with draws, and grain "row"; test_plugins.py has one of grain "tensor".
+# Grain "element", the same with draws, and grain "row"; test_tsv.py has one of grain "tensor".
 COMMIT = ("slerp", "dare_ties", "della")
 ITEMS = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
 

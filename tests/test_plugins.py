@@ -15,10 +15,10 @@ import torch
 from averaged_logits import AveragedLogits, AveragedLogitsBuilder
 from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, search_file
 from map_elites import MapElitesSettings
+from median import MEDIAN
 from picture_size import PictureSizeSettings, png_size
 from regmean import REGMEAN
 from transformers import AutoModelForCausalLM
-from tsv_merge import TSV_MERGE
 
 from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.scoring import score
@@ -28,16 +28,13 @@ from evomerge.genome import Parameter
 from evomerge.inference.reading import Reader
 from evomerge.merging import inputs
 from evomerge.merging.builders import BuildContext
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Elementwise, Pass, Whole
-from evomerge.merging.site import Site
-from evomerge.method import Method, find_method
+from evomerge.method import Method
 from evomerge.optimizers import Feature, Grid
 from evomerge.optimizers.base import Settings
 from evomerge.recipes.base import read_recipe
-from evomerge.recipes.stack import Blend, Role
+from evomerge.recipes.stack import Blend
 from evomerge.store import Store
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.methods import MadeUpInputs, MethodContract, merge, tensors
@@ -47,35 +44,12 @@ from evomerge.testing.optimizers import SPACE, OptimizerContract, observed, sphe
 pytestmark = pytest.mark.usefixtures("plugins_installed")
 
 
-class TestTsvMerge(MethodContract):
-    tolerance: ClassVar[float] = 1e-5
-    method = TSV_MERGE
-    whole = None
-
-    @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (900, 700)])
-    def test_is_the_plain_formula_in_float64(self, shape: tuple[int, int]) -> None:
-        random = torch.Generator().manual_seed(0)
-        base, *sources = (torch.randn(shape, generator=random) for _ in range(3))
-        weights = {"s0": 0.7, "s1": 1.2}
-        blend = self.blend(count=2).model_copy(update={"parameters": {"weight": weights, "lambda": 0.8}})
-        k = min(shape) // 2
-        parts = [np.linalg.svd((source - base).double().numpy(), full_matrices=False) for source in sources]
-        sides = np.hstack([u[:, :k] for u, _, _ in parts]), np.vstack([v[:k] for _, _, v in parts])
-        polar = [p @ q for p, _, q in (np.linalg.svd(side, full_matrices=False) for side in sides)]
-        sizes = np.concatenate([w * s[:k] for w, (_, s, _) in zip(weights.values(), parts, strict=True)])
-        wanted = base.double().numpy() + 0.8 * (polar[0] * sizes) @ polar[1]
-        assert np.abs(merge(self.method, base, sources, blend).numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
-
-    def test_a_change_of_low_rank_is_not_given_directions_that_it_has_not(self) -> None:
-        random = torch.Generator().manual_seed(0)
-        base, down, up = (torch.randn(shape, generator=random) for shape in ((40, 60), (2, 60), (40, 2)))
-        source = base + up @ down
-        blend = self.blend({"weight": 1.0}, count=1)
-        assert torch.allclose(merge(self.method, base, [source], blend), source, atol=1e-4)
+class TestMedian(MethodContract):
+    method = MEDIAN
 
 
 def _svd_by_rows(facts: Facts, blend: Blend) -> Pass:
-    """As TSV-Merge would have to be written if there were no passes of whole tensors; wrong beyond one piece."""
+    """As a decomposition would have to be written if there were no passes of whole tensors; wrong beyond one piece."""
 
     def rows(given: list[torch.Tensor], first: int) -> torch.Tensor:
         base, *sources = given
@@ -111,40 +85,16 @@ def test_the_contract_catches_a_decomposition_of_pieces() -> None:
         Wrong().test_large_tensors_are_made_as_the_plain_definition_makes_them_whole()
 
 
-def test_weights_alone_decompose_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a second candidate, not a second worker, and not the export."""
-    method, names = find_method("tsv_merge", "space.method"), ("base", "one", "two")
-    held = dict(zip(names, tensors(3, (40, 30)), strict=True))
-    site = Site("w", Role("mlp", 0), (40, 30), {name: (name, "w") for name in names})
-    weights, contents = Weights(lambda ref: held[ref[0]], WorkerThreads(1)), dict.fromkeys(names, "digest")
-    counted, svd = [], torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: (counted.append(1), svd(*a, **k))[1])
-    made = []
-    for weight in (0.5, 1.0, 0.5):
-        parameters = {"weight": {"one": weight, "two": 1.0}}
-        blend = Blend(method="tsv_merge", sources=("one", "two"), base="base", parameters=parameters)
-        plan = method.plan(Facts(site, weights, Evidence(tmp_path, contents), seed=0), blend)
-        out = torch.empty(40, 30)
-        WorkerThreads(1).run([TensorJob(plan, [held[name] for name in plan.inputs], out)])
-        made.append(out)
-    assert len(counted) == 4  # two changes and two sides, once
-    assert torch.equal(made[0], made[2])
-    assert not torch.equal(made[0], made[1])
-
-
-def test_a_method_of_ones_own_is_searched_resumed_and_exported_and_decomposes_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_of_ones_own_is_searched_resumed_and_exported(tmp_path: Path) -> None:
     items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
     file = search_file(
         tmp_path,
-        space={"method": "tsv_merge"},
+        space={"method": "median"},
         objectives={"mini_math_ja": items},
         budget={"candidates": 8},
         confirm={"top": 1},
     )
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
-    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("decomposed again"))
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
     with Store.open(tmp_path / "search" / "search.db") as store:
         assert store.counts()["failed"] == 0

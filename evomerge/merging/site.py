@@ -34,3 +34,10 @@ class Site:
     def is_matrix(self) -> bool:
         """Whether it is a matrix of a layer, as opposed to a vector, an embedding or a head."""
         return len(self.shape) == 2 and self.role.layer is not None
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices of a layer it holds: one, as many as experts that are kept in one tensor, or none."""
+        if self.role.layer is not None and len(self.shape) == 3 and min(self.shape[1:]) > 1:  # no kernel of channels
+            return self.shape[0]
+        return int(self.is_matrix)

@@ -1,4 +1,4 @@
-"""What a merge costs beside a plain copy, for every method: both move bytes, and little else should count.
+"""What a merge costs beside a plain copy, for every method that moves bytes while little else counts.
 
 A merge of n tensors into one moves n + 1 of them, a copy two. They run in turns and are compared pair by pair, so that
 a device that changes its pace changes both; the median of the ratios counts. What a method plans is not timed, and
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from check_methods import METHODS, planned
+from check_methods import MATRIX_METHODS, METHODS, planned
 from check_passes import fine_tunes
 from kit import CPU, Row, Setting, check
 from torch import Tensor
@@ -30,7 +30,7 @@ _CALLS = 4  # in a row: one alone would be timed with its launch
 
 
 def rows() -> list[Row]:
-    return [Row(f"bandwidth {name}", partial(_measure, name)) for name in METHODS]
+    return [Row(f"bandwidth {name}", partial(_measure, name)) for name in METHODS if name not in MATRIX_METHODS]
 
 
 def _measure(name: str, setting: Setting) -> str:

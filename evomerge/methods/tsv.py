@@ -1,0 +1,131 @@
+"""TSV-Merge: task vectors by their singular vectors, which are made orthogonal between the sources.
+
+Gargiulo et al., "Task Singular Vectors: reducing task interference in model merging" (arXiv 2412.00081), section 4:
+for each matrix and source i with d_i = U_i S_i V_i^T (1), keep the first k = r / n of r singular vectors for each of n
+sources, set them side by side, U = [U_1 ... U_n] and V = [V_1 ... V_n], replace U and V by their nearest orthogonal
+matrices (5), and put the product together again: b + lambda U S V^T (6). What is no matrix of a layer is a mean.
+
+Weights w_i multiply S_i. They leave U and V as they are, so decompositions are made once, and a candidate costs one
+product of matrices. Another k is another U and V; so k is no number of its own but halved so many times, and there are
+few of them to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Combine, Pass, Whole
+from evomerge.merging.plans import added, base_of, number, values
+from evomerge.method import Method, MethodParameter
+from evomerge.methods.parameters import scale, weight
+from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.merging.evidence import Tensors
+    from evomerge.merging.facts import Facts
+
+
+def tsv(facts: Facts, blend: Blend) -> Pass:
+    """b + lambda U S V^T, S of the values w_i S_i. Experts that are kept in one tensor are matrices of their own."""
+    base, factor, weights = base_of(blend), number(blend, "lambda", 1.0), values(blend, "weight")
+    halvings = int(number(blend, "halvings", 0))
+    if not facts.site.matrices:
+        return added(base, blend.sources, [factor * w / len(weights) for w in weights])
+    if len(weights) == 1 and halvings == 0:  # all of its singular vectors, which are orthogonal as they are
+        return added(base, blend.sources, [factor * weights[0]])
+    names = (base, *blend.sources)
+    of_each = [_vectors(facts, names, halvings, number_of) for number_of in range(facts.site.matrices)]
+    if not any(weights):
+        return Combine({base: 1.0})
+    scales = [x["sizes"] * x["sizes"].new_tensor(weights)[x["owners"]] * factor for x in of_each]
+
+    def whole(tensors: Sequence[Tensor]) -> Tensor:
+        merged = tensors[0].reshape(-1, *tensors[0].shape[-2:]).clone()
+        for matrix, vectors, sizes in zip(merged, of_each, scales, strict=True):
+            left, scaled, right = (x.to(matrix.device) for x in (vectors["left"], sizes, vectors["right"]))
+            matrix.addmm_(left * scaled, right)
+        return merged.view(tensors[0].shape)
+
+    return Whole((base,), whole)
+
+
+def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> Tensors:
+    """The orthogonal vectors of one of a tensor's matrices, of a base and its sources; see ``_orthogonal``."""
+
+    def compute() -> Tensors:
+        if halvings:
+            return _fewer(_vectors(facts, names, 0, matrix), halvings, facts.site.name)
+        tensors = [tensor.view(-1, *tensor.shape[-2:])[matrix] for tensor in facts.tensors(names)]
+        return _decomposed(tensors, facts.site.name)
+
+    return facts.once("task singular vectors 1", names, compute, halvings=float(halvings), matrix=float(matrix))
+
+
+def _decomposed(tensors: Sequence[Tensor], name: str) -> Tensors:
+    """The vectors of a base and n sources, [rows, columns] each: the r / n first of each, or as many as it has."""
+    import torch
+
+    from evomerge.merging.spectra import as_wide, rounding, spectrum
+
+    origin, *sources = tensors
+    noise, most = rounding(origin), max(1, min(origin.shape) // len(sources))
+    short, long, sizes, owners = [], [], [], []
+    for number_of, source in enumerate(sources):
+        change = source.double() - origin.double()
+        found = spectrum(change, noise, name=name)
+        vectors, values = found.vectors[:, :most], found.sizes[:most]
+        short.append(vectors)
+        long.append(as_wide(change).T @ vectors / values)
+        sizes.append(values)
+        owners.append(torch.full((len(values),), number_of))
+    sides = torch.cat(short, dim=1), torch.cat(long, dim=1)
+    wide = origin.shape[0] <= origin.shape[1]
+    return _orthogonal(*(sides if wide else sides[::-1]), torch.cat(sizes), torch.cat(owners), name)
+
+
+def _orthogonal(left: Tensor, right: Tensor, sizes: Tensor, owners: Tensor, name: str) -> dict[str, Tensor]:
+    """Of singular vectors of all sources, float64 [rows, k] and [columns, k].
+
+    Returns:
+        left [rows, k], right [k, columns]: the orthogonal vectors nearest to them, float32. left_gram, right_gram
+        [k, k]: of their own inner products with those that they came from, which gives these back. sizes [k]: the
+        singular values. owners int64 [k]: to which source each belongs.
+    """
+    from evomerge.merging.spectra import nearest_orthogonal
+
+    made = {"sizes": sizes.float(), "owners": owners}
+    for side, vectors in (("left", left), ("right", right)):
+        near = nearest_orthogonal(vectors, name=name)
+        made[f"{side}_gram"] = (near.T @ vectors).float().contiguous()
+        made[side] = (near if side == "left" else near.T).float().contiguous()
+    return made
+
+
+def _fewer(whole: Tensors, halvings: int, name: str) -> Tensors:
+    """The vectors where of each source the first of its own are kept alone, their number halved so many times."""
+    import torch
+
+    owners = whole["owners"]
+    counts = torch.bincount(owners) if len(owners) else owners
+    place = torch.cat([torch.arange(count) for count in counts.tolist()]) if len(owners) else owners
+    kept = place < (counts >> halvings).clamp(min=1)[owners]
+    left = whole["left"].double() @ whole["left_gram"][:, kept].double()
+    right = whole["right"].T.double() @ whole["right_gram"][:, kept].double()
+    return _orthogonal(left, right, whole["sizes"][kept], owners[kept], name)
+
+
+TSV = Method(
+    "tsv",
+    tsv,
+    (
+        weight(1.0),
+        scale(),
+        MethodParameter("halvings", "blend", low=0, high=3, default=0, searched=False, kind="int", limits=(0, 20)),
+    ),
+    needs_base=True,
+    title="TSV-Merge",
+    reference="arXiv 2412.00081",
+)
