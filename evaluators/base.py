@@ -31,6 +31,9 @@ MODEL = "a model"
 ModelReference = Annotated[str, MODEL]
 """A setting that names a model: its folder, which the search file may give relative to itself, or an id on the hub."""
 
+OptionalModel = Annotated[str | None, MODEL]
+"""The same where it may be left out."""
+
 FOLDER = "a folder"
 """Marks a setting whose path is that of a folder, not of a file."""
 

@@ -1,4 +1,4 @@
-"""How far a model is from another, such as its base: the norm of what merging changed in its weights.
+"""How far a model is from its search's base, or from another model: the norm of what merging changed in its weights.
 
 Losses of merged models follow this norm more than the direction of the change: a merge that went far is mostly broken,
 and one that went nowhere is its base. It is known exactly, without a prompt.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from evaluators.base import EvaluatorSettings, Graded, ImperativeEvaluator, Item, ModelReference, Split
+from evaluators.base import EvaluatorSettings, Graded, ImperativeEvaluator, Item, OptionalModel, Split
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,40 +31,33 @@ class ChangeSettings(EvaluatorSettings):
     """What the search file says of the model that others are measured from.
 
     Attributes:
-        model: a folder, ``org/name`` on the hub, or either with adapters behind a "+".
+        model: a folder, ``org/name`` on the hub, or either with adapters behind a "+"; the search's base when None.
     """
 
     kind: Literal["change"] = "change"
-    model: ModelReference
+    model: OptionalModel = None
 
     def known_metrics(self) -> Collection[str]:
         return ("change",)
 
-    def build(self) -> ChangeEvaluator:
-        """Open the model, headers only, and take its fingerprint.
+    def build(self) -> BaseChangeEvaluator:
+        """The evaluator; of another model than the base it is opened, headers only, and its fingerprint taken.
 
         Raises:
             InputError: it cannot be opened.
         """
-        return ChangeEvaluator(self)
+        return BaseChangeEvaluator() if self.model is None else ChangeEvaluator(self.model)
 
 
-class ChangeEvaluator(ImperativeEvaluator):
-    """Scores a model by ``change``: norm(W - W0) / norm(W0) over all weights, W0 those of the other model.
+class BaseChangeEvaluator(ImperativeEvaluator):
+    """Scores a model by ``change``, as it was measured when the model was made: see ``evomerge.merging.change``.
 
-    Tensors are compared with those of the same name, of a path those of each hop with the layer of its number; a tensor
-    that the other model has not, or in another shape, as of another vocabulary, is left out. Each split has one item,
-    which is the model itself. Less counts as better, where it counts.
+    Each split has one item, which is the model itself. Less counts as better, where it counts.
     """
 
-    def __init__(self, settings: ChangeSettings) -> None:
-        from evomerge.checkpoints.fingerprints import content_digest, fingerprint
-        from evomerge.checkpoints.source import open_source
-
+    def __init__(self) -> None:
         self.name = "change"
-        self._from: Source = open_source("model", settings.model, place="model")
-        digest = content_digest(fingerprint(self._from))
-        self.version = hashlib.sha256(f"change 1 {digest}".encode()).hexdigest()[:16]
+        self.version = _version("base")  # what a search's base holds does not change while it lasts
         self.metrics: Mapping[str, bool] = {"change": False}
         # One item for each split, another one each: nobody could learn anything from it.
         self.splits = {
@@ -75,11 +68,41 @@ class ChangeEvaluator(ImperativeEvaluator):
         """The model's change.
 
         Raises:
+            InputError: nobody has measured it.
+        """
+        if live.change is None:
+            problem = "is not known of this model: it was not measured from a base"
+            raise InputError("change", problem, "Name the model to measure from: `model: MODEL`.")
+        return _graded(live.change, len(indices), 0.0)
+
+
+class ChangeEvaluator(BaseChangeEvaluator):
+    """Scores a model by ``change``: norm(W - W0) / norm(W0) over all weights, W0 those of another model than the base.
+
+    Tensors are compared with those of the same name, of a path those of each hop with the layer of its number; a tensor
+    that the other model has not, or in another shape, as of another vocabulary, is left out.
+
+    Args:
+        model: a reference to the other model.
+    """
+
+    def __init__(self, model: str) -> None:
+        from evomerge.checkpoints.fingerprints import content_digest, fingerprint
+        from evomerge.checkpoints.source import open_source
+
+        super().__init__()
+        self._from: Source = open_source("model", model, place="model")
+        self.version = _version(content_digest(fingerprint(self._from)))
+
+    def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
+        """The model's change.
+
+        Raises:
             InputError: the two models have no tensor in common.
         """
         started = time.perf_counter()
-        scores = {"change": np.full(len(indices), self._change(live), dtype=np.float32)}
-        return Graded(scores, seconds={"score": time.perf_counter() - started})
+        change = self._change(live)
+        return _graded(change, len(indices), time.perf_counter() - started)
 
     def _change(self, live: LiveModel) -> float:
         change = size = 0.0
@@ -103,6 +126,14 @@ class ChangeEvaluator(ImperativeEvaluator):
                 pieces = [torch.split(tensor.reshape(-1), _ELEMENTS) for tensor in (now, before)]
                 yield from zip(*pieces, strict=True)
             self._from.release(name)
+
+
+def _version(measured_from: str) -> str:
+    return hashlib.sha256(f"change 1 {measured_from}".encode()).hexdigest()[:16]
+
+
+def _graded(change: float, items: int, seconds: float) -> Graded:
+    return Graded({"change": np.full(items, change, dtype=np.float32)}, seconds={"score": seconds})
 
 
 def _squares(values: torch.Tensor) -> float:

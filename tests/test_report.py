@@ -489,6 +489,7 @@ def test_a_difference_of_one_item_has_no_interval() -> None:
         ("cost", "layers", True),
         ("cost", "parameters", True),
         ("cost", "tokens_per_second", False),
+        ("change", "change", True),
         ("a", "layers", False),
     ],
 )

@@ -52,7 +52,7 @@ def test_an_old_store_is_opened_with_every_row_as_it_was(old: Path) -> None:
     assert after.pop("answer") == after.pop("item") == []
     for row in after["search"]:
         row["schema_version"] = 1
-    new = {"candidate": {"eligible", "niche", "elite"}, "lease": {"writes", "boot", "expires_since_boot"},
+    new = {"candidate": {"eligible", "niche", "elite", "change"}, "lease": {"writes", "boot", "expires_since_boot"},
            "search": {"worker_s", "gpu_s", "held_s"}}  # fmt: skip
     for name, columns in new.items():
         after[name] = [{key: value for key, value in row.items() if key not in columns} for row in after[name]]

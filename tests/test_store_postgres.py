@@ -35,7 +35,7 @@ __all__ = ["database", "postgres"]  # fixtures
 
 # What makes format 1 of a database of today's.
 FORMAT_1 = (
-    "ALTER TABLE candidate DROP COLUMN eligible, DROP COLUMN niche, DROP COLUMN elite",
+    "ALTER TABLE candidate DROP COLUMN eligible, DROP COLUMN niche, DROP COLUMN elite, DROP COLUMN change",
     "ALTER TABLE lease DROP COLUMN writes, DROP COLUMN boot, DROP COLUMN expires_since_boot",
     "ALTER TABLE search DROP COLUMN worker_s, DROP COLUMN gpu_s, DROP COLUMN held_s",
     "DROP TABLE alembic_version, answer, item",

@@ -21,6 +21,7 @@ from test_low_rank_rows import arithmetic, candidates, opened, recipe_of, refuse
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from evaluators.base import Direct, Evaluator, Graded, ImperativeEvaluator, Item, Outcome, Split, texts
+from evaluators.change import ChangeSettings
 from evaluators.cost import CostSettings
 from evaluators.function import FunctionSettings
 from evaluators.likelihood import LikelihoodSettings
@@ -188,6 +189,26 @@ def test_answers_are_those_of_each_candidate_alone(sources: dict[str, Source]) -
     assert {"merge", "generate"} <= together[0].result.timings.keys()
     assert measured([worker.run(job) for job in jobs]) == measured(alone)  # no trace is left
     assert measured(worker.run_together(jobs[::-1])) == measured(alone)[::-1]
+
+
+@pytest.mark.parametrize("base", ["base", "maths"])
+def test_how_far_a_candidate_is_from_the_base_is_that_of_the_merged_weights(
+    sources: dict[str, Source], base: str
+) -> None:
+    """Of the adapters' factors as of the weights that a merge writes, and the evaluator says the same."""
+    builders = Builders(BuildContext(sources, "base", dtype=torch.float32, base=base))
+    worker = Worker("here", builders, [ChangeSettings().build()])
+    jobs = jobs_of(candidates(sources, 2, 4), [Task(0, "search", [0])])
+    alone, together = (
+        [each.result for each in found] for found in ([*map(worker.run, jobs)], worker.run_together(jobs))
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert isinstance(one, Measured)
+        assert isinstance(other, Measured)
+        assert one.change is not None
+        assert other.change == pytest.approx(one.change, rel=1e-5)
+        assert other.scores[0]["change"].tolist() == [np.float32(other.change)]
+    assert len({each.change for each in alone if isinstance(each, Measured)}) == len(jobs)
 
 
 def test_candidates_ask_for_different_items_and_evaluators(sources: dict[str, Source]) -> None:

@@ -53,6 +53,7 @@ class LiveModel:
         stack: its layers; None for a model that is never written to.
         engine: what answers prompts; None for transformers.
         devices: those that share out its layers; the model's own when empty.
+        change: how far its weights are from those of the search's base; None where nobody measures it.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class LiveModel:
     stack: Stack | None = None
     engine: ServingEngine | None = None
     devices: tuple[torch.device, ...] = ()
+    change: float | None = None
 
     @property
     def device(self) -> torch.device:

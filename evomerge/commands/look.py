@@ -332,4 +332,5 @@ def _as_json(row: CandidateRow, names: list[str], known: SearchStatus, record: S
         "on_front": row.on_front,
         "niche": row.niche,
         "elite": row.elite,
+        "change": row.change,
     }

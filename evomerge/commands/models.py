@@ -117,6 +117,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         from evomerge.checkpoints.source import open_source
         from evomerge.commands.rescoring import scored
         from evomerge.inference.reading import Reader
+        from evomerge.merging.change import change_of
         from evomerge.search.preparing.asking import item_warnings
         from evomerge.search.preparing.prepare import prepare
         from evomerge.search.workers.building import computing
@@ -125,6 +126,8 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         source = open_source("model", model, place="MODEL")
         check_finite(source)
         live = plain_model(source, *computing(file))
+        if file.base is not None:
+            live.change = change_of(live, source, prepared.sources[file.base])
     setup = prepared.setup
     for warning in item_warnings(prepared.named_evaluators, Reader.of(live)):
         print(f"warning: {warning}", file=sys.stderr)

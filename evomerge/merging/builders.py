@@ -48,6 +48,7 @@ class BuildContext:
         residency: where sources are kept for a model on a GPU; chosen by the room there is when None.
         calibration: texts that methods may need.
         engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
+        base: the source that models are measured from (``merging.change``); None where there is none.
     """
 
     sources: Mapping[str, Source]
@@ -59,6 +60,7 @@ class BuildContext:
     residency: Residency | None = None
     calibration: Calibration | None = None
     engine: Callable[[LiveModel], ServingEngine] | None = None
+    base: str | None = None
 
 
 class Builder(Protocol[_Made]):

@@ -153,10 +153,13 @@ class DeviceRunners:
             device: DeviceRunner(device, read, refs, residency, len(kept)) for device, refs in kept.items()
         }
 
+    def tensor(self, ref: Ref, device: torch.device) -> Tensor:
+        """A tensor of a source on a device, from where it is kept."""
+        return self.of_device[self._homes[ref]].tensor(ref, device)
+
     def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor, device: torch.device) -> None:
         """Make one tensor in place, which is contiguous and on ``device``; ``refs`` are what ``plan.inputs`` names."""
-        tensors = [self.of_device[self._homes[ref]].tensor(ref, device) for ref in refs]
-        self.of_device[device].compute(plan, tensors, out)
+        self.of_device[device].compute(plan, [self.tensor(ref, device) for ref in refs], out)
 
 
 def is_compiled(device: torch.device) -> bool:

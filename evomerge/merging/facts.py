@@ -55,7 +55,13 @@ class Weights:
 
     def scan(self, refs: Sequence[Ref], zeros: NDArray[Any], scan: Callable[..., None], *more: Any) -> NDArray[Any]:
         """Run a compiled scan over all pieces; their totals are added in order, so that threads change no digit."""
-        flat = [self.read(ref).view(-1) for ref in refs]
+        return self.scan_tensors([self.read(ref) for ref in refs], zeros, scan, *more)
+
+    def scan_tensors(
+        self, tensors: Sequence[Tensor], zeros: NDArray[Any], scan: Callable[..., None], *more: Any
+    ) -> NDArray[Any]:
+        """``scan``, of tensors that are at hand: contiguous, on the CPU, of one number of elements."""
+        flat = [tensor.view(-1) for tensor in tensors]
         count = len(flat[0])
         starts = range(0, count, _PIECE)
         totals = [zeros.copy() for _ in starts]

@@ -13,6 +13,7 @@ from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
+from evomerge.merging.change import ChangeMeter, Written
 from evomerge.merging.core_space import CoreSpace, check_core
 from evomerge.merging.device import DeviceRunner, DeviceRunners, Residency
 from evomerge.merging.evidence import Evidence
@@ -113,6 +114,10 @@ class Materialiser:
         residency: where sources are kept for a model on a GPU; see ``device``.
         inputs: of the sources' layers, for recipes that are made by calibration texts.
         device: of the live models that ``tensors`` are to equal bit for bit: another one may round otherwise.
+        base: the source that models are measured from.
+
+    Attributes:
+        change: how far the model that was written last is from the base; None where there is none.
     """
 
     def __init__(
@@ -123,8 +128,10 @@ class Materialiser:
         residency: Residency | None = None,
         inputs: Inputs | None = None,
         device: torch.device = _CPU,
+        base: str | None = None,
     ) -> None:
         self._device = device
+        self.change: float | None = None
         self._sources = sources
         self._inputs = inputs
         self._threads = WorkerThreads()
@@ -137,6 +144,7 @@ class Materialiser:
         self._core_space = CoreSpace(sources, self._evidence, self._threads)
         self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
         self._live: LiveModel | None = None
+        self._meter = None if base is None else ChangeMeter(sources[base], self._read_on, self._weights)
 
     def read(self, ref: Ref) -> Tensor:
         """A tensor of a source, contiguous. Views of mapped files are kept, and as many folds as there are sources."""
@@ -178,10 +186,31 @@ class Materialiser:
                 seen.add(step.layer_buffer)
         for some in _batches(changed):
             self._make([(*self._planned(made.merged, recipe), target, device) for made, _, target, device in some])
-        self._folds.clear()
         for made, held, _, _ in changed:
             held[made.place] = made.way
         stack.lay(path)
+        if self._meter is not None:
+            self.change = self._meter.of(self._written(recipe, outside, hops, live))
+        self._folds.clear()
+
+    def _written(
+        self, recipe: StackRecipe, outside: Sequence[Made], hops: Sequence[Sequence[Made]], live: LiveModel
+    ) -> Iterator[Written]:
+        """The tensors of the model that ``live`` holds, those of each hop under the names that an export has."""
+        assert live.stack is not None
+        for made in outside:
+            yield Written(made.merged.name, live.outside[made.merged.name], made.way)
+        for number, (step, hop, factor) in enumerate(zip(live.stack.path, hops, recipe.factors, strict=True)):
+            targets = dict(live.stack.tensors_of(number, step))
+            folds = self._sources[giver(recipe.hops[number], recipe)].folds if factor != 1.0 else {}
+            for made in hop:
+                name, fold = made.merged.name, folds.get(made.merged.stored)
+                own = 1.0 if fold is None else factor
+                yield Written(name, targets[name], made.way, own, fold or "times")
+
+    def _read_on(self, ref: Ref, device: torch.device) -> Tensor:
+        """A tensor of a source where models are written."""
+        return self.read(ref) if self._runner is None or device == _CPU else self._runner.tensor(ref, device)
 
     def _check(self, recipe: StackRecipe) -> None:
         check_stack(recipe, self._sources)

@@ -58,6 +58,34 @@ def _dot(first: Any, second: Any) -> Any:
 
 
 @compiled
+def change(base: Any, made: Any, total: Any) -> None:
+    """Add to ``total`` (float64 [1]) the squared norm of what was made less the base."""
+    deltas = np.zeros(2 * _BLOCK, np.float32)
+    for start in range(U64(0), pairs(base), U64(_BLOCK)):
+        count = min(U64(_BLOCK), U64(pairs(base) - start))
+        if count < _BLOCK:
+            deltas[:] = 0
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            x, y = pair(made, start + i)
+            deltas[U64(2) * i], deltas[U64(2) * i + U64(1)] = x - bx, y - by
+        total[0] += _dot(deltas, deltas)
+
+
+@compiled
+def squares(array: Any, total: Any) -> None:
+    """Add to ``total`` (float64 [1]) the squared norm."""
+    values = np.zeros(2 * _BLOCK, np.float32)
+    for start in range(U64(0), pairs(array), U64(_BLOCK)):
+        count = min(U64(_BLOCK), U64(pairs(array) - start))
+        if count < _BLOCK:
+            values[:] = 0
+        for i in range(count):
+            values[U64(2) * i], values[U64(2) * i + U64(1)] = pair(array, start + i)
+        total[0] += _dot(values, values)
+
+
+@compiled
 def count_deltas(base: Any, source: Any, counts: Any) -> None:
     """Count in ``counts`` (int64 [BINS]) the magnitudes |x - b| by their upper 16 bits."""
     bins = np.empty(2 * _BLOCK, np.int32)

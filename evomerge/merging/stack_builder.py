@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
 from evomerge.merging.builders import BuildContext
+from evomerge.merging.change import change_of
 from evomerge.merging.export import write_model
 from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import Materialiser, check_stack
@@ -40,6 +41,11 @@ class StackBuilder:
         """By the names that recipes use."""
         return self._context.sources
 
+    @property
+    def base(self) -> str | None:
+        """The source that models are measured from."""
+        return self._context.base
+
     @cached_property
     def materialiser(self) -> Materialiser:
         """What writes recipes into the live model."""
@@ -50,6 +56,7 @@ class StackBuilder:
             residency=context.residency,
             inputs=self._inputs,
             device=context.devices[0],
+            base=context.base,
         )
 
     @cached_property
@@ -98,6 +105,7 @@ class StackBuilder:
                 source.release_files()
         name = configured_by(recipe, self._context.sources)
         live = self.live if name == recipe.tokenizer else configured(self.live, self._context.sources[name])
+        live.change = self.materialiser.change
         check_live(live)
         if live.engine is not None:
             live.engine.load(live)
@@ -129,4 +137,7 @@ class StackBuilder:
         from evomerge.checkpoints.source import open_source
 
         source = open_source("export", str(folder), place=str(folder))
-        return plain_model(source, self._context.devices, None)
+        live = plain_model(source, self._context.devices, None)
+        if self._context.base is not None:
+            live.change = change_of(live, source, self._context.sources[self._context.base])
+        return live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from evomerge.report.entries import ConfirmedEntry, Entry, gap_text
+from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, percent
 from evomerge.report.screen import cell, choice_text, p_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.store import CandidateRow, SearchRecord
@@ -30,6 +30,8 @@ def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -
     yield from _values(status.entry(row, record), status, "search")
     if row.elite:
         yield "the best of its niche" if len(status.directions) == 1 else "on the front of its niche"
+    if row.change is not None:
+        yield f"change: {percent(row.change)} of the base, norm(W - W0) / norm(W0) over all weights"
     if (confirmed := status.confirmed_entry(name)) is not None:
         yield from _values(confirmed, status, "held-out")
     if name in {confirmed.id for confirmed in status.confirmed}:

@@ -18,7 +18,7 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
-from evomerge.report.entries import Entry, interval_text
+from evomerge.report.entries import Entry, interval_text, percent
 from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
@@ -132,6 +132,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             "candidate": row.id,
             "origin": row.origin,
             "step": row.step,
+            "change": row.change,
         }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -204,6 +205,8 @@ def _scores_section(provenance: Provenance) -> str:
     ours = _score_table(status.entry(row, provenance.search.record), status)
     text = "## Scores\n\nMean ± standard error. The search chose by its own split; the held-out split was read only to "
     text += f"confirm.\n\n{ours}"
+    if row.change is not None:
+        text += f"\n\nIts change from the base, norm(W - W0) / norm(W0) over all weights, is {percent(row.change)}."
     gaps = [
         f"| {name} | {gap.to} | {gap.mean:+.3f} | {interval_text(gap.low, gap.high)} | {p_text(gap.p)} |"
         for confirmed in status.confirmed

@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from evomerge.report.entries import percent
 from evomerge.report.inspection import Closeness, Inspection, ModelFacts, Pair
 
 _COLUMN = 6  # of the heat map: a number of five characters, and a space
@@ -75,7 +76,7 @@ def _sources(inspection: Inspection) -> Table:
     for letter, source in zip(_letters(inspection), inspection.sources, strict=True):
         whole = source.whole
         table.add_row(
-            letter, source.name, _percent(whole.relative_norm), f"{whole.mean_change:.2g}", _percent(whole.changed)
+            letter, source.name, percent(whole.relative_norm), f"{whole.mean_change:.2g}", percent(whole.changed)
         )
     return table
 
@@ -142,7 +143,7 @@ def _table(*titles: str, texts: int = 2) -> Table:
 
 def _norm(value: float | None, most: float) -> Cell:
     share = value / most if value and most else 0.0
-    return _percent(value), _style(_WARM, share)
+    return percent(value), _style(_WARM, share)
 
 
 def _cosine(value: float | None) -> Cell:
@@ -163,15 +164,6 @@ def _style(colour: tuple[int, int, int], share: float) -> Style:
     luminance = 0.3 * red + 0.59 * green + 0.11 * blue
     text = Color.from_rgb(0, 0, 0) if luminance > 110 else Color.from_rgb(255, 255, 255)
     return Style(color=text.name, bgcolor=Color.from_rgb(red, green, blue).name)
-
-
-def _percent(share: float | None) -> str:
-    """At most five characters."""
-    if not share:
-        return "·" if share is None else "0%"
-    if share < 0.01:
-        return f"{share:.2%}" if share >= 0.0001 else "<.01%"
-    return f"{share:.1%}" if share < 0.9995 else f"{share:.0%}"
 
 
 def _tokens(facts: ModelFacts) -> str:

@@ -100,6 +100,7 @@ class Entry(BaseModel):
     known value misses its constraint. ``origin`` says where it comes from: "source" is a model that was not merged.
     ``scalar`` is the number of a scalarisation where the search has one and all objectives are known.
     ``parameters`` are those of the search space by name, choices by theirs; empty where the space holds no such point.
+    ``change`` is how far its weights are from those of the search's base, as a share of their norm.
     """
 
     id: str
@@ -111,6 +112,7 @@ class Entry(BaseModel):
     features: dict[str, Estimate] = {}
     feasible: bool = True
     parameters: dict[str, float | int | str] = {}
+    change: float | None = None
 
     def value(self, name: str) -> Estimate | None:
         """An objective, a constraint, a feature or the scalarisation's number by name; None where it is not known."""
@@ -173,7 +175,17 @@ def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], record: Searc
         features={f.name: estimates[f.name] for f in record.features if f.name in estimates},
         feasible=all(constraints[name].is_kept(value) for name, value in kept.items()),
         parameters=dict(parameters_of(row.genome, record.parameters)),
+        change=row.change,
     )
+
+
+def percent(share: float | None) -> str:
+    """A share, of what is not known a dot, in at most five characters: 3.2%, 0.04%, <.01%."""
+    if not share:
+        return "·" if share is None else "0%"
+    if share < 0.01:
+        return f"{share:.2%}" if share >= 0.0001 else "<.01%"
+    return f"{share:.1%}" if share < 0.9995 else f"{share:.0%}"
 
 
 def measure_text(mean: float, stderr: float | None) -> str:
@@ -208,4 +220,5 @@ def gap_text(gap: Gap) -> str:
 
 def is_exact(measure: Measure, record: SearchRecord) -> bool:
     """Whether a measure is counted and not sampled, such as layers: one item of it says all."""
-    return record.evaluators[measure.evaluator].name == "cost" and measure.metric in COUNTED
+    name = record.evaluators[measure.evaluator].name
+    return name == "change" or (name == "cost" and measure.metric in COUNTED)

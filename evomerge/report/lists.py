@@ -12,7 +12,7 @@ from evomerge.report.comparing import Comparison
 from evomerge.report.entries import EARLIER_WINNER, SOURCE, interval_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.parameters import columns_of
-from evomerge.report.screen import cell, cells, further_titles, gain_cell, gain_title, p_text
+from evomerge.report.screen import CHANGE, cell, cells, change_column, further_titles, gain_cell, gain_title, p_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.store import CandidateRow, SearchRecord
 
@@ -39,6 +39,7 @@ def top_table(rows: Sequence[CandidateRow], known: SearchStatus, record: SearchR
         *parameters,
         Column("status", [status_text(row, known) for row in rows]),
         *(Column(title, [texts[i] for texts in values], right=True) for i, title in enumerate(titles)),
+        *change_column(shown, known),
         Column("front", ["front" if row.on_front else "" for row in rows]),
     ]
     held_out = _held_out_columns(ids, known) if known.confirmed else []
@@ -46,9 +47,9 @@ def top_table(rows: Sequence[CandidateRow], known: SearchStatus, record: SearchR
     marks = named([row.label for row in rows])
     narrower = [without(column.title) for column in reversed(parameters)]
     if best:
-        return FittedTable(columns, [without("status"), without("front"), marks, terse, *narrower])
+        return FittedTable(columns, [without("status"), without("front"), marks, without(CHANGE), terse, *narrower])
     gone = [without(column.title) for column in reversed(held_out)]
-    return FittedTable(columns, [*gone, without("front"), marks, terse, *narrower])
+    return FittedTable(columns, [*gone, without("front"), marks, without(CHANGE), terse, *narrower])
 
 
 def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:

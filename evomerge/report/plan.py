@@ -164,7 +164,7 @@ def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
     """Objectives and constraints whose means say little, for they are of few items."""
     for measure in (*setup.objectives, *setup.constraints):
         evaluator = setup.evaluators[measure.evaluator]
-        if evaluator.name == "cost" and measure.metric in COUNTED:
+        if evaluator.name == "change" or (evaluator.name == "cost" and measure.metric in COUNTED):
             continue
         for split, items in (("search", measure.items), ("held-out", evaluator.held_out_items)):
             if items < FEW_ITEMS:

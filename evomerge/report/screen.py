@@ -12,7 +12,7 @@ from rich.text import Text
 
 from evomerge.report.confirmed import Choice
 from evomerge.report.consoles import PrintableConsole
-from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, value_text
+from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, percent, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, conclusions, gain_in, is_front, roles_of
 from evomerge.report.search_status import ScreenState, SearchStatus, Slow
@@ -26,6 +26,9 @@ _NAMED = 2
 """Candidates that are scored at once beyond which they are counted and not named."""
 
 _RESUMABLE = ("created", "interrupted", "paused", "stopped", "cancelled")
+CHANGE = "change"
+"""The title above how far candidates are from the base."""
+
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
 
 
@@ -166,7 +169,9 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
     if status.best is None and status.constraints and status.candidates.done:
         below.append(Text("none scored on every item keeps all constraints yet"))
     columns = _columns(shown, marks, [*titles, *further_titles(status)], [cells(e, status) for e in shown])
-    return Group(FittedTable(columns, [named(marks), terse], title="search split", styles=styles), *below)
+    columns += change_column(shown, status)
+    steps = [named(marks), without(CHANGE), terse]
+    return Group(FittedTable(columns, steps, title="search split", styles=styles), *below)
 
 
 def confirmed_table(status: SearchStatus, rows: int | None = None) -> RenderableType:
@@ -195,6 +200,13 @@ def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str]
     """Who, what it is, and what it is worth: a column for each title, of which ``rows`` holds the texts by row."""
     values = [Column(title, [row[i] for row in rows], right=True) for i, title in enumerate(titles)]
     return [Column("candidate", [e.id for e in shown]), Column("", marks), *values]
+
+
+def change_column(shown: Sequence[Entry], status: SearchStatus) -> list[Column]:
+    """How far candidates are from the base; none where that is known of nobody, or a measure of that name says it."""
+    if CHANGE in status.measures or all(entry.change is None for entry in shown):
+        return []
+    return [Column(CHANGE, [percent(entry.change) for entry in shown], right=True)]
 
 
 def ranked(entries: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:

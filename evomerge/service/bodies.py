@@ -61,6 +61,7 @@ class CandidateSummary(CandidateName):
 
     ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the best there.
     ``same_as`` is the candidate with the same recipe that answered it; ``failure`` the reason of its last failure.
+    ``change`` is how far its weights are from those of the search's base, as a share of their norm.
     """
 
     step: int
@@ -73,6 +74,7 @@ class CandidateSummary(CandidateName):
     on_front: bool
     niche: list[int] | None = None
     elite: bool = False
+    change: Number = None
     seconds: float
     failure: Annotated[str | None, BeforeValidator(_reason)]
     asked_at: float

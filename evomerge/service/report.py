@@ -20,7 +20,7 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, Entry, interval_text
+from evomerge.report.entries import ConfirmedEntry, Entry, interval_text, percent
 from evomerge.report.path import is_plain
 from evomerge.report.picks import conclusions, is_front, roles_of
 from evomerge.report.screen import arrow, cells, choice_text, duration, further_titles, gain_text, p_text, ranked
@@ -210,7 +210,7 @@ def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Rep
     for row in ranked_rows(store, Preference.of_search(search), _TOP):
         entry = status.entry(row, search.record)
         marks = [*roles_of(status, entry.id, "search"), *["front"] * row.on_front]
-        what = [entry.origin, *marks, status_text(row, status)]
+        what = [entry.origin, *marks, status_text(row, status), *_change(entry)]
         texts = list(cells(entry, status))
         yield ReportRow(entry.id, entry.label, ", ".join(what), texts, roles_of(status, entry.id, "held_out"))
 
@@ -218,11 +218,17 @@ def _best(store: Store, search: SearchRow, status: SearchStatus) -> Iterator[Rep
 def _confirmed(status: SearchStatus) -> Iterator[ReportRow]:
     for mark in status.confirmed_baselines:
         texts = list(cells(mark, status, whole=True))
-        yield ReportRow(mark.id, mark.label, "baseline", texts, roles_of(status, mark.id, "held_out"))
+        what = ", ".join(["baseline", *_change(mark)])
+        yield ReportRow(mark.id, mark.label, what, texts, roles_of(status, mark.id, "held_out"))
     for entry in ranked(status.confirmed, status):
-        what = "; ".join(_gain(entry, status, name) for name in status.numbers)
+        what = "; ".join([*(_gain(entry, status, name) for name in status.numbers), *_change(entry)])
         texts = list(cells(entry, status, whole=True))
         yield ReportRow(entry.id, entry.label, what, texts, roles_of(status, entry.id, "held_out"))
+
+
+def _change(entry: Entry) -> list[str]:
+    """How far a model is from the base, in words, where that is known."""
+    return [] if entry.change is None else [f"changes {percent(entry.change)} of the base"]
 
 
 def _gain(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:

@@ -140,6 +140,7 @@ class ListedCandidate:
     scored on every item that the objectives want, and within all constraints. An "eliminated" candidate left its race
     before that, as too poor for the optimizer to learn from; ``objectives`` are then estimates from fewer items.
     ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the best there.
+    ``change`` is norm(W - W0) / norm(W0) over its weights, W0 those of the search's base; None where it is not known.
     """
 
     number: int
@@ -157,6 +158,7 @@ class ListedCandidate:
     eligible: bool
     objectives: dict[str, Estimate]
     losses: list[float] | None
+    change: float | None
     timings: dict[str, float]
     failure: dict[str, Any] | None
     asked_at: float

@@ -41,6 +41,10 @@ CHANGE_LEASE = update(tables.lease).where(
 )
 """The lease as long as it is of this epoch."""
 
+CHANGE_OF = select(tables.candidate.c.change).where(
+    tables.candidate.c.search_id == bindparam("of_search_id"), tables.candidate.c.number == bindparam("of_number")
+)
+
 ON_FRONT = select(tables.candidate.c.number).where(
     tables.candidate.c.search_id == bindparam("of_search_id"), tables.candidate.c.on_front
 )

@@ -137,7 +137,8 @@ class Store(FencedStore):
         values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
 
         def write(connection: Connection) -> bool:
-            if not self._change(connection, number, values, ("asked",)):
+            own = values | self._change_of(connection, same_as)
+            if not self._change(connection, number, own, ("asked",)):
                 raise ValueError(f"candidate {number} is not waiting")
             insertion.insert_objectives(connection, self.search_id, number, objectives)
             self.append_event(connection, events.Cached(same_as=same_as), number)
@@ -174,9 +175,11 @@ class Store(FencedStore):
         *,
         eligible: bool = True,
         answers: Sequence[Answers] = (),
+        change: float | None = None,
     ) -> bool:
         """An attempt succeeded. False, and only an event "stale", when it is not the one that runs."""
-        values = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker, "eligible": eligible}
+        values: dict[str, Any] = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker}
+        values |= {"eligible": eligible, "change": change}
 
         def write(connection: Connection) -> bool:
             if not self._finish(connection, number, attempt, "result", values | {"finished_at": time.time()}):
@@ -199,13 +202,14 @@ class Store(FencedStore):
         worker: str,
         *,
         answers: Sequence[Answers] = (),
+        change: float | None = None,
     ) -> bool:
         """An attempt scored a candidate up to a rung of its race; it waits for the race to go on.
 
         ``scores`` and ``timings`` are all of its so far, ``answers`` those of the attempt. False as for
         ``record_result``.
         """
-        values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker}
+        values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker, "change": change}
 
         def write(connection: Connection) -> bool:
             if not self._finish(connection, number, attempt, "rung", values):
@@ -294,7 +298,9 @@ class Store(FencedStore):
             connection.execute(statements.DROP_ANSWERS, rows)
 
     def _end_race(self, connection: Connection, outcome: RaceEnd) -> None:
-        values = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
+        values: dict[str, Any] = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}
+        if outcome.same_as is not None:
+            values |= self._change_of(connection, outcome.same_as)
         if not self._change(connection, outcome.number, values | {"finished_at": time.time()}, ("asked",)):
             raise ValueError(f"candidate {outcome.number} is not waiting")
         insertion.insert_objectives(connection, self.search_id, outcome.number, outcome.objectives)
@@ -450,6 +456,11 @@ class Store(FencedStore):
             attempts, which["of_attempt"] = "fewer", fewer_attempts_than
         changing = statements.change_candidate(statuses, attempts)
         return connection.execute(changing, {**values, **which}).rowcount == 1
+
+    def _change_of(self, connection: Connection, number: int) -> dict[str, float | None]:
+        """The column that says how far a candidate is from the base, for another of its recipe."""
+        which = {"of_search_id": self.search_id, "of_number": number}
+        return {"change": connection.execute(statements.CHANGE_OF, which).scalar_one()}
 
     def _finish(self, connection: Connection, number: int, attempt: int, what: str, values: Mapping[str, Any]) -> bool:
         """End a running attempt; an answer that comes too late, or twice, leaves a mark and no more."""

@@ -15,7 +15,7 @@ from sqlalchemy import (
 
 from evomerge.store.columns import Array, Json, PackedText, Real, WholeNumber, Words
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -56,6 +56,7 @@ candidate = Table(
     Column("niche", Json(list, int)),  # its bin along each feature, from 0; null without features, or till it is told
     Column("elite", Boolean, nullable=False, server_default=false()),  # among the best of its niche
     Column("losses", Json(list, (int, float))),  # what the optimizer was told
+    Column("change", Real),  # how far the model is from the search's base; null where that is not known
     Column("timings", Json(dict, (int, float))),
     Column("failure", Json(dict)),
     Column("asked_at", Real, nullable=False),

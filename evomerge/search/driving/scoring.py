@@ -344,13 +344,22 @@ class CandidateScoring(ABC):
         timings = {p: c.timings.get(p, 0.0) + result.timings.get(p, 0.0) for p in [*c.timings, *result.timings]}
         attempt, answers = (c.number, finished.attempt), to_answers(self._setup, result, pending.tasks)
         if not self._is_full(table):
-            if not self._store.record_rung(*attempt, scores, timings, finished.worker, answers=answers):
+            if not self._store.record_rung(
+                *attempt, scores, timings, finished.worker, answers=answers, change=result.change
+            ):
                 return
         else:
             objectives = self._estimates(table, len(self._rungs) - 1)
             eligible = self._setup.violation(objectives) == 0.0
             if not self._store.record_result(
-                *attempt, scores, timings, objectives, finished.worker, eligible=eligible, answers=answers
+                *attempt,
+                scores,
+                timings,
+                objectives,
+                finished.worker,
+                eligible=eligible,
+                answers=answers,
+                change=result.change,
             ):
                 return
             c.status, c.objectives, c.eligible = "done", objectives, eligible

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluators.base import Evaluator
-from evaluators.change import ChangeEvaluator
+from evaluators.change import ChangeEvaluator, ChangeSettings
 from evaluators.cost import COUNTED
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.checks import check_compatible
@@ -20,6 +20,7 @@ from evomerge.genome import SearchSpace
 from evomerge.inference.reading import Reader
 from evomerge.merging.builders import check_recipe
 from evomerge.merging.low_rank import low_rank_problem
+from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
 from evomerge.search.preparing.evaluators import Evaluators
@@ -92,6 +93,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     evaluators = Evaluators.open(file, tries=tries)
     if not file.search_on_test_items:
         evaluators.refuse_test_items()
+    _check_change(file, space, evaluators)
     _check_together(file, space, sources, evaluators.opened)
     reader = reader_of(model)
     warnings = (*item_warnings(evaluators.named, reader), *_text_warnings(file, space, sources, reader))
@@ -194,6 +196,19 @@ def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
             kind = source.config["model_type"]
             problem = f"makes paths through layers, and those of a {kind} cannot leave their places: {source.rigid}"
             raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
+
+
+def _check_change(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> None:
+    """Refuse to measure how far candidates are from the base where there is none, or where nobody measures it."""
+    for place, settings in evaluators.wanted.items():
+        if not isinstance(settings, ChangeSettings) or settings.model is not None:
+            continue
+        if file.base is None:
+            hint = "Name it (`base: NAME`), or the model to measure from (`model: MODEL`)."
+            raise InputError(place, "measures how far candidates are from the base, and there is none", hint)
+        if others := sorted({mark.recipe.kind for mark in space.baselines()} - {STACK}):
+            problem = f"measures how far candidates are from the base, which is not known of the kind {others[0]}"
+            raise InputError(place, problem, "Name the model to measure from: `model: MODEL`.")
 
 
 def _check_together(

@@ -127,8 +127,8 @@ def _depth(config: Mapping[str, Any]) -> int | None:
 def _check_named(settings: EvaluatorSettings, place: str) -> None:
     """Refuse a file that is not there, or is no plain file, and a model, before what would read them is imported."""
     for key, field in type(settings).model_fields.items():
-        if MODEL in field.metadata:
-            check_reference(getattr(settings, key), f"{place}.{key}")
+        if MODEL in field.metadata and (reference := getattr(settings, key)) is not None:
+            check_reference(reference, f"{place}.{key}")
         if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
             if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
                 hint = "A path is relative to the folder of the search file."

@@ -245,7 +245,11 @@ def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:
     """The measure with the paths in its evaluator's keys absolute."""
     fields = evaluator_settings(measure.evaluator, f"{place}.evaluator").model_fields
     paths = {key for key in measure.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
-    models = {key for key in measure.evaluator_keys if key in fields and MODEL in fields[key].metadata}
+    models = {
+        key
+        for key, given in measure.evaluator_keys.items()
+        if key in fields and MODEL in fields[key].metadata and given is not None
+    }
     absolute = {key: os.path.join(root, os.path.expanduser(str(measure.evaluator_keys[key]))) for key in paths}
     absolute |= {key: absolute_reference(str(measure.evaluator_keys[key]), root) for key in models}
     return type(measure).model_validate(measure.model_dump() | absolute) if absolute else measure

@@ -56,11 +56,13 @@ class Measured:
     """What a worker measured: for each task of the job, scores by metric (float32 [n_items]); seconds by phase.
 
     ``answers``, for each task or not at all: what the model wrote, by the item's position, where it wrote anything.
+    ``change`` is how far the model is from the search's base; None where that is not measured.
     """
 
     scores: Sequence[Mapping[str, NDArray[np.float32]]]
     timings: Mapping[str, float]
     answers: Sequence[Mapping[int, str]] = ()
+    change: float | None = None
 
 
 @dataclass(frozen=True)

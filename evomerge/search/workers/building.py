@@ -87,6 +87,7 @@ def build_context(
         calibration=calibration,
         residency=None if file.cluster.residency == "auto" else file.cluster.residency,
         engine=_vllm(sources[file.tokenizer_source], hops) if file.engine == "vllm" else None,
+        base=file.base,
     )
 
 

@@ -89,7 +89,8 @@ class Attempt:
     def measured(self) -> Measured:
         """The result, once all tasks are graded."""
         graded = [self._graded[number] for number in range(len(self._tasks))]
-        return Measured([task.scores for task in graded], self.seconds, [dict(task.answers) for task in graded])
+        answers = [dict(task.answers) for task in graded]
+        return Measured([task.scores for task in graded], self.seconds, answers, self._live.change)
 
 
 def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Attempt, int]]:

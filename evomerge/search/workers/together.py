@@ -20,6 +20,7 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_weights
 from evomerge.checkpoints.source import Source
 from evomerge.inference.adapter_rows import AdapterRowsEngine, OneModel
 from evomerge.merging.low_rank import base_recipe, coefficients, family_of
+from evomerge.merging.low_rank_change import LowRankChange
 from evomerge.merging.materialise import Materialiser
 from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.search.workers.measuring import Attempt, answered, failure
@@ -33,6 +34,7 @@ class _Candidate:
 
     Attributes:
         number: among the models that the engine has.
+        change: how far it is from the search's base; None where there is none.
         attempt: its tasks, once they are begun.
         timings: seconds by phase that are not of its tasks.
         result: once there is one.
@@ -40,6 +42,7 @@ class _Candidate:
 
     job: Job
     number: int = 0
+    change: float | None = None
     attempt: Attempt | None = None
     timings: dict[str, float] = field(default_factory=dict)
     result: Measured | Failed | None = None
@@ -63,6 +66,7 @@ class Together:
         live: on transformers, without a serving engine.
         evaluators: in the order that jobs refer to them. They know the model by its forward passes and answers alone,
             and measure no speed.
+        base: the source that candidates are measured from; None where there is none.
 
     Raises:
         NotLowRankError: the sources are something else.
@@ -74,6 +78,7 @@ class Together:
         materialiser: Materialiser,
         live: LiveModel,
         evaluators: Sequence[Evaluator],
+        base: str | None = None,
     ) -> None:
         if live.engine is not None:
             raise ValueError("a serving engine answers for one candidate at a time")
@@ -81,6 +86,7 @@ class Together:
         self._family = family_of(sources)
         adapted = [sources[name] for name in self._family.adapted]
         self._engine = AdapterRowsEngine(live, adapted, self._family.weights)
+        self._change = None if base is None else LowRankChange(sources, self._family, base)
 
     def run(self, jobs: Sequence[Job]) -> list[Measured | Failed]:
         """The result of each job. An exception in one candidate ends that one alone."""
@@ -123,6 +129,7 @@ class Together:
                 candidate.result = failure(error)
             else:
                 candidate.number = len(all_shares)
+                candidate.change = None if self._change is None else self._change.of(own)
                 all_shares.append(shares)
         return all_shares
 
@@ -158,6 +165,7 @@ class Together:
         attempt = candidate.attempt
         assert attempt is not None
         self._engine.choose(candidate.number)
+        self._live.change = candidate.change
         attempt.finish()
         for phase, seconds in candidate.timings.items():
             attempt.took(phase, seconds)

@@ -92,7 +92,7 @@ class Worker:
             if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
                 stack = self._builders.of_kind(STACK)
                 assert isinstance(stack, StackBuilder)  # which no plug-in replaces
-                self._together = Together(stack.sources, stack.materialiser, stack.live, self._evaluators)
+                self._together = Together(stack.sources, stack.materialiser, stack.live, self._evaluators, stack.base)
             results = self._together.run(jobs)
         except KeyboardInterrupt:
             raise

@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evomerge import __version__
-from evomerge.report.entries import Gap, value_text
+from evomerge.report.entries import Gap, percent, value_text
 from evomerge.report.items import fields_of
 from evomerge.report.lists import origin_text
 from evomerge.report.screen import duration, p_text
@@ -57,7 +57,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
         "moment": _moment, "candidate_id": _candidate_id, "spark": sparkline, "p_text": p_text,
-        "first": _first, "fields": fields_of, "gap": gap_words, "measure": value_text,
+        "first": _first, "fields": fields_of, "gap": gap_words, "measure": value_text, "percent": percent,
     }  # fmt: skip
     environment.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,

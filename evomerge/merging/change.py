@@ -1,0 +1,141 @@
+"""How far a merged model is from its base: norm(W - W0) / norm(W0) over all weights, measured on them as written.
+
+What a merge is worth follows this number more than the direction of its change: where twelve checkpoints of a language
+model were merged at fixed strength, the methods that went two to six times as far as task arithmetic fell below the
+base (arXiv 2511.21437). So it is known of every candidate of a search that has a base.
+
+Tensors are compared with those of the base of the same name, of a path those of each hop with the layer of its number.
+What the base has not, as hops beyond its depth, or in another shape, is left out on both sides. Sources that are laid
+out for another vocabulary are so with their base, whose rows of tokens that it lacks count as they are laid out. The
+scale of a hop counts as the factor on its weights that an export has in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.parts import Fold, fold_in
+from evomerge.checkpoints.source import Source
+from evomerge.merging import scans
+from evomerge.merging.facts import Weights
+from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.site import Ref
+
+if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import
+    from evomerge.checkpoints.live import LiveModel
+
+_MOST_KNOWN = 1 << 15
+"""Tensors whose change is kept: more than a path has places for the layers of a few sources."""
+
+_PIECE = 1 << 26  # elements of a tensor on a device at once: what float32 copies of it take is bounded
+
+_CPU = torch.device("cpu")
+
+Read = Callable[[Ref, torch.device], Tensor]
+"""(a tensor of a source, device) -> the tensor there, contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor of a model that was written.
+
+    Attributes:
+        name: in the model, and in the base.
+        tensor: contiguous, of any float dtype, on any device.
+        way: all that it follows from; of one name equal ways give equal tensors. None where that is not known.
+        factor, fold: how a scale goes into it; see ``parts.fold_in``.
+    """
+
+    name: str
+    tensor: Tensor
+    way: Hashable = None
+    factor: float = 1.0
+    fold: Fold = "times"
+
+
+class ChangeMeter:
+    """Measures models that are written one after another, each tensor only where it is another than before.
+
+    Differences are taken in float32 and their squares added up in float64, in an order in which neither threads nor
+    what was measured before count.
+
+    Args:
+        base: what models are measured from.
+        read: gives its tensors.
+        weights: does the reading on the CPU.
+    """
+
+    def __init__(self, base: Source, read: Read, weights: Weights) -> None:
+        self._base, self._read, self._weights = base, read, weights
+        self._sizes: dict[str, float] = {}
+        self._known: dict[Hashable, float] = {}
+
+    def of(self, model: Iterable[Written]) -> float | None:
+        """The change of a model; None where it has no tensor in common with the base, or that is zero."""
+        known: dict[Hashable, float] = {}
+        squares, sizes = [], []
+        for written in model:
+            entry = self._base.tensors.get(written.name)
+            if entry is None or tuple(entry.shape) != tuple(written.tensor.shape):
+                continue
+            key = written.name, written.way, written.factor, written.fold
+            if written.way is None or (square := self._known.get(key)) is None:
+                square = self._square(written)
+            known[key] = square
+            squares.append(square)
+            sizes.append(self._size(written.name))
+        self._known = known if len(self._known) > _MOST_KNOWN else self._known | known
+        size = math.fsum(sizes)
+        return math.sqrt(sum(squares) / size) if size else None
+
+    def _square(self, written: Written) -> float:
+        """The squared norm of a tensor's difference from the base's."""
+        made = written.tensor.detach()
+        if written.factor != 1.0:
+            made = made.clone()
+            fold_in(made, written.factor, written.fold)
+        base = self._read((self._base.name, written.name), made.device)
+        if made.device.type == "cpu":
+            return float(self._weights.scan_tensors((base, made), np.zeros(1), scans.change)[0])
+        before, after = (torch.split(tensor.reshape(-1), _PIECE) for tensor in (base, made))
+        return sum(_norm(w.float() - b.float()) ** 2 for b, w in zip(before, after, strict=True))
+
+    def _size(self, name: str) -> float:
+        """The squared norm of a tensor of the base, read once."""
+        if name not in self._sizes:
+            base = self._read((self._base.name, name), _CPU)
+            self._sizes[name] = float(self._weights.scan_tensors((base,), np.zeros(1), scans.squares)[0])
+        return self._sizes[name]
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def change_of(live: LiveModel, source: Source, base: Source) -> float | None:
+    """The change of a model that was loaded whole.
+
+    Args:
+        live: holds the model.
+        source: where it was loaded from, which tells its tensors' names.
+        base: what it is measured from.
+    """
+
+    def read(ref: Ref, device: torch.device = _CPU) -> Tensor:
+        return base.read(ref[1]).contiguous().to(device)
+
+    def written() -> Iterator[Written]:
+        held = live.model.state_dict()
+        for name, part in source.parts.items():
+            if part.tensor in held:
+                yield Written(name, part.of(held[part.tensor]).contiguous())
+            base.release(name)
+
+    return ChangeMeter(base, read, Weights(read, WorkerThreads())).of(written())

@@ -1,0 +1,83 @@
+"""How far weighted sums of adapters are from a base, from their factors: no weight of theirs is ever made.
+
+With Delta_w = sum_k c_k tau_k for each weight w, norm(Delta_w)^2 = sum_kl c_k c_l <tau_k, tau_l>, and of low-rank task
+vectors tau_k = s_k B_k A_k the inner products are those of small matrices: <B_k A_k, B_l A_l> = <B_k^T B_l, A_k A_l^T>.
+So a candidate costs a few numbers a weight, and its change is exact, as nothing of it is rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
+from evomerge.checkpoints.source import Source
+from evomerge.merging.low_rank import Family
+
+
+class LowRankChange:
+    """The change (``merging.change``) of weighted sums of a family.
+
+    Args:
+        base: what they are measured from, one of the family.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], family: Family, base: str) -> None:
+        adapted = [sources[name] for name in family.adapted]
+        self._products = torch.stack([_products(adapted, weight) for weight in family.weights])
+        self._size = _squared_norm(sources[base])
+        # Measured from an adapted source, a sum has one part less of it.
+        self._origin = torch.tensor([float(name == base) for name in family.adapted], dtype=torch.float64)
+
+    def of(self, coefficients: Tensor) -> float | None:
+        """norm(W - W0) / norm(W0) of one of them; None where W0 is zero.
+
+        Args:
+            coefficients: [weights, adapted sources], as of ``low_rank.coefficients``.
+        """
+        parts = coefficients.double() - self._origin
+        shares = parts[:, :, None] * parts[:, None, :]
+        # A sum that leaves an adapter out is sound, whatever that holds.
+        square = float(torch.where(shares == 0, 0.0, shares * self._products).sum())
+        return math.sqrt(max(square, 0.0) / self._size) if self._size else None
+
+
+def _products(sources: Sequence[Source], weight: str) -> Tensor:
+    """Inner products of what sources change of a weight: float64 [sources, sources]."""
+    factors = [_factors(source, weight) for source in sources]
+    products = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+    for k, ours in enumerate(factors):
+        for m, theirs in enumerate(factors[: k + 1]):
+            if ours is not None and theirs is not None:
+                products[k, m] = products[m, k] = ((ours[0].T @ theirs[0]) * (ours[1] @ theirs[1].T)).sum()
+    return products
+
+
+def _factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | None:
+    """s B [outputs, ranks] and A [ranks, inputs] of all that a source's adapters change of a weight; None for none."""
+    pairs = [
+        (change.scale * _read(change.up), _read(change.down))
+        for change in source.changes.get(weight, ())
+        if isinstance(change, LowRank)
+    ]
+    if not pairs:
+        return None
+    ups, downs = zip(*pairs, strict=True)
+    return torch.cat(ups, dim=1), torch.cat(downs)
+
+
+def _read(entry: TensorEntry) -> Tensor:
+    return view_entry(entry, map_file(entry.file)).double()
+
+
+def _squared_norm(source: Source) -> float:
+    """The sum of squares of all weights of a source."""
+    total = 0.0
+    for name in source.tensors:
+        total += float(torch.linalg.vector_norm(source.read(name), dtype=torch.float64)) ** 2
+        source.release(name)
+    return total
