@@ -40,6 +40,9 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "arcee_fusion": "evomerge.methods.arcee_fusion:ARCEE_FUSION",
         "nearswap": "evomerge.methods.nearswap:NEARSWAP",
         "tsv": "evomerge.methods.tsv:TSV",
+        "yoyo": "evomerge.methods.yoyo:YOYO",
+        "magmax": "evomerge.methods.magmax:MAGMAX",
+        "consensus": "evomerge.methods.consensus:CONSENSUS",
     },
     "evomerge.search_spaces": {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",

@@ -96,7 +96,8 @@ def test_decode_is_total_and_pure(method: str, data: st.DataObject) -> None:
     spec = METHODS[method]
     base, mixed = "base" if spec.needs_base else None, ("a", "b")[: spec.max_sources]
     space = build(method=method, base=base, granularity=2, sources=(base, *mixed) if base else mixed)
-    genome = np.array([data.draw(st.floats(p.low, p.high)) for p in space.parameters])
+    drawn = [st.floats(p.low, p.high) if p.kind == "real" else st.integers(p.low, p.high) for p in space.parameters]
+    genome = np.array([data.draw(value) for value in drawn], dtype=float)
     recipe = space.decode(genome)
     assert recipe == space.decode(genome.copy())
     assert len(recipe.hops) == LAYERS

@@ -102,3 +102,25 @@ def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
         kept, agreeing = kept + (numbers[k] * delta).where(agrees, 0.0), agreeing + numbers[k] * agrees
     varies = (squares / len(deltas)).float()
     return base + (kept / agreeing.clamp(min=1e-6)).where(varies >= numbers[-1], 0.0)
+
+
+def largest(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """What ``Largest`` says, in float32."""
+    base = tensors[0].float()
+    high = low = weights[0] * (tensors[1].float() - base)
+    for k, tensor in enumerate(tensors[2:], start=1):
+        part = weights[k] * (tensor.float() - base)
+        high, low = torch.maximum(high, part), torch.minimum(low, part)
+    return base + torch.where(high >= -low, high, low)
+
+
+def agreed(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """What ``Agreed`` says, in float32; ``numbers`` are [sources, 4]: weight, ratio, votes, scale."""
+    base = tensors[0].float()
+    parts = [numbers[k, 0] * (tensor.float() - base) for k, tensor in enumerate(tensors[1:])]
+    total, votes = torch.zeros_like(base), torch.zeros_like(base)
+    for part in parts:
+        total = total + part
+    for k, part in enumerate(parts):
+        votes = votes + (part.abs() > numbers[k, 1] * (total - part).abs())
+    return base + (numbers[0, 3] * total).where(votes >= numbers[0, 2], 0.0)

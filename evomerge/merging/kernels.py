@@ -246,3 +246,62 @@ def variance(base: Any, sources: Any, index: Any) -> Any:
         off_x, off_y = np.float64(x - bx) - mean_x, np.float64(y - by) - mean_y
         sum_x, sum_y = sum_x + off_x * off_x, sum_y + off_y * off_y
     return np.float32(sum_x / len(sources)), np.float32(sum_y / len(sources))
+
+
+@compiled
+def largest(base: Any, sources: Any, weights: Any, out: Any, stream: Any) -> None:
+    """out = base + the w_k d_k of largest magnitude; of equally large ones the positive one.
+
+    Args:
+        base, sources: array and tuple of arrays of pairs, of one dtype.
+        weights: tuple of float32, the w_k.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block = block_like(out)
+    for start in range(U64(0), pairs(out), U64(BLOCK)):
+        count = min(U64(BLOCK), U64(pairs(out) - start))
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            high_x, high_y, low_x, low_y = ZERO, ZERO, ZERO, ZERO
+            for k in range(len(sources)):
+                x, y = pair(sources[k], start + i)
+                x, y = weights[k] * (x - bx), weights[k] * (y - by)
+                high_x, high_y = (max(high_x, x), max(high_y, y)) if k else (x, y)
+                low_x, low_y = (min(low_x, x), min(low_y, y)) if k else (x, y)
+            x, y = high_x if high_x >= -low_x else low_x, high_y if high_y >= -low_y else low_y
+            put_pair(block, i, bx + x, by + y)
+        flush(block, out, start, count, stream)
+    fence()
+
+
+@compiled
+def agreed(base: Any, sources: Any, weights: Any, ratios: Any, votes: Any, scale: Any, out: Any, stream: Any) -> None:
+    """out = base + scale * sum_k v_k where |v_k| > r_k |sum_j v_j - v_k| for enough k, else base; v_k = w_k d_k.
+
+    Args:
+        base, sources: array and tuple of arrays of pairs, of one dtype.
+        weights, ratios: tuples of float32, the w_k and r_k.
+        votes: float32, how many are enough.
+        scale: float32.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block = block_like(out)
+    for start in range(U64(0), pairs(out), U64(BLOCK)):
+        count = min(U64(BLOCK), U64(pairs(out) - start))
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            sum_x, sum_y, for_x, for_y = ZERO, ZERO, ZERO, ZERO
+            for k in range(len(sources)):
+                x, y = pair(sources[k], start + i)
+                sum_x, sum_y = sum_x + weights[k] * (x - bx), sum_y + weights[k] * (y - by)
+            for k in range(len(sources)):
+                x, y = pair(sources[k], start + i)
+                x, y = weights[k] * (x - bx), weights[k] * (y - by)
+                for_x += ONE if abs(x) > ratios[k] * abs(sum_x - x) else ZERO
+                for_y += ONE if abs(y) > ratios[k] * abs(sum_y - y) else ZERO
+            x, y = scale * sum_x if for_x >= votes else ZERO, scale * sum_y if for_y >= votes else ZERO
+            put_pair(block, i, bx + x, by + y)
+        flush(block, out, start, count, stream)
+    fence()

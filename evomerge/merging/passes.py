@@ -8,6 +8,8 @@ pass makes the tensor, and with which coefficients.
 * ``Sparsify``: the base and a sum of task vectors, each masked by magnitude or at random, with or without an elected
   sign.
 * ``Select``: the base and a mean of task vectors, over the elements that vary most between sources.
+* ``Largest``: the base and of every element the largest change.
+* ``Agreed``: the base and a sum of task vectors, over the elements that matter to enough sources.
 * ``Elementwise``: any function of the rows of a tensor, for what is neither. It runs in plain torch, several times
   slower than those before, which are compiled for the CPU.
 * ``Whole``: any function of whole tensors, such as a decomposition, in plain torch.
@@ -253,6 +255,82 @@ class Select:
 
         shares, least = tuple(np.float32(share) for share in self.shares.values()), np.float32(self.least)
         return lambda arrays, out, span: kernels.select(arrays[0], arrays[1:], shares, least, out, span.stream)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """b + w_i d_i, of each element that whose magnitude is largest; of equally large ones the positive one.
+
+    Attributes:
+        weights: w_i, by source.
+    """
+
+    base: str
+    weights: Mapping[str, float]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.base, *self.weights)
+
+    @property
+    def grain(self) -> Grain:
+        return "element"
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        import torch
+
+        from evomerge.merging.definitions import constants, largest
+
+        return compute(largest, tensors, constants([*self.weights.values()], torch.float32, tensors[0].device))
+
+    def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
+        weights = tuple(np.float32(weight) for weight in self.weights.values())
+        return lambda arrays, out, span: kernels.largest(arrays[0], arrays[1:], weights, out, span.stream)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """b + scale * sum_i v_i, v_i = w_i d_i, where |v_i| > r_i |sum_j v_j - v_i| for enough sources i, else b.
+
+    Attributes:
+        weights: w_i, by source.
+        ratios: r_i, by source.
+        votes: how many sources are enough.
+    """
+
+    base: str
+    weights: Mapping[str, float]
+    ratios: Mapping[str, float]
+    votes: int
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.base, *self.weights)
+
+    @property
+    def grain(self) -> Grain:
+        return "element"
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        import torch
+
+        from evomerge.merging.definitions import agreed, constants
+
+        numbers = [[self.weights[name], self.ratios[name], self.votes, self.scale] for name in self.weights]
+        return compute(agreed, tensors, constants(numbers, torch.float32, tensors[0].device))
+
+    def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
+        weights = tuple(np.float32(weight) for weight in self.weights.values())
+        ratios = tuple(np.float32(self.ratios[name]) for name in self.weights)
+        votes, scale = np.float32(self.votes), np.float32(self.scale)
+        return lambda arrays, out, span: kernels.agreed(
+            arrays[0], arrays[1:], weights, ratios, votes, scale, out, span.stream
+        )
 
 
 @dataclass(frozen=True)

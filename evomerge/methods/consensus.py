@@ -1,0 +1,51 @@
+"""Consensus merging: a sum of task vectors, where enough of them matter beside the others.
+
+Wang et al., "Localizing task information for improved model merging and compression" (arXiv 2405.07813), sections 3
+and 4: TALL masks and Consensus Task Arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Agreed, Pass
+from evomerge.merging.plans import base_of, number, values
+from evomerge.method import Method, MethodParameter
+from evomerge.methods.parameters import equal_weights, one_weight, scale, weight
+from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+
+
+def consensus(facts: Facts, blend: Blend) -> Pass:
+    """b + lambda c sum_i v_i with v_i = w_i d_i, and a mask c = 1 where at least ``votes`` masks m_i are.
+
+    m_i = 1 where |v_i| > r_i |sum_j v_j - v_i|: the change of source i outweighs what the others make of the element.
+    With two votes go selfish elements, which matter to one source alone, and catastrophic ones, which matter to none.
+    With one vote and r_i = 0 it is task arithmetic. A factor that all weights share moves no mask.
+    """
+    weights = dict(zip(blend.sources, values(blend, "weight"), strict=True))
+    ratios = dict(zip(blend.sources, values(blend, "ratio"), strict=True))
+    votes = int(number(blend, "votes", 2))
+    return Agreed(base_of(blend), weights, ratios, votes, number(blend, "lambda", 1.0))
+
+
+CONSENSUS = Method(
+    "consensus",
+    consensus,
+    (
+        weight(0.4),
+        # The paper chooses each from 0.2 to 0.6; 0 is there for task arithmetic to be a point of the space.
+        MethodParameter("ratio", "source", low=0.0, high=0.6, default=0.4, limits=(0.0, 100.0)),
+        # More votes than there are sources leave the base.
+        MethodParameter("votes", "blend", low=1, high=2, default=2, kind="int", limits=(0, 1000)),
+        scale(),
+    ),
+    needs_base=True,
+    min_sources=2,
+    alone=one_weight({"votes": 1.0, "lambda": 1.0}),
+    uniform=equal_weights({"ratio": 0.0, "votes": 1.0, "lambda": 1.0}),
+    title="Consensus task arithmetic",
+    reference="arXiv 2405.07813",
+)

@@ -1,0 +1,39 @@
+"""MagMax: of every element the change of the source that changed it most.
+
+Marczak et al., "MagMax: leveraging model merging for seamless continual learning" (arXiv 2407.06322), section 4.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Largest, Pass
+from evomerge.merging.plans import base_of, number, values
+from evomerge.method import Method
+from evomerge.methods.parameters import one_weight, scale, weight
+from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+
+
+def magmax(facts: Facts, blend: Blend) -> Pass:
+    """b + lambda w_p d_p, of every element p that i for which |w_i d_i| is largest.
+
+    The paper has no weights, which is to say equal ones. Of opposite changes of one size the positive one is taken.
+    """
+    factor = number(blend, "lambda", 1.0)
+    weights = [factor * w for w in values(blend, "weight")]
+    return Largest(base_of(blend), dict(zip(blend.sources, weights, strict=True)))
+
+
+MAGMAX = Method(
+    "magmax",
+    magmax,
+    # 0.5: the scaling factor of the paper.
+    (weight(0.5), scale()),
+    needs_base=True,
+    alone=one_weight({"lambda": 1.0}),
+    title="MagMax",
+    reference="arXiv 2407.06322",
+)

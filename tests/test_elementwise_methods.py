@@ -1,0 +1,193 @@
+"""Methods of one pass against their papers' equations, written apart from them: whole tensors in float64, no facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evomerge.method import find_method
+from evomerge.recipes.stack import Blend
+from evomerge.testing.methods import merge, tensors
+
+Array = NDArray[np.float64]
+Numbers = Mapping[str, Any]
+NAMES = ("s0", "s1", "s2")
+
+
+def blend_of(method: str, numbers: Numbers, names: Sequence[str] = NAMES) -> Blend:
+    """A blend in which a list has a value for each source."""
+    given = {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in numbers.items()}
+    base = "b" if find_method(method, "m").needs_base else None
+    return Blend(method=method, sources=tuple(names), base=base, parameters=given)
+
+
+def made(method: str, base: Tensor, sources: Sequence[Tensor], numbers: Numbers) -> Tensor:
+    return merge(find_method(method, "m"), base, sources, blend_of(method, numbers, NAMES[: len(sources)]))
+
+
+def fine_tunes(shape: Sequence[int], dtype: torch.dtype, count: int = 3, seed: int = 0) -> list[Tensor]:
+    """A base and sources such as models are; a third of each change is zero, and the second source's is larger."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(size: float) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator) * size
+
+    base = draw(0.02)
+    sizes = [0.001 * (1 + 3 * (k == 1)) for k in range(count)]
+    changes = [draw(size) * (torch.rand(tuple(shape), generator=generator) < 2 / 3) for size in sizes]
+    return [base.to(dtype), *((base.to(dtype).float() + change).to(dtype) for change in changes)]
+
+
+# ---- the equations ---------------------------------------------------------------------------------------------------
+
+
+def yoyo(base: Array, sources: list[Array], n: Numbers) -> Array:
+    """The card's steps on whole vectors."""
+    x = np.stack([source.ravel() for source in sources])
+    r = np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-8)
+    u = x / r
+    m = np.median(u, axis=0)
+    for _ in range(300):
+        nearness = 1 / (np.linalg.norm(u - m, axis=1, keepdims=True) + 1e-8)
+        m = (nearness * u).sum(axis=0) / nearness.sum()
+    residual = u - m
+    directions, _, _ = np.linalg.svd(residual.T, full_matrices=False)
+    z = residual @ directions[:, : len(x) - 1]
+
+    def biweight(values: Array) -> Array:
+        middle = sorted(abs(values))[(len(values) - 1) // 2]
+        return np.clip(1 - (values / (n["cut"] * 1.4826 * middle)) ** 2, 0, None) ** 2
+
+    weights = np.array(n["weight"])[:, None] * np.stack([biweight(column) for column in z.T], axis=1)
+    weights *= biweight(np.linalg.norm(z, axis=1))[:, None]
+    fused = m + directions[:, : len(x) - 1] @ ((weights * z).sum(axis=0) / weights.sum(axis=0))
+    length = np.average(np.linalg.norm(x, axis=1), weights=n["weight"])
+    return (fused * length / np.linalg.norm(fused)).reshape(base.shape)
+
+
+def magmax(base: Array, sources: list[Array], n: Numbers) -> Array:
+    parts = np.stack([w * (x - base) for w, x in zip(n["weight"], sources, strict=True)])
+    chosen = (np.abs(parts) + 1e-15 * (parts > 0)).argmax(axis=0)  # of equal ones the positive one
+    return base + n["lambda"] * np.take_along_axis(parts, chosen[None], axis=0)[0]
+
+
+def consensus(base: Array, sources: list[Array], n: Numbers) -> Array:
+    parts = [w * (x - base) for w, x in zip(n["weight"], sources, strict=True)]
+    total = sum(parts)
+    masks = [np.abs(v) > r * np.abs(total - v) for v, r in zip(parts, n["ratio"], strict=True)]
+    return base + n["lambda"] * total * (sum(mask.astype(int) for mask in masks) >= n["votes"])
+
+
+# Numbers that float32 has, where elements are compared: differences of bfloat16 weights have common multiples.
+CASES: list[tuple[Callable[..., Array], Numbers]] = [
+    (yoyo, {"weight": [1.0, 1.0, 1.0], "cut": 4.685}),
+    (yoyo, {"weight": [0.2, 0.9, 0.5], "cut": 1.9}),
+    (magmax, {"weight": [0.5, 0.5, 0.5], "lambda": 1.0}),
+    (magmax, {"weight": [1.25, 0.1875, 0.875], "lambda": 0.5}),
+    (consensus, {"weight": [0.5, 0.5, 0.5], "ratio": [0.375, 0.375, 0.375], "votes": 2.0, "lambda": 0.8}),
+    (consensus, {"weight": [0.875, 0.25, 1.25], "ratio": [0.125, 0.5, 0.25], "votes": 1.0, "lambda": 0.6}),
+    (consensus, {"weight": [0.875, 0.25, 1.25], "ratio": [0.1875, 0.25, 0.3125], "votes": 3.0, "lambda": 1.0}),
+]
+CASE = pytest.mark.parametrize(("formula", "numbers"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+ONCE = pytest.mark.parametrize(
+    ("formula", "numbers"), {formula: (formula, numbers) for formula, numbers in CASES}.values(), ids=lambda value: ""
+)
+
+
+def check(formula: Callable[..., Array], numbers: Numbers, shape: Sequence[int], dtype: torch.dtype) -> None:
+    base, *sources = fine_tunes(shape, dtype)
+    origin = base.double().numpy()
+    expected = formula(origin, [source.double().numpy() for source in sources], numbers)
+    merged = made(formula.__name__, base, sources, numbers).double().numpy()
+    assert merged.shape == tuple(shape)
+    # Where a comparison is decided by float32's last digit an element may be the other one.
+    off = np.abs(merged - expected) > 1e-6 * np.abs(origin).max()
+    assert off.mean() <= 1e-5
+    assert np.abs(expected - origin).max() > 1e-3
+
+
+@CASE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 40), (1000,), (33,), (51, 7), (3, 40, 24)], ids=str)
+def test_equals_the_papers_equation(
+    formula: Callable[..., Array], numbers: Numbers, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Of a matrix, a bias or norm, odd ones, and stacked experts."""
+    check(formula, numbers, shape, dtype)
+
+
+@ONCE
+@pytest.mark.parametrize("shape", [(2100, 260), (260, 2100)], ids=["tall", "wide"])
+def test_equals_the_papers_equation_on_what_is_cut_into_pieces(
+    formula: Callable[..., Array], numbers: Numbers, shape: tuple[int, ...]
+) -> None:
+    check(formula, numbers, shape, torch.bfloat16)
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_yoyo_leaves_out_who_is_far_off_and_is_a_mean_of_equals() -> None:
+    _, *sources = fine_tunes((64, 48), torch.float32, count=4)
+    far = sources[0] + torch.randn(64, 48, generator=torch.Generator().manual_seed(5))
+    fused = made_of("yoyo", [far, *sources[1:]], {"weight": [1.0] * 4, "cut": 4.685})
+    without = made_of("yoyo", sources[1:], {"weight": [1.0] * 3, "cut": 4.685})
+    plain = torch.stack([far, *sources[1:]]).mean(dim=0)
+    direction = torch.nn.functional.cosine_similarity
+    assert direction(fused.ravel(), without.ravel(), dim=0) > 0.999
+    assert direction(plain.ravel(), without.ravel(), dim=0) < 0.99
+    two = made_of("yoyo", sources[:2], {"weight": [1.0, 1.0], "cut": 4.685})
+    assert (
+        direction(two.ravel(), (sources[0] / sources[0].norm() + sources[1] / sources[1].norm()).ravel(), dim=0)
+        > 1 - 1e-6
+    )
+
+
+def made_of(method: str, sources: Sequence[Tensor], numbers: Numbers) -> Tensor:
+    names = tuple(f"s{i}" for i in range(len(sources)))
+    return merge(find_method(method, "m"), None, sources, blend_of(method, numbers, names))
+
+
+def test_yoyo_has_the_mean_length_of_its_sources() -> None:
+    _, *sources = fine_tunes((64, 48), torch.float32)
+    fused = made_of("yoyo", [sources[0], 2 * sources[1], 3 * sources[2]], {"weight": [1.0, 1.0, 1.0], "cut": 4.685})
+    norms = [float(k * source.norm()) for k, source in enumerate(sources, start=1)]
+    assert float(fused.norm()) == pytest.approx(math.fsum(norms) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_magmax_takes_the_positive_one_of_opposite_changes_of_one_size(sign: float) -> None:
+    base = torch.zeros(3)
+    one, two = sign * torch.tensor([1.0, 2.0, 0.0]), sign * torch.tensor([-1.0, 0.5, 0.0])
+    merged = made("magmax", base, [one, two], {"weight": [1.0, 1.0], "lambda": 1.0})
+    assert merged.tolist() == [1.0, sign * 2.0, 0.0]
+
+
+def test_consensus_of_one_vote_and_no_ratio_is_task_arithmetic() -> None:
+    base, *sources = tensors(4, (30, 20))
+    weights = {"weight": [0.5, 0.75, 1.25], "lambda": 0.5}
+    plain = made("task_arithmetic", base, sources, {**weights, "normalize": False})
+    for votes in (0.0, 1.0):
+        merged = made("consensus", base, sources, {**weights, "ratio": [0.0, 0.0, 0.0], "votes": votes})
+        assert torch.allclose(merged, plain, atol=1e-6)
+
+
+def test_consensus_with_more_votes_than_sources_is_the_base() -> None:
+    base, *sources = tensors(4, (30, 20))
+    numbers = {"weight": [1.0] * 3, "ratio": [0.0] * 3, "votes": 4.0, "lambda": 1.0}
+    assert torch.equal(made("consensus", base, sources, numbers), base)
+
+
+def test_consensus_keeps_what_two_agree_on_and_drops_what_one_wants_alone() -> None:
+    base = torch.zeros(4)
+    sources = [torch.tensor(row) for row in ([1.0, 1.0, 0.0, 3.0], [1.0, 0.0, 0.0, -2.0], [1.0, 0.0, 0.0, -1.0])]
+    numbers = {"weight": [1.0] * 3, "ratio": [0.4] * 3, "votes": 2.0, "lambda": 1.0}
+    # The last: 3 > .4 * 3, 2 > .4 * 2, 1 > .4 * 1: all three matter, though they cancel.
+    assert made("consensus", base, sources, numbers).tolist() == [3.0, 0.0, 0.0, 0.0]
