@@ -112,6 +112,8 @@ class Method:
         alone: (sources, one of them, or None for the base) -> the point where the merge is that source as it is. None
             where there is no such point, as ``uniform``.
         uniform: (sources) -> the point where the merge is the plain average of all sources.
+        arithmetic: (sources, weight) -> the point where the merge is the base and that weight times each task vector,
+            where no switch has it divide by weights. None where there is no such point.
         mergekit: what mergekit lets one say of it; None where mergekit has no such method.
         title: its name as people write it.
         reference: where it is described.
@@ -128,6 +130,7 @@ class Method:
     shares: Shares | None = None
     alone: Callable[[Sequence[str], str | None], Point] | None = None
     uniform: Callable[[Sequence[str]], Point] | None = None
+    arithmetic: Callable[[Sequence[str], float], Point] | None = None
     mergekit: Grammar | None = None
     title: str = ""
     reference: str = ""

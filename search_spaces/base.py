@@ -23,7 +23,8 @@ class SpaceContext:
     tokenizer's source, ``depths`` those of each source whose number may be another; ``tied`` says that the head is the
     embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
     ``dtype`` and ``vocabulary`` go into every recipe, and ``calibration``, the digest of the calibration texts where
-    there are any, into those whose method needs it.
+    there are any, into those whose method needs it. ``kappa`` is the factor of the law by which a space over task
+    vectors has one more baseline (``merging.amplitude``); None where there is to be none.
     """
 
     sources: Mapping[str, str]
@@ -37,6 +38,7 @@ class SpaceContext:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     depths: Mapping[str, int] = field(default_factory=dict)
     calibration: str | None = None
+    kappa: float | None = None
 
     @property
     def mixed(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ section 3.1). Weights are not normalised unless asked: the optimum that the pape
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -20,6 +21,9 @@ from evomerge.method import Method, MethodParameter, Point, Value, check_blend
 from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.method_genes import MethodGenes
+
+LAW = "kappa sqrt(N)"
+"""How the baseline by the law is called, before its kappa."""
 
 
 class ParameterSpaceSettings(SpaceSettings):
@@ -132,7 +136,10 @@ class ParameterSpace:
         )
 
     def baselines(self) -> Iterator[Baseline]:
-        """Every source alone, the uniform average of the merged ones, and the method's usual defaults."""
+        """Every source alone, the uniform average of the merged ones, and the method's usual defaults.
+
+        Where the context says how strongly, also task arithmetic by the law of ``merging.amplitude``.
+        """
         mixed, method = self._context.mixed, self._method
         for name in self._context.sources:
             point = None
@@ -144,6 +151,31 @@ class ParameterSpace:
         yield Baseline("uniform average", "average", self._weighted(share), self._genome_at(point))
         usual = np.array([p.default for p in self.parameters], dtype=np.float64)
         yield Baseline(f"{self._method.name} defaults", "default", self.decode(usual), usual)
+        if (kappa := self._context.kappa) is not None and self._has_strength:
+            yield self._at_law(kappa)
+
+    @property
+    def _has_strength(self) -> bool:
+        """Whether how far a merge goes is a number of this space: of task vectors, with weights or a factor."""
+        named = {p.name for p in self._method.parameters}
+        return self._method.needs_base and len(self._context.mixed) > 1 and not named.isdisjoint({"weight", "lambda"})
+
+    def _at_law(self, kappa: float) -> Baseline:
+        """Task arithmetic with lambda = kappa sqrt(N) on the mean of N task vectors, whatever the method here."""
+        context, method = self._context, self._method
+        mixed, weight = context.mixed, kappa / math.sqrt(len(context.mixed))
+        divides = self._settings.switches.get("normalize", False)
+        point = None if method.arithmetic is None or divides else method.arithmetic(mixed, weight)
+        genome = self._genome_at(point)
+        same: dict[str, Value] = dict.fromkeys(mixed, weight)
+        blend = Blend(
+            method="task_arithmetic",
+            sources=mixed,
+            base=context.base,
+            parameters={"weight": same, "lambda": 1.0, "normalize": False},
+        )
+        recipe = self._everywhere(blend) if genome is None else self.decode(genome)
+        return Baseline(f"{LAW}, kappa {kappa:g}", "default", recipe, genome)
 
     def _group(self, role: Role) -> str:
         granularity = self._settings.granularity
@@ -161,7 +193,12 @@ class ParameterSpace:
 
     def _weighted(self, weights: Mapping[str, Value]) -> StackRecipe:
         """The plain weighted sum of sources, whatever the method of this space."""
-        blend = Blend(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
+        return self._everywhere(
+            Blend(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
+        )
+
+    def _everywhere(self, blend: Blend) -> StackRecipe:
+        """A recipe of one blend."""
         return StackRecipe.uniform(
             blend,
             sources=self._context.sources,

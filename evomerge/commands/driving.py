@@ -22,6 +22,7 @@ from evomerge.checkpoints.checks import check_finite
 from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.errors import InputError
+from evomerge.merging.evidence import Evidence
 from evomerge.observers import Observers
 from evomerge.report.fit import check_fit
 from evomerge.report.live import LiveScreen
@@ -37,6 +38,7 @@ from evomerge.search.opening.artifacts import Artifacts, check_artifacts, copy_u
 from evomerge.search.opening.session import (
     as_recorded,
     begin_again,
+    contents_of,
     create_search,
     fingerprints_of,
     make_pool,
@@ -44,7 +46,8 @@ from evomerge.search.opening.session import (
 )
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared, prepare
-from evomerge.search.settings.folder import LOGS_NAME, has_store
+from evomerge.search.preparing.strength import with_law
+from evomerge.search.settings.folder import EVIDENCE_NAME, LOGS_NAME, has_store
 from evomerge.search.settings.rebudget import reread_budget
 from evomerge.search.settings.resuming import record_resumed
 from evomerge.search.settings.search_file import SearchFile
@@ -66,6 +69,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     ):
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with acquire(store):
+            prepared = with_law(prepared, store, _evidence(folder, store))
             if not calibrate(folder, prepared, store, pool, console):
                 return INTERRUPTED
             return _drive(folder, prepared, store, pool, artifacts, console)
@@ -80,6 +84,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
         record_resumed(folder, store, prepared.file)
+        prepared = with_law(prepared, store, _evidence(folder, store))
         if not calibrate(folder, prepared, store, pool, console):
             return INTERRUPTED
         return _drive(folder, prepared, store, pool, artifacts, console)
@@ -122,6 +127,11 @@ def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
     begun = store.has_scores()
     prepared = open_all(file, folder, begins=not begun)
     return as_recorded(store, prepared) if begun else prepared
+
+
+def _evidence(folder: Path, store: Store) -> Evidence:
+    """What is known of the sources, in the folder of the search."""
+    return Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
 
 
 def _drive(

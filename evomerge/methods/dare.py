@@ -13,7 +13,7 @@ from evomerge.merging.passes import Pass, SparsePart
 from evomerge.merging.plans import switch
 from evomerge.method import Method
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches
-from evomerge.methods.parameters import density, equal_weights, one_weight, scale, weight
+from evomerge.methods.parameters import density, equal_weights, one_weight, same_weights, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ DARE_LINEAR = Method(
     switches=switches(rescale=True),
     alone=one_weight(ALL_KEPT),
     uniform=equal_weights(ALL_KEPT),
+    arithmetic=same_weights(ALL_KEPT),
     mergekit=task_vectors("plain", DENSITY, rescale=True),
     title="DARE",
     reference="arXiv 2311.03099",

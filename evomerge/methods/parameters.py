@@ -44,3 +44,12 @@ def equal_weights(others: Mapping[str, Value] | None = None) -> Callable[[Sequen
         return {"weight": dict.fromkeys(sources, 1.0 / len(sources)), **(others or {})}
 
     return uniform
+
+
+def same_weights(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[str], float], Point]:
+    """``Method.arithmetic`` by one weight for all sources, the other parameters at ``others``."""
+
+    def arithmetic(sources: Sequence[str], weight: float) -> Point:
+        return {"weight": dict.fromkeys(sources, weight), **(others or {})}
+
+    return arithmetic

@@ -12,7 +12,7 @@ from evomerge.mergekit.grammar import task_vectors
 from evomerge.merging.passes import Pass
 from evomerge.merging.plans import added, base_of, number, weights
 from evomerge.method import Method
-from evomerge.methods.parameters import equal_weights, one_weight, scale, weight
+from evomerge.methods.parameters import equal_weights, one_weight, same_weights, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ TASK_ARITHMETIC = Method(
     switches={"normalize": False},
     alone=one_weight({"lambda": 1.0}),
     uniform=equal_weights({"lambda": 1.0}),
+    arithmetic=same_weights({"lambda": 1.0}),
     mergekit=task_vectors("plain"),
     title="task arithmetic",
     reference="arXiv 2212.04089",

@@ -21,6 +21,7 @@ from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
+from evomerge.search.preparing.strength import planned_baselines
 from evomerge.search.settings.sections import Workers
 
 LEAST_GAIN = 2
@@ -80,7 +81,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "optimizer", _settings_text(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
     yield from _cost(prepared)
-    yield "confirmation", _confirmation(setup)
+    yield "confirmation", _confirmation(prepared)
     yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
         yield from _hardware(prepared)
@@ -248,7 +249,7 @@ def _budget(prepared: Prepared) -> str:
     )
     text = f"{', '.join(parts)}; {per_candidate}"
     if file.budget.candidates:
-        baselines = len(list(setup.space.baselines()))
+        baselines = _baselines(prepared)
         whole = sum(setup.all_counts().values())
         low, high = (baselines * whole + (file.budget.candidates - baselines) * bound for bound in (least, most))
         text += f", {high:,} in all" if low == high else f", {low:,} to {high:,} in all"
@@ -277,9 +278,15 @@ def _cost(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "cost", text
 
 
-def _confirmation(setup: Setup) -> str:
+def _baselines(prepared: Prepared) -> int:
+    """How many models are scored before anything is searched."""
+    return len(list(prepared.setup.space.baselines())) + planned_baselines(prepared)
+
+
+def _confirmation(prepared: Prepared) -> str:
     """What is scored on held-out items at the end: up to 10 models x 350 items, 3,500 in all."""
-    baselines = len(list(setup.space.baselines()))
+    setup = prepared.setup
+    baselines = _baselines(prepared)
     drawn = setup.confirm.drawn * len(Preference.of_setup(setup).parts)
     models = baselines + max(setup.confirm.top, drawn)
     items = sum(len(task.indices) for task in setup.tasks("held_out"))

@@ -257,6 +257,13 @@ class MethodContract:
         merged = self.merge(base, sources, self.at(self.method.uniform(self.blend().sources)))
         assert self.near(merged, torch.stack(sources).mean(dim=0))
 
+    def test_where_it_says_that_it_is_task_arithmetic_it_is(self) -> None:
+        if self.method.arithmetic is None:
+            pytest.skip("the method has no such point")
+        base, *sources = tensors(1 + self.count)
+        merged = self.merge(base, sources, self.at(self.method.arithmetic(self.blend().sources, 0.7)))
+        assert self.near(merged, base + 0.7 * sum(source - base for source in sources))
+
     def test_says_how_much_it_takes_of_every_source(self) -> None:
         blend = self._graded(self.blend())
         shares = self.method.shares(blend) if self.method.shares is not None else dict.fromkeys(blend.sources, 1.0)

@@ -170,11 +170,11 @@ def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe
     )
 
 
-def build_space(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
-    """The search space of a search file over these sources."""
+def build_space(file: SearchFile, sources: Mapping[str, Source], kappa: float | None = None) -> SearchSpace:
+    """The search space of a search file over these sources; ``kappa`` as of ``SpaceContext``."""
     model = sources[file.tokenizer_source]
     depths = {name: source.layers for name, source in sources.items()}
-    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths)
+    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths, kappa=kappa)
     # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.
     for corner in ("low", "high"):
         genome = np.array([getattr(parameter, corner) for parameter in space.parameters], dtype=np.float64)

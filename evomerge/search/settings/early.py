@@ -76,7 +76,9 @@ def _is_newer(path: Path, moment: float) -> bool:
         return True
 
 
-def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str, int]) -> SearchSpace:
+def make_space(
+    file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str, int], kappa: float | None = None
+) -> SearchSpace:
     """The search space of a search file, for sources of these depths; see ``SpaceContext``.
 
     Raises:
@@ -93,6 +95,7 @@ def make_space(file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,
         depths=depths,
+        kappa=kappa,
         calibration=None if file.calibration is None else file.calibration.texts.digest,
     )
     space = file.space.build(context)

@@ -26,6 +26,7 @@ from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipes.base import DType
 from evomerge.search.settings.folder import check_store_url
 from evomerge.search.settings.sections import (
+    Baselines,
     Budget,
     CalibrationTexts,
     Cluster,
@@ -72,6 +73,7 @@ class SearchFile(Section):
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
     mode: Mode = "generational"
     budget: Budget
+    baselines: Baselines = Baselines()
     confirm: Confirm = Confirm()
     pool: Literal["in_process", "ray"] = "in_process"
     cluster: Cluster = Cluster()

@@ -205,6 +205,15 @@ class Budget(Section):
         return self
 
 
+class Baselines(Section):
+    """What is scored before anything is searched, beside sources, their average and the method's defaults.
+
+    ``kappa``: task arithmetic with lambda = kappa sqrt(N) on the mean of N task vectors, in spaces over task vectors.
+    """
+
+    kappa: bool = True
+
+
 class Confirm(Section):
     """What is scored on the held-out split at the end: the front, the ``top`` of the search, the baselines.
 
