@@ -107,6 +107,7 @@ class Method:
         min_sources, max_sources: how many it mixes, the base not counted; ``max_sources`` is None for any number.
         switches: its yes/no settings with their defaults (``normalize``); a search does not walk them.
         needs: what it needs beside weights.
+        whole_models: its facts are of whole models (``Facts.model_threshold``), not of one tensor at a time.
         shares: how much a blend takes of each source, for pictures. The values of the parameter that has ``share``
             where None; all alike where there is no such parameter.
         alone: (sources, one of them, or None for the base) -> the point where the merge is that source as it is. None
@@ -127,6 +128,7 @@ class Method:
     max_sources: int | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
+    whole_models: bool = False
     shares: Shares | None = None
     alone: Callable[[Sequence[str], str | None], Point] | None = None
     uniform: Callable[[Sequence[str]], Point] | None = None

@@ -33,9 +33,9 @@ PLUGINS = Path(__file__).parents[1] / "examples" / "plugins"
 # models. With `-m unit` the other files are not even imported.
 UNIT = {
     "test_card", "test_combined", "test_confirm", "test_curse", "test_data_flow_space", "test_deadlines",
-    "test_elementwise_methods", "test_evaluators_answers", "test_evaluators_change", "test_evaluators_cost", "test_evaluators_mgsm",
-    "test_evaluators_multiple_choice", "test_events", "test_files", "test_finite", "test_front", "test_hardware",
-    "test_hybrid_space", "test_inference", "test_item_response", "test_mergekit", "test_merging_drops",
+    "test_elementwise_methods", "test_evaluators_answers", "test_evaluators_change", "test_evaluators_cost",
+    "test_evaluators_mgsm", "test_evaluators_multiple_choice", "test_events", "test_files", "test_finite", "test_front",
+    "test_hardware", "test_hybrid_space", "test_inference", "test_item_response", "test_mergekit", "test_merging_drops",
     "test_merging_methods", "test_numbers", "test_parameter_space", "test_path_drawing", "test_racing", "test_recipe",
     "test_record", "test_statistics", "test_store",
 }  # fmt: skip

@@ -12,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.site import Site
 from evomerge.method import find_method
-from evomerge.recipes.stack import Blend
+from evomerge.recipes.stack import Blend, Role
 from evomerge.testing.methods import merge, tensors
 
 Array = NDArray[np.float64]
@@ -85,12 +89,27 @@ def consensus(base: Array, sources: list[Array], n: Numbers) -> Array:
     return base + n["lambda"] * total * (sum(mask.astype(int) for mask in masks) >= n["votes"])
 
 
+def localize_and_stitch(base: Array, sources: list[Array], n: Numbers) -> Array:
+    """Of a model that is this one tensor; magnitudes go by the upper 16 bits of float32."""
+    deltas = np.stack([x - base for x in sources])
+    ranks = (np.abs(deltas).astype(np.float32).view(np.uint32) >> 16).astype(int)
+    masks = []
+    for rank, delta, density in zip(ranks, deltas, n["density"], strict=True):
+        least = np.sort(rank, axis=None)[::-1][max(1, int(density * rank.size)) - 1]
+        masks.append((rank >= least) & ((delta != 0) | (density == 1)))
+    shares = np.stack(masks) * np.array(n["weight"]).reshape(-1, *[1] * base.ndim)
+    total = shares.sum(axis=0)
+    return base + n["lambda"] * (shares * deltas).sum(axis=0) / np.where(total > 0, total, 1)
+
+
 # Numbers that float32 has, where elements are compared: differences of bfloat16 weights have common multiples.
 CASES: list[tuple[Callable[..., Array], Numbers]] = [
     (yoyo, {"weight": [1.0, 1.0, 1.0], "cut": 4.685}),
     (yoyo, {"weight": [0.2, 0.9, 0.5], "cut": 1.9}),
     (magmax, {"weight": [0.5, 0.5, 0.5], "lambda": 1.0}),
     (magmax, {"weight": [1.25, 0.1875, 0.875], "lambda": 0.5}),
+    (localize_and_stitch, {"weight": [1.0, 1.0, 1.0], "density": [0.1, 0.1, 0.1], "lambda": 1.0}),
+    (localize_and_stitch, {"weight": [1.0, 0.3, 0.7], "density": [0.05, 0.8, 1.0], "lambda": 1.3}),
     (consensus, {"weight": [0.5, 0.5, 0.5], "ratio": [0.375, 0.375, 0.375], "votes": 2.0, "lambda": 0.8}),
     (consensus, {"weight": [0.875, 0.25, 1.25], "ratio": [0.125, 0.5, 0.25], "votes": 1.0, "lambda": 0.6}),
     (consensus, {"weight": [0.875, 0.25, 1.25], "ratio": [0.1875, 0.25, 0.3125], "votes": 3.0, "lambda": 1.0}),
@@ -191,3 +210,47 @@ def test_consensus_keeps_what_two_agree_on_and_drops_what_one_wants_alone() -> N
     numbers = {"weight": [1.0] * 3, "ratio": [0.4] * 3, "votes": 2.0, "lambda": 1.0}
     # The last: 3 > .4 * 3, 2 > .4 * 2, 1 > .4 * 1: all three matter, though they cancel.
     assert made("consensus", base, sources, numbers).tolist() == [3.0, 0.0, 0.0, 0.0]
+
+
+def test_a_stitch_of_everything_is_the_mean() -> None:
+    base, *sources = tensors(4, (30, 20))
+    merged = made("localize_and_stitch", base, sources, {"weight": [0.5] * 3, "density": [1.0] * 3, "lambda": 1.0})
+    assert torch.allclose(merged, torch.stack(sources).mean(dim=0), atol=1e-6)
+
+
+def test_a_stitch_takes_the_largest_changes_of_the_whole_model() -> None:
+    """Another tensor that changes more leaves nothing of this one, one that is not changed everything."""
+    base, source = fine_tunes((40, 30), torch.bfloat16, count=1)
+    changed = (source != base).float().mean()
+    mix = blend_of("localize_and_stitch", {"weight": [1.0], "density": [0.5], "lambda": 1.0}, ["s0"])
+    method = find_method("localize_and_stitch", "m")
+    for size, kept in ((1.0, 0.0), (0.0, float(changed))):
+        beside = {"b": {"w": base}, "s0": {"w": base + size}}
+        merged = merge(method, base, [source], mix, models=beside)
+        assert float((merged != base.float()).float().mean()) == pytest.approx(kept, abs=0.01)
+
+
+def test_a_stitch_of_a_sparse_change_is_not_diluted_by_what_stayed() -> None:
+    base, sparse, other = torch.zeros(8), torch.zeros(8), torch.full((8,), 2.0)
+    sparse[0] = 1.0
+    merged = made(
+        "localize_and_stitch", base, [sparse, other], {"weight": [1.0] * 2, "density": [0.9] * 2, "lambda": 1.0}
+    )
+    assert merged.tolist() == [1.5] + [2.0] * 7
+
+
+def test_a_whole_model_is_counted_once_for_all_of_its_tensors_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    count_model = Weights.count_model
+    monkeypatch.setattr(
+        Weights, "count_model", lambda self, *models: counted.append(models) or count_model(self, *models)
+    )
+    held = dict(zip([("b", "v"), ("s", "v"), ("b", "w"), ("s", "w")], tensors(4, (7, 5)), strict=True))
+    weights, evidence = Weights(held.__getitem__, WorkerThreads(1), lambda source: ["v", "w"]), Evidence()
+    sites = [Site(name, Role("mlp", 0), (7, 5), {"b": ("b", name), "s": ("s", name)}) for name in ("v", "w")]
+    found = {
+        Facts(site, weights, evidence, 0).model_threshold("b", "s", share) for site in sites for share in (0.1, 0.6)
+    }
+    assert counted == [("b", "s")]
+    sizes = sorted(float(size) for name in ("v", "w") for size in (held["s", name] - held["b", name]).abs().flatten())
+    assert found == {sizes[-7], sizes[-42]}  # eighths, which the upper bits hold

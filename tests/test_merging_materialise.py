@@ -69,7 +69,8 @@ def test_every_tensor_is_what_its_method_makes_of_it(
         base = files["base"][name] if mix.base else None
         monkeypatch.setattr(methods, "SEED", 9)
         monkeypatch.setattr(methods, "TENSOR", name)
-        expected = methods.merge(METHODS[method], base, [files[each][name] for each in mix.sources], mix)
+        read = [files[each][name] for each in mix.sources]
+        expected = methods.merge(METHODS[method], base, read, mix, models=files)
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected.bfloat16())
 

@@ -136,6 +136,10 @@ class TestMagmax(MethodContract):
     method = METHODS["magmax"]
 
 
+class TestLocalizeAndStitch(MethodContract):
+    method = METHODS["localize_and_stitch"]
+
+
 class TestConsensus(MethodContract):
     method = METHODS["consensus"]
 

@@ -104,6 +104,17 @@ def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
     return base + (kept / agreeing.clamp(min=1e-6)).where(varies >= numbers[-1], 0.0)
 
 
+def masked_mean(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """What ``MaskedMean`` says, in float32; ``numbers`` are [sources, 3]: share, low, scale."""
+    base = tensors[0].float()
+    total, shares = torch.zeros_like(base), torch.zeros_like(base)
+    for k, tensor in enumerate(tensors[1:]):
+        delta = tensor.float() - base
+        share = numbers[k, 0] * (delta.abs() >= numbers[k, 1])
+        total, shares = total + share * delta, shares + share
+    return base + numbers[0, 2] * (total / shares.where(shares != 0, 1.0))
+
+
 def largest(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     """What ``Largest`` says, in float32."""
     base = tensors[0].float()

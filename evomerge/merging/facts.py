@@ -7,7 +7,7 @@ once and kept as ``evidence``: inner products, how magnitudes are distributed, r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,18 @@ class Weights:
     Args:
         read: gives a tensor: contiguous, on the CPU, always the same.
         threads: threads to compute with.
+        names: of a source the names of all its tensors, for facts of whole models; None where there are no such.
     """
 
-    def __init__(self, read: Callable[[Ref], Tensor], threads: WorkerThreads) -> None:
+    def __init__(
+        self,
+        read: Callable[[Ref], Tensor],
+        threads: WorkerThreads,
+        names: Callable[[str], Collection[str]] | None = None,
+    ) -> None:
         self.read = read
         self._threads = threads
+        self._names = names
 
     def scan(self, refs: Sequence[Ref], zeros: NDArray[Any], scan: Callable[..., None], *more: Any) -> NDArray[Any]:
         """Run a compiled scan over all pieces; their totals are added in order, so that threads change no digit."""
@@ -86,6 +93,19 @@ class Weights:
     def padding(self, refs: Sequence[Ref]) -> int:
         """How many zeros a scan sees beyond the tensor's end."""
         return self.read(refs[0]).numel() % 2
+
+    def count_model(self, base: str, source: str) -> NDArray[np.int64]:
+        """As ``count``, of the magnitudes |x - b| over all tensors that two models both have, in equal shapes."""
+        if self._names is None:
+            raise ValueError(f"nothing is known of {source} as a whole")
+        counts = np.zeros(scans.BINS, np.int64)
+        others = set(self._names(base))
+        for name in self._names(source):
+            refs = (base, name), (source, name)
+            if name in others and self.read(refs[0]).shape == self.read(refs[1]).shape:
+                counts += self.scan(refs, np.zeros(scans.BINS, np.int64), scans.count_deltas)
+                counts[0] -= self.padding(refs)
+        return _from_top(counts)
 
     def rank(self, base: Ref, source: Ref, first_bin: int) -> NDArray[np.float64]:
         """The sums of ``scans.rank_sums``."""
@@ -264,6 +284,24 @@ class Facts:
         fine = self.weights.scan(refs, np.zeros(scans.FINE_BINS, np.int64), scans.count_deltas_in, upper)
         fine[0] -= self.weights.padding(refs) if upper == 0 else 0
         return _magnitude(upper, _kth_largest(_from_top(fine), rank)[0])
+
+    def model_threshold(self, base: str, source: str, share: float) -> float:
+        """The magnitude |x - b| that a share of the elements of the whole model reach, one at least.
+
+        All tensors that the base and the source both have count, wherever they stand in the merged model. Magnitudes
+        are ranked by their upper 16 bits whatever the dtype, and this is the smallest with the upper bits of the last
+        one: a table of counts for a pair of models is all that is kept, and to be more exact would be to read both
+        models for every share.
+        """
+        followed = tuple(self.evidence.content_of(self.site.refs[name][0]) for name in (base, source))
+        models = (self.site.refs[name][0] for name in (base, source))
+
+        def compute() -> Tensors:
+            return {"array": torch.from_numpy(self.weights.count_model(*models))}
+
+        counts = np.asarray(self.evidence.get("deltas of models", followed, compute)["array"].numpy())
+        wanted = max(1, int(share * counts[1, -1]))
+        return _magnitude(_kth_largest(counts, wanted)[0], 0)
 
     def window_sums(self, base: str, source: str, low: float, high: float) -> tuple[float, float]:
         """The sum of all |x - b|, and of those with low <= |x - b| < high."""

@@ -249,6 +249,36 @@ def variance(base: Any, sources: Any, index: Any) -> Any:
 
 
 @compiled
+def masked_mean(base: Any, sources: Any, shares: Any, lows: Any, scale: Any, out: Any, stream: Any) -> None:
+    """out = base + scale * sum_k g_k m_k d_k / sum_k g_k m_k, where m_k is 1 where |d_k| >= low_k, else 0.
+
+    Args:
+        base, sources: array and tuple of arrays of pairs, of one dtype.
+        shares, lows: tuples of float32, the g_k and low_k.
+        scale: float32.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block = block_like(out)
+    for start in range(U64(0), pairs(out), U64(BLOCK)):
+        count = min(U64(BLOCK), U64(pairs(out) - start))
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            sum_x, sum_y, by_x, by_y = ZERO, ZERO, ZERO, ZERO
+            for k in range(len(sources)):
+                x, y = pair(sources[k], start + i)
+                x, y = x - bx, y - by
+                share_x = shares[k] if abs(x) >= lows[k] else ZERO
+                share_y = shares[k] if abs(y) >= lows[k] else ZERO
+                sum_x, sum_y = sum_x + share_x * x, sum_y + share_y * y
+                by_x, by_y = by_x + share_x, by_y + share_y
+            x, y = sum_x / (by_x if by_x != ZERO else ONE), sum_y / (by_y if by_y != ZERO else ONE)
+            put_pair(block, i, bx + scale * x, by + scale * y)
+        flush(block, out, start, count, stream)
+    fence()
+
+
+@compiled
 def largest(base: Any, sources: Any, weights: Any, out: Any, stream: Any) -> None:
     """out = base + the w_k d_k of largest magnitude; of equally large ones the positive one.
 

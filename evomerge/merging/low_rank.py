@@ -122,7 +122,7 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         raise NotLowRankError("its hops have scales")
     if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
         raise NotLowRankError("its hops are not the model's own layers in their order")
-    weights = Weights(_refuse_to_read, WorkerThreads())
+    weights = Weights(_refuse_to_read, WorkerThreads(), lambda name: sources[name].tensors)
     by_weight: dict[str, list[float]] = {}
     for merged in merged_tensors(recipe, sources):
         combined = _combined(merged, recipe, sources, weights)

@@ -139,7 +139,7 @@ class Materialiser:
         self._runner: DeviceRunners | None = None
         self._views: dict[Ref, Tensor] = {}
         self._folds: dict[Ref, Tensor] = {}
-        self._weights = Weights(self.read, self._threads)
+        self._weights = Weights(self.read, self._threads, lambda name: sources[name].tensors)
         self._evidence = evidence or Evidence()
         self._core_space = CoreSpace(sources, self._evidence, self._threads)
         self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack

@@ -9,6 +9,7 @@ pass makes the tensor, and with which coefficients.
   sign.
 * ``Select``: the base and a mean of task vectors, over the elements that vary most between sources.
 * ``Largest``: the base and of every element the largest change.
+* ``MaskedMean``: the base and a mean of task vectors, of each element over those that are large there.
 * ``Agreed``: the base and a sum of task vectors, over the elements that matter to enough sources.
 * ``Elementwise``: any function of the rows of a tensor, for what is neither. It runs in plain torch, several times
   slower than those before, which are compiled for the CPU.
@@ -255,6 +256,46 @@ class Select:
 
         shares, least = tuple(np.float32(share) for share in self.shares.values()), np.float32(self.least)
         return lambda arrays, out, span: kernels.select(arrays[0], arrays[1:], shares, least, out, span.stream)
+
+
+@dataclass(frozen=True)
+class MaskedMean:
+    """b + scale * sum_i g_i m_i d_i / sum_i g_i m_i, with m_i = 1 where |d_i| is at least ``lows[i]``; b where none is.
+
+    Attributes:
+        shares: g_i, by source.
+        lows: by source.
+    """
+
+    base: str
+    shares: Mapping[str, float]
+    lows: Mapping[str, float]
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.base, *self.shares)
+
+    @property
+    def grain(self) -> Grain:
+        return "element"
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        import torch
+
+        from evomerge.merging.definitions import constants, masked_mean
+
+        numbers = [[self.shares[name], self.lows[name], self.scale] for name in self.shares]
+        return compute(masked_mean, tensors, constants(numbers, torch.float32, tensors[0].device))
+
+    def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
+        shares = tuple(np.float32(share) for share in self.shares.values())
+        lows, scale = tuple(np.float32(self.lows[name]) for name in self.shares), np.float32(self.scale)
+        return lambda arrays, out, span: kernels.masked_mean(
+            arrays[0], arrays[1:], shares, lows, scale, out, span.stream
+        )
 
 
 @dataclass(frozen=True)

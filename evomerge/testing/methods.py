@@ -31,15 +31,28 @@ SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
 THREADS = WorkerThreads(2)
 
 
-def plan(method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend) -> tuple[Pass, list[Tensor]]:
-    """What a method plans for these tensors, which are ``blend.base`` and ``blend.sources``, and what it reads."""
+Models = Mapping[str, Mapping[str, Tensor]]
+"""All tensors of each model, by names."""
+
+
+def plan(
+    method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend, models: Models | None = None
+) -> tuple[Pass, list[Tensor]]:
+    """What a method plans for these tensors, which are ``blend.base`` and ``blend.sources``, and what it reads.
+
+    Args:
+        models: what the models have beside them, for facts of whole models; nothing where None.
+    """
     held: dict[Ref, Tensor] = {(name, TENSOR): x for name, x in zip(blend.sources, sources, strict=True)}
     if base is not None and blend.base is not None:
         held[blend.base, TENSOR] = base
     refs = {source: (source, tensor) for source, tensor in held}
     site = Site(TENSOR, Role("mlp", 0), tuple(sources[0].shape), refs)
     inputs = MadeUpInputs(held) if "calibration" in method.needs else None
-    planned = method.plan(Facts(site, Weights(held.__getitem__, THREADS), Evidence(), SEED, inputs), blend)
+    beside = {(name, tensor): x for name, model in (models or {}).items() for tensor, x in model.items()}
+    known = beside | held
+    weights = Weights(known.__getitem__, THREADS, lambda source: [tensor for name, tensor in known if name == source])
+    planned = method.plan(Facts(site, weights, Evidence(), SEED, inputs), blend)
     return planned, [held[refs[name]] for name in planned.inputs]
 
 
@@ -58,10 +71,15 @@ class MadeUpInputs:
 
 
 def merge(
-    method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend, dtype: torch.dtype = torch.float32
+    method: Method,
+    base: Tensor | None,
+    sources: Sequence[Tensor],
+    blend: Blend,
+    dtype: torch.dtype = torch.float32,
+    models: Models | None = None,
 ) -> Tensor:
-    """One tensor, merged as an export or a search would."""
-    planned, read = plan(method, base, sources, blend)
+    """One tensor, merged as an export or a search would; ``models`` as of ``plan``."""
+    planned, read = plan(method, base, sources, blend, models)
     out = torch.full(sources[0].shape, torch.nan, dtype=dtype)
     THREADS.run([TensorJob(planned, read, out)])
     return out

@@ -68,7 +68,7 @@ def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
     )
     shape = tuple(tensors["base"].shape)
     site = Site("model.layers.0.mlp.up_proj.weight", Role("mlp", 0), shape, {name: (name, "") for name in tensors})
-    weights = Weights(lambda ref: tensors[ref[0]], WorkerThreads())
+    weights = Weights(lambda ref: tensors[ref[0]], WorkerThreads(), lambda source: [""])
     return method.plan(Facts(site, weights, Evidence(), 3, SampledInputs(shape[-1])), blend)
 
 

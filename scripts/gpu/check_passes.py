@@ -18,7 +18,18 @@ from torch import Tensor
 from evomerge.merging import passes
 from evomerge.merging.device import DeviceRunner
 from evomerge.merging.jobs import TensorJob, WorkerThreads
-from evomerge.merging.passes import Agreed, Combine, Elementwise, Largest, Pass, Select, SparsePart, Sparsify, Whole
+from evomerge.merging.passes import (
+    Agreed,
+    Combine,
+    Elementwise,
+    Largest,
+    MaskedMean,
+    Pass,
+    Select,
+    SparsePart,
+    Sparsify,
+    Whole,
+)
 
 NAMES = ("base", "one", "two")
 LARGEST = 1 << 31
@@ -73,6 +84,7 @@ def examples(*, exact: bool) -> dict[str, Pass]:
         "Sparsify at random, divided": Sparsify("base", drawn, elect=True, divide=True, scale=scale),
         "Sparsify at random by rank": Sparsify("base", met, elect=True),
         "Select": Select("base", {"one": s, "two": t}, least=4 * unit * unit),
+        "MaskedMean": MaskedMean("base", {"one": s, "two": t}, {"one": 2 * unit, "two": 3 * unit}, scale),
         "Largest": Largest("base", {"one": w, "two": v}),
         "Agreed": Agreed("base", {"one": w, "two": v}, {"one": 0.5 * s, "two": t}, votes=2, scale=scale),
         "Elementwise": Elementwise(NAMES, _every_other_row),

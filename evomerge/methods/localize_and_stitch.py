@@ -1,0 +1,61 @@
+"""Localize-and-Stitch without data: each source's largest changes in its whole model, averaged where they overlap.
+
+He et al., "Localize-and-Stitch: efficient model merging via sparse task arithmetic" (arXiv 2408.13656), section 4: the
+dataless localisation, and stitching.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Combine, MaskedMean, Pass
+from evomerge.merging.plans import base_of, number, values
+from evomerge.method import Method, MethodParameter
+from evomerge.methods.parameters import FRACTION, equal_weights, one_weight, scale, weight
+from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+
+_LEAST = 2.0**-149  # the least magnitude of a float32 but zero
+
+
+def localize_and_stitch(facts: Facts, blend: Blend) -> Pass:
+    """b + lambda sum_i w_i m_i d_i / sum_i w_i m_i: the weighted mean of the sources whose mask has the element.
+
+    m_i has the share ``density`` of the elements of the whole model in which source i changed most: layers that it
+    changed little give little. The paper's overlaps have plain means, which are equal weights; weights count where
+    masks overlap alone.
+    """
+    base, shares, lows = base_of(blend), {}, {}
+    for source, share, kept in zip(blend.sources, values(blend, "weight"), values(blend, "density"), strict=True):
+        if share and kept > 0:
+            shares[source], lows[source] = share, _low(facts, base, source, kept)
+    if not shares:
+        return Combine({base: 1.0})
+    return MaskedMean(base, shares, lows, number(blend, "lambda", 1.0))
+
+
+def _low(facts: Facts, base: str, source: str, kept: float) -> float:
+    """The least magnitude in the mask. What a source left as it was is in it only where all is."""
+    return max(facts.model_threshold(base, source, kept), _LEAST) if kept < 1 else 0.0
+
+
+_EVERYTHING = {"density": 1.0, "lambda": 1.0}
+
+LOCALIZE_AND_STITCH = Method(
+    "localize_and_stitch",
+    localize_and_stitch,
+    (
+        weight(1.0, high=1.0),  # only their ratios count
+        # The paper keeps 1 to 10%.
+        MethodParameter("density", "source", low=0.01, high=1.0, default=0.1, limits=FRACTION),
+        scale(searched=True),
+    ),
+    needs_base=True,
+    whole_models=True,
+    alone=one_weight(_EVERYTHING),
+    uniform=equal_weights(_EVERYTHING),
+    title="Localize-and-Stitch, dataless",
+    reference="arXiv 2408.13656",
+)
