@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,17 @@ def test_is_searched_resumed_and_exported_and_decomposes_once(tmp_path: Path, mo
         assert store.counts()["failed"] == 0
         number = max(row.number for row in store.candidates() if row.status == "done")
     assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", f"c{number:04d}") == 0
+
+
+def test_torch_uses_one_thread_in_each_that_merges() -> None:
+    """Else what is computed hangs in its last bit on their number, and they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen: list[int] = []
+        WorkerThreads(2).each(lambda item: seen.append(torch.get_num_threads()), range(4))
+        assert seen == [1, 1, 1, 1]
+        with ThreadPoolExecutor(1) as others:
+            assert {torch.get_num_threads(), others.submit(torch.get_num_threads).result()} == {3}
+    finally:
+        torch.set_num_threads(before)

@@ -60,6 +60,16 @@ class Weights:
         self._threads = threads
         self._names = names
 
+    def each(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """What ``work`` gives for each item, in their order; the items are shared out among threads."""
+        made: list[Any] = [None] * len(items)
+
+        def place(number: int) -> None:
+            made[number] = work(items[number])
+
+        self._threads.each(place, range(len(items)))
+        return made
+
     def scan(self, refs: Sequence[Ref], zeros: NDArray[Any], scan: Callable[..., None], *more: Any) -> NDArray[Any]:
         """Run a compiled scan over all pieces; their totals are added in order, so that threads change no digit."""
         return self.scan_tensors([self.read(ref) for ref in refs], zeros, scan, *more)

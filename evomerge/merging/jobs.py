@@ -21,6 +21,7 @@ from evomerge.merging.passes import Grain, Kernel, Pass, Span, call
 PIECE = 1 << 19  # elements: 1 MB of bfloat16, some 50 microseconds of work
 _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches: most of it would not stay there
 _local = threading.local()
+_setting_threads = threading.Lock()
 
 Piece = tuple[int, int]
 """Elements ``begin`` to ``end`` - 1 of a flat tensor."""
@@ -105,12 +106,26 @@ def _scratch(number: int, length: int) -> Tensor:
     return buffers[number][:length]
 
 
+def _use_one_thread() -> None:
+    """Have torch compute in this thread alone what is called from it, and as before what is called from others.
+
+    Threads that each bring threads of their own wait for each other: a decomposition took a hundred times as long. And
+    what a product of matrices gives in its last bit hangs on how many threads share it.
+    """
+    with _setting_threads:
+        others = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread, and of all threads that begin from now on
+        restored = threading.Thread(target=torch.set_num_threads, args=(others,))
+        restored.start()
+        restored.join()
+
+
 class WorkerThreads:
-    """Threads that share work, as many as torch is set to use."""
+    """Threads that share work, as many as torch is set to use. In each of them torch itself uses that one alone."""
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads or torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge")
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge", initializer=_use_one_thread)
 
     def each(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
         """Call ``work`` on every item, on whichever thread is free; raise the first exception when all have ended."""

@@ -57,14 +57,13 @@ def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> 
 
     def compute() -> Tensors:
         if halvings:
-            return _fewer(_vectors(facts, names, 0, matrix), halvings, facts.site.name)
-        tensors = [tensor.view(-1, *tensor.shape[-2:])[matrix] for tensor in facts.tensors(names)]
-        return _decomposed(tensors, facts.site.name)
+            return _fewer(facts, _vectors(facts, names, 0, matrix), halvings)
+        return _decomposed(facts, [tensor.view(-1, *tensor.shape[-2:])[matrix] for tensor in facts.tensors(names)])
 
     return facts.once("task singular vectors 1", names, compute, halvings=float(halvings), matrix=float(matrix))
 
 
-def _decomposed(tensors: Sequence[Tensor], name: str) -> Tensors:
+def _decomposed(facts: Facts, tensors: Sequence[Tensor]) -> Tensors:
     """The vectors of a base and n sources, [rows, columns] each: the r / n first of each, or as many as it has."""
     import torch
 
@@ -72,22 +71,23 @@ def _decomposed(tensors: Sequence[Tensor], name: str) -> Tensors:
 
     origin, *sources = tensors
     noise, most = rounding(origin), max(1, min(origin.shape) // len(sources))
-    short, long, sizes, owners = [], [], [], []
-    for number_of, source in enumerate(sources):
+
+    def of_one(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the short side, of the long side, and singular values."""
         change = source.double() - origin.double()
-        found = spectrum(change, noise, name=name)
-        vectors, values = found.vectors[:, :most], found.sizes[:most]
-        short.append(vectors)
-        long.append(as_wide(change).T @ vectors / values)
-        sizes.append(values)
-        owners.append(torch.full((len(values),), number_of))
+        found = spectrum(change, noise, name=facts.site.name)
+        vectors, sizes = found.vectors[:, :most], found.sizes[:most]
+        return vectors, as_wide(change).T @ vectors / sizes, sizes
+
+    short, long, sizes = zip(*facts.weights.each(of_one, sources), strict=True)
+    owners = torch.cat([torch.full((len(of_source),), number_of) for number_of, of_source in enumerate(sizes)])
     sides = torch.cat(short, dim=1), torch.cat(long, dim=1)
     wide = origin.shape[0] <= origin.shape[1]
-    return _orthogonal(*(sides if wide else sides[::-1]), torch.cat(sizes), torch.cat(owners), name)
+    return _orthogonal(facts, sides if wide else sides[::-1], torch.cat(sizes), owners)
 
 
-def _orthogonal(left: Tensor, right: Tensor, sizes: Tensor, owners: Tensor, name: str) -> dict[str, Tensor]:
-    """Of singular vectors of all sources, float64 [rows, k] and [columns, k].
+def _orthogonal(facts: Facts, sides: Sequence[Tensor], sizes: Tensor, owners: Tensor) -> dict[str, Tensor]:
+    """Of singular vectors of all sources, left [rows, k] and right [columns, k], in float64.
 
     Returns:
         left [rows, k], right [k, columns]: the orthogonal vectors nearest to them, float32. left_gram, right_gram
@@ -96,25 +96,26 @@ def _orthogonal(left: Tensor, right: Tensor, sizes: Tensor, owners: Tensor, name
     """
     from evomerge.merging.spectra import nearest_orthogonal
 
-    made = {"sizes": sizes.float(), "owners": owners}
-    for side, vectors in (("left", left), ("right", right)):
-        near = nearest_orthogonal(vectors, name=name)
-        made[f"{side}_gram"] = (near.T @ vectors).float().contiguous()
-        made[side] = (near if side == "left" else near.T).float().contiguous()
-    return made
+    near = facts.weights.each(lambda vectors: nearest_orthogonal(vectors, name=facts.site.name), sides)
+    grams = [(new.T @ old).float() for new, old in zip(near, sides, strict=True)]
+    left, right = (new.float() for new in near)
+    return {
+        "left": left.contiguous(), "right": right.T.contiguous(), "left_gram": grams[0], "right_gram": grams[1],
+        "sizes": sizes.float(), "owners": owners,
+    }  # fmt: skip
 
 
-def _fewer(whole: Tensors, halvings: int, name: str) -> Tensors:
+def _fewer(facts: Facts, whole: Tensors, halvings: int) -> Tensors:
     """The vectors where of each source the first of its own are kept alone, their number halved so many times."""
     import torch
 
     owners = whole["owners"]
-    counts = torch.bincount(owners) if len(owners) else owners
-    place = torch.cat([torch.arange(count) for count in counts.tolist()]) if len(owners) else owners
+    counts = torch.bincount(owners)
+    place = torch.cat([torch.arange(count) for count in counts.tolist()] or [owners])
     kept = place < (counts >> halvings).clamp(min=1)[owners]
     left = whole["left"].double() @ whole["left_gram"][:, kept].double()
     right = whole["right"].T.double() @ whole["right_gram"][:, kept].double()
-    return _orthogonal(left, right, whole["sizes"][kept], owners[kept], name)
+    return _orthogonal(facts, (left, right), whole["sizes"][kept], owners[kept])
 
 
 TSV = Method(
