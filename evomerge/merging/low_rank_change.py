@@ -48,7 +48,7 @@ class LowRankChange:
 
 def _products(sources: Sequence[Source], weight: str) -> Tensor:
     """Inner products of what sources change of a weight: float64 [sources, sources]."""
-    factors = [_factors(source, weight) for source in sources]
+    factors = [low_rank_factors(source, weight) for source in sources]
     products = torch.zeros(len(sources), len(sources), dtype=torch.float64)
     for k, ours in enumerate(factors):
         for m, theirs in enumerate(factors[: k + 1]):
@@ -57,13 +57,16 @@ def _products(sources: Sequence[Source], weight: str) -> Tensor:
     return products
 
 
-def _factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | None:
-    """s B [outputs, ranks] and A [ranks, inputs] of all that a source's adapters change of a weight; None for none."""
-    pairs = [
-        (change.scale * _read(change.up), _read(change.down))
-        for change in source.changes.get(weight, ())
-        if isinstance(change, LowRank)
-    ]
+def low_rank_factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | None:
+    """L [rows, ranks] and R [ranks, columns], with L R all that a source's adapters change of a weight; None for none.
+
+    float64, with the scalings in L; a weight that is stored as inputs by outputs has L from A.
+    """
+    pairs = []
+    for change in source.changes.get(weight, ()):
+        if isinstance(change, LowRank):
+            up, down = change.scale * _read(change.up), _read(change.down)
+            pairs.append((down.T, up.T) if change.turned else (up, down))
     if not pairs:
         return None
     ups, downs = zip(*pairs, strict=True)

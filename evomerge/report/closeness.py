@@ -31,6 +31,9 @@ def shown(inspection: Inspection, width: int) -> RenderableType:
     if inspection.pairs:
         title = "cosine of task vectors; above the diagonal, share of equal signs (by chance 0.5)"
         parts += [Text(""), Text(title, style="italic"), _matrix(inspection)]
+    if any(pair.whole.overlap is not None for pair in inspection.pairs):
+        title = "overlap of the directions that task vectors change (1: the same ones; by chance 0)"
+        parts += [Text(""), Text(title, style="italic"), _overlaps(inspection)]
     for table in _heat_maps(inspection, width):
         parts += [Text(""), table]
     if inspection.left_out:
@@ -41,6 +44,8 @@ def shown(inspection: Inspection, width: int) -> RenderableType:
         parts += [Text(""), _listed(inspection.warnings)]
     elif inspection.sources:
         parts += [Text(""), Text("Nothing speaks against merging these.", style="green")]
+    if inspection.advice:
+        parts += [Text(""), _listed([f"{advice.text} ({advice.source})" for advice in inspection.advice], style="")]
     return Group(*parts)
 
 
@@ -72,12 +77,13 @@ def _models(inspection: Inspection) -> Table:
 
 
 def _sources(inspection: Inspection) -> Table:
-    table = _table("", "source", "|d| / |b|", "mean |d|", "elements changed")
+    table = _table("", "source", "|d| / |b|", "mean |d|", "changed", "effective rank")
     for letter, source in zip(_letters(inspection), inspection.sources, strict=True):
         whole = source.whole
         table.add_row(
-            letter, source.name, percent(whole.relative_norm), f"{whole.mean_change:.2g}", percent(whole.changed)
-        )
+            letter, source.name, percent(whole.relative_norm), f"{whole.mean_change:.2g}", percent(whole.changed),
+            _rank(whole.effective_rank)[0],
+        )  # fmt: skip
     return table
 
 
@@ -97,6 +103,17 @@ def _matrix(inspection: Inspection) -> Table:
     return table
 
 
+def _overlaps(inspection: Inspection) -> Table:
+    letters = _letters(inspection)
+    table = _table("", *letters[:-1], texts=1)
+    pairs = {frozenset((pair.a, pair.b)): pair.whole for pair in inspection.pairs}
+    for k, (letter, source) in enumerate(zip(letters, inspection.sources, strict=True)):
+        if k:
+            others = [pairs[frozenset((source.name, other.name))] for other in inspection.sources[:k]]
+            table.add_row(letter, *(Text(*_cosine(near.overlap)) for near in others))
+    return table
+
+
 def _heat_maps(inspection: Inspection, width: int) -> Iterator[Table]:
     """Parts of the model by sources (their relative norm) and pairs, in as many tables as the width asks for."""
     letters = dict(zip((source.name for source in inspection.sources), _letters(inspection), strict=True))
@@ -105,6 +122,12 @@ def _heat_maps(inspection: Inspection, width: int) -> Iterator[Table]:
         (f"d/b\n{letters[source.name]}", [_norm(d.relative_norm, most) for d in source.parts])
         for source in inspection.sources
     ]
+    ranked = [d.effective_rank for source in inspection.sources for d in source.parts if d.effective_rank is not None]
+    if ranked:
+        columns += [
+            (f"rank\n{letters[source.name]}", [_rank(d.effective_rank, max(ranked)) for d in source.parts])
+            for source in inspection.sources
+        ]
     columns += [
         (f"cos\n{_both(letters, pair)}", [_cosine(near.cosine) for near in pair.parts]) for pair in inspection.pairs
     ]
@@ -146,6 +169,12 @@ def _norm(value: float | None, most: float) -> Cell:
     return percent(value), _style(_WARM, share)
 
 
+def _rank(value: float | None, most: float = 0.0) -> Cell:
+    if value is None:
+        return "·", Style()
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}", _style(_WARM, value / most if most else 0.0)
+
+
 def _cosine(value: float | None) -> Cell:
     """Blue for changes that go together, red for those that go against each other."""
     if value is None:
@@ -170,10 +199,10 @@ def _tokens(facts: ModelFacts) -> str:
     return "no" if facts.tokens is None else f"{facts.tokens:,}"
 
 
-def _listed(sentences: Sequence[str]) -> Table:
+def _listed(sentences: Sequence[str], style: str = "yellow") -> Table:
     table = Table.grid(padding=(0, 1, 0, 0))
     for sentence in sentences:
-        table.add_row("-", sentence, style="yellow")
+        table.add_row("-", sentence, style=style)
     return table
 
 

@@ -11,26 +11,34 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
+from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.checks import check_compatible, check_finite
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
+from evomerge.merging.directions import Directions, Factors, of_matrices, work
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.low_rank_change import low_rank_factors
 from evomerge.merging.rounding import is_exact, share_lost, squared_loss
 from evomerge.merging.site import Ref, Site
 from evomerge.printable import printable
 from evomerge.recipes.stack import Role
+from evomerge.report.advice import advice_on, dispersion_of
 from evomerge.report.cautions import beware
 
 _MOST_NAME = 100  # characters
+
+_MOST_WORK = 5e12
+"""Operations beyond which singular values are not looked for: they take a core a minute or two."""
 
 
 class ModelFacts(BaseModel):
@@ -56,24 +64,28 @@ class Distance(BaseModel):
 
     ``relative_norm`` is |d| / |b| (None where b is zero), ``mean_change`` the mean of |d| over all elements, and
     ``changed`` the share of elements that differ. ``rounded_away`` is the share of |d| that is lost where a merge is
-    stored as the base is (None where d is zero); see ``rounding``.
+    stored as the base is (None where d is zero); see ``rounding``. ``effective_rank`` says over how many directions the
+    changes of matrices spread (None where d is zero, or it would take too long); see ``directions``.
     """
 
     relative_norm: float | None
     mean_change: float
     changed: float
     rounded_away: float | None = None
+    effective_rank: float | None = None
 
 
 class Closeness(BaseModel):
     """How two task vectors lie to each other: in the whole, or in one part of the model.
 
     ``cosine`` is None where one is zero; ``sign_agreement``, the share of equal signs among the elements that both
-    changed, where there is no such element.
+    changed, where there is no such element. ``overlap`` says how far their matrices change the same directions, by
+    chance 0 (None where that is not known); see ``directions``.
     """
 
     cosine: float | None
     sign_agreement: float | None
+    overlap: float | None = None
 
 
 class SourceDistance(BaseModel):
@@ -93,11 +105,18 @@ class Pair(BaseModel):
     parts: list[Closeness]
 
 
+class Advice(BaseModel):
+    """What published evidence says of merging such sources, and where it stands."""
+
+    text: str
+    source: str
+
+
 class Inspection(BaseModel):
     """Models side by side. Of a single model there are ``models`` alone.
 
     ``apart`` says of models that cannot be compared with the base why; ``left_out`` names tensors that not all of the
-    others have in one shape.
+    others have in one shape. ``dispersion`` is the largest of the sources' relative norms by the smallest.
     """
 
     models: list[ModelFacts]
@@ -108,6 +127,8 @@ class Inspection(BaseModel):
     apart: dict[str, str] = {}
     left_out: list[str] = []
     warnings: list[str] = []
+    dispersion: float | None = None
+    advice: list[Advice] = []
 
 
 Progress = Callable[[int, int], None]
@@ -162,6 +183,10 @@ def inspect_models(
         warnings=warnings,
     )
     inspection.warnings += beware(inspection, opened)
+    inspection.dispersion = dispersion_of(inspection.sources)
+    if parts:
+        advice = advice_on(inspection.sources, _whole(parts).products)
+        inspection.advice = [Advice(text=text, source=source) for text, source in advice]
     return inspection
 
 
@@ -255,12 +280,14 @@ class _Sums:
         products: float64 [n + 1, n + 1], inner products of b, d_1, ..., d_n.
         signs: float64 [3, n, n]; see ``scans.delta_signs``.
         losses: float64 [n], squares of what of d_1, ..., d_n is rounded away.
+        directions: of the matrices among the tensors.
     """
 
     count: int
     products: NDArray[np.float64]
     signs: NDArray[np.float64]
     losses: NDArray[np.float64]
+    directions: Directions
 
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(
@@ -268,6 +295,7 @@ class _Sums:
             self.products + other.products,
             self.signs + other.signs,
             self.losses + other.losses,
+            self.directions + other.directions,
         )
 
     def distance(self, k: int) -> Distance:
@@ -277,6 +305,7 @@ class _Sums:
             mean_change=self.signs[2, k, k] / self.count,
             changed=self.signs[0, k, k] / self.count,
             rounded_away=share_lost(self.losses[k], self.products[k + 1, k + 1]),
+            effective_rank=self.directions.rank(k),
         )
 
     def closeness(self, k: int, m: int) -> Closeness:
@@ -286,6 +315,7 @@ class _Sums:
         return Closeness(
             cosine=float(np.clip(self.products[k + 1, m + 1] / lengths, -1, 1)) if lengths else None,
             sign_agreement=(both + agreement) / (2 * both) if both else None,
+            overlap=self.directions.overlap(k, m),
         )
 
 
@@ -306,6 +336,7 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
         return held[ref]
 
     weights = Weights(read, WorkerThreads(None))
+    looks = _has_time(sources, tensors)
     sizes = {name: sum(s.tensors[name].end - s.tensors[name].begin for s in sources) for name in tensors}
     parts: dict[str, _Sums] = {}
     done = 0
@@ -313,7 +344,8 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
         shape = tuple(sources[0].tensors[name].shape)
         site = Site(name, role, shape, {source: (source, name) for source in by_name})
         facts, size = Facts(site, weights, Evidence(), seed=0), math.prod(shape)
-        sums = _Sums(size, facts.products(names), facts.signs(names), _losses(facts, sources, name))
+        directions = _directions(sources, name, read) if looks else Directions.none(len(sources) - 1)
+        sums = _Sums(size, facts.products(names), facts.signs(names), _losses(facts, sources, name), directions)
         held.clear()
         for source in sources:
             source.release(name)
@@ -323,6 +355,37 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
         done += sizes[name]
         progress(done, sum(sizes.values()))
     return dict(sorted(parts.items(), key=lambda item: _position(item[0])))
+
+
+def _has_time(sources: Sequence[Source], tensors: Mapping[str, Role]) -> bool:
+    """Whether all singular values are found in minutes: of adapters always, of whole models up to half a billion."""
+    base, *others = sources
+    whole = [other for other in others if not _is_low_rank(base, other)]
+    shapes = [base.tensors[name].shape for name in tensors if len(base.tensors[name].shape) > 1]
+    return len(whole) * sum(map(work, shapes)) <= _MOST_WORK
+
+
+def _is_low_rank(base: Source, other: Source) -> bool:
+    """Whether a source is the base with low-rank adapters alone, whose factors say all of its change."""
+    changes = [change for each in other.changes.values() for change in each]
+    low_rank = all(isinstance(change, LowRank) and change.magnitude is None for change in changes)
+    return bool(changes) and low_rank and other.folder == base.folder and other.tensors == base.tensors
+
+
+def _directions(sources: Sequence[Source], name: str, read: Callable[[Ref], Tensor]) -> Directions:
+    """Those of the task vectors of a tensor; none of a vector."""
+    base, *others = sources
+    shape = tuple(base.tensors[name].shape)
+    if len(shape) < 2 or not math.prod(shape):
+        return Directions.none(len(others))
+
+    def change(other: Source) -> Tensor | Factors:
+        if len(shape) == 2 and not base.changes and _is_low_rank(base, other):
+            empty = torch.zeros(shape[0], 0), torch.zeros(0, shape[1])
+            return low_rank_factors(other, name) or empty
+        return read((other.name, name)).double() - read((base.name, name)).double()
+
+    return of_matrices([change(other) for other in others])
 
 
 def _losses(facts: Facts, sources: Sequence[Source], name: str) -> NDArray[np.float64]:
