@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from evomerge.errors import InputError
 from evomerge.plugins import OWN, find_plugin
@@ -192,15 +192,25 @@ def check_blend(blend: Blend, method: Method, place: str) -> None:
             raise InputError(place, f"{method.name} needs a value for {p.name}")
 
 
-def check_needs(method: Method, provided: Collection[str], place: str) -> None:
-    """Refuse a method that needs what is not there.
+class Needing(Protocol):
+    """What may need something beside weights: a method, or a step after it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> tuple[Need, ...]: ...
+
+
+def check_needs(part: Needing, provided: Collection[str], place: str) -> None:
+    """Refuse a method or a step that needs what is not there.
 
     Raises:
         InputError: naming ``place``.
     """
-    if missing := [need for need in method.needs if need not in provided]:
+    if missing := [need for need in part.needs if need not in provided]:
         what = " and ".join(missing)
-        raise InputError(place, f"{method.name} needs {what}, which there is none of", f"Add `{missing[0]}:`.")
+        raise InputError(place, f"{part.name} needs {what}, which there is none of", f"Add `{missing[0]}:`.")
 
 
 def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool | Value | dict[str, Value]]:
@@ -211,8 +221,8 @@ def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool
     return values
 
 
-def shares_of(blend: Blend) -> dict[str, float]:
-    """How much a blend takes of each of its sources, in the scale of its own numbers; see ``Shares``.
+def method_shares(blend: Blend) -> dict[str, float]:
+    """How much the method of a blend takes of each of its sources; see ``Shares``.
 
     Of a method that is not installed here, as where a page shows the search of somebody else, all count alike.
     """

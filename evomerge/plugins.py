@@ -1,7 +1,7 @@
 """Finding parts by name: this project's own, and those that packages add through entry points.
 
-One lookup for merge methods, search spaces, kinds of recipes and their builders, evaluators, optimizers and observers.
-A part is imported when it is first asked for by name.
+One lookup for merge methods and the steps after them, search spaces, kinds of recipes and their builders, evaluators,
+optimizers and observers. A part is imported when it is first asked for by name.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "consensus": "evomerge.methods.consensus:CONSENSUS",
         "localize_and_stitch": "evomerge.methods.localize_and_stitch:LOCALIZE_AND_STITCH",
     },
+    "evomerge.merge_steps": {
+        "scale": "evomerge.steps.scale:SCALE",
+    },
     "evomerge.search_spaces": {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",
         "data_flow_space": "search_spaces.data_flow_space:DataFlowSpaceSettings",
@@ -86,6 +89,7 @@ one is there as soon as its line is; a package's part of the same name does not 
 
 NOUNS: Mapping[str, str] = {
     "evomerge.merge_methods": "merge method",
+    "evomerge.merge_steps": "step",
     "evomerge.search_spaces": "search space",
     "evomerge.recipes": "recipe kind",
     "evomerge.builders": "recipe builder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
@@ -10,8 +10,10 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
-from evomerge.method import Method, check_needs
+from evomerge.method import Method, Needing, check_needs
 from evomerge.recipes.base import DType
+from evomerge.recipes.stack import Blend
+from evomerge.step import needs_of_steps
 from evomerge.vocabulary import Vocabulary
 
 
@@ -45,14 +47,17 @@ class SpaceContext:
         """The sources that are merged: all but the base."""
         return tuple(name for name in self.sources if name != self.base)
 
-    def calibration_of(self, method: Method) -> str | None:
-        """What a recipe of this method says of calibration.
+    def check_needs(self, part: Needing, place: str) -> None:
+        """Refuse a method or a step that needs what the search has not.
 
         Raises:
-            InputError: the method needs calibration texts, and there are none.
+            InputError: naming ``place``.
         """
-        check_needs(method, () if self.calibration is None else ("calibration",), "space.method")
-        return self.calibration if method.needs else None
+        check_needs(part, () if self.calibration is None else ("calibration",), place)
+
+    def calibration_of(self, method: Method, blends: Iterable[Blend]) -> str | None:
+        """What a recipe of these blends, by this method, says of calibration."""
+        return self.calibration if method.needs or any(map(needs_of_steps, blends)) else None
 
     def depth(self, source: str) -> int:
         """How many layers a source has."""

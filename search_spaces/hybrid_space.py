@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal, NoReturn, Self
 
 import numpy as np
+from pydantic import Field
 
+from evomerge.blends import check_whole
 from evomerge.errors import InputError
 from evomerge.files import absolute_reference
 from evomerge.genome import Baseline, Genome, SearchSpace
 from evomerge.mergekit import load_recipe_file
-from evomerge.method import check_blend
 from evomerge.recipes.stack import StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_sources, source_member
@@ -26,6 +27,7 @@ from search_spaces.method_genes import MethodGenes
 from search_spaces.parameter_space import ParameterSpaceSettings
 from search_spaces.path_encodings import Slot
 from search_spaces.paths import MOST_PARAMETERS, EncodingName, PathGenes, PathSettings
+from search_spaces.step_genes import StepSettings
 
 MERGED = "merged"
 """The name that a winner has in the pool; what a search confirms as its best is called winner."""
@@ -42,6 +44,7 @@ class HybridSpaceSettings(PathSettings):
         method: every hop is a merge by this method of the layers of one number.
         granularity: what has weights of its own: with "hop", each slot of the encoding, the embedding, the final norm
             and the head; with "model", only the model as a whole. "hop" unless given.
+        steps: what is done after the method, as in parameter space.
     """
 
     kind: Literal["hybrid_space"] = "hybrid_space"
@@ -50,6 +53,7 @@ class HybridSpaceSettings(PathSettings):
     others: tuple[str, ...] | None = None
     method: str | None = None
     granularity: Literal["hop", "model"] | None = None
+    steps: dict[str, StepSettings] = Field(default_factory=dict)
 
     def at(self, root: Path) -> Self:
         if self.winner is None:
@@ -69,12 +73,13 @@ class HybridSpaceSettings(PathSettings):
             raise InputError("space", "needs a merge to start from, or a method to merge hops by", hint)
         if self.others is not None:
             raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
-        marks = list(ParameterSpaceSettings(method=self.method).build(context).baselines())
+        marks = list(ParameterSpaceSettings(method=self.method, steps=self.steps).build(context).baselines())
         return JointSpace(self, context, self.method, marks)
 
     def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
-        if self.granularity is not None:
-            raise InputError("space.granularity", "is for hops that are merged again", "Leave it out.")
+        for key, given in (("granularity", self.granularity), ("steps", self.steps)):
+            if given:
+                raise InputError(f"space.{key}", "is for hops that are merged again", "Leave it out.")
         if MERGED in context.sources:
             raise InputError(f"sources.{MERGED}", "is the name of the winner in the pool", "Give it another name.")
         recipe = read_winner(winner, context)
@@ -132,7 +137,7 @@ def _no_mergekit(reference: str) -> NoReturn:
 
 def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:
     for number, blend in enumerate(recipe.blends):
-        check_blend(blend, context.method(blend.method), f"{place}: blends[{number}]")
+        check_whole(blend, () if recipe.calibration is None else ("calibration",), f"{place}: blends[{number}]")
     for number, hop in enumerate(recipe.hops):
         blends = [recipe.blends[index] for index in (hop.attention, hop.mlp, hop.norm)]
         for name in {name for blend in blends for name in (*blend.sources, *((blend.base,) if blend.base else ()))}:
@@ -168,7 +173,7 @@ class JointSpace:
     ) -> None:
         self._settings = settings
         self._context = context
-        self._genes = MethodGenes(context.method(method), context)
+        self._genes = MethodGenes(context.method(method), context, steps=settings.steps)
         self._marks = marks
         self._path = PathGenes(settings, {"merged": context.layers})
         slots = [Slot(name, name) for name in ("embedding", "norm", *([] if context.tied else ["head"]))]
@@ -208,7 +213,7 @@ class JointSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
-            calibration=self._context.calibration_of(self._genes.method),
+            calibration=self._context.calibration_of(self._genes.method, blends),
         )
 
     def baselines(self) -> Iterator[Baseline]:

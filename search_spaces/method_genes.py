@@ -1,48 +1,20 @@
-"""The parameters of a merge method as numbers of a genome."""
+"""The parameters of a merge method, and of the steps after it, as numbers of a genome."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from evomerge.genome import Parameter
-from evomerge.method import Method, MethodParameter, Point, Value, default_parameters, value_at
-from evomerge.recipes.stack import Basis, Blend
+from evomerge.method import Method, Point, Value, default_parameters, value_at
+from evomerge.recipes.stack import Basis, Blend, BlendStep
+from evomerge.step import find_step
 from search_spaces.base import SpaceContext
-
-
-@dataclass(frozen=True)
-class _Gene:
-    """One number: of a parameter, and of one source or (None) of all."""
-
-    parameter: MethodParameter
-    source: str | None
-    low: float
-    high: float
-
-    @property
-    def name(self) -> str:
-        return ".".join(part for part in (self.parameter.name, self.source) if part)
-
-    def value(self, number: float) -> Value:
-        """What the number says."""
-        return self.parameter.choices[int(number)] if self.parameter.kind == "choice" else number
-
-    def number(self, value: Value) -> float:
-        """The number that says it."""
-        return float(self.parameter.choices.index(value)) if isinstance(value, str) else float(value)
-
-    def described(self, name: str, group: str) -> Parameter:
-        default = float(np.clip(self.number(self.parameter.default), self.low, self.high))
-        share_of = self.source if self.parameter.share and self.source is not None else ""
-        kind, choices = self.parameter.kind, self.parameter.choices
-        return Parameter(name, self.low, self.high, default, kind, group, choices, share_of)
+from search_spaces.gene import Bounds, Gene, searched
+from search_spaces.step_genes import StepGenes, StepSettings
 
 
 class MethodGenes:
-    """What a search walks of a merge method, for one blend of all sources.
+    """What a search walks of a merge method and of steps, for one blend of all sources.
 
     Args:
         method: whose parameters they are.
@@ -51,24 +23,29 @@ class MethodGenes:
         fixed: values of parameters that are not searched.
         switches: the method's yes/no settings, where its defaults are not wanted.
         basis: of the blend.
+        steps: after the method, by name, in their order.
     """
 
     def __init__(
         self,
         method: Method,
         context: SpaceContext,
-        bounds: Mapping[str, tuple[float, float]] | None = None,
+        bounds: Bounds | None = None,
         fixed: Mapping[str, Value] | None = None,
         switches: Mapping[str, bool] | None = None,
         basis: Basis | None = None,
+        steps: Mapping[str, StepSettings] | None = None,
     ) -> None:
         self._method = method
         self._sources = context.mixed
-        self._base = context.base if method.needs_base or basis else None
+        self._base = context.base
         self._basis = basis
         self._fixed = dict(fixed or {})
         self._switches = dict(switches or {})
-        self._genes = list(self._lay_out(dict(bounds or {})))
+        self._genes = list(self._lay_out(bounds or {}))
+        self._steps = [
+            StepGenes(find_step(name, f"space.steps.{name}"), settings) for name, settings in (steps or {}).items()
+        ]
 
     @property
     def method(self) -> Method:
@@ -76,14 +53,15 @@ class MethodGenes:
         return self._method
 
     def __len__(self) -> int:
-        return len(self._genes)
+        return len(self._genes) + sum(map(len, self._steps))
 
     def parameters(self, prefix: str, group: str) -> list[Parameter]:
-        """Those of one blend, named after ``prefix``."""
-        return [gene.described(f"{prefix}.{gene.name}", group) for gene in self._genes]
+        """Those of one blend, named after ``prefix``; those of steps come last."""
+        of_steps = (p for step in self._steps for p in step.parameters(prefix, group))
+        return [*(gene.described(f"{prefix}.{gene.name}", group) for gene in self._genes), *of_steps]
 
     def blend(self, numbers: Sequence[float] = ()) -> Blend:
-        """The blend that so many numbers say; without any, the method's defaults with what is fixed."""
+        """The blend that so many numbers say; without any, the method's and steps' defaults with what is fixed."""
         values = default_parameters(self._method, self._sources) | self._switches
         for name, value in self._fixed.items():
             values[name] = dict.fromkeys(self._sources, value) if isinstance(values[name], dict) else value
@@ -93,13 +71,23 @@ class MethodGenes:
                 of_sources[gene.source] = gene.value(number)
             else:
                 values[gene.parameter.name] = gene.value(number)
+        steps = tuple(self._steps_at(numbers[len(self._genes) :]))
         return Blend(
-            method=self._method.name, sources=self._sources, base=self._base, parameters=values, basis=self._basis
+            method=self._method.name,
+            sources=self._sources,
+            base=self._base if self._method.needs_base or self._basis or steps else None,
+            parameters=values,
+            basis=self._basis,
+            steps=steps,
         )
 
     def numbers_at(self, point: Point | None) -> list[float] | None:
-        """The numbers of a point; None where bounds or what is fixed forbid it, or it leaves a number open."""
-        if point is None:
+        """The numbers of a point at which no step changes anything.
+
+        None where bounds or what is fixed forbid it, it leaves a number open, or a step always changes something.
+        """
+        neutral = [step.neutral() for step in self._steps]
+        if point is None or None in neutral:
             return None
         for name, fixed in self._fixed.items():
             if name in point and any(value_at(point, name, source) != fixed for source in self._sources):
@@ -108,12 +96,15 @@ class MethodGenes:
             return None
         numbers = [gene.number(value_at(point, gene.parameter.name, gene.source)) for gene in self._genes]
         inside = all(gene.low <= number <= gene.high for gene, number in zip(self._genes, numbers, strict=True))
-        return numbers if inside else None
+        return [*numbers, *(number for of_step in neutral for number in of_step or ())] if inside else None
 
-    def _lay_out(self, bounds: Mapping[str, tuple[float, float]]) -> Iterator[_Gene]:
-        for p in self._method.parameters:
-            if p.name in self._fixed or not (p.searched or p.name in bounds):
-                continue
-            low, high = (0.0, len(p.choices) - 1.0) if p.kind == "choice" else bounds.get(p.name, (p.low, p.high))
+    def _steps_at(self, numbers: Sequence[float]) -> Iterator[BlendStep]:
+        begin = 0
+        for step in self._steps:
+            yield from step.steps(numbers[begin : begin + len(step)])
+            begin += len(step)
+
+    def _lay_out(self, bounds: Bounds) -> Iterator[Gene]:
+        for p, low, high in searched(self._method.parameters, bounds, self._fixed):
             for source in self._sources if p.scope == "source" else (None,):
-                yield _Gene(p, source, low, high)
+                yield Gene(p, source, low, high)

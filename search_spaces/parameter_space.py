@@ -17,10 +17,13 @@ from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome
-from evomerge.method import Method, MethodParameter, Point, Value, check_blend
+from evomerge.method import Method, Point, Value, check_blend
 from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
+from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
+from search_spaces.profiles import Lines, with_factor
+from search_spaces.step_genes import StepSettings, check_steps
 
 LAW = "kappa sqrt(N)"
 """How the baseline by the law is called, before its kappa."""
@@ -40,6 +43,9 @@ class ParameterSpaceSettings(SpaceSettings):
         switches: the method's yes/no settings: ``normalize: true``.
         basis: "core" where all sources but the base are low-rank adapters of it (LoRA): the method merges these in the
             few coordinates that hold all of their changes. Of the weights' own where nothing is said.
+        steps: what is done after the method, in this order: ``activations: {}``, or with ``bounds`` and ``fixed``.
+        profile: how the change of each layer is scaled by a few numbers for all; with granularity "model". "lines":
+            evenly from ``profile.first`` to ``profile.last``.
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
@@ -49,10 +55,12 @@ class ParameterSpaceSettings(SpaceSettings):
     fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)
     switches: dict[str, bool] = Field(default_factory=dict)
     basis: Basis | None = None
+    steps: dict[str, StepSettings] = Field(default_factory=dict)
+    profile: Literal["lines"] | None = None
 
     def build(self, context: SpaceContext) -> ParameterSpace:
         method = context.method(self.method)
-        context.calibration_of(method)
+        context.check_needs(method, "space.method")
         self._check_names(method)
         if method.needs_base and context.base is None:
             raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
@@ -62,38 +70,28 @@ class ParameterSpaceSettings(SpaceSettings):
             raise InputError(
                 "space.granularity", f"is {self.granularity}, but the sources have {context.layers} layers"
             )
-        for p in method.parameters:
-            self._check_values(p)
-        return ParameterSpace(self, context)
-
-    def _check_values(self, parameter: MethodParameter) -> None:
-        place = f"space.bounds.{parameter.name}"
-        if (bounds := self.bounds.get(parameter.name)) is not None:
-            if parameter.kind == "choice":
-                options = ", ".join(parameter.choices)
-                raise InputError(place, f"is a choice and has no bounds: {options}", "Give one of them under `fixed:`.")
-            if bounds[0] >= bounds[1]:
-                raise InputError(place, f"the lower bound {bounds[0]} is not below the upper bound {bounds[1]}")
-            for bound in bounds:
-                parameter.check(bound, place)
-        if parameter.name in self.fixed:
-            parameter.check(self.fixed[parameter.name], f"space.fixed.{parameter.name}")
+        check_steps(self.steps, context)
+        self._check_profile(context)
+        space = ParameterSpace(self, context)
+        if not space.parameters:
+            raise InputError("space.fixed", "leaves nothing to search", "Leave out at least one parameter.")
+        return space
 
     def _check_names(self, method: Method) -> None:
-        known = {p.name for p in method.parameters}
-        for field, names, allowed in (
-            ("bounds", self.bounds, known),
-            ("fixed", self.fixed, known),
-            ("switches", self.switches, set(method.switches)),
-        ):
-            for name in names:
-                if name not in allowed:
-                    options = ", ".join(sorted(allowed)) or "none"
-                    raise InputError(f"space.{field}.{name}", f"{method.name} has no such setting; it has: {options}")
-        if both := sorted(set(self.bounds) & set(self.fixed)):
-            raise InputError(f"space.fixed.{both[0]}", "is given bounds as well", "Keep one of the two.")
-        if {p.name for p in method.parameters if p.searched or p.name in self.bounds} <= set(self.fixed):
-            raise InputError("space.fixed", "leaves nothing to search", "Leave out at least one parameter.")
+        check_ranges(method.name, method.parameters, self.bounds, self.fixed, "space")
+        for name in self.switches:
+            if name not in method.switches:
+                options = ", ".join(sorted(method.switches)) or "none"
+                raise InputError(f"space.switches.{name}", f"{method.name} has no such setting; it has: {options}")
+
+    def _check_profile(self, context: SpaceContext) -> None:
+        if self.profile is None:
+            return
+        if self.granularity != "model":
+            problem = f"is for one blend over all layers, and with granularity {self.granularity} there are several"
+            raise InputError("space.profile", problem, "Leave out `granularity:`, or the profile.")
+        if context.base is None:
+            raise InputError("base", "a profile scales what layers add to a base", "Name it: `base: NAME`.")
 
 
 class ParameterSpace:
@@ -105,10 +103,19 @@ class ParameterSpace:
         self._method = context.method(settings.method)
         self._group_of = {role: self._group(role) for role in roles(context.layers)}
         self._genes = MethodGenes(
-            self._method, context, settings.bounds, settings.fixed, settings.switches, settings.basis
+            self._method,
+            context,
+            settings.bounds,
+            settings.fixed,
+            settings.switches,
+            settings.basis,
+            settings.steps,
         )
+        self._profile = Lines(context.layers) if settings.profile == "lines" else None
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
+        if self._profile is not None:
+            self.parameters += self._profile.parameters
         self.layer_buffers = self.hops = context.layers
         check_blend(self._genes.blend(), self._method, "space")
 
@@ -119,6 +126,12 @@ class ParameterSpace:
             for place, group in enumerate(self._groups)
         }
         at = {role: blends[group] for role, group in self._group_of.items()}
+        if self._profile is not None:
+            of_profile = numbers[len(self._groups) * size :]
+            (blend,) = blends.values()
+            layers = (None, *range(self._context.layers))
+            scaled = {layer: with_factor(blend, self._profile.factor(of_profile, layer)) for layer in layers}
+            at = {role: scaled[role.layer] for role in at}
         return StackRecipe.compose(
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
@@ -132,7 +145,7 @@ class ParameterSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
-            calibration=self._context.calibration_of(self._method),
+            calibration=self._context.calibration_of(self._method, blends.values()),
         )
 
     def baselines(self) -> Iterator[Baseline]:
@@ -210,6 +223,9 @@ class ParameterSpace:
         )
 
     def _genome_at(self, point: Point | None) -> Genome | None:
-        """The genome whose every group is at a point; None where the space holds none."""
+        """The genome whose every group is at a point and scaled by nothing; None where the space holds none."""
         numbers = self._genes.numbers_at(point)
-        return None if numbers is None else np.tile(np.array(numbers, dtype=np.float64), len(self._groups))
+        if numbers is None:
+            return None
+        of_profile = () if self._profile is None else self._profile.neutral
+        return np.array([*numbers * len(self._groups), *of_profile], dtype=np.float64)

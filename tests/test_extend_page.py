@@ -21,4 +21,4 @@ exec(_TESTS)  # of this project: the classes are collected as if they stood here
 
 
 def test_every_part_of_the_page_is_tested() -> None:
-    assert {"TestMedian", "TestHillClimber", "TestDigits", "TestLetters"} <= set(globals())
+    assert {"TestMedian", "TestClip", "TestHillClimber", "TestDigits", "TestLetters"} <= set(globals())

@@ -24,8 +24,8 @@ from evomerge.method import (
     default_parameters,
     find_method,
     is_copy,
+    method_shares,
     own_methods,
-    shares_of,
 )
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend
@@ -82,12 +82,12 @@ def test_a_space_has_the_parameters_and_baselines_and_makes_the_recipes_that_it_
 @pytest.mark.parametrize("name", METHODS)
 def test_shares_are_what_they_were(name: str) -> None:
     for content, shares in GOLDEN[name]["shares"]:
-        assert shares_of(Blend.model_validate(content)) == pytest.approx(shares, abs=0)
+        assert method_shares(Blend.model_validate(content)) == pytest.approx(shares, abs=0)
 
 
 def test_a_method_that_is_not_installed_takes_all_alike() -> None:
     blend = Blend(method="of_somebody_else", sources=("a", "b"), parameters={"weight": {"a": 1.0, "b": 3.0}})
-    assert shares_of(blend) == {"a": 0.5, "b": 0.5}
+    assert method_shares(blend) == {"a": 0.5, "b": 0.5}
     assert not is_copy(blend.model_copy(update={"sources": ("a",), "parameters": {"weight": {"a": 1.0}}}))
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evomerge.blends import check_whole
 from evomerge.calibration import Calibration, calibration_from, check_all_have_texts
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.references import check_reference
@@ -23,7 +24,6 @@ from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
 from evomerge.mergekit import load_recipe_file
-from evomerge.method import check_blend, check_needs, find_method
 from evomerge.objects import is_url
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Role, StackRecipe
@@ -79,9 +79,7 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
 
     recipe = _calibrated(load_recipe_file(path, look), texts, path)
     for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
-        method = find_method(blend.method, f"{path}: blends[{number}].method")
-        check_blend(blend, method, f"{path}: blends[{number}]")
-        check_needs(method, () if texts is None else ("calibration",), f"{path}: blends[{number}].method")
+        check_whole(blend, () if texts is None else ("calibration",), f"{path}: blends[{number}]")
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     from evomerge.checkpoints.checks import check_compatible

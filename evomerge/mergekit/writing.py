@@ -76,6 +76,10 @@ def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
     """Refuse what mergekit has no word for."""
     if blend.basis is not None:
         raise InputError(f"{place}.basis", "merges adapters in core space, which mergekit cannot say")
+    if blend.steps:
+        names = ", ".join(step.name for step in blend.steps)
+        problem = f"change what {blend.method} made ({names}), which mergekit cannot do"
+        raise InputError(f"{place}.steps", problem, "Merge it here, with `evomerge merge`.")
     if grammar.base in ("apart", "optional") and blend.base in blend.sources:
         raise InputError(place, f"mixes the base {blend.base} as a source, which mergekit leaves out")
     settings = {setting.ours: setting for setting in grammar.settings}

@@ -74,14 +74,13 @@ class CoreSpace:
         self._weights = Weights(self._changes.__getitem__, threads)
         self._cores: dict[tuple[Merged, str, tuple[str, ...]], Core | None] = {}
 
-    def planned(self, merged: Merged, blend: Blend, seed: int) -> tuple[Pass, list[Ref]]:
-        """How a tensor is made, and the tensors that it is made from; of a blend that ``check_core`` lets through."""
+    def planned(self, merged: Merged, blend: Blend, seed: int) -> Pass:
+        """How a tensor is made by the method of a blend that ``check_core`` lets through."""
         base = _base_of(blend)
         core = self.core(merged, blend)
-        plan: Pass = Combine({base: 1.0})
-        if core is not None:
-            plan = _added(base, core.left @ self.merged(core, blend, seed), core.right)
-        return plan, [(base, merged.stored)]
+        if core is None:
+            return Combine({base: 1.0})
+        return _added(base, core.left @ self.merged(core, blend, seed), core.right)
 
     def merged(self, core: Core, blend: Blend, seed: int) -> Tensor:
         """What the method makes of the sources' changes: float32 [p, q]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -135,3 +135,14 @@ def agreed(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
     for k, part in enumerate(parts):
         votes = votes + (part.abs() > numbers[k, 1] * (total - part).abs())
     return base + (numbers[0, 3] * total).where(votes >= numbers[0, 2], 0.0)
+
+
+def rescale(base: Tensor, factor: Tensor, function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """b + f (m - b) in float32, where m is what the plain definition of another pass gives.
+
+    Args:
+        factor: float32, which broadcasts to the base.
+        function, arguments: give m, flat or in the shape of the base.
+    """
+    wide = base.float()
+    return wide + factor * (function(*arguments).view(base.shape) - wide)

@@ -116,21 +116,22 @@ class DeviceRunner:
             refs: what ``plan.inputs`` names.
             out: contiguous, on the device.
         """
-        self.compute(plan, [self.tensor(ref) for ref in refs], out)
+        compute_on(self._device, plan, [self.tensor(ref) for ref in refs], out)
 
-    @torch.no_grad()
-    def compute(self, plan: Pass, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """Make one tensor in place, from tensors on the device."""
-        row, total, grain = out.shape[-1] if out.shape else 1, out.numel(), plan.grain
-        # What has no compiled form on the CPU has none here: it is run as it stands, with all its intermediate results.
-        most = _COMPILED_PIECE if is_compiled(self._device) and plan.kernel() is not None else _PIECE
-        flat, whole = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
-        step = {"element": most, "row": max(1, most // max(row, 1)) * row, "tensor": total}[grain] or 1
-        for begin in range(0, total, step):
-            *pieces, target = (in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in (*flat, whole))
-            made = plan.run(pieces, begin, computer(self._device, target))
-            if made is not target:
-                target.copy_(made.reshape(target.shape))
+
+@torch.no_grad()
+def compute_on(device: torch.device, plan: Pass, tensors: Sequence[Tensor], out: Tensor) -> None:
+    """Make one tensor in place, from tensors on the device where it is."""
+    row, total, grain = out.shape[-1] if out.shape else 1, out.numel(), plan.grain
+    # What has no compiled form on the CPU has none here: it is run as it stands, with all its intermediate results.
+    most = _COMPILED_PIECE if is_compiled(device) and plan.kernel() is not None else _PIECE
+    flat, whole = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
+    step = {"element": most, "row": max(1, most // max(row, 1)) * row, "tensor": total}[grain] or 1
+    for begin in range(0, total, step):
+        *pieces, target = (in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in (*flat, whole))
+        made = plan.run(pieces, begin, computer(device, target))
+        if made is not target:
+            target.copy_(made.reshape(target.shape))
 
 
 class DeviceRunners:
@@ -159,7 +160,7 @@ class DeviceRunners:
 
     def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor, device: torch.device) -> None:
         """Make one tensor in place, which is contiguous and on ``device``; ``refs`` are what ``plan.inputs`` names."""
-        self.of_device[device].compute(plan, [self.tensor(ref, device) for ref in refs], out)
+        compute_on(device, plan, [self.tensor(ref, device) for ref in refs], out)
 
 
 def is_compiled(device: torch.device) -> bool:

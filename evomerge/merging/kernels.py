@@ -335,3 +335,41 @@ def agreed(base: Any, sources: Any, weights: Any, ratios: Any, votes: Any, scale
             put_pair(block, i, bx + x, by + y)
         flush(block, out, start, count, stream)
     fence()
+
+
+@compiled
+def rescale(
+    base: Any, made: Any, factors: Any, by_row: Any, by_column: Any, first: Any, row: Any, out: Any, stream: Any
+) -> None:
+    """out = base + f (made - base).
+
+    Args:
+        base: array of pairs.
+        made: array of pairs, of float32.
+        factors: float32, one; with ``by_row`` one for each row of the tensor, with ``by_column`` for each element of a
+            row.
+        by_row, by_column: True, or None.
+        first: number of the tensor's pair at which these arrays begin.
+        row: pairs in a row of the tensor.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block = block_like(out)
+    start = U64(0)
+    while start < pairs(out):
+        count = min(U64(BLOCK), U64(pairs(out) - start))
+        number, place = (first + start) // row, (first + start) % row
+        if by_row is not None or by_column is not None:
+            count = min(count, U64(row - place))
+        one = factors[number] if by_row is not None else factors[0]
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            x, y = pair(made, start + i)
+            if by_column is not None:
+                x_factor, y_factor = factors[U64(2) * (place + i)], factors[U64(2) * (place + i) + U64(1)]
+            else:
+                x_factor, y_factor = one, one
+            put_pair(block, i, fma(x_factor, x - bx, bx), fma(y_factor, y - by, by))
+        flush(block, out, start, count, stream)
+        start += count
+    fence()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evomerge.blends import planned
 from evomerge.checkpoints.source import Source
 from evomerge.merging.core_space import NotLowRankError, check_adapters
 from evomerge.merging.evidence import Evidence
@@ -22,7 +23,6 @@ from evomerge.merging.materialise import check_stack
 from evomerge.merging.passes import Combine
 from evomerge.merging.path import Merged, merged_tensors, site_of
 from evomerge.merging.site import Ref
-from evomerge.method import find_method
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
@@ -139,7 +139,7 @@ def _combined(
         raise NotLowRankError(f"{blend.method} merges it in core space")
     facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)
     try:
-        plan = find_method(blend.method, "recipe.blends").plan(facts, blend)
+        plan = planned(facts, blend)
     except _WeightsReadError:
         problem = f"{blend.method} plans by what the weights are, where only numbers of the recipe may decide"
         raise NotLowRankError(problem) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evomerge.blends import check_whole, planned, stepped
 from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
@@ -24,7 +25,6 @@ from evomerge.merging.layer_buffers import Held, Made, assign, tensors_made
 from evomerge.merging.passes import Pass
 from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
 from evomerge.merging.site import Ref
-from evomerge.method import check_blend, check_needs, find_method
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
 
@@ -50,15 +50,13 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
     """Refuse a recipe that cannot be made of these sources. Opens no tensor.
 
     Raises:
-        InputError: an unknown method, a blend that its method cannot compute, a source that is not open, or a layer
+        InputError: an unknown method or step, a blend that it cannot compute, a source that is not open, or a layer
             that a source does not have.
     """
     check_opened(recipe, sources)
     for number, blend in enumerate(recipe.blends):
         place = f"recipe.blends[{number}]"
-        method = find_method(blend.method, place)
-        check_blend(blend, method, place)
-        check_needs(method, () if recipe.calibration is None else ("calibration",), place)
+        check_whole(blend, () if recipe.calibration is None else ("calibration",), place)
         if blend.basis == "core":
             check_core(blend, recipe, sources, f"{place}.basis")
     _check_scales(recipe, sources[recipe.tokenizer])
@@ -337,9 +335,10 @@ class Materialiser:
     def _planned(self, merged: Merged, recipe: StackRecipe) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
         blend = recipe.blend_for(merged.role, merged.name)
-        if blend.basis == "core":
-            return self._core_space.planned(merged, blend, recipe.seed)
         site = site_of(merged, recipe, blend, self._sources)
-        method = find_method(blend.method, "recipe.blends")
-        plan = method.plan(Facts(site, self._weights, self._evidence, recipe.seed, self._inputs), blend)
+        facts = Facts(site, self._weights, self._evidence, recipe.seed, self._inputs)
+        if blend.basis == "core":
+            plan = stepped(facts, blend, self._core_space.planned(merged, blend, recipe.seed))
+        else:
+            plan = planned(facts, blend)
         return plan, [site.refs[name] for name in plan.inputs]

@@ -55,6 +55,13 @@ ChoiceName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$", max_len
 """The name of a choice, which cannot be read as a number."""
 
 
+class BlendStep(Frozen):
+    """A step that changes what the method of a blend made; parameters that are left out are at their defaults."""
+
+    name: str
+    parameters: dict[str, Number | ChoiceName] = Field(default_factory=dict)
+
+
 class Blend(Frozen):
     """How one part of a model is made: a method, the sources it mixes, and its numbers.
 
@@ -65,6 +72,8 @@ class Blend(Frozen):
     ``basis`` says in which coordinates the method merges: those of the weights, or "core", the few that hold all that
     low-rank adapters change of a weight. The method is then given changes of ``base``, whose own is zero, and what it
     makes of them is put on the base (``merging/core_space.py``).
+
+    ``steps`` change what the method made, one after the other, in the weights' own coordinates.
     """
 
     method: str
@@ -72,12 +81,14 @@ class Blend(Frozen):
     base: str | None = None
     parameters: dict[str, bool | Number | ChoiceName | dict[str, Number | ChoiceName]] = Field(default_factory=dict)
     basis: Basis | None = None
+    steps: tuple[BlendStep, ...] = ()
 
     @model_serializer(mode="wrap")
     def _leave_out_what_says_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        if self.basis is None:
-            written.pop("basis", None)
+        for key in ("basis", "steps"):
+            if not getattr(self, key):
+                written.pop(key, None)
         return written
 
     def value(self, name: str, source: str | None = None) -> float:

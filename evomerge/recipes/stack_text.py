@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from evomerge.printable import ranges
 
 if TYPE_CHECKING:
-    from evomerge.recipes.stack import Blend, StackRecipe
+    from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 
 _MOST_TENSORS = 3  # tensors of their own that a line names
 
@@ -41,6 +41,12 @@ def value_text(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+def step_text(step: BlendStep) -> str:
+    """A step with its numbers: scale by factor 0.8."""
+    numbers = ", ".join(f"{name} {value_text(value)}" for name, value in step.parameters.items())
+    return f"{step.name} by {numbers}" if numbers else step.name
+
+
 def _words(blend: Blend) -> str:
     numbers = []
     for name, value in blend.parameters.items():
@@ -54,4 +60,5 @@ def _words(blend: Blend) -> str:
             numbers.append(f"{name} {value_text(value)}")
     onto = f" on {blend.base}" if blend.base else ""
     basis = " in core space" if blend.basis == "core" else ""
-    return "; ".join([f"{blend.method} of {', '.join(blend.sources)}{onto}{basis}", *numbers])
+    steps = [f"then {step_text(step)}" for step in blend.steps]
+    return "; ".join([f"{blend.method} of {', '.join(blend.sources)}{onto}{basis}", *numbers, *steps])

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from evomerge.blends import shares_of
 from evomerge.errors import InputError
-from evomerge.method import shares_of
 from evomerge.printable import ranges
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, StackRecipe

@@ -101,7 +101,7 @@ def _step(parameter: MethodParameter, fraction: float) -> Value:
     return float(round(value)) if parameter.kind == "int" else value
 
 
-def _any_value(parameter: MethodParameter) -> st.SearchStrategy[Value]:
+def any_value(parameter: MethodParameter) -> st.SearchStrategy[Value]:
     """Any value within the limits of a parameter, the ends and the default often."""
     if parameter.kind == "choice":
         return st.sampled_from(parameter.choices)
@@ -312,7 +312,7 @@ class MethodContract:
         blend = self.blend()
         drawn: dict[str, st.SearchStrategy[object]] = dict.fromkeys(self.method.switches, st.booleans())
         for p in self.method.parameters:
-            value = _any_value(p)
+            value = any_value(p)
             of_sources = dict.fromkeys(blend.sources, value)
             drawn[p.name] = st.fixed_dictionaries(of_sources) if p.scope == "source" else value
         return blend.model_copy(update={"parameters": data.draw(st.fixed_dictionaries(drawn), "parameters")})

@@ -15,7 +15,8 @@ import torch
 from kit import CPU, Row, Setting, WrongError, check, close_share, same_bits
 from torch import Tensor
 
-from evomerge.merging import passes
+from evomerge.merging import changes, passes
+from evomerge.merging.changes import Change, Rescale
 from evomerge.merging.device import DeviceRunner
 from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.passes import (
@@ -43,6 +44,7 @@ def rows() -> list[Row]:
     without = sorted(set(kinds()) - {type(plan).__name__ for plan in labelled.values()})
     return [
         *(Row(f"pass {label}", partial(_compare, label)) for label in labelled),
+        *(Row(f"pass Rescale by {along}", partial(_compare_channels, along)) for along in ("column", "row")),
         *(Row(f"pass {kind}", partial(_has_no_example, kind)) for kind in without),
     ]
 
@@ -50,8 +52,13 @@ def rows() -> list[Row]:
 def kinds() -> list[str]:
     """The names of all kinds of pass."""
     members = ("inputs", "grain", "run", "kernel")
-    classes = inspect.getmembers(passes, inspect.isclass)
-    return [name for name, kind in classes if kind is not Pass and all(member in _names(kind) for member in members)]
+    classes = {
+        **dict(inspect.getmembers(changes, inspect.isclass)),
+        **dict(inspect.getmembers(passes, inspect.isclass)),
+    }
+    return [
+        name for name, kind in classes.items() if kind is not Pass and all(member in _names(kind) for member in members)
+    ]
 
 
 def _names(kind: type) -> set[str]:
@@ -89,6 +96,9 @@ def examples(*, exact: bool) -> dict[str, Pass]:
         "Agreed": Agreed("base", {"one": w, "two": v}, {"one": 0.5 * s, "two": t}, votes=2, scale=scale),
         "Elementwise": Elementwise(NAMES, _every_other_row),
         "Whole": Whole(("base", "one"), _between_extremes),
+        "Rescale of Select": Rescale("base", Select("base", {"one": s, "two": t}, least=4 * unit * unit), w),
+        "Rescale of Whole": Rescale("base", Whole(("base", "one"), _between_extremes), w),
+        "Change": Change("base", Sparsify("base", sizes, elect=True), _less_of_the_largest),
     }
 
 
@@ -104,6 +114,11 @@ def _between_extremes(tensors: Sequence[Tensor]) -> Tensor:
     change = one - base
     least, most = change.aminmax()
     return change.mul_((change > least) & (change < most)).add_(base)
+
+
+def _less_of_the_largest(change: Tensor) -> Tensor:
+    """The change with its largest elements halved."""
+    return torch.where(change.abs() < change.abs().max(), change, 0.5 * change)
 
 
 def _has_no_example(kind: str, setting: Setting) -> str:
@@ -125,6 +140,23 @@ def _compare(label: str, setting: Setting) -> str:
         breaks = torch._dynamo.utils.counters["graph_break"]
         check(not breaks, f"is not compiled as one graph: {', '.join(breaks)}")
     return f"bit for bit where exact, to 2^{math.log2(largest):.0f}; of others {min(shares):.2%} the same"
+
+
+def _compare_channels(along: str, setting: Setting) -> str:
+    """Factors of columns or rows, which are of a tensor's shape, on the sum that a kernel of its own makes."""
+    shares = []
+    for count, dtype, exact in ((3 * 1001, torch.bfloat16, True), (1 << 20, torch.bfloat16, True),
+                                (1 << 20, torch.bfloat16, False), (1 << 20, torch.float32, False)):  # fmt: skip
+        rows, columns = (3, 1001) if count == 3 * 1001 else (count // _ROW, _ROW)
+        factors = torch.arange(columns if along == "column" else rows) % 4 * 0.25
+        made = examples(exact=exact)["Sparsify by size, elected"]
+        plan = Rescale("base", made, factors if along == "column" else factors[:, None])
+        expected, found = both(plan, setting, count, dtype, exact=exact)
+        if exact:
+            same_bits(found, expected, f"{count} exact elements")
+        else:
+            shares.append(close_share(found, expected, scale=0.2, what=f"{count} elements of {dtype}"))
+    return f"bit for bit where exact; of others {min(shares):.2%} the same"
 
 
 def both(plan: Pass, setting: Setting, count: int, dtype: torch.dtype, *, exact: bool) -> tuple[Tensor, Tensor]:

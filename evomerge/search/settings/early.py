@@ -23,6 +23,7 @@ from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.settings.sections import Measure
+from evomerge.step import find_step
 from search_spaces.base import SpaceContext
 
 
@@ -115,6 +116,8 @@ def _check_space(file: SearchFile) -> None:
     if len(known) < len(depths):
         if isinstance(method := getattr(file.space, "method", None), str):
             find_method(method, "space.method")
+        for name in getattr(file.space, "steps", ()):
+            find_step(name, f"space.steps.{name}")
         return
     space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
     axes = [Feature(name, *feature.range, feature.bins) for name, feature in file.features.items()]

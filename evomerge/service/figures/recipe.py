@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from evomerge.method import share_parameters, shares_of
+from evomerge.blends import shares_of
+from evomerge.method import share_parameters
 from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.recipes.stack import Blend, Hop, StackRecipe
-from evomerge.recipes.stack_text import value_text
+from evomerge.recipes.stack_text import step_text, value_text
 from evomerge.report.path import path_svg
 from evomerge.report.status import depths_of
 from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
@@ -147,6 +148,7 @@ def _words(part: str, blend: Blend, hop: Hop | None, source: str) -> str:
     onto = f" on {blend.base}" if blend.base else ""
     basis = " in core space" if blend.basis == "core" else ""
     lines = [f"{part}, {source}", f"{blend.method}{onto}{basis}", *numbers]
+    lines += [f"then {step_text(step)}" for step in blend.steps]
     if hop is not None and hop.scale != 1.0:
         lines.append(f"scale {hop.scale:.4g}")
     return "<br>".join(safe(line) for line in lines)

@@ -1,0 +1,64 @@
+"""What is asked of a blend as a whole: its method and the steps after it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from evomerge.errors import InputError
+from evomerge.method import check_blend, check_needs, find_method, method_shares
+from evomerge.recipes.stack import Blend
+from evomerge.step import check_step, find_step
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+    from evomerge.merging.passes import Pass
+
+
+def check_whole(blend: Blend, provided: Collection[str], place: str) -> None:
+    """Refuse a blend that cannot be computed.
+
+    Args:
+        provided: what there is beside weights; see ``Need``.
+        place: of the blend, for messages.
+
+    Raises:
+        InputError: an unknown method or step, values that it cannot have, or something that it needs and is not there.
+    """
+    method = find_method(blend.method, f"{place}.method")
+    check_blend(blend, method, place)
+    check_needs(method, provided, place)
+    for number, given in enumerate(blend.steps):
+        step_place = f"{place}.steps[{number}]"
+        step = find_step(given.name, f"{step_place}.name")
+        check_step(given, step, blend, step_place)
+        check_needs(step, provided, step_place)
+
+
+def planned(facts: Facts, blend: Blend) -> Pass:
+    """How a tensor is made by a blend that ``check_whole`` let through."""
+    return stepped(facts, blend, find_method(blend.method, "blend").plan(facts, blend))
+
+
+def stepped(facts: Facts, blend: Blend, made: Pass) -> Pass:
+    """How a tensor is made in the end whose blend's method has planned it so."""
+    for given in blend.steps:
+        step = find_step(given.name, "blend.steps")
+        made = step.plan(facts, blend, step.values(given.parameters), made)
+    return made
+
+
+def shares_of(blend: Blend) -> dict[str, float]:
+    """How much a blend takes of each of its sources, in the scale of its own numbers.
+
+    As its method says, times the factors of the steps that multiply the whole change. A part that is not installed
+    here, as where a page shows the search of somebody else, changes nothing.
+    """
+    factor = 1.0
+    for given in blend.steps:
+        try:
+            step = find_step(given.name, "blend.steps")
+        except InputError:
+            continue
+        factor *= 1.0 if step.factor is None else step.factor(step.values(given.parameters))
+    return {source: factor * share for source, share in method_shares(blend).items()}

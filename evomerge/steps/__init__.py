@@ -1,0 +1,1 @@
+"""Steps after a merge method, one a file; see ``evomerge.step``."""

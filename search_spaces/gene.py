@@ -1,0 +1,91 @@
+"""One number of a genome: of a parameter of a method or of a step, and what a search file may say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.errors import InputError
+from evomerge.genome import Parameter
+from evomerge.method import MethodParameter, Value
+
+Bounds = Mapping[str, tuple[float, float]]
+"""By parameter, the range that a search walks in place of the parameter's own."""
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One number: of a parameter, and of one source or (None) of all."""
+
+    parameter: MethodParameter
+    source: str | None
+    low: float
+    high: float
+
+    @property
+    def name(self) -> str:
+        return ".".join(part for part in (self.parameter.name, self.source) if part)
+
+    def value(self, number: float) -> Value:
+        """What the number says."""
+        return self.parameter.choices[int(number)] if self.parameter.kind == "choice" else number
+
+    def number(self, value: Value) -> float:
+        """The number that says it."""
+        return float(self.parameter.choices.index(value)) if isinstance(value, str) else float(value)
+
+    def described(self, name: str, group: str) -> Parameter:
+        default = float(np.clip(self.number(self.parameter.default), self.low, self.high))
+        share_of = self.source if self.parameter.share and self.source is not None else ""
+        kind, choices = self.parameter.kind, self.parameter.choices
+        return Parameter(name, self.low, self.high, default, kind, group, choices, share_of)
+
+
+def searched(
+    parameters: Sequence[MethodParameter], bounds: Bounds, fixed: Mapping[str, Value]
+) -> Iterator[tuple[MethodParameter, float, float]]:
+    """The parameters that a search walks, each with its range: one that is not ``searched`` is with bounds."""
+    for p in parameters:
+        if p.name in fixed or not (p.searched or p.name in bounds):
+            continue
+        low, high = (0.0, len(p.choices) - 1.0) if p.kind == "choice" else bounds.get(p.name, (p.low, p.high))
+        yield p, low, high
+
+
+def check_ranges(
+    owner: str, parameters: Sequence[MethodParameter], bounds: Bounds, fixed: Mapping[str, Value], place: str
+) -> None:
+    """Refuse ``bounds`` and ``fixed`` that do not fit the parameters of a method or a step.
+
+    Args:
+        owner: its name.
+        place: of the two keys in the search file.
+
+    Raises:
+        InputError: naming the key.
+    """
+    known = [p.name for p in parameters]
+    for field, names in (("bounds", bounds), ("fixed", fixed)):
+        for name in names:
+            if name not in known:
+                options = ", ".join(sorted(known)) or "none"
+                raise InputError(f"{place}.{field}.{name}", f"{owner} has no such setting; it has: {options}")
+    if both := sorted(set(bounds) & set(fixed)):
+        raise InputError(f"{place}.fixed.{both[0]}", "is given bounds as well", "Keep one of the two.")
+    for p in parameters:
+        if p.name in bounds:
+            _check_bounds(p, bounds[p.name], f"{place}.bounds.{p.name}")
+        if p.name in fixed:
+            p.check(fixed[p.name], f"{place}.fixed.{p.name}")
+
+
+def _check_bounds(parameter: MethodParameter, bounds: tuple[float, float], place: str) -> None:
+    if parameter.kind == "choice":
+        options = ", ".join(parameter.choices)
+        raise InputError(place, f"is a choice and has no bounds: {options}", "Give one of them under `fixed:`.")
+    if bounds[0] >= bounds[1]:
+        raise InputError(place, f"the lower bound {bounds[0]} is not below the upper bound {bounds[1]}")
+    for bound in bounds:
+        parameter.check(bound, place)

@@ -1,0 +1,73 @@
+"""The parameters of steps after a merge method as numbers of a genome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from evomerge.errors import InputError
+from evomerge.genome import Parameter
+from evomerge.recipes.stack import BlendStep, ChoiceName
+from evomerge.step import Step, find_step
+from search_spaces.base import SpaceContext
+from search_spaces.gene import Gene, check_ranges, searched
+
+
+class StepSettings(BaseModel):
+    """What a search file says of one step after the method.
+
+    Args:
+        bounds: a parameter's range, where the step's own is not wanted: ``strength: [0, 0.5]``.
+        fixed: a parameter that is not searched: ``strength: 0.2``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bounds: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
+    fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)
+
+
+class StepGenes:
+    """What a search walks of one step."""
+
+    def __init__(self, step: Step, settings: StepSettings) -> None:
+        self._step = step
+        self._fixed = dict(settings.fixed)
+        ranges = searched(step.parameters, settings.bounds, settings.fixed)
+        self._genes = [Gene(p, None, low, high) for p, low, high in ranges]
+
+    def __len__(self) -> int:
+        return len(self._genes)
+
+    def parameters(self, prefix: str, group: str) -> list[Parameter]:
+        """Those of one blend, named after ``prefix`` and the step."""
+        return [gene.described(f"{prefix}.{self._step.name}.{gene.name}", group) for gene in self._genes]
+
+    def steps(self, numbers: Sequence[float] = ()) -> tuple[BlendStep, ...]:
+        """The step that so many numbers say, or none where it changes nothing; without any, at its defaults."""
+        given = {gene.parameter.name: gene.value(number) for gene, number in zip(self._genes, numbers, strict=False)}
+        values = self._step.values(self._fixed | given)
+        return () if self._step.is_neutral(values) else (BlendStep(name=self._step.name, parameters=values),)
+
+    def neutral(self) -> list[float] | None:
+        """Numbers at which the step changes nothing; None where there are none within the bounds."""
+        values = self._step.values(self._fixed | {n: v for n, v in self._step.neutral.items() if n not in self._fixed})
+        numbers = [gene.number(values[gene.parameter.name]) for gene in self._genes]
+        inside = all(gene.low <= number <= gene.high for gene, number in zip(self._genes, numbers, strict=True))
+        return numbers if inside and self._step.is_neutral(values) else None
+
+
+def check_steps(steps: Mapping[str, StepSettings], context: SpaceContext) -> None:
+    """Refuse steps of a search file that cannot be taken.
+
+    Raises:
+        InputError: naming the key: an unknown step or parameter, a wrong range, no base, or no calibration texts.
+    """
+    for name, settings in steps.items():
+        place = f"space.steps.{name}"
+        step = find_step(name, place)
+        if context.base is None:
+            raise InputError("base", f"the step {name} changes what is added to a base", "Name it: `base: NAME`.")
+        check_ranges(name, step.parameters, settings.bounds, settings.fixed, place)
+        context.check_needs(step, place)
