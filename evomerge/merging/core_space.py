@@ -118,7 +118,8 @@ class CoreSpace:
         for number, name in enumerate(names):
             if name != base:
                 self._changes[refs[name]] = kept[f"change.{number}"]
-        return Core(Site(stored, merged.role, shape, refs), left, right)
+        axis = 0 if stored in self._sources[base].turned else 1
+        return Core(Site(stored, merged.role, shape, refs, input_axis=axis), left, right)
 
     def _decomposed(self, stored: str, names: Sequence[str]) -> Tensors:
         """The bases of all changes of a tensor, and each source's change in them; computed in float64."""
