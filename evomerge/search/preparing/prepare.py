@@ -19,7 +19,7 @@ from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.inference.reading import Reader
 from evomerge.merging.builders import check_recipe
-from evomerge.merging.low_rank import low_rank_problem
+from evomerge.merging.low_rank import are_adapters, low_rank_problem
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
@@ -37,6 +37,7 @@ from evomerge.search.settings.early import make_space
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
+from search_spaces.parameter_space import ParameterSpaceSettings
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,8 @@ def _check_together(
         if isinstance(evaluator, ChangeEvaluator):
             why = "reads merged weights, and candidates that are scored together are never merged"
             raise InputError("together", f"{evaluator.name} {why}", hint)
+    if isinstance(file.space, ParameterSpaceSettings) and file.space.basis is None and are_adapters(sources):
+        hint = "Leave `together` out, or merge adapters in core space, by any method: `basis: core` in the space."
     middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
     for recipe in (*(mark.recipe for mark in space.baselines()), space.decode(middle)):
         if problem := low_rank_problem(recipe, sources):
