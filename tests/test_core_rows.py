@@ -102,7 +102,7 @@ def test_recipes_that_are_only_in_part_in_core_space(sources: dict[str, Source])
     two = blend_of("ties", ADAPTED[:2])
     assert "merges maths, japanese on base, not maths, japanese, wide on base" in (part_of(sources, core, two) or "")
     scaled = core.model_copy(update={"steps": (BlendStep(name="scale", parameters={"factor": 2.0}),)})
-    with mock.patch.object(core_space, "find_step", lambda name, place: replace(SCALE, in_any_basis=False)):
+    with mock.patch.object(core_space, "find_step", return_value=replace(SCALE, in_any_basis=False)):
         assert "the step scale takes whole weights" in (part_of(sources, core, scaled) or "")
     assert part_of(sources, core, scaled) is None
     assert "ties plans by what the weights are" in (

@@ -225,7 +225,7 @@ def test_steps_work_in_core_space_where_that_is_the_same(sources: dict[str, Sour
     blend = blend_of("ties").model_copy(update={"steps": (BlendStep(name="scale", parameters={"factor": 2.0}),)})
     expected = lifted(sources, recipe_with(sources, blend_of("ties")))
     step = replace(SCALE, in_any_basis=in_any_basis)
-    with mock.patch.object(core_space, "find_step", lambda name, place: step):
+    with mock.patch.object(core_space, "find_step", return_value=step):
         assert core_space.steps_in_core(blend) == in_any_basis
         for name, tensor in lifted(sources, recipe_with(sources, blend)).items():
             assert torch.linalg.norm(tensor - 2 * expected[name]) <= 1e-6 * torch.linalg.norm(expected[name]), name
