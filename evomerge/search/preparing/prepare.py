@@ -33,10 +33,11 @@ from evomerge.search.preparing.setup import (
     Setup,
 )
 from evomerge.search.preparing.texts import text_warnings
-from evomerge.search.settings.early import make_space
+from evomerge.search.settings.early import UNMEASURED, make_space
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
+from search_spaces.base import Measures
 from search_spaces.parameter_space import ParameterSpaceSettings
 
 
@@ -171,11 +172,11 @@ def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe
     )
 
 
-def build_space(file: SearchFile, sources: Mapping[str, Source], kappa: float | None = None) -> SearchSpace:
-    """The search space of a search file over these sources; ``kappa`` as of ``SpaceContext``."""
+def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measures = UNMEASURED) -> SearchSpace:
+    """The search space of a search file over these sources, and what was measured of their weights."""
     model = sources[file.tokenizer_source]
     depths = {name: source.layers for name, source in sources.items()}
-    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths, kappa=kappa)
+    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths, measures=measures)
     # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.
     for corner in ("low", "high"):
         genome = np.array([getattr(parameter, corner) for parameter in space.parameters], dtype=np.float64)
