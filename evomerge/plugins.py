@@ -48,6 +48,10 @@ OWN: Mapping[str, Mapping[str, str]] = {
     },
     "evomerge.merge_steps": {
         "scale": "evomerge.steps.scale:SCALE",
+        "iso": "evomerge.steps.iso:ISO",
+        "iso_cts": "evomerge.steps.iso_cts:ISO_CTS",
+        "subspace_boosting": "evomerge.steps.subspace_boosting:SUBSPACE_BOOSTING",
+        "svc": "evomerge.steps.svc:SVC",
     },
     "evomerge.search_spaces": {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",

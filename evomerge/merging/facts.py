@@ -255,6 +255,10 @@ class Facts:
         onto[:, 0] = 1
         return np.asarray(onto @ self.products(names) @ onto.T)
 
+    def size_of(self, name: str) -> float:
+        """The root of the mean square of a tensor's elements."""
+        return math.sqrt(float(self.products([name])[0, 0]) / max(self.size, 1))
+
     def deltas(self, base: str, names: Sequence[str]) -> NDArray[np.float64]:
         """[n, n] inner products of task vectors."""
         return self.products([base, *names])[1:, 1:]
