@@ -43,7 +43,7 @@ from evomerge.search.settings.folder import open_store
 from evomerge.search.workers import building
 
 THREE = (FIRST, SECOND, THIRD)
-METHODS = own_methods()
+METHODS = {name: method for name, method in own_methods().items() if not method.needs}
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 10, 11, 12], [5, 6, 13]]
 DECODING = Decoding(max_new_tokens=4, batch_size=3)
 SHORT = Decoding(max_new_tokens=2, batch_size=3)

@@ -37,6 +37,7 @@ GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden"
 
 
 def context(method: Method | None = None, mixed: tuple[str, ...] = ("a", "b", "c")) -> SpaceContext:
+    """Of a search with texts, where ``method`` is none of its own."""
     return SpaceContext(
         sources=dict.fromkeys(("base", *mixed), ""),
         base="base",
@@ -46,6 +47,7 @@ def context(method: Method | None = None, mixed: tuple[str, ...] = ("a", "b", "c
         method=lambda name: method or METHODS[name],
         recipe_seed=3,
         dtype=None,
+        calibration=None if method else "digest of texts",
     )
 
 

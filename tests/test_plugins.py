@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -13,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from averaged_logits import AveragedLogits, AveragedLogitsBuilder
-from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, search_file
+from helpers_miniature import MINIATURES, evomerge, json_of, search_file
 from map_elites import MapElitesSettings
 from median import MEDIAN
 from picture_size import PictureSizeSettings, png_size
-from regmean import REGMEAN
 from transformers import AutoModelForCausalLM
 
 from evaluators.base import EvaluatorSettings, prompts_of
@@ -26,7 +24,6 @@ from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
 from evomerge.inference.reading import Reader
-from evomerge.merging import inputs
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Elementwise, Pass, Whole
@@ -37,7 +34,7 @@ from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend
 from evomerge.store import Store
 from evomerge.testing.evaluators import EvaluatorContract
-from evomerge.testing.methods import MadeUpInputs, MethodContract, merge, tensors
+from evomerge.testing.methods import MethodContract
 from evomerge.testing.models import tiny_live
 from evomerge.testing.optimizers import SPACE, OptimizerContract, observed, sphere
 
@@ -322,108 +319,3 @@ def test_an_evaluator_of_ones_own_is_searched_confirmed_and_exported(tmp_path: P
     with Store.open(tmp_path / "search" / "search.db") as store:
         assert store.counts()["failed"] == 0
     assert evomerge("export", tmp_path / "search", tmp_path / "out") == 0
-
-
-class TestRegMean(MethodContract):
-    tolerance: ClassVar[float] = 1e-4
-    method = REGMEAN
-    whole = None
-
-    @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
-    def test_is_the_plain_formula(self, shape: tuple[int, int]) -> None:
-        sources = tensors(2, shape)
-        blend = self.blend(count=2).model_copy(
-            update={"parameters": {"weight": {"s0": 0.7, "s1": 1.2}, "off_diagonal": 0.8}}
-        )
-        made_up = MadeUpInputs({(name, "w"): x for name, x in zip(blend.sources, sources, strict=True)})
-        above, below = np.zeros(shape), np.zeros((shape[1], shape[1]))
-        for weight, name, source in zip((0.7, 1.2), blend.sources, sources, strict=True):
-            gram = made_up.of((name, "w")).gram.double().numpy()
-            mixed = weight * (0.8 * gram + 0.2 * np.diag(np.diag(gram)))
-            above, below = above + source.double().numpy() @ mixed, below + mixed
-        wanted = above @ np.linalg.inv(below)
-        assert np.abs(merge(self.method, None, sources, blend).numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search by RegMean in the folder ``search``, of its texts beside it."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    lines = (ROOT / "evaluators/tasks/data/mini_math_ja.search.jsonl").read_text("utf-8").splitlines()
-    texts = [json.dumps({"text": json.loads(line)["prompt"]}) for line in lines[:6]]
-    (folder / "texts.jsonl").write_text("\n".join(texts))
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    file = search_file(
-        folder,
-        space={"method": "regmean"},
-        calibration={"file": "texts.jsonl", "prompts": 6, "tokens": 64},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
-    )
-    assert evomerge("search", file, "--dir", folder / "search") == 0
-    return folder
-
-
-def test_a_calibrated_method_is_searched_resumed_and_exported_and_runs_its_texts_once(
-    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(inputs, "_observed", lambda *a, **k: pytest.fail("ran over the texts again"))
-    search = calibrated / "search"
-    assert evomerge("resume", search, "--set", "budget.candidates=10") == 0
-    with Store.open(search / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        row = max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
-        digest = store.search().fingerprints["calibration"]
-    assert json.loads(row.recipe)["calibration"] == digest
-    assert evomerge("export", search, tmp_path / "out", "--candidate", f"c{row.number:04d}") == 0
-    monkeypatch.undo()
-    recipe = tmp_path / "out" / "recipe.yaml"
-    assert evomerge("merge", recipe, tmp_path / "again") == 2
-    assert "--calibration FILE" in capsys.readouterr().err
-    texts = ("--calibration", calibrated / "texts.jsonl", "--prompts", 6, "--tokens", 64)
-    assert evomerge("merge", recipe, tmp_path / "again", *texts) == 0
-    ours, theirs = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "again"))
-    assert ours == theirs
-
-
-def test_an_export_that_is_not_verified_needs_the_evidence_and_not_the_texts(
-    calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    search, texts, away = calibrated / "search", calibrated / "texts.jsonl", tmp_path / "texts.jsonl"
-    with Store.open(search / "search.db") as store:
-        row = max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
-    export = ("export", search, "--candidate", f"c{row.number:04d}", "--no-verify")
-    texts.rename(away)
-    try:
-        assert evomerge(*export, tmp_path / "out") == 0
-        shutil.copytree(search, tmp_path / "search")
-        shutil.rmtree(tmp_path / "search" / "evidence")
-        capsys.readouterr()
-        assert evomerge(export[0], tmp_path / "search", *export[2:], tmp_path / "again") == 2
-    finally:
-        away.rename(texts)
-    assert "calibration.file" in capsys.readouterr().err
-    assert "calibration" in (tmp_path / "out" / "recipe.yaml").read_text()
-
-
-def test_a_search_does_not_go_on_with_other_texts(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = calibrated / "texts.jsonl"
-    before = texts.read_text()
-    more = before.replace("{", '{"note": "", ', 1)  # the same texts in other words of JSON
-    other = before.replace("[", "(", 1).replace('"text": "', '"text": "? ', 1)
-    for content, code in ((more, 0), (other, 2)):
-        texts.write_text(content)
-        try:
-            assert evomerge("resume", calibrated / "search", "--set", "budget.candidates=12") == code
-        finally:
-            texts.write_text(before)
-    assert "are not the texts that the search began with" in capsys.readouterr().err
-
-
-def test_a_calibrated_method_wants_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evomerge("validate", search_file(tmp_path, space={"method": "regmean"})) == 2
-    assert "calibration" in "".join(capsys.readouterr())
-    file = search_file(tmp_path, space={"method": "regmean"}, calibration={"file": "nowhere.jsonl"})
-    assert evomerge("validate", file) == 2
-    assert "calibration.file" in "".join(capsys.readouterr())

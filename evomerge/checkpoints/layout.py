@@ -208,7 +208,7 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         tied=frozenset(name for name, part in parts.items() if part.tensor in ties.values()),
         float32=_float32(model, parts, stored),
         head=frozenset(name for name, part in parts.items() if stored[part.tensor] is head),
-        turned=frozenset(name for name, part in parts.items() if isinstance(_owner(model, part), Conv1D)),
+        turned=frozenset(name for name, part in parts.items() if _is_turned(_owner(model, part))),
         folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
         normed=all(layer_writers is not None and layer_writers.normed for layer_writers in writers),
     )
@@ -235,6 +235,14 @@ def _rigid(config: Mapping[str, Any], stack: EmptyStack, depth: str, layered: Ma
     path = [*reversed(own), *own, *reversed(own)]
     said = written_settings(layered, [{key: setting.values[n] for key, setting in layered.items()} for n in path])
     return path_problem({**config, depth: len(path), **said}, [(stack, number) for number in path], stack)
+
+
+def _is_turned(owner: Any) -> bool:
+    """Whether a module's weights are stored as inputs by outputs: GPT-2's, and some experts that are in one tensor.
+
+    ``is_transposed`` is what transformers tells its own kernels for experts.
+    """
+    return isinstance(owner, Conv1D) or getattr(owner, "is_transposed", False) is True
 
 
 def _owner(model: Any, part: Part) -> Any:

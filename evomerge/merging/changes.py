@@ -130,19 +130,17 @@ class Change:
     Attributes:
         base: b.
         made: gives m.
-        function: (float32 change, in the tensor's own shape; of that shape the task vectors of ``sources``) -> float32
-            of that shape. It may write to what it is given, and use every thread of torch.
-        sources: whose task vectors the function is given.
+        function: (float32 change, in the tensor's own shape) -> float32 of that shape. It may write to what it is
+            given, and use every thread of torch.
     """
 
     base: str
     made: Pass
-    function: Callable[..., Tensor] = field(compare=False)
-    sources: tuple[str, ...] = ()
+    function: Callable[[Tensor], Tensor] = field(compare=False)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*with_base(self.base, self.made), *self.sources)))
+        return with_base(self.base, self.made)
 
     @property
     def grain(self) -> Grain:
@@ -153,8 +151,7 @@ class Change:
 
         base = tensors[self.inputs.index(self.base)]
         change = made_whole(self.made, tensors[: len(self.made.inputs)]).sub_(base)
-        vectors = (tensors[self.inputs.index(name)].float() - base for name in self.sources)
-        return self.function(change, *vectors).add(base)
+        return self.function(change).add(base)
 
     def kernel(self) -> None:
         return None

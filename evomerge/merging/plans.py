@@ -13,10 +13,16 @@ are often the best ones, and a search could not reach them. Methods that are mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, Pass, SparsePart, Sparsify
+from evomerge.merging.passes import Combine, Elementwise, Pass, SparsePart, Sparsify
 from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.merging.facts import Facts
 
 
 def number(blend: Blend, name: str, default: float) -> float:
@@ -75,3 +81,31 @@ def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combin
     for source, factor in zip(sources, factors, strict=True):
         coefficients[source] = coefficients.get(source, 0.0) + factor
     return Combine(coefficients)
+
+
+def along_kept(
+    facts: Facts, blend: Blend, kind: str, change: Callable[[Sequence[Tensor]], Tensor], factor: float
+) -> Pass:
+    """b + f times a change that follows from the sources alone, made once for each of a tensor's matrices.
+
+    Args:
+        kind: of the evidence.
+        change: (the task vectors of a matrix, float32 [out, in]) -> the change to it, of that kind.
+    """
+    from evomerge.merging.normal_equations import changes, input_side
+
+    names, site = (base_of(blend), *blend.sources), facts.site
+
+    def compute() -> dict[str, Tensor]:
+        import torch
+
+        made = [change(changes(facts, names, number)) for number in range(site.matrices)]
+        return {"change": torch.cat([input_side(matrix, site.input_axis) for matrix in made]).contiguous()}
+
+    kept = facts.once(kind, names, compute)["change"]
+
+    def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
+        (origin,) = tensors
+        return origin.add(kept[first_row : first_row + len(origin)].to(origin.device), alpha=factor)
+
+    return Elementwise(names[:1], rows)

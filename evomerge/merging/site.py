@@ -21,7 +21,7 @@ class Site:
         shape: of it, and of each tensor that it is made from.
         refs: by source, the base among them where there is one: where each has it.
         input_axis: of a matrix of a layer, the dimension along which it meets the layer's input: 1 of [out, in], 0 of
-            [in, out], as GPT-2 stores it.
+            [in, out], as GPT-2 stores it. Of experts that are kept in one tensor, that of each.
     """
 
     name: str
@@ -33,7 +33,8 @@ class Site:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix of a layer, as opposed to a vector, an embedding or a head."""
-        return len(self.shape) == 2 and self.role.layer is not None
+        stacked = self.name.endswith("bias")  # those of experts that are kept in one tensor
+        return len(self.shape) == 2 and self.role.layer is not None and not stacked
 
     @property
     def matrices(self) -> int:

@@ -27,7 +27,7 @@ from evomerge.merging.site import Ref, Site
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
 from evomerge.recipes.stack import Blend, Role
 
-SEED, TENSOR = 7, "model.layers.0.mlp.up_proj.weight"
+SEED, TENSOR, ROLE = 7, "model.layers.0.mlp.up_proj.weight", Role("mlp", 0)
 THREADS = WorkerThreads(2)
 
 
@@ -47,7 +47,7 @@ def plan(
     if base is not None and blend.base is not None:
         held[blend.base, TENSOR] = base
     refs = {source: (source, tensor) for source, tensor in held}
-    site = Site(TENSOR, Role("mlp", 0), tuple(sources[0].shape), refs)
+    site = Site(TENSOR, ROLE, tuple(sources[0].shape), refs)
     inputs = MadeUpInputs(held) if "calibration" in method.needs else None
     beside = {(name, tensor): x for name, model in (models or {}).items() for tensor, x in model.items()}
     known = beside | held
