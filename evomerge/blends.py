@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import InputError
 from evomerge.method import check_blend, check_needs, find_method, method_shares
-from evomerge.recipes.stack import Blend
+from evomerge.recipes.stack import Blend, BlendStep
 from evomerge.step import check_step, find_step
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ def check_whole(blend: Blend, provided: Collection[str], place: str) -> None:
 
 def planned(facts: Facts, blend: Blend) -> Pass:
     """How a tensor is made by a blend that ``check_whole`` let through."""
-    return stepped(facts, blend, find_method(blend.method, "blend").plan(facts, blend))
+    return stepped(facts, blend, find_method(blend.method, "blend").plan(facts, blend), blend.steps)
 
 
-def stepped(facts: Facts, blend: Blend, made: Pass) -> Pass:
-    """How a tensor is made in the end whose blend's method has planned it so."""
-    for given in blend.steps:
+def stepped(facts: Facts, blend: Blend, made: Pass, steps: Sequence[BlendStep]) -> Pass:
+    """How a tensor is made after some steps of its blend; ``made`` is how it is made before them."""
+    for given in steps:
         step = find_step(given.name, "blend.steps")
         made = step.plan(facts, blend, step.values(given.parameters), made)
     return made

@@ -88,9 +88,9 @@ def _misspelt(missing: Sequence[str], faults: Sequence[ErrorDetails], content: A
     """The fault of an unknown key beside a missing one that is spelt nearly as it."""
     for fault in faults:
         path = _path(fault, content)
-        if fault["type"] == "extra_forbidden" and path[:-1] == missing[:-1]:
-            if difflib.get_close_matches(path[-1], [missing[-1]], n=1):
-                return fault
+        beside = fault["type"] == "extra_forbidden" and path[:-1] == missing[:-1]
+        if beside and difflib.get_close_matches(path[-1], [missing[-1]], n=1):
+            return fault
     return None
 
 

@@ -49,10 +49,15 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "yoyo": "evomerge.methods.yoyo:YOYO",
         "magmax": "evomerge.methods.magmax:MAGMAX",
         "consensus": "evomerge.methods.consensus:CONSENSUS",
+        "cabs": "evomerge.methods.cabs:CABS",
         "localize_and_stitch": "evomerge.methods.localize_and_stitch:LOCALIZE_AND_STITCH",
     },
     "evomerge.merge_steps": {
         "scale": "evomerge.steps.scale:SCALE",
+        "iso": "evomerge.steps.iso:ISO",
+        "iso_cts": "evomerge.steps.iso_cts:ISO_CTS",
+        "subspace_boosting": "evomerge.steps.subspace_boosting:SUBSPACE_BOOSTING",
+        "svc": "evomerge.steps.svc:SVC",
     },
     "evomerge.search_spaces": {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",

@@ -18,6 +18,20 @@ from evomerge.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What was measured of the sources' weights when the search began.
+
+    Attributes:
+        kappa: the factor of the law by which a space over task vectors has one more baseline (``merging.amplitude``);
+            None where it is to have none.
+        tiers: that of each layer (``merging.tiers``); None where they are not measured: they then follow the depth.
+    """
+
+    kappa: float | None = None
+    tiers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class SpaceContext:
     """What the search knows of its models when it builds the space.
 
@@ -25,8 +39,8 @@ class SpaceContext:
     tokenizer's source, ``depths`` those of each source whose number may be another; ``tied`` says that the head is the
     embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
     ``dtype`` and ``vocabulary`` go into every recipe, and ``calibration``, the digest of the calibration texts where
-    there are any, into those whose method needs it. ``kappa`` is the factor of the law by which a space over task
-    vectors has one more baseline (``merging.amplitude``); None where there is to be none.
+    there are any, into those whose method needs it. ``measures`` are of the sources' weights, which nobody reads before
+    a search begins.
     """
 
     sources: Mapping[str, str]
@@ -40,7 +54,7 @@ class SpaceContext:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     depths: Mapping[str, int] = field(default_factory=dict)
     calibration: str | None = None
-    kappa: float | None = None
+    measures: Measures = field(default_factory=Measures)
 
     @property
     def mixed(self) -> tuple[str, ...]:

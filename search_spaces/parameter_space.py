@@ -22,7 +22,7 @@ from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, 
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
-from search_spaces.profiles import Lines, with_factor
+from search_spaces.profiles import Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
 
 LAW = "kappa sqrt(N)"
@@ -45,7 +45,8 @@ class ParameterSpaceSettings(SpaceSettings):
             few coordinates that hold all of their changes. Of the weights' own where nothing is said.
         steps: what is done after the method, in this order: ``activations: {}``, or with ``bounds`` and ``fixed``.
         profile: how the change of each layer is scaled by a few numbers for all; with granularity "model". "lines":
-            evenly from ``profile.first`` to ``profile.last``.
+            evenly from ``profile.first`` to ``profile.last``. "tiers": by a factor for each third of the layers, those
+            whose changes can be trusted least, more and most (``profile.low``, ``profile.middle``, ``profile.high``).
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
@@ -56,7 +57,7 @@ class ParameterSpaceSettings(SpaceSettings):
     switches: dict[str, bool] = Field(default_factory=dict)
     basis: Basis | None = None
     steps: dict[str, StepSettings] = Field(default_factory=dict)
-    profile: Literal["lines"] | None = None
+    profile: Literal["lines", "tiers"] | None = None
 
     def build(self, context: SpaceContext) -> ParameterSpace:
         method = context.method(self.method)
@@ -111,13 +112,21 @@ class ParameterSpace:
             settings.basis,
             settings.steps,
         )
-        self._profile = Lines(context.layers) if settings.profile == "lines" else None
+        self._profile = self._profile_of(context)
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
         if self._profile is not None:
             self.parameters += self._profile.parameters
         self.layer_buffers = self.hops = context.layers
         check_blend(self._genes.blend(), self._method, "space")
+
+    def _profile_of(self, context: SpaceContext) -> Lines | Tiers | None:
+        if self._settings.profile == "lines":
+            return Lines(context.layers)
+        if self._settings.profile == "tiers":
+            tiers = context.measures.tiers
+            return Tiers.by_depth(context.layers) if tiers is None else Tiers(tiers)
+        return None
 
     def decode(self, genome: Genome) -> StackRecipe:
         numbers, size = genome.tolist(), len(self._genes)
@@ -164,7 +173,7 @@ class ParameterSpace:
         yield Baseline("uniform average", "average", self._weighted(share), self._genome_at(point))
         usual = np.array([p.default for p in self.parameters], dtype=np.float64)
         yield Baseline(f"{self._method.name} defaults", "default", self.decode(usual), usual)
-        if (kappa := self._context.kappa) is not None and self._has_strength:
+        if (kappa := self._context.measures.kappa) is not None and self._has_strength:
             yield self._at_law(kappa)
 
     @property

@@ -27,7 +27,8 @@ from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.base import read_recipe
-from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
+from evomerge.steps.scale import SCALE
 from evomerge.testing.methods import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -216,6 +217,18 @@ def test_adapters_of_zeros_leave_the_base(llama: dict[str, Source], tmp_path: Pa
         recipe = recipe_with(found, blend_of(method, ADAPTED[:2]), dtype=None)
         for name, tensor in Materialiser(found).tensors(recipe):
             assert torch.equal(tensor, found["base"].read(name)), (method, name)
+
+
+@pytest.mark.parametrize("in_any_basis", [True, False])
+def test_steps_work_in_core_space_where_that_is_the_same(sources: dict[str, Source], in_any_basis: bool) -> None:
+    """And on whole weights where it may not be; here both give what twice the method makes."""
+    blend = blend_of("ties").model_copy(update={"steps": (BlendStep(name="scale", parameters={"factor": 2.0}),)})
+    expected = lifted(sources, recipe_with(sources, blend_of("ties")))
+    step = replace(SCALE, in_any_basis=in_any_basis)
+    with mock.patch.object(core_space, "find_step", return_value=step):
+        assert core_space.steps_in_core(blend) == in_any_basis
+        for name, tensor in lifted(sources, recipe_with(sources, blend)).items():
+            assert torch.linalg.norm(tensor - 2 * expected[name]) <= 1e-6 * torch.linalg.norm(expected[name]), name
 
 
 # ---- how it is made --------------------------------------------------------------------------------------------------

@@ -435,7 +435,7 @@ def test_the_screen_fits_80_columns_and_shows_every_layer(models: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
     for pair in combinations("ABCDEF", 2):
         assert f"{pair[0]}·{pair[1]}" in text
-    assert text.count("layer 2") == 2  # six sources and fifteen pairs are more than one map can hold
+    assert text.count("layer 2") == 3  # norms and ranks of six sources and fifteen pairs are more than two maps hold
     row = next(line for line in text.splitlines() if line.startswith("layer 0")).split()
     assert row[2] == f"{found.sources[0].parts[1].relative_norm or 0:.2%}"  # below one percent
     assert row[7] == "0%"

@@ -107,7 +107,7 @@ def test_where_the_sources_lie_changes_nothing(residency: Residency, sources: di
     assert runner.place.reason == "asked for"
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "sce"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "sce", "cabs"])
 def test_the_definitions_compile_without_a_break(
     method: str, sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:

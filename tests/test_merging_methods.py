@@ -140,6 +140,10 @@ class TestLocalizeAndStitch(MethodContract):
     method = METHODS["localize_and_stitch"]
 
 
+class TestCabs(MethodContract):
+    method = METHODS["cabs"]
+
+
 class TestConsensus(MethodContract):
     method = METHODS["consensus"]
 

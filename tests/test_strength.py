@@ -16,7 +16,7 @@ from evomerge.merging.amplitude import EVEN, UNEVEN, dispersion, kappa, relative
 from evomerge.merging.evidence import Evidence
 from evomerge.method import find_method
 from evomerge.store import Store
-from search_spaces.base import SpaceContext
+from search_spaces.base import Measures, SpaceContext
 from search_spaces.parameter_space import ParameterSpaceSettings
 
 
@@ -47,7 +47,8 @@ def test_norms_are_those_of_the_plain_formula_and_read_once(sources: dict[str, S
 def context(*names: str, factor: float | None = 1.15) -> SpaceContext:
     return SpaceContext(
         sources=dict.fromkeys(("base", *names), ""), base="base", tokenizer="base", layers=2, tied=False,
-        method=lambda name: find_method(name, "space.method"), recipe_seed=0, dtype=None, kappa=factor,
+        method=lambda name: find_method(name, "space.method"), recipe_seed=0, dtype=None,
+        measures=Measures(kappa=factor),
     )  # fmt: skip
 
 

@@ -1,18 +1,23 @@
-"""Low-rank adapters beside the live model of their base, mixed for each row of a batch by coefficients of its own.
+"""Low-rank changes beside the live model of their base, mixed for each row of a batch by numbers of its own.
 
-A weighted sum of adapters is written into the weights nowhere: a module of stored weight W0 gives, with the factors
-A_k, B_k and the scaling s_k of adapter k,
+What is merged of adapters is written into the weights nowhere. A module of stored weight W0 gives, of a weighted sum
+with the factors A_k, B_k and the scaling s_k of adapter k,
 
     y = x W0^T + sum_k c_k s_k (x A_k^T) B_k^T      (Hu et al. 2021, arXiv:2106.09685, section 4.1, for each k)
 
-and c hangs on the row of x. So rows of many merged models share one forward pass, and one model's memory. The factors
-of a module lie side by side, which makes two products of matrices of all its adapters.
+and of any merge M in core space (``merging/core_space.py``), between the bases Q of outputs and P of inputs,
+
+    y = x W0^T + (x P^T) M^T Q^T
+
+where c or M hangs on the row of x. So rows of many merged models share one forward pass, and one model's memory. The
+factors of a module lie side by side, which makes two products of matrices of all its adapters.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,73 +36,34 @@ from evomerge.checkpoints.source import Source
 
 @dataclass(frozen=True)
 class _Pair:
-    """All that adapters change of one weight.
+    """All that may be changed of one weight.
 
     Attributes:
         module: of the transformers model, that holds the weight.
-        down: every A below the other, [ranks, inputs].
-        up: every B turned, below the other, [ranks, outputs].
-        ranks: where these ranks are among those of all weights.
+        down: what the input is multiplied by, [ranks below, inputs].
+        up: what makes outputs of it, [ranks above, outputs].
+        numbers: where its numbers are among those of a candidate.
     """
 
     module: str
     down: Tensor
     up: Tensor
-    ranks: slice
+    numbers: slice
 
 
-class LowRankRows:
-    """The adapters of some sources, held once beside the weights of a live model that they change, in its dtype.
+class Rows(ABC):
+    """Low-rank changes of a live model's weights, held once beside them, in its dtype.
 
     Args:
-        live: of the base of all sources.
-        sources: in the order of a candidate's coefficients. Their adapters are low-rank changes of whole weights alone,
-            without magnitudes.
-        weights: all that any of them changes, by the sources' names, in the order of a candidate's coefficients.
+        live: of the base.
+        pairs: one for each weight.
     """
 
-    def __init__(self, live: LiveModel, sources: Sequence[Source], weights: Sequence[str]) -> None:
-        self._model, self._weights = live.model, weights
-        self._pairs: list[_Pair] = []
-        where: list[tuple[int, int]] = []  # of each rank, the numbers of its weight and of its source
-        scales: list[float] = []
-        for number, weight in enumerate(weights):
-            tensor = sources[0].parts[weight].tensor
-            device = live.model.get_parameter(tensor).device
-            downs, ups, first = [], [], len(where)
-            for owner, source in enumerate(sources):
-                for change in source.changes.get(weight, ()):
-                    assert isinstance(change, LowRank)
-                    down, up = (_read(entry).to(device, live.model.dtype) for entry in (change.down, change.up))
-                    broken = not (torch.isfinite(down).all() and torch.isfinite(up).all())
-                    # A candidate that leaves the adapter out is sound, so that its own zeros may not meet the NaN.
-                    downs.append(torch.zeros_like(down) if broken else down)
-                    ups.append(torch.zeros_like(up).T if broken else up.T)
-                    scales += [math.nan if broken else change.scale] * len(down)
-                    where += [(number, owner)] * len(down)
-            self._pairs.append(
-                _Pair(tensor.removesuffix(".weight"), torch.cat(downs), torch.cat(ups), slice(first, len(where)))
-            )
-        self._where = torch.tensor(where).T
-        self._scales = torch.tensor(scales, dtype=torch.float32)
-        self._shares = self._chosen = torch.empty(0)
+    def __init__(self, live: LiveModel, pairs: Sequence[_Pair]) -> None:
+        self._model, self._pairs = live.model, pairs
+        self._shares = torch.empty(0)
         self._of: int | list[int] | None = None
         self._reached: set[str] = set()
-
-    def shares(self, coefficients: Tensor) -> Tensor:
-        """What a candidate multiplies every rank of all adapters by: float32 [ranks], its coefficients times scalings.
-
-        Args:
-            coefficients: float32 [weights, sources].
-
-        Raises:
-            NotFiniteError: one is NaN or Inf, or the factors are that it multiplies.
-        """
-        own = coefficients[tuple(self._where)]
-        shares = torch.where(own == 0, 0.0, own * self._scales)
-        if len(broken := torch.nonzero(~torch.isfinite(shares))):
-            raise NotFiniteError(self._weights[int(self._where[0, broken[0]])])
-        return shares
 
     @contextlib.contextmanager
     def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:
@@ -126,8 +92,7 @@ class LowRankRows:
         if chosen == self._of:
             return
         self._of = chosen
-        rows = torch.tensor([chosen] if isinstance(chosen, int) else chosen, device=self._shares.device)
-        self._chosen = self._shares[rows]
+        self._choose(torch.tensor([chosen] if isinstance(chosen, int) else chosen, device=self._shares.device))
 
     def check_reached(self) -> None:
         """Refuse a model that computes with an adapted weight, but not through its module, so that nothing was added.
@@ -142,10 +107,125 @@ class LowRankRows:
         """Add the low-rank part to what a module gives. A batch comes as [rows, tokens, width], or rows and tokens as
         one dimension, each row's tokens together."""
         self._reached.add(pair.module)
-        shares = self._chosen[:, pair.ranks].to(output.device)  # [rows, ranks], or one row for all
         inner = F.linear(given[0], pair.down)
-        mixed = inner.reshape(len(shares), -1, inner.shape[-1]) * shares[:, None]  # in float32, as the shares are
-        output.view(-1, output.shape[-1]).addmm_(mixed.to(inner.dtype).view(-1, inner.shape[-1]), pair.up)
+        mixed = self._mix(pair, inner).to(inner.dtype)
+        output.view(-1, output.shape[-1]).addmm_(mixed.reshape(-1, mixed.shape[-1]), pair.up)
+
+    @abstractmethod
+    def _choose(self, rows: Tensor) -> None:
+        """Take the numbers of candidates: int64 [rows], or [1] of all rows."""
+
+    @abstractmethod
+    def _mix(self, pair: _Pair, inner: Tensor) -> Tensor:
+        """[rows, tokens, ranks above] of [..., ranks below], by the numbers of each row's candidate; in float32."""
+
+
+class LowRankRows(Rows):
+    """The adapters of some sources, in weighted sums.
+
+    Args:
+        live: of the base of all sources.
+        sources: in the order of a candidate's coefficients. Their adapters are low-rank changes of whole weights alone,
+            without magnitudes.
+        weights: all that any of them changes, by the sources' names, in the order of a candidate's coefficients.
+    """
+
+    def __init__(self, live: LiveModel, sources: Sequence[Source], weights: Sequence[str]) -> None:
+        self._weights = weights
+        pairs: list[_Pair] = []
+        where: list[tuple[int, int]] = []  # of each rank, the numbers of its weight and of its source
+        scales: list[float] = []
+        for number, weight in enumerate(weights):
+            tensor = sources[0].parts[weight].tensor
+            device = live.model.get_parameter(tensor).device
+            downs, ups, first = [], [], len(where)
+            for owner, source in enumerate(sources):
+                for change in source.changes.get(weight, ()):
+                    assert isinstance(change, LowRank)
+                    down, up = (_read(entry).to(device, live.model.dtype) for entry in (change.down, change.up))
+                    broken = not (torch.isfinite(down).all() and torch.isfinite(up).all())
+                    # A candidate that leaves the adapter out is sound, so that its own zeros may not meet the NaN.
+                    downs.append(torch.zeros_like(down) if broken else down)
+                    ups.append(torch.zeros_like(up).T if broken else up.T)
+                    scales += [math.nan if broken else change.scale] * len(down)
+                    where += [(number, owner)] * len(down)
+            ranks = slice(first, len(where))
+            pairs.append(_Pair(tensor.removesuffix(".weight"), torch.cat(downs), torch.cat(ups), ranks))
+        super().__init__(live, pairs)
+        self._where = torch.tensor(where).T
+        self._scales = torch.tensor(scales, dtype=torch.float32)
+        self._chosen = torch.empty(0)
+
+    def shares(self, coefficients: Tensor) -> Tensor:
+        """What a candidate multiplies every rank of all adapters by: float32 [ranks], its coefficients times scalings.
+
+        Args:
+            coefficients: float32 [weights, sources].
+
+        Raises:
+            NotFiniteError: one is NaN or Inf, or the factors are that it multiplies.
+        """
+        own = coefficients[tuple(self._where)]
+        shares = torch.where(own == 0, 0.0, own * self._scales)
+        if len(broken := torch.nonzero(~torch.isfinite(shares))):
+            raise NotFiniteError(self._weights[int(self._where[0, broken[0]])])
+        return shares
+
+    def _choose(self, rows: Tensor) -> None:
+        self._chosen = self._shares[rows]
+
+    def _mix(self, pair: _Pair, inner: Tensor) -> Tensor:
+        shares = self._chosen[:, pair.numbers].to(inner.device)  # [rows, ranks], or one row for all
+        return inner.reshape(len(shares), -1, inner.shape[-1]) * shares[:, None]
+
+
+class CoreRows(Rows):
+    """Changes Q M P of some weights, each between bases that all candidates share.
+
+    Args:
+        live: of the base.
+        bases: of each weight its name in the transformers model, Q [rows, p] and P [q, columns] of it as it is stored.
+    """
+
+    def __init__(self, live: LiveModel, bases: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+        pairs, first = [], 0
+        self._weights = [tensor for tensor, _, _ in bases]
+        self._turned: list[bool] = []
+        for tensor, *both in bases:
+            weight, name = live.model.get_parameter(tensor), tensor.removesuffix(".weight")
+            left, right = (basis.to(weight.device, weight.dtype) for basis in both)
+            self._turned.append(isinstance(live.model.get_submodule(name), Conv1D))
+            numbers = slice(first, first + left.shape[1] * right.shape[0])
+            pairs.append(
+                _Pair(name, left.T, right, numbers) if self._turned[-1] else _Pair(name, right, left.T, numbers)
+            )
+            first = numbers.stop
+        super().__init__(live, pairs)
+        self._rows = torch.empty(0, dtype=torch.int64)
+
+    def shares(self, matrices: Sequence[Tensor]) -> Tensor:
+        """What a candidate makes of inner numbers, for all weights: float32 [numbers].
+
+        Args:
+            matrices: M of each weight, float32 [p, q].
+
+        Raises:
+            NotFiniteError: one has NaN or Inf.
+        """
+        pairs = zip(matrices, self._turned, strict=True)
+        flat = [(matrix if turned else matrix.T).reshape(-1) for matrix, turned in pairs]
+        shares = torch.cat(flat) if flat else torch.empty(0)  # there are none where all adapters are of zeros
+        if not torch.isfinite(shares).all():
+            finite = [bool(torch.isfinite(matrix).all()) for matrix in matrices]
+            raise NotFiniteError(self._weights[finite.index(False)])
+        return shares
+
+    def _choose(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def _mix(self, pair: _Pair, inner: Tensor) -> Tensor:
+        own = self._shares[:, pair.numbers][self._rows].to(inner.device)
+        return inner.float().reshape(len(own), -1, inner.shape[-1]) @ own.view(len(own), inner.shape[-1], -1)
 
 
 def _read(entry: TensorEntry) -> Tensor:

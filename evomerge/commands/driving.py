@@ -45,8 +45,8 @@ from evomerge.search.opening.session import (
     recipe_of,
 )
 from evomerge.search.pools.base import Pool
+from evomerge.search.preparing.measured import with_measures
 from evomerge.search.preparing.prepare import Prepared, prepare
-from evomerge.search.preparing.strength import with_law
 from evomerge.search.settings.folder import EVIDENCE_NAME, LOGS_NAME, has_store
 from evomerge.search.settings.rebudget import reread_budget
 from evomerge.search.settings.resuming import record_resumed
@@ -69,7 +69,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     ):
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with acquire(store):
-            prepared = with_law(prepared, store, _evidence(folder, store))
+            prepared = with_measures(prepared, store, _evidence(folder, store))
             if not calibrate(folder, prepared, store, pool, console):
                 return INTERRUPTED
             return _drive(folder, prepared, store, pool, artifacts, console)
@@ -84,7 +84,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
         record_resumed(folder, store, prepared.file)
-        prepared = with_law(prepared, store, _evidence(folder, store))
+        prepared = with_measures(prepared, store, _evidence(folder, store))
         if not calibrate(folder, prepared, store, pool, console):
             return INTERRUPTED
         return _drive(folder, prepared, store, pool, artifacts, console)

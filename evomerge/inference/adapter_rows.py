@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel, finite_rows
-from evomerge.checkpoints.low_rank_rows import LowRankRows
-from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.low_rank_rows import Rows
 from evomerge.inference.requests import Batch, Response
 from evomerge.inference.transformers_engine import TransformersEngine
 
@@ -17,31 +16,23 @@ from evomerge.inference.transformers_engine import TransformersEngine
 class AdapterRowsEngine:
     """An engine whose models are mixtures of adapters on the live model of their base.
 
-    The adapters are held once on the live model's device, as long as this object lives. Likelihoods are of one model
-    after another, so that each is what it would be alone; answers of all models are decoded together.
+    Likelihoods are of one model after another, so that each is what it would be alone; answers of all models are
+    decoded together.
 
     Args:
         live: on it the base is written.
-        adapted: the sources that are the base with an adapter.
-        weights: names of the base's weights that adapters change.
-
-    Raises:
-        NotLowRankError: the sources are something else.
+        rows: what is added to it.
     """
 
     greedy_only = False
 
-    def __init__(self, live: LiveModel, adapted: Sequence[Source], weights: Sequence[str]) -> None:
-        self._live, self._rows = live, LowRankRows(live, adapted, weights)
-        self._engine = TransformersEngine(live, self._rows.choose)
-
-    def shares(self, coefficients: Tensor) -> Tensor:
-        """What ``mixed`` takes of a model: from its coefficients, float32 [adapters, weights]."""
-        return self._rows.shares(coefficients)
+    def __init__(self, live: LiveModel, rows: Rows) -> None:
+        self._live, self._rows = live, rows
+        self._engine = TransformersEngine(live, rows.choose)
 
     @contextlib.contextmanager
     def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:
-        """Within, the models of batches, counted from 0, are those with these shares."""
+        """Within, the models of batches, counted from 0, are those with these shares (``Rows.shares``)."""
         with self._rows.mixed(shares):
             yield
 

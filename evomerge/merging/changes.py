@@ -130,17 +130,19 @@ class Change:
     Attributes:
         base: b.
         made: gives m.
-        function: (float32 change, in the tensor's own shape) -> float32 of that shape. It may write to what it is
-            given, and use every thread of torch.
+        function: (float32 change, in the tensor's own shape; of that shape the task vectors of ``sources``) -> float32
+            of that shape. It may write to what it is given, and use every thread of torch.
+        sources: whose task vectors the function is given.
     """
 
     base: str
     made: Pass
-    function: Callable[[Tensor], Tensor] = field(compare=False)
+    function: Callable[..., Tensor] = field(compare=False)
+    sources: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return with_base(self.base, self.made)
+        return tuple(dict.fromkeys((*with_base(self.base, self.made), *self.sources)))
 
     @property
     def grain(self) -> Grain:
@@ -151,7 +153,8 @@ class Change:
 
         base = tensors[self.inputs.index(self.base)]
         change = made_whole(self.made, tensors[: len(self.made.inputs)]).sub_(base)
-        return self.function(change).add(base)
+        vectors = (tensors[self.inputs.index(name)].float() - base for name in self.sources)
+        return self.function(change, *vectors).add(base)
 
     def kernel(self) -> None:
         return None

@@ -17,6 +17,7 @@ of the vectors. What follows from the sources alone is evidence: made once for a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,17 +25,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evomerge.blends import stepped
 from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence, Tensors
 from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.nested import made_whole
 from evomerge.merging.passes import Combine, Elementwise, Pass
 from evomerge.merging.path import Merged
 from evomerge.merging.site import Ref, Site
 from evomerge.method import find_method
 from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.step import find_step
 
 _KIND = "core 1"
 _ALONE = "Core space merges low-rank adapters (LoRA) of one base alone: leave `basis` out."
@@ -75,31 +79,26 @@ class CoreSpace:
         self._cores: dict[tuple[Merged, str, tuple[str, ...]], Core | None] = {}
 
     def planned(self, merged: Merged, blend: Blend, seed: int) -> Pass:
-        """How a tensor is made by the method of a blend that ``check_core`` lets through."""
+        """How a tensor is made by a blend that ``check_core`` lets through, but for steps that take whole weights."""
         base = _base_of(blend)
-        core = self.core(merged, blend)
+        core = self.core(merged, base, blend.sources)
         if core is None:
             return Combine({base: 1.0})
         return _added(base, core.left @ self.merged(core, blend, seed), core.right)
 
     def merged(self, core: Core, blend: Blend, seed: int) -> Tensor:
-        """What the method makes of the sources' changes: float32 [p, q]."""
-        plan = find_method(blend.method, "recipe.blends").plan(
-            Facts(core.site, self._weights, self._evidence, seed), blend
-        )
-        made = torch.empty(core.site.shape)
-        job = TensorJob(plan, [self._changes[core.site.refs[name]] for name in plan.inputs], made)
-        for piece in job.pieces:
-            job.run(piece)
-        return made
+        """What the method makes of the sources' changes, with the first ``steps_in_core``: float32 [p, q]."""
+        facts = Facts(core.site, self._weights, self._evidence, seed)
+        made_so_far = find_method(blend.method, "recipe.blends").plan(facts, blend)
+        plan = stepped(facts, blend, made_so_far, blend.steps[: steps_in_core(blend)])
+        return made_whole(plan, [self._changes[core.site.refs[name]] for name in plan.inputs])
 
-    def core(self, merged: Merged, blend: Blend) -> Core | None:
-        """The core of a tensor; None where no source of the blend changes it."""
-        base = _base_of(blend)
-        key = merged, base, blend.sources
+    def core(self, merged: Merged, base: str, names: tuple[str, ...]) -> Core | None:
+        """The core of a tensor for a blend of these sources; None where none of them changes it."""
+        key = merged, base, names
         if key not in self._cores:
-            changed = any(merged.stored in self._sources[name].changes for name in blend.sources)
-            self._cores[key] = self._opened(merged, base, blend.sources) if changed else None
+            changed = any(merged.stored in self._sources[name].changes for name in names)
+            self._cores[key] = self._opened(merged, base, names) if changed else None
         return self._cores[key]
 
     def _opened(self, merged: Merged, base: str, names: Sequence[str]) -> Core | None:
@@ -118,8 +117,8 @@ class CoreSpace:
         for number, name in enumerate(names):
             if name != base:
                 self._changes[refs[name]] = kept[f"change.{number}"]
-        axis = 0 if stored in self._sources[names[-1]].turned else 1
-        return Core(Site(stored, merged.role, shape, refs, axis), left, right)
+        axis = 0 if stored in self._sources[base].turned else 1
+        return Core(Site(stored, merged.role, shape, refs, input_axis=axis), left, right)
 
     def _decomposed(self, stored: str, names: Sequence[str]) -> Tensors:
         """The bases of all changes of a tensor, and each source's change in them; computed in float64."""
@@ -161,6 +160,12 @@ def _basis(vectors: Tensor) -> Tensor:
     rank = int((sizes > sizes[0] * max(vectors.shape) * torch.finfo(vectors.dtype).eps).sum())
     basis: Tensor = orthonormal @ turns[:, :rank]
     return basis
+
+
+def steps_in_core(blend: Blend) -> int:
+    """How many of the first steps of a blend work in core space as they do on whole weights."""
+    in_any_basis = (find_step(given.name, "recipe.blends").in_any_basis for given in blend.steps)
+    return sum(1 for _ in itertools.takewhile(bool, in_any_basis))
 
 
 def _base_of(blend: Blend) -> str:

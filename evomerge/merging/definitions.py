@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from evomerge.merging.drops import element_bits, turns
+from evomerge.merging.passes import RANKED
 
 
 def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -123,6 +125,39 @@ def largest(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
         part = weights[k] * (tensor.float() - base)
         high, low = torch.maximum(high, part), torch.minimum(low, part)
     return base + torch.where(high >= -low, high, low)
+
+
+def disjoint(tensors: Sequence[Tensor], weights: Tensor, kept: Tensor) -> Tensor:
+    """What ``Disjoint`` says, in float32.
+
+    Elements of a block are ordered by a number of 23 bits: the upper bits of the magnitude, then how early the element
+    comes. The least number that is taken is found bit by bit, without sorting.
+
+    Args:
+        tensors: whole rows of the base and the sources, in the order in which these take.
+        kept: int64 [sources].
+    """
+    base = tensors[0].float()
+    rows, length = base.shape
+    blocks = -(-length // RANKED)
+    beyond = blocks * RANKED - length
+    total, place = base, torch.arange(RANKED, device=base.device)
+    ends = torch.arange(1, blocks + 1, device=base.device) * RANKED
+    sizes = (RANKED - (ends - length).clamp(min=0))[:, None]
+    free = pad(torch.ones_like(base, dtype=torch.bool), (0, beyond)).view(rows, blocks, RANKED)
+    for k, tensor in enumerate(tensors[1:]):
+        delta = tensor.float() - base
+        order = pad(_upper_bits(base, tensor), (0, beyond)).view(rows, blocks, RANKED) * RANKED + (RANKED - 1 - place)
+        order = order.where(free, -1)
+        wanted = (kept[k] * sizes + RANKED - 1) // RANKED
+        least = torch.zeros_like(order[..., :1])
+        for bit in reversed(range(15 + RANKED.bit_length() - 1)):
+            higher = least + (1 << bit)
+            least = torch.where((order >= higher).sum(dim=-1, keepdim=True) >= wanted, higher, least)
+        taken = order >= least
+        free = free & ~taken
+        total = total + (weights[k] * delta).where(taken.view(rows, -1)[:, :length], 0.0)
+    return total
 
 
 def agreed(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:

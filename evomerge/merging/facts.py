@@ -38,6 +38,8 @@ _TOGETHER = (
 
 _LOST = 1e-6  # of a squared norm: what is smaller has less than ten right digits as a sum of differences
 
+_SORTED = 1 << 16  # elements up to which all magnitudes of a task vector are kept, sorted: a quarter of a megabyte
+
 _PIECE = 1 << 21  # elements; larger than that of a merge, since each piece has totals of its own
 
 
@@ -91,7 +93,10 @@ class Weights:
             together = scan in _TOGETHER
             scan(*(arrays,) if together else arrays, *more, totals[number])
 
-        self._threads.each(work, range(len(totals)))
+        if len(totals) == 1:  # for little, threads take longer to begin than to end
+            work(0)
+        else:
+            self._threads.each(work, range(len(totals)))
         return np.asarray(sum(totals[1:], totals[0]) if totals else zeros)
 
     def count(self, refs: Sequence[Ref], scan: Callable[..., None]) -> NDArray[np.int64]:
@@ -250,6 +255,10 @@ class Facts:
         onto[:, 0] = 1
         return np.asarray(onto @ self.products(names) @ onto.T)
 
+    def size_of(self, name: str) -> float:
+        """The root of the mean square of a tensor's elements."""
+        return math.sqrt(float(self.products([name])[0, 0]) / max(self.size, 1))
+
     def deltas(self, base: str, names: Sequence[str]) -> NDArray[np.float64]:
         """[n, n] inner products of task vectors."""
         return self.products([base, *names])[1:, 1:]
@@ -288,8 +297,11 @@ class Facts:
         then a look into a table of counts is all that a candidate costs.
         """
         refs = self._refs((base, source))
+        ranked = all(self.weights.read(ref).dtype.itemsize == 2 for ref in refs)
+        if not ranked and self.size <= _SORTED:
+            return float(self._sorted_magnitudes(base, source)[k - 1])
         upper, rank = _kth_largest(self._magnitudes(base, source), k)
-        if all(self.weights.read(ref).dtype.itemsize == 2 for ref in refs):
+        if ranked:
             return _magnitude(upper, 0)
         fine = self.weights.scan(refs, np.zeros(scans.FINE_BINS, np.int64), scans.count_deltas_in, upper)
         fine[0] -= self.weights.padding(refs) if upper == 0 else 0
@@ -327,6 +339,15 @@ class Facts:
         sums = self._once("mean ranks", (base, source), lambda: self.weights.rank(first, second, first_bin))
         total, ranked = sums
         return float(ranked / total) if total else 0.5
+
+    def _sorted_magnitudes(self, base: str, source: str) -> NDArray[np.float32]:
+        """All |x - b| in float32, from the largest down."""
+
+        def compute() -> NDArray[np.float32]:
+            before, after = (tensor.reshape(-1).float() for tensor in self.tensors((base, source)))
+            return np.asarray((after - before).abs().sort(descending=True).values.numpy())
+
+        return self._once("sorted deltas", (base, source), compute)
 
     def _magnitudes(self, base: str, source: str) -> NDArray[np.int64]:
         """Counts of |x - b| by their upper 16 bits."""

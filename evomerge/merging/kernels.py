@@ -37,6 +37,8 @@ HALF = np.float32(0.5)
 ONE = np.float32(1)
 TINY = np.float32(1e-6)
 LOWEST = np.int16(-(1 << 15))
+RANKED = 256  # ``passes.RANKED``
+TAKEN = np.int16((1 << 15) - 1)  # above the upper bits of every number, infinity among them
 
 
 @compiled
@@ -303,6 +305,90 @@ def largest(base: Any, sources: Any, weights: Any, out: Any, stream: Any) -> Non
             put_pair(block, i, bx + x, by + y)
         flush(block, out, start, count, stream)
     fence()
+
+
+@compiled
+def disjoint(base: Any, sources: Any, weights: Any, kept: Any, row: Any, out: Any, stream: Any) -> None:
+    """out = base + sum_k w_k m_k d_k, where source k has of each block the kept_k largest that none before it has.
+
+    Args:
+        base, sources: array and tuple of arrays of pairs, of one dtype, that begin with a row.
+        weights: tuple of float32, the w_k.
+        kept: tuple of int16.
+        row: pairs in a row, which is cut into blocks of ``RANKED`` elements; the last may be shorter.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block = block_like(out)
+    deltas, sums = np.empty(RANKED, np.float32), np.empty(RANKED, np.float32)
+    sizes, taken = np.empty(RANKED, np.int16), np.empty(RANKED, np.int16)
+    start = U64(0)
+    while start < pairs(out):
+        count = min(U64(RANKED // 2), U64(row - start % row))
+        length = U64(2) * count
+        sums[:], taken[:] = ZERO, 0
+        for k in range(len(sources)):
+            source, weight = sources[k], weights[k]
+            for i in range(count):
+                bx, by = pair(base, start + i)
+                x, y = pair(source, start + i)
+                deltas[U64(2) * i], deltas[U64(2) * i + U64(1)] = x - bx, y - by
+            for i in range(length):
+                sizes[i] = np.int16(upper_bits(deltas[i]) | taken[i])
+            wanted = np.int16((np.int32(kept[k]) * np.int32(length) + np.int32(RANKED - 1)) // np.int32(RANKED))
+            _take(sizes[: np.int64(length)], wanted)
+            for i in range(length):
+                sums[i] += weight * deltas[i] if sizes[i] == TAKEN else ZERO
+            for i in range(length):
+                taken[i] = np.int16(-1) if sizes[i] == TAKEN else taken[i]
+        for i in range(count):
+            bx, by = pair(base, start + i)
+            put_pair(block, i, bx + sums[U64(2) * i], by + sums[U64(2) * i + U64(1)])
+        flush(block, out, start, count, stream)
+        start += count
+    fence()
+
+
+@compiled
+def _take(sizes: Any, wanted: Any) -> None:
+    """Write ``TAKEN`` in place of the ``wanted`` largest of some sizes, of equal ones the first.
+
+    Args:
+        sizes: int16 [at most RANKED]; those below zero are never taken.
+        wanted: int16; all are taken where there are fewer.
+    """
+    least = np.int16(0)
+    reached = _count(sizes, least)
+    if reached > wanted:
+        for bit in range(14, -1, -1):
+            higher = np.int16(least + np.int16(1 << bit))
+            there = _count(sizes, higher)
+            if there >= wanted:
+                least, reached = higher, there
+                if there == wanted:
+                    break
+    higher = np.int16(least + np.int16(1))
+    end, equal = U64(len(sizes)), np.int16(wanted - _count(sizes, higher))
+    if reached > wanted:  # before which element there are as many of the least size as are taken
+        end = U64(0)
+        for step in (128, 64, 32, 16, 8, 4, 2, 1):
+            part = sizes[np.int64(end) : np.int64(end) + step]
+            there = np.int16(_count(part, least) - _count(part, higher))
+            if len(part) == step and there <= equal:
+                end, equal = end + U64(step), np.int16(equal - there)
+    for i in range(end):
+        sizes[i] = TAKEN if sizes[i] >= least else sizes[i]
+    for i in range(end, U64(len(sizes))):
+        sizes[i] = TAKEN if sizes[i] >= higher else sizes[i]
+
+
+@compiled
+def _count(sizes: Any, least: Any) -> Any:
+    """How many sizes are ``least`` or more."""
+    count = np.int16(0)
+    for i in range(U64(len(sizes))):
+        count = np.int16(count + np.int16(sizes[i] >= least))
+    return count
 
 
 @compiled

@@ -1,8 +1,9 @@
-"""Recipes that are a weighted sum of low-rank adapters on one model: their coefficients, weight by weight.
+"""Recipes of low-rank adapters on one model that can be computed beside its weights: what tells them apart.
 
 Where every source is the base or an adapter of it (LoRA), and every tensor is a linear combination of the sources whose
 coefficients sum to 1, the merged weight is W0 + sum_k c_k s_k B_k A_k: nothing but the few numbers c_k tells candidates
-apart, and several can be computed in one forward pass (``checkpoints.low_rank_rows``).
+apart. Merged in core space by any method, it is W0 + Q M P, and a small matrix M for each weight tells them apart. In
+either case several candidates can be computed in one forward pass (``checkpoints.low_rank_rows``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from evomerge.blends import planned
 from evomerge.checkpoints.source import Source
-from evomerge.merging.core_space import NotLowRankError, check_adapters
+from evomerge.merging.core_space import Core, CoreSpace, NotLowRankError, check_adapters, steps_in_core
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import WorkerThreads
@@ -51,16 +52,29 @@ class _WeightsReadError(Exception):
 
 
 def low_rank_problem(recipe: Recipe, sources: Mapping[str, Source]) -> str | None:
-    """Why a recipe of these sources is no weighted sum of low-rank adapters; None where it is. Opens no tensor.
+    """Why a recipe of these sources cannot be computed beside weights; None where it can. Opens no tensor.
 
     Raises:
         InputError: the recipe cannot be made of these sources at all.
     """
     try:
-        coefficients(recipe, sources, family_of(sources))
+        family = family_of(sources)
+        if in_core_space(recipe):
+            _check_core_recipe(recipe, sources, family)
+        else:
+            coefficients(recipe, sources, family)
     except NotLowRankError as error:
         return str(error)
     return None
+
+
+def are_adapters(sources: Mapping[str, Source]) -> bool:
+    """Whether sources are a family."""
+    try:
+        family_of(sources)
+    except NotLowRankError:
+        return False
+    return True
 
 
 def family_of(sources: Mapping[str, Source]) -> Family:
@@ -115,6 +129,17 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         NotLowRankError: the recipe is no weighted sum of the family.
         InputError: it cannot be made of these sources at all.
     """
+    recipe = _plain_stack(recipe, sources, family)
+    weights = Weights(_refuse_to_read, WorkerThreads(), lambda name: sources[name].tensors)
+    by_weight: dict[str, list[float]] = {}
+    for merged in merged_tensors(recipe, sources):
+        combined = _combined(merged, recipe, sources, weights)
+        by_weight[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
+    return torch.tensor([by_weight[weight] for weight in family.weights], dtype=torch.float64).float()
+
+
+def _plain_stack(recipe: Recipe, sources: Mapping[str, Source], family: Family) -> StackRecipe:
+    """The recipe, if its layers are those of the base. Raises as ``coefficients``."""
     if not isinstance(recipe, StackRecipe):
         raise NotLowRankError(f"a recipe of the kind {recipe.kind} is not a weighted sum of adapters")
     check_stack(recipe, sources)
@@ -122,12 +147,7 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
         raise NotLowRankError("its hops have scales")
     if [hop.layer for hop in recipe.hops] != list(range(sources[family.base].layers)):
         raise NotLowRankError("its hops are not the model's own layers in their order")
-    weights = Weights(_refuse_to_read, WorkerThreads(), lambda name: sources[name].tensors)
-    by_weight: dict[str, list[float]] = {}
-    for merged in merged_tensors(recipe, sources):
-        combined = _combined(merged, recipe, sources, weights)
-        by_weight[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
-    return torch.tensor([by_weight[weight] for weight in family.weights], dtype=torch.float64).float()
+    return recipe
 
 
 def _combined(
@@ -152,6 +172,65 @@ def _combined(
         )
         raise NotLowRankError(problem)
     return plan.coefficients
+
+
+def in_core_space(recipe: Recipe) -> bool:
+    """Whether any part of a recipe is merged in core space."""
+    return isinstance(recipe, StackRecipe) and any(blend.basis == "core" for blend in recipe.blends)
+
+
+def _check_core_recipe(recipe: Recipe, sources: Mapping[str, Source], family: Family) -> StackRecipe:
+    """The recipe, if all of it is merged in the core space of the whole family. Raises as ``coefficients``."""
+    stack = _plain_stack(recipe, sources, family)
+    for blend in stack.blends:
+        if (done := steps_in_core(blend)) < len(blend.steps):
+            raise NotLowRankError(f"the step {blend.steps[done].name} takes whole weights, not those of core space")
+        if blend.basis != "core":
+            raise NotLowRankError(f"only some of its parts are merged in core space; one by {blend.method} is not")
+        if (blend.base, blend.sources) != (family.base, family.adapted):
+            mixed = ", ".join(blend.sources)
+            raise NotLowRankError(
+                f"it merges {mixed} on {blend.base}, not {', '.join(family.adapted)} on {family.base}"
+            )
+    return stack
+
+
+class CoreMerges:
+    """Recipes in core space as a small matrix for each weight.
+
+    Args:
+        space: of the sources.
+        family: what the sources are.
+
+    Raises:
+        InputError: an adapter has NaN or Inf.
+    """
+
+    def __init__(self, space: CoreSpace, sources: Mapping[str, Source], family: Family) -> None:
+        self._space, self._sources, self._family = space, sources, family
+        base = sources[family.base]
+        self._cores: list[tuple[Merged, Core]] = []
+        for weight in family.weights:
+            merged = Merged(weight, base.roles[weight], weight, base.roles[weight])
+            if (core := space.core(merged, family.base, family.adapted)) is not None:
+                self._cores.append((merged, core))
+
+    @property
+    def bases(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Of every weight that any of the sources changes: its name in the transformers model, Q and P."""
+        parts = self._sources[self._family.base].parts
+        return [(parts[merged.stored].tensor, core.left, core.right) for merged, core in self._cores]
+
+    def matrices(self, recipe: Recipe) -> list[Tensor]:
+        """What a recipe makes of these weights' changes, in the order of ``bases``: float32 [p, q] each.
+
+        Raises:
+            NotLowRankError: it is not merged in core space, all of it and from the whole family.
+            InputError: it cannot be made of these sources at all.
+        """
+        stack = _check_core_recipe(recipe, self._sources, self._family)
+        blends = ((core, stack.blend_for(merged.role, merged.name)) for merged, core in self._cores)
+        return [self._space.merged(core, blend, stack.seed) for core, blend in blends]
 
 
 def _refuse_to_read(ref: Ref) -> Tensor:

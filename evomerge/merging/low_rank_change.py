@@ -46,6 +46,26 @@ class LowRankChange:
         return math.sqrt(max(square, 0.0) / self._size) if self._size else None
 
 
+class CoreChange:
+    """The change of merges in core space, whose matrices are as long as what they add: bases are orthonormal.
+
+    Args:
+        base: the model under the adapters, from which they are measured.
+    """
+
+    def __init__(self, base: Source) -> None:
+        self._size = _squared_norm(base)
+
+    def of(self, matrices: Sequence[Tensor]) -> float | None:
+        """norm(W - W0) / norm(W0) of one of them; None where W0 is zero.
+
+        Args:
+            matrices: of all weights, as of ``low_rank.CoreMerges``.
+        """
+        square = sum(float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2 for matrix in matrices)
+        return math.sqrt(square / self._size) if self._size else None
+
+
 def _products(sources: Sequence[Source], weight: str) -> Tensor:
     """Inner products of what sources change of a weight: float64 [sources, sources]."""
     factors = [low_rank_factors(source, weight) for source in sources]

@@ -15,7 +15,7 @@ from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.change import ChangeMeter, Written
-from evomerge.merging.core_space import CoreSpace, check_core
+from evomerge.merging.core_space import CoreSpace, check_core, steps_in_core
 from evomerge.merging.device import DeviceRunner, DeviceRunners, Residency
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
@@ -116,6 +116,7 @@ class Materialiser:
 
     Attributes:
         change: how far the model that was written last is from the base; None where there is none.
+        core_space: what is merged in core space.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Materialiser:
         self._folds: dict[Ref, Tensor] = {}
         self._weights = Weights(self.read, self._threads, lambda name: sources[name].tensors)
         self._evidence = evidence or Evidence()
-        self._core_space = CoreSpace(sources, self._evidence, self._threads)
+        self.core_space = CoreSpace(sources, self._evidence, self._threads)
         self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
         self._live: LiveModel | None = None
         self._meter = None if base is None else ChangeMeter(sources[base], self._read_on, self._weights)
@@ -338,7 +339,8 @@ class Materialiser:
         site = site_of(merged, recipe, blend, self._sources)
         facts = Facts(site, self._weights, self._evidence, recipe.seed, self._inputs)
         if blend.basis == "core":
-            plan = stepped(facts, blend, self._core_space.planned(merged, blend, recipe.seed))
+            made = self.core_space.planned(merged, blend, recipe.seed)
+            plan = stepped(facts, blend, made, blend.steps[steps_in_core(blend) :])
         else:
             plan = planned(facts, blend)
         return plan, [site.refs[name] for name in plan.inputs]

@@ -8,6 +8,7 @@ pass makes the tensor, and with which coefficients.
 * ``Sparsify``: the base and a sum of task vectors, each masked by magnitude or at random, with or without an elected
   sign.
 * ``Select``: the base and a mean of task vectors, over the elements that vary most between sources.
+* ``Disjoint``: the base and a sum of task vectors, of which each takes the largest elements that are left to it.
 * ``Largest``: the base and of every element the largest change.
 * ``MaskedMean``: the base and a mean of task vectors, of each element over those that are large there.
 * ``Agreed``: the base and a sum of task vectors, over the elements that matter to enough sources.
@@ -329,6 +330,55 @@ class Largest:
 
         weights = tuple(np.float32(weight) for weight in self.weights.values())
         return lambda arrays, out, span: kernels.largest(arrays[0], arrays[1:], weights, out, span.stream)
+
+
+RANKED = 256
+"""Elements of a row among which ``Disjoint`` ranks."""
+
+
+@dataclass(frozen=True)
+class Disjoint:
+    """b + sum_i w_i m_i d_i with masks m_i of which no two have an element in common.
+
+    A row is cut into blocks of ``RANKED`` elements, the last one shorter. One source after another takes of each block
+    the ``kept[i]`` largest magnitudes among the elements that no source before it took (of a shorter block as large a
+    share, rounded up), or all where so many are not left. Magnitudes are ranked by their upper 16 bits, about half a
+    percent apart; between equals the first element comes first.
+
+    Attributes:
+        weights: w_i, by source, in the order in which they take.
+        kept: from 1 to ``RANKED``, by source.
+    """
+
+    base: str
+    weights: Mapping[str, float]
+    kept: Mapping[str, int]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.base, *self.weights)
+
+    @property
+    def grain(self) -> Grain:
+        return "row"
+
+    def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        import torch
+
+        from evomerge.merging.definitions import constants, disjoint
+
+        device = tensors[0].device
+        weights = constants([*self.weights.values()], torch.float32, device)
+        return compute(disjoint, tensors, weights, constants([*self.kept.values()], torch.int64, device))
+
+    def kernel(self) -> Kernel:
+        from evomerge.merging import kernels
+
+        weights = tuple(np.float32(weight) for weight in self.weights.values())
+        kept = tuple(np.int16(self.kept[name]) for name in self.weights)
+        return lambda arrays, out, span: kernels.disjoint(
+            arrays[0], arrays[1:], weights, kept, np.uint64(max(span.row // 2, 1)), out, span.stream
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from none, which is where float32 has its own end: a decomposition in float32 kn
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +26,37 @@ _SAME = 1e-12
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A change D = U S V^T of rank r, by what is needed of it: the other side's vectors are D^T U / S (or D V / S).
+    """A change D = U S V^T of rank r, by the vectors of its short side.
 
     Attributes:
-        vectors: float64 [short, r], singular vectors of the short side: U where a matrix is no taller than wide, or V.
-        sizes: float64 [r], singular values, the largest first, none of them zero.
+        vectors: float64 [short, r]: U where a matrix is no taller than wide, or V.
+        sizes: float64 [r], the singular values, the largest first, none of them zero.
     """
 
     vectors: Tensor
     sizes: Tensor
+
+    def left(self, change: Tensor) -> Tensor:
+        """U, float64 [rows, r], of the change [rows, columns] of which this is the spectrum."""
+        if change.shape[0] <= change.shape[1]:
+            return self.vectors
+        return torch.mm(change.double(), self.vectors) / self.sizes
+
+    def resized(self, change: Tensor, sizes: Tensor) -> Tensor:
+        """The change with other singular values, of the same norm; as it is where it has no singular values.
+
+        Args:
+            change: [rows, columns], of which this is the spectrum.
+            sizes: float64 [r].
+
+        Returns:
+            float32 [rows, columns].
+        """
+        if not len(self.sizes):
+            return change
+        factors = sizes * (self.sizes.norm() / sizes.norm()) / self.sizes
+        turned = (self.vectors * factors).float() @ self.vectors.T.float()
+        return torch.mm(turned, change) if change.shape[0] <= change.shape[1] else torch.mm(change, turned)
 
 
 def spectrum(change: Tensor, noise: float = 0.0, *, name: str) -> Spectrum:
@@ -49,26 +72,40 @@ def spectrum(change: Tensor, noise: float = 0.0, *, name: str) -> Spectrum:
     Raises:
         InputError: it has NaN or infinities, or no decomposition is found.
     """
-    side = as_wide(change).double()
-    values, vectors = _eigen(side @ side.T, name)
+    side = _wide(change.double())
+    values, vectors = _eigen(_gram(side), name)
     sizes = values.clamp(min=0).sqrt()
     least = max(noise, float(sizes[0]) * math.sqrt(len(sizes) * _EPS64)) if len(sizes) else 0.0
     rank = int((sizes > least).sum())
     return Spectrum(vectors[:, :rank], sizes[:rank])
 
 
-def rounding(base: Tensor) -> float:
-    """The largest singular value, about, of what float32 rounds away where changes are added to a base and taken again.
+def decomposed(change: Tensor, noise: float = 0.0, *, most: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U [rows, k], S [k] and V [columns, k] in float64, of the k largest singular values: ``most``, or all there are.
 
-    A matrix of independent errors of size e has one of e (sqrt(rows) + sqrt(columns)); e is up to half an eps of the
-    weights here, and a few times less on average.
+    Args, Raises: as ``spectrum``.
     """
-    rows, columns = base.shape
-    size = float(base.double().square().mean().sqrt()) if base.numel() else 0.0
-    return _EPS32 * size * (math.sqrt(rows) + math.sqrt(columns))
+    found = spectrum(change, noise, name=name)
+    short, sizes = found.vectors[:, :most], found.sizes[:most]
+    long = _wide(change.double()).T @ short / sizes
+    return (short, sizes, long) if change.shape[0] <= change.shape[1] else (long, sizes, short)
 
 
-def as_wide(matrix: Tensor) -> Tensor:
+def rounding(shape: Sequence[int], size: float) -> float:
+    """The largest singular value that float32 may leave where changes are added to a matrix and taken from it again.
+
+    A matrix of independent errors of size e has one of e (sqrt(rows) + sqrt(columns)). What is rounded once has an e of
+    a third of an eps of its weights; sums of several sources, with weights beyond one, have a few times as much.
+
+    Args:
+        shape: rows and columns, last.
+        size: of the matrix's weights, the root of their mean square.
+    """
+    rows, columns = shape[-2:]
+    return 4 * _EPS32 * size * (math.sqrt(rows) + math.sqrt(columns))
+
+
+def _wide(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose, with its short side first."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
@@ -86,10 +123,26 @@ def nearest_orthogonal(vectors: Tensor, *, name: str) -> Tensor:
     Returns:
         float64 [length, count].
     """
-    values, turn = _eigen(vectors.T @ vectors, name)
+    values, turn = _eigen(_gram(vectors.T), name)
     there = values > _SAME * values[:1]
     turn = turn[:, there]
     return vectors @ ((turn / values[there].sqrt()) @ turn.T)
+
+
+_FEW = 256  # rows, of which a product takes little
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """The inner products of rows [n, length] with each other, each computed once: [n, n]."""
+    count = len(rows)
+    if count <= _FEW:
+        return rows @ rows.T
+    upper, lower = rows[: count // 2], rows[count // 2 :]
+    gram = rows.new_empty(count, count)
+    gram[: count // 2, : count // 2], gram[count // 2 :, count // 2 :] = _gram(upper), _gram(lower)
+    torch.mm(upper, lower.T, out=gram[: count // 2, count // 2 :])
+    gram[count // 2 :, : count // 2] = gram[: count // 2, count // 2 :].T
+    return gram
 
 
 def _eigen(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:

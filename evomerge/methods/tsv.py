@@ -58,32 +58,28 @@ def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> 
     def compute() -> Tensors:
         if halvings:
             return _fewer(facts, _vectors(facts, names, 0, matrix), halvings)
-        return _decomposed(facts, [tensor.view(-1, *tensor.shape[-2:])[matrix] for tensor in facts.tensors(names)])
+        return _decomposed(
+            facts, names[0], [tensor.view(-1, *tensor.shape[-2:])[matrix] for tensor in facts.tensors(names)]
+        )
 
     return facts.once("task singular vectors 1", names, compute, halvings=float(halvings), matrix=float(matrix))
 
 
-def _decomposed(facts: Facts, tensors: Sequence[Tensor]) -> Tensors:
-    """The vectors of a base and n sources, [rows, columns] each: the r / n first of each, or as many as it has."""
+def _decomposed(facts: Facts, base: str, tensors: Sequence[Tensor]) -> Tensors:
+    """The vectors of n sources: r / n of each, or as many as it has. Tensors are [rows, columns], the base's first."""
     import torch
 
-    from evomerge.merging.spectra import as_wide, rounding, spectrum
+    from evomerge.merging.spectra import decomposed, rounding
 
     origin, *sources = tensors
-    noise, most = rounding(origin), max(1, min(origin.shape) // len(sources))
+    noise, most = rounding(origin.shape, facts.size_of(base)), max(1, min(origin.shape) // len(sources))
 
     def of_one(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the short side, of the long side, and singular values."""
-        change = source.double() - origin.double()
-        found = spectrum(change, noise, name=facts.site.name)
-        vectors, sizes = found.vectors[:, :most], found.sizes[:most]
-        return vectors, as_wide(change).T @ vectors / sizes, sizes
+        return decomposed(source.double() - origin.double(), noise, most=most, name=facts.site.name)
 
-    short, long, sizes = zip(*facts.weights.each(of_one, sources), strict=True)
+    left, sizes, right = zip(*facts.weights.each(of_one, sources), strict=True)
     owners = torch.cat([torch.full((len(of_source),), number_of) for number_of, of_source in enumerate(sizes)])
-    sides = torch.cat(short, dim=1), torch.cat(long, dim=1)
-    wide = origin.shape[0] <= origin.shape[1]
-    return _orthogonal(facts, sides if wide else sides[::-1], torch.cat(sizes), owners)
+    return _orthogonal(facts, (torch.cat(left, dim=1), torch.cat(right, dim=1)), torch.cat(sizes), owners)
 
 
 def _orthogonal(facts: Facts, sides: Sequence[Tensor], sizes: Tensor, owners: Tensor) -> dict[str, Tensor]:

@@ -73,7 +73,8 @@ class Blend(Frozen):
     low-rank adapters change of a weight. The method is then given changes of ``base``, whose own is zero, and what it
     makes of them is put on the base (``merging/core_space.py``).
 
-    ``steps`` change what the method made, one after the other, in the weights' own coordinates.
+    ``steps`` change what the method made, one after the other, in the weights' own coordinates; in core space those
+    that are the same in any (``Step.in_any_basis``) there.
     """
 
     method: str

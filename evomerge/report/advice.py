@@ -62,8 +62,8 @@ def advice_on(sources: Sequence[SourceDistance], products: NDArray[np.float64]) 
     if whole >= FAR * max(norms.values()):
         times = whole / max(norms.values())
         yield (
-            f"With weights of 1 their sum changes the base by {percent(whole)}, {times:.1f} times as far as the farthest "
-            "source: merges that go so far mostly fall below the base. Search the strength of every method.",
+            f"With weights of 1 their sum changes the base by {percent(whole)}, {times:.1f} times as far as the "
+            "farthest source: merges that go so far mostly fall below the base. Search the strength of every method.",
             "arXiv 2511.21437",
         )
     if count > MANY_SOURCES:

@@ -19,9 +19,9 @@ from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, layout_lines, lines, model_shape, work_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
+from evomerge.search.preparing.measured import planned_baselines
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
-from evomerge.search.preparing.strength import planned_baselines
 from evomerge.search.settings.sections import Workers
 
 LEAST_GAIN = 2

@@ -31,6 +31,7 @@ SCALE = Step(
     (MethodParameter("factor", "blend", low=0.0, high=2.0, default=1.0, limits=(0.0, 100.0)),),
     neutral={"factor": 1.0},
     factor=lambda values: float(values["factor"]),
+    in_any_basis=True,
     title="scaled change",
     reference="arXiv 2212.04089",
 )

@@ -22,6 +22,7 @@ from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.passes import (
     Agreed,
     Combine,
+    Disjoint,
     Elementwise,
     Largest,
     MaskedMean,
@@ -92,6 +93,7 @@ def examples(*, exact: bool) -> dict[str, Pass]:
         "Sparsify at random by rank": Sparsify("base", met, elect=True),
         "Select": Select("base", {"one": s, "two": t}, least=4 * unit * unit),
         "MaskedMean": MaskedMean("base", {"one": s, "two": t}, {"one": 2 * unit, "two": 3 * unit}, scale),
+        "Disjoint": Disjoint("base", {"two": v, "one": w}, {"two": 100, "one": 60}),
         "Largest": Largest("base", {"one": w, "two": v}),
         "Agreed": Agreed("base", {"one": w, "two": v}, {"one": 0.5 * s, "two": t}, votes=2, scale=scale),
         "Elementwise": Elementwise(NAMES, _every_other_row),

@@ -19,7 +19,7 @@ from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.inference.reading import Reader
 from evomerge.merging.builders import check_recipe
-from evomerge.merging.low_rank import low_rank_problem
+from evomerge.merging.low_rank import are_adapters, low_rank_problem
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
@@ -33,10 +33,12 @@ from evomerge.search.preparing.setup import (
     Setup,
 )
 from evomerge.search.preparing.texts import text_warnings
-from evomerge.search.settings.early import make_space
+from evomerge.search.settings.early import UNMEASURED, make_space
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
+from search_spaces.base import Measures
+from search_spaces.parameter_space import ParameterSpaceSettings
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,11 @@ def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe
     )
 
 
-def build_space(file: SearchFile, sources: Mapping[str, Source], kappa: float | None = None) -> SearchSpace:
-    """The search space of a search file over these sources; ``kappa`` as of ``SpaceContext``."""
+def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measures = UNMEASURED) -> SearchSpace:
+    """The search space of a search file over these sources, and what was measured of their weights."""
     model = sources[file.tokenizer_source]
     depths = {name: source.layers for name, source in sources.items()}
-    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths, kappa=kappa)
+    space = make_space(file, layers=model.layers, tied=model.tied, depths=depths, measures=measures)
     # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.
     for corner in ("low", "high"):
         genome = np.array([getattr(parameter, corner) for parameter in space.parameters], dtype=np.float64)
@@ -227,6 +229,8 @@ def _check_together(
         if isinstance(evaluator, ChangeEvaluator):
             why = "reads merged weights, and candidates that are scored together are never merged"
             raise InputError("together", f"{evaluator.name} {why}", hint)
+    if isinstance(file.space, ParameterSpaceSettings) and file.space.basis is None and are_adapters(sources):
+        hint = "Leave `together` out, or merge adapters in core space, by any method: `basis: core` in the space."
     middle = np.array([parameter.default for parameter in space.parameters], dtype=np.float64)
     for recipe in (*(mark.recipe for mark in space.baselines()), space.decode(middle)):
         if problem := low_rank_problem(recipe, sources):

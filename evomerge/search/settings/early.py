@@ -24,7 +24,10 @@ from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.settings.sections import Measure
 from evomerge.step import find_step
-from search_spaces.base import SpaceContext
+from search_spaces.base import Measures, SpaceContext
+
+UNMEASURED = Measures()
+"""Of weights that nobody has read."""
 
 
 def check_early(file: SearchFile) -> None:
@@ -78,7 +81,7 @@ def _is_newer(path: Path, moment: float) -> bool:
 
 
 def make_space(
-    file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str, int], kappa: float | None = None
+    file: SearchFile, *, layers: int, tied: bool, depths: Mapping[str, int], measures: Measures = UNMEASURED
 ) -> SearchSpace:
     """The search space of a search file, for sources of these depths; see ``SpaceContext``.
 
@@ -96,7 +99,7 @@ def make_space(
         dtype=file.dtype,
         vocabulary=file.merged_vocabulary,
         depths=depths,
-        kappa=kappa,
+        measures=measures,
         calibration=None if file.calibration is None else file.calibration.texts.digest,
     )
     space = file.space.build(context)

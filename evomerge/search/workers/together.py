@@ -11,17 +11,19 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 
 from evaluators.base import Evaluator
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_weights
+from evomerge.checkpoints.low_rank_rows import CoreRows, LowRankRows
 from evomerge.checkpoints.source import Source
 from evomerge.inference.adapter_rows import AdapterRowsEngine, OneModel
-from evomerge.merging.low_rank import base_recipe, coefficients, family_of
-from evomerge.merging.low_rank_change import LowRankChange
+from evomerge.merging.low_rank import CoreMerges, base_recipe, coefficients, family_of, in_core_space
+from evomerge.merging.low_rank_change import CoreChange, LowRankChange
 from evomerge.merging.materialise import Materialiser
+from evomerge.recipes.base import Recipe
 from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.search.workers.measuring import Attempt, answered, failure
 
@@ -57,8 +59,21 @@ class _Candidate:
             self.result = failure(error)
 
 
+@dataclass(frozen=True)
+class _Mixtures:
+    """One way of computing candidates beside the weights of the base.
+
+    Attributes:
+        engine: answers for several of them at once.
+        numbers: (recipe) -> what the engine is told of a candidate, and how far it is from the search's base.
+    """
+
+    engine: AdapterRowsEngine
+    numbers: Callable[[Recipe], tuple[Tensor, float | None]]
+
+
 class Together:
-    """Scores candidates that are weighted sums of low-rank adapters, several at once.
+    """Scores candidates that are made of low-rank adapters, several at once: weighted sums, or merges in core space.
 
     Args:
         sources: one model and low-rank adapters of it.
@@ -84,87 +99,116 @@ class Together:
             raise ValueError("a serving engine answers for one candidate at a time")
         self._sources, self._materialiser, self._live, self._evaluators = sources, materialiser, live, evaluators
         self._family = family_of(sources)
-        adapted = [sources[name] for name in self._family.adapted]
-        self._engine = AdapterRowsEngine(live, adapted, self._family.weights)
-        self._change = None if base is None else LowRankChange(sources, self._family, base)
+        self._base = base
+
+    # The factors of either way lie beside the model from when they are first needed.
+
+    @cached_property
+    def _sums(self) -> _Mixtures:
+        family, sources = self._family, self._sources
+        rows = LowRankRows(self._live, [sources[name] for name in family.adapted], family.weights)
+        change = None if self._base is None else LowRankChange(sources, family, self._base)
+
+        def numbers(recipe: Recipe) -> tuple[Tensor, float | None]:
+            own = coefficients(recipe, sources, family)
+            return rows.shares(own), None if change is None else change.of(own)
+
+        return _Mixtures(AdapterRowsEngine(self._live, rows), numbers)
+
+    @cached_property
+    def _core_merges(self) -> _Mixtures:
+        merges = CoreMerges(self._materialiser.core_space, self._sources, self._family)
+        rows = CoreRows(self._live, merges.bases)
+        base = self._family.base  # of a search in core space, and so the one that it measures from
+        change = CoreChange(self._sources[base]) if self._base == base else None
+
+        def numbers(recipe: Recipe) -> tuple[Tensor, float | None]:
+            own = merges.matrices(recipe)
+            return rows.shares(own), None if change is None else change.of(own)
+
+        return _Mixtures(AdapterRowsEngine(self._live, rows), numbers)
 
     def run(self, jobs: Sequence[Job]) -> list[Measured | Failed]:
         """The result of each job. An exception in one candidate ends that one alone."""
         candidates = [_Candidate(job) for job in jobs]
-        try:
-            self._run(candidates)
-        except Exception as error:  # in what all of them share
-            for candidate in candidates:
-                candidate.result = candidate.result or failure(error)
+        for in_core in (False, True):
+            alike = [candidate for candidate in candidates if in_core_space(candidate.job.recipe) is in_core]
+            if not alike:
+                continue
+            try:
+                self._run(alike, self._core_merges if in_core else self._sums)
+            except Exception as error:  # in what all of them share
+                for candidate in alike:
+                    candidate.result = candidate.result or failure(error)
         return [candidate.result for candidate in candidates if candidate.result is not None]  # by now all have one
 
-    def _run(self, candidates: Sequence[_Candidate]) -> None:
+    def _run(self, candidates: Sequence[_Candidate], mixtures: _Mixtures) -> None:
         started = time.perf_counter()
-        shares = self._shares(candidates)
+        engine, shares = mixtures.engine, self._shares(candidates, mixtures)
         going = _open(candidates)
         if not going:
             return
         self._materialiser.write(base_recipe(going[0].job.recipe, self._sources, self._family), self._live)
         check_weights(self._live)
-        with self._engine.mixed(shares):
-            finite = self._engine.finite([candidate.number for candidate in going])
+        with engine.mixed(shares):
+            finite = engine.finite([candidate.number for candidate in going])
             for candidate, sound in zip(going, finite, strict=True):
                 candidate.timings["merge"] = (time.perf_counter() - started) / len(going)
                 if not sound:
                     candidate.result = failure(NotFiniteError("logits"))
             for candidate in _open(candidates):
-                candidate.guarded(partial(self._begin, candidate))
-            self._answer(_open(candidates))
+                candidate.guarded(partial(self._begin, candidate, engine))
+            self._answer(_open(candidates), engine)
             for candidate in _open(candidates):
-                candidate.guarded(partial(self._finish, candidate))
+                candidate.guarded(partial(self._finish, candidate, engine))
 
-    def _shares(self, candidates: Sequence[_Candidate]) -> list[Tensor]:
+    @staticmethod
+    def _shares(candidates: Sequence[_Candidate], mixtures: _Mixtures) -> list[Tensor]:
         """What rows of each candidate are mixed by, in the order of their numbers, which are given here."""
         all_shares: list[Tensor] = []
         for candidate in candidates:
             try:
-                own = coefficients(candidate.job.recipe, self._sources, self._family)
-                shares = self._engine.shares(own)
+                shares, candidate.change = mixtures.numbers(candidate.job.recipe)
             except Exception as error:
                 candidate.result = failure(error)
             else:
                 candidate.number = len(all_shares)
-                candidate.change = None if self._change is None else self._change.of(own)
                 all_shares.append(shares)
         return all_shares
 
-    def _begin(self, candidate: _Candidate) -> None:
+    def _begin(self, candidate: _Candidate, engine: AdapterRowsEngine) -> None:
         """Have the candidate's evaluators say what they ask."""
         for task in candidate.job.tasks:
             if (evaluator := self._evaluators[task.evaluator]).measured:
                 raise ValueError(f"{evaluator.name} measures speed, which is not that of the merged model here")
-        engine = OneModel(self._engine, candidate.number)
-        candidate.attempt = Attempt(self._evaluators, self._live, engine, candidate.job.tasks, candidate.number)
+        alone = OneModel(engine, candidate.number)
+        candidate.attempt = Attempt(self._evaluators, self._live, alone, candidate.job.tasks, candidate.number)
 
-    def _answer(self, candidates: Sequence[_Candidate]) -> None:
+    def _answer(self, candidates: Sequence[_Candidate], engine: AdapterRowsEngine) -> None:
         """Answer all that candidates ask; one by one where that fails, so that it ends the one that it is of."""
         try:
-            self._answer_at_once(candidates)
+            self._answer_at_once(candidates, engine)
         except Exception as error:
             if len(candidates) == 1:
                 candidates[0].result = failure(error)
                 return
             log.warning("%d candidates are answered one at a time: %s", len(candidates), error)
             for candidate in _open(candidates):
-                self._answer([candidate])
+                self._answer([candidate], engine)
 
-    def _answer_at_once(self, candidates: Sequence[_Candidate]) -> None:
+    @staticmethod
+    def _answer_at_once(candidates: Sequence[_Candidate], engine: AdapterRowsEngine) -> None:
         of = {id(candidate.attempt): candidate for candidate in candidates}
-        for attempt, number in answered(self._engine, [c.attempt for c in candidates if c.attempt]):
+        for attempt, number in answered(engine, [c.attempt for c in candidates if c.attempt]):
             candidate = of[id(attempt)]
             if candidate.result is None and attempt.can_grade(number):
                 candidate.guarded(partial(attempt.grade, number))
 
-    def _finish(self, candidate: _Candidate) -> None:
+    def _finish(self, candidate: _Candidate, engine: AdapterRowsEngine) -> None:
         """Grade what the model itself is needed for."""
         attempt = candidate.attempt
         assert attempt is not None
-        self._engine.choose(candidate.number)
+        engine.choose(candidate.number)
         self._live.change = candidate.change
         attempt.finish()
         for phase, seconds in candidate.timings.items():

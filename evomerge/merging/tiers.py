@@ -1,0 +1,126 @@
+"""Which layers are like in how far their changes can be trusted: LARV's measure, from weights alone.
+
+Wang et al., "LARV: Data-Free Layer-wise Adaptive Rescaling Veneer for Model Merging" (arXiv 2602.09413), section 3.2:
+
+    e_l = r(W0) / r(tau)                                            effective ranks (``directions``)
+    k_l = (||W0 tau^T - tau W0^T|| + ||W0^T tau - tau^T W0||) / (2 ||W0|| ||tau||)     how far the two do not commute
+    s_l = e_l^eta ((l + 1) / L)^rho / (1 + softplus(z_l)),          z_l: k_l standardised over the layers
+
+with eta 1 and rho 1/2. A concentrated change of a layer with a broad spectrum scores high, one that is at odds with the
+base's weights low. The scores' thirds are tiers, each of which a search gives a factor of its own. Where the paper has
+one matrix a layer and one task, e_l is of all matrices of a layer as blocks of one, k_l the mean over them, and both
+are means over the sources; a source that leaves a layer as it is says nothing of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evomerge.checkpoints.source import Source
+from evomerge.merging.directions import Directions, of_matrices
+from evomerge.merging.evidence import Evidence
+
+COUNT = 3
+"""Tiers: the lowest scores, those between, and the highest. The paper finds two or three the most robust."""
+
+_ETA, _RHO = 1.0, 0.5
+
+
+def tiers_of(sources: Mapping[str, Source], base: str, evidence: Evidence) -> tuple[int, ...]:
+    """The tier of each layer, 0 for the lowest scores: measured once for a search.
+
+    Args:
+        sources: laid out for one vocabulary, with equally many layers.
+    """
+    names = [name for name in sources if name != base]
+    contents = tuple(evidence.content_of(name) for name in (base, *names))
+    kept = evidence.get("layer scores 1", (contents,), lambda: {"scores": _scores(sources, base, names)})
+    return thirds(kept["scores"].numpy())
+
+
+def thirds(scores: NDArray[np.float64]) -> tuple[int, ...]:
+    """The tier of each layer by its score; of equal scores the lower layer is in the lower tier."""
+    ranks = np.empty(len(scores), dtype=np.int64)
+    ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    return tuple(int(rank * COUNT // len(scores)) for rank in ranks)
+
+
+def scores(contrasts: NDArray[np.float64], conflicts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """s_l from e_l and k_l, float64 [layers] each."""
+    spread = float(conflicts.std())
+    standardised = (conflicts - conflicts.mean()) / (spread if spread > 1e-12 else 1.0)
+    depth = (np.arange(len(contrasts)) + 1) / len(contrasts)
+    return np.asarray(contrasts**_ETA * depth**_RHO / (1 + np.logaddexp(0, standardised)))
+
+
+def conflict(base: Tensor, change: Tensor) -> float:
+    """k of one matrix [rows, columns] and a change to it; 0 where one of them is zero.
+
+    On the short side alone: with X = W0 tau^T, or its like for a tall matrix, the norms are ||X - X^T|| and, squared,
+    2 <W0 W0^T, tau tau^T> - 2 tr(X X).
+    """
+    if base.shape[0] > base.shape[1]:
+        base, change = base.T, change.T
+    base, change = base.double(), change.double()
+    lengths = float(torch.linalg.vector_norm(base) * torch.linalg.vector_norm(change))
+    if not lengths:
+        return 0.0
+    cross = base @ change.T
+    along = float(torch.linalg.vector_norm(cross - cross.T))
+    across = 2 * float(((base @ base.T) * (change @ change.T)).sum()) - 2 * float((cross * cross.T).sum())
+    return (along + math.sqrt(max(across, 0.0))) / (2 * lengths)
+
+
+def _scores(sources: Mapping[str, Source], base: str, names: Sequence[str]) -> Tensor:
+    origin = sources[base]
+    found = [_Layer(len(names)) for _ in range(origin.layers)]
+    for tensor, entry in origin.tensors.items():
+        layer = origin.roles[tensor].layer
+        if layer is not None and len(entry.shape) == 2:
+            stored = origin.read(tensor).double()
+            found[layer].take(stored, [sources[name].read(tensor).double() - stored for name in names])
+        for name in (base, *names):
+            sources[name].release(tensor)
+    contrasts, conflicts = _over([each.contrasts for each in found]), _over([each.conflicts for each in found])
+    return torch.from_numpy(scores(contrasts, conflicts))
+
+
+class _Layer:
+    """What is found of one layer, for n sources."""
+
+    def __init__(self, count: int) -> None:
+        self._base, self._changes = Directions.none(1), Directions.none(count)
+        self._conflicts: list[list[float]] = [[] for _ in range(count)]
+
+    def take(self, base: Tensor, changes: Sequence[Tensor]) -> None:
+        """One more of its matrices, float64 [rows, columns]."""
+        self._base += of_matrices([base])
+        self._changes += of_matrices(changes)
+        for kept, change in zip(self._conflicts, changes, strict=True):
+            if change.any():
+                kept.append(conflict(base, change))
+
+    @property
+    def contrasts(self) -> list[float]:
+        """e of each source that changes it."""
+        whole = self._base.rank(0) or 0.0
+        ranks = (self._changes.rank(k) for k in range(len(self._conflicts)))
+        return [whole / rank for rank in ranks if rank is not None]
+
+    @property
+    def conflicts(self) -> list[float]:
+        """k of each source that changes it."""
+        return [float(np.mean(kept)) for kept in self._conflicts if kept]
+
+
+def _over(of_layers: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """The mean over sources, float64 [layers]; of a layer that none changes that of all others."""
+    means = np.array([np.mean(values) if values else np.nan for values in of_layers])
+    known = means[np.isfinite(means)]
+    return np.where(np.isfinite(means), means, known.mean() if len(known) else 1.0)

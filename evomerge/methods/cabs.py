@@ -1,0 +1,55 @@
+"""CABS: of every block of elements each source's largest changes, which no other source has.
+
+Yang et al., "CABS: conflict-aware and balanced sparsification for enhancing model merging" (arXiv 2503.01874), section
+4: sources are pruned one after another, each where none before it kept anything (conflict-aware), to n of every m
+neighbours (balanced).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import RANKED, Combine, Disjoint, Pass
+from evomerge.merging.plans import base_of, number
+from evomerge.method import Method, MethodParameter
+from evomerge.methods.masked import ALL_KEPT
+from evomerge.methods.parameters import FRACTION, density, one_weight, scale, weight
+from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from evomerge.merging.facts import Facts
+
+
+def cabs(facts: Facts, blend: Blend) -> Pass:
+    """b + lambda sum_i w_i m_i d_i with n : m masks of which no two share an element; m is 256, as for language models.
+
+    n = 256 ``density``, rounded. Who comes first has the choice: the order is that of ``priority``, the highest first,
+    and of the sources where it is equal, so that a search over it is one over orders. Where densities sum to more than
+    1, the last get what is left; the reference code lets masks overlap then. A source without weight takes nothing.
+    """
+    factor, counted = number(blend, "lambda", 1.0), {}
+    for source in blend.sources:
+        share, kept = blend.value("weight", source), blend.value("density", source)
+        if share and kept > 0:
+            counted[source] = factor * share, max(1, round(kept * RANKED))
+    order = sorted(counted, key=lambda source: -blend.value("priority", source))
+    if not order:
+        return Combine({base_of(blend): 1.0})
+    weights = {source: counted[source][0] for source in order}
+    return Disjoint(base_of(blend), weights, {source: counted[source][1] for source in order})
+
+
+CABS = Method(
+    "cabs",
+    cabs,
+    (
+        weight(1.0),
+        density(0.25),  # 64 of 256
+        MethodParameter("priority", "source", low=0.0, high=1.0, default=0.5, limits=FRACTION),
+        scale(),
+    ),
+    needs_base=True,
+    alone=one_weight(ALL_KEPT),
+    title="CABS",
+    reference="arXiv 2503.01874",
+)

@@ -1,0 +1,49 @@
+"""What a search measures of its sources' weights when it begins: each is read once, and what was found is kept.
+
+How strongly to merge (the baseline by the law of ``merging.amplitude``) and which layers are in one tier
+(``merging.tiers``). Checking a search file reads no weights for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from evomerge.merging.amplitude import EVEN, kappa, relative_norms
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.tiers import tiers_of
+from evomerge.search.preparing.prepare import Prepared, build_space
+from evomerge.store import Store
+from search_spaces.base import Measures
+from search_spaces.parameter_space import LAW
+
+
+def with_measures(prepared: Prepared, store: Store, evidence: Evidence) -> Prepared:
+    """The search with its space as the sources' weights make it.
+
+    A search that began without the baseline by the law goes on without: what it was asked is what is replayed.
+
+    Args:
+        evidence: of the sources, where what is found is kept.
+    """
+    file, recorded = prepared.file, store.candidates(step=0)
+    if file.base is None:
+        return prepared
+    has_law = any(row.label.startswith(LAW) for row in recorded) if recorded else bool(planned_baselines(prepared))
+    has_tiers = getattr(file.space, "profile", None) == "tiers"
+    if not (has_law or has_tiers):
+        return prepared
+    norms = relative_norms(prepared.sources, file.base, evidence) if has_law else {}
+    measures = Measures(
+        kappa=kappa(list(norms.values())) if has_law else None,
+        tiers=tiers_of(prepared.sources, file.base, evidence) if has_tiers else None,
+    )
+    space = build_space(file, prepared.sources, measures)
+    return replace(prepared, setup=replace(prepared.setup, space=space))
+
+
+def planned_baselines(prepared: Prepared) -> int:
+    """How many baselines by the law a search will have that begins now."""
+    if prepared.file.base is None or not prepared.file.baselines.kappa:
+        return 0
+    space = build_space(prepared.file, prepared.sources, Measures(kappa=EVEN))
+    return len(list(space.baselines())) - len(list(prepared.setup.space.baselines()))

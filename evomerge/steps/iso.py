@@ -1,0 +1,48 @@
+"""Iso: all singular values of what was merged alike, or nearer to it.
+
+Marczak et al., "No task left behind: isotropic model merging with common and task-specific subspaces" (arXiv
+2502.04959), section 4.1, Iso-C: of the change U S V^T of each matrix, S becomes its mean. Sums of task vectors have a
+few large singular values, those of what the tasks share, and all that is one task's own is small beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Pass
+from evomerge.method import MethodParameter
+from evomerge.methods.parameters import FRACTION
+from evomerge.recipes.stack import Blend
+from evomerge.step import Step, Values
+from evomerge.steps.matrices import matrix_by_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.merging.facts import Facts
+
+
+def iso(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
+    """S becomes (1 - s) S + s mean(S), times the number that leaves the norm of the change as it was."""
+    strength = float(values["strength"])
+    if strength == 0:
+        return made
+
+    def of_matrix(change: Tensor, sources: Sequence[Tensor], noise: float) -> Tensor:
+        from evomerge.merging.spectra import spectrum
+
+        found = spectrum(change, noise, name=facts.site.name)
+        return found.resized(change, found.sizes.lerp(found.sizes.mean(), strength))
+
+    return matrix_by_matrix(facts, blend, made, of_matrix)
+
+
+ISO = Step(
+    "iso",
+    iso,
+    (MethodParameter("strength", "blend", low=0.0, high=1.0, default=1.0, limits=FRACTION),),
+    neutral={"strength": 0.0},
+    title="Iso-C",
+    reference="arXiv 2502.04959",
+)

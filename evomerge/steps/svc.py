@@ -1,0 +1,57 @@
+"""Singular value calibration: what several sources add up in one direction of the output, taken back.
+
+"When shared knowledge hurts: spectral over-accumulation in model merging" (arXiv 2602.05536), algorithm 1: of the
+change D = U S V^T of a matrix [out, in] and the task vectors d_i of n sources, along each u_r of U
+
+    a = u_r^T D,  a_i = u_r^T d_i (4),   s_i = a . a_i / |a_i|^2 (8),   S_r becomes n / sum_i max(alpha, s_i) S_r.
+
+s_i above one says that the merge goes further along source i's own way than the source does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Pass
+from evomerge.method import MethodParameter
+from evomerge.recipes.stack import Blend
+from evomerge.step import Step, Values
+from evomerge.steps.matrices import matrix_by_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.merging.facts import Facts
+
+
+def svc(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
+    """The equation, times the number that leaves the norm of the change as it was."""
+    alpha = float(values["alpha"])
+
+    def of_matrix(change: Tensor, sources: Sequence[Tensor], noise: float) -> Tensor:
+        import torch
+
+        from evomerge.merging.spectra import spectrum
+
+        found = spectrum(change, noise, name=facts.site.name)
+        left = found.left(change).float()
+        along, total = left.T @ change, torch.zeros_like(found.sizes)
+        for source in sources:
+            own = left.T @ source
+            # Along which a source has nothing, nothing of it is added up: a quotient of zero, so that alpha counts.
+            energy = own.square().sum(dim=1).double().clamp(min=torch.finfo(torch.float64).tiny)
+            total += ((along * own).sum(dim=1).double() / energy).clamp(min=alpha)
+        return found.resized(change, found.sizes * len(sources) / total)
+
+    return matrix_by_matrix(facts, blend, made, of_matrix, with_sources=True)
+
+
+SVC = Step(
+    "svc",
+    svc,
+    # 0.1: of the paper. From the largest of all s_i on nothing is changed.
+    (MethodParameter("alpha", "blend", low=0.05, high=2.0, default=0.1, limits=(1e-6, 1e6)),),
+    title="singular value calibration",
+    reference="arXiv 2602.05536",
+)

@@ -1,0 +1,258 @@
+"""Steps on singular values: against their papers' formulas by decompositions in float64, their limits, and searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from helpers_miniature import evomerge, search_file
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evomerge.errors import InputError
+from evomerge.merging.evidence import Evidence
+from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.jobs import TensorJob
+from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.site import Site
+from evomerge.method import Value
+from evomerge.recipes.stack import Blend, Role
+from evomerge.step import Step, find_step
+from evomerge.store import Store
+from evomerge.testing.methods import THREADS, tensors
+from evomerge.testing.steps import StepContract, plan, run
+
+ISO, ISO_CTS = find_step("iso", "s"), find_step("iso_cts", "s")
+BOOSTING, SVC = find_step("subspace_boosting", "s"), find_step("svc", "s")
+
+Matrix = NDArray[np.float64]
+
+
+class TestIso(StepContract):
+    step = ISO
+    values: ClassVar = {"strength": 0.6}
+    tolerance: ClassVar[float] = 1e-5
+
+
+class TestIsoCts(StepContract):
+    step = ISO_CTS
+    tolerance: ClassVar[float] = 1e-4
+
+
+class TestSubspaceBoosting(StepContract):
+    step = BOOSTING
+    tolerance: ClassVar[float] = 1e-5
+
+
+class TestSvc(StepContract):
+    step = SVC
+    tolerance: ClassVar[float] = 1e-5
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def svd(matrix: Matrix) -> Any:
+    return np.linalg.svd(matrix, full_matrices=False)
+
+
+def iso(change: Matrix, sources: Sequence[Matrix], strength: float) -> Matrix:
+    u, s, v = svd(change)
+    return (u * ((1 - strength) * s + strength * s.mean())) @ v
+
+
+def iso_cts(change: Matrix, sources: Sequence[Matrix], common: float) -> Matrix:
+    u, s, v = svd(change)
+    own = round((len(s) - int(common * len(s))) / len(sources))
+    k = len(s) - own * len(sources)
+    lefts, rights = [u[:, :k]], [v[:k]]
+    for source in sources:
+        one, _, other = svd(source - u[:, :k] @ u[:, :k].T @ source)
+        lefts.append(one[:, :own])
+        rights.append(other[:own])
+    (p, _, q), (x, _, y) = svd(np.hstack(lefts)), svd(np.vstack(rights))
+    return p @ q @ x @ y
+
+
+def boosted(change: Matrix, sources: Sequence[Matrix], beta: float) -> Matrix:
+    u, s, v = svd(change)
+    return (u * np.maximum(s, s[np.argmax(np.cumsum(s) / s.sum() >= beta)])) @ v
+
+
+def calibrated(change: Matrix, sources: Sequence[Matrix], alpha: float) -> Matrix:
+    u, s, v = svd(change)
+    for r in range(len(s)):
+        along, sums = u[:, r] @ change, 0.0
+        for source in sources:
+            own = u[:, r] @ source
+            sums += max(alpha, along @ own / (own @ own))
+        s[r] *= len(sources) / sums
+    return (u * s) @ v
+
+
+CASES: list[tuple[Step, Mapping[str, Value], Callable[..., Matrix]]] = [
+    (ISO, {"strength": 1.0}, iso),
+    (ISO, {"strength": 0.3}, iso),
+    (ISO_CTS, {"common": 0.8}, iso_cts),
+    (ISO_CTS, {"common": 0.3}, iso_cts),
+    (BOOSTING, {"beta": 0.2}, boosted),
+    (BOOSTING, {"beta": 0.01}, boosted),
+    (BOOSTING, {"beta": 0.9}, boosted),
+    (SVC, {"alpha": 0.1}, calibrated),
+    (SVC, {"alpha": 1.0}, calibrated),
+]
+MADE = Combine({"b": -0.3, "s0": 0.8, "s1": 0.5})
+
+
+def held(*shape: int) -> list[Tensor]:
+    """A base and two fine-tunes of it, with something in common."""
+    generator = torch.Generator().manual_seed(0)
+    base, shared, *own = (torch.randn(shape, generator=generator) * 0.02 for _ in range(4))
+    return [base, *(base + 0.3 * shared + 0.1 * x for x in own)]
+
+
+def change_of(step: Step, values: Mapping[str, Value], given: Sequence[Tensor]) -> Matrix:
+    return np.asarray((run(*plan(step, MADE, given, values)).double() - given[0].double()).numpy())
+
+
+def wanted(formula: Callable[..., Matrix], given: Sequence[Tensor], number: Value) -> Matrix:
+    """The formula's change, of the norm that there was before."""
+    base, *sources = (tensor.double().numpy() for tensor in given)
+    vectors = [source - base for source in sources]
+    change = 0.8 * vectors[0] + 0.5 * vectors[1]
+    made = formula(change, vectors, number)
+    return np.asarray(made * np.linalg.norm(change) / np.linalg.norm(made))
+
+
+@pytest.mark.parametrize(("step", "values", "formula"), CASES, ids=lambda x: getattr(x, "name", None))
+@pytest.mark.parametrize("shape", [(30, 45), (45, 30), (32, 32)])
+def test_is_the_papers_formula_at_the_norm_that_there_was(
+    step: Step, values: Mapping[str, Value], formula: Callable[..., Matrix], shape: tuple[int, int]
+) -> None:
+    given = held(*shape)
+    (number,) = values.values()
+    expected = wanted(formula, given, number)
+    made = change_of(step, values, given)
+    assert np.linalg.norm(made - expected) < 2e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(made) == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("step", "values", "formula"), [CASES[1], CASES[2], CASES[5], CASES[7]])
+@pytest.mark.parametrize("shape", [(1100, 500), (500, 1100)])
+def test_is_the_formula_of_large_matrices(
+    step: Step, values: Mapping[str, Value], formula: Callable[..., Matrix], shape: tuple[int, int]
+) -> None:
+    """Of more elements than a piece has."""
+    given = held(*shape)
+    (number,) = values.values()
+    expected = wanted(formula, given, number)
+    made = change_of(step, values, given)
+    assert np.linalg.norm(made - expected) < 1e-4 * np.linalg.norm(expected)
+    assert np.linalg.norm(made) == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_strength_nothing_is_decomposed() -> None:
+    given = held(30, 45)
+    for step, values in ((ISO, {"strength": 0.0}), (BOOSTING, {"beta": 1.0})):
+        planned, _ = plan(step, MADE, given, values)
+        assert planned is MADE
+
+
+def test_all_directions_in_common_are_iso() -> None:
+    given = held(30, 45)
+    one, other = (change_of(*case, given) for case in ((ISO_CTS, {"common": 1.0}), (ISO, {"strength": 1.0})))
+    assert np.allclose(one, other, atol=1e-7)
+
+
+def test_a_large_alpha_calibrates_nothing() -> None:
+    given = held(30, 45)
+    made = run(MADE, given)
+    assert torch.allclose(run(*plan(SVC, MADE, given, {"alpha": 1e6})), made, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [ISO, ISO_CTS, BOOSTING])
+def test_changes_of_low_rank_keep_it(step: Step) -> None:
+    """Adapters have no directions beside their own; what rounding adds to them is not made large."""
+    base = held(40, 60)[0]
+    generator = torch.Generator().manual_seed(1)
+    added = [torch.randn(40, 3, generator=generator) @ torch.randn(3, 60, generator=generator) for _ in range(2)]
+    given = [base, *(base + 0.01 * x for x in added)]
+    made = change_of(step, {p.name: p.default for p in step.parameters}, given)
+    sizes = np.linalg.svd(made, compute_uv=False)
+    assert sizes[5] > 1e-2 * sizes[0]
+    assert sizes[6] < 1e-5 * sizes[0]
+
+
+def planned_for(site: Site, step: Step, given: Sequence[Tensor]) -> Tensor:
+    """What a step makes of a tensor of another kind."""
+    names = ("b", "s0", "s1")
+    by_ref = {site.refs[name]: tensor for name, tensor in zip(names, given, strict=True)}
+    blend = Blend(method="task_arithmetic", sources=names[1:], base="b")
+    facts = Facts(site, Weights(by_ref.__getitem__, THREADS), Evidence(), 0)
+    made: Pass = step.plan(facts, blend, step.values({}), MADE)
+    out = torch.empty(given[0].shape)
+    THREADS.run([TensorJob(made, [by_ref[site.refs[name]] for name in made.inputs], out)])
+    return out
+
+
+@pytest.mark.parametrize("step", [ISO, ISO_CTS, BOOSTING, SVC])
+def test_what_is_no_matrix_of_a_layer_stays_as_it_is(step: Step) -> None:
+    refs = {name: (name, "w") for name in ("b", "s0", "s1")}
+    for role, shape in ((Role("embedding"), (30, 8)), (Role("head"), (30, 8)), (Role("mlp", 0), (30,))):
+        given = held(*shape)
+        assert torch.equal(planned_for(Site("w", role, shape, refs), step, given), run(MADE, given))
+
+
+@pytest.mark.parametrize("step", [ISO_CTS, SVC])
+def test_a_matrix_that_lies_the_other_way_round_is_the_same_layer(step: Step) -> None:
+    """Directions are those of the layer's output, whichever way its weight is stored."""
+    given, refs = held(30, 45), {name: (name, "w") for name in ("b", "s0", "s1")}
+    straight = planned_for(Site("w", Role("mlp", 0), (30, 45), refs), step, given)
+    turned = [tensor.T.contiguous() for tensor in given]
+    other = planned_for(Site("w", Role("mlp", 0), (45, 30), refs, input_axis=0), step, turned)
+    assert torch.allclose(straight, other.T, atol=1e-6)
+
+
+def test_experts_in_one_tensor_are_matrices_of_their_own() -> None:
+    given = held(3, 20, 12)
+    merged = run(*plan(ISO, MADE, given, {}))
+    for expert in range(3):
+        alone = run(*plan(ISO, MADE, [tensor[expert].contiguous() for tensor in given], {}))
+        assert torch.allclose(merged[expert], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [ISO, ISO_CTS, BOOSTING, SVC])
+def test_a_broken_source_is_refused_by_the_tensors_name(step: Step) -> None:
+    given = tensors(3, (6, 8))
+    given[1][2, 3] = torch.nan
+    with pytest.raises(InputError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: its changes have NaN"):
+        run(*plan(step, MADE, given, {}))
+
+
+# ---- searched --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly  # a whole search; that of test_tsv.py, of the same kind of pass, is not
+def test_steps_are_searched_resumed_and_exported(tmp_path: Path) -> None:
+    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
+    steps: dict[str, Any] = {"iso": {}, "svc": {"fixed": {"alpha": 0.3}}}
+    file = search_file(
+        tmp_path,
+        space={"method": "ties", "steps": steps},
+        objectives={"mini_math_ja": items},
+        budget={"candidates": 8},
+        confirm={"top": 1},
+    )
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
+    with Store.open(tmp_path / "search" / "search.db") as store:
+        assert store.counts()["failed"] == 0
+        number = max(row.number for row in store.candidates() if row.status == "done")
+    assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", f"c{number:04d}") == 0
