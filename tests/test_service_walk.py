@@ -32,7 +32,7 @@ def browser() -> Iterator[Browser]:
 def test_the_whole_walk(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What a person does with the miniature models, from the link to the model card."""
     root = tmp_path_factory.mktemp("walk")
-    with serving(app_of(root, ROOT / "examples")) as address, ended(root / "walk"):
+    with serving(app_of(root, ROOT / "examples" / "miniatures")) as address, ended(root / "walk"):
         context = browser.new_context(viewport=DESK)
         context.set_default_timeout(WALK_MS)
         found = Watched(context.new_page(), address)
