@@ -11,7 +11,7 @@ Differences are to task arithmetic tuned in the same way on the same seed, paire
 95% intervals are a bootstrap over seeds and items.
 
     python scripts/bench/methods.py run FOLDER --problem zoo|real [--only NAME ...]     # can be interrupted
-    python scripts/bench/methods.py report FOLDER      # docs/methods.json, docs/methods.svg, and the table on the screen
+    python scripts/bench/methods.py report FOLDER     # docs/methods.json, docs/methods.svg, and the table
 
 The problem "real" needs what scripts/real/prepare makes.
 """
@@ -49,6 +49,11 @@ SEEDS = range(5)
 BASELINE = "task arithmetic"
 KAPPAS = {8: (0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 1.9), 4: (0.5, 0.8, 1.15, 1.6)}
 """Sizes of the change, by how many a method tries: all try eight candidates."""
+
+_CORRECTIONS, _PRECISION = 5, 0.02
+"""How often the factor of a change is corrected at most, and how near its size is to come."""
+
+_LEAST_CHANGE = 1e-9
 
 Scores = NDArray[np.float64]
 Values = Mapping[str, float | str]
@@ -195,9 +200,14 @@ class Bench:
         """The recipe of a candidate."""
         if candidate.kappa is None:
             return self.recipe(self.blend(case, case.paper, float(case.paper.get("factor", 1.0))), candidate.seed)
-        whole = self.change(self.recipe(self.blend(case, candidate.own), candidate.seed))
-        wanted = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change
-        return self.recipe(self.blend(case, candidate.own, wanted / whole if whole else 0.0), candidate.seed)
+        wanted, factor = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change, 1.0
+        for _ in range(_CORRECTIONS):  # not proportional where small changes are rounded away in 16 bits
+            recipe = self.recipe(self.blend(case, candidate.own, factor), candidate.seed)
+            ratio = wanted / max(self.change(recipe), _LEAST_CHANGE)
+            if abs(ratio - 1) < _PRECISION:
+                break
+            factor *= ratio
+        return recipe
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
