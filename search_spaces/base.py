@@ -69,9 +69,10 @@ class SpaceContext:
         """
         check_needs(part, () if self.calibration is None else ("calibration",), place)
 
-    def calibration_of(self, method: Method, blends: Iterable[Blend]) -> str | None:
-        """What a recipe of these blends, by this method, says of calibration."""
-        return self.calibration if method.needs or any(map(needs_of_steps, blends)) else None
+    def calibration_of(self, blends: Iterable[Blend]) -> str | None:
+        """What a recipe of these blends says of calibration."""
+        needed = any(self.method(blend.method).needs or needs_of_steps(blend) for blend in blends)
+        return self.calibration if needed else None
 
     def depth(self, source: str) -> int:
         """How many layers a source has."""

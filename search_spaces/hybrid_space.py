@@ -213,7 +213,7 @@ class JointSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
-            calibration=self._context.calibration_of(self._genes.method, blends),
+            calibration=self._context.calibration_of(blends),
         )
 
     def baselines(self) -> Iterator[Baseline]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from evomerge.genome import Parameter
 from evomerge.method import Method, Point, Value, default_parameters, value_at
@@ -48,12 +48,17 @@ class MethodGenes:
         ]
 
     @property
-    def method(self) -> Method:
+    def methods(self) -> tuple[Method, ...]:
         """Whose numbers they are."""
-        return self._method
+        return (self._method,)
+
+    @property
+    def own(self) -> int:
+        """How many of the numbers are the method's own; those of steps come after."""
+        return len(self._genes)
 
     def __len__(self) -> int:
-        return len(self._genes) + sum(map(len, self._steps))
+        return self.own + sum(map(len, self._steps))
 
     def parameters(self, prefix: str, group: str) -> list[Parameter]:
         """Those of one blend, named after ``prefix``; those of steps come last."""
@@ -81,12 +86,17 @@ class MethodGenes:
             steps=steps,
         )
 
-    def numbers_at(self, point: Point | None) -> list[float] | None:
-        """The numbers of a point at which no step changes anything.
+    def defaults(self) -> list[tuple[Method, list[float]]]:
+        """The method with the numbers of its and the steps' defaults."""
+        return [(self._method, [p.default for p in self.parameters("", "")])]
 
-        None where bounds or what is fixed forbid it, it leaves a number open, or a step always changes something.
+    def numbers_at(self, point_of: Callable[[Method], Point | None]) -> list[float] | None:
+        """The numbers of a method's point at which no step changes anything.
+
+        None where it has no such point, bounds or what is fixed forbid it, it leaves a number open, or a step always
+        changes something.
         """
-        neutral = [step.neutral() for step in self._steps]
+        point, neutral = point_of(self._method), [step.neutral() for step in self._steps]
         if point is None or None in neutral:
             return None
         for name, fixed in self._fixed.items():

@@ -9,8 +9,9 @@ section 3.1). Weights are not normalised unless asked: the optimum that the pape
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, FiniteFloat
@@ -20,10 +21,13 @@ from evomerge.genome import Baseline, Genome
 from evomerge.method import Method, Point, Value, check_blend
 from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
+from search_spaces.chosen_method import ChosenMethodGenes
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
 from search_spaces.profiles import Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
+
+T = TypeVar("T")
 
 LAW = "kappa sqrt(N)"
 """How the baseline by the law is called, before its kappa."""
@@ -33,12 +37,15 @@ class ParameterSpaceSettings(SpaceSettings):
     """``space:`` of a search file.
 
     Args:
-        method: the merge method.
+        method: the merge method; or several, of which a number of each layer group chooses one, with each one's own
+            numbers.
         granularity: how the model is cut into layer groups that have numbers of their own. "model": one group. "layer":
             each layer, and the embedding, final norm and head. "block": as "layer", attention and mlp apart (a layer's
             norms go with its attention). A number n: groups of n layers.
         bounds: a parameter's range, where the method's own is not wanted: ``weight: [0, 2]``. Parameters that a search
-            leaves alone by default (``lambda``, ``gamma``, ``epsilon``) are searched when they are given one.
+            leaves alone by default (``lambda``, ``gamma``, ``epsilon``) are searched when they are given one. Where
+            there are several methods, ``ties.weight`` is that of one, and ``weight`` that of all that have it; so it is
+            in ``fixed`` and ``switches``.
         fixed: a parameter that is not searched: ``density: 0.5``.
         switches: the method's yes/no settings: ``normalize: true``.
         basis: "core" where all sources but the base are low-rank adapters of it (LoRA): the method merges these in the
@@ -50,7 +57,7 @@ class ParameterSpaceSettings(SpaceSettings):
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
-    method: str
+    method: str | Annotated[tuple[str, ...], Field(min_length=2)]
     granularity: Literal["model", "layer", "block"] | Annotated[int, Field(ge=1)] = "model"
     bounds: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
     fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)
@@ -60,11 +67,12 @@ class ParameterSpaceSettings(SpaceSettings):
     profile: Literal["lines", "tiers"] | None = None
 
     def build(self, context: SpaceContext) -> ParameterSpace:
-        method = context.method(self.method)
-        context.check_needs(method, "space.method")
-        self._check_names(method)
-        if method.needs_base and context.base is None:
-            raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
+        methods = self.methods
+        if repeated := [name for number, name in enumerate(methods) if name in methods[:number]]:
+            raise InputError("space.method", f"names {repeated[0]} twice")
+        for name in methods:
+            self._check_method(context.method(name), context)
+        self._check_names([context.method(name) for name in methods])
         if self.basis is not None and context.base is None:
             raise InputError("space.basis", "merges changes of a base, and there is none", "Name it: `base: NAME`.")
         if isinstance(self.granularity, int) and self.granularity > context.layers:
@@ -78,12 +86,38 @@ class ParameterSpaceSettings(SpaceSettings):
             raise InputError("space.fixed", "leaves nothing to search", "Leave out at least one parameter.")
         return space
 
-    def _check_names(self, method: Method) -> None:
-        check_ranges(method.name, method.parameters, self.bounds, self.fixed, "space")
-        for name in self.switches:
-            if name not in method.switches:
-                options = ", ".join(sorted(method.switches)) or "none"
-                raise InputError(f"space.switches.{name}", f"{method.name} has no such setting; it has: {options}")
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+    def of_method(self, values: Mapping[str, T], name: str) -> dict[str, T]:
+        """What ``bounds``, ``fixed`` or ``switches`` say of one of several methods."""
+        own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+        return {key: value for key, value in values.items() if "." not in key} | own
+
+    def _check_method(self, method: Method, context: SpaceContext) -> None:
+        context.check_needs(method, "space.method")
+        if method.needs_base and context.base is None:
+            raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
+
+    def _check_names(self, methods: Sequence[Method]) -> None:
+        if len(methods) == 1:
+            (method,) = methods
+            check_ranges(method.name, method.parameters, self.bounds, self.fixed, "space")
+            _check_known("switches", self.switches, method.switches, f"{method.name} has no such setting; it has")
+            return
+        for field, values in (("bounds", self.bounds), ("fixed", self.fixed), ("switches", self.switches)):
+            known = set()
+            for method in methods:
+                names = set(method.switches) if field == "switches" else {p.name for p in method.parameters}
+                known |= names | {f"{method.name}.{name}" for name in names}
+            _check_known(field, values, known, f"none of {', '.join(self.methods)} has such a setting; they have")
+        for method in methods:
+            known = {p.name for p in method.parameters}
+            bounds = _only(self.of_method(self.bounds, method.name), known)
+            fixed = _only(self.of_method(self.fixed, method.name), known)
+            check_ranges(method.name, method.parameters, bounds, fixed, "space")
 
     def _check_profile(self, context: SpaceContext) -> None:
         if self.profile is None:
@@ -95,30 +129,44 @@ class ParameterSpaceSettings(SpaceSettings):
             raise InputError("base", "a profile scales what layers add to a base", "Name it: `base: NAME`.")
 
 
+def _check_known(field: str, values: Iterable[str], known: Collection[str], problem: str) -> None:
+    for name in values:
+        if name not in known:
+            raise InputError(f"space.{field}.{name}", f"{problem}: {', '.join(sorted(known)) or 'none'}")
+
+
+def _only(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if name in names}
+
+
 class ParameterSpace:
     """The numbers of one merge method for every layer group; see the module's text."""
 
     def __init__(self, settings: ParameterSpaceSettings, context: SpaceContext) -> None:
         self._settings = settings
         self._context = context
-        self._method = context.method(settings.method)
         self._group_of = {role: self._group(role) for role in roles(context.layers)}
-        self._genes = MethodGenes(
-            self._method,
-            context,
-            settings.bounds,
-            settings.fixed,
-            settings.switches,
-            settings.basis,
-            settings.steps,
-        )
+        of_methods = [self._genes_of(context.method(name)) for name in settings.methods]
+        self._genes = of_methods[0] if len(of_methods) == 1 else ChosenMethodGenes(of_methods)
         self._profile = self._profile_of(context)
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
         if self._profile is not None:
             self.parameters += self._profile.parameters
         self.layer_buffers = self.hops = context.layers
-        check_blend(self._genes.blend(), self._method, "space")
+        for method, numbers in self._genes.defaults():
+            check_blend(self._genes.blend(numbers), method, "space")
+
+    def _genes_of(self, method: Method) -> MethodGenes:
+        settings = self._settings
+        if len(settings.methods) == 1:
+            bounds, fixed, switches = settings.bounds, settings.fixed, settings.switches
+        else:
+            known = {p.name for p in method.parameters}
+            bounds = _only(settings.of_method(settings.bounds, method.name), known)
+            fixed = _only(settings.of_method(settings.fixed, method.name), known)
+            switches = _only(settings.of_method(settings.switches, method.name), method.switches)
+        return MethodGenes(method, self._context, bounds, fixed, switches, settings.basis, settings.steps)
 
     def _profile_of(self, context: SpaceContext) -> Lines | Tiers | None:
         if self._settings.profile == "lines":
@@ -154,7 +202,7 @@ class ParameterSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
-            calibration=self._context.calibration_of(self._method, blends.values()),
+            calibration=self._context.calibration_of(blends.values()),
         )
 
     def baselines(self) -> Iterator[Baseline]:
@@ -162,33 +210,34 @@ class ParameterSpace:
 
         Where the context says how strongly, also task arithmetic by the law of ``merging.amplitude``.
         """
-        mixed, method = self._context.mixed, self._method
+        mixed = self._context.mixed
         for name in self._context.sources:
-            point = None
-            if method.alone is not None and (name in mixed or method.needs_base):
-                point = method.alone(mixed, name if name in mixed else None)
-            yield Baseline(name, "source", self._weighted({name: 1.0}), self._genome_at(point))
+            alone = self._genome_at(partial(_alone, mixed=mixed, source=name))
+            yield Baseline(name, "source", self._weighted({name: 1.0}), alone)
         share = {name: 1.0 / len(mixed) for name in mixed}
-        point = method.uniform(mixed) if method.uniform is not None else None
-        yield Baseline("uniform average", "average", self._weighted(share), self._genome_at(point))
-        usual = np.array([p.default for p in self.parameters], dtype=np.float64)
-        yield Baseline(f"{self._method.name} defaults", "default", self.decode(usual), usual)
-        if (kappa := self._context.measures.kappa) is not None and self._has_strength:
+        uniform = self._genome_at(lambda method: method.uniform(mixed) if method.uniform is not None else None)
+        yield Baseline("uniform average", "average", self._weighted(share), uniform)
+        for method, numbers in self._genes.defaults():
+            usual = self._genome_of(numbers)
+            yield Baseline(f"{method.name} defaults", "default", self.decode(usual), usual)
+        if (kappa := self._context.measures.kappa) is not None and any(map(self._has_strength, self._genes.methods)):
             yield self._at_law(kappa)
 
-    @property
-    def _has_strength(self) -> bool:
-        """Whether how far a merge goes is a number of this space: of task vectors, with weights or a factor."""
-        named = {p.name for p in self._method.parameters}
-        return self._method.needs_base and len(self._context.mixed) > 1 and not named.isdisjoint({"weight", "lambda"})
+    def _has_strength(self, method: Method) -> bool:
+        """Whether how far a merge goes is a number of this method: of task vectors, with weights or a factor."""
+        named = {p.name for p in method.parameters}
+        return method.needs_base and len(self._context.mixed) > 1 and not named.isdisjoint({"weight", "lambda"})
 
     def _at_law(self, kappa: float) -> Baseline:
         """Task arithmetic with lambda = kappa sqrt(N) on the mean of N task vectors, whatever the method here."""
-        context, method = self._context, self._method
+        context = self._context
         mixed, weight = context.mixed, kappa / math.sqrt(len(context.mixed))
-        divides = self._settings.switches.get("normalize", False)
-        point = None if method.arithmetic is None or divides else method.arithmetic(mixed, weight)
-        genome = self._genome_at(point)
+
+        def point_of(method: Method) -> Point | None:
+            divides = self._settings.of_method(self._settings.switches, method.name).get("normalize", False)
+            return None if method.arithmetic is None or divides else method.arithmetic(mixed, weight)
+
+        genome = self._genome_at(point_of)
         same: dict[str, Value] = dict.fromkeys(mixed, weight)
         blend = Blend(
             method="task_arithmetic",
@@ -231,10 +280,22 @@ class ParameterSpace:
             dtype=self._context.dtype,
         )
 
-    def _genome_at(self, point: Point | None) -> Genome | None:
-        """The genome whose every group is at a point and scaled by nothing; None where the space holds none."""
-        numbers = self._genes.numbers_at(point)
+    def _genome_at(self, point_of: Callable[[Method], Point | None]) -> Genome | None:
+        """The genome whose every group is at a method's point and scaled by nothing; None where there is none."""
+        numbers = self._genes.numbers_at(point_of)
         if numbers is None:
             return None
         of_profile = () if self._profile is None else self._profile.neutral
         return np.array([*numbers * len(self._groups), *of_profile], dtype=np.float64)
+
+    def _genome_of(self, numbers: Sequence[float]) -> Genome:
+        """The genome with these numbers in every group, and a profile at its defaults."""
+        of_profile = () if self._profile is None else [p.default for p in self._profile.parameters]
+        return np.array([*[*numbers] * len(self._groups), *of_profile], dtype=np.float64)
+
+
+def _alone(method: Method, mixed: Sequence[str], source: str) -> Point | None:
+    """Where a method gives one source, or the base, as it is."""
+    if method.alone is None or not (source in mixed or method.needs_base):
+        return None
+    return method.alone(mixed, source if source in mixed else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ LAYERS = 5
 
 def build(
     *,
-    method: str = "task_arithmetic",
+    method: str | list[str] = "task_arithmetic",
     base: str | None = "base",
     tied: bool = False,
     sources: tuple[str, ...] = ("base", "maths", "japanese"),
@@ -35,6 +37,7 @@ def build(
         method=lambda name: find_method(name, "space.method"),
         recipe_seed=3,
         dtype=None,
+        calibration="0123456789abcdef",
     )
     return ParameterSpaceSettings(method=method, **settings).build(context)  # type: ignore[arg-type]
 
@@ -166,3 +169,76 @@ def test_settings_that_do_not_fit(settings: dict[str, object], place: str, words
         build(**settings)  # type: ignore[arg-type]
     assert caught.value.place == place
     assert words in str(caught.value)
+
+
+# ---- several methods -------------------------------------------------------------------------------------------------
+
+SEVERAL = ["task_arithmetic", "ties", "linear"]
+
+
+def test_a_method_that_is_chosen_has_its_own_numbers() -> None:
+    space = build(method=SEVERAL)
+    assert names(space) == [
+        "model.method",
+        *(f"model.task_arithmetic.weight.{name}" for name in ("maths", "japanese")),
+        *(f"model.ties.{what}.{name}" for what in ("weight", "density") for name in ("maths", "japanese")),
+        *(f"model.linear.weight.{name}" for name in ("maths", "japanese")),
+    ]
+    assert space.parameters[0].choices == tuple(SEVERAL)
+    genome = np.array([1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    (blend,) = space.decode(genome).blends
+    assert blend == build(method="ties").decode(genome[3:7]).blends[0]
+    others = genome.copy()
+    others[[1, 2, 7, 8]] = 0.9
+    assert space.decode(others) == space.decode(genome)
+
+
+def test_each_layer_group_chooses_for_itself() -> None:
+    space = build(method=SEVERAL, granularity="layer")
+    chosen = [number for number, p in enumerate(space.parameters) if p.name.endswith(".method")]
+    assert len(chosen) == LAYERS + 3  # and the embedding, the last norm and the head
+    genome = np.array([p.default for p in space.parameters])
+    genome[chosen] = np.arange(len(chosen)) % 3
+    recipe = space.decode(genome)
+    by_group = [recipe.blend_for(Role("embedding")), *(recipe.blend_for(Role("mlp", n)) for n in range(LAYERS))]
+    assert {blend.method for blend in by_group} == set(SEVERAL)
+
+
+def test_baselines_of_several_methods_are_points_of_the_first_that_has_them() -> None:
+    space = build(method=["sce", "ties", "task_arithmetic"])
+    baselines = {baseline.label: baseline for baseline in space.baselines()}
+    assert list(baselines) == [
+        "base", "maths", "japanese", "uniform average", "sce defaults", "ties defaults", "task_arithmetic defaults",
+    ]  # fmt: skip
+    for name in ("sce", "ties", "task_arithmetic"):
+        genome = baselines[f"{name} defaults"].genome
+        assert genome is not None
+        assert {blend.method for blend in space.decode(genome).blends} == {name}
+    genome = baselines["maths"].genome  # which sce, whose numbers are no weights, has nowhere
+    assert genome is not None
+    assert space.decode(genome).blends[0].method == "ties"
+
+
+def test_ranges_of_one_of_several_methods() -> None:
+    space = build(method=SEVERAL, bounds={"weight": (0.0, 1.0), "ties.weight": (0.2, 0.4)}, fixed={"density": 0.3})
+    ranges = {p.name: (p.low, p.high) for p in space.parameters}
+    assert ranges["model.task_arithmetic.weight.maths"] == ranges["model.linear.weight.maths"] == (0.0, 1.0)
+    assert ranges["model.ties.weight.maths"] == (0.2, 0.4)
+    assert not any("density" in name for name in ranges)
+    assert space.decode(np.array([1.0, *[0.3] * 6])).blends[0].value("density", "maths") == 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": ["ties", "linear", "ties"]}, "names ties twice"),
+        ({"method": ["ties", "linaer"]}, "linear"),
+        ({"method": SEVERAL, "bounds": {"linear.density": (0, 1)}}, "none of task_arithmetic, ties, linear has such"),
+        ({"method": SEVERAL, "switches": {"normalise": True}}, "ties.normalize"),
+        ({"method": SEVERAL, "base": None}, "needs a base"),
+        ({"method": SEVERAL, "bounds": {"weight": (1.0, 0.0)}}, "not below"),
+    ],
+)
+def test_several_methods_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        build(**settings)

@@ -322,6 +322,9 @@ def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]
 
 def describe_space(space: Mapping[str, object]) -> str:
     """The space in a few words: its kind unless it is a parameter space, how paths are encoded, method, and so on."""
-    details = [str(space[key]) for key in ("encoding", "method", "basis", "granularity") if space.get(key) is not None]
+    said = [space.get(key) for key in ("encoding", "method", "basis", "granularity")]
+    details = [
+        " or ".join(value) if isinstance(value, list | tuple) else str(value) for value in said if value is not None
+    ]
     kind = [] if space["kind"] == "parameter_space" else [str(space["kind"]).replace("_", " ")]
     return " ".join([*kind, *details])

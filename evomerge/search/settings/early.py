@@ -117,7 +117,8 @@ def _check_space(file: SearchFile) -> None:
     depths = {name: _depth(local_config(reference)) for name, reference in file.sources.items()}
     known = {name: depth for name, depth in depths.items() if depth is not None}
     if len(known) < len(depths):
-        if isinstance(method := getattr(file.space, "method", None), str):
+        named = getattr(file.space, "method", None)
+        for method in (named,) if isinstance(named, str) else named or ():
             find_method(method, "space.method")
         for name in getattr(file.space, "steps", ()):
             find_step(name, f"space.steps.{name}")

@@ -1,0 +1,70 @@
+"""Which of several merge methods makes a blend, and the numbers of each, as numbers of a genome.
+
+The first number is a choice among the methods. The numbers of every method follow, and last those of the steps, which
+all methods share. The numbers of a method that is not chosen change nothing, so that many genomes say one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from evomerge.genome import Parameter
+from evomerge.method import Method, Point
+from evomerge.recipes.stack import Blend
+from search_spaces.method_genes import MethodGenes
+
+
+class ChosenMethodGenes:
+    """What a search walks where the method is a number itself; as ``MethodGenes``.
+
+    Args:
+        of_methods: the genes of each method, all with the same steps.
+    """
+
+    def __init__(self, of_methods: Sequence[MethodGenes]) -> None:
+        self._of_methods = tuple(of_methods)
+        self._own = [
+            [p.default for p in genes.parameters("", "")[: genes.own]] for genes in of_methods
+        ]  # of each method, its numbers' defaults
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Those that are chosen from."""
+        return tuple(method for genes in self._of_methods for method in genes.methods)
+
+    def __len__(self) -> int:
+        first = self._of_methods[0]
+        return 1 + sum(map(len, self._own)) + len(first) - first.own
+
+    def parameters(self, prefix: str, group: str) -> list[Parameter]:
+        """Those of one blend, named after ``prefix``; a method's own after the method, too."""
+        names = tuple(method.name for method in self.methods)
+        parameters = [Parameter(f"{prefix}.method", 0.0, len(names) - 1.0, 0.0, "choice", group, names)]
+        for name, genes in zip(names, self._of_methods, strict=True):
+            parameters += genes.parameters(f"{prefix}.{name}", group)[: genes.own]
+        return [*parameters, *self._of_methods[0].parameters(prefix, group)[self._of_methods[0].own :]]
+
+    def blend(self, numbers: Sequence[float] = ()) -> Blend:
+        """The blend that so many numbers say; without any, the first method's defaults."""
+        chosen = int(numbers[0]) if numbers else 0
+        begin = 1 + sum(map(len, self._own[:chosen]))
+        own = numbers[begin : begin + len(self._own[chosen])]
+        return self._of_methods[chosen].blend([*own, *numbers[1 + sum(map(len, self._own)) :]])
+
+    def numbers_at(self, point_of: Callable[[Method], Point | None]) -> list[float] | None:
+        """The numbers of a point, by the first method that has it; None where none has."""
+        for chosen, genes in enumerate(self._of_methods):
+            if (numbers := genes.numbers_at(point_of)) is not None:
+                return self._with(chosen, numbers[: genes.own], numbers[genes.own :])
+        return None
+
+    def defaults(self) -> list[tuple[Method, list[float]]]:
+        """Each method with the numbers of its defaults."""
+        first = self._of_methods[0]
+        of_steps = [p.default for p in first.parameters("", "")[first.own :]]
+        return [(method, self._with(k, self._own[k], of_steps)) for k, method in enumerate(self.methods)]
+
+    def _with(self, chosen: int, own: Sequence[float], of_steps: Sequence[float]) -> list[float]:
+        """The numbers where a method is chosen and has these, and all others have their defaults."""
+        of_methods = [own if number == chosen else defaults for number, defaults in enumerate(self._own)]
+        return [float(chosen), *(value for numbers in of_methods for value in numbers), *of_steps]
