@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import InputError
-from evomerge.method import check_blend, check_needs, find_method, method_shares
-from evomerge.recipes.stack import Blend, BlendStep
-from evomerge.step import check_step, find_step
+from evomerge.method import Need, check_blend, check_needs, find_method, method_shares
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
+from evomerge.step import check_step, find_step, needs_of_steps
 
 if TYPE_CHECKING:
     from evomerge.merging.facts import Facts
     from evomerge.merging.passes import Pass
 
 
-def check_whole(blend: Blend, provided: Collection[str], place: str) -> None:
+def check_whole(blend: Blend, place: str, *, has_texts: bool) -> None:
     """Refuse a blend that cannot be computed.
 
     Args:
-        provided: what there is beside weights; see ``Need``.
         place: of the blend, for messages.
+        has_texts: whether there are calibration texts.
 
     Raises:
         InputError: an unknown method or step, values that it cannot have, or something that it needs and is not there.
     """
     method = find_method(blend.method, f"{place}.method")
     check_blend(blend, method, place)
-    check_needs(method, provided, place)
+    check_needs(method, place, has_texts=has_texts)
     for number, given in enumerate(blend.steps):
         step_place = f"{place}.steps[{number}]"
         step = find_step(given.name, f"{step_place}.name")
         check_step(given, step, blend, step_place)
-        check_needs(step, provided, step_place)
+        check_needs(step, step_place, has_texts=has_texts)
+
+
+def observed(recipes: Iterable[Recipe], sources: Collection[str]) -> dict[str, set[Need]]:
+    """The sources that calibration texts are run through for some recipes, and what is needed of each.
+
+    Of a recipe of another kind than stacks it is not known, so that all of every source is taken.
+    """
+    found: dict[str, set[Need]] = {name: set() for name in sources}
+    for recipe in recipes:
+        if recipe.calibration is None:
+            continue
+        for name in sources:
+            found[name] |= _needs_of(recipe, name) if isinstance(recipe, StackRecipe) else {"calibration"}
+    return {name: needs for name, needs in found.items() if needs}
+
+
+def _needs_of(recipe: StackRecipe, source: str) -> set[Need]:
+    """What the blends of a recipe need of a source."""
+    of_methods = (need for blend in recipe.blends for need in find_method(blend.method, "blend").needs)
+    of_steps = (need for blend in recipe.blends if blend.base == source for need in needs_of_steps(blend))
+    return {*of_methods, *of_steps}
 
 
 def planned(facts: Facts, blend: Blend) -> Pass:

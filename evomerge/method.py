@@ -7,7 +7,7 @@ tensor is made, so that a wrong name or number is refused at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -34,9 +34,9 @@ Point = Mapping[str, Value | Mapping[str, Value]]
 Shares = Callable[[Blend], Mapping[str, float]]
 """(blend) -> how much it takes of each of its sources (of the changes to the base, where there is one)."""
 
-Need = Literal["calibration"]
-"""What a method needs beside the weights of its sources: "calibration" is what layers are given as input on some
-texts."""
+Need = Literal["calibration", "channels"]
+"""What a method or a step needs beside weights, and calibration texts tell: "calibration" is what layers of every
+source are given as input, "channels" how large each channel of that is in the base, for which this alone is run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +202,15 @@ class Needing(Protocol):
     def needs(self) -> tuple[Need, ...]: ...
 
 
-def check_needs(part: Needing, provided: Collection[str], place: str) -> None:
-    """Refuse a method or a step that needs what is not there.
+def check_needs(part: Needing, place: str, *, has_texts: bool) -> None:
+    """Refuse a method or a step that needs texts where there are none.
 
     Raises:
         InputError: naming ``place``.
     """
-    if missing := [need for need in part.needs if need not in provided]:
-        what = " and ".join(missing)
-        raise InputError(place, f"{part.name} needs {what}, which there is none of", f"Add `{missing[0]}:`.")
+    if part.needs and not has_texts:
+        problem = f"{part.name} needs calibration, which there is none of"
+        raise InputError(place, problem, "Name some texts: `calibration:`.")
 
 
 def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool | Value | dict[str, Value]]:

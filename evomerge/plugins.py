@@ -58,6 +58,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "iso_cts": "evomerge.steps.iso_cts:ISO_CTS",
         "subspace_boosting": "evomerge.steps.subspace_boosting:SUBSPACE_BOOSTING",
         "svc": "evomerge.steps.svc:SVC",
+        "activations": "evomerge.steps.activations:ACTIVATIONS",
     },
     "evomerge.search_spaces": {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",

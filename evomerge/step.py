@@ -41,7 +41,7 @@ class Step:
         name: in recipes and search files.
         plan: its equation.
         parameters: what it takes, each of scope "blend".
-        needs: what it needs beside weights, of the base.
+        needs: what it needs beside weights: nothing but "channels", for a step sees the base alone.
         neutral: values at which it changes nothing, to the last bit, whatever its other parameters are; empty where
             there are none. A blend at these does without the step.
         factor: (values) -> by what it multiplies the change of every tensor, where it does nothing else: how much of
@@ -65,6 +65,8 @@ class Step:
     def __post_init__(self) -> None:
         if apart := [p.name for p in self.parameters if p.scope != "blend"]:
             raise ValueError(f"{self.name}: {apart[0]} must be of scope 'blend': a step sees one change, not sources")
+        if "calibration" in self.needs:
+            raise ValueError(f"{self.name}: a step may need nothing of the sources")
         if unknown := set(self.neutral) - {p.name for p in self.parameters}:
             raise ValueError(f"{self.name}: {min(unknown)} is neutral and no parameter")
 

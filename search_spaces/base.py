@@ -67,7 +67,7 @@ class SpaceContext:
         Raises:
             InputError: naming ``place``.
         """
-        check_needs(part, () if self.calibration is None else ("calibration",), place)
+        check_needs(part, place, has_texts=self.calibration is not None)
 
     def calibration_of(self, blends: Iterable[Blend]) -> str | None:
         """What a recipe of these blends says of calibration."""

@@ -137,7 +137,7 @@ def _no_mergekit(reference: str) -> NoReturn:
 
 def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:
     for number, blend in enumerate(recipe.blends):
-        check_whole(blend, () if recipe.calibration is None else ("calibration",), f"{place}: blends[{number}]")
+        check_whole(blend, f"{place}: blends[{number}]", has_texts=recipe.calibration is not None)
     for number, hop in enumerate(recipe.hops):
         blends = [recipe.blends[index] for index in (hop.attention, hop.mlp, hop.norm)]
         for name in {name for blend in blends for name in (*blend.sources, *((blend.base,) if blend.base else ()))}:

@@ -259,6 +259,8 @@ def test_a_text_without_tokens_is_refused_by_its_number() -> None:
 
 def test_texts_shorter_than_the_widest_layer_are_told_of(llama: Source) -> None:
     texts = Calibration(lambda: (" ".join(["w3"] * 40),), 40, own={"b": lambda: MORE})
-    (warning,) = text_warnings(texts, {"a": llama, "b": llama}, "a", live.load_tokenizer(llama))
+    tokenizer, sources = live.load_tokenizer(llama), {"a": llama, "b": llama}
+    (warning,) = text_warnings(texts, sources, "a", tokenizer, dict.fromkeys(sources, {"calibration"}))
+    assert list(text_warnings(texts, sources, "a", tokenizer, {"b": {"channels"}})) == []  # of no Gram matrix
     assert "texts of b have 7 tokens" in warning
     assert "24 inputs" in warning

@@ -158,8 +158,8 @@ def test_a_method_that_needs_what_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match=r"^space.method: needy needs calibration"):
         space(needy)
     with pytest.raises(InputError):
-        check_needs(needy, (), "m")
-    check_needs(needy, ("calibration",), "m")
+        check_needs(needy, "m", has_texts=False)
+    check_needs(needy, "m", has_texts=True)
 
 
 # ---- kinds of parameters ---------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Before a search begins or goes on: each source's run over the calibration texts, as a job of the pool."""
+"""Before a search begins or goes on: sources' runs over the calibration texts, as a job of the pool."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from evomerge.blends import observed
 from evomerge.commands.outside import OutsideJobs
 from evomerge.errors import InputError
 from evomerge.report.screen import duration
@@ -19,9 +21,10 @@ from evomerge.store.events import Calibrated
 
 
 def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
-    """Have every source run over the calibration texts, where a method needs it. The caller holds the lease.
+    """Have those sources run over the calibration texts of which a method or a step needs it.
 
-    What was recorded before is found by the workers, so that a resumed search loses next to no time here.
+    The caller holds the lease. What was recorded before is found by the workers, so that a resumed search loses next to
+    no time here.
 
     Returns:
         False when a stop came first.
@@ -34,11 +37,12 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     settings = prepared.file.calibration
     if prepared.calibration is None or settings is None or made_by is None:
         return True
-    names, texts = list(prepared.sources), settings.prompts
-    console.print(f"calibrating: {texts} texts through {len(names)} sources", style="dim")
+    names, texts = list(observed([made_by], prepared.sources)), settings.prompts
+    through = f"{len(names)} sources" if len(names) > 1 else names[0]
+    console.print(f"calibrating: {texts} texts through {through}", style="dim")
     started = time.monotonic()
     runs = (Pending(-1 - n, 1, made_by, f"calibration of {name}", (), calibrates=name) for n, name in enumerate(names))
-    if not _SourceRuns(folder, prepared, store).run(pool, runs):
+    if not _SourceRuns(folder, prepared, store, names).run(pool, runs):
         return False
     store.record_event(Calibrated(digest=prepared.calibration.digest, texts=texts, sources=names))
     console.print(f"calibrated in {duration(time.monotonic() - started)}", style="dim")
@@ -50,7 +54,11 @@ class _SourceRuns(OutsideJobs):
 
     log_prefix = "calibration"
 
+    def __init__(self, folder: Path, prepared: Prepared, store: Store, names: Sequence[str]) -> None:
+        super().__init__(folder, prepared, store)
+        self._names = names
+
     def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
-        name = list(self.prepared.sources)[-1 - finished.candidate]
+        name = self._names[-1 - finished.candidate]
         hint = f"See {log} in the search's folder." if log else ""
         return InputError("calibration", f"source {name} cannot be run over the texts: {failure.message}", hint)

@@ -79,7 +79,7 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
 
     recipe = _calibrated(load_recipe_file(path, look), texts, path)
     for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
-        check_whole(blend, () if texts is None else ("calibration",), f"{path}: blends[{number}]")
+        check_whole(blend, f"{path}: blends[{number}]", has_texts=texts is not None)
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     from evomerge.checkpoints.checks import check_compatible

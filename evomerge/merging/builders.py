@@ -89,8 +89,8 @@ class Builder(Protocol[_Made]):
         """
         ...
 
-    def calibrate(self, source: str) -> None:
-        """Record what recipes of this kind need to know of a source's run over the calibration texts."""
+    def calibrate(self, recipe: _Made, source: str) -> None:
+        """Record what recipes like this one need to know of a source's run over the calibration texts."""
         ...
 
     def write(self, recipe: _Made) -> LiveModel:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.merging.passes import Combine, Compute, Grain, Kernel, Pass, Span, Sparsify, call
+from evomerge.merging.passes import Agreed, Combine, Compute, Grain, Kernel, MaskedMean, Pass, Span, Sparsify, call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,8 @@ def scaled(base: str, made: Pass, factor: float) -> Pass:
         coefficients[base] = coefficients.get(base, 0.0) + (1 - factor)
         if max(map(abs, coefficients.values())) < _LARGE:
             return Combine(coefficients)
+    if isinstance(made, Agreed | MaskedMean) and made.base == base:
+        return replace(made, scale=factor * made.scale)
     if isinstance(made, Sparsify) and made.base == base:
         if made.divide:
             return replace(made, scale=factor * made.scale)

@@ -201,6 +201,19 @@ class Facts:
             raise InputError("calibration", f"is needed for {self.site.name}, and there is none")
         return self.inputs.of(self.site.refs[source])
 
+    def channels_of(self, source: str) -> Tensor | None:
+        """How large each channel is, as the mean of its magnitude, of what the layer is given whose weight stands here.
+
+        Returns:
+            float32 [width]; None where the layer cannot be observed, as in experts that are computed as one.
+
+        Raises:
+            InputError: there are no calibration texts.
+        """
+        if self.inputs is None:
+            raise InputError("calibration", f"is needed for {self.site.name}, and there is none")
+        return self.inputs.channels(self.site.refs[source])
+
     def once(
         self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool
     ) -> Tensors:

@@ -4,6 +4,8 @@ A source is run over the texts as it is, and each linear layer's input is added 
 [tokens, width], X^T X / tokens [width, width] and the mean of |X| by channel [width]. Layers that are given the same
 tensor, as q, k and v are, share one entry. It is kept as evidence, a file a layer of the model, so that a candidate
 costs a look into a mapped file; what is in memory at a time is what a few layers need.
+
+The sizes of channels alone are had in one pass through the whole model, and kept in one file.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 _KIND = "layer inputs 1"
+_CHANNELS = "channel sizes 1"
 _MOST_BYTES = 1 << 29
 """Of Gram matrices that are added up at a time; one layer's are there always."""
 
@@ -53,6 +56,10 @@ class LayerInputs(Protocol):
 
     def of(self, ref: Ref) -> LayerInput:
         """What the layer is given whose weight is this tensor. Raises InputError: it cannot be observed."""
+        ...
+
+    def channels(self, ref: Ref) -> Tensor | None:
+        """The mean of |x| by channel, float32 [width], of what this layer is given; None: it cannot be observed."""
         ...
 
 
@@ -112,20 +119,41 @@ class Inputs:
             for layer, made in self._run(name, missing):
                 self._evidence.get(_KIND, self._key(name, layer), lambda made=made: made)  # type: ignore[misc]
 
+    def channels(self, ref: Ref) -> Tensor | None:
+        """How large each channel is of what a layer is given; see ``LayerInputs``."""
+        name, stored = ref
+        return self._channels(name).get(_module(self._sources[name], stored))
+
+    def record_channels(self, name: str) -> None:
+        """Run a source over the texts for the sizes of channels, unless these are there already."""
+        self._channels(name)
+
+    def _channels(self, name: str) -> Tensors:
+        key = self._evidence.content_of(name), *self._calibration.key_of(name)
+        return self._evidence.get(_CHANNELS, key, lambda: self._run_for_channels(name))
+
     def _key(self, name: str, layer: int) -> tuple[str | int, ...]:
         return self._evidence.content_of(name), layer, *self._calibration.key_of(name)
 
     def _run(self, name: str, layers: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
         """What some layers are given, a few layers at a time."""
+        live, tokens = self._live(name)
+        source = self._sources[name]
+        for group in _groups(live, source, layers):
+            yield from _observed(live, source, group, tokens).items()
+
+    def _run_for_channels(self, name: str) -> Tensors:
+        return _channel_sizes(*self._live(name), self._sources[name])
+
+    def _live(self, name: str) -> tuple[LiveModel, list[Tensor]]:
+        """A source as a model that runs, and the tokens of each of its texts."""
         from evomerge.checkpoints.live import live_model, load_weights
 
         source = self._sources[name]
         live = live_model(source, self._devices)
         load_weights(live, ((tensor, source.read(tensor)) for tensor in source.tensors))
         ids = token_ids(live.tokenizer, self._calibration, name)
-        tokens = [torch.tensor([text], device=live.device) for text in ids]
-        for group in _groups(live, source, layers):
-            yield from _observed(live, source, group, tokens).items()
+        return live, [torch.tensor([text], device=live.device) for text in ids]
 
 
 def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[list[int]]:
@@ -201,6 +229,31 @@ def _observed(live: LiveModel, source: Source, layers: Sequence[int], tokens: Se
             for layer_sums in sums.values():
                 layer_sums.present.clear()
     return {layer: layer_sums.result() for layer, layer_sums in sums.items()}
+
+
+@torch.inference_mode()
+def _channel_sizes(live: LiveModel, tokens: Sequence[Tensor], source: Source) -> Tensors:
+    """The mean of |x| by channel that each linear layer of a model is given on texts, float32 [width] by its name."""
+    sums: dict[str, tuple[Tensor, int]] = {}
+
+    def adder(name: str) -> Any:
+        def add(module: Any, given: Any) -> None:
+            rows = given[0].detach().reshape(-1, given[0].shape[-1])
+            if len(rows):  # not of an expert that no token was sent to
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = total + rows.abs().sum(0, dtype=torch.float64), count + len(rows)
+
+        return add
+
+    modules = [of_layer for layer in _linear(live.model, source).values() for of_layer in layer]
+    hooks = [module.register_forward_pre_hook(adder(name)) for name, module, _ in modules]
+    try:
+        for text in tokens:
+            live.model(text, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / count).float().cpu() for name, (total, count) in sums.items()}
 
 
 @contextmanager

@@ -157,6 +157,8 @@ def _combined(
     blend = recipe.blend_for(merged.role, merged.name)
     if blend.basis is not None:
         raise NotLowRankError(f"{blend.method} merges it in core space")
+    if recipe.calibration is not None:
+        raise NotLowRankError(f"{blend.method} is planned by what layers are given, not by numbers of the recipe alone")
     facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)
     try:
         plan = planned(facts, blend)

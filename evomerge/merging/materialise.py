@@ -56,7 +56,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
     check_opened(recipe, sources)
     for number, blend in enumerate(recipe.blends):
         place = f"recipe.blends[{number}]"
-        check_whole(blend, () if recipe.calibration is None else ("calibration",), place)
+        check_whole(blend, place, has_texts=recipe.calibration is not None)
         if blend.basis == "core":
             check_core(blend, recipe, sources, f"{place}.basis")
     _check_scales(recipe, sources[recipe.tokenizer])

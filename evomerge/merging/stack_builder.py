@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evomerge.blends import observed
 from evomerge.checkpoints.source import Source
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.change import change_of
@@ -87,10 +88,15 @@ class StackBuilder:
         """Build the live model."""
         _ = self.live
 
-    def calibrate(self, source: str) -> None:
-        """Record what layers of a source are given as input."""
-        if self._inputs is not None:
+    def calibrate(self, recipe: StackRecipe, source: str) -> None:
+        """Record what layers of a source are given as input, as much of it as the recipe is made by."""
+        if self._inputs is None:
+            return
+        needs = observed([recipe], [source]).get(source, set())
+        if "calibration" in needs:
             self._inputs.record(source)
+        if "channels" in needs:
+            self._inputs.record_channels(source)
 
     def write(self, recipe: StackRecipe) -> LiveModel:
         """The live model with the recipe's weights and path, with a source's own settings where it is its copy."""

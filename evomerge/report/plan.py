@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from evaluators.cost import COUNTED
+from evomerge.blends import observed
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
@@ -63,7 +64,9 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "space", f"{len(setup.space.parameters)} parameters: {_settings_text(space)}"
     if (texts := file.calibration) is not None:
         own = f"; of their own for {', '.join(texts.sources)}" if texts.sources else ""
-        through = f"through {len(prepared.sources)} sources, once{own}"
+        names = list(observed((mark.recipe for mark in setup.space.baselines()), prepared.sources))
+        through = f"through {names[0] if len(names) == 1 else f'{len(names)} sources'}, once{own}"
+        through = through if names else "which nothing here needs"
         yield "calibration", f"{texts.prompts} texts of up to {texts.tokens} tokens {through}"
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]

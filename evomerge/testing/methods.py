@@ -69,6 +69,10 @@ class MadeUpInputs:
         rows = torch.randn((2 * width, width), generator=generator)
         return LayerInput(rows.T @ rows / len(rows), rows.abs().mean(0), axis=1)
 
+    def channels(self, ref: Ref) -> Tensor:
+        """Of these inputs."""
+        return self.of(ref).size
+
 
 def merge(
     method: Method,

@@ -122,7 +122,7 @@ class AveragedLogitsBuilder:
     def start(self) -> None:
         """Nothing: which two models are needed is known with the first recipe."""
 
-    def calibrate(self, source: str) -> None:
+    def calibrate(self, recipe: AveragedLogits, source: str) -> None:
         """Nothing: both models stay as they are."""
 
     def write(self, recipe: AveragedLogits) -> LiveModel:

@@ -10,6 +10,7 @@ import numpy as np
 from evaluators.base import Evaluator
 from evaluators.change import ChangeEvaluator, ChangeSettings
 from evaluators.cost import COUNTED
+from evomerge.blends import observed
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.fingerprints import Untouched
@@ -130,9 +131,10 @@ def _text_warnings(
     file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], reader: Reader
 ) -> Iterator[str]:
     """What is odd about the calibration texts, where models of the space are made by them."""
-    if file.calibration is None or all(mark.recipe.calibration is None for mark in space.baselines()):
+    if file.calibration is None:
         return
-    yield from text_warnings(file.calibration.texts, sources, file.tokenizer_source, reader.tokenizer)
+    needs = observed((mark.recipe for mark in space.baselines()), sources)
+    yield from text_warnings(file.calibration.texts, sources, file.tokenizer_source, reader.tokenizer, needs)
 
 
 def _check_engine(file: SearchFile) -> None:

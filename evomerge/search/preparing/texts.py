@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
 from evomerge.merging.inputs import token_ids, widest_input
+from evomerge.method import Need
 
 
-def text_warnings(calibration: Calibration, sources: Mapping[str, Source], model: str, tokenizer: Any) -> Iterator[str]:
-    """Which sources' texts have fewer tokens than their widest linear layer has inputs.
+def text_warnings(
+    calibration: Calibration,
+    sources: Mapping[str, Source],
+    model: str,
+    tokenizer: Any,
+    needs: Mapping[str, Collection[Need]],
+) -> Iterator[str]:
+    """Which sources' texts have fewer tokens than their widest linear layer has inputs, where Gram matrices are needed.
 
     The Gram matrix of such a layer is singular. A ridge makes what needs its inverse solvable all the same, so it is no
     error; but what the texts do not reach is then decided by the ridge.
 
     Args:
         model: the source that gives the tokenizer, whose layers are as wide as those of the others.
+        needs: what is needed of each source that is run over its texts.
 
     Raises:
         InputError: texts cannot be read, or have no tokens.
     """
-    width = widest_input(sources[model])
+    counts = {name: sum(map(len, token_ids(tokenizer, calibration, name))) for name in needs}
     short: dict[int, list[str]] = {}
-    for name in sources:
-        count = sum(map(len, token_ids(tokenizer, calibration, name)))
-        if count < width:
-            short.setdefault(count, []).append(name)
+    grams = [name for name, of_source in needs.items() if "calibration" in of_source]
+    width = widest_input(sources[model]) if grams else 0
+    for name in grams:
+        if counts[name] < width:
+            short.setdefault(counts[name], []).append(name)
     for count, names in short.items():
         yield (
             f"calibration: the texts of {', '.join(names)} have {count:,} tokens, and the widest linear layer has "

@@ -106,7 +106,7 @@ class Worker:
     def _calibrate(self, job: Job) -> Measured:
         started = time.perf_counter()
         assert job.calibrates is not None
-        self._builders.of(job.recipe).calibrate(job.calibrates)
+        self._builders.of(job.recipe).calibrate(job.recipe, job.calibrates)
         return Measured([], {"calibrate": time.perf_counter() - started})
 
     def _measure(self, job: Job) -> Measured:
