@@ -106,6 +106,7 @@ def test_sums_of_any_length_and_dtype(count: int, dtypes: tuple[torch.dtype, ...
     delta = (made.float() - base.float()).double()
     found = weights.scan_tensors((base, made), np.zeros(1), scans.change)[0]
     assert found == pytest.approx(float(delta @ delta), rel=1e-12)
+    assert change_file.squared_distance(base, made, 1000) == pytest.approx(found, rel=1e-12)
     size = weights.scan_tensors((base,), np.zeros(1), scans.squares)[0]
     assert size == pytest.approx(float(base.double() @ base.double()), rel=1e-12)
 

@@ -31,6 +31,8 @@ def test_conflict_is_that_of_the_plain_commutators(shape: tuple[int, int]) -> No
     assert conflict(base, change) == pytest.approx(wanted, rel=1e-9)
     assert conflict(base, 3 * base) == pytest.approx(0, abs=1e-7)
     assert conflict(base, torch.zeros(shape)) == 0
+    left, right = random(shape[0], 2, seed=2), random(2, shape[1], seed=3)
+    assert conflict(base, (left, right)) == pytest.approx(conflict(base, left @ right), rel=1e-9)
 
 
 def test_scores_are_those_of_the_formula() -> None:

@@ -104,8 +104,7 @@ class ChangeMeter:
         base = self._read((self._base.name, written.name), made.device)
         if made.device.type == "cpu":
             return float(self._weights.scan_tensors((base, made), np.zeros(1), scans.change)[0])
-        before, after = (torch.split(tensor.reshape(-1), _PIECE) for tensor in (base, made))
-        return sum(_norm(w.float() - b.float()) ** 2 for b, w in zip(before, after, strict=True))
+        return squared_distance(base, made)
 
     def _size(self, name: str) -> float:
         """The squared norm of a tensor of the base, read once."""
@@ -115,8 +114,17 @@ class ChangeMeter:
         return self._sizes[name]
 
 
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+def squared_distance(base: Tensor, made: Tensor, piece: int = _PIECE) -> float:
+    """The squared norm of the difference of two tensors of one shape, on the device where they are.
+
+    Args:
+        piece: elements that are in float32 at once.
+    """
+    before, after = (torch.split(tensor.reshape(-1), piece) for tensor in (base, made))
+    norms = [
+        torch.linalg.vector_norm(w.float() - b.float(), dtype=torch.float64) for b, w in zip(before, after, strict=True)
+    ]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def change_of(live: LiveModel, source: Source, base: Source) -> float | None:

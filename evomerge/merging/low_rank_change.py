@@ -77,6 +77,13 @@ def _products(sources: Sequence[Source], weight: str) -> Tensor:
     return products
 
 
+def is_low_rank(base: Source, other: Source) -> bool:
+    """Whether a source is the base with low-rank adapters alone, whose factors say all of its change."""
+    changes = [change for each in other.changes.values() for change in each]
+    low_rank = all(isinstance(change, LowRank) and change.magnitude is None for change in changes)
+    return bool(changes) and low_rank and other.folder == base.folder and other.tensors == base.tensors
+
+
 def low_rank_factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | None:
     """L [rows, ranks] and R [ranks, columns], with L R all that a source's adapters change of a weight; None for none.
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging.directions import Directions, of_matrices
+from evomerge.merging.directions import Directions, Factors, of_matrices
 from evomerge.merging.evidence import Evidence
+from evomerge.merging.low_rank_change import is_low_rank, low_rank_factors
 
 COUNT = 3
 """Tiers: the lowest scores, those between, and the highest. The paper finds two or three the most robust."""
@@ -59,21 +60,26 @@ def scores(contrasts: NDArray[np.float64], conflicts: NDArray[np.float64]) -> ND
     return np.asarray(contrasts**_ETA * depth**_RHO / (1 + np.logaddexp(0, standardised)))
 
 
-def conflict(base: Tensor, change: Tensor) -> float:
+def conflict(base: Tensor, change: Tensor | Factors) -> float:
     """k of one matrix [rows, columns] and a change to it; 0 where one of them is zero.
 
     On the short side alone: with X = W0 tau^T, or its like for a tall matrix, the norms are ||X - X^T|| and, squared,
     2 <W0 W0^T, tau tau^T> - 2 tr(X X).
     """
     if base.shape[0] > base.shape[1]:
-        base, change = base.T, change.T
-    base, change = base.double(), change.double()
-    lengths = float(torch.linalg.vector_norm(base) * torch.linalg.vector_norm(change))
+        base, change = base.T, (change[1].T, change[0].T) if isinstance(change, tuple) else change.T
+    base = base.double()
+    gram = base @ base.T
+    if isinstance(change, tuple):
+        left, right = (factor.double() for factor in change)
+        cross, square = (base @ right.T) @ left.T, left @ (right @ right.T) @ left.T
+    else:
+        cross, square = base @ change.double().T, change.double() @ change.double().T
+    lengths = math.sqrt(max(float(gram.trace() * square.trace()), 0.0))
     if not lengths:
         return 0.0
-    cross = base @ change.T
     along = float(torch.linalg.vector_norm(cross - cross.T))
-    across = 2 * float(((base @ base.T) * (change @ change.T)).sum()) - 2 * float((cross * cross.T).sum())
+    across = 2 * float((gram * square).sum()) - 2 * float((cross * cross.T).sum())
     return (along + math.sqrt(max(across, 0.0))) / (2 * lengths)
 
 
@@ -84,11 +90,18 @@ def _scores(sources: Mapping[str, Source], base: str, names: Sequence[str]) -> T
         layer = origin.roles[tensor].layer
         if layer is not None and len(entry.shape) == 2:
             stored = origin.read(tensor).double()
-            found[layer].take(stored, [sources[name].read(tensor).double() - stored for name in names])
+            found[layer].take(stored, [_change(origin, sources[name], tensor, stored) for name in names])
         for name in (base, *names):
             sources[name].release(tensor)
     contrasts, conflicts = _over([each.contrasts for each in found]), _over([each.conflicts for each in found])
     return torch.from_numpy(scores(contrasts, conflicts))
+
+
+def _change(base: Source, source: Source, tensor: str, stored: Tensor) -> Tensor | Factors:
+    """What a source changes of a matrix of the base, by its adapters' factors where these are all of it."""
+    if not base.changes and is_low_rank(base, source):
+        return low_rank_factors(source, tensor) or (stored[:, :0], stored[:0])
+    return source.read(tensor).double() - stored
 
 
 class _Layer:
@@ -98,12 +111,13 @@ class _Layer:
         self._base, self._changes = Directions.none(1), Directions.none(count)
         self._conflicts: list[list[float]] = [[] for _ in range(count)]
 
-    def take(self, base: Tensor, changes: Sequence[Tensor]) -> None:
-        """One more of its matrices, float64 [rows, columns]."""
+    def take(self, base: Tensor, changes: Sequence[Tensor | Factors]) -> None:
+        """One more of its matrices, float64 [rows, columns], and what each source changes of it."""
+        found = of_matrices(changes)
         self._base += of_matrices([base])
-        self._changes += of_matrices(changes)
-        for kept, change in zip(self._conflicts, changes, strict=True):
-            if change.any():
+        self._changes += found
+        for k, (kept, change) in enumerate(zip(self._conflicts, changes, strict=True)):
+            if found.squares[k] > 0:
                 kept.append(conflict(base, change))
 
     @property

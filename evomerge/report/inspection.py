@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.checks import check_compatible, check_finite
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.live import load_tokenizer
@@ -27,7 +26,7 @@ from evomerge.merging.directions import Directions, Factors, of_matrices, work
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import WorkerThreads
-from evomerge.merging.low_rank_change import low_rank_factors
+from evomerge.merging.low_rank_change import is_low_rank, low_rank_factors
 from evomerge.merging.rounding import is_exact, share_lost, squared_loss
 from evomerge.merging.site import Ref, Site
 from evomerge.printable import printable
@@ -360,16 +359,9 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
 def _has_time(sources: Sequence[Source], tensors: Mapping[str, Role]) -> bool:
     """Whether all singular values are found in minutes: of adapters always, of whole models up to half a billion."""
     base, *others = sources
-    whole = [other for other in others if not _is_low_rank(base, other)]
+    whole = [other for other in others if not is_low_rank(base, other)]
     shapes = [base.tensors[name].shape for name in tensors if len(base.tensors[name].shape) > 1]
     return len(whole) * sum(map(work, shapes)) <= _MOST_WORK
-
-
-def _is_low_rank(base: Source, other: Source) -> bool:
-    """Whether a source is the base with low-rank adapters alone, whose factors say all of its change."""
-    changes = [change for each in other.changes.values() for change in each]
-    low_rank = all(isinstance(change, LowRank) and change.magnitude is None for change in changes)
-    return bool(changes) and low_rank and other.folder == base.folder and other.tensors == base.tensors
 
 
 def _directions(sources: Sequence[Source], name: str, read: Callable[[Ref], Tensor]) -> Directions:
@@ -380,7 +372,7 @@ def _directions(sources: Sequence[Source], name: str, read: Callable[[Ref], Tens
         return Directions.none(len(others))
 
     def change(other: Source) -> Tensor | Factors:
-        if len(shape) == 2 and not base.changes and _is_low_rank(base, other):
+        if len(shape) == 2 and not base.changes and is_low_rank(base, other):
             empty = torch.zeros(shape[0], 0), torch.zeros(0, shape[1])
             return low_rank_factors(other, name) or empty
         return read((other.name, name)).double() - read((base.name, name)).double()
