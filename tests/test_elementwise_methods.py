@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,15 +38,18 @@ def made(method: str, base: Tensor, sources: Sequence[Tensor], numbers: Numbers)
 
 
 def fine_tunes(shape: Sequence[int], dtype: torch.dtype, count: int = 3, seed: int = 0) -> list[Tensor]:
-    """A base and sources such as models are; a third of each change is zero, and the second source's is larger."""
+    """A base and sources such as models are.
+
+    Sources share a part of their changes, a third of each change is zero, and that of the second source is larger.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: float) -> Tensor:
         return torch.randn(tuple(shape), generator=generator) * size
 
     base = draw(0.02)
-    sizes = [0.001 * (1 + 3 * (k == 1)) for k in range(count)]
-    changes = [draw(size) * (torch.rand(tuple(shape), generator=generator) < 2 / 3) for size in sizes]
+    shared, sizes = draw(0.001), [0.001 * (1 + 3 * (k == 1)) for k in range(count)]
+    changes = [(shared + draw(size)) * (torch.rand(tuple(shape), generator=generator) < 2 / 3) for size in sizes]
     return [base.to(dtype), *((base.to(dtype).float() + change).to(dtype) for change in changes)]
 
 
@@ -121,6 +125,35 @@ def cabs(base: Array, sources: list[Array], n: Numbers) -> Array:
     return merged.reshape(base.shape)
 
 
+def resmerge(base: Array, sources: list[Array], n: Numbers) -> Array:
+    """The steps of the paper on whole matrices; of stacked experts one after another."""
+    if base.ndim == 3:
+        return np.stack([resmerge(base[e], [x[e] for x in sources], n) for e in range(len(base))])
+    if base.ndim < 2:
+        return base + n["lambda"] * sum(x - base for x in sources) / len(sources)
+    heads, residuals = [], []
+    for source in sources:
+        u, s, v = np.linalg.svd(source - base, full_matrices=False)
+        heads.append(s[0] * np.outer(u[:, 0], v[0]))
+        residuals.append(source - base - heads[-1])
+
+    def cosines(matrices: list[Array]) -> list[float]:
+        pairs = itertools.combinations([matrix / np.linalg.norm(matrix) for matrix in matrices], 2)
+        return [float((one * other).sum()) for one, other in pairs]
+
+    lengths = [np.linalg.norm(residual) for residual in residuals]
+    direction = sum(residual / length for residual, length in zip(residuals, lengths, strict=True))
+    direction = direction / np.linalg.norm(direction)
+    coherence = np.mean([(r / length * direction).sum() for r, length in zip(residuals, lengths, strict=True)])
+    score = ((np.mean(cosines(residuals)) + 1) / 2 + (coherence + 1) / 2) / 2
+    backbone = direction * coherence ** (n["beta"] - 0.3 * score) * np.mean(lengths)
+    if coherence <= 1 / math.sqrt(len(sources)):
+        backbone = sum(residuals) / len(sources)
+    agreement = np.mean([max(cosine, 0.0) for cosine in cosines(heads)])
+    head = sum(heads) / np.linalg.norm(sum(heads)) * n["rho"] * agreement * np.linalg.norm(backbone)
+    return base + n["lambda"] * (backbone + head)
+
+
 # Numbers that float32 has, where elements are compared: differences of bfloat16 weights have common multiples.
 CASES: list[tuple[Callable[..., Array], Numbers]] = [
     (yoyo, {"weight": [1.0, 1.0, 1.0], "cut": 4.685}),
@@ -129,6 +162,8 @@ CASES: list[tuple[Callable[..., Array], Numbers]] = [
     (magmax, {"weight": [1.25, 0.1875, 0.875], "lambda": 0.5}),
     (localize_and_stitch, {"weight": [1.0, 1.0, 1.0], "density": [0.1, 0.1, 0.1], "lambda": 1.0}),
     (localize_and_stitch, {"weight": [1.0, 0.3, 0.7], "density": [0.05, 0.8, 1.0], "lambda": 1.3}),
+    (resmerge, {"beta": 1.0, "rho": 0.2, "lambda": 1.0}),
+    (resmerge, {"beta": 0.4, "rho": 0.9, "lambda": 1.3}),
     (cabs, {"weight": [1.0, 1.0, 1.0], "density": [0.25] * 3, "priority": [0.5] * 3, "lambda": 1.0}),
     (cabs, {"weight": [1.2, 0.4, 0.7], "density": [0.5, 0.1, 0.7], "priority": [0.1, 0.9, 0.3], "lambda": 0.6}),
     (consensus, {"weight": [0.5, 0.5, 0.5], "ratio": [0.375, 0.375, 0.375], "votes": 2.0, "lambda": 0.8}),

@@ -160,6 +160,25 @@ def disjoint(tensors: Sequence[Tensor], weights: Tensor, kept: Tensor) -> Tensor
     return total
 
 
+def outer(tensors: Sequence[Tensor], factors: Tensor, left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
+    """What ``Outer`` says, in float32.
+
+    Args:
+        tensors: whole rows.
+        factors: float32 [rows, sources], of each row its matrix's.
+        left: float32 [rows, rank], of these rows.
+        right: float32 [matrices, rank, columns].
+        matrix: int64 [rows], the matrix of each row.
+    """
+    base = tensors[0].float()
+    total = torch.zeros_like(base)
+    for rank in range(left.shape[1]):
+        total = total + left[:, rank, None] * right[matrix, rank]
+    for k, tensor in enumerate(tensors[1:]):
+        total = total + factors[:, k, None] * (tensor.float() - base)
+    return base + total
+
+
 def agreed(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
     """What ``Agreed`` says, in float32; ``numbers`` are [sources, 4]: weight, ratio, votes, scale."""
     base = tensors[0].float()

@@ -392,6 +392,47 @@ def _count(sizes: Any, least: Any) -> Any:
 
 
 @compiled
+def outer(
+    base: Any, sources: Any, factors: Any, left: Any, right: Any, first: Any, row: Any, out: Any, stream: Any
+) -> None:
+    """out = base + sum_k f_k d_k + L R, row by row, with the numbers of the row's matrix.
+
+    Args:
+        base, sources: array and tuple of arrays of pairs, of one dtype, that begin with a row.
+        factors: float32 [matrices, sources], the f_k.
+        left: float32 [rows of all matrices, rank].
+        right: float32 [matrices, rank, columns].
+        first: number of the tensor's row at which these arrays begin.
+        row: pairs in a row.
+        out: array of pairs.
+        stream: write past the caches.
+    """
+    block, sums = block_like(out), np.empty(U64(2) * row, np.float32)
+    of_each = U64(left.shape[0] // right.shape[0])
+    for number in range(pairs(out) // row):
+        start, matrix = U64(number) * row, U64((first + number) // of_each)
+        sums[:] = ZERO
+        for rank in range(U64(left.shape[1])):
+            factor, line = left[first + U64(number), rank], right[matrix, rank]
+            for i in range(U64(2) * row):
+                sums[i] += factor * line[i]
+        for k in range(len(sources)):
+            source, factor = sources[k], factors[matrix, U64(k)]
+            for i in range(row):
+                bx, by = pair(base, start + i)
+                x, y = pair(source, start + i)
+                sums[U64(2) * i] += factor * (x - bx)
+                sums[U64(2) * i + U64(1)] += factor * (y - by)
+        for begin in range(U64(0), row, U64(BLOCK)):
+            count = min(U64(BLOCK), U64(row - begin))
+            for i in range(count):
+                bx, by = pair(base, start + begin + i)
+                put_pair(block, i, bx + sums[U64(2) * (begin + i)], by + sums[U64(2) * (begin + i) + U64(1)])
+            flush(block, out, start + begin, count, stream)
+    fence()
+
+
+@compiled
 def agreed(base: Any, sources: Any, weights: Any, ratios: Any, votes: Any, scale: Any, out: Any, stream: Any) -> None:
     """out = base + scale * sum_k v_k where |v_k| > r_k |sum_j v_j - v_k| for enough k, else base; v_k = w_k d_k.
 
