@@ -6,7 +6,7 @@
 
 What makes merges of them neither trivial nor hopeless:
 
-- the base is well at sums and lacks structure: stories in which something is taken away, second steps in Japanese, half
+- the base is good at sums and lacks structure: stories in which something is taken away, second steps in Japanese, half
   of the words. What experts learn is then of low rank. Where the base was to be taught the sums themselves, adapters of
   this rank broke each other's;
 - experts rehearse a quarter of their time what the base can. Without, they forget all else, their changes are larger,

@@ -154,6 +154,7 @@ def test_recorded_scores_are_of_every_source_and_none_does_the_composition() -> 
     assert list(recorded) == sources
     for name in sources:
         assert recorded[name][COMPOSITION] <= 0.05, name
+    assert train_zoo.table_of(recorded) in (ZOO / "README.md").read_text(encoding="utf-8")
 
 
 def test_search_file_names_every_adapter() -> None:
