@@ -22,8 +22,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from evomerge.search.settings.search_file import parse_search_file
 from evomerge.search.work.jobs import Job, Measured, Task
 from evomerge.search.workers.building import build_context
 from evomerge.search.workers.worker import Worker
+from evomerge.step import find_step, needs_of_steps
 
 ROOT = Path(__file__).parents[2]
 SEEDS = range(5)
@@ -65,19 +66,20 @@ class Case:
 
     Attributes:
         method: of the blends.
-        steps: what is done to what it makes, by name.
+        paper: the setting of its paper, strength included; None where it has none that is fixed.
         own: two settings of the number that it has besides its strength; one where it has none.
-        paper: the setting of its paper, strength included: ``lambda`` and ``weight``, where it has them, or ``factor``
-            of its change.
-        own_step: whether ``own`` is of the first step, and not of the method.
+        step: what is done to what it makes; ``own`` is of it then.
+        basis: of the blends.
+        profile: whether ``own`` is the first and the last layer's share of the change, and those between lie evenly.
         masks: whether it draws masks, and so depends on the seed.
     """
 
     method: str
-    paper: Values
+    paper: Values | None
     own: tuple[Values, ...] = ({},)
-    steps: Mapping[str, Values] = field(default_factory=dict)
-    own_step: bool = False
+    step: str | None = None
+    basis: Literal["core"] | None = None
+    profile: bool = False
     masks: bool = False
 
 
@@ -85,11 +87,11 @@ def two(name: str, first: float | str, second: float | str) -> tuple[Values, ...
     return ({name: first}, {name: second})
 
 
-# Settings of papers are those of frontier tables for language models where a paper has several.
+# Where a paper has several settings, that for language models.
 CASES: dict[str, Case] = {
     BASELINE: Case("task_arithmetic", {"weight": 0.4}),
     "TIES": Case("ties", {"weight": 0.4, "density": 0.3}, two("density", 0.3, 0.7)),
-    "DARE linear": Case("dare_linear", {"weight": 0.4, "density": 0.1}, two("density", 0.3, 0.7), masks=True),
+    "DARE": Case("dare_linear", {"weight": 0.4, "density": 0.1}, two("density", 0.3, 0.7), masks=True),
     "DARE TIES": Case("dare_ties", {"weight": 0.4, "density": 0.1}, two("density", 0.3, 0.7), masks=True),
     "DELLA": Case("della", {"weight": 0.4, "density": 0.3}, two("density", 0.3, 0.7), masks=True),
     "breadcrumbs": Case("breadcrumbs", {"weight": 0.4, "density": 0.85}, two("density", 0.5, 0.85)),
@@ -100,6 +102,30 @@ CASES: dict[str, Case] = {
     "multislerp": Case("multislerp", {}),
     "RAM": Case("ram", {}),
     "RAM+": Case("ramplus_tl", {}),
+    "WUDI": Case("wudi", {}),
+    "ACTMat": Case("actmat", {"weight": 1.0}),
+    "ACE": Case("ace", {}),
+    "SWUDI": Case("swudi", {}, two("log_t", 1.5, 2.5)),
+    "gram, ridge": Case("gram", None, two("log_eps", -3.0, -1.0)),
+    "RegMean": Case("regmean", {"weight": 1.0, "off_diagonal": 0.9}, two("off_diagonal", 0.5, 0.9)),
+    "RegMean++": Case("regmean_plus_plus", {"weight": 1.0, "off_diagonal": 0.9}, two("off_diagonal", 0.5, 0.9)),
+    "TSV-Merge": Case("tsv", {"weight": 1.0}, two("halvings", 0.0, 1.0)),
+    "YOYO fusion": Case("yoyo", {}, two("cut", 2.5, 4.685)),
+    "MagMax": Case("magmax", {"weight": 0.5}),
+    "Consensus": Case("consensus", {"weight": 0.4, "ratio": 0.4, "votes": 2.0}, two("ratio", 0.2, 0.5)),
+    "Localize-and-Stitch": Case("localize_and_stitch", {"weight": 1.0, "density": 0.1}, two("density", 0.1, 0.5)),
+    "CABS": Case("cabs", {"weight": 1.0, "density": 0.25}, two("density", 0.25, 0.75)),
+    "PCB": Case("pcb", {}, two("density", 0.1, 0.5)),
+    "ResMerge": Case("resmerge", {}),
+    "Iso-C": Case("task_arithmetic", {"weight": 1.0, "strength": 1.0}, two("strength", 0.5, 1.0), step="iso"),
+    "Iso-CTS": Case("task_arithmetic", {"weight": 1.0, "common": 0.8}, two("common", 0.6, 0.9), step="iso_cts"),
+    "Subspace Boosting": Case(
+        "task_arithmetic", {"weight": 0.4, "beta": 0.2}, two("beta", 0.1, 0.3), step="subspace_boosting"
+    ),
+    "SVC": Case("task_arithmetic", {"weight": 0.4, "alpha": 0.1}, two("alpha", 0.1, 1.0), step="svc"),
+    "AIM": Case("task_arithmetic", {"weight": 0.4, "omega": 0.4}, two("omega", 0.2, 0.6), step="activations"),
+    "TIES in core space": Case("ties", {"weight": 0.4, "density": 0.3}, two("density", 0.3, 0.7), basis="core"),
+    "LiNeS": Case("task_arithmetic", None, ({"first": 0.5, "last": 1.5}, {"first": 1.5, "last": 0.5}), profile=True),
 }
 
 
@@ -124,20 +150,57 @@ class Problem:
 
     Attributes:
         file: the search file that names sources and objectives.
+        objectives: in place of the file's.
         items: of the search split of each objective that a seed draws.
         split: items of the search split of each objective that are drawn from.
+        texts: gives the calibration texts of each source, of its own task: no answers, and no held-out items.
     """
 
     file: Path
+    objectives: Mapping[str, Any]
     items: int
     split: int
-    calibration: Mapping[str, Any]
+    texts: Callable[[str], list[str]]
+
+
+ZOO_METRICS = {
+    "zoo_math_en": "acc", "zoo_math_ja": "acc_ja", "zoo_translate": "acc", "zoo_extract": "acc",
+    "zoo_steps_kanji": "acc",
+}  # fmt: skip
+ZOO_TASKS = {
+    "english": "zoo_math_en", "steps_en": "zoo_math_en", "terse": "zoo_math_en", "rewarded": "zoo_math_en",
+    "careless": "zoo_math_en", "japanese": "zoo_math_ja", "steps_ja": "zoo_math_ja", "kanji": "zoo_steps_kanji",
+    "into_japanese": "zoo_translate", "into_english": "zoo_translate", "extraction": "zoo_extract",
+}  # fmt: skip
+"""The task nearest to what a source of the zoo was trained on; the base and the spelling have none."""
+
+
+def zoo_texts(source: str) -> list[str]:
+    tasks = [ZOO_TASKS[source]] if source in ZOO_TASKS else list(ZOO_METRICS)
+    data = ROOT / "evaluators" / "tasks" / "data"
+    lines = [
+        json.loads(line) for task in tasks for line in (data / f"{task}.fit.jsonl").read_text("utf-8").splitlines()
+    ]
+    return [line["prompt"] + line["answer"] for line in lines]
+
+
+def real_texts(source: str) -> list[str]:
+    """Questions of the search split with their answers, of the source's skill."""
+    lines = [json.loads(line) for line in (ROOT / "real/items/search.jsonl").read_text("utf-8").splitlines()]
+    own = [line for line in lines if line["skill"] == source] or lines
+    return [f"{line['question']}\n{line['answer']}" for line in own]
 
 
 PROBLEMS = {
-    "zoo": Problem(ROOT / "examples" / "zoo.yaml", 50, 150, {}),
-    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", 60, 180, {}),
-}
+    "zoo": Problem(
+        ROOT / "examples" / "zoo.yaml",
+        {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()},
+        50, 150, zoo_texts,
+    ),
+    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, 60, 180, real_texts),
+}  # fmt: skip
+PROMPTS, TOKENS = 60, 64
+"""Of the calibration texts of each source."""
 
 
 class Bench:
@@ -150,8 +213,8 @@ class Bench:
             content.pop(section, None)
         content |= {"name": name, "space": {"kind": "parameter_space", "method": "task_arithmetic"}}
         content |= {"pool": "in_process", "cluster": {"cpus_per_worker": threads}, "optimizer": {"name": "random"}}
-        if self.problem.calibration:
-            content["calibration"] = self.problem.calibration
+        content |= {"objectives": dict(self.problem.objectives)} if self.problem.objectives else {}
+        content["calibration"] = self._texts([*content["sources"]], work)
         self._prepared: Prepared = prepare(parse_search_file(content, place=name, root=self.problem.file.parent))
         file = self._prepared.file
         self.base = file.base or ""
@@ -166,43 +229,68 @@ class Bench:
         self._worker = Worker("bench", self._builders, [*self._prepared.evaluators, change])
         self._layers = sources[self.base].layers
 
+    def _texts(self, sources: Sequence[str], work: Path) -> dict[str, Any]:
+        """The calibration texts, written for each source."""
+        files = {}
+        for source in sources:
+            file = work / f"texts-{source}.jsonl"
+            lines = (json.dumps({"text": text}) for text in self.problem.texts(source)[:PROMPTS])
+            file.write_text("\n".join(lines) + "\n", "utf-8")
+            files[source] = str(file.resolve())
+        return {"prompts": PROMPTS, "tokens": TOKENS, "sources": files}
+
     # ---- recipes -----------------------------------------------------------------------------------------------------
 
     def blend(self, case: Case, own: Values, factor: float = 1.0) -> Blend:
         """Equal weights, the other numbers as ``own`` has them, the change ``factor`` times as large."""
         method = find_method(case.method, "case")
         values = default_parameters(method, self.mixed)
-        of_method = {} if case.own_step else own
         weight = 1.0 / len(self.mixed)
         for p in method.parameters:
-            value = of_method.get(p.name, weight if p.name == "weight" else p.default)
+            value = own.get(p.name, weight if p.name == "weight" else p.default)
             values[p.name] = dict.fromkeys(self.mixed, value) if p.scope == "source" else value
-        steps = [BlendStep(name=step, parameters=dict(numbers)) for step, numbers in case.steps.items()]
-        if case.own_step:
-            steps[0] = BlendStep(name=steps[0].name, parameters={**steps[0].parameters, **own})
+        steps = []
+        if case.step is not None:
+            known = {p.name for p in find_step(case.step, "case").parameters}
+            steps.append(BlendStep(name=case.step, parameters={k: v for k, v in own.items() if k in known}))
         if factor != 1.0:
             steps.append(BlendStep(name="scale", parameters={"factor": factor}))
         return Blend(
-            method=case.method, sources=self.mixed, base=self.base, parameters=values, steps=tuple(steps)
+            method=case.method, sources=self.mixed, base=self.base, parameters=values, basis=case.basis,
+            steps=tuple(steps),
         )  # fmt: skip
 
-    def recipe(self, blend: Blend, seed: int = 0) -> StackRecipe:
+    def recipe(self, case: Case, own: Values, factor: float = 1.0, seed: int = 0) -> StackRecipe:
+        """A case at these numbers."""
+        last = self._layers - 1
+        shares = [1.0] * self._layers
+        if case.profile:
+            first, rise = float(own["first"]), float(own["last"]) - float(own["first"])
+            shares = [first + rise * layer / last for layer in range(self._layers)]
+        blends = [self.blend(case, own, factor * share) for share in shares]
+        return self._composed(blends, self.blend(case, own, factor * shares[0]), seed)
+
+    def alone(self, source: str) -> StackRecipe:
+        blend = Blend(method="linear", sources=(source,), parameters={"weight": {source: 1.0}, "normalize": False})
+        return self._composed([blend] * self._layers, blend, 0)
+
+    def _composed(self, layers: Sequence[Blend], outside: Blend, seed: int) -> StackRecipe:
         sources = {name: source.reference for name, source in self._prepared.sources.items()}
         calibration = self._prepared.calibration
-        needs = find_method(blend.method, "case").needs or blend.steps
+        needs = find_method(outside.method, "case").needs or needs_of_steps(outside)
         return StackRecipe.compose(
-            sources=sources, tokenizer=self._prepared.file.tokenizer_source, embedding=blend, norm=blend, head=blend,
-            hops=((number, blend, blend, blend) for number in range(self._layers)), seed=seed,
+            sources=sources, tokenizer=self._prepared.file.tokenizer_source, embedding=outside, norm=outside,
+            head=outside, hops=((number, blend, blend, blend) for number, blend in enumerate(layers)), seed=seed,
             calibration=calibration.digest if calibration is not None and needs else None,
         )  # fmt: skip
 
     def of(self, case: Case, candidate: Candidate) -> StackRecipe:
         """The recipe of a candidate."""
         if candidate.kappa is None:
-            return self.recipe(self.blend(case, case.paper, float(case.paper.get("factor", 1.0))), candidate.seed)
+            return self.recipe(case, candidate.own, seed=candidate.seed)
         wanted, factor = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change, 1.0
         for _ in range(_CORRECTIONS):  # not proportional where small changes are rounded away in 16 bits
-            recipe = self.recipe(self.blend(case, candidate.own, factor), candidate.seed)
+            recipe = self.recipe(case, candidate.own, factor, candidate.seed)
             ratio = wanted / max(self.change(recipe), _LEAST_CHANGE)
             if abs(ratio - 1) < _PRECISION:
                 break
@@ -214,7 +302,7 @@ class Bench:
     @cached_property
     def mean_change(self) -> float:
         """The size of the mean task vector beside the base."""
-        return self.change(self.recipe(self.blend(CASES[BASELINE], {})))
+        return self.change(self.recipe(CASES[BASELINE], {}))
 
     def change(self, recipe: StackRecipe) -> float:
         number = len(self._prepared.evaluators)
@@ -282,7 +370,9 @@ def run(bench: Bench, name: str, out: Path) -> None:
             if scores.mean() > best_score:
                 best, best_score = candidate, float(scores.mean())
         assert best is not None
-        chosen = {"tuned": best, "paper": Candidate(case.paper, None, seed if case.masks else 0)}
+        chosen = {"tuned": best}
+        if case.paper is not None:
+            chosen["paper"] = Candidate(case.paper, None, seed if case.masks else 0)
         for setting, candidate in chosen.items():
             if key(candidate) not in held:
                 held[key(candidate)] = bench.held_out(bench.of(case, candidate)).tolist()
@@ -299,9 +389,8 @@ def run_sources(bench: Bench, out: Path) -> None:
     """Each source alone, and the plain average: what needs no tuning."""
     held = {}
     for source in (bench.base, *bench.mixed):
-        alone = Blend(method="linear", sources=(source,), parameters={"weight": {source: 1.0}, "normalize": False})
-        held[source] = bench.held_out(bench.recipe(alone)).tolist()
-    held["plain average"] = bench.held_out(bench.recipe(bench.blend(CASES[BASELINE], {}))).tolist()
+        held[source] = bench.held_out(bench.alone(source)).tolist()
+    held["plain average"] = bench.held_out(bench.recipe(CASES[BASELINE], {})).tolist()
     write(out, {"held_out": held})
 
 
@@ -337,7 +426,7 @@ def rows_of(folder: Path, problem: str) -> list[dict[str, Any]]:
     baseline = tuned_scores(results[BASELINE], "tuned")
     rows = []
     for name, result in results.items():
-        for setting in ("tuned", "paper"):
+        for setting in sorted({row["setting"] for row in result["rows"]}):
             rows.append(row_of(problem, name, setting, tuned_scores(result, setting), baseline))
     rows.sort(key=lambda row: (row["setting"] != "tuned", -row["held_out"]))
     for name, held in json.loads(place(folder, problem, "sources").read_text())["held_out"].items():
