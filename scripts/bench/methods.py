@@ -10,7 +10,7 @@ held-out split. Beside it stands the method at its paper's setting, which nothin
 Differences are to task arithmetic tuned in the same way on the same seed, paired by item, averaged over seeds; their
 95% intervals are a bootstrap over seeds and items.
 
-    python scripts/bench/methods.py run FOLDER --problem zoo|real [--only NAME ...]     # can be interrupted
+    python scripts/bench/methods.py run FOLDER --problem zoo|six|real [--only NAME ...]     # can be interrupted
     python scripts/bench/methods.py report FOLDER     # docs/methods.json, docs/methods.svg, and the table
 
 The problem "real" needs what scripts/real/prepare makes.
@@ -151,6 +151,7 @@ class Problem:
     Attributes:
         file: the search file that names sources and objectives.
         objectives: in place of the file's.
+        sources: those of the file that are merged; all where empty.
         items: of the search split of each objective that a seed draws.
         split: items of the search split of each objective that are drawn from.
         texts: gives the calibration texts of each source, of its own task: no answers, and no held-out items.
@@ -158,6 +159,7 @@ class Problem:
 
     file: Path
     objectives: Mapping[str, Any]
+    sources: tuple[str, ...]
     items: int
     split: int
     texts: Callable[[str], list[str]]
@@ -191,14 +193,18 @@ def real_texts(source: str) -> list[str]:
     return [f"{line['question']}\n{line['answer']}" for line in own]
 
 
+USEFUL = ("steps_en", "steps_ja", "into_japanese", "extraction", "kanji", "rewarded")
+"""Sources of the zoo of which each is the best at a task, or near it, and none is at odds with a task."""
+
+ZOO = ROOT / "examples" / "zoo.yaml"
+ZOO_OBJECTIVES = {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()}
 PROBLEMS = {
-    "zoo": Problem(
-        ROOT / "examples" / "zoo.yaml",
-        {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()},
-        50, 150, zoo_texts,
-    ),
-    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, 60, 180, real_texts),
-}  # fmt: skip
+    "zoo": Problem(ZOO, ZOO_OBJECTIVES, (), 50, 150, zoo_texts),
+    "six": Problem(ZOO, ZOO_OBJECTIVES, USEFUL, 50, 150, zoo_texts),
+    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, (), 60, 180, real_texts),
+}
+"""All twelve experts of the zoo, its six that are useful, and the three of the real model."""
+
 PROMPTS, TOKENS = 60, 64
 """Of the calibration texts of each source."""
 
@@ -213,7 +219,11 @@ class Bench:
             content.pop(section, None)
         content |= {"name": name, "space": {"kind": "parameter_space", "method": "task_arithmetic"}}
         content |= {"pool": "in_process", "cluster": {"cpus_per_worker": threads}, "optimizer": {"name": "random"}}
-        content |= {"objectives": dict(self.problem.objectives)} if self.problem.objectives else {}
+        if self.problem.objectives:
+            content["objectives"] = dict(self.problem.objectives)
+        if self.problem.sources:
+            kept = (content["base"], *self.problem.sources)
+            content["sources"] = {source: content["sources"][source] for source in kept}
         content["calibration"] = self._texts([*content["sources"]], work)
         self._prepared: Prepared = prepare(parse_search_file(content, place=name, root=self.problem.file.parent))
         file = self._prepared.file
