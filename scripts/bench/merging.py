@@ -10,7 +10,12 @@ glibc told to keep freed memory (MALLOC_*), since much of its time goes into fre
 With --adapters the fine-tunes are LoRA adapters of the base (rank 16, on all matrices of the layers) that are folded in
 each time; such a merge moves only the base and what it writes.
 
-    python scripts/bench/merging.py [--mergekit PYTHON | --adapters] [--end-to-end] [--layers 24]
+With --matrix the methods and steps that work on whole matrices are timed: a candidate after the first, all of whose
+numbers differ, beside one product of matrices for each weight (of its short side with itself: the least that makes a
+full-rank change), in turns, and beside what the papers' code does for every candidate, written plainly in float32, on
+one layer. The first candidate makes what all others use.
+
+    python scripts/bench/merging.py [--mergekit PYTHON | --adapters | --matrix] [--end-to-end] [--layers 24]
     [--methods ties,linear] [--json FILE]
 
 PYTHON is the interpreter of an environment with mergekit, such as `scripts/parity/run` makes. ``--end-to-end`` compares
@@ -29,19 +34,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import plain
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.checkpoints.live import live_model
-from evomerge.checkpoints.source import open_source
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, find_method
-from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.plugins import OWN
+from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
+from evomerge.step import find_step
 from evomerge.yaml import dump_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +76,12 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "della": ({"density": 0.5, "normalize": False}, 0.5),
     "sce": ({"select_topk": 0.5}, 0.0),
 }
+
+# Of whole matrices. Method, or step after task arithmetic: values of its parameters beside weights.
+MATRIX: dict[str, dict[str, Any]] = {
+    "tsv": {}, "gram": {}, "actmat": {}, "wudi": {}, "swudi": {}, "ace": {},
+    "iso": {"strength": 0.7}, "iso_cts": {}, "subspace_boosting": {}, "svc": {},
+}  # fmt: skip
 
 MERGEKIT = """
 import json, sys, time, torch
@@ -206,6 +221,76 @@ def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, lis
     return statistics.median(bandwidths), size, rows
 
 
+def matrix_blend(label: str, number: int) -> Blend:
+    """The blend of a method or step of whole matrices; every number is another one each time."""
+    is_step = label in OWN["evomerge.merge_steps"]
+    method, names = find_method("task_arithmetic" if is_step else label, "--methods"), NAMES[1:]
+    values: dict[str, Any] = default_parameters(method, names)
+    for p in method.parameters:
+        if p.kind == "real" and (p.searched or p.name == "lambda"):
+            value = float(p.default) - 1e-3 * number
+            values[p.name] = dict.fromkeys(names, value) if p.scope == "source" else value
+    steps = ()
+    if is_step:
+        given = {**find_step(label, "--methods").values({}), **MATRIX[label]}
+        steps = (BlendStep(name=label, parameters={k: float(v) - 1e-3 * number for k, v in given.items()}),)
+    return Blend(method=method.name, sources=names, base="base", parameters=values, steps=steps)
+
+
+def matrices(references: dict[str, str], labels: list[str]) -> list[dict[str, Any]]:
+    """A row for each method or step of whole matrices."""
+    sources = {name: open_source(name, reference, place=name) for name, reference in references.items()}
+    layers = sources["base"].layers
+    live = live_model(sources["base"], torch.device("cpu"))
+    kept = [live.tensors[name].float() for name, role in sources["base"].roles.items() if role.layer is not None]
+    kept = [tensor for tensor in kept if tensor.ndim == 2]
+
+    def products(number: int) -> None:
+        for tensor in kept:
+            wide = tensor if tensor.shape[0] <= tensor.shape[1] else tensor.T
+            torch.mm(wide[:, : len(wide)], wide)
+
+    rows = []
+    for label in labels:
+        with tempfile.TemporaryDirectory() as temporary:
+            evidence = Evidence(Path(temporary), {name: name for name in references})
+            materialiser = Materialiser(sources, evidence=evidence)
+
+            def merge(number: int, label: str = label, materialiser: Materialiser = materialiser) -> None:
+                recipe = StackRecipe.uniform(
+                    matrix_blend(label, number + 1), sources=references, tokenizer="base", layers=layers
+                )
+                materialiser.write(recipe, live)
+
+            first, _ = timed(merge, -1)
+            of_products, seconds, on_processor, ratio = beside(products, merge)
+            stored = sum(file.stat().st_size for file in Path(temporary).iterdir())
+        naive = layers * naive_seconds(sources, label)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rows.append(
+            {"name": label, "seconds": seconds, "first_seconds": first, "products_seconds": of_products,
+             "vs_products": 1 / ratio, "naive_seconds": naive, "vs_naive": naive / seconds,
+             "cpu_seconds": on_processor, "evidence_bytes": stored, "peak_bytes": peak}
+        )  # fmt: skip
+        print(
+            f"  {label:18} {seconds:7.2f} s (first {first:.1f} s), {1 / ratio:.2f} x {of_products:.2f} s of products; "
+            f"naive {naive:.0f} s, {naive / seconds:.1f} times; {stored / 1e9:.2f} GB kept; peak {peak / 1e9:.2f} GB",
+            flush=True,
+        )
+    return rows
+
+
+def naive_seconds(sources: Mapping[str, Source], label: str) -> float:
+    """What a candidate takes of one layer where everything is computed for it alone."""
+    names = [name for name, role in sources["base"].roles.items() if role.layer == 0]
+    started = time.perf_counter()
+    for name in names:
+        base, *others = (sources[source].read(name).float() for source in NAMES)
+        changes = torch.stack([other - base for other in others])
+        (base + (plain.merged(label, changes) if base.ndim == 2 else changes.mean(dim=0))).bfloat16()
+    return time.perf_counter() - started
+
+
 def theirs(folder: Path, labels: list[str], python: str, environment: dict[str, str]) -> dict[str, float]:
     cases = []
     for label in labels:
@@ -276,14 +361,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", metavar="PYTHON")
     parser.add_argument("--adapters", action="store_true")
+    parser.add_argument("--matrix", action="store_true")
     parser.add_argument("--end-to-end", action="store_true")
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--methods", default=",".join(name for name in CASES if "," not in name))
+    parser.add_argument("--methods", help="those of the table unless given")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.adapters and (given.mergekit or given.end_to_end):
         parser.error("--adapters stands alone: mergekit folds adapters to disk, once")
-    labels = [label for label in CASES if label.split(",")[0] in given.methods.split(",")]
+    table = MATRIX if given.matrix else CASES
+    wanted = given.methods.split(",") if given.methods else list(table)
+    labels = [label for label in table if label in wanted or label.split(",")[0] in wanted]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_models(folder, given.layers)
@@ -291,6 +379,9 @@ def main() -> None:
             results: dict[str, Any] = {"end_to_end": end_to_end(folder, labels, given.mergekit)}
         else:
             references = {name: str(folder / name) for name in NAMES}
+            if given.matrix:
+                finish({"rows": matrices(references, labels)}, given.json)
+                return
             bandwidth, size, rows = ours(make_adapters(folder) if given.adapters else references, labels)
             results = {"copy_bandwidth_gbps": bandwidth / 1e9, "model_gb": size / 1e9, "rows": rows}
             if given.mergekit:
@@ -304,9 +395,13 @@ def main() -> None:
             print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
             for row in rows:
                 print(line_of(row))
+    finish(results, given.json)
+
+
+def finish(results: dict[str, Any], out: Path | None) -> None:
     text = json.dumps(results, indent=2)
-    if given.json:
-        given.json.write_text(text + "\n")
+    if out is not None:
+        out.write_text(text + "\n")
     else:
         print(text)
 
