@@ -3,7 +3,7 @@
 Published tables of merge methods ran each at one fixed strength, where most fall below the base for the size of their
 change and not for its direction. Here every method makes its change D for equal weights, and is tuned in two numbers at
 most: the size of the change, kappa sqrt(N) times that of the mean task vector (arXiv 2608.17366), and one number of its
-own. Every method has the same number of candidates, and each is scored on the same items. A seed is a draw of these
+own. On each problem every method has the same number of candidates, scored on the same items. A seed is a draw of these
 items from the search split, and of the masks of methods that draw some; the best candidate on them is scored on the
 held-out split. Beside it stands the method at its paper's setting, which nothing is chosen by.
 
@@ -48,8 +48,11 @@ from evomerge.step import find_step, needs_of_steps
 ROOT = Path(__file__).parents[2]
 SEEDS = range(5)
 BASELINE = "task arithmetic"
-KAPPAS = {8: (0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 1.9), 4: (0.5, 0.8, 1.15, 1.6)}
-"""Sizes of the change, by how many a method tries: all try eight candidates."""
+KAPPAS = {
+    8: (0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 1.9), 4: (0.5, 0.8, 1.15, 1.6),
+    6: (0.5, 0.65, 0.85, 1.0, 1.25, 1.6), 3: (0.6, 0.9, 1.3),
+}  # fmt: skip
+"""Sizes of the change, by how many a method tries."""
 
 _CORRECTIONS, _PRECISION = 5, 0.02
 """How often the factor of a change is corrected at most, and how near its size is to come."""
@@ -152,6 +155,7 @@ class Problem:
         file: the search file that names sources and objectives.
         objectives: in place of the file's.
         sources: those of the file that are merged; all where empty.
+        candidates: that every method tries on a seed.
         items: of the search split of each objective that a seed draws.
         split: items of the search split of each objective that are drawn from.
         texts: gives the calibration texts of each source, of its own task: no answers, and no held-out items.
@@ -160,6 +164,7 @@ class Problem:
     file: Path
     objectives: Mapping[str, Any]
     sources: tuple[str, ...]
+    candidates: int
     items: int
     split: int
     texts: Callable[[str], list[str]]
@@ -199,9 +204,9 @@ USEFUL = ("steps_en", "steps_ja", "into_japanese", "extraction", "kanji", "rewar
 ZOO = ROOT / "examples" / "zoo.yaml"
 ZOO_OBJECTIVES = {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()}
 PROBLEMS = {
-    "zoo": Problem(ZOO, ZOO_OBJECTIVES, (), 50, 150, zoo_texts),
-    "six": Problem(ZOO, ZOO_OBJECTIVES, USEFUL, 50, 150, zoo_texts),
-    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, (), 60, 180, real_texts),
+    "zoo": Problem(ZOO, ZOO_OBJECTIVES, (), 8, 50, 150, zoo_texts),
+    "six": Problem(ZOO, ZOO_OBJECTIVES, USEFUL, 8, 50, 150, zoo_texts),
+    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, (), 6, 60, 150, real_texts),
 }
 """All twelve experts of the zoo, its six that are useful, and the three of the real model."""
 
@@ -347,10 +352,10 @@ class Bench:
         return [np.sort(random.permutation(self.problem.split)[: self.problem.items]) for _ in range(count)]
 
 
-def candidates(case: Case, seed: int) -> Iterator[Candidate]:
-    """What a seed tries."""
+def candidates(case: Case, count: int, seed: int) -> Iterator[Candidate]:
+    """What a seed tries: so many."""
     for own in case.own:
-        for kappa in KAPPAS[8 // len(case.own)]:
+        for kappa in KAPPAS[count // len(case.own)]:
             yield Candidate(own, kappa, seed if case.masks else 0)
 
 
@@ -369,7 +374,7 @@ def run(bench: Bench, name: str, out: Path) -> None:
         drawn = bench.drawn(seed)
         places = np.concatenate([o * split + items for o, items in enumerate(drawn)])
         best, best_score = None, -math.inf
-        for candidate in candidates(case, seed):
+        for candidate in candidates(case, bench.problem.candidates, seed):
             recipe = bench.of(case, candidate)
             if case.masks:
                 scores = bench.score(recipe, "search", drawn)
