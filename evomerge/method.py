@@ -25,6 +25,9 @@ GROUP = "evomerge.merge_methods"
 Plan: TypeAlias = "Callable[[Facts, Blend], Pass]"
 """(facts about one tensor, blend) -> how it is made. Equal arguments give equal plans."""
 
+FRACTION = (0.0, 1.0)
+"""Limits of a parameter that is a share of a whole."""
+
 Value = float | str
 """Of a parameter: a number, or the name of a choice."""
 

@@ -260,7 +260,7 @@ def test_a_text_without_tokens_is_refused_by_its_number() -> None:
 def test_texts_shorter_than_the_widest_layer_are_told_of(llama: Source) -> None:
     texts = Calibration(lambda: (" ".join(["w3"] * 40),), 40, own={"b": lambda: MORE})
     tokenizer, sources = live.load_tokenizer(llama), {"a": llama, "b": llama}
-    (warning,) = text_warnings(texts, sources, "a", tokenizer, dict.fromkeys(sources, {"calibration"}))
+    (warning,) = text_warnings(texts, sources, "a", tokenizer, {name: {"calibration"} for name in sources})
     assert list(text_warnings(texts, sources, "a", tokenizer, {"b": {"channels"}})) == []  # of no Gram matrix
     assert "texts of b have 7 tokens" in warning
     assert "24 inputs" in warning

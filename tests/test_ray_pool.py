@@ -121,7 +121,7 @@ def killer(tmp_path: Path) -> Iterator[WorkerKiller]:
     thread.join(1)
 
 
-@pytest.mark.nightly  # two whole searches; that a killed worker's candidate is tried again is tested below with small ones
+@pytest.mark.nightly  # two whole searches; below, killed workers with small candidates
 @pytest.mark.timeout(300)
 def test_a_worker_killed_mid_candidate_loses_nothing(
     tmp_path: Path, killer: WorkerKiller, capsys: pytest.CaptureFixture[str]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from evomerge.mergekit.grammar import DENSITY, per_source, task_vectors
 from evomerge.merging.passes import Pass, SparsePart
 from evomerge.merging.plans import base_of
-from evomerge.method import Method, MethodParameter
+from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches, windowed
-from evomerge.methods.parameters import FRACTION, density, one_weight, scale, weight
+from evomerge.methods.parameters import density, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import RANKED, Combine, Disjoint, Pass
 from evomerge.merging.plans import base_of, number
-from evomerge.method import Method, MethodParameter
+from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT
-from evomerge.methods.parameters import FRACTION, density, one_weight, scale, weight
+from evomerge.methods.parameters import density, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from evomerge.merging.passes import Combine, Pass, Whole
 from evomerge.merging.plans import added, base_of, choice, number, values
-from evomerge.method import Method, MethodParameter
-from evomerge.methods.parameters import FRACTION, one_weight, scale
+from evomerge.method import FRACTION, Method, MethodParameter
+from evomerge.methods.parameters import one_weight, scale
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

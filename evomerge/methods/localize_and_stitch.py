@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Combine, MaskedMean, Pass
 from evomerge.merging.plans import base_of, number, values
-from evomerge.method import Method, MethodParameter
-from evomerge.methods.parameters import FRACTION, equal_weights, one_weight, scale, weight
+from evomerge.method import FRACTION, Method, MethodParameter
+from evomerge.methods.parameters import equal_weights, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

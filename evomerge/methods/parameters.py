@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from evomerge.method import MethodParameter, Point, Value
-
-FRACTION = (0.0, 1.0)
-"""Limits of what is a share of a whole."""
+from evomerge.method import FRACTION, MethodParameter, Point, Value
 
 
 def weight(default: float, high: float = 1.5) -> MethodParameter:

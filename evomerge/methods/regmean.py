@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Combine, Pass, Whole
 from evomerge.merging.plans import number, values
-from evomerge.method import Method, MethodParameter
+from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import WEIGHT
-from evomerge.methods.parameters import FRACTION, one_weight
+from evomerge.methods.parameters import one_weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import numpy as np
 from evomerge.mergekit.grammar import Grammar, for_all
 from evomerge.merging.passes import Pass, Select
 from evomerge.merging.plans import base_of, number
-from evomerge.method import Method, MethodParameter
-from evomerge.methods.parameters import FRACTION
+from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

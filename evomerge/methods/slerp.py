@@ -12,8 +12,7 @@ from evomerge.mergekit.grammar import Grammar, for_all
 from evomerge.merging import sphere
 from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.plans import number
-from evomerge.method import Method, MethodParameter
-from evomerge.methods.parameters import FRACTION
+from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
 from evomerge.merging.plans import added, along_kept, base_of, number
-from evomerge.method import Method, MethodParameter
+from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import Solver, changed_by_matrix
-from evomerge.methods.parameters import FRACTION, scale
+from evomerge.methods.parameters import scale
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
-from evomerge.method import MethodParameter
-from evomerge.methods.parameters import FRACTION
+from evomerge.method import FRACTION, MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
 from evomerge.steps.matrices import matrix_by_matrix
