@@ -9,18 +9,23 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from helpers_checkpoints import WORDS, save_model
 from helpers_miniature import evomerge, search_file
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GPT2Config, GptOssConfig, MixtralConfig, Phi3Config
 
+from evomerge.checkpoints.live import live_model
+from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.jobs import TensorJob
+from evomerge.merging.materialise import Materialiser
 from evomerge.merging.passes import Combine, Pass
 from evomerge.merging.site import Site
 from evomerge.method import Value
-from evomerge.recipes.stack import Blend, Role
+from evomerge.recipes.stack import Blend, BlendStep, Role, StackRecipe
 from evomerge.step import Step, find_step
 from evomerge.store import Store
 from evomerge.testing.methods import THREADS, tensors
@@ -234,6 +239,42 @@ def test_a_broken_source_is_refused_by_the_tensors_name(step: Step) -> None:
     given[1][2, 3] = torch.nan
     with pytest.raises(InputError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: its changes have NaN"):
         run(*plan(step, MADE, given, {}))
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "weights the other way round": GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32),
+    "queries, keys and values in one": Phi3Config(**SMALL),
+    "experts of their own": MixtralConfig(**SMALL, num_local_experts=3),
+    "experts in one tensor": GptOssConfig(**SMALL, head_dim=4, num_local_experts=3, num_experts_per_tok=2),
+}
+STEPS = tuple(BlendStep(name=name) for name in ("svc", "subspace_boosting", "iso_cts", "iso"))
+
+
+@pytest.mark.parametrize("steps", [(), STEPS], ids=["tsv", "steps"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_live_models_are_those_that_are_exported(kind: str, steps: tuple[BlendStep, ...], tmp_path: Path) -> None:
+    """Bit by bit, and no matrix of a layer is the base's."""
+    names = ("base", "one", "two")
+    places = {name: save_model(MODELS[kind], tmp_path / name, seed=seed) for seed, name in enumerate(names)}
+    sources = {name: open_source(name, str(folder), place=name) for name, folder in places.items()}
+    parameters: dict[str, Any] = {"weight": {"one": 0.7, "two": 0.5}}
+    method = "task_arithmetic" if steps else "tsv"
+    blend = Blend(method=method, sources=names[1:], base="base", parameters=parameters, steps=steps)
+    recipe = StackRecipe.uniform(blend, sources=dict.fromkeys(names, ""), tokenizer="base", layers=2)
+    live = live_model(sources["base"], torch.device("cpu"))
+    Materialiser(sources).write(recipe, live)
+    written = live.tensors
+    for name, tensor in Materialiser(sources).tensors(recipe):
+        assert torch.equal(written[name], tensor), name
+        if tensor.ndim > 1 and sources["base"].roles[name].layer is not None:
+            assert not torch.equal(tensor, sources["base"].read(name)), name
 
 
 # ---- searched --------------------------------------------------------------------------------------------------------
