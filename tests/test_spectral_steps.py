@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GPT2Config, GptOssConfig, MixtralConfig, Phi3Config
 
+from evomerge.blends import planned
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
@@ -239,6 +240,41 @@ def test_a_broken_source_is_refused_by_the_tensors_name(step: Step) -> None:
     given[1][2, 3] = torch.nan
     with pytest.raises(InputError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: its changes have NaN"):
         run(*plan(step, MADE, given, {}))
+
+
+# ---- what is looked up -----------------------------------------------------------------------------------------------
+
+
+def test_a_change_that_comes_again_is_not_decomposed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where strength alone is searched; what differs with every candidate is not kept, and bits are the same."""
+    decomposed: list[int] = []
+    eigh: Callable[[Tensor], Any] = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (decomposed.append(len(gram)), eigh(gram))[1])
+    names, given = ("b", "s0", "s1"), held(30, 45)
+    by_ref = {(name, "w"): tensor for name, tensor in zip(names, given, strict=True)}
+    site = Site("w", Role("mlp", 0), (30, 45), {name: (name, "w") for name in names})
+    contents = dict.fromkeys(names, "digest")
+    evidence = Evidence(tmp_path, contents)
+
+    def merged(weight: float, strength: float, evidence: Evidence) -> Tensor:
+        parameters: dict[str, Any] = {"weight": {"s0": weight, "s1": 0.5}}
+        numbers = {"scale": {"factor": 0.5}, "iso": {"strength": strength}}
+        steps = tuple(BlendStep(name=name, parameters=values) for name, values in numbers.items())
+        blend = Blend(method="task_arithmetic", sources=names[1:], base="b", parameters=parameters, steps=steps)
+        made = planned(Facts(site, Weights(by_ref.__getitem__, THREADS), evidence, 0), blend)
+        out = torch.empty(30, 45)
+        THREADS.run([TensorJob(made, [by_ref[site.refs[name]] for name in made.inputs], out)])
+        return out
+
+    candidates = [(0.8, 0.2), (0.8, 0.4), (0.8, 0.6), (0.8, 0.8), (0.9, 0.2), (0.7, 0.2), (0.8, 0.5)]
+    made = [merged(*numbers, evidence) for numbers in candidates]
+    assert len(decomposed) == 2 + 2  # it is kept the second time
+    kept = len(list(tmp_path.glob("*.safetensors")))
+    assert kept == 2  # the spectrum, and the base's size
+    fresh = [merged(*numbers, Evidence()) for numbers in candidates]
+    assert all(map(torch.equal, made, fresh))
+    merged(0.8, 0.5, Evidence(tmp_path, contents))
+    assert len(list(tmp_path.glob("*.safetensors"))) == kept
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class Evidence:
         self._folder = folder
         self._contents = dict(contents or {})
         self._known: dict[tuple[str, Any], Tensors] = {}
+        self._latest: dict[tuple[str, Any], Any] = {}
 
     def content_of(self, source: str) -> str:
         """A digest of what a source holds; its name where nothing is kept beyond this process."""
@@ -70,6 +71,15 @@ class Evidence:
                 return tensors
             self._known[key] = tensors
         return self._known[key]
+
+    def recurs(self, kind: str, place: Any, follows_from: tuple[Any, ...]) -> bool:
+        """Whether the latest that was asked for of this kind, at this place, followed from the same, or it is known.
+
+        What may follow from other numbers with every candidate would fill a disk; ``get`` it where it recurs.
+        """
+        latest = self._latest.get((kind, place))
+        self._latest[kind, place] = follows_from
+        return latest == follows_from or (kind, follows_from) in self._known
 
     def has(self, kind: str, follows_from: tuple[Any, ...]) -> bool:
         """Whether ``get`` would find it kept, as far as its file's header tells."""

@@ -7,7 +7,7 @@ once and kept as ``evidence``: inner products, how magnitudes are distributed, r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,8 +225,23 @@ class Facts:
             compute: gives it, as tensors by name.
             settings: what else it follows from. Nothing that differs between candidates without end belongs here.
         """
-        followed = tuple((self.evidence.content_of(self.site.refs[name][0]), self.site.refs[name][1]) for name in names)
-        return self.evidence.get(kind, (followed, tuple(sorted(settings.items()))), compute)
+        return self.evidence.get(kind, self._followed(names, settings), compute)
+
+    def recurring(
+        self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool
+    ) -> Tensors:
+        """As ``once``, where ``settings`` may differ with every candidate: kept when the same is asked for again next.
+
+        What is given is the same to the last bit whether it was kept or not.
+        """
+        key = self._followed(names, settings)
+        known = self.evidence.recurs(kind, self.site.refs[names[0]], key)
+        return self.evidence.get(kind, key, compute) if known else compute()
+
+    def _followed(self, names: Sequence[str], settings: Mapping[str, str | float | bool]) -> tuple[Any, ...]:
+        """All that something follows from."""
+        contents = tuple((self.evidence.content_of(self.site.refs[name][0]), self.site.refs[name][1]) for name in names)
+        return contents, tuple(sorted(settings.items()))
 
     def _once(self, kind: str, names: Sequence[str], compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         """``once`` for an array."""

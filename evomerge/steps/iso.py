@@ -7,14 +7,13 @@ few large singular values, those of what the tasks share, and all that is one ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
 from evomerge.method import FRACTION, MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
-from evomerge.steps.matrices import matrix_by_matrix
+from evomerge.steps.matrices import Matrix, matrix_by_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,13 +27,11 @@ def iso(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
     if strength == 0:
         return made
 
-    def of_matrix(change: Tensor, sources: Sequence[Tensor], noise: float) -> Tensor:
-        from evomerge.merging.spectra import spectrum
+    def of_matrix(matrix: Matrix) -> Tensor:
+        found = matrix.decompose()
+        return found.resized(matrix.change, found.sizes.lerp(found.sizes.mean(), strength))
 
-        found = spectrum(change, noise, name=facts.site.name)
-        return found.resized(change, found.sizes.lerp(found.sizes.mean(), strength))
-
-    return matrix_by_matrix(facts, blend, made, of_matrix)
+    return matrix_by_matrix(facts, blend, "iso", made, of_matrix)
 
 
 ISO = Step(

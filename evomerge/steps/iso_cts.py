@@ -8,14 +8,13 @@ All are set side by side and replaced by the nearest orthogonal matrices, as in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
 from evomerge.method import FRACTION, MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
-from evomerge.steps.matrices import matrix_by_matrix
+from evomerge.steps.matrices import Matrix, matrix_by_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,19 +26,20 @@ def iso_cts(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
     """U V^T, times the number that leaves the norm of the change as it was."""
     common, name = float(values["common"]), facts.site.name
 
-    def of_matrix(change: Tensor, sources: Sequence[Tensor], noise: float) -> Tensor:
+    def of_matrix(matrix: Matrix) -> Tensor:
         import torch
 
         from evomerge.merging.spectra import decomposed, nearest_orthogonal
 
+        change, noise, n = matrix.change, matrix.noise, len(matrix.vectors)
         left, sizes, right = decomposed(change, noise, most=min(change.shape), name=name)
-        rank, n = len(sizes), len(sources)
+        rank = len(sizes)
         own = round((rank - int(common * rank)) / n)
         if not rank:
             return change
         shared = max(rank - n * own, 1)
         lefts, rights = [left[:, :shared]], [right[:, :shared]]
-        for source in sources if own else ():
+        for source in matrix.vectors if own else ():
             vectors = source.double()
             apart = vectors - lefts[0] @ (lefts[0].T @ vectors)
             left, _, right = decomposed(apart, noise, most=own, name=name)
@@ -51,7 +51,7 @@ def iso_cts(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
         before, after = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (change, alike))
         return torch.mul(alike, float(before / after))
 
-    return matrix_by_matrix(facts, blend, made, of_matrix, with_sources=True)
+    return matrix_by_matrix(facts, blend, "iso_cts", made, of_matrix, with_sources=True)
 
 
 ISO_CTS = Step(

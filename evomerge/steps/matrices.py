@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from evomerge.merging.changes import Change
@@ -13,34 +16,75 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from evomerge.merging.evidence import Tensors
     from evomerge.merging.facts import Facts
-
-OfMatrix: TypeAlias = "Callable[[Tensor, Sequence[Tensor], float], Tensor]"
-"""(change [out, in] of one layer, the sources' task vectors of that shape, the largest singular value that rounding may
-have) -> another change; all float32."""
+    from evomerge.merging.spectra import Spectrum
 
 
-def matrix_by_matrix(facts: Facts, blend: Blend, made: Pass, function: OfMatrix, *, with_sources: bool = False) -> Pass:
+@dataclass(frozen=True)
+class Matrix:
+    """The change of one layer's matrix.
+
+    Attributes:
+        change: float32 [out, in].
+        vectors: the task vectors of the blend's sources, of that shape; none where a step does not ask for them.
+        noise: the largest singular value that rounding may have.
+        decompose: gives its spectrum, looked up where the change before was the same.
+    """
+
+    change: Tensor
+    vectors: Sequence[Tensor]
+    noise: float
+    decompose: Callable[[], Spectrum]
+
+
+OfMatrix: TypeAlias = "Callable[[Matrix], Tensor]"
+"""(a matrix's change) -> another change, float32 [out, in]."""
+
+
+def matrix_by_matrix(
+    facts: Facts, blend: Blend, step: str, made: Pass, function: OfMatrix, *, with_sources: bool = False
+) -> Pass:
     """What a method made, with the change of each matrix of a layer replaced; of all other tensors as it is.
 
     Args:
+        step: the name of the step that does so.
         function: gives the other change.
         with_sources: it looks at the task vectors of the blend's sources too.
     """
     if not facts.site.matrices:
         return made
-    from evomerge.merging.spectra import rounding
+    from evomerge.merging.spectra import Spectrum, rounding, spectrum
 
     base = base_of(blend)
-    noise = rounding(facts.site.shape, facts.size_of(base))
+    noise, origin = rounding(facts.site.shape, facts.size_of(base)), _origin(facts, blend, step)
+
+    def decomposed(number: int, change: Tensor) -> Spectrum:
+        def compute() -> Tensors:
+            found = spectrum(change, noise, name=facts.site.name)
+            return {"vectors": found.vectors.float().contiguous(), "sizes": found.sizes}
+
+        kind, names = f"spectrum of a change 1, matrix {number}", (base, *blend.sources)
+        found = facts.recurring(kind, names, compute, origin=origin) if origin else compute()
+        return Spectrum(found["vectors"].double(), found["sizes"])
 
     def of_tensor(change: Tensor, *vectors: Tensor) -> Tensor:
         own, *others = (_matrices(tensor, facts.site.input_axis) for tensor in (change, *vectors))
         for number, matrix in enumerate(own):
-            matrix.copy_(function(matrix, [of_source[number] for of_source in others], noise))
+            of_sources = [of_source[number] for of_source in others]
+            matrix.copy_(function(Matrix(matrix, of_sources, noise, partial(decomposed, number, matrix))))
         return change
 
     return Change(base, made, of_tensor, blend.sources if with_sources else ())
+
+
+def _origin(facts: Facts, blend: Blend, step: str) -> str:
+    """All numbers that a change follows from which comes to a step, as a digest; empty where that is not known."""
+    names = [given.name for given in blend.steps]
+    if names.count(step) != 1 or facts.inputs is not None:
+        return ""
+    before = blend.model_copy(update={"steps": blend.steps[: names.index(step)]})
+    return hashlib.sha256(f"{facts.seed} {before.model_dump_json()}".encode()).hexdigest()
 
 
 def _matrices(tensor: Tensor, input_axis: int) -> Tensor:

@@ -7,14 +7,13 @@ smaller than S_j becomes S_j.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
 from evomerge.method import FRACTION, MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
-from evomerge.steps.matrices import matrix_by_matrix
+from evomerge.steps.matrices import Matrix, matrix_by_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,15 +27,13 @@ def subspace_boosting(facts: Facts, blend: Blend, values: Values, made: Pass) ->
     if beta == 1:
         return made
 
-    def of_matrix(change: Tensor, sources: Sequence[Tensor], noise: float) -> Tensor:
-        from evomerge.merging.spectra import spectrum
-
-        found = spectrum(change, noise, name=facts.site.name)
+    def of_matrix(matrix: Matrix) -> Tensor:
+        found = matrix.decompose()
         sums = found.sizes.cumsum(0)
         before = int((sums < beta * sums[-1:]).sum())
-        return found.resized(change, found.sizes.clamp(min=found.sizes[before : before + 1].sum()))
+        return found.resized(matrix.change, found.sizes.clamp(min=found.sizes[before : before + 1].sum()))
 
-    return matrix_by_matrix(facts, blend, made, of_matrix)
+    return matrix_by_matrix(facts, blend, "subspace_boosting", made, of_matrix)
 
 
 SUBSPACE_BOOSTING = Step(

@@ -10,14 +10,13 @@ s_i above one says that the merge goes further along source i's own way than the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
 from evomerge.method import MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
-from evomerge.steps.matrices import matrix_by_matrix
+from evomerge.steps.matrices import Matrix, matrix_by_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,22 +28,20 @@ def svc(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
     """The equation, times the number that leaves the norm of the change as it was."""
     alpha = float(values["alpha"])
 
-    def of_matrix(change: Tensor, sources: Sequence[Tensor], noise: float) -> Tensor:
+    def of_matrix(matrix: Matrix) -> Tensor:
         import torch
 
-        from evomerge.merging.spectra import spectrum
-
-        found = spectrum(change, noise, name=facts.site.name)
-        left = found.left(change).float()
-        along, total = left.T @ change, torch.zeros_like(found.sizes)
-        for source in sources:
+        found = matrix.decompose()
+        left = found.left(matrix.change).float()
+        along, total = left.T @ matrix.change, torch.zeros_like(found.sizes)
+        for source in matrix.vectors:
             own = left.T @ source
             # Along which a source has nothing, nothing of it is added up: a quotient of zero, so that alpha counts.
             energy = own.square().sum(dim=1).double().clamp(min=torch.finfo(torch.float64).tiny)
             total += ((along * own).sum(dim=1).double() / energy).clamp(min=alpha)
-        return found.resized(change, found.sizes * len(sources) / total)
+        return found.resized(matrix.change, found.sizes * len(matrix.vectors) / total)
 
-    return matrix_by_matrix(facts, blend, made, of_matrix, with_sources=True)
+    return matrix_by_matrix(facts, blend, "svc", made, of_matrix, with_sources=True)
 
 
 SVC = Step(
