@@ -49,6 +49,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "yoyo": "evomerge.methods.yoyo:YOYO",
         "magmax": "evomerge.methods.magmax:MAGMAX",
         "consensus": "evomerge.methods.consensus:CONSENSUS",
+        "pcb": "evomerge.methods.pcb:PCB",
         "resmerge": "evomerge.methods.resmerge:RESMERGE",
         "cabs": "evomerge.methods.cabs:CABS",
         "localize_and_stitch": "evomerge.methods.localize_and_stitch:LOCALIZE_AND_STITCH",

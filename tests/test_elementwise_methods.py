@@ -125,6 +125,24 @@ def cabs(base: Array, sources: list[Array], n: Numbers) -> Array:
     return merged.reshape(base.shape)
 
 
+def pcb(base: Array, sources: list[Array], n: Numbers) -> Array:
+    """The authors' steps; where all weights have 16 bits, thresholds of magnitudes go by their upper 16 bits."""
+    deltas = np.stack([(x - base).ravel() for x in sources])
+    count, size = deltas.shape
+    coarse = all((x.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all() for x in (base, *sources))
+    ends = []
+    for ordered in np.sort(np.abs(deltas), axis=1):
+        pair = ordered[[int(size * n["clamp"]), int(size * (1 - n["clamp"]) - 1)]].astype(np.float32)
+        ends.append((pair.view(np.uint32) & (0xFFFF0000 if coarse else 0xFFFFFFFF)).view(np.float32).astype(float))
+    low, high = np.array(ends).T[..., None]
+    sizes = np.clip(np.abs(deltas), low, high)
+    scores = np.exp(count * ((sizes - low) / (high - low)) ** 2) * np.tanh(deltas * deltas.sum(axis=0))
+    least = np.sort(scores, axis=1)[:, int(size * (1 - n["ratio"])), None].clip(0)
+    shares = np.clip(scores - least, 0, None) / (scores.max(axis=1, keepdims=True) - least)
+    weighted = np.array(n["weight"])[:, None] * shares * np.sign(deltas) * sizes
+    return base + (weighted.sum(axis=0) / np.maximum(shares.sum(axis=0), 1e-12)).reshape(base.shape)
+
+
 def resmerge(base: Array, sources: list[Array], n: Numbers) -> Array:
     """The steps of the paper on whole matrices; of stacked experts one after another."""
     if base.ndim == 3:
@@ -162,6 +180,8 @@ CASES: list[tuple[Callable[..., Array], Numbers]] = [
     (magmax, {"weight": [1.25, 0.1875, 0.875], "lambda": 0.5}),
     (localize_and_stitch, {"weight": [1.0, 1.0, 1.0], "density": [0.1, 0.1, 0.1], "lambda": 1.0}),
     (localize_and_stitch, {"weight": [1.0, 0.3, 0.7], "density": [0.05, 0.8, 1.0], "lambda": 1.3}),
+    (pcb, {"weight": [1.2, 1.2, 1.2], "ratio": 0.05, "clamp": 0.01}),
+    (pcb, {"weight": [0.4, 1.5, 0.9], "ratio": 0.2, "clamp": 0.03}),
     (resmerge, {"beta": 1.0, "rho": 0.2, "lambda": 1.0}),
     (resmerge, {"beta": 0.4, "rho": 0.9, "lambda": 1.3}),
     (cabs, {"weight": [1.0, 1.0, 1.0], "density": [0.25] * 3, "priority": [0.5] * 3, "lambda": 1.0}),

@@ -140,6 +140,11 @@ class TestLocalizeAndStitch(MethodContract):
     method = METHODS["localize_and_stitch"]
 
 
+class TestPcb(MethodContract):
+    method = METHODS["pcb"]
+    whole = None
+
+
 class TestResmerge(MethodContract):
     method = METHODS["resmerge"]
     tolerance: ClassVar[float] = 1e-5

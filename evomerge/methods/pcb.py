@@ -1,0 +1,103 @@
+"""PCB-Merging: of every element a mean of the changes, each by how much it counts in its source and among the others.
+
+Du et al., "Parameter competition balancing for model merging" (arXiv 2410.02396), section 3, tensor by tensor, where
+the paper ranks the elements of a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.plans import base_of, number, values
+from evomerge.method import Method, MethodParameter
+from evomerge.methods.parameters import scale, weight
+from evomerge.recipes.stack import Blend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.merging.facts import Facts
+
+_CLAMP, _RATIO, _TINY = 0.01, 0.05, 1e-12
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How much the changes of sources count: exp(n c^2) tanh(d sum_j d_j), c being |d| clamped, from 0 to 1.
+
+    Attributes:
+        lows, highs: between which each source's magnitudes are clamped.
+    """
+
+    lows: Sequence[float]
+    highs: Sequence[float]
+
+    def clamped(self, delta: Tensor, source: int) -> Tensor:
+        return delta.abs().clamp(self.lows[source], self.highs[source])
+
+    def of(self, source: int, rows: Sequence[Tensor]) -> Tensor:
+        """Of one source; none below zero, where it opposes the sum."""
+        base, *tensors = rows
+        total = sum((tensor - base for tensor in tensors[1:]), tensors[0] - base)
+        delta, low, high = tensors[source] - base, self.lows[source], self.highs[source]
+        within = (self.clamped(delta, source) - low) / max(high - low, _TINY)
+        return ((len(tensors) * within**2).exp() * (delta * total).tanh()).clamp(min=0)
+
+
+def pcb(facts: Facts, blend: Blend) -> Pass:
+    """b + lambda sum_i w_i s_i d_i / sum_i s_i, with the share ``ratio`` of each source's highest scores.
+
+    s_i is what a score is above the lowest of these, the highest being 1. Magnitudes are clamped at ``clamp`` of the
+    elements at both ends.
+    """
+    names, ratio, clamp = (
+        (base_of(blend), *blend.sources),
+        number(blend, "ratio", _RATIO),
+        number(blend, "clamp", _CLAMP),
+    )
+    lowest = int(facts.size * clamp)
+    highest = max(lowest, int(facts.size * (1 - clamp) - 1))
+    low, high = (
+        [facts.threshold(names[0], source, facts.size - place) for source in blend.sources]
+        for place in (lowest, highest)
+    )
+    scores, count = _Scores(low, high), max(1, facts.size - int(facts.size * (1 - ratio)))
+    least, most = (
+        [
+            facts.value_threshold(f"balance {i} {clamp}", names, partial(scores.of, i), k)
+            for i in range(len(blend.sources))
+        ]
+        for k in (count, 1)
+    )
+    weights = [number(blend, "lambda", 1.0) * w for w in values(blend, "weight")]
+
+    def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
+        base, *sources = tensors
+        total, shares = base * 0, base * 0
+        for i, source in enumerate(sources):
+            share = (scores.of(i, tensors) - least[i]).clamp(min=0) / max(most[i] - least[i], _TINY)
+            delta = source - base
+            total += weights[i] * share * delta.sign() * scores.clamped(delta, i)
+            shares += share
+        return base + total / shares.clamp(min=_TINY)
+
+    return Elementwise(names, rows)
+
+
+PCB = Method(
+    "pcb",
+    pcb,
+    (
+        weight(1.2, high=2.0),
+        MethodParameter("ratio", "blend", low=0.01, high=0.3, default=_RATIO, limits=(0.0, 1.0)),
+        MethodParameter("clamp", "blend", low=0.0, high=0.05, default=_CLAMP, searched=False, limits=(0.0, 0.49)),
+        scale(),
+    ),
+    needs_base=True,
+    title="PCB-Merging",
+    reference="arXiv 2410.02396",
+)
