@@ -28,6 +28,7 @@ from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
+from evomerge.step import find_step
 from evomerge.steps.scale import SCALE
 from evomerge.testing.methods import merge
 
@@ -104,9 +105,17 @@ def changes(sources: dict[str, Source], tensor: str, names: Sequence[str] = ADAP
     return found
 
 
+def _change(source: Source, name: str) -> Tensor:
+    """What a source adds to a base of zeros: float32."""
+    change = torch.zeros(source.tensors[name].shape)
+    for left, right, scale in source.low_rank(name):
+        change.addmm_(left, right, alpha=scale)
+    return change
+
+
 def lifted(sources: dict[str, Source], recipe: StackRecipe) -> dict[str, Tensor]:
-    """What a recipe adds to each tensor of the base, before it is added: float64."""
-    with mock.patch.object(Source, "read", lambda source, name: torch.zeros(source.tensors[name].shape)):
+    """What a recipe adds to each tensor of the base, before it is added, as if that were zero: float64."""
+    with mock.patch.object(Source, "read", _change):
         return {name: tensor.double() for name, tensor in Materialiser(sources).tensors(recipe)}
 
 
@@ -229,6 +238,23 @@ def test_steps_work_in_core_space_where_that_is_the_same(sources: dict[str, Sour
         assert core_space.steps_in_core(blend) == in_any_basis
         for name, tensor in lifted(sources, recipe_with(sources, blend)).items():
             assert torch.linalg.norm(tensor - 2 * expected[name]) <= 1e-6 * torch.linalg.norm(expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["iso", "iso_cts", "subspace_boosting", "svc"])
+def test_steps_on_singular_values_work_in_core_space(sources: dict[str, Source], name: str) -> None:
+    """As on the whole changes of a base of zeros, beside whose rounding no small singular value is lost."""
+    blend = blend_of("task_arithmetic").model_copy(update={"steps": (BlendStep(name=name),)})
+    step = find_step(name, "test")
+    assert step.in_any_basis
+    in_core = lifted(sources, recipe_with(sources, blend))
+    with mock.patch.object(core_space, "find_step", return_value=replace(step, in_any_basis=False)):
+        whole = lifted(sources, recipe_with(sources, blend))
+    method_alone = lifted(sources, recipe_with(sources, blend_of("task_arithmetic")))
+    changed = 0
+    for tensor, expected in whole.items():
+        assert torch.linalg.norm(in_core[tensor] - expected) <= 1e-3 * torch.linalg.norm(expected), tensor
+        changed += bool(torch.linalg.norm(expected - method_alone[tensor]) > 1e-2 * torch.linalg.norm(expected))
+    assert changed > 1
 
 
 # ---- how it is made --------------------------------------------------------------------------------------------------

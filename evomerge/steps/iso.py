@@ -39,6 +39,7 @@ ISO = Step(
     iso,
     (MethodParameter("strength", "blend", low=0.0, high=1.0, default=1.0, limits=FRACTION),),
     neutral={"strength": 0.0},
+    in_any_basis=True,
     title="Iso-C",
     reference="arXiv 2502.04959",
 )

@@ -58,6 +58,7 @@ ISO_CTS = Step(
     "iso_cts",
     iso_cts,
     (MethodParameter("common", "blend", low=0.1, high=1.0, default=0.8, limits=FRACTION),),
+    in_any_basis=True,
     title="Iso-CTS",
     reference="arXiv 2502.04959",
 )

@@ -42,6 +42,7 @@ SUBSPACE_BOOSTING = Step(
     # 0.2: of the paper for language models; 0.01 for vision, where all but the very largest are alike.
     (MethodParameter("beta", "blend", low=0.0, high=0.5, default=0.2, limits=FRACTION),),
     neutral={"beta": 1.0},
+    in_any_basis=True,
     title="subspace boosting",
     reference="arXiv 2506.16506",
 )

@@ -49,6 +49,7 @@ SVC = Step(
     svc,
     # 0.1: of the paper. From the largest of all s_i on nothing is changed.
     (MethodParameter("alpha", "blend", low=0.05, high=2.0, default=0.1, limits=(1e-6, 1e6)),),
+    in_any_basis=True,
     title="singular value calibration",
     reference="arXiv 2602.05536",
 )
