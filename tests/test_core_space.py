@@ -25,7 +25,7 @@ from evomerge.mergekit.writing import to_mergekit
 from evomerge.merging import core_space
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser, check_stack
-from evomerge.method import default_parameters, find_method
+from evomerge.method import default_parameters, find_method, own_methods
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.step import find_step
@@ -226,6 +226,18 @@ def test_adapters_of_zeros_leave_the_base(llama: dict[str, Source], tmp_path: Pa
         recipe = recipe_with(found, blend_of(method, ADAPTED[:2]), dtype=None)
         for name, tensor in Materialiser(found).tensors(recipe):
             assert torch.equal(tensor, found["base"].read(name)), (method, name)
+
+
+@pytest.mark.parametrize("method", own_methods())
+def test_every_method_merges_in_core_space_or_says_why_not(llama: dict[str, Source], method: str) -> None:
+    own = own_methods()[method]
+    blend = blend_of(method, ADAPTED[: own.max_sources])
+    if own.needs or own.whole_models:
+        assert "which is of whole weights" in refused(llama, blend).problem
+        return
+    made = lifted(llama, recipe_with(llama, blend))
+    assert all(torch.isfinite(tensor).all() for tensor in made.values())
+    assert any(tensor.any() for tensor in made.values())
 
 
 @pytest.mark.parametrize("in_any_basis", [True, False])

@@ -185,6 +185,8 @@ def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measu
         try:
             check_recipe(space.decode(genome), sources)
         except InputError as error:
+            if error.place.endswith(".basis"):  # whatever the values are
+                raise InputError("space.basis", error.problem, error.hint) from error
             raise InputError(
                 "space", f"its {corner}est values do not make a recipe: {error.problem}", error.hint
             ) from error
