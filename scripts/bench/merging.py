@@ -75,6 +75,13 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "breadcrumbs": ({"density": 0.5}, 0.5),
     "della": ({"density": 0.5, "normalize": False}, 0.5),
     "sce": ({"select_topk": 0.5}, 0.0),
+    "yoyo": ({}, SPAN_GOAL),
+    "magmax": ({}, 0.5),
+    "consensus": ({}, 0.5),
+    "localize_and_stitch": ({}, 0.5),
+    "cabs": ({}, 0.0),
+    "resmerge": ({}, 0.0),
+    "pcb": ({}, 0.0),
 }
 
 # Of whole matrices. Method, or step after task arithmetic: values of its parameters beside weights.
@@ -154,7 +161,7 @@ def blend(label: str, number: int) -> Blend:
     names = NAMES[1:]
     values: dict[str, Any] = default_parameters(method, names)
     for p in method.parameters:
-        value = float(parameters.get(p.name, p.default)) - 1e-4 * number * (p.high > p.low)
+        value = float(parameters.get(p.name, p.default)) - 1e-4 * number * (p.high > p.low and p.kind == "real")
         values[p.name] = dict.fromkeys(names, value) if p.scope == "source" else value
     values |= {name: value for name, value in parameters.items() if name in method.switches}
     return Blend(method=method.name, sources=names, base="base" if method.needs_base else None, parameters=values)
@@ -295,6 +302,8 @@ def theirs(folder: Path, labels: list[str], python: str, environment: dict[str, 
     cases = []
     for label in labels:
         mix = blend(label, 0)
+        if find_method(mix.method, "--methods").mergekit is None:
+            continue
         base = "base" if mix.base or mix.method == "slerp" else None
         inputs = ["one", "two"] if mix.base is None else ["base", "one", "two"]
         parameters = {
