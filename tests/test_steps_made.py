@@ -27,7 +27,6 @@ from evomerge.merging.materialise import Materialiser
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.store import Store
-from evomerge.store.events import Calibrated
 
 LINES = ("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19")
 TEXTS = Calibration(lambda: LINES, 12)
@@ -199,7 +198,7 @@ def test_steps_and_a_profile_are_searched_resumed_and_exported(tmp_path: Path) -
     with Store.open(search / "search.db") as store:
         assert store.counts()["failed"] == 0
         row = max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
-        runs = [list(event.read(Calibrated).sources) for event in store.events(kinds=["calibrated"])]
+        runs = [event.payload["sources"] for event in store.events(kinds=["calibrated"])]
     assert runs == [["base"]] * 2  # of the search and of its resumption, which found what was recorded
     names = [given["name"] for given in json.loads(row.recipe)["blends"][0]["steps"]]
     assert names == ["activations", "scale", "scale"]
