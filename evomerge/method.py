@@ -37,9 +37,10 @@ Point = Mapping[str, Value | Mapping[str, Value]]
 Shares = Callable[[Blend], Mapping[str, float]]
 """(blend) -> how much it takes of each of its sources (of the changes to the base, where there is one)."""
 
-Need = Literal["calibration", "channels"]
+Need = Literal["calibration", "channels", "merged_inputs"]
 """What a method or a step needs beside weights, and calibration texts tell: "calibration" is what layers of every
-source are given as input, "channels" how large each channel of that is in the base, for which this alone is run."""
+source are given as input, "channels" how large each channel of that is in the base, for which this alone is run, and
+"merged_inputs" what layers of every source are given behind the merged layers before, anew for each candidate."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,9 @@ class HybridSpaceSettings(PathSettings):
             raise InputError("space", "needs a merge to start from, or a method to merge hops by", hint)
         if self.others is not None:
             raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
+        if "merged_inputs" in context.method(self.method).needs:
+            problem = f"{self.method} makes each layer from what the merged layers before give it, each in its place"
+            raise InputError("space.method", problem, "Search over weights alone: `kind: parameter_space`.")
         marks = list(ParameterSpaceSettings(method=self.method, steps=self.steps).build(context).baselines())
         return JointSpace(self, context, self.method, marks)
 
@@ -138,6 +141,9 @@ def _no_mergekit(reference: str) -> NoReturn:
 def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:
     for number, blend in enumerate(recipe.blends):
         check_whole(blend, f"{place}: blends[{number}]", has_texts=recipe.calibration is not None)
+        if "merged_inputs" in context.method(blend.method).needs:
+            problem = f"{blend.method} makes each layer for its place, and there are other places on a path"
+            raise InputError(f"{place}: blends[{number}]", problem, "Export the winner, and name that as a source.")
     for number, hop in enumerate(recipe.hops):
         blends = [recipe.blends[index] for index in (hop.attention, hop.mlp, hop.norm)]
         for name in {name for blend in blends for name in (*blend.sources, *((blend.base,) if blend.base else ()))}:

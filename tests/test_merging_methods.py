@@ -154,6 +154,11 @@ class TestCabs(MethodContract):
     method = METHODS["cabs"]
 
 
+class TestRegmeanPlusPlus(MethodContract):
+    method = METHODS["regmean_plus_plus"]
+    tolerance: ClassVar[float] = 1e-4
+
+
 class TestConsensus(MethodContract):
     method = METHODS["consensus"]
 

@@ -154,7 +154,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_calibrated_method_is_searched_resumed_and_exported_and_runs_its_texts_once(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inputs, "_observed", lambda *a, **k: pytest.fail("ran over the texts again"))
+    monkeypatch.setattr(inputs, "observed", lambda *a, **k: pytest.fail("ran over the texts again"))
     search = calibrated / "search"
     assert evomerge("resume", search, "--set", "budget.candidates=10") == 0
     with Store.open(search / "search.db") as store:

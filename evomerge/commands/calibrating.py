@@ -11,6 +11,7 @@ from rich.console import Console
 from evomerge.blends import observed
 from evomerge.commands.outside import OutsideJobs
 from evomerge.errors import InputError
+from evomerge.recipes.base import Recipe
 from evomerge.report.screen import duration
 from evomerge.search.driving.dispatch import Pending
 from evomerge.search.pools.base import Pool
@@ -33,11 +34,11 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
         InputError: a source cannot be run.
     """
     recipes = [baseline.recipe for baseline in prepared.setup.space.baselines()]
-    made_by = next((recipe for recipe in recipes if recipe.calibration is not None), None)
+    made_by = next((recipe for recipe in recipes if _runs_of(recipe, prepared)), None)
     settings = prepared.file.calibration
     if prepared.calibration is None or settings is None or made_by is None:
         return True
-    names, texts = list(observed([made_by], prepared.sources)), settings.prompts
+    names, texts = _runs_of(made_by, prepared), settings.prompts
     through = f"{len(names)} sources" if len(names) > 1 else names[0]
     console.print(f"calibrating: {texts} texts through {through}", style="dim")
     started = time.monotonic()
@@ -47,6 +48,12 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     store.record_event(Calibrated(digest=prepared.calibration.digest, texts=texts, sources=names))
     console.print(f"calibrated in {duration(time.monotonic() - started)}", style="dim")
     return True
+
+
+def _runs_of(recipe: Recipe, prepared: Prepared) -> list[str]:
+    """The sources of which a recipe needs what all candidates need alike."""
+    needs = observed([recipe], prepared.sources)
+    return [name for name, of_source in needs.items() if of_source != {"merged_inputs"}]
 
 
 class _SourceRuns(OutsideJobs):

@@ -82,6 +82,8 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         check_whole(blend, f"{path}: blends[{number}]", has_texts=texts is not None)
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
+    import torch
+
     from evomerge.checkpoints.checks import check_compatible
     from evomerge.checkpoints.differences import warnings_across
     from evomerge.checkpoints.source import open_source
@@ -114,7 +116,8 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         progress_bar(console, "writing tensors") as update,
     ):
         beside = papers(folder.name, recipe, sources, None, stays=not is_url(str(out)))
-        context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts)
+        dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+        context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts, dtype=dtype)
         find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
     console.print(f"merged into {out}", style="bold")
 

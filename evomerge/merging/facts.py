@@ -20,7 +20,7 @@ from evomerge.errors import InputError
 from evomerge.merging import scans
 from evomerge.merging.drops import stream_key
 from evomerge.merging.evidence import Evidence, Tensors
-from evomerge.merging.inputs import LayerInput, LayerInputs
+from evomerge.merging.inputs import LayerInput, LayerInputs, LinearInputs
 from evomerge.merging.jobs import WorkerThreads, as_pairs
 from evomerge.merging.site import Ref, Site
 
@@ -171,6 +171,7 @@ class Facts:
         evidence: what is kept of what was computed from them.
         seed: of the recipe.
         inputs: of the sources' layers, where there are calibration texts.
+        merged_inputs: the same behind the merged layers before, where the layer is made in its turn.
     """
 
     site: Site
@@ -178,6 +179,7 @@ class Facts:
     evidence: Evidence
     seed: int
     inputs: LayerInputs | None = None
+    merged_inputs: LinearInputs | None = None
 
     @property
     def size(self) -> int:
@@ -213,6 +215,16 @@ class Facts:
         if self.inputs is None:
             raise InputError("calibration", f"is needed for {self.site.name}, and there is none")
         return self.inputs.channels(self.site.refs[source])
+
+    def merged_input_of(self, source: str) -> LayerInput:
+        """What the layer of a source is given behind the merged layers before; of a method that ``needs`` it.
+
+        Raises:
+            InputError: the layer cannot be observed.
+        """
+        if self.merged_inputs is None:
+            raise InputError("recipe", f"{self.site.name} is not made after the layers before it")
+        return self.merged_inputs.of(self.site.refs[source])
 
     def once(
         self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool

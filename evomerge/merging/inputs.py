@@ -10,9 +10,10 @@ The sizes of channels alone are had in one pass through the whole model, and kep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.placement import Devices
 from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.stretch import PassEndsError
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence, Tensors
 from evomerge.merging.site import Ref
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _KIND = "layer inputs 1"
 _CHANNELS = "channel sizes 1"
+_TOKENS = "calibration tokens 1"
 _MOST_BYTES = 1 << 29
 """Of Gram matrices that are added up at a time; one layer's are there always."""
 
@@ -51,12 +54,16 @@ class LayerInput:
     axis: int
 
 
-class LayerInputs(Protocol):
-    """What knows the inputs of sources' layers."""
+class LinearInputs(Protocol):
+    """What knows the inputs of linear layers."""
 
     def of(self, ref: Ref) -> LayerInput:
         """What the layer is given whose weight is this tensor. Raises InputError: it cannot be observed."""
         ...
+
+
+class LayerInputs(LinearInputs, Protocol):
+    """What knows the inputs of sources' layers, and how large their channels are without the rest."""
 
     def channels(self, ref: Ref) -> Tensor | None:
         """The mean of |x| by channel, float32 [width], of what this layer is given; None: it cannot be observed."""
@@ -99,15 +106,7 @@ class Inputs:
         layer = source.roles[stored].layer
         number = _OUTSIDE if layer is None else layer
         kept = self._evidence.get(_KIND, self._key(name, number), lambda: dict(self._run(name, [number]))[number])
-        module = _module(source, stored)
-        if f"of.{module}" not in kept:
-            raise InputError(
-                source.place,
-                f"what {stored} is multiplied with cannot be observed: it is not a linear layer of its own",
-                "Use a method that needs no calibration.",
-            )
-        entry = int(kept[f"of.{module}"])
-        return LayerInput(kept[f"gram.{entry}"], kept[f"size.{entry}"], int(kept[f"axis.{module}"]))
+        return input_in(kept, source, stored)
 
     def record(self, name: str) -> None:
         """Run a source over the texts, unless all that this gives is there already."""
@@ -140,7 +139,8 @@ class Inputs:
         live, tokens = self._live(name)
         source = self._sources[name]
         for group in _groups(live, source, layers):
-            yield from _observed(live, source, group, tokens).items()
+            passes = (partial(live.model, text, use_cache=False) for text in tokens)
+            yield from observed(live, source, group, passes).items()
 
     def _run_for_channels(self, name: str) -> Tensors:
         return _channel_sizes(*self._live(name), self._sources[name])
@@ -154,6 +154,24 @@ class Inputs:
         load_weights(live, ((tensor, source.read(tensor)) for tensor in source.tensors))
         ids = token_ids(live.tokenizer, self._calibration, name)
         return live, [torch.tensor([text], device=live.device) for text in ids]
+
+    def tokens_of(self, name: str, live: LiveModel, model: str) -> list[Tensor]:
+        """The texts of a source as another model reads them: int64 [1, tokens] each.
+
+        They are kept, so that a search goes on, and its candidates are exported, where the texts are gone.
+
+        Args:
+            model: the source of that model's tokenizer.
+        """
+
+        def compute() -> Tensors:
+            ids = token_ids(live.tokenizer, self._calibration, name)
+            return {"tokens": torch.tensor([i for text in ids for i in text]), "counts": torch.tensor([*map(len, ids)])}
+
+        key = (self._evidence.content_of(model), *self._calibration.key_of(name))
+        kept = self._evidence.get(_TOKENS, key, compute)
+        ends = kept["counts"].cumsum(0)[:-1]
+        return [text.view(1, -1) for text in torch.tensor_split(kept["tokens"].to(live.device), ends)]
 
 
 def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[list[int]]:
@@ -169,8 +187,24 @@ def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[lis
     return ids
 
 
-class _PassEndsError(Exception):
-    """Ends a forward pass behind the last layer that is observed."""
+def input_in(kept: Tensors, source: Source, stored: str) -> LayerInput:
+    """What a linear layer is given, of what is kept of its layer of the model.
+
+    Args:
+        stored: the name of its weight.
+
+    Raises:
+        InputError: it was not observed.
+    """
+    module = _module(source, stored)
+    if f"of.{module}" not in kept:
+        raise InputError(
+            source.place,
+            f"what {stored} is multiplied with cannot be observed: it is not a linear layer of its own",
+            "Use a method that needs no calibration.",
+        )
+    entry = int(kept[f"of.{module}"])
+    return LayerInput(kept[f"gram.{entry}"], kept[f"size.{entry}"], int(kept[f"axis.{module}"]))
 
 
 @dataclass
@@ -209,7 +243,7 @@ class _Sums:
         self.present.append((given, entry))
 
     def result(self) -> Tensors:
-        """As it is kept: see ``Inputs.of``."""
+        """As it is kept: see ``input_in``."""
         kept: dict[str, Tensor] = {}
         for entry, (gram, size, count) in enumerate(self.entries):
             kept |= {f"gram.{entry}": (gram / count).cpu(), f"size.{entry}": (size / count).cpu()}
@@ -219,13 +253,19 @@ class _Sums:
 
 
 @torch.inference_mode()
-def _observed(live: LiveModel, source: Source, layers: Sequence[int], tokens: Sequence[Tensor]) -> dict[int, Tensors]:
-    """What the linear layers in some layers of a model are given on texts."""
+def observed(
+    live: LiveModel, source: Source, layers: Sequence[int], passes: Iterable[Callable[[], object]]
+) -> dict[int, Tensors]:
+    """What the linear layers in some layers of a model are given, as ``input_in`` takes it.
+
+    Args:
+        passes: each runs the model on a text.
+    """
     sums = {layer: _Sums() for layer in layers}
     with _watched(live, source, sums):
-        for text in tokens:
-            with suppress(_PassEndsError):
-                live.model(text, use_cache=False)
+        for run in passes:
+            with suppress(PassEndsError):
+                run()
             for layer_sums in sums.values():
                 layer_sums.present.clear()
     return {layer: layer_sums.result() for layer, layer_sums in sums.items()}
@@ -282,7 +322,7 @@ def _adder(sums: _Sums, name: str) -> Any:
 
 
 def _stop(module: Any, given: Any, out: Any) -> None:
-    raise _PassEndsError
+    raise PassEndsError
 
 
 def widest_input(source: Source) -> int:

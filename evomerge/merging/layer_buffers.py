@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.path import Merged, giver, merged_tensors
+from evomerge.merging.path import Merged, giver, is_made_in_order, merged_tensors, needs_merged_inputs
 from evomerge.recipes.stack import Blend, StackRecipe, renumber
 
 if TYPE_CHECKING:  # needs transformers, which takes seconds to import
@@ -48,7 +49,25 @@ def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[li
         else:
             place = renumber(merged.stored, merged.origin, 0)
             hops[merged.role.layer].append(Made(merged, place, (blend, layers[merged.role.layer], recipe.seed)))
-    return outside, hops
+    return outside, list(_in_order(recipe, outside, hops)) if is_made_in_order(recipe) else hops
+
+
+def _in_order(recipe: StackRecipe, outside: Sequence[Made], hops: Sequence[list[Made]]) -> Iterator[list[Made]]:
+    """The hops, where tensors of some follow from all that is before them as well."""
+    before = _digest("", outside)
+    for hop in hops:
+        made_so = [
+            replace(made, way=(made.way, before))
+            if needs_merged_inputs(recipe.blend_for(made.merged.role, made.merged.name))
+            else made
+            for made in hop
+        ]
+        before = _digest(before, made_so)
+        yield made_so
+
+
+def _digest(before: str, made: Sequence[Made]) -> str:
+    return hashlib.sha256(repr((before, [(one.place, one.way) for one in made])).encode()).hexdigest()
 
 
 def _unchanged(merged: Merged, blend: Blend, sources: Mapping[str, Source]) -> str | None:

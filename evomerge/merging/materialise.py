@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,19 @@ from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import Inputs
 from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.layer_buffers import Held, Made, assign, tensors_made
-from evomerge.merging.passes import Pass
-from evomerge.merging.path import Merged, check_places, giver, is_plain, merged_tensors, site_of
+from evomerge.merging.merged_inputs import MergedInputs
+from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.path import (
+    Merged,
+    check_order,
+    check_places,
+    giver,
+    is_made_in_order,
+    is_plain,
+    merged_tensors,
+    needs_merged_inputs,
+    site_of,
+)
 from evomerge.merging.site import Ref
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
@@ -60,6 +71,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
         if blend.basis == "core":
             check_core(blend, recipe, sources, f"{place}.basis")
     _check_scales(recipe, sources[recipe.tokenizer])
+    check_order(recipe, sources)
     for number, hop in enumerate(recipe.hops):
         for index in {hop.attention, hop.mlp, hop.norm}:
             blend = recipe.blends[index]
@@ -103,6 +115,10 @@ def _batches(changed: Iterable[_Changed]) -> Iterator[list[_Changed]]:
         yield batch
 
 
+def _not_finite(name: str) -> InputError:
+    return InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")
+
+
 class Materialiser:
     """Opened sources, what is known of their weights, and the making of recipes' tensors from them.
 
@@ -113,6 +129,7 @@ class Materialiser:
         inputs: of the sources' layers, for recipes that are made by calibration texts.
         device: of the live models that ``tensors`` are to equal bit for bit: another one may round otherwise.
         base: the source that models are measured from.
+        live: gives the live model where ``tensors`` are made in it, as layers are that must be made in order.
 
     Attributes:
         change: how far the model that was written last is from the base; None where there is none.
@@ -128,8 +145,10 @@ class Materialiser:
         inputs: Inputs | None = None,
         device: torch.device = _CPU,
         base: str | None = None,
+        live: Callable[[], LiveModel] | None = None,
     ) -> None:
         self._device = device
+        self._make_live = live
         self.change: float | None = None
         self._sources = sources
         self._inputs = inputs
@@ -177,20 +196,63 @@ class Materialiser:
         path = assign(recipe, hops, stack, self._held[:-1])
         changed: list[_Changed] = []
         self._compare(outside, self._held[-1], live.outside, live.device, changed)
-        seen = set()
-        for number, step in enumerate(path):
-            if step.layer_buffer not in seen:
-                targets, device = dict(stack.tensors_of(number, step)), stack.devices[step.layer_buffer]
-                self._compare(hops[number], self._held[step.layer_buffer], targets, device, changed)
-                seen.add(step.layer_buffer)
-        for some in _batches(changed):
-            self._make([(*self._planned(made.merged, recipe), target, device) for made, _, target, device in some])
-        for made, held, _, _ in changed:
-            held[made.place] = made.way
-        stack.lay(path)
+        if is_made_in_order(recipe):
+            self._write_changed(changed, recipe)
+            stack.lay(path)
+            self._write_in_order(recipe, live, hops)
+        else:
+            seen = set()
+            for number, step in enumerate(path):
+                if step.layer_buffer not in seen:
+                    targets, device = dict(stack.tensors_of(number, step)), stack.devices[step.layer_buffer]
+                    self._compare(hops[number], self._held[step.layer_buffer], targets, device, changed)
+                    seen.add(step.layer_buffer)
+            self._write_changed(changed, recipe)
+            stack.lay(path)
         if self._meter is not None:
             self.change = self._meter.of(self._written(recipe, outside, hops, live))
         self._folds.clear()
+
+    def _write_changed(
+        self, changed: Sequence[_Changed], recipe: StackRecipe, merged_inputs: MergedInputs | None = None
+    ) -> None:
+        for some in _batches(changed):
+            self._make(
+                [
+                    (*self._planned(made.merged, recipe, merged_inputs), target, device)
+                    for made, _, target, device in some
+                ]
+            )
+        for made, held, _, _ in changed:
+            held[made.place] = made.way
+
+    def _write_in_order(self, recipe: StackRecipe, live: LiveModel, hops: Sequence[Sequence[Made]]) -> None:
+        """Write the layers of the path one after another, from what those before give the sources' layers."""
+        stack = self._stack(live)
+        targets = [dict(stack.tensors_of(number, step)) for number, step in enumerate(stack.path)]
+        devices = [stack.devices[step.layer_buffer] for step in stack.path]
+
+        def copy_layer(source: str, layer: int) -> None:
+            copies = Combine({source: 1.0})
+            self._make(
+                [
+                    (copies, [(source, made.merged.stored)], targets[layer][made.merged.name], devices[layer])
+                    for made in hops[layer]
+                ]
+            )
+
+        mixed = dict.fromkeys(name for blend in recipe.blends if needs_merged_inputs(blend) for name in blend.sources)
+        assert self._inputs is not None  # such a recipe has calibration texts, and they were looked at
+        inputs = MergedInputs(live, self._sources, recipe.tokenizer, list(mixed), self._inputs, copy_layer)
+        for number, step in enumerate(stack.path):
+            held, changed = self._held[step.layer_buffer], list[_Changed]()
+            self._compare(hops[number], held, targets[number], devices[number], changed)
+            if any(needs_merged_inputs(recipe.blend_for(m.merged.role, m.merged.name)) for m, *_ in changed):
+                held.clear()  # what the layer held is written over, also what did not change
+                inputs.observe(number)
+                changed = []
+                self._compare(hops[number], held, targets[number], devices[number], changed)
+            self._write_changed(changed, recipe, inputs)
 
     def _written(
         self, recipe: StackRecipe, outside: Sequence[Made], hops: Sequence[Sequence[Made]], live: LiveModel
@@ -264,6 +326,9 @@ class Materialiser:
             InputError: the recipe cannot be made of these sources, or a tensor has NaN or Inf.
         """
         self._check(recipe)
+        if is_made_in_order(recipe):
+            yield from self._tensors_in_order(recipe, without)
+            return
         factors = recipe.factors
         for merged, (name, shape, dtype) in zip(
             merged_tensors(recipe, self._sources), self.layout(recipe), strict=True
@@ -282,6 +347,21 @@ class Materialiser:
                 self._sources[source].release(stored)
             self._views.clear()
             self._folds.clear()
+            yield name, out
+
+    def _tensors_in_order(self, recipe: StackRecipe, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """As ``tensors``, made in the live model and read out of it."""
+        if self._make_live is None:
+            raise ValueError("layers that are made in order need a live model")
+        live = self._make_live()
+        self.write(recipe, live)
+        written = live.tensors
+        for name, _, dtype in self.layout(recipe):
+            if name in without:
+                continue
+            out = written[name].to(_CPU, dtype).contiguous()
+            if not all_finite(out):
+                raise _not_finite(name)
             yield name, out
 
     def _made(
@@ -307,7 +387,7 @@ class Materialiser:
             if not all_finite(tensor):
                 place, hint = self._sources[source].place, "The model is broken; download or train it again."
                 raise InputError(place, f"has NaN or Inf in what {name} is merged from", hint)
-        raise InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")
+        raise _not_finite(name)
 
     def layout(self, recipe: StackRecipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
         """Name, shape and dtype of each of the merged model's tensors.
@@ -333,11 +413,13 @@ class Materialiser:
                 homes[name, tensor] = layers[layer % len(layers)] if layers and layer is not None else first
         return DeviceRunners(homes, self.read, self._residency)
 
-    def _planned(self, merged: Merged, recipe: StackRecipe) -> tuple[Pass, list[Ref]]:
+    def _planned(
+        self, merged: Merged, recipe: StackRecipe, merged_inputs: MergedInputs | None = None
+    ) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
         blend = recipe.blend_for(merged.role, merged.name)
         site = site_of(merged, recipe, blend, self._sources)
-        facts = Facts(site, self._weights, self._evidence, recipe.seed, self._inputs)
+        facts = Facts(site, self._weights, self._evidence, recipe.seed, self._inputs, merged_inputs)
         if blend.basis == "core":
             made = self.core_space.planned(merged, blend, recipe.seed)
             plan = stepped(facts, blend, made, blend.steps[steps_in_core(blend) :])

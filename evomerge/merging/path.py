@@ -11,7 +11,7 @@ from evomerge.checkpoints.layered import written_settings
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.site import Ref, Site
-from evomerge.method import is_copy
+from evomerge.method import find_method, is_copy
 from evomerge.recipes.stack import Blend, Hop, Role, StackRecipe, renumber
 
 
@@ -94,6 +94,29 @@ def is_plain(recipe: StackRecipe, sources: Mapping[str, Source]) -> bool:
     """The path is the layers of the source that gives the configuration, each in its place."""
     name = configured_by(recipe, sources)
     return [hop.layer for hop in recipe.hops] == list(range(sources[name].layers))
+
+
+def is_made_in_order(recipe: StackRecipe) -> bool:
+    """A blend's method needs what layers are given behind the merged layers before them."""
+    return any(needs_merged_inputs(blend) for blend in recipe.blends)
+
+
+def needs_merged_inputs(blend: Blend) -> bool:
+    """The method of a blend needs what a layer is given behind the merged layers before it."""
+    return "merged_inputs" in find_method(blend.method, "recipe.blends").needs
+
+
+def check_order(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
+    """Refuse layers that are to be made from what they are given, and do not stand in their places.
+
+    Raises:
+        InputError: naming the method.
+    """
+    blend = next((blend for blend in recipe.blends if needs_merged_inputs(blend)), None)
+    if blend is None or (is_plain(recipe, sources) and not recipe.is_scaled):
+        return
+    problem = f"{blend.method} makes each layer from what the merged layers before give it: each in its place, unscaled"
+    raise InputError("recipe.hops", problem, "Search over weights alone: `kind: parameter_space`.")
 
 
 def merged_config(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[str, Any]:

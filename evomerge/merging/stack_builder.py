@@ -58,6 +58,7 @@ class StackBuilder:
             inputs=self._inputs,
             device=context.devices[0],
             base=context.base,
+            live=lambda: self.live,
         )
 
     @cached_property

@@ -10,7 +10,7 @@ What is no weight of a linear layer is a weighted mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Combine, Pass, Whole
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evomerge.merging.facts import Facts
+    from evomerge.merging.inputs import LayerInput
 
 _RIDGE = 1e-6
 """Of the mean of the diagonal, towards the weighted mean of the weights: channels that no text reaches leave the sum
@@ -32,6 +33,15 @@ singular, and sources that no text reached (experts of a mixture) have no Gram m
 
 def regmean(facts: Facts, blend: Blend) -> Pass:
     """See the module's text."""
+    return nearest_on(facts, blend, facts.input_of)
+
+
+def nearest_on(facts: Facts, blend: Blend, input_of: Callable[[str], LayerInput]) -> Pass:
+    """The linear layer that is nearest to the sources' own on some inputs; a weighted mean of what is none.
+
+    Args:
+        input_of: gives, by the name of a source, the inputs that its layer counts on.
+    """
     weights, off = values(blend, "weight"), number(blend, "off_diagonal", 0.9)
     if not any(weights):  # the limit where all go to zero alike
         weights = [1.0] * len(weights)
@@ -42,7 +52,7 @@ def regmean(facts: Facts, blend: Blend) -> Pass:
 
     from evomerge.merging.normal_equations import Filter, input_side, nearest_by_grams
 
-    inputs = [facts.input_of(name) for name in shares]
+    inputs = [input_of(name) for name in shares]
 
     def whole(tensors: Sequence[Tensor]) -> Tensor:
         sides = [input_side(tensor, given.axis) for tensor, given in zip(tensors, inputs, strict=True)]

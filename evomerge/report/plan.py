@@ -62,12 +62,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _rounding(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
     yield "space", f"{len(setup.space.parameters)} parameters: {_settings_text(space)}"
-    if (texts := file.calibration) is not None:
-        own = f"; of their own for {', '.join(texts.sources)}" if texts.sources else ""
-        names = list(observed((mark.recipe for mark in setup.space.baselines()), prepared.sources))
-        through = f"through {names[0] if len(names) == 1 else f'{len(names)} sources'}, once{own}"
-        through = through if names else "which nothing here needs"
-        yield "calibration", f"{texts.prompts} texts of up to {texts.tokens} tokens {through}"
+    yield from _calibration(prepared)
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]
         way = "maximize" if objective.maximise else "minimize"
@@ -177,6 +172,20 @@ def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
                     said = "says nothing of how sure its mean is, and names no winner"
                 count = f"{items} {split} item{'s' * (items > 1)}"
                 yield "warning", f"{measure.name}: {count} {said}; use {FEW_ITEMS} or more"
+
+
+def _calibration(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    texts = prepared.file.calibration
+    if texts is None:
+        return
+    needs = observed((mark.recipe for mark in prepared.setup.space.baselines()), prepared.sources)
+    once = [name for name, of_source in needs.items() if of_source != {"merged_inputs"}]
+    how = [f"through {once[0] if len(once) == 1 else f'{len(once)} sources'}, once"] if once else []
+    if any("merged_inputs" in of_source for of_source in needs.values()):
+        how.append("through sources and merge layer by layer, for every candidate")
+    own = f"; of their own for {', '.join(texts.sources)}" if texts.sources else ""
+    said = " and ".join(how) or "which nothing here needs"
+    yield "calibration", f"{texts.prompts} texts of up to {texts.tokens} tokens {said}{own if how else ''}"
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:

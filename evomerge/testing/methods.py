@@ -48,11 +48,12 @@ def plan(
         held[blend.base, TENSOR] = base
     refs = {source: (source, tensor) for source, tensor in held}
     site = Site(TENSOR, ROLE, tuple(sources[0].shape), refs)
-    inputs = MadeUpInputs(held) if "calibration" in method.needs else None
+    made_up = MadeUpInputs(held)
+    own, merged = (made_up if need in method.needs else None for need in ("calibration", "merged_inputs"))
     beside = {(name, tensor): x for name, model in (models or {}).items() for tensor, x in model.items()}
     known = beside | held
     weights = Weights(known.__getitem__, THREADS, lambda source: [tensor for name, tensor in known if name == source])
-    planned = method.plan(Facts(site, weights, Evidence(), SEED, inputs), blend)
+    planned = method.plan(Facts(site, weights, Evidence(), SEED, own, merged), blend)
     return planned, [held[refs[name]] for name in planned.inputs]
 
 

@@ -26,7 +26,7 @@ from evomerge.plugins import OWN
 from evomerge.recipes.stack import Blend, Role
 
 METHODS = tuple(OWN["evomerge.merge_methods"])
-MATRIX_METHODS = ("tsv", "gram", "wudi", "actmat", "swudi", "ace", "regmean")
+MATRIX_METHODS = ("tsv", "gram", "wudi", "actmat", "swudi", "ace", "regmean", "regmean_plus_plus")
 """Which work on whole matrices. To plan them takes minutes for the largest shape: they have rows of their own."""
 
 
@@ -62,7 +62,8 @@ def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
     shape = tuple(tensors["base"].shape)
     site = Site("model.layers.0.mlp.up_proj.weight", Role("mlp", 0), shape, {name: (name, "") for name in tensors})
     weights = Weights(lambda ref: tensors[ref[0]], WorkerThreads(), lambda source: [""])
-    return method.plan(Facts(site, weights, Evidence(), 3, SampledInputs(shape[-1])), blend)
+    inputs = SampledInputs(shape[-1])
+    return method.plan(Facts(site, weights, Evidence(), 3, inputs, inputs), blend)
 
 
 def _compare(name: str, setting: Setting) -> str:

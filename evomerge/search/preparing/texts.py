@@ -32,7 +32,7 @@ def text_warnings(
     """
     counts = {name: sum(map(len, token_ids(tokenizer, calibration, name))) for name in needs}
     short: dict[int, list[str]] = {}
-    grams = [name for name, of_source in needs.items() if "calibration" in of_source]
+    grams = [name for name, of_source in needs.items() if {"calibration", "merged_inputs"} & {*of_source}]
     width = widest_input(sources[model]) if grams else 0
     for name in grams:
         if counts[name] < width:

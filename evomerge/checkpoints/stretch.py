@@ -1,0 +1,106 @@
+"""Forward passes of which only some layers are computed: from one layer, given its hidden state, up to another.
+
+A pass stays what the model's own code makes of it, with its masks and positions, so that nothing need be known of how
+an architecture calls its layers. Layers before the stretch give back what they are given, and the hidden state is put
+in at its first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class PassEndsError(Exception):
+    """Ends a forward pass behind the last layer that counts."""
+
+
+class Stretches:
+    """Stretches of the layers of one model.
+
+    Args:
+        model: called with token ids.
+        layers: its stack, each a module that takes the hidden state first and gives it back, alone or as the first of
+            several things.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
+        self._model = model
+        self._layers = layers
+        self._beside: dict[int, tuple[Any, ...] | None] = {}
+
+    def run(self, text: Tensor, begin: int, hidden: Tensor | None) -> None:
+        """Run the layers from ``begin`` on, and what comes behind them.
+
+        Args:
+            text: int64 [1, tokens].
+            begin: a layer that another pass has reached.
+            hidden: [1, tokens, width], what that layer is given; None where all layers run.
+
+        Raises:
+            PassEndsError: a hook has ended it.
+        """
+        with ExitStack() as changed:
+            for number in range(begin if hidden is not None else 0):
+                changed.enter_context(_passed_over(self._layers[number], self._beside[number]))
+            if hidden is not None:
+                changed.enter_context(_given(self._layers[begin], hidden))
+            self._model(text, use_cache=False)
+
+    def reach(self, text: Tensor, begin: int, hidden: Tensor | None, end: int) -> Tensor:
+        """[1, tokens, width], what layer ``end`` is given; the others as of ``run``."""
+        reached: list[Tensor] = []
+
+        def stop(module: Any, given: Any, named: Any) -> None:
+            reached.append(given[0] if given else named["hidden_states"])
+            raise PassEndsError
+
+        hooks = [self._layers[end].register_forward_pre_hook(stop, with_kwargs=True)]
+        for number in range(begin, end):
+            hooks.append(self._layers[number].register_forward_hook(partial(self._note, number)))
+        try:
+            with suppress(PassEndsError):
+                self.run(text, begin, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return reached[0]
+
+    def _note(self, number: int, module: Any, given: Any, out: Any) -> None:
+        """Keep what a layer gives beside the hidden state, which is what it gives when it is passed over."""
+        self._beside[number] = tuple(out[1:]) if isinstance(out, tuple) else None
+
+
+@contextmanager
+def _passed_over(layer: nn.Module, beside: tuple[Any, ...] | None) -> Iterator[None]:
+    """While open, a layer gives back the hidden state that it is given."""
+
+    def forward(*given: Any, **named: Any) -> Any:
+        hidden = given[0] if given else named["hidden_states"]
+        return hidden if beside is None else (hidden, *beside)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@contextmanager
+def _given(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """While open, a layer is given this hidden state, on the device where it would be given its own."""
+
+    def put(module: Any, given: Any, named: Any) -> Any:
+        if given:
+            return (hidden.to(given[0].device), *given[1:]), named
+        return given, {**named, "hidden_states": hidden.to(named["hidden_states"].device)}
+
+    hook = layer.register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
