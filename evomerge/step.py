@@ -47,7 +47,8 @@ class Step:
         factor: (values) -> by what it multiplies the change of every tensor, where it does nothing else: how much of
             each source is taken then counts as much more. None of other steps.
         in_any_basis: whether it makes of a change Q D P, for orthonormal Q and P, what it makes of D between these two:
-            it goes by lengths and singular values alone. In core space it then works on the small D.
+            it goes by lengths, singular values and what is turned with D alone. In core space it then works on the
+            small D.
         title: its name as people write it.
         reference: where it is described.
     """

@@ -75,7 +75,9 @@ def spectrum(change: Tensor, noise: float = 0.0, *, name: str) -> Spectrum:
     side = _wide(change.double())
     values, vectors = _eigen(_gram(side), name)
     sizes = values.clamp(min=0).sqrt()
-    least = max(noise, float(sizes[0]) * math.sqrt(len(sizes) * _EPS64)) if len(sizes) else 0.0
+    # What float64 loses in a Gram matrix, and float32 in the change itself.
+    lost = max(math.sqrt(len(sizes) * _EPS64), 4 * _EPS32)
+    least = max(noise, lost * float(sizes[0])) if len(sizes) else 0.0
     rank = int((sizes > least).sum())
     return Spectrum(vectors[:, :rank], sizes[:rank])
 
