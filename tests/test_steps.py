@@ -277,3 +277,12 @@ def test_a_profile_of_ones_is_no_profile() -> None:
 def test_a_profile_scales_after_all_steps() -> None:
     decoded = space(profile="lines", steps={"scale": {}}).decode(np.array([0.4, 0.6, 0.9, 0.5, 0.5]))
     assert [step.parameters["factor"] for step in decoded.blends[0].steps] == [0.9, 0.5]
+
+
+def test_a_profile_is_told_in_one_line() -> None:
+    decoded = space(profile="lines").decode(np.array([0.4, 0.6, 0.5, 1.5]))
+    assert decoded.lines() == [
+        "the whole model: task_arithmetic of maths, japanese on base; weight maths 0.4, japanese 0.6; lambda 1; "
+        "then scale by factor 0.5 (embedding; norm; head; layer 0), 0.75 (layer 1), 1 (layer 2), 1.25 (layer 3), "
+        "1.5 (layer 4)"
+    ]

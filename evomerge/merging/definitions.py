@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from evomerge.merging.drops import element_bits, turns
-from evomerge.merging.passes import RANKED
+
+RANKED = 256  # ``passes.RANKED``
 
 
 def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:

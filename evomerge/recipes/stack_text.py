@@ -9,12 +9,38 @@ from evomerge.printable import ranges
 if TYPE_CHECKING:
     from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 
+_SCALE = "scale"  # the step that profiles over depth are made of
 _MOST_TENSORS = 3  # tensors of their own that a line names
 
 
 def stack_lines(recipe: StackRecipe) -> list[str]:
-    """A line for each blend: attention of layers 0 to 9: ties of maths, json on base; weight maths 0.5, json 0.9."""
-    return [f"{_parts(recipe, number)}: {_words(blend)}" for number, blend in enumerate(recipe.blends)]
+    """A line for each blend: attention of layers 0 to 9: ties of maths, json on base; weight maths 0.5, json 0.9.
+
+    Blends that differ in nothing but by what they are scaled at last, as those of a profile, have one line.
+    """
+    alike: dict[str, list[int]] = {}
+    for number, blend in enumerate(recipe.blends):
+        alike.setdefault(_words(_without_last_scale(blend)), []).append(number)
+    lines = []
+    for words, numbers in alike.items():
+        if len(numbers) == 1:
+            lines.append(f"{_parts(recipe, numbers[0])}: {_words(recipe.blends[numbers[0]])}")
+            continue
+        factors = ", ".join(f"{_last_factor(recipe.blends[n])} ({_parts(recipe, n)})" for n in numbers)
+        whole = "the whole model" if len(alike) == 1 else "; ".join(_parts(recipe, n) for n in numbers)
+        lines.append(f"{whole}: {words}; then scale by factor {factors}")
+    return lines
+
+
+def _without_last_scale(blend: Blend) -> Blend:
+    scaled = blend.steps and blend.steps[-1].name == _SCALE
+    return blend.model_copy(update={"steps": blend.steps[:-1]}) if scaled else blend
+
+
+def _last_factor(blend: Blend) -> str:
+    """By what a blend is scaled at last, if it is."""
+    scaled = blend.steps and blend.steps[-1].name == _SCALE
+    return value_text(blend.steps[-1].parameters.get("factor", 1.0)) if scaled else "1"
 
 
 def _parts(recipe: StackRecipe, number: int) -> str:
