@@ -1,16 +1,16 @@
 """Which merge methods earn their place: each tuned with equally many items, and confirmed on held-out ones.
 
 Published tables of merge methods ran each at one fixed strength, where most fall below the base for the size of their
-change and not for its direction. Here every method makes its change D for equal weights, and is tuned in two numbers at
-most: the size of the change, kappa sqrt(N) times that of the mean task vector (arXiv 2608.17366), and one number of its
-own. On each problem every method has the same number of candidates, scored on the same items. A seed is a draw of these
+change and not for its direction. Here every method makes its change for equal weights, its other numbers as its paper
+has them, and is tuned in its strength: the size of the change, kappa sqrt(N) times that of the mean task vector (arXiv
+2608.17366). Every method tries the same kappas, scored on the same items. A seed is a draw of these
 items from the search split, and of the masks of methods that draw some; the best candidate on them is scored on the
 held-out split. Beside it stands the method at its paper's setting, which nothing is chosen by.
 
 Differences are to task arithmetic tuned in the same way on the same seed, paired by item, averaged over seeds; their
 95% intervals are a bootstrap over seeds and items.
 
-    python scripts/bench/methods.py run FOLDER --problem zoo|six|real [--only NAME ...]     # can be interrupted
+    python scripts/bench/methods.py run FOLDER --problem zoo|real [--only NAME ...]     # can be interrupted
     python scripts/bench/methods.py report FOLDER     # docs/methods.json, docs/methods.svg, and the table
 
 The problem "real" needs what scripts/real/prepare makes.
@@ -22,8 +22,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -48,13 +48,10 @@ from evomerge.step import find_step, needs_of_steps
 ROOT = Path(__file__).parents[2]
 SEEDS = range(5)
 BASELINE = "task arithmetic"
-KAPPAS = {
-    8: (0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 1.9), 4: (0.5, 0.8, 1.15, 1.6),
-    6: (0.5, 0.65, 0.85, 1.0, 1.25, 1.6), 3: (0.6, 0.9, 1.3),
-}  # fmt: skip
-"""Sizes of the change, by how many a method tries."""
+KAPPAS = (0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 1.9)
+"""Sizes of the change that every method tries."""
 
-_CORRECTIONS, _PRECISION = 5, 0.02
+_CORRECTIONS, _PRECISION = 4, 0.03
 """How often the factor of a change is corrected at most, and how near its size is to come."""
 
 _LEAST_CHANGE = 1e-9
@@ -69,66 +66,66 @@ class Case:
 
     Attributes:
         method: of the blends.
-        paper: the setting of its paper, strength included; None where it has none that is fixed.
-        own: two settings of the number that it has besides its strength; one where it has none.
-        step: what is done to what it makes; ``own`` is of it then.
+        paper: the numbers that its paper gives, strength included; None where it fixes no strength.
+        own: its numbers besides strength where ``paper`` has none.
+        step: what is done to what it makes; numbers are of it, too.
         basis: of the blends.
-        profile: whether ``own`` is the first and the last layer's share of the change, and those between lie evenly.
+        profile: whether it has the numbers ``first`` and ``last``, the shares of the change that the outer layers keep;
+            those between lie evenly.
         masks: whether it draws masks, and so depends on the seed.
     """
 
     method: str
     paper: Values | None
-    own: tuple[Values, ...] = ({},)
+    own: Values = field(default_factory=dict)
     step: str | None = None
     basis: Literal["core"] | None = None
     profile: bool = False
     masks: bool = False
 
+    @property
+    def numbers(self) -> Values:
+        """Its numbers besides strength."""
+        return self.own if self.paper is None else {k: v for k, v in self.paper.items() if k not in STRENGTH}
 
-def two(name: str, first: float | str, second: float | str) -> tuple[Values, ...]:
-    return ({name: first}, {name: second})
 
+STRENGTH = ("weight", "lambda")
 
 # Where a paper has several settings, that for language models.
 CASES: dict[str, Case] = {
     BASELINE: Case("task_arithmetic", {"weight": 0.4}),
-    "TIES": Case("ties", {"weight": 0.4, "density": 0.3}, two("density", 0.3, 0.7)),
-    "DARE": Case("dare_linear", {"weight": 0.4, "density": 0.1}, two("density", 0.3, 0.7), masks=True),
-    "DARE TIES": Case("dare_ties", {"weight": 0.4, "density": 0.1}, two("density", 0.3, 0.7), masks=True),
-    "DELLA": Case("della", {"weight": 0.4, "density": 0.3}, two("density", 0.3, 0.7), masks=True),
-    "breadcrumbs": Case("breadcrumbs", {"weight": 0.4, "density": 0.85}, two("density", 0.5, 0.85)),
-    "breadcrumbs TIES": Case("breadcrumbs_ties", {"weight": 0.4, "density": 0.85}, two("density", 0.5, 0.85)),
-    "SCE": Case("sce", {"select_topk": 0.1}, two("select_topk", 0.2, 1.0)),
+    "TIES": Case("ties", {"weight": 0.4, "density": 0.3}),
+    "SCE": Case("sce", {"select_topk": 0.1}),
+    "TSV-Merge": Case("tsv", {"weight": 1.0}),
+    "WUDI": Case("wudi", {}),
+    "SWUDI": Case("swudi", {}),
+    "ACE": Case("ace", {}),
+    "gram, ridge": Case("gram", None, {"log_eps": -2.0}),
+    "RegMean": Case("regmean", {"weight": 1.0, "off_diagonal": 0.9}),
+    "Iso-C": Case("task_arithmetic", {"weight": 1.0, "strength": 1.0}, step="iso"),
+    "AIM": Case("task_arithmetic", {"weight": 0.4, "omega": 0.4}, step="activations"),
+    "Localize-and-Stitch": Case("localize_and_stitch", {"weight": 1.0, "density": 0.1}),
+    "Consensus": Case("consensus", {"weight": 0.4, "ratio": 0.4, "votes": 2.0}),
+    "DARE": Case("dare_linear", {"weight": 0.4, "density": 0.1}, masks=True),
+    "DELLA": Case("della", {"weight": 0.4, "density": 0.3}, masks=True),
+    "breadcrumbs": Case("breadcrumbs", {"weight": 0.4, "density": 0.85}),
     "model stock": Case("model_stock", {}),
+    "RAM": Case("ram", {}),
+    "YOYO fusion": Case("yoyo", {}),
+    "MagMax": Case("magmax", {"weight": 0.5}),
+    "CABS": Case("cabs", {"weight": 1.0, "density": 0.25}),
+    "PCB": Case("pcb", {"weight": 1.2}),
+    "ResMerge": Case("resmerge", {}),
+    "Subspace Boosting": Case("task_arithmetic", {"weight": 0.4, "beta": 0.2}, step="subspace_boosting"),
+    "SVC": Case("task_arithmetic", {"weight": 0.4, "alpha": 0.1}, step="svc"),
+    "LiNeS": Case("task_arithmetic", None, {"first": 0.5, "last": 1.5}, profile=True),
+    "TIES in core space": Case("ties", {"weight": 0.4, "density": 0.3}, basis="core"),
+    "Iso-CTS": Case("task_arithmetic", {"weight": 1.0, "common": 0.8}, step="iso_cts"),
     "Karcher mean": Case("karcher", {}),
     "multislerp": Case("multislerp", {}),
-    "RAM": Case("ram", {}),
+    "DARE TIES": Case("dare_ties", {"weight": 0.4, "density": 0.1}, masks=True),
     "RAM+": Case("ramplus_tl", {}),
-    "WUDI": Case("wudi", {}),
-    "ACTMat": Case("actmat", {"weight": 1.0}),
-    "ACE": Case("ace", {}),
-    "SWUDI": Case("swudi", {}, two("log_t", 1.5, 2.5)),
-    "gram, ridge": Case("gram", None, two("log_eps", -3.0, -1.0)),
-    "RegMean": Case("regmean", {"weight": 1.0, "off_diagonal": 0.9}, two("off_diagonal", 0.5, 0.9)),
-    "RegMean++": Case("regmean_plus_plus", {"weight": 1.0, "off_diagonal": 0.9}, two("off_diagonal", 0.5, 0.9)),
-    "TSV-Merge": Case("tsv", {"weight": 1.0}, two("halvings", 0.0, 1.0)),
-    "YOYO fusion": Case("yoyo", {}, two("cut", 2.5, 4.685)),
-    "MagMax": Case("magmax", {"weight": 0.5}),
-    "Consensus": Case("consensus", {"weight": 0.4, "ratio": 0.4, "votes": 2.0}, two("ratio", 0.2, 0.5)),
-    "Localize-and-Stitch": Case("localize_and_stitch", {"weight": 1.0, "density": 0.1}, two("density", 0.1, 0.5)),
-    "CABS": Case("cabs", {"weight": 1.0, "density": 0.25}, two("density", 0.25, 0.75)),
-    "PCB": Case("pcb", {}, two("density", 0.1, 0.5)),
-    "ResMerge": Case("resmerge", {}),
-    "Iso-C": Case("task_arithmetic", {"weight": 1.0, "strength": 1.0}, two("strength", 0.5, 1.0), step="iso"),
-    "Iso-CTS": Case("task_arithmetic", {"weight": 1.0, "common": 0.8}, two("common", 0.6, 0.9), step="iso_cts"),
-    "Subspace Boosting": Case(
-        "task_arithmetic", {"weight": 0.4, "beta": 0.2}, two("beta", 0.1, 0.3), step="subspace_boosting"
-    ),
-    "SVC": Case("task_arithmetic", {"weight": 0.4, "alpha": 0.1}, two("alpha", 0.1, 1.0), step="svc"),
-    "AIM": Case("task_arithmetic", {"weight": 0.4, "omega": 0.4}, two("omega", 0.2, 0.6), step="activations"),
-    "TIES in core space": Case("ties", {"weight": 0.4, "density": 0.3}, two("density", 0.3, 0.7), basis="core"),
-    "LiNeS": Case("task_arithmetic", None, ({"first": 0.5, "last": 1.5}, {"first": 1.5, "last": 0.5}), profile=True),
+    "RegMean++": Case("regmean_plus_plus", {"weight": 1.0, "off_diagonal": 0.9}),
 }
 
 
@@ -137,12 +134,12 @@ class Candidate:
     """One setting of a case.
 
     Attributes:
-        own: values of the method's parameters, or of its first step's.
+        numbers: of the method and its step.
         kappa: the size of the change, in sizes of the mean task vector times sqrt(N); None at the paper's setting.
         seed: of masks.
     """
 
-    own: Values
+    numbers: Values
     kappa: float | None
     seed: int
 
@@ -155,18 +152,18 @@ class Problem:
         file: the search file that names sources and objectives.
         objectives: in place of the file's.
         sources: those of the file that are merged; all where empty.
-        candidates: that every method tries on a seed.
         items: of the search split of each objective that a seed draws.
         split: items of the search split of each objective that are drawn from.
+        held_out: items of the held-out split of each objective that are scored.
         texts: gives the calibration texts of each source, of its own task: no answers, and no held-out items.
     """
 
     file: Path
     objectives: Mapping[str, Any]
     sources: tuple[str, ...]
-    candidates: int
     items: int
     split: int
+    held_out: int
     texts: Callable[[str], list[str]]
 
 
@@ -198,17 +195,16 @@ def real_texts(source: str) -> list[str]:
     return [f"{line['question']}\n{line['answer']}" for line in own]
 
 
-USEFUL = ("steps_en", "steps_ja", "into_japanese", "extraction", "kanji", "rewarded")
-"""Sources of the zoo of which each is the best at a task, or near it, and none is at odds with a task."""
+THREE = ("steps_ja", "extraction", "kanji")
+"""Sources of the zoo that fit together, and two of which make the composition. At equal weights its experts at odds end
+below the best of them, whatever the method: all twelve are for searches over weights."""
 
 ZOO = ROOT / "examples" / "zoo.yaml"
 ZOO_OBJECTIVES = {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()}
 PROBLEMS = {
-    "zoo": Problem(ZOO, ZOO_OBJECTIVES, (), 8, 50, 150, zoo_texts),
-    "six": Problem(ZOO, ZOO_OBJECTIVES, USEFUL, 8, 50, 150, zoo_texts),
-    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, (), 6, 60, 150, real_texts),
+    "zoo": Problem(ZOO, ZOO_OBJECTIVES, THREE, 50, 100, 400, zoo_texts),
+    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, (), 60, 120, 240, real_texts),
 }
-"""All twelve experts of the zoo, its six that are useful, and the three of the real model."""
 
 PROMPTS, TOKENS = 60, 64
 """Of the calibration texts of each source."""
@@ -256,18 +252,18 @@ class Bench:
 
     # ---- recipes -----------------------------------------------------------------------------------------------------
 
-    def blend(self, case: Case, own: Values, factor: float = 1.0) -> Blend:
-        """Equal weights, the other numbers as ``own`` has them, the change ``factor`` times as large."""
+    def blend(self, case: Case, numbers: Values, factor: float = 1.0) -> Blend:
+        """Equal weights, the other numbers as ``numbers`` has them, the change ``factor`` times as large."""
         method = find_method(case.method, "case")
         values = default_parameters(method, self.mixed)
         weight = 1.0 / len(self.mixed)
         for p in method.parameters:
-            value = own.get(p.name, weight if p.name == "weight" else p.default)
+            value = numbers.get(p.name, weight if p.name == "weight" else p.default)
             values[p.name] = dict.fromkeys(self.mixed, value) if p.scope == "source" else value
         steps = []
         if case.step is not None:
             known = {p.name for p in find_step(case.step, "case").parameters}
-            steps.append(BlendStep(name=case.step, parameters={k: v for k, v in own.items() if k in known}))
+            steps.append(BlendStep(name=case.step, parameters={k: v for k, v in numbers.items() if k in known}))
         if factor != 1.0:
             steps.append(BlendStep(name="scale", parameters={"factor": factor}))
         return Blend(
@@ -275,15 +271,15 @@ class Bench:
             steps=tuple(steps),
         )  # fmt: skip
 
-    def recipe(self, case: Case, own: Values, factor: float = 1.0, seed: int = 0) -> StackRecipe:
+    def recipe(self, case: Case, numbers: Values, factor: float = 1.0, seed: int = 0) -> StackRecipe:
         """A case at these numbers."""
         last = self._layers - 1
         shares = [1.0] * self._layers
         if case.profile:
-            first, rise = float(own["first"]), float(own["last"]) - float(own["first"])
+            first, rise = float(numbers["first"]), float(numbers["last"]) - float(numbers["first"])
             shares = [first + rise * layer / last for layer in range(self._layers)]
-        blends = [self.blend(case, own, factor * share) for share in shares]
-        return self._composed(blends, self.blend(case, own, factor * shares[0]), seed)
+        blends = [self.blend(case, numbers, factor * share) for share in shares]
+        return self._composed(blends, self.blend(case, numbers, factor * shares[0]), seed)
 
     def alone(self, source: str) -> StackRecipe:
         blend = Blend(method="linear", sources=(source,), parameters={"weight": {source: 1.0}, "normalize": False})
@@ -302,10 +298,10 @@ class Bench:
     def of(self, case: Case, candidate: Candidate) -> StackRecipe:
         """The recipe of a candidate."""
         if candidate.kappa is None:
-            return self.recipe(case, candidate.own, seed=candidate.seed)
+            return self.recipe(case, candidate.numbers, seed=candidate.seed)
         wanted, factor = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change, 1.0
         for _ in range(_CORRECTIONS):  # not proportional where small changes are rounded away in 16 bits
-            recipe = self.recipe(case, candidate.own, factor, candidate.seed)
+            recipe = self.recipe(case, candidate.numbers, factor, candidate.seed)
             ratio = wanted / max(self.change(recipe), _LEAST_CHANGE)
             if abs(ratio - 1) < _PRECISION:
                 break
@@ -340,10 +336,7 @@ class Bench:
         return result
 
     def held_out(self, recipe: StackRecipe) -> Scores:
-        evaluators = self._prepared.setup.evaluators
-        return self.score(
-            recipe, "held_out", [range(evaluators[o.evaluator].held_out_items) for o in self._prepared.setup.objectives]
-        )
+        return self.score(recipe, "held_out", [range(self.problem.held_out)] * len(self._prepared.setup.objectives))
 
     def drawn(self, seed: int) -> list[NDArray[np.int64]]:
         """The items of each objective that a seed tunes by."""
@@ -352,15 +345,8 @@ class Bench:
         return [np.sort(random.permutation(self.problem.split)[: self.problem.items]) for _ in range(count)]
 
 
-def candidates(case: Case, count: int, seed: int) -> Iterator[Candidate]:
-    """What a seed tries: so many."""
-    for own in case.own:
-        for kappa in KAPPAS[count // len(case.own)]:
-            yield Candidate(own, kappa, seed if case.masks else 0)
-
-
 def key(candidate: Candidate) -> str:
-    return json.dumps([dict(candidate.own), candidate.kappa, candidate.seed])
+    return json.dumps([dict(candidate.numbers), candidate.kappa, candidate.seed])
 
 
 def run(bench: Bench, name: str, out: Path) -> None:
@@ -374,7 +360,8 @@ def run(bench: Bench, name: str, out: Path) -> None:
         drawn = bench.drawn(seed)
         places = np.concatenate([o * split + items for o, items in enumerate(drawn)])
         best, best_score = None, -math.inf
-        for candidate in candidates(case, bench.problem.candidates, seed):
+        for kappa in KAPPAS:
+            candidate = Candidate(case.numbers, kappa, seed if case.masks else 0)
             recipe = bench.of(case, candidate)
             if case.masks:
                 scores = bench.score(recipe, "search", drawn)
