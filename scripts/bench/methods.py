@@ -48,9 +48,6 @@ from evomerge.step import find_step, needs_of_steps
 ROOT = Path(__file__).parents[2]
 SEEDS = range(5)
 BASELINE = "task arithmetic"
-KAPPAS = (0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 1.9)
-"""Sizes of the change that every method tries."""
-
 _CORRECTIONS, _PRECISION = 4, 0.03
 """How often the factor of a change is corrected at most, and how near its size is to come."""
 
@@ -152,6 +149,7 @@ class Problem:
         file: the search file that names sources and objectives.
         objectives: in place of the file's.
         sources: those of the file that are merged; all where empty.
+        kappas: sizes of the change that every method tries, around the best of most.
         items: of the search split of each objective that a seed draws.
         split: items of the search split of each objective that are drawn from.
         held_out: items of the held-out split of each objective that are scored.
@@ -161,6 +159,7 @@ class Problem:
     file: Path
     objectives: Mapping[str, Any]
     sources: tuple[str, ...]
+    kappas: tuple[float, ...]
     items: int
     split: int
     held_out: int
@@ -202,8 +201,10 @@ below the best of them, whatever the method: all twelve are for searches over we
 ZOO = ROOT / "examples" / "zoo.yaml"
 ZOO_OBJECTIVES = {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()}
 PROBLEMS = {
-    "zoo": Problem(ZOO, ZOO_OBJECTIVES, THREE, 50, 100, 400, zoo_texts),
-    "real": Problem(ROOT / "scripts" / "real" / "search.yaml", {}, (), 60, 120, 240, real_texts),
+    "zoo": Problem(ZOO, ZOO_OBJECTIVES, THREE, (0.8, 1.0, 1.2, 1.35, 1.5, 1.7, 2.0, 2.4), 50, 100, 400, zoo_texts),
+    "real": Problem(
+        ROOT / "scripts" / "real" / "search.yaml", {}, (), (0.15, 0.25, 0.35, 0.5, 0.7, 1.0), 45, 90, 180, real_texts
+    ),
 }
 
 PROMPTS, TOKENS = 60, 64
@@ -360,7 +361,7 @@ def run(bench: Bench, name: str, out: Path) -> None:
         drawn = bench.drawn(seed)
         places = np.concatenate([o * split + items for o, items in enumerate(drawn)])
         best, best_score = None, -math.inf
-        for kappa in KAPPAS:
+        for kappa in bench.problem.kappas:
             candidate = Candidate(case.numbers, kappa, seed if case.masks else 0)
             recipe = bench.of(case, candidate)
             if case.masks:
