@@ -28,6 +28,12 @@ Plan: TypeAlias = "Callable[[Facts, Blend], Pass]"
 FRACTION = (0.0, 1.0)
 """Limits of a parameter that is a share of a whole."""
 
+AUTO = "auto"
+"""In a search file, in place of a method's name: the one that is taken where nobody knows better."""
+
+AUTO_METHOD = "task_arithmetic"
+"""Which that is: docs/methods.md says why. A search records this name, so that another choice changes no old search."""
+
 Value = float | str
 """Of a parameter: a number, or the name of a choice."""
 
@@ -157,6 +163,11 @@ def find_method(name: str, place: str) -> Method:
     if method.name != name:
         raise InputError(place, f"the method that is installed as {name} calls itself {method.name}")
     return method
+
+
+def named_method(value: object) -> object:
+    """What a search file says of the method, with ``auto`` as the method that it stands for."""
+    return AUTO_METHOD if value == AUTO else value
 
 
 def own_methods() -> dict[str, Method]:

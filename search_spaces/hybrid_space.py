@@ -10,16 +10,17 @@ import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn, Self
+from typing import Annotated, Literal, NoReturn, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from evomerge.blends import check_whole
 from evomerge.errors import InputError
 from evomerge.files import absolute_reference
 from evomerge.genome import Baseline, Genome, SearchSpace
 from evomerge.mergekit import load_recipe_file
+from evomerge.method import named_method
 from evomerge.recipes.stack import StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_sources, source_member
@@ -41,7 +42,7 @@ class HybridSpaceSettings(PathSettings):
         winner: a recipe file, such as the ``recipe.yaml`` of an export; relative to the search file. What it merges
             joins the sources under the name "merged" and is model A.
         others: the sources whose layers a path may take beside those of the winner; all of the file unless given.
-        method: every hop is a merge by this method of the layers of one number.
+        method: every hop is a merge by this method of the layers of one number; or "auto".
         granularity: what has weights of its own: with "hop", each slot of the encoding, the embedding, the final norm
             and the head; with "model", only the model as a whole. "hop" unless given.
         steps: what is done after the method, as in parameter space.
@@ -51,7 +52,7 @@ class HybridSpaceSettings(PathSettings):
     encoding: EncodingName = "integers"
     winner: Path | None = None
     others: tuple[str, ...] | None = None
-    method: str | None = None
+    method: Annotated[str | None, BeforeValidator(named_method)] = None
     granularity: Literal["hop", "model"] | None = None
     steps: dict[str, StepSettings] = Field(default_factory=dict)
 

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, FiniteFloat
+from pydantic import BeforeValidator, Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome
-from evomerge.method import Method, Point, Value, check_blend
+from evomerge.method import Method, Point, Value, check_blend, named_method
 from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.chosen_method import ChosenMethodGenes
@@ -37,8 +37,8 @@ class ParameterSpaceSettings(SpaceSettings):
     """``space:`` of a search file.
 
     Args:
-        method: the merge method; or several, of which a number of each layer group chooses one, with each one's own
-            numbers.
+        method: the merge method; "auto" for the one that docs/methods.md advises; or several, of which a number of each
+            layer group chooses one, with each one's own numbers.
         granularity: how the model is cut into layer groups that have numbers of their own. "model": one group. "layer":
             each layer, and the embedding, final norm and head. "block": as "layer", attention and mlp apart (a layer's
             norms go with its attention). A number n: groups of n layers.
@@ -57,7 +57,7 @@ class ParameterSpaceSettings(SpaceSettings):
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
-    method: str | Annotated[tuple[str, ...], Field(min_length=2)]
+    method: Annotated[str | Annotated[tuple[str, ...], Field(min_length=2)], BeforeValidator(named_method)]
     granularity: Literal["model", "layer", "block"] | Annotated[int, Field(ge=1)] = "model"
     bounds: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
     fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)

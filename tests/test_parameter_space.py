@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import InputError
-from evomerge.method import check_blend, find_method, own_methods
+from evomerge.method import AUTO_METHOD, check_blend, find_method, own_methods
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Role, roles
 from search_spaces.base import SpaceContext
@@ -242,3 +242,10 @@ def test_ranges_of_one_of_several_methods() -> None:
 def test_several_methods_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         build(**settings)
+
+
+def test_auto_is_recorded_as_the_method_that_it_stands_for() -> None:
+    settings = ParameterSpaceSettings(method="auto")  # type: ignore[arg-type]
+    assert settings.model_dump(mode="json")["method"] == AUTO_METHOD
+    assert find_method(AUTO_METHOD, "test").needs == ()  # which everybody can take who has a base
+    assert names(build(method="auto")) == names(build(method=AUTO_METHOD))

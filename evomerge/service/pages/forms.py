@@ -17,6 +17,7 @@ from pydantic.errors import PydanticUserError
 
 from evaluators.base import EvaluatorSettings
 from evomerge.errors import InputError
+from evomerge.method import AUTO
 from evomerge.optimizers.base import Settings
 from evomerge.plugins import OWN, find_class, plugins
 from evomerge.search.settings.search_file import SearchFile
@@ -55,7 +56,13 @@ class Group:
     fields: tuple[Field, ...]
 
 
-_METHODS = tuple(plugins("evomerge.merge_methods"))
+_METHOD = Field(
+    "method",
+    "Method",
+    default=AUTO,
+    options=(AUTO, *plugins("evomerge.merge_methods")),
+    hint="auto: the one that measurements advise",
+)
 
 _ENCODING = Field("encoding", "Encoding", options=("blocks", "indicators", "integers", "pruning"), default="blocks")
 _MAX_HOPS = Field("max_hops", "Longest path", "number", hint="in layers; twice the layers of a source unless given")
@@ -70,9 +77,12 @@ _OWN_SPACES = (
     Group(
         "parameter_space", "Weights", "how much of each source goes into each layer",
         (
-            Field("method", "Method", default="task_arithmetic", options=_METHODS),
+            _METHOD,
             Field("granularity", "Granularity", options=("model", "layer", "block"), default="model",
                   hint="what has numbers of its own; by hand also a number of layers"),
+            Field("profile", "Over depth", options=("", "lines", "tiers"),
+                  labels=("alike", "two numbers from first to last", "three tiers of layers"),
+                  hint="a few numbers that scale the change of layers, where the granularity is model"),
             Field("basis", "Adapters in core space", options=("", "core"), labels=("no", "yes"),
                   hint="for LoRA adapters of one base: their changes in the few coordinates that hold them"),
         ),
@@ -89,7 +99,7 @@ _OWN_SPACES = (
     Group(
         "hybrid_space", "Both at once", "a path through layers that are merges themselves",
         (
-            Field("method", "Method", default="task_arithmetic", options=_METHODS),
+            _METHOD,
             Field("granularity", "Weights for", default="model", options=("model", "hop"),
                   labels=("the whole model", "each layer on the path")),
             Field("encoding", "Encoding", options=("pruning", "integers", "blocks", "indicators"), default="pruning"),
