@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,13 +55,19 @@ def searched(
 
 
 def check_ranges(
-    owner: str, parameters: Sequence[MethodParameter], bounds: Bounds, fixed: Mapping[str, Value], place: str
+    owner: str,
+    parameters: Sequence[MethodParameter],
+    bounds: Bounds,
+    fixed: Mapping[str, Value],
+    place: str,
+    key: Callable[[str, str], str] = lambda field, name: name,
 ) -> None:
     """Refuse ``bounds`` and ``fixed`` that do not fit the parameters of a method or a step.
 
     Args:
         owner: its name.
         place: of the two keys in the search file.
+        key: (field, parameter) -> what the parameter is called there, where that is not its name.
 
     Raises:
         InputError: naming the key.
@@ -73,12 +79,12 @@ def check_ranges(
                 options = ", ".join(sorted(known)) or "none"
                 raise InputError(f"{place}.{field}.{name}", f"{owner} has no such setting; it has: {options}")
     if both := sorted(set(bounds) & set(fixed)):
-        raise InputError(f"{place}.fixed.{both[0]}", "is given bounds as well", "Keep one of the two.")
+        raise InputError(f"{place}.fixed.{key('fixed', both[0])}", "is given bounds as well", "Keep one of the two.")
     for p in parameters:
         if p.name in bounds:
-            _check_bounds(p, bounds[p.name], f"{place}.bounds.{p.name}")
+            _check_bounds(p, bounds[p.name], f"{place}.bounds.{key('bounds', p.name)}")
         if p.name in fixed:
-            p.check(fixed[p.name], f"{place}.fixed.{p.name}")
+            p.check(fixed[p.name], f"{place}.fixed.{key('fixed', p.name)}")
 
 
 def _check_bounds(parameter: MethodParameter, bounds: tuple[float, float], place: str) -> None:

@@ -108,16 +108,25 @@ class ParameterSpaceSettings(SpaceSettings):
             _check_known("switches", self.switches, method.switches, f"{method.name} has no such setting; it has")
             return
         for field, values in (("bounds", self.bounds), ("fixed", self.fixed), ("switches", self.switches)):
-            known = set()
+            known: set[str] = set()
             for method in methods:
                 names = set(method.switches) if field == "switches" else {p.name for p in method.parameters}
-                known |= names | {f"{method.name}.{name}" for name in names}
-            _check_known(field, values, known, f"none of {', '.join(self.methods)} has such a setting; they have")
+                own = {f"{method.name}.{name}" for name in names}
+                mine = [name for name in values if name.startswith(f"{method.name}.")]
+                _check_known(field, mine, own, f"{method.name} has no such setting; it has")
+                known |= names | own
+            others = [name for name in values if name.partition(".")[0] not in self.methods]
+            _check_known(field, others, known, f"none of {', '.join(self.methods)} has such a setting; they have")
         for method in methods:
             known = {p.name for p in method.parameters}
             bounds = _only(self.of_method(self.bounds, method.name), known)
             fixed = _only(self.of_method(self.fixed, method.name), known)
-            check_ranges(method.name, method.parameters, bounds, fixed, "space")
+            check_ranges(method.name, method.parameters, bounds, fixed, "space", partial(self._key, method.name))
+
+    def _key(self, method: str, field: str, name: str) -> str:
+        """How the search file calls a parameter of one of several methods."""
+        own = f"{method}.{name}"
+        return own if own in (self.bounds if field == "bounds" else self.fixed) else name
 
     def _check_profile(self, context: SpaceContext) -> None:
         if self.profile is None:

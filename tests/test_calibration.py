@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_checkpoints import WORDS, in_own_memory, save_model, tiny_config
+from helpers_checkpoints import WORDS, edit_tensors, in_own_memory, save_model, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from evomerge.calibration import Calibration, calibration_from, check_all_have_texts, read_texts
@@ -248,6 +248,17 @@ def test_the_command_line_names_texts_for_all_and_of_single_sources(tmp_path: Pa
     assert calibration_of([], 1, 8) is None
     with pytest.raises(InputError, match="twice for maths"):
         calibration_of(["maths=one.txt", "maths=two.txt"], 1, 8)
+
+
+@pytest.mark.parametrize("asked", ["gram", "channels"])
+def test_a_source_that_computes_infinities_is_refused_by_its_name(asked: str, tmp_path: Path) -> None:
+    save_model(tiny_config(), tmp_path / "a", dtype=torch.float16)
+    edit_tensors(tmp_path / "a", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(6e4))
+    found = inputs(open_source("a", str(tmp_path / "a"), place="sources.a"))
+    ref = ("a", "model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(InputError, match=r"computes NaN or Inf .* on the calibration texts") as refused:
+        found.of(ref) if asked == "gram" else found.channels(ref)
+    assert refused.value.place == "sources.a"
 
 
 def test_a_text_without_tokens_is_refused_by_its_number() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,20 @@ def test_every_tensor_is_what_its_method_makes_of_it(
         expected = methods.merge(METHODS[method], base, read, mix, models=files)
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected.bfloat16())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_source_is_refused_whatever_the_method(
+    method: str, value: float, sources: dict[str, Source], tmp_path: Path
+) -> None:
+    """Also where a mask would leave the element out, or a decomposition end without a word of whose it is."""
+    tensors = stored(sources["maths"])
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    save_file(tensors, shutil.copytree(sources["maths"].folder, tmp_path / "maths") / "model.safetensors")
+    broken = sources | {"maths": open_source("maths", str(tmp_path / "maths"), place="sources.maths")}
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight.*NaN|NaN.*layers\.1\.mlp\.up_proj\.weight"):
+        dict(Materialiser(broken).tensors(recipe_of(blend(method, MIXED[method]), broken)))
 
 
 def test_every_part_is_made_by_its_own_blend(sources: dict[str, Source]) -> None:

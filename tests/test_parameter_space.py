@@ -233,7 +233,17 @@ def test_ranges_of_one_of_several_methods() -> None:
     [
         ({"method": ["ties", "linear", "ties"]}, "names ties twice"),
         ({"method": ["ties", "linaer"]}, "linear"),
-        ({"method": SEVERAL, "bounds": {"linear.density": (0, 1)}}, "none of task_arithmetic, ties, linear has such"),
+        (
+            {"method": SEVERAL, "bounds": {"linear.density": (0, 1)}},
+            r"linear\.density: linear has no such .*: .*weight",
+        ),
+        ({"method": SEVERAL, "bounds": {"dare.weight": (0, 1)}}, "none of task_arithmetic, ties, linear has such"),
+        ({"method": SEVERAL, "bounds": {"ties.density": (0, 2)}}, r"space\.bounds\.ties\.density: is 2"),
+        ({"method": SEVERAL, "fixed": {"ties.density": 2}}, r"space\.fixed\.ties\.density: is 2"),
+        (
+            {"method": SEVERAL, "fixed": {"ties.density": 0.5}, "bounds": {"density": (0, 1)}},
+            r"space\.fixed\.ties\.density: is given bounds",
+        ),
         ({"method": SEVERAL, "switches": {"normalise": True}}, "ties.normalize"),
         ({"method": SEVERAL, "base": None}, "needs a base"),
         ({"method": SEVERAL, "bounds": {"weight": (1.0, 0.0)}}, "not below"),

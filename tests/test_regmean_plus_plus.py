@@ -241,11 +241,13 @@ def test_layers_out_of_their_places_are_refused_by_name(llamas: dict[str, Source
 
 
 def test_what_merged_layers_make_nan_of_is_said_with_its_layer(
-    llamas: dict[str, Source], monkeypatch: pytest.MonkeyPatch
+    llamas: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evomerge.merging.normal_equations.nearest_by_grams", lambda sides, *rest: sides[0] * torch.inf)
     with pytest.raises(NotFiniteError, match="what layer 1 is given on the texts of a"):
         builder(llamas).write(recipe_of(llamas))
+    with pytest.raises(InputError, match="recipe: gives NaN or Inf in what layer 1 is given on the texts of a"):
+        builder(llamas).export(recipe_of(llamas), tmp_path / "out", texts={})
 
 
 def test_experts_that_are_computed_as_one_are_refused_by_name(tmp_path: Path) -> None:

@@ -183,6 +183,16 @@ def test_a_large_alpha_calibrates_nothing() -> None:
     assert torch.allclose(run(*plan(SVC, MADE, given, {"alpha": 1e6})), made, atol=1e-7)
 
 
+@pytest.mark.parametrize(("step", "values", "formula"), CASES[::2])
+@pytest.mark.parametrize("factor", [2.0**80, 2.0**-80])
+def test_weights_whose_squares_float32_cannot_hold_are_as_others(
+    step: Step, values: Mapping[str, Value], formula: Callable[..., Matrix], factor: float
+) -> None:
+    given = held(30, 45)
+    made = change_of(step, values, [x * factor for x in given])
+    assert np.allclose(made / factor, wanted(formula, given, *values.values()), atol=1e-7)
+
+
 @pytest.mark.parametrize("step", [ISO, ISO_CTS, BOOSTING])
 def test_changes_of_low_rank_keep_it(step: Step) -> None:
     """Adapters have no directions beside their own; what rounding adds to them is not made large."""

@@ -97,6 +97,11 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         place = f"{path}: sources.{name}"
         source = opened.get(reference) or open_source(name, reference, place=place, root=root)
         sources[name] = replace(source, name=name, place=place)
+    if texts is not None:  # sources are run over these, long before any tensor is made
+        from evomerge.checkpoints.checks import check_finite
+
+        for source in sources.values():
+            check_finite(source)
     stack = recipe if isinstance(recipe, StackRecipe) else None
     vocabulary = stack.vocabulary if stack else Vocabulary()
     if vocabulary != Vocabulary():

@@ -263,12 +263,22 @@ class Facts:
     # ---- inner products ----------------------------------------------------------------------------------------------
 
     def products(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """[n, n] inner products of x_0, x_1 - x_0, x_2 - x_0, ..., in float64 to about 15 digits."""
+        """[n, n] inner products of x_0, x_1 - x_0, x_2 - x_0, ..., in float64 to about 15 digits.
+
+        Raises:
+            InputError: one has NaN or Inf.
+        """
 
         def compute() -> NDArray[np.float64]:
             zeros = np.zeros((len(names), len(names)))
             lower = self.weights.scan(self._refs(names), zeros, scans.inner_products)
-            return np.asarray(np.tril(lower) + np.tril(lower, -1).T)
+            whole = np.asarray(np.tril(lower) + np.tril(lower, -1).T)
+            for name, square in zip(names, np.diag(whole), strict=True):
+                if not math.isfinite(square):
+                    difference = "" if name == names[0] else f" in its difference to {names[0]}"
+                    hint = "See which source is broken with `evomerge inspect`."
+                    raise InputError(f"sources.{name}", f"{self.site.name} has NaN or Inf{difference}", hint)
+            return whole
 
         return self._once("products", names, compute)
 

@@ -140,10 +140,15 @@ class Inputs:
         source = self._sources[name]
         for group in _groups(live, source, layers):
             passes = (partial(live.model, text, use_cache=False) for text in tokens)
-            yield from observed(live, source, group, passes).items()
+            made = observed(live, source, group, passes)
+            for of_layer in made.values():
+                _check_finite(of_layer, source)
+            yield from made.items()
 
     def _run_for_channels(self, name: str) -> Tensors:
-        return _channel_sizes(*self._live(name), self._sources[name])
+        made = _channel_sizes(*self._live(name), self._sources[name])
+        _check_finite(made, self._sources[name])
+        return made
 
     def _live(self, name: str) -> tuple[LiveModel, list[Tensor]]:
         """A source as a model that runs, and the tokens of each of its texts."""
@@ -172,6 +177,14 @@ class Inputs:
         kept = self._evidence.get(_TOKENS, key, compute)
         ends = kept["counts"].cumsum(0)[:-1]
         return [text.view(1, -1) for text in torch.tensor_split(kept["tokens"].to(live.device), ends)]
+
+
+def _check_finite(made: Tensors, source: Source) -> None:
+    """Refuse a source that computes NaN or Inf on its texts, as one may in float16 (InputError)."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in made.values()):
+        problem = "computes NaN or Inf in its layers on the calibration texts"
+        hint = "float16 ends at 65504: a model that needs more is to be stored in bfloat16 or float32."
+        raise InputError(source.place, problem, hint)
 
 
 def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[list[int]]:

@@ -353,8 +353,13 @@ class Materialiser:
         """As ``tensors``, made in the live model and read out of it."""
         if self._make_live is None:
             raise ValueError("layers that are made in order need a live model")
+        from evomerge.checkpoints.live import NotFiniteError
+
         live = self._make_live()
-        self.write(recipe, live)
+        try:
+            self.write(recipe, live)
+        except NotFiniteError as error:
+            raise InputError("recipe", f"gives {error}", "Its numbers are too large for the dtype.") from None
         written = live.tensors
         for name, _, dtype in self.layout(recipe):
             if name in without:
@@ -381,13 +386,14 @@ class Materialiser:
         return None if self._device.type == "cpu" else DeviceRunner(self._device, self.read, [], "mapped")
 
     def _check_finite(self, name: str, out: Tensor, plan: Pass, read: Sequence[Tensor]) -> None:
-        if all_finite(out):
+        if all_finite(out) and isinstance(plan, Combine):  # any other may leave out what is broken, as a mask does
             return
         for source, tensor in zip(plan.inputs, read, strict=True):
             if not all_finite(tensor):
                 place, hint = self._sources[source].place, "The model is broken; download or train it again."
                 raise InputError(place, f"has NaN or Inf in what {name} is merged from", hint)
-        raise _not_finite(name)
+        if not all_finite(out):
+            raise _not_finite(name)
 
     def layout(self, recipe: StackRecipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
         """Name, shape and dtype of each of the merged model's tensors.

@@ -112,7 +112,7 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
             return " ".join(map(text, value))
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    return ", ".join(f"{key} {text(value)}" for key, value in settings.items())
+    return ", ".join(key if value == {} else f"{key} {text(value)}" for key, value in settings.items())
 
 
 def _memory(prepared: Prepared) -> str:

@@ -33,12 +33,12 @@ def svc(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
 
         found = matrix.decompose()
         left = found.left(matrix.change).float()
-        along, total = left.T @ matrix.change, torch.zeros_like(found.sizes)
+        along, total = (left.T @ matrix.change).double(), torch.zeros_like(found.sizes)
         for source in matrix.vectors:
-            own = left.T @ source
+            own = (left.T @ source).double()  # squares of float32 may be beyond it
             # Along which a source has nothing, nothing of it is added up: a quotient of zero, so that alpha counts.
-            energy = own.square().sum(dim=1).double().clamp(min=torch.finfo(torch.float64).tiny)
-            total += ((along * own).sum(dim=1).double() / energy).clamp(min=alpha)
+            energy = own.square().sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+            total += ((along * own).sum(dim=1) / energy).clamp(min=alpha)
         return found.resized(matrix.change, found.sizes * len(matrix.vectors) / total)
 
     return matrix_by_matrix(facts, blend, "svc", made, of_matrix, with_sources=True)
