@@ -57,7 +57,7 @@ Scores = NDArray[np.float64]
 Values = Mapping[str, float | str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A method in the table.
 
@@ -240,6 +240,7 @@ class Bench:
         change = ChangeSettings(model=sources[self.base].reference).build()
         self._worker = Worker("bench", self._builders, [*self._prepared.evaluators, change])
         self._layers = sources[self.base].layers
+        self._factors: dict[Case, float] = {}  # of the last candidate of a case, beside its kappa
 
     def _texts(self, sources: Sequence[str], work: Path) -> dict[str, Any]:
         """The calibration texts, written for each source."""
@@ -300,13 +301,15 @@ class Bench:
         """The recipe of a candidate."""
         if candidate.kappa is None:
             return self.recipe(case, candidate.numbers, seed=candidate.seed)
-        wanted, factor = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change, 1.0
+        wanted = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change
+        factor = self._factors.get(case, 1.0 / candidate.kappa) * candidate.kappa
         for _ in range(_CORRECTIONS):  # not proportional where small changes are rounded away in 16 bits
             recipe = self.recipe(case, candidate.numbers, factor, candidate.seed)
             ratio = wanted / max(self.change(recipe), _LEAST_CHANGE)
             if abs(ratio - 1) < _PRECISION:
                 break
             factor *= ratio
+        self._factors[case] = factor / candidate.kappa
         return recipe
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
