@@ -332,8 +332,8 @@ ENDINGS = {
     "the process": ("os._exit(0)", "ended its process"),
     "a signal": ("os.kill(os.getpid(), 9)", "(SIGKILL)"),
     "a fault in C": ("import ctypes; ctypes.string_at(0)", "(SIGSEGV)"),
-    "never": ("while True: pass", "took more than 1 s"),
-    "asleep": ("time.sleep(1e6)", "took more than 1 s"),
+    "never": ("while True: pass", "took more than 3 s"),
+    "asleep": ("time.sleep(1e6)", "took more than 3 s"),
 }
 
 
@@ -378,7 +378,7 @@ def score(items, generate):
         {statement}
     return [1.0] * len(items)
 """
-    evaluator = given(tmp_path, code, max_seconds=1).build()
+    evaluator = given(tmp_path, code, max_seconds=3).build()
     live = tiny_live()
     for _ in range(2):
         (tmp_path / "fails").touch()

@@ -222,7 +222,7 @@ def test_over_many_paths_each_layer_is_written_once(tmp_path: Path, monkeypatch:
     made: list[str] = []
     planned = materialiser._planned
     monkeypatch.setattr(
-        materialiser, "_planned", lambda merged, recipe: made.append(merged.name) or planned(merged, recipe)
+        materialiser, "_planned", lambda merged, *given: made.append(merged.name) or planned(merged, *given)
     )
     pool = [(name, layer) for name in "ab" for layer in range(LAYERS)]
     rng = random.Random(0)
