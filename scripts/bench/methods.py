@@ -266,7 +266,9 @@ class Bench:
         if case.step is not None:
             known = {p.name for p in find_step(case.step, "case").parameters}
             steps.append(BlendStep(name=case.step, parameters={k: v for k, v in numbers.items() if k in known}))
-        if factor != 1.0:
+        if "lambda" in values and not steps:
+            values["lambda"] = factor
+        elif factor != 1.0:
             steps.append(BlendStep(name="scale", parameters={"factor": factor}))
         return Blend(
             method=case.method, sources=self.mixed, base=self.base, parameters=values, basis=case.basis,
