@@ -186,6 +186,17 @@ def test_a_model_that_was_loaded_counts_as_one_that_was_written(sources: dict[st
     assert change_of(live, sources["base"], sources["base"]) == live.change
 
 
+def test_a_path_longer_than_the_base_that_was_loaded_counts_as_one_that_was_written(
+    sources: dict[str, Source], tmp_path: Path
+) -> None:
+    builder = StackBuilder(BuildContext(sources, "base", base="base", layers=4))
+    recipe = path_of([("a", 1), ("base", 0), ("a", 1), ("a", 2), ("base", 2)], [1.0] * 5)
+    assert len(recipe.hops) > sources["base"].layers
+    written = builder.write(recipe).change
+    builder.export(recipe, tmp_path / "out", texts={})
+    assert builder.reload(tmp_path / "out").change == pytest.approx(written, rel=1e-9)
+
+
 def scored(live: LiveModel) -> float:
     return float(score(ChangeSettings().build(), live, "search", [0]).scores["change"][0])
 

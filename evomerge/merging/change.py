@@ -144,6 +144,7 @@ def change_of(live: LiveModel, source: Source, base: Source) -> float | None:
         for name, part in source.parts.items():
             if part.tensor in held:
                 yield Written(name, part.of(held[part.tensor]).contiguous())
-            base.release(name)
+            if name in base.tensors:  # a path may have more layers
+                base.release(name)
 
     return ChangeMeter(base, read, Weights(read, WorkerThreads())).of(written())
