@@ -393,7 +393,7 @@ def score(items, generate):
 @pytest.mark.parametrize("name", ENDINGS)
 def test_a_file_that_ends_as_it_is_loaded_is_refused(tmp_path: Path, name: str) -> None:
     statement, said = ENDINGS[name]
-    assert said in refusal(given(tmp_path, f"import os, sys, time\n{statement}\n", max_seconds=1))
+    assert said in refusal(given(tmp_path, f"import os, sys, time\n{statement}\n", max_seconds=3))
 
 
 def test_numbers_without_an_end(tmp_path: Path) -> None:

@@ -86,22 +86,12 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
 
     from evomerge.checkpoints.checks import check_compatible
     from evomerge.checkpoints.differences import warnings_across
-    from evomerge.checkpoints.source import open_source
     from evomerge.commands.delivering import local_folder
     from evomerge.merging.builders import BuildContext, find_builder
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
 
-    sources: dict[str, Source] = {}
-    for name, reference in recipe.sources.items():
-        place = f"{path}: sources.{name}"
-        source = opened.get(reference) or open_source(name, reference, place=place, root=root)
-        sources[name] = replace(source, name=name, place=place)
-    if texts is not None:  # sources are run over these, long before any tensor is made
-        from evomerge.checkpoints.checks import check_finite
-
-        for source in sources.values():
-            check_finite(source)
+    sources = _opened(recipe, opened, path, has_texts=texts is not None)
     stack = recipe if isinstance(recipe, StackRecipe) else None
     vocabulary = stack.vocabulary if stack else Vocabulary()
     if vocabulary != Vocabulary():
@@ -125,6 +115,29 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts, dtype=dtype)
         find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, has_texts: bool) -> dict[str, Source]:
+    """The recipe's sources, of which some are open by their references.
+
+    Args:
+        path: of the recipe's file.
+        has_texts: sources will be run over texts, long before any tensor is made.
+
+    Raises:
+        InputError: one cannot be opened, or is broken and would be run.
+    """
+    from evomerge.checkpoints.checks import check_finite
+    from evomerge.checkpoints.source import open_source
+
+    sources = {}
+    for name, reference in recipe.sources.items():
+        place, root = f"{path}: sources.{name}", path.resolve().parent
+        source = opened.get(reference) or open_source(name, reference, place=place, root=root)
+        sources[name] = replace(source, name=name, place=place)
+        if has_texts:
+            check_finite(sources[name])
+    return sources
 
 
 def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe:
