@@ -61,6 +61,8 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "warning", warning
     yield from _rounding(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
+    if not isinstance(method := space.get("method", ""), str):
+        space["method"] = " or ".join(method)
     yield "space", f"{len(setup.space.parameters)} parameters: {_settings_text(space)}"
     yield from _calibration(prepared)
     for objective in setup.objectives:
