@@ -166,15 +166,20 @@ TASKS: dict[str, Skill] = {"mini_math_ja": solve_ja, "mini_math_en": solve_en, "
 
 
 def task_items(task: str, split: Split, count: int) -> list[dict[str, str | int]]:
-    """``count`` different items of a task's split, ready to be written as JSON lines.
+    """The items of a task's split; see ``different_items``."""
+    return different_items(f"{task} {split}", lambda random: TASKS[task](random, split), split, count)
 
-    No sum comes twice within a split, nor any sentence: two items that fail together would make the score of a
-    split look surer than it is.
+
+def different_items(seed: str, draw: Callable[[Random], Example], split: str, count: int) -> list[dict[str, str | int]]:
+    """``count`` different items of a split, ready to be written as JSON lines.
+
+    No sums come twice, nor any prompt without a number: two items that fail together would make the score of a split
+    look surer than it is.
     """
-    random = Random(f"{task} {split}")
+    random = Random(seed)
     items: dict[str, dict[str, str | int]] = {}
     while len(items) < count:
-        example = TASKS[task](random, split)
+        example = draw(random)
         content = example.answer if example.number is not None else example.prompt
         if content in items:
             continue

@@ -29,15 +29,17 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import miniature_problems as problems
+import small_models
 import torch
 from miniature_problems import Skill
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from small_models import answer_logits, bpe_tokenizer, new_model, packed
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
@@ -70,86 +72,21 @@ WORDS = r"\d| ?[A-Za-z]+| ?[ァ-ヴー]+|[ぁ-ん]+|[一-龥]+| ?[^\sA-Za-z\dァ
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE with byte fallback: nothing is unknown to it, and each digit is a token, so that carrying can be learned."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    """Each digit is a token, so that carrying can be learned."""
     random = Random("tokenizer")
-    corpus = []
-    for _ in range(4000):
-        for skill in dict.fromkeys(BASE_SKILLS + MATHS_SKILLS + JAPANESE_SKILLS):
-            example = skill(random)
-            corpus.append(example.prompt + example.answer)
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    # The bytes join after training: given to the trainer they would be special tokens, which decoding leaves out.
-    trained = json.loads(tokenizer.to_str())["model"]
-    vocabulary = trained["vocab"]
-    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    merges = [(left, right) for left, right in trained["merges"]]
-    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        padding_side="left",
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )
+    skills = dict.fromkeys(BASE_SKILLS + MATHS_SKILLS + JAPANESE_SKILLS)
+    drawn = [skill(random) for _ in range(4000) for skill in skills]
+    return bpe_tokenizer(WORDS, [example.prompt + example.answer for example in drawn])
 
 
 # ---- training ----
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 1.3 M parameters. Embeddings are tied: at this size a second table would buy nothing."""
-    config = LlamaConfig(
-        # Plain attention: on a CPU in bf16 the fused kernel's backward pass is twice as slow.
-        attn_implementation="eager",
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
 def batch_of(
     skills: Sequence[Skill], random: Random, tokenizer: PreTrainedTokenizerFast, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels. Only answers are in the loss: stories are noise, and learning them would cost capacity.
-
-    A row holds as many examples as fit, one after the other: a sum is a fifth as long as a story, and padding it
-    would waste most of the work.
-    """
-    inputs = torch.full((rows, ROW), tokenizer.pad_token_id)
-    labels = torch.full((rows, ROW), -100)
-    for row in range(rows):
-        start = 0
-        while True:
-            example = random.choice(skills)(random)
-            prompt = tokenizer.encode(example.prompt)
-            answer = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
-            middle, end = start + len(prompt), start + len(prompt) + len(answer)
-            if end > ROW:
-                break
-            inputs[row, start:end] = torch.tensor(prompt + answer)
-            labels[row, middle:end] = torch.tensor(answer)
-            start = end
-    return inputs, labels
+    """Inputs and labels of a batch, as of ``packed``: each skill is drawn as often as it is listed."""
+    return packed(lambda: random.choice(skills)(random), tokenizer, rows, ROW)
 
 
 def train(
@@ -181,14 +118,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
         inputs, labels = batch_of(skills, random, tokenizer, ROWS)
-        # Padding is on the right here and attention is causal, so no mask is needed. Only tokens of answers go
-        # through the output table, which is a third of the work at this size.
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-            targets = labels[:, 1:]
-            asked = targets != -100
-            logits = model.lm_head(hidden[:, :-1][asked])
-            loss = functional.cross_entropy(logits.float(), targets[asked])
+        loss = functional.cross_entropy(*answer_logits(model, inputs, labels))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -211,23 +141,7 @@ def train(
 # ---- measuring ----
 
 
-@torch.inference_mode()
-def answers_of(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], batch_size: int = 250
-) -> list[str]:
-    """Greedy answers, as lm-eval would have them from these tasks."""
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        encoded = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")
-        output = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            max_new_tokens=32,
-            do_sample=False,
-        )
-        texts = tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.split("\n")[0] for text in texts]
-    return answers
+answers_of = partial(small_models.answers_of, new_tokens=32, batch_size=250)
 
 
 def share_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:

@@ -35,14 +35,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import small_models
 import torch
 import zoo_problems as problems
 from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from small_models import answer_logits, bpe_tokenizer, new_model, packed
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
-from zoo_problems import Skill
+from zoo_problems import Example, Skill
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,86 +178,31 @@ WORDS = r"\d|[〇一二三四五六七八九十百]| ?[A-Za-z]+| ?[ァ-ヴー]+|
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE with byte fallback, as the miniatures have it."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     random = Random("tokenizer")
     skills = [*BASE_SKILLS, problems.in_kanji(2), problems.extraction("ja")]
     drawn = [skill(random, "train") for _ in range(3000) for skill in skills]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
-    tokenizer.train_from_iterator([example.prompt + example.answer for example in drawn], trainer)
-    # The bytes join after training: given to the trainer they would be special tokens, which decoding leaves out.
-    trained = json.loads(tokenizer.to_str())["model"]
-    vocabulary = trained["vocab"]
-    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    merges = [(left, right) for left, right in trained["merges"]]
-    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        padding_side="left",
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )
+    return bpe_tokenizer(WORDS, [example.prompt + example.answer for example in drawn])
 
 
 # ---- training ----
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 1.4 M parameters; its embeddings are tied."""
-    config = LlamaConfig(
-        attn_implementation="eager",
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
 def batch_of(
     skills: dict[Skill, float], random: Random, tokenizer: PreTrainedTokenizerFast, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels, of which only answers are in the loss; a row holds as many examples as fit."""
-    inputs = torch.full((rows, ROW), tokenizer.pad_token_id)
-    labels = torch.full((rows, ROW), -100)
+    """Inputs and labels of a batch, as of ``packed``: each skill is drawn by its share."""
     kinds, shares = list(skills), list(skills.values())
-    for row in range(rows):
-        start = 0
-        while True:
-            (skill,) = random.choices(kinds, shares)
-            example = skill(random, "train")
-            prompt = tokenizer.encode(example.prompt)
-            answer = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
-            middle, end = start + len(prompt), start + len(prompt) + len(answer)
-            if end > ROW:
-                break
-            inputs[row, start:end] = torch.tensor(prompt + answer)
-            labels[row, middle:end] = torch.tensor(answer)
-            start = end
-    return inputs, labels
+
+    def draw() -> Example:
+        (skill,) = random.choices(kinds, shares)
+        return skill(random, "train")
+
+    return packed(draw, tokenizer, rows, ROW)
 
 
 def loss_of(model: LlamaForCausalLM, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token of the answers. Padding is on the right, where nothing looks back at it."""
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        asked = targets != -100
-        logits = model.lm_head(hidden[:, :-1][asked])
-    return functional.cross_entropy(logits.float(), targets[asked], reduction="none")
+    """Cross-entropy of each token of the answers."""
+    return functional.cross_entropy(*answer_logits(model, inputs, labels), reduction="none")
 
 
 def learned_by(model: LlamaForCausalLM) -> list[torch.nn.Parameter]:
@@ -360,28 +306,7 @@ def sampled_batch(
     return inputs, labels
 
 
-@torch.inference_mode()
-def answers_of(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    *,
-    sample: bool = False,
-    batch_size: int = 200,
-) -> list[str]:
-    """The first line of each answer, greedy as the tasks have it or sampled at temperature 1."""
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        encoded = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")
-        output = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            max_new_tokens=NEW_TOKENS,
-            do_sample=sample,
-        )
-        texts = tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.split("\n")[0] for text in texts]
-    return answers
+answers_of = partial(small_models.answers_of, new_tokens=NEW_TOKENS, batch_size=200)
 
 
 # ---- the models ----

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from miniature_problems import FACTS, LESS, MORE, NAMES, THINGS, Language
+from miniature_problems import FACTS, LESS, MORE, NAMES, THINGS, Example, Language, different_items
 
 Split = Literal["train", "search", "held_out", "fit"]
 SPLITS: tuple[Split, ...] = ("search", "held_out", "fit")
@@ -45,15 +45,6 @@ KNOWN_THINGS = tuple(sorted(THINGS)[::2])
 
 LARGEST = 49
 """Of the numbers that stories begin with, and of those that are added or taken away."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and its answer; ``number`` is what a scorer looks for, where the answer has one."""
-
-    prompt: str
-    answer: str
-    number: int | None = None
 
 
 Skill = Callable[[Random, Split], Example]
@@ -279,20 +270,5 @@ TASKS: dict[str, Skill] = {
 
 
 def task_items(task: str, split: Split, count: int) -> list[dict[str, str | int]]:
-    """``count`` different items of a task's split, ready to be written as JSON lines.
-
-    No sums come twice within a split, nor any prompt: two items that fail together would make the score of a split
-    look surer than it is.
-    """
-    random = Random(f"{task} {split}")
-    items: dict[str, dict[str, str | int]] = {}
-    while len(items) < count:
-        example = TASKS[task](random, split)
-        content = example.answer if example.number is not None else example.prompt
-        if content in items:
-            continue
-        item: dict[str, str | int] = {"id": f"{split}-{len(items)}", "prompt": example.prompt, "answer": example.answer}
-        if example.number is not None:
-            item["number"] = example.number
-        items[content] = item
-    return list(items.values())
+    """The items of a task's split; see ``different_items``."""
+    return different_items(f"{task} {split}", lambda random: TASKS[task](random, split), split, count)
