@@ -126,9 +126,11 @@ class WorkerThreads:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge", initializer=_use_one_thread)
+        self._lock, self._have_begun = threading.Lock(), False
 
     def each(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
         """Call ``work`` on every item, on whichever thread is free; raise the first exception when all have ended."""
+        self._begin()
         waiting, lock = iter(items), threading.Lock()
 
         def serve() -> None:
@@ -141,6 +143,15 @@ class WorkerThreads:
 
         for done in [self._pool.submit(serve) for _ in range(self._threads)]:
             done.result()
+
+    def _begin(self) -> None:
+        """Have every thread there: one that begins later changes for a moment what torch uses in other new ones."""
+        with self._lock:
+            if not self._have_begun:
+                together = threading.Barrier(self._threads)
+                for done in [self._pool.submit(together.wait) for _ in range(self._threads)]:
+                    done.result()
+                self._have_begun = True
 
     def run(self, jobs: Iterable[TensorJob]) -> None:
         """Make the tensors of all jobs."""
