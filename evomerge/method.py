@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from evomerge.errors import InputError
-from evomerge.plugins import OWN, find_plugin
+from evomerge.plugins import OWN, find_named
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
@@ -157,12 +157,7 @@ def find_method(name: str, place: str) -> Method:
     Raises:
         InputError: there is none, or a package's entry point names something else than a ``Method`` of this name.
     """
-    method = find_plugin(GROUP, name, place)
-    if not isinstance(method, Method):
-        raise InputError(place, f"what the package names {name} is not a merge method", "Let it name a Method.")
-    if method.name != name:
-        raise InputError(place, f"the method that is installed as {name} calls itself {method.name}")
-    return method
+    return find_named(GROUP, name, place, Method)
 
 
 def named_method(value: object) -> object:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from evomerge.errors import InputError
 from evomerge.printable import printable
@@ -148,6 +148,31 @@ def find_plugin(group: str, name: str, place: str) -> object:
             raise
         what = f"{noun} {name!r} of {known[name].value} cannot be loaded: {type(error).__name__}: {error}"
         raise InputError(place, f"the {printable(what)}", "Repair the package, or remove it.") from error
+
+
+class Named(Protocol):
+    """What knows its own name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Part = TypeVar("Part", bound=Named)
+
+
+def find_named(group: str, name: str, place: str, kind: type[Part]) -> Part:
+    """Load the part ``name`` of a group whose entry points name objects of one class, such as merge methods.
+
+    Raises:
+        InputError: as ``find_plugin``; or it is of another class, or calls itself otherwise.
+    """
+    part = find_plugin(group, name, place)
+    if not isinstance(part, kind):
+        problem = f"what the package names {name} is not {_with_article(NOUNS[group])}"
+        raise InputError(place, problem, f"Let it name a {kind.__name__}.")
+    if part.name != name:
+        raise InputError(place, f"the {kind.__name__.lower()} that is installed as {name} calls itself {part.name}")
+    return part
 
 
 def find_class(group: str, name: str, place: str, base: type[Base]) -> type[Base]:

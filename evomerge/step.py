@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from evomerge.errors import InputError
 from evomerge.method import MethodParameter, Need, Value
-from evomerge.plugins import find_plugin
+from evomerge.plugins import find_named
 from evomerge.recipes.stack import Blend, BlendStep
 
 if TYPE_CHECKING:
@@ -86,12 +86,7 @@ def find_step(name: str, place: str) -> Step:
     Raises:
         InputError: there is none, or a package's entry point names something else than a ``Step`` of this name.
     """
-    step = find_plugin(GROUP, name, place)
-    if not isinstance(step, Step):
-        raise InputError(place, f"what the package names {name} is not a step", "Let it name a Step.")
-    if step.name != name:
-        raise InputError(place, f"the step that is installed as {name} calls itself {step.name}")
-    return step
+    return find_named(GROUP, name, place, Step)
 
 
 def check_step(given: BlendStep, step: Step, blend: Blend, place: str) -> None:

@@ -167,14 +167,10 @@ class ParameterSpace:
             check_blend(self._genes.blend(numbers), method, "space")
 
     def _genes_of(self, method: Method) -> MethodGenes:
-        settings = self._settings
-        if len(settings.methods) == 1:
-            bounds, fixed, switches = settings.bounds, settings.fixed, settings.switches
-        else:
-            known = {p.name for p in method.parameters}
-            bounds = _only(settings.of_method(settings.bounds, method.name), known)
-            fixed = _only(settings.of_method(settings.fixed, method.name), known)
-            switches = _only(settings.of_method(settings.switches, method.name), method.switches)
+        settings, known = self._settings, {p.name for p in method.parameters}
+        bounds = _only(settings.of_method(settings.bounds, method.name), known)
+        fixed = _only(settings.of_method(settings.fixed, method.name), known)
+        switches = _only(settings.of_method(settings.switches, method.name), method.switches)
         return MethodGenes(method, self._context, bounds, fixed, switches, settings.basis, settings.steps)
 
     def _profile_of(self, context: SpaceContext) -> Lines | Tiers | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+SHIPPED = Path(__file__).parents[1] / "evaluators" / "tasks"
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -119,3 +122,22 @@ def write_all(folder: Path, count: int = 12) -> None:
         write_task(folder, f"likelihood_{sampler}", LIKELIHOOD + shots, **splits)
     write_task(folder, "choose", CHOOSE, **splits)
     write_task(folder, "rolling", ROLLING, **splits)
+
+
+def shipped_items(task: str, split: str) -> list[dict[str, Any]]:
+    """The items of a task that ships with the project, as they stand in its file."""
+    lines = (SHIPPED / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def shipped_tasks(names: Iterable[str]) -> dict[str, Any]:
+    """Tasks that ship with the project as lm-eval loads them, from a current directory that is not the repository."""
+    from lm_eval.tasks import TaskManager
+
+    before = Path.cwd()
+    os.chdir("/")
+    try:
+        loaded = TaskManager(include_path=str(SHIPPED), include_defaults=False).load(list(names))
+    finally:
+        os.chdir(before)
+    return dict(loaded["tasks"])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from evomerge.cli import main
+from evomerge.store import CandidateRow, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIATURES = ROOT / "examples" / "miniatures"
@@ -41,6 +42,33 @@ def search_file(folder: Path, **changes: Any) -> Path:
     path = folder / "search.yaml"
     path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
     return path
+
+
+def short_search_file(folder: Path, **changes: Any) -> Path:
+    """The shortest search file with items to confirm on: eight candidates, four items, one model confirmed."""
+    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
+    return search_file(
+        folder, objectives={"mini_math_ja": items}, budget={"candidates": 8}, confirm={"top": 1}, **changes
+    )
+
+
+def write_texts(path: Path, numbers: slice) -> None:
+    """Calibration texts: prompts of search items of mini_math_ja, by their numbers."""
+    lines = (ROOT / "evaluators/tasks/data/mini_math_ja.search.jsonl").read_text("utf-8").splitlines()[numbers]
+    path.write_text("\n".join(json.dumps({"text": json.loads(line)["prompt"]}) for line in lines))
+
+
+def newest_scored(search: Path) -> CandidateRow:
+    """The last candidate that was scored in a search of which none failed."""
+    with Store.open(search / "search.db") as store:
+        assert store.counts()["failed"] == 0
+        return max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
+
+
+def export_of(row: CandidateRow, search: Path, out: Path, *options: str) -> int:
+    """Export a candidate; the exit code. Unless told otherwise it is verified: the folder is loaded with plain
+    transformers and must score item by item as the live model did."""
+    return evomerge("export", search, out, "--candidate", f"c{row.number:04d}", *options)
 
 
 def evomerge(*arguments: object) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
+from helpers_lm_eval import shipped_items, shipped_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -25,21 +24,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import miniature_problems as problems  # noqa: E402
 
 
-def items_of(task: str, split: str) -> list[dict[str, Any]]:
-    lines = (TASKS / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Any]:
-    """The tasks as lm-eval loads them, from a current directory that is not the repository."""
-    before = Path.cwd()
-    os.chdir("/")
-    try:
-        loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(list(METRICS))
-    finally:
-        os.chdir(before)
-    return dict(loaded["tasks"])
+    return shipped_tasks(METRICS)
 
 
 @pytest.mark.parametrize("name", ["base", "maths", "japanese"])
@@ -70,7 +57,7 @@ def test_tokenizer_knows_every_text_and_is_the_same_for_all() -> None:
 def test_splits_are_large_and_share_nothing(task: str) -> None:
     contents = {}
     for split in ("search", "held_out"):
-        items = items_of(task, split)
+        items = shipped_items(task, split)
         # The answer stands for the sum; a sentence to translate is its own content.
         contents[split] = {item["answer"] if "number" in item else item["prompt"] for item in items}
         assert len(items) >= 400
@@ -85,13 +72,13 @@ def test_no_model_was_trained_on_the_sum_of_an_item() -> None:
 
     for task in ("mini_math_ja", "mini_math_en"):
         for split in ("search", "held_out"):
-            assert {problems.split_of(*sum_of(item["answer"])) for item in items_of(task, split)} == {split}
+            assert {problems.split_of(*sum_of(item["answer"])) for item in shipped_items(task, split)} == {split}
 
 
 @pytest.mark.parametrize("task", METRICS)
 def test_items_on_disk_are_those_that_the_script_makes(task: str) -> None:
     for split in ("search", "held_out"):
-        assert items_of(task, split) == problems.task_items(task, split, len(items_of(task, split)))
+        assert shipped_items(task, split) == problems.task_items(task, split, len(shipped_items(task, split)))
 
 
 @pytest.mark.parametrize("task", METRICS)
@@ -127,7 +114,7 @@ def test_commas_group_digits(tasks: dict[str, Any]) -> None:
 
 def test_maths_expert_answers_in_english_and_the_japanese_expert_in_japanese() -> None:
     """One problem each, so that a model saved into the wrong folder does not go unseen."""
-    problem = next(item for item in items_of("mini_math_ja", "search") if "+" in item["answer"])
+    problem = next(item for item in shipped_items("mini_math_ja", "search") if "+" in item["answer"])
     for name, word in (("maths", "answer"), ("japanese", "答え")):
         tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
         model = AutoModelForCausalLM.from_pretrained(MODELS / name)

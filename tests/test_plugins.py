@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from averaged_logits import AveragedLogits, AveragedLogitsBuilder
-from helpers_miniature import MINIATURES, evomerge, json_of, search_file
+from helpers_miniature import MINIATURES, evomerge, export_of, json_of, newest_scored, search_file, short_search_file
 from map_elites import MapElitesSettings
 from median import MEDIAN
 from picture_size import PictureSizeSettings, png_size
@@ -83,20 +83,10 @@ def test_the_contract_catches_a_decomposition_of_pieces() -> None:
 
 
 def test_a_method_of_ones_own_is_searched_resumed_and_exported(tmp_path: Path) -> None:
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    file = search_file(
-        tmp_path,
-        space={"method": "median"},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
-    )
+    file = short_search_file(tmp_path, space={"method": "median"})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
-    with Store.open(tmp_path / "search" / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        number = max(row.number for row in store.candidates() if row.status == "done")
-    assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", f"c{number:04d}") == 0
+    assert export_of(newest_scored(tmp_path / "search"), tmp_path / "search", tmp_path / "out") == 0
 
 
 FEATURES = (Feature("one", 0.0, 1.0, 4), Feature("other", 0.2, 0.8, 5))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import ROOT, evomerge, search_file
+from helpers_miniature import evomerge, export_of, newest_scored, search_file, short_search_file, write_texts
 from torch import Tensor
 
 from evomerge.merging import inputs
@@ -135,18 +135,9 @@ def test_a_source_that_no_text_reached_does_not_count_where_others_were() -> Non
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search by RegMean in the folder ``search``, of its texts beside it."""
     folder = tmp_path_factory.mktemp("calibrated")
-    lines = (ROOT / "evaluators/tasks/data/mini_math_ja.search.jsonl").read_text("utf-8").splitlines()
-    texts = [json.dumps({"text": json.loads(line)["prompt"]}) for line in lines[:6]]
-    (folder / "texts.jsonl").write_text("\n".join(texts))
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    file = search_file(
-        folder,
-        space={"method": "regmean"},
-        calibration={"file": "texts.jsonl", "prompts": 6, "tokens": 64},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
-    )
+    write_texts(folder / "texts.jsonl", slice(6))
+    calibration = {"file": "texts.jsonl", "prompts": 6, "tokens": 64}
+    file = short_search_file(folder, space={"method": "regmean"}, calibration=calibration)
     assert evomerge("search", file, "--dir", folder / "search") == 0
     return folder
 
@@ -157,12 +148,11 @@ def test_a_calibrated_method_is_searched_resumed_and_exported_and_runs_its_texts
     monkeypatch.setattr(inputs, "observed", lambda *a, **k: pytest.fail("ran over the texts again"))
     search = calibrated / "search"
     assert evomerge("resume", search, "--set", "budget.candidates=10") == 0
+    row = newest_scored(search)
     with Store.open(search / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        row = max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
         digest = store.search().fingerprints["calibration"]
     assert json.loads(row.recipe)["calibration"] == digest
-    assert evomerge("export", search, tmp_path / "out", "--candidate", f"c{row.number:04d}") == 0
+    assert export_of(row, search, tmp_path / "out") == 0
     monkeypatch.undo()
     recipe = tmp_path / "out" / "recipe.yaml"
     assert evomerge("merge", recipe, tmp_path / "again") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoints import WORDS, save_model, tiny_config
-from helpers_miniature import ROOT, evomerge, search_file
+from helpers_miniature import evomerge, export_of, newest_scored, search_file, short_search_file, write_texts
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
@@ -28,7 +27,6 @@ from evomerge.merging.materialise import check_stack
 from evomerge.merging.merged_inputs import MergedInputs
 from evomerge.merging.stack_builder import StackBuilder
 from evomerge.recipes.stack import Blend, StackRecipe
-from evomerge.store import Store
 
 LINES = {
     "a": ("w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10 w11 w12 w13 w14 w15 w16"),
@@ -274,30 +272,22 @@ def test_a_path_through_layers_is_refused_before_a_search(tmp_path: Path, capsys
 @pytest.mark.nightly
 def test_it_is_searched_resumed_and_exported_without_its_texts(tmp_path: Path) -> None:
     """Verifying an export loads it with plain transformers: it must score item by item as the live model did."""
-    lines = (ROOT / "evaluators/tasks/data/mini_math_ja.search.jsonl").read_text("utf-8").splitlines()
-    for name, some in (("t", lines[:4]), ("m", lines[4:8])):
-        written_lines = [json.dumps({"text": json.loads(line)["prompt"]}) for line in some]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(written_lines))
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    file = search_file(
+    write_texts(tmp_path / "t.jsonl", slice(4))
+    write_texts(tmp_path / "m.jsonl", slice(4, 8))
+    file = short_search_file(
         tmp_path,
         space={"method": "regmean_plus_plus", "granularity": 3},
         calibration={"file": "t.jsonl", "sources": {"maths": "m.jsonl"}, "prompts": 4, "tokens": 32},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
     )
     search = tmp_path / "search"
     assert evomerge("search", file, "--dir", search) == 0
     assert evomerge("resume", search, "--set", "budget.candidates=10") == 0
-    with Store.open(search / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        number = max(row.number for row in store.candidates() if row.status == "done")
-    assert evomerge("export", search, tmp_path / "out", "--candidate", f"c{number:04d}") == 0
+    row = newest_scored(search)
+    assert export_of(row, search, tmp_path / "out") == 0
     texts = [f"--calibration={tmp_path / 't.jsonl'}", f"--calibration=maths={tmp_path / 'm.jsonl'}"]
     assert evomerge("merge", tmp_path / "out/recipe.yaml", tmp_path / "a", *texts, "--prompts=4", "--tokens=32") == 0
     for text in tmp_path.glob("*.jsonl"):
         text.unlink()
-    assert evomerge("export", search, tmp_path / "b", "--candidate", f"c{number:04d}", "--no-verify") == 0
+    assert export_of(row, search, tmp_path / "b", "--no-verify") == 0
     ours, *others = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "a", "b"))
     assert all(other == ours for other in others)

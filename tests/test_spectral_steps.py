@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_checkpoints import WORDS, save_model
-from helpers_miniature import evomerge, search_file
+from helpers_miniature import evomerge, export_of, newest_scored, short_search_file
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GPT2Config, GptOssConfig, MixtralConfig, Phi3Config
@@ -28,7 +28,6 @@ from evomerge.merging.site import Site
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend, BlendStep, Role, StackRecipe
 from evomerge.step import Step, find_step
-from evomerge.store import Store
 from evomerge.testing.methods import THREADS, tensors
 from evomerge.testing.steps import StepContract, plan, run
 
@@ -134,17 +133,24 @@ def wanted(formula: Callable[..., Matrix], given: Sequence[Tensor], number: Valu
     return np.asarray(made * np.linalg.norm(change) / np.linalg.norm(made))
 
 
+def holds(
+    step: Step, values: Mapping[str, Value], formula: Callable[..., Matrix], shape: tuple[int, int], tolerance: float
+) -> None:
+    """Check that a step makes what a formula says, beside its norm within a tolerance, and of that norm."""
+    given = held(*shape)
+    (number,) = values.values()
+    expected = wanted(formula, given, number)
+    made = change_of(step, values, given)
+    assert np.linalg.norm(made - expected) < tolerance * np.linalg.norm(expected)
+    assert np.linalg.norm(made) == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+
+
 @pytest.mark.parametrize(("step", "values", "formula"), CASES, ids=lambda x: getattr(x, "name", None))
 @pytest.mark.parametrize("shape", [(30, 45), (45, 30), (32, 32)])
 def test_is_the_papers_formula_at_the_norm_that_there_was(
     step: Step, values: Mapping[str, Value], formula: Callable[..., Matrix], shape: tuple[int, int]
 ) -> None:
-    given = held(*shape)
-    (number,) = values.values()
-    expected = wanted(formula, given, number)
-    made = change_of(step, values, given)
-    assert np.linalg.norm(made - expected) < 2e-5 * np.linalg.norm(expected)
-    assert np.linalg.norm(made) == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+    holds(step, values, formula, shape, tolerance=2e-5)
 
 
 @pytest.mark.parametrize(("step", "values", "formula"), [CASES[1], CASES[2], CASES[5], CASES[7]])
@@ -153,12 +159,7 @@ def test_is_the_formula_of_large_matrices(
     step: Step, values: Mapping[str, Value], formula: Callable[..., Matrix], shape: tuple[int, int]
 ) -> None:
     """Of more elements than a piece has."""
-    given = held(*shape)
-    (number,) = values.values()
-    expected = wanted(formula, given, number)
-    made = change_of(step, values, given)
-    assert np.linalg.norm(made - expected) < 1e-4 * np.linalg.norm(expected)
-    assert np.linalg.norm(made) == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+    holds(step, values, formula, shape, tolerance=1e-4)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -328,18 +329,8 @@ def test_live_models_are_those_that_are_exported(kind: str, steps: tuple[BlendSt
 
 @pytest.mark.nightly  # a whole search; that of test_tsv.py, of the same kind of pass, is not
 def test_steps_are_searched_resumed_and_exported(tmp_path: Path) -> None:
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
     steps: dict[str, Any] = {"iso": {}, "svc": {"fixed": {"alpha": 0.3}}}
-    file = search_file(
-        tmp_path,
-        space={"method": "ties", "steps": steps},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
-    )
+    file = short_search_file(tmp_path, space={"method": "ties", "steps": steps})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
-    with Store.open(tmp_path / "search" / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        number = max(row.number for row in store.candidates() if row.status == "done")
-    assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", f"c{number:04d}") == 0
+    assert export_of(newest_scored(tmp_path / "search"), tmp_path / "search", tmp_path / "out") == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_checkpoints import WORDS, in_own_memory, save_model, tiny_config
-from helpers_miniature import ROOT, evomerge, search_file
+from helpers_miniature import evomerge, export_of, newest_scored, short_search_file, write_texts
 from test_adapters import LINEAR, train
 from test_low_rank_rows import opened
 from torch import Tensor
@@ -180,27 +180,19 @@ def test_steps_follow_a_merge_in_core_space(adapters: dict[str, Source]) -> None
 @pytest.mark.nightly  # half a minute: a whole search, resumed and exported
 @pytest.mark.timeout(300)
 def test_steps_and_a_profile_are_searched_resumed_and_exported(tmp_path: Path) -> None:
-    lines = (ROOT / "evaluators/tasks/data/mini_math_ja.search.jsonl").read_text("utf-8").splitlines()
-    texts = [json.dumps({"text": json.loads(line)["prompt"]}) for line in lines[:6]]
-    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    file = search_file(
+    write_texts(tmp_path / "texts.jsonl", slice(6))
+    file = short_search_file(
         tmp_path,
         space={"method": "ties", "steps": {"activations": {}, "scale": {"fixed": {"factor": 1.2}}}, "profile": "lines"},
         calibration={"file": "texts.jsonl", "prompts": 6, "tokens": 64},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
     )
     search = tmp_path / "search"
     assert evomerge("search", file, "--dir", search) == 0
     assert evomerge("resume", search, "--set", "budget.candidates=12") == 0
+    row = newest_scored(search)
     with Store.open(search / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        row = max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
         runs = [event.payload["sources"] for event in store.events(kinds=["calibrated"])]
     assert runs == [["base"]] * 2  # of the search and of its resumption, which found what was recorded
     names = [given["name"] for given in json.loads(row.recipe)["blends"][0]["steps"]]
     assert names == ["activations", "scale", "scale"]
-    # Verifying: the folder is loaded with plain transformers and must score item by item as the live model did.
-    assert evomerge("export", search, tmp_path / "out", "--candidate", f"c{row.number:04d}") == 0
+    assert export_of(row, search, tmp_path / "out") == 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import evomerge, search_file
+from helpers_miniature import evomerge, export_of, newest_scored, short_search_file
 from torch import Tensor
 
 from evomerge.errors import InputError
@@ -20,7 +20,6 @@ from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.site import Site
 from evomerge.method import find_method
 from evomerge.recipes.stack import Blend, Role
-from evomerge.store import Store
 from evomerge.testing.methods import merge, tensors
 
 TSV = find_method("tsv", "m")
@@ -147,21 +146,11 @@ def test_weights_alone_decompose_nothing_again(tmp_path: Path, decompositions: l
 
 
 def test_is_searched_resumed_and_exported_and_decomposes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    file = search_file(
-        tmp_path,
-        space={"method": "tsv"},
-        objectives={"mini_math_ja": items},
-        budget={"candidates": 8},
-        confirm={"top": 1},
-    )
+    file = short_search_file(tmp_path, space={"method": "tsv"})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: pytest.fail("decomposed again"))
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
-    with Store.open(tmp_path / "search" / "search.db") as store:
-        assert store.counts()["failed"] == 0
-        number = max(row.number for row in store.candidates() if row.status == "done")
-    assert evomerge("export", tmp_path / "search", tmp_path / "out", "--candidate", f"c{number:04d}") == 0
+    assert export_of(newest_scored(tmp_path / "search"), tmp_path / "search", tmp_path / "out") == 0
 
 
 def test_torch_uses_one_thread_in_each_that_merges() -> None:

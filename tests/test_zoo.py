@@ -15,8 +15,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 import yaml
+from helpers_lm_eval import shipped_items, shipped_tasks
 from helpers_miniature import evomerge
-from lm_eval.tasks import TaskManager
 
 from evomerge.checkpoints.source import open_source
 
@@ -32,21 +32,9 @@ COMPOSITION = "zoo_steps_kanji:acc"
 SUM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 
-def items_of(task: str, split: str) -> list[dict[str, Any]]:
-    lines = (TASKS / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Any]:
-    """The tasks as lm-eval loads them, from a current directory that is not the repository."""
-    before = Path.cwd()
-    os.chdir("/")
-    try:
-        loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(list(problems.TASKS))
-    finally:
-        os.chdir(before)
-    return dict(loaded["tasks"])
+    return shipped_tasks(problems.TASKS)
 
 
 def test_all_of_it_is_small() -> None:
@@ -90,7 +78,7 @@ def test_reinforcement_changes_few_weights_and_training_too_long_changes_them_mu
 def test_items_are_those_that_the_script_makes_and_no_split_shares_any(task: str) -> None:
     prompts: set[str] = set()
     for split, count in train_zoo.ITEMS.items():
-        items = items_of(task, split)
+        items = shipped_items(task, split)
         assert items == problems.task_items(task, split, count)  # type: ignore[arg-type]
         prompts |= {item["prompt"] for item in items}
         for item in items:

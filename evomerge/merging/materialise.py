@@ -196,19 +196,17 @@ class Materialiser:
         path = assign(recipe, hops, stack, self._held[:-1])
         changed: list[_Changed] = []
         self._compare(outside, self._held[-1], live.outside, live.device, changed)
-        if is_made_in_order(recipe):
-            self._write_changed(changed, recipe)
-            stack.lay(path)
+        in_order = is_made_in_order(recipe)
+        seen = set()
+        for number, step in enumerate(() if in_order else path):
+            if step.layer_buffer not in seen:
+                targets, device = dict(stack.tensors_of(number, step)), stack.devices[step.layer_buffer]
+                self._compare(hops[number], self._held[step.layer_buffer], targets, device, changed)
+                seen.add(step.layer_buffer)
+        self._write_changed(changed, recipe)
+        stack.lay(path)
+        if in_order:
             self._write_in_order(recipe, live, hops)
-        else:
-            seen = set()
-            for number, step in enumerate(path):
-                if step.layer_buffer not in seen:
-                    targets, device = dict(stack.tensors_of(number, step)), stack.devices[step.layer_buffer]
-                    self._compare(hops[number], self._held[step.layer_buffer], targets, device, changed)
-                    seen.add(step.layer_buffer)
-            self._write_changed(changed, recipe)
-            stack.lay(path)
         if self._meter is not None:
             self.change = self._meter.of(self._written(recipe, outside, hops, live))
         self._folds.clear()

@@ -83,6 +83,11 @@ def added(base: str, sources: Sequence[str], factors: Sequence[float]) -> Combin
     return Combine(coefficients)
 
 
+def added_mean(blend: Blend, factor: float) -> Pass:
+    """b + f times the mean of the task vectors."""
+    return added(base_of(blend), blend.sources, [factor / len(blend.sources)] * len(blend.sources))
+
+
 def along_kept(
     facts: Facts, blend: Blend, kind: str, change: Callable[[Sequence[Tensor]], Tensor], factor: float
 ) -> Pass:

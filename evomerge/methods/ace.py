@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
-from evomerge.merging.plans import added, along_kept, base_of, number
+from evomerge.merging.plans import added_mean, along_kept, number
 from evomerge.method import Method
 from evomerge.methods.parameters import scale
 from evomerge.recipes.stack import Blend
@@ -40,9 +40,9 @@ _NONE = 1e-12
 
 def ace(facts: Facts, blend: Blend) -> Pass:
     """b + lambda Delta; see the module's text."""
-    factor, count = number(blend, "lambda", 1.0), len(blend.sources)
+    factor = number(blend, "lambda", 1.0)
     if not facts.site.matrices:
-        return added(base_of(blend), blend.sources, [factor / count] * count)
+        return added_mean(blend, factor)
     return along_kept(facts, blend, "ace 1", ace_change, factor)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
-from evomerge.merging.plans import added, along_kept, base_of, number
+from evomerge.merging.plans import added_mean, along_kept, base_of, number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import Solver, changed_by_matrix
 from evomerge.methods.parameters import scale
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def wudi(facts: Facts, blend: Blend) -> Pass:
     """b + lambda D (C + eps I)^-1 with c_i = 1 / |d_i|^2: the minimum, eps being 1e-8 as in the paper's closed form."""
     factor = number(blend, "lambda", 1.0)
-    return along_kept(facts, blend, "wudi 1", wudi_change, factor) if facts.site.matrices else _mean(blend, factor)
+    return along_kept(facts, blend, "wudi 1", wudi_change, factor) if facts.site.matrices else added_mean(blend, factor)
 
 
 def wudi_change(matrices: Sequence[Tensor]) -> Tensor:
@@ -55,7 +55,7 @@ def swudi(facts: Facts, blend: Blend) -> Pass:
 
     factor, names, site = number(blend, "lambda", 1.0), (base_of(blend), *blend.sources), facts.site
     if not site.matrices:
-        return _mean(blend, factor)
+        return added_mean(blend, factor)
     width = site.shape[-2:][site.input_axis]
     count = kept_of(number(blend, "rank", 0.85), width) or width
     by = Filter(10.0 ** -number(blend, "log_t", _PAPERS_TIME), flow=True)
@@ -87,10 +87,6 @@ def _solver(kept: Tensors, count: int, by: Filter) -> Solver:
         return total.addmm_(change * passed, vectors.T)
 
     return solve
-
-
-def _mean(blend: Blend, factor: float) -> Pass:
-    return added(base_of(blend), blend.sources, [factor / len(blend.sources)] * len(blend.sources))
 
 
 def _shares(squares: Tensor) -> list[float]:
