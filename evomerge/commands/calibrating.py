@@ -16,7 +16,7 @@ from evomerge.report.screen import duration
 from evomerge.search.driving.dispatch import Pending
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
-from evomerge.search.work.jobs import Failed, Finished
+from evomerge.search.work.jobs import Calibrate, Failed, Finished
 from evomerge.store import Store
 from evomerge.store.events import Calibrated
 
@@ -42,7 +42,10 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
     through = f"{len(names)} sources" if len(names) > 1 else names[0]
     console.print(f"calibrating: {texts} texts through {through}", style="dim")
     started = time.monotonic()
-    runs = (Pending(-1 - n, 1, made_by, f"calibration of {name}", (), calibrates=name) for n, name in enumerate(names))
+    runs = (
+        Pending(-1 - n, 1, made_by, f"calibration of {name}", (), instead=Calibrate(name))
+        for n, name in enumerate(names)
+    )
     if not _SourceRuns(folder, prepared, store, names).run(pool, runs):
         return False
     store.record_event(Calibrated(digest=prepared.calibration.digest, texts=texts, sources=names))

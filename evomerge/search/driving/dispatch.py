@@ -17,7 +17,18 @@ from evomerge.search.driving.control import Control
 from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.base import Pool
 from evomerge.search.work.deadlines import Deadlines
-from evomerge.search.work.jobs import BLAMELESS, WORKER_FAULTS, Failed, Finished, Job, Measured, PoolNews, Task
+from evomerge.search.work.jobs import (
+    BLAMELESS,
+    WORKER_FAULTS,
+    Calibrate,
+    Descend,
+    Failed,
+    Finished,
+    Job,
+    Measured,
+    PoolNews,
+    Task,
+)
 
 _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
 _CHECK_S = 1.0  # how often it is looked who has run too long; bounds are a minute and more
@@ -46,7 +57,7 @@ class Pending:
     recipe_hash: str
     tasks: Sequence[Task]
     faults: int = 0
-    calibrates: str | None = None
+    instead: Calibrate | Descend | None = None
 
 
 class Recorder(Protocol):
@@ -276,7 +287,7 @@ class Dispatcher:
         number = group[0].number if len(group) > 1 else None
         for pending in group:
             self._pool.submit(
-                Job(pending.number, pending.attempt, pending.recipe, pending.tasks, number, pending.calibrates)
+                Job(pending.number, pending.attempt, pending.recipe, pending.tasks, number, pending.instead)
             )
 
     def _end_overdue(self, running: Mapping[int, Pending]) -> None:
@@ -298,7 +309,7 @@ class Dispatcher:
             InputError: too many have died.
         """
         result = finished.result
-        if isinstance(result, Measured):
+        if not isinstance(result, Failed):
             self._has_scored, self._deaths = True, 0
         elif result.reason == "worker_died" and not self._has_scored:
             self._deaths += 1
@@ -312,7 +323,8 @@ class Dispatcher:
 
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
         """Record how an attempt ended; the next attempt when there is to be one."""
-        if isinstance(finished.result, Measured):
+        if not isinstance(finished.result, Failed):
+            assert isinstance(finished.result, Measured)  # no feed asks for a descent yet
             recorder.measured(pending, finished, finished.result)
             return None
         reason = finished.result.reason

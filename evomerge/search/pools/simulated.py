@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from evomerge.search.work.deadlines import LEAST_S
-from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews, PoolState
+from evomerge.search.work.jobs import Failed, Finished, Job, PoolNews, PoolState, Result
 
-Simulation = Callable[[Job], tuple[float, Measured | Failed]]
+Simulation = Callable[[Job], tuple[float, Result]]
 """From a job to how many simulated seconds it takes and how it ends."""
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.base import Split
+from evomerge.genome import Genome
 from evomerge.recipes.base import Recipe
+from search_spaces.base import Measures
 
 FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"]
 
@@ -37,10 +39,48 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One attempt at one candidate. Jobs of one ``group`` are scored at once.
+class Calibrate:
+    """Run a source over the calibration texts, for recipes of the kind that the job has. Comes back as ``Measured``."""
 
-    One that ``calibrates`` a source has it run over the calibration texts instead, for recipes of the kind that it has.
+    source: str
+
+
+@dataclass(frozen=True)
+class Descend:
+    """Walk from a genome down the gradient of a proxy: of -log p(answer | prompt), the mean over items.
+
+    Each step draws fresh items and is one of Adam in the unit box, where every gene is scaled by its range; what leaves
+    the box is put back on its border. Genes by which the proxy has no derivative stay where they are. Comes back as
+    ``Descended``.
+
+    Attributes:
+        start: float64 [genes], where it begins; the job's recipe is what it decodes to.
+        evaluator: position in the search's list of the one whose requests for likelihoods are the proxy.
+        indices: positions in the search split that items are drawn from.
+        items: drawn for each step, all of them where there are not so many.
+        keep: after which numbers of steps the point is given back, from 1, ascending. The last one is how many steps
+            there are; where there are none, nothing but the gradient at the start is computed.
+        rate: Adam's learning rate: about how far a gene goes in a step, in parts of its range.
+        seed: of the draws.
+        weights: of the items at ``indices``, in the mean over those drawn; all count alike where there are none.
+        measures: of the sources, by which the search's space was built.
+    """
+
+    start: Genome
+    evaluator: int
+    indices: Sequence[int]
+    items: int
+    keep: Sequence[int]
+    rate: float
+    seed: int
+    weights: Sequence[float] = ()
+    measures: Measures = field(default_factory=Measures)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at one candidate: its tasks are scored, or ``instead`` is done. Jobs of one ``group`` are scored at
+    once.
     """
 
     candidate: int
@@ -48,7 +88,7 @@ class Job:
     recipe: Recipe
     tasks: Sequence[Task]
     group: int | None = None
-    calibrates: str | None = None
+    instead: Calibrate | Descend | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +106,35 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Descended:
+    """Where a descent led.
+
+    Attributes:
+        points: the genome after each of the numbers of steps in ``Descend.keep``.
+        losses: float64 [steps, or 1 where there are none]: the proxy before each step, in nats an item, on that step's
+            items. Items differ from step to step.
+        gradient: float64 [genes], of the proxy at the start by each gene, in nats an item and unit of the gene; NaN of
+            those by which it has no derivative.
+        timings: seconds by phase: "merge" (writing weights), "gradient" (all passes).
+    """
+
+    points: Sequence[Genome]
+    losses: NDArray[np.float64]
+    gradient: NDArray[np.float64]
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Failed:
     """Why an attempt gave no scores. ``log`` is the traceback or the worker's last words."""
 
     reason: FailureReason
     message: str
     log: str = ""
+
+
+Result = Measured | Descended | Failed
+"""What a worker gives back: of a descent ``Descended``, of all else ``Measured``, unless it failed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +144,7 @@ class Finished:
     candidate: int
     attempt: int
     worker: str
-    result: Measured | Failed
+    result: Result
 
 
 @dataclass(frozen=True)

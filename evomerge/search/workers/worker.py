@@ -19,7 +19,7 @@ from evomerge.recipes.base import STACK
 from evomerge.search.preparing.evaluators import distinct
 from evomerge.search.preparing.prepare import Prepared, build_space, open_sources
 from evomerge.search.settings.search_file import SearchFile
-from evomerge.search.work.jobs import Failed, Finished, Job, Measured
+from evomerge.search.work.jobs import Calibrate, Descend, Descended, Finished, Job, Measured, Result
 from evomerge.search.workers.building import build_context
 from evomerge.search.workers.measuring import Attempt, failure, score
 from evomerge.search.workers.together import Together
@@ -73,7 +73,7 @@ class Worker:
     def run(self, job: Job) -> Finished:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
         try:
-            result: Measured | Failed = self._measure(job) if job.calibrates is None else self._calibrate(job)
+            result: Result = self._result(job)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # such as a task's SystemExit, and the panic of a tokenizer
@@ -86,7 +86,7 @@ class Worker:
         What goes wrong comes back as ``Failed``, of the candidates that it concerns, as do recipes that are something
         else. Scores are those of ``run`` but for rounding: nothing is added up in the weights' own dtype here.
         """
-        if any(job.calibrates is not None for job in jobs):
+        if any(job.instead is not None for job in jobs):
             return [self.run(job) for job in jobs]
         try:
             if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
@@ -100,13 +100,19 @@ class Worker:
             results = [failure(error)] * len(jobs)
         return [self._finished(job, result) for job, result in zip(jobs, results, strict=True)]
 
-    def _finished(self, job: Job, result: Measured | Failed) -> Finished:
+    def _finished(self, job: Job, result: Result) -> Finished:
         return Finished(job.candidate, job.attempt, self._name, result)
 
-    def _calibrate(self, job: Job) -> Measured:
+    def _result(self, job: Job) -> Measured | Descended:
+        if isinstance(job.instead, Calibrate):
+            return self._calibrate(job, job.instead.source)
+        if isinstance(job.instead, Descend):
+            raise NotImplementedError("descents")
+        return self._measure(job)
+
+    def _calibrate(self, job: Job, source: str) -> Measured:
         started = time.perf_counter()
-        assert job.calibrates is not None
-        self._builders.of(job.recipe).calibrate(job.recipe, job.calibrates)
+        self._builders.of(job.recipe).calibrate(job.recipe, source)
         return Measured([], {"calibrate": time.perf_counter() - started})
 
     def _measure(self, job: Job) -> Measured:
