@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,13 @@ class Settings(BaseModel):
         Raises:
             InputError: naming ``place`` (``optimizer``) and the hint.
         """
+
+    def warm(self) -> Self:
+        """These settings for a search that is told of good genomes before its first ask; by default the same.
+
+        What was said stays as it is: only defaults may be others.
+        """
+        return self
 
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()

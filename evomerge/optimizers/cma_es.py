@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,10 @@ LARGEST_STEP = 1 / 3
 INTEGER_STEP = 0.2
 """Least standard deviation of an int or choice, in units of one value: it keeps mutating, at 1% (pycma's own bound)."""
 
+WARM_STEP = 0.1
+"""First step as a fraction of each range where the search begins at a good genome: alpha of Nomura et al., Warm
+Starting CMA-ES for Hyperparameter Optimization, AAAI 2021 (arXiv:2012.06932)."""
+
 Vector = NDArray[np.float64]
 
 
@@ -51,8 +55,12 @@ class StrategySettings(Settings):
     name: str
     population: int | None = None
     sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
-    x0: Literal["centre", "default"] = "centre"
+    x0: Literal["centre", "default", "best"] = "centre"
     restarts: int = Field(default=0, ge=0, le=1000)
+
+    def warm(self) -> Self:
+        defaults = {"x0": "best", "sigma": WARM_STEP}
+        return self.model_copy(update={key: v for key, v in defaults.items() if key not in self.model_fields_set})
 
     def check_strategy(self, mix: Scalarisation | None, objectives: int, place: str) -> None:
         """Refuse a population or a scalarisation that cannot work.
@@ -68,7 +76,8 @@ class CmaSettings(StrategySettings):
     """CMA-ES (Hansen, arXiv:1604.00772) on the unit box.
 
     ``population`` defaults to 4 + floor(3 ln n). ``sigma`` is the first step as a fraction of each parameter's range;
-    the search starts at the ``centre`` of the box or at each parameter's ``default``. ``restarts`` start again at a
+    the search starts at the ``centre`` of the box, at each parameter's ``default``, or at the ``best`` of what was told
+    before its first ask: baselines, and candidates of an earlier search (``start_from``). ``restarts`` start again at a
     random point with twice the population when a run has converged (IPOP: Auger & Hansen, CEC 2005). ``diagonal``
     learns a step for each parameter but no covariances (sep-CMA-ES: Ros & Hansen, PPSN 2008); None does so above 50
     parameters.
@@ -152,6 +161,11 @@ class Strategy:
         default = box.unit(np.array([p.default for p in parameters], dtype=np.float64))
         x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
         self._start(x0, settings.population or default_population(len(parameters)))
+
+    def begin_at_best(self, units: Sequence[Vector], scalars: Vector) -> None:
+        """Begin at the best of some points, where the settings say so and nothing was asked for yet."""
+        if self._settings.x0 == "best" and self._asks == 0 and len(units):
+            self._start(units[int(scalars.argmin())], self.population)
 
     @property
     def parents(self) -> int:
@@ -286,6 +300,8 @@ class Cma:
     def ask(self, n: int) -> list[Genome]:
         if n < 1:
             return []
+        told = self._ledger.foreign
+        self._strategy.begin_at_best([t.point for t in told], self._scalars.of([t.losses for t in told]))
         units = self._strategy.ask(n)
         genomes = [self._box.genome(unit) for unit in units]
         for genome, unit in zip(genomes, units, strict=True):

@@ -117,6 +117,8 @@ class LqCma:
         if n < 1:
             return []
         if not self._samples:
+            told = self._ledger.foreign
+            self._strategy.begin_at_best([t.point.unit for t in told], self._scalars.of([t.losses for t in told]))
             self._goal = self._first_goal()
             self._sample(self._strategy.population)
         if (beyond := n - (len(self._samples) - len(self._given))) > 0:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from evomerge.report.confirmed import Confirmed
 from evomerge.report.entries import SOURCE, ConfirmedEntry, Entry, Gap, Scalar, gap_text, kind_of
+from evomerge.search.driving.candidates import START
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store.rows import Estimate
 
@@ -26,7 +27,7 @@ class Pick(BaseModel):
     Attributes:
         role: "best", or of a front "best at" an objective or "knee"; ``--candidate`` takes these words.
         id: of the candidate.
-        label: of a baseline.
+        label: of a baseline, or of what an earlier search found good.
         origin: "source" where it is a model that was not merged.
         split: that it is chosen on and its values are of: "held_out" as soon as it is, before "search".
         objectives: its values.
@@ -152,7 +153,7 @@ def _unsaid(status: SearchStatus) -> Iterator[str]:
 
 def _best(status: SearchStatus) -> Iterator[str]:
     pick = next((pick for pick in status.picks if pick.role == BEST), None)
-    if pick is None or not pick.label:
+    if pick is None or not pick.label or pick.origin == START:
         return
     objective = f"its {status.scalar.name}" if status.scalar is not None else next(iter(status.directions))
     if pick.split == "search":

@@ -17,10 +17,14 @@ FAVOURITE = "favourite"
 """Where a candidate comes from that the optimizer believes in and did not ask for."""
 
 
+START = "start"
+"""Where a candidate comes from that an earlier search found good."""
+
+
 @dataclass
 class Candidate:
     """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a baseline's kind, the name
-    of the optimizer, or FAVOURITE.
+    of the optimizer, FAVOURITE or START.
 
     ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an
     earlier candidate of the same recipe, whose scores are its own.
@@ -83,6 +87,11 @@ class Proposals(Protocol):
     @property
     def is_spent(self) -> bool:
         """Whether no more candidates are to be asked for."""
+        ...
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether candidates of an earlier search are to be told before anything is asked for."""
         ...
 
     def ask(self, count: int) -> list[Candidate]:

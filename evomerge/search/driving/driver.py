@@ -8,7 +8,7 @@ brings a fresh optimizer to the same point by replaying the recorded asks and te
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 
 from evomerge.errors import InputError
@@ -17,7 +17,7 @@ from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.prices import amount_text
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.answers import BestAnswers
-from evomerge.search.driving.candidates import FAVOURITE, Candidate
+from evomerge.search.driving.candidates import FAVOURITE, START, Candidate
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
@@ -86,6 +86,8 @@ class Driver:
             if not self._scoring.score_baselines(self.waiting):
                 return self._end(self._asked_to_end())
             self.tell(self.waiting)
+        if self._setup.start and self._step == 0:
+            self._ask_start()
         spent = self._spent() if self._scoring.run(self) else None
         return self._end(spent or self._asked_to_end())
 
@@ -104,6 +106,11 @@ class Driver:
         """Whether no more candidates are to be asked for."""
         return self._spent() is not None
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether candidates of an earlier search are to be told before anything is asked for."""
+        return any(c.origin == START for c in self._open.values())
+
     # Asking and telling -------------------------------------------------------------------------------------------
 
     def _ask_baselines(self) -> None:
@@ -111,11 +118,24 @@ class Driver:
         asked = [self._next(i, mark.kind, mark.genome, mark.recipe) for i, mark in enumerate(marks)]
         self._record_ask(asked, [mark.label for mark in marks])
 
+    def _ask_start(self) -> None:
+        """Ask for what an earlier search found good, as far as the budget goes."""
+        points = self._setup.start[: self._room()]
+        if points:
+            self._step += 1
+            decode = self._setup.space.decode
+            asked = [self._next(i, START, p.genome, decode(p.genome)) for i, p in enumerate(points)]
+            self._record_ask(asked, [point.label for point in points])
+
+    def _room(self) -> int:
+        """How many candidates the budget leaves."""
+        return sys.maxsize if self._budget.candidates is None else self._budget.candidates - self._asked
+
     def ask(self, count: int) -> list[Candidate]:
         """So many new candidates, or what is left of the budget; with racing, the optimizer's favourite beside them."""
-        room = math.inf if self._budget.candidates is None else self._budget.candidates - self._asked
+        room = self._room()
         name: str = self._setup.optimizer.name
-        points = [(name, genome) for genome in self.optimizer.ask(int(min(count, room)))]
+        points = [(name, genome) for genome in self.optimizer.ask(min(count, room))]
         self._asked_since_favourite += len(points)
         if len(points) < room and (favourite := self._favourite()) is not None:
             points.append((FAVOURITE, favourite))
@@ -343,6 +363,10 @@ class Driver:
             marks = list(self._setup.space.baselines())
             points = [(row.genome, mark.recipe) for row, mark in zip(rows, marks, strict=False)]
             points += [(mark.genome, mark.recipe) for mark in marks[len(rows) :]]
+        elif rows and rows[0].origin == START:
+            points = [
+                (start.genome, self._setup.space.decode(start.genome)) for start in self._setup.start[: len(rows)]
+            ]
         else:
             ours = [row.genome for row in rows if row.genome is not None and row.origin != FAVOURITE]
             genomes = self.optimizer.replay(ours)

@@ -50,7 +50,8 @@ class SteadyScoring(CandidateScoring):
         self.back: deque[Candidate] = deque()
         self.recent = deque(maxlen=RECENT * population)
         self._told_last: deque[Candidate] = deque(maxlen=RECENT * population)
-        self.baselines_first = setup.racing is not None  # which needs what they tell of items
+        # A race needs what they tell of items, and who starts from an earlier search what they are worth.
+        self.baselines_first = setup.racing is not None or bool(setup.start)
 
     def run(self, proposals: Proposals) -> bool:
         """A new candidate whenever a worker is free, until the budget is spent; False when a stop came first."""
@@ -62,7 +63,7 @@ class SteadyScoring(CandidateScoring):
         while True:
             if self.back:
                 candidate = self.back.popleft()
-            elif proposals.is_spent:
+            elif proposals.is_spent or proposals.is_starting:
                 return None
             else:
                 candidate, *others = proposals.ask(1)

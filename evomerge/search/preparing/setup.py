@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.base import ItemScores, Split
-from evomerge.genome import SearchSpace
+from evomerge.genome import Genome, SearchSpace
 from evomerge.optimizers import Feature, Optimizer, OptimizerSettings
 from evomerge.prices import Prices
 from evomerge.search.settings.sections import Budget, Confirm, KeptAnswers, Mode, Racing
@@ -98,6 +98,14 @@ class EvaluatorInfo:
     held_out_items: int
 
 
+@dataclass(frozen=True, eq=False)
+class StartPoint:
+    """A genome that an earlier search found good, and what it is to people: "from coarse c0012"."""
+
+    genome: Genome
+    label: str
+
+
 Counts = Mapping[int, int]
 """How many items of the search split each evaluator is asked for, by the evaluator's position; others for none."""
 
@@ -122,6 +130,7 @@ class Setup:
     mode: Mode = "generational"
     answers: KeptAnswers = "all"
     prices: Prices | None = None
+    start: tuple[StartPoint, ...] = ()
 
     @property
     def measures(self) -> Iterator[MeasureInfo]:
