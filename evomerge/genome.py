@@ -92,3 +92,10 @@ class SearchSpace(Protocol):
     def decode(self, genome: Genome) -> Recipe: ...
 
     def baselines(self) -> Iterable[Baseline]: ...
+
+    def genome_of(self, recipe: Recipe) -> Genome | None:
+        """The point of this space nearest to a recipe over the same sources; None where none says anything like it.
+
+        Of a recipe that is of this space it is a point that decodes to the same, up to rounding.
+        """
+        ...

@@ -58,6 +58,16 @@ class ChosenMethodGenes:
                 return self._with(chosen, numbers[: genes.own], numbers[genes.own :])
         return None
 
+    def nearest(self, blend: Blend, factor: float = 1.0) -> list[float] | None:
+        """The numbers nearest to a blend: by its own method where that is chosen from, else by the first that can."""
+        names = [method.name for method in self.methods]
+        order = sorted(range(len(names)), key=lambda at: names[at] != blend.method)
+        for chosen in order:
+            genes = self._of_methods[chosen]
+            if (numbers := genes.nearest(blend, factor)) is not None:
+                return self._with(chosen, numbers[: genes.own], numbers[genes.own :])
+        return None
+
     def defaults(self) -> list[tuple[Method, list[float]]]:
         """Each method with the numbers of its defaults."""
         first = self._of_methods[0]

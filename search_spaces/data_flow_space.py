@@ -15,7 +15,7 @@ import numpy as np
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome
 from evomerge.plugins import unknown_name
-from evomerge.recipes.base import DType
+from evomerge.recipes.base import DType, Recipe
 from evomerge.recipes.stack import Blend, StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.paths import PathGenes, PathSettings
@@ -132,6 +132,9 @@ class DataFlowSpace:
     def decode(self, genome: Genome) -> StackRecipe:
         picks, scales = self._genes.read(genome.tolist())
         return self._recipe(self._pool[0], [pick.layer for pick in picks], scales)
+
+    def genome_of(self, recipe: Recipe) -> Genome | None:
+        return None  # many genomes say one path
 
     def baselines(self) -> Iterator[Baseline]:
         """Every model of the pool alone, and the paths that people stack by hand, each recipe once.

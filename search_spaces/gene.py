@@ -36,6 +36,16 @@ class Gene:
         """The number that says it."""
         return float(self.parameter.choices.index(value)) if isinstance(value, str) else float(value)
 
+    def nearest(self, value: object) -> float:
+        """The number within the bounds that is nearest to a value; its default for what is no value of it."""
+        if isinstance(value, Mapping):
+            value = float(np.mean(list(value.values()))) if self.source is None else value[self.source]
+        if self.parameter.kind == "choice":
+            return self.number(value if value in self.parameter.choices else self.parameter.default)
+        if not isinstance(value, int | float):
+            value = self.number(self.parameter.default)
+        return float(np.clip(value if self.parameter.kind == "real" else round(value), self.low, self.high))
+
     def described(self, name: str, group: str) -> Parameter:
         default = float(np.clip(self.number(self.parameter.default), self.low, self.high))
         share_of = self.source if self.parameter.share and self.source is not None else ""

@@ -21,6 +21,7 @@ from evomerge.files import absolute_reference
 from evomerge.genome import Baseline, Genome, SearchSpace
 from evomerge.mergekit import load_recipe_file
 from evomerge.method import named_method
+from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
 from search_spaces.base import SpaceContext
 from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_sources, source_member
@@ -222,6 +223,9 @@ class JointSpace:
             dtype=self._context.dtype,
             calibration=self._context.calibration_of(blends),
         )
+
+    def genome_of(self, recipe: Recipe) -> Genome | None:
+        return None  # many genomes say one path
 
     def baselines(self) -> Iterator[Baseline]:
         """Those of the parameter space: every source alone, the uniform average, and the method's usual defaults."""

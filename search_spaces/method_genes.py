@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from evomerge.errors import InputError
 from evomerge.genome import Parameter
-from evomerge.method import Method, Point, Value, default_parameters, value_at
+from evomerge.method import Method, Point, Value, default_parameters, find_method, value_at
 from evomerge.recipes.stack import Basis, Blend, BlendStep
 from evomerge.step import find_step
 from search_spaces.base import SpaceContext
@@ -86,6 +87,26 @@ class MethodGenes:
             steps=steps,
         )
 
+    def nearest(self, blend: Blend, factor: float = 1.0) -> list[float] | None:
+        """The numbers nearest to a blend, all of whose change is multiplied by a factor.
+
+        Of another method, what both have is taken, and the rest is at its default. The factor goes to the shares of the
+        sources. None where the blend is of other sources, takes its shares otherwise, or its method is not installed.
+        """
+        method, ours = _installed(blend.method), self._method
+        if method is None or set(blend.sources) != set(self._sources) or blend.base not in (None, self._base):
+            return None
+        if method.name != ours.name and (method.needs_base != ours.needs_base or _shares(method) != _shares(ours)):
+            return None
+        values: dict[str, object] = {p.name: p.default for p in ours.parameters} | dict(blend.parameters)
+        numbers = []
+        for gene in self._genes:
+            value = values[gene.parameter.name]
+            if factor != 1 and gene.parameter.share:
+                value = _times(value, factor)
+            numbers.append(gene.nearest(value))
+        return [*numbers, *(number for step in self._steps for number in step.nearest(blend.steps))]
+
     def defaults(self) -> list[tuple[Method, list[float]]]:
         """The method with the numbers of its and the steps' defaults."""
         return [(self._method, [p.default for p in self.parameters("", "")])]
@@ -118,3 +139,21 @@ class MethodGenes:
         for p, low, high in searched(self._method.parameters, bounds, self._fixed):
             for source in self._sources if p.scope == "source" else (None,):
                 yield Gene(p, source, low, high)
+
+
+def _installed(name: str) -> Method | None:
+    try:
+        return find_method(name, "blend")
+    except InputError:
+        return None
+
+
+def _shares(method: Method) -> set[tuple[str, str]]:
+    """The parameters that say how much of a source is taken; two methods of the same ones are told alike."""
+    return {(p.name, p.scope) for p in method.parameters if p.share}
+
+
+def _times(value: object, factor: float) -> object:
+    if isinstance(value, Mapping):
+        return {source: one * factor for source, one in value.items()}
+    return value * factor if isinstance(value, float) else value

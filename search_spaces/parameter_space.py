@@ -19,11 +19,13 @@ from pydantic import BeforeValidator, Field, FiniteFloat
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome
 from evomerge.method import Method, Point, Value, check_blend, named_method
+from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.chosen_method import ChosenMethodGenes
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
+from search_spaces.nearest import SCALE, blends_of, fitted, middle, without_scale
 from search_spaces.profiles import Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
 
@@ -227,6 +229,32 @@ class ParameterSpace:
             yield Baseline(f"{method.name} defaults", "default", self.decode(usual), usual)
         if (kappa := self._context.measures.kappa) is not None and any(map(self._has_strength, self._genes.methods)):
             yield self._at_law(kappa)
+
+    def genome_of(self, recipe: Recipe) -> Genome | None:
+        """The point nearest to a merge of weights: each group has the mean of what the recipe says of its parts.
+
+        Scaling that ends a blend, as a profile is written, goes to the profile of this space, or else to the shares of
+        the sources; where scaling is a step of this space, it is that.
+        """
+        blends = blends_of(recipe, self._context.layers)
+        if blends is None:
+            return None
+        factors: dict[Role, float] = {}
+        if SCALE not in self._settings.steps:
+            for role, blend in blends.items():
+                blends[role], factors[role] = without_scale(blend)
+        rows: dict[str, list[list[float]]] = {group: [] for group in self._groups}
+        for role, blend in blends.items():
+            factor = factors.get(role, 1.0) if self._profile is None else 1.0
+            numbers = self._genes.nearest(blend, factor)
+            if numbers is None:
+                return None
+            rows[self._group_of[role]].append(numbers)
+        parameters = self._genes.parameters("", "")
+        genome = [number for group in self._groups for number in middle(rows[group], parameters)]
+        if self._profile is not None:
+            genome += fitted(self._profile, {role.layer: factor for role, factor in factors.items()})
+        return np.array(genome, dtype=np.float64)
 
     def _has_strength(self, method: Method) -> bool:
         """Whether how far a merge goes is a number of this method: of task vectors, with weights or a factor."""

@@ -50,6 +50,16 @@ class StepGenes:
         values = self._step.values(self._fixed | given)
         return () if self._step.is_neutral(values) else (BlendStep(name=self._step.name, parameters=values),)
 
+    def nearest(self, steps: Sequence[BlendStep]) -> list[float]:
+        """The numbers nearest to what some steps say of this one; where it is not among them, those that change
+        nothing, or the defaults.
+        """
+        given = next((step for step in steps if step.name == self._step.name), None)
+        if given is None and (neutral := self.neutral()) is not None:
+            return neutral
+        values = self._step.values({} if given is None else given.parameters)
+        return [gene.nearest(values[gene.parameter.name]) for gene in self._genes]
+
     def neutral(self) -> list[float] | None:
         """Numbers at which the step changes nothing; None where there are none within the bounds."""
         values = self._step.values(self._fixed | {n: v for n, v in self._step.neutral.items() if n not in self._fixed})

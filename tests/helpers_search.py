@@ -48,6 +48,9 @@ class FakeSpace:
             head=blends[0],
         )
 
+    def genome_of(self, recipe: StackRecipe) -> Genome:
+        return np.array(weights_of(recipe))
+
     def baselines(self) -> Iterator[Baseline]:
         n = len(self.parameters)
         for name, value in (("one", 1.0), ("two", 0.0)):

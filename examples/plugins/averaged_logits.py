@@ -215,6 +215,9 @@ class AveragedLogitsSpace:
             share=float(genome[0]),
         )
 
+    def genome_of(self, recipe: Recipe) -> Genome | None:
+        return np.array([recipe.share]) if isinstance(recipe, AveragedLogits) else None
+
     def baselines(self) -> Iterator[Baseline]:
         middle = np.array([0.5])
         for name in self._context.sources:
