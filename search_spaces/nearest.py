@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.genome import Parameter
 from evomerge.recipes.base import Recipe
@@ -66,7 +67,8 @@ def fitted(profile: Profile, factors: Mapping[int | None, float]) -> list[float]
     constant = np.array([profile.factor([0.0] * size, layer) for layer in factors])
     columns = [[profile.factor(unit, layer) for layer in factors] for unit in np.eye(size).tolist()]
     slopes = np.array(columns).T - constant[:, None]
-    numbers = np.linalg.lstsq(slopes, np.array(list(factors.values())) - constant, rcond=None)[0]
-    low, high = ([getattr(p, end) for p in profile.parameters] for end in ("low", "high"))
-    rounded: list[float] = np.clip(np.round(numbers, 12), low, high).tolist()  # so that a factor of 1 stays one
+    wanted = np.array(list(factors.values())) - constant
+    numbers: NDArray[np.float64] = np.asarray(np.linalg.lstsq(slopes, wanted, rcond=None)[0])
+    low, high = (np.array([getattr(p, end) for p in profile.parameters]) for end in ("low", "high"))
+    rounded: list[float] = np.clip(numbers.round(12), low, high).tolist()  # so that a factor of 1 stays one
     return rounded
