@@ -36,6 +36,20 @@ def check_whole(blend: Blend, place: str, *, has_texts: bool) -> None:
         check_needs(step, step_place, has_texts=has_texts)
 
 
+def derivative_problem(blend: Blend) -> str | None:
+    """Why a loss has no derivative by the numbers of a blend that ``check_whole`` let through; None where it has."""
+    method = find_method(blend.method, "blend.method")
+    if method.differentiable is None:
+        return f"{method.name} makes weights by more than sums with fixed masks"
+    steps = [find_step(given.name, "blend.steps") for given in blend.steps]
+    for step in steps:
+        if not step.keeps_derivatives:
+            return f"the step {step.name} does more than to multiply changes"
+        if blend.basis == "core" and not step.in_any_basis:
+            return f"the step {step.name} leaves core space"
+    return None
+
+
 def observed(recipes: Iterable[Recipe], sources: Collection[str]) -> dict[str, set[Need]]:
     """The sources that calibration texts are run through for some recipes, and what is needed of each.
 

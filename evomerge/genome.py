@@ -22,7 +22,8 @@ class Parameter:
 
     A "real" is any float in [low, high]; an "int" a whole number in it; a "choice" the position of one of ``choices``
     (low 0, high len - 1). Genomes carry all three as floats. ``group`` gathers parameters for display ("layers.3").
-    ``share_of`` is the source that it says the share of, where it is nothing but that.
+    ``share_of`` is the source that it says the share of, where it is nothing but that. ``differentiable`` says that
+    weights follow it without jumps, so that a smooth loss has a derivative by it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Parameter:
     group: str = ""
     choices: tuple[str, ...] = ()
     share_of: str = ""
+    differentiable: bool = False
 
     def holds(self, value: float) -> bool:
         """Whether it can have this value: within the bounds, and whole for "int" and "choice"."""

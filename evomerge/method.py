@@ -125,6 +125,8 @@ class Method:
         uniform: (sources) -> the point where the merge is the plain average of all sources.
         arithmetic: (sources, weight) -> the point where the merge is the base and that weight times each task vector,
             where no switch has it divide by weights. None where there is no such point.
+        differentiable: the parameters that its passes (each a ``passes.Differentiable``) follow without jumps, the
+            masks being as they are; None where a loss has no derivative by what its passes are made with.
         mergekit: what mergekit lets one say of it; None where mergekit has no such method.
         title: its name as people write it.
         reference: where it is described.
@@ -143,6 +145,7 @@ class Method:
     alone: Callable[[Sequence[str], str | None], Point] | None = None
     uniform: Callable[[Sequence[str]], Point] | None = None
     arithmetic: Callable[[Sequence[str], float], Point] | None = None
+    differentiable: tuple[str, ...] | None = None
     mergekit: Grammar | None = None
     title: str = ""
     reference: str = ""

@@ -49,6 +49,9 @@ class Step:
         in_any_basis: whether it makes of a change Q D P, for orthonormal Q and P, what it makes of D between these two:
             it goes by lengths, singular values and what is turned with D alone. In core space it then works on the
             small D.
+        keeps_derivatives: whether it gives a ``passes.Differentiable`` for one, with the numbers of this among its own:
+            it multiplies the change, element by element, by what the change has no part in.
+        differentiable: the parameters that the pass which it gives follows without jumps.
         title: its name as people write it.
         reference: where it is described.
     """
@@ -60,6 +63,8 @@ class Step:
     neutral: Mapping[str, Value] = field(default_factory=dict)
     factor: Callable[[Values], float] | None = None
     in_any_basis: bool = False
+    keeps_derivatives: bool = False
+    differentiable: tuple[str, ...] = ()
     title: str = ""
     reference: str = ""
 

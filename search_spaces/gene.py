@@ -17,12 +17,13 @@ Bounds = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Gene:
-    """One number: of a parameter, and of one source or (None) of all."""
+    """One number: of a parameter, and of one source or (None) of all. ``differentiable`` as of ``Parameter``."""
 
     parameter: MethodParameter
     source: str | None
     low: float
     high: float
+    differentiable: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +51,7 @@ class Gene:
         default = float(np.clip(self.number(self.parameter.default), self.low, self.high))
         share_of = self.source if self.parameter.share and self.source is not None else ""
         kind, choices = self.parameter.kind, self.parameter.choices
-        return Parameter(name, self.low, self.high, default, kind, group, choices, share_of)
+        return Parameter(name, self.low, self.high, default, kind, group, choices, share_of, self.differentiable)
 
 
 def searched(

@@ -43,10 +43,10 @@ class MethodGenes:
         self._basis = basis
         self._fixed = dict(fixed or {})
         self._switches = dict(switches or {})
+        found = [(find_step(name, f"space.steps.{name}"), settings) for name, settings in (steps or {}).items()]
+        self.has_derivatives = method.differentiable is not None and all(step.keeps_derivatives for step, _ in found)
         self._genes = list(self._lay_out(bounds or {}))
-        self._steps = [
-            StepGenes(find_step(name, f"space.steps.{name}"), settings) for name, settings in (steps or {}).items()
-        ]
+        self._steps = [StepGenes(step, given, has_derivatives=self.has_derivatives) for step, given in found]
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -138,7 +138,8 @@ class MethodGenes:
     def _lay_out(self, bounds: Bounds) -> Iterator[Gene]:
         for p, low, high in searched(self._method.parameters, bounds, self._fixed):
             for source in self._sources if p.scope == "source" else (None,):
-                yield Gene(p, source, low, high)
+                smooth = self.has_derivatives and p.name in (self._method.differentiable or ())
+                yield Gene(p, source, low, high, smooth)
 
 
 def _installed(name: str) -> Method | None:

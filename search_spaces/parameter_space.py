@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, TypeVar
 
@@ -163,7 +164,8 @@ class ParameterSpace:
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
         if self._profile is not None:
-            self.parameters += self._profile.parameters
+            smooth = any(genes.has_derivatives for genes in of_methods)
+            self.parameters += [replace(p, differentiable=smooth) for p in self._profile.parameters]
         self.layer_buffers = self.hops = context.layers
         for method, numbers in self._genes.defaults():
             check_blend(self._genes.blend(numbers), method, "space")

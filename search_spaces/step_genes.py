@@ -29,13 +29,19 @@ class StepSettings(BaseModel):
 
 
 class StepGenes:
-    """What a search walks of one step."""
+    """What a search walks of one step.
 
-    def __init__(self, step: Step, settings: StepSettings) -> None:
+    Args:
+        has_derivatives: whether what is before it and after it lets a loss have derivatives.
+    """
+
+    def __init__(self, step: Step, settings: StepSettings, *, has_derivatives: bool = False) -> None:
         self._step = step
         self._fixed = dict(settings.fixed)
         ranges = searched(step.parameters, settings.bounds, settings.fixed)
-        self._genes = [Gene(p, None, low, high) for p, low, high in ranges]
+        self._genes = [
+            Gene(p, None, low, high, has_derivatives and p.name in step.differentiable) for p, low, high in ranges
+        ]
 
     def __len__(self) -> int:
         return len(self._genes)

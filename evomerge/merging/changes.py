@@ -12,8 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from evomerge.merging.passes import Agreed, Combine, Compute, Grain, Kernel, MaskedMean, Pass, Span, Sparsify, call
+from evomerge.merging.passes import (
+    Agreed,
+    Combine,
+    Compute,
+    Differentiable,
+    Grain,
+    Kernel,
+    MaskedMean,
+    Pass,
+    Span,
+    Sparsify,
+    call,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,6 +137,26 @@ class Rescale:
 
         return run
 
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """Those of ``made``, and the factor where it is one number. Of a pass that is not differentiable TypeError."""
+        own = [self.factor] if isinstance(self.factor, float) else []
+        return np.array([*differentiable(self.made).numbers, *own])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from torch import cat
+
+        made, base = differentiable(self.made), tensors[self.inputs.index(self.base)]
+        given = tensors[: len(made.inputs)]
+        if made.grain == "element":
+            given = [tensor.reshape(-1) for tensor in given]
+        passed = (gradient * self._factor(base, first)).reshape(given[0].shape)
+        found = made.derivatives(given, first, passed)
+        if not isinstance(self.factor, float):
+            return found
+        change = made.run(given, first, call).view(base.shape) - base.float()
+        return cat([found, (gradient * change).sum().double()[None]])
+
 
 @dataclass(frozen=True)
 class Change:
@@ -160,6 +193,13 @@ class Change:
 
     def kernel(self) -> None:
         return None
+
+
+def differentiable(made: Pass) -> Differentiable:
+    """A pass as one of which derivatives can be taken. Raises TypeError: it is none."""
+    if not isinstance(made, Differentiable):
+        raise TypeError(f"{type(made).__name__} has no derivative by its numbers")
+    return made
 
 
 def with_base(base: str, made: Pass) -> tuple[str, ...]:

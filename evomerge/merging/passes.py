@@ -16,7 +16,8 @@ pass makes the tensor, and with which coefficients.
   slower than those before, which are compiled for the CPU.
 * ``Whole``: any function of whole tensors, such as a decomposition, in plain torch.
 
-Others may be added: whatever has the members of ``Pass``. ``run`` is the plain definition in torch, for any device;
+Others may be added: whatever has the members of ``Pass``, and of ``Differentiable`` where its numbers are to have
+derivatives, as those of all above but the last two have. ``run`` is the plain definition in torch, for any device;
 ``kernel`` the same compiled for pairs of elements on the CPU, which ``jobs`` prefers where there is one. Both import
 what they compute with when they are called: methods, which make passes, are looked up where no tensor is near.
 """
@@ -26,9 +27,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.merging.drops import LEVELS, as_signed, limit
 
@@ -86,6 +88,23 @@ class Pass(Protocol):
         """The same compiled for the CPU; None where there is nothing but ``run``, and that does not use ``compute``."""
 
 
+@runtime_checkable
+class Differentiable(Pass, Protocol):
+    """A pass with numbers that what it makes follows without jumps, while its masks stay as they are."""
+
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """These numbers: float64 [numbers], in an order that the kind of pass and its inputs decide."""
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        """The derivative of a loss by each number, as far as it follows from a piece: float64 [numbers].
+
+        Args:
+            tensors, first: as of ``run``.
+            gradient: float32 of the piece's shape, the derivative of the loss by its elements.
+        """
+
+
 def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """Run a plain definition as it stands."""
     return function(*arguments)
@@ -120,6 +139,15 @@ class Combine:
 
         coefficients = tuple(np.float32(self.coefficients[name]) for name in self.inputs)
         return lambda arrays, out, span: kernels.combine(arrays, coefficients, out, span.stream)
+
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        return np.array([self.coefficients[name] for name in self.inputs])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from evomerge.merging.derivatives import inner_products
+
+        return inner_products(gradient, tensors)
 
 
 @dataclass(frozen=True)
@@ -198,6 +226,19 @@ class Sparsify:
             meet,
         )
 
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """The weights, the shares, and the scale."""
+        return np.array([*(part.weight for part in self.parts), *(part.share for part in self.parts), self.scale])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from torch import cat
+
+        from evomerge.merging.derivatives import by_numbers
+
+        found = by_numbers(self, tensors, first, gradient)
+        return cat([found[:, 0], found[:, 3], found[:1, 4]])
+
     def kernel(self) -> Kernel:
         from evomerge.merging import kernels
 
@@ -258,6 +299,16 @@ class Select:
         shares, least = tuple(np.float32(share) for share in self.shares.values()), np.float32(self.least)
         return lambda arrays, out, span: kernels.select(arrays[0], arrays[1:], shares, least, out, span.stream)
 
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """The shares."""
+        return np.array([*self.shares.values()])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from evomerge.merging.derivatives import by_numbers
+
+        return by_numbers(self, tensors, first, gradient)[:-1]
+
 
 @dataclass(frozen=True)
 class MaskedMean:
@@ -298,6 +349,19 @@ class MaskedMean:
             arrays[0], arrays[1:], shares, lows, scale, out, span.stream
         )
 
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """The shares, and the scale."""
+        return np.array([*self.shares.values(), self.scale])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from torch import cat
+
+        from evomerge.merging.derivatives import by_numbers
+
+        found = by_numbers(self, tensors, first, gradient)
+        return cat([found[:, 0], found[:1, 2]])
+
 
 @dataclass(frozen=True)
 class Largest:
@@ -330,6 +394,16 @@ class Largest:
 
         weights = tuple(np.float32(weight) for weight in self.weights.values())
         return lambda arrays, out, span: kernels.largest(arrays[0], arrays[1:], weights, out, span.stream)
+
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """The weights."""
+        return np.array([*self.weights.values()])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from evomerge.merging.derivatives import by_numbers
+
+        return by_numbers(self, tensors, first, gradient)
 
 
 RANKED = 256
@@ -380,6 +454,16 @@ class Disjoint:
             arrays[0], arrays[1:], weights, kept, np.uint64(max(span.row // 2, 1)), out, span.stream
         )
 
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """The weights."""
+        return np.array([*self.weights.values()])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from evomerge.merging.derivatives import by_numbers
+
+        return by_numbers(self, tensors, first, gradient)
+
 
 @dataclass(frozen=True)
 class Agreed:
@@ -422,6 +506,19 @@ class Agreed:
         return lambda arrays, out, span: kernels.agreed(
             arrays[0], arrays[1:], weights, ratios, votes, scale, out, span.stream
         )
+
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """The weights, and the scale."""
+        return np.array([*self.weights.values(), self.scale])
+
+    def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+        from torch import cat
+
+        from evomerge.merging.derivatives import by_numbers
+
+        found = by_numbers(self, tensors, first, gradient)
+        return cat([found[:, 0], found[:1, 3]])
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ CABS = Method(
     ),
     needs_base=True,
     alone=one_weight(ALL_KEPT),
+    differentiable=("weight", "lambda"),
     title="CABS",
     reference="arXiv 2503.01874",
 )

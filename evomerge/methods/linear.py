@@ -34,6 +34,7 @@ LINEAR = Method(
     switches={"normalize": True},
     alone=one_weight(),
     uniform=equal_weights(),
+    differentiable=("weight",),
     mergekit=Grammar("source", (WEIGHT, Setting("normalize", "normalize", True, absent=True))),
     title="weighted mean",
     reference="arXiv 2203.05482",

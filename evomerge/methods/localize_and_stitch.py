@@ -56,6 +56,7 @@ LOCALIZE_AND_STITCH = Method(
     whole_models=True,
     alone=one_weight(_EVERYTHING),
     uniform=equal_weights(_EVERYTHING),
+    differentiable=("weight", "lambda"),
     title="Localize-and-Stitch, dataless",
     reference="arXiv 2408.13656",
 )

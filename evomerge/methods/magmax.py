@@ -34,6 +34,7 @@ MAGMAX = Method(
     (weight(0.5), scale()),
     needs_base=True,
     alone=one_weight({"lambda": 1.0}),
+    differentiable=("weight", "lambda"),
     title="MagMax",
     reference="arXiv 2407.06322",
 )

@@ -35,6 +35,7 @@ MULTISLERP = Method(
     (weight(1.0, high=1.0),),
     switches={"normalize": True},
     alone=one_weight(),
+    differentiable=("weight",),
     mergekit=Grammar(
         "optional", (WEIGHT, Setting("normalize_weights", "normalize", True, absent=True)), fixed={"eps": 1e-8}
     ),

@@ -30,6 +30,7 @@ PASSTHROUGH = Method(
     (MethodParameter("scale", "source", low=0.5, high=1.5, default=1.0, share=True),),
     max_sources=1,
     alone=_alone,
+    differentiable=("scale",),
     mergekit=Grammar("source", (per_source("scale", 1.0),), most=1),
     title="passthrough",
 )

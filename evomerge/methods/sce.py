@@ -39,6 +39,7 @@ SCE = Method(
     sce,
     (MethodParameter("select_topk", "blend", low=0.05, high=1.0, default=1.0, limits=FRACTION),),
     needs_base=True,
+    differentiable=(),
     mergekit=Grammar("apart", (for_all("select_topk", 1.0),), copies_base=True, idle=("int8_mask",)),
     title="SCE",
     reference="arXiv 2408.07990",

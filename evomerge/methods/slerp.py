@@ -38,6 +38,7 @@ SLERP = Method(
     min_sources=2,
     max_sources=2,
     shares=_shares,
+    differentiable=("t",),
     mergekit=Grammar("first", (for_all("t", None, 0.5),), least=2, most=2),
     title="SLERP",
     reference="Shoemake 1985",

@@ -35,6 +35,7 @@ TASK_ARITHMETIC = Method(
     alone=one_weight({"lambda": 1.0}),
     uniform=equal_weights({"lambda": 1.0}),
     arithmetic=same_weights({"lambda": 1.0}),
+    differentiable=("weight", "lambda"),
     mergekit=task_vectors("plain"),
     title="task arithmetic",
     reference="arXiv 2212.04089",

@@ -47,6 +47,7 @@ TIES = Method(
     needs_base=True,
     switches=switches(rescale=False),
     alone=one_weight(ALL_KEPT),
+    differentiable=("weight", "lambda"),
     mergekit=task_vectors("elected", DENSITY, normalize=True, rescale=False),
     title="TIES-Merging",
     reference="arXiv 2306.01708",

@@ -43,6 +43,7 @@ ACTIVATIONS = Step(
     (MethodParameter("omega", "blend", default=0.4, limits=(0.0, 1.0)),),
     needs=("channels",),
     neutral={"omega": 1.0},
+    keeps_derivatives=True,
     title="activation-informed merging",
     reference="arXiv 2502.02421",
 )

@@ -32,6 +32,8 @@ SCALE = Step(
     neutral={"factor": 1.0},
     factor=lambda values: float(values["factor"]),
     in_any_basis=True,
+    keeps_derivatives=True,
+    differentiable=("factor",),
     title="scaled change",
     reference="arXiv 2212.04089",
 )
