@@ -7,11 +7,13 @@ all methods share. The numbers of a method that is not chosen change nothing, so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from evomerge.genome import Parameter
 from evomerge.method import Method, Point
 from evomerge.recipes.stack import Blend
 from search_spaces.method_genes import MethodGenes
+from search_spaces.profiles import Wave
 
 
 class ChosenMethodGenes:
@@ -36,6 +38,16 @@ class ChosenMethodGenes:
         first = self._of_methods[0]
         return 1 + sum(map(len, self._own)) + len(first) - first.own
 
+    @property
+    def curves(self) -> list[tuple[int, int, Wave]]:
+        """As ``MethodGenes.curves``, of all methods."""
+        begins = accumulate(map(len, self._own), initial=1)
+        return [
+            (begin + weight, begin + place, wave)
+            for begin, genes in zip(begins, self._of_methods, strict=False)
+            for weight, place, wave in genes.curves
+        ]
+
     def parameters(self, prefix: str, group: str) -> list[Parameter]:
         """Those of one blend, named after ``prefix``; a method's own after the method, too."""
         names = tuple(method.name for method in self.methods)
@@ -44,12 +56,12 @@ class ChosenMethodGenes:
             parameters += genes.parameters(f"{prefix}.{name}", group)[: genes.own]
         return [*parameters, *self._of_methods[0].parameters(prefix, group)[self._of_methods[0].own :]]
 
-    def blend(self, numbers: Sequence[float] = ()) -> Blend:
-        """The blend that so many numbers say; without any, the first method's defaults."""
+    def blend(self, numbers: Sequence[float] = (), depth: float | None = None) -> Blend:
+        """The blend that so many numbers say at a depth; without any, the first method's defaults."""
         chosen = int(numbers[0]) if numbers else 0
         begin = 1 + sum(map(len, self._own[:chosen]))
         own = numbers[begin : begin + len(self._own[chosen])]
-        return self._of_methods[chosen].blend([*own, *numbers[1 + sum(map(len, self._own)) :]])
+        return self._of_methods[chosen].blend([*own, *numbers[1 + sum(map(len, self._own)) :]], depth)
 
     def numbers_at(self, point_of: Callable[[Method], Point | None]) -> list[float] | None:
         """The numbers of a point, by the first method that has it; None where none has."""

@@ -11,6 +11,7 @@ from evomerge.recipes.stack import Basis, Blend, BlendStep
 from evomerge.step import find_step
 from search_spaces.base import SpaceContext
 from search_spaces.gene import Bounds, Gene, searched
+from search_spaces.profiles import Wave, waves_of
 from search_spaces.step_genes import StepGenes, StepSettings
 
 
@@ -25,6 +26,7 @@ class MethodGenes:
         switches: the method's yes/no settings, where its defaults are not wanted.
         basis: of the blend.
         steps: after the method, by name, in their order.
+        cosines: of the curve over depth that each weight of a source follows; 1 for the same weight everywhere.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class MethodGenes:
         switches: Mapping[str, bool] | None = None,
         basis: Basis | None = None,
         steps: Mapping[str, StepSettings] | None = None,
+        cosines: int = 1,
     ) -> None:
         self._method = method
         self._sources = context.mixed
@@ -46,6 +49,7 @@ class MethodGenes:
         found = [(find_step(name, f"space.steps.{name}"), settings) for name, settings in (steps or {}).items()]
         self.has_derivatives = method.differentiable is not None and all(step.keeps_derivatives for step, _ in found)
         self._genes = list(self._lay_out(bounds or {}))
+        self._waves = list(waves_of(self._genes, cosines))
         self._steps = [StepGenes(step, given, has_derivatives=self.has_derivatives) for step, given in found]
 
     @property
@@ -56,28 +60,39 @@ class MethodGenes:
     @property
     def own(self) -> int:
         """How many of the numbers are the method's own; those of steps come after."""
-        return len(self._genes)
+        return len(self._genes) + len(self._waves)
 
     def __len__(self) -> int:
         return self.own + sum(map(len, self._steps))
 
-    def parameters(self, prefix: str, group: str) -> list[Parameter]:
-        """Those of one blend, named after ``prefix``; those of steps come last."""
-        of_steps = (p for step in self._steps for p in step.parameters(prefix, group))
-        return [*(gene.described(f"{prefix}.{gene.name}", group) for gene in self._genes), *of_steps]
+    @property
+    def curves(self) -> list[tuple[int, int, Wave]]:
+        """Of each cosine of a curve, the places of the weight and of its own number."""
+        return [(wave.place, len(self._genes) + number, wave) for number, wave in enumerate(self._waves)]
 
-    def blend(self, numbers: Sequence[float] = ()) -> Blend:
-        """The blend that so many numbers say; without any, the method's and steps' defaults with what is fixed."""
+    def parameters(self, prefix: str, group: str) -> list[Parameter]:
+        """Those of one blend, named after ``prefix``; those of curves come after the method's others, then steps."""
+        of_curves = (wave.described(prefix, group) for wave in self._waves)
+        of_steps = (p for step in self._steps for p in step.parameters(prefix, group))
+        return [*(gene.described(f"{prefix}.{gene.name}", group) for gene in self._genes), *of_curves, *of_steps]
+
+    def blend(self, numbers: Sequence[float] = (), depth: float | None = None) -> Blend:
+        """The blend that so many numbers say; without any, the method's and steps' defaults with what is fixed.
+
+        Args:
+            numbers: in the order of ``parameters``.
+            depth: where curves are read, from 0 to 1; None outside of the stack of layers.
+        """
         values = default_parameters(self._method, self._sources) | self._switches
         for name, value in self._fixed.items():
             values[name] = dict.fromkeys(self._sources, value) if isinstance(values[name], dict) else value
-        for gene, number in zip(self._genes, numbers, strict=False):
+        for gene, number in zip(self._genes, self._at_depth(numbers, depth), strict=False):
             of_sources = values[gene.parameter.name]
             if gene.source is not None and isinstance(of_sources, dict):
                 of_sources[gene.source] = gene.value(number)
             else:
                 values[gene.parameter.name] = gene.value(number)
-        steps = tuple(self._steps_at(numbers[len(self._genes) :]))
+        steps = tuple(self._steps_at(numbers[self.own :]))
         return Blend(
             method=self._method.name,
             sources=self._sources,
@@ -105,7 +120,8 @@ class MethodGenes:
             if factor != 1 and gene.parameter.share:
                 value = _times(value, factor)
             numbers.append(gene.nearest(value))
-        return [*numbers, *(number for step in self._steps for number in step.nearest(blend.steps))]
+        flat = [0.0] * len(self._waves)
+        return [*numbers, *flat, *(number for step in self._steps for number in step.nearest(blend.steps))]
 
     def defaults(self) -> list[tuple[Method, list[float]]]:
         """The method with the numbers of its and the steps' defaults."""
@@ -127,7 +143,19 @@ class MethodGenes:
             return None
         numbers = [gene.number(value_at(point, gene.parameter.name, gene.source)) for gene in self._genes]
         inside = all(gene.low <= number <= gene.high for gene, number in zip(self._genes, numbers, strict=True))
-        return [*numbers, *(number for of_step in neutral for number in of_step or ())] if inside else None
+        flat = [0.0] * len(self._waves)
+        return [*numbers, *flat, *(number for of_step in neutral for number in of_step or ())] if inside else None
+
+    def _at_depth(self, numbers: Sequence[float], depth: float | None) -> Sequence[float]:
+        """The numbers of the genes at a depth, each weight with a curve within its range."""
+        found = list(numbers[: len(self._genes)])
+        if depth is None or not found:
+            return found
+        for wave, coefficient in zip(self._waves, numbers[len(self._genes) : self.own], strict=True):
+            found[wave.place] += coefficient * wave.at(depth)
+        for place in {wave.place for wave in self._waves}:
+            found[place] = min(max(found[place], self._genes[place].low), self._genes[place].high)
+        return found
 
     def _steps_at(self, numbers: Sequence[float]) -> Iterator[BlendStep]:
         begin = 0

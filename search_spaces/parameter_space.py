@@ -27,7 +27,7 @@ from search_spaces.chosen_method import ChosenMethodGenes
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
 from search_spaces.nearest import SCALE, blends_of, fitted, middle, without_scale
-from search_spaces.profiles import Lines, Tiers, with_factor
+from search_spaces.profiles import Cosines, Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
 
 T = TypeVar("T")
@@ -54,9 +54,10 @@ class ParameterSpaceSettings(SpaceSettings):
         basis: "core" where all sources but the base are low-rank adapters of it (LoRA): the method merges these in the
             few coordinates that hold all of their changes. Of the weights' own where nothing is said.
         steps: what is done after the method, in this order: ``activations: {}``, or with ``bounds`` and ``fixed``.
-        profile: how the change of each layer is scaled by a few numbers for all; with granularity "model". "lines":
-            evenly from ``profile.first`` to ``profile.last``. "tiers": by a factor for each third of the layers, those
-            whose changes can be trusted least, more and most (``profile.low``, ``profile.middle``, ``profile.high``).
+        profile: what depth changes, by a few numbers for all layers; with granularity "model". "lines": the change of
+            each layer is scaled, evenly from ``profile.first`` to ``profile.last``. "tiers": by a factor for each third
+            of the layers, those whose changes can be trusted least, more and most (``profile.low``, ``profile.middle``,
+            ``profile.high``). {cosines: 4}: each weight of a source is a smooth curve of 4 numbers.
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
@@ -67,7 +68,7 @@ class ParameterSpaceSettings(SpaceSettings):
     switches: dict[str, bool] = Field(default_factory=dict)
     basis: Basis | None = None
     steps: dict[str, StepSettings] = Field(default_factory=dict)
-    profile: Literal["lines", "tiers"] | None = None
+    profile: Literal["lines", "tiers"] | Cosines | None = None
 
     def build(self, context: SpaceContext) -> ParameterSpace:
         methods = self.methods
@@ -137,7 +138,9 @@ class ParameterSpaceSettings(SpaceSettings):
         if self.granularity != "model":
             problem = f"is for one blend over all layers, and with granularity {self.granularity} there are several"
             raise InputError("space.profile", problem, "Leave out `granularity:`, or the profile.")
-        if context.base is None:
+        if isinstance(self.profile, Cosines):
+            self.profile.check([context.method(name) for name in self.methods], list(self.fixed), context.layers)
+        elif context.base is None:
             raise InputError("base", "a profile scales what layers add to a base", "Name it: `base: NAME`.")
 
 
@@ -175,7 +178,8 @@ class ParameterSpace:
         bounds = _only(settings.of_method(settings.bounds, method.name), known)
         fixed = _only(settings.of_method(settings.fixed, method.name), known)
         switches = _only(settings.of_method(settings.switches, method.name), method.switches)
-        return MethodGenes(method, self._context, bounds, fixed, switches, settings.basis, settings.steps)
+        cosines = settings.profile.cosines if isinstance(settings.profile, Cosines) else 1
+        return MethodGenes(method, self._context, bounds, fixed, switches, settings.basis, settings.steps, cosines)
 
     def _profile_of(self, context: SpaceContext) -> Lines | Tiers | None:
         if self._settings.profile == "lines":
@@ -192,12 +196,9 @@ class ParameterSpace:
             for place, group in enumerate(self._groups)
         }
         at = {role: blends[group] for role, group in self._group_of.items()}
-        if self._profile is not None:
-            of_profile = numbers[len(self._groups) * size :]
-            (blend,) = blends.values()
-            layers = (None, *range(self._context.layers))
-            scaled = {layer: with_factor(blend, self._profile.factor(of_profile, layer)) for layer in layers}
-            at = {role: scaled[role.layer] for role in at}
+        if self._settings.profile is not None:
+            of_layer = {layer: self._in_layer(numbers, layer) for layer in (None, *range(self._context.layers))}
+            at = {role: of_layer[role.layer] for role in at}
         return StackRecipe.compose(
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
@@ -213,6 +214,17 @@ class ParameterSpace:
             dtype=self._context.dtype,
             calibration=self._context.calibration_of(blends.values()),
         )
+
+    def _in_layer(self, numbers: Sequence[float], layer: int | None) -> Blend:
+        """The blend of a layer by a profile, or of what is outside of the stack (None)."""
+        size = len(self._genes)
+        if self._profile is not None:
+            return with_factor(self._genes.blend(numbers[:size]), self._profile.factor(numbers[size:], layer))
+        return self._genes.blend(numbers, self._depth(layer))
+
+    def _depth(self, layer: int | None) -> float | None:
+        """Of the middle of a layer, from 0 to 1; None of what is outside of the stack."""
+        return None if layer is None else (layer + 0.5) / self._context.layers
 
     def baselines(self) -> Iterator[Baseline]:
         """Every source alone, the uniform average of the merged ones, and the method's usual defaults.
@@ -256,6 +268,10 @@ class ParameterSpace:
         genome = [number for group in self._groups for number in middle(rows[group], parameters)]
         if self._profile is not None:
             genome += fitted(self._profile, {role.layer: factor for role, factor in factors.items()})
+        for weight, place, wave in self._genes.curves:  # where there is one group
+            (of_roles,) = rows.values()
+            over_depth = [(self._depth(r.layer), row[weight]) for r, row in zip(blends, of_roles, strict=True)]
+            genome[place] = wave.nearest([(depth, number) for depth, number in over_depth if depth is not None])
         return np.array(genome, dtype=np.float64)
 
     def _has_strength(self, method: Method) -> bool:

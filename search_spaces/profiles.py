@@ -1,11 +1,21 @@
-"""Profiles over depth: how much of the change each layer keeps, by a few numbers in place of some for every layer."""
+"""Profiles over depth: what each layer is made of, by a few numbers in place of some for every layer.
+
+Lines and tiers say how much of the whole change a layer keeps; cosines give each weight of a source its own curve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from evomerge.errors import InputError
 from evomerge.genome import Parameter
+from evomerge.method import Method
 from evomerge.recipes.stack import Blend, BlendStep
+from search_spaces.gene import Gene
 
 _GROUP = "profile"
 
@@ -61,6 +71,78 @@ class Tiers:
     def factor(self, numbers: Sequence[float], layer: int | None) -> float:
         """By what the change of a layer is multiplied, or of what is outside of the stack (None)."""
         return 1.0 if layer is None else numbers[self._tiers[layer]]
+
+
+class Cosines(BaseModel):
+    """Each weight of a source as a smooth curve over depth, of so many numbers; see ``Wave``.
+
+    Args:
+        cosines: how many, the constant one counted: 2 to as many as there are layers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cosines: int = Field(ge=2)
+
+    def check(self, methods: Sequence[Method], fixed: Sequence[str], layers: int) -> None:
+        """Refuse curves that cannot be: more numbers than layers, or a method without weights that are searched.
+
+        Raises:
+            InputError: naming the key.
+        """
+        place = "space.profile.cosines"
+        if self.cosines > layers:
+            raise InputError(place, f"is {self.cosines}, but the sources have {layers} layers")
+        for method in methods:
+            weights = [p.name for p in method.parameters if p.share and p.scope == "source"]
+            if not weights:
+                hint = "Take `profile: lines`, or a method with weights, such as task_arithmetic."
+                raise InputError(place, f"draws weights over depth, and {method.name} has none for each source", hint)
+            for key in (f"{method.name}.{weights[0]}", weights[0]):
+                if key in fixed:
+                    raise InputError(f"space.fixed.{key}", "fixes the weights whose curves are searched")
+
+
+@dataclass(frozen=True)
+class Wave:
+    """One cosine of the curve over depth that a weight follows, in the basis of the DCT-II.
+
+    In layer l of L layers w(l) = c_0 + sum_{j=1}^{k-1} c_j cos(pi j (l + 1/2) / L), and no less or more than what the
+    search walks. c_0 is the weight as it is without a curve, and the mean of the layers. As many cosines as layers give
+    any weights. What is outside of the stack gets c_0: an embedding that is the head, too, stands at neither end.
+
+    Attributes:
+        gene: of c_0.
+        place: of c_0 among the method's numbers.
+        order: j.
+    """
+
+    gene: Gene
+    place: int
+    order: int
+
+    def described(self, prefix: str, group: str) -> Parameter:
+        """c_j. Half the weight's range either way: with c_0 in the middle, c_1 leads from one end to the other."""
+        most = (self.gene.high - self.gene.low) / 2
+        name = f"{prefix}.{self.gene.name}.cosine{self.order}"
+        return Parameter(name, -most, most, 0.0, group=group, differentiable=self.gene.differentiable)
+
+    def at(self, depth: float) -> float:
+        """What c_j is multiplied by at a depth from 0 to 1."""
+        return math.cos(math.pi * self.order * depth)
+
+    def nearest(self, curve: Sequence[tuple[float, float]]) -> float:
+        """c_j of the curve nearest to (depth, weight) of all layers by least squares, for cosines are orthogonal."""
+        most = (self.gene.high - self.gene.low) / 2
+        mean = sum(number * self.at(depth) for depth, number in curve) / len(curve)
+        return min(max(round(2 * mean, 12), -most), most)  # rounded, so that a flat curve stays flat
+
+
+def waves_of(genes: Sequence[Gene], cosines: int) -> Iterator[Wave]:
+    """Those of the weights of sources among a method's genes; none where there is one cosine, which is the weight."""
+    for place, gene in enumerate(genes):
+        if gene.parameter.share and gene.source is not None:
+            yield from (Wave(gene, place, order) for order in range(1, cosines))
 
 
 def with_factor(blend: Blend, factor: float) -> Blend:

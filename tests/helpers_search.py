@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 
-from evomerge.genome import Baseline, Genome, Parameter
+from evomerge.genome import Baseline, Genome, Parameter, SearchSpace
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.driving.control import Control
@@ -68,7 +68,7 @@ def _blend(weight: float) -> Blend:
 
 def make_setup(
     *,
-    space: FakeSpace | None = None,
+    space: SearchSpace | None = None,
     optimizer: OptimizerSettings | None = None,
     objectives: int = 1,
     candidates: int | None = 40,
@@ -91,7 +91,9 @@ def make_setup(
 
 
 def weights_of(recipe: StackRecipe) -> list[float]:
-    return [recipe.blends[hop.attention].value("weight", "one") for hop in recipe.hops]
+    """Of source one in each hop."""
+    blends = [recipe.blends[hop.attention] for hop in recipe.hops]
+    return [blend.value("weight", "one") if "one" in blend.sources else 0.0 for blend in blends]
 
 
 def luck(recipe: StackRecipe, *key: object) -> int:

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from helpers_search import (
+    SOURCES,
     FakeSpace,
     Killed,
     create_store,
@@ -27,8 +28,9 @@ from helpers_search import (
 )  # fmt: skip
 
 from evomerge.errors import InputError
-from evomerge.genome import Baseline, Parameter
-from evomerge.optimizers import CmaSettings, Feature, OptunaSettings
+from evomerge.genome import Baseline, Parameter, SearchSpace
+from evomerge.method import find_method
+from evomerge.optimizers import CmaSettings, Feature, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.base import Optimizer, Settings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
@@ -38,6 +40,9 @@ from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.settings.sections import Budget
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured, PoolNews
 from evomerge.store import Store, acquire
+from search_spaces.base import SpaceContext
+from search_spaces.parameter_space import ParameterSpaceSettings
+from search_spaces.profiles import Cosines
 
 
 def test_budget_of_candidates_is_exact_and_counts_baselines(tmp_path: Path) -> None:
@@ -268,14 +273,27 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     assert table(tmp_path / "1") == table(tmp_path / "7")
 
 
+def curves() -> SearchSpace:
+    """A space of weights that are curves over depth."""
+    method = lambda name: find_method(name, "method")  # noqa: E731
+    context = SpaceContext(SOURCES, "base", "base", layers=4, tied=False, method=method, recipe_seed=0, dtype=None)
+    return ParameterSpaceSettings(method="task_arithmetic", profile=Cosines(cosines=3)).build(context)
+
+
 @pytest.mark.parametrize(
-    "optimizer",
-    [CmaSettings(name="cma", population=6), OptunaSettings(name="tpe", population=5), OptunaSettings(name="nsga2")],
-    ids=lambda settings: settings.name,
+    ("space", "optimizer"),
+    [
+        pytest.param(FakeSpace(2, round_to=1), CmaSettings(name="cma", population=6), id="cma"),
+        pytest.param(FakeSpace(2, round_to=1), OptunaSettings(name="tpe", population=5), id="tpe"),
+        pytest.param(FakeSpace(2, round_to=1), OptunaSettings(name="nsga2"), id="nsga2"),
+        pytest.param(curves(), CmaSettings(name="cma", population=6), id="curves"),
+    ],
 )
-def test_killed_at_every_write_and_resumed_it_is_the_same_search(tmp_path: Path, optimizer: CmaSettings) -> None:
+def test_killed_at_every_write_and_resumed_it_is_the_same_search(
+    tmp_path: Path, space: SearchSpace, optimizer: OptimizerSettings
+) -> None:
     """Death before or after each transaction of a short search; each time a new driver goes on from the store."""
-    setup = make_setup(space=FakeSpace(2, round_to=1), optimizer=optimizer, candidates=21)
+    setup = make_setup(space=space, optimizer=optimizer, candidates=21)
     drive(tmp_path / "whole", setup)
     deaths = 0
     while True:

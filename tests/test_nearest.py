@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parameter_space import LAYERS, METHODS, build
+from test_parameter_space import LAYERS, METHODS, build, weights_of
 
 from evomerge.genome import Genome
 from search_spaces.parameter_space import ParameterSpace
@@ -49,6 +49,29 @@ def test_a_profile_is_found_again(profile: str, seed: int) -> None:
     genome = drawn(space, np.random.RandomState(seed))
     nearest = space.genome_of(space.decode(genome))
     assert nearest == pytest.approx(genome, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["linear", ["ties", "dare_ties"]], ids=str)
+@given(seed=st.integers(0, 1000))
+def test_a_curve_is_found_again(method: str | list[str], seed: int) -> None:
+    """One that no bound cuts off; of several methods, that of the one that is chosen."""
+    space = build(method=method, profile={"cosines": 4}, **({"base": None} if method == "linear" else {}))
+    random = np.random.RandomState(seed)
+    genome = np.array([p.default if p.kind == "choice" else random.uniform(-0.1, 0.1) for p in space.parameters])
+    genome += [0.5 * (p.kind == "real" and "cosine" not in p.name) for p in space.parameters]
+    nearest = space.genome_of(space.decode(genome))
+    assert nearest is not None
+    chosen = [place for place, p in enumerate(space.parameters) if "dare_ties" not in p.name]
+    assert nearest[chosen] == pytest.approx(genome[chosen], abs=1e-9)
+
+
+def test_a_profile_of_lines_goes_to_curves() -> None:
+    lines, curved = build(profile="lines"), build(profile={"cosines": LAYERS})
+    genome = curved.genome_of(lines.decode(np.array([0.5, 0.25, 1.0, 1.5])))
+    assert genome is not None
+    layers = 0.5 * np.linspace(1.0, 1.5, LAYERS)
+    mean = (15 * layers.mean() + 3 * 0.5) / 18  # of attention, mlp and norms of five layers and what is outside of them
+    assert weights_of(curved.decode(genome)) == pytest.approx(layers - layers.mean() + mean)
 
 
 def test_each_layer_has_the_numbers_of_the_model() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.fft
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import InputError
+from evomerge.genome import check_genome
 from evomerge.method import AUTO_METHOD, check_blend, find_method, own_methods
 from evomerge.recipes.base import read_recipe
-from evomerge.recipes.stack import Role, roles
+from evomerge.recipes.stack import Role, StackRecipe, roles
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
@@ -259,3 +262,99 @@ def test_auto_is_recorded_as_the_method_that_it_stands_for() -> None:
     assert settings.model_dump(mode="json")["method"] == AUTO_METHOD
     assert find_method(AUTO_METHOD, "test").needs == ()  # which everybody can take who has a base
     assert names(build(method="auto")) == names(build(method=AUTO_METHOD))
+
+
+# ---- curves over depth -----------------------------------------------------------------------------------------------
+
+CURVED = [name for name, method in METHODS.items() if any(p.name == "weight" for p in method.parameters)]
+
+
+def weights_of(recipe: StackRecipe, source: str = "maths") -> list[float]:
+    """Of a source in each layer, all of whose tensors have it."""
+    assert all(hop.attention == hop.mlp == hop.norm for hop in recipe.hops)
+    return [recipe.blends[hop.mlp].value("weight", source) for hop in recipe.hops]
+
+
+def test_a_curve_is_the_sum_of_its_cosines() -> None:
+    """Against SciPy's inverse of the DCT-II; outside of the layers its mean."""
+    found = build(profile={"cosines": 3})
+    assert [p.name for p in found.parameters] == [
+        "model.weight.maths",
+        "model.weight.japanese",
+        *(f"model.weight.{source}.cosine{order}" for source in ("maths", "japanese") for order in (1, 2)),
+    ]
+    assert [(p.low, p.high, p.default) for p in found.parameters] == [(0, 1.5, 0.4)] * 2 + [(-0.75, 0.75, 0.0)] * 4
+    decoded = found.decode(np.array([0.7, 0.8, 0.4, -0.2, -0.1, 0.3]))
+    for source, curve in (("maths", (0.7, 0.4, -0.2)), ("japanese", (0.8, -0.1, 0.3))):
+        spectrum = np.array([2 * curve[0], *curve[1:], 0, 0]) * LAYERS
+        assert weights_of(decoded, source) == pytest.approx(scipy.fft.idct(spectrum, type=2), abs=1e-12)
+        for part in (decoded.embedding, decoded.norm, decoded.head):
+            assert decoded.blends[part].value("weight", source) == curve[0]
+        assert np.mean(weights_of(decoded, source)) == pytest.approx(curve[0])
+
+
+def test_layers_that_are_told_alike_are_told_once() -> None:
+    """As at mirrored depths of a symmetric curve, where cosines differ in their last digit."""
+    space = build(granularity="layer")
+    genome = np.full(len(space.parameters), 0.5)
+    genome[names(space).index("layers.3.weight.maths")] += 1e-9
+    (line,) = space.decode(genome).lines()
+    assert line.startswith("the whole model: task_arithmetic of maths, japanese on base")
+    assert "scale" not in line
+
+
+@given(st.lists(st.floats(0.25, 1.25), min_size=LAYERS, max_size=LAYERS))
+def test_as_many_cosines_as_layers_make_any_weights(wanted: list[float]) -> None:
+    """By linear algebra: the coefficients of the curve through all weights, decoded, are these."""
+    found = build(
+        profile={"cosines": LAYERS},
+        method="linear",
+        base=None,
+        sources=("maths", "japanese"),
+        bounds={"weight": [0.0, 1.5]},
+    )
+    layers, orders = np.arange(LAYERS)[:, None], np.arange(LAYERS)[None]
+    curve = np.linalg.solve(np.cos(np.pi * orders * (layers + 0.5) / LAYERS), wanted)
+    sources = [name.split(".")[2] for name in (p.name for p in found.parameters)]
+    genome = np.zeros(len(sources))
+    genome[[place for place, source in enumerate(sources) if source == "maths"]] = curve
+    check_genome(genome, found.parameters, "the curve")
+    assert weights_of(found.decode(genome)) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", CURVED)
+def test_a_flat_curve_is_no_curve(method: str) -> None:
+    plain, curved = build(method=method), build(method=method, profile={"cosines": 4})
+    genome = np.array([(p.low + 2 * p.high) / 3 for p in plain.parameters])
+    flat = [0.0] * (len(curved.parameters) - len(genome))
+    assert curved.decode(np.array([*genome, *flat])).hash == plain.decode(genome).hash
+    for without, mark in zip(plain.baselines(), curved.baselines(), strict=True):
+        assert (mark.label, mark.recipe) == (without.label, without.recipe)
+        assert (mark.genome is None) == (without.genome is None)
+        if mark.genome is not None:
+            assert without.genome is not None
+            assert mark.genome.tolist() == [*without.genome, *flat]
+
+
+@pytest.mark.parametrize("method", [*CURVED, ["task_arithmetic", "ties"]], ids=str)
+@given(data=st.data())
+def test_a_curve_stays_within_the_bounds_and_is_what_layers_make(method: str | list[str], data: st.DataObject) -> None:
+    """A recipe of a curve is that of the same weights with numbers for every layer."""
+    curved, of_layers = build(method=method, profile={"cosines": 3}), build(method=method, granularity="layer")
+    drawn = [st.floats(p.low, p.high) if p.kind == "real" else st.integers(p.low, p.high) for p in curved.parameters]
+    genome = np.array([data.draw(value) for value in drawn], dtype=float)
+    decoded = curved.decode(genome)
+    assert decoded == curved.decode(genome.copy())
+    assert read_recipe(decoded.canonical(), decoded.sources) == decoded
+    for blend in decoded.blends:
+        check_blend(blend, find_method(blend.method, "test"), "test")
+    given_values = dict(zip((p.name for p in curved.parameters), genome.tolist(), strict=True))
+    again = np.zeros(len(of_layers.parameters))
+    for place, p in enumerate(of_layers.parameters):
+        name = f"model.{p.name.removeprefix(f'{p.group}.')}"
+        number, layer = given_values[name], p.group.removeprefix("layers.")
+        for order in (1, 2) if layer != p.group else ():
+            wave = math.cos(math.pi * order * ((int(layer) + 0.5) / LAYERS))
+            number += given_values.get(f"{name}.cosine{order}", 0.0) * wave
+        again[place] = min(max(number, p.low), p.high)
+    assert of_layers.decode(again) == decoded

@@ -35,7 +35,7 @@ from evomerge.report.search_status import (
     SearchStatus,
     Slow,
 )
-from evomerge.report.status import slow_ones, status_of, unrecorded_s
+from evomerge.report.status import describe_space, slow_ones, status_of, unrecorded_s
 from evomerge.search.driving.progress import Progress
 from evomerge.search.work.jobs import PoolState
 from evomerge.store import NewCandidate, Store, acquire
@@ -509,3 +509,12 @@ def test_a_source_and_an_objective_of_one_name_are_told_apart() -> None:
     rows = [line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in console.export_text().splitlines()]
     assert [row for row in rows if row == "maths"] == ["maths"]
     assert "candidate maths" in rows
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [({}, ""), ({"profile": "lines"}, " profile of lines"), ({"profile": {"cosines": 3}}, " profile of 3 cosines")],
+)
+def test_a_space_is_told_with_its_profile(profile: dict[str, object], words: str) -> None:
+    space = {"kind": "parameter_space", "method": "ties", "granularity": "model", **profile}
+    assert describe_space(space) == f"ties model{words}"

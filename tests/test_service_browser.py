@@ -349,6 +349,7 @@ def test_an_adapter_is_chosen_with_its_model_and_called_by_its_own_name(browser:
         ("objectives.mini_math_ja.metric", "metric: acc", "#o1-metric"),
         ("budget.candidates", "candidates: 100", "#budget-candidates"),
         ("search file: name", "name: search-1", "#name"),
+        ("space.profile.cosines", "cosines: 3", "#parameter_space-profile-cosines"),
     ],
 )
 def test_a_fault_marks_its_line_and_its_field(browser: Browser, small: str, fault: str, line: str, field: str) -> None:
@@ -356,6 +357,7 @@ def test_a_fault_marks_its_line_and_its_field(browser: Browser, small: str, faul
     page = watched(context, small).go("/new")
     for name, text in (("task", "mini_math_ja"), ("metric", "acc"), ("held_out", "nothing")):
         page.locator(f"#o1-{name}").fill(text)
+    page.locator("#parameter_space-profile-cosines").fill("3")
     assert page.locator("#o1-task").get_attribute("required") is not None
     problem = {"title": "That does not work", "status": 422, "faults": [{"field": fault, "problem": "is wrong"}]}
     page.route("**/validate", lambda route: route.fulfill(status=422, json=problem))

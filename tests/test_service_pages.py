@@ -400,10 +400,11 @@ def test_the_form_writes_keys_that_the_search_file_knows() -> None:
         kind = find_class("evomerge.search_spaces", group.name, "space.kind", SpaceSettings)
         defaults = {field.key: field.default for field in group.fields if field.default}
         kind.model_validate(defaults)
-        assert {field.key for field in group.fields} <= set(kind.model_fields)
+        assert {field.key.partition(".")[0] for field in group.fields} <= set(kind.model_fields)
         for field in group.fields:
-            for option in filter(None, field.options):
-                kind.model_validate(defaults | {field.key: option})
+            section, _, key = field.key.partition(".")
+            for option in filter(None, (*field.options, *([field.example] if key else []))):
+                kind.model_validate(defaults | {section: {key: option} if key else option})
     assert forms.SEVERAL in forms.sections()["optimizer"][0].options
 
 

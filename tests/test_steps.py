@@ -235,6 +235,20 @@ def test_a_method_without_a_base_has_it_for_its_steps_alone() -> None:
         ({"steps": {"scale": {}}, "method": "linear", "base": None}, "base", "step scale changes what is added"),
         ({"profile": "lines", "method": "linear", "base": None}, "base", "a profile scales what layers add"),
         ({"fixed": {"weight": 1.0}}, "space.fixed", "nothing to search"),
+        ({"profile": {"cosines": 3}, "granularity": 2}, "space.profile", "granularity 2 there are several"),
+        ({"profile": {"cosines": 6}}, "space.profile.cosines", "is 6, but the sources have 5 layers"),
+        (
+            {"profile": {"cosines": 3}, "method": "model_stock"},
+            "space.profile.cosines",
+            "model_stock has none for each",
+        ),
+        ({"profile": {"cosines": 3}, "method": "slerp"}, "space.profile.cosines", "slerp has none for each source"),
+        (
+            {"profile": {"cosines": 3}, "method": ["ties", "model_stock"]},
+            "space.profile.cosines",
+            "model_stock has none for each source",
+        ),
+        ({"profile": {"cosines": 3}, "fixed": {"weight": 1.0}}, "space.fixed.weight", "whose curves are searched"),
     ],
 )
 def test_what_is_wrong_with_steps_is_told_with_its_place(settings: dict[str, object], place: str, words: str) -> None:

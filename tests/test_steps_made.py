@@ -179,11 +179,18 @@ def test_steps_follow_a_merge_in_core_space(adapters: dict[str, Source]) -> None
 
 @pytest.mark.nightly  # half a minute: a whole search, resumed and exported
 @pytest.mark.timeout(300)
-def test_steps_and_a_profile_are_searched_resumed_and_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("profile", "done"),
+    [("lines", ["activations", "scale", "scale"]), ({"cosines": 3}, ["activations", "scale"])],
+    ids=["lines", "cosines"],
+)
+def test_steps_and_a_profile_are_searched_resumed_and_exported(
+    tmp_path: Path, profile: object, done: list[str]
+) -> None:
     write_texts(tmp_path / "texts.jsonl", slice(6))
     file = short_search_file(
         tmp_path,
-        space={"method": "ties", "steps": {"activations": {}, "scale": {"fixed": {"factor": 1.2}}}, "profile": "lines"},
+        space={"method": "ties", "steps": {"activations": {}, "scale": {"fixed": {"factor": 1.2}}}, "profile": profile},
         calibration={"file": "texts.jsonl", "prompts": 6, "tokens": 64},
     )
     search = tmp_path / "search"
@@ -194,5 +201,5 @@ def test_steps_and_a_profile_are_searched_resumed_and_exported(tmp_path: Path) -
         runs = [event.payload["sources"] for event in store.events(kinds=["calibrated"])]
     assert runs == [["base"]] * 2  # of the search and of its resumption, which found what was recorded
     names = [given["name"] for given in json.loads(row.recipe)["blends"][0]["steps"]]
-    assert names == ["activations", "scale", "scale"]
+    assert names == done
     assert export_of(row, search, tmp_path / "out") == 0

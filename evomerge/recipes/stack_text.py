@@ -16,7 +16,8 @@ _MOST_TENSORS = 3  # tensors of their own that a line names
 def stack_lines(recipe: StackRecipe) -> list[str]:
     """A line for each blend: attention of layers 0 to 9: ties of maths, json on base; weight maths 0.5, json 0.9.
 
-    Blends that differ in nothing but by what they are scaled at last, as those of a profile, have one line.
+    Blends that differ in nothing but by what they are scaled at last, as those of a profile, have one line; so have
+    those that differ in digits that nobody is told.
     """
     alike: dict[str, list[int]] = {}
     for number, blend in enumerate(recipe.blends):
@@ -26,21 +27,27 @@ def stack_lines(recipe: StackRecipe) -> list[str]:
         if len(numbers) == 1:
             lines.append(f"{_parts(recipe, numbers[0])}: {_words(recipe.blends[numbers[0]])}")
             continue
-        factors = ", ".join(f"{_last_factor(recipe.blends[n])} ({_parts(recipe, n)})" for n in numbers)
         whole = "the whole model" if len(alike) == 1 else "; ".join(_parts(recipe, n) for n in numbers)
+        if not any(_is_scaled(recipe.blends[n]) for n in numbers):
+            lines.append(f"{whole}: {words}")
+            continue
+        factors = ", ".join(f"{_last_factor(recipe.blends[n])} ({_parts(recipe, n)})" for n in numbers)
         lines.append(f"{whole}: {words}; then scale by factor {factors}")
     return lines
 
 
+def _is_scaled(blend: Blend) -> bool:
+    """Whether the last that is done to a blend's change is to scale it."""
+    return bool(blend.steps) and blend.steps[-1].name == _SCALE
+
+
 def _without_last_scale(blend: Blend) -> Blend:
-    scaled = blend.steps and blend.steps[-1].name == _SCALE
-    return blend.model_copy(update={"steps": blend.steps[:-1]}) if scaled else blend
+    return blend.model_copy(update={"steps": blend.steps[:-1]}) if _is_scaled(blend) else blend
 
 
 def _last_factor(blend: Blend) -> str:
     """By what a blend is scaled at last, if it is."""
-    scaled = blend.steps and blend.steps[-1].name == _SCALE
-    return value_text(blend.steps[-1].parameters.get("factor", 1.0)) if scaled else "1"
+    return value_text(blend.steps[-1].parameters.get("factor", 1.0)) if _is_scaled(blend) else "1"
 
 
 def _parts(recipe: StackRecipe, number: int) -> str:

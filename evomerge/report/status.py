@@ -327,4 +327,15 @@ def describe_space(space: Mapping[str, object]) -> str:
         " or ".join(value) if isinstance(value, list | tuple) else str(value) for value in said if value is not None
     ]
     kind = [] if space["kind"] == "parameter_space" else [str(space["kind"]).replace("_", " ")]
-    return " ".join([*kind, *details])
+    return " ".join([*kind, *details, *_profile(space.get("profile"))])
+
+
+def _profile(profile: object) -> list[str]:
+    """A profile over depth in a few words, where there is one."""
+    match profile:
+        case None:
+            return []
+        case {"cosines": cosines}:
+            return [f"profile of {cosines} cosines"]
+        case _:
+            return [f"profile of {profile}"]

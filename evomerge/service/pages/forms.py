@@ -83,6 +83,8 @@ _OWN_SPACES = (
             Field("profile", "Over depth", options=("", "lines", "tiers"),
                   labels=("alike", "two numbers from first to last", "three tiers of layers"),
                   hint="a few numbers that scale the change of layers, where the granularity is model"),
+            Field("profile.cosines", "Curves over depth", "number", example="3",
+                  hint="in place of that, so many numbers for a smooth curve of each weight"),
             Field("basis", "Adapters in core space", options=("", "core"), labels=("no", "yes"),
                   hint="for LoRA adapters of one base: their changes in the few coordinates that hold them"),
         ),

@@ -121,6 +121,16 @@ function said(place) {
   }
   return values;
 }
+/** Values with keys such as a.b as sections within `content`; one that says more takes the place of a word. */
+function nested(values, content = {}) {
+  for (const [path, value] of Object.entries(values)) {
+    const [section, key] = path.split(".");
+    if (!key) content[section] = value;
+    else if (typeof content[section] === "object") content[section][key] = value;
+    else content[section] = { [key]: value };
+  }
+  return content;
+}
 /** "a=one, b=two" as an object; what has no "=" is kept under its own name, for the check to say what is wrong. */
 function pairs(text) {
   return Object.fromEntries(text.split(",").map((pair) => pair.trim()).filter(Boolean).map((pair) => {
@@ -185,7 +195,7 @@ function content() {
   content.sources = Object.fromEntries([...sources].map(([reference, name]) => [name, reference]));
   for (const key of ["base", "tokenizer", "dtype"]) if (byId(key).value) content[key] = byId(key).value;
   const kind = form.querySelector("[name=space]:checked").value;
-  content.space = { kind, ...said(form.querySelector(`[data-space="${kind}"]`)) };
+  content.space = { kind, ...nested(said(form.querySelector(`[data-space="${kind}"]`))) };
   content.objectives = {};
   for (const box of form.querySelectorAll("[data-objective]")) {
     const evaluator = box.querySelector("[data-evaluator-of]").value;
@@ -200,13 +210,7 @@ function content() {
     };
   }
   content.budget = {}; // which is needed
-  for (const place of form.querySelectorAll("[data-section]")) {
-    for (const [path, value] of Object.entries(said(place))) {
-      const [section, key] = path.split(".");
-      if (key) (content[section] ??= {})[key] = value;
-      else content[section] = value;
-    }
-  }
+  for (const place of form.querySelectorAll("[data-section]")) nested(said(place), content);
   const own = form.querySelector(`[data-optimizer="${CSS.escape(optimizer.value)}"]`);
   if (own) Object.assign(content.optimizer, said(own));
   return Object.fromEntries(about.keys.filter((key) => key in content).map((key) => [key, content[key]]));
@@ -235,7 +239,10 @@ function fieldOf(path) {
   const [first, second, third] = path;
   const within = (place, key) => place?.querySelector(`[data-key="${CSS.escape(key ?? "")}"]`) ?? null;
   if (first === "sources") return byId("reference");
-  if (first === "space") return within(form.querySelector("[data-space]:not([hidden])"), second);
+  if (first === "space") {
+    const place = form.querySelector("[data-space]:not([hidden])");
+    return within(place, path.slice(1, 3).join(".")) ?? within(place, second);
+  }
   if (first === "objectives") {
     const box = [...form.querySelectorAll("[data-objective]")].find((box) => box.dataset.called === second);
     if (["items", "direction"].includes(third)) return box?.querySelector(`[data-${third}]`) ?? null;
