@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_miniature import MINIATURES, evomerge, short_search_file
 from helpers_search import Killed, drive, dying, make_setup, table
 
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving.candidates import START
+from evomerge.search.opening.start import shrunk
 from evomerge.search.preparing.setup import Setup, StartPoint
 from evomerge.search.settings.sections import Mode
 from evomerge.store import Store
@@ -72,3 +75,77 @@ def test_killed_at_every_write_it_is_the_same_search(mode: Mode, tmp_path: Path)
 def test_what_was_said_of_the_optimizer_stays() -> None:
     assert CmaSettings(name="cma").warm() == CmaSettings(name="cma", x0="best", sigma=0.1)
     assert CmaSettings(name="cma", x0="centre", sigma=0.2).warm() == CmaSettings(name="cma", x0="centre", sigma=0.2)
+
+
+def test_estimates_are_shrunk_by_their_noise() -> None:
+    means, errors = np.array([[0.0], [1.0], [0.8]]), np.array([[0.1], [0.5], [0.1]])
+    # mean .6, variance (.36 + .16 + .04) / 3, of which noise (.01 + .25 + .01) / 3 is: .56 / 3 - .27 / 3 = .29 / 3
+    kept = 0.29 / 3
+    by_hand = [0.6 - 0.6 * kept / (kept + 0.01), 0.6 + 0.4 * kept / (kept + 0.25), 0.6 + 0.2 * kept / (kept + 0.01)]
+    assert shrunk(means, errors)[:, 0] == pytest.approx(by_hand)
+    assert by_hand[2] > by_hand[1], "the best on few items is not the best"
+
+
+def test_without_noise_nothing_is_shrunk() -> None:
+    means = np.array([[3.0, 1.0], [5.0, 1.0]])
+    assert shrunk(means, np.zeros((2, 2))).tolist() == means.tolist()
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coarse")
+    assert evomerge("search", short_search_file(folder), "--dir", folder / "coarse") == 0
+    return folder / "coarse"
+
+
+def test_a_layer_wise_search_starts_from_a_model_wise_one_and_goes_on_without_it(
+    coarse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(coarse, earlier)
+    changes = {"space": {"method": "ties", "granularity": "layer"}, "start_from": "earlier", "name": "fine"}
+    file, fine = short_search_file(tmp_path, **changes), tmp_path / "fine"
+    assert evomerge("search", file, "--dir", fine, "--set", "budget.candidates=7") == 0
+    assert "from small c000" in capsys.readouterr().out
+    with Store.open(earlier / "search.db") as store:
+        weights = {row.id: row.genome for row in store.candidates() if row.step > 0}
+    with Store.open(fine / "search.db") as store:
+        rows, record = store.candidates(), store.search().record
+    start = [row for row in rows if row.origin == START]
+    assert len(rows) == 7
+    assert [row.label for row in start] == [point.label for point in record.start[:2]]
+    for row in start:
+        assert row.genome is not None
+        # Sources are in the order of the file in both, and each layer group begins with its weights.
+        places = [i for i, p in enumerate(record.parameters) if ".weight." in p.name]
+        for groups in row.genome[places].reshape(-1, 2):
+            if "mean" not in row.label:
+                assert groups.tolist() == weights[row.label.rpartition(" ")[2]].tolist()  # type: ignore[union-attr]
+    shutil.rmtree(earlier)
+    assert evomerge("resume", fine, "--set", "budget.candidates=9") == 0
+    with Store.open(fine / "search.db") as store:
+        assert [row.origin for row in store.candidates()[5:]] == [START, START, "cma", "cma"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["start_from=nowhere"], "is not the folder of a search"),
+        (["base=japanese"], "that search has the base base, and this one japanese"),
+        (["sources.maths={sources}/japanese"], "the source maths is not the model that it was"),
+        (["space={{kind: data_flow_space}}"], "no candidate of"),
+        (
+            ["objectives.mini_math_ja.search=test[:4]", "objectives.mini_math_ja.held_out=validation[:4]"],
+            "4 held-out items of mini_math_ja are search items of",
+        ),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused(
+    settings: list[str], said: str, coarse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = short_search_file(tmp_path, start_from=str(coarse))
+    changes = [word for setting in settings for word in ("--set", setting.format(sources=MINIATURES))]
+    assert evomerge("validate", file, *changes) == 2
+    error = capsys.readouterr().err
+    assert "start_from" in error
+    assert said in error

@@ -44,9 +44,11 @@ from evomerge.search.opening.session import (
     make_pool,
     recipe_of,
 )
+from evomerge.search.opening.start import recorded_start, with_start
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.measured import with_measures
 from evomerge.search.preparing.prepare import Prepared, prepare
+from evomerge.search.preparing.setup import StartPoint
 from evomerge.search.settings.folder import EVIDENCE_NAME, LOGS_NAME, has_store
 from evomerge.search.settings.rebudget import reread_budget
 from evomerge.search.settings.resuming import record_resumed
@@ -102,19 +104,26 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
     return 0 if done else INTERRUPTED
 
 
-def open_all(file: SearchFile, folder: Path | None = None, *, begins: bool = True) -> Prepared:
+def open_all(
+    file: SearchFile,
+    folder: Path | None = None,
+    *,
+    begins: bool = True,
+    start: tuple[StartPoint, ...] | None = None,
+) -> Prepared:
     """Open and check everything that a search file names.
 
     Args:
         folder: that of the search, where there is one.
         begins: whether nothing has been scored yet, so that evaluators are to be tried.
+        start: what was taken from earlier searches; read there if None.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for observer in file.observers:
         observer.check()
     if file.artifacts is not None:
         check_artifacts(file.artifacts, file.name, folder)
-    prepared = prepare(file, tries=begins and file.pool == "in_process")
+    prepared = with_start(prepare(file, tries=begins and file.pool == "in_process"), start)
     check_devices(file)
     check_fit(prepared)
     for source in prepared.sources.values():
@@ -125,7 +134,10 @@ def open_all(file: SearchFile, folder: Path | None = None, *, begins: bool = Tru
 def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
     """Everything that a recorded search names, opened again; the same where anything was scored."""
     begun = store.has_scores()
-    prepared = open_all(file, folder, begins=not begun)
+    # The earlier searches may be gone; they are read again only where the search begins again as another one.
+    is_as_recorded = begun or file.model_dump(mode="json") == store.search().settings
+    start = recorded_start(store) if is_as_recorded else None
+    prepared = open_all(file, folder, begins=not begun, start=start)
     return as_recorded(store, prepared) if begun else prepared
 
 

@@ -18,7 +18,7 @@ from evomerge.errors import InputError
 from evomerge.objects import Storage, is_url
 from evomerge.search.opening.artifacts import fetch
 from evomerge.search.opening.claim import Claim
-from evomerge.search.settings.early import changed_since, check_early
+from evomerge.search.settings.early import changed_since, check_early, check_start
 from evomerge.search.settings.folder import open_store, refuse_existing
 from evomerge.search.settings.rebudget import bounds_of, change_budget
 from evomerge.search.settings.resuming import resumed_file
@@ -30,6 +30,7 @@ def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False)
     """Open and check everything that a search file names, and print the plan, and a prompt of each measure."""
     file = load_search_file(path, overrides)
     check_early(file)
+    check_start(file)
     with opening():
         from evomerge.commands.driving import open_all
         from evomerge.report.plan import plan
@@ -57,6 +58,7 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
     folder = folder or Path("searches") / file.name
     refuse_existing(folder)
     check_early(file)
+    check_start(file)
     with opening():
         from evomerge.commands.driving import drive_new, open_all
         from evomerge.report.plan import plan

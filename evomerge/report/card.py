@@ -26,6 +26,7 @@ from evomerge.report.public_names import hub_ids, is_public, movable, public_nam
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.unmerged import unmerged_source
+from evomerge.search.driving.candidates import START
 from evomerge.store import CandidateRow, SearchRow
 from evomerge.store.rows import Estimate, candidate_id
 
@@ -130,7 +131,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
             "evaluators": search.fingerprints["evaluators"],
             "candidates": provenance.status.candidates.asked,
             "candidate": row.id,
-            "origin": row.origin,
+            "origin": row.label if row.origin == START else row.origin,
             "step": row.step,
             "change": row.change,
         }
@@ -244,7 +245,7 @@ def _score_table(ours: Entry, status: SearchStatus) -> str:
 def _choice_section(provenance: Provenance) -> str:
     """How many candidates there were, how the winner was chosen among them, and how much of its score that was."""
     choice, row = provenance.status.choice, provenance.row
-    parts = [" ".join([_counted(provenance), *_thrift(provenance.status)])]
+    parts = [" ".join([_counted(provenance), *_started(provenance.search), *_thrift(provenance.status)])]
     if provenance.status.unscored:
         parts += [" ".join(baseline.text for baseline in provenance.status.unscored)]
     if constrained := _constrained(provenance):
@@ -300,6 +301,13 @@ def _counted(provenance: Provenance) -> str:
         f"{asked} on up to {items:,} items of the search split each, {counts.eliminated} were eliminated as too poor "
         f"before that, {rest} That took {status.items:,} scores of items in all."
     )
+
+
+def _started(search: SearchRow) -> list[str]:
+    """What the search took from earlier ones."""
+    if not (start := search.record.start):
+        return []
+    return [f"It began with {len(start)} candidates of earlier searches ({'; '.join(point.label for point in start)})."]
 
 
 def _thrift(status: SearchStatus) -> list[str]:

@@ -78,6 +78,8 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _few_items(setup)
     yield from _racing(setup)
     yield from _together(prepared)
+    if setup.start:
+        yield "start", f"{len(setup.start)} candidates: {'; '.join(point.label for point in setup.start)}"
     yield "optimizer", _settings_text(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
     yield from _cost(prepared)

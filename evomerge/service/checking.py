@@ -179,10 +179,11 @@ def _prepared(text: str, folders: Sequence[str]) -> Any:
     check_early(file)
     from evomerge.checkpoints.checks import check_finite
     from evomerge.report.fit import check_fit
+    from evomerge.search.opening.start import with_start
     from evomerge.search.preparing.prepare import prepare
     from evomerge.search.workers.building import check_devices
 
-    prepared = prepare(file)
+    prepared = with_start(prepare(file))
     check_devices(prepared.file)
     check_fit(prepared)
     for source in prepared.sources.values():

@@ -97,6 +97,13 @@ class Evaluator(_Part):
         return self.accepted_version or self.version
 
 
+class Start(_Part):
+    """A genome that an earlier search found good, and which candidate of it that is."""
+
+    label: str
+    genome: tuple[float, ...]
+
+
 class _Fingerprints(_Part):
     objectives: tuple[Measure, ...] = Field(min_length=1)
     files: Mapping[str, Mapping[str, FileFingerprint]] = Field(alias="sources")
@@ -106,6 +113,7 @@ class _Fingerprints(_Part):
     screen: Screen | None = None
     parameters: tuple[Parameter, ...]
     calibration: str | None = None
+    start: tuple[Start, ...] = ()
 
 
 # What the search file says ----------------------------------------------------------------------------------------
@@ -195,6 +203,7 @@ class SearchRecord(_Settings, _Fingerprints):
         screen: None where candidates are not screened.
         parameters: of the search space, in the order of a genome.
         calibration: the digest of the texts, where there are any.
+        start: what it takes from earlier searches.
     """
 
     files: Mapping[str, Mapping[str, FileFingerprint]]

@@ -208,7 +208,7 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
         "screen": None if setup.screen is None else resolved(setup.screen),
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
         "calibration": None if prepared.calibration is None else prepared.calibration.digest,
-    }
+    } | ({"start": [{"label": p.label, "genome": p.genome.tolist()} for p in setup.start]} if setup.start else {})
 
 
 def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:

@@ -19,6 +19,7 @@ from evomerge.genome import SearchSpace
 from evomerge.method import find_method
 from evomerge.optimizers import Feature
 from evomerge.plugins import unknown_name
+from evomerge.search.settings.folder import is_search
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
@@ -53,6 +54,14 @@ def check_early(file: SearchFile) -> None:
     _check_space(file)
     if file.pool == "ray":
         runtime_env_of(file.cluster)
+
+
+def check_start(file: SearchFile) -> None:
+    """Refuse to start from what is no search (InputError). Not for a search that has begun: it has what it took."""
+    for folder in file.start_from:
+        if not is_search(folder):
+            problem = f"{folder} is not the folder of a search"
+            raise InputError("start_from", problem, "Name one that was started before.")
 
 
 def changed_since(file: SearchFile, moment: float) -> bool:

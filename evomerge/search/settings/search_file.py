@@ -49,6 +49,7 @@ from evomerge.yaml import load_yaml
 from search_spaces.base import SpaceSettings
 
 _MOST_BYTES = 16_000_000  # of a search file
+MOST_EARLIER = 6  # searches to start from: a handful of candidates is taken of all together
 MOST_FEATURES = 4  # of ten bins they are ten thousand niches already
 AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
@@ -68,6 +69,7 @@ class SearchFile(Section):
     constraints: dict[Name, Constraint] = Field(default_factory=dict)
     features: dict[Name, Feature] = Field(default_factory=dict, max_length=MOST_FEATURES)
     calibration: CalibrationTexts | None = None
+    start_from: tuple[Path, ...] = Field(default=(), max_length=MOST_EARLIER)
     racing: Racing | None = None
     screen: Screen | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
@@ -96,6 +98,11 @@ class SearchFile(Section):
     def _space_of_its_kind(cls, value: object) -> object:
         return read_part(value, "evomerge.search_spaces", "kind", "space", SpaceSettings, "parameter_space")
 
+    @field_validator("start_from", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | Path) else value
+
     @field_validator("attempt_hours")
     @classmethod
     def _not_hurried(cls, hours: float) -> float:
@@ -120,6 +127,11 @@ class SearchFile(Section):
                 f"vocabulary: there is no source {missing[0]!r}; the sources are {', '.join(self.sources)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _starts_warm(self) -> Self:
+        """Where the optimizer begins follows from whether it is told anything, unless the file says."""
+        return self.model_copy(update={"optimizer": self.optimizer.warm()}) if self.start_from else self
 
     @model_validator(mode="after")
     def _cost_has_a_price(self) -> Self:
@@ -206,6 +218,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     update = {
         "sources": sources,
         "space": parsed.space.at(root.resolve()),
+        "start_from": tuple(Path(os.path.realpath(root / os.path.expanduser(path))) for path in parsed.start_from),
         "task_folders": folders,
         "data_folder": Path(os.path.realpath(root / parsed.data_folder)),
         "objectives": {
