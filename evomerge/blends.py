@@ -65,8 +65,9 @@ def observed(recipes: Iterable[Recipe], sources: Collection[str]) -> dict[str, s
 
 
 def _needs_of(recipe: StackRecipe, source: str) -> set[Need]:
-    """What the blends of a recipe need of a source."""
-    of_methods = (need for blend in recipe.blends for need in find_method(blend.method, "blend").needs)
+    """What the blends of a recipe need of a source: methods of those that they mix, steps of the base."""
+    mixing = (find_method(blend.method, "blend") for blend in recipe.blends if source in blend.sources)
+    of_methods = (need for method in mixing for need in method.needs)
     of_steps = (need for blend in recipe.blends if blend.base == source for need in needs_of_steps(blend))
     return {*of_methods, *of_steps}
 

@@ -45,8 +45,9 @@ Shares = Callable[[Blend], Mapping[str, float]]
 
 Need = Literal["calibration", "channels", "merged_inputs"]
 """What a method or a step needs beside weights, and calibration texts tell: "calibration" is what layers of every
-source are given as input, "channels" how large each channel of that is in the base, for which this alone is run, and
-"merged_inputs" what layers of every source are given behind the merged layers before, anew for each candidate."""
+source that is mixed are given as input, "channels" how large each channel of that is in the base, for which this alone
+is run, and "merged_inputs" what layers of every mixed source are given behind the merged layers before, anew for each
+candidate."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from helpers_checkpoints import WORDS, edit_tensors, in_own_memory, save_model, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
+from evomerge.blends import observed
 from evomerge.calibration import Calibration, calibration_from, check_all_have_texts, read_texts
 from evomerge.checkpoints import live
 from evomerge.checkpoints.source import Source, open_source
@@ -20,12 +21,16 @@ from evomerge.merging import inputs as inputs_module
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.inputs import Inputs, token_ids
 from evomerge.merging.path import merged_tensors, site_of
-from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.search.preparing.texts import text_warnings
 
 LINES = ("w1 w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19")
 TEXTS = Calibration(lambda: LINES, 12)
 CPU = torch.device("cpu")
+MIXTRAL = MixtralConfig(
+    vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, num_local_experts=2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +141,46 @@ def test_methods_are_told_the_side_of_the_input_without_texts(llama: Source, tmp
 
 
 def test_experts_that_are_computed_as_one_are_refused_by_name(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
-    source = opened(config, tmp_path)
+    source = opened(MIXTRAL, tmp_path)
     stored = next(name for name in source.roles if "experts" in name and source.roles[name].kind == "mlp")
     found = inputs(source, tmp_path / "kept")
     assert found.of(("a", "model.layers.0.self_attn.q_proj.weight")).gram.shape == (16, 16)
     with pytest.raises(InputError, match="cannot be observed") as refused:
         found.of(("a", stored))
     assert stored in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("methods", "steps", "needs"),
+    [
+        (["regmean"], [], {"a": {"calibration"}, "b": {"calibration"}}),
+        (["task_arithmetic"], ["activations"], {"base": {"channels"}}),
+        (["regmean"], ["activations"], {"base": {"channels"}, "a": {"calibration"}, "b": {"calibration"}}),
+        (["task_arithmetic", "regmean_plus_plus"], [], {"a": {"merged_inputs"}, "b": {"merged_inputs"}}),
+        (["task_arithmetic"], [], {}),
+    ],
+)
+def test_methods_need_the_sources_that_they_mix_and_steps_the_base(
+    methods: list[str], steps: list[str], needs: dict[str, set[str]]
+) -> None:
+    blends = [
+        Blend(method=method, sources=("a", "b"), base="base", steps=tuple(BlendStep(name=name) for name in steps))
+        for method in methods
+    ]
+    recipe = StackRecipe.compose(
+        sources=dict.fromkeys(("base", "a", "b", "idle"), ""), tokenizer="base", calibration="0" * 16,
+        embedding=blends[0], hops=[(0, blends[0], blends[-1], blends[0])], norm=blends[0], head=blends[0],
+    )  # fmt: skip
+    assert observed([recipe], recipe.sources) == needs
+
+
+def test_experts_that_are_computed_as_one_are_refused_before_anything_is_run(tmp_path: Path) -> None:
+    source = opened(MIXTRAL, tmp_path)
+    tokenizer = live.load_tokenizer(source)
+    for need in ("calibration", "merged_inputs"):
+        with pytest.raises(InputError, match=r"a: what model\.layers\.0\.block_sparse_moe\S+ .* cannot be observed"):
+            list(text_warnings(TEXTS, {"a": source}, "a", tokenizer, {"a": {need}}))
+    assert list(text_warnings(TEXTS, {"a": source}, "a", tokenizer, {"a": {"channels"}})) == []
 
 
 @pytest.mark.parametrize(

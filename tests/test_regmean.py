@@ -151,6 +151,8 @@ def test_a_calibrated_method_is_searched_resumed_and_exported_and_runs_its_texts
     row = newest_scored(search)
     with Store.open(search / "search.db") as store:
         digest = store.search().fingerprints["calibration"]
+        runs = [event.payload["sources"] for event in store.events(kinds=["calibrated"])]
+    assert runs == [["maths", "japanese"]] * 2  # of the search and of its resumption; nothing is asked of the base
     assert json.loads(row.recipe)["calibration"] == digest
     assert export_of(row, search, tmp_path / "out") == 0
     monkeypatch.undo()

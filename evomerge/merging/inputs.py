@@ -25,7 +25,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.stretch import PassEndsError
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence, Tensors
-from evomerge.merging.site import Ref
+from evomerge.merging.site import Ref, Site
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
@@ -211,13 +211,14 @@ def input_in(kept: Tensors, source: Source, stored: str) -> LayerInput:
     """
     module = _module(source, stored)
     if f"of.{module}" not in kept:
-        raise InputError(
-            source.place,
-            f"what {stored} is multiplied with cannot be observed: it is not a linear layer of its own",
-            "Use a method that needs no calibration.",
-        )
+        raise _unobserved(source, stored)
     entry = int(kept[f"of.{module}"])
     return LayerInput(kept[f"gram.{entry}"], kept[f"size.{entry}"], int(kept[f"axis.{module}"]))
+
+
+def _unobserved(source: Source, stored: str) -> InputError:
+    problem = f"what {stored} is multiplied with cannot be observed: it is not a linear layer of its own"
+    return InputError(source.place, problem, "Use a method that needs no calibration.")
 
 
 @dataclass
@@ -339,14 +340,25 @@ def _stop(module: Any, given: Any, out: Any) -> None:
 
 
 def widest_input(source: Source) -> int:
-    """How many inputs the widest linear layer in the stack of a source has. Builds its modules without memory."""
+    """How many inputs the widest linear layer in the stack of a source has. Builds its modules without memory.
+
+    Raises:
+        InputError: what a matrix in the stack is multiplied with cannot be observed, as in experts that are computed as
+            one.
+    """
     from evomerge.checkpoints.structure import empty_model, parse_config
 
     model = empty_model(parse_config(source.config, source.place), source.place)
-    linear = (
-        of_layer for layer, modules in _linear(model, source).items() if layer != _OUTSIDE for of_layer in modules
-    )
-    return max((module.weight.shape[axis] for _, module, axis in linear), default=0)
+    linear = {name: (module, axis) for modules in _linear(model, source).values() for name, module, axis in modules}
+    widest = 0
+    for stored, role in source.roles.items():
+        if not Site(stored, role, source.tensors[stored].shape, {}).is_matrix:
+            continue
+        if _module(source, stored) not in linear:
+            raise _unobserved(source, stored)
+        module, axis = linear[_module(source, stored)]
+        widest = max(widest, module.weight.shape[axis])
+    return widest
 
 
 def _linear(model: Any, source: Source) -> dict[int, list[tuple[str, Any, int]]]:

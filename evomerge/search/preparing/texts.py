@@ -28,7 +28,7 @@ def text_warnings(
         needs: what is needed of each source that is run over its texts.
 
     Raises:
-        InputError: texts cannot be read, or have no tokens.
+        InputError: texts cannot be read or have no tokens, or a layer's inputs are needed that cannot be observed.
     """
     counts = {name: sum(map(len, token_ids(tokenizer, calibration, name))) for name in needs}
     short: dict[int, list[str]] = {}
