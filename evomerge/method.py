@@ -43,6 +43,9 @@ Point = Mapping[str, Value | Mapping[str, Value]]
 Shares = Callable[[Blend], Mapping[str, float]]
 """(blend) -> how much it takes of each of its sources (of the changes to the base, where there is one)."""
 
+Kept = Callable[[int, int, int], int]
+"""(rows, columns, sources) -> bytes of a method's evidence of one matrix [out, in] of a layer."""
+
 Need = Literal["calibration", "channels", "merged_inputs"]
 """What a method or a step needs beside weights, and calibration texts tell: "calibration" is what layers of every
 source that is mixed are given as input, "channels" how large each channel of that is in the base, for which this alone
@@ -118,6 +121,7 @@ class Method:
         min_sources, max_sources: how many it mixes, the base not counted; ``max_sources`` is None for any number.
         switches: its yes/no settings with their defaults (``normalize``); a search does not walk them.
         needs: what it needs beside weights.
+        kept: how much evidence it keeps of a matrix of a layer, at most; None where that is next to nothing.
         whole_models: its facts are of whole models (``Facts.model_threshold``), not of one tensor at a time.
         shares: how much a blend takes of each source, for pictures. The values of the parameter that has ``share``
             where None; all alike where there is no such parameter.
@@ -141,6 +145,7 @@ class Method:
     max_sources: int | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
+    kept: Kept | None = None
     whole_models: bool = False
     shares: Shares | None = None
     alone: Callable[[Sequence[str], str | None], Point] | None = None

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
+from evomerge.checkpoints.source import open_source
 from evomerge.cli import main
+from evomerge.merging.kept import evidence_bytes
+from evomerge.recipes.base import read_recipe
 from evomerge.store import CandidateRow, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,3 +93,16 @@ def json_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 def environment() -> dict[str, str]:
     """For commands in processes of their own: few threads, so that two runs add up in one order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def kept_in(evidence: Path) -> int:
+    """The bytes of all tensors that are kept in a folder of evidence."""
+    return sum(tensor.nbytes for file in evidence.glob("*.safetensors") for tensor in load_file(file).values())
+
+
+def planned_evidence(search: Path) -> int:
+    """What the plan of a search of miniatures says of its evidence."""
+    names = ("base", "maths", "japanese")
+    with Store.open(search / "search.db") as store:
+        recipes = [read_recipe(row.recipe, dict.fromkeys(names, "")) for row in store.candidates()]
+    return evidence_bytes(recipes, {name: open_source(name, str(MINIATURES / name), place=name) for name in names})

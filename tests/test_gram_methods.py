@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_checkpoints import WORDS, save_model
+from helpers_miniature import kept_in
 from hypothesis import given as drawn_from
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -463,6 +464,15 @@ def test_every_tensor_of_a_model_is_merged_by_what_it_is(kind: str, tmp_path: Pa
 
 
 # ---- what is computed once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", DATA_FREE, ids=lambda method: method.name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_they_keep_as_much_as_they_say(method: Method, shape: tuple[int, int], tmp_path: Path) -> None:
+    base, *sources = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+    made_at(method, [base, *sources], Evidence(tmp_path, dict.fromkeys(("b", "s0", "s1", "s2"), "digest")))
+    assert method.kept is not None
+    assert method.kept(*shape, 3) == kept_in(tmp_path)
 
 
 @pytest.mark.parametrize("method", DATA_FREE, ids=lambda method: method.name)

@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import evomerge, export_of, newest_scored, search_file, short_search_file, write_texts
+from helpers_miniature import (
+    evomerge,
+    export_of,
+    kept_in,
+    newest_scored,
+    planned_evidence,
+    search_file,
+    short_search_file,
+    write_texts,
+)
 from torch import Tensor
 
 from evomerge.merging import inputs
@@ -145,6 +154,8 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_calibrated_method_is_searched_resumed_and_exported_and_runs_its_texts_once(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    made = kept_in(calibrated / "search/evidence")
+    assert made < planned_evidence(calibrated / "search") < 1.5 * made  # as if q, k and v had an input each
     monkeypatch.setattr(inputs, "observed", lambda *a, **k: pytest.fail("ran over the texts again"))
     search = calibrated / "search"
     assert evomerge("resume", search, "--set", "budget.candidates=10") == 0

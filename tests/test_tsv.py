@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import evomerge, export_of, newest_scored, short_search_file
+from helpers_miniature import evomerge, export_of, kept_in, newest_scored, planned_evidence, short_search_file
 from torch import Tensor
 
 from evomerge.errors import InputError
@@ -145,9 +145,21 @@ def test_weights_alone_decompose_nothing_again(tmp_path: Path, decompositions: l
     assert len(made) == 4
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+def test_it_keeps_as_much_as_it_says(shape: tuple[int, int], tmp_path: Path) -> None:
+    names = ("b", "s0", "s1", "s2")
+    held = dict(zip(names, random(4, *shape), strict=True))
+    site = Site("w", Role("mlp", 0), shape, {name: (name, "w") for name in names})
+    weights = Weights(lambda ref: held[ref[0]], WorkerThreads(1))
+    TSV.plan(Facts(site, weights, Evidence(tmp_path, dict.fromkeys(names, "digest")), seed=0), blend(WEIGHTS))
+    assert TSV.kept is not None
+    assert TSV.kept(*shape, 3) == kept_in(tmp_path) - 8  # the norm of the base
+
+
 def test_is_searched_resumed_and_exported_and_decomposes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = short_search_file(tmp_path, space={"method": "tsv"})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    assert kept_in(tmp_path / "search/evidence") == pytest.approx(planned_evidence(tmp_path / "search"), rel=0.1)
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: pytest.fail("decomposed again"))
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
     assert export_of(newest_scored(tmp_path / "search"), tmp_path / "search", tmp_path / "out") == 0

@@ -88,6 +88,11 @@ def added_mean(blend: Blend, factor: float) -> Pass:
     return added(base_of(blend), blend.sources, [factor / len(blend.sources)] * len(blend.sources))
 
 
+def kept_change(rows: int, columns: int, count: int) -> int:
+    """The bytes that ``along_kept`` keeps of a matrix [out, in]."""
+    return 4 * rows * columns
+
+
 def along_kept(
     facts: Facts, blend: Blend, kind: str, change: Callable[[Sequence[Tensor]], Tensor], factor: float
 ) -> Pass:

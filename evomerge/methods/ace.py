@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
-from evomerge.merging.plans import added_mean, along_kept, number
+from evomerge.merging.plans import added_mean, along_kept, kept_change, number
 from evomerge.method import Method
 from evomerge.methods.parameters import scale
 from evomerge.recipes.stack import Blend
@@ -105,6 +105,7 @@ ACE = Method(
     ace,
     (scale(searched=True),),
     needs_base=True,
+    kept=kept_change,
     title="ACE-Merging",
     reference="arXiv 2603.02945",
 )

@@ -128,6 +128,15 @@ def _products(facts: Facts, names: tuple[str, ...], matrix: int) -> Products:
     return facts.once("products of task vectors 1", names, compute, matrix=float(matrix))
 
 
+def _kept(rows: int, columns: int, count: int) -> int:
+    """The bytes of ``own_products``: float64 but for the basis and what is in it."""
+    width = min(columns, count * rows)
+    made = 8 * count + 8 * count * width * (width + 1) // 2
+    if rows < columns:
+        made += 8 * count * rows * width
+    return made if width == columns else made + 4 * width * (columns + count * rows)
+
+
 def _only(products: Products, used: Sequence[int]) -> Products:
     """The products of some of the task vectors; a basis of all is one of these, too."""
     if len(used) == len(products["squares"]):
@@ -157,6 +166,7 @@ GRAM = Method(
         MethodParameter("filter", "blend", default="ridge", searched=False, kind="choice", choices=("ridge", "flow")),
     ),
     needs_base=True,
+    kept=_kept,
     alone=one_weight({"lambda": 1.0, "start": 1.0}),
     title="Gram",
     reference="arXiv 2606.07289",
@@ -166,6 +176,7 @@ ACTMAT = Method(
     actmat,
     (WEIGHT, scale(searched=True)),
     needs_base=True,
+    kept=_kept,
     alone=one_weight({"lambda": 1.0}),
     title="ACTMat",
     reference="arXiv 2604.01329",

@@ -65,6 +65,12 @@ def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> 
     return facts.once("task singular vectors 1", names, compute, halvings=float(halvings), matrix=float(matrix))
 
 
+def _kept(rows: int, columns: int, count: int) -> int:
+    """The bytes of ``_orthogonal``, of task vectors of full rank."""
+    vectors = count * max(1, min(rows, columns) // count)
+    return 4 * vectors * (rows + columns + 2 * vectors + 1) + 8 * vectors
+
+
 def _decomposed(facts: Facts, base: str, tensors: Sequence[Tensor]) -> Tensors:
     """The vectors of n sources: r / n of each, or as many as it has. Tensors are [rows, columns], the base's first."""
     import torch
@@ -123,6 +129,7 @@ TSV = Method(
         MethodParameter("halvings", "blend", low=0, high=3, default=0, searched=False, kind="int", limits=(0, 20)),
     ),
     needs_base=True,
+    kept=_kept,
     title="TSV-Merge",
     reference="arXiv 2412.00081",
 )

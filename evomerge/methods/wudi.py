@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.passes import Pass
-from evomerge.merging.plans import added_mean, along_kept, base_of, number
+from evomerge.merging.plans import added_mean, along_kept, base_of, kept_change, number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import Solver, changed_by_matrix
 from evomerge.methods.parameters import scale
@@ -75,6 +75,12 @@ def _eigenbasis(facts: Facts, names: tuple[str, ...], matrix: int) -> Tensors:
     return facts.once("swudi eigenbasis 1", names, compute, matrix=float(matrix))
 
 
+def _kept(rows: int, columns: int, count: int) -> int:
+    """The bytes of an eigenbasis."""
+    values = min(columns, count * rows)
+    return values * (8 + 4 * (rows + columns))
+
+
 def _solver(kept: Tensors, count: int, by: Filter) -> Solver:
     response = by.response(kept["values"][:count]).float()
 
@@ -103,6 +109,7 @@ WUDI = Method(
     wudi,
     (scale(searched=True),),
     needs_base=True,
+    kept=kept_change,
     title="WUDI-Merging",
     reference="arXiv 2503.08099",
 )
@@ -115,6 +122,7 @@ SWUDI = Method(
         MethodParameter("rank", "blend", 0.3, 1.0, 0.85, limits=FRACTION),
     ),
     needs_base=True,
+    kept=_kept,
     title="SWUDI",
     reference="arXiv 2606.07289",
 )

@@ -14,6 +14,7 @@ from evaluators.cost import COUNTED
 from evomerge.blends import observed
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
+from evomerge.merging.kept import evidence_bytes
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.prices import amount_text
 from evomerge.report.entries import Constraint
@@ -88,7 +89,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
         yield from _hardware(prepared)
     export = _gigabytes(_bytes(model) * _widened(prepared))
-    yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store"
+    yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store{_evidence(prepared)}"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
 
@@ -350,6 +351,12 @@ def _store_bytes(prepared: Prepared) -> int:
         len(t.indices) * 4 * (1 + len(evaluators[t.evaluator].metrics)) for t in prepared.setup.tasks("search")
     )
     return (per_candidate + 4000) * (prepared.file.budget.candidates or 1000)
+
+
+def _evidence(prepared: Prepared) -> str:
+    """How much is kept of what methods follow from, where that is much."""
+    kept = evidence_bytes([mark.recipe for mark in prepared.setup.space.baselines()], prepared.sources)
+    return f", about {_gigabytes(kept)} for evidence, made once" if kept else ""
 
 
 def _gigabytes(count: int) -> str:

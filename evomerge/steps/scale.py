@@ -28,7 +28,8 @@ def scale(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
 SCALE = Step(
     "scale",
     scale,
-    (MethodParameter("factor", "blend", low=0.0, high=2.0, default=1.0, limits=(0.0, 100.0)),),
+    # A method may make next to nothing, which is to be as large as others make it: factors beyond 100 have been needed.
+    (MethodParameter("factor", "blend", low=0.0, high=2.0, default=1.0, limits=(0.0, 1e4)),),
     neutral={"factor": 1.0},
     factor=lambda values: float(values["factor"]),
     in_any_basis=True,
