@@ -72,6 +72,21 @@ def test_it_is_the_search_that_scores_each_alone_and_exports(tmp_path: Path, sou
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_merges_in_core_space_are_the_same_in_either_pool(tmp_path: Path, strong: dict[str, str]) -> None:
+    """Together and alone, by workers of Ray that share what is kept of the adapters' bases."""
+    space = {"method": "ties", "basis": "core"}
+    for name, pool in (("here", {}), ("ray", {"pool": "ray", "cluster": {"workers": 2}})):
+        for together in (1, 3):
+            file = write(tmp_path, strong, space=space, together=together, dtype="float32", **pool)
+            assert evomerge("search", file, "--dir", tmp_path / f"{name} {together}") == 0
+        assert list((tmp_path / f"{name} 1" / "evidence").glob("*.safetensors"))
+    assert rows(tmp_path / "ray 1") == rows(tmp_path / "here 1")
+    assert rows(tmp_path / "ray 3") == rows(tmp_path / "here 3")
+    assert scored(tmp_path / "here 3") == scored(tmp_path / "here 1")
+
+
 class Death(BaseException):
     """Of the driver."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers_miniature import evomerge, export_of, kept_in, newest_scored, planned_evidence, short_search_file
+from helpers_search import table
+from safetensors.torch import load_file
 from torch import Tensor
 
 from evomerge.errors import InputError
@@ -163,6 +166,24 @@ def test_is_searched_resumed_and_exported_and_decomposes_once(tmp_path: Path, mo
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: pytest.fail("decomposed again"))
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=10") == 0
     assert export_of(newest_scored(tmp_path / "search"), tmp_path / "search", tmp_path / "out") == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["tsv", "gram"])
+def test_a_search_goes_on_alike_where_evidence_was_damaged(method: str, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert evomerge("search", short_search_file(tmp_path, space={"method": method}), "--dir", whole) == 0
+    shutil.copytree(whole, cut)
+    files = sorted((cut / "evidence").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    for file, left in ((files[-1], -100), (files[-2], 0), (files[-3], 9)):
+        file.write_bytes(file.read_bytes()[:left])
+    for search in (whole, cut):
+        assert evomerge("resume", search, "--set", "budget.candidates=12") == 0
+    assert table(cut) == table(whole)
+    for file in files:
+        made, again = load_file(whole / "evidence" / file.name), load_file(file)
+        assert made.keys() == again.keys()
+        assert all(torch.equal(made[name], again[name]) for name in made)
 
 
 def test_torch_uses_one_thread_in_each_that_merges() -> None:
