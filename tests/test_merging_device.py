@@ -126,7 +126,7 @@ def test_the_definitions_compile_without_a_break(
     expected = dict(materialiser.tensors(recipe(method, sources)))[name]
     (merged,) = (m for m in merged_tensors(recipe(method, sources), sources) if m.name == name)
     out = torch.empty_like(expected)
-    plan, refs = materialiser._planned(merged, recipe(method, sources))
+    plan, refs = materialiser.planned(merged, recipe(method, sources))
     DeviceRunner(CPU, materialiser.read, [], "mapped").run(plan, refs, out)
     device.compiled.cache_clear()
     assert torch.allclose(out, expected, rtol=2**-7, atol=1e-6)

@@ -220,9 +220,9 @@ def test_over_many_paths_each_layer_is_written_once(tmp_path: Path, monkeypatch:
     sources = open_both(tmp_path)
     live, materialiser = live_model(sources["a"], CPU, layer_buffers=2 * LAYERS), Materialiser(sources)
     made: list[str] = []
-    planned = materialiser._planned
+    planned = materialiser.planned
     monkeypatch.setattr(
-        materialiser, "_planned", lambda merged, *given: made.append(merged.name) or planned(merged, *given)
+        materialiser, "planned", lambda merged, *given: made.append(merged.name) or planned(merged, *given)
     )
     pool = [(name, layer) for name in "ab" for layer in range(LAYERS)]
     rng = random.Random(0)

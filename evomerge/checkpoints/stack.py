@@ -104,6 +104,11 @@ class Stack:
         """How many layers the model's configuration has."""
         return len(self._layers)
 
+    @property
+    def hops(self) -> tuple[nn.Module, ...]:
+        """The modules of the path, one for each hop; those that share a layer buffer are modules of their own."""
+        return tuple(self._list)
+
     def fits(self, layer_buffer: int, like: int) -> bool:
         """A layer buffer has room for the weights of a layer like this one."""
         return self._shapes[like] == self._shapes[layer_buffer]

@@ -88,10 +88,18 @@ class CoreSpace:
 
     def merged(self, core: Core, blend: Blend, seed: int) -> Tensor:
         """What the method makes of the sources' changes, with the first ``steps_in_core``: float32 [p, q]."""
+        plan = self.plan(core, blend, seed)
+        return made_whole(plan, self.read(core, plan))
+
+    def plan(self, core: Core, blend: Blend, seed: int) -> Pass:
+        """How the method makes that."""
         facts = Facts(core.site, self._weights, self._evidence, seed)
         made_so_far = find_method(blend.method, "recipe.blends").plan(facts, blend)
-        plan = stepped(facts, blend, made_so_far, blend.steps[: steps_in_core(blend)])
-        return made_whole(plan, [self._changes[core.site.refs[name]] for name in plan.inputs])
+        return stepped(facts, blend, made_so_far, blend.steps[: steps_in_core(blend)])
+
+    def read(self, core: Core, plan: Pass) -> list[Tensor]:
+        """What a plan for a core is made from: float32 [p, q] each."""
+        return [self._changes[core.site.refs[name]] for name in plan.inputs]
 
     def core(self, merged: Merged, base: str, names: tuple[str, ...]) -> Core | None:
         """The core of a tensor for a blend of these sources; None where none of them changes it."""

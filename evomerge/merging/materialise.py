@@ -162,7 +162,12 @@ class Materialiser:
         self.core_space = CoreSpace(sources, self._evidence, self._threads)
         self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
         self._live: LiveModel | None = None
-        self._meter = None if base is None else ChangeMeter(sources[base], self._read_on, self._weights)
+        self._meter = None if base is None else ChangeMeter(sources[base], self.read_on, self._weights)
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """By the names that recipes use."""
+        return self._sources
 
     def read(self, ref: Ref) -> Tensor:
         """A tensor of a source, contiguous. Views of mapped files are kept, and as many folds as there are sources."""
@@ -217,7 +222,7 @@ class Materialiser:
         for some in _batches(changed):
             self._make(
                 [
-                    (*self._planned(made.merged, recipe, merged_inputs), target, device)
+                    (*self.planned(made.merged, recipe, merged_inputs), target, device)
                     for made, _, target, device in some
                 ]
             )
@@ -267,7 +272,7 @@ class Materialiser:
                 own = 1.0 if fold is None else factor
                 yield Written(name, targets[name], made.way, own, fold or "times")
 
-    def _read_on(self, ref: Ref, device: torch.device) -> Tensor:
+    def read_on(self, ref: Ref, device: torch.device) -> Tensor:
         """A tensor of a source where models are written."""
         return self.read(ref) if self._runner is None or device == _CPU else self._runner.tensor(ref, device)
 
@@ -333,7 +338,7 @@ class Materialiser:
         ):
             if name in without:
                 continue
-            plan, refs = self._planned(merged, recipe)
+            plan, refs = self.planned(merged, recipe)
             read = [self.read(ref) for ref in refs]
             out = self._made(plan, refs, read, shape, dtype)
             if (layer := merged.role.layer) is not None and factors[layer] != 1.0:
@@ -417,7 +422,7 @@ class Materialiser:
                 homes[name, tensor] = layers[layer % len(layers)] if layers and layer is not None else first
         return DeviceRunners(homes, self.read, self._residency)
 
-    def _planned(
+    def planned(
         self, merged: Merged, recipe: StackRecipe, merged_inputs: MergedInputs | None = None
     ) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from evaluators.base import Evaluator
 from evomerge.checkpoints.fingerprints import content_digest, fingerprint
@@ -21,8 +22,10 @@ from evomerge.search.preparing.prepare import Prepared, build_space, open_source
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.work.jobs import Calibrate, Descend, Descended, Finished, Job, Measured, Result
 from evomerge.search.workers.building import build_context
+from evomerge.search.workers.descent import Descents
 from evomerge.search.workers.measuring import Attempt, failure, score
 from evomerge.search.workers.together import Together
+from search_spaces.base import Measures
 
 
 class Worker:
@@ -32,10 +35,18 @@ class Worker:
         name: shown beside every candidate it scored.
         builders: of its models.
         evaluators: in the order that jobs refer to them.
+        build_space: (what was measured of the sources) -> the search's space; None for a worker that never descends.
     """
 
-    def __init__(self, name: str, builders: Builders, evaluators: Sequence[Evaluator]) -> None:
+    def __init__(
+        self,
+        name: str,
+        builders: Builders,
+        evaluators: Sequence[Evaluator],
+        build_space: Callable[[Measures], SearchSpace] | None = None,
+    ) -> None:
         self._name = name
+        self._build_space = build_space
         self._builders = builders
         self._evaluators = evaluators
         self._together: Together | None = None
@@ -68,7 +79,7 @@ class Worker:
     ) -> Worker:
         builders = Builders(build_context(file, sources, evidence, space.layer_buffers, hops=space.hops))
         builders.start({baseline.recipe.kind for baseline in space.baselines()})
-        return cls(name, builders, evaluators)
+        return cls(name, builders, evaluators, partial(build_space, file, sources))
 
     def run(self, job: Job) -> Finished:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
@@ -90,8 +101,7 @@ class Worker:
             return [self.run(job) for job in jobs]
         try:
             if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
-                stack = self._builders.of_kind(STACK)
-                assert isinstance(stack, StackBuilder)  # which no plug-in replaces
+                stack = self._stack()
                 self._together = Together(stack.sources, stack.materialiser, stack.live, self._evaluators, stack.base)
             results = self._together.run(jobs)
         except KeyboardInterrupt:
@@ -107,13 +117,26 @@ class Worker:
         if isinstance(job.instead, Calibrate):
             return self._calibrate(job, job.instead.source)
         if isinstance(job.instead, Descend):
-            raise NotImplementedError("descents")
+            return self._descend(job.instead)
         return self._measure(job)
 
     def _calibrate(self, job: Job, source: str) -> Measured:
         started = time.perf_counter()
         self._builders.of(job.recipe).calibrate(job.recipe, source)
         return Measured([], {"calibrate": time.perf_counter() - started})
+
+    def _descend(self, descend: Descend) -> Descended:
+        stack = self._stack()
+        if stack.live.engine is not None:
+            raise InputError("engine", "has no gradients", "Take `engine: transformers`.")
+        if self._build_space is None:
+            raise ValueError("this worker knows no search space")
+        return Descents(stack, self._build_space(descend.measures), self._evaluators).run(descend)
+
+    def _stack(self) -> StackBuilder:
+        stack = self._builders.of_kind(STACK)
+        assert isinstance(stack, StackBuilder)  # which no plug-in replaces
+        return stack
 
     def _measure(self, job: Job) -> Measured:
         started = time.perf_counter()

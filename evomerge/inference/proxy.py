@@ -1,0 +1,125 @@
+"""A smooth proxy of how good a model is, to be differentiated: -log p(answer | prompt), the mean over some items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch import Tensor
+
+from evomerge.inference.answering import answered
+from evomerge.inference.reading import Prompt
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+_MOST_TOKENS = 2048
+"""In one forward and backward pass, unless a single item has more: of many more, what a pass costs beside its tokens
+(a look at every weight of the sources) no longer counts."""
+
+_LOGITS_BYTES = 1 << 27
+"""Most bytes of logits in one pass, unless a single item has more; what follows from them takes several times that."""
+
+_SHARE_OF_FREE = 0.25
+"""Of the free memory: what may be kept of a forward pass for the backward pass. Where a pass would need more, each
+layer keeps what it was given alone and is computed again, which costs another forward pass."""
+
+_KEPT_FACTOR = 34
+"""About how many numbers of the width of the hidden state a layer keeps for each token (Korthikanti et al., "Reducing
+activation recomputation in large transformer models", arXiv 2205.05198, section 4, in numbers of 16 bits)."""
+
+Listening = Callable[[bool], AbstractContextManager[None]]
+"""(whether layers are computed again) -> in which a backward pass hands over gradients."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An item as the model sees it: token ids, of which the last ``scored`` are the answer's."""
+
+    ids: Sequence[int]
+    scored: int
+    weight: float  # in the mean
+
+
+def differentiate_proxy(
+    live: LiveModel, prompts: Sequence[Prompt], weights: Sequence[float], listening: Listening
+) -> float:
+    """Compute the proxy, and run backward passes through the model.
+
+    Items are scored as ``log_likelihoods`` scores them, but for rounding: they are batched to be few passes.
+
+    Args:
+        prompts: each with its answer.
+        weights: how much each counts; the proxy is their weighted mean.
+        listening: opened around every pass, which adds its share to the gradient.
+
+    Returns:
+        The proxy: natural logarithms, of whole answers.
+    """
+    total = sum(weights)
+    items = [_Item(p.fed, p.scored, w / total) for p, w in zip(prompts, weights, strict=True)]
+    proxy = 0.0
+    for batch in _batches(items, live):
+        with listening(_is_large(batch, live)), torch.enable_grad():
+            loss = _loss(live, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        proxy += float(loss.detach())
+        answered(len(batch))
+    return proxy
+
+
+def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
+    """The items in batches of like lengths, the longest first: too large a one fails at once."""
+    row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
+    batch: list[_Item] = []
+    for item in sorted(items, key=lambda item: len(item.ids), reverse=True):
+        more = [*batch, item]
+        rows, width, kept = len(more), len(more[0].ids) - 1, _kept(more)
+        if batch and (rows * width > _MOST_TOKENS or rows * kept * row_logits > _LOGITS_BYTES):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _kept(batch: Sequence[_Item]) -> int:
+    """Of how many last columns logits are needed, rows being padded on the right to the width of the first."""
+    width = len(batch[0].ids) - 1
+    return max(width - (len(item.ids) - 1 - item.scored) for item in batch)
+
+
+def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
+    """Whether what a forward pass would keep is more than there should be."""
+    model, tokens = live.model, len(batch) * (len(batch[0].ids) - 1)
+    width = model.get_input_embeddings().weight.shape[1]
+    needed: int = tokens * width * _KEPT_FACTOR * model.dtype.itemsize * len(live.stack.path if live.stack else ())
+    if live.device.type == "cuda":
+        free = sum(torch.cuda.mem_get_info(device)[0] for device in live.devices or (live.device,))
+    else:
+        free = psutil.virtual_memory().available
+    return needed > _SHARE_OF_FREE * free
+
+
+def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:
+    """-sum_i w_i log p(answer_i | prompt_i), with a graph: a scalar, in float32 at least."""
+    width, kept = len(batch[0].ids) - 1, _kept(batch)
+    ids, mask = torch.zeros(2, len(batch), width, dtype=torch.int64)
+    for row, item in enumerate(batch):  # padded on the right, where nothing looks back at it
+        fed = torch.tensor(item.ids[:-1])
+        ids[row, : len(fed)], mask[row, : len(fed)] = fed, 1
+    logits = live.model(
+        input_ids=ids.to(live.device), attention_mask=mask.to(live.device), use_cache=False, logits_to_keep=kept
+    ).logits  # [rows, kept, vocabulary]: of the last columns
+    total: Tensor = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    for row, item in zip(logits, batch, strict=True):
+        answer = torch.tensor(item.ids[-item.scored :], device=logits.device)
+        first = kept - (width - (len(item.ids) - 1 - item.scored))
+        own = row[first : first + len(answer)].to(total.dtype)
+        chosen = own.gather(1, answer[:, None]).squeeze(1)
+        total = total - item.weight * (chosen - own.logsumexp(1)).sum()
+    return total

@@ -1,0 +1,218 @@
+"""The gradient of a loss of the merged model by the numbers of a genome.
+
+With W the tensors of the model, n the numbers that their passes are made with, and x the genome,
+
+    dL/dx = sum over tensors of <dL/dW, dW/dn> dn/dx.
+
+dL/dW comes of a backward pass through the live model, tensor by tensor; it is turned into dL/dn at once
+(``derivatives``) and let go of, so that no more than one tensor's gradient is in memory. dn/dx is a central difference
+of the plans: these are arithmetic in float64 on a few numbers, and read no weights but for what is known of them
+already. Masks are those of the genome, and have no part in the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evomerge.blends import derivative_problem
+from evomerge.checkpoints.backward import gradients
+from evomerge.checkpoints.live import LiveModel
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter, SearchSpace
+from evomerge.merging.changes import Rescale, differentiable
+from evomerge.merging.core_space import Core
+from evomerge.merging.derivatives import derivatives_of, with_every_source
+from evomerge.merging.materialise import Materialiser
+from evomerge.merging.passes import Differentiable, Pass
+from evomerge.merging.path import Merged, merged_tensors, site_of
+from evomerge.merging.plans import base_of
+from evomerge.merging.site import Ref
+from evomerge.recipes.stack import StackRecipe
+
+_STEP = 1e-8
+"""Of a difference, in parts of a gene's range: rounding in float64 and curvature are both below a millionth then."""
+
+_INSIDE = 4 * _STEP
+"""How far, in parts of its range, a gene is moved towards the middle of its range before all else. At its bounds, and
+at values such as a weight of zero, plans are made otherwise than beside them: a source without weight is not read."""
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a tensor is made: a pass, and what it reads; in core space the pass makes a core of it."""
+
+    made: Differentiable
+    refs: Sequence[Ref] = ()
+    core: Core | None = None
+
+
+@dataclass
+class Point:
+    """A genome at which a gradient is taken.
+
+    Attributes:
+        recipe: of the model that the loss is to be of.
+        gradient: float64 [genes], what has come together of it; NaN of genes by which there is none.
+    """
+
+    recipe: StackRecipe
+    gradient: Vector
+    _plans: Mapping[str, _Plan]
+    _rates: Mapping[str, Sequence[tuple[int, Vector]]]
+    _materialiser: Materialiser = field(repr=False)
+
+    @contextmanager
+    def listening(self, live: LiveModel, recomputed: bool = False) -> Iterator[None]:
+        """While open, each backward pass through the model, which holds the recipe, adds to the gradient.
+
+        Args:
+            recomputed: keep less of forward passes; see ``backward.gradients``.
+        """
+        takes = {name: lambda gradient, name=name: self._take(name, gradient) for name in self._rates}
+        with gradients(live, takes, recomputed=recomputed):
+            yield
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        plan = self._plans[name]
+        if plan.core is not None:
+            left, right = plan.core.left.to(gradient.device), plan.core.right.to(gradient.device)
+            gradient = left.T @ gradient.float() @ right.T
+            tensors = [t.to(gradient.device) for t in self._materialiser.core_space.read(plan.core, plan.made)]
+        else:
+            tensors = [self._materialiser.read_on(ref, gradient.device) for ref in plan.refs]
+        found = derivatives_of(plan.made, tensors, gradient).cpu().numpy()
+        for gene, rates in self._rates[name]:
+            self.gradient[gene] += found @ rates
+
+
+class GenomeGradients:
+    """Gradients at the genomes of one search space, whose choices and paths stay as they are at the first.
+
+    Args:
+        materialiser: of the models.
+        space: of stack recipes.
+    """
+
+    def __init__(self, materialiser: Materialiser, space: SearchSpace) -> None:
+        self._materialiser, self._space = materialiser, space
+        self._groups: list[dict[str, int]] | None = None
+
+    def at(self, genome: Genome) -> Point:
+        """Prepare for the gradient at a genome, but for some hundred millionths of the ranges of its numbers.
+
+        Raises:
+            InputError: there is none: naming the method or step.
+        """
+        parameters = self._space.parameters
+        inside = _inside(genome, parameters)
+        recipe = self._decoded(inside)
+        for number, blend in enumerate(recipe.blends):
+            if (problem := derivative_problem(blend)) is not None:
+                raise InputError(f"recipe.blends[{number}]", f"has no gradient: {problem}")
+        merged = {one.name: one for one in merged_tensors(recipe, self._materialiser.sources)}
+        if self._groups is None:
+            self._groups = self._grouped(inside, recipe, list(merged.values()))
+        plans: dict[str, _Plan] = {}
+        rates: dict[str, list[tuple[int, Vector]]] = {}
+        for genes in self._groups:
+            before, after = (self._beside(inside, genes.values(), side) for side in (-1.0, 1.0))
+            recipes = self._decoded(before), recipe, self._decoded(after)
+            for name, gene in genes.items():
+                found = [self._plan(merged[name], one) for one in recipes]
+                if (plan := found[1]) is not None:
+                    plans[name] = plan
+                    rate = _rate([one.made for one in found if one], [x[gene] for x in (before, inside, after)])
+                    rates.setdefault(name, []).append((gene, rate))
+        gradient = np.array([0.0 if p.differentiable else np.nan for p in parameters])
+        return Point(recipe, gradient, plans, rates, self._materialiser)
+
+    def _decoded(self, genome: Genome) -> StackRecipe:
+        recipe = self._space.decode(genome)
+        if not isinstance(recipe, StackRecipe):
+            raise InputError("recipe.kind", f"is {recipe.kind}, and of such models there is no gradient")
+        return recipe
+
+    def _plan(self, merged: Merged, recipe: StackRecipe) -> _Plan | None:
+        """How a tensor is made; None where it is the base's own, which no adapter changes."""
+        blend = recipe.blend_for(merged.role, merged.name)
+        if blend.basis == "core":
+            space = self._materialiser.core_space
+            core = space.core(merged, base_of(blend), blend.sources)
+            if core is None:
+                return None
+            return _Plan(differentiable(with_every_source(space.plan(core, blend, recipe.seed))), core=core)
+        plan = with_every_source(self._materialiser.planned(merged, recipe)[0])
+        site = site_of(merged, recipe, blend, self._materialiser.sources)
+        return _Plan(differentiable(plan), [site.refs[name] for name in plan.inputs])
+
+    def _grouped(self, genome: Genome, recipe: StackRecipe, merged: Sequence[Merged]) -> list[dict[str, int]]:
+        """Groups of genes of which no two change the same tensor: for each group the tensors, by name, with their gene.
+
+        The genes of a group are moved at once, so that there are as few recipes to decode as can be.
+        """
+        groups: list[dict[str, int]] = []
+        for gene, parameter in enumerate(self._space.parameters):
+            if not parameter.differentiable:
+                continue
+            touched = dict.fromkeys(_changed(recipe, self._decoded(self._beside(genome, [gene], 1.0)), merged), gene)
+            group = next((group for group in groups if group.keys().isdisjoint(touched)), None)
+            if group is None:
+                groups.append(touched)
+            else:
+                group.update(touched)
+        return groups
+
+    def _beside(self, genome: Genome, genes: Iterable[int], side: float) -> Genome:
+        """The genome with some genes moved by the width of a difference, up or down."""
+        moved = genome.copy()
+        for gene in set(genes):
+            parameter = self._space.parameters[gene]
+            moved[gene] += side * _STEP * (parameter.high - parameter.low)
+        return moved
+
+
+def _inside(genome: Genome, parameters: Sequence[Parameter]) -> Genome:
+    """The genome with the genes by which there are derivatives moved a little towards the middle of their ranges."""
+    low, high = (np.array([getattr(p, end) for p in parameters]) for end in ("low", "high"))
+    moving = np.array([p.differentiable for p in parameters])
+    towards = np.where(genome <= (low + high) / 2, 1.0, -1.0)
+    return np.where(moving, genome + towards * _INSIDE * (high - low), genome)
+
+
+def _changed(one: StackRecipe, other: StackRecipe, merged: Sequence[Merged]) -> Iterator[str]:
+    """The names of the tensors that two recipes of one path make by different blends."""
+    differ: dict[tuple[int, int], bool] = {}
+    for tensor in merged:
+        numbers = one.blend_number(tensor.role, tensor.name), other.blend_number(tensor.role, tensor.name)
+        if numbers not in differ:
+            differ[numbers] = one.blends[numbers[0]] != other.blends[numbers[1]]
+        if differ[numbers]:
+            yield tensor.name
+
+
+def _rate(plans: Sequence[Differentiable], values: Sequence[float]) -> Vector:
+    """How fast the numbers of a plan change with a gene: float64 [numbers].
+
+    By a central difference; where the plan is of another form on one side, which happens where factors become too large
+    for it, by a difference to the other side.
+
+    Args:
+        plans: before, at and after the place in question.
+        values: of the gene there.
+    """
+    form = _form(plans[1])
+    ends = [number for number in (0, 2) if _form(plans[number]) == form]
+    first, last = (ends[0], ends[-1]) if len(ends) == 2 else (min(1, *ends), max(1, *ends))
+    return (plans[last].numbers - plans[first].numbers) / (values[last] - values[first])
+
+
+def _form(plan: Pass) -> tuple[object, ...]:
+    return type(plan), plan.inputs, *(_form(plan.made) if isinstance(plan, Rescale) else ())

@@ -1,0 +1,118 @@
+"""Descents: steps down the gradient of a proxy, from a genome on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.base import Evaluator
+from evomerge.checkpoints.live import LiveModel, NotFiniteError
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter, SearchSpace
+from evomerge.inference.proxy import differentiate_proxy
+from evomerge.inference.reading import Prompt, Reader
+from evomerge.inference.requests import Batch, Likelihood, refuse_media
+from evomerge.merging.gradient import GenomeGradients
+from evomerge.merging.stack_builder import StackBuilder
+from evomerge.optimizers.base import random_state
+from evomerge.search.work.jobs import Descend, Descended
+
+Vector = NDArray[np.float64]
+
+_DECAYS = 0.9, 0.999
+"""Of the averages of gradients and of their squares, the usual ones of Adam."""
+
+
+class Adam:
+    """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in the unit box.
+
+    Args:
+        parameters: whose ranges the box is.
+        rate: the learning rate, alpha.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], rate: float) -> None:
+        self._low = np.array([p.low for p in parameters])
+        self._high = np.array([p.high for p in parameters])
+        self._rate = rate
+        self._steps = 0
+        self._mean = self._square = np.zeros(len(parameters))
+
+    def step(self, genome: Genome, gradient: Vector) -> Genome:
+        """The next point; where the gradient is NaN it stays to the last bit."""
+        span = self._high - self._low
+        scaled = np.nan_to_num(gradient) * span
+        self._steps += 1
+        first, second = _DECAYS
+        self._mean = first * self._mean + (1 - first) * scaled
+        self._square = second * self._square + (1 - second) * scaled**2
+        mean, square = self._mean / (1 - first**self._steps), self._square / (1 - second**self._steps)
+        moved = genome - self._rate * span * mean / (np.sqrt(square) + 1e-8)
+        return np.where(np.isnan(gradient), genome, np.clip(moved, self._low, self._high))
+
+
+class Descents:
+    """Walks down proxies in one search space.
+
+    Args:
+        builder: of the models; it keeps one live model.
+        space: of the genomes.
+        evaluators: in the order that jobs refer to them.
+    """
+
+    def __init__(self, builder: StackBuilder, space: SearchSpace, evaluators: Sequence[Evaluator]) -> None:
+        self._builder, self._space, self._evaluators = builder, space, evaluators
+
+    def run(self, job: Descend) -> Descended:
+        """Take the steps of a job.
+
+        Raises:
+            InputError: no gradient, or an evaluator that asks for something else than one likelihood an item.
+            NotFiniteError: the proxy or its gradient is NaN or Inf.
+        """
+        parameters = self._space.parameters
+        gradients, adam = GenomeGradients(self._builder.materialiser, self._space), Adam(parameters, job.rate)
+        genome, points = np.asarray(job.start, np.float64), list[Genome]()
+        losses, slopes, seconds = list[float](), list[Vector](), {"merge": 0.0, "gradient": 0.0}
+        for step in range(max([1, *job.keep])):
+            started = time.perf_counter()
+            point = gradients.at(genome)
+            live = self._builder.write(point.recipe)
+            merged = time.perf_counter()
+            prompts, weights = self._drawn(job, step, live)
+            losses.append(differentiate_proxy(live, prompts, weights, partial(point.listening, live)))
+            _check(losses[-1], point.gradient, parameters)
+            slopes.append(point.gradient)
+            seconds["merge"] += merged - started
+            seconds["gradient"] += time.perf_counter() - merged
+            if job.keep:
+                genome = adam.step(genome, point.gradient)
+            if step + 1 in job.keep:
+                points.append(genome)
+        return Descended(points, np.array(losses), slopes[0], seconds)
+
+    def _drawn(self, job: Descend, step: int, live: LiveModel) -> tuple[list[Prompt], list[float]]:
+        """What the proxy of a step is of: prompts with their answers, and how much each counts."""
+        count = min(job.items, len(job.indices))
+        drawn = sorted(random_state(job.seed, step).permutation(len(job.indices))[:count].tolist())
+        evaluator = self._evaluators[job.evaluator]
+        requests = evaluator.requests(Reader.of(live), "search", [job.indices[place] for place in drawn])
+        asked = [request for request in requests if isinstance(request, Likelihood)]
+        if len(requests) != count or len(asked) != count:
+            problem = "asks for something else than how likely the answer of each item is, and only that has a gradient"
+            raise InputError(evaluator.name, problem, "Take an evaluator of the kind likelihood.")
+        refuse_media([Batch(asked)], "transformers")
+        return [request.prompt for request in asked], [job.weights[place] if job.weights else 1.0 for place in drawn]
+
+
+def _check(proxy: float, gradient: Vector, parameters: Sequence[Parameter]) -> None:
+    """Refuse what no step can be taken by. Raises NotFiniteError."""
+    if not np.isfinite(proxy):
+        raise NotFiniteError("the proxy")
+    for parameter, slope in zip(parameters, gradient.tolist(), strict=True):
+        if parameter.differentiable and not np.isfinite(slope):
+            raise NotFiniteError(f"the proxy's derivative by {parameter.name}")
