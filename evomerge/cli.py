@@ -56,11 +56,12 @@ def validate(
         bool,
         typer.Option("--show-prompt", help="Print a prompt of each objective as a model reads it, and its tokens."),
     ] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Check a search file and all that it names. Prints the plan; nothing is scored."""
     from evomerge.commands.run import validate
 
-    validate(file, set_, show_prompt=show_prompt)
+    validate(file, set_, show_prompt=show_prompt, as_json=json_)
 
 
 @app.command()

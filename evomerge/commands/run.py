@@ -5,6 +5,7 @@ What a person can have got wrong is looked at first, with light imports alone: t
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,17 +27,22 @@ from evomerge.search.settings.search_file import SearchFile, load_search_file
 from evomerge.store import Store, acquire, current_holder
 
 
-def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False) -> None:
+def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False, as_json: bool = False) -> None:
     """Open and check everything that a search file names, and print the plan, and a prompt of each measure."""
     file = load_search_file(path, overrides)
     check_early(file)
     check_start(file)
     with opening():
         from evomerge.commands.driving import open_all
-        from evomerge.report.plan import plan
+        from evomerge.report.plan import expected, plan, plan_rows
         from evomerge.report.screen import make_console
 
         prepared = open_all(file)
+    if as_json:
+        rows = [{"key": key, "text": text} for key, text in plan_rows(prepared)]
+        content = {"name": file.name, "rows": rows, "outlook": expected(prepared).model_dump()}
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return
     console = make_console()
     console.print(plan(prepared))
     if show_prompt:

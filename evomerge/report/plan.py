@@ -19,6 +19,7 @@ from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.prices import amount_text
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import ModelShape, Work, host_bytes, layout_lines, lines, model_shape, work_of
+from evomerge.report.outlook import Outlook, outlook_lines, outlook_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
 from evomerge.search.preparing.measured import planned_baselines
@@ -44,12 +45,18 @@ def plan(prepared: Prepared) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for what, text in _rows(prepared):
+    for what, text in plan_rows(prepared):
         table.add_row(what, text)
     return table
 
 
-def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
+def expected(prepared: Prepared) -> Outlook:
+    """What to expect of a search."""
+    return outlook_of(prepared, _baselines(prepared) + len(prepared.setup.start))
+
+
+def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """The plan, as lines of what and how much."""
     file, setup = prepared.file, prepared.setup
     model = prepared.sources[file.tokenizer_source]
     yield "search", f"{file.name}, seed {file.seed}"
@@ -84,6 +91,7 @@ def _rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "optimizer", _settings_text(file.optimizer.model_dump(exclude_none=True))
     yield "budget", _budget(prepared)
     yield from _cost(prepared)
+    yield from outlook_lines(setup, expected(prepared))
     yield "confirmation", _confirmation(prepared)
     yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:

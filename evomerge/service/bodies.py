@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveFloat, PositiveInt
 
 from evomerge.report.comparing import Comparison
+from evomerge.report.outlook import Outlook
 from evomerge.report.picks import Pick
 from evomerge.report.search_status import Counts
 from evomerge.report.spending import Cost
@@ -181,10 +182,11 @@ class PlanPrompt(BaseModel):
 
 
 class Plan(BaseModel):
-    """What a search is going to do and cost, and a prompt of each objective."""
+    """What a search is going to do and cost, what to expect of it, and a prompt of each objective."""
 
     name: str
     rows: list[PlanRow]
+    outlook: Outlook
     prompts: list[PlanPrompt]
 
 

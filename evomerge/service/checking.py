@@ -149,18 +149,16 @@ class Checker:
 
 def _plan(text: str, folders: Sequence[str]) -> dict[str, Any]:
     prepared = _prepared(text, folders)
-    from evomerge.report.plan import plan
+    from evomerge.report.plan import expected, plan_rows
     from evomerge.report.prompts import token_text
     from evomerge.search.preparing.asking import shown_prompts
 
-    table = plan(prepared)
-    keys, texts = ([str(cell) for cell in column.cells] for column in table.columns)
-    rows = [PlanRow(key=key, text=value) for key, value in zip(keys, texts, strict=True)]
+    rows = [PlanRow(key=key, text=value) for key, value in plan_rows(prepared)]
     prompts = [
         PlanPrompt(place=s.place, item=s.item, prompt=s.prompt, answer=s.answer, tokens=token_text(s))
         for s in shown_prompts(prepared.named_evaluators, prepared.reader())
     ]
-    return Plan(name=prepared.file.name, rows=rows, prompts=prompts).model_dump()
+    return Plan(name=prepared.file.name, rows=rows, outlook=expected(prepared), prompts=prompts).model_dump()
 
 
 def _create(text: str, folders: Sequence[str], root: str) -> dict[str, Any]:
