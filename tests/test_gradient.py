@@ -134,14 +134,7 @@ class Plain:
 
     def _taken_alone(self, source: str) -> dict[str, Tensor]:
         """What a source of weight one adds to the base where the others have none: its mask and rescaling."""
-
-        def alone(blend: Blend) -> Blend:
-            weights = {name: float(name == source) for name in blend.sources}
-            values = {**blend.parameters, "weight": weights, "lambda": 1.0, "normalize": False}
-            return blend.model_copy(update={"parameters": values, "steps": ()})
-
-        recipe = self._at.model_copy(update={"blends": tuple(map(alone, self._at.blends))})
-        return dict(Materialiser(self._sources).tensors(recipe))
+        return dict(Materialiser(self._sources).tensors(with_weight_of_one(self._at, source)))
 
     def tensors(self, recipe: StackRecipe) -> dict[str, Tensor]:
         made = {}
@@ -171,6 +164,19 @@ class Plain:
                 steps = self._model(ids).logits[0].log_softmax(-1)
                 logs.append(sum(float(steps[t - 1, prompt.ids[t]]) for t in range(len(prompt.ids))[-prompt.scored :]))
         return -float(np.average(logs, weights=IMPORTANCE))
+
+
+def with_weight_of_one(recipe: StackRecipe, source: str) -> StackRecipe:
+    """A recipe whose blends take one source, as it is masked, and no other."""
+
+    def alone(blend: Blend) -> Blend:
+        weights = {name: float(name == source) for name in blend.sources}
+        values = {**blend.parameters, "weight": weights, "lambda": 1.0}
+        if "normalize" in values:
+            values["normalize"] = False
+        return blend.model_copy(update={"parameters": values, "steps": ()})
+
+    return recipe.model_copy(update={"blends": tuple(map(alone, recipe.blends))})
 
 
 def formula(blend: Blend, at: Blend, base: Tensor, sources: Sequence[Tensor], alone: Sequence[Tensor]) -> Tensor:
@@ -307,21 +313,29 @@ def test_it_passes_through_core_space(method: str, tmp_path: Path) -> None:
     genome = somewhere(space)
     live = live_model(sources["base"], CPU, torch.float64)
 
+    at = stack_at(space, genome)
+    alone = {name: lifted(sources, with_weight_of_one(at, name)) for name in ADAPTERS}
+
     def tensors(recipe: StackRecipe) -> dict[str, Tensor]:
-        """The merge is linear here, so that one in float32 is differentiated well enough by wide differences."""
-        base = sources["base"]
-        return {name: base.read(name).double() + change for name, change in lifted(sources, recipe).items()}
+        """Without an election the change is the sum of what each source alone makes of it."""
+        made = {}
+        for merged in merged_tensors(recipe, sources):
+            blend = recipe.blend_for(merged.role, merged.name)
+            change = sum(blend.value("weight", name) * alone[name][merged.name] for name in blend.sources)
+            factor = [float(step.parameters["factor"]) for step in blend.steps] or [1.0]
+            made[merged.name] = sources["base"].read(merged.stored).double() + factor[0] * change
+        return made
 
     materialiser = Materialiser(sources)
     point = GenomeGradients(materialiser, space).at(genome)
     load_weights(live, tensors(point.recipe).items())
     differentiate_proxy(live, PROMPTS, IMPORTANCE, partial(point.listening, live))
-    plain = Plain(sources, stack_at(space, genome))
+    plain = Plain(sources, at)
     plain.tensors = tensors  # type: ignore[method-assign]
     places = ("layers.1", "embedding")
     some = [n for n, p in enumerate(space.parameters) if p.differentiable and p.name.startswith(places)]
-    wanted = differences(lambda x: plain.proxy(stack_at(space, x)), genome, some, width=2e-2)
-    np.testing.assert_allclose(point.gradient[some], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    wanted = differences(lambda x: plain.proxy(stack_at(space, x)), genome, some)
+    np.testing.assert_allclose(point.gradient[some], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 # ---- memory, and what is left behind ---------------------------------------------------------------------------------
