@@ -412,7 +412,7 @@ def test_the_form_has_what_the_sections_of_the_search_file_have() -> None:
     fields = {field.key: field for part in forms.sections().values() for field in part}
     whole = {"budget": Budget, "racing": Racing, "confirm": Confirm, "calibration": CalibrationTexts}
     expected = {f"{name}.{key}" for name, section in whole.items() for key in section.model_fields}
-    assert set(fields) == expected | {"optimizer.name", "optimizer.population", "pool", "cluster.workers"}
+    assert set(fields) == expected | {"optimizer.name", "optimizer.population", "start_from", "pool", "cluster.workers"}
     assert set(forms._WORDS) <= set(fields)
     assert not any(field.required for field in fields.values())
     kinds = {

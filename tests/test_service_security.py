@@ -485,6 +485,16 @@ def test_a_plain_search_file_is_let_through() -> None:
         checked_file(shared + yaml.safe_dump(file_of()), [MINIATURES])
 
 
+def test_a_search_to_start_from_is_one_of_the_servers(tmp_path: Path) -> None:
+    sources = {"base": "base", "maths": "org/model"}
+    for named, path in (("first", tmp_path / "first"), (str(tmp_path / "first"), tmp_path / "first")):
+        file = checked_file(yaml.safe_dump(file_of(sources=sources, start_from=named)), [MINIATURES, tmp_path])
+        assert file.start_from == (path,)
+    for elsewhere in ("../first", "/etc", ["first", "/etc"]):
+        with pytest.raises(InputError, match="start_from"):
+            checked_file(yaml.safe_dump(file_of(sources=sources, start_from=elsewhere)), [MINIATURES, tmp_path])
+
+
 def test_a_link_that_leads_out_of_the_allowed_folders_is_outside(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()

@@ -14,6 +14,7 @@ from typing import Any
 
 from evomerge.checkpoints.places import split_reference
 from evomerge.errors import InputError
+from evomerge.faults import NAME_PATTERN
 from evomerge.search.settings.search_file import SearchFile, parse_search_file
 from evomerge.yaml import load_yaml
 
@@ -36,6 +37,7 @@ _REFUSED = (
 
 _CODE_KEYS = ("trust_remote_code", "allow_task_code")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_NAME = re.compile(NAME_PATTERN)
 _PATH = re.compile(r"^[/~]|(^|/)\.\.(/|$)|^\./")
 _CODE_FILE = re.compile(r"\.pyc?\s*$", re.IGNORECASE)
 
@@ -44,7 +46,7 @@ def checked_file(text: str, folders: Sequence[Path]) -> SearchFile:
     """The search file that a text says, its paths absolute; relative ones are so to the first folder.
 
     Args:
-        folders: where the models and data may lie that it names.
+        folders: where the models and data may lie that it names, and last the folder of all searches.
 
     Raises:
         InputError: names the key that is not allowed here, or what is wrong with the file.
@@ -55,7 +57,7 @@ def checked_file(text: str, folders: Sequence[Path]) -> SearchFile:
             problem = "is not allowed in a search file sent over HTTP"
             raise InputError(f"{PLACE}: {key}", problem, "Leave it out, or start the search from the command line.")
     try:
-        file = parse_search_file(content, place=PLACE, root=folders[0])
+        file = parse_search_file(_with_searches(content, folders[-1]), place=PLACE, root=folders[0])
     except (ValueError, OverflowError, RecursionError, OSError):  # a number of 10,000 digits, a path with a null byte
         raise InputError(PLACE, "holds a value that cannot be read") from None
     for key, reference in file.sources.items():
@@ -105,6 +107,16 @@ def _content(text: str) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise InputError(PLACE, "is not a search file: its top level must be keys such as `sources:` and `space:`")
     return content
+
+
+def _with_searches(content: Mapping[str, Any], searches: Path) -> Mapping[str, Any]:
+    """The content with searches to start from, where they are named and no paths, in the folder of all searches."""
+    named = content.get("start_from")
+    listed = [named] if isinstance(named, str) else named
+    if not isinstance(listed, list):
+        return content
+    at = [str(searches / name) if isinstance(name, str) and _NAME.fullmatch(name) else name for name in listed]
+    return {**content, "start_from": at}
 
 
 def _at(content: Mapping[str, Any], key: str) -> Any:

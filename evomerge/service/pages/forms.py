@@ -8,7 +8,7 @@ project's spaces and evaluators are chosen and explained by hand; tests hold the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -232,15 +232,21 @@ _POPULATION = Field(
     "optimizer.population", "Population", "number", hint="4 + 3 ln(parameters) unless given"
 )  # which every optimizer of ours has, and the section's own schema has not
 
+_START = Field("start_from", "Start from", example="search-1", hint="an earlier search over the same sources")
+
 _POOL = Field("pool", "Workers run in", options=("", "ray"), labels=("this process, one", "Ray, several at once"))
 
 
-def sections() -> dict[str, tuple[Field, ...]]:
-    """The fields of the form's own parts, which write sections of the search file. Their keys have the section's."""
+def sections(searches: Sequence[str] = ()) -> dict[str, tuple[Field, ...]]:
+    """The fields of the form's own parts, which write sections of the search file. Their keys have the section's.
+
+    Args:
+        searches: those that there are, by name: a new one may start from one of them.
+    """
     return {
         "calibration": _section("calibration"),
         "budget": _section("budget"),
-        "optimizer": (*_section("optimizer"), _POPULATION),
+        "optimizer": (*_section("optimizer"), _POPULATION, replace(_START, suggestions=tuple(searches))),
         "workers": (_POOL, *_section("cluster", "workers")),
         "more": (*_section("racing"), *_section("confirm")),
     }

@@ -32,7 +32,7 @@ def new(request: Request, root: RootDependency) -> HTMLResponse:
     evaluators = forms.evaluators()
     return page(
         request, "new.html", here="new", proposal=proposal, spaces=forms.spaces(), evaluators=evaluators,
-        sections=forms.sections(), optimizers=forms.optimizers(),
+        sections=forms.sections(sorted(taken)), optimizers=forms.optimizers(),
         about={
             "evaluators": {evaluator.name: evaluator.hint for evaluator in evaluators},
             "keys": [*SearchFile.model_fields],
