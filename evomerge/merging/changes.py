@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,9 +197,9 @@ class Change:
 
 def differentiable(made: Pass) -> Differentiable:
     """A pass as one of which derivatives can be taken. Raises TypeError: it is none."""
-    if not isinstance(made, Differentiable):
+    if not hasattr(made, "derivatives"):  # isinstance of a protocol takes as long as a plan
         raise TypeError(f"{type(made).__name__} has no derivative by its numbers")
-    return made
+    return cast(Differentiable, made)
 
 
 def with_base(base: str, made: Pass) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,6 @@ class Pass(Protocol):
         """The same compiled for the CPU; None where there is nothing but ``run``, and that does not use ``compute``."""
 
 
-@runtime_checkable
 class Differentiable(Pass, Protocol):
     """A pass with numbers that what it makes follows without jumps, while its masks stay as they are."""
 
