@@ -135,6 +135,21 @@ class Settings(BaseModel):
         """
         return self
 
+    def within(self, candidates: int | None) -> Self:
+        """These settings for a budget of so many candidates, or of none that counts them; by default the same.
+
+        Done once, when a search file is read; what comes of it is recorded, so that another budget later is no other
+        search.
+
+        Raises:
+            InputError: naming ``optimizer``; they hang on such a budget, and there is none.
+        """
+        return self
+
+    def outlook(self, parameters: Sequence[Parameter], candidates: int | None) -> str:
+        """What can be learnt of parameters from so many candidates, for a plan; by default nothing is said."""
+        return ""
+
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
     ) -> Optimizer:

@@ -42,6 +42,7 @@ class LqCmaSettings(StrategySettings):
     """
 
     name: Literal["lq_cma"]
+    population: int | None = None
     scalarisation: Scalarisation | None = None
 
     def check(

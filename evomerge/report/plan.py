@@ -88,7 +88,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _together(prepared)
     if setup.start:
         yield "start", f"{len(setup.start)} candidates: {'; '.join(point.label for point in setup.start)}"
-    yield "optimizer", _settings_text(file.optimizer.model_dump(exclude_none=True))
+    yield "optimizer", _optimizer(prepared)
     yield "budget", _budget(prepared)
     yield from _cost(prepared)
     yield from outlook_lines(setup, expected(prepared))
@@ -113,6 +113,14 @@ def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if lost:
         adapted = all(sources[name].changes for name in lost)
         yield "warning", rounding_warning(lost, dtype or model.dtype, adapted=adapted)
+
+
+def _optimizer(prepared: Prepared) -> str:
+    """What the search file says of the optimizer, and what it can learn."""
+    settings = prepared.file.optimizer
+    said = _settings_text(settings.model_dump(exclude_none=True))
+    outlook = settings.outlook(prepared.setup.space.parameters, prepared.file.budget.candidates)
+    return f"{said}; {outlook}" if outlook else said
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

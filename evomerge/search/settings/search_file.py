@@ -129,9 +129,12 @@ class SearchFile(Section):
         return self
 
     @model_validator(mode="after")
-    def _starts_warm(self) -> Self:
-        """Where the optimizer begins follows from whether it is told anything, unless the file says."""
-        return self.model_copy(update={"optimizer": self.optimizer.warm()}) if self.start_from else self
+    def _optimizer_for_this_search(self) -> Self:
+        """Unless the file says it, where the optimizer begins follows from whether it is told anything, and what it
+        leaves to the budget from that.
+        """
+        optimizer = self.optimizer.within(self.budget.candidates)
+        return self.model_copy(update={"optimizer": optimizer.warm() if self.start_from else optimizer})
 
     @model_validator(mode="after")
     def _cost_has_a_price(self) -> Self:
