@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from evomerge.checkpoints import backward
+from evomerge.checkpoints import backward, source
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.stack import Step
@@ -306,10 +306,18 @@ def test_hops_that_share_a_layer_have_gradients_of_their_own(tmp_path: Path) -> 
     assert abs(wanted[0] - wanted[1]) > 1e-2 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", pytest.param("dare_linear", marks=pytest.mark.nightly)])
-def test_it_passes_through_core_space(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "basis"),
+    [
+        ("task_arithmetic", "core"),
+        ("task_arithmetic", None),
+        pytest.param("dare_linear", "core", marks=pytest.mark.nightly),
+    ],
+)
+def test_it_passes_through_adapters(method: str, basis: str | None, tmp_path: Path) -> None:
+    """In core space, and of whole weights without folding an adapter."""
     sources = adapter_family(tmp_path, tiny_config(), ADAPTERS)
-    space = space_of(sources, method=method, granularity="layer", basis="core", steps={"scale": {}})
+    space = space_of(sources, method=method, granularity="layer", basis=basis, steps={"scale": {}})
     genome = somewhere(space)
     live = live_model(sources["base"], CPU, torch.float64)
 
@@ -329,7 +337,8 @@ def test_it_passes_through_core_space(method: str, tmp_path: Path) -> None:
     materialiser = Materialiser(sources)
     point = GenomeGradients(materialiser, space).at(genome)
     load_weights(live, tensors(point.recipe).items())
-    differentiate_proxy(live, PROMPTS, IMPORTANCE, partial(point.listening, live))
+    with mock.patch.object(source, "fold", side_effect=AssertionError("folded")):
+        differentiate_proxy(live, PROMPTS, IMPORTANCE, partial(point.listening, live))
     plain = Plain(sources, at)
     plain.tensors = tensors  # type: ignore[method-assign]
     places = ("layers.1", "embedding")

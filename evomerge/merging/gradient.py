@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.blends import derivative_problem
+from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.backward import gradients
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
@@ -29,7 +31,7 @@ from evomerge.merging.changes import Rescale, differentiable
 from evomerge.merging.core_space import Core
 from evomerge.merging.derivatives import derivatives_of, with_every_source
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.passes import Differentiable, Pass
+from evomerge.merging.passes import Combine, Differentiable, Pass
 from evomerge.merging.path import Merged, merged_tensors, site_of
 from evomerge.merging.plans import base_of
 from evomerge.merging.site import Ref
@@ -41,6 +43,9 @@ _STEP = 1e-8
 _INSIDE = 4 * _STEP
 """How far, in parts of its range, a gene is moved towards the middle of its range before all else. At its bounds, and
 at values such as a weight of zero, plans are made otherwise than beside them: a source without weight is not read."""
+
+_ROUNDING = 1e-6
+"""Of a sum of rates that is zero, beside the rates."""
 
 Vector = NDArray[np.float64]
 
@@ -81,16 +86,40 @@ class Point:
             yield
 
     def _take(self, name: str, gradient: Tensor) -> None:
-        plan = self._plans[name]
+        found = self._derivatives(self._plans[name], gradient)
+        for gene, rates in self._rates[name]:
+            self.gradient[gene] += found @ rates
+
+    def _derivatives(self, plan: _Plan, gradient: Tensor) -> Vector:
+        """The derivative by each number of a plan: float64 [numbers]."""
         if plan.core is not None:
             left, right = plan.core.left.to(gradient.device), plan.core.right.to(gradient.device)
             gradient = left.T @ gradient.float() @ right.T
             tensors = [t.to(gradient.device) for t in self._materialiser.core_space.read(plan.core, plan.made)]
+        elif isinstance(plan.made, Combine) and (products := self._adapters_products(plan.refs, gradient)) is not None:
+            return products
         else:
             tensors = [self._materialiser.read_on(ref, gradient.device) for ref in plan.refs]
-        found = derivatives_of(plan.made, tensors, gradient).cpu().numpy()
-        for gene, rates in self._rates[name]:
-            self.gradient[gene] += found @ rates
+        return derivatives_of(plan.made, tensors, gradient).cpu().numpy()
+
+    def _adapters_products(self, refs: Sequence[Ref], gradient: Tensor) -> Vector | None:
+        """<G, x> of sources that are low-rank adapters of one model, or it itself; None where they are not.
+
+        As <G, W0> + sum s <L^T G, R>: no adapter is folded, whose whole weights would be in memory for each source.
+        """
+        sources, (_, stored) = [self._materialiser.sources[name] for name, _ in refs], refs[0]
+        changed = [one.changes.get(stored, ()) for one in sources]
+        alike = {(type(one), one.tensors.get(name)) for one, (_, name) in zip(sources, refs, strict=True)}
+        plain = all(isinstance(c, LowRank) and c.magnitude is None for changes in changed for c in changes)
+        if len(alike) > 1 or not plain:
+            return None
+        whole, wide = sources[0].read_stored(stored).to(gradient.device), gradient.float()
+        products = np.full(len(refs), derivatives_of(Combine({"": 1.0}), [whole], gradient).item())
+        for number, source in enumerate(sources):
+            for left, right, scale in source.low_rank(stored):
+                product = left.to(gradient.device).T @ wide * right.to(gradient.device)
+                products[number] += scale * float(product.sum(dtype=torch.float64))
+        return products
 
 
 class GenomeGradients:
@@ -211,7 +240,10 @@ def _rate(plans: Sequence[Differentiable], values: Sequence[float]) -> Vector:
     form = _form(plans[1])
     ends = [number for number in (0, 2) if _form(plans[number]) == form]
     first, last = (ends[0], ends[-1]) if len(ends) == 2 else (min(1, *ends), max(1, *ends))
-    return (plans[last].numbers - plans[first].numbers) / (values[last] - values[first])
+    rate = (plans[last].numbers - plans[first].numbers) / (values[last] - values[first])
+    if isinstance(plans[1], Combine) and abs(rate.sum()) < _ROUNDING * np.abs(rate).max():
+        rate[0] -= rate.sum()  # coefficients of a constant sum: what is left is rounding, and weights are large
+    return np.asarray(rate)
 
 
 def _form(plan: Pass) -> tuple[object, ...]:

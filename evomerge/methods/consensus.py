@@ -46,7 +46,7 @@ CONSENSUS = Method(
     min_sources=2,
     alone=one_weight({"votes": 1.0, "lambda": 1.0}),
     uniform=equal_weights({"ratio": 0.0, "votes": 1.0, "lambda": 1.0}),
-    differentiable=("weight", "lambda"),
+    differentiable=("lambda",),  # a mask moves with every weight
     title="Consensus task arithmetic",
     reference="arXiv 2405.07813",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.merging import jobs
+from evomerge.merging.changes import differentiable
+from evomerge.merging.derivatives import derivatives_of, with_every_source
 from evomerge.merging.evidence import Evidence
 from evomerge.merging.facts import Facts, Weights
 from evomerge.merging.inputs import LayerInput
@@ -286,6 +288,36 @@ class MethodContract:
         base, *sources = tensors(1 + self.count)
         merged = self.merge(base, sources, self.at(self.method.arithmetic(self.blend().sources, 0.7)))
         assert self.near(merged, base + 0.7 * sum(source - base for source in sources))
+
+    def test_derivatives_are_what_differences_say(self) -> None:
+        """Of a loss that is a random mean of the elements, where the method says that there are any."""
+        if self.method.differentiable is None:
+            pytest.skip("the method says that it has no derivatives")
+        generator = torch.Generator().manual_seed(1)
+        base, *sources = torch.randn((1 + self.count, 24, 32), generator=generator)
+        gradient, blend = torch.rand(base.shape, generator=generator), self._graded(self.blend())
+        centre, read = plan(self.method, base, sources, blend)
+        slopes = derivatives_of(differentiable(with_every_source(centre)), read, gradient).numpy()
+        known = {p.name: p for p in self.method.parameters}
+        assert set(self.method.differentiable) <= set(known)
+        for name in self.method.differentiable:
+            width = 1e-3 * (known[name].high - known[name].low)
+            beside = [self._moved(blend, name, side * width) for side in (-1.0, 1.0)]
+            losses = [(gradient.double() * self.merge(base, sources, one)).sum().item() for one in beside]
+            passes = [differentiable(with_every_source(plan(self.method, base, sources, one)[0])) for one in beside]
+            found = float(slopes @ (passes[1].numbers - passes[0].numbers))
+            assert found == pytest.approx(losses[1] - losses[0], rel=0.05, abs=1e-3 * width * gradient.numel())
+
+    @staticmethod
+    def _moved(blend: Blend, name: str, by: float) -> Blend:
+        """The blend with one parameter moved, of several sources that of the first."""
+        value = blend.parameters[name]
+        if isinstance(value, dict):
+            first = blend.sources[0]
+            moved: Any = {**value, first: float(value[first]) + by}
+        else:
+            moved = float(value) + by
+        return blend.model_copy(update={"parameters": {**blend.parameters, name: moved}})
 
     def test_says_how_much_it_takes_of_every_source(self) -> None:
         blend = self._graded(self.blend())
