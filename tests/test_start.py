@@ -11,7 +11,7 @@ import pytest
 from helpers_miniature import MINIATURES, evomerge, short_search_file
 from helpers_search import Killed, drive, dying, make_setup, table
 
-from evomerge.optimizers import CmaSettings
+from evomerge.optimizers import CatCmaSettings, CmaSettings, LqCmaSettings
 from evomerge.search.driving.candidates import START
 from evomerge.search.opening.start import shrunk
 from evomerge.search.preparing.setup import Setup, StartPoint
@@ -21,9 +21,9 @@ from evomerge.store import Store
 NEAR = [np.full(4, 0.72), np.full(4, 0.1), np.array([0.6, 0.8, 0.7, 0.7])]
 
 
-def starting(mode: Mode = "generational", candidates: int = 30, **settings: object) -> Setup:
+def starting(mode: Mode = "generational", candidates: int = 30) -> Setup:
     """A search from three candidates, of which two are near the optimum of the simulation."""
-    setup = make_setup(candidates=candidates, optimizer=CmaSettings(name="cma", **settings).warm())  # type: ignore[arg-type]
+    setup = make_setup(candidates=candidates, optimizer=CmaSettings(name="cma").warm())
     start = tuple(StartPoint(genome, f"from coarse c{i:04d}") for i, genome in enumerate(NEAR))
     return replace(setup, mode=mode, start=start)
 
@@ -41,8 +41,13 @@ def test_they_are_scored_and_told_before_anything_is_asked_for(mode: Mode, tmp_p
     assert told == {0, 1, 2, 3, 4, 5}
 
 
-def test_cma_begins_at_the_best_of_what_it_was_told(tmp_path: Path) -> None:
-    drive(tmp_path, starting(sigma=0.01, population=8))
+@pytest.mark.parametrize("settings", [CmaSettings, LqCmaSettings, CatCmaSettings])
+def test_a_search_begins_at_the_best_of_what_it_was_told(
+    settings: type[CmaSettings | LqCmaSettings | CatCmaSettings], tmp_path: Path
+) -> None:
+    name = {CmaSettings: "cma", LqCmaSettings: "lq_cma", CatCmaSettings: "catcma"}[settings]
+    optimizer = settings.model_validate({"name": name, "sigma": 0.01, "population": 8}).warm()
+    drive(tmp_path, replace(starting(), optimizer=optimizer))
     with Store.open(tmp_path / "search.db") as store:
         rows = [row for row in store.candidates() if row.step <= 2]
     best = min((row for row in rows if row.step < 2 and row.genome is not None), key=lambda row: row.losses or [9.0])

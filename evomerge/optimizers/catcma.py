@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from pydantic import Field
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Best, Observation, Settings, check_population, default_population, one_thread
-from evomerge.optimizers.cma_es import SMALLEST_STEP, Box
+from evomerge.optimizers.cma_es import SMALLEST_STEP, Box, warm_defaults
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
@@ -41,17 +41,22 @@ Vector = NDArray[np.float64]
 class CatCmaSettings(Settings):
     """CatCMA with Margin (Hamano et al., arXiv:2504.07884).
 
-    ``population`` defaults to 4 + floor(3 ln n). The search starts at each parameter's ``default``: reals and ints with
-    a first step of ``sigma``, a fraction of each range; a choice, or an int of two values, takes its default with
-    ``default_probability`` and the others share the rest. Akiba et al. (arXiv:2403.13187) start the layers of a path
-    two steps above zero, which is a probability of 0.977; 0.5 gives each of two values the same chance.
+    ``population`` defaults to 4 + floor(3 ln n). The search starts at each parameter's ``default``, or at the ``best``
+    of what was told before its first ask: reals and ints with a first step of ``sigma``, a fraction of each range; a
+    choice, or an int of two values, is as there with ``default_probability`` and the others share the rest. Akiba et
+    al. (arXiv:2403.13187) start the layers of a path two steps above zero, which is a probability of 0.977; 0.5 gives
+    each of two values the same chance.
     """
 
     name: Literal["catcma"]
     population: int | None = None
     sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
+    x0: Literal["default", "best"] = "default"
     default_probability: float = Field(default=0.9, ge=0.5, lt=1)
     scalarisation: Scalarisation | None = None
+
+    def warm(self) -> Self:
+        return self.model_copy(update=warm_defaults(self))
 
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
@@ -108,6 +113,7 @@ class CatCma:
     def ask(self, n: int) -> list[Genome]:
         if n < 1:
             return []
+        self._begin_at_best()
         self._asks += 1
         with _calm():
             self._es.reseed_rng(int(np.random.SeedSequence((self._seed, self._asks)).generate_state(1)[0]))
@@ -136,6 +142,18 @@ class CatCma:
         self._ints = np.flatnonzero(varies & ~chosen & ~real)
         self._gaussian = np.concatenate([self._reals, self._ints])
         self._counts = values[self._choices].astype(np.int64)
+
+    def _begin_at_best(self) -> None:
+        """Begin at the best of what was told, where the settings say so and nothing was asked for yet."""
+        told = self._ledger.foreign
+        if self._settings.x0 == "best" and self._asks == 0 and told:
+            best = told[int(self._scalars.of([t.losses for t in told]).argmin())].point
+            unit = np.full(self._box.low.size, 0.5)  # which stays for what is not sampled
+            if self._gaussian.size:
+                unit[self._gaussian] = best._v_raw
+            if self._choices.size:
+                unit[self._choices] = (best.c.argmax(axis=1) + 0.5) / self._counts
+            self._start(unit)
 
     def _start(self, default: Vector) -> None:
         with _calm():

@@ -59,6 +59,12 @@ Starting CMA-ES for Hyperparameter Optimization, AAAI 2021 (arXiv:2012.06932).""
 Vector = NDArray[np.float64]
 
 
+def warm_defaults(settings: Settings) -> dict[str, Any]:
+    """What of ``x0`` and ``sigma`` is another where good genomes are told before the first ask, and nothing is said."""
+    defaults = {"x0": "best", "sigma": WARM_STEP}
+    return {key: value for key, value in defaults.items() if key not in settings.model_fields_set}
+
+
 class StrategySettings(Settings):
     """What the search file says of a strategy of pycma."""
 
@@ -69,8 +75,7 @@ class StrategySettings(Settings):
     restarts: int = Field(default=0, ge=0, le=1000)
 
     def warm(self) -> Self:
-        defaults = {"x0": "best", "sigma": WARM_STEP}
-        return self.model_copy(update={key: v for key, v in defaults.items() if key not in self.model_fields_set})
+        return self.model_copy(update=warm_defaults(self))
 
     def size(self, parameters: int) -> int:
         """How many points a generation of so many parameters holds."""
