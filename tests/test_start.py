@@ -13,8 +13,11 @@ from helpers_search import Killed, drive, dying, make_setup, table
 
 from evomerge.optimizers import CatCmaSettings, CmaSettings, LqCmaSettings
 from evomerge.search.driving.candidates import START
-from evomerge.search.opening.start import shrunk
+from evomerge.search.opening.session import create_search, fingerprints_of
+from evomerge.search.opening.start import shrunk, with_start
+from evomerge.search.preparing.prepare import prepare
 from evomerge.search.preparing.setup import Setup, StartPoint
+from evomerge.search.settings.search_file import load_search_file
 from evomerge.search.settings.sections import Mode
 from evomerge.store import Store
 
@@ -130,6 +133,17 @@ def test_a_layer_wise_search_starts_from_a_model_wise_one_and_goes_on_without_it
     assert evomerge("resume", fine, "--set", "budget.candidates=9") == 0
     with Store.open(fine / "search.db") as store:
         assert [row.origin for row in store.candidates()[5:]] == [START, START, "cma", "cma"]
+
+
+def test_it_has_what_it_took_before_anything_is_scored(coarse: Path, tmp_path: Path) -> None:
+    """As where the page made the search and a driver comes later."""
+    shutil.copytree(coarse, tmp_path / "earlier")
+    prepared = with_start(prepare(load_search_file(short_search_file(tmp_path, start_from="earlier"))))
+    create_search(tmp_path / "made", prepared, fingerprints_of(prepared)).close()
+    shutil.rmtree(tmp_path / "earlier")
+    assert evomerge("resume", tmp_path / "made", "--set", "budget.candidates=7") == 0
+    with Store.open(tmp_path / "made" / "search.db") as store:
+        assert [row.origin for row in store.candidates()[5:]] == [START, START]
 
 
 @pytest.mark.parametrize(

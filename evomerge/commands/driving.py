@@ -51,7 +51,7 @@ from evomerge.search.preparing.prepare import Prepared, prepare
 from evomerge.search.preparing.setup import StartPoint
 from evomerge.search.settings.folder import EVIDENCE_NAME, LOGS_NAME, has_store
 from evomerge.search.settings.rebudget import reread_budget
-from evomerge.search.settings.resuming import record_resumed
+from evomerge.search.settings.resuming import is_same_search, record_resumed
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.workers.building import check_devices
 from evomerge.search.workers.bus_errors import explain_bus_errors
@@ -135,8 +135,7 @@ def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
     """Everything that a recorded search names, opened again; the same where anything was scored."""
     begun = store.has_scores()
     # The earlier searches may be gone; they are read again only where the search begins again as another one.
-    is_as_recorded = begun or file.model_dump(mode="json") == store.search().settings
-    start = recorded_start(store) if is_as_recorded else None
+    start = recorded_start(store) if begun or is_same_search(file, store) else None
     prepared = open_all(file, folder, begins=not begun, start=start)
     return as_recorded(store, prepared) if begun else prepared
 

@@ -63,6 +63,12 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     return file
 
 
+def is_same_search(file: SearchFile, store: Store) -> bool:
+    """Whether a search file asks for the same candidates as the recorded one."""
+    recorded, now = store.search().settings, file.model_dump(mode="json")
+    return all(key in recorded and recorded[key] == value for key, value in now.items() if key not in RESUMABLE)
+
+
 def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
     """Write down the settings that a search goes on with."""
     settings = file.model_dump(mode="json")
