@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -446,6 +446,39 @@ class Facts:
 
     def _refs(self, names: Sequence[str]) -> list[Ref]:
         return [self.site.refs[name] for name in names]
+
+
+@dataclass(frozen=True)
+class Remembered(Facts):
+    """Facts of a tensor that is planned for again and again with the same masks: each threshold is looked for once.
+
+    Where weights are in float32, to look for one is to read them.
+    """
+
+    _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, facts: Facts) -> Remembered:
+        return cls(facts.site, facts.weights, facts.evidence, facts.seed, facts.inputs, facts.merged_inputs)
+
+    def threshold(self, base: str, source: str, k: int) -> float:
+        key = ("threshold", base, source, k)
+        if key not in self._known:
+            self._known[key] = super().threshold(base, source, k)
+        return float(self._known[key])
+
+    def window_sums(self, base: str, source: str, low: float, high: float) -> tuple[float, float]:
+        key = ("window sums", base, source, low, high)
+        if key not in self._known:
+            self._known[key] = super().window_sums(base, source, low, high)
+        whole, kept = self._known[key]
+        return whole, kept
+
+    def mean_rank(self, base: str, source: str) -> float:
+        key = ("mean rank", base, source)
+        if key not in self._known:
+            self._known[key] = super().mean_rank(base, source)
+        return float(self._known[key])
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

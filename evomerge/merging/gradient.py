@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.blends import derivative_problem
+from evomerge.blends import derivative_problem, planned
 from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.backward import gradients
 from evomerge.checkpoints.live import LiveModel
@@ -30,9 +30,10 @@ from evomerge.genome import Genome, Parameter, SearchSpace
 from evomerge.merging.changes import Rescale, differentiable
 from evomerge.merging.core_space import Core
 from evomerge.merging.derivatives import derivatives_of, with_every_source
+from evomerge.merging.facts import Remembered
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.passes import Combine, Differentiable, Pass
-from evomerge.merging.path import Merged, merged_tensors, site_of
+from evomerge.merging.path import Merged, merged_tensors
 from evomerge.merging.plans import base_of
 from evomerge.merging.site import Ref
 from evomerge.recipes.stack import StackRecipe
@@ -133,6 +134,7 @@ class GenomeGradients:
     def __init__(self, materialiser: Materialiser, space: SearchSpace) -> None:
         self._materialiser, self._space = materialiser, space
         self._groups: list[dict[str, int]] | None = None
+        self._facts: dict[str, Remembered] = {}  # by tensor: neither masks nor sources change from point to point
 
     def at(self, genome: Genome) -> Point:
         """Prepare for the gradient at a genome, but for some hundred millionths of the ranges of its numbers.
@@ -178,9 +180,11 @@ class GenomeGradients:
             if core is None:
                 return None
             return _Plan(differentiable(with_every_source(space.plan(core, blend, recipe.seed))), core=core)
-        plan = with_every_source(self._materialiser.planned(merged, recipe)[0])
-        site = site_of(merged, recipe, blend, self._materialiser.sources)
-        return _Plan(differentiable(plan), [site.refs[name] for name in plan.inputs])
+        if merged.name not in self._facts:
+            self._facts[merged.name] = Remembered.of(self._materialiser.facts(merged, recipe))
+        facts = self._facts[merged.name]
+        plan = with_every_source(planned(facts, blend))
+        return _Plan(differentiable(plan), [facts.site.refs[name] for name in plan.inputs])
 
     def _grouped(self, genome: Genome, recipe: StackRecipe, merged: Sequence[Merged]) -> list[dict[str, int]]:
         """Groups of genes of which no two change the same tensor: for each group the tensors, by name, with their gene.

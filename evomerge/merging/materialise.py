@@ -426,12 +426,15 @@ class Materialiser:
         self, merged: Merged, recipe: StackRecipe, merged_inputs: MergedInputs | None = None
     ) -> tuple[Pass, list[Ref]]:
         """How a tensor is made, and the tensors that it is made from."""
-        blend = recipe.blend_for(merged.role, merged.name)
-        site = site_of(merged, recipe, blend, self._sources)
-        facts = Facts(site, self._weights, self._evidence, recipe.seed, self._inputs, merged_inputs)
+        blend, facts = recipe.blend_for(merged.role, merged.name), self.facts(merged, recipe, merged_inputs)
         if blend.basis == "core":
             made = self.core_space.planned(merged, blend, recipe.seed)
             plan = stepped(facts, blend, made, blend.steps[steps_in_core(blend) :])
         else:
             plan = planned(facts, blend)
-        return plan, [site.refs[name] for name in plan.inputs]
+        return plan, [facts.site.refs[name] for name in plan.inputs]
+
+    def facts(self, merged: Merged, recipe: StackRecipe, merged_inputs: MergedInputs | None = None) -> Facts:
+        """What a tensor's plan may ask."""
+        site = site_of(merged, recipe, recipe.blend_for(merged.role, merged.name), self._sources)
+        return Facts(site, self._weights, self._evidence, recipe.seed, self._inputs, merged_inputs)

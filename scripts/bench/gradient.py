@@ -1,0 +1,176 @@
+"""What a gradient of the proxy costs: in forward passes over the same items, and in memory beyond theirs.
+
+A forward pass over some items with their answers, and the same with the backward pass that gives the derivatives by all
+weights of a layer-wise search, take turns. Seconds are of one core (processor time of this process on one thread),
+medians of turns; what is done once for all items of a step, decoding genomes and planning beside them, is told apart.
+Memory is how far each goes above what the process holds before it.
+
+    python scripts/bench/gradient.py --real real [--methods task_arithmetic,ties] [--items 24] [--repeats 3]
+        [--dtype bfloat16] [--json FILE]
+    python scripts/bench/gradient.py --zoo
+
+The first is of the model and the adapters of scripts/real/prepare, the second of the base and twelve adapters of
+examples/zoo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from real_model import SKILLS, open_family, real_evaluator
+
+from evaluators.likelihood import LikelihoodSettings
+from evomerge.inference import proxy
+from evomerge.inference.reading import Prompt, Reader
+from evomerge.inference.requests import Likelihood
+from evomerge.merging.builders import BuildContext, Builders
+from evomerge.merging.gradient import GenomeGradients
+from evomerge.merging.stack_builder import StackBuilder
+from evomerge.method import find_method
+from search_spaces.base import SpaceContext
+from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+MB = 1e6
+
+
+def peak(work: Callable[[], object]) -> float:
+    """By how many bytes the process grows at most while something is done."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+    before = _memory("VmRSS")
+    work()
+    return _memory("VmHWM") - before
+
+
+def _memory(key: str) -> float:
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return float(lines[key].split()[0]) * 1024
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+class Problem:
+    """A live model, the items of a step, and the gradient there.
+
+    Args:
+        builder: of the model.
+        evaluator: whose answers are made likely.
+    """
+
+    def __init__(self, builder: StackBuilder, space: ParameterSpace, prompts: list[Prompt]) -> None:
+        self._builder, self._prompts = builder, prompts
+        self._gradients = GenomeGradients(builder.materialiser, space)
+        self._genome = np.array([p.default for p in space.parameters])
+        self.tokens = sum(len(prompt.fed) for prompt in prompts)
+        self.plan()
+        builder.write(self._point.recipe)
+        self._weights = [1.0] * len(prompts)
+
+    def plan(self) -> None:
+        """What a gradient takes beside the passes over the model."""
+        self._point = self._gradients.at(self._genome)
+
+    def forward(self) -> None:
+        """The proxy alone, of the same batches."""
+        items = [proxy._Item(p.fed, p.scored, 1.0) for p in self._prompts]
+        with torch.inference_mode():
+            for batch in proxy._batches(items, self._builder.live):
+                proxy._loss(self._builder.live, batch)
+
+    def gradient(self) -> None:
+        live = self._builder.live
+        proxy.differentiate_proxy(live, self._prompts, self._weights, partial(self._point.listening, live))
+
+
+def measured(problem: Problem, repeats: int) -> dict[str, float]:
+    works = {"forward": problem.forward, "gradient": problem.gradient, "plan": problem.plan}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    memory: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            taken = partial(lambda work, name: seconds[name].append(timed(work)), work, name)
+            memory[name].append(peak(taken))
+            if not repeat:  # the first turn imports, compiles and looks at the sources
+                seconds[name].clear()
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {
+        **{f"{name}_s": round(value, 3) for name, value in medians.items()},
+        "forward_passes": round(medians["gradient"] / medians["forward"], 2),
+        "forward_passes_with_plan": round((medians["gradient"] + medians["plan"]) / medians["forward"], 2),
+        **{f"{name}_mb": round(max(memory[name][1:]) / MB, 1) for name in ("forward", "gradient")},
+        "tokens": problem.tokens,
+    }
+
+
+def opened(given: argparse.Namespace) -> tuple[StackBuilder, list[Prompt]]:
+    """A builder over the sources, and the first items of a search with their answers."""
+    if given.zoo:
+        folder = ROOT / "examples" / "zoo"
+        adapters = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+        sources = open_family(folder / "base", {each.name: each for each in adapters if "full" not in each.name})
+        evaluator = LikelihoodSettings(
+            file=ROOT / "evaluators" / "tasks" / "data" / "zoo_math_en.search.jsonl",
+            held_out_file=ROOT / "evaluators" / "tasks" / "data" / "zoo_math_en.held_out.jsonl",
+        ).build()
+    else:
+        sources = open_family(given.real / "smollm2", {name: given.real / name for name in SKILLS})
+        evaluator = real_evaluator(given.real / "items", likelihood=True)
+    builder = Builders(BuildContext(sources, "base", dtype=getattr(torch, given.dtype))).of_kind("stack")
+    assert isinstance(builder, StackBuilder)
+    requests = evaluator.requests(Reader.of(builder.live), "search", range(given.items))
+    return builder, [request.prompt for request in requests if isinstance(request, Likelihood)]
+
+
+def space_of(builder: StackBuilder, method: str) -> ParameterSpace:
+    """Weights of every layer and source."""
+    base = builder.sources["base"]
+    context = SpaceContext(
+        sources={name: source.reference for name, source in builder.sources.items()}, base="base", tokenizer="base",
+        layers=base.layers, tied=base.tied, method=lambda name: find_method(name, "space.method"), recipe_seed=0,
+        dtype=None,
+    )  # fmt: skip
+    return ParameterSpaceSettings(method=method, granularity="layer").build(context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, default=ROOT / "real", help="the folder that scripts/real/prepare made")
+    parser.add_argument("--zoo", action="store_true")
+    parser.add_argument("--methods", default="task_arithmetic,ties")
+    parser.add_argument("--items", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    builder, prompts = opened(given)
+    said = {
+        "model": "zoo" if given.zoo else "real", "items": given.items, "dtype": given.dtype,
+        "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+    }  # fmt: skip
+    for method in given.methods.split(","):
+        space = space_of(builder, method)
+        found = measured(Problem(builder, space, prompts), given.repeats)
+        said[method] = {"genes": len(space.parameters), **found}
+        print(f"{method}, {len(space.parameters)} genes: {found['forward_passes']:.2f} forward passes", end=" ")
+        print(f"({found['forward_passes_with_plan']:.2f} with plans), of {found['tokens']} tokens;", end=" ")
+        print(f"{found['gradient_mb'] - found['forward_mb']:.0f} MB above a forward pass's {found['forward_mb']:.0f}")
+    if given.json is not None:
+        given.json.write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
