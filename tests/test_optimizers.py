@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers import CmaSettings, Observation, OptimizerSettings, OptunaSettings
-from evomerge.optimizers.base import Settings, random_state
+from evomerge.optimizers.base import Best, Settings, random_state
 from evomerge.optimizers.cma_es import Box, Cma
 from evomerge.optimizers.scalarisation import RHO, Chebyshev, WeightedSum
 from evomerge.testing.optimizers import SPACE, OptimizerContract, drive, sphere
@@ -469,6 +469,19 @@ def hypervolume(name: str, seed: int) -> float:
 def test_genetic_samplers_beat_random_ones_on_zdt1(name: str) -> None:
     for seed in range(2):
         assert hypervolume(name, seed) > hypervolume("random", seed) + 0.3
+
+
+@pytest.mark.parametrize("population", [2, 3, 4, 7, 12, 25])
+def test_what_cma_keeps_is_known_before_pycma_is_imported(population: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cma", None)
+        optimizer = CmaSettings(name="cma", population=population).build(reals(3, 0.0, 1.0), 1, 0)
+        assert (optimizer.population, optimizer.stopped) == (population, None)
+        keeps = optimizer.keeps
+        with pytest.raises(ImportError):
+            optimizer.ask(1)
+    optimizer.ask(1)
+    assert optimizer.keeps == keeps == Best(int(optimizer._strategy._es.sp.weights.mu))
 
 
 @pytest.mark.parametrize("name", ["nsga2", "nsga3"])

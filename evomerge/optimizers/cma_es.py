@@ -203,7 +203,7 @@ class Strategy:
         self._asks = 0
         self._was_asked = False  # since the last tell
         self._restarts = 0
-        self._es: Any
+        self._made: Any = None
         self.stopped: str | None = None
         default = box.unit(np.array([p.default for p in parameters], dtype=np.float64))
         x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
@@ -216,8 +216,8 @@ class Strategy:
 
     @property
     def parents(self) -> int:
-        """How many points of a generation, the best by rank, the mean moves to: those with a positive weight."""
-        return int(self._es.sp.weights.mu)
+        """How many points of a generation, the best by rank, the mean moves to: half (arXiv:1604.00772, table 1)."""
+        return self.population // 2
 
     @property
     def mean(self) -> Vector:
@@ -228,9 +228,10 @@ class Strategy:
     def ask(self, n: int) -> list[Vector]:
         """Give ``n`` points of the unit box."""
         self._asks += 1
+        strategy = self._es
         self._normal.reseed(self._seed, self._asks)
         with calm():
-            units: list[Vector] = self._es.ask(n)
+            units: list[Vector] = strategy.ask(n)
         self._was_asked = True
         return units
 
@@ -278,16 +279,26 @@ class Strategy:
         return None
 
     def _start(self, x0: Vector, population: int) -> None:
+        self._x0, self.population = x0, population
+        self._made = None
+        self._was_asked = False
+        self._least_step = np.where(self._box.values > 1, INTEGER_STEP / np.maximum(self._box.values, 1), 0.0)
+
+    @property
+    def _es(self) -> Any:
+        """pycma, made when it is first needed: a plan only wants to know how large a generation is."""
+        if self._made is None:
+            self._made = self._strategy()
+        return self._made
+
+    def _strategy(self) -> Any:
         with calm():
             import cma  # over half a second, and a warning where matplotlib is absent
             from cma.sigma_adaptation import CMAAdaptSigmaCSA
 
-        values = np.maximum(self._box.values, 1)
-        self.population = population
-        self._was_asked = False
-        self._least_step = np.where(self._box.values > 1, INTEGER_STEP / values, 0.0)
+        x0 = self._x0
         options: dict[str, Any] = {
-            "popsize": population,
+            "popsize": self.population,
             "bounds": [0, 1],
             "BoundaryHandler": cma.BoundTransform,
             "CMA_diagonal": self._diagonal,
@@ -304,7 +315,7 @@ class Strategy:
             "signals_filename": None,
         }
         with calm():
-            self._es = cma.CMAEvolutionStrategy(x0.tolist(), self._settings.sigma, options | _NEVER)
+            return cma.CMAEvolutionStrategy(x0.tolist(), self._settings.sigma, options | _NEVER)
 
 
 class Cma:
