@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from evomerge.merging.drops import element_bits, turns
+
+if TYPE_CHECKING:
+    from evomerge.merging.passes import Differentiable
 
 RANKED = 256  # ``passes.RANKED``
 
@@ -201,3 +205,34 @@ def rescale(base: Tensor, factor: Tensor, function: Callable[..., Tensor], *argu
     """
     wide = base.float()
     return wide + factor * (function(*arguments).view(base.shape) - wide)
+
+
+# ---- derivatives by their numbers -------------------------------------------------------------------------------------
+
+
+def inner_products(gradient: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """<g, x_k> of every tensor: float64 [tensors].
+
+    Sources are close to each other, and what counts is how their products differ: so all but the first are computed as
+    <g, x_1> + <g, x_k - x_1>, the sum in float64.
+    """
+    first = tensors[0].float()
+    own = (gradient * first).sum().double()
+    return torch.stack([own, *(own + (gradient * (tensor.float() - first)).sum().double() for tensor in tensors[1:])])
+
+
+def by_numbers(plan: Differentiable, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+    """The derivative by each element of the numbers that a plain definition takes, in float64 and their shape.
+
+    The definition is the one that ``plan.run`` has computed, and its numbers the argument after the tensors.
+    """
+    taken: list[Tensor] = []
+
+    def compute(function: Callable[..., Tensor], tensors: Sequence[Tensor], numbers: Tensor, *others: Any) -> Tensor:
+        taken.append(numbers.requires_grad_())
+        return function(tensors, numbers, *others)
+
+    with torch.enable_grad():
+        made = plan.run(tensors, first, compute)
+    (found,) = torch.autograd.grad(made, taken, gradient.reshape(made.shape))
+    return found.double()

@@ -6,9 +6,8 @@ which have no derivative, so what is differentiated is the pass with the masks t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,31 +49,3 @@ def with_every_source(plan: Pass) -> Pass:
     if isinstance(plan, Combine):
         return Combine({name: c or _NEXT_TO_NOTHING for name, c in plan.coefficients.items()})
     return plan
-
-
-def inner_products(gradient: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """<g, x_k> of every tensor: float64 [tensors].
-
-    Sources are close to each other, and what counts is how their products differ: so all but the first are computed as
-    <g, x_1> + <g, x_k - x_1>, the sum in float64.
-    """
-    first = tensors[0].float()
-    own = (gradient * first).sum().double()
-    return torch.stack([own, *(own + (gradient * (tensor.float() - first)).sum().double() for tensor in tensors[1:])])
-
-
-def by_numbers(plan: Differentiable, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-    """The derivative by each element of the numbers that a plain definition takes, in float64 and their shape.
-
-    The definition is the one that ``plan.run`` has computed, and its numbers the argument after the tensors.
-    """
-    taken: list[Tensor] = []
-
-    def compute(function: Callable[..., Tensor], tensors: Sequence[Tensor], numbers: Tensor, *others: Any) -> Tensor:
-        taken.append(numbers.requires_grad_())
-        return function(tensors, numbers, *others)
-
-    with torch.enable_grad():
-        made = plan.run(tensors, first, compute)
-    (found,) = torch.autograd.grad(made, taken, gradient.reshape(made.shape))
-    return found.double()

@@ -144,7 +144,7 @@ class Combine:
         return np.array([self.coefficients[name] for name in self.inputs])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.derivatives import inner_products
+        from evomerge.merging.definitions import inner_products
 
         return inner_products(gradient, tensors)
 
@@ -233,7 +233,7 @@ class Sparsify:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.derivatives import by_numbers
+        from evomerge.merging.definitions import by_numbers
 
         found = by_numbers(self, tensors, first, gradient)
         return cat([found[:, 0], found[:, 3], found[:1, 4]])
@@ -304,7 +304,7 @@ class Select:
         return np.array([*self.shares.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.derivatives import by_numbers
+        from evomerge.merging.definitions import by_numbers
 
         return by_numbers(self, tensors, first, gradient)[:-1]
 
@@ -356,7 +356,7 @@ class MaskedMean:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.derivatives import by_numbers
+        from evomerge.merging.definitions import by_numbers
 
         found = by_numbers(self, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 2]])
@@ -400,7 +400,7 @@ class Largest:
         return np.array([*self.weights.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.derivatives import by_numbers
+        from evomerge.merging.definitions import by_numbers
 
         return by_numbers(self, tensors, first, gradient)
 
@@ -459,7 +459,7 @@ class Disjoint:
         return np.array([*self.weights.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.derivatives import by_numbers
+        from evomerge.merging.definitions import by_numbers
 
         return by_numbers(self, tensors, first, gradient)
 
@@ -514,7 +514,7 @@ class Agreed:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.derivatives import by_numbers
+        from evomerge.merging.definitions import by_numbers
 
         found = by_numbers(self, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 3]])
