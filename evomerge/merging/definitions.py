@@ -207,7 +207,7 @@ def rescale(base: Tensor, factor: Tensor, function: Callable[..., Tensor], *argu
     return wide + factor * (function(*arguments).view(base.shape) - wide)
 
 
-# ---- derivatives by their numbers -------------------------------------------------------------------------------------
+# ---- derivatives by their numbers ------------------------------------------------------------------------------------
 
 
 def inner_products(gradient: Tensor, tensors: Sequence[Tensor]) -> Tensor:
