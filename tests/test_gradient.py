@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -163,7 +164,7 @@ class Plain:
                 ids = torch.tensor([prompt.ids])
                 steps = self._model(ids).logits[0].log_softmax(-1)
                 logs.append(sum(float(steps[t - 1, prompt.ids[t]]) for t in range(len(prompt.ids))[-prompt.scored :]))
-        return -float(np.average(logs, weights=IMPORTANCE))
+        return float(np.average([math.log(1 - log) for log in logs], weights=IMPORTANCE))
 
 
 def with_weight_of_one(recipe: StackRecipe, source: str) -> StackRecipe:

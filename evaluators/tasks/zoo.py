@@ -8,11 +8,34 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import datasets
+
 from evaluators.tasks.miniatures import number_is_right, read_items, score_math_ja, score_translation
 
-__all__ = ["read_items", "score_exact", "score_kanji", "score_math_en", "score_math_ja", "score_translation"]
+__all__ = [
+    "read_items", "read_mixed", "score_exact", "score_kanji", "score_math_en", "score_math_ja", "score_mixed",
+    "score_translation",
+]  # fmt: skip
 
 JAPANESE_NUMERAL = re.compile("[〇一二三四五六七八九十百]+")
+
+
+def read_mixed(tasks: list[str], **_: Any) -> dict[str, datasets.Dataset]:
+    """The items of some tasks, one of each in turn, with the ``task`` that each is of."""
+    by_task = [read_items(task) for task in tasks]
+    splits = {}
+    for split in ("search", "held_out"):
+        rows = zip(*(of_task[split] for of_task in by_task), strict=True)
+        items = [{"number": None, **item, "task": task} for row in rows for task, item in zip(tasks, row, strict=True)]
+        splits[split] = datasets.Dataset.from_list(items)
+    return splits
+
+
+def score_mixed(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """The rule of the item's own task; a Japanese problem wants an answer in Japanese."""
+    if doc["task"] == "zoo_math_ja":
+        return {"acc": score_math_ja(doc, results)["acc_ja"]}
+    return score_kanji(doc, results) if doc["task"] == "zoo_steps_kanji" else score_exact(doc, results)
 
 
 def score_math_en(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

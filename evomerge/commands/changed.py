@@ -19,7 +19,7 @@ from evomerge.search.driving.dispatch import Pending
 from evomerge.search.opening.session import accept_changed, changed_evaluators, recipe_of
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
-from evomerge.search.work.jobs import Failed, Finished, Measured, Task
+from evomerge.search.work.jobs import Descended, Failed, Finished, Measured, Task
 from evomerge.search.workers.building import computing_dtype
 from evomerge.store import Scores, Store
 from evomerge.store.rows import candidate_id
@@ -96,7 +96,8 @@ class _Rescoring(OutsideJobs):
         model = prepared.sources[prepared.file.tokenizer_source]
         self._tolerance = Tolerance.of(computing_dtype(prepared.file) or model.dtype)
 
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
+        assert isinstance(result, Measured)  # no candidate's job is a descent
         for task, scores in zip(pending.tasks, result.scores, strict=True):
             before = _recorded(
                 self.store, pending.number, self.prepared.setup.evaluators[task.evaluator].version, task.split

@@ -14,7 +14,7 @@ from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.settings.folder import LOGS_NAME
 from evomerge.search.work.deadlines import Deadlines
-from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import Store
 
 
@@ -47,7 +47,7 @@ class OutsideJobs:
 
     # As a ``Recorder``
 
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None: ...
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
         log = write_log(self._logs, finished, failure, self.log_prefix)

@@ -1,4 +1,9 @@
-"""A smooth proxy of how good a model is, to be differentiated: -log p(answer | prompt), the mean over some items."""
+"""A smooth proxy of how good a model is, to be differentiated: how unlikely right answers are, the mean over items.
+
+Of an item whose right answer has the chance p it is log(1 - log p): as -log p for answers that are nearly certain, and
+its logarithm for answers that are far from likely. The mean of -log p itself is ruled by the items that are furthest
+from right, whose scores do not change; those count here by as much as they change in proportion.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +63,7 @@ def differentiate_proxy(
         listening: opened around every pass, which adds its share to the gradient.
 
     Returns:
-        The proxy: natural logarithms, of whole answers.
+        The proxy, of whole answers; logarithms are natural ones.
     """
     total = sum(weights)
     items = [_Item(p.fed, p.scored, w / total) for p, w in zip(prompts, weights, strict=True)]
@@ -106,7 +111,7 @@ def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
 
 
 def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:
-    """-sum_i w_i log p(answer_i | prompt_i), with a graph: a scalar, in float32 at least."""
+    """sum_i w_i log(1 - log p(answer_i | prompt_i)), with a graph: a scalar, in float32 at least."""
     width, kept = len(batch[0].ids) - 1, _kept(batch)
     ids, mask = torch.zeros(2, len(batch), width, dtype=torch.int64)
     for row, item in enumerate(batch):  # padded on the right, where nothing looks back at it
@@ -121,5 +126,5 @@ def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:
         first = kept - (width - (len(item.ids) - 1 - item.scored))
         own = row[first : first + len(answer)].to(total.dtype)
         chosen = own.gather(1, answer[:, None]).squeeze(1)
-        total = total - item.weight * (chosen - own.logsumexp(1)).sum()
+        total = total + item.weight * torch.log1p((own.logsumexp(1) - chosen).sum())
     return total

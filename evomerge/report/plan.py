@@ -81,6 +81,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from _constraints(setup)
     yield from _features(setup)
     yield from _screen(setup)
+    yield from _proxy(setup)
     for warning in prepared.warnings:
         yield "warning", warning
     yield from _few_items(setup)
@@ -222,6 +223,17 @@ def _features(setup: Setup) -> Iterator[tuple[str, str]]:
         evaluator = setup.evaluators[feature.evaluator]
         niches = f"{feature.bins} bins from {feature.low:g} to {feature.high:g}"
         yield "feature", f"{feature.name}: {feature.metric} of {evaluator.name}, {niches}, {feature.items} search items"
+
+
+def _proxy(setup: Setup) -> Iterator[tuple[str, str]]:
+    if (proxy := setup.proxy) is None:
+        return
+    numbers = sum(parameter.differentiable for parameter in setup.space.parameters)
+    yield (
+        "proxy",
+        f"likelihoods of {proxy.items} answers; {proxy.steps} steps down its gradient by {numbers} numbers beside each "
+        f"generation, each on {min(proxy.drawn, proxy.items)} of them; 2 points are scored",
+    )
 
 
 def _screen(setup: Setup) -> Iterator[tuple[str, str]]:

@@ -115,13 +115,16 @@ def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:
 
 
 def thrift_lines(status: SearchStatus) -> list[str]:
-    """What spares items: a line each for racing, the screen and item response where the search uses them."""
+    """What spares items: a line each for racing, the screen, the proxy and item response where the search uses them."""
     lines = []
     if status.racing is not None:
         rungs = ", ".join(str(rung) for rung in status.racing.rungs)
         lines.append(f"racing: rungs {rungs}; {status.items:,} items scored in all")
     if status.screen is not None:
         lines.append(f"screen: {screen_text(status.screen)}")
+    if (proxy := status.proxy) is not None:
+        walk = f"{proxy.before:.3g} before its last descent, {proxy.after:.3g} at its end"
+        lines.append(f"proxy: {walk}; beside generation {proxy.step}, at rate {proxy.rate:.3g}")
     if status.racing is not None and status.racing.estimate == "item_response":
         known = "; ".join(_item_response(name, fitted) for name, fitted in status.item_response.items())
         lines.append(f"item response: {known or 'no model of it is fitted yet'}")

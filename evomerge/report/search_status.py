@@ -74,6 +74,15 @@ class ScreenState(BaseModel):
     left_out: int
 
 
+class ProxyState(BaseModel):
+    """How the proxy was followed last: beside which generation, at which rate, and its value before and after."""
+
+    step: int
+    rate: float
+    before: float
+    after: float
+
+
 class Slow(BaseModel):
     """A node, or a worker of an ordinary node, that takes far longer than the others.
 
@@ -148,6 +157,7 @@ class SearchStatus(BaseModel):
     features: dict[str, FeatureRange] = {}
     racing: Racing | None
     screen: ScreenState | None
+    proxy: ProxyState | None = None
     item_response: dict[str, ItemErrors]
     sources: list[str]
     best: Entry | None

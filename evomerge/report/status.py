@@ -25,6 +25,7 @@ from evomerge.report.picks import conclusions, picks_of
 from evomerge.report.search_status import (
     Budget,
     Counts,
+    ProxyState,
     Scalarised,
     ScreenState,
     SearchStatus,
@@ -37,7 +38,7 @@ from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
-from evomerge.store.events import ConfirmFailed, ItemErrors, ItemResponse, Screening, State
+from evomerge.store.events import ConfirmFailed, Descent, ItemErrors, ItemResponse, Screening, State
 from evomerge.store.record import Measure
 from evomerge.store.rows import AnyCandidate, ListedCandidate
 
@@ -97,8 +98,7 @@ def status_of(store: Store) -> SearchStatus:
 
     best = {role: shown(row) for role, row in best_on_search(store, search, front, baselines).items()}
     numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
-    state, why = _state(search, held, driven=driven)
-    budget = _budget(store, search, driven=driven)
+    (state, why), budget = _state(search, held, driven=driven), _budget(store, search, driven=driven)
     status = SearchStatus(
         name=search.name,
         state=state,
@@ -116,6 +116,7 @@ def status_of(store: Store) -> SearchStatus:
         features=features_of(record),
         racing=record.racing,
         screen=_screen(store, search),
+        proxy=_proxy(store),
         item_response=_item_response(store),
         sources=sources,
         best=best.get(BEST, best.get(KNEE)),
@@ -339,3 +340,13 @@ def _profile(profile: object) -> list[str]:
             return [f"profile of {cosines} cosines"]
         case _:
             return [f"profile of {profile}"]
+
+
+def _proxy(store: Store) -> ProxyState | None:
+    """How the proxy was followed last; None where it never was."""
+    events = store.events(kinds=("descent",), newest=1)
+    if not events:
+        return None
+    descent = events[0].read(Descent)
+    before, after = descent.proxy
+    return ProxyState(step=descent.step, rate=descent.rate, before=before, after=after)

@@ -48,6 +48,7 @@ _FIGURES: tuple[tuple[Name, Wish, str, str], ...] = (
     ("hypervolume", Wish(), "Hypervolume", "What the front covers."),
     ("curse", Wish(), "Search against held-out score", "How much of a good score was luck."),
     ("importance", Wish(), "What matters", "How much each parameter decides whether a candidate is good."),
+    ("proxy", Wish(), "What the right answers would like", "By the gradient of the proxy."),
     ("parallel", Wish(), "Parameters and score", "A line a candidate."),
     ("constraints", Wish(), "Constraints", ""),
     ("timeline", Wish(), "Workers", "A bar an attempt."),
@@ -175,6 +176,8 @@ def _applies(name: Name, status: SearchStatus) -> bool:
         return bool(status.constraints)
     if name == "grid":
         return bool(status.features)
+    if name == "proxy":
+        return status.proxy is not None
     return name != "hypervolume" or len(status.directions) > 1
 
 

@@ -271,6 +271,32 @@ class Screening(Event):
     on: StrictBool
 
 
+class Descent(Event):
+    """Steps down the gradient of the proxy.
+
+    ``passes`` counts items run forward and backward. ``proxy`` is its value before the first and the last step, on
+    items of their own; ``gradient`` is that at the start by each parameter, None where it has none.
+    """
+
+    kind: ClassVar[str] = "descent"
+    step: Whole
+    steps: Whole
+    rate: StrictFloat
+    passes: Whole
+    proxy: tuple[StrictFloat, StrictFloat]
+    gradient: list[StrictFloat | None]
+    seconds: float
+
+
+class DescentFailed(Event):
+    """No points came of a descent. ``log`` is a file in the folder of the search."""
+
+    kind: ClassVar[str] = "descent failed"
+    step: Whole
+    why: str
+    log: str = ""
+
+
 class ItemErrors(BaseModel):
     """Mean absolute errors of a measure's estimates, and whether item response is used for it."""
 
@@ -340,7 +366,7 @@ READ: dict[str, type[Event | ItemResponse]] = {
     event.kind: event
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, Stale, ScoresAdded,
-        Screening, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
+        Screening, Descent, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

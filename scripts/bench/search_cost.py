@@ -1,15 +1,23 @@
 """What a good merge costs: items generated until a search's held-out score is as good as plain CMA-ES makes it.
 
-The reference is a search by the settings of the original work (DARE-TIES, a weight and a density a source, CMA-ES at
-its defaults, 1,000 candidates, each scored on every item). Every technique searches the same space on the same items,
-and whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The
-curves are those held-out scores over the items generated so far. The goal of a technique is 95% of the gain over the
-best baseline that the reference has when its budget is spent.
+The zoo (examples/zoo): four experts of one base, and the mean score on four tasks, of which one is a composition that
+no expert can do. Three spaces over them:
 
-    python scripts/bench/search_cost.py run FOLDER [--seeds 0 1 2 3 4] [--only NAME ...]   # hours; can be interrupted
+* model: a weight for each expert.
+* blocks: a weight for each expert in each attention, each mlp and outside of the layers: 56.
+* density: TIES with a weight and a density for each of these: 112.
+
+The reference of each is a search by the settings of the original work: CMA-ES at its defaults from the centre of the
+box, 1,000 candidates, each scored on every item. Every technique searches the same space on the same items, and
+whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The curves
+are those held-out scores over the items generated so far, those of the baselines among them. What a technique asks for
+beside answers (likelihoods of right answers, and passes forward and backward through them) is counted apart. The goal
+is 95% of the gain over the best baseline that the reference has when its budget is spent.
+
+    python scripts/bench/search_cost.py run FOLDER [--problem blocks] [--seeds 0 1 2 ...] [--only NAME ...]
     python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost.svg
 
-Runs of several processes, each with its own seeds, may share a folder.
+Hours; it can be interrupted. Runs of several processes, each with its own seeds or problem, may share a folder.
 """
 
 from __future__ import annotations
@@ -38,32 +46,35 @@ from evomerge.search.workers.worker import Worker
 from evomerge.store import Store, acquire
 
 ROOT = Path(__file__).parents[2]
+ZOO = ROOT / "examples" / "zoo"
 DATA = ROOT / "evaluators" / "tasks" / "data"
 SHARE = 0.95  # of the reference's gain
-PARTS = (0.02, 0.03, 0.05)  # of the reference's items, at which it is told how much of the gain a technique has
+PARTS = (0.01, 0.02, 0.05)  # of the reference's items, at which it is told how much of the gain a technique has
 REFERENCE = "full evaluation, plain CMA-ES"
+SEEDS = 8
+HELD_OUT = 500  # items of the held-out split, as many of each task
 
+EXPERTS = ("steps_ja", "kanji", "into_english", "extraction")
 SETTINGS: dict[str, Any] = {
-    "sources": {name: str(ROOT / "examples" / "miniatures" / name) for name in ("base", "maths", "japanese")},
+    "sources": {"base": str(ZOO / "base"), **{name: f"{ZOO / 'base'}+{ZOO / name}" for name in EXPERTS}},
     "base": "base",
-    "space": {"kind": "parameter_space", "method": "dare_ties", "granularity": "model", "bounds": {"weight": [0, 1.5]}},
-    "objectives": {"maths": {"task": "mini_math_ja", "metric": "acc_ja", "items": 250, "batch_size": 250}},
+    "dtype": "float32",
+    "objectives": {"zoo": {"task": "zoo_mixed", "metric": "acc", "items": 100, "batch_size": 250}},
+    "baselines": {"kappa": False},
 }
-SCREEN = {
-    "evaluator": "likelihood", "metric": "log_likelihood", "items": 100,
-    "file": str(DATA / "mini_math_ja.search.jsonl"), "held_out_file": str(DATA / "mini_math_ja.held_out.jsonl"),
-}  # fmt: skip
-RACING = {"rungs": [25, 75]}
-LITTLE = {"candidates": 150}  # by then the curves are level
+BOUNDS = {"weight": [0, 1.5]}
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "model": {"method": "task_arithmetic", "granularity": "model", "bounds": BOUNDS},
+    "blocks": {"method": "task_arithmetic", "granularity": "block", "bounds": BOUNDS},
+    "density": {"method": "ties", "granularity": "block", "bounds": BOUNDS},
+}
+RACING = {"rungs": [25, 50]}
+LITTLE = {"candidates": 150}
 CMA, LQ_CMA = {"name": "cma"}, {"name": "lq_cma"}
 CASES: dict[str, dict[str, Any]] = {
     REFERENCE: {"budget": {"candidates": 1000}, "optimizer": CMA},
     "racing": {"budget": LITTLE, "optimizer": CMA, "racing": RACING},
-    "screen": {"budget": LITTLE, "optimizer": CMA, "screen": SCREEN},
-    "surrogate (lq-CMA-ES)": {"budget": LITTLE, "optimizer": LQ_CMA},
-    "racing, surrogate (lq-CMA-ES)": {"budget": LITTLE, "optimizer": LQ_CMA, "racing": RACING},
-    "racing, screen": {"budget": LITTLE, "optimizer": CMA, "racing": RACING, "screen": SCREEN},
-}  # fmt: skip
+}
 
 
 class CountingPool:
@@ -111,14 +122,15 @@ class Point:
     held_out: float
 
 
-def run(folder: Path, name: str, seed: int) -> None:
-    """One search, with its curve in FOLDER/NAME-SEED.json; nothing when that is there already."""
-    key = "".join(letter if letter.isalnum() else "_" for letter in name)
+def run(folder: Path, problem: str, name: str, seed: int) -> None:
+    """One search, with its curve in FOLDER/PROBLEM-NAME-SEED.json; nothing when that is there already."""
+    key = "".join(letter if letter.isalnum() else "_" for letter in f"{problem} {name}")
     out = folder / f"{key}-{seed}.json"
     if out.exists():
         return
     started = time.time()
-    content = SETTINGS | CASES[name] | {"name": key, "seed": seed}
+    space = {"kind": "parameter_space", **PROBLEMS[problem], **CASES[name].get("space", {})}
+    content = SETTINGS | CASES[name] | {"space": space, "name": key, "seed": seed}
     prepared = prepare(parse_search_file(content, place=name, root=ROOT))
     place = folder / f"{key}-{seed}.{int(started)}"
     store = create_search(place, prepared, fingerprints_of(prepared))
@@ -128,12 +140,12 @@ def run(folder: Path, name: str, seed: int) -> None:
         why = driver.run().why
         curve = _curve(store, prepared, pool)
         baselines = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
-    result = {"name": name, "seed": seed, "why": why, "seconds": time.time() - started}
+    result = {"problem": problem, "name": name, "seed": seed, "why": why, "seconds": time.time() - started}
     result |= {"baselines": baselines, "points": [vars(point) for point in curve], "folder": place.name}
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result))
     partial.rename(out)
-    print(f"{name}, seed {seed}: {curve[-1]}, {why}, {result['seconds']:.0f} s", flush=True)
+    print(f"{problem}, {name}, seed {seed}: {curve[-1]}, {why}, {result['seconds']:.0f} s", flush=True)
 
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
@@ -157,16 +169,16 @@ def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
 def _point(
     store: Store, prepared: Prepared, pool: CountingPool, best: int, items: int, screened: int, candidates: int
 ) -> Point:
-    search = store.candidate(best).objectives["maths"].mean
+    search = store.candidate(best).objectives["zoo"].mean
     return Point(items, screened, candidates, search, _held_out(best, store, prepared, pool))
 
 
 def _held_out(number: int, store: Store, prepared: Prepared, pool: CountingPool) -> float:
     row = store.candidate(number)
-    tasks = [Task(0, "held_out", range(prepared.setup.evaluators[0].held_out_items))]
+    tasks = [Task(0, "held_out", range(HELD_OUT))]
     finished = pool.worker.run(Job(number, 0, recipe_of(row, prepared.file.sources), tasks))
     assert isinstance(finished.result, Measured), finished.result
-    return float(finished.result.scores[0]["acc_ja"].mean(dtype=np.float64))
+    return float(finished.result.scores[0]["acc"].mean(dtype=np.float64))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -278,7 +290,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
+    parser.add_argument("--problem", choices=list(PROBLEMS), nargs="+", default=list(PROBLEMS))
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     given = parser.parse_args()
     if given.what == "report":
@@ -286,8 +299,9 @@ def main() -> None:
         return
     given.folder.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
-        for name in given.only:
-            run(given.folder, name, seed)
+        for problem in given.problem:
+            for name in given.only:
+                run(given.folder, problem, name, seed)
 
 
 if __name__ == "__main__":

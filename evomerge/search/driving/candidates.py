@@ -16,6 +16,8 @@ from evomerge.store.rows import Status
 FAVOURITE = "favourite"
 """Where a candidate comes from that the optimizer believes in and did not ask for."""
 
+PROXY = "proxy"
+"""Where a candidate comes from that the gradient of a proxy led to."""
 
 START = "start"
 """Where a candidate comes from that an earlier search found good."""
@@ -24,7 +26,7 @@ START = "start"
 @dataclass
 class Candidate:
     """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a baseline's kind, the name
-    of the optimizer, FAVOURITE or START.
+    of the optimizer, FAVOURITE, PROXY or START.
 
     ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an
     earlier candidate of the same recipe, whose scores are its own.
@@ -92,6 +94,10 @@ class Proposals(Protocol):
     @property
     def is_starting(self) -> bool:
         """Whether candidates of an earlier search are to be told before anything is asked for."""
+        ...
+
+    def prepare(self) -> bool:
+        """Work out what the next ask needs of workers; False when a stop came first."""
         ...
 
     def ask(self, count: int) -> list[Candidate]:

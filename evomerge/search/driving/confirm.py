@@ -25,7 +25,7 @@ from evomerge.search.estimation.scores import to_answers, to_scores
 from evomerge.search.estimation.statistics import mean_and_error
 from evomerge.search.settings.sections import Confirm
 from evomerge.search.work.deadlines import Deadlines
-from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import CandidateRow, Estimate, Store
 from evomerge.store.events import Chosen, ConfirmFailed, Confirming, Shortlist, Stale, State, Winner
 
@@ -127,7 +127,8 @@ class Confirmation:
     def dispatched(self, pending: Pending) -> None:
         self._store.record_event(Confirming(candidate=pending.number, attempt=pending.attempt))
 
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
+        assert isinstance(result, Measured)  # no candidate's job is a descent
         self._progress.models_done += 1
         self.models += 1
         self.items += sum(len(task.indices) for task in pending.tasks)

@@ -22,6 +22,7 @@ from evomerge.search.work.jobs import (
     WORKER_FAULTS,
     Calibrate,
     Descend,
+    Descended,
     Failed,
     Finished,
     Job,
@@ -69,7 +70,7 @@ class Recorder(Protocol):
 
     def dispatched(self, pending: Pending) -> None: ...
 
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None: ...
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None: ...
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
 
@@ -324,7 +325,6 @@ class Dispatcher:
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
         """Record how an attempt ended; the next attempt when there is to be one."""
         if not isinstance(finished.result, Failed):
-            assert isinstance(finished.result, Measured)  # no feed asks for a descent yet
             recorder.measured(pending, finished, finished.result)
             return None
         reason = finished.result.reason

@@ -17,7 +17,8 @@ from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.prices import amount_text
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.answers import BestAnswers
-from evomerge.search.driving.candidates import FAVOURITE, START, Candidate
+from evomerge.search.driving.candidates import FAVOURITE, PROXY, START, Candidate
+from evomerge.search.driving.descents import Descents
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
@@ -60,6 +61,7 @@ class Driver:
             if setup.mode == "generational"
             else SteadyScoring(setup, store, dispatcher, drive.logs, self.optimizer.population)
         )
+        self._descents = None if setup.proxy is None else Descents(setup.proxy, setup, store, dispatcher, drive.logs)
         self._ranking = Ranking(setup, self._scoring.screening)
         self._step = 0
         self._asked = 0
@@ -131,14 +133,23 @@ class Driver:
         """How many candidates the budget leaves."""
         return sys.maxsize if self._budget.candidates is None else self._budget.candidates - self._asked
 
+    def prepare(self) -> bool:
+        """Have a worker follow the proxy, where there is one; False when a stop came first."""
+        return self._descents is None or self._descents.prepare(self._step + 1)
+
     def ask(self, count: int) -> list[Candidate]:
-        """So many new candidates, or what is left of the budget; with racing, the optimizer's favourite beside them."""
+        """So many new candidates, or what is left of the budget.
+
+        Beside them the optimizer's favourite, with racing, and the points that the proxy leads to.
+        """
         room = self._room()
         name: str = self._setup.optimizer.name
         points = [(name, genome) for genome in self.optimizer.ask(min(count, room))]
         self._asked_since_favourite += len(points)
         if len(points) < room and (favourite := self._favourite()) is not None:
             points.append((FAVOURITE, favourite))
+        if self._descents is not None:
+            points += [(PROXY, genome) for genome in self._descents.points()[: room - len(points)]]
         for _, genome in points:
             check_genome(genome, self._setup.space.parameters, f"optimizer {name}")
         self._step += 1
@@ -206,6 +217,8 @@ class Driver:
             [self._observed(c, c.genome, c.losses) for c in taught if c.genome is not None and c.losses]
         )
         self._scoring.learn(candidates, baselines=candidates[0].step == 0)
+        if self._descents is not None:
+            self._descents.take(candidates, self._kept.front.niches.keys())
         for c in candidates:
             del self._open[c.number]
             if c.step > 0:
@@ -368,11 +381,13 @@ class Driver:
                 (start.genome, self._setup.space.decode(start.genome)) for start in self._setup.start[: len(rows)]
             ]
         else:
-            ours = [row.genome for row in rows if row.genome is not None and row.origin != FAVOURITE]
+            given = [row for row in rows if row.origin == PROXY]  # by a worker: what was recorded is what there was
+            ours = [row.genome for row in rows if row.genome is not None and row.origin not in (FAVOURITE, PROXY)]
             genomes = self.optimizer.replay(ours)
             self._asked_since_favourite += len(genomes)
-            if len(genomes) < len(rows) and (favourite := self._favourite()) is not None:
+            if len(genomes) + len(given) < len(rows) and (favourite := self._favourite()) is not None:
                 genomes.append(favourite)
+            genomes += [row.genome for row in given if row.genome is not None]
             points = [(genome, self._setup.space.decode(genome)) for genome in genomes]
         if len(points) != len(rows):
             raise _drift(f"step {step}", f"gives {len(points)} candidates where {len(rows)} were recorded")

@@ -35,6 +35,8 @@ class GenerationScoring(CandidateScoring):
                 proposals.tell(generation)
             if proposals.is_spent:
                 return True
+            if not proposals.prepare():
+                return False
             proposals.ask(optimizer.population)
 
     def score(self, generation: list[Candidate], rivals: Grid, keeps: Keeps) -> bool:

@@ -27,7 +27,7 @@ from evomerge.search.estimation.racing import surely_better, verdicts
 from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_answers
 from evomerge.search.estimation.screening import Screener
 from evomerge.search.preparing.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
-from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import Estimate, RaceEnd, Store
 from evomerge.store.events import Stale
 from evomerge.store.rows import Status
@@ -335,7 +335,8 @@ class CandidateScoring(ABC):
         self._of(pending.number).attempts = pending.attempt
         self._store.record_dispatch(pending.number, pending.attempt, "")
 
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
+        assert isinstance(result, Measured)  # no candidate's job is a descent
         c, table = self._of(finished.candidate), ScoreTable()
         for task, metrics in zip(pending.tasks, result.scores, strict=True):
             table.add(self._setup, task.evaluator, task.indices, metrics)

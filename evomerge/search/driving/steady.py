@@ -24,7 +24,7 @@ from evomerge.search.driving.candidates import Candidate, Proposals
 from evomerge.search.driving.dispatch import Dispatcher, Pending
 from evomerge.search.driving.scoring import CandidateScoring
 from evomerge.search.preparing.setup import Counts, Setup
-from evomerge.search.work.jobs import Failed, Finished, Measured
+from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import EventRow, Store
 from evomerge.store.events import Ask, Decided, Dispatch, Failure
 
@@ -210,7 +210,7 @@ class SteadyScoring(CandidateScoring):
             self.back.append(self._of(pending.number))
         return answered
 
-    def measured(self, pending: Pending, finished: Finished, result: Measured) -> None:
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
         super().measured(pending, finished, result)
         self.back.append(self._of(finished.candidate))
 

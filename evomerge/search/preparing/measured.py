@@ -38,7 +38,7 @@ def with_measures(prepared: Prepared, store: Store, evidence: Evidence) -> Prepa
         tiers=tiers_of(prepared.sources, file.base, evidence) if has_tiers else None,
     )
     space = build_space(file, prepared.sources, measures)
-    return replace(prepared, setup=replace(prepared.setup, space=space))
+    return replace(prepared, setup=replace(prepared.setup, space=space, space_measures=measures))
 
 
 def planned_baselines(prepared: Prepared) -> int:

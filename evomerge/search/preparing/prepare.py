@@ -10,6 +10,7 @@ import numpy as np
 from evaluators.base import Evaluator
 from evaluators.change import ChangeEvaluator, ChangeSettings
 from evaluators.cost import COUNTED
+from evaluators.likelihood import LikelihoodEvaluator
 from evomerge.blends import observed
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.checks import check_compatible
@@ -30,11 +31,13 @@ from evomerge.search.preparing.setup import (
     EvaluatorInfo,
     FeatureInfo,
     ObjectiveInfo,
+    ProxyInfo,
     ScreenInfo,
     Setup,
 )
 from evomerge.search.preparing.texts import text_warnings
 from evomerge.search.settings.early import UNMEASURED, make_space
+from evomerge.search.settings.gradient import gradient_problem
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
@@ -109,6 +112,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         constraints=tuple(_constraint(file, name, evaluators) for name in file.constraints),
         features=tuple(_feature(file, name, evaluators) for name in file.features),
         screen=_screen(file, evaluators),
+        proxy=_proxy(file, space, evaluators),
         racing=file.racing,
         mode=file.mode,
         answers=file.answers,
@@ -288,3 +292,19 @@ def _screen(file: SearchFile, evaluators: Evaluators) -> ScreenInfo | None:
         "screen", resolved.evaluator, screen.metric, resolved.higher_is_better, resolved.items,
         objective=objective, least_tau=screen.least_tau, drop=screen.drop,
     )  # fmt: skip
+
+
+def _proxy(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> ProxyInfo | None:
+    proxy = file.proxy
+    if proxy is None:
+        return None
+    if (problem := gradient_problem(space)) is not None:
+        hint = "Leave it out, or take a method whose merges follow its weights smoothly, such as task_arithmetic."
+        raise InputError("proxy", f"needs a gradient, and {problem}", hint)
+    if file.engine != "transformers":
+        raise InputError("proxy", f"needs a gradient, and {file.engine} has none", "Take `engine: transformers`.")
+    resolved = evaluators.resolve(file, "proxy")
+    if not isinstance(evaluators.opened[resolved.evaluator], LikelihoodEvaluator):
+        problem = f"asks {proxy.evaluator}, and only how likely the answers of items are has a gradient"
+        raise InputError("proxy.evaluator", problem, "Take `evaluator: likelihood`.")
+    return ProxyInfo(resolved.evaluator, resolved.items, proxy.drawn, proxy.steps, proxy.rate)

@@ -14,9 +14,11 @@ from evaluators.base import ItemScores, Split
 from evomerge.genome import Genome, SearchSpace
 from evomerge.optimizers import Feature, Optimizer, OptimizerSettings
 from evomerge.prices import Prices
+from evomerge.search.settings.early import UNMEASURED
 from evomerge.search.settings.sections import Budget, Confirm, KeptAnswers, Mode, Racing
 from evomerge.search.work.jobs import Task
 from evomerge.store import Estimate
+from search_spaces.base import Measures
 
 
 def violation(mean: float, threshold: float, *, at_least: bool) -> float:
@@ -67,6 +69,17 @@ class ScreenInfo(MeasureInfo):
     objective: int
     least_tau: float
     drop: float
+
+
+@dataclass(frozen=True)
+class ProxyInfo:
+    """A smooth stand-in for the objectives; see ``Proxy``. ``evaluator`` is a position in ``Setup.evaluators``."""
+
+    evaluator: int
+    items: int
+    drawn: int
+    steps: int
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -126,10 +139,12 @@ class Setup:
     constraints: tuple[ConstraintInfo, ...] = ()
     features: tuple[FeatureInfo, ...] = ()
     screen: ScreenInfo | None = None
+    proxy: ProxyInfo | None = None
     racing: Racing | None = None
     mode: Mode = "generational"
     answers: KeptAnswers = "all"
     prices: Prices | None = None
+    space_measures: Measures = UNMEASURED
     start: tuple[StartPoint, ...] = ()
 
     @property

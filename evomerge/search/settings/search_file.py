@@ -39,6 +39,7 @@ from evomerge.search.settings.sections import (
     Mode,
     Name,
     Objective,
+    Proxy,
     Racing,
     Screen,
     Section,
@@ -72,6 +73,7 @@ class SearchFile(Section):
     start_from: tuple[Path, ...] = Field(default=(), max_length=MOST_EARLIER)
     racing: Racing | None = None
     screen: Screen | None = None
+    proxy: Proxy | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
     mode: Mode = "generational"
     budget: Budget
@@ -137,6 +139,12 @@ class SearchFile(Section):
         return self.model_copy(update={"optimizer": optimizer.warm() if self.start_from else optimizer})
 
     @model_validator(mode="after")
+    def _proxy_has_a_turn(self) -> Self:
+        if self.proxy is not None and self.mode != "generational":
+            raise ValueError("proxy: proposes candidates beside a generation, and an asynchronous search has none")
+        return self
+
+    @model_validator(mode="after")
     def _cost_has_a_price(self) -> Self:
         if self.budget.cost is None or self.cluster.worker_hour is not None:
             return self
@@ -167,7 +175,8 @@ class SearchFile(Section):
         by_place: dict[str, Measure] = {f"objectives.{name}": objective for name, objective in self.objectives.items()}
         by_place |= {f"constraints.{name}": constraint for name, constraint in self.constraints.items()}
         by_place |= {f"features.{name}": feature for name, feature in self.features.items()}
-        return by_place if self.screen is None else by_place | {"screen": self.screen}
+        others: dict[str, Measure | None] = {"screen": self.screen, "proxy": self.proxy}
+        return by_place | {place: measure for place, measure in others.items() if measure is not None}
 
     def evaluators(self) -> dict[str, EvaluatorSettings]:
         """The evaluator settings of each measure, by the measure's place; equal settings mean one evaluator."""
@@ -232,6 +241,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         },
         "features": {n: _at(root.resolve(), f"features.{n}", feature) for n, feature in parsed.features.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
+        "proxy": None if parsed.proxy is None else _at(root.resolve(), "proxy", parsed.proxy),
     }
     if parsed.calibration is not None:
         update["calibration"] = parsed.calibration.at(root)

@@ -165,6 +165,21 @@ class Screen(Measure):
     drop: float = Field(default=0.5, gt=0, lt=1)
 
 
+class Proxy(Measure):
+    """A smooth stand-in for the objectives, whose gradient by weights proposes candidates. It decides nothing.
+
+    The evaluator says how likely each right answer is, p; the proxy is the mean of log(1 - log p). Beside each
+    generation a worker takes ``steps`` steps further down its gradient, each on ``drawn`` of the first ``items`` items
+    of the search split, of about ``rate`` of each parameter's range; the points half way and at their end are scored.
+    """
+
+    evaluator: str = "likelihood"
+    metric: str = "log_likelihood"
+    drawn: Items = 64
+    steps: int = Field(default=16, ge=2, le=1000)
+    rate: float = Field(default=0.05, gt=0, le=0.5)
+
+
 class Racing(Section):
     """Scores every candidate on few items, and on more only where that decides something.
 

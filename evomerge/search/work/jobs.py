@@ -47,7 +47,8 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Descend:
-    """Walk from a genome down the gradient of a proxy: of -log p(answer | prompt), the mean over items.
+    """Walk from a genome down the gradient of a proxy: of log(1 - log p), the mean over items, with p the chance
+    p(answer | prompt) of the right answer.
 
     Each step draws fresh items and is one of Adam in the unit box, where every gene is scaled by its range; what leaves
     the box is put back on its border. Genes by which the proxy has no derivative stay where they are. Comes back as
@@ -111,9 +112,9 @@ class Descended:
 
     Attributes:
         points: the genome after each of the numbers of steps in ``Descend.keep``.
-        losses: float64 [steps, or 1 where there are none]: the proxy before each step, in nats an item, on that step's
+        losses: float64 [steps, or 1 where there are none]: the proxy before each step, a mean over that step's
             items. Items differ from step to step.
-        gradient: float64 [genes], of the proxy at the start by each gene, in nats an item and unit of the gene; NaN of
+        gradient: float64 [genes], of the proxy at the start by each gene, for a unit of the gene; NaN of
             those by which it has no derivative.
         timings: seconds by phase: "merge" (writing weights), "gradient" (all passes).
     """

@@ -14,7 +14,7 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter, SearchSpace
 from evomerge.inference.proxy import differentiate_proxy
-from evomerge.inference.reading import Prompt, Reader
+from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Batch, Likelihood, refuse_media
 from evomerge.merging.gradient import GenomeGradients
 from evomerge.merging.stack_builder import StackBuilder
@@ -83,7 +83,8 @@ class Descents:
             point = gradients.at(genome)
             live = self._builder.write(point.recipe)
             merged = time.perf_counter()
-            prompts, weights = self._drawn(job, step, live)
+            asked, weights = self._drawn(job, step, live)
+            prompts = [request.prompt for request in asked]
             losses.append(differentiate_proxy(live, prompts, weights, partial(point.listening, live)))
             _check(losses[-1], point.gradient, parameters)
             slopes.append(point.gradient)
@@ -95,8 +96,8 @@ class Descents:
                 points.append(genome)
         return Descended(points, np.array(losses), slopes[0], seconds)
 
-    def _drawn(self, job: Descend, step: int, live: LiveModel) -> tuple[list[Prompt], list[float]]:
-        """What the proxy of a step is of: prompts with their answers, and how much each counts."""
+    def _drawn(self, job: Descend, step: int, live: LiveModel) -> tuple[list[Likelihood], list[float]]:
+        """What the proxy of a step is of, and how much each counts."""
         count = min(job.items, len(job.indices))
         drawn = sorted(random_state(job.seed, step).permutation(len(job.indices))[:count].tolist())
         evaluator = self._evaluators[job.evaluator]
@@ -106,7 +107,7 @@ class Descents:
             problem = "asks for something else than how likely the answer of each item is, and only that has a gradient"
             raise InputError(evaluator.name, problem, "Take an evaluator of the kind likelihood.")
         refuse_media([Batch(asked)], "transformers")
-        return [request.prompt for request in asked], [job.weights[place] if job.weights else 1.0 for place in drawn]
+        return asked, [job.weights[place] if job.weights else 1.0 for place in drawn]
 
 
 def _check(proxy: float, gradient: Vector, parameters: Sequence[Parameter]) -> None:

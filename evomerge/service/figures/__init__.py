@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import plotly.graph_objects as go
 
-from evomerge.service.figures import chosen, front, genes, grid, progress, recipe, workers
+from evomerge.service.figures import chosen, front, genes, grid, progress, proxy, recipe, workers
 from evomerge.service.figures.progress import Over
 from evomerge.store import Store
 
@@ -23,6 +23,7 @@ Name = Literal[
     "history",
     "hypervolume",
     "importance",
+    "proxy",
     "slice",
     "parallel",
     "timeline",
@@ -57,6 +58,7 @@ _DRAWN: Mapping[Name, Callable[[Store, Wish], go.Figure]] = {
     "history": lambda store, wish: progress.history(store, wish.over, wish.objective),
     "hypervolume": lambda store, wish: progress.hypervolume(store),
     "importance": lambda store, wish: genes.importance(store, wish.objective),
+    "proxy": lambda store, wish: proxy.proxy(store),
     "slice": lambda store, wish: genes.slice_(store, wish.parameter, wish.objective),
     "parallel": lambda store, wish: genes.parallel(store, wish.objective),
     "timeline": lambda store, wish: workers.timeline(store),

@@ -1,0 +1,132 @@
+"""Descents: where the gradient of a proxy leads, proposed beside what the optimizer asks for.
+
+The proxy is smooth and knows nothing of how answers are graded: followed too far, it leads away from what is wanted,
+and on the way to something better it may lead through something worse. So it decides nothing. Its points are scored
+like any candidate, and it is followed on from its last point for as long as it leads to a new best one now and then.
+When it has not for a while, it starts again from the best candidate, at half the rate, and in the end it rests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from evomerge.genome import Genome
+from evomerge.search.driving.candidates import PROXY, START, Candidate
+from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.preparing.setup import ProxyInfo, Setup
+from evomerge.search.work.jobs import Descend, Descended, Failed, Finished, Measured
+from evomerge.store import Store
+from evomerge.store.events import Descent, DescentFailed
+
+PATIENCE = 4
+"""Generations that the proxy is followed without a new best candidate."""
+
+HALVINGS = 3
+"""How often its rate is halved before it rests; a best candidate from elsewhere wakes it."""
+
+
+class Descents:
+    """Where the proxy is followed from, and how fast.
+
+    All of it follows from what was told, so that a resumed search knows the same.
+
+    Attributes:
+        rate: of the next descent; None while the proxy rests.
+    """
+
+    def __init__(self, proxy: ProxyInfo, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path) -> None:
+        self._proxy = proxy
+        self._setup = setup
+        self._store = store
+        self._dispatcher = dispatcher
+        self._logs = logs
+        self.rate: float | None = proxy.rate
+        self._at: Genome | None = None
+        self._vain = 0  # descents since the last that found a new best candidate
+        self._best: Genome | None = None  # of the front the newest, as far as its candidates are points of the space
+        self._points: Sequence[Genome] = ()
+
+    def prepare(self, step: int) -> bool:
+        """Work out the points to propose at a step; False when a stop came first."""
+        if self._at is None or self.rate is None:
+            return True
+        proxy, half = self._proxy, self._proxy.steps // 2
+        descend = Descend(
+            self._at, proxy.evaluator, range(proxy.items), proxy.drawn, (half, proxy.steps), self.rate,
+            self._setup.seed + step, measures=self._setup.space_measures,
+        )  # fmt: skip
+        recipe, run = self._setup.space.decode(self._at), _Run(self._store, self._logs, step, descend)
+        pending = Pending(-1, 1, recipe, f"descent of step {step}", (), instead=descend)
+        if not self._dispatcher.run(feed_of([pending]), run):
+            return False
+        self._points = run.points
+        return True
+
+    def points(self) -> Sequence[Genome]:
+        """The points that were prepared last, each once."""
+        points, self._points = self._points, ()
+        return points
+
+    def take(self, candidates: Sequence[Candidate], front: Collection[int]) -> None:
+        """Take the candidates that are told of a step, and the front with them."""
+        path = [c for c in candidates if c.origin == PROXY]
+        new = [c for c in candidates if c.number in front and c.genome is not None]
+        if new:
+            self._best = new[-1].genome
+        if any(c.origin == START for c in candidates):
+            self._at = self._best
+        elif self._at is None:  # these are the baselines
+            defaults = [c.genome for c in candidates if c.origin == "default" and c.genome is not None]
+            self._at = defaults[0] if defaults else self._best
+        elif path:
+            self._at = path[-1].genome
+            self._vain = 0 if any(c.number in front for c in path) else self._vain + 1
+            if self._vain >= PATIENCE:
+                self._begin_again()
+        elif new and self.rate is None:
+            self.rate, self._at, self._vain = self._proxy.rate / 2**HALVINGS, self._best, 0
+
+    def _begin_again(self) -> None:
+        assert self.rate is not None  # there was a descent
+        self._at, self._vain = self._best, 0
+        self.rate = self.rate / 2 if self.rate > self._proxy.rate / 2**HALVINGS else None
+
+
+class _Run:
+    """One descent, as a ``Recorder``; it fails for itself alone."""
+
+    def __init__(self, store: Store, logs: Path, step: int, descend: Descend) -> None:
+        self._store, self._logs, self._step, self._descend = store, logs, step, descend
+        self.points: Sequence[Genome] = ()
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
+        assert isinstance(result, Descended)
+        self.points = result.points
+        steps = len(result.losses)
+        gradient = [None if np.isnan(slope) else slope for slope in result.gradient.tolist()]
+        self._store.record_event(
+            Descent(
+                step=self._step, steps=steps, rate=float(self._descend.rate), passes=steps * self._descend.items,
+                proxy=(float(result.losses[0]), float(result.losses[-1])), gradient=gradient,
+                seconds=sum(result.timings.values()),
+            )
+        )  # fmt: skip
+
+    def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
+        log = write_log(self._logs, finished, failure, "descent")
+        if final:
+            self._store.record_event(DescentFailed(step=self._step, why=failure.message, log=log))
+
+    def answer(self, pending: Pending) -> bool:
+        return False
+
+    def dispatched(self, pending: Pending) -> None: ...
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def late(self, finished: Finished) -> None: ...

@@ -1,0 +1,163 @@
+"""Descents in a search: points that a proxy's gradient leads to, scored beside what the optimizer asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_miniature import short_search_file
+from helpers_search import FakeSpace, Killed, drive, dying, make_setup, simulate, table
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome
+from evomerge.optimizers import CmaSettings
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.descents import HALVINGS
+from evomerge.search.preparing.prepare import prepare
+from evomerge.search.preparing.setup import EvaluatorInfo, ProxyInfo, Setup
+from evomerge.search.settings.search_file import load_search_file
+from evomerge.search.work.jobs import Descend, Descended, Failed, Job, Measured
+from evomerge.store import Store
+from evomerge.store.events import Descent
+
+PROXY = ProxyInfo(evaluator=1, items=30, drawn=8, steps=16, rate=0.02)
+BEST = 0.7  # of every weight, by the simulated scores
+
+
+def proxied(candidates: int = 60, objectives: int = 1) -> Setup:
+    setup = make_setup(space=FakeSpace(12), optimizer=CmaSettings(name="cma", population=4), candidates=candidates,
+                       objectives=objectives)  # fmt: skip
+    likelihood = EvaluatorInfo("likelihood", "l0", 30, 30)
+    return replace(setup, proxy=replace(PROXY, evaluator=objectives), evaluators=(*setup.evaluators, likelihood))
+
+
+def towards(best: float) -> Callable[[Job], tuple[float, Measured | Descended | Failed]]:
+    """Simulates a proxy that every weight should be ``best`` for."""
+
+    def run(job: Job) -> tuple[float, Measured | Descended | Failed]:
+        if not isinstance(job.instead, Descend):
+            return simulate(job)
+        descend, genome, points = job.instead, job.instead.start, list[Genome]()
+        for step in range(1, descend.keep[-1] + 1):
+            genome = np.clip(genome - descend.rate * np.sign(genome - best), 0.0, 1.0)
+            if step in descend.keep:
+                points.append(genome)
+        losses = np.linspace(1.0, 0.5, descend.keep[-1])
+        return 2.0, Descended(points, losses, 2 * (descend.start - best), {"gradient": 1.0})
+
+    return run
+
+
+def origins(folder: Path) -> list[tuple[int, str]]:
+    with Store.open(folder / "search.db") as store:
+        return [(row.step, row.origin) for row in store.candidates()]
+
+
+def descents(folder: Path) -> list[Descent]:
+    with Store.open(folder / "search.db") as store:
+        return [event.read(Descent) for event in store.events(kinds=("descent",))]
+
+
+def best_loss(folder: Path) -> float:
+    with Store.open(folder / "search.db") as store:
+        return min(row.losses[0] for row in store.candidates() if row.losses)
+
+
+def test_points_of_a_path_stand_beside_each_generation_and_lead_to_better_candidates(tmp_path: Path) -> None:
+    drive(tmp_path / "with", proxied(), simulation=towards(BEST))
+    drive(tmp_path / "without", replace(proxied(), proxy=None), simulation=towards(BEST))
+    first = [origin for step, origin in origins(tmp_path / "with") if step == 1]
+    assert first == ["cma"] * 4 + ["proxy"] * 2
+    assert len(origins(tmp_path / "with")) == 60  # the budget counts them
+    assert best_loss(tmp_path / "with") < best_loss(tmp_path / "without")
+
+
+def test_a_descent_goes_on_where_the_one_before_ended(tmp_path: Path) -> None:
+    drive(tmp_path, proxied(candidates=15), simulation=towards(BEST))
+    first, second = descents(tmp_path)
+    with Store.open(tmp_path / "search.db") as store:
+        path = [row.genome for row in store.candidates() if row.origin == "proxy"]
+    half, end = path[:2]
+    assert (first.step, first.steps, first.passes, first.rate) == (1, 16, 16 * 8, PROXY.rate)
+    assert half is not None
+    assert end is not None
+    assert np.abs(half - BEST).max() > np.abs(end - BEST).max()
+    assert second.gradient == pytest.approx((2 * (end - BEST)).tolist())
+
+
+def test_a_proxy_that_leads_nowhere_is_begun_again_at_half_the_rate_and_then_rests(tmp_path: Path) -> None:
+    drive(tmp_path, proxied(candidates=400), simulation=towards(-1.0))
+    rates = [descent.rate for descent in descents(tmp_path)]
+    assert rates[0] == PROXY.rate
+    assert rates[-1] == PROXY.rate / 2**HALVINGS
+    steps = [step for step, origin in origins(tmp_path) if origin == "proxy"]
+    assert max(steps) < max(step for step, _ in origins(tmp_path)) / 2
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_a_search_that_is_killed_at_any_write_is_the_same(tmp_path: Path, objectives: int) -> None:
+    setup = proxied(candidates=40, objectives=objectives)
+    drive(tmp_path / "whole", setup, simulation=towards(BEST))
+    for deaths in range(200):
+        try:
+            with dying(after_commits=1 + deaths % 5):
+                drive(tmp_path / "killed", setup, simulation=towards(BEST))
+        except Killed:
+            continue
+        break
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+def test_nothing_is_asked_for_when_a_stop_comes_during_a_descent(tmp_path: Path) -> None:
+    setup, words = proxied(), list[Control]()
+
+    def stopping(job: Job) -> tuple[float, Measured | Descended | Failed]:
+        if isinstance(job.instead, Descend):
+            words[0].hear("stop")
+        return towards(BEST)(job)
+
+    drive(tmp_path / "stopped", setup, simulation=stopping, control=words.append)
+    assert {step for step, _ in origins(tmp_path / "stopped")} == {0}
+    drive(tmp_path / "stopped", setup, simulation=towards(BEST))
+    drive(tmp_path / "whole", setup, simulation=towards(BEST))
+    assert table(tmp_path / "stopped") == table(tmp_path / "whole")
+
+
+def test_a_search_goes_on_without_the_points_of_a_descent_that_failed(tmp_path: Path) -> None:
+    def failing(job: Job) -> tuple[float, Measured | Descended | Failed]:
+        if isinstance(job.instead, Descend):
+            return 1.0, Failed("error", "no gradient today", "a traceback")
+        return simulate(job)
+
+    drive(tmp_path, proxied(), simulation=failing)
+    assert {origin for _, origin in origins(tmp_path)} == {"source", "average", "cma"}
+    with Store.open(tmp_path / "search.db") as store:
+        (event, *_) = store.events(kinds=("descent failed",))
+    assert event.payload["why"] == "no gradient today"
+    assert "a traceback" in (tmp_path / event.payload["log"]).read_text()
+
+
+LIKELIHOOD = {"file": "maths.jsonl", "prompt": "{question}", "answer": " {answer}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "problem"),
+    [
+        ({"mode": "asynchronous"}, "proxy", "an asynchronous search has none"),
+        ({"space": {"kind": "parameter_space", "method": "gram"}}, "proxy", "needs a gradient"),
+        ({"proxy": {"evaluator": "numbers", "metric": "accuracy", **LIKELIHOOD}}, "proxy.evaluator", "likelihood"),
+        ({"proxy": {"file": "nowhere.jsonl"}}, "proxy", "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_have_a_proxy_is_told(tmp_path: Path, changes: dict[str, object], place: str, problem: str) -> None:
+    (tmp_path / "maths.jsonl").write_text(
+        "".join(f'{{"question": "{n} + 1 =", "answer": "{n + 1}"}}\n' for n in range(40))
+    )
+    file = short_search_file(tmp_path, **{"proxy": LIKELIHOOD} | changes)
+    with pytest.raises(InputError) as caught:
+        prepare(load_search_file(file))
+    assert place in str(caught.value)
+    assert problem in str(caught.value)
