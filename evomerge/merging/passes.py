@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from evomerge.merging.drops import LEVELS, as_signed, limit
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Compute: TypeAlias = "Callable[..., Tensor]"
@@ -204,26 +205,25 @@ class Sparsify:
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
+        from evomerge.merging.definitions import sparsify
+
+        return compute(sparsify, tensors, *self._constants(first, tensors[0].device))
+
+    def _constants(self, first: int, device: torch.device) -> tuple[Any, ...]:
+        """What the plain definition takes beside the tensors."""
         import torch
 
-        from evomerge.merging.definitions import constants, sparsify
+        from evomerge.merging.definitions import constants
 
-        device, parts, meet = tensors[0].device, self.parts, self.parts[0].rise is not None
+        parts, meet = self.parts, self.parts[0].rise is not None
         numbers = [[part.weight, part.low, part.high, part.share, self.scale] for part in parts]
         draws = [
             [*as_signed(part.key), limit(part.levels), limit(part.levels + (part.rise or 0)), first]
             for part in parts
             if part.key is not None
         ]
-        return compute(
-            sparsify,
-            tensors,
-            constants(numbers, torch.float32, device),
-            constants(draws, torch.int64, device) if draws else None,
-            self.elect,
-            self.divide,
-            meet,
-        )
+        drawn = constants(draws, torch.int64, device) if draws else None
+        return constants(numbers, torch.float32, device), drawn, self.elect, self.divide, meet
 
     @property
     def numbers(self) -> NDArray[np.float64]:
@@ -231,12 +231,9 @@ class Sparsify:
         return np.array([*(part.weight for part in self.parts), *(part.share for part in self.parts), self.scale])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from torch import cat
+        from evomerge.merging.definitions import sparsify_derivatives
 
-        from evomerge.merging.definitions import by_numbers
-
-        found = by_numbers(self, tensors, first, gradient)
-        return cat([found[:, 0], found[:, 3], found[:1, 4]])
+        return sparsify_derivatives(gradient, tensors, *self._constants(first, tensors[0].device))
 
     def kernel(self) -> Kernel:
         from evomerge.merging import kernels
