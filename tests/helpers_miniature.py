@@ -51,9 +51,8 @@ def search_file(folder: Path, **changes: Any) -> Path:
 def short_search_file(folder: Path, **changes: Any) -> Path:
     """The shortest search file with items to confirm on: eight candidates, four items, one model confirmed."""
     items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    return search_file(
-        folder, objectives={"mini_math_ja": items}, budget={"candidates": 8}, confirm={"top": 1}, **changes
-    )
+    short = {"objectives": {"mini_math_ja": items}, "budget": {"candidates": 8}, "confirm": {"top": 1}}
+    return search_file(folder, **short | changes)
 
 
 def write_texts(path: Path, numbers: slice) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_checkpoints import edit_tensors, save_model, tiny_config
-from helpers_miniature import MINIATURES, evomerge, json_of, search_file
+from helpers_miniature import MINIATURES, evomerge, json_of, search_file, short_search_file
 from torch import Tensor
 
 from evaluators.change import ChangeSettings
@@ -214,7 +214,7 @@ def test_the_evaluator_says_what_was_measured(sources: dict[str, Source]) -> Non
 
 def test_every_candidate_of_a_search_with_a_base_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure = {"evaluator": "change", "metric": "change"}
-    file = search_file(
+    file = short_search_file(
         tmp_path,
         budget={"candidates": 6},
         features={"distance": measure | {"range": [0, 0.5]}},

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file
+from helpers_miniature import COMMAND, MINIATURES, environment, evomerge, json_of, search_file, short_search_file
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -422,7 +422,7 @@ def test_the_status_of_a_search_that_has_not_ended_says_how_to_go_on(
 def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = search_file(tmp_path, budget={"candidates": 7})
+    file = short_search_file(tmp_path, budget={"candidates": 7})
     folder = tmp_path / "search"
     assert evomerge("search", file, "--dir", folder) == 0
     assert evomerge("resume", folder, "--set", "space.method=ties") == 2
@@ -473,7 +473,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "a b[/x][red]"
-    assert evomerge("search", search_file(tmp_path, budget={"candidates": 5}), "--dir", folder) == 0
+    assert evomerge("search", short_search_file(tmp_path, budget={"candidates": 5}), "--dir", folder) == 0
     assert f"evomerge resume '{folder}'" in capsys.readouterr().out
 
 
@@ -518,7 +518,7 @@ def test_a_source_with_a_broken_weight_is_refused_by_name(
 def test_a_source_edited_since_the_search_began_is_refused_on_resume(
     tmp_path: Path, copied: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = search_file(tmp_path, sources=copied, budget={"candidates": 5})
+    file = short_search_file(tmp_path, sources=copied, budget={"candidates": 5})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     spoil(copied["japanese"], 0.25)
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=9") == 2
@@ -529,7 +529,7 @@ def test_a_source_edited_since_the_search_began_is_refused_on_resume(
 def test_a_library_that_has_changed_and_scores_as_before_is_gone_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = search_file(tmp_path, budget={"candidates": 5})
+    file = short_search_file(tmp_path, budget={"candidates": 5})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     monkeypatch.setattr("lm_eval.__version__", "9.9.9")
     assert evomerge("resume", tmp_path / "search", "--set", "budget.candidates=6") == 0

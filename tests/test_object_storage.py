@@ -19,7 +19,7 @@ import yaml
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
-from helpers_miniature import MINIATURES, evomerge, search_file
+from helpers_miniature import MINIATURES, evomerge, search_file, short_search_file
 from helpers_search import Killed, create_store, drive, dying, make_setup, table
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
@@ -487,7 +487,7 @@ def test_a_search_finishes_whatever_its_storage_does(
         raise OSError("the line was cut")
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
-    file = search_file(tmp_path, artifacts=memory, budget={"candidates": 5})
+    file = short_search_file(tmp_path, artifacts=memory, budget={"candidates": 5})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     assert "is not complete; to try again: evomerge resume" in capsys.readouterr().out.replace("\n", " ")
     assert "the line was cut" in caplog.text
@@ -501,7 +501,9 @@ def test_from_a_search_to_another_machine_and_a_model_over_http(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = f"{s3}/searches/small"
-    file = search_file(tmp_path, artifacts=f"{s3}/searches", observers=[{"kind": "logs"}], budget={"candidates": 9})
+    file = short_search_file(
+        tmp_path, artifacts=f"{s3}/searches", observers=[{"kind": "logs"}], budget={"candidates": 9}
+    )
     assert evomerge("search", file) == 0
     assert set(Storage(url).files()) == {"search.yaml", "search.db", "logs/search.jsonl", RECORD}
     shutil.move("searches/small", "gone")

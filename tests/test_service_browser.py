@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import helpers_figures as made
 import pytest
@@ -55,8 +56,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_sound_in_light_in_dark_and_on_a_phone(browser: Browser, small: str, name: str) -> None:
-    for scheme, size in (("light", DESK), ("dark", DESK), ("light", PHONE)):
+@pytest.mark.parametrize(
+    "views",
+    [
+        pytest.param((("light", DESK), ("dark", PHONE)), id="each"),
+        pytest.param((("dark", DESK), ("light", PHONE)), id="others", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_page_is_sound_in_light_in_dark_and_on_a_phone(
+    browser: Browser, small: str, name: str, views: tuple[tuple[Literal["light", "dark"], ViewportSize], ...]
+) -> None:
+    for scheme, size in views:
         context = browser.new_context(color_scheme=scheme, viewport=size, reduced_motion="reduce")
         found = watched(context, small)
         page = found.go(PAGES[name])

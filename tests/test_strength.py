@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import MINIATURES, evomerge, search_file
+from helpers_miniature import MINIATURES, evomerge, short_search_file
 
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.amplitude import EVEN, UNEVEN, dispersion, kappa, relative_norms
@@ -91,17 +92,16 @@ def rows_of(folder: Path) -> list[tuple[str, str, bytes]]:
         return [(row.label, row.recipe_hash, np.asarray(row.genome).tobytes()) for row in store.candidates()]
 
 
-def test_a_search_has_it_and_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_it", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_a_search_has_it_and_goes_on_with_what_it_began_with(has_it: bool, tmp_path: Path) -> None:
     """With the baseline or without, a search goes on as if it had never stopped."""
-    for name, own in (("with", {}), ("without", {"kappa": False})):
-        folder = tmp_path / name
-        folder.mkdir()
-        file = search_file(folder, baselines=own, budget={"candidates": 10}, confirm={"top": 1})
-        assert evomerge("search", file, "--dir", folder / "s") == 0
-        labels = [label for label, *_ in rows_of(folder / "s")]
-        assert ("kappa sqrt(N), kappa 0.5" in labels) is (name == "with")  # maths is ten times as far as japanese
-        assert evomerge("resume", folder / "s", "--set", "budget.candidates=14") == 0
-        whole = search_file(folder, baselines=own, budget={"candidates": 14}, confirm={"top": 1})
-        if name == "with":
-            assert evomerge("search", whole, "--dir", folder / "whole") == 0
-            assert rows_of(folder / "s") == rows_of(folder / "whole")
+    own: dict[str, Any] = {"baselines": {"kappa": has_it}, "optimizer": {"name": "cma", "population": 3}}
+    first = 6 + 3 if has_it else 5 + 3  # baselines and a generation
+    file = short_search_file(tmp_path, **own, budget={"candidates": first})
+    assert evomerge("search", file, "--dir", tmp_path / "s") == 0
+    labels = [label for label, *_ in rows_of(tmp_path / "s")]
+    assert ("kappa sqrt(N), kappa 0.5" in labels) is has_it  # maths is ten times as far as japanese
+    assert evomerge("resume", tmp_path / "s", "--set", f"budget.candidates={first + 3}") == 0
+    whole = short_search_file(tmp_path, **own, budget={"candidates": first + 3})
+    assert evomerge("search", whole, "--dir", tmp_path / "whole") == 0
+    assert rows_of(tmp_path / "s") == rows_of(tmp_path / "whole")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_miniature import MINIATURES, evomerge, search_file
+from helpers_miniature import MINIATURES, evomerge, short_search_file
 from torch import Tensor
 
 from evomerge.checkpoints.source import open_source
@@ -83,7 +83,9 @@ def test_a_search_gives_each_tier_a_factor(tmp_path: Path, monkeypatch: pytest.M
     """As measured once when it began, and so when it goes on."""
     tiers = plain_tiers()
     assert tiers != (0, 0, 1, 1, 2, 2)  # what a space says of which no weights are read
-    file = search_file(tmp_path, space={"method": "task_arithmetic", "profile": "tiers"}, budget={"candidates": 9})
+    file = short_search_file(
+        tmp_path, space={"method": "task_arithmetic", "profile": "tiers"}, budget={"candidates": 9}
+    )
     assert evomerge("search", file, "--dir", tmp_path / "s") == 0
     monkeypatch.setattr("evomerge.merging.tiers._scores", None)
     assert evomerge("resume", tmp_path / "s", "--set", "budget.candidates=11") == 0
