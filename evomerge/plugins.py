@@ -90,6 +90,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
             ("nsga2", "nsga3", "tpe", "gp", "random", "qmc"), "evomerge.optimizers.optuna_samplers:OptunaSettings"
         ),
         "greedy_soup": "evomerge.optimizers.soups:SoupSettings",
+        "proxy_descent": "evomerge.optimizers.proxy_descent:ProxyDescentSettings",
     },
     "evomerge.observers": {
         "logs": "evomerge.observers.logs:LogsSettings",

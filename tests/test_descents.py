@@ -13,7 +13,7 @@ from helpers_search import FakeSpace, Killed, drive, dying, make_setup, simulate
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
-from evomerge.optimizers import CmaSettings
+from evomerge.optimizers import CmaSettings, Observation, ProxyDescentSettings, Settings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.descents import HALVINGS
 from evomerge.search.preparing.prepare import prepare
@@ -22,6 +22,7 @@ from evomerge.search.settings.search_file import load_search_file
 from evomerge.search.work.jobs import Descend, Descended, Failed, Job, Measured
 from evomerge.store import Store
 from evomerge.store.events import Descent
+from evomerge.testing.optimizers import OptimizerContract
 
 PROXY = ProxyInfo(evaluator=1, items=30, drawn=8, steps=16, rate=0.02)
 BEST = 0.7  # of every weight, by the simulated scores
@@ -149,6 +150,7 @@ LIKELIHOOD = {"file": "maths.jsonl", "prompt": "{question}", "answer": " {answer
         ({"mode": "asynchronous"}, "proxy", "an asynchronous search has none"),
         ({"space": {"kind": "parameter_space", "method": "gram"}}, "proxy", "needs a gradient"),
         ({"proxy": {"evaluator": "numbers", "metric": "accuracy", **LIKELIHOOD}}, "proxy.evaluator", "likelihood"),
+        ({"proxy": None, "optimizer": {"name": "proxy_descent"}}, "optimizer", "follows a proxy, and there is none"),
         ({"proxy": {"file": "nowhere.jsonl"}}, "proxy", "nowhere.jsonl"),
     ],
 )
@@ -161,3 +163,20 @@ def test_what_cannot_have_a_proxy_is_told(tmp_path: Path, changes: dict[str, obj
         prepare(load_search_file(file))
     assert place in str(caught.value)
     assert problem in str(caught.value)
+
+
+class TestProxyDescent(OptimizerContract):
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return ProxyDescentSettings(name="proxy_descent", population=4)
+
+
+def test_proxy_descent_asks_around_the_mean_of_the_latest_points_of_the_proxy() -> None:
+    parameters = FakeSpace(3).parameters
+    optimizer = ProxyDescentSettings(name="proxy_descent", sigma=1e-9).build(parameters, 1, 0)
+    optimizer.tell([Observation(np.zeros(3), [0.1])])  # a baseline
+    (asked,) = optimizer.ask(1)
+    assert asked == pytest.approx(np.zeros(3), abs=1e-6)
+    path = [np.full(3, value) for value in (0.9, 0.2, 0.3, 0.4, 0.5)]
+    optimizer.tell([Observation(asked, [0.0]), *(Observation(point, [1.0]) for point in path)])
+    assert optimizer.favourite == pytest.approx(np.full(3, 0.35))

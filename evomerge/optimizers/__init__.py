@@ -14,6 +14,7 @@ from evomerge.optimizers.cma_es import CmaSettings
 from evomerge.optimizers.elites import Feature, Grid
 from evomerge.optimizers.lq_cma import LqCmaSettings
 from evomerge.optimizers.optuna_samplers import OptunaSettings
+from evomerge.optimizers.proxy_descent import ProxyDescentSettings
 from evomerge.optimizers.soups import SoupSettings
 
 
@@ -36,5 +37,6 @@ __all__ = [
     "Optimizer",
     "OptimizerSettings",
     "OptunaSettings",
+    "ProxyDescentSettings",
     "SoupSettings",
 ]

@@ -22,6 +22,7 @@ from evomerge.genome import SearchSpace
 from evomerge.inference.reading import Reader
 from evomerge.merging.builders import check_recipe
 from evomerge.merging.low_rank import are_adapters, low_rank_problem
+from evomerge.optimizers import ProxyDescentSettings
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
@@ -297,6 +298,8 @@ def _screen(file: SearchFile, evaluators: Evaluators) -> ScreenInfo | None:
 def _proxy(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> ProxyInfo | None:
     proxy = file.proxy
     if proxy is None:
+        if isinstance(file.optimizer, ProxyDescentSettings):
+            raise InputError("optimizer", "proxy_descent follows a proxy, and there is none", "Give one: `proxy:`.")
         return None
     if (problem := gradient_problem(space)) is not None:
         hint = "Leave it out, or take a method whose merges follow its weights smoothly, such as task_arithmetic."
