@@ -390,6 +390,16 @@ def test_score_shows_constraints(featured: Path, capsys: pytest.CaptureFixture[s
     assert f"{baseline['objectives']['maths']['mean']:.3f}" in shown
 
 
+@pytest.mark.nightly  # as the one before, in JSON
+def test_score_has_constraints_in_json(featured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = json_of(capsys, "status", featured, "--json")
+    found = json_of(capsys, "score", MINIATURES / "japanese", featured / FILE_NAME, "--split", "search", "--json")
+    baseline = next(shown for shown in status["baselines"] if shown["label"] == "japanese")
+    assert {name: found[name] for name in ("objectives", "constraints", "feasible")} == {
+        name: baseline[name] for name in ("objectives", "constraints", "feasible")
+    }
+
+
 def test_a_search_file_of_an_older_program_is_no_difference(featured: Path) -> None:
     with open_store(featured) as store:
         new = store.search().settings
