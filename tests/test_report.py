@@ -407,6 +407,9 @@ def test_the_line_names_few_candidates_and_counts_many() -> None:
     progress = Progress()
     progress.work(lambda: ([3, 4], 20))
     assert "; scoring c0003, c0004: 20 items" in line(status(), progress=progress)
+    progress.work(lambda: ([-1], 0))
+    progress.answers = 12
+    assert "; following the proxy: 12 answers read" in line(status(), progress=progress)
     progress.work(lambda: (range(8), 80))
     progress.answers = 1
     assert "; scoring 8 candidates: 1 answer, 80 items" in line(status(), progress=progress)

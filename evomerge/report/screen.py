@@ -354,6 +354,8 @@ def _at_work(progress: Progress | None) -> str:
     numbers, items = ([], 0) if progress is None else progress.at_work()
     if progress is None or not numbers:
         return ""
+    if min(numbers) < 0:  # no candidate's
+        return f"; following the proxy: {_count(progress.answers, 'answer')} read"
     named = [candidate_id(number) for number in numbers]
     names = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} candidates"
     answers = f"{_count(progress.answers, 'answer')}, " if progress.answers else ""
