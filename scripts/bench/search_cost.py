@@ -11,7 +11,7 @@ The reference of each is a search by the settings of the original work: CMA-ES a
 box, 1,000 candidates, each scored on every item. Every technique searches the same space on the same items, and
 whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The curves
 are those held-out scores over the items generated so far, those of the baselines among them. What a technique asks for
-beside answers (likelihoods of right answers, and passes forward and backward through them) is counted apart. The goal
+beside answers, passes forward and backward through right ones, is counted apart. The goal
 is 95% of the gain over the best baseline that the reference has when its budget is spent.
 
     python scripts/bench/search_cost.py run FOLDER [--problem blocks] [--seeds 0 1 2 ...] [--only NAME ...]
@@ -44,6 +44,7 @@ from evomerge.search.settings.search_file import parse_search_file
 from evomerge.search.work.jobs import Finished, Job, Measured, PoolNews, Task
 from evomerge.search.workers.worker import Worker
 from evomerge.store import Store, acquire
+from evomerge.store.events import Descent
 
 ROOT = Path(__file__).parents[2]
 ZOO = ROOT / "examples" / "zoo"
@@ -68,13 +69,41 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "blocks": {"method": "task_arithmetic", "granularity": "block", "bounds": BOUNDS},
     "density": {"method": "ties", "granularity": "block", "bounds": BOUNDS},
 }
+TASKS = ("zoo_math_ja", "zoo_translate", "zoo_extract", "zoo_steps_kanji")  # those of zoo_mixed
+PROXY_ITEMS = 1000
+PROXY = {"file": "search.jsonl", "held_out_file": "held_out.jsonl", "items": PROXY_ITEMS}  # what ``write_items`` writes
 RACING = {"rungs": [25, 50]}
 LITTLE = {"candidates": 150}
-CMA, LQ_CMA = {"name": "cma"}, {"name": "lq_cma"}
+CMA: dict[str, Any] = {"name": "cma"}
 CASES: dict[str, dict[str, Any]] = {
     REFERENCE: {"budget": {"candidates": 1000}, "optimizer": CMA},
     "racing": {"budget": LITTLE, "optimizer": CMA, "racing": RACING},
-}
+    "racing, population by the budget": {
+        "budget": LITTLE, "optimizer": CMA | {"population": "auto"}, "racing": RACING,
+    },
+    "racing, cosines": {
+        "budget": LITTLE, "optimizer": CMA, "racing": RACING,
+        "space": {"granularity": "model", "profile": {"cosines": 3}},
+    },
+    "racing, coarse to fine": {
+        "budget": LITTLE, "optimizer": CMA, "racing": RACING, "space": {"granularity": "adaptive", "finest": "block"},
+    },
+    "racing, proxy": {
+        "budget": LITTLE, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": PROXY,
+    },
+    "racing, proxy alone": {
+        "budget": LITTLE, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": PROXY,
+    },
+    "proxy alone": {"budget": {"candidates": 60}, "optimizer": {"name": "proxy_descent"}, "proxy": PROXY},
+}  # fmt: skip
+
+
+def write_items(folder: Path) -> None:
+    """The items of all tasks, one of each in turn: what the proxy reads."""
+    for split in ("search", "held_out"):
+        by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
+        lines = [line for row in zip(*by_task, strict=True) for line in row]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 class CountingPool:
@@ -116,7 +145,7 @@ class Point:
     """A change of the best candidate: when, what it scored on the search split, and what it scores held out."""
 
     items: int
-    screened: int
+    passes: int
     candidates: int
     search: float
     held_out: float
@@ -131,7 +160,7 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
     started = time.time()
     space = {"kind": "parameter_space", **PROBLEMS[problem], **CASES[name].get("space", {})}
     content = SETTINGS | CASES[name] | {"space": space, "name": key, "seed": seed}
-    prepared = prepare(parse_search_file(content, place=name, root=ROOT))
+    prepared = prepare(parse_search_file(content, place=name, root=folder.resolve()))
     place = folder / f"{key}-{seed}.{int(started)}"
     store = create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
@@ -150,27 +179,27 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
     """The best candidate after every tell that changed it, and one more point when the search ended."""
-    points, items, screened, candidates, best = [], 0, 0, 0, -1
-    screen = prepared.setup.screen
-    for event in store.events(kinds=("ask", "dispatch", "front", "tell")):
+    points, items, passes, candidates, best = [], 0, 0, 0, -1
+    for event in store.events(kinds=("ask", "descent", "dispatch", "front", "tell")):
         if event.kind == "ask":
             candidates += len(event.payload["candidates"])
         elif event.kind == "dispatch" and event.candidate is not None and event.attempt is not None:
             asked = pool.asked[event.candidate, event.attempt]
             items += asked.get(0, 0)
-            screened += asked.get(screen.evaluator, 0) if screen is not None else 0
+        elif event.kind == "descent":
+            passes += event.read(Descent).passes
         elif event.kind == "front":
             (best,) = event.payload["candidates"]
-            points.append(_point(store, prepared, pool, best, items, screened, candidates))
-    points.append(_point(store, prepared, pool, best, items, screened, candidates))
+            points.append(_point(store, prepared, pool, best, items, passes, candidates))
+    points.append(_point(store, prepared, pool, best, items, passes, candidates))
     return points
 
 
 def _point(
-    store: Store, prepared: Prepared, pool: CountingPool, best: int, items: int, screened: int, candidates: int
+    store: Store, prepared: Prepared, pool: CountingPool, best: int, items: int, passes: int, candidates: int
 ) -> Point:
     search = store.candidate(best).objectives["zoo"].mean
-    return Point(items, screened, candidates, search, _held_out(best, store, prepared, pool))
+    return Point(items, passes, candidates, search, _held_out(best, store, prepared, pool))
 
 
 def _held_out(number: int, store: Store, prepared: Prepared, pool: CountingPool) -> float:
@@ -257,7 +286,7 @@ def _row(
         "difference_from_full": float(gap.mean()),
         "difference_stderr": error,
         "items_at_the_end": curves.spent,
-        "screened_at_the_end": float(np.mean([search["points"][-1]["screened"] for search in curves.runs])),
+        "passes_at_the_end": float(np.mean([search["points"][-1]["passes"] for search in curves.runs])),
         "seeds": len(curves.runs),
     }
 
@@ -298,6 +327,7 @@ def main() -> None:
         report(given.folder)
         return
     given.folder.mkdir(parents=True, exist_ok=True)
+    write_items(given.folder)
     for seed in given.seeds:
         for problem in given.problem:
             for name in given.only:
