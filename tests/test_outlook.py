@@ -69,6 +69,7 @@ def _outlook(folder: Path, *settings: str) -> Outlook:
     return expected(prepare(load_search_file(search_file(folder), settings)))
 
 
+SHIPPED = Path(__file__).parents[1] / "evaluators" / "tasks" / "data"
 LARGE = ("objectives.mini_math_ja.search=validation[:200]", "budget.candidates=205")
 
 
@@ -88,6 +89,16 @@ def test_what_is_advised_ends_the_advice(settings: tuple[str, ...], key: str, tm
     assert key in before
     after = _outlook(tmp_path, *LARGE, *settings, f"{key}={before[key]}")
     assert key not in {advice.key for advice in after.advice}
+
+
+def test_a_proxy_is_advised_where_there_are_many_parameters_and_a_gradient(tmp_path: Path) -> None:
+    def keys(*settings: str) -> set[str]:
+        return {advice.key for advice in _outlook(tmp_path, *LARGE, "space.granularity=block", *settings).advice}
+
+    assert keys() >= {"proxy", "space.granularity"}
+    assert not keys(f"proxy={{file: {SHIPPED / 'mini_math_ja.search.jsonl'}}}") & {"proxy", "space.granularity"}
+    assert "proxy" not in keys("space.method=gram")
+    assert "proxy" not in keys("mode=asynchronous")
 
 
 def test_numbers_stand_in_the_plan_and_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from evomerge.optimizers import CatCmaSettings
 from evomerge.optimizers.base import Best, default_population
 from evomerge.optimizers.cma_es import StrategySettings
 from evomerge.search.preparing.setup import ObjectiveInfo, Setup
+from evomerge.search.settings.gradient import gradient_problem
 from search_spaces.parameter_space import ParameterSpaceSettings
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _learns_steps(setup: Setup) -> bool:
 def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> Iterator[Advice]:
     """Whether parameters, candidates and population go together."""
     setup = prepared.setup
-    if not _learns_steps(setup):
+    if not _learns_steps(setup) or setup.proxy is not None:  # whose gradient says of all parameters at once
         return
     count, affordable = len(setup.space.parameters), searched // CANDIDATES_A_STEP
     sizes, now = _sizes(prepared)
@@ -215,6 +216,9 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
         coarser = {name: n for name, n in sizes.items() if n < count}
         fitting = next((name for name, n in coarser.items() if n <= affordable), "model")
         few = f"{count} parameters are many for {searched} candidates, which learn {affordable}"
+        if prepared.file.mode == "generational" and gradient_problem(setup.space) is None:
+            text = f"{few}; of the likelihood of right answers the gradient by all of them is known"
+            yield Advice(key="proxy", value="{file: FILE}", text=text)
         if fitting in coarser:
             text = f"{few}; {_called(fitting)} has {coarser[fitting]}"
             yield Advice(key="space.granularity", value=fitting, text=text)
