@@ -35,6 +35,14 @@ def learned(*attempts: tuple[list[Task], float]) -> Deadlines:
     return found
 
 
+def test_a_job_without_tasks_is_bound_by_nothing_that_was_learned() -> None:
+    deadlines = Deadlines()
+    for _ in range(2 * ENOUGH):
+        deadlines.learn([Task(0, "search", range(10))], 1.0)
+    assert deadlines.bound_s([Task(0, "search", range(10))]) == LEAST_S
+    assert deadlines.bound_s([]) == MOST_S
+
+
 @given(st.lists(st.floats(20.0, 2000.0), min_size=ENOUGH, max_size=60))
 def test_the_bound_is_five_times_the_quantile_of_those_alike(seconds: list[float]) -> None:
     bound = learned(*((items(10), s) for s in seconds)).bound_s(items(10))

@@ -69,9 +69,11 @@ class Deadlines:
 
         Taken of the attempts that had as many items or more of each evaluator. Where there are too few of those, also
         of smaller ones, with their seconds in proportion to the items; that is too long rather than too short, for to
-        merge takes as long whatever is scored afterwards.
+        merge takes as long whatever is scored afterwards. Of a job without tasks, such as a descent, nothing is known.
         """
         ours = _items(tasks)
+        if not ours:
+            return self._most_s
         shares = [(_share(ours, theirs), seconds) for theirs, seconds in self._finished]
         alike = [seconds for share, seconds in shares if share <= 1.0]
         if len(alike) < ENOUGH:
