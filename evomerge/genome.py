@@ -24,6 +24,9 @@ class Parameter:
     (low 0, high len - 1). Genomes carry all three as floats. ``group`` gathers parameters for display ("layers.3").
     ``share_of`` is the source that it says the share of, where it is nothing but that. ``differentiable`` says that
     weights follow it without jumps, so that a smooth loss has a derivative by it.
+
+    Where numbers may be tied, ``places`` are those of the model that it is of, from the whole to its own, and ``what``
+    is its kind ("weight.maths"): numbers of one kind can be one in any place that they share.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
     share_of: str = ""
     differentiable: bool = False
+    places: tuple[str, ...] = ()
+    what: str = ""
 
     def holds(self, value: float) -> bool:
         """Whether it can have this value: within the bounds, and whole for "int" and "choice"."""

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, FiniteFloat
 
 from evomerge.errors import InputError
-from evomerge.genome import Baseline, Genome
+from evomerge.genome import Baseline, Genome, Parameter
 from evomerge.method import Method, Point, Value, check_blend, named_method
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, roles
@@ -27,6 +27,7 @@ from search_spaces.chosen_method import ChosenMethodGenes
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
 from search_spaces.nearest import SCALE, blends_of, fitted, middle, without_scale
+from search_spaces.places import path_outside, path_to
 from search_spaces.profiles import Cosines, Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
 
@@ -44,7 +45,10 @@ class ParameterSpaceSettings(SpaceSettings):
             layer group chooses one, with each one's own numbers.
         granularity: how the model is cut into layer groups that have numbers of their own. "model": one group. "layer":
             each layer, and the embedding, final norm and head. "block": as "layer", attention and mlp apart (a layer's
-            norms go with its attention). A number n: groups of n layers.
+            norms go with its attention). A number n: groups of n layers. "adaptive": as ``finest``, but the optimizer
+            begins with one number of each kind for the whole model, and lets halves of it come apart as candidates
+            allow, down to those groups.
+        finest: "layer", "block" or a number n, with granularity "adaptive".
         bounds: a parameter's range, where the method's own is not wanted: ``weight: [0, 2]``. Parameters that a search
             leaves alone by default (``lambda``, ``gamma``, ``epsilon``) are searched when they are given one. Where
             there are several methods, ``ties.weight`` is that of one, and ``weight`` that of all that have it; so it is
@@ -62,7 +66,8 @@ class ParameterSpaceSettings(SpaceSettings):
 
     kind: Literal["parameter_space"] = "parameter_space"
     method: Annotated[str | Annotated[tuple[str, ...], Field(min_length=2)], BeforeValidator(named_method)]
-    granularity: Literal["model", "layer", "block"] | Annotated[int, Field(ge=1)] = "model"
+    granularity: Literal["model", "layer", "block", "adaptive"] | Annotated[int, Field(ge=1)] = "model"
+    finest: Literal["layer", "block"] | Annotated[int, Field(ge=1)] | None = None
     bounds: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
     fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)
     switches: dict[str, bool] = Field(default_factory=dict)
@@ -79,10 +84,11 @@ class ParameterSpaceSettings(SpaceSettings):
         self._check_names([context.method(name) for name in methods])
         if self.basis is not None and context.base is None:
             raise InputError("space.basis", "merges changes of a base, and there is none", "Name it: `base: NAME`.")
-        if isinstance(self.granularity, int) and self.granularity > context.layers:
-            raise InputError(
-                "space.granularity", f"is {self.granularity}, but the sources have {context.layers} layers"
-            )
+        if self.finest is not None and self.granularity != "adaptive":
+            raise InputError("space.finest", "is for `granularity: adaptive`", "Leave it out.")
+        if isinstance(self.groups, int) and self.groups > context.layers:
+            key = "finest" if self.granularity == "adaptive" else "granularity"
+            raise InputError(f"space.{key}", f"is {self.groups}, but the sources have {context.layers} layers")
         check_steps(self.steps, context)
         self._check_profile(context)
         space = ParameterSpace(self, context)
@@ -94,6 +100,11 @@ class ParameterSpaceSettings(SpaceSettings):
     def methods(self) -> tuple[str, ...]:
         """The names of the methods."""
         return (self.method,) if isinstance(self.method, str) else self.method
+
+    @property
+    def groups(self) -> str | int:
+        """The layer groups that have numbers of their own, at the latest when all have come apart."""
+        return (self.finest or "layer") if self.granularity == "adaptive" else self.granularity
 
     def of_method(self, values: Mapping[str, T], name: str) -> dict[str, T]:
         """What ``bounds``, ``fixed`` or ``switches`` say of one of several methods."""
@@ -166,6 +177,8 @@ class ParameterSpace:
         self._profile = self._profile_of(context)
         self._groups = list(dict.fromkeys(self._group_of.values()))
         self.parameters = [p for group in self._groups for p in self._genes.parameters(group, group)]
+        if settings.granularity == "adaptive":
+            self.parameters = list(self._with_places(self.parameters))
         if self._profile is not None:
             smooth = any(genes.has_derivatives for genes in of_methods)
             self.parameters += [replace(p, differentiable=smooth) for p in self._profile.parameters]
@@ -299,8 +312,21 @@ class ParameterSpace:
         recipe = self._everywhere(blend) if genome is None else self.decode(genome)
         return Baseline(f"{LAW}, kappa {kappa:g}", "default", recipe, genome)
 
+    def _with_places(self, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+        """The parameters with their places in the model and their kinds, so that an optimizer can tie them."""
+        groups, layers = self._settings.groups, self._context.layers
+        paths: dict[str, tuple[str, ...]] = {}
+        for role, group in self._group_of.items():
+            if role.layer is None:
+                paths[group] = path_outside(group)
+            else:
+                path = path_to(role.layer, layers, groups if isinstance(groups, int) else 1)
+                paths[group] = (*path, group) if groups == "block" else path
+        for p in parameters:
+            yield replace(p, places=paths[p.group], what=p.name.removeprefix(f"{p.group}."))
+
     def _group(self, role: Role) -> str:
-        granularity = self._settings.granularity
+        granularity = self._settings.groups
         if granularity == "model":
             return "model"
         if role.layer is None:
@@ -310,6 +336,7 @@ class ParameterSpace:
             return f"layers.{role.layer}"
         if granularity == "block":
             return f"layers.{role.layer}.{'mlp' if role.kind == 'mlp' else 'attention'}"
+        assert isinstance(granularity, int)
         first = role.layer // granularity * granularity
         return f"layers.{first}-{min(first + granularity, self._context.layers) - 1}"
 

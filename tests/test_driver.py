@@ -482,7 +482,7 @@ class FixedGenomeSettings(Settings):
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
     ) -> Optimizer:
-        optimizer = mock.Mock(population=1, favourite=None, stopped=None, wants_items=False, keeps="all")
+        optimizer = mock.Mock(population=1, favourite=None, stopped=None, refined=(), wants_items=False, keeps="all")
         optimizer.ask = lambda n: [np.array(self.genome, self.dtype)] * n
         return cast(Optimizer, optimizer)
 

@@ -209,12 +209,11 @@ def test_an_automatic_population_makes_twelve_generations_of_the_budget() -> Non
         auto.within(None)
 
 
-def test_the_outlook_says_what_can_be_learnt() -> None:
-    assert CmaSettings(name="cma").outlook(reals(6), 300) == "33 generations of 9; learns 21 variances and covariances"
+def test_settings_say_what_is_learnt() -> None:
+    assert CmaSettings(name="cma").learns(reals(6), 300) == "21 variances and covariances"
     auto = CmaSettings(name="cma", population="auto").within(1000)
-    assert auto.outlook(reals(102), 1000) == "12 generations of 83; learns 102 step sizes, and no covariances"
-    assert auto.outlook(reals(102), None) == "83 a generation; learns 102 step sizes, and no covariances"
-    assert OptunaSettings(name="tpe").outlook(reals(6), 300) == ""
+    assert auto.learns(reals(102), 1000) == "102 step sizes, and no covariances"
+    assert OptunaSettings(name="tpe").learns(reals(6), 300) == ""
 
 
 def test_a_large_population_gets_further_under_noise() -> None:

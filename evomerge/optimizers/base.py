@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,23 @@ class Best:
     """Of a generation the best ``count`` by rank."""
 
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """A step of a search from coarse to fine: numbers that were tied in a place are not any more.
+
+    Attributes:
+        told: candidates that were learnt from until then.
+        numbers: how many are free from then on.
+        finest: how many are when none is tied any more.
+        places: that came apart.
+    """
+
+    told: int
+    numbers: int
+    finest: int
+    places: tuple[str, ...]
 
 
 Keeps = Best | Literal["niches", "all"]
@@ -87,6 +104,11 @@ class Optimizer(Protocol):
         ...
 
     @property
+    def refined(self) -> Sequence[Refinement]:
+        """What came apart so far, in order; nothing where no numbers are tied."""
+        ...
+
+    @property
     def stopped(self) -> str | None:
         """Why no further generation is worth scoring, or None. ``ask`` still answers afterwards."""
         ...
@@ -117,6 +139,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    ties: ClassVar[bool] = False
+    """Whether it ties numbers at first, and so can search from coarse to fine."""
+
     name: str
 
     def check(
@@ -135,8 +160,10 @@ class Settings(BaseModel):
         """
         return self
 
-    def within(self, candidates: int | None) -> Self:
+    def within(self, candidates: int | None, *, tied: bool = False) -> Self:
         """These settings for a budget of so many candidates, or of none that counts them; by default the same.
+
+        ``tied`` says that the search goes from coarse to fine.
 
         Done once, when a search file is read; what comes of it is recorded, so that another budget later is no other
         search.
@@ -146,8 +173,8 @@ class Settings(BaseModel):
         """
         return self
 
-    def outlook(self, parameters: Sequence[Parameter], candidates: int | None) -> str:
-        """What can be learnt of parameters from so many candidates, for a plan; by default nothing is said."""
+    def learns(self, parameters: Sequence[Parameter], candidates: int | None) -> str:
+        """What is learnt of parameters with so many candidates, for a plan; by default nothing is said."""
         return ""
 
     def build(

@@ -26,7 +26,15 @@ from pydantic import Field
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Best, Observation, Settings, check_population, default_population, one_thread
+from evomerge.optimizers.base import (
+    Best,
+    Observation,
+    Refinement,
+    Settings,
+    check_population,
+    default_population,
+    one_thread,
+)
 from evomerge.optimizers.cma_es import SMALLEST_STEP, Box, warm_defaults
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import Ledger
@@ -91,6 +99,7 @@ class CatCma:
 
     favourite: Genome | None = None
     wants_items = False
+    refined: Sequence[Refinement] = ()
     stopped: str | None = None
 
     def __init__(self, settings: CatCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:

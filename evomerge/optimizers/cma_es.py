@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,14 @@ from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import (
     Best,
     Observation,
+    Refinement,
     Settings,
     check_population,
     default_population,
     one_thread,
     random_state,
 )
+from evomerge.optimizers.coarse_to_fine import Parts, are_tied
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
@@ -103,13 +105,15 @@ class CmaSettings(StrategySettings):
     None does so above 50 parameters.
     """
 
+    ties: ClassVar[bool] = True
+
     name: Literal["cma"]
     population: int | Literal["auto"] | None = None
     diagonal: bool | None = None
     scalarisation: Scalarisation | None = None
 
-    def within(self, candidates: int | None) -> Self:
-        if self.population != "auto":
+    def within(self, candidates: int | None, *, tied: bool = False) -> Self:
+        if self.population != "auto" and not (tied and self.population is None and candidates is not None):
             return self
         if candidates is None:
             problem = "is auto, which divides a number of candidates, and the budget has none"
@@ -124,16 +128,24 @@ class CmaSettings(StrategySettings):
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
         self.check_strategy(self.scalarisation, objectives, place)
+        if are_tied(parameters):
+            for key, given in (("restarts", self.restarts), ("diagonal", self.diagonal is False)):
+                if given:
+                    problem = "does not go with granularity adaptive: parts come apart in one run, and no covariances"
+                    raise InputError(f"{place}.{key}", f"{problem} are learnt", "Leave it out.")
 
-    def outlook(self, parameters: Sequence[Parameter], candidates: int | None) -> str:
+    def learns(self, parameters: Sequence[Parameter], candidates: int | None) -> str:
         n = len(parameters)
-        population = self.size(n)
-        said = f"{population} a generation"
-        if candidates is not None:
-            said = f"{max(1, candidates // population)} generations of {population}"
+        if are_tied(parameters):
+            parts = Parts(parameters)
+            first = f"{parts.count} numbers at first, and up to {n}"
+            if candidates is None:
+                return first
+            population = self.size(n)  # what comes apart after the last generation is not searched
+            return f"{first}; {parts.expected(candidates - population, population)} by the end of the budget"
         if self.is_diagonal(n):
-            return f"{said}; learns {n} step sizes, and no covariances"
-        return f"{said}; learns {n * (n + 1) // 2:,} variances and covariances"
+            return f"{n} step sizes, and no covariances"
+        return f"{n * (n + 1) // 2:,} variances and covariances"
 
     def is_diagonal(self, parameters: int) -> bool:
         """Whether no covariances of so many parameters are learnt."""
@@ -193,10 +205,17 @@ class Strategy:
     """
 
     def __init__(
-        self, settings: StrategySettings, parameters: Sequence[Parameter], box: Box, seed: int, diagonal: bool
+        self,
+        settings: StrategySettings,
+        parameters: Sequence[Parameter],
+        box: Box,
+        seed: int,
+        diagonal: bool,
+        parts: Parts | None = None,
     ) -> None:
         self._settings = settings
         self._box = box
+        self._parts = parts
         self._seed = seed
         self._diagonal = diagonal
         self._normal = _Normal()
@@ -207,7 +226,7 @@ class Strategy:
         self.stopped: str | None = None
         default = box.unit(np.array([p.default for p in parameters], dtype=np.float64))
         x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
-        self._start(x0, settings.size(len(parameters)))
+        self._start(x0 if parts is None else parts.point(x0), settings.size(len(parameters)))
 
     def begin_at_best(self, units: Sequence[Vector], scalars: Vector) -> None:
         """Begin at the best of some points, where the settings say so and nothing was asked for yet."""
@@ -221,12 +240,13 @@ class Strategy:
 
     @property
     def mean(self) -> Vector:
-        """The mean of the distribution, a point of the unit box."""
+        """The mean of the distribution, a point of the unit box, or of the parts."""
         with calm():
-            return np.clip(np.asarray(self._es.result.xfavorite, dtype=np.float64), 0.0, 1.0)
+            mean = np.asarray(self._es.result.xfavorite, dtype=np.float64)
+        return np.clip(mean, 0.0 if self._parts is None else self._parts.low(len(mean)), 1.0)
 
     def ask(self, n: int) -> list[Vector]:
-        """Give ``n`` points of the unit box."""
+        """Give ``n`` points of the unit box, or of the parts."""
         self._asks += 1
         strategy = self._es
         self._normal.reseed(self._seed, self._asks)
@@ -264,6 +284,15 @@ class Strategy:
             self.stopped = reason
         return False
 
+    def refine(self, steps: Vector) -> None:
+        """Go on in as many more directions as the parts have now, where the mean is 0 and the first steps are these.
+
+        Mean and steps of the others stay as they are. Evolution paths, which reach a few generations back, begin anew.
+        """
+        mean, known = np.append(self.mean, np.zeros(len(steps))), np.asarray(self._es.stds, dtype=np.float64)
+        self.stopped = None
+        self._start(mean, self.population, np.append(known, self._settings.sigma * steps))
+
     def inject(self, unit: Vector) -> None:
         """Make the first point of the next generation one in the direction of this, at the length of a usual sample."""
         with calm():
@@ -278,11 +307,13 @@ class Strategy:
             return f"{name} has stopped: {', '.join(reasons)}"
         return None
 
-    def _start(self, x0: Vector, population: int) -> None:
-        self._x0, self.population = x0, population
+    def _start(self, x0: Vector, population: int, steps: Vector | None = None) -> None:
+        """Begin a run at a point, with equal steps in all directions unless others are given."""
+        self._x0, self._steps, self.population = x0, steps, population
         self._made = None
         self._was_asked = False
-        self._least_step = np.where(self._box.values > 1, INTEGER_STEP / np.maximum(self._box.values, 1), 0.0)
+        values = self._box.values if self._parts is None else self._box.values[self._parts.kinds]
+        self._least_step = np.where(values > 1, INTEGER_STEP / np.maximum(values, 1), 0.0)
 
     @property
     def _es(self) -> Any:
@@ -296,10 +327,10 @@ class Strategy:
             import cma  # over half a second, and a warning where matplotlib is absent
             from cma.sigma_adaptation import CMAAdaptSigmaCSA
 
-        x0 = self._x0
+        x0, steps = self._x0, self._steps
         options: dict[str, Any] = {
             "popsize": self.population,
-            "bounds": [0, 1],
+            "bounds": [0, 1] if self._parts is None else [self._parts.low(x0.size).tolist(), [1] * x0.size],
             "BoundaryHandler": cma.BoundTransform,
             "CMA_diagonal": self._diagonal,
             "minstd": self._least_step.tolist() if x0.size > 1 else 0,
@@ -314,8 +345,12 @@ class Strategy:
             "verb_disp": 0,
             "signals_filename": None,
         }
+        sigma = self._settings.sigma
+        if steps is not None:
+            sigma = float(steps.max())
+            options["CMA_stds"] = (steps / sigma).tolist()
         with calm():
-            return cma.CMAEvolutionStrategy(x0.tolist(), self._settings.sigma, options | _NEVER)
+            return cma.CMAEvolutionStrategy(x0.tolist(), sigma, options | _NEVER)
 
 
 class Cma:
@@ -326,6 +361,9 @@ class Cma:
     of a usual sample (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). So a good source pulls the
     mean towards it, but cannot blow up the step size, as asking for it exactly would in many dimensions, and a bad one
     changes nothing. The search starts where its settings say.
+
+    Where parameters have places, their numbers are tied at first and come apart as candidates allow (``Parts``). What
+    was asked for before that is learnt from after it, and of foreign genomes the closest tied ones are.
     """
 
     wants_items = False
@@ -333,8 +371,10 @@ class Cma:
     def __init__(self, settings: CmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
         self._box = Box(parameters)
         self._scalars = Scalars(settings.scalarisation, objectives)
-        self._ledger = Ledger(self._scalars, self._box.unit)
-        self._strategy = Strategy(settings, parameters, self._box, seed, settings.is_diagonal(len(parameters)))
+        self._ledger = Ledger(self._scalars, self._point)
+        self._parts = Parts(parameters) if are_tied(parameters) else None
+        diagonal = self._parts is not None or settings.is_diagonal(len(parameters))
+        self._strategy = Strategy(settings, parameters, self._box, seed, diagonal, self._parts)
 
     @property
     def population(self) -> int:
@@ -348,7 +388,11 @@ class Cma:
     @property
     def favourite(self) -> Genome:
         """The mean of the distribution, under noise the best estimate there is (Hansen, arXiv:1604.00772, B.1)."""
-        return self._box.genome(self._strategy.mean)
+        return self._genome(self._strategy.mean)
+
+    @property
+    def refined(self) -> Sequence[Refinement]:
+        return () if self._parts is None else self._parts.refined
 
     @property
     def stopped(self) -> str | None:
@@ -359,10 +403,10 @@ class Cma:
             return []
         told = self._ledger.foreign
         self._strategy.begin_at_best([t.point for t in told], self._scalars.of([t.losses for t in told]))
-        units = self._strategy.ask(n)
-        genomes = [self._box.genome(unit) for unit in units]
-        for genome, unit in zip(genomes, units, strict=True):
-            self._ledger.give(genome, unit)
+        points = self._strategy.ask(n)
+        genomes = [self._genome(point) for point in points]
+        for genome, point in zip(genomes, points, strict=True):
+            self._ledger.give(genome, point)
         return genomes
 
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
@@ -375,14 +419,29 @@ class Cma:
     def _learn(self) -> None:
         results, foreign = self._ledger.results, self._ledger.foreign
         restarted = self._strategy.tell(
-            [t.point for t in results],
+            [self._of_now(t.point) for t in results],
             self._scalars.of([t.losses for t in results]),
-            [t.point for t in foreign],
+            [self._of_now(t.point) for t in foreign],
             self._scalars.of([t.losses for t in foreign]),
         )
         self._ledger.close()
         if restarted:
             self._ledger.forget()
+        if self._parts is not None:
+            steps = self._parts.learn(len(results), self.population, converged=self.stopped is not None)
+            if steps is not None:
+                self._strategy.refine(steps)
+
+    def _genome(self, point: Vector) -> Genome:
+        return self._box.genome(point if self._parts is None else self._parts.unit(point))
+
+    def _point(self, genome: Genome) -> Vector:
+        unit = self._box.unit(genome)
+        return unit if self._parts is None else self._parts.point(unit)
+
+    def _of_now(self, point: Vector) -> Vector:
+        """A point that may be from before numbers came apart."""
+        return point if self._parts is None else self._parts.padded(point)
 
 
 # Terminations that look at losses (told as ranks, they mean nothing) or count generations (that is the budget's part),

@@ -16,7 +16,7 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Best, Observation
+from evomerge.optimizers.base import Best, Observation, Refinement
 from evomerge.optimizers.cma_es import Box, Strategy, StrategySettings, Vector, calm
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import FOREIGN, Ledger
@@ -86,6 +86,7 @@ class LqCma:
 
     favourite: Genome | None = None
     wants_items = False
+    refined: Sequence[Refinement] = ()
 
     def __init__(self, settings: LqCmaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
         self._box = Box(parameters)

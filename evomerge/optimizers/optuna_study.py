@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Best, Keeps, Observation, default_population, one_thread
+from evomerge.optimizers.base import Best, Keeps, Observation, Refinement, default_population, one_thread
 
 if TYPE_CHECKING:
     from evomerge.optimizers.optuna_samplers import OptunaSettings
@@ -41,6 +41,7 @@ class OptunaOptimizer:
 
     favourite: Genome | None = None
     wants_items = False
+    refined: Sequence[Refinement] = ()
     stopped: str | None = None
 
     def __init__(self, settings: OptunaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:

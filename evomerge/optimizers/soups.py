@@ -12,7 +12,7 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Keeps, Observation, Settings
+from evomerge.optimizers.base import Keeps, Observation, Refinement, Settings
 from evomerge.optimizers.elites import Feature
 
 
@@ -63,6 +63,7 @@ class GreedySoup:
 
     favourite: Genome | None = None
     wants_items = False
+    refined: Sequence[Refinement] = ()
     keeps: Keeps = "all"  # the order of every source decides when it is tried, and a trial is out alone
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:

@@ -212,6 +212,8 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
         return
     count, affordable = len(setup.space.parameters), searched // CANDIDATES_A_STEP
     sizes, now = _sizes(prepared)
+    if now == "adaptive":  # which frees as many parameters as candidates allow
+        return
     if count > affordable:
         coarser = {name: n for name, n in sizes.items() if n < count}
         fitting = next((name for name, n in coarser.items() if n <= affordable), "model")

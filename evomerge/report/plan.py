@@ -117,11 +117,11 @@ def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _optimizer(prepared: Prepared) -> str:
-    """What the search file says of the optimizer, and what it can learn."""
+    """What the search file says of the optimizer, and what it learns."""
     settings = prepared.file.optimizer
     said = _settings_text(settings.model_dump(exclude_none=True))
-    outlook = settings.outlook(prepared.setup.space.parameters, prepared.file.budget.candidates)
-    return f"{said}; {outlook}" if outlook else said
+    learns = settings.learns(prepared.setup.space.parameters, prepared.file.budget.candidates)
+    return f"{said}; learns {learns}" if learns else said
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

@@ -297,6 +297,22 @@ class DescentFailed(Event):
     log: str = ""
 
 
+class Refined(Event):
+    """In a search from coarse to fine, places of the model have come apart: so many of its numbers are free now."""
+
+    kind: ClassVar[str] = "refined"
+    told: Whole
+    numbers: Whole
+    finest: Whole
+    places: list[StrictStr]
+
+    @property
+    def text(self) -> str:
+        """What it says, to people."""
+        places = ", ".join(self.places)
+        return f"{places} came apart after {self.told} candidates: {self.numbers} of {self.finest} numbers"
+
+
 class ItemErrors(BaseModel):
     """Mean absolute errors of a measure's estimates, and whether item response is used for it."""
 
@@ -366,7 +382,7 @@ READ: dict[str, type[Event | ItemResponse]] = {
     event.kind: event
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, Stale, ScoresAdded,
-        Screening, Descent, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
+        Screening, Descent, Refined, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

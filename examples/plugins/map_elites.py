@@ -52,6 +52,7 @@ class MapElites:
     favourite: Genome | None = None
     stopped: str | None = None
     wants_items = False
+    refined = ()  # no numbers are tied
     keeps: Keeps = "niches"
 
     def __init__(

@@ -31,7 +31,7 @@ from evomerge.search.settings.sections import BestKept, Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS
 from evomerge.store import CandidateRow, EventRow, NewCandidate
-from evomerge.store.events import Failure, ItemResponse, Rung, Screening
+from evomerge.store.events import Failure, ItemResponse, Refined, Rung, Screening
 
 
 class Driver:
@@ -75,6 +75,7 @@ class Driver:
             BestAnswers(setup.answers.best, len(setup.objectives)) if isinstance(setup.answers, BestKept) else None
         )
         self._without_answers: list[int] = []  # by the last tell
+        self._refined = 0  # steps of the optimizer from coarse to fine that were written down
         self._unchanged = 0.0  # generations since the front or an elite last changed
 
     def run(self) -> Ending:
@@ -82,6 +83,7 @@ class Driver:
         self._replay()
         self._started = self._clock()
         self._store.set_state("running")
+        self._record_refinements()
         if not self._asked:
             self._ask_baselines()
         if self._scoring.baselines_first and 0 in self._open:  # they are not told yet
@@ -195,6 +197,7 @@ class Driver:
             without_answers=self._without_answers,
         )
         self._learn(candidates)
+        self._record_refinements()
         self._record_screen()
         self._record_item_response()
 
@@ -202,6 +205,16 @@ class Driver:
         """Write down what is known of the screen."""
         if (screening := self._scoring.screening) is not None:
             self._store.record_event(Screening(pairs=screening.pairs, tau=screening.tau, on=screening.is_on))
+
+    def _record_refinements(self) -> None:
+        """Write down what came apart of the optimizer's numbers, for people: what is replayed are asks and tells."""
+        if len(refined := self.optimizer.refined) > self._refined:
+            self._refined = len(self._store.events(kinds=("refined",)))
+        for new in refined[self._refined :]:
+            self._store.record_event(
+                Refined(told=new.told, numbers=new.numbers, finest=new.finest, places=list(new.places))
+            )
+        self._refined = len(refined)
 
     def _record_item_response(self) -> None:
         """Write down what is known of item response, if that is new; it is only with each new fit."""

@@ -135,7 +135,11 @@ class SearchFile(Section):
         """Unless the file says it, where the optimizer begins follows from whether it is told anything, and what it
         leaves to the budget from that.
         """
-        optimizer = self.optimizer.within(self.budget.candidates)
+        tied = getattr(self.space, "granularity", None) == "adaptive"
+        if tied and not self.optimizer.ties:
+            name = self.optimizer.name
+            raise ValueError(f"space.granularity: adaptive is for cma, which ties numbers, and not for {name}")
+        optimizer = self.optimizer.within(self.budget.candidates, tied=tied)
         return self.model_copy(update={"optimizer": optimizer.warm() if self.start_from else optimizer})
 
     @model_validator(mode="after")

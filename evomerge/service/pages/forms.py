@@ -78,7 +78,7 @@ _OWN_SPACES = (
         "parameter_space", "Weights", "how much of each source goes into each layer",
         (
             _METHOD,
-            Field("granularity", "Granularity", options=("model", "layer", "block"), default="model",
+            Field("granularity", "Granularity", options=("model", "layer", "block", "adaptive"), default="model",
                   hint="what has numbers of its own; by hand also a number of layers"),
             Field("profile", "Over depth", options=("", "lines", "tiers"),
                   labels=("alike", "two numbers from first to last", "three tiers of layers"),
