@@ -311,9 +311,9 @@ def test_the_plan_says_how_many_numbers_are_free() -> None:
     settings = CmaSettings(name="cma").within(1000, tied=True)
     assert settings == CmaSettings(name="cma", population=83, diagonal=True)
     said = settings.learns(layered(34, kinds), 1000)
-    assert said == "3 numbers at first, and up to 102; 48 by the end of the budget"
+    assert said == "3 numbers for the whole model at first, of 102, and 48 by the end of the budget"
     assert CmaSettings(name="cma").within(None, tied=True) == CmaSettings(name="cma")
-    assert CmaSettings(name="cma").learns(layered(34, kinds), None) == "3 numbers at first, and up to 102"
+    assert CmaSettings(name="cma").learns(layered(34, kinds), None) == "3 numbers for the whole model at first, of 102"
 
 
 @pytest.mark.parametrize("key", ["restarts", "diagonal"])

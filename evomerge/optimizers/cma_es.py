@@ -138,11 +138,11 @@ class CmaSettings(StrategySettings):
         n = len(parameters)
         if are_tied(parameters):
             parts = Parts(parameters)
-            first = f"{parts.count} numbers at first, and up to {n}"
+            first = f"{parts.count} numbers for the whole model at first, of {n}"
             if candidates is None:
                 return first
             population = self.size(n)  # what comes apart after the last generation is not searched
-            return f"{first}; {parts.expected(candidates - population, population)} by the end of the budget"
+            return f"{first}, and {parts.expected(candidates - population, population)} by the end of the budget"
         if self.is_diagonal(n):
             return f"{n} step sizes, and no covariances"
         return f"{n * (n + 1) // 2:,} variances and covariances"

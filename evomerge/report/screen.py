@@ -115,8 +115,8 @@ def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:
 
 
 def thrift_lines(status: SearchStatus) -> list[str]:
-    """What spares items: a line each for racing, the screen, the proxy and item response where the search uses them."""
-    lines = []
+    """How it proceeds: a line each for coarse to fine, racing, screen, proxy and item response, where it uses them."""
+    lines = [f"coarse to fine: {status.refined}"] if status.refined else []
     if status.racing is not None:
         rungs = ", ".join(str(rung) for rung in status.racing.rungs)
         lines.append(f"racing: rungs {rungs}; {status.items:,} items scored in all")

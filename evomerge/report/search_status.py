@@ -138,7 +138,8 @@ class SearchStatus(BaseModel):
     nothing decides. ``conclusions`` say in words what was found, and which baselines are ``unscored``.
 
     ``wanted`` says of how many items each of the ``measures`` is the mean, and ``items`` how many item scores
-    of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit.
+    of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit. ``refined`` says
+    what came apart last in a search from coarse to fine, nothing in others.
     """
 
     name: str
@@ -159,6 +160,7 @@ class SearchStatus(BaseModel):
     screen: ScreenState | None
     proxy: ProxyState | None = None
     item_response: dict[str, ItemErrors]
+    refined: str = ""
     sources: list[str]
     best: Entry | None
     baselines: list[Entry]

@@ -38,7 +38,7 @@ from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
-from evomerge.store.events import ConfirmFailed, Descent, ItemErrors, ItemResponse, Screening, State
+from evomerge.store.events import ConfirmFailed, Descent, ItemErrors, ItemResponse, Refined, Screening, State
 from evomerge.store.record import Measure
 from evomerge.store.rows import AnyCandidate, ListedCandidate
 
@@ -118,6 +118,7 @@ def status_of(store: Store) -> SearchStatus:
         screen=_screen(store, search),
         proxy=_proxy(store),
         item_response=_item_response(store),
+        refined=_refined(store),
         sources=sources,
         best=best.get(BEST, best.get(KNEE)),
         baselines=[shown(row) for row in baselines if row.objectives],
@@ -243,6 +244,12 @@ def _screen(store: Store, search: SearchRow) -> ScreenState | None:
         on=last.on,
         left_out=store.eliminated_without(objective),
     )
+
+
+def _refined(store: Store) -> str:
+    """What came apart last in a search from coarse to fine."""
+    events = store.events(kinds=("refined",), newest=1)
+    return events[0].read(Refined).text if events else ""
 
 
 def _item_response(store: Store) -> dict[str, ItemErrors]:
