@@ -84,8 +84,7 @@ def status_of(store: Store) -> SearchStatus:
     counts, driven = Counts.of(store.counts()), current_holder(store) is not None
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
     failed = store.candidates(statuses=["failed"], newest=_RECENT)
-    front = store.front()
-    baselines = store.candidates(step=0)
+    front, baselines = store.front(), store.candidates(step=0)
     held = confirmation(store, search, baselines)
     directions = {o.name: "maximize" if o.maximise else "minimize" for o in record.objectives}
     sources = [row.label for row in baselines if row.origin == "source"] or list(record.sources)
