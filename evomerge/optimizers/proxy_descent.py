@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Best, Observation, Settings, check_population, random_state
+from evomerge.optimizers.base import Best, Observation, Refinement, Settings, check_population, random_state
 from evomerge.optimizers.cma_es import Box, Vector
 from evomerge.optimizers.elites import Feature
 
@@ -55,6 +55,7 @@ class ProxyDescent:
 
     keeps = Best(1)
     wants_items = False
+    refined: Sequence[Refinement] = ()
     stopped: str | None = None
 
     def __init__(self, settings: ProxyDescentSettings, parameters: Sequence[Parameter], seed: int) -> None:
