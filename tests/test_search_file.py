@@ -126,7 +126,7 @@ def test_equal_evaluator_settings_are_equal(path: Path) -> None:
         ("allow_task_code=maybe", "search.yaml: allow_task_code", "must be true or false"),
         ("pool=slurm", "search.yaml: pool", "'in_process' or 'ray'"),
         ("space.kind=parameters", "space.kind", "Did you mean 'parameter_space'?"),
-        ("space.granularity=rows", "search.yaml: space.granularity", "'block' or a whole number (given: 'rows')"),
+        ("space.granularity=rows", "search.yaml: space.granularity", "'adaptive' or a whole number (given: 'rows')"),
         ("budget.hours=1:30", "search.yaml: budget.hours", "must be a number (given: '1:30')"),
         ("budget.hours=.inf", "search.yaml: budget.hours", "is inf; no number here is infinite"),
         ("budget.candidates=100000000", "search.yaml: budget.candidates", "less than or equal to 10000000"),
