@@ -15,7 +15,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, Observation, ProxyDescentSettings, Settings
 from evomerge.search.driving.control import Control
-from evomerge.search.driving.descents import HALVINGS
+from evomerge.search.driving.descents import HALVINGS, PATIENCE
 from evomerge.search.preparing.prepare import prepare
 from evomerge.search.preparing.setup import EvaluatorInfo, ProxyInfo, Setup
 from evomerge.search.settings.search_file import load_search_file
@@ -136,9 +136,26 @@ def test_a_search_goes_on_without_the_points_of_a_descent_that_failed(tmp_path: 
     drive(tmp_path, proxied(), simulation=failing)
     assert {origin for _, origin in origins(tmp_path)} == {"source", "average", "cma"}
     with Store.open(tmp_path / "search.db") as store:
-        (event, *_) = store.events(kinds=("descent failed",))
-    assert event.payload["why"] == "no gradient today"
-    assert "a traceback" in (tmp_path / event.payload["log"]).read_text()
+        events = store.events(kinds=("descent failed",))
+    assert events[0].payload["why"] == "no gradient today"
+    logs = [tmp_path / event.payload["log"] for event in events]
+    assert len(set(logs)) == len(logs)
+    assert all("a traceback" in log.read_text() for log in logs)
+
+
+def test_a_proxy_that_cannot_be_followed_from_anywhere_rests(tmp_path: Path) -> None:
+    def failing(job: Job) -> tuple[float, Measured | Descended | Failed]:
+        return (1.0, Failed("error", "NaN", "")) if isinstance(job.instead, Descend) else simulate(job)
+
+    flat = replace(proxied(candidates=200), space=FakeSpace(1, round_to=0))  # of which the baselines are the best
+    drive(tmp_path, flat, simulation=failing)
+    with Store.open(tmp_path / "search.db") as store:
+        assert len(store.events(kinds=("descent failed",))) == PATIENCE * (HALVINGS + 1)
+
+
+def test_there_is_no_descent_where_the_budget_has_no_room_for_its_points(tmp_path: Path) -> None:
+    drive(tmp_path, proxied(candidates=3 + 4 + 2 + 4), simulation=towards(BEST))
+    assert [descent.step for descent in descents(tmp_path)] == [1]
 
 
 LIKELIHOOD = {"file": "maths.jsonl", "prompt": "{question}", "answer": " {answer}"}

@@ -23,7 +23,7 @@ from evomerge.store import Store
 from evomerge.store.events import Descent, DescentFailed
 
 PATIENCE = 4
-"""Generations that the proxy is followed without a new best candidate."""
+"""Generations that the proxy is followed without a new best candidate, descents that failed among them."""
 
 HALVINGS = 3
 """How often its rate is halved before it rests; a best candidate from elsewhere wakes it."""
@@ -60,7 +60,7 @@ class Descents:
             self._setup.seed + step, measures=self._setup.space_measures,
         )  # fmt: skip
         recipe, run = self._setup.space.decode(self._at), _Run(self._store, self._logs, step, descend)
-        pending = Pending(-1, 1, recipe, f"descent of step {step}", (), instead=descend)
+        pending = Pending(-step, 1, recipe, f"descent of step {step}", (), instead=descend)
         if not self._dispatcher.run(feed_of([pending]), run):
             return False
         self._points = run.points
@@ -82,12 +82,13 @@ class Descents:
         elif self._at is None:  # these are the baselines
             defaults = [c.genome for c in candidates if c.origin == "default" and c.genome is not None]
             self._at = defaults[0] if defaults else self._best
-        elif path:
-            self._at = path[-1].genome
+        elif self.rate is not None:
+            if path:
+                self._at = path[-1].genome
             self._vain = 0 if any(c.number in front for c in path) else self._vain + 1
             if self._vain >= PATIENCE:
                 self._begin_again()
-        elif new and self.rate is None:
+        elif new:
             self.rate, self._at, self._vain = self._proxy.rate / 2**HALVINGS, self._best, 0
 
     def _begin_again(self) -> None:

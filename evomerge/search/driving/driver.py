@@ -136,8 +136,10 @@ class Driver:
         return sys.maxsize if self._budget.candidates is None else self._budget.candidates - self._asked
 
     def prepare(self) -> bool:
-        """Have a worker follow the proxy, where there is one; False when a stop came first."""
-        return self._descents is None or self._descents.prepare(self._step + 1)
+        """Have a worker follow the proxy, where there is one and room for its points; False when a stop came first."""
+        if self._descents is None or self._room() <= self.optimizer.population:
+            return True
+        return self._descents.prepare(self._step + 1)
 
     def ask(self, count: int) -> list[Candidate]:
         """So many new candidates, or what is left of the budget.
