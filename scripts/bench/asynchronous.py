@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
-from search_cost import SETTINGS
 
 from evomerge.genome import Genome
 from evomerge.merging.evidence import Evidence
@@ -46,6 +45,12 @@ ROOT = Path(__file__).parents[2]
 MODES: tuple[Mode, Mode] = ("generational", "asynchronous")
 POPULATION, WORKERS = 16, (8, 16, 64)
 SPREAD, STRAGGLERS, SLOWER = 0.5, 0.1, 10.0  # of a candidate's seconds, as in scaling.py
+SETTINGS: dict[str, Any] = {
+    "sources": {name: str(ROOT / "examples" / "miniatures" / name) for name in ("base", "maths", "japanese")},
+    "base": "base",
+    "space": {"kind": "parameter_space", "method": "dare_ties", "granularity": "model", "bounds": {"weight": [0, 1.5]}},
+    "objectives": {"maths": {"task": "mini_math_ja", "metric": "acc_ja", "items": 250, "batch_size": 250}},
+}
 LAYERS = 7  # and embedding, norm and head: 10 weights of one source
 ITEMS = 250
 OPTIMUM = np.linspace(0.3, 1.1, LAYERS + 3)  # weights are searched from 0 to 1.5
