@@ -153,6 +153,23 @@ def test_a_proxy_that_cannot_be_followed_from_anywhere_rests(tmp_path: Path) -> 
         assert len(store.events(kinds=("descent failed",))) == PATIENCE * (HALVINGS + 1)
 
 
+def test_a_resumed_search_goes_on_whose_descents_end_their_workers(tmp_path: Path) -> None:
+    words = list[Control]()
+
+    def dying_of_it(job: Job) -> tuple[float, Measured | Descended | Failed]:
+        if not isinstance(job.instead, Descend):
+            return simulate(job)
+        words[0].hear("stop")
+        return 1.0, Failed("worker_died", "killed", "")
+
+    setup = proxied(candidates=15)
+    drive(tmp_path, setup, simulation=dying_of_it, control=words.append)
+    assert {step for step, _ in origins(tmp_path)} == {0}
+    words = [Control(list)]  # which nobody listens to
+    drive(tmp_path, setup, simulation=dying_of_it)
+    assert len(origins(tmp_path)) == 15
+
+
 def test_there_is_no_descent_where_the_budget_has_no_room_for_its_points(tmp_path: Path) -> None:
     drive(tmp_path, proxied(candidates=3 + 4 + 2 + 4), simulation=towards(BEST))
     assert [descent.step for descent in descents(tmp_path)] == [1]

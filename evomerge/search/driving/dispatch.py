@@ -218,7 +218,7 @@ class Dispatcher:
                     started = begun.get((finished.candidate, finished.attempt))
                     if started is not None:
                         self._deadlines.learn(pending.tasks, self._pool.now() - started)
-                if (again := self._end(pending, self._blamed(finished), recorder)) is not None:
+                if (again := self._end(pending, self._blamed(pending, finished), recorder)) is not None:
                     retried.append(again)
         return retried
 
@@ -303,8 +303,10 @@ class Dispatcher:
             if self._deadlines.is_over(pending.tasks, now - started):
                 self._pool.cancel(candidate, attempt)
 
-    def _blamed(self, finished: Finished) -> Finished:
+    def _blamed(self, pending: Pending, finished: Finished) -> Finished:
         """How an attempt ended, with its worker's death put down to the cluster while no worker has given a score.
+
+        Not that of a descent, which takes more memory than any score: the search goes on without it.
 
         Raises:
             InputError: too many have died.
@@ -312,7 +314,7 @@ class Dispatcher:
         result = finished.result
         if not isinstance(result, Failed):
             self._has_scored, self._deaths = True, 0
-        elif result.reason == "worker_died" and not self._has_scored:
+        elif result.reason == "worker_died" and not self._has_scored and not isinstance(pending.instead, Descend):
             self._deaths += 1
             if self._deaths > DEATHS:
                 problem = f"{self._deaths} workers died before any had given a score; the last one: {result.message}"
