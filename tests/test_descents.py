@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_miniature import short_search_file
+from helpers_miniature import ROOT, short_search_file
 from helpers_search import FakeSpace, Killed, drive, dying, make_setup, simulate, table
 
 from evomerge.errors import InputError
@@ -197,6 +197,15 @@ def test_what_cannot_have_a_proxy_is_told(tmp_path: Path, changes: dict[str, obj
         prepare(load_search_file(file))
     assert place in str(caught.value)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(("split", "shared"), [("held_out", 4), ("search", 0)])
+def test_a_proxy_by_what_an_objective_is_confirmed_on_is_told(tmp_path: Path, split: str, shared: int) -> None:
+    data = ROOT / "evaluators" / "tasks" / "data"
+    proxy = {"file": f"{data}/mini_math_ja.{split}.jsonl", "held_out_file": f"{data}/mini_math_en.search.jsonl"}
+    warnings = prepare(load_search_file(short_search_file(tmp_path, proxy=proxy))).warnings
+    told = f"proxy: asks {shared} held-out items of objectives.mini_math_ja in the search, which confirm nothing then"
+    assert [told] * bool(shared) == [warning for warning in warnings if "held-out items of" in warning]
 
 
 class TestProxyDescent(OptimizerContract):

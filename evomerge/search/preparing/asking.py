@@ -70,6 +70,18 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
                 warning = told_too_long(list(too_long(partial(prompts_of, evaluator, reader, split), sizes)))
             if warning:
                 yield f"{place}: {warning}"
+    yield from _confirmed_elsewhere(evaluators)
+
+
+def _confirmed_elsewhere(evaluators: Mapping[str, Evaluator]) -> Iterator[str]:
+    """Items that candidates are chosen by and, as another evaluator's, confirmed on: there they look too good."""
+    confirming = {place: one for place, one in evaluators.items() if place.startswith(("objectives.", "constraints."))}
+    for place, evaluator in evaluators.items():
+        asked = {item.question.strip() for item in evaluator.items("search")} - {""}
+        for other, one in confirming.items():
+            shared = 0 if other == place else len(asked & {item.question.strip() for item in one.items("held_out")})
+            if shared:
+                yield f"{place}: asks {shared} held-out items of {other} in the search, which confirm nothing then"
 
 
 def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[Shown]:
