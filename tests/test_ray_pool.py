@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from helpers_miniature import evomerge, json_of, search_file
+from helpers_miniature import ROOT, evomerge, json_of, search_file, short_search_file
+from helpers_search import table
 from ray.cluster_utils import Cluster as LocalCluster
 from ray.util.placement_group import placement_group_table
 from test_deadlines import Notes
@@ -141,6 +142,20 @@ def test_a_worker_killed_mid_candidate_loses_nothing(
     assert [(r["genome"], r["recipe_hash"], r["scores"]) for r in rows] == [
         (r["genome"], r["recipe_hash"], r["scores"]) for r in alone
     ]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_proxy_leads_workers_of_ray_where_it_leads_this_process(tmp_path: Path) -> None:
+    data = ROOT / "evaluators" / "tasks" / "data"
+    proxy = {"file": f"{data}/mini_math_ja.search.jsonl", "items": 8, "steps": 2, "drawn": 4}
+    tables = []
+    for pool in ("in_process", "ray"):
+        file = short_search_file(tmp_path, proxy=proxy, pool=pool, cluster={"workers": 2}, budget={"candidates": 11})
+        assert evomerge("search", file, "--dir", tmp_path / pool) == 0
+        tables.append(table(tmp_path / pool))
+    assert tables[0] == tables[1]
+    assert [row[2] for row in tables[0]].count("proxy") == 2
 
 
 @pytest.mark.nightly
