@@ -390,7 +390,7 @@ def test_the_model_is_left_as_it_was(tied: dict[str, Source]) -> None:
     before, held = answers(), {name: id(tensor) for name, tensor in live.model.named_parameters()}
     point = GenomeGradients(materialiser, space).at(somewhere(space, 3))
     materialiser.write(point.recipe, live)
-    with mock.patch.object(proxy, "_SHARE_OF_FREE", 0.0):
+    with mock.patch.object(proxy, "SHARE_OF_FREE", 0.0):
         differentiate_proxy(live, PROMPTS, IMPORTANCE, partial(point.listening, live))
     assert all(torch.equal(one, other) for one, other in zip(before, answers(), strict=True))
     assert {name: id(tensor) for name, tensor in live.model.named_parameters()} == held
@@ -414,11 +414,11 @@ def test_layers_are_computed_again_where_memory_is_short_and_batches_do_not_show
         with mock.patch.multiple(proxy, **limits), mock.patch.object(layer, "forward", count):  # type: ignore[arg-type]
             return gradient_of(tied, space, somewhere(space), live)[1]
 
-    whole = found(_MOST_TOKENS=2048)
+    whole = found(MOST_TOKENS=2048)
     assert len(passes) == 2
-    np.testing.assert_allclose(found(_SHARE_OF_FREE=0.0), whole, rtol=1e-9)
+    np.testing.assert_allclose(found(SHARE_OF_FREE=0.0), whole, rtol=1e-9)
     assert len(passes) == 4
-    np.testing.assert_allclose(found(_MOST_TOKENS=1), whole, rtol=1e-5)
+    np.testing.assert_allclose(found(MOST_TOKENS=1), whole, rtol=1e-5)
     assert len(passes) == 2 * len(PROMPTS)
     np.testing.assert_allclose(found(_LOGITS_BYTES=1), whole, rtol=1e-5)
 

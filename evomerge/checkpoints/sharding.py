@@ -52,6 +52,11 @@ def _whole(text: Mapping[str, Any], *keys: str) -> int:
     return next((text[key] for key in keys if type(text.get(key)) is int), 0)
 
 
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """How many numbers a hidden state has, by a config.json; 0 where it does not say."""
+    return _whole(text_config(config), "hidden_size", "n_embd")
+
+
 def sharding_problem(config: Mapping[str, Any], devices: int) -> str:
     """Why vLLM cannot divide a config.json's model among so many devices, with the arithmetic; empty where it can."""
     text, heads = text_config(config), heads_of(config)

@@ -22,14 +22,14 @@ from evomerge.inference.reading import Prompt
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
-_MOST_TOKENS = 2048
+MOST_TOKENS = 2048
 """In one forward and backward pass, unless a single item has more: of many more, what a pass costs beside its tokens
 (a look at every weight of the sources) no longer counts."""
 
 _LOGITS_BYTES = 1 << 27
 """Most bytes of logits in one pass, unless a single item has more; what follows from them takes several times that."""
 
-_SHARE_OF_FREE = 0.25
+SHARE_OF_FREE = 0.25
 """Of the free memory: what may be kept of a forward pass for the backward pass. Where a pass would need more, each
 layer keeps what it was given alone and is computed again, which costs another forward pass."""
 
@@ -84,7 +84,7 @@ def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
     for item in sorted(items, key=lambda item: len(item.ids), reverse=True):
         more = [*batch, item]
         rows, width, kept = len(more), len(more[0].ids) - 1, _kept(more)
-        if batch and (rows * width > _MOST_TOKENS or rows * kept * row_logits > _LOGITS_BYTES):
+        if batch and (rows * width > MOST_TOKENS or rows * kept * row_logits > _LOGITS_BYTES):
             yield batch
             batch = []
         batch.append(item)
@@ -98,16 +98,21 @@ def _kept(batch: Sequence[_Item]) -> int:
     return max(width - (len(item.ids) - 1 - item.scored) for item in batch)
 
 
+def kept_bytes(tokens: int, width: int, layers: int, itemsize: int) -> int:
+    """About how many bytes layers keep of a forward pass of so many tokens, with hidden states of that width."""
+    return tokens * width * _KEPT_FACTOR * itemsize * layers
+
+
 def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
     """Whether what a forward pass would keep is more than there should be."""
     model, tokens = live.model, len(batch) * (len(batch[0].ids) - 1)
     width = model.get_input_embeddings().weight.shape[1]
-    needed: int = tokens * width * _KEPT_FACTOR * model.dtype.itemsize * len(live.stack.path if live.stack else ())
+    needed = kept_bytes(tokens, width, len(live.stack.path if live.stack else ()), model.dtype.itemsize)
     if live.device.type == "cuda":
         free = sum(torch.cuda.mem_get_info(device)[0] for device in live.devices or (live.device,))
     else:
         free = psutil.virtual_memory().available
-    return needed > _SHARE_OF_FREE * free
+    return needed > SHARE_OF_FREE * free
 
 
 def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:

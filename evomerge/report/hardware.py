@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from evomerge.checkpoints.placement import device_bytes, place_buffers
-from evomerge.checkpoints.sharding import Heads, heads_of, shard_bytes, sharding_problem, text_config
+from evomerge.checkpoints.sharding import Heads, heads_of, hidden_size, shard_bytes, sharding_problem, text_config
+from evomerge.inference.proxy import MOST_TOKENS, SHARE_OF_FREE, kept_bytes
 from evomerge.merging.device import Residency, choose_place
 from evomerge.search.settings.layouts import LAYOUTS
 
@@ -222,11 +223,18 @@ def needs(shape: ModelShape, works: Sequence[Work], engine: Engine, devices: int
     return [Need(held, scratch) for held, scratch in zip(weights, scratch_of, strict=True)]
 
 
-def host_bytes(shape: ModelShape, works: Sequence[Work], mapped: int) -> int:
-    """Bytes that a worker on a processor takes at its peak: the process, the live model, a batch, and the pages of the
-    sources' files that it has read (``mapped`` bytes, which the system takes back when memory is short)."""
-    scratch = max((min(scratch_bytes(shape, work), _BATCH) for work in works), default=0)
+def host_bytes(shape: ModelShape, works: Sequence[Work], mapped: int, descent: int = 0) -> int:
+    """Bytes that a worker on a processor takes at its peak: the process, the live model, a batch or a descent (of
+    ``descent_bytes``), and the pages of the sources' files that it has read (``mapped`` bytes, which the system takes
+    back when memory is short)."""
+    scratch = max((descent, *(min(scratch_bytes(shape, work), _BATCH) for work in works)))
     return _PROCESS + mapped + shape.weights + scratch
+
+
+def descent_bytes(shape: ModelShape, items: int, free: int) -> int:
+    """Bytes that a step of a descent keeps of its forward pass, where so many are free; measured on SmolLM2-135M."""
+    tokens = min(items * _TYPICAL_PROMPT, MOST_TOKENS)
+    return min(kept_bytes(tokens, hidden_size(shape.config), shape.layers, shape.width), round(SHARE_OF_FREE * free))
 
 
 def _serves(works: Sequence[Work], engine: Engine) -> bool:

@@ -18,7 +18,16 @@ from evomerge.merging.kept import evidence_bytes
 from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.prices import amount_text
 from evomerge.report.entries import Constraint
-from evomerge.report.hardware import ModelShape, Work, host_bytes, layout_lines, lines, model_shape, work_of
+from evomerge.report.hardware import (
+    ModelShape,
+    Work,
+    descent_bytes,
+    host_bytes,
+    layout_lines,
+    lines,
+    model_shape,
+    work_of,
+)
 from evomerge.report.outlook import Outlook, outlook_lines, outlook_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
@@ -140,7 +149,10 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
 def _memory(prepared: Prepared) -> str:
     """What a worker takes at its peak."""
     files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
-    peak = host_bytes(*shape_and_works(prepared), sum(files.values()))
+    (shape, works), proxy = shape_and_works(prepared), prepared.setup.proxy
+    items = 0 if proxy is None else min(proxy.drawn, proxy.items)
+    descent = descent_bytes(shape, items, psutil.virtual_memory().available)
+    peak = host_bytes(shape, works, sum(files.values()), descent)
     return (
         f"about {_gigabytes(peak)} at a worker's peak on a processor, of which {_gigabytes(_live_bytes(prepared))} are "
         "its model's weights; the sources are mapped, not copied"
