@@ -1,9 +1,10 @@
 """What a good merge costs: items generated until a search's held-out score is as good as plain CMA-ES makes it.
 
-The zoo (examples/zoo): four experts of one base, and the mean score on four tasks, of which one is a composition that
-no expert can do. Three spaces over them:
+Four problems:
 
-* model: a weight for each expert.
+* miniatures: DARE-TIES with a weight and a density for each of two experts (examples/miniatures), on 250 items.
+* model, over the zoo (examples/zoo): a weight for each of four experts, and the mean score on four tasks, of which one
+  is a composition that no expert can do; 100 items.
 * blocks: a weight for each expert in each attention, each mlp and outside of the layers: 56.
 * density: TIES with a weight and a density for each of these: 112.
 
@@ -58,20 +59,36 @@ HELD_OUT = 500  # items of the held-out split, as many of each task
 
 EXPERTS = ("steps_ja", "kanji", "into_english", "extraction")
 TASKS = ("zoo_math_ja", "zoo_translate", "zoo_extract", "zoo_steps_kanji")  # those of zoo_mixed
-SETTINGS: dict[str, Any] = {
-    "sources": {"base": str(ZOO / "base"), **{name: f"{ZOO / 'base'}+{ZOO / name}" for name in EXPERTS}},
+BOUNDS = {"weight": [0, 1.5]}
+MINIATURES: dict[str, Any] = {
+    "sources": {name: str(ROOT / "examples" / "miniatures" / name) for name in ("base", "maths", "japanese")},
     "base": "base",
-    "dtype": "float32",
-    "space": {"kind": "parameter_space", "bounds": {"weight": [0, 1.5]}},
-    "objectives": {"zoo": {"task": "zoo_mixed", "metric": "acc", "items": 100, "batch_size": 250}},
+    "space": {"kind": "parameter_space", "method": "dare_ties", "granularity": "model", "bounds": BOUNDS},
+    "objectives": {"maths": {"task": "mini_math_ja", "metric": "acc_ja", "items": 250, "batch_size": 250}},
     "baselines": {"kappa": False},
+    "proxy": {"file": "miniatures.search.jsonl", "held_out_file": "miniatures.held_out.jsonl"},
 }
+
+
+def zoo(method: str, granularity: str) -> dict[str, Any]:
+    """A search over the zoo."""
+    return {
+        "sources": {"base": str(ZOO / "base"), **{name: f"{ZOO / 'base'}+{ZOO / name}" for name in EXPERTS}},
+        "base": "base",
+        "dtype": "float32",
+        "space": {"kind": "parameter_space", "method": method, "granularity": granularity, "bounds": BOUNDS},
+        "objectives": {"zoo": {"task": "zoo_mixed", "metric": "acc", "items": 100, "batch_size": 250}},
+        "baselines": {"kappa": False},
+        "proxy": {"file": "search.jsonl", "held_out_file": "held_out.jsonl", "items": 1000},
+    }
+
+
 PROBLEMS = {
-    "model": {"method": "task_arithmetic", "granularity": "model"},
-    "blocks": {"method": "task_arithmetic", "granularity": "block"},
-    "density": {"method": "ties", "granularity": "block"},
+    "miniatures": MINIATURES,
+    "model": zoo("task_arithmetic", "model"),
+    "blocks": zoo("task_arithmetic", "block"),
+    "density": zoo("ties", "block"),
 }
-PROXY = {"file": "search.jsonl", "held_out_file": "held_out.jsonl", "items": 1000}  # of the files of ``write_items``
 RACING = {"rungs": [25, 50]}
 LITTLE = {"candidates": 150}
 CMA: dict[str, Any] = {"name": "cma"}
@@ -89,18 +106,23 @@ CASES: dict[str, dict[str, Any]] = {
         "budget": LITTLE, "optimizer": CMA, "racing": RACING, "space": {"granularity": "adaptive", "finest": "block"},
     },
     "racing, proxy": {
-        "budget": LITTLE, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": PROXY,
+        "budget": LITTLE, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": True,
     },
     "racing, proxy alone": {
-        "budget": LITTLE, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": PROXY,
+        "budget": LITTLE, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": True,
     },
-    "proxy alone": {"budget": {"candidates": 60}, "optimizer": {"name": "proxy_descent"}, "proxy": PROXY},
+    "proxy alone": {"budget": {"candidates": 60}, "optimizer": {"name": "proxy_descent"}, "proxy": True},
+    "racing, proxy alone, each layer": {
+        "budget": {"candidates": 60}, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": True,
+        "space": {"method": "task_arithmetic", "granularity": "layer"},
+    },
 }  # fmt: skip
 
 
 def write_items(folder: Path) -> None:
-    """The items of all tasks, one of each in turn: what the proxy reads."""
+    """What the proxy reads: the items of a problem, of several tasks one of each in turn."""
     for split in ("search", "held_out"):
+        (folder / f"miniatures.{split}.jsonl").write_bytes((DATA / f"mini_math_ja.{split}.jsonl").read_bytes())
         by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
         lines = [line for row in zip(*by_task, strict=True) for line in row]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
@@ -158,8 +180,10 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
     if out.exists():
         return
     started = time.time()
-    space = {**SETTINGS["space"], **PROBLEMS[problem], **CASES[name].get("space", {})}
-    content = SETTINGS | CASES[name] | {"space": space, "name": key, "seed": seed}
+    of_problem, case = dict(PROBLEMS[problem]), dict(CASES[name])
+    proxy, has_proxy = of_problem.pop("proxy"), case.pop("proxy", False)
+    content = of_problem | case | {"name": key, "seed": seed} | ({"proxy": proxy} if has_proxy else {})
+    content["space"] = of_problem["space"] | case.get("space", {})
     prepared = prepare(parse_search_file(content, place=name, root=folder.resolve()))
     place = folder / f"{key}-{seed}.{int(started)}"
     store = create_search(place, prepared, fingerprints_of(prepared))
@@ -198,7 +222,7 @@ def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
 def _point(
     store: Store, prepared: Prepared, pool: CountingPool, best: int, items: int, passes: int, candidates: int
 ) -> Point:
-    search = store.candidate(best).objectives["zoo"].mean
+    search = store.candidate(best).objectives[prepared.setup.objectives[0].name].mean
     return Point(items, passes, candidates, search, _held_out(best, store, prepared, pool))
 
 
@@ -207,7 +231,7 @@ def _held_out(number: int, store: Store, prepared: Prepared, pool: CountingPool)
     tasks = [Task(0, "held_out", range(HELD_OUT))]
     finished = pool.worker.run(Job(number, 0, recipe_of(row, prepared.file.sources), tasks))
     assert isinstance(finished.result, Measured), finished.result
-    return float(finished.result.scores[0]["acc"].mean(dtype=np.float64))
+    return float(finished.result.scores[0][prepared.setup.objectives[0].metric].mean(dtype=np.float64))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -251,8 +275,8 @@ def report(folder: Path) -> None:
     }
     curves = {problem: of_problem for problem, of_problem in curves.items() if REFERENCE in of_problem}
     rows = {problem: _problem(of_problem) for problem, of_problem in curves.items()}
-    content: dict[str, Any] = {**rows["model"], "problems": rows}
-    if "blocks" in curves:
+    content: dict[str, Any] = {**rows.get("model", {}), "problems": rows}
+    if {"model", "blocks"} <= curves.keys():
         content["layerwise"] = _finer(curves["model"], curves["blocks"]) | {
             key: rows["blocks"][key] for key in ("items_fraction_of_full", "by")
         }
