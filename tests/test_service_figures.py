@@ -385,6 +385,13 @@ def test_attempts_run_from_dispatch_to_record_and_those_of_dead_drivers_are_left
     assert attempts_of(events, 20.0)[-1] == AttemptSpan(1, 2, 16.0, 20.0, "not known yet", "running")
 
 
+def test_a_descent_is_work_of_its_worker() -> None:
+    content = {"step": 1, "steps": 2, "rate": 0.1, "passes": 8, "proxy": [1.0, 0.5], "gradient": [None], "seconds": 3.0}
+    assert attempts_of([event(1, 20.0, "descent", None, None, worker="a", **content)], None) == [
+        AttemptSpan(None, 1, 17.0, 20.0, "a", "followed the proxy")
+    ]
+
+
 def test_idle_is_what_lies_between_a_workers_attempts() -> None:
     attempts = [
         AttemptSpan(1, 1, 0.0, 4.0, "a", "scored"),

@@ -286,6 +286,7 @@ class Descent(Event):
     proxy: tuple[StrictFloat, StrictFloat]
     gradient: list[StrictFloat | None]
     seconds: float
+    worker: StrictStr = ""
 
 
 class DescentFailed(Event):

@@ -113,7 +113,7 @@ class _Run:
             Descent(
                 step=self._step, steps=steps, rate=float(self._descend.rate), passes=steps * self._descend.items,
                 proxy=(float(result.losses[0]), float(result.losses[-1])), gradient=gradient,
-                seconds=sum(result.timings.values()),
+                seconds=sum(result.timings.values()), worker=finished.worker,
             )
         )  # fmt: skip
 

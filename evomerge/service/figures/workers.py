@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from evomerge.report.svg import COLOURS
 from evomerge.service.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, TEAL, figure, safe
 from evomerge.store import EventRow, Store, current_holder
-from evomerge.store.events import AttemptEnded, ConfirmFailed, Failure, State
+from evomerge.store.events import AttemptEnded, ConfirmFailed, Descent, Failure, State
 from evomerge.store.rows import candidate_id
 
 MOST_ATTEMPTS = 1500
@@ -20,7 +20,8 @@ MOST_ATTEMPTS = 1500
 
 _ENDS = ("rung", "result", "failure")
 _STATES = ("state", "lease")
-_COLOURS = {"scored": BLUE, "scored up to a rung": TEAL, "running": GREY}
+_FOLLOWED = "followed the proxy"
+_COLOURS = {"scored": BLUE, "scored up to a rung": TEAL, "running": GREY, _FOLLOWED: ORANGE}
 _REASONS = {"error": PINK, "not_finite": PURPLE, "out_of_memory": ORANGE, "worker_died": "#a40e26", "timeout": GREEN}
 _PATTERNS = ("/", "\\", "x", "-", "|", "+", ".")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -28,9 +29,12 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 @dataclass(frozen=True, slots=True)
 class AttemptSpan:
-    """One attempt at a candidate: when it ran (seconds since 1970), on which worker, and how it ended."""
+    """One attempt at a candidate: when it ran (seconds since 1970), on which worker, and how it ended.
 
-    candidate: int
+    A descent of the proxy, of no candidate, is one as well.
+    """
+
+    candidate: int | None
     number: int
     begun: float
     ended: float
@@ -45,9 +49,11 @@ class AttemptSpan:
 def timeline(store: Store) -> go.Figure:
     """A bar for each attempt at a candidate, from dispatch to record, on its worker; coloured by how it ended.
 
+    So are descents of the proxy, for as long as they computed.
+
     The confirmation's attempts are not in it: the store does not say where they ran.
     """
-    events = store.events(kinds=("dispatch", *_ENDS, *_STATES), newest=2 * MOST_ATTEMPTS)
+    events = store.events(kinds=("dispatch", "descent", *_ENDS, *_STATES), newest=2 * MOST_ATTEMPTS)
     attempts = attempts_of(events, time.time() if current_holder(store) is not None else None)
     if not attempts:
         return figure(notes=["Nothing has been dispatched yet."])
@@ -80,6 +86,10 @@ def attempts_of(events: Iterable[EventRow], now: float | None) -> list[AttemptSp
     begun: dict[int, EventRow] = {}
     attempts = []
     for event in events:
+        if event.kind == "descent":
+            descent = event.read(Descent)
+            began = event.time - descent.seconds
+            attempts.append(AttemptSpan(None, 1, began, event.time, descent.worker or "unknown", _FOLLOWED))
         if event.candidate is None:
             continue
         if event.kind == "dispatch":
@@ -167,14 +177,20 @@ def _bars(how: str, attempts: Sequence[AttemptSpan]) -> go.Bar:
         orientation="h",
         name=how,
         marker={"color": colour, "line": {"width": 0.5, "color": GREY}, "pattern": pattern if failed else {}},
-        customdata=[attempt.candidate for attempt in attempts],
+        customdata=["descent" if attempt.candidate is None else attempt.candidate for attempt in attempts],
         hovertext=[
-            f"<b>{candidate_id(a.candidate)}</b>, attempt {a.number}<br>{safe(how)}<br>{a.seconds:.1f} s on "
+            f"<b>{_attempt_name(a)}</b><br>{safe(how)}<br>{a.seconds:.1f} s on "
             f"{safe(a.worker)}<br>from {_moment(a.begun):%Y-%m-%d %H:%M:%S}"
             for a in attempts
         ],
         hoverinfo="text",
     )
+
+
+def _attempt_name(attempt: AttemptSpan) -> str:
+    if attempt.candidate is None:
+        return "a descent"
+    return f"{candidate_id(attempt.candidate)}, attempt {attempt.number}"
 
 
 def _moment(seconds: float) -> datetime.datetime:
