@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_miniature import COMMAND, environment, evomerge, json_of, short_search_file
+from helpers_miniature import COMMAND, ROOT, environment, evomerge, json_of, short_search_file
 from helpers_search import table
 
 from evomerge.store import Store
@@ -54,6 +54,34 @@ def test_kill_9_and_resume_gives_the_same_search_bit_for_bit(
     assert json_of(capsys, "top", folder, "--all", "--json") == expected
     assert len(expected) == candidates
     assert table(folder) == table(tmp_path / "whole")  # down to the score of every item
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_kill_9_during_a_descent_and_resume_gives_the_same_search(tmp_path: Path) -> None:
+    items = ROOT / "evaluators" / "tasks" / "data" / "mini_math_ja.search.jsonl"
+    file = short_search_file(tmp_path, proxy={"file": str(items), "items": 24, "drawn": 8}, budget={"candidates": 11})
+    assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
+
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*COMMAND, "search", str(file), "--dir", str(folder)], env=environment())
+    while process.poll() is None and told(folder) < 1:  # after the baselines comes a descent of 16 steps
+        time.sleep(0.02)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with Store.open(folder / "search.db") as store:
+        assert not store.events(kinds=("descent",))
+    assert evomerge("resume", folder) == 0
+    assert table(folder) == table(tmp_path / "whole")
+
+
+def told(folder: Path) -> int:
+    """How many steps have been told."""
+    if not (folder / "search.db").exists():
+        return 0
+    with Store.open(folder / "search.db") as store:
+        return sum(step.kind == "tell" for step in store.steps())
 
 
 @pytest.mark.timeout(300)
