@@ -124,7 +124,8 @@ def test_the_first_proxy_is_what_the_evaluator_says_of_the_drawn_items(
     reader, evaluator = Reader.of(worker._stack().live), worker._evaluators[0]
     requests = evaluator.requests(reader, "search", range(40))
     tokens = [request.prompt.scored for request in requests if isinstance(request, Likelihood)]
-    assert whole.losses.tolist() == [pytest.approx(-np.average(scores * tokens, weights=weights), rel=1e-4)]
+    expected = np.average(np.log(1 - scores * tokens), weights=weights)
+    assert whole.losses.tolist() == [pytest.approx(expected, rel=1e-4)]
     assert whole.points == []
 
 
