@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 
 from evomerge.errors import InputError
 from evomerge.search.driving.control import Control
-from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.settings.folder import LOGS_NAME
@@ -18,7 +17,7 @@ from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import Store
 
 
-class OutsideJobs:
+class OutsideJobs(OfNoCandidate):
     """Some jobs of one kind, and what is made of their results. The last failure of any of them ends the command.
 
     Args:
@@ -53,13 +52,3 @@ class OutsideJobs:
         log = write_log(self._logs, finished, failure, self.log_prefix)
         if final:
             raise self.error(finished, failure, log)
-
-    def answer(self, pending: Pending) -> bool:
-        return False
-
-    def dispatched(self, pending: Pending) -> None: ...
-
-    def at_once(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def late(self, finished: Finished) -> None: ...

@@ -9,14 +9,13 @@ When it has not for a while, it starts again from the best candidate, at half th
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from evomerge.genome import Genome
 from evomerge.search.driving.candidates import PROXY, START, Candidate
-from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
 from evomerge.search.preparing.setup import ProxyInfo, Setup
 from evomerge.search.work.jobs import Descend, Descended, Failed, Finished, Measured
 from evomerge.store import Store
@@ -97,7 +96,7 @@ class Descents:
         self.rate = self.rate / 2 if self.rate > self._proxy.rate / 2**HALVINGS else None
 
 
-class _Run:
+class _Run(OfNoCandidate):
     """One descent, as a ``Recorder``; it fails for itself alone."""
 
     def __init__(self, store: Store, logs: Path, step: int, descend: Descend) -> None:
@@ -121,13 +120,3 @@ class _Run:
         log = write_log(self._logs, finished, failure, "descent")
         if final:
             self._store.record_event(DescentFailed(step=self._step, why=failure.message, log=log))
-
-    def answer(self, pending: Pending) -> bool:
-        return False
-
-    def dispatched(self, pending: Pending) -> None: ...
-
-    def at_once(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def late(self, finished: Finished) -> None: ...

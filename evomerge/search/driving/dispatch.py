@@ -83,6 +83,20 @@ class Recorder(Protocol):
         ...
 
 
+class OfNoCandidate:
+    """What a ``Recorder`` of jobs has in common that are of no candidate: of their way nothing is written down."""
+
+    def answer(self, pending: Pending) -> bool:
+        return False
+
+    def dispatched(self, pending: Pending) -> None: ...
+
+    def at_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def late(self, finished: Finished) -> None: ...
+
+
 Feed = Callable[[], Pending | None]
 """Gives the next candidate to score whenever a worker is free; None when there is none, for now."""
 
