@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -164,6 +166,9 @@ class TestConsensus(MethodContract):
 
 
 def test_every_method_is_held_to_its_contract() -> None:
+    for file in Path(__file__).parent.glob("test_*.py"):  # some have a file of their own, which a tier may leave out
+        if "(MethodContract)" in file.read_text("utf-8"):
+            importlib.import_module(file.stem)
     held = {kind.method.name for kind in MethodContract.__subclasses__()}
     assert held >= set(METHODS)
 
