@@ -12,6 +12,9 @@ from evomerge.inference.reading import Prompt
 from evomerge.inference.requests import Likelihood, LogLikelihood
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from evomerge.checkpoints.live import LiveModel
 
 _LEAST_STEP = 16
@@ -33,14 +36,14 @@ def log_likelihoods(live: LiveModel, requests: Sequence[Likelihood]) -> list[Log
     by_number: dict[int, LogLikelihood] = {}
     for most in dict.fromkeys(request.batch_tokens for request in requests):
         prompts = {n: request.prompt for n, request in enumerate(requests) if request.batch_tokens == most}
-        logs = _sums(live, [_Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most)
+        logs = _sums(live, [Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most)
         for (number, prompt), log in zip(prompts.items(), logs, strict=True):
             by_number[number] = LogLikelihood(log, prompt.scored, _size(prompt))
     return [by_number[number] for number in range(len(requests))]
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
     """A pair as the model sees it: the token ids, of which the last ``scored`` are the answer's."""
 
     ids: Sequence[int]
@@ -64,7 +67,7 @@ def _width(fed: int, context: int | None) -> int:
     return width if context is None else max(fed, min(width, context))
 
 
-def _batches(items: Sequence[_Tokens], most: int, context: int | None, row_logits: int) -> Iterator[list[int]]:
+def _batches(items: Sequence[Tokens], most: int, context: int | None, row_logits: int) -> Iterator[list[int]]:
     """Positions of the items in batches of one width, the widest first: too large a one fails at once.
 
     Args:
@@ -80,7 +83,7 @@ def _batches(items: Sequence[_Tokens], most: int, context: int | None, row_logit
         positions.sort(key=lambda i: (items[i].scored, items[i].ids))
         batch: list[int] = []
         for position in positions:  # the last one in a batch has the most logits
-            rows, kept = len(batch) + 1, _kept(width, items[position])
+            rows, kept = len(batch) + 1, kept_columns(width, items[position])
             if batch and (rows * width > most or rows * kept * row_logits > _LOGITS_BYTES):
                 yield batch
                 batch = []
@@ -88,12 +91,39 @@ def _batches(items: Sequence[_Tokens], most: int, context: int | None, row_logit
         yield batch
 
 
-def _kept(width: int, item: _Tokens) -> int:
+def kept_columns(width: int, item: Tokens) -> int:
     """Of how many last columns an item needs the logits, its row padded to ``width``."""
     return width - (len(item.ids) - 1 - item.scored)
 
 
-def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
+def padded(items: Sequence[Tokens], width: int) -> tuple[Tensor, Tensor]:
+    """What a model is fed of items and where that is: int64 [items, width] each.
+
+    Padded on the right, where nothing looks back at it.
+    """
+    import torch
+
+    ids, mask = torch.zeros(2, len(items), width, dtype=torch.int64)
+    for row, item in enumerate(items):
+        fed = torch.tensor(item.ids[:-1])
+        ids[row, : len(fed)], mask[row, : len(fed)] = fed, 1
+    return ids, mask
+
+
+def answer_logs(logits: Tensor, first: int, item: Tokens, dtype: torch.dtype) -> Tensor:
+    """The logarithms of what each token of an item's answer was given: [tokens], computed in ``dtype``.
+
+    Args:
+        logits: of the item's row [columns, vocabulary]; those of the answer begin at column ``first``.
+    """
+    import torch
+
+    answer = torch.tensor(item.ids[-item.scored :], device=logits.device)
+    own = logits[first : first + len(answer)].to(dtype)
+    return own.gather(1, answer[:, None]).squeeze(1) - own.logsumexp(1)
+
+
+def _sums(live: LiveModel, items: Sequence[Tokens], most: int) -> list[float]:
     """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
     import torch
 
@@ -102,11 +132,8 @@ def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
     row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
     for batch in _batches(items, most, context, row_logits):
         width = _width(len(items[batch[0]].ids) - 1, context)
-        kept = min(width, max(_LEAST_ROWS, *(_kept(width, items[i]) for i in batch)))
-        ids, mask = torch.zeros(2, len(batch), width, dtype=torch.int64)
-        for row, i in enumerate(batch):  # padded on the right, where nothing looks back at it
-            fed = torch.tensor(items[i].ids[:-1])
-            ids[row, : len(fed)], mask[row, : len(fed)] = fed, 1
+        kept = min(width, max(_LEAST_ROWS, *(kept_columns(width, items[i]) for i in batch)))
+        ids, mask = padded([items[i] for i in batch], width)
         sums = []
         with torch.inference_mode():
             logits = live.model(
@@ -116,11 +143,8 @@ def _sums(live: LiveModel, items: Sequence[_Tokens], most: int) -> list[float]:
                 logits_to_keep=kept,
             ).logits  # [rows, kept, vocabulary]: of the last columns
             for row, i in zip(logits, batch, strict=True):
-                answer = torch.tensor(items[i].ids[-items[i].scored :], device=live.device)
-                first = kept - _kept(width, items[i])
-                own = row[first : first + len(answer)].float()
-                chosen = own.gather(1, answer[:, None]).squeeze(1)
-                sums.append((chosen - own.logsumexp(1)).sum(dtype=torch.float64))
+                logs = answer_logs(row, kept - kept_columns(width, items[i]), items[i], torch.float32)
+                sums.append(logs.sum(dtype=torch.float64))
         for position, total in zip(batch, torch.stack(sums).tolist(), strict=True):
             totals[position] = total
         answered(len(batch))

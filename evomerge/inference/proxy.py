@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.inference.answering import answered
+from evomerge.inference.prefill import Tokens, answer_logs, kept_columns, padded
 from evomerge.inference.reading import Prompt
 
 if TYPE_CHECKING:
@@ -42,12 +43,10 @@ Listening = Callable[[bool], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class _Item:
-    """An item as the model sees it: token ids, of which the last ``scored`` are the answer's."""
+class _Item(Tokens):
+    """An item as the model sees it, and its weight in the mean."""
 
-    ids: Sequence[int]
-    scored: int
-    weight: float  # in the mean
+    weight: float
 
 
 def differentiate_proxy(
@@ -95,7 +94,7 @@ def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
 def _kept(batch: Sequence[_Item]) -> int:
     """Of how many last columns logits are needed, rows being padded on the right to the width of the first."""
     width = len(batch[0].ids) - 1
-    return max(width - (len(item.ids) - 1 - item.scored) for item in batch)
+    return max(kept_columns(width, item) for item in batch)
 
 
 def kept_bytes(tokens: int, width: int, layers: int, itemsize: int) -> int:
@@ -118,18 +117,12 @@ def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
 def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:
     """sum_i w_i log(1 - log p(answer_i | prompt_i)), with a graph: a scalar, in float32 at least."""
     width, kept = len(batch[0].ids) - 1, _kept(batch)
-    ids, mask = torch.zeros(2, len(batch), width, dtype=torch.int64)
-    for row, item in enumerate(batch):  # padded on the right, where nothing looks back at it
-        fed = torch.tensor(item.ids[:-1])
-        ids[row, : len(fed)], mask[row, : len(fed)] = fed, 1
+    ids, mask = padded(batch, width)
     logits = live.model(
         input_ids=ids.to(live.device), attention_mask=mask.to(live.device), use_cache=False, logits_to_keep=kept
     ).logits  # [rows, kept, vocabulary]: of the last columns
     total: Tensor = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, item in zip(logits, batch, strict=True):
-        answer = torch.tensor(item.ids[-item.scored :], device=logits.device)
-        first = kept - (width - (len(item.ids) - 1 - item.scored))
-        own = row[first : first + len(answer)].to(total.dtype)
-        chosen = own.gather(1, answer[:, None]).squeeze(1)
-        total = total + item.weight * torch.log1p((own.logsumexp(1) - chosen).sum())
+        logs = answer_logs(row, kept - kept_columns(width, item), item, total.dtype)
+        total = total + item.weight * torch.log1p(-logs.sum())
     return total

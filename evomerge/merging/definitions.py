@@ -25,6 +25,15 @@ def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     return total
 
 
+def _kept(
+    tensors: Sequence[Tensor], k: int, delta: Tensor, numbers: Tensor, draws: Tensor | None, meet: bool
+) -> Tensor:
+    """The mask of a part of ``sparsify``, ``delta`` being its task vector."""
+    if draws is None:
+        return (delta.abs() >= numbers[k, 1]) & (delta.abs() < numbers[k, 2])
+    return drawn(tensors[0], tensors[k + 1], draws[k], meet)
+
+
 def sparsify(
     tensors: Sequence[Tensor],
     numbers: Tensor,
@@ -46,12 +55,8 @@ def sparsify(
     shares_above, shares_below = torch.zeros_like(base), torch.zeros_like(base)
     for k, tensor in enumerate(tensors[1:]):
         delta = tensor.float() - base
-        weight, low, high, share, _ = numbers[k]
-        if draws is None:
-            kept = (delta.abs() >= low) & (delta.abs() < high)
-        else:
-            kept = drawn(tensors[0], tensor, draws[k], meet)
-        part = (weight * delta).where(kept, 0.0)
+        weight, _, _, share, _ = numbers[k]
+        part = (weight * delta).where(_kept(tensors, k, delta, numbers, draws, meet), 0.0)
         total = total + part
         above, below = above + part.clamp(min=0), below + part.clamp(max=0)
         shares_above, shares_below = shares_above + share * (part > 0), shares_below + share * (part < 0)
@@ -240,11 +245,7 @@ def sparsify_derivatives(
     counted: list[Tensor] = []  # e_k d_k
     for k, tensor in enumerate(tensors[1:]):
         delta = tensor.float() - base
-        if draws is None:
-            kept = (delta.abs() >= numbers[k, 1]) & (delta.abs() < numbers[k, 2])
-        else:
-            kept = drawn(tensors[0], tensor, draws[k], meet)
-        counted.append(delta.where(kept, 0.0))
+        counted.append(delta.where(_kept(tensors, k, delta, numbers, draws, meet), 0.0))
     agreeing: list[Tensor] = []  # e_k
     if elect:
         positive = _weighted(weights, counted) >= 0

@@ -150,7 +150,7 @@ def _memory(prepared: Prepared) -> str:
     """What a worker takes at its peak."""
     files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
     (shape, works), proxy = shape_and_works(prepared), prepared.setup.proxy
-    items = 0 if proxy is None else min(proxy.drawn, proxy.items)
+    items = 0 if proxy is None else proxy.drawn
     descent = descent_bytes(shape, items, psutil.virtual_memory().available)
     peak = host_bytes(shape, works, sum(files.values()), descent)
     return (
@@ -244,7 +244,7 @@ def _proxy(setup: Setup) -> Iterator[tuple[str, str]]:
     yield (
         "proxy",
         f"likelihoods of {proxy.items} answers; {proxy.steps} steps down its gradient by {numbers} numbers beside each "
-        f"generation, each on {min(proxy.drawn, proxy.items)} of them; 2 points are scored",
+        f"generation, each on {proxy.drawn} of them; 2 points are scored",
     )
 
 

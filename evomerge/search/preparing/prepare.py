@@ -310,4 +310,5 @@ def _proxy(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> Prox
     if not isinstance(evaluators.opened[resolved.evaluator], LikelihoodEvaluator):
         problem = f"asks {proxy.evaluator}, and only how likely the answers of items are has a gradient"
         raise InputError("proxy.evaluator", problem, "Take `evaluator: likelihood`.")
-    return ProxyInfo(resolved.evaluator, resolved.items, proxy.drawn, proxy.steps, proxy.rate)
+    drawn = min(proxy.drawn, resolved.items)
+    return ProxyInfo(resolved.evaluator, resolved.items, drawn, proxy.steps, proxy.rate)

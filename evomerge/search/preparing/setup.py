@@ -73,7 +73,9 @@ class ScreenInfo(MeasureInfo):
 
 @dataclass(frozen=True)
 class ProxyInfo:
-    """A smooth stand-in for the objectives; see ``Proxy``. ``evaluator`` is a position in ``Setup.evaluators``."""
+    """A smooth stand-in for the objectives; see ``Proxy``. ``evaluator`` is a position in ``Setup.evaluators``;
+    ``drawn`` is no more than ``items``.
+    """
 
     evaluator: int
     items: int
