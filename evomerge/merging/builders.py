@@ -17,6 +17,7 @@ from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
 from evomerge.merging.device import Residency
 from evomerge.merging.evidence import Evidence
+from evomerge.merging.fitting import Fit
 from evomerge.merging.materialise import check_opened
 from evomerge.plugins import find_plugin
 from evomerge.recipes.base import Recipe
@@ -47,6 +48,7 @@ class BuildContext:
         layers: the most different layers that a recipe of the search is made of.
         residency: where sources are kept for a model on a GPU; chosen by the room there is when None.
         calibration: texts that methods may need.
+        fit: items that numbers may be fitted to.
         engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
         base: the source that models are measured from (``merging.change``); None where there is none.
     """
@@ -59,6 +61,7 @@ class BuildContext:
     layers: int | None = None
     residency: Residency | None = None
     calibration: Calibration | None = None
+    fit: Fit | None = None
     engine: Callable[[LiveModel], ServingEngine] | None = None
     base: str | None = None
 

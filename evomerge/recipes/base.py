@@ -38,7 +38,8 @@ class Recipe(Frozen, ABC):
 
     ``tokenizer`` names the source that gives tokenizer, configuration and chat template. ``dtype`` is what the model's
     weights are stored as (that of the tokenizer's source when None). ``seed`` keys whatever is drawn.
-    ``calibration`` is the digest of the texts that it is made by, where a method needs any.
+    ``calibration`` is the digest of the texts that it is made by, where a method needs any, and ``fit`` that of the
+    items and settings by which numbers of it are fitted (``merging/fitting.py``).
     """
 
     kind: ClassVar[str]
@@ -49,6 +50,7 @@ class Recipe(Frozen, ABC):
     seed: int = 0
     dtype: DType | None = None
     calibration: str | None = None
+    fit: str | None = None
 
     @abstractmethod
     def used_sources(self) -> set[str]:
@@ -79,8 +81,9 @@ class Recipe(Frozen, ABC):
     @model_serializer(mode="wrap")
     def _with_its_kind(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = self.written(write(self))
-        if self.calibration is None:
-            content.pop("calibration", None)
+        for digest in ("calibration", "fit"):
+            if content.get(digest) is None:
+                content.pop(digest, None)
         return content if self.kind == STACK else {"kind": self.kind, **content}
 
     def written(self, content: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""The recipe of a model whose adapters are mixed anew for every token, by routers.
+
+A module of stored weight W0 gives, of the experts e with the changes D_e that are present in its layer,
+
+    y = W0 x + gain sum_e g_e(x) D_e x,        g(x) = gates of the logits R x + b
+
+(MoLORA, arXiv 2309.05444, equation 3; of (IA)3 vectors instead of low-rank changes it is MoV, equation 2). What the
+recipe says are numbers and names alone; the routers' weights R and b follow from it, from the sources and, where they
+are fitted, from the items of ``fit``: they are evidence, as what methods know of their sources is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from evomerge.recipes.base import Frozen, Recipe
+from evomerge.recipes.stack import Blend, Number
+
+RouterKind = Literal["fitted", "prototypes", "arrow", "spectral"]
+Gate = Literal["softmax", "sigmoid"]
+Where = Literal["all", "attention", "mlp"]
+
+
+class Balance(Frozen):
+    """How much losses of the use of experts count beside that of right answers while routers are fitted.
+
+    ``switch`` is that of Switch Transformers, as MoLA takes it; ``localized`` that of LoRAMoE, whose two groups differ
+    by ``delta``; ``z`` the mean square of log sum exp of the logits (ST-MoE, arXiv 2202.08906, equation 5).
+    """
+
+    switch: Number = Field(default=0.0, ge=0)
+    localized: Number = Field(default=0.0, ge=0)
+    delta: Number = Field(default=0.1, ge=0, le=1)
+    z: Number = Field(default=0.0, ge=0)
+
+
+class Router(Frozen):
+    """What routers look at, and how their logits become gates.
+
+    Attributes:
+        kind: how the routers' weights are found.
+        gate: softmax over the experts that are present and kept, or a sigmoid of each logit, which sums to anything.
+        per: one router for each adapted module, or one for attention and one for the mlp of each layer, which looks at
+            what the block is given.
+        heads: of keys and values each head of a token is routed by itself, on its own activation (MoV).
+        base_expert: "no adapter" is one more expert, with a logit of its own.
+        renormalised: gates of the kept experts are divided by their sum.
+        balance: of fitted routers.
+    """
+
+    kind: RouterKind = "fitted"
+    gate: Gate = "softmax"
+    per: Literal["module", "block"] = "module"
+    heads: bool = False
+    base_expert: bool = False
+    renormalised: bool = True
+    balance: Balance = Balance()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_balance(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        if self.balance == Balance():
+            written.pop("balance", None)
+        return written
+
+
+class LayerGroup(Frozen):
+    """Layers that follow each other, and how experts are gated in all of them.
+
+    Attributes:
+        layers: how many.
+        experts: those that are present; none leaves the layers as the base has them.
+        top_k: how many of them a token keeps; all when None.
+        temperature: that logits are divided by.
+        gain: what the gated sum is multiplied by, in attention and in the mlp.
+        bias: added to the logits, by expert; those that are left out have none.
+    """
+
+    layers: int = Field(ge=1)
+    experts: tuple[str, ...]
+    top_k: int | None = Field(default=None, ge=1)
+    temperature: Number = Field(default=1.0, gt=0)
+    attention_gain: Number = 1.0
+    mlp_gain: Number = 1.0
+    bias: dict[str, Number] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> LayerGroup:
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError("names an expert twice")
+        if self.top_k is not None and self.top_k > len(self.experts):
+            raise ValueError(f"keeps {self.top_k} experts of a token, and {len(self.experts)} are present")
+        if unknown := sorted(set(self.bias) - set(self.experts)):
+            raise ValueError(f"has a bias for {unknown[0]!r}, which is not present")
+        return self
+
+
+class RoutedRecipe(Recipe):
+    """A base, adapters of it as experts, and how they are gated from layer to layer.
+
+    ``where`` says which blocks are routed; the other one is made by the blend ``rest``, of the base alone when None.
+    """
+
+    kind: ClassVar[str] = "routed"
+
+    base: str
+    experts: tuple[str, ...] = Field(min_length=1)
+    groups: tuple[LayerGroup, ...] = Field(min_length=1)
+    router: Router = Router()
+    where: Where = "all"
+    rest: Blend | None = None
+
+    @model_validator(mode="after")
+    def _refers_to_what_exists(self) -> RoutedRecipe:
+        for number, group in enumerate(self.groups):
+            if unknown := sorted(set(group.experts) - set(self.experts)):
+                raise ValueError(f"group {number} has the expert {unknown[0]!r}, which is none of the recipe's")
+        if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
+            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        if self.router.kind == "fitted" and self.fit is None:
+            raise ValueError("its routers are fitted, and it does not say on what")
+        return self
+
+    def group_of(self, layer: int) -> LayerGroup:
+        """The group that holds a layer. IndexError where there is none."""
+        for group in self.groups:
+            if layer < group.layers:
+                return group
+            layer -= group.layers
+        raise IndexError(layer)
+
+    def used_sources(self) -> set[str]:
+        rest = () if self.rest is None else (*self.rest.sources, *filter(None, (self.rest.base,)))
+        return {self.base, *self.experts, *rest}
+
+    def lines(self) -> list[str]:
+        kind = {"fitted": "fitted routers", "arrow": "Arrow", "spectral": "spectral routers"}
+        how = f"{kind.get(self.router.kind, self.router.kind)}, {self.router.gate} gates"
+        lines, first = [f"{how} over {', '.join(self.experts)} on {self.base}"], 0
+        for group in self.groups:
+            kept = "all" if group.top_k is None else f"top {group.top_k}"
+            present = ", ".join(group.experts) or "the base alone"
+            lines.append(
+                f"layers {first} to {first + group.layers - 1}: {present}; {kept}, "
+                f"temperature {group.temperature:.3g}, gain {group.attention_gain:.3g} and {group.mlp_gain:.3g}"
+            )
+            first += group.layers
+        return lines
