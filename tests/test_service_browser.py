@@ -504,3 +504,15 @@ def test_the_form_writes_yaml_that_says_what_was_meant(browser: Browser, small: 
 
     check()
     context.close()
+
+
+def test_the_form_writes_a_proxy_with_the_space_before_its_answer(browser: Browser, small: str) -> None:
+    context = browser.new_context()
+    page = watched(context, small).go("/new")
+    page.get_by_text("Gradient of right answers").click()
+    page.fill('[data-key="proxy.file"]', "items.jsonl")
+    page.fill('[data-key="proxy.answer"]', " {answer}")
+    page.fill('[data-key="proxy.steps"]', "8")
+    written = load_yaml(page.input_value("#file"), "file")
+    assert written["proxy"] == {"file": "items.jsonl", "answer": " {answer}", "steps": 8}
+    context.close()

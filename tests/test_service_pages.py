@@ -22,6 +22,7 @@ from sqlalchemy import insert, update
 from starlette.testclient import TestClient
 
 from evaluators import evaluator_settings
+from evaluators.likelihood import LikelihoodSettings
 from evomerge.method import own_methods
 from evomerge.plugins import OWN, find_class
 from evomerge.report.comparing import Comparison
@@ -29,7 +30,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.screen import gain_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
-from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, Racing
+from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, Proxy, Racing
 from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
@@ -412,7 +413,10 @@ def test_the_form_has_what_the_sections_of_the_search_file_have() -> None:
     fields = {field.key: field for part in forms.sections().values() for field in part}
     whole = {"budget": Budget, "racing": Racing, "confirm": Confirm, "calibration": CalibrationTexts}
     expected = {f"{name}.{key}" for name, section in whole.items() for key in section.model_fields}
-    assert set(fields) == expected | {"optimizer.name", "optimizer.population", "start_from", "pool", "cluster.workers"}
+    some = {"optimizer.name", "optimizer.population", "start_from", "pool", "cluster.workers"}
+    proxy = {"file", "held_out_file", "prompt", "answer", "apply_chat_template", "drawn", "steps", "rate"}
+    assert set(fields) == expected | some | {f"proxy.{key}" for key in proxy}
+    assert proxy <= Proxy.model_fields.keys() | LikelihoodSettings.model_fields.keys()
     assert set(forms._WORDS) <= set(fields)
     assert not any(field.required for field in fields.values())
     kinds = {

@@ -80,6 +80,8 @@ _OWN_SPACES = (
             _METHOD,
             Field("granularity", "Granularity", options=("model", "layer", "block", "adaptive"), default="model",
                   hint="what has numbers of its own; by hand also a number of layers"),
+            Field("finest", "Adaptive, down to", options=("", "layer", "block"),
+                  labels=("", "layers", "attention and mlp of each layer"), hint="where the granularity is adaptive"),
             Field("profile", "Over depth", options=("", "lines", "tiers"),
                   labels=("alike", "two numbers from first to last", "three tiers of layers"),
                   hint="a few numbers that scale the change of layers, where the granularity is model"),
@@ -115,6 +117,7 @@ _METRIC = "Metric"
 _FILE = Field("file", "File of items", example="items.jsonl", hint="JSON objects, one on each line", required=True)
 _HELD_OUT = Field("held_out", "Held out", "number", example="0.5", hint="the share of items to confirm on")
 _PROMPT = Field("prompt", "Prompt", example="{prompt}", hint="{question} stands for that field of an item")
+_ANSWER = Field("answer", "Answer", example=" {answer}", hint="a space between prompt and answer belongs here")
 _TOKENS = Field("max_new_tokens", "Max. new tokens", "number", example="256")
 _SHOTS = Field("num_fewshot", "Few-shot examples", "number", hint="put before each question")
 _CHAT = (
@@ -159,9 +162,7 @@ _OWN_EVALUATORS = (
         "likelihood", "likelihood of answers",
         "Log-probability of the right answers. Quick, and it moves where no answer changes yet.",
         (
-            _FILE, _metric("log_likelihood", "bits_per_byte"), _PROMPT,
-            Field("answer", "Answer", example=" {answer}", hint="a space between prompt and answer belongs here"),
-            _HELD_OUT, _SHOTS, *_CHAT,
+            _FILE, _metric("log_likelihood", "bits_per_byte"), _PROMPT, _ANSWER, _HELD_OUT, _SHOTS, *_CHAT,
         ),
     ),
     Group(
@@ -210,6 +211,9 @@ _WORDS: dict[str, dict[str, Any]] = {
     },
     "calibration.prompts": {"hint": "how many of the texts count, from the first"},
     "calibration.tokens": {"hint": "of each text"},
+    "proxy.drawn": {"label": "Proxy: items a step"},
+    "proxy.steps": {"label": "Proxy: steps", "hint": "for each generation; two points of them are scored"},
+    "proxy.rate": {"label": "Proxy: rate", "hint": "how far a step goes, in parts of each parameter's range"},
     "racing.rungs": {
         "label": "Racing: rungs", "example": "50, 150", "hint": "after this many items the worst drop out",
     },
@@ -232,6 +236,16 @@ _POPULATION = Field(
     "optimizer.population", "Population", "number", hint="4 + 3 ln(parameters) unless given"
 )  # which every optimizer of ours has, and the section's own schema has not
 
+_PROXY = tuple(
+    replace(field, key=f"proxy.{field.key}", required=False)
+    for field in (
+        replace(_FILE, label="Right answers", hint="JSON objects, one on each line; of the search split alone"),
+        Field("held_out_file", "Held out of them", hint="a file of those that are not to be learnt from"),
+        _PROMPT, _ANSWER, _CHAT[0],
+    )
+)  # fmt: skip
+"""What the proxy's evaluator takes: how the right answer of each item is asked for."""
+
 _START = Field("start_from", "Start from", example="search-1", hint="an earlier search over the same sources")
 
 _POOL = Field("pool", "Workers run in", options=("", "ray"), labels=("this process, one", "Ray, several at once"))
@@ -247,6 +261,7 @@ def sections(searches: Sequence[str] = ()) -> dict[str, tuple[Field, ...]]:
         "calibration": _section("calibration"),
         "budget": _section("budget"),
         "optimizer": (*_section("optimizer"), _POPULATION, replace(_START, suggestions=tuple(searches))),
+        "proxy": (*_PROXY, *_section("proxy", "drawn", "steps", "rate")),
         "workers": (_POOL, *_section("cluster", "workers")),
         "more": (*_section("racing"), *_section("confirm")),
     }

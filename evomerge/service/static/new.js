@@ -113,7 +113,7 @@ function said(place) {
     const { key, kind } = input.dataset;
     if (kind === "switch") { if (input.checked) values[key] = true; continue; }
     // A space before an answer belongs to it, and \n in a prompt is a new line.
-    const text = ["prompt", "answer"].includes(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
+    const text = /(^|\.)(prompt|answer)$/.test(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
     if (text === "") continue;
     if (kind === "numbers") values[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
     else if (kind === "pairs") values[key] = pairs(text);
