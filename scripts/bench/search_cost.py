@@ -55,6 +55,7 @@ SHARE = 0.95  # of the reference's gain
 PARTS = (0.01, 0.02, 0.05)  # of the reference's items, at which it is told how much of the gain a technique has
 REFERENCE = "full evaluation, plain CMA-ES"
 SEEDS = 8
+SPACING = 1.1  # by which items grow from one point of a curve to the next
 HELD_OUT = 500  # items of the held-out split, as many of each task
 
 EXPERTS = ("steps_ja", "kanji", "into_english", "extraction")
@@ -202,7 +203,10 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
 
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
-    """The best candidate after every tell that changed it, and one more point when the search ended."""
+    """The best candidate after every tell that changed it, and one more point when the search ended.
+
+    Of changes within a tenth of the items generated so far the first alone, since each costs ``HELD_OUT`` answers.
+    """
     points, items, passes, candidates, best = [], 0, 0, 0, -1
     for event in store.events(kinds=("ask", "descent", "dispatch", "front", "tell")):
         if event.kind == "ask":
@@ -214,7 +218,8 @@ def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
             passes += event.read(Descent).passes
         elif event.kind == "front":
             (best,) = event.payload["candidates"]
-            points.append(_point(store, prepared, pool, best, items, passes, candidates))
+            if not points or items >= SPACING * points[-1].items:
+                points.append(_point(store, prepared, pool, best, items, passes, candidates))
     points.append(_point(store, prepared, pool, best, items, passes, candidates))
     return points
 
