@@ -23,6 +23,11 @@ from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.checkpoints.live import live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
+from evomerge.merging.core_space import NotLowRankError
+from evomerge.merging.low_rank import family_of
+from evomerge.merging.materialise import Materialiser
+from evomerge.method import default_parameters, find_method
+from evomerge.recipes.stack import Blend, StackRecipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT = torch.arange(3, 15).reshape(2, 6)
@@ -41,13 +46,13 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(GPT2, tmp_path_factory.mktemp("models") / "gpt2")
 
 
-def train(base: Path, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+def train(base: Path, folder: Path, *, seed: int = 0, kind: Any = peft.LoraConfig, **settings: Any) -> Path:
     """An adapter of random numbers on a base, saved by peft."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -136,6 +141,97 @@ def test_trained_biases_replace_those_of_the_base(gpt2: Path, tmp_path: Path, bi
 def test_the_bias_of_a_factor_moves_the_layers_own(gpt2: Path, tmp_path: Path) -> None:
     adapter = train(gpt2, tmp_path, target_modules=["c_attn"], r=2, lora_bias=True, fan_in_fan_out=True)
     same_as_peft(gpt2, adapter)
+
+
+VECTORS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "all linear": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "feedforward_modules": ["o_proj", "down_proj"],
+    },
+    "full tensors": {"modules_to_save": ["norm"]},
+}
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fewer heads of keys and values, and biases of the attention that are not zero."""
+    folder = save_model(
+        tiny_config(num_key_value_heads=1, attention_bias=True), tmp_path_factory.mktemp("models") / "grouped"
+    )
+    stored = load_file(folder / "model.safetensors")
+    torch.manual_seed(9)
+    save_file(
+        {n: torch.randn_like(t) if n.endswith("bias") else t for n, t in stored.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", VECTORS)
+def test_vectors_multiply_as_peft_does_it(grouped: Path, tmp_path: Path, case: str) -> None:
+    adapter = train(grouped, tmp_path / "adapter", kind=peft.IA3Config, **VECTORS[case])
+    source, base = same_as_peft(grouped, adapter), opened(grouped)
+    rows, columns = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    ((of_rows, false),), ((of_columns, true),) = source.vectors(rows), source.vectors(columns)
+    assert (false, true) == (False, True)
+    assert torch.equal(source.read(rows), of_rows[:, None] * base.read(rows).float())
+    assert torch.equal(source.read(columns), base.read(columns).float() * of_columns)
+    bias = "model.layers.0.self_attn.k_proj.bias"
+    assert torch.equal(source.read(bias), of_rows * base.read(bias).float())
+    assert source.vectors("model.layers.0.input_layernorm.weight") == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vectors_of_gpt2_go_by_modules_stored_the_other_way_round(gpt2: Path, tmp_path: Path) -> None:
+    names = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True}
+    adapter = train(gpt2, tmp_path, kind=peft.IA3Config, **names)
+    source = same_as_peft(gpt2, adapter)
+    assert source.vectors("transformer.h.0.attn.c_attn.weight")[0][1]
+    assert source.vectors("transformer.h.0.attn.c_attn.bias")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_vectors_multiply_each_other(grouped: Path, tmp_path: Path) -> None:
+    same_as_peft(grouped, *(train(grouped, tmp_path / str(s), seed=s, kind=peft.IA3Config) for s in range(2)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_task_arithmetic_of_vectors_is_theirs(grouped: Path, tmp_path: Path) -> None:
+    folders = [train(grouped, tmp_path / str(seed), seed=seed, kind=peft.IA3Config) for seed in range(2)]
+    sources = {"base": opened(grouped), "a": opened(grouped, folders[0]), "b": opened(grouped, folders[1])}
+    with pytest.raises(NotLowRankError, match=r"multiplies .*by a vector"):
+        family_of(sources)
+    weights = {"a": 0.75, "b": -0.5}
+    parameters = default_parameters(find_method("task_arithmetic", "method"), ["a", "b"]) | {"weight": weights}
+    recipe = StackRecipe.uniform(
+        Blend(method="task_arithmetic", sources=("a", "b"), base="base", parameters=parameters),
+        sources={name: source.reference for name, source in sources.items()},
+        tokenizer="base",
+        layers=sources["base"].layers,
+        dtype="float32",
+    )
+    for name, tensor in Materialiser(sources).tensors(recipe):
+        stored = expected = sources["base"].read(name).float()
+        if vectors := {k: sources[k].vectors(name) for k in weights if sources[k].vectors(name)}:
+            factor = 1 + sum(weights[k] * (vector - 1) for k, ((vector, _),) in vectors.items())
+            expected = stored * (factor if vectors["a"][0][1] or stored.dim() == 1 else factor[:, None])
+        assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vectors_that_fit_nothing_are_refused(grouped: Path, tmp_path: Path) -> None:
+    adapter = train(grouped, tmp_path / "adapter", kind=peft.IA3Config)
+    key = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
+    for shape, words in (((7, 1), r"shape \[7, 16\]; here it is \[4, 16\]"), ((2, 2), "not a vector")):
+        tensors(lambda found, shape=shape: found.update({key: torch.ones(shape)}))(adapter)
+        with pytest.raises(InputError, match=words):
+            opened(grouped, adapter)
+    edit_json(adapter / CONFIG, peft_type="LORA", r=1, lora_alpha=1)
+    with pytest.raises(InputError, match="not a pair of matrices"):
+        opened(grouped, adapter)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -322,7 +418,7 @@ def elsewhere(found: dict[str, torch.Tensor]) -> None:
 
 HALF = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 BAD: dict[str, tuple[Harm, str]] = {
-    "IA3": (config(peft_type="IA3"), "peft_type is 'IA3'"),
+    "IA3": (config(peft_type="IA3"), "are not a vector"),
     "LoKr": (config(peft_type="LOKR"), "peft_type is 'LOKR'"),
     "no type": (config(peft_type=None), "peft_type is None"),
     "layer replication": (config(layer_replication=[[0, 1], [0, 1]]), "layer_replication is not supported"),

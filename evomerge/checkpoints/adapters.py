@@ -1,9 +1,10 @@
-"""Adapters (PEFT's LoRA and its kin) on a source: what they change, and the fold of it into the weights.
+"""Adapters (PEFT's LoRA and its kin, and (IA)3) on a source: what they change, and the fold of it into the weights.
 
-With stored weight W, factors A and B of rank r and scaling s = alpha / r (rsLoRA: alpha / sqrt(r)):
+With stored weight W, factors A and B of rank r and scaling s = alpha / r (rsLoRA: alpha / sqrt(r)), or a vector l:
 
     LoRA   W + s B A                                                     (Hu et al. 2021, arXiv:2106.09685, section 4.1)
     DoRA   m (W + s B A) / ||W + s B A||, the norm of each output's row  (Liu et al. 2024, arXiv:2402.09353, equation 5)
+    (IA)3  diag(l) W, or W diag(l) in the last map of an mlp            (Liu et al. 2022, arXiv 2205.05638, section 3.3)
 
 Everything is computed in float32. The factors stay in their mapped files; a fold is made each time it is read.
 """
@@ -16,7 +17,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ _PLAIN_STARTS = {"True", "False", "None", "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it was; PiSSA and others train against a base they changed."""
 
 _TENSOR = re.compile(
-    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l)"
     r"(\.(?P<adapter>(?!(weight|bias)$)[^.]+))?(\.(?P<field>weight|bias))?"
 )
 _UNTRAINED = re.compile(r"(.*\.)?original_module\..+")
@@ -114,7 +115,42 @@ class Shift:
         weight.add_(self.scale * view(self.by).float())
 
 
-Change = LowRank | Shift
+@dataclass(frozen=True)
+class Vector:
+    """An (IA)3 of one weight: a number that multiplies each of its outputs, or of its inputs.
+
+    Attributes:
+        by: the vector, of any shape.
+        inputs: it is of the inputs (a module of PEFT's ``feedforward_modules``), else of the outputs, bias and all.
+        turned: the weight is stored as inputs by outputs.
+    """
+
+    by: TensorEntry
+    inputs: bool
+    turned: bool
+
+    @property
+    def of_columns(self) -> bool:
+        """Whether it multiplies the columns of the weight as it is stored, else the rows."""
+        return self.inputs != self.turned
+
+    def vector(self, view: Callable[[TensorEntry], torch.Tensor]) -> torch.Tensor:
+        """l: float32 [inputs] or [outputs].
+
+        Args:
+            view: gives the tensor of an entry.
+        """
+        return view(self.by).float().flatten()
+
+    def apply(
+        self, weight: torch.Tensor, stored: torch.Tensor, view: Callable[[TensorEntry], torch.Tensor], *, first: bool
+    ) -> None:
+        """Put it on a weight, or on the bias of a layer whose outputs it multiplies; arguments as of ``LowRank``."""
+        vector = self.vector(view)
+        weight.mul_(vector if self.of_columns or weight.dim() == 1 else vector[:, None])
+
+
+Change = LowRank | Shift | Vector
 
 _buffers = Buffers()
 
@@ -204,11 +240,17 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
 
 def _check_config(config: Mapping[str, Any], place: str) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(place, f"{CONFIG}: peft_type is {kind!r}; only LORA and its variants can be folded", _FOLD)
+    if kind not in ("LORA", "IA3"):
+        problem = f"{CONFIG}: peft_type is {kind!r}; only IA3, and LORA and its variants, can be folded"
+        raise InputError(place, problem, _FOLD)
     for key in _UNSUPPORTED:
         if config.get(key):
             raise InputError(place, f"{CONFIG}: {key} is not supported", _FOLD)
+    if kind == "LORA":
+        _check_lora(config, place)
+
+
+def _check_lora(config: Mapping[str, Any], place: str) -> None:
     start = str(config.get("init_lora_weights"))
     if start not in _PLAIN_STARTS:
         raise InputError(
@@ -268,7 +310,11 @@ class _Reader:
         names = self.base.find([*weights, *biases, *whole])
         changes: dict[str, Change] = {}
         for module, tensors in modules.items():
-            for target, change in self._module(module, tensors):
+            if self.config.get("peft_type") == "IA3":
+                found = self._vectors(module, tensors, has_bias=names[f"{module}.bias"] is not None)
+            else:
+                found = self._module(module, tensors)
+            for target, change in found:
                 changes[self._known(names, target)] = change
         self._check_shapes(changes)
         replaced = {self._known(names, name): entry for name, entry in whole.items()}
@@ -302,6 +348,18 @@ class _Reader:
                     raise InputError(self.place, f"the adapter {self.folder} holds {target} twice, and they differ")
                 whole[target] = entry
         return modules, whole
+
+    def _vectors(
+        self, module: str, tensors: Mapping[str, TensorEntry], *, has_bias: bool
+    ) -> Iterator[tuple[str, Change]]:
+        vector = tensors.get("ia3_l")
+        if vector is None or len(tensors) > 1 or len(vector.shape) != 2 or 1 not in vector.shape:
+            problem = f"the adapter's tensors for {module} are not a vector: {', '.join(tensors)}"
+            raise InputError(self.place, problem, _FOLD)
+        of_inputs = vector.shape[1] != 1
+        yield f"{module}.weight", Vector(vector, of_inputs, turned=False)
+        if has_bias and not of_inputs:
+            yield f"{module}.bias", Vector(vector, of_inputs, turned=False)
 
     def _module(self, module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Change]]:
         embedded = "lora_embedding_A" in tensors
@@ -356,6 +414,9 @@ class _Reader:
                 if change.by.shape != wanted:
                     raise self._misfit(name, change.by.shape)
                 continue
+            if isinstance(change, Vector):
+                changes[name] = self._vector_for(name, replace(change, turned=name in self.base.turned))
+                continue
             turned = change.turned or name in self.base.turned
             changes[name] = LowRank(change.down, change.up, change.scale, turned, change.magnitude)
             made = (change.up.shape[0], change.down.shape[1])
@@ -363,6 +424,13 @@ class _Reader:
                 raise self._misfit(name, made[::-1] if turned else made)
             if change.magnitude is not None and math.prod(change.magnitude.shape) != made[0]:
                 raise self._misfit(name, change.magnitude.shape)
+
+    def _vector_for(self, name: str, change: Vector) -> Vector:
+        wanted, length = tuple(self.base.shapes[name]), math.prod(change.by.shape)
+        made = (*wanted[:-1], length) if change.of_columns else (length, *wanted[1:])
+        if made != wanted:
+            raise self._misfit(name, made)
+        return change
 
     def _misfit(self, name: str, shape: Sequence[int]) -> InputError:
         wanted = list(self.base.shapes[name])

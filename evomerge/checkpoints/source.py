@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
-from evomerge.checkpoints.adapters import Adapter, Base, Change, LowRank, fold, open_adapter
+from evomerge.checkpoints.adapters import Adapter, Base, Change, LowRank, Vector, fold, open_adapter
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.config import check_config, check_lists
 from evomerge.checkpoints.folder import (
@@ -133,6 +133,11 @@ class Source:
         """L, R and s of each adapter that adds s L R to a tensor; see ``LowRank.factors``. None has a magnitude."""
         changes = self.changes.get(name, ())
         return [(*change.factors(self._view), change.scale) for change in changes if isinstance(change, LowRank)]
+
+    def vectors(self, name: str) -> list[tuple[torch.Tensor, bool]]:
+        """Each (IA)3 vector on a weight or bias, float32 [n], and whether it multiplies the columns as stored."""
+        changes = self.changes.get(name, ())
+        return [(change.vector(self._view), change.of_columns) for change in changes if isinstance(change, Vector)]
 
     def release(self, name: str) -> None:
         """Let the system take back the memory that holds a tensor of the mapped files. It is read anew when needed."""

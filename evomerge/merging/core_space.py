@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from evomerge.blends import stepped
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapters import LowRank, Vector
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence, Tensors
@@ -227,6 +227,8 @@ def check_adapters(name: str, source: Source, base: str, model: Source) -> None:
         )
     for tensor, changes in source.changes.items():
         for change in changes:
+            if isinstance(change, Vector):
+                raise NotLowRankError(f"the adapter of {name} multiplies {tensor} by a vector ((IA)3)")
             if not isinstance(change, LowRank):
                 raise NotLowRankError(f"the adapter of {name} moves the bias {tensor} (lora_bias)")
             if change.magnitude is not None:
