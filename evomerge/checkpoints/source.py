@@ -32,6 +32,7 @@ from evomerge.checkpoints.kinds import check_kind, headless
 from evomerge.checkpoints.layered import LayerSetting
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
+from evomerge.checkpoints.prompts import SourcePrompt, open_prompt
 from evomerge.checkpoints.references import refuse_adapter_alone
 from evomerge.errors import InputError
 from evomerge.printable import printable
@@ -68,6 +69,7 @@ class Source:
         changes: what adapters do to tensors, by name, in the order of the adapters.
         replaced: the tensors that adapters hold in full.
         tokenizer_texts: the files of the tokenizer, by name, where those in the folder do not count.
+        prompt: the soft prompt or the prefix that was named with it; its weights are those of the model alone.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Source:
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
     tokenizer_texts: Mapping[str, str] = field(default_factory=dict)
+    prompt: SourcePrompt | None = None
     _maps: dict[Path, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +159,7 @@ class Source:
         return view_entry(entry, self._maps[entry.file])
 
 
-def open_source(name: str, reference: str, *, place: str, root: Path | None = None) -> Source:
+def open_source(name: str, reference: str, *, place: str, root: Path | None = None, prompts: bool = False) -> Source:
     """Open a model folder and check all of it but the values of its weights.
 
     Args:
@@ -165,18 +168,32 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
             it, each after a plus.
         place: where the reference was given, for errors.
         root: what relative folders are relative to; the current folder when None.
+        prompts: whether a soft prompt or a prefix may stand in an adapter's place; whoever wants weights wants none.
 
     Raises:
         InputError: the model cannot be had, or anything about it is broken, unsafe or unsupported.
     """
     folder, *adapters = (find_folder(part, place, root) for part in split_reference(reference, root))
     try:
-        return _open(name, reference, place, folder, adapters)
+        source, plan = _open(name, reference, place, folder)
+        if (prompted := _prompted(source, adapters)) is None:
+            return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
     except OSError as error:
         raise InputError(place, f"{error.filename or folder} cannot be read ({error.strerror})") from error
+    if not prompts:
+        refuse_prompt(prompted)
+    return prompted
 
 
-def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequence[Path]) -> Source:
+def refuse_prompt(source: Source) -> None:
+    """Refuse a source with a prompt where one is wanted for its weights. Raises InputError."""
+    if source.prompt is not None:
+        problem = f"{source.prompt.folder} is {source.prompt.facts.text}, which changes no weights"
+        raise InputError(source.place, problem, "Search over prompts: `space: {kind: prompts}`.")
+
+
+def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, Blueprint]:
+    """The model alone, and where transformers has its tensors."""
     linked = check_files(folder, place)
     if has(folder, ADAPTER_CONFIG):
         refuse_adapter_alone(folder, reference, place)
@@ -216,7 +233,31 @@ def _open(name: str, reference: str, place: str, folder: Path, adapters: Sequenc
         files=_files(folder, stored),
         warnings=_warnings(tensors, plan.float32, sorted(extra), linked),
     )
-    return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
+    return source, plan
+
+
+def _prompted(source: Source, adapters: Sequence[Path]) -> Source | None:
+    """The source with the prompt that stands in its adapter's place; None where there is no prompt among them."""
+    opened = [open_prompt(folder, source.settings, source.layers, source.place) for folder in adapters]
+    prompts = [prompt for prompt in opened if prompt is not None]
+    if not prompts:
+        return None
+    if len(adapters) > 1:
+        other = next((folder for folder in adapters if folder != prompts[0].folder), adapters[0])
+        problem = f"{prompts[0].folder} is {prompts[0].facts.text}, and {other} stands beside it"
+        hint = "Name one prompt a source, on the model that it was trained on; a search puts several together."
+        raise InputError(source.place, problem, hint)
+    (prompt,) = prompts
+    warnings = (*source.warnings, *_trained_elsewhere(prompt.folder, prompt.base, source.reference))
+    return replace(source, prompt=prompt, files=(*source.files, *prompt.files), warnings=warnings)
+
+
+def _trained_elsewhere(adapter: Path, base: str, reference: str) -> tuple[str, ...]:
+    """The warning that an adapter names another base than the model that it is put on, or none."""
+    model = reference.partition("+")[0]
+    if not base or Path(base).name == Path(model.partition("@")[0]).name:
+        return ()
+    return (printable(f"the adapter {adapter} was trained on {base}; it is put on {model}"),)
 
 
 def _base(source: Source, plan: Blueprint) -> Base:
@@ -237,16 +278,13 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
     tensors = dict(source.tensors)
     changes: dict[str, tuple[Change, ...]] = {}
     warnings = source.warnings
-    model = source.reference.partition("+")[0]
     for adapter in adapters:
         for name, entry in adapter.replaced.items():
             tensors[name] = entry
             changes.pop(name, None)
         for name, change in adapter.changes.items():
             changes[name] = (*changes.get(name, ()), change)
-        if adapter.base and Path(adapter.base).name != Path(model.partition("@")[0]).name:
-            sentence = f"the adapter {adapter.folder} was trained on {adapter.base}; it is put on {model}"
-            warnings += (printable(sentence),)
+        warnings += _trained_elsewhere(adapter.folder, adapter.base, source.reference)
     files = (*source.files, *(file for adapter in adapters for file in adapter.files))
     return replace(
         source,

@@ -133,7 +133,9 @@ def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, has_tex
     sources = {}
     for name, reference in recipe.sources.items():
         place, root = f"{path}: sources.{name}", path.resolve().parent
-        source = opened.get(reference) or open_source(name, reference, place=place, root=root)
+        source = opened.get(reference) or open_source(
+            name, reference, place=place, root=root, prompts=recipe.takes_prompts
+        )
         sources[name] = replace(source, name=name, place=place)
         if has_texts:
             check_finite(sources[name])

@@ -45,6 +45,9 @@ class Recipe(Frozen, ABC):
     kind: ClassVar[str]
     """The name of this kind, which is that of its entry points."""
 
+    takes_prompts: ClassVar[bool] = False
+    """Whether its sources may be soft prompts and prefixes, which change no weights."""
+
     sources: dict[str, str]
     tokenizer: str
     seed: int = 0

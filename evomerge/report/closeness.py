@@ -60,6 +60,8 @@ def _alone(facts: ModelFacts) -> RenderableType:
     table.add_row("vocabulary", f"{facts.vocab_size:,} rows, {_tokens(facts)} tokens; {head}")
     for adapter in facts.adapters:
         table.add_row("adapter", adapter)
+    if facts.prompt is not None:
+        table.add_row("prompt", facts.prompt)
     for warning in facts.warnings:
         table.add_row("warning", warning)
     return table

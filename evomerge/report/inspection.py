@@ -20,6 +20,7 @@ from evomerge.checkpoints.checks import check_compatible, check_finite
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
+from evomerge.checkpoints.prompts import SourcePrompt
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.directions import Directions, Factors, of_matrices, work
@@ -41,7 +42,9 @@ _MOST_WORK = 5e12
 
 
 class ModelFacts(BaseModel):
-    """What can be said of one model alone. ``tokens`` is None where its tokenizer cannot be loaded."""
+    """What can be said of one model alone. ``tokens`` is None where its tokenizer cannot be loaded, ``prompt`` where it
+    has none: it says what was named with it that is no weights.
+    """
 
     name: str
     reference: str
@@ -56,6 +59,7 @@ class ModelFacts(BaseModel):
     tied: bool
     adapters: list[str]
     warnings: list[str]
+    prompt: str | None = None
 
 
 class Distance(BaseModel):
@@ -154,7 +158,8 @@ def inspect_models(
     wanted = dict.fromkeys([*([base] if base is not None else []), *references])
     names = _names(list(wanted), called or {})
     opened = {
-        name: open_source(name, reference, place=reference) for name, reference in zip(names, wanted, strict=True)
+        name: open_source(name, reference, place=reference, prompts=True)
+        for name, reference in zip(names, wanted, strict=True)
     }
     for source in opened.values():
         check_finite(source)
@@ -225,8 +230,22 @@ def _facts(source: Source) -> ModelFacts:
         tokens=tokens,
         tied=source.tied,
         adapters=split_reference(source.reference, None)[1:],
+        prompt=None if source.prompt is None else _prompt_text(source.prompt),
         warnings=list(source.warnings),
     )
+
+
+def _prompt_text(prompt: SourcePrompt) -> str:
+    """What a prompt is, and how it began: only prompts that began alike can be averaged.
+
+    Raises:
+        InputError: it holds NaN or Inf.
+    """
+    prompt.check_finite()
+    if prompt.facts.form == "prefix":
+        return prompt.facts.text
+    start = prompt.facts.start
+    return f"{prompt.facts.text}, which began {'nobody knows how' if start is None else f'as {start!r}'}"
 
 
 # ---- what can be compared --------------------------------------------------------------------------------------------
@@ -234,6 +253,9 @@ def _facts(source: Source) -> ModelFacts:
 
 def _incomparable(base: Source, other: Source) -> str:
     """Why no layer of these two can be compared, or nothing. Embedding and head may differ: vocabularies do."""
+    for one in (other, base):
+        if one.prompt is not None:
+            return f"{one.name} has {one.prompt.facts.text}, which changes no weights"
     mine, theirs = base.config["model_type"], other.config["model_type"]
     if mine != theirs:
         return f"it is a {theirs}, and {base.name} a {mine}"
