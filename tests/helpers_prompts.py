@@ -10,8 +10,6 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-SOFT = {"plain": peft.PromptTuningConfig, "p-tuning": peft.PromptEncoderConfig}
-
 
 def save_prompt(base: Path, folder: Path, *, rows: int = 4, seed: int = 0, **settings: Any) -> Path:
     """A soft prompt on a base; ``settings`` are those of peft's prompt tuning."""

@@ -71,10 +71,12 @@ def test_rows_are_what_peft_gives_the_model(base: Path, folders: dict[str, Path]
 
 def test_how_a_prompt_began_is_known_of_a_text_alone(base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     started = opened(base, save_started_prompt(base, tmp_path / "started"))
-    assert started.prompt is not None and started.prompt.facts.start == "w1 w2 w3"
+    assert started.prompt is not None
+    assert started.prompt.facts.start == "w1 w2 w3"
     for folder in folders.values():
         prompt = opened(base, folder).prompt
-        assert prompt is not None and prompt.facts.start is None
+        assert prompt is not None
+        assert prompt.facts.start is None
 
 
 def test_its_files_are_looked_after_and_its_weights_are_the_bases(base: Path, folders: dict[str, Path]) -> None:
@@ -126,9 +128,9 @@ BAD: dict[str, tuple[str, Harm, str]] = {
     ),
     "no task": ("MULTITASK_PROMPT_TUNING", tensors(lambda t: t.pop("prefix_task_rows")), "holds prefix_task_cols"),
     "other width": (
-        "PROMPT_TUNING", tensors(lambda t: t.update(prompt_embeddings=torch.ones(4, 20))), "the model has a width of 16",
+        "PROMPT_TUNING", tensors(lambda t: t.update(prompt_embeddings=torch.ones(4, 20))), "model has a width of 16",
     ),
-    "other tensors": ("PROMPT_TUNING", tensors(lambda t: t.update(more=torch.ones(1))), "holds more, prompt_embeddings"),
+    "other tensors": ("PROMPT_TUNING", tensors(lambda t: t.update(more=torch.ones(1))), "holds more, prompt_emb"),
     "integers": (
         "PROMPT_TUNING", tensors(lambda t: t.update(prompt_embeddings=torch.ones(4, 16, dtype=torch.int8))),
         "stored as I8",
@@ -162,7 +164,7 @@ def test_a_prompt_stands_beside_no_adapter(base: Path, folders: dict[str, Path],
     prompt = folders["PROMPT_TUNING"]
     for names in ((tmp_path / "lora", prompt), (prompt, tmp_path / "lora"), (prompt, prompt)):
         reference = "+".join(map(str, (base, *names)))
-        with pytest.raises(InputError, match="stands beside it.*Name one prompt a source"):
+        with pytest.raises(InputError, match=r"stands beside it.*Name one prompt a source"):
             open_source("maths", reference, place="sources.maths", prompts=True)
 
 
