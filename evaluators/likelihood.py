@@ -68,6 +68,14 @@ class LikelihoodSettings(FewshotSettings):
         """
         return LikelihoodEvaluator(self)
 
+    def build_whole(self) -> LikelihoodEvaluator:
+        """The same with every item of ``file`` in the search split, for what is never confirmed.
+
+        Raises:
+            InputError: as ``build``; or there is no item.
+        """
+        return LikelihoodEvaluator(self, whole=True)
+
 
 @dataclass(frozen=True)
 class _Pair:
@@ -98,11 +106,16 @@ class LikelihoodEvaluator(Evaluator):
             compared between models with other tokens.
     """
 
-    def __init__(self, settings: LikelihoodSettings) -> None:
+    def __init__(self, settings: LikelihoodSettings, *, whole: bool = False) -> None:
+        """``whole`` leaves no item for the held-out split."""
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = METRICS
-        self._pairs = split_items(
-            lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
+        self._pairs: Mapping[Split, Sequence[_Pair]] = (
+            {"search": _all_of(settings), "held_out": []}
+            if whole
+            else split_items(
+                lambda file: list(_read(settings, file)), settings.file, settings.held_out_file, settings.held_out
+            )
         )
         self.splits = {
             split: [Item(pair.hash, pair.prompt, pair.answer, pair.benchmark, place=pair.place) for pair in pairs]
@@ -137,6 +150,13 @@ class LikelihoodEvaluator(Evaluator):
 
 
 # ---- items -----------------------------------------------------------------------------------------------------------
+
+
+def _all_of(settings: LikelihoodSettings) -> list[_Pair]:
+    """Every item of the file. Raises InputError: there is none."""
+    if not (pairs := list(_read(settings, settings.file))):
+        raise InputError(str(settings.file), "holds no items")
+    return pairs
 
 
 def _read(settings: LikelihoodSettings, file: Path) -> Iterator[_Pair]:

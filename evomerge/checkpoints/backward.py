@@ -8,7 +8,7 @@ known by itself; of a tied embedding one, whose gradient is of both uses. Afterw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,14 @@ from evomerge.checkpoints.live import LiveModel
 
 Take = Callable[[Tensor], None]
 """(the gradient by a tensor, in its shape and dtype) -> nothing. It must not be kept."""
+
+Listening = Callable[[bool], AbstractContextManager[None]]
+"""(whether layers are computed again) -> in which a backward pass hands over gradients."""
+
+
+def nobody(recomputed: bool) -> AbstractContextManager[None]:
+    """Listens to no weight's gradient."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)

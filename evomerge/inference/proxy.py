@@ -7,8 +7,8 @@ from right, whose scores do not change; those count here by as much as they chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.backward import Listening
 from evomerge.inference.answering import answered
 from evomerge.inference.prefill import Tokens, answer_logs, kept_columns, padded
 from evomerge.inference.reading import Prompt
@@ -38,8 +39,13 @@ _KEPT_FACTOR = 34
 """About how many numbers of the width of the hidden state a layer keeps for each token (Korthikanti et al., "Reducing
 activation recomputation in large transformer models", arXiv 2205.05198, section 4, in numbers of 16 bits)."""
 
-Listening = Callable[[bool], AbstractContextManager[None]]
-"""(whether layers are computed again) -> in which a backward pass hands over gradients."""
+Loss = Callable[[Tensor], Tensor]
+"""(log p of a whole answer, a natural logarithm) -> what it adds to the loss: scalars, of which the loss is a mean."""
+
+
+def saturating(log: Tensor) -> Tensor:
+    """log(1 - log p): the proxy."""
+    return torch.log1p(-log)
 
 
 @dataclass(frozen=True)
@@ -54,26 +60,48 @@ def differentiate_proxy(
 ) -> float:
     """Compute the proxy, and run backward passes through the model.
 
-    Items are scored as ``log_likelihoods`` scores them, but for rounding: they are batched to be few passes.
-
     Args:
-        prompts: each with its answer.
-        weights: how much each counts; the proxy is their weighted mean.
-        listening: opened around every pass, which adds its share to the gradient.
+        as of ``loss_parts``; each pass adds its share to the gradient.
 
     Returns:
         The proxy, of whole answers; logarithms are natural ones.
     """
+    proxy = 0.0
+    with closing(loss_parts(live, prompts, weights, listening)) as parts:
+        for part in parts:
+            part.backward()  # type: ignore[no-untyped-call]
+            proxy += float(part.detach())
+    return proxy
+
+
+def loss_parts(
+    live: LiveModel,
+    prompts: Sequence[Prompt],
+    weights: Sequence[float],
+    listening: Listening,
+    loss: Loss = saturating,
+) -> Generator[Tensor]:
+    """A loss of right answers, in parts that sum to it: each to be run backward before the next is asked for.
+
+    Items are scored as ``log_likelihoods`` scores them, but for rounding: they are batched to be few passes.
+
+    Args:
+        prompts: each with its answer.
+        weights: how much each counts; the loss is their weighted mean.
+        listening: open around the forward pass of a part, and until the next is asked for.
+        loss: of one answer.
+
+    Yields:
+        scalars in float32 at least, with a graph.
+    """
     total = sum(weights)
     items = [_Item(p.fed, p.scored, w / total) for p, w in zip(prompts, weights, strict=True)]
-    proxy = 0.0
     for batch in _batches(items, live):
-        with listening(_is_large(batch, live)), torch.enable_grad():
-            loss = _loss(live, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        proxy += float(loss.detach())
+        with listening(_is_large(batch, live)):
+            with torch.enable_grad():
+                part = _part(live, batch, loss)
+            yield part
         answered(len(batch))
-    return proxy
 
 
 def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
@@ -114,8 +142,8 @@ def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
     return needed > SHARE_OF_FREE * free
 
 
-def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:
-    """sum_i w_i log(1 - log p(answer_i | prompt_i)), with a graph: a scalar, in float32 at least."""
+def _part(live: LiveModel, batch: Sequence[_Item], loss: Loss) -> Tensor:
+    """sum_i w_i loss(log p(answer_i | prompt_i)), with a graph: a scalar, in float32 at least."""
     width, kept = len(batch[0].ids) - 1, _kept(batch)
     ids, mask = padded(batch, width)
     logits = live.model(
@@ -124,5 +152,5 @@ def _loss(live: LiveModel, batch: Sequence[_Item]) -> Tensor:
     total: Tensor = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, item in zip(logits, batch, strict=True):
         logs = answer_logs(row, kept - kept_columns(width, item), item, total.dtype)
-        total = total + item.weight * torch.log1p(-logs.sum())
+        total = total + item.weight * loss(logs.sum())
     return total

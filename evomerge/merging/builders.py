@@ -96,6 +96,18 @@ class Builder(Protocol[_Made]):
         """Record what recipes like this one need to know of a source's run over the calibration texts."""
         ...
 
+    def fit(self, recipe: _Made) -> None:
+        """Find what of recipes like this one is fitted to the items of ``BuildContext.fit``, and keep it as evidence.
+
+        What is known already is not found again. Called before the first candidate for every baseline that names a fit;
+        ``write`` and ``export`` must find the same where evidence is lost.
+
+        Raises:
+            InputError: it cannot be fitted, such as where the recipe names another fit.
+            NotFiniteError: the loss or a derivative of it is NaN or Inf.
+        """
+        ...
+
     def write(self, recipe: _Made) -> LiveModel:
         """The model, ready to be scored, until the next one is written.
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from evomerge.checkpoints.backward import Listening, nobody
+
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
-
-Listening = Callable[[bool], AbstractContextManager[None]]
-"""(whether layers are computed again) -> in which a backward pass hands over gradients."""
-
-
-def nobody(recomputed: bool) -> AbstractContextManager[None]:
-    """Listens to no weight's gradient."""
-    return nullcontext()
 
 
 class Fit(Protocol):
     """Items with right answers, and how long and how fast is learnt from them.
 
     Attributes:
-        digest: of the items and of all numbers here, which recipes name.
         steps: of the fit.
         rate: the learning rate of its first step, for a number that is about 1; it falls to 0 along a cosine.
     """
 
-    digest: str
     steps: int
     rate: float
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Iterator[Tensor]:
+    @property
+    def digest(self) -> str:
+        """Of the items and of all numbers here, which recipes name. Raises InputError: they cannot be read."""
+        ...
+
+    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
         """The loss of one step, in parts: each a scalar with a graph, to be run backward before the next is asked for.
 
         Which items a step is of follows from its number alone. ``listening`` is open around each part.

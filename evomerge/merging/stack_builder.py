@@ -99,6 +99,9 @@ class StackBuilder:
         if "channels" in needs:
             self._inputs.record_channels(source)
 
+    def fit(self, recipe: StackRecipe) -> None:
+        """Nothing: no number of a stack is fitted yet."""
+
     def write(self, recipe: StackRecipe) -> LiveModel:
         """The live model with the recipe's weights and path, with a source's own settings where it is its copy."""
         from evomerge.checkpoints.live import check_live, configured

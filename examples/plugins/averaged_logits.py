@@ -125,6 +125,9 @@ class AveragedLogitsBuilder:
     def calibrate(self, recipe: AveragedLogits, source: str) -> None:
         """Nothing: both models stay as they are."""
 
+    def fit(self, recipe: AveragedLogits) -> None:
+        """Nothing: it has no number that is fitted."""
+
     def write(self, recipe: AveragedLogits) -> LiveModel:
         sides = [self._side(name, recipe) for name in (recipe.first, recipe.second)]
         live = _live(sides[0], sides[1], recipe.share)

@@ -25,6 +25,7 @@ from evomerge.search.work.jobs import (
     Descended,
     Failed,
     Finished,
+    FitNumbers,
     Job,
     Measured,
     PoolNews,
@@ -58,7 +59,7 @@ class Pending:
     recipe_hash: str
     tasks: Sequence[Task]
     faults: int = 0
-    instead: Calibrate | Descend | None = None
+    instead: Calibrate | FitNumbers | Descend | None = None
 
 
 class Recorder(Protocol):

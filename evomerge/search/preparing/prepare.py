@@ -100,6 +100,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     evaluators = Evaluators.open(file, tries=tries)
     if not file.search_on_test_items:
         evaluators.refuse_test_items()
+    _check_fit(file, evaluators)
     _check_change(file, space, evaluators)
     _check_together(file, space, sources, evaluators.opened)
     reader = reader_of(model)
@@ -207,6 +208,15 @@ def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
             kind = source.config["model_type"]
             problem = f"makes paths through layers, and those of a {kind} cannot leave their places: {source.rigid}"
             raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
+
+
+def _check_fit(file: SearchFile, evaluators: Evaluators) -> None:
+    """Refuse a fit to items that candidates are scored on, and one without gradients."""
+    if file.fit_split is None:
+        return
+    if file.engine != "transformers":
+        raise InputError("fit", f"needs a gradient, and {file.engine} has none", "Take `engine: transformers`.")
+    file.fit_split.refuse_shared(evaluators.named)
 
 
 def _check_change(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> None:

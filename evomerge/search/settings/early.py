@@ -19,6 +19,7 @@ from evomerge.genome import SearchSpace
 from evomerge.method import find_method
 from evomerge.optimizers import Feature
 from evomerge.plugins import unknown_name
+from evomerge.search.settings.fitting import PLACE, likelihood_settings
 from evomerge.search.settings.folder import is_search
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
@@ -44,6 +45,8 @@ def check_early(file: SearchFile) -> None:
         except InputError as error:
             raise InputError(f"{place}: {error.place}", error.problem, error.hint) from None
         _check_metric(file.measures[place], settings, place)
+    if file.fit is not None:
+        _check_named(likelihood_settings(file.fit), PLACE)
     for name, reference in file.sources.items():
         check_reference(reference, f"sources.{name}")
     config = local_config(file.sources[file.tokenizer_source])
@@ -69,9 +72,10 @@ def changed_since(file: SearchFile, moment: float) -> bool:
 
     A folder where relative paths start is none of these: searches and models may lie in it.
     """
+    fit = () if file.fit is None else (likelihood_settings(file.fit),)
     fields = (
         (s, key)
-        for s in file.evaluators().values()
+        for s in (*file.evaluators().values(), *fit)
         for key, field in type(s).model_fields.items()
         if FOLDER not in field.metadata
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -24,6 +25,7 @@ from evomerge.objects import check_url
 from evomerge.observers import ObserverList
 from evomerge.optimizers import CmaSettings, OptimizerSettings
 from evomerge.recipes.base import DType
+from evomerge.search.settings.fitting import FitSplit, likelihood_settings
 from evomerge.search.settings.folder import check_store_url
 from evomerge.search.settings.sections import (
     Baselines,
@@ -33,6 +35,7 @@ from evomerge.search.settings.sections import (
     Confirm,
     Constraint,
     Feature,
+    FitItems,
     Hours,
     KeptAnswers,
     Measure,
@@ -74,6 +77,7 @@ class SearchFile(Section):
     racing: Racing | None = None
     screen: Screen | None = None
     proxy: Proxy | None = None
+    fit: FitItems | None = None
     optimizer: OptimizerSettings = Field(default_factory=lambda: CmaSettings(name="cma"))
     mode: Mode = "generational"
     budget: Budget
@@ -182,6 +186,15 @@ class SearchFile(Section):
         others: dict[str, Measure | None] = {"screen": self.screen, "proxy": self.proxy}
         return by_place | {place: measure for place, measure in others.items() if measure is not None}
 
+    @cached_property
+    def fit_split(self) -> FitSplit | None:
+        """The items that numbers are fitted to, read once, when they are first needed."""
+        return self.recorded_fit(None)
+
+    def recorded_fit(self, digest: str | None) -> FitSplit | None:
+        """Those of a search that has recorded their digest: read only where evidence of them is missing."""
+        return None if self.fit is None else FitSplit(self.fit, self.seed, digest)
+
     def evaluators(self) -> dict[str, EvaluatorSettings]:
         """The evaluator settings of each measure, by the measure's place; equal settings mean one evaluator."""
         by_place = {}
@@ -246,11 +259,14 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
         "features": {n: _at(root.resolve(), f"features.{n}", feature) for n, feature in parsed.features.items()},
         "screen": None if parsed.screen is None else _at(root.resolve(), "screen", parsed.screen),
         "proxy": None if parsed.proxy is None else _at(root.resolve(), "proxy", parsed.proxy),
+        "fit": None if parsed.fit is None else _at(root.resolve(), "fit", parsed.fit),
     }
     if parsed.calibration is not None:
         update["calibration"] = parsed.calibration.at(root)
     resolved = parsed.model_copy(update=update)
     resolved.evaluators()
+    if resolved.fit is not None:
+        likelihood_settings(resolved.fit)
     return resolved
 
 

@@ -180,6 +180,21 @@ class Proxy(Measure):
     rate: float = Field(default=0.05, gt=0, le=0.5)
 
 
+class FitItems(Measure):
+    """What numbers of models are fitted to before the search: right answers that no candidate is scored on.
+
+    The keys are those of the evaluator ``likelihood``. Of the first ``items`` of its file, or of all, each of ``steps``
+    steps takes ``drawn``; numbers that are about 1 go by about ``rate`` in the first step, and by less and less, down
+    to nothing along a cosine. None of the items may be in a split of the search's own evaluators.
+    """
+
+    evaluator: str = "likelihood"
+    metric: str = "log_likelihood"
+    drawn: Items = 16
+    steps: int = Field(default=120, ge=1, le=100_000)
+    rate: float = Field(default=0.1, gt=0, le=10)
+
+
 class Racing(Section):
     """Scores every candidate on few items, and on more only where that decides something.
 

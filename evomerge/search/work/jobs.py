@@ -46,6 +46,11 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
+class FitNumbers:
+    """Fit what recipes like the job's have that is fitted. Comes back as ``Measured``."""
+
+
+@dataclass(frozen=True)
 class Descend:
     """Walk from a genome down the gradient of a proxy: of log(1 - log p), the mean over items, with p the chance
     p(answer | prompt) of the right answer.
@@ -89,7 +94,7 @@ class Job:
     recipe: Recipe
     tasks: Sequence[Task]
     group: int | None = None
-    instead: Calibrate | Descend | None = None
+    instead: Calibrate | FitNumbers | Descend | None = None
 
 
 @dataclass(frozen=True)

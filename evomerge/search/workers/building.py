@@ -14,6 +14,7 @@ from evomerge.merging.builders import BuildContext
 from evomerge.merging.evidence import Evidence
 from evomerge.recipes.base import DType
 from evomerge.search.settings.layouts import PLACE, is_here
+from evomerge.search.workers.fitting import AnswersFit
 
 if TYPE_CHECKING:
     from evomerge.search.settings.search_file import SearchFile
@@ -66,6 +67,7 @@ def build_context(
     layers: int | None = None,
     texts_digest: str | None = None,
     hops: int | None = None,
+    fit_digest: str | None = None,
 ) -> BuildContext:
     """What models of a search are made of and for. Sets the threads that this process computes with.
 
@@ -73,10 +75,12 @@ def build_context(
         layers: the most different layers that a recipe is made of; those of a source when None.
         texts_digest: that of the calibration texts, where it is known: they are read only where evidence is missing.
         hops: the most layers of a recipe, as `layers`.
+        fit_digest: as `texts_digest`, of the items that numbers are fitted to.
     """
     devices, dtype = computing(file)
     texts = file.calibration
     calibration = None if texts is None else texts.recorded(texts_digest) if texts_digest else texts.texts
+    fit = file.recorded_fit(fit_digest) if fit_digest else file.fit_split
     return BuildContext(
         sources=sources,
         tokenizer=file.tokenizer_source,
@@ -85,6 +89,7 @@ def build_context(
         dtype=dtype,
         layers=layers,
         calibration=calibration,
+        fit=None if fit is None else AnswersFit(fit),
         residency=None if file.cluster.residency == "auto" else file.cluster.residency,
         engine=_vllm(sources[file.tokenizer_source], hops) if file.engine == "vllm" else None,
         base=file.base,

@@ -20,7 +20,7 @@ from evomerge.recipes.base import STACK
 from evomerge.search.preparing.evaluators import distinct
 from evomerge.search.preparing.prepare import Prepared, build_space, open_sources
 from evomerge.search.settings.search_file import SearchFile
-from evomerge.search.work.jobs import Calibrate, Descend, Descended, Finished, Job, Measured, Result
+from evomerge.search.work.jobs import Calibrate, Descend, Descended, Finished, FitNumbers, Job, Measured, Result
 from evomerge.search.workers.building import build_context
 from evomerge.search.workers.descent import Descents
 from evomerge.search.workers.measuring import Attempt, failure, score
@@ -116,6 +116,8 @@ class Worker:
     def _result(self, job: Job) -> Measured | Descended:
         if isinstance(job.instead, Calibrate):
             return self._calibrate(job, job.instead.source)
+        if isinstance(job.instead, FitNumbers):
+            return self._fit(job)
         if isinstance(job.instead, Descend):
             return self._descend(job.instead)
         return self._measure(job)
@@ -124,6 +126,11 @@ class Worker:
         started = time.perf_counter()
         self._builders.of(job.recipe).calibrate(job.recipe, source)
         return Measured([], {"calibrate": time.perf_counter() - started})
+
+    def _fit(self, job: Job) -> Measured:
+        started = time.perf_counter()
+        self._builders.of(job.recipe).fit(job.recipe)
+        return Measured([], {"fit": time.perf_counter() - started})
 
     def _descend(self, descend: Descend) -> Descended:
         stack = self._stack()

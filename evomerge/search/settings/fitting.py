@@ -1,0 +1,114 @@
+"""The items that numbers of a search's models are fitted to: a third split, which no candidate is scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import ValidationError
+
+from evaluators.base import Evaluator, Item, Split
+from evaluators.item_files import digest
+from evaluators.likelihood import LikelihoodEvaluator, LikelihoodSettings
+from evomerge.errors import InputError
+from evomerge.faults import explain
+from evomerge.search.settings.sections import FitItems
+
+PLACE = "fit"
+
+_VERSION = "fit 1"
+"""Of how items become steps and a loss (``search/workers/fitting.py``)."""
+
+_SPLITS: Mapping[Split, str] = {"search": "search", "held_out": "held-out"}
+
+
+def likelihood_settings(section: FitItems) -> LikelihoodSettings:
+    """What the section says of prompts and answers.
+
+    Raises:
+        InputError: another evaluator, or a key or value that is none of its.
+    """
+    if section.evaluator != "likelihood":
+        problem = f"asks {section.evaluator}, and only how likely the answers of items are has a gradient"
+        raise InputError(f"{PLACE}.evaluator", problem, "Take `evaluator: likelihood`, or leave it out.")
+    keys = section.evaluator_keys
+    for key in ("held_out_file", "held_out"):
+        if key in keys:
+            problem = "makes no sense here: all items are fitted to, and nothing is confirmed on them"
+            raise InputError(f"{PLACE}.{key}", problem, "Leave it out; `items` says how many of the file count.")
+    try:
+        return LikelihoodSettings.model_validate(keys)
+    except ValidationError as error:
+        raise explain(error, PLACE, LikelihoodSettings, keys, ".") from None
+
+
+@dataclass(frozen=True)
+class FitSplit:
+    """Items, read when they are first needed, and how is learnt from them.
+
+    Whoever knows their digest and has all evidence of them never reads them.
+
+    Attributes:
+        section: of the search file.
+        seed: of the draws.
+        known_digest: as a search has recorded it, which the items must have.
+    """
+
+    section: FitItems
+    seed: int
+    known_digest: str | None = None
+
+    @cached_property
+    def evaluator(self) -> LikelihoodEvaluator:
+        """All items of the file, as its search split; those that count come first.
+
+        Raises:
+            InputError: they cannot be read, are too few, or are not those of the known digest.
+        """
+        evaluator = likelihood_settings(self.section).build_whole()
+        if (wanted := self.section.items) is not None and wanted > (found := len(evaluator.items("search"))):
+            raise InputError(f"{PLACE}.items", f"asks for {wanted} of {found} items")
+        if self.known_digest not in (None, self._digest_of(evaluator)):
+            problem = f"these are not the items with the digest {self.known_digest}, which the search began with"
+            raise InputError(PLACE, problem, "Put them back.")
+        return evaluator
+
+    @property
+    def count(self) -> int:
+        """How many items count."""
+        return self.section.items or len(self.evaluator.items("search"))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of all that a fit follows from. Raises InputError: as ``evaluator``."""
+        return self.known_digest or self._digest_of(self.evaluator)
+
+    def _digest_of(self, evaluator: LikelihoodEvaluator) -> str:
+        numbers = [self.section.items, self.section.drawn, self.section.steps, self.section.rate, self.seed]
+        return digest([_VERSION, evaluator.version, *numbers])
+
+    def refuse_shared(self, evaluators: Mapping[str, Evaluator]) -> None:
+        """Refuse items that a search is scored or confirmed on: what is fitted to these says nothing there.
+
+        Items are the same where they ask the same, whatever the answer.
+
+        Args:
+            evaluators: of the search, by the first place in the search file that names each.
+
+        Raises:
+            InputError: naming the first item that is shared, and where.
+        """
+        ours = {_asks(item): item for item in reversed(self.evaluator.items("search")[: self.count])}
+        for place, evaluator in evaluators.items():
+            for split, name in _SPLITS.items():
+                shared = [ours[asks] for item in evaluator.items(split) if (asks := _asks(item)) in ours]
+                if shared:
+                    more = f", with {len(shared) - 1} more" if len(shared) > 1 else ""
+                    problem = f"{shared[0].place} is an item of the {name} split of {place} too{more}"
+                    raise InputError(PLACE, problem, "Fit to items that are in neither split of any evaluator.")
+
+
+def _asks(item: Item) -> str:
+    """What tells an item from others; a text without a prompt is told by itself, and what is none by its id."""
+    return item.question.strip() or item.answer.strip() or item.id

@@ -1,0 +1,49 @@
+"""The loss that numbers of a search's models are fitted by: of right answers to the items of its ``fit`` section."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from evomerge.checkpoints.backward import Listening, nobody
+from evomerge.inference.proxy import loss_parts
+from evomerge.inference.reading import Reader
+from evomerge.inference.requests import Likelihood
+from evomerge.optimizers.base import random_state
+from evomerge.search.settings.fitting import FitSplit
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+
+
+class AnswersFit:
+    """How unlikely right answers are; see ``merging.fitting.Fit``.
+
+    Args:
+        split: the items.
+    """
+
+    def __init__(self, split: FitSplit) -> None:
+        self._split = split
+        self.steps, self.rate = split.section.steps, split.section.rate
+
+    @property
+    def digest(self) -> str:
+        return self._split.digest
+
+    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
+        """The loss of one step, the mean over its items, in parts; see ``Fit``."""
+        reader = Reader.of(live)
+        asked = self._split.evaluator.requests(reader, "search", self.drawn(step))
+        prompts = [request.prompt for request in asked if isinstance(request, Likelihood)]
+        return loss_parts(live, prompts, [1.0] * len(prompts), listening)
+
+    def drawn(self, step: int) -> list[int]:
+        """Positions of the items of a step: all are shuffled anew whenever all were drawn."""
+        count = self._split.count
+        size = min(self._split.section.drawn, count)
+        rounds = {number // count: None for number in range(step * size, (step + 1) * size)}
+        orders = {one: random_state(self._split.seed, one).permutation(count) for one in rounds}
+        return [int(orders[number // count][number % count]) for number in range(step * size, (step + 1) * size)]
