@@ -68,8 +68,14 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "data_flow_space": "search_spaces.data_flow_space:DataFlowSpaceSettings",
         "hybrid_space": "search_spaces.hybrid_space:HybridSpaceSettings",
     },
-    "evomerge.recipes": {"stack": "evomerge.recipes.stack:StackRecipe"},
-    "evomerge.builders": {"stack": "evomerge.merging.stack_builder:StackBuilder"},
+    "evomerge.recipes": {
+        "stack": "evomerge.recipes.stack:StackRecipe",
+        "mixture": "evomerge.recipes.mixture:MixtureRecipe",
+    },
+    "evomerge.builders": {
+        "stack": "evomerge.merging.stack_builder:StackBuilder",
+        "mixture": "evomerge.mixture.builder:MixtureBuilder",
+    },
     "evomerge.evaluators": {
         "lm_eval": "evaluators.lm_eval:LmEvalSettings",
         "mgsm": "evaluators.mgsm:MgsmSettings",

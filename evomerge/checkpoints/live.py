@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,12 +94,36 @@ def live_model(
     Raises:
         InputError: the tokenizer or the generation settings cannot be loaded.
     """
-    model = empty_model(parse_config(source.config, source.place), source.place, dtype or source.dtype)
-    name, layers = layer_stack(model, source.layers)
     devices = as_devices(device)
-    placed = place_model(model, layers, devices, layer_buffers or source.layers)
+    parsed = parse_config(source.config, source.place)
+    model, placed = unwritten_model(parsed, source, devices, dtype or source.dtype, layer_buffers)
+    name, layers = layer_stack(model, source.layers)
     stored = stored_tensors(model)
-    for tensor in stored.values():
+    outside = {n: part.of(stored[part.tensor]) for n, part in source.parts.items() if source.roles[n].layer is None}
+    writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
+    stack = Stack(model, name, layers, source.parts, source.roles, placed, writers)
+    return LiveModel(model, load_tokenizer(source), outside, stack, devices=devices)
+
+
+def unwritten_model(
+    parsed: Any, source: Source, devices: Sequence[torch.device], dtype: torch.dtype, layer_buffers: int | None = None
+) -> tuple[Any, list[torch.device]]:
+    """A transformers model with memory for its weights, which are NaN, ready to be scored when they are written.
+
+    Args:
+        parsed: its configuration.
+        source: gives generation settings, and is the model that messages name; of as many layers.
+        layer_buffers: as of ``live_model``.
+
+    Returns:
+        The model, and the device of each of its layer buffers.
+
+    Raises:
+        InputError: it cannot be built, or the generation settings cannot be loaded.
+    """
+    model = empty_model(parsed, source.place, dtype)
+    placed = place_model(model, layer_stack(model, source.layers)[1], devices, layer_buffers or source.layers)
+    for tensor in stored_tensors(model).values():
         tensor.data.fill_(torch.nan)
     _compute_buffers(model)
     for_scoring(model)
@@ -108,10 +132,7 @@ def live_model(
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
         except Exception as error:  # whatever a strange value does inside transformers
             raise InputError(source.place, f"generation_config.json cannot be used: {first_line(error)}") from error
-    outside = {n: part.of(stored[part.tensor]) for n, part in source.parts.items() if source.roles[n].layer is None}
-    writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
-    stack = Stack(model, name, layers, source.parts, source.roles, placed, writers)
-    return LiveModel(model, load_tokenizer(source), outside, stack, devices=devices)
+    return model, placed
 
 
 def configured(live: LiveModel, source: Source) -> LiveModel:

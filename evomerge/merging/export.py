@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from evomerge import __version__
 from evomerge.checkpoints.checks import check_written
@@ -16,6 +20,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import check_places, is_plain, merged_config
+from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
 
 _WRITERS = 2
@@ -52,15 +57,39 @@ def write_model(
     if not is_plain(recipe, sources):
         check_places(recipe, sources)
     check_written(merged_config(recipe, sources), {name: tuple(shape) for name, shape, _ in layout}, model.place)
+    key = export_key(recipe, sources, layout, shard_bytes)
+    tensors = partial(materialiser.tensors, recipe)
+    with writing(out, layout, tensors, sources=sources, key=key, progress=progress, shard_bytes=shard_bytes) as folder:
+        add_companions(folder, model, {"config.json": config_text(recipe, sources), **texts})
+        if check is not None:
+            check(folder.complete())
+
+
+@contextmanager
+def writing(
+    out: Path,
+    layout: Layout,
+    tensors: Callable[[set[str]], Iterator[tuple[str, Tensor]]],
+    *,
+    sources: Mapping[str, Source],
+    key: str | None,
+    progress: Callable[[int, int], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[FolderWriter]:
+    """A folder in which all tensors of a layout are written; what else is in it is for the caller to add.
+
+    Args:
+        tensors: gives those that are not among some names, in the order of the layout.
+        key: see ``FolderWriter``.
+    """
     folders = [source.folder for source in sources.values()]
-    key = _key(recipe, sources, layout, shard_bytes)
     with (
         FolderWriter(out, layout, shard_bytes, sources=folders, key=key) as folder,
         ThreadPoolExecutor(_WRITERS) as pool,
     ):
         done = folder.done
         waiting: deque[tuple[int, Future[None]]] = deque()
-        for number, (name, tensor) in enumerate(materialiser.tensors(recipe, done), start=len(done) + 1):
+        for number, (name, tensor) in enumerate(tensors(done), start=len(done) + 1):
             # Making the pages of a new file takes the system longer than a merge, so that is done side by side; but
             # only as far as memory is not that of many tensors.
             while waiting and sum(size for size, _ in waiting) + tensor.nbytes > _AHEAD_BYTES:
@@ -69,18 +98,20 @@ def write_model(
             progress(number, len(layout))
         for _, written in waiting:
             written.result()
-        folder.add_text("config.json", config_text(recipe, sources))
-        ours = {**model.tokenizer_texts, **texts}
-        for file in _companions(model):
-            if (name := file.relative_to(model.folder).as_posix()) not in ours:
-                folder.add_file(file, name)
-        for name, text in ours.items():
-            folder.add_text(name, text)
-        if check is not None:
-            check(folder.complete())
+        yield folder
 
 
-def _key(recipe: StackRecipe, sources: Mapping[str, Source], layout: Layout, shard_bytes: int) -> str:
+def add_companions(folder: FolderWriter, model: Source, texts: Mapping[str, str]) -> None:
+    """Add some texts by file name, a source's tokenizer, and what else in its folder goes along."""
+    ours = {**model.tokenizer_texts, **texts}
+    for file in _companions(model):
+        if (name := file.relative_to(model.folder).as_posix()) not in ours:
+            folder.add_file(file, name)
+    for name, text in ours.items():
+        folder.add_text(name, text)
+
+
+def export_key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, shard_bytes: int) -> str:
     """What an export's bytes follow from: the recipe, and how the files of its sources look from outside."""
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for _, s in sorted(sources.items()) for f in s.files]
     content = repr((__version__, recipe.canonical(), files, list(layout), shard_bytes))

@@ -195,7 +195,7 @@ class Materialiser:
             InputError: the recipe cannot be made of these sources, has more different layers than the model has room
                 for, or scales of an architecture for which nobody knows where its layers write.
         """
-        self._check(recipe)
+        self.check(recipe)
         stack = self._stack(live)
         outside, hops = tensors_made(recipe, self._sources)
         path = assign(recipe, hops, stack, self._held[:-1])
@@ -276,7 +276,8 @@ class Materialiser:
         """A tensor of a source where models are written."""
         return self.read(ref) if self._runner is None or device == _CPU else self._runner.tensor(ref, device)
 
-    def _check(self, recipe: StackRecipe) -> None:
+    def check(self, recipe: StackRecipe) -> None:
+        """Refuse a recipe that cannot be made of these sources and calibration texts. Raises InputError."""
         check_stack(recipe, self._sources)
         if recipe.calibration is None:
             return
@@ -328,7 +329,7 @@ class Materialiser:
         Raises:
             InputError: the recipe cannot be made of these sources, or a tensor has NaN or Inf.
         """
-        self._check(recipe)
+        self.check(recipe)
         if is_made_in_order(recipe):
             yield from self._tensors_in_order(recipe, without)
             return
@@ -338,19 +339,48 @@ class Materialiser:
         ):
             if name in without:
                 continue
-            plan, refs = self.planned(merged, recipe)
-            read = [self.read(ref) for ref in refs]
-            out = self._made(plan, refs, read, shape, dtype)
+            out = self.tensor(merged, recipe, shape, dtype)
             if (layer := merged.role.layer) is not None and factors[layer] != 1.0:
                 folds = self._sources[giver(recipe.hops[layer], recipe)].folds
                 if merged.stored in folds:
                     fold_in(out, factors[layer], folds[merged.stored])
-            self._check_finite(name, out, plan, read)
-            for source, stored in {*refs, *self._views}:
-                self._sources[source].release(stored)
-            self._views.clear()
-            self._folds.clear()
+                    if not all_finite(out):
+                        raise _not_finite(name)
             yield name, out
+
+    def tensor(self, merged: Merged, recipe: StackRecipe, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """One tensor of a merged model, without the scale of its hop, on the CPU; what it is made from is let go of.
+
+        Raises:
+            InputError: it has NaN or Inf.
+        """
+        plan, refs = self.planned(merged, recipe)
+        read = [self.read(ref) for ref in refs]
+        out = self._made(plan, refs, read, shape, dtype)
+        self._check_finite(merged.name, out, plan, read)
+        for source, stored in {*refs, *self._views}:
+            self._sources[source].release(stored)
+        self._views.clear()
+        self._folds.clear()
+        return out
+
+    def make(self, wanted: Iterable[tuple[Merged, StackRecipe, Tensor]]) -> None:
+        """Make single tensors of merged models in place, in memory of the caller's, of any device.
+
+        They are those that ``tensor`` gives, bit for bit.
+        """
+        planned: list[tuple[Pass, list[Ref], Tensor, torch.device]] = []
+        size = 0
+        for merged, recipe, target in wanted:
+            if planned and size + target.nbytes > _PLANNED_BYTES:
+                self._make(planned)
+                planned, size = [], 0
+            if self._runner is None and target.device != _CPU:
+                self._runner = self._on(target.device)
+            planned.append((*self.planned(merged, recipe), target, target.device))
+            size += target.nbytes
+        self._make(planned)
+        self._folds.clear()
 
     def _tensors_in_order(self, recipe: StackRecipe, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """As ``tensors``, made in the live model and read out of it."""

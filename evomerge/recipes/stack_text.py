@@ -21,11 +21,11 @@ def stack_lines(recipe: StackRecipe) -> list[str]:
     """
     alike: dict[str, list[int]] = {}
     for number, blend in enumerate(recipe.blends):
-        alike.setdefault(_words(_without_last_scale(blend)), []).append(number)
+        alike.setdefault(blend_text(_without_last_scale(blend)), []).append(number)
     lines = []
     for words, numbers in alike.items():
         if len(numbers) == 1:
-            lines.append(f"{_parts(recipe, numbers[0])}: {_words(recipe.blends[numbers[0]])}")
+            lines.append(f"{_parts(recipe, numbers[0])}: {blend_text(recipe.blends[numbers[0]])}")
             continue
         whole = "the whole model" if len(alike) == 1 else "; ".join(_parts(recipe, n) for n in numbers)
         if not any(_is_scaled(recipe.blends[n]) for n in numbers):
@@ -80,7 +80,7 @@ def step_text(step: BlendStep) -> str:
     return f"{step.name} by {numbers}" if numbers else step.name
 
 
-def _words(blend: Blend) -> str:
+def blend_text(blend: Blend) -> str:
     numbers = []
     for name, value in blend.parameters.items():
         if isinstance(value, dict):
