@@ -85,12 +85,11 @@ def check_architecture(architecture: Architecture, source: Source) -> None:
     if sliding and not (kind == "mistral" and architecture == "mixtral"):
         problem = f"{source.name} attends to a sliding window, which a {architecture} does not do in the same way"
         raise InputError(place, problem, "Choose `mixtral` for a mistral; of others none is exact.")
-    bias = next(
-        (name for name in source.tensors if ".o_proj.bias" in name or (".mlp." in name and "bias" in name)), None
-    )
+    biases = [name for name in source.tensors if name.endswith(".bias")]
+    bias = next((name for name in biases if ".o_proj." in name or ".mlp." in name), None)
     if bias is not None and not (architecture == "qwen3_moe" and ".o_proj." in bias):
         raise InputError(place, f"{source.name} has {bias}, for which a {architecture} has no place")
-    if architecture == "mixtral" and any(name.endswith("q_proj.bias") for name in source.tensors):
+    if architecture == "mixtral" and any(name.endswith("q_proj.bias") for name in biases):
         raise InputError(place, f"{source.name} has biases in attention, for which a mixtral has no place")
 
 

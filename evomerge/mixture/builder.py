@@ -84,6 +84,12 @@ class MixtureBuilder:
         if "channels" in needs:
             self._inputs.record_channels(source)
 
+    def fit(self, recipe: MixtureRecipe) -> None:
+        """Fit the rows of routers, if the recipe's are, and keep them."""
+        self._check(recipe)
+        if recipe.router.kind == "fitted":
+            self._rows(recipe)
+
     def write(self, recipe: MixtureRecipe) -> LiveModel:
         """The live mixture with the recipe's weights, routers and number of slots that a token keeps."""
         from evomerge.checkpoints.live import check_live
@@ -251,7 +257,7 @@ class _LiveMixture:
         self._keep(recipe.top_k, recipe.normalised)
 
     def _keep(self, top_k: int, normalised: bool) -> None:
-        """Have each token keep so many slots, and weigh them so, as the configuration of the recipe's own model does."""
+        """Have each token keep so many slots, and weigh them as the recipe says."""
         model: Any = self.live.model
         model.config.num_experts_per_tok, model.config.norm_topk_prob = top_k, normalised
         for module in model.modules():
