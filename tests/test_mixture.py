@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from evomerge.checkpoints.backward import Listening, nobody
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.builders import check_recipe
-from evomerge.merging.fitting import Listening, nobody
 from evomerge.mixture.layout import needed_bytes
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.mixture import MixtureRecipe
@@ -305,7 +305,7 @@ class NextTokens:
     steps = 12
     rate = 0.3
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Iterator[Tensor]:
+    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
         torch.manual_seed(0)
         ids = torch.randint(3, 32, (4, 12))
         with listening(False):

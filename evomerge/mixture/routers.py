@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -231,8 +231,8 @@ def _step(live: LiveModel, fit: Fit, step: int, masters: Sequence[Tensor], weigh
         for master, weight in zip(masters, weights, strict=True):
             weight.copy_(master)
             weight.grad = None
-    with torch.enable_grad():
-        for loss in fit.passes(live, step):
+    with torch.enable_grad(), closing(fit.passes(live, step)) as parts:
+        for loss in parts:
             torch.autograd.backward(loss)
     for master, weight in zip(masters, weights, strict=True):
         master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
