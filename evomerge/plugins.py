@@ -97,6 +97,10 @@ OWN: Mapping[str, Mapping[str, str]] = {
         ),
         "greedy_soup": "evomerge.optimizers.soups:SoupSettings",
         "proxy_descent": "evomerge.optimizers.proxy_descent:ProxyDescentSettings",
+        "map_elites": "evomerge.optimizers.map_elites:MapElitesSettings",
+        "cycle_qd": "evomerge.optimizers.cycle_qd:CycleQdSettings",
+        "dns": "evomerge.optimizers.dns:DnsSettings",
+        "m2n2": "evomerge.optimizers.m2n2:M2n2Settings",
     },
     "evomerge.observers": {
         "logs": "evomerge.observers.logs:LogsSettings",

@@ -15,12 +15,12 @@ from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, ta
 from helpers_tiers import nightly_but
 from hypothesis import given
 from hypothesis import strategies as st
-from map_elites import MapElitesSettings
 
 from evomerge.front import extend_front
 from evomerge.optimizers import CmaSettings, Feature, Grid, Observation
 from evomerge.optimizers.cma_es import Cma
 from evomerge.optimizers.elites import UNKNOWN, Point
+from evomerge.optimizers.map_elites import MapElitesSettings
 from evomerge.search.preparing.setup import EvaluatorInfo, FeatureInfo, Setup
 from evomerge.search.settings.sections import Racing
 from evomerge.search.work.jobs import Failed, Job, Measured

@@ -8,12 +8,11 @@ import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from averaged_logits import AveragedLogits, AveragedLogitsBuilder
 from helpers_miniature import MINIATURES, evomerge, export_of, json_of, newest_scored, search_file, short_search_file
-from map_elites import MapElitesSettings
+from hill_climber import HillClimberSettings
 from median import MEDIAN
 from picture_size import PictureSizeSettings, png_size
 from transformers import AutoModelForCausalLM
@@ -22,13 +21,11 @@ from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.scoring import score
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
-from evomerge.genome import Parameter
 from evomerge.inference.reading import Reader
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.facts import Facts
 from evomerge.merging.passes import Elementwise, Pass, Whole
 from evomerge.method import Method
-from evomerge.optimizers import Feature, Grid
 from evomerge.optimizers.base import Settings
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend
@@ -36,7 +33,7 @@ from evomerge.store import Store
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.methods import MethodContract
 from evomerge.testing.models import tiny_live
-from evomerge.testing.optimizers import SPACE, OptimizerContract, observed, sphere
+from evomerge.testing.optimizers import OptimizerContract
 
 pytestmark = pytest.mark.usefixtures("plugins_installed")
 
@@ -89,84 +86,35 @@ def test_a_method_of_ones_own_is_searched_resumed_and_exported(tmp_path: Path) -
     assert export_of(newest_scored(tmp_path / "search"), tmp_path / "search", tmp_path / "out") == 0
 
 
-FEATURES = (Feature("one", 0.0, 1.0, 4), Feature("other", 0.2, 0.8, 5))
-MAP_ELITES = MapElitesSettings(name="map_elites", population=6)
-
-
-class TestMapElites(OptimizerContract):
-    features = FEATURES
-
+class TestHillClimber(OptimizerContract):
     @pytest.fixture
     def settings(self) -> Settings:
-        return MAP_ELITES
-
-
-class TestMapElitesOnTwo(TestMapElites):
-    objectives = 2
-
-
-def test_map_elites_has_better_elites_than_chance() -> None:
-    """In the niches that both have found; what is lost hangs on the six parameters that are no features."""
-    space = [Parameter(f"p{i}", 0.0, 1.0, 0.5) for i in range(8)]
-
-    def grid(varied: bool) -> Grid:
-        settings, found = MAP_ELITES.model_copy(update={"population": 16}), Grid(FEATURES)
-        optimizer = settings.build(space, 1, 3, FEATURES)
-        for step in range(30):
-            genomes = optimizer.ask(16) if varied else settings.build(space, 1, 100 + step, FEATURES).ask(16)
-            observations = [observed(g, sphere(g[2:], 1, space[2:]), FEATURES, space) for g in genomes]
-            optimizer.tell(observations)
-            found = found.extend({16 * step + i: o for i, o in enumerate(observations)})
-        return found
-
-    ours, random = grid(True), grid(False)
-    both = ours.cells.keys() & random.cells
-    best = [np.mean([min(loss for (loss,) in grid.cells[niche].values()) for niche in both]) for grid in (ours, random)]
-    assert len(both) > 10
-    assert best[0] < 0.6 * best[1]
-
-
-def test_map_elites_wants_features() -> None:
-    with pytest.raises(InputError, match="the search has no features") as refused:
-        MAP_ELITES.check(SPACE, 1, "optimizer")
-    assert refused.value.place == "optimizer"
+        return HillClimberSettings(name="hill_climber")
 
 
 def test_an_optimizer_of_ones_own_is_searched_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task = {"task": "mini_math_ja", "search": "validation[:10]", "held_out": "test[:4]"}
-    changes = {
-        "objectives": {"sums": task | {"metric": "acc_ja"}},
-        "features": {"either": task | {"metric": "acc", "range": [0, 1], "bins": 5}},
-        "optimizer": {"name": "map_elites", "population": 4},
-        "confirm": {"top": 1},
-    }
-    whole = search_file(tmp_path, **changes, budget={"candidates": 13})
+    changes = {"optimizer": {"name": "hill_climber", "step": 0.2}, "confirm": {"top": 1}}
+    whole = short_search_file(tmp_path, **changes, budget={"candidates": 21})
     assert evomerge("search", whole, "--dir", tmp_path / "whole") == 0
-    part = search_file(tmp_path, **changes, budget={"candidates": 9})
+    part = short_search_file(tmp_path, **changes, budget={"candidates": 13})
     assert evomerge("search", part, "--dir", tmp_path / "part") == 0
-    assert evomerge("resume", tmp_path / "part", "--set", "budget.candidates=13") == 0
+    assert evomerge("resume", tmp_path / "part", "--set", "budget.candidates=21") == 0
     rows = json_of(capsys, "top", tmp_path / "whole", "--all", "--json")
     assert json_of(capsys, "top", tmp_path / "part", "--all", "--json") == rows
-    assert {row["origin"] for row in rows[5:]} == {"map_elites"}
-    elites = {tuple(row["niche"]): row for row in rows if row["elite"]}
-    assert len(elites) == sum(row["elite"] for row in rows)
-    for row in rows:
-        assert elites[tuple(row["niche"])]["scores"]["sums"]["mean"] >= row["scores"]["sums"]["mean"]
-    assert evomerge("show", tmp_path / "whole", rows[0]["id"]) == 0
-    assert " of 5" in capsys.readouterr().out
+    assert "hill_climber" in {row["origin"] for row in rows}
 
 
 def test_an_optimizer_that_nobody_brings_is_refused_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = search_file(tmp_path, optimizer={"name": "map_elite"})
+    file = search_file(tmp_path, optimizer={"name": "hill_climbr"})
     assert evomerge("validate", file) == 2
     told = "".join(capsys.readouterr())
     assert "optimizer.name" in told
-    assert "Did you mean 'map_elites'?" in told
-    file = search_file(tmp_path, optimizer={"name": "map_elites", "isso": 1})
+    assert "Did you mean 'hill_climber'?" in told
+    file = search_file(tmp_path, optimizer={"name": "hill_climber", "stp": 1})
     assert evomerge("validate", file) == 2
-    assert "optimizer.isso" in "".join(capsys.readouterr())
+    assert "optimizer.stp" in "".join(capsys.readouterr())
 
 
 @pytest.fixture(scope="module")

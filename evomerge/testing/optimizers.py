@@ -38,9 +38,13 @@ SPACE = (
 def observed(
     genome: Genome, losses: Sequence[float], features: Sequence[Feature], parameters: Sequence[Parameter] = SPACE
 ) -> Observation:
-    """An observation whose features are the genome's first numbers, in units of their ranges."""
+    """An observation whose features are the genome's first numbers, in units of their ranges.
+
+    Of its items each has a bound of its own, and is solved below it.
+    """
     shares = [(value - p.low) / ((p.high - p.low) or 1.0) for value, p in zip(genome, parameters, strict=True)]
-    return Observation(genome, losses, [shares[i % len(shares)] for i in range(len(features))])
+    items = [(loss > np.linspace(0.0, 1.0, 9)).astype(np.float32) for loss in losses]
+    return Observation(genome, losses, [shares[i % len(shares)] for i in range(len(features))], items)
 
 
 def sphere(genome: Genome, objectives: int = 1, parameters: Sequence[Parameter] = SPACE) -> list[float]:

@@ -14,17 +14,17 @@ from pydantic import Field
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers import Feature, Grid, Keeps, Observation
-from evomerge.optimizers.base import Settings, check_population, random_state
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
 from evomerge.optimizers.cma_es import Box
+from evomerge.optimizers.elites import Feature, Grid
+from evomerge.optimizers.variation import iso_line
 
 
 class MapElitesSettings(Settings):
     """What the search file says of MAP-Elites.
 
-    A child is an elite plus noise of ``iso`` along each parameter plus a step towards or away from another elite, of
-    standard deviation ``line`` times their distance; both in units of the parameters' ranges. (The paper's ``iso`` of
-    0.01 is for many thousands of candidates.)
+    ``iso`` and ``line`` are of the variation (``variation.py``), in units of the parameters' ranges. (The paper's
+    ``iso`` of 0.01 is for many thousands of candidates.)
     """
 
     name: Literal["map_elites"]
@@ -77,9 +77,8 @@ class MapElites:
             return [self._box.genome(unit) for unit in random.random_sample((n, size))]
         elites = np.array(list(self._units.values()))
         one, other = elites[random.randint(len(elites), size=(2, n))]
-        noise = self._settings.iso * random.standard_normal((n, size))
-        steps = self._settings.line * random.standard_normal((n, 1)) * (other - one)
-        return [self._box.genome(unit) for unit in np.clip(one + noise + steps, 0.0, 1.0)]
+        children = iso_line(random, one, other, self._settings.iso, self._settings.line)
+        return [self._box.genome(unit) for unit in children]
 
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
         return self.ask(len(genomes))

@@ -1,0 +1,148 @@
+"""CycleQD: an archive for each task, in which that task is quality and the others are niches, taken in turn.
+
+Kuroki, Nakamura, Akiba & Tang, "Agent Skill Acquisition for Large Language Models via CycleQD" (ICLR 2025, arXiv
+2410.14735). In the archive of task q a niche is a bin of the scores of all other tasks, and holds the best candidate in
+q (section 3.1). Generations take the archives in turn. Parents are drawn by how good they are in all tasks (section
+3.3); a child is the weighted mean of two, with weights near 1, which may go beyond them (section 3.2.1). The mutation
+of the paper, which scales singular values of a child's change, is not of a genome; children get noise along each
+parameter.
+
+Bins lie between 85% of the weakest and 115% of the best of the candidates that are known before the first generation:
+the sources, in a search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evomerge.errors import InputError
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
+from evomerge.optimizers.cma_es import Box
+from evomerge.optimizers.elites import Feature, Niche
+
+Vector = NDArray[np.float64]
+
+_BEYOND = 0.15
+"""How far bins go beyond the sources' losses, in parts of these."""
+
+_LEAST, _MOST = 0.5, 0.8
+"""Between which scores are scaled before parents are drawn by their product."""
+
+
+class CycleQdSettings(Settings):
+    """What the search file says of CycleQD.
+
+    ``bins`` is how many there are of each task; ``spread`` the standard deviation of the weights of two parents,
+    ``iso`` that of the noise, in units of the parameters' ranges.
+    """
+
+    name: Literal["cycle_qd"]
+    population: int = 16
+    bins: int = Field(default=15, ge=2, le=1000)
+    spread: float = Field(default=0.3, ge=0, le=10)
+    iso: float = Field(default=0.03, ge=0, le=1)
+
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
+        check_population(self.population, 2, place)
+        if objectives < 2:
+            problem = "cycle_qd takes tasks in turn, and the search has one objective"
+            raise InputError(place, problem, "Give more objectives, or take map_elites or dns.")
+
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> CycleQd:
+        return CycleQd(self, parameters, objectives, seed)
+
+
+class CycleQd:
+    """One search by CycleQD. Its first generation is random; baselines are elites like all others."""
+
+    favourite: Genome | None = None
+    stopped: str | None = None
+    wants_items = False
+    refined = ()  # no numbers are tied
+    keeps: Keeps = "all"
+
+    def __init__(self, settings: CycleQdSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+        self.population = settings.population
+        self._settings = settings
+        self._box = Box(parameters)
+        self._objectives, self._seed = objectives, seed
+        self._asks = self._asked = 0
+        self._first: list[Observation] = []  # until bins are known
+        self._axes: tuple[Feature, ...] = ()
+        self._archives: list[dict[Niche, Observation]] = [{} for _ in range(objectives)]
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        self._asks += 1
+        random = random_state(self._seed, self._asks)
+        self._asked += n
+        elites = self._elites()
+        if self._asked <= self.population or not elites:
+            return [self._box.genome(unit) for unit in random.random_sample((n, len(self._box.low)))]
+        units = np.array([self._box.unit(o.genome) for o in elites])
+        chances = _chances(np.array([o.losses for o in elites]))
+        one, other = (random.choice(len(elites), size=n, p=chances) for _ in range(2))
+        weights = np.abs(1.0 + self._settings.spread * random.standard_normal((2, n, 1))) + 1e-9
+        children = (weights[0] * units[one] + weights[1] * units[other]) / weights.sum(axis=0)
+        children += self._settings.iso * random.standard_normal(children.shape)
+        return [self._box.genome(unit) for unit in np.clip(children, 0.0, 1.0)]
+
+    def _elites(self) -> list[Observation]:
+        """Those of the archive whose turn it is, in the order of their niches."""
+        if not self._axes:
+            self._lay_out()
+        archive = self._archives[(self._asks - 1) % self._objectives]
+        return [archive[niche] for niche in sorted(archive)]
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, observations: Sequence[Observation]) -> None:
+        known = [o for o in observations if o.feasible and all(map(math.isfinite, o.losses))]
+        if not self._axes:
+            self._first += known
+            return
+        for observation in known:
+            self._place(observation)
+
+    def _lay_out(self) -> None:
+        """Divide the losses of each task into bins, by what is known so far, if there are two of it at least."""
+        if len(self._first) < 2:
+            return
+        losses = np.array([o.losses for o in self._first])
+        low, high = losses.min(axis=0), losses.max(axis=0)
+        low, high = low - _BEYOND * np.abs(low), high + _BEYOND * np.abs(high)
+        wide = np.where(high > low, high, low + 1.0)
+        ends = zip(low.tolist(), wide.tolist(), strict=True)
+        self._axes = tuple(Feature(f"task {number}", *end, self._settings.bins) for number, end in enumerate(ends))
+        for observation in self._first:
+            self._place(observation)
+        self._first = []
+
+    def _place(self, observation: Observation) -> None:
+        """Put a candidate into every archive in whose niche it is the best; of equal ones the earlier stays."""
+        bins = [axis.bin(loss) for axis, loss in zip(self._axes, observation.losses, strict=True)]
+        for task, archive in enumerate(self._archives):
+            niche = tuple(bin_ for number, bin_ in enumerate(bins) if number != task)
+            if niche not in archive or observation.losses[task] < archive[niche].losses[task]:
+                archive[niche] = observation
+
+
+def _chances(losses: Vector) -> Vector:
+    """How likely each elite is to be a parent: the product of its scaled scores in all tasks: float64 [elites]."""
+    low, high = losses.min(axis=0), losses.max(axis=0)
+    good = (high - losses) / np.where(high > low, high - low, 1.0)
+    weights = np.prod(_LEAST + (_MOST - _LEAST) * good, axis=1)
+    return np.asarray(weights / weights.sum())

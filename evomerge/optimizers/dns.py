@@ -1,0 +1,155 @@
+"""Dominated novelty search: keeps whoever is different from all that are better.
+
+Bahlous-Boldi, Faldor, Grillotti, Janmohamed, Coiffard, Spector & Cully, "Dominated Novelty Search: Rethinking Local
+Competition in Quality-Diversity" (arXiv 2502.00593), algorithm 1: the population and its children are ranked by the
+mean distance to the k nearest of those that are fitter, and the best stay. There is no grid and no range to choose.
+
+What a candidate does is described by the features of the search or, where there are none, by the items that it solves,
+as in AC/DC (arXiv 2604.14969): the distance to a fitter one is the share of items that the candidate solves and the
+fitter one does not, an item weighing as much as there are others that fail it. By items, half of them say who is fitter
+and the other half who is different (``solved.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
+from evomerge.optimizers.cma_es import Box
+from evomerge.optimizers.elites import Feature
+from evomerge.optimizers.solved import halves, losses_of, solved
+from evomerge.optimizers.variation import iso_line
+
+Vector = NDArray[np.float64]
+
+
+class DnsSettings(Settings):
+    """What the search file says of dominated novelty search.
+
+    ``capacity`` is how many candidates stay, ``neighbours`` the k of the mean distance; ``iso`` and ``line`` are of the
+    variation (``variation.py``), in units of the parameters' ranges.
+    """
+
+    name: Literal["dns"]
+    population: int = 16
+    capacity: int = Field(default=32, ge=2, le=10_000)
+    neighbours: int = Field(default=3, ge=1, le=1000)
+    iso: float = Field(default=0.05, ge=0, le=1)
+    line: float = Field(default=0.2, ge=0, le=10)
+
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
+        check_population(self.population, 2, place)
+
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> Dns:
+        return Dns(self, parameters, seed, features)
+
+
+class Dns:
+    """One dominated novelty search. Its first generation is random; baselines are members like all others."""
+
+    favourite: Genome | None = None
+    stopped: str | None = None
+    refined = ()  # no numbers are tied
+    keeps: Keeps = "all"
+
+    def __init__(
+        self, settings: DnsSettings, parameters: Sequence[Parameter], seed: int, features: Sequence[Feature]
+    ) -> None:
+        self.population = settings.population
+        self.wants_items = not features
+        self._settings = settings
+        self._box = Box(parameters)
+        self._low = np.array([feature.low for feature in features])
+        self._width = np.array([feature.high - feature.low for feature in features])
+        self._seed = seed
+        self._asks = self._asked = 0
+        self._members: list[Observation] = []  # in the order told
+        self._units = np.empty((0, len(parameters)))
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        self._asks += 1
+        random = random_state(self._seed, self._asks)
+        self._asked += n
+        if self._asked <= self.population or not self._members:
+            return [self._box.genome(unit) for unit in random.random_sample((n, self._units.shape[1]))]
+        one, other = self._units[random.randint(len(self._units), size=(2, n))]
+        children = iso_line(random, one, other, self._settings.iso, self._settings.line)
+        return [self._box.genome(unit) for unit in children]
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, observations: Sequence[Observation]) -> None:
+        members = self._members + [o for o in observations if o.feasible and self._is_known(o)]
+        if len(members) == len(self._members):
+            return
+        if len(members) > self._settings.capacity:
+            novelty = self._novelty(members)
+            order = np.argsort(-novelty, kind="stable")[: self._settings.capacity]  # of equal ones the earlier stays
+            members = [members[number] for number in sorted(order.tolist())]
+        self._members = members
+        self._units = np.array([self._box.unit(o.genome) for o in members])
+
+    def _is_known(self, observation: Observation) -> bool:
+        """Whether a candidate can be compared with others."""
+        has_losses = all(map(math.isfinite, observation.losses))
+        return has_losses and (self.wants_items or not any(map(math.isnan, observation.features)))
+
+    def _novelty(self, members: Sequence[Observation]) -> Vector:
+        """How different each member is from those that are fitter: float64 [members]."""
+        if self.wants_items:
+            table = solved([losses_of(o) for o in members])
+            judged, described = halves(table.shape[1])
+            return dominated_novelty(
+                -table[:, judged].mean(axis=1), skill_distances(table[:, described]), self._settings.neighbours
+            )
+        places = (np.array([o.features for o in members]) - self._low) / self._width
+        distances = np.linalg.norm(places[:, None] - places, axis=2)
+        losses = np.array([sum(o.losses) for o in members])
+        return dominated_novelty(losses, distances, self._settings.neighbours)
+
+
+def dominated_novelty(losses: Vector, distances: Vector, neighbours: int) -> Vector:
+    """The mean distance to the nearest ``neighbours`` of those that are fitter; inf of the fittest: float64 [members].
+
+    Of two with equal losses the one that stands first is the fitter one, so that no two of a kind are both fittest.
+
+    Args:
+        losses: float64 [members], lower is fitter.
+        distances: float64 [members, members], from each to each.
+    """
+    novelty = np.full(len(losses), np.inf)
+    order = np.argsort(losses, kind="stable")
+    for rank, member in enumerate(order.tolist()):
+        if rank:
+            nearest = np.sort(distances[member, order[:rank]])[:neighbours]
+            novelty[member] = nearest.mean()
+    return novelty
+
+
+def skill_distances(table: Vector) -> Vector:
+    """From each member to each: the share of items that the one solves and the other does not, by difficulty.
+
+    Args:
+        table: float64 [members, items], how far each solves each item.
+
+    Returns:
+        float64 [members, members]; not symmetric. An item weighs as much as members fail it.
+    """
+    difficulty = 1.0 - table.mean(axis=0)
+    difficulty[table.max(axis=0, initial=0.0) == 0] = 0.0  # what nobody solves tells nobody apart
+    weights = difficulty / (difficulty.sum() or 1.0)
+    return np.array([np.maximum(row - table, 0.0) @ weights for row in table])

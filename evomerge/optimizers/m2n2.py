@@ -1,0 +1,140 @@
+"""M2N2: competition for items, mates that solve what one does not, and a split point between two parents.
+
+Abrantes, Lange & Tang, "Competition and Attraction Improve Model Fusion" (GECCO 2025, arXiv 2508.16204). The credit of
+an item is shared among those who solve it (section 3.2: f_i = sum_j s_ij / z_j, with z_j all that is solved of j), so
+that whoever solves what few solve stays. A mate is drawn by what it would add (section 3.3: the sum over items of
+max(s_Bj - s_Aj, 0) / z_j). A child has the one parent's numbers before a random point of the genome and the other's
+after it, both mixed by a random ratio (section 3.1; there of all weights of two models, here of their genomes, whose
+numbers go from the first layer to the last). Half of the items say who stays, and the other half who suits whom
+(``solved.py``).
+
+Merges of merges alone never leave what their parents span, and a search begins with few: children get noise as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
+from evomerge.optimizers.cma_es import Box
+from evomerge.optimizers.elites import Feature
+from evomerge.optimizers.solved import halves, losses_of, solved
+
+Vector = NDArray[np.float64]
+
+_EPSILON = 1e-9
+
+
+class M2n2Settings(Settings):
+    """What the search file says of M2N2.
+
+    ``capacity`` is how many candidates stay; ``iso`` the standard deviation of the noise, in units of the parameters'
+    ranges.
+    """
+
+    name: Literal["m2n2"]
+    population: int = 16
+    capacity: int = Field(default=16, ge=2, le=10_000)
+    iso: float = Field(default=0.03, ge=0, le=1)
+
+    def check(
+        self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
+    ) -> None:
+        check_population(self.population, 2, place)
+
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> M2n2:
+        return M2n2(self, parameters, seed)
+
+
+class M2n2:
+    """One search by M2N2. Its first generation is random; baselines are members like all others."""
+
+    favourite: Genome | None = None
+    stopped: str | None = None
+    wants_items = True
+    refined = ()  # no numbers are tied
+    keeps: Keeps = "all"
+
+    def __init__(self, settings: M2n2Settings, parameters: Sequence[Parameter], seed: int) -> None:
+        self.population = settings.population
+        self._settings = settings
+        self._box = Box(parameters)
+        self._seed = seed
+        self._asks = self._asked = 0
+        self._members: list[Observation] = []  # in the order told
+
+    def ask(self, n: int) -> list[Genome]:
+        if n < 1:
+            return []
+        self._asks += 1
+        random = random_state(self._seed, self._asks)
+        size = len(self._box.low)
+        self._asked += n
+        if self._asked <= self.population or len(self._members) < 2:
+            return [self._box.genome(unit) for unit in random.random_sample((n, size))]
+        table = solved([losses_of(o) for o in self._members])
+        judged, described = halves(table.shape[1])
+        credit = shared_credit(table[:, judged])
+        units = np.array([self._box.unit(o.genome) for o in self._members])
+        children = []
+        for _ in range(n):
+            one = _drawn(random, credit)
+            other = _drawn(random, attraction(table[:, described], one))
+            children.append(self._child(random, units[one], units[other]))
+        return [self._box.genome(unit) for unit in children]
+
+    def _child(self, random: np.random.RandomState, one: Vector, other: Vector) -> Vector:
+        ratio, split = random.random_sample(), random.randint(len(one) + 1)
+        shares = np.where(np.arange(len(one)) < split, ratio, 1.0 - ratio)
+        noise = self._settings.iso * random.standard_normal(len(one))
+        return np.clip(shares * one + (1.0 - shares) * other + noise, 0.0, 1.0)
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        return self.ask(len(genomes))
+
+    def tell(self, observations: Sequence[Observation]) -> None:
+        self._members += [o for o in observations if o.feasible and all(map(math.isfinite, o.losses))]
+        if len(self._members) <= self._settings.capacity:
+            return
+        table = solved([losses_of(o) for o in self._members])
+        kept = survivors(table[:, halves(table.shape[1])[0]], self._settings.capacity)
+        self._members = [self._members[number] for number in kept]
+
+
+def shared_credit(table: Vector) -> Vector:
+    """What each member gets of the items that it solves, shared with all who solve them: float64 [members]."""
+    return np.asarray((table / (table.sum(axis=0) + _EPSILON)).sum(axis=1))
+
+
+def attraction(table: Vector, one: int) -> Vector:
+    """What each member would add to one of them: float64 [members]."""
+    shares = table / (table.sum(axis=0) + _EPSILON)
+    return np.asarray(np.maximum(shares - shares[one], 0.0).sum(axis=1))
+
+
+def survivors(table: Vector, count: int) -> list[int]:
+    """The members that stay: the one with the least credit goes, one after the other, and its credit to the others.
+
+    Of equal ones the latest goes.
+    """
+    kept = list(range(len(table)))
+    while len(kept) > count:
+        credit = shared_credit(table[kept])
+        least = np.flatnonzero(credit <= credit.min() + _EPSILON)
+        kept.pop(int(least[-1]))
+    return kept
+
+
+def _drawn(random: np.random.RandomState, weights: Vector) -> int:
+    """A number drawn by weights; evenly where all are zero."""
+    total = weights.sum()
+    return int(random.choice(len(weights), p=weights / total if total > 0 else None))

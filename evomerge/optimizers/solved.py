@@ -1,0 +1,40 @@
+"""Which items candidates solve, as a table of shares, and its two halves: one says who is better, one who is different.
+
+A candidate that was lucky on some items looks better by them, and looks different by the same items. Judged by one half
+of the items and described by the other, it is lucky in one thing at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.optimizers.base import Observation
+
+Table = NDArray[np.float64]
+
+
+def losses_of(observation: Observation) -> NDArray[np.float32]:
+    """The losses of all items of all objectives, one objective after the other: float32 [items]."""
+    return np.concatenate([np.asarray(items, np.float32) for items in observation.items])
+
+
+def solved(losses: Sequence[NDArray[np.float32]]) -> Table:
+    """How far each candidate solves each item: 1 as the best of them does, 0 as the worst: float64 [candidates, items].
+
+    An item in which all are alike, or that nobody was scored on, is solved by none; what was not scored counts as not
+    solved.
+    """
+    table = np.stack(losses).astype(np.float64)
+    known = np.where(np.isnan(table), -np.inf, table)
+    worst = known.max(axis=0, initial=-np.inf)
+    best = np.where(np.isnan(table), np.inf, table).min(axis=0, initial=np.inf)
+    width = np.where(worst > best, worst - best, np.inf)
+    return np.nan_to_num(np.where(np.isnan(table), 0.0, (np.where(np.isnan(table), 0.0, worst - table)) / width))
+
+
+def halves(items: int) -> tuple[slice, slice]:
+    """The items by which candidates are judged, and those by which they are described: every second one."""
+    return (slice(0, None, 2), slice(1, None, 2)) if items > 1 else (slice(None), slice(None))
