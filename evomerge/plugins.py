@@ -71,10 +71,12 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "evomerge.recipes": {
         "stack": "evomerge.recipes.stack:StackRecipe",
         "mixture": "evomerge.recipes.mixture:MixtureRecipe",
+        "routed": "evomerge.recipes.routed:RoutedRecipe",
     },
     "evomerge.builders": {
         "stack": "evomerge.merging.stack_builder:StackBuilder",
         "mixture": "evomerge.mixture.builder:MixtureBuilder",
+        "routed": "evomerge.routed.builder:RoutedBuilder",
     },
     "evomerge.evaluators": {
         "lm_eval": "evaluators.lm_eval:LmEvalSettings",

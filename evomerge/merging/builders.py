@@ -51,6 +51,7 @@ class BuildContext:
         fit: items that numbers may be fitted to.
         engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
         base: the source that models are measured from (``merging.change``); None where there is none.
+        shared: the builders of this context by kind: what one holds, such as a live model, others may use as well.
     """
 
     sources: Mapping[str, Source]
@@ -64,6 +65,7 @@ class BuildContext:
     fit: Fit | None = None
     engine: Callable[[LiveModel], ServingEngine] | None = None
     base: str | None = None
+    shared: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Builder(Protocol[_Made]):
@@ -167,7 +169,6 @@ class Builders:
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
-        self._made: dict[str, Builder[Recipe]] = {}
 
     def start(self, kinds: Iterable[str]) -> None:
         """Have builders take the memory that they need. Raises InputError: what is wrong with a model."""
@@ -180,6 +181,7 @@ class Builders:
 
     def of_kind(self, kind: str) -> Builder[Recipe]:
         """The builder of a kind of recipe."""
-        if kind not in self._made:
-            self._made[kind] = find_builder(kind)(self._context)
-        return self._made[kind]
+        shared = self._context.shared
+        if kind not in shared:
+            shared[kind] = find_builder(kind)(self._context)
+        return cast(Builder[Recipe], shared[kind])

@@ -94,6 +94,17 @@ class Inputs:
         """Of the texts."""
         return self._calibration.digest
 
+    def own_key_of(self, name: str) -> tuple[str, ...]:
+        """What the texts of a source's own task are known by.
+
+        Raises:
+            InputError: it has none, but shares those of other sources.
+        """
+        if name not in self._calibration.own:
+            problem = f"has no texts of {name}'s own task, by which it could be told from other experts"
+            raise InputError("calibration.sources", problem, "Name a file of prompts of its task for each expert.")
+        return self._calibration.key_of(name)
+
     def of(self, ref: Ref) -> LayerInput:
         """What the layer is given whose weight is this tensor.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -134,6 +135,8 @@ class Materialiser:
     Attributes:
         change: how far the model that was written last is from the base; None where there is none.
         core_space: what is merged in core space.
+        beside: what stands beside the weights of the model that was written last, such as hooks on its modules; closed
+            before another is written.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class Materialiser:
         self._device = device
         self._make_live = live
         self.change: float | None = None
+        self.beside = ExitStack()
         self._sources = sources
         self._inputs = inputs
         self._threads = WorkerThreads()
@@ -196,6 +200,7 @@ class Materialiser:
                 for, or scales of an architecture for which nobody knows where its layers write.
         """
         self.check(recipe)
+        self.beside.close()
         stack = self._stack(live)
         outside, hops = tensors_made(recipe, self._sources)
         path = assign(recipe, hops, stack, self._held[:-1])

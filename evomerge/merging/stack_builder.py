@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from evomerge.merging.export import write_model
 from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.merging.path import configured_by
+from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import StackRecipe
 
 if TYPE_CHECKING:
@@ -29,6 +31,13 @@ def _return_freed_memory() -> None:
     """Have the C library return to the system what is freed, where it can: glibc keeps most of it."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
+
+
+def stack_builder(context: BuildContext) -> StackBuilder:
+    """The builder of stacks that all builders of a context share, and with it one live model."""
+    made = context.shared.setdefault(STACK, StackBuilder(context))
+    assert isinstance(made, StackBuilder)  # which no plug-in replaces
+    return made
 
 
 class StackBuilder:
@@ -60,6 +69,11 @@ class StackBuilder:
             base=context.base,
             live=lambda: self.live,
         )
+
+    @property
+    def beside(self) -> ExitStack:
+        """What is closed before another model is written."""
+        return self.materialiser.beside
 
     @cached_property
     def _inputs(self) -> Inputs | None:

@@ -46,8 +46,9 @@ class Router(Frozen):
             what the block is given.
         heads: of keys and values each head of a token is routed by itself, on its own activation (MoV).
         base_expert: "no adapter" is one more expert, with a logit of its own.
-        renormalised: gates of the kept experts are divided by their sum.
+        renormalised: softmax gates of the kept experts are divided by their sum.
         balance: of fitted routers.
+        refitted: they are fitted to the very experts, temperatures and gains of the recipe, not once for all recipes.
     """
 
     kind: RouterKind = "fitted"
@@ -57,12 +58,23 @@ class Router(Frozen):
     base_expert: bool = False
     renormalised: bool = True
     balance: Balance = Balance()
+    refitted: bool = False
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Router:
+        if self.kind in ("arrow", "spectral") and self.per == "block":
+            raise ValueError(f"{self.kind} looks at what single modules change: it is `per: module`")
+        if self.kind != "fitted" and (self.refitted or self.balance != Balance()):
+            raise ValueError(f"{self.kind} routers are not fitted: they have no balance, and are not refitted")
+        return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_no_balance(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_what_says_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         if self.balance == Balance():
             written.pop("balance", None)
+        if not self.refitted:
+            written.pop("refitted", None)
         return written
 
 
@@ -75,7 +87,7 @@ class LayerGroup(Frozen):
         top_k: how many of them a token keeps; all when None.
         temperature: that logits are divided by.
         gain: what the gated sum is multiplied by, in attention and in the mlp.
-        bias: added to the logits, by expert; those that are left out have none.
+        bias: added to the logits after their temperature, by expert; those that are left out have none.
     """
 
     layers: int = Field(ge=1)
@@ -121,6 +133,10 @@ class RoutedRecipe(Recipe):
             raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
         if self.router.kind == "fitted" and self.fit is None:
             raise ValueError("its routers are fitted, and it does not say on what")
+        if self.router.kind in ("prototypes", "spectral") and self.calibration is None:
+            raise ValueError(f"its {self.router.kind} routers follow from calibration texts, and it names none")
+        if self.rest is not None and self.where == "all":
+            raise ValueError("says how blocks that are not routed are made, and all are routed")
         return self
 
     def group_of(self, layer: int) -> LayerGroup:

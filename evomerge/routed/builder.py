@@ -1,0 +1,138 @@
+"""The builder of routed recipes: one live model of the trunk, beside whose modules lie the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.merging.builders import BuildContext
+from evomerge.merging.inputs import Inputs
+from evomerge.merging.materialise import check_stack
+from evomerge.merging.stack_builder import StackBuilder, stack_builder
+from evomerge.recipes.routed import RoutedRecipe
+from evomerge.recipes.stack import StackRecipe
+from evomerge.routed.making import Routers, routings
+from evomerge.routed.sites import check_layers, places_of, sites_of
+from evomerge.routed.trunk import base_alone, trunk_of
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+    from evomerge.routed.computing import Router
+    from evomerge.routed.live import Listener, LiveExperts
+    from evomerge.routed.sites import Place, Site
+
+
+class RoutedBuilder:
+    """Makes models whose experts are gated for every token; see ``Builder``."""
+
+    def __init__(self, context: BuildContext) -> None:
+        self._context = context
+        self._stack: StackBuilder = stack_builder(context)
+        self._family: tuple[tuple[str, ...], LiveExperts] | None = None
+
+    @staticmethod
+    def check(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> None:
+        """Refuse a recipe whose experts are no adapters of its base, or whose groups do not fit it."""
+        base = sources[recipe.base]
+        check_layers(recipe, base)
+        places_of(recipe, sites_of(recipe, sources), base)
+        check_stack(trunk_of(recipe, base.layers), sources)
+
+    def start(self) -> None:
+        """Build the live model."""
+        if self._context.engine is not None:
+            raise InputError("engine", "cannot gate experts token by token", "Take `engine: transformers`.")
+        self._stack.start()
+
+    def calibrate(self, recipe: RoutedRecipe, source: str) -> None:
+        """Run the base over a source's texts, as far as routers are made by them."""
+        sites, places = self._layout(recipe)
+        self._routers.record(recipe, source, sites, places)
+
+    def fit(self, recipe: RoutedRecipe) -> None:
+        """Fit routers, where the recipe's are."""
+        if recipe.router.kind == "fitted":
+            self.routers(recipe)
+
+    def write(self, recipe: RoutedRecipe) -> LiveModel:
+        """The live model with the recipe's trunk, and its experts gated beside it."""
+        from evomerge.checkpoints.live import check_live
+
+        live = self._install(recipe)
+        check_live(live)
+        self._experts(recipe, live).check_reached()
+        return replace(live, change=None)
+
+    def _install(self, recipe: RoutedRecipe, listener: Listener | None = None) -> LiveModel:
+        """The live model with a recipe's trunk and experts, until it is written to again."""
+        self.check(recipe, self._context.sources)
+        routers = self.routers(recipe)
+        live = self._stack.write(trunk_of(recipe, self._context.sources[recipe.base].layers))
+        _, places = self._layout(recipe)
+        gating = routings(recipe, places, routers)
+        self._stack.beside.push(self._experts(recipe, live).install(recipe, places, gating, listener))
+        return live
+
+    def routers(self, recipe: RoutedRecipe) -> dict[str, Router]:
+        """The router of each place where experts are gated, on the CPU."""
+        sites, places = self._layout(recipe)
+        return self._routers.of(recipe, sites, places, lambda live: self._experts(recipe, live))
+
+    @cached_property
+    def _routers(self) -> Routers:
+        context = self._context
+        return Routers(context.evidence, self._base_alone, self._inputs, context.fit)
+
+    @cached_property
+    def _inputs(self) -> Inputs | None:
+        context = self._context
+        texts = context.calibration
+        return None if texts is None else Inputs(context.sources, texts, context.evidence, context.devices)
+
+    def _base_alone(self, recipe: RoutedRecipe) -> LiveModel:
+        return self._stack.write(base_alone(recipe, self._context.sources[recipe.base].layers))
+
+    def _layout(self, recipe: RoutedRecipe) -> tuple[list[Site], dict[str, Place]]:
+        sites = sites_of(recipe, self._context.sources)
+        return sites, places_of(recipe, sites, self._context.sources[recipe.base])
+
+    def _experts(self, recipe: RoutedRecipe, live: LiveModel) -> LiveExperts:
+        """The experts beside the live model; those of the last recipe where they are the same."""
+        from evomerge.routed.live import LiveExperts
+
+        key = (recipe.base, recipe.where, *recipe.experts)
+        if self._family is None or self._family[0] != key or not self._family[1].is_of(live):
+            sites, _ = self._layout(recipe)
+            self._family = key, LiveExperts(live, sites, recipe.experts)
+        return self._family[1]
+
+    def export(
+        self,
+        recipe: RoutedRecipe,
+        out: Path,
+        *,
+        texts: Mapping[str, str],
+        check: Callable[[Path], None] | None = None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        """A plain Hugging Face folder, of the merge that the mean gates come to."""
+        self._stack.export(self.flattened(recipe), out, texts=texts, check=check, progress=progress)
+
+    def flattened(self, recipe: RoutedRecipe) -> StackRecipe:
+        """The plain merge by the mean gates of a recipe (``flattening``)."""
+        from evomerge.routed.flattening import MeanGates, flattened, run_over_texts
+
+        means = MeanGates()
+        live = self._install(recipe, means)
+        run_over_texts(recipe, live, self._context.fit, self._inputs)
+        sites, _ = self._layout(recipe)
+        return flattened(recipe, sites, means.means, self._context.sources)
+
+    def reload(self, folder: Path) -> LiveModel:
+        """The folder in plain transformers."""
+        return self._stack.reload(folder)

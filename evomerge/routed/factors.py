@@ -1,0 +1,99 @@
+"""The tensors of experts, read from their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.adapters import LowRank, Vector
+from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
+from evomerge.errors import InputError
+from evomerge.routed.computing import LowRankExperts, VectorExperts
+from evomerge.routed.sites import Site
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """One expert's change of one weight, s B A: float32 on the CPU.
+
+    Attributes:
+        down: A, [ranks, inputs].
+        up: B, [outputs, ranks], times the scaling s of its adapter.
+    """
+
+    down: Tensor
+    up: Tensor
+
+
+def factors_of(site: Site, expert: int) -> LowRankFactors | None:
+    """What an expert does to a site, of all adapters of its source in one; None where that is nothing."""
+    changes = [change for change in site.changes[expert] if isinstance(change, LowRank)]
+    if not changes:
+        return None
+    downs = [_read(change.down).float() for change in changes]
+    ups = [_read(change.up).float() * change.scale for change in changes]
+    return LowRankFactors(torch.cat(downs), torch.cat(ups, dim=1))
+
+
+def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> LowRankExperts:
+    """All that experts do to a site, on a device and in the dtype of its weight.
+
+    Args:
+        names: of the experts, for messages.
+
+    Raises:
+        InputError: an adapter has NaN or Inf.
+    """
+    downs, ups, scales, owners = [], [], list[float](), list[int]()
+    for expert, changes in enumerate(site.changes):
+        for change in changes:
+            assert isinstance(change, LowRank)
+            down, up = (_read(entry).to(device, dtype) for entry in (change.down, change.up))
+            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+                raise InputError(f"sources.{names[expert]}", f"its adapter of {site.weight} has NaN or Inf")
+            downs.append(down)
+            ups.append(up.T)
+            scales += [change.scale] * len(down)
+            owners += [expert] * len(down)
+    return LowRankExperts(
+        torch.cat(downs),
+        torch.cat(ups),
+        torch.tensor(scales, dtype=torch.float32, device=device),
+        torch.tensor(owners, device=device),
+    )
+
+
+def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.device) -> VectorExperts:
+    """The (IA)3 vectors of a site; several adapters of one source multiply.
+
+    Args:
+        width: of what they scale.
+
+    Raises:
+        InputError: a vector has NaN or Inf.
+    """
+    rows = torch.ones(len(names), width)
+    for expert, changes in enumerate(site.changes):
+        for change in changes:
+            assert isinstance(change, Vector)
+            rows[expert] *= change.vector(_read)
+        if not torch.isfinite(rows[expert]).all():
+            raise InputError(f"sources.{names[expert]}", f"its vector of {site.weight} has NaN or Inf")
+    return VectorExperts((rows - 1).to(device))
+
+
+def only(experts: LowRankExperts, present: Sequence[int]) -> LowRankExperts | None:
+    """The experts of these numbers alone; None where none of them is there."""
+    mask = torch.isin(experts.owner, torch.tensor(sorted(present), device=experts.owner.device))
+    if bool(mask.all()):
+        return experts
+    if not bool(mask.any()):
+        return None
+    return LowRankExperts(experts.down[mask], experts.up[mask], experts.scale[mask], experts.owner[mask])
+
+
+def _read(entry: TensorEntry) -> Tensor:
+    return view_entry(entry, map_file(entry.file))

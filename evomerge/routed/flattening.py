@@ -1,0 +1,119 @@
+"""A routed model as a plain one: what each expert gets on average is merged into the weights.
+
+With the mean gate c_e of an expert at a module, over the tokens of some texts, the module's weight becomes
+W0 + sum_e c_e D_e. That is another model than the routed one, with a score of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.live import LiveModel
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.merging.fitting import Fit
+from evomerge.merging.inputs import Inputs
+from evomerge.recipes.routed import RoutedRecipe
+from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.routed.sites import Site, place_of
+from evomerge.routed.trunk import trunk_of
+
+_STEPS = 8
+"""Of a fit, whose items gates are averaged over: over a hundred texts."""
+
+
+class MeanGates:
+    """The mean of gates over all tokens that are no padding: a listener."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self._mask: Tensor | None = None
+
+    def tokens(self, mask: Tensor | None) -> None:
+        self._mask = mask
+
+    def routed(self, place: str, logits: Tensor, gates: Tensor) -> None:
+        flat = gates.detach().reshape(-1, gates.shape[-1]).double().cpu()
+        if self._mask is not None:
+            mask = self._mask.reshape(-1).cpu()
+            flat = flat[mask.repeat_interleave(len(flat) // len(mask))]
+        self._sums[place] = self._sums.get(place, torch.zeros(flat.shape[1])) + flat.sum(0)
+        self._counts[place] = self._counts.get(place, 0.0) + len(flat)
+
+    def done(self) -> None:
+        """Nothing."""
+
+    @property
+    def means(self) -> dict[str, list[float]]:
+        """By place, of each expert."""
+        return {place: (total / self._counts[place]).tolist() for place, total in self._sums.items()}
+
+
+def run_over_texts(recipe: RoutedRecipe, live: LiveModel, fit: Fit | None, inputs: Inputs | None) -> None:
+    """Run a model over items that it may be fitted to, or else over the calibration texts of the experts.
+
+    Raises:
+        InputError: there are neither.
+    """
+    if fit is not None:
+        for step in range(min(_STEPS, fit.steps)):
+            with closing(fit.passes(live, step)) as parts:
+                for part in parts:
+                    del part  # gates are listened to, and nothing is learnt
+        return
+    if inputs is None:
+        problem = "is exported as a plain model by the mean of its gates, and there are no texts to measure them on"
+        raise InputError("recipe", problem, "Give `calibration` texts, or a `fit` split.")
+    with torch.inference_mode():
+        for expert in recipe.experts:
+            for text in inputs.tokens_of(expert, live, recipe.base):
+                live.model(text, use_cache=False)
+
+
+def flattened(
+    recipe: RoutedRecipe, sites: Sequence[Site], means: Mapping[str, Sequence[float]], sources: Mapping[str, Source]
+) -> StackRecipe:
+    """The plain merge that a routed recipe comes to with these mean gates by place."""
+    trunk = trunk_of(recipe, sources[recipe.base].layers)
+    tensors: dict[str, Blend] = {}
+    for site in sites:
+        of_experts = means.get(place_of(recipe, site))
+        names = [name for name, changes in zip(recipe.experts, site.changes, strict=True) if changes]
+        present = [name for name in names if name in recipe.group_of(site.layer).experts]
+        if of_experts is None or not present:
+            continue
+        weights = {name: of_experts[recipe.experts.index(name)] for name in present}
+        blend = Blend(
+            method="task_arithmetic", sources=tuple(present), base=recipe.base, parameters={"weight": dict(weights)}
+        )
+        tensors |= dict.fromkeys(_tensors(site, present, sources), blend)
+    return with_tensors(trunk, tensors)
+
+
+def _tensors(site: Site, experts: Sequence[str], sources: Mapping[str, Source]) -> Iterator[str]:
+    """The weight of a site, and its bias where experts scale that along."""
+    yield site.weight
+    bias = site.weight.removesuffix("weight") + "bias"
+    if any(bias in sources[name].changes for name in experts):
+        yield bias
+
+
+def with_tensors(recipe: StackRecipe, tensors: Mapping[str, Blend]) -> StackRecipe:
+    """A recipe with some tensors made otherwise."""
+    part: Callable[[int], Blend] = recipe.blends.__getitem__
+    return StackRecipe.compose(
+        sources=recipe.sources,
+        tokenizer=recipe.tokenizer,
+        embedding=part(recipe.embedding),
+        hops=((hop.layer, part(hop.attention), part(hop.mlp), part(hop.norm)) for hop in recipe.hops),
+        norm=part(recipe.norm),
+        head=part(recipe.head),
+        tensors=tensors,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+    )

@@ -1,0 +1,81 @@
+"""From a router's logits to gates: how much of each expert a token gets.
+
+With the logits z of a token, a temperature T and biases c, the scores are s = z / T + c, and of the K experts that are
+present and have the highest scores the gates are
+
+    softmax                  exp(s_e) / sum over kept of exp(s)        (MoLA, arXiv 2402.08562; with all kept MoLORA)
+    softmax, not normalised  exp(s_e) / sum over present of exp(s)     (MoV's top-k, arXiv 2309.05444)
+    sigmoid                  1.5 / (1 + exp(-s_e))
+
+times a gain, and those of all others are 0. Everything is computed in float32. This file imports torch alone, and is
+copied into exported folders as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIGMOID_MOST = 1.5
+"""A sigmoid gate at most. Adapters were trained at scale 1, and two that are wanted by halves are wanted at 0.75 each,
+where a router that knows nothing gives just that."""
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How logits become gates.
+
+    Attributes:
+        gate: "softmax" or "sigmoid".
+        top_k: how many experts a token keeps; all when None.
+        temperature: that logits are divided by.
+        gain: what gates are multiplied by in the end.
+        renormalised: softmax gates are over the kept experts alone.
+    """
+
+    gate: str = "softmax"
+    top_k: int | None = None
+    temperature: float = 1.0
+    gain: float = 1.0
+    renormalised: bool = True
+
+
+def gates_of(logits: Tensor, how: Gating, bias: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+    """The gates of some tokens: float32 [..., experts].
+
+    Where scores are equal, the expert that comes first is kept.
+
+    Args:
+        logits: [..., experts].
+        bias: float32 [experts], added to the logits after their temperature.
+        present: bool [experts]; all are when None.
+    """
+    scores = logits.float()
+    if how.temperature != 1.0:
+        scores = scores / how.temperature
+    if bias is not None:
+        scores = scores + bias
+    if present is not None:
+        scores = scores.masked_fill(~present, -math.inf)
+    kept = _kept(scores, how.top_k)
+    if how.gate == "sigmoid":
+        gates = SIGMOID_MOST * torch.sigmoid(scores)
+        gates = gates if kept is None else gates * kept
+    elif kept is None:
+        gates = scores.softmax(-1)
+    elif how.renormalised:
+        gates = scores.masked_fill(~kept, -math.inf).softmax(-1)
+    else:
+        gates = scores.softmax(-1) * kept
+    return gates if how.gain == 1.0 else gates * how.gain
+
+
+def _kept(scores: Tensor, top_k: int | None) -> Tensor | None:
+    """Which experts a token keeps: bool [..., experts]; None for all."""
+    if top_k is None or top_k >= scores.shape[-1]:
+        return None
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

@@ -1,0 +1,44 @@
+"""What routers see while a model runs over texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.live import LiveModel
+from evomerge.routed.live import watch
+from evomerge.routed.sites import Place
+
+
+@torch.inference_mode()
+def means_over(
+    live: LiveModel, places: Mapping[str, Place], texts: Iterable[Tensor], what: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The mean over all tokens of something that follows from what routers see, by place: float32, on the CPU.
+
+    Texts are run one at a time, so that there is no padding.
+
+    Args:
+        texts: int64 [1, tokens] each.
+        what: (place, what is seen [tokens, width]) -> [tokens, ...].
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+
+    def add(place: Place, values: Tensor) -> None:
+        seen = place.seen(values)
+        shares = what(place.name, seen.reshape(-1, seen.shape[-1])).double().sum(0) / place.heads
+        sums[place.name] = sums[place.name] + shares if place.name in sums else shares
+
+    hooks = [watch(live.model.get_submodule(name), place, partial(add, place)) for name, place in places.items()]
+    try:
+        for text in texts:
+            live.model(text, use_cache=False)
+            count += text.numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / count).float().cpu() for name, total in sums.items()}

@@ -1,0 +1,192 @@
+"""Which modules of a model experts change, and where their routers look. Opens no tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from evomerge.checkpoints.adapters import Change, LowRank, Vector
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.recipes.routed import RoutedRecipe
+
+_PLAIN = "Experts are LoRA adapters of one model, or (IA)3 adapters of one, saved by peft."
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that experts change: all by low-rank matrices, or all by vectors of its inputs or its outputs.
+
+    Attributes:
+        weight: its name in the sources' files.
+        module: the name of the layer in the transformers model.
+        layer: of the stack, in which it is.
+        kind: "attention" or "mlp".
+        block: the name of that block of its layer.
+        changes: what each expert does to it, in their order; nothing of those that leave it alone.
+    """
+
+    weight: str
+    module: str
+    layer: int
+    kind: Literal["attention", "mlp"]
+    block: str
+    changes: tuple[tuple[Change, ...], ...]
+
+    @property
+    def form(self) -> Literal["low_rank", "inputs", "outputs"]:
+        """What experts change: the weight by low-rank matrices, or the inputs or the outputs by vectors."""
+        change = next(change for of_expert in self.changes for change in of_expert)
+        if isinstance(change, Vector):
+            return "inputs" if change.inputs else "outputs"
+        return "low_rank"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a router looks.
+
+    Attributes:
+        name: of the module or the block that it belongs to.
+        layer, kind: as of a ``Site``.
+        is_block: it looks at what the block is given, for all modules in it.
+        width: of what it sees.
+        is_output: it looks at what the module gives, which is what is scaled there; else at what it is given.
+        heads: into how many parts what it sees is divided, each of which is routed by itself.
+    """
+
+    name: str
+    layer: int
+    kind: Literal["attention", "mlp"]
+    is_block: bool
+    width: int
+    is_output: bool = False
+    heads: int = 1
+
+    def seen(self, values: Tensor) -> Tensor:
+        """What the router is shown of a module's input or output: [..., width], or [..., heads, width]."""
+        return values if self.heads == 1 else values.view(*values.shape[:-1], self.heads, self.width)
+
+
+def sites_of(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> list[Site]:
+    """What the experts of a recipe change in its routed blocks, in the order of the model.
+
+    Raises:
+        InputError: the experts are no adapters of the recipe's base, or change what nobody can route.
+    """
+    base = sources[recipe.base]
+    if base.changes or base.replaced:
+        raise InputError("recipe.base", f"{recipe.base} has an adapter itself", "Name the model without it as base.")
+    for name in recipe.experts:
+        _check_expert(name, sources[name], recipe.base, base)
+    changed = {weight for name in recipe.experts for weight in sources[name].changes}
+    found = []
+    for weight, role in base.roles.items():
+        if weight not in changed or _goes_along(weight, base) or (recipe.where != "all" and role.kind != recipe.where):
+            continue
+        if role.layer is None or role.kind not in ("attention", "mlp") or base.parts[weight].cuts:
+            owner = next(name for name in recipe.experts if weight in sources[name].changes)
+            problem = f"{owner} changes {weight}, which is no linear layer in attention or mlp of its own"
+            raise InputError("recipe.experts", problem, "Only those can be routed.")
+        module = base.parts[weight].tensor.removesuffix(".weight")
+        changes = tuple(tuple(sources[name].changes.get(weight, ())) for name in recipe.experts)
+        site = Site(weight, module, role.layer, role.kind, _block(module, role.layer), changes)
+        _check_form(site, recipe)
+        found.append(site)
+    if not found:
+        raise InputError("recipe.experts", f"change nothing in {recipe.where} blocks")
+    return found
+
+
+def _goes_along(weight: str, base: Source) -> bool:
+    """Whether it is the bias of a layer whose outputs are scaled, bias and all."""
+    return weight.endswith(".bias") and len(base.tensors[weight].shape) == 1
+
+
+def _check_form(site: Site, recipe: RoutedRecipe) -> None:
+    """Refuse changes of several kinds at one site (InputError)."""
+    kinds = {(type(change), getattr(change, "inputs", None)) for of_expert in site.changes for change in of_expert}
+    if len(kinds) > 1:
+        problem = f"change {site.weight} in several ways: matrices, or vectors of its inputs or of its outputs"
+        raise InputError("recipe.experts", problem, _PLAIN)
+    if site.form != "low_rank" and recipe.router.kind in ("arrow", "spectral"):
+        problem = f"{recipe.router.kind} routers follow from low-rank matrices, and experts are (IA)3 vectors"
+        raise InputError("recipe.router.kind", problem, "Take `fitted` or `prototypes`.")
+    if site.form == "low_rank" and recipe.router.heads:
+        raise InputError("recipe.router.heads", "are of (IA)3 vectors, and experts are LoRA adapters", "Leave it out.")
+
+
+def _check_expert(name: str, source: Source, base_name: str, base: Source) -> None:
+    place = f"recipe.experts.{name}"
+    if source.folder != base.folder:
+        raise InputError(place, f"is another model than {base_name}, not an adapter of it", _PLAIN)
+    if type(source) is not type(base) or type(source) is not Source:
+        raise InputError(place, "its embeddings are laid out for another vocabulary", _PLAIN)
+    if source.replaced:
+        held = source.replaced[0]
+        raise InputError(place, f"holds {held} in full (modules_to_save, or a trained bias)", _PLAIN)
+    if not source.changes:
+        raise InputError(place, "has no adapter", _PLAIN)
+    for tensor, changes in source.changes.items():
+        for change in changes:
+            if not isinstance(change, LowRank | Vector):
+                raise InputError(place, f"moves the bias {tensor} (lora_bias)", _PLAIN)
+            if isinstance(change, LowRank) and change.magnitude is not None:
+                raise InputError(place, "is a DoRA: its norms are no sum", _PLAIN)
+
+
+def _block(module: str, layer: int) -> str:
+    """The name of the block of a layer in which a module is: the part behind the layer's number."""
+    parts = module.split(".")
+    return ".".join(parts[: parts.index(str(layer)) + 2])
+
+
+def places_of(recipe: RoutedRecipe, sites: Sequence[Site], base: Source) -> dict[str, Place]:
+    """Where the routers of some sites look, by the names of their places.
+
+    Raises:
+        InputError: the model's blocks are no modules of their own.
+    """
+    places: dict[str, Place] = {}
+    for site in sites:
+        if recipe.router.per == "block":
+            if site.block == site.module:
+                problem = f"{site.module} is in no module of attention or mlp, which could be routed as one"
+                raise InputError("recipe.router.per", problem, "Take `per: module`.")
+            width = int(base.settings["hidden_size"])
+            places.setdefault(site.block, Place(site.block, site.layer, site.kind, True, width))
+        else:
+            inputs, outputs = _widths(site, base)
+            is_output = site.form == "outputs"
+            by_head = recipe.router.heads and is_output and site.kind == "attention"
+            heads = outputs // _head_width(base) if by_head else 1
+            width = outputs // heads if is_output else inputs
+            places[site.module] = Place(site.module, site.layer, site.kind, False, width, is_output, heads)
+    return places
+
+
+def place_of(recipe: RoutedRecipe, site: Site) -> str:
+    """The name of the place whose router gates a site."""
+    return site.block if recipe.router.per == "block" else site.module
+
+
+def _widths(site: Site, base: Source) -> tuple[int, int]:
+    """How many inputs and outputs the layer of a site has."""
+    shape = base.tensors[site.weight].shape
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (rows, columns) if site.weight in base.turned else (columns, rows)
+
+
+def _head_width(base: Source) -> int:
+    width = base.settings.get("head_dim") or base.settings["hidden_size"] // base.settings["num_attention_heads"]
+    return int(width)
+
+
+def check_layers(recipe: RoutedRecipe, base: Source) -> None:
+    """Refuse groups that do not have all layers of the base (InputError)."""
+    if (layers := sum(group.layers for group in recipe.groups)) != base.layers:
+        raise InputError("recipe.groups", f"have {layers} layers together, and {recipe.base} has {base.layers}")

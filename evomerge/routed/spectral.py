@@ -1,0 +1,48 @@
+"""Spectral routing: a token goes to experts that change it most, beside what they change on their own texts.
+
+The logit of an expert is |S V^T x| / m, with the singular values S and right singular vectors V of its change s B A
+(SpectR, arXiv 2504.03454, section 3), which is the length of what it adds to the module's output, and m the mean of
+that length over the tokens of its own texts. Without m the expert with the largest change gets every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from evomerge.routed.factors import factors_of
+from evomerge.routed.sites import Site
+from evomerge.routed.spectra import right_singular
+
+
+def spectral_weights(sites: Sequence[Site], width: Mapping[str, int]) -> dict[str, Tensor]:
+    """S V^T of each expert, by the module of the site: float32 [experts, ranks, inputs], filled up with zeros.
+
+    Args:
+        width: of what modules are given, by their names.
+    """
+    found = {}
+    for site in sites:
+        scaled = []
+        for expert in range(len(site.changes)):
+            factors = factors_of(site, expert)
+            if factors is None:
+                scaled.append(torch.zeros(0, width[site.module]))
+            else:
+                values, rows = right_singular(factors)
+                scaled.append(values[:, None] * rows)
+        most = max(len(rows) for rows in scaled)
+        padded = [torch.nn.functional.pad(rows, (0, 0, 0, most - len(rows))) for rows in scaled]
+        found[site.module] = torch.stack(padded)
+    return found
+
+
+def normalised(weights: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights divided by m, the mean lengths float32 [experts] by module; zeros of experts that change nothing."""
+    found = {}
+    for module, weight in weights.items():
+        size = sizes[module][:, None, None]
+        found[module] = torch.where(size > 0, weight / size.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+    return found

@@ -1,0 +1,38 @@
+"""The plain model beside whose modules experts are gated."""
+
+from __future__ import annotations
+
+from evomerge.recipes.routed import RoutedRecipe
+from evomerge.recipes.stack import Blend, StackRecipe
+
+
+def base_alone(recipe: RoutedRecipe, layers: int) -> StackRecipe:
+    """The base of a recipe as it is."""
+    return trunk_of(recipe.model_copy(update={"rest": None}), layers)
+
+
+def trunk_of(recipe: RoutedRecipe, layers: int) -> StackRecipe:
+    """The base, but for blocks that are not routed, which ``rest`` makes.
+
+    Args:
+        layers: of the base.
+    """
+    base = copy_of(recipe.base)
+    rest = recipe.rest or base
+    attention = rest if recipe.where == "mlp" else base
+    mlp = rest if recipe.where == "attention" else base
+    return StackRecipe.compose(
+        sources=recipe.sources,
+        tokenizer=recipe.tokenizer,
+        embedding=base,
+        hops=((layer, attention, mlp, base) for layer in range(layers)),
+        norm=base,
+        head=base,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+    )
+
+
+def copy_of(source: str) -> Blend:
+    """One source as it is."""
+    return Blend(method="passthrough", sources=(source,), parameters={"scale": {source: 1.0}})
