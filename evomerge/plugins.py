@@ -67,6 +67,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "parameter_space": "search_spaces.parameter_space:ParameterSpaceSettings",
         "data_flow_space": "search_spaces.data_flow_space:DataFlowSpaceSettings",
         "hybrid_space": "search_spaces.hybrid_space:HybridSpaceSettings",
+        "routed": "search_spaces.routed_space:RoutedSpaceSettings",
     },
     "evomerge.recipes": {
         "stack": "evomerge.recipes.stack:StackRecipe",

@@ -39,8 +39,9 @@ class SpaceContext:
     tokenizer's source, ``depths`` those of each source whose number may be another; ``tied`` says that the head is the
     embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
     ``dtype`` and ``vocabulary`` go into every recipe, and ``calibration``, the digest of the calibration texts where
-    there are any, into those whose method needs it. ``measures`` are of the sources' weights, which nobody reads before
-    a search begins.
+    there are any, into those whose method needs it; ``fit`` is that of the items that numbers may be fitted to.
+    ``adapters`` gives the PEFT types of the adapters on a source, as references tell. ``measures`` are of the sources'
+    weights, which nobody reads before a search begins.
     """
 
     sources: Mapping[str, str]
@@ -54,6 +55,8 @@ class SpaceContext:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     depths: Mapping[str, int] = field(default_factory=dict)
     calibration: str | None = None
+    fit: str | None = None
+    adapters: Callable[[str], tuple[str, ...]] = lambda name: ()
     measures: Measures = field(default_factory=Measures)
 
     @property
@@ -82,12 +85,15 @@ class SpaceContext:
 class SpaceSettings(BaseModel):
     """What the search file says of a space; each space's file has its own subclass with its own ``kind``.
 
-    ``mixes_tensors`` says that tensors of different sources are mixed, so that all must have equally many layers.
+    ``mixes_tensors`` says that tensors of different sources are mixed, so that all must have equally many layers;
+    ``moves_layers`` that layers may stand in other places than their own; ``engines`` which can answer with its models.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mixes_tensors: ClassVar[bool] = True
+    moves_layers: ClassVar[bool] = False
+    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
 
     kind: str
 

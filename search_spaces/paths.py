@@ -7,7 +7,7 @@ the encodings of ``path_encodings``) and by how much each hop is scaled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -59,6 +59,8 @@ class PathSettings(SpaceSettings):
             A number of a segment is for the stream that enters it, or for what each of its hops adds.
         scale_bounds: the range of these numbers, which start at 1.
     """
+
+    moves_layers: ClassVar[bool] = True
 
     encoding: EncodingName = "indicators"
     repeats: Count | None = None

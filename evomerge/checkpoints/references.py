@@ -52,6 +52,15 @@ def refuse_adapter_alone(folder: Path, reference: str, place: str) -> NoReturn:
     raise InputError(place, problem, f"Write `{named}+{reference}`.")
 
 
+def adapter_types(reference: str, place: str) -> tuple[str, ...]:
+    """The peft_type of each adapter on a model that ``check_reference`` let through; "" where it has none."""
+    _, *adapters = split_reference(reference, None)
+    contents = (
+        _json(find_folder(adapter, place, None, [_ADAPTER]), _ADAPTER, "an adapter", place) for adapter in adapters
+    )
+    return tuple(str(content.get("peft_type") or "") for content in contents)
+
+
 def local_config(reference: str) -> dict[str, Any]:
     """The config.json of a model that ``check_reference`` let through; empty where there is none on this machine."""
     file = Path(os.path.expanduser(split_reference(reference, None)[0])) / _CONFIG

@@ -81,6 +81,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if not isinstance(method := space.get("method", ""), str):
         space["method"] = " or ".join(method)
     yield "space", f"{len(setup.space.parameters)} parameters: {_settings_text(space)}"
+    for sentence in getattr(setup.space, "left_out", ()):
+        yield "baselines", sentence
     yield from _calibration(prepared)
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]

@@ -45,6 +45,9 @@ from evomerge.search.settings.search_file import SearchFile
 from search_spaces.base import Measures
 from search_spaces.parameter_space import ParameterSpaceSettings
 
+_EXPERT = "recipe.experts."
+"""Where builders say what is wrong with one of a recipe's experts."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -93,7 +96,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     check_layout(file, model.config, model.layers)
     untouched = Untouched(sources.values())
     space = build_space(file, sources)
-    if file.engine == "vllm" and file.space.kind != "parameter_space":
+    if file.engine == "vllm" and file.space.moves_layers:
         from evomerge.inference.vllm_engine import check_paths
 
         check_paths(sources, file.tokenizer_source)
@@ -144,7 +147,10 @@ def _text_warnings(
 
 
 def _check_engine(file: SearchFile) -> None:
-    """Refuse an engine that is not installed here."""
+    """Refuse an engine that is not installed here, or that cannot answer with the models of this space."""
+    if file.engine not in file.space.engines:
+        problem = f"is {file.engine}, which cannot answer with models of a {file.space.kind} space"
+        raise InputError("engine", problem, f"Take `engine: {file.space.engines[0]}`.")
     if file.engine == "vllm":
         from evomerge.inference.vllm_engine import import_vllm
 
@@ -193,6 +199,9 @@ def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measu
         except InputError as error:
             if error.place.endswith(".basis"):  # whatever the values are
                 raise InputError("space.basis", error.problem, error.hint) from error
+            if error.place.startswith(_EXPERT):
+                source = error.place.removeprefix(_EXPERT)
+                raise InputError(f"sources.{source}", error.problem, error.hint) from error
             raise InputError(
                 "space", f"its {corner}est values do not make a recipe: {error.problem}", error.hint
             ) from error
@@ -201,7 +210,7 @@ def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measu
 
 def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
     """Refuse paths through layers that cannot leave their places: candidate after candidate would fail."""
-    if file.space.kind == "parameter_space":
+    if not file.space.moves_layers:
         return
     for source in sources.values():
         if source.rigid:
@@ -285,7 +294,7 @@ def _check_niches(file: SearchFile, setup: Setup) -> None:
     """Refuse features that cannot tell candidates apart, and a screen that knows nothing of niches."""
     for feature in setup.features:
         counted = setup.evaluators[feature.evaluator].name == "cost" and feature.metric in COUNTED
-        if counted and file.space.kind == "parameter_space":
+        if counted and not file.space.moves_layers:
             problem = f"{feature.metric} is the same for every candidate: this space mixes weights layer by layer"
             raise InputError(f"features.{feature.name}", problem, "Take another metric, or a space of paths.")
     if setup.screen is not None and setup.build_optimizer().keeps == "niches":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.base import FOLDER, MODEL, EvaluatorSettings
-from evomerge.checkpoints.references import check_reference, local_config
+from evomerge.checkpoints.references import adapter_types, check_reference, local_config
 from evomerge.errors import InputError
 from evomerge.files import open_file
 from evomerge.genome import SearchSpace
@@ -114,6 +114,7 @@ def make_space(
         depths=depths,
         measures=measures,
         calibration=None if file.calibration is None else file.calibration.texts.digest,
+        adapters=lambda name: adapter_types(file.sources[name], f"sources.{name}"),
     )
     space = file.space.build(context)
     baselines = len(list(space.baselines()))

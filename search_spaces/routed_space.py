@@ -1,0 +1,385 @@
+"""Routed space: which adapters live in which layers, how many of them a token keeps, how sharply and how strongly.
+
+Routers are made once, for all experts in all layers; a genome masks their rows, tempers their logits and scales what
+comes of them, so that no candidate costs a gradient (``recipes/routed.py`` has the form, and where it is from).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, FiniteFloat, model_validator
+
+from evomerge.errors import InputError
+from evomerge.genome import Baseline, Genome, Parameter
+from evomerge.plugins import unknown_name
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.routed import Balance, Gate, LayerGroup, RoutedRecipe, Router, RouterKind, Where
+from evomerge.recipes.stack import Blend, StackRecipe
+from search_spaces.base import SpaceContext, SpaceSettings
+from search_spaces.paths import MOST_PARAMETERS
+from search_spaces.places import layers_name
+from search_spaces.routed_forms import FORMS, MOLA_SHAPES, OPEN, Form
+from search_spaces.routed_genes import ALL, BOUNDS, GroupGenes, Presence, group_of, spans
+
+ARROW_KEPT = 3
+"""How many experts a token keeps by Arrow in peft (``ArrowConfig.top_k``)."""
+
+_OF_TEXTS = ("prototypes", "spectral")
+"""Routers that are made of texts of each expert's own."""
+
+
+class RoutedSpaceSettings(SpaceSettings):
+    """``space:`` of a search file.
+
+    Args:
+        like: the exact form of a paper, trained routers and all: "mov", "molora", "loramoe" or "mola". What it settles
+            cannot be given beside it, but temperature, gain and bias by ``bounds``, which it otherwise leaves at 1.
+        experts: the adapters, in the order in which a fixed number of them is taken; all sources but the base unless
+            given.
+        groups: how many groups of layers have numbers of their own; or "layer".
+        granularity: "model": one set of numbers for all layers. "group": for each group.
+        presence: "each": which experts live in a group is a choice for each. "allocation": how many do is a number,
+            and a priority of each expert, the same in all groups, says which.
+        router: "fitted" to right answers (a file with `fit:`); "prototypes" or "spectral", of calibration texts of
+            each expert's own; "arrow", of the adapters alone. "fitted" unless given.
+        gate: "softmax", which sums to 1 before the gain, or "sigmoid", which need not.
+        per: a router for each adapted "module", or one for each "block", attention or mlp, of a layer.
+        heads: of (IA)3 vectors: each head of keys and values is routed by itself.
+        base_expert: "no adapter" is one more expert.
+        renormalised: the gates of kept experts are divided by their sum.
+        where: "all", or the blocks that are routed: "attention" or "mlp".
+        rest: what the other blocks are: the "base", or the "mean" of the experts.
+        balance: losses of the use of experts while routers are fitted.
+        bounds: ranges of temperature and gain; a bias for each expert and group is searched where it has one.
+        fixed: temperature, gain or top_k (a number or "all") where it is not searched.
+    """
+
+    engines: ClassVar[tuple[str, ...]] = ("transformers",)
+
+    kind: Literal["routed"] = "routed"
+    like: Form | None = None
+    experts: tuple[str, ...] | None = None
+    groups: Literal["layer"] | Annotated[int, Field(ge=1)] = 4
+    granularity: Literal["group", "model"] = "group"
+    presence: Presence = "each"
+    router: RouterKind = "fitted"
+    gate: Gate = "softmax"
+    per: Literal["module", "block"] = "module"
+    heads: bool = False
+    base_expert: bool = False
+    renormalised: bool = True
+    where: Where = "all"
+    rest: Literal["base", "mean"] = "base"
+    balance: Balance = Balance()
+    bounds: dict[Literal["temperature", "gain", "bias"], tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
+    fixed: dict[Literal["top_k", "temperature", "gain"], FiniteFloat | Literal["all"]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _forms_are_whole(self) -> Self:
+        if self.like is None:
+            return self
+        form = FORMS[self.like]
+        for key, value in form.items():
+            if key in self._given() - OPEN and getattr(self, key) != value:
+                raise ValueError(f"{key}: is {value} in `like: {self.like}`; leave out one of the two")
+        if "top_k" in self.fixed and self.fixed["top_k"] != form["fixed"]["top_k"]:
+            raise ValueError(f"fixed.top_k: is {form['fixed']['top_k']} in `like: {self.like}`; leave it out")
+        return self
+
+    def _given(self) -> set[str]:
+        """The keys that are not as they are by default: what is recorded of a search has them all."""
+        fields = type(self).model_fields
+        return {k for k, field in fields.items() if getattr(self, k) != field.get_default(call_default_factory=True)}
+
+    def in_form(self) -> RoutedSpaceSettings:
+        """These settings with all that the paper of ``like`` settles."""
+        if self.like is None:
+            return self
+        form = dict(FORMS[self.like])
+        numbers = {name: 1.0 for name in ("temperature", "gain") if name not in self.bounds}
+        form["fixed"] = numbers | form["fixed"] | self.fixed
+        given = {key: getattr(self, key) for key in self._given() & (OPEN - {"fixed"})}
+        return self.model_copy(update=form | given)
+
+    def build(self, context: SpaceContext) -> RoutedSpace:
+        settings = self.in_form()
+        experts = _experts(settings.experts, context)
+        _check_layers(settings, context)
+        _check_numbers(settings, len(experts))
+        _check_router(settings, context, [kind for name in experts for kind in context.adapters(name)])
+        space = RoutedSpace(settings, experts, context)
+        if len(space.parameters) > MOST_PARAMETERS:
+            problem = f"makes {len(space.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
+            raise InputError("space.groups", problem, "Take fewer groups, or `granularity: model`.")
+        return space
+
+
+def _experts(names: Sequence[str] | None, context: SpaceContext) -> tuple[str, ...]:
+    """The experts of a space. Raises InputError: they are no adapters, or too few to be routed."""
+    if context.base is None:
+        raise InputError("base", "routed experts are adapters of a base, and there is none", "Name it: `base: NAME`.")
+    experts = context.mixed if names is None else tuple(names)
+    for number, name in enumerate(experts):
+        if name not in context.sources:
+            raise unknown_name(name, context.sources, "space.experts", "source")
+        if name == context.base:
+            problem = f"holds {name}, which is the base"
+            raise InputError("space.experts", problem, "To let tokens abstain from all adapters: `base_expert: true`.")
+        if name in experts[:number]:
+            raise InputError("space.experts", f"holds {name} twice", "Leave it out once.")
+        if not context.adapters(name):
+            problem = f"{context.sources[name]} is a whole model, and experts are adapters of the base"
+            hint = "Leave it out of `space.experts`; whole models are merged by `kind: parameter_space`."
+            raise InputError(f"sources.{name}", problem, hint)
+    if len(experts) < 2:
+        problem = f"has one adapter alone, {experts[0]}" if experts else "has no adapter"
+        raise InputError("space.experts", f"{problem}, and tokens are routed between two or more", "Add sources.")
+    return experts
+
+
+def _check_layers(settings: RoutedSpaceSettings, context: SpaceContext) -> None:
+    if isinstance(settings.groups, int) and settings.groups > context.layers:
+        problem = f"is {settings.groups}, so that groups would be empty: the base has {context.layers} layers"
+        raise InputError("space.groups", problem, "Take as many at most, or `groups: layer`.")
+    if settings.rest == "mean" and settings.where == "all":
+        raise InputError("space.rest", "is of blocks that are not routed, and all are", "Leave it out.")
+
+
+def _check_numbers(settings: RoutedSpaceSettings, experts: int) -> None:
+    for bounded, (low, high) in settings.bounds.items():
+        place = f"space.bounds.{bounded}"
+        if bounded in settings.fixed:
+            raise InputError(f"space.fixed.{bounded}", "is given bounds as well", "Keep one of the two.")
+        if low >= high:
+            raise InputError(place, f"the lower bound {low:g} is not below the upper bound {high:g}")
+        if bounded != "bias" and not (low > 0 and high <= 1e6):
+            raise InputError(place, f"{low:g} to {high:g} is no range of a factor", "Stay above 0.")
+    for name, value in settings.fixed.items():
+        if name != "top_k" and (isinstance(value, str) or not 0 < value <= 1e6):
+            raise InputError(f"space.fixed.{name}", f"is {value}; it must be a number above 0")
+    top_k = settings.fixed.get("top_k", ALL)
+    if top_k != ALL and not (isinstance(top_k, float | int) and top_k == int(top_k) and 1 <= top_k <= experts):
+        shown = top_k if isinstance(top_k, str) else f"{top_k:g}"
+        raise InputError("space.fixed.top_k", f"is {shown}, and there are {experts} experts", 'Take "all", or fewer.')
+
+
+def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: Sequence[str]) -> None:
+    kind = settings.router
+    if kind == "fitted" and context.fit is None:
+        problem = "fitted routers learn from right answers, and there are none to fit to"
+        raise InputError("fit", problem, "Give a file of them, `fit:`, or take `router: arrow`.")
+    if kind in _OF_TEXTS and context.calibration is None:
+        problem = f"is {kind}, which is made of texts of each expert's own, and there are none"
+        raise InputError("space.router", problem, "Give them: `calibration:` with `sources:`.")
+    if context.fit is None and context.calibration is None:
+        problem = "how much experts are used is measured on texts, and there are none"
+        raise InputError("space.router", problem, "Give some: `fit:` or `calibration:`.")
+    if settings.per == "block" and kind in ("arrow", "spectral"):
+        problem = f"is block, and {kind} routers look at what single modules do to their inputs"
+        raise InputError("space.per", problem, "Take `per: module`.")
+    if settings.balance != Balance() and kind != "fitted":
+        raise InputError("space.balance", f"is of the fit, and {kind} routers have none", "Leave it out.")
+    vectors = [kind == "IA3" for kind in kinds]
+    if settings.heads and not all(vectors):
+        hint = "Take (IA)3 adapters, or `like: molora` for LoRA."
+        raise InputError("space.like" if settings.like else "space.heads", "is of (IA)3 vectors alone", hint)
+    if any(vectors) and kind in ("arrow", "spectral"):
+        problem = f"is {kind}, which goes by the factors of LoRA, and (IA)3 vectors have none"
+        raise InputError("space.router", problem, "Take `router: fitted` or `router: prototypes`.")
+
+
+class RoutedSpace:
+    """The numbers of every layer group of routed experts; see the module's text.
+
+    Attributes:
+        left_out: the baselines that the search has not what it takes for, each with the reason.
+    """
+
+    def __init__(self, settings: RoutedSpaceSettings, experts: tuple[str, ...], context: SpaceContext) -> None:
+        assert context.base is not None
+        self._settings = settings
+        self._experts = experts
+        self._context = context
+        self._base = context.base
+        groups = context.layers if settings.groups == "layer" else settings.groups
+        self._spans = spans(context.layers, 1 if settings.granularity == "model" else groups)
+        top_k = settings.fixed.get("top_k", ALL)
+        temperature, gain = (float(settings.fixed.get(name, 1.0)) for name in ("temperature", "gain"))
+        self._genes = GroupGenes(
+            experts,
+            settings.presence,
+            settings.where,
+            {name: BOUNDS[name] for name in ("temperature", "gain") if name not in settings.fixed} | settings.bounds,
+            None if isinstance(top_k, str) else int(top_k),
+            "top_k" not in settings.fixed,
+            temperature,
+            gain,
+        )
+        names = [layers_name(span.start, span.stop) for span in self._spans]
+        self.parameters = [*self._priorities(), *(p for name in names for p in self._genes.parameters(name, name))]
+        self.layer_buffers = self.hops = context.layers
+        self.left_out = tuple(self._left_out())
+
+    def _priorities(self) -> Iterator[Parameter]:
+        if self._settings.presence == "allocation":
+            count = len(self._experts)
+            for number, expert in enumerate(self._experts):
+                yield Parameter(f"priority.{expert}", 0, 1, 1 - (number + 0.5) / count, group="priority")
+
+    def decode(self, genome: Genome) -> RoutedRecipe:
+        numbers = iter(genome.tolist())
+        ranked = self._experts
+        if self._settings.presence == "allocation":
+            priority = {expert: next(numbers) for expert in self._experts}
+            ranked = tuple(sorted(self._experts, key=lambda expert: -priority[expert]))
+        return self._recipe([self._genes.read(numbers, len(span), ranked) for span in self._spans], self._router())
+
+    def genome_of(self, recipe: Recipe) -> Genome | None:
+        """The point whose groups are like those of a recipe of routed experts that shares some with this space."""
+        if not isinstance(recipe, RoutedRecipe) or set(recipe.experts).isdisjoint(self._experts):
+            return None
+        if sum(group.layers for group in recipe.groups) != self._context.layers:
+            return None
+        groups = [recipe.group_of(layer) for layer in range(self._context.layers)]
+        numbers = []
+        if self._settings.presence == "allocation":
+            living = [float(np.mean([expert in group.experts for group in groups])) for expert in self._experts]
+            ranked = sorted(range(len(self._experts)), key=lambda number: -living[number])
+            numbers += [1 - (ranked.index(number) + 0.5) / len(ranked) for number in range(len(ranked))]
+        for span in self._spans:
+            numbers += self._genes.nearest([groups[layer] for layer in span])
+        return np.array(numbers, dtype=np.float64)
+
+    def baselines(self) -> Iterator[Baseline]:
+        """The base and every adapter alone, their mean and sum, Arrow, and routers that are soft, hard or as in MoLA.
+
+        Routers are fitted where there are items to fit to, else of this space's kind. Each recipe comes once.
+        """
+        names = (self._base, *self._experts)
+        for name in names:
+            yield Baseline(name, "source", self._uniform(_weighted({name: 1.0})), None)
+        mean = dict.fromkeys(self._experts, 1.0 / len(self._experts))
+        yield Baseline("uniform average", "average", self._uniform(_weighted(mean)), None)
+        total = self._task_vectors(dict.fromkeys(self._experts, 1.0))
+        yield Baseline("sum", "default", self._uniform(total), None)
+        seen = set()
+        for label, recipe in self._routed_marks():
+            if recipe.hash not in seen:
+                seen.add(recipe.hash)
+                yield Baseline(label, "default", recipe, self._point(recipe))
+
+    def _routed_marks(self) -> Iterator[tuple[str, RoutedRecipe]]:
+        if self._has_factors:
+            yield "Arrow", self._recipe(self._everywhere(ARROW_KEPT), Router(kind="arrow"))
+        soft, paper = self._mark_router(), self._mark_router(as_paper=True)
+        yield f"{soft.kind} soft", self._recipe(self._everywhere(None), soft)
+        yield f"{soft.kind} top 1", self._recipe(self._everywhere(1), paper)
+        if self._context.layers >= len(MOLA_SHAPES[0]):
+            for shape in MOLA_SHAPES:
+                yield f"MoLA {'-'.join(map(str, shape))}", self._recipe(self._shaped(shape), paper)
+
+    def _left_out(self) -> Iterator[str]:
+        if self._context.fit is None:
+            yield f"no routers that are fitted, for there is no `fit:`; those of baselines are {self._settings.router}"
+        if not self._has_factors:
+            yield "not Arrow, which goes by the factors of LoRA"
+        if self._context.layers < len(MOLA_SHAPES[0]):
+            yield f"not the shapes of MoLA, which are of {len(MOLA_SHAPES[0])} layers or more"
+
+    @property
+    def _has_factors(self) -> bool:
+        """Whether all experts are LoRA adapters."""
+        return all(kind == "LORA" for name in self._experts for kind in self._context.adapters(name))
+
+    def _everywhere(self, top_k: int | None) -> list[LayerGroup]:
+        return [group_of(len(span), self._experts, top_k) for span in self._spans]
+
+    def _shaped(self, shape: Sequence[int]) -> list[LayerGroup]:
+        """A shape of MoLA, of whose eight experts there are as many as here; those come first that are named first."""
+        quarters, count = spans(self._context.layers, len(shape)), len(self._experts)
+        living = [max(1, round(count * number / 8)) for number in shape]
+        return [group_of(len(span), self._experts[:number], 2) for span, number in zip(quarters, living, strict=True)]
+
+    def _point(self, recipe: RoutedRecipe) -> Genome | None:
+        """The genome that decodes to a recipe; None where there is none."""
+        genome = self.genome_of(recipe)
+        return genome if genome is not None and self.decode(genome).hash == recipe.hash else None
+
+    def _router(self) -> Router:
+        settings = self._settings
+        return Router(
+            kind=settings.router,
+            gate=settings.gate,
+            per=settings.per,
+            heads=settings.heads,
+            base_expert=settings.base_expert,
+            renormalised=settings.renormalised,
+            balance=settings.balance,
+        )
+
+    def _mark_router(self, *, as_paper: bool = False) -> Router:
+        """That of baselines: fitted where that can be; ``as_paper`` with gates that sum to 1."""
+        router, is_fitted = self._router(), self._settings.router == "fitted"
+        if not is_fitted and self._context.fit is not None:
+            router = router.model_copy(update={"kind": "fitted"})
+        return router.model_copy(update={"gate": "softmax", "renormalised": True}) if as_paper else router
+
+    def _recipe(self, groups: Sequence[LayerGroup], router: Router) -> RoutedRecipe:
+        context = self._context
+        # What routers are made of, or else what the use of experts is measured on: one of the two.
+        by_texts = router.kind in _OF_TEXTS or context.fit is None
+        return RoutedRecipe(
+            sources=dict(context.sources),
+            tokenizer=context.tokenizer,
+            seed=context.recipe_seed,
+            dtype=context.dtype,
+            calibration=context.calibration if by_texts else None,
+            fit=None if by_texts else context.fit,
+            base=self._base,
+            experts=self._experts,
+            groups=_joined(groups),
+            router=router,
+            where=self._settings.where,
+            rest=self._rest(),
+        )
+
+    def _rest(self) -> Blend | None:
+        if self._settings.rest == "base":
+            return None
+        return self._task_vectors(dict.fromkeys(self._experts, 1.0 / len(self._experts)))
+
+    def _task_vectors(self, weights: Mapping[str, float]) -> Blend:
+        return Blend(
+            method="task_arithmetic",
+            sources=tuple(weights),
+            base=self._base,
+            parameters={"weight": dict(weights), "normalize": False, "lambda": 1.0},
+        )
+
+    def _uniform(self, blend: Blend) -> StackRecipe:
+        return StackRecipe.uniform(
+            blend,
+            sources=self._context.sources,
+            tokenizer=self._context.tokenizer,
+            layers=self._context.layers,
+            vocabulary=self._context.vocabulary,
+            seed=self._context.recipe_seed,
+            dtype=self._context.dtype,
+        )
+
+
+def _weighted(weights: Mapping[str, float]) -> Blend:
+    return Blend(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
+
+
+def _joined(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
+    """Neighbours that are alike are one group, so that equal models have equal recipes."""
+    found: list[LayerGroup] = []
+    for group in groups:
+        if found and found[-1].model_copy(update={"layers": group.layers}) == group:
+            group = group.model_copy(update={"layers": found.pop().layers + group.layers})
+        found.append(group)
+    return tuple(found)
