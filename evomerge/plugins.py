@@ -73,11 +73,13 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "stack": "evomerge.recipes.stack:StackRecipe",
         "mixture": "evomerge.recipes.mixture:MixtureRecipe",
         "routed": "evomerge.recipes.routed:RoutedRecipe",
+        "prompts": "evomerge.recipes.prompts:PromptsRecipe",
     },
     "evomerge.builders": {
         "stack": "evomerge.merging.stack_builder:StackBuilder",
         "mixture": "evomerge.mixture.builder:MixtureBuilder",
         "routed": "evomerge.routed.builder:RoutedBuilder",
+        "prompts": "evomerge.prompts.builder:PromptsBuilder",
     },
     "evomerge.evaluators": {
         "lm_eval": "evaluators.lm_eval:LmEvalSettings",

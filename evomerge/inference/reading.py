@@ -144,14 +144,14 @@ _added: WeakKeyDictionary[Any, _Added] = WeakKeyDictionary()
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that the model goes on from: the tokenizer's start tokens once, and no end token."""
-    start, _ = _special(tokenizer)
+    start, _ = special_tokens(tokenizer)
     ids = encode_plain(tokenizer, text)
     return ids if ids[: len(start)] == start else [*start, *ids]
 
 
 def encode_whole(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that is complete: also the tokenizer's end tokens, once."""
-    _, end = _special(tokenizer)
+    _, end = special_tokens(tokenizer)
     ids = encode(tokenizer, text)
     return ids if not end or ids[-len(end) :] == end else [*ids, *end]
 
@@ -179,11 +179,13 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
     if before:
         start = encode(tokenizer, before)
         return start, encode(tokenizer, before + after)[len(start) :]
-    start, ids = [first_token(tokenizer)], encode_plain(tokenizer, after)
-    return start, ids[1:] if ids[:1] == start else ids
+    first, (start, _) = first_token(tokenizer), special_tokens(tokenizer)
+    start = start if start[-1:] == [first] else [first]  # with the prompt that stands before it
+    ids = encode_plain(tokenizer, after)
+    return start, ids[1:] if ids[:1] == [first] else ids
 
 
-def _special(tokenizer: Any) -> _Added:
+def special_tokens(tokenizer: Any) -> _Added:
     """The tokens that a tokenizer puts before and behind every text."""
     if tokenizer not in _added:
         _added[tokenizer] = _probe(tokenizer)

@@ -96,6 +96,8 @@ class PromptsRecipe(Recipe):
     def _refers_to_what_exists(self) -> PromptsRecipe:
         if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
             raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        if self.tokenizer != self.base:
+            raise ValueError(f"has the tokenizer of {self.tokenizer!r}, and prompts stand before texts of its base")
         for number, run in enumerate(self.runs):
             if self.form == "prefix" and run.single is None:
                 raise ValueError(f"run {number} mixes rows of prefixes, which are sets of keys without an order")
