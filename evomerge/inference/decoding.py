@@ -105,6 +105,7 @@ class Decoder:
         self._prefill_tokens = _PREFILL_TOKENS_CPU if model.device.type == "cpu" else _PREFILL_TOKENS
         of = self._groups.of
         members = [[prompts[i] for i in range(len(prompts)) if of[i] == group] for group in range(max(of) + 1)]
+        self._given: int = getattr(model, "prefix_length", 0)  # of the tokens of each prompt: keys, and no text
         self._shared = min(map(_common, members))  # of every group as many, so that one batch computes them all
         starts = [group_prompts[0][: max(self._shared, 1)] for group_prompts in members]
         self._prefix = self._prefixes(starts, max(map(len, prompts)) + most)
@@ -130,8 +131,11 @@ class Decoder:
                 self._close(table, self._step(table), len(table.open))
 
     def _group(self, waiting: Sequence[int], free: int) -> Sequence[int]:
-        width = max(1, len(self._prompts[waiting[0]]) - self._shared)
-        return waiting[: min(free, max(1, self._prefill_tokens // width))]
+        longest = len(self._prompts[waiting[0]])
+        group = waiting[: min(free, max(1, self._prefill_tokens // max(1, longest - self._shared)))]
+        # Of a shorter prompt as many shared tokens are fed in again; those that no forward pass makes must not be.
+        least = longest - (self._shared - self._given) if self._given else 0
+        return [i for i in group if len(self._prompts[i]) >= least]
 
     def _admit(self, table: _Table, group: Sequence[int]) -> list[int]:
         """Put prompts into the last rows of the table; the first token of each answer.

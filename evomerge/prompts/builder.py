@@ -65,6 +65,9 @@ class PromptsBuilder:
     def calibrate(self, recipe: PromptsRecipe, source: str) -> None:
         """Nothing: no weight is made by what layers are given."""
 
+    def fit(self, recipe: PromptsRecipe) -> None:
+        """Nothing: no number of it is fitted."""
+
     def write(self, recipe: PromptsRecipe) -> LiveModel:
         """The base behind a prompt; without one it is the base."""
         from evomerge.checkpoints.live import check_live

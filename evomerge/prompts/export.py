@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.checkpoints.checks import check_written
-from evomerge.checkpoints.folder import tokenizer_files
+from evomerge.checkpoints.folder import load_json, tokenizer_files
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.placement import Devices
 from evomerge.checkpoints.plain import plain_model
@@ -68,7 +68,7 @@ def write_soft(
         *((name, made[name].shape if name in made else shape, dtype) for name, (shape, dtype) in stored.items()),
         *((name, tensor.shape, tensor.dtype) for name, tensor in made.items() if name not in stored),
     ]
-    config = merged_config(copy, {copy.tokenizer: base}) | longer_config(len(longer.embedding))
+    config = merged_config(copy, {copy.tokenizer: base}) | dict(longer_config(len(longer.embedding)))
     check_written(config, {name: tuple(shape) for name, shape, _ in layout}, base.place)
     beside = {**tokens.texts, _GENERATION: _generation_text(base, tokens.first, len(rows)), **texts}
     with FolderWriter(out, layout, sources=[base.folder]) as folder:
@@ -113,9 +113,12 @@ def _vocabulary(materialiser: Materialiser, copy: StackRecipe, names: Mapping[st
 def _generation_text(base: Source, first: int, rows: int) -> str:
     """The generation settings: sampling, too, is never to come upon the new tokens."""
     file = base.folder / _GENERATION
-    ends = {key: base.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in base.config}
-    content: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else ends
-    return _dump({**content, "suppress_tokens": [*(content.get("suppress_tokens") or ()), *range(first, first + rows)]})
+    ends: dict[str, Any] = {
+        key: base.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in base.config
+    }
+    content = load_json(file, base.place) if file.exists() else ends
+    suppressed = [*(content.get("suppress_tokens") or ()), *range(first, first + rows)]
+    return _dump({**content, "suppress_tokens": suppressed})
 
 
 def reload_soft(folder: Path, devices: Devices) -> LiveModel:
@@ -172,7 +175,9 @@ def reload_prefix(folder: Path, base: Source, devices: Devices, dtype: torch.dty
         from peft import PeftModel
     except ImportError:
         problem = "is a prefix, which peft loads, and peft is not installed here"
-        raise InputError(str(folder), problem, "Install it (`pip install peft`), or export with `--no-verify`.") from None
+        raise InputError(
+            str(folder), problem, "Install it (`pip install peft`), or export with `--no-verify`."
+        ) from None
     live = plain_model(base, devices, dtype)
     return LiveModel(PeftModel.from_pretrained(live.model, folder).eval(), live.tokenizer, devices=live.devices)
 

@@ -65,6 +65,7 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """See ``LlamaForCausalLM.forward``. Logits of columns in which the prefix's tokens were are zero."""
         if past_key_values is not None and past_key_values.get_seq_length():
@@ -82,7 +83,7 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         assert ids is not None
         cache = self._filled(past_key_values, rows)
         if mask is not None:
-            mask = torch.cat([mask.new_ones(rows, self._length), mask], dim=1)
+            mask = torch.cat([mask.new_ones(rows, self.prefix_length), mask], dim=1)
         columns = min(logits_to_keep, ids.shape[1]) or ids.shape[1]
         logits = self._prefix.new_zeros(rows, 0, self.model.config.vocab_size)
         if ids.shape[1]:
@@ -95,15 +96,18 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     @property
-    def _length(self) -> int:
+    def prefix_length(self) -> int:
+        """For how many tokens it stands; by this name the table of answers knows that they cannot be fed in again."""
         return self._prefix.shape[3]
 
     def _text(self, input_ids: Tensor) -> Tensor:
         """Where the texts are: bool [rows, width], of each row as many."""
-        standing = (input_ids >= self._first) & (input_ids < self._first + self._length)
+        standing = (input_ids >= self._first) & (input_ids < self._first + self.prefix_length)
         counts = set(standing.sum(dim=1).tolist())
-        if not counts <= {0} and counts != {self._length}:
-            raise InputError("prefix", f"stands before texts, and a text has {max(counts)} of its {self._length} tokens")
+        if not counts <= {0} and counts != {self.prefix_length}:
+            raise InputError(
+                "prefix", f"stands before texts, and a text has {max(counts)} of its {self.prefix_length} tokens"
+            )
         return ~standing
 
     def _filled(self, cache: Any, rows: int) -> Any:
@@ -121,4 +125,4 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             return mask  # a table of the engine keeps the prefix with its text
         columns = torch.arange(mask.shape[1], device=mask.device)
         padding = mask.shape[1] - mask.sum(dim=1, keepdim=True)
-        return ((columns < self._length) | (columns >= self._length + padding)).to(mask.dtype)
+        return ((columns < self.prefix_length) | (columns >= self.prefix_length + padding)).to(mask.dtype)
