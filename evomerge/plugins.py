@@ -68,6 +68,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "data_flow_space": "search_spaces.data_flow_space:DataFlowSpaceSettings",
         "hybrid_space": "search_spaces.hybrid_space:HybridSpaceSettings",
         "routed": "search_spaces.routed_space:RoutedSpaceSettings",
+        "prompts": "search_spaces.prompts_space:PromptsSpaceSettings",
     },
     "evomerge.recipes": {
         "stack": "evomerge.recipes.stack:StackRecipe",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from evomerge.genome import SearchSpace
 from evomerge.method import Method, Needing, check_needs
 from evomerge.recipes.base import DType
+from evomerge.recipes.prompts import PromptFacts
 from evomerge.recipes.stack import Blend
 from evomerge.step import needs_of_steps
 from evomerge.vocabulary import Vocabulary
@@ -40,8 +41,9 @@ class SpaceContext:
     embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
     ``dtype`` and ``vocabulary`` go into every recipe, and ``calibration``, the digest of the calibration texts where
     there are any, into those whose method needs it; ``fit`` is that of the items that numbers may be fitted to.
-    ``adapters`` gives the PEFT types of the adapters on a source, as references tell. ``measures`` are of the sources'
-    weights, which nobody reads before a search begins.
+    ``adapters`` gives the PEFT types of the adapters on a source, as references tell, and ``prompts`` what is known of
+    each source's prompt, where it has one. ``measures`` are of the sources' weights, which nobody reads before a search
+    begins.
     """
 
     sources: Mapping[str, str]
@@ -58,6 +60,7 @@ class SpaceContext:
     fit: str | None = None
     adapters: Callable[[str], tuple[str, ...]] = lambda name: ()
     measures: Measures = field(default_factory=Measures)
+    prompts: Mapping[str, PromptFacts] = field(default_factory=dict)
 
     @property
     def mixed(self) -> tuple[str, ...]:
@@ -86,7 +89,8 @@ class SpaceSettings(BaseModel):
     """What the search file says of a space; each space's file has its own subclass with its own ``kind``.
 
     ``mixes_tensors`` says that tensors of different sources are mixed, so that all must have equally many layers;
-    ``moves_layers`` that layers may stand in other places than their own; ``engines`` which can answer with its models.
+    ``moves_layers`` that layers may stand in other places than their own; ``engines`` which can answer with its models;
+    ``takes_prompts`` that sources may be soft prompts and prefixes, which have no weights of their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +98,7 @@ class SpaceSettings(BaseModel):
     mixes_tensors: ClassVar[bool] = True
     moves_layers: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
+    takes_prompts: ClassVar[bool] = False
 
     kind: str
 

@@ -180,7 +180,8 @@ def test_new_tokens_are_never_said(base: Path, tmp_path: Path) -> None:
     decoder = Decoder(live.model, prompts, 8, frozenset(), lambda answers: [False] * len(answers))
     decoder.run(256)
     said = {token for answer in decoder.answers for token in answer}
-    assert len(said) > 3 and max(said) < len(WORDS)
+    assert len(said) > 3
+    assert max(said) < len(WORDS)
     assert all(len(answer) == 8 for answer in decoder.answers)
 
 
@@ -381,7 +382,7 @@ def test_recipes_that_cannot_be_are_refused(base: Path, bases: Mapping[str, Path
         assert caught.value.place.startswith("recipe.")
     with pytest.raises(ValueError, match="mixes rows of prefixes"):
         recipe_of(sources, PromptRun(weights={"prefix": 0.5}, first=0, rows=4), form="prefix")
-    with pytest.raises(InputError, match="engine transformers|engine: transformers"):
+    with pytest.raises(InputError, match="Take `engine: transformers`"):
         PromptsBuilder(BuildContext(sources, "base", engine=lambda live: None)).start()  # type: ignore[arg-type, return-value]
 
 

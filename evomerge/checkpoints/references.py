@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from evomerge.checkpoints.config import check_config
 from evomerge.checkpoints.places import find_folder, is_hub_id, split_reference
+from evomerge.checkpoints.prompt_configs import prompt_facts
 from evomerge.errors import InputError
 from evomerge.files import read_json
+from evomerge.recipes.prompts import PromptFacts
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _ANOTHER_KIND = ("*.gguf", "*.pt", "latest", "global_step*")
@@ -54,11 +57,22 @@ def refuse_adapter_alone(folder: Path, reference: str, place: str) -> NoReturn:
 
 def adapter_types(reference: str, place: str) -> tuple[str, ...]:
     """The peft_type of each adapter on a model that ``check_reference`` let through; "" where it has none."""
-    _, *adapters = split_reference(reference, None)
-    contents = (
-        _json(find_folder(adapter, place, None, [_ADAPTER]), _ADAPTER, "an adapter", place) for adapter in adapters
-    )
-    return tuple(str(content.get("peft_type") or "") for content in contents)
+    return tuple(str(content.get("peft_type") or "") for content in _adapters(reference, place))
+
+
+def prompt_of(reference: str, place: str) -> PromptFacts | None:
+    """What the configuration of a prompt on such a model says; None where its adapters are weights, or there are none.
+
+    Raises:
+        InputError: it is a prompt that cannot be used.
+    """
+    return next((facts for content in _adapters(reference, place) if (facts := prompt_facts(content, place))), None)
+
+
+def _adapters(reference: str, place: str) -> Iterator[dict[str, Any]]:
+    """The configurations of the adapters on a model."""
+    for adapter in split_reference(reference, None)[1:]:
+        yield _json(find_folder(adapter, place, None, [_ADAPTER]), _ADAPTER, "an adapter", place)
 
 
 def local_config(reference: str) -> dict[str, Any]:

@@ -159,7 +159,11 @@ def _check_engine(file: SearchFile) -> None:
 
 def open_sources(file: SearchFile) -> dict[str, Source]:
     """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
-    sources = {name: open_source(name, reference, place=f"sources.{name}") for name, reference in file.sources.items()}
+    prompts = file.space.takes_prompts
+    sources = {
+        name: open_source(name, reference, place=f"sources.{name}", prompts=prompts)
+        for name, reference in file.sources.items()
+    }
     _refuse_rigid(file, sources)
     aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
     check_compatible(

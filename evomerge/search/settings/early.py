@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.base import FOLDER, MODEL, EvaluatorSettings
-from evomerge.checkpoints.references import adapter_types, check_reference, local_config
+from evomerge.checkpoints.references import adapter_types, check_reference, local_config, prompt_of
 from evomerge.errors import InputError
 from evomerge.files import open_file
 from evomerge.genome import SearchSpace
 from evomerge.method import find_method
 from evomerge.optimizers import Feature
 from evomerge.plugins import unknown_name
+from evomerge.recipes.prompts import PromptFacts
 from evomerge.search.settings.fitting import PLACE, likelihood_settings
 from evomerge.search.settings.folder import is_search
 from evomerge.search.settings.layouts import check_layout
@@ -113,6 +114,7 @@ def make_space(
         vocabulary=file.merged_vocabulary,
         depths=depths,
         measures=measures,
+        prompts=_prompts(file),
         calibration=None if file.calibration is None else file.calibration.texts.digest,
         adapters=lambda name: adapter_types(file.sources[name], f"sources.{name}"),
     )
@@ -140,6 +142,24 @@ def _check_space(file: SearchFile) -> None:
     space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
     axes = [Feature(name, *feature.range, feature.bins) for name, feature in file.features.items()]
     file.optimizer.check(space.parameters, len(file.objectives), "optimizer", axes)
+
+
+def _prompts(file: SearchFile) -> dict[str, PromptFacts]:
+    """What is known of each source's prompt.
+
+    Raises:
+        InputError: there is one, and the space is of weights.
+    """
+    prompts = {name: prompt_of(reference, f"sources.{name}") for name, reference in file.sources.items()}
+    known = {name: facts for name, facts in prompts.items() if facts is not None}
+    for name, facts in known.items():
+        if not file.space.takes_prompts:
+            problem = f"is {facts.text}, which changes no weights"
+            raise InputError(f"sources.{name}", problem, "Search over prompts: `space: {kind: prompts}`.")
+    if known and file.together > 1:
+        problem = f"is {file.together}, and candidates behind other prompts have no forward pass in common"
+        raise InputError("together", problem, "Leave `together` out.")
+    return known
 
 
 def _depth(config: Mapping[str, Any]) -> int | None:
