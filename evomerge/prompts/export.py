@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.checkpoints.checks import check_written
-from evomerge.checkpoints.folder import load_json, tokenizer_files
+from evomerge.checkpoints.folder import load_json
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.placement import Devices
 from evomerge.checkpoints.plain import plain_model
@@ -23,9 +24,8 @@ from evomerge.checkpoints.prompts import ROWS, WEIGHTS, key_value_heads
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.structure import empty_model, parse_config
 from evomerge.checkpoints.target import check_target
-from evomerge.checkpoints.writer import FolderWriter
 from evomerge.errors import InputError
-from evomerge.merging.export import companions
+from evomerge.merging.export import add_companions, writing
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_config
 from evomerge.prompts.soft import Vocabulary, longer_config, losing_rows, with_rows
@@ -70,23 +70,15 @@ def write_soft(
     ]
     config = merged_config(copy, {copy.tokenizer: base}) | dict(longer_config(len(longer.embedding)))
     check_written(config, {name: tuple(shape) for name, shape, _ in layout}, base.place)
-    beside = {**tokens.texts, _GENERATION: _generation_text(base, tokens.first, len(rows)), **texts}
-    with FolderWriter(out, layout, sources=[base.folder]) as folder:
-        done = 0
-        for name, tensor in materialiser.tensors(copy, set()):
-            if name not in made:
-                folder.write(name, tensor)
-                progress(done := done + 1, len(layout))
-        for name, tensor in made.items():
-            folder.write(name, tensor)
-            progress(done := done + 1, len(layout))
-        folder.add_text("config.json", _dump(config))
-        old = {file.name for file in tokenizer_files(base.folder)}
-        for file in companions(base):
-            if (name := file.relative_to(base.folder).as_posix()) not in beside and file.name not in old:
-                folder.add_file(file, name)
-        for name, text in beside.items():
-            folder.add_text(name, text)
+    sources = {copy.tokenizer: replace(base, tokenizer_texts=tokens.texts)}
+    beside = {_GENERATION: _generation_text(base, tokens.first, len(rows)), "config.json": _dump(config), **texts}
+
+    def tensors(done: set[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from materialiser.tensors(copy, done | made.keys())
+        yield from ((name, tensor) for name, tensor in made.items() if name not in done)
+
+    with writing(out, layout, tensors, sources=sources, key=None, progress=progress) as folder:
+        add_companions(folder, sources[copy.tokenizer], beside)
         if check is not None:
             check(folder.complete())
 
@@ -103,9 +95,8 @@ def _names(base: Source) -> dict[str, str]:
 
 def _vocabulary(materialiser: Materialiser, copy: StackRecipe, names: Mapping[str, str]) -> Vocabulary:
     """Embedding and head of the base as they are written; a tied head is the embedding."""
-    wanted = set(names.values())
-    every = {name for name, _, _ in materialiser.layout(copy)}
-    found = dict(materialiser.tensors(copy, every - wanted))
+    others = {name for name, _, _ in materialiser.layout(copy)} - set(names.values())
+    found = dict(materialiser.tensors(copy, others))
     embedding = found[names["embedding"]]
     return Vocabulary(embedding, found.get(names["head"], embedding), found.get(names["bias"]))
 
