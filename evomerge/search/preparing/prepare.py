@@ -165,6 +165,7 @@ def open_sources(file: SearchFile) -> dict[str, Source]:
         for name, reference in file.sources.items()
     }
     _refuse_rigid(file, sources)
+    _refuse_strange_prompts(file, sources)
     aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
     check_compatible(
         aligned,
@@ -210,6 +211,16 @@ def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measu
                 "space", f"its {corner}est values do not make a recipe: {error.problem}", error.hint
             ) from error
     return space
+
+
+def _refuse_strange_prompts(file: SearchFile, sources: Mapping[str, Source]) -> None:
+    """Refuse prompts of another model than the base: before another one they are noise."""
+    base = None if file.base is None else sources[file.base]
+    for name, source in sources.items():
+        if source.prompt is not None and base is not None and (source.folder != base.folder or base.adapters):
+            problem = f"is a prompt of {source.folder}, and the base {file.base} is {base.reference}"
+            hint = "A prompt works before the model that it was trained on alone: name that as the base."
+            raise InputError(f"sources.{name}", problem, hint)
 
 
 def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
