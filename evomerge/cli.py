@@ -302,6 +302,28 @@ def merge(
 
 
 @app.command()
+def moe(
+    model: Annotated[str, typer.Argument(metavar="FILE|MODEL", help="mergekit-moe's YAML; with --prune a mixture.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or glm4_moe, where the file's is not wanted.")
+    ] = None,
+    prune: Annotated[
+        int | None, typer.Option(metavar="K", help="Keep the K experts of each layer that the texts use most.")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="Add the experts that go to those that are like them.")] = True,
+    calibration: Annotated[Path | None, typer.Option(metavar="TEXTS", help="Texts, for --prune.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
+) -> None:
+    """Make a mixture of experts of dense models, or one with fewer experts."""
+    from evomerge.commands.moe import assemble_or_prune
+
+    texts = None if calibration is None else (calibration, prompts, tokens)
+    assemble_or_prune(model, out, architecture, prune, texts, merged=merge)
+
+
+@app.command()
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed ZeRO has saved.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],

@@ -69,6 +69,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "hybrid_space": "search_spaces.hybrid_space:HybridSpaceSettings",
         "routed": "search_spaces.routed_space:RoutedSpaceSettings",
         "prompts": "search_spaces.prompts_space:PromptsSpaceSettings",
+        "mixture": "search_spaces.mixture_space:MixtureSpaceSettings",
     },
     "evomerge.recipes": {
         "stack": "evomerge.recipes.stack:StackRecipe",

@@ -36,8 +36,8 @@ UNIT = {
     "test_elementwise_methods", "test_evaluators_answers", "test_evaluators_change", "test_evaluators_cost",
     "test_evaluators_mgsm", "test_evaluators_multiple_choice", "test_events", "test_files", "test_finite", "test_front",
     "test_hardware", "test_hybrid_space", "test_inference", "test_item_response", "test_mergekit", "test_merging_drops",
-    "test_merging_methods", "test_numbers", "test_parameter_space", "test_path_drawing", "test_racing", "test_recipe",
-    "test_record", "test_routed_space", "test_routers", "test_statistics", "test_store",
+    "test_merging_methods", "test_mixture_space", "test_numbers", "test_parameter_space", "test_path_drawing",
+    "test_racing", "test_recipe", "test_record", "test_routed_space", "test_routers", "test_statistics", "test_store",
 }  # fmt: skip
 
 # A test of the optimizers' contract that starts a process, for one class of each library; of the others it is nightly.

@@ -116,6 +116,7 @@ def make_space(
         measures=measures,
         prompts=_prompts(file),
         calibration=None if file.calibration is None else file.calibration.texts.digest,
+        fit=None if file.fit_split is None else file.fit_split.digest,
         adapters=lambda name: adapter_types(file.sources[name], f"sources.{name}"),
     )
     space = file.space.build(context)
