@@ -19,6 +19,7 @@ from evomerge.checkpoints.stack import Stack
 from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors
 from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
+from evomerge.recipes.use import ExpertUse
 
 _PROBE_TOKENS = 8
 
@@ -42,6 +43,14 @@ class ServingEngine(Protocol):
         ...
 
 
+class Meter(Protocol):
+    """Adds up the use of experts while a model answers."""
+
+    def take(self) -> ExpertUse | None:
+        """The use since it was taken last; None where no token has passed."""
+        ...
+
+
 @dataclass
 class LiveModel:
     """A model on a device or several, ready to be written to and scored.
@@ -54,6 +63,7 @@ class LiveModel:
         engine: what answers prompts; None for transformers.
         devices: those that share out its layers; the model's own when empty.
         change: how far its weights are from those of the search's base; None where nobody measures it.
+        use: measures how much of each expert tokens get; None of a model without experts that are gated beside it.
     """
 
     model: Any
@@ -63,6 +73,7 @@ class LiveModel:
     engine: ServingEngine | None = None
     devices: tuple[torch.device, ...] = ()
     change: float | None = None
+    use: Meter | None = None
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from evomerge.merging.materialise import check_stack
 from evomerge.merging.stack_builder import StackBuilder, stack_builder
 from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.stack import StackRecipe
+from evomerge.recipes.use import BASE
 from evomerge.routed.making import Routers, routings
 from evomerge.routed.sites import check_layers, places_of, sites_of
 from evomerge.routed.trunk import base_alone, trunk_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from evomerge.routed.computing import Router
     from evomerge.routed.live import Listener, LiveExperts
     from evomerge.routed.sites import Place, Site
+    from evomerge.routed.use import UseMeter
 
 
 class RoutedBuilder:
@@ -63,12 +65,21 @@ class RoutedBuilder:
         """The live model with the recipe's trunk, and its experts gated beside it."""
         from evomerge.checkpoints.live import check_live
 
-        live = self._install(recipe)
+        meter = self._meter(recipe)
+        live = self._install(recipe, meter)
         check_live(live)
         self._experts(recipe, live).check_reached()
-        return replace(live, change=None)
+        meter.take()  # what the check has used says nothing
+        return replace(live, change=None, use=meter)
 
-    def _install(self, recipe: RoutedRecipe, listener: Listener | None = None) -> LiveModel:
+    def _meter(self, recipe: RoutedRecipe) -> UseMeter:
+        from evomerge.routed.use import UseMeter
+
+        _, places = self._layout(recipe)
+        names = (*recipe.experts, *([BASE] if recipe.router.base_expert else []))
+        return UseMeter(names, places, self._context.sources[recipe.base].layers)
+
+    def _install(self, recipe: RoutedRecipe, listener: Listener) -> LiveModel:
         """The live model with a recipe's trunk and experts, until it is written to again."""
         self.check(recipe, self._context.sources)
         routers = self.routers(recipe)
@@ -125,13 +136,13 @@ class RoutedBuilder:
 
     def flattened(self, recipe: RoutedRecipe) -> StackRecipe:
         """The plain merge by the mean gates of a recipe (``flattening``)."""
-        from evomerge.routed.flattening import MeanGates, flattened, run_over_texts
+        from evomerge.routed.flattening import flattened, run_over_texts
 
-        means = MeanGates()
-        live = self._install(recipe, means)
+        meter = self._meter(recipe)
+        live = self._install(recipe, meter)
         run_over_texts(recipe, live, self._context.fit, self._inputs)
         sites, _ = self._layout(recipe)
-        return flattened(recipe, sites, means.means, self._context.sources)
+        return flattened(recipe, sites, meter.means, self._context.sources)
 
     def reload(self, folder: Path) -> LiveModel:
         """The folder in plain transformers."""

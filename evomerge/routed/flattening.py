@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import torch
-from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
@@ -24,34 +23,6 @@ from evomerge.routed.trunk import trunk_of
 
 _STEPS = 8
 """Of a fit, whose items gates are averaged over: over a hundred texts."""
-
-
-class MeanGates:
-    """The mean of gates over all tokens that are no padding: a listener."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
-        self._mask: Tensor | None = None
-
-    def tokens(self, mask: Tensor | None) -> None:
-        self._mask = mask
-
-    def routed(self, place: str, logits: Tensor, gates: Tensor) -> None:
-        flat = gates.detach().reshape(-1, gates.shape[-1]).double().cpu()
-        if self._mask is not None:
-            mask = self._mask.reshape(-1).cpu()
-            flat = flat[mask.repeat_interleave(len(flat) // len(mask))]
-        self._sums[place] = self._sums.get(place, torch.zeros(flat.shape[1])) + flat.sum(0)
-        self._counts[place] = self._counts.get(place, 0.0) + len(flat)
-
-    def done(self) -> None:
-        """Nothing."""
-
-    @property
-    def means(self) -> dict[str, list[float]]:
-        """By place, of each expert."""
-        return {place: (total / self._counts[place]).tolist() for place, total in self._sums.items()}
 
 
 def run_over_texts(recipe: RoutedRecipe, live: LiveModel, fit: Fit | None, inputs: Inputs | None) -> None:

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from evomerge.recipes.use import ExpertUse
 from evomerge.store.columns import DamagedValueError
 from evomerge.store.rows import EventRow, Scores
 
@@ -241,6 +242,13 @@ class Eliminated(RaceEnded):
     kind: ClassVar[str] = "eliminated"
 
 
+class ExpertsUsed(Event):
+    """How a model of experts used them in an attempt, by the evaluator's name."""
+
+    kind: ClassVar[str] = "experts"
+    tasks: dict[StrictStr, ExpertUse]
+
+
 class Stale(Event):
     """An attempt ended that nobody waited for any more: what it brought, or whose it was."""
 
@@ -382,8 +390,8 @@ class Chosen(Event):
 READ: dict[str, type[Event | ItemResponse]] = {
     event.kind: event
     for event in (
-        State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, Stale, ScoresAdded,
-        Screening, Descent, Refined, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
+        State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
+        ScoresAdded, Screening, Descent, Refined, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

@@ -210,15 +210,18 @@ class ReadStore:
         kinds: Collection[str] | None = None,
         newest: int | None = None,
         oldest: int | None = None,
+        candidate: int | None = None,
     ) -> list[EventRow]:
-        """Events after the one with seq ``since``, oldest first; of all kinds, or of these; at most so many of the
-        ``newest`` or of the ``oldest`` of them.
+        """Events after the one with seq ``since``, oldest first; of all kinds, or of these; of all or of one candidate;
+        at most so many of the ``newest`` or of the ``oldest`` of them.
         """
         columns = tables.event.c
         query = select(columns.seq, columns.time, columns.kind, columns.candidate, columns.attempt, columns.payload)
         query = query.where(columns.search_id == self.search_id, columns.seq > since)
         if kinds is not None:
             query = query.where(columns.kind.in_(list(kinds)))
+        if candidate is not None:
+            query = query.where(columns.candidate == candidate)
         with self.transaction() as connection:
             if oldest is not None:
                 return event_rows(connection.execute(query.order_by(columns.seq).limit(oldest)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from sqlalchemy import Connection, insert, select, update
@@ -12,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import InputError
 from evomerge.prices import WorkerTime
+from evomerge.recipes.use import ExpertUse
 from evomerge.store import events, insertion, statements, tables
 from evomerge.store.events import Decided, Happened
 from evomerge.store.fenced import FencedStore
@@ -176,8 +178,12 @@ class Store(FencedStore):
         eligible: bool = True,
         answers: Sequence[Answers] = (),
         change: float | None = None,
+        uses: Mapping[str, ExpertUse] = MappingProxyType({}),
     ) -> bool:
-        """An attempt succeeded. False, and only an event "stale", when it is not the one that runs."""
+        """An attempt succeeded. False, and only an event "stale", when it is not the one that runs.
+
+        ``uses`` says how a model of experts used them, by the evaluator's name.
+        """
         values: dict[str, Any] = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker}
         values |= {"eligible": eligible, "change": change}
 
@@ -188,6 +194,7 @@ class Store(FencedStore):
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             insertion.insert_objectives(connection, self.search_id, number, objectives)
             self.append_event(connection, events.Result(worker=worker), number, attempt)
+            self._append_uses(connection, uses, number, attempt)
             return True
 
         return self._write(write)
@@ -203,10 +210,11 @@ class Store(FencedStore):
         *,
         answers: Sequence[Answers] = (),
         change: float | None = None,
+        uses: Mapping[str, ExpertUse] = MappingProxyType({}),
     ) -> bool:
         """An attempt scored a candidate up to a rung of its race; it waits for the race to go on.
 
-        ``scores`` and ``timings`` are all of its so far, ``answers`` those of the attempt. False as for
+        ``scores`` and ``timings`` are all of its so far, ``answers`` and ``uses`` those of the attempt. False as for
         ``record_result``.
         """
         values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker, "change": change}
@@ -218,6 +226,7 @@ class Store(FencedStore):
             insertion.insert_answers(connection, self.search_id, number, attempt, answers)
             items = {s.evaluator: len(s.items) for s in scores}
             self.append_event(connection, events.Rung(items=items, worker=worker), number, attempt)
+            self._append_uses(connection, uses, number, attempt)
             return True
 
         return self._write(write)
@@ -291,6 +300,10 @@ class Store(FencedStore):
         """Keep no longer what these candidates answered to search items."""
         with self.writing() as connection:
             self._drop_answers(connection, numbers)
+
+    def _append_uses(self, connection: Connection, uses: Mapping[str, ExpertUse], number: int, attempt: int) -> None:
+        if uses:
+            self.append_event(connection, events.ExpertsUsed(tasks=dict(uses)), number, attempt)
 
     def _drop_answers(self, connection: Connection, numbers: Sequence[int]) -> None:
         if numbers:

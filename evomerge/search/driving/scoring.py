@@ -24,7 +24,7 @@ from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write
 from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
 from evomerge.search.estimation.prediction import Predictions
 from evomerge.search.estimation.racing import surely_better, verdicts
-from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_answers
+from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_answers, uses_by_name
 from evomerge.search.estimation.screening import Screener
 from evomerge.search.preparing.setup import Counts, MeasureInfo, ObjectiveInfo, Setup
 from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
@@ -344,9 +344,10 @@ class CandidateScoring(ABC):
         scores = table.scores(self._setup)
         timings = {p: c.timings.get(p, 0.0) + result.timings.get(p, 0.0) for p in [*c.timings, *result.timings]}
         attempt, answers = (c.number, finished.attempt), to_answers(self._setup, result, pending.tasks)
+        uses = uses_by_name(self._setup, result, pending.tasks)
         if not self._is_full(table):
             if not self._store.record_rung(
-                *attempt, scores, timings, finished.worker, answers=answers, change=result.change
+                *attempt, scores, timings, finished.worker, answers=answers, change=result.change, uses=uses
             ):
                 return
         else:
@@ -361,6 +362,7 @@ class CandidateScoring(ABC):
                 eligible=eligible,
                 answers=answers,
                 change=result.change,
+                uses=uses,
             ):
                 return
             c.status, c.objectives, c.eligible = "done", objectives, eligible

@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.recipes.use import ExpertUse, together
 from evomerge.search.estimation.items import ItemOrder
 from evomerge.search.estimation.racing import difference_estimate, stratified_estimate
 from evomerge.search.estimation.statistics import mean_and_error
@@ -38,6 +39,14 @@ def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[An
         for task, texts in pairs
         if texts and (isinstance(setup.answers, BestKept) or setup.answers in ("all", task.split))
     ]
+
+
+def uses_by_name(setup: Setup, result: Measured, tasks: Sequence[Task]) -> dict[str, ExpertUse]:
+    """How a model of experts used them, by the evaluator's name."""
+    names = [setup.evaluators[task.evaluator].name for task in tasks]
+    pairs = [(name, use) for name, use in zip(names, result.uses, strict=False) if use is not None]
+    found = {name: together(use for of, use in pairs if of == name) for name in names}
+    return {name: use for name, use in found.items() if use is not None}
 
 
 class ScoreTable:

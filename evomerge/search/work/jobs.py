@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from evaluators.base import Split
 from evomerge.genome import Genome
 from evomerge.recipes.base import Recipe
+from evomerge.recipes.use import ExpertUse
 from search_spaces.base import Measures
 
 FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"]
@@ -102,13 +103,15 @@ class Measured:
     """What a worker measured: for each task of the job, scores by metric (float32 [n_items]); seconds by phase.
 
     ``answers``, for each task or not at all: what the model wrote, by the item's position, where it wrote anything.
-    ``change`` is how far the model is from the search's base; None where that is not measured.
+    ``change`` is how far the model is from the search's base; None where that is not measured. ``uses``, for each task
+    or not at all: how a model of experts used them; None where no token passed.
     """
 
     scores: Sequence[Mapping[str, NDArray[np.float32]]]
     timings: Mapping[str, float]
     answers: Sequence[Mapping[int, str]] = ()
     change: float | None = None
+    uses: Sequence[ExpertUse | None] = ()
 
 
 @dataclass(frozen=True)

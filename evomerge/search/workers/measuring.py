@@ -16,6 +16,7 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Batch, Engine, Response
 from evomerge.printable import printable
+from evomerge.recipes.use import ExpertUse, together
 from evomerge.search.work.jobs import Failed, Measured, Task
 
 
@@ -44,6 +45,7 @@ class Attempt:
         self._scorings = [Scoring(evaluators[task.evaluator], reader, task.split, task.indices) for task in tasks]
         self._responses: dict[int, list[Response]] = {}
         self._graded: dict[int, Graded] = {}
+        self._uses: dict[int, list[ExpertUse]] = {}
 
     @property
     def unanswered(self) -> dict[int, Batch]:
@@ -57,6 +59,12 @@ class Attempt:
     def take(self, number: int, responses: list[Response]) -> None:
         """The responses to the batch of a task."""
         self._responses[number] = responses
+        self._take_use(number)
+
+    def _take_use(self, number: int) -> None:
+        """Keep how experts were used since the last time as that of a task, which alone has asked since."""
+        if self._live.use is not None and (use := self._live.use.take()) is not None:
+            self._uses.setdefault(number, []).append(use)
 
     def can_grade(self, number: int) -> bool:
         """Whether a task's grading needs no more of the model than its responses."""
@@ -71,6 +79,8 @@ class Attempt:
         """
         scoring, count = self._scorings[number], len(self._tasks[number].indices)
         graded = scoring.finish(self._responses.get(number, []), self._live, self._engine)
+        if scoring.needs_model:
+            self._take_use(number)
         _check(scoring.evaluator, graded, count)
         self._graded[number] = graded
         for phase, seconds in graded.seconds.items():
@@ -90,7 +100,8 @@ class Attempt:
         """The result, once all tasks are graded."""
         graded = [self._graded[number] for number in range(len(self._tasks))]
         answers = [dict(task.answers) for task in graded]
-        return Measured([task.scores for task in graded], self.seconds, answers, self._live.change)
+        uses = [together(self._uses.get(number, ())) for number in range(len(self._tasks))] if self._uses else []
+        return Measured([task.scores for task in graded], self.seconds, answers, self._live.change, uses)
 
 
 def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Attempt, int]]:

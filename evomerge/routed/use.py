@@ -1,0 +1,99 @@
+"""How much of each expert tokens get: added up while they pass, with no pass of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from evomerge.recipes.use import ExpertUse
+from evomerge.routed.sites import Place
+
+_MOST_HELD = 1 << 22
+"""Gates that are held before they are added up: many places at once take few operations."""
+
+
+class UseMeter:
+    """A listener that adds up gates by place.
+
+    Args:
+        experts: their names, the base last where it is one.
+        places: where routers look.
+        layers: of the model.
+    """
+
+    def __init__(self, experts: Sequence[str], places: Mapping[str, Place], layers: int) -> None:
+        self._experts, self._places, self._layers = tuple(experts), places, layers
+        self._mask: Tensor | None = None
+        self._held: list[tuple[str, Tensor]] = []
+        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._entropy: dict[str, Tensor] = {}
+        self._tokens: dict[str, float] = {}
+
+    def tokens(self, mask: Tensor | None) -> None:
+        """See ``Listener``."""
+        self._mask, self._held, self._count = mask, [], 0
+
+    def routed(self, place: str, logits: Tensor, gates: Tensor) -> None:
+        """See ``Listener``."""
+        self._held.append((place, gates.detach()))
+        self._count += gates.numel()
+        if self._count > _MOST_HELD:
+            self.done()
+
+    def done(self) -> None:
+        """Add up what is held."""
+        alike: dict[tuple[torch.Size, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+        for name, gates in self._held:
+            alike[gates.shape, gates.device].append((name, gates))
+        self._held, self._count = [], 0
+        for group in alike.values():
+            self._add([name for name, _ in group], torch.stack([gates for _, gates in group]).flatten(1, -2))
+
+    def _add(self, names: Sequence[str], gates: Tensor) -> None:
+        """Add up gates of several places, [places, tokens, experts]."""
+        if self._mask is None:
+            weights = gates.new_ones(gates.shape[1])
+        else:
+            mask = self._mask.reshape(-1).to(gates.device, gates.dtype)
+            weights = mask.repeat_interleave(gates.shape[1] // len(mask))
+        parts = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        entropies = (torch.special.entr(parts).sum(-1) @ weights).double().cpu()
+        sums, count = (weights @ gates).double().cpu(), float(weights.sum())
+        for name, total, entropy in zip(names, sums, entropies, strict=True):
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._entropy[name] = self._entropy[name] + entropy if name in self._entropy else entropy
+            self._tokens[name] = self._tokens.get(name, 0.0) + count
+
+    @property
+    def means(self) -> dict[str, list[float]]:
+        """The mean gate of each expert, by place."""
+        return {name: (total / self._tokens[name]).tolist() for name, total in self._sums.items()}
+
+    def take(self) -> ExpertUse | None:
+        """What was added up since the last time; None where no token passed a router."""
+        if not self._sums:
+            return None
+        shares: dict[int, list[Tensor]] = defaultdict(list)
+        entropies: dict[int, list[float]] = defaultdict(list)
+        for name, total in self._sums.items():
+            layer = self._places[name].layer
+            shares[layer].append(total / total.sum() if total.sum() else total)
+            entropies[layer].append(float(self._entropy[name]) / max(self._tokens[name], 1.0))
+        tokens = max(count / self._places[name].heads for name, count in self._tokens.items())
+        self._sums, self._entropy, self._tokens = {}, {}, {}
+        layers = range(self._layers)
+        return ExpertUse(
+            experts=self._experts,
+            tokens=round(tokens),
+            shares=tuple(_rounded(torch.stack(shares[n]).mean(0)) if n in shares else () for n in layers),
+            entropy=tuple(round(fmean(entropies[n]), 4) if n in entropies else None for n in layers),
+        )
+
+
+def _rounded(numbers: Tensor) -> tuple[float, ...]:
+    return tuple(round(float(number), 4) for number in numbers)
