@@ -274,11 +274,14 @@ def export(
         str, typer.Option(help='best, knee, "best at" an objective, an id such as c0042, or a source.')
     ] = "best",
     verify: Annotated[bool, typer.Option(help="Reload it and reproduce the recorded scores.")] = True,
+    form: Annotated[
+        str | None, typer.Option("--as", metavar="FORM", help="Of routed experts: `routed` (remote code) or `peft`.")
+    ] = None,
 ) -> None:
     """Write a candidate as a plain Hugging Face model folder."""
     from evomerge.commands.models import export
 
-    export(folder, out, candidate, verify=verify)
+    export(folder, out, candidate, verify=verify, form=form)
 
 
 @app.command()

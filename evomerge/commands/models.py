@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -19,6 +20,7 @@ from evomerge.commands.waiting import opening, progress_bar
 from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.printable import without_nan
+from evomerge.recipes.base import Recipe
 from evomerge.report.basis import unconfirmed_text
 from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, kind_of, origin_of
@@ -34,10 +36,12 @@ from evomerge.search.settings.search_file import load_search_file
 from evomerge.store import CandidateRow
 
 
-def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> None:
+def export(folder: Path, out: str | Path, candidate: str, *, verify: bool, form: str | None = None) -> None:
     """Write a candidate of a search as a model folder, and see that it scores as recorded.
 
     ``out`` is a folder, or a URL: then the model is made and seen to score in a temporary folder, and uploaded.
+    ``form`` is one of those that recipes of its kind know. Where the model is another one than was scored, its own
+    scores are shown beside those recorded.
     """
     console = make_console()
     with open_store(folder) as store:
@@ -51,7 +55,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             check_early(file)
         with opening():
             from evomerge.commands.delivering import local_folder
-            from evomerge.commands.verifying import reproduce
+            from evomerge.commands.verifying import compare, reproduce
             from evomerge.merging.builders import find_builder
             from evomerge.merging.evidence import Evidence
             from evomerge.report.card import NAME, Provenance, papers, verification
@@ -64,6 +68,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             sources = open_sources(file) if prepared is None else prepared.sources
             check_sources(store, sources)
         recipe = recipe_of(row, file.sources)
+        _check_form(recipe, form)
         if file.together > 1 and recipe.dtype != "float32":
             # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they
             # change would be rounded away, and the folder be another model than was scored.
@@ -71,7 +76,8 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
             console.print("written in float32: candidates that are scored together are never rounded")
         evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
         context = build_context(file, sources, evidence, texts_digest=recipe.calibration, fit_digest=recipe.fit)
-        builder = find_builder(recipe.kind)(context)
+        builder = find_builder(recipe.kind)(replace(context, form=form))
+        unlike = recipe.unlike(form)
         status = status_of(store)
         unconfirmed = unconfirmed_text(store, row, status)
         provenance = Provenance(store.search(), status, row, curse_of(store), unconfirmed)
@@ -83,20 +89,33 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool) -> No
                 bar.say("verifying: loading it")
                 rounds = recipe.rounds_on_export or file.together > 1
                 live = builder.reload(written)
-                checked.extend(reproduce(live, store, row, prepared, rounds=rounds, say=bar.say))
+                if unlike:
+                    checked.extend(compare(live, store, row, prepared, say=bar.say))
+                else:
+                    checked.extend(reproduce(live, store, row, prepared, rounds=rounds, say=bar.say))
                 with (written / NAME).open("a", encoding="utf-8") as text:
-                    text.write(verification(checked))
+                    text.write(verification(checked, unlike))
 
-            texts = papers(model.name, recipe, sources, provenance, stays=not is_url(str(out)))
+            texts = papers(model.name, recipe, sources, provenance, stays=not is_url(str(out)), unlike=unlike)
             if not verify:
                 texts[NAME] += verification(())
             builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)
+    if unlike:
+        console.print(unlike, style="yellow", soft_wrap=True)
     for line in checked:
         console.print(line)
     unseen = "" if verify else ", not scored again"
     console.print(f"exported {_called(row, status, file.sources)} to {out}{unseen}", style="bold")
     if unconfirmed:
         console.print(f"not confirmed: {unconfirmed}", style="yellow", soft_wrap=True)
+
+
+def _check_form(recipe: Recipe, form: str | None) -> None:
+    """Refuse a form that models of this kind have not (InputError)."""
+    if form is None or form in recipe.forms:
+        return
+    known = f"There are: {', '.join(recipe.forms)}." if recipe.forms else "Leave it out."
+    raise InputError("--as", f"a {recipe.kind} model has no form {form!r}", known)
 
 
 def _called(row: CandidateRow, status: SearchStatus, sources: Collection[str]) -> str:

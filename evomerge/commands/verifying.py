@@ -11,13 +11,15 @@ import torch
 from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
-from evomerge.search.estimation.statistics import Values, sign_test
+from evomerge.search.estimation.statistics import Values, mean_and_error, paired_difference, sign_test
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.store import CandidateRow, Store
 from evomerge.store.events import Rung
 
 _ONE_IN = 20
 """Of how many items one may score otherwise by more than the tolerance: two tokens were all but equally likely."""
+
+_CONFIDENCE = 0.95
 
 _SURE = 4.0
 """A shift of the mean is more than chance from so many of its standard errors on."""
@@ -133,6 +135,33 @@ def reproduce(
                 result = f"{what} score as recorded but for rounding {why} ({_differences_text(differences)})"
             lines.append(f"verified: {name}, {result}")
     return lines if all_exact else [*lines, tolerance.text]
+
+
+def compare(
+    live: LiveModel, store: Store, row: CandidateRow, prepared: Prepared, *, say: Callable[[str], None]
+) -> list[str]:
+    """Score an exported model that is another one than its candidate: a line for each evaluator, metric and split.
+
+    Each says the model's own score, the one recorded, and the difference, paired item by item.
+    """
+    lines = []
+    for split in ("search", "held_out"):
+        recorded = {scores.evaluator: scores for scores in store.scores(row.number, split)}
+        for number, (info, evaluator) in enumerate(zip(prepared.setup.evaluators, prepared.evaluators, strict=True)):
+            if info.version not in recorded:
+                continue
+            name, before = measures_of(prepared, number), recorded[info.version]
+            say(f"scoring: {name}, {len(before.items)} {split} items")
+            now = score(evaluator, live, split, before.items.tolist()).scores
+            for metric in sorted(before.metrics.keys() - set(evaluator.measured)):
+                ours, theirs = mean_and_error(now[metric]), mean_and_error(before.metrics[metric])
+                gap = paired_difference(now[metric], before.metrics[metric], _CONFIDENCE)
+                lines.append(
+                    f"{name}, {metric} of {len(before.items)} {split} items: {ours.mean:.3f} ± {ours.stderr:.3f}; "
+                    f"recorded of the candidate {theirs.mean:.3f} ± {theirs.stderr:.3f}; "
+                    f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+                )
+    return lines
 
 
 def measures_of(prepared: Prepared, number: int) -> str:

@@ -67,6 +67,17 @@ class Recipe(Frozen, ABC):
     def lines(self) -> list[str]:
         """What the model is made of, in a few lines that people read."""
 
+    forms: ClassVar[tuple[str, ...]] = ()
+    """In what other forms than the usual one models of this kind are exported, for `evomerge export --as`."""
+
+    def unlike(self, form: str | None) -> str:
+        """What an exported model is where it is another one than was scored, as a sentence; empty where it is the same.
+
+        Args:
+            form: one of ``forms``; None for the usual one.
+        """
+        return ""
+
     @property
     def rounds_on_export(self) -> bool:
         """Whether the exported model rounds otherwise than the live one, so that scores may differ by as much."""

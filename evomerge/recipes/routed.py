@@ -116,6 +116,7 @@ class RoutedRecipe(Recipe):
     """
 
     kind: ClassVar[str] = "routed"
+    forms: ClassVar[tuple[str, ...]] = ("routed", "peft")
 
     base: str
     experts: tuple[str, ...] = Field(min_length=1)
@@ -150,6 +151,19 @@ class RoutedRecipe(Recipe):
     def used_sources(self) -> set[str]:
         rest = () if self.rest is None else (*self.rest.sources, *filter(None, (self.rest.base,)))
         return {self.base, *self.experts, *rest}
+
+    def unlike(self, form: str | None) -> str:
+        if form == "routed":
+            return ""
+        if form == "peft":
+            return (
+                "Experts are gated by Arrow as peft computes it, which finds their directions by a power iteration, "
+                "not exactly as was done when the candidate was scored."
+            )
+        return (
+            "What was scored gates its experts anew for every token. This is the plain merge that its gates come to on "
+            "average: another model, with scores of its own."
+        )
 
     def lines(self) -> list[str]:
         kind = {"fitted": "fitted routers", "arrow": "Arrow", "spectral": "spectral routers"}

@@ -59,6 +59,7 @@ def papers(
     provenance: Provenance | None,
     *,
     stays: bool = True,
+    unlike: str = "",
 ) -> dict[str, str]:
     """The texts that go with an exported model, by file name, and its pictures.
 
@@ -66,11 +67,12 @@ def papers(
 
     Args:
         stays: the model stays on this machine, so that its recipe can say where the sources' folders lie.
+        unlike: what it is where it is another model than was scored.
     """
     texts = {
         "recipe.yaml": dump_recipe(movable(recipe, stays=stays)),
         "lineage.json": lineage(recipe, sources, provenance),
-        NAME: card(title, recipe, sources, provenance),
+        NAME: card(title, recipe, sources, provenance, unlike),
     }
     depths = _depths(sources)
     if not is_plain(recipe, depths):
@@ -89,11 +91,17 @@ def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
     return {name: source.layers for name, source in sources.items()}
 
 
-def verification(checked: Sequence[str]) -> str:
-    """The last section of an export's card: how it was seen to be what was scored, or that it was not."""
+def verification(checked: Sequence[str], unlike: str = "") -> str:
+    """The last section of an export's card: how it was seen to be what was scored, or that it was not.
+
+    Args:
+        unlike: as of ``papers``.
+    """
     if not checked:
         return "\n## Verification\n\n**Not verified**: it was exported without being scored again.\n"
     lines = "\n".join(f"- {line}" for line in checked)
+    if unlike:
+        return f"\n## Its own scores\n\nThis folder was loaded and scored on the items of its candidate.\n\n{lines}\n"
     return f"\n## Verification\n\nThis folder was loaded with plain transformers and scored again.\n\n{lines}\n"
 
 
@@ -138,7 +146,9 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:
+def card(
+    title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None, unlike: str = ""
+) -> str:
     """``README.md`` of the exported folder."""
     used = sorted(recipe.used_sources() | {recipe.tokenizer})
     alone = unmerged_source(recipe, _depths(sources))
@@ -151,7 +161,11 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
     }
     if not front["base_model"]:
         del front["base_model"]
-    if provenance is not None and (values := provenance.status.confirmed_values(candidate_id(provenance.row.number))):
+    if (
+        not unlike
+        and provenance is not None
+        and (values := provenance.status.confirmed_values(candidate_id(provenance.row.number)))
+    ):
         metrics = {o.name: o.metric for o in provenance.search.record.objectives}
         front["model-index"] = [{"name": title, "results": [_result(n, metrics[n], v) for n, v in values.items()]}]
     parts = [
@@ -160,6 +174,7 @@ def card(title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: 
         f"The source `{alone}`, unmerged: a copy of it in the format that Evomerge writes."
         if alone
         else f"A merge of {_merged(recipe)}, made by Evomerge without training.",
+        *([f"**{unlike}**"] if unlike else []),
         _sources_section(sources, licences),
         _recipe_section(recipe),
     ]

@@ -17,6 +17,7 @@ from evomerge.merging.stack_builder import StackBuilder, stack_builder
 from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.recipes.use import BASE
+from evomerge.routed.arrow_folder import write_arrow
 from evomerge.routed.making import Routers, routings
 from evomerge.routed.sites import check_layers, places_of, sites_of
 from evomerge.routed.trunk import base_alone, trunk_of
@@ -131,8 +132,29 @@ class RoutedBuilder:
         check: Callable[[Path], None] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """A plain Hugging Face folder, of the merge that the mean gates come to."""
-        self._stack.export(self.flattened(recipe), out, texts=texts, check=check, progress=progress)
+        """A plain folder of the merge that the mean gates come to, or the model itself in one of its ``forms``."""
+        if self._context.form is None:
+            self._stack.export(self.flattened(recipe), out, texts=texts, check=check, progress=progress)
+            return
+        if self._context.form == "peft":
+            write_arrow(recipe, self._context.sources, out, texts=texts, check=check)
+            return
+        trunk = trunk_of(recipe, self._context.sources[recipe.base].layers)
+
+        def finish(folder: Path) -> None:
+            self._add_experts(recipe, folder)
+            if check is not None:
+                check(folder)
+
+        self._stack.export(trunk, out, texts=texts, check=finish, progress=progress)
+
+    def _add_experts(self, recipe: RoutedRecipe, folder: Path) -> None:
+        from evomerge.routed.remote_code import add_experts
+
+        live = self._install(recipe, self._meter(recipe))
+        sites, places = self._layout(recipe)
+        gating = routings(recipe, places, self.routers(recipe))
+        add_experts(folder, recipe, sites, places, gating, self._experts(recipe, live).present(recipe))
 
     def flattened(self, recipe: RoutedRecipe) -> StackRecipe:
         """The plain merge by the mean gates of a recipe (``flattening``)."""
@@ -145,5 +167,9 @@ class RoutedBuilder:
         return flattened(recipe, sites, meter.means, self._context.sources)
 
     def reload(self, folder: Path) -> LiveModel:
-        """The folder in plain transformers."""
-        return self._stack.reload(folder)
+        """The folder in plain transformers, in transformers with its own code, or in peft."""
+        if self._context.form is None:
+            return self._stack.reload(folder)
+        from evomerge.routed.loading import loaded
+
+        return loaded(folder, self._context)

@@ -6,11 +6,14 @@ scored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from evomerge.routed.gates import Gating, gates_of
 
@@ -113,3 +116,44 @@ class VectorExperts:
         by_head = self.deltas.view(len(self.deltas), heads, -1).transpose(0, 1)  # [heads, experts, width of a head]
         factor = 1 + (gates.unsqueeze(-2) @ by_head).squeeze(-2)
         return (values.view(factor.shape) * factor.to(values.dtype)).flatten(-2)
+
+
+Experts: TypeAlias = LowRankExperts | VectorExperts
+
+
+def gate_experts(
+    module: nn.Module, form: str, experts: Callable[[], Experts], gates: Callable[[Tensor], Tensor]
+) -> RemovableHandle:
+    """Have a module give what it gives with experts.
+
+    A batch comes as [rows, tokens, width], or with rows and tokens as one dimension.
+
+    Args:
+        form: "low_rank" changes of its weight, or vectors of its "inputs" or its "outputs".
+        experts: asked for whenever the module is called.
+        gates: of what routers look at there, or of a shape of it.
+    """
+
+    def after(called: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        own = experts()
+        if isinstance(own, LowRankExperts):
+            return own.add(given[0], gates(given[0]), output)
+        return own.scaled(output, gates(output))
+
+    def before(called: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = experts()
+        assert isinstance(own, VectorExperts)
+        return (own.scaled(given[0], gates(given[0])), *given[1:])
+
+    return module.register_forward_pre_hook(before) if form == "inputs" else module.register_forward_hook(after)
+
+
+def watch(module: nn.Module, is_output: bool, take: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have what a module or block is given, or gives, taken whenever it is called."""
+    if is_output:
+        return module.register_forward_hook(lambda called, given, output: take(output))
+
+    def before(called: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        take(given[0] if given else named["hidden_states"])
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)

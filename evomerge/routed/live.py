@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.live import LiveModel
 from evomerge.recipes.routed import RoutedRecipe
-from evomerge.routed.computing import LowRankExperts, Routing, VectorExperts
+from evomerge.routed.computing import Experts, LowRankExperts, Routing, VectorExperts, gate_experts, watch
 from evomerge.routed.factors import only, side_by_side, vectors_of
 from evomerge.routed.sites import Place, Site, place_of
 
@@ -79,7 +78,7 @@ class LiveExperts:
     def __init__(self, live: LiveModel, sites: Sequence[Site], names: Sequence[str]) -> None:
         self._live = live
         self.sites = sites
-        self._experts: dict[str, LowRankExperts | VectorExperts] = {}
+        self._experts: dict[str, Experts] = {}
         for site in sites:
             weight = live.model.get_submodule(site.module).weight
             if site.form == "low_rank":
@@ -119,7 +118,7 @@ class LiveExperts:
         for name, place in places.items():
             if place.is_block and name in routings:
                 look = partial(_keep, name, routings[name], blocks, tell)
-                undo.callback(watch(self._live.model.get_submodule(name), place, look).remove)
+                undo.callback(watch(self._live.model.get_submodule(name), False, look).remove)
         for site in self.sites:
             name = place_of(recipe, site)
             if name in routings and (experts := self._present(recipe, site)) is not None:
@@ -138,33 +137,23 @@ class LiveExperts:
         if self._reached:
             raise ValueError(f"the model computes without calling {min(self._reached)}: experts cannot be gated there")
 
-    def _hook(self, site: Site, gate: _Gate, experts: LowRankExperts | VectorExperts, undo: ExitStack) -> None:
+    def present(self, recipe: RoutedRecipe) -> dict[str, Experts]:
+        """The experts that a recipe has, by the module of the site."""
+        found = {site.module: self._present(recipe, site) for site in self.sites}
+        return {module: experts for module, experts in found.items() if experts is not None}
+
+    def _hook(self, site: Site, gate: _Gate, experts: Experts, undo: ExitStack) -> None:
         module, reached = self._live.model.get_submodule(site.module), self._reached
         if not isinstance(module, nn.Linear | Conv1D):
             raise ValueError(f"{site.module} is a {type(module).__name__}, to whose output nothing can be added")
 
-        def add(called: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        def here() -> Experts:
             reached.discard(site.module)
-            assert isinstance(experts, LowRankExperts)
-            return experts.add(given[0], gate(given[0]), output)
+            return experts
 
-        def scale_outputs(called: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
-            reached.discard(site.module)
-            assert isinstance(experts, VectorExperts)
-            return experts.scaled(output, gate(output))
+        undo.callback(gate_experts(module, site.form, here, gate).remove)
 
-        def scale_inputs(called: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            reached.discard(site.module)
-            assert isinstance(experts, VectorExperts)
-            return (experts.scaled(given[0], gate(given[0])), *given[1:])
-
-        if site.form == "inputs":
-            undo.callback(module.register_forward_pre_hook(scale_inputs).remove)
-        else:
-            hook = add if site.form == "low_rank" else scale_outputs
-            undo.callback(module.register_forward_hook(hook).remove)
-
-    def _present(self, recipe: RoutedRecipe, site: Site) -> LowRankExperts | VectorExperts | None:
+    def _present(self, recipe: RoutedRecipe, site: Site) -> Experts | None:
         """What of the experts of a site is there; a vector whose gate is 0 costs nothing more."""
         every = self._experts[site.module]
         if isinstance(every, VectorExperts):
@@ -206,14 +195,3 @@ def _keep(name: str, routing: Routing, blocks: dict[str, Tensor], tell: Tell, se
     """Keep the gates of a block's tokens for the modules in it."""
     logits, blocks[name] = routing.gates(seen)
     tell(name, logits, blocks[name])
-
-
-def watch(module: nn.Module, place: Place, take: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have what a module or block is given, or where that is seen gives, taken whenever it is called."""
-    if place.is_output:
-        return module.register_forward_hook(lambda called, args, output: take(output))
-
-    def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args[0] if args else kwargs["hidden_states"])
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel
-from evomerge.routed.live import watch
+from evomerge.routed.computing import watch
 from evomerge.routed.sites import Place
 
 
@@ -33,7 +33,9 @@ def means_over(
         shares = what(place.name, seen.reshape(-1, seen.shape[-1])).double().sum(0) / place.heads
         sums[place.name] = sums[place.name] + shares if place.name in sums else shares
 
-    hooks = [watch(live.model.get_submodule(name), place, partial(add, place)) for name, place in places.items()]
+    hooks = [
+        watch(live.model.get_submodule(name), place.is_output, partial(add, place)) for name, place in places.items()
+    ]
     try:
         for text in texts:
             live.model(text, use_cache=False)

@@ -1,0 +1,162 @@
+"""A routed model as a folder with code of its own: exact, for transformers with `trust_remote_code=True`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evomerge.errors import InputError
+from evomerge.recipes.routed import RoutedRecipe
+from evomerge.routed.computing import LowRankExperts, Routing, VectorExperts
+from evomerge.routed.sites import Place, Site, place_of
+
+CODE = ("modeling_routed.py", "computing.py", "gates.py")
+_INDEX = "model.safetensors.index.json"
+
+
+def add_experts(
+    folder: Path,
+    recipe: RoutedRecipe,
+    sites: Sequence[Site],
+    places: Mapping[str, Place],
+    routings: Mapping[str, Routing],
+    experts: Mapping[str, LowRankExperts | VectorExperts],
+) -> None:
+    """Make a routed model of the folder of its trunk.
+
+    Args:
+        folder: plain, with weights and configuration.
+        routings: by place; of those that are not there no site has experts.
+        experts: those present, by the module of the site.
+
+    Raises:
+        InputError: the model's configuration names no class of transformers.
+    """
+    names = [name for name in places if name in routings]
+    tensors: dict[str, Tensor] = {}
+    said_places: list[dict[str, Any]] = []
+    said_sites: list[dict[str, Any]] = []
+    for number, name in enumerate(names):
+        numbers = _router_numbers(routings[name])
+        tensors |= {f"routers_float32.{number}.{key}": tensor for key, tensor in numbers.items()}
+        said_places.append(_place(places[name], routings[name], numbers))
+    for site in (site for site in sites if site.module in experts and place_of(recipe, site) in names):
+        plain, float32 = _expert_numbers(experts[site.module])
+        number = len(said_sites)
+        tensors |= {f"experts.{number}.{key}": tensor for key, tensor in plain.items()}
+        tensors |= {f"experts_float32.{number}.{key}": tensor for key, tensor in float32.items()}
+        said_sites.append(
+            {
+                "module": site.module,
+                "form": site.form,
+                "place": names.index(place_of(recipe, site)),
+                "shapes": _shapes(plain),
+                "float32": _shapes(float32),
+            }
+        )
+    _add_tensors(folder, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    base = _configure(folder, {"places": said_places, "sites": said_sites})
+    for file in CODE:
+        (folder / file).write_text(_code(file, base), encoding="utf-8")
+
+
+def _place(place: Place, routing: Routing, numbers: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        "name": place.name,
+        "is_block": place.is_block,
+        "heads": place.heads,
+        "kind": routing.router.kind,
+        "gating": asdict(routing.gating),
+        "shapes": _shapes(numbers),
+    }
+
+
+def _router_numbers(routing: Routing) -> dict[str, Tensor]:
+    given = {
+        "weight": routing.router.weight,
+        "bias": routing.router.bias,
+        "added": routing.bias,
+        "present": None if routing.present is None else routing.present.float(),
+    }
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def _expert_numbers(experts: LowRankExperts | VectorExperts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those in the model's dtype, and those in float32."""
+    if isinstance(experts, VectorExperts):
+        return {}, {"deltas": experts.deltas}
+    return {"down": experts.down, "up": experts.up}, {"scale": experts.scale, "owner": experts.owner.float()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Put tensors into a file of their own beside those of the model, and all of them into its index."""
+    index = folder / _INDEX
+    if index.exists():
+        content = json.loads(index.read_text(encoding="utf-8"))
+    else:
+        from safetensors import safe_open
+
+        whole = "model-trunk.safetensors"
+        (folder / "model.safetensors").rename(folder / whole)
+        with safe_open(folder / whole, framework="pt") as opened:
+            content = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(opened.keys(), whole)}
+        content["metadata"]["total_size"] = (folder / whole).stat().st_size
+    save_file(tensors, folder / "model-experts.safetensors", {"format": "pt"})
+    content["weight_map"] |= dict.fromkeys(tensors, "model-experts.safetensors")
+    content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _configure(folder: Path, routed: dict[str, Any]) -> tuple[str, str]:
+    """Put the experts into the configuration; the names of the classes of the model's own configuration and model."""
+    from transformers import CONFIG_MAPPING
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if not architectures:
+        raise InputError("--as", "the base's config.json names no architecture", "Export it as a plain model.")
+    names = CONFIG_MAPPING[config["model_type"]].__name__, str(architectures[0])
+    config |= {
+        "model_type": "evomerge_routed",
+        "architectures": ["RoutedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_routed.RoutedConfig",
+            "AutoModelForCausalLM": "modeling_routed.RoutedForCausalLM",
+        },
+        "routed": routed,
+    }
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return names
+
+
+def _code(file: str, base: tuple[str, str]) -> str:
+    """A file of this package as it stands in the folder: its imports of the others are from beside it."""
+    text = files("evomerge.routed").joinpath(file).read_text(encoding="utf-8")
+    text = text.replace("from evomerge.routed.", "from .")
+    return text.replace("LlamaConfig as", f"{base[0]} as").replace("LlamaForCausalLM as", f"{base[1]} as")
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model of such a folder, as transformers loads it with its code.
+
+    Raises:
+        Exception: whatever transformers says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=True
+    )
