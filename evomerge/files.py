@@ -203,6 +203,21 @@ def _check_depth(content: Any) -> None:
     raise ValueError(f"it is nested more than {_MOST_DEEP} deep")
 
 
+def split_expert(reference: str, root: Path | None) -> tuple[str, int | None]:
+    """The folder and the number of `folder#3`: one of several experts in it. A folder of that very name is itself."""
+    folder, mark, number = reference.rpartition("#")
+    if not mark or not folder or re.fullmatch(r"[0-9]{1,4}", number) is None:
+        return reference, None
+    if os.path.isdir(os.path.join(root or Path(), os.path.expanduser(reference))):
+        return reference, None
+    return folder, int(number)
+
+
+def with_expert(folder: str, expert: int | None) -> str:
+    """A folder and which expert in it, as ``split_expert`` reads it."""
+    return folder if expert is None else f"{folder}#{expert}"
+
+
 def absolute_reference(reference: str, root: Path) -> str:
     """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
     if not is_path(reference):
@@ -211,4 +226,7 @@ def absolute_reference(reference: str, root: Path) -> str:
     is_folder = os.path.isdir(folder)  # unlike Path.is_dir, False for a name that no file can have
     if "+" in reference and not is_folder:  # a model and its adapters
         return "+".join(absolute_reference(part, root) for part in reference.split("+"))
+    inner, expert = split_expert(reference, root)
+    if expert is not None:
+        return with_expert(absolute_reference(inner, root), expert)
     return os.path.realpath(folder) if is_folder or reference.startswith((".", "/", "~")) else reference

@@ -38,7 +38,7 @@ from typing import Any
 import small_models
 import torch
 import zoo_problems as problems
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from small_models import answer_logits, bpe_tokenizer, new_model, packed
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -168,6 +168,13 @@ IN_FULL = {"steps_en_full": ("steps_en", 3e-4), "rewarded_full": ("rewarded", 1e
 
 At the rate of the second, bfloat16 rounds most changes away, as it does to large models after reinforcement learning.
 """
+
+IN_VECTORS = {
+    name: name.removesuffix("_ia3")
+    for name in ("english_ia3", "japanese_ia3", "into_japanese_ia3", "extraction_ia3", "kanji_ia3")
+}
+"""Experts that are trained once more, as (IA)3 vectors of keys, values and the mlp's inner activation."""
+VECTOR_STEPS, VECTOR_RATE = 400, 3e-2
 
 
 # ---- tokenizer ----
@@ -352,8 +359,11 @@ def make_expert(name: str, out: Path, steps: int | None = None) -> None:
     quietly(1)
     torch.manual_seed(zlib.crc32(name.encode()))
     of, rate = IN_FULL.get(name, (name, EXPERTS[name].learning_rate if name in EXPERTS else 0.0))
-    expert = EXPERTS[of]
+    expert = EXPERTS[IN_VECTORS.get(of, of)]
     model, tokenizer = load_base(out)
+    if name in IN_VECTORS:
+        make_vectors(name, expert, model, tokenizer, out / name, steps or VECTOR_STEPS)
+        return
     learn, skills = (reinforce, expert.skills) if expert.rewarded else (train, expert.mixture)
     settings = {"name": name, "steps": steps or expert.steps}
     if name in IN_FULL:
@@ -364,11 +374,29 @@ def make_expert(name: str, out: Path, steps: int | None = None) -> None:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     learn(adapted.base_model.model, tokenizer, skills, learning_rate=rate, **settings)
+    save_adapter(adapted.bfloat16(), out / name, expert.about, ADAPTER)
+
+
+def make_vectors(
+    name: str, expert: Expert, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, steps: int
+) -> None:
+    """An expert as (IA)3 vectors, in float32: bfloat16 would round most of what 1 + a little says."""
+    config = IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    train(model, tokenizer, expert.mixture, name=name, steps=steps, learning_rate=VECTOR_RATE)
+    save_adapter(adapted, folder, expert.about, VECTORS)
+
+
+def save_adapter(adapted: PeftModel, folder: Path, about: str, made: str) -> None:
     written = adapted.peft_config["default"]
     written.base_model_name_or_path = "../base"  # from the adapter's folder
-    written.target_modules = sorted(written.target_modules)  # a set comes in another order each time
-    adapted.bfloat16().save_pretrained(out / name, save_embedding_layers=False)
-    (out / name / "README.md").write_text(CARD.format(name=name, about=expert.about, made=ADAPTER), encoding="utf-8")
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(names := getattr(written, key, None), set):
+            setattr(written, key, sorted(names))  # a set comes in another order each time
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").write_text(CARD.format(name=folder.name, about=about, made=made), encoding="utf-8")
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, about: str) -> None:
@@ -396,6 +424,7 @@ templates.
 """
 IN_ALL = "A Llama of 1.4 M parameters (6 layers of width 128, tied embeddings, bf16)."
 ADAPTER = f"A LoRA adapter of rank {RANK} on every linear layer of `base`, in bf16."
+VECTORS = "(IA)3 vectors on keys, values and the inner activation of the mlp of `base`, in float32."
 BASE_ABOUT = "The ancestor of all, trained from the miniatures' base: it calculates, and lacks what its experts bring."
 BASE_STEPS, BASE_RATE = 1100, 7e-4
 
@@ -439,9 +468,7 @@ def float_weights(model: LlamaForCausalLM) -> Weights:
 
 def source_weights(out: Path, name: str) -> Weights:
     """A source as merges see it: adapters folded into the base in float32."""
-    from peft import PeftModel
-
-    if name in EXPERTS:
+    if name in EXPERTS or name in IN_VECTORS:
         base, _ = load_base(out)
         adapted = PeftModel.from_pretrained(base, out / name, autocast_adapter_dtype=False).float()
         return float_weights(adapted.merge_and_unload())
@@ -457,7 +484,7 @@ def score_source(name: str, out: Path, tasks: Path, split: str = "held_out") -> 
 
 def score_all(out: Path, tasks: Path, workers: ProcessPoolExecutor) -> None:
     """Every source on every held-out item: written beside the models, and printed as the README has it."""
-    names = ["base", *EXPERTS, *IN_FULL]
+    names = ["base", *EXPERTS, *IN_FULL, *IN_VECTORS]
     means = dict(zip(names, workers.map(partial(score_source, out=out, tasks=tasks), names), strict=True))
     rounded = {
         name: {metric: round(mean, 4) for metric, mean in of_source.items()} for name, of_source in means.items()
@@ -498,7 +525,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="make nothing: score the sources on disk")
     given = parser.parse_args()
     quietly(1)
-    names = [] if given.check else given.only or ["base", *EXPERTS, *IN_FULL]
+    names = [] if given.check else given.only or ["base", *EXPERTS, *IN_FULL, *IN_VECTORS]
     if not given.check:
         write_tasks(given.tasks)
     if "base" in names:

@@ -34,7 +34,7 @@ FORMS: Mapping[Form, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-OPEN = frozenset({"fixed", "balance", "groups"})
+OPEN = frozenset({"fixed", "balance", "groups", "router"})
 """Keys of a form that a search file may set otherwise; ``fixed`` beside what the form has in it."""
 
 MOLA_SHAPES: tuple[tuple[int, ...], ...] = ((8, 6, 4, 2), (2, 4, 6, 8), (8, 2, 2, 8), (5, 5, 5, 5))

@@ -44,7 +44,8 @@ class RoutedSpaceSettings(SpaceSettings):
         presence: "each": which experts live in a group is a choice for each. "allocation": how many do is a number,
             and a priority of each expert, the same in all groups, says which.
         router: "fitted" to right answers (a file with `fit:`); "prototypes" or "spectral", of calibration texts of
-            each expert's own; "arrow", of the adapters alone. "fitted" unless given.
+            each expert's own; "arrow", of the adapters alone; "stored", as it was trained with experts of one folder.
+            "fitted" unless given.
         gate: "softmax", which sums to 1 before the gain, or "sigmoid", which need not.
         per: a router for each adapted "module", or one for each "block", attention or mlp, of a layer.
         heads: of (IA)3 vectors: each head of keys and values is routed by itself.
@@ -102,6 +103,8 @@ class RoutedSpaceSettings(SpaceSettings):
         numbers = {name: 1.0 for name in ("temperature", "gain") if name not in self.bounds}
         form["fixed"] = numbers | form["fixed"] | self.fixed
         given = {key: getattr(self, key) for key in self._given() & (OPEN - {"fixed"})}
+        if self.router != "fitted":
+            form.pop("balance", None)
         return self.model_copy(update=form | given)
 
     def build(self, context: SpaceContext) -> RoutedSpace:
@@ -177,7 +180,7 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
     if context.fit is None and context.calibration is None:
         problem = "how much experts are used is measured on texts, and there are none"
         raise InputError("space.router", problem, "Give some: `fit:` or `calibration:`.")
-    if settings.per == "block" and kind in ("arrow", "spectral"):
+    if settings.per == "block" and kind in ("arrow", "spectral", "stored"):
         problem = f"is block, and {kind} routers look at what single modules do to their inputs"
         raise InputError("space.per", problem, "Take `per: module`.")
     if settings.balance != Balance() and kind != "fitted":
@@ -186,7 +189,7 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
     if settings.heads and not all(vectors):
         hint = "Take (IA)3 adapters, or `like: molora` for LoRA."
         raise InputError("space.like" if settings.like else "space.heads", "is of (IA)3 vectors alone", hint)
-    if any(vectors) and kind in ("arrow", "spectral"):
+    if any(vectors) and kind in ("arrow", "spectral", "stored"):
         problem = f"is {kind}, which goes by the factors of LoRA, and (IA)3 vectors have none"
         raise InputError("space.router", problem, "Take `router: fitted` or `router: prototypes`.")
 

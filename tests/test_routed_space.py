@@ -201,6 +201,12 @@ def test_mola_keeps_two_and_searches_how_many_live_in_each_quarter() -> None:
     assert recipe.router == Router(kind="fitted", renormalised=True, balance=Balance(switch=0.001))
 
 
+def test_a_form_may_have_the_routers_that_were_trained_with_its_experts() -> None:
+    recipe = form("mola", router="stored")
+    assert recipe.router == Router(kind="stored")
+    assert recipe.groups[0].top_k == 2
+
+
 def test_a_form_leaves_open_what_is_given_bounds() -> None:
     one = space(like="mola", bounds={"gain": (0.5, 4)}, groups=2)
     assert [name for name in names(one) if "gain" in name][:2] == [

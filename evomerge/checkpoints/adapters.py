@@ -25,6 +25,7 @@ import regex
 import torch
 
 from evomerge.checkpoints.buffers import Buffers
+from evomerge.checkpoints.expert_files import holds_experts, of_expert, with_one_rank
 from evomerge.checkpoints.folder import check_files, has, load_json
 from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, read_header, view_entry
 from evomerge.errors import InputError
@@ -63,6 +64,8 @@ class LowRank:
         scale: s above.
         turned: the weight is stored as inputs by outputs: embeddings, and GPT-2's Conv1D.
         magnitude: DoRA's m, one number an output.
+        router: of one of several experts in a folder: the router [experts, inputs] that was trained with them, and
+            which row of it is its own.
     """
 
     down: TensorEntry
@@ -70,6 +73,7 @@ class LowRank:
     scale: float
     turned: bool
     magnitude: TensorEntry | None = None
+    router: tuple[TensorEntry, int] | None = None
 
     def factors(self, view: Callable[[TensorEntry], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """L [rows, rank] and R [rank, columns] of the weight as it is stored, to which s L R is added: float32.
@@ -203,8 +207,11 @@ def fold(stored: torch.Tensor, changes: Sequence[Change], view: Callable[[Tensor
     return weight
 
 
-def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
+def open_adapter(folder: Path, base: Base, place: str, expert: int | None = None) -> Adapter:
     """Open an adapter's folder and match all of it to its base, headers only.
+
+    Args:
+        expert: which one, of a folder that holds several (``expert_files``).
 
     Raises:
         InputError: it is broken, of a kind that cannot be folded, or made for another model.
@@ -214,7 +221,7 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
         raise InputError(
             place, f"{folder} is not an adapter: it has no {CONFIG}", "Name models separately; a plus adds adapters."
         )
-    config = load_json(folder / CONFIG, place)
+    config = with_one_rank(load_json(folder / CONFIG, place))
     _check_config(config, place)
     if not has(folder, WEIGHTS):
         held = (
@@ -227,7 +234,11 @@ def open_adapter(folder: Path, base: Base, place: str) -> Adapter:
             raise InputError(place, f"the adapter's {name} is stored as {entry.dtype}; use one in floating point")
     if not stored:
         raise InputError(place, f"the adapter {folder} holds no tensors", _AGAIN)
-    reader = _Reader(folder, config, base, place)
+    routers: Mapping[str, TensorEntry] = {}
+    if expert is not None or holds_experts(stored):
+        stored, routers = of_expert(stored, expert, folder, place)
+    rows = {_plain(name): (entry, expert or 0) for name, entry in routers.items()}
+    reader = _Reader(folder, config, base, place, rows)
     changes, replaced = reader.read(stored)
     dora = any(isinstance(change, LowRank) and change.magnitude is not None for change in changes.values())
     if config.get("use_dora") and not dora:
@@ -302,6 +313,7 @@ class _Reader:
     config: Mapping[str, Any]
     base: Base
     place: str
+    routers: Mapping[str, tuple[TensorEntry, int]] = field(default_factory=dict)
     deadline: float = field(default_factory=lambda: time.thread_time() + _PATTERN_SECONDS)
 
     def read(self, stored: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
@@ -328,7 +340,7 @@ class _Reader:
         self, stored: Mapping[str, TensorEntry]
     ) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
         """The factors of each module by their kind, and the tensors that are held in full, by their names."""
-        plain = {name.removeprefix("base_model.model."): entry for name, entry in stored.items()}
+        plain = {_plain(name): entry for name, entry in stored.items()}
         if len(plain) < len(stored):
             raise InputError(self.place, f"the adapter {self.folder} holds a tensor under two names", _AGAIN)
         matches = {name: _TENSOR.fullmatch(name) for name in plain}
@@ -374,7 +386,11 @@ class _Reader:
             )
         scale = self._scale(module, down.shape[0])
         target = f"{module}.weight"
-        yield target, LowRank(down, up, scale, embedded, tensors.get("lora_magnitude_vector"))
+        magnitude, router = tensors.get("lora_magnitude_vector"), self.routers.get(module)
+        if router is not None and (router[0].shape[1:] != down.shape[1:] or router[1] >= router[0].shape[0]):
+            problem = f"the router of {module} has the shape {list(router[0].shape)}, which is none of expert "
+            raise InputError(self.place, f"{problem}{router[1]} with {down.shape[1]} inputs", _AGAIN)
+        yield target, LowRank(down, up, scale, embedded, magnitude, router)
         if (bias := tensors.get(infix + "B.bias")) is not None:
             yield f"{module}.bias", Shift(bias, scale)
 
@@ -418,7 +434,7 @@ class _Reader:
                 changes[name] = self._vector_for(name, replace(change, turned=name in self.base.turned))
                 continue
             turned = change.turned or name in self.base.turned
-            changes[name] = LowRank(change.down, change.up, change.scale, turned, change.magnitude)
+            changes[name] = replace(change, turned=turned)
             made = (change.up.shape[0], change.down.shape[1])
             if change.up.shape[1] != change.down.shape[0] or (made[::-1] if turned else made) != wanted:
                 raise self._misfit(name, made[::-1] if turned else made)
@@ -453,6 +469,10 @@ class _Reader:
                     f"the adapter {self.folder} changes {name} as embedding or as head, but in this model it is both",
                     "Untie the base first: save it with tie_word_embeddings false and the embedding again as the head.",
                 )
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _view(entry: TensorEntry) -> torch.Tensor:

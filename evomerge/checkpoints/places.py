@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from evomerge.checkpoints.local_copy import local_copy
 from evomerge.errors import InputError
-from evomerge.files import is_path
+from evomerge.files import is_path, split_expert
 from evomerge.objects import is_url
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -41,13 +41,14 @@ def is_hub_id(reference: str, root: Path | None) -> bool:
 
 def find_folder(reference: str, place: str, root: Path | None, files: Sequence[str] = _HUB_FILES) -> Path:
     """The folder of a model or an adapter: as many of its ``files`` as there are, downloaded if it is on the hub, or
-    copied if a URL names it.
+    copied if a URL names it. Of one of several experts (`folder#3`) it is that of all.
 
     Raises:
         InputError: there is none, or the hub does not give it.
     """
     if not reference:
         raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
+    reference, _ = split_expert(reference, root)
     if not is_path(reference):
         raise InputError(place, f"{reference!r} holds a character that no name of a file can have")
     if is_url(reference):

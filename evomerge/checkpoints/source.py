@@ -35,6 +35,7 @@ from evomerge.checkpoints.places import find_folder, split_reference
 from evomerge.checkpoints.prompts import SourcePrompt, open_prompt
 from evomerge.checkpoints.references import refuse_adapter_alone
 from evomerge.errors import InputError
+from evomerge.files import split_expert
 from evomerge.printable import printable
 from evomerge.recipes.stack import Role
 
@@ -165,7 +166,7 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
     Args:
         name: short name of the source.
         reference: a folder, or ``org/name`` with an optional ``@revision`` on the Hugging Face hub; adapters follow
-            it, each after a plus.
+            it, each after a plus; of a folder with several experts `folder#3`.
         place: where the reference was given, for errors.
         root: what relative folders are relative to; the current folder when None.
         prompts: whether a soft prompt or a prefix may stand in an adapter's place; whoever wants weights wants none.
@@ -173,11 +174,14 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
     Raises:
         InputError: the model cannot be had, or anything about it is broken, unsafe or unsupported.
     """
-    folder, *adapters = (find_folder(part, place, root) for part in split_reference(reference, root))
+    parts = split_reference(reference, root)
+    folder, *adapters = (find_folder(part, place, root) for part in parts)
+    experts = [split_expert(part, root)[1] for part in parts[1:]]
     try:
         source, plan = _open(name, reference, place, folder)
         if (prompted := _prompted(source, adapters)) is None:
-            return _adapted(source, [open_adapter(adapter, _base(source, plan), place) for adapter in adapters])
+            base, numbered = _base(source, plan), zip(adapters, experts, strict=True)
+            return _adapted(source, [open_adapter(adapter, base, place, expert) for adapter, expert in numbered])
     except OSError as error:
         raise InputError(place, f"{error.filename or folder} cannot be read ({error.strerror})") from error
     if not prompts:

@@ -23,6 +23,7 @@ from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
+from evomerge.files import split_expert, with_expert
 from evomerge.mergekit import load_recipe_file
 from evomerge.objects import is_url
 from evomerge.recipes.base import Recipe
@@ -184,5 +185,8 @@ def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
 
 def _from_anywhere(reference: str, root: Path) -> str:
     """The reference with its folders absolute, for the copy of the recipe; a hub id does as it is."""
-    folders = [(part, Path(os.path.join(root, os.path.expanduser(part)))) for part in split_reference(reference, root)]
-    return "+".join(str(folder) if os.path.isdir(folder) else part for part, folder in folders)
+    parts = (split_expert(part, root) for part in split_reference(reference, root))
+    folders = [(part, Path(os.path.join(root, os.path.expanduser(part))), expert) for part, expert in parts]
+    return "+".join(
+        with_expert(str(folder) if os.path.isdir(folder) else part, expert) for part, folder, expert in folders
+    )

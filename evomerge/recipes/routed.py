@@ -18,7 +18,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from evomerge.recipes.base import Frozen, Recipe
 from evomerge.recipes.stack import Blend, Number
 
-RouterKind = Literal["fitted", "prototypes", "arrow", "spectral"]
+RouterKind = Literal["fitted", "prototypes", "arrow", "spectral", "stored"]
 Gate = Literal["softmax", "sigmoid"]
 Where = Literal["all", "attention", "mlp"]
 
@@ -62,7 +62,7 @@ class Router(Frozen):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Router:
-        if self.kind in ("arrow", "spectral") and self.per == "block":
+        if self.kind in ("arrow", "spectral", "stored") and self.per == "block":
             raise ValueError(f"{self.kind} looks at what single modules change: it is `per: module`")
         if self.kind != "fitted" and (self.refitted or self.balance != Balance()):
             raise ValueError(f"{self.kind} routers are not fitted: they have no balance, and are not refitted")
@@ -166,8 +166,8 @@ class RoutedRecipe(Recipe):
         )
 
     def lines(self) -> list[str]:
-        kind = {"fitted": "fitted routers", "arrow": "Arrow", "spectral": "spectral routers"}
-        how = f"{kind.get(self.router.kind, self.router.kind)}, {self.router.gate} gates"
+        kind = {"arrow": "Arrow", "prototypes": "prototypes"}.get(self.router.kind, f"{self.router.kind} routers")
+        how = f"{kind}, {self.router.gate} gates"
         lines, first = [f"{how} over {', '.join(self.experts)} on {self.base}"], 0
         for group in self.groups:
             kept = "all" if group.top_k is None else f"top {group.top_k}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.source import Source
+from evomerge.files import split_expert, with_expert
 from evomerge.recipes.base import Recipe
 
 _LONGEST = 4096  # characters of a path
@@ -40,6 +41,10 @@ def movable(recipe: Recipe, *, stays: bool) -> Recipe:
     """
 
     def movable_part(part: str) -> str:
+        folder, expert = split_expert(part, None)
+        return with_expert(movable_folder(folder), expert)
+
+    def movable_folder(part: str) -> str:
         if not os.path.isabs(part) or not os.path.isdir(part):
             return part
         if match := _SNAPSHOT.search(part):

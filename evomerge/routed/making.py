@@ -24,6 +24,7 @@ from evomerge.routed.probing import means_over
 from evomerge.routed.prototypes import prototype_router
 from evomerge.routed.sites import Place, Site
 from evomerge.routed.spectral import normalised, spectral_weights
+from evomerge.routed.stored import stored_router
 
 _ARROW, _SPECTRAL, _LENGTHS = "arrow routers 1", "spectral routers 1", "lengths of changes 1"
 _MEANS, _FITTED = "inputs of routers 1", "fitted routers 1"
@@ -83,6 +84,9 @@ class Routers:
         width = {name: place.width for name, place in places.items()}
         weights = self._evidence.get(_ARROW, self._key(recipe), lambda: arrow_weights(sites, width))
         return {name: Router("absolute", weights[name]) for name in places}
+
+    def _stored(self, recipe: RoutedRecipe, sites: Sequence[Site], places: Mapping[str, Place]) -> dict[str, Router]:
+        return {site.module: stored_router(site, places[site.module].width) for site in sites}
 
     def _spectral(self, recipe: RoutedRecipe, sites: Sequence[Site], places: Mapping[str, Place]) -> dict[str, Router]:
         spectra = self._spectra(recipe, sites, places)

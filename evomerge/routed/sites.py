@@ -116,6 +116,11 @@ def _check_form(site: Site, recipe: RoutedRecipe) -> None:
     if site.form != "low_rank" and recipe.router.kind in ("arrow", "spectral"):
         problem = f"{recipe.router.kind} routers follow from low-rank matrices, and experts are (IA)3 vectors"
         raise InputError("recipe.router.kind", problem, "Take `fitted` or `prototypes`.")
+    stored = [isinstance(one, LowRank) and one.router is not None for of_expert in site.changes for one in of_expert]
+    if recipe.router.kind == "stored" and not (all(stored) and max(map(len, site.changes)) == 1):
+        problem = f"{site.weight} is changed by an expert for which no router is stored"
+        hint = "Name experts of one folder of MoLA or LoRAMoE, `BASE+FOLDER#0` and so on, or take fitted routers."
+        raise InputError("recipe.router.kind", problem, hint)
     if site.form == "low_rank" and recipe.router.heads:
         raise InputError("recipe.router.heads", "are of (IA)3 vectors, and experts are LoRA adapters", "Leave it out.")
 

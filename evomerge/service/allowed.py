@@ -15,6 +15,7 @@ from typing import Any
 from evomerge.checkpoints.places import split_reference
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
+from evomerge.files import split_expert, with_expert
 from evomerge.search.settings.search_file import SearchFile, parse_search_file
 from evomerge.yaml import load_yaml
 
@@ -78,10 +79,12 @@ def located(reference: str, place: str, folders: Sequence[Path]) -> str:
     for part in split_reference(reference, folders[0]):
         if not part:
             raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
-        local = os.path.join(folders[0], os.path.expanduser(part))
-        parts.append(os.path.realpath(local) if os.path.isdir(local) else part)
-        if not is_inside(parts[-1], folders) and not (is_hub_id(part) and parts[-1] == part):
+        named, expert = split_expert(part, folders[0])
+        local = os.path.join(folders[0], os.path.expanduser(named))
+        found = os.path.realpath(local) if os.path.isdir(local) else named
+        if not is_inside(found, folders) and not (is_hub_id(named) and found == named):
             raise InputError(place, "names a folder that this server does not allow", _hint(folders))
+        parts.append(with_expert(found, expert))
     return "+".join(parts)
 
 
