@@ -114,10 +114,24 @@ class MixtureBuilder:
     ) -> None:
         """A plain Hugging Face folder, an expert a tensor under the classic names."""
         self._check(recipe)
+        self.export_with(self._rows(recipe), recipe, out, texts=texts, check=check, progress=progress)
+
+    def export_with(
+        self,
+        rows: Rows,
+        recipe: MixtureRecipe,
+        out: Path,
+        *,
+        texts: Mapping[str, str],
+        check: Callable[[Path], None] | None = None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        """The same with routers of the caller's."""
+        self.check(recipe, self._context.sources)
         sources, model = self._context.sources, self._context.sources[recipe.tokenizer]
         skeleton = skeleton_of(config_of(recipe, model), model.place)
         cells = {cell.name: cell for cell in cells_of(recipe, skeleton, sources)}
-        routers = router_tensors(recipe, self._rows(recipe), skeleton)
+        routers = router_tensors(recipe, rows, skeleton)
         layout: Layout = [
             (name, shape, dtype_of(cells.get(name, Cell(name)), recipe, skeleton, model))
             for name, shape in skeleton.shapes.items()

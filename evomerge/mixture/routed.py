@@ -1,0 +1,153 @@
+"""Experts that are gated beside a base, as a plain mixture: where one expert is kept for each token, that is the same.
+
+A routed recipe adds what experts change in each linear layer, y = W0 x + sum_e g_e D_e x; a mixture adds what whole
+mlps give. With several experts at once these are different functions, even where all layers of a block have the same
+gates, for between them is a nonlinearity. Where a token keeps one expert of its block, its softmax gate is exactly 1,
+and the block is the mlp with the weights W0 + gain D_e: a slot.
+
+Logits that have biases, R x + b, are hosted by a glm4_moe, which keeps the largest of sigmoid(w x) + c. With w = s R
+and c = s b / 4 for a small s that is the order of R x + b: sigmoid(u) = 1/2 + u/4 - u^3/48 + ..., and s is chosen so
+that the cubic term and the float32 of a score near 1/2 are each some 1e-5 of the largest logit. A token whose two best
+logits are closer than that may go to the other one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.mixture.routers import Rows
+from evomerge.recipes.mixture import BIASED, MixtureRecipe, SlotGroup, SlotRouter
+from evomerge.recipes.routed import LayerGroup, RoutedRecipe
+from evomerge.recipes.stack import Blend
+from evomerge.routed.computing import Router
+
+_BASE = "base"
+"""The slot of the base's own mlp, in layers without experts and where "no adapter" is an expert."""
+
+_SMALL = 0.02
+"""The largest argument of a sigmoid."""
+
+
+def check_convertible(recipe: RoutedRecipe) -> None:
+    """Refuse a routed recipe that is no mixture.
+
+    Raises:
+        InputError: saying which part of it is not.
+    """
+    place, hint = "recipe", "Export it otherwise; its flattened merge is always plain."
+    if recipe.where != "mlp":
+        problem = f"routes {recipe.where} blocks, and a mixture routes mlps alone"
+        raise InputError(f"{place}.where", problem, hint)
+    if recipe.router.per != "block":
+        problem = "has a router for each module, and a mixture one for each layer"
+        raise InputError(f"{place}.router.per", problem, hint)
+    if recipe.router.gate != "softmax" or not recipe.router.renormalised:
+        problem = "has gates that are not 1 for the one expert that is kept"
+        raise InputError(f"{place}.router.gate", problem, hint)
+    for number, group in enumerate(recipe.groups):
+        there = len(group.experts) + recipe.router.base_expert
+        if group.experts and there > 1 and group.top_k != 1:
+            problem = "keeps several experts of a token: their changes are added module by module, not mlp by mlp"
+            raise InputError(f"{place}.groups.{number}.top_k", problem, hint)
+
+
+def mixture_of_routed(
+    recipe: RoutedRecipe, routers: Mapping[str, Router], sources: Mapping[str, Source]
+) -> tuple[MixtureRecipe, Rows]:
+    """The mixture that a routed recipe is, and its routers.
+
+    Args:
+        routers: of each mlp, by the block's name in the model, as ``RoutedBuilder.routers`` gives them.
+
+    Raises:
+        InputError: it is none.
+    """
+    check_convertible(recipe)
+    layers = sources[recipe.base].layers
+    slots = _slots(recipe)
+    blends: list[Blend] = [_copy(recipe.base)]
+    rest = _number(blends, recipe.rest or _copy(recipe.base))
+    groups, rows = [], []
+    for layer in range(layers):
+        group = recipe.group_of(layer)
+        there = {name: _number(blends, _with_gain(recipe, name, group.mlp_gain)) for name in _present(recipe, group)}
+        router = routers.get(f"model.layers.{layer}.mlp")
+        weight, bias = _scaled(recipe, group, router, sources[recipe.base].config["hidden_size"], slots)
+        groups.append(SlotGroup(layers=1, slots=there, bias={name: float(bias[slots.index(name)]) for name in there}))
+        rows.append(weight)
+    mixture = MixtureRecipe(
+        sources=recipe.sources,
+        tokenizer=recipe.tokenizer,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        architecture=BIASED,
+        blends=tuple(blends),
+        rest=rest,
+        embedding=0,
+        groups=tuple(groups),
+        top_k=1,
+        router=SlotRouter(kind="uniform", rest=rest, slots={name: _first(groups, name) for name in slots}),
+    )
+    return mixture, Rows(torch.stack(rows), torch.zeros(layers, len(slots)))
+
+
+def _slots(recipe: RoutedRecipe) -> list[str]:
+    """All slots that some layer has; a glm4_moe has two at least, of which one may be nowhere."""
+    found = dict.fromkeys(name for group in recipe.groups for name in _present(recipe, group))
+    ordered = [name for name in (*recipe.experts, _BASE) if name in found]
+    return ordered if len(ordered) > 1 else [*ordered, _BASE if _BASE not in ordered else recipe.experts[0]]
+
+
+def _present(recipe: RoutedRecipe, group: LayerGroup) -> Iterator[str]:
+    yield from (name for name in recipe.experts if name in group.experts)
+    if recipe.router.base_expert or not group.experts:
+        yield _BASE
+
+
+def _first(groups: list[SlotGroup], name: str) -> int:
+    return next((group.slots[name] for group in groups if name in group.slots), 0)
+
+
+def _with_gain(recipe: RoutedRecipe, name: str, gain: float) -> Blend:
+    """The mlp of an expert: the base with so much of what it changes."""
+    if name == _BASE and name not in recipe.experts:
+        return _copy(recipe.base)
+    parameters = {"weight": {name: gain}, "lambda": 1.0, "normalize": False}
+    return Blend(method="task_arithmetic", sources=(name,), base=recipe.base, parameters=parameters)  # type: ignore[arg-type]
+
+
+def _copy(source: str) -> Blend:
+    return Blend(method="linear", sources=(source,), parameters={"weight": {source: 1.0}, "normalize": False})
+
+
+def _number(blends: list[Blend], blend: Blend) -> int:
+    if blend not in blends:
+        blends.append(blend)
+    return blends.index(blend)
+
+
+def _scaled(
+    recipe: RoutedRecipe, group: LayerGroup, router: Router | None, width: int, slots: list[str]
+) -> tuple[Tensor, Tensor]:
+    """A router's rows and biases as a glm4_moe has them, float32 [slots, width] and [slots]; see the module's text."""
+    weight, bias = torch.zeros(len(slots), width), torch.zeros(len(slots))
+    if router is None or not group.experts:
+        return weight, bias
+    if router.kind != "linear":
+        raise InputError("recipe.router.kind", f"is {recipe.router.kind}, whose logits are not linear")
+    of_experts = (*recipe.experts, _BASE) if recipe.router.base_expert else recipe.experts
+    for number, name in enumerate(of_experts):
+        if name in slots:
+            place = slots.index(name)
+            weight[place] = router.weight[number] / group.temperature
+            own = 0.0 if router.bias is None else float(router.bias[number]) / group.temperature
+            bias[place] = own + group.bias.get(name, 0.0)
+    largest = float(weight.norm(dim=1).max()) * math.sqrt(width) + float(bias.abs().max())
+    scale = _SMALL / largest if largest > 0 else 1.0
+    return weight * scale, bias * scale / 4
