@@ -275,7 +275,8 @@ def export(
     ] = "best",
     verify: Annotated[bool, typer.Option(help="Reload it and reproduce the recorded scores.")] = True,
     form: Annotated[
-        str | None, typer.Option("--as", metavar="FORM", help="Of routed experts: `routed` (remote code) or `peft`.")
+        str | None,
+        typer.Option("--as", metavar="FORM", help="Of routed experts: `routed` (remote code), `peft` or `mixture`."),
     ] = None,
 ) -> None:
     """Write a candidate as a plain Hugging Face model folder."""

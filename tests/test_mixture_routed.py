@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 from helpers_checkpoints import save_model
-from helpers_mixture import DENSE, PROMPT
+from helpers_mixture import DENSE, PROMPT, TEXTS
 from helpers_mixture import loaded as in_transformers
 from helpers_routed import drawn, logits, opened, routed, routing
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.builders import BuildContext
 from evomerge.mixture.builder import MixtureBuilder
 from evomerge.mixture.routed import mixture_of_routed
 from evomerge.recipes.routed import LayerGroup, RoutedRecipe, Router
+from evomerge.routed.builder import RoutedBuilder
 from evomerge.routed.sites import places_of, sites_of
 
 BLOCK = Router(kind="fitted", per="block")
@@ -47,7 +49,9 @@ def exported(sources: dict[str, Source], recipe: RoutedRecipe, out: Path) -> Any
     """The mixture of a recipe with drawn routers, in plain transformers."""
     places = places_of(recipe, sites_of(recipe, sources), sources["base"])
     count = len(recipe.experts) + recipe.router.base_expert
-    mixture, rows = mixture_of_routed(recipe, {n: drawn()(place, count) for n, place in places.items()}, sources)
+    made = {name: drawn()(place, count) for name, place in places.items()}
+    routers = {name: (router.weight, router.bias) for name, router in made.items()}
+    mixture, rows = mixture_of_routed(recipe, routers, sources)
     MixtureBuilder(BuildContext(sources, "base")).export_with(rows, mixture, out, texts={})
     return in_transformers(out)
 
@@ -104,3 +108,19 @@ def test_what_is_no_mixture(sources: dict[str, Source], changes: dict[str, Any],
     whole = {"where": "mlp", "router": BLOCK, "groups": (LayerGroup(layers=2, experts=EVERY, top_k=1),)} | changes
     with pytest.raises(InputError, match=said):
         mixture_of_routed(routed(sources, fit="of the items", **whole), {}, sources)
+
+
+def test_it_is_a_form_of_routed_recipes(sources: dict[str, Source], tmp_path: Path) -> None:
+    texts = {name: lambda name=name: TEXTS[name] for name in EVERY}
+    calibration = Calibration(None, 32, own=texts)
+    recipe = routed(
+        sources, where="mlp", router=Router(kind="prototypes", per="block"), calibration=calibration.digest,
+        groups=(LayerGroup(layers=2, experts=EVERY, top_k=1),),
+    )  # fmt: skip
+    context = BuildContext(sources, "base", calibration=calibration, form="mixture")
+    made = RoutedBuilder(context)
+    made.export(recipe, tmp_path / "out", texts={})
+    wanted = logits(made.write(recipe), PROMPT)
+    assert type(made.reload(tmp_path / "out").model).__name__ == "Glm4MoeForCausalLM"
+    assert float((logits(made.reload(tmp_path / "out"), PROMPT) - wanted).abs().max()) < 1e-6
+    assert recipe.unlike("mixture")

@@ -25,7 +25,9 @@ from evomerge.mixture.routers import Rows
 from evomerge.recipes.mixture import BIASED, MixtureRecipe, SlotGroup, SlotRouter
 from evomerge.recipes.routed import LayerGroup, RoutedRecipe
 from evomerge.recipes.stack import Blend
-from evomerge.routed.computing import Router
+
+LinearRouter = tuple[Tensor, Tensor | None]
+"""R, float32 [experts, width], and b, [experts]."""
 
 _BASE = "base"
 """The slot of the base's own mlp, in layers without experts and where "no adapter" is an expert."""
@@ -58,7 +60,7 @@ def check_convertible(recipe: RoutedRecipe) -> None:
 
 
 def mixture_of_routed(
-    recipe: RoutedRecipe, routers: Mapping[str, Router], sources: Mapping[str, Source]
+    recipe: RoutedRecipe, routers: Mapping[str, LinearRouter], sources: Mapping[str, Source]
 ) -> tuple[MixtureRecipe, Rows]:
     """The mixture that a routed recipe is, and its routers.
 
@@ -133,20 +135,19 @@ def _number(blends: list[Blend], blend: Blend) -> int:
 
 
 def _scaled(
-    recipe: RoutedRecipe, group: LayerGroup, router: Router | None, width: int, slots: list[str]
+    recipe: RoutedRecipe, group: LayerGroup, router: LinearRouter | None, width: int, slots: list[str]
 ) -> tuple[Tensor, Tensor]:
     """A router's rows and biases as a glm4_moe has them, float32 [slots, width] and [slots]; see the module's text."""
     weight, bias = torch.zeros(len(slots), width), torch.zeros(len(slots))
     if router is None or not group.experts:
         return weight, bias
-    if router.kind != "linear":
-        raise InputError("recipe.router.kind", f"is {recipe.router.kind}, whose logits are not linear")
+    rows, offsets = router
     of_experts = (*recipe.experts, _BASE) if recipe.router.base_expert else recipe.experts
     for number, name in enumerate(of_experts):
         if name in slots:
             place = slots.index(name)
-            weight[place] = router.weight[number] / group.temperature
-            own = 0.0 if router.bias is None else float(router.bias[number]) / group.temperature
+            weight[place] = rows[number] / group.temperature
+            own = 0.0 if offsets is None else float(offsets[number]) / group.temperature
             bias[place] = own + group.bias.get(name, 0.0)
     largest = float(weight.norm(dim=1).max()) * math.sqrt(width) + float(bias.abs().max())
     scale = _SMALL / largest if largest > 0 else 1.0

@@ -116,7 +116,7 @@ class RoutedRecipe(Recipe):
     """
 
     kind: ClassVar[str] = "routed"
-    forms: ClassVar[tuple[str, ...]] = ("routed", "peft")
+    forms: ClassVar[tuple[str, ...]] = ("routed", "peft", "mixture")
 
     base: str
     experts: tuple[str, ...] = Field(min_length=1)
@@ -155,6 +155,8 @@ class RoutedRecipe(Recipe):
     def unlike(self, form: str | None) -> str:
         if form == "routed":
             return ""
+        if form == "mixture":
+            return "It is the same function as a plain mixture of experts, which rounds otherwise in the last digits."
         if form == "peft":
             return (
                 "Experts are gated by Arrow as peft computes it, which finds their directions by a power iteration, "

@@ -14,6 +14,8 @@ from evomerge.merging.builders import BuildContext
 from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import check_stack
 from evomerge.merging.stack_builder import StackBuilder, stack_builder
+from evomerge.mixture.builder import MixtureBuilder
+from evomerge.mixture.routed import mixture_of_routed
 from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.recipes.use import BASE
@@ -139,6 +141,11 @@ class RoutedBuilder:
         if self._context.form == "peft":
             write_arrow(recipe, self._context.sources, out, texts=texts, check=check)
             return
+        if self._context.form == "mixture":
+            routers = {name: (router.weight, router.bias) for name, router in self.routers(recipe).items()}
+            mixture, rows = mixture_of_routed(recipe, routers, self._context.sources)
+            self._mixtures.export_with(rows, mixture, out, texts=texts, check=check, progress=progress)
+            return
         trunk = trunk_of(recipe, self._context.sources[recipe.base].layers)
 
         def finish(folder: Path) -> None:
@@ -147,6 +154,10 @@ class RoutedBuilder:
                 check(folder)
 
         self._stack.export(trunk, out, texts=texts, check=finish, progress=progress)
+
+    @cached_property
+    def _mixtures(self) -> MixtureBuilder:
+        return MixtureBuilder(self._context)
 
     def _add_experts(self, recipe: RoutedRecipe, folder: Path) -> None:
         from evomerge.routed.remote_code import add_experts
@@ -170,6 +181,8 @@ class RoutedBuilder:
         """The folder in plain transformers, in transformers with its own code, or in peft."""
         if self._context.form is None:
             return self._stack.reload(folder)
+        if self._context.form == "mixture":
+            return self._mixtures.reload(folder)
         from evomerge.routed.loading import loaded
 
         return loaded(folder, self._context)
