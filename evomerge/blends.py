@@ -16,24 +16,25 @@ if TYPE_CHECKING:
     from evomerge.merging.passes import Pass
 
 
-def check_whole(blend: Blend, place: str, *, has_texts: bool) -> None:
+def check_whole(blend: Blend, place: str, *, has_texts: bool, has_fit: bool) -> None:
     """Refuse a blend that cannot be computed.
 
     Args:
         place: of the blend, for messages.
         has_texts: whether there are calibration texts.
+        has_fit: whether there are items that numbers are fitted to.
 
     Raises:
         InputError: an unknown method or step, values that it cannot have, or something that it needs and is not there.
     """
     method = find_method(blend.method, f"{place}.method")
     check_blend(blend, method, place)
-    check_needs(method, place, has_texts=has_texts)
+    check_needs(method, place, has_texts=has_texts, has_fit=has_fit)
     for number, given in enumerate(blend.steps):
         step_place = f"{place}.steps[{number}]"
         step = find_step(given.name, f"{step_place}.name")
         check_step(given, step, blend, step_place)
-        check_needs(step, step_place, has_texts=has_texts)
+        check_needs(step, step_place, has_texts=has_texts, has_fit=has_fit)
 
 
 def derivative_problem(blend: Blend) -> str | None:
@@ -69,7 +70,7 @@ def _needs_of(recipe: StackRecipe, source: str) -> set[Need]:
     mixing = (find_method(blend.method, "blend") for blend in recipe.blends if source in blend.sources)
     of_methods = (need for method in mixing for need in method.needs)
     of_steps = (need for blend in recipe.blends if blend.base == source for need in needs_of_steps(blend))
-    return {*of_methods, *of_steps}
+    return {*of_methods, *of_steps} - {"fit"}
 
 
 def planned(facts: Facts, blend: Blend) -> Pass:

@@ -298,11 +298,15 @@ def merge(
     ] = [],  # noqa: B006
     prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
     tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
+    fit: Annotated[
+        Path | None,
+        typer.Option(metavar="SEARCH.yaml", help="A search file, to whose `fit` items a recipe is fitted."),
+    ] = None,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
     from evomerge.commands.merge import calibration_of, merge
 
-    merge(recipe, out, calibration_of(calibration, prompts, tokens))
+    merge(recipe, out, calibration_of(calibration, prompts, tokens), fit)
 
 
 @app.command()

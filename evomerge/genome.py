@@ -71,7 +71,7 @@ class Baseline:
     """
 
     label: str
-    kind: Literal["source", "average", "default"]
+    kind: Literal["source", "average", "default", "fit"]
     recipe: Recipe
     genome: Genome | None
 

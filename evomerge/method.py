@@ -7,7 +7,7 @@ tensor is made, so that a wrong name or number is refused at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -46,11 +46,11 @@ Shares = Callable[[Blend], Mapping[str, float]]
 Kept = Callable[[int, int, int], int]
 """(rows, columns, sources) -> bytes of a method's evidence of one matrix [out, in] of a layer."""
 
-Need = Literal["calibration", "channels", "merged_inputs"]
-"""What a method or a step needs beside weights, and calibration texts tell: "calibration" is what layers of every
-source that is mixed are given as input, "channels" how large each channel of that is in the base, for which this alone
-is run, and "merged_inputs" what layers of every mixed source are given behind the merged layers before, anew for each
-candidate."""
+Need = Literal["calibration", "channels", "merged_inputs", "fit"]
+"""What a method or a step needs beside weights. Calibration texts tell: "calibration" is what layers of every source
+that is mixed are given as input, "channels" how large each channel of that is in the base, for which this alone is run,
+and "merged_inputs" what layers of every mixed source are given behind the merged layers before, anew for each
+candidate. "fit" is how much of each source right answers want (``merging.coefficients``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +221,21 @@ class Needing(Protocol):
     def needs(self) -> tuple[Need, ...]: ...
 
 
-def check_needs(part: Needing, place: str, *, has_texts: bool) -> None:
-    """Refuse a method or a step that needs texts where there are none.
+def needs_texts(needs: Iterable[Need]) -> bool:
+    """Whether calibration texts tell any of what is needed."""
+    return any(need != "fit" for need in needs)
+
+
+def check_needs(part: Needing, place: str, *, has_texts: bool, has_fit: bool) -> None:
+    """Refuse a method or a step that needs texts where there are none, or items to fit to.
 
     Raises:
         InputError: naming ``place``.
     """
-    if part.needs and not has_texts:
+    if "fit" in part.needs and not has_fit:
+        problem = f"{part.name} is fitted to right answers, which there are none of"
+        raise InputError(place, problem, "Name items that nothing else is scored on: `fit:`.")
+    if needs_texts(part.needs) and not has_texts:
         problem = f"{part.name} needs calibration, which there is none of"
         raise InputError(place, problem, "Name some texts: `calibration:`.")
 

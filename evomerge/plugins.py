@@ -53,6 +53,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "resmerge": "evomerge.methods.resmerge:RESMERGE",
         "cabs": "evomerge.methods.cabs:CABS",
         "localize_and_stitch": "evomerge.methods.localize_and_stitch:LOCALIZE_AND_STITCH",
+        "fitted": "evomerge.methods.fitted:FITTED",
         "regmean_plus_plus": "evomerge.methods.regmean_plus_plus:REGMEAN_PLUS_PLUS",
     },
     "evomerge.merge_steps": {

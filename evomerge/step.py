@@ -71,7 +71,7 @@ class Step:
     def __post_init__(self) -> None:
         if apart := [p.name for p in self.parameters if p.scope != "blend"]:
             raise ValueError(f"{self.name}: {apart[0]} must be of scope 'blend': a step sees one change, not sources")
-        if "calibration" in self.needs:
+        if {"calibration", "fit"} & {*self.needs}:
             raise ValueError(f"{self.name}: a step may need nothing of the sources")
         if unknown := set(self.neutral) - {p.name for p in self.parameters}:
             raise ValueError(f"{self.name}: {min(unknown)} is neutral and no parameter")

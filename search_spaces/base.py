@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.genome import SearchSpace
-from evomerge.method import Method, Needing, check_needs
+from evomerge.method import Method, Need, Needing, check_needs, needs_texts
 from evomerge.recipes.base import DType
 from evomerge.recipes.prompts import PromptFacts
 from evomerge.recipes.stack import Blend
@@ -73,12 +73,18 @@ class SpaceContext:
         Raises:
             InputError: naming ``place``.
         """
-        check_needs(part, place, has_texts=self.calibration is not None)
+        check_needs(part, place, has_texts=self.calibration is not None, has_fit=self.fit is not None)
 
     def calibration_of(self, blends: Iterable[Blend]) -> str | None:
         """What a recipe of these blends says of calibration."""
-        needed = any(self.method(blend.method).needs or needs_of_steps(blend) for blend in blends)
-        return self.calibration if needed else None
+        return self.calibration if any(map(needs_texts, map(self._needs_of, blends))) else None
+
+    def fit_of(self, blends: Iterable[Blend]) -> str | None:
+        """What a recipe of these blends says of a fit."""
+        return self.fit if any("fit" in self._needs_of(blend) for blend in blends) else None
+
+    def _needs_of(self, blend: Blend) -> set[Need]:
+        return {*self.method(blend.method).needs, *needs_of_steps(blend)}
 
     def depth(self, source: str) -> int:
         """How many layers a source has."""

@@ -119,11 +119,12 @@ class DataFlowSpace:
         seed: int,
         dtype: DType | None,
         calibration: str | None = None,
+        fit: str | None = None,
     ) -> None:
         self._settings = settings
         self._pool = pool
         self._context = context
-        self._seed, self._dtype, self._calibration = seed, dtype, calibration
+        self._seed, self._dtype, self._calibration, self._fit = seed, dtype, calibration, fit
         self._layers = [layer for member in pool for layer in member.layers]
         self._genes = PathGenes(settings, {member.label: len(member.layers) for member in pool})
         self.parameters = self._genes.parameters
@@ -194,4 +195,5 @@ class DataFlowSpace:
             seed=self._seed,
             dtype=self._dtype,
             calibration=self._calibration,
+            fit=self._fit,
         )

@@ -90,7 +90,9 @@ class HybridSpaceSettings(PathSettings):
         recipe = read_winner(winner, context)
         others = other_sources(self, self.others, context, None)
         pool = [winner_member(recipe), *(source_member(name, context.depth(name)) for name in others)]
-        return DataFlowSpace(self, pool, context, seed=recipe.seed, dtype=recipe.dtype, calibration=recipe.calibration)
+        return DataFlowSpace(
+            self, pool, context, seed=recipe.seed, dtype=recipe.dtype, calibration=recipe.calibration, fit=recipe.fit
+        )
 
 
 def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
@@ -142,7 +144,12 @@ def _no_mergekit(reference: str) -> NoReturn:
 
 def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:
     for number, blend in enumerate(recipe.blends):
-        check_whole(blend, f"{place}: blends[{number}]", has_texts=recipe.calibration is not None)
+        check_whole(
+            blend,
+            f"{place}: blends[{number}]",
+            has_texts=recipe.calibration is not None,
+            has_fit=recipe.fit is not None,
+        )
         if "merged_inputs" in context.method(blend.method).needs:
             problem = f"{blend.method} makes each layer for its place, and there are other places on a path"
             raise InputError(f"{place}: blends[{number}]", problem, "Export the winner, and name that as a source.")
@@ -222,6 +229,7 @@ class JointSpace:
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
             calibration=self._context.calibration_of(blends),
+            fit=self._context.fit_of(blends),
         )
 
     def genome_of(self, recipe: Recipe) -> Genome | None:

@@ -36,6 +36,9 @@ T = TypeVar("T")
 LAW = "kappa sqrt(N)"
 """How the baseline by the law is called, before its kappa."""
 
+FITTED = "fitted"
+"""The method that is fitted to right answers, and the baseline of every search that has items for that."""
+
 
 class ParameterSpaceSettings(SpaceSettings):
     """``space:`` of a search file.
@@ -226,6 +229,7 @@ class ParameterSpace:
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
             calibration=self._context.calibration_of(blends.values()),
+            fit=self._context.fit_of(blends.values()),
         )
 
     def _in_layer(self, numbers: Sequence[float], layer: int | None) -> Blend:
@@ -242,7 +246,8 @@ class ParameterSpace:
     def baselines(self) -> Iterator[Baseline]:
         """Every source alone, the uniform average of the merged ones, and the method's usual defaults.
 
-        Where the context says how strongly, also task arithmetic by the law of ``merging.amplitude``.
+        Where the context says how strongly, also task arithmetic by the law of ``merging.amplitude``; where there are
+        items that it can be fitted to, also how much of each source these want in each tensor.
         """
         mixed = self._context.mixed
         for name in self._context.sources:
@@ -256,6 +261,8 @@ class ParameterSpace:
             yield Baseline(f"{method.name} defaults", "default", self.decode(usual), usual)
         if (kappa := self._context.measures.kappa) is not None and any(map(self._has_strength, self._genes.methods)):
             yield self._at_law(kappa)
+        if self._context.fit is not None and self._context.base is not None:
+            yield from self._fitted(self._context.base)
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
         """The point nearest to a merge of weights: each group has the mean of what the recipe says of its parts.
@@ -312,6 +319,14 @@ class ParameterSpace:
         recipe = self._everywhere(blend) if genome is None else self.decode(genome)
         return Baseline(f"{LAW}, kappa {kappa:g}", "default", recipe, genome)
 
+    def _fitted(self, base: str) -> Iterator[Baseline]:
+        """What is fitted to right answers, unless it is a method of this space, of which it is the default."""
+        if any(method.name == FITTED for method in self._genes.methods):
+            return
+        mixed = self._context.mixed
+        blend = Blend(method=FITTED, sources=mixed, base=base, parameters={"weight": dict.fromkeys(mixed, 1.0)})
+        yield Baseline(FITTED, "fit", self._everywhere(blend), None)
+
     def _with_places(self, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
         """The parameters with their places in the model and their kinds, so that an optimizer can tie them."""
         groups, layers = self._settings.groups, self._context.layers
@@ -350,6 +365,7 @@ class ParameterSpace:
         """A recipe of one blend."""
         return StackRecipe.uniform(
             blend,
+            fit=self._context.fit_of([blend]),
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,
             layers=self._context.layers,

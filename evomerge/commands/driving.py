@@ -21,6 +21,7 @@ from rich.console import Console
 from evomerge.checkpoints.checks import check_finite
 from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
+from evomerge.commands.fitting import fit
 from evomerge.errors import InputError
 from evomerge.merging.evidence import Evidence
 from evomerge.observers import Observers
@@ -72,7 +73,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with acquire(store):
             prepared = with_measures(prepared, store, _evidence(folder, store))
-            if not calibrate(folder, prepared, store, pool, console):
+            if not (calibrate(folder, prepared, store, pool, console) and fit(folder, prepared, store, pool, console)):
                 return INTERRUPTED
             return _drive(folder, prepared, store, pool, artifacts, console)
 
@@ -87,7 +88,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
             return INTERRUPTED
         record_resumed(folder, store, prepared.file)
         prepared = with_measures(prepared, store, _evidence(folder, store))
-        if not calibrate(folder, prepared, store, pool, console):
+        if not (calibrate(folder, prepared, store, pool, console) and fit(folder, prepared, store, pool, console)):
             return INTERRUPTED
         return _drive(folder, prepared, store, pool, artifacts, console)
 

@@ -33,6 +33,7 @@ from evomerge.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
     from evomerge.merging.evidence import Evidence
+    from evomerge.search.settings.fitting import FitSplit
 
 
 _TEXTS = "--calibration"
@@ -59,12 +60,14 @@ def calibration_of(given: Sequence[str], prompts: int, tokens: int) -> Calibrati
     return calibration_from(files.get(None), prompts, tokens, _TEXTS, own=own)
 
 
-def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None:
+def merge(path: Path, out: str | Path, texts: Calibration | None = None, fit: Path | None = None) -> None:
     """Make one merged model from a recipe file, as a folder or, by its URL, in object storage.
 
     Args:
         texts: of calibration, for a recipe that needs any.
+        fit: a search file, for a recipe of which something is fitted to the items of its ``fit`` section.
     """
+    split = None if fit is None else _fit_split(fit)
     if not is_url(str(out)):
         check_target(Path(out))
     root = path.resolve().parent
@@ -78,9 +81,9 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
             opened[reference] = open_source(reference, reference, place=str(path), root=root)
         return opened[reference].roles
 
-    recipe = _calibrated(load_recipe_file(path, look), texts, path)
+    recipe = _fitted(_calibrated(load_recipe_file(path, look), texts, path), split, path)
     for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
-        check_whole(blend, f"{path}: blends[{number}]", has_texts=texts is not None)
+        check_whole(blend, f"{path}: blends[{number}]", has_texts=texts is not None, has_fit=recipe.fit is not None)
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     import torch
@@ -91,8 +94,10 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
     from evomerge.merging.builders import BuildContext, find_builder
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
+    from evomerge.search.workers.fitting import AnswersFit
 
-    sources = _opened(recipe, opened, path, has_texts=texts is not None)
+    runs = texts is not None or recipe.fit is not None
+    sources = _opened(recipe, opened, path, runs=runs)
     stack = recipe if isinstance(recipe, StackRecipe) else None
     vocabulary = stack.vocabulary if stack else Vocabulary()
     if vocabulary != Vocabulary():
@@ -108,22 +113,23 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None) -> None
         console.print(f"warning: {warning}", style="yellow")
     with (
         local_folder(out, console) as folder,
-        _kept(sources, texts) as evidence,
+        _kept(sources, in_folder=runs) as evidence,
         progress_bar(console, "writing tensors") as update,
     ):
         beside = papers(folder.name, recipe, sources, None, stays=not is_url(str(out)))
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-        context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts, dtype=dtype)
+        fitted_to = None if split is None else AnswersFit(split)
+        context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts, fit=fitted_to, dtype=dtype)
         find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
     console.print(f"merged into {out}", style="bold")
 
 
-def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, has_texts: bool) -> dict[str, Source]:
+def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, runs: bool) -> dict[str, Source]:
     """The recipe's sources, of which some are open by their references.
 
     Args:
         path: of the recipe's file.
-        has_texts: sources will be run over texts, long before any tensor is made.
+        runs: sources will be run over texts or answers, long before any tensor is made.
 
     Raises:
         InputError: one cannot be opened, or is broken and would be run.
@@ -138,7 +144,7 @@ def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, has_tex
             name, reference, place=place, root=root, prompts=recipe.takes_prompts
         )
         sources[name] = replace(source, name=name, place=place)
-        if has_texts:
+        if runs:
             check_finite(sources[name])
     return sources
 
@@ -159,12 +165,35 @@ def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe
     return recipe.model_copy(update={"calibration": digest})
 
 
+def _fit_split(path: Path) -> FitSplit:
+    """The items of a search file that numbers are fitted to. Raises InputError: it names none."""
+    from evomerge.search.settings.search_file import load_search_file  # which few merges need
+
+    if (split := load_search_file(path).fit_split) is None:
+        raise InputError(f"--fit {path}", "has no section `fit:`", "Name the file of the search that fits something.")
+    return split
+
+
+def _fitted(recipe: Recipe, split: FitSplit | None, path: Path) -> Recipe:
+    """The recipe with the digest of the items that something of it is fitted to.
+
+    Raises:
+        InputError: it is fitted to others.
+    """
+    digest = None if split is None else split.digest
+    if recipe.fit not in (None, digest):
+        given = "none are given" if digest is None else f"those given have {digest}"
+        problem = f"is fitted to items with the digest {recipe.fit}, and {given}"
+        raise InputError(f"{path}: fit", problem, "Name the file of the search that the recipe is of: `--fit FILE`.")
+    return recipe.model_copy(update={"fit": digest})
+
+
 @contextmanager
-def _kept(sources: Mapping[str, Source], texts: Calibration | None) -> Iterator[Evidence]:
-    """What is found of the sources while one model is made: in memory, or where there are texts in a folder."""
+def _kept(sources: Mapping[str, Source], *, in_folder: bool) -> Iterator[Evidence]:
+    """What is found of the sources while one model is made: in memory, or where sources are run in a folder."""
     from evomerge.merging.evidence import Evidence
 
-    if texts is None:  # what is asked once is not worth a file
+    if not in_folder:  # what is asked once is not worth a file
         yield Evidence()
         return
     with tempfile.TemporaryDirectory(prefix="evomerge-") as folder:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,14 @@ _LOST = 1e-6  # of a squared norm: what is smaller has less than ten right digit
 _SORTED = 1 << 16  # elements up to which all magnitudes of a task vector are kept, sorted: a quarter of a megabyte
 
 _PIECE = 1 << 21  # elements; larger than that of a merge, since each piece has totals of its own
+
+
+class FittedTo(Protocol):
+    """What is fitted to right answers of the sources; ``coefficients.Coefficients``."""
+
+    def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
+        """How much of each source's change of a tensor of the base is wanted."""
+        ...
 
 
 class Weights:
@@ -172,6 +180,7 @@ class Facts:
         seed: of the recipe.
         inputs: of the sources' layers, where there are calibration texts.
         merged_inputs: the same behind the merged layers before, where the layer is made in its turn.
+        fitted: how much of each source right answers want, where there are items that this is fitted to.
     """
 
     site: Site
@@ -180,6 +189,7 @@ class Facts:
     seed: int
     inputs: LayerInputs | None = None
     merged_inputs: LinearInputs | None = None
+    fitted: FittedTo | None = None
 
     @property
     def size(self) -> int:
@@ -225,6 +235,16 @@ class Facts:
         if self.merged_inputs is None:
             raise InputError("recipe", f"{self.site.name} is not made after the layers before it")
         return self.merged_inputs.of(self.site.refs[source])
+
+    def coefficients_of(self, base: str, sources: Sequence[str]) -> list[float]:
+        """How much of each source's change of this tensor right answers want; of a method that ``needs`` a fit.
+
+        Raises:
+            InputError: there are no items that this could be fitted to.
+        """
+        if self.fitted is None:
+            raise InputError("fit", f"is needed for {self.site.name}, and there is none")
+        return self.fitted.of(base, sources, self.site.refs[base][1])
 
     def once(
         self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool
@@ -459,7 +479,8 @@ class Remembered(Facts):
 
     @classmethod
     def of(cls, facts: Facts) -> Remembered:
-        return cls(facts.site, facts.weights, facts.evidence, facts.seed, facts.inputs, facts.merged_inputs)
+        known = facts.weights, facts.evidence, facts.seed, facts.inputs, facts.merged_inputs, facts.fitted
+        return cls(facts.site, *known)
 
     def threshold(self, base: str, source: str, k: int) -> float:
         key = ("threshold", base, source, k)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.backward import gradients
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
-from evomerge.genome import Genome, Parameter, SearchSpace
+from evomerge.genome import Genome, Parameter
 from evomerge.merging.changes import Rescale, differentiable
 from evomerge.merging.core_space import Core
 from evomerge.merging.derivatives import derivatives_of, with_every_source
@@ -36,6 +37,7 @@ from evomerge.merging.passes import Combine, Differentiable, Pass
 from evomerge.merging.path import Merged, merged_tensors
 from evomerge.merging.plans import base_of
 from evomerge.merging.site import Ref
+from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
 
 _STEP = 1e-8
@@ -123,6 +125,15 @@ class Point:
         return products
 
 
+class Decoding(Protocol):
+    """What genomes are of: a search space, or what is like one as far as gradients go."""
+
+    @property
+    def parameters(self) -> Sequence[Parameter]: ...
+
+    def decode(self, genome: Genome) -> Recipe: ...
+
+
 class GenomeGradients:
     """Gradients at the genomes of one search space, whose choices and paths stay as they are at the first.
 
@@ -131,7 +142,7 @@ class GenomeGradients:
         space: of stack recipes.
     """
 
-    def __init__(self, materialiser: Materialiser, space: SearchSpace) -> None:
+    def __init__(self, materialiser: Materialiser, space: Decoding) -> None:
         self._materialiser, self._space = materialiser, space
         self._groups: list[dict[str, int]] | None = None
         self._facts: dict[str, Remembered] = {}  # by tensor: neither masks nor sources change from point to point

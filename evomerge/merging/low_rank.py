@@ -159,6 +159,8 @@ def _combined(
         raise NotLowRankError(f"{blend.method} merges it in core space")
     if recipe.calibration is not None:
         raise NotLowRankError(f"{blend.method} is planned by what layers are given, not by numbers of the recipe alone")
+    if recipe.fit is not None:
+        raise NotLowRankError(f"{blend.method} is fitted to right answers, not planned by numbers of the recipe alone")
     facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)
     try:
         plan = planned(facts, blend)

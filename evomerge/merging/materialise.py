@@ -43,6 +43,7 @@ from evomerge.recipes.stack import StackRecipe
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.stack import Stack
+    from evomerge.merging.coefficients import Coefficients
 
 
 _Changed = tuple[Made, Held, Tensor, torch.device]
@@ -68,7 +69,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
     check_opened(recipe, sources)
     for number, blend in enumerate(recipe.blends):
         place = f"recipe.blends[{number}]"
-        check_whole(blend, place, has_texts=recipe.calibration is not None)
+        check_whole(blend, place, has_texts=recipe.calibration is not None, has_fit=recipe.fit is not None)
         if blend.basis == "core":
             check_core(blend, recipe, sources, f"{place}.basis")
     _check_scales(recipe, sources[recipe.tokenizer])
@@ -120,6 +121,14 @@ def _not_finite(name: str) -> InputError:
     return InputError("recipe", f"gives NaN or Inf in {name}", "Its numbers are too large for the dtype.")
 
 
+def _check_digest(key: str, what: str, wanted: str, digest: str | None) -> None:
+    """Refuse a recipe that is made by something else than what is here. Raises InputError."""
+    if wanted != digest:
+        has = "there is none here" if digest is None else f"what is here has {digest}"
+        problem = f"is made by {what} with the digest {wanted}, and {has}"
+        raise InputError(f"recipe.{key}", problem, "Give what the recipe was made by.")
+
+
 class Materialiser:
     """Opened sources, what is known of their weights, and the making of recipes' tensors from them.
 
@@ -128,6 +137,7 @@ class Materialiser:
         evidence: what is known of these very sources, and shared with others; kept for this process alone when None.
         residency: where sources are kept for a model on a GPU; see ``device``.
         inputs: of the sources' layers, for recipes that are made by calibration texts.
+        fitted: what is fitted to right answers, for recipes that are made by it.
         device: of the live models that ``tensors`` are to equal bit for bit: another one may round otherwise.
         base: the source that models are measured from.
         live: gives the live model where ``tensors`` are made in it, as layers are that must be made in order.
@@ -146,6 +156,7 @@ class Materialiser:
         evidence: Evidence | None = None,
         residency: Residency | None = None,
         inputs: Inputs | None = None,
+        fitted: Coefficients | None = None,
         device: torch.device = _CPU,
         base: str | None = None,
         live: Callable[[], LiveModel] | None = None,
@@ -156,6 +167,7 @@ class Materialiser:
         self.beside = ExitStack()
         self._sources = sources
         self._inputs = inputs
+        self._fitted = fitted
         self._threads = WorkerThreads()
         self._residency = residency
         self._runner: DeviceRunners | None = None
@@ -284,13 +296,11 @@ class Materialiser:
     def check(self, recipe: StackRecipe) -> None:
         """Refuse a recipe that cannot be made of these sources and calibration texts. Raises InputError."""
         check_stack(recipe, self._sources)
-        if recipe.calibration is None:
-            return
-        digest = None if self._inputs is None else self._inputs.digest
-        if recipe.calibration != digest:
-            has = "there are none here" if digest is None else f"these have {digest}"
-            problem = f"is made by the calibration texts with the digest {recipe.calibration}, and {has}"
-            raise InputError("recipe.calibration", problem, "Give those that the recipe was made by.")
+        if recipe.calibration is not None:
+            digest = None if self._inputs is None else self._inputs.digest
+            _check_digest("calibration", "the calibration texts", recipe.calibration, digest)
+        if recipe.fit is not None:
+            _check_digest("fit", "a fit", recipe.fit, None if self._fitted is None else self._fitted.digest)
 
     def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor, torch.device]]) -> None:
         """Make tensors of the live model from their plans and what these read."""
@@ -472,4 +482,4 @@ class Materialiser:
     def facts(self, merged: Merged, recipe: StackRecipe, merged_inputs: MergedInputs | None = None) -> Facts:
         """What a tensor's plan may ask."""
         site = site_of(merged, recipe, recipe.blend_for(merged.role, merged.name), self._sources)
-        return Facts(site, self._weights, self._evidence, recipe.seed, self._inputs, merged_inputs)
+        return Facts(site, self._weights, self._evidence, recipe.seed, self._inputs, merged_inputs, self._fitted)

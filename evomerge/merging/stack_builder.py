@@ -13,10 +13,12 @@ from evomerge.blends import observed
 from evomerge.checkpoints.source import Source
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.change import change_of
+from evomerge.merging.coefficients import Coefficients
 from evomerge.merging.export import write_model
 from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.merging.path import configured_by
+from evomerge.method import find_method
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import StackRecipe
 
@@ -65,6 +67,7 @@ class StackBuilder:
             evidence=context.evidence,
             residency=context.residency,
             inputs=self._inputs,
+            fitted=self._coefficients,
             device=context.devices[0],
             base=context.base,
             live=lambda: self.live,
@@ -81,6 +84,12 @@ class StackBuilder:
         if context.calibration is None:
             return None
         return Inputs(context.sources, context.calibration, context.evidence, context.devices)
+
+    @cached_property
+    def _coefficients(self) -> Coefficients | None:
+        return (
+            None if self._context.fit is None else Coefficients(self._context, lambda: self.materialiser, self._write)
+        )
 
     @cached_property
     def live(self) -> LiveModel:
@@ -114,10 +123,19 @@ class StackBuilder:
             self._inputs.record_channels(source)
 
     def fit(self, recipe: StackRecipe) -> None:
-        """Nothing: no number of a stack is fitted yet."""
+        """Find how much of each source right answers want, of the sources that the recipe mixes by it."""
+        if self._coefficients is None or recipe.fit is None:
+            return
+        for blend in recipe.blends:
+            if "fit" in find_method(blend.method, "recipe.blends").needs and blend.base is not None:
+                self._coefficients.found(blend.base, blend.sources)
 
     def write(self, recipe: StackRecipe) -> LiveModel:
         """The live model with the recipe's weights and path, with a source's own settings where it is its copy."""
+        self.fit(recipe)  # which writes others
+        return self._write(recipe)
+
+    def _write(self, recipe: StackRecipe) -> LiveModel:
         from evomerge.checkpoints.live import check_live, configured
 
         on_cpu = self.live.device.type == "cpu"
@@ -145,6 +163,7 @@ class StackBuilder:
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         """A plain Hugging Face folder; see ``write_model``."""
+        self.fit(recipe)
         write_model(
             recipe,
             self._context.sources,

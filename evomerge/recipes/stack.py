@@ -223,6 +223,7 @@ class StackRecipe(Recipe):
         seed: int = 0,
         dtype: DType | None = None,
         calibration: str | None = None,
+        fit: str | None = None,
     ) -> StackRecipe:
         """Build a recipe from blends, numbering equal blends once, in order of first use.
 
@@ -272,6 +273,7 @@ class StackRecipe(Recipe):
             seed=seed,
             dtype=dtype,
             calibration=calibration,
+            fit=fit,
         )
 
     @classmethod
@@ -285,6 +287,7 @@ class StackRecipe(Recipe):
         vocabulary: Vocabulary | None = None,
         seed: int = 0,
         dtype: DType | None = None,
+        fit: str | None = None,
     ) -> StackRecipe:
         """The same blend for every part of a model of ``layers`` layers."""
         return cls.compose(
@@ -296,6 +299,7 @@ class StackRecipe(Recipe):
             vocabulary=vocabulary,
             seed=seed,
             dtype=dtype,
+            fit=fit,
             hops=((layer, blend, blend, blend) for layer in range(layers)),
         )
 

@@ -84,6 +84,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for sentence in getattr(setup.space, "left_out", ()):
         yield "baselines", sentence
     yield from _calibration(prepared)
+    yield from _fit(prepared)
     for objective in setup.objectives:
         evaluator = setup.evaluators[objective.evaluator]
         way = "maximize" if objective.maximise else "minimize"
@@ -222,6 +223,15 @@ def _calibration(prepared: Prepared) -> Iterator[tuple[str, str]]:
     own = f"; of their own for {', '.join(texts.sources)}" if texts.sources else ""
     said = " and ".join(how) or "which nothing here needs"
     yield "calibration", f"{texts.prompts} texts of up to {texts.tokens} tokens {said}{own if how else ''}"
+
+
+def _fit(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    if (split := prepared.file.fit_split) is None:
+        return
+    fitted = [mark.label for mark in prepared.setup.space.baselines() if mark.recipe.fit is not None]
+    drawn, steps = min(split.section.drawn, split.count), split.section.steps
+    said = f"for {', '.join(fitted)}" if fitted else "which nothing here needs"
+    yield "fit", f"{split.count} items of a split of their own; {steps} steps, each on {drawn} of them, once, {said}"
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:

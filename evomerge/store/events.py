@@ -118,6 +118,16 @@ class Calibrated(Event):
     sources: Sequence[str]
 
 
+class Fitted(Event):
+    """Numbers of models are fitted to items, for so many of the baselines."""
+
+    kind: ClassVar[str] = "fitted"
+    digest: str
+    items: int
+    steps: int
+    baselines: int
+
+
 class Command(Event):
     """The driver has taken a verb."""
 

@@ -113,6 +113,7 @@ class _Fingerprints(_Part):
     screen: Screen | None = None
     parameters: tuple[Parameter, ...]
     calibration: str | None = None
+    fit: str | None = None
     start: tuple[Start, ...] = ()
 
 
@@ -203,6 +204,7 @@ class SearchRecord(_Settings, _Fingerprints):
         screen: None where candidates are not screened.
         parameters: of the search space, in the order of a genome.
         calibration: the digest of the texts, where there are any.
+        fit: that of the items that numbers are fitted to, and of how.
         start: what it takes from earlier searches.
     """
 

@@ -118,6 +118,10 @@ def as_recorded(store: Store, prepared: Prepared) -> Prepared:
     if recorded.calibration != digest:
         problem = "are not the texts that the search began with, so that its recipes would make other models"
         raise InputError("calibration", problem, "Put them back, or start a new search.")
+    split = prepared.file.fit_split
+    if recorded.fit != (None if split is None else split.digest):
+        problem = "are not the items that the search began with, so that its recipes would make other models"
+        raise InputError("fit", problem, "Put them back, or start a new search.")
     infos = []
     for before, info, evaluator in zip(
         recorded.evaluators, prepared.setup.evaluators, prepared.evaluators, strict=True
@@ -208,6 +212,7 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
         "screen": None if setup.screen is None else resolved(setup.screen),
         "parameters": [asdict(parameter) for parameter in setup.space.parameters],
         "calibration": None if prepared.calibration is None else prepared.calibration.digest,
+        "fit": None if prepared.file.fit_split is None else prepared.file.fit_split.digest,
     } | ({"start": [{"label": p.label, "genome": p.genome.tolist()} for p in setup.start]} if setup.start else {})
 
 

@@ -80,7 +80,6 @@ def build_context(
     devices, dtype = computing(file)
     texts = file.calibration
     calibration = None if texts is None else texts.recorded(texts_digest) if texts_digest else texts.texts
-    fit = file.recorded_fit(fit_digest) if fit_digest else file.fit_split
     return BuildContext(
         sources=sources,
         tokenizer=file.tokenizer_source,
@@ -89,11 +88,17 @@ def build_context(
         dtype=dtype,
         layers=layers,
         calibration=calibration,
-        fit=None if fit is None else AnswersFit(fit),
+        fit=fit_of(file, fit_digest),
         residency=None if file.cluster.residency == "auto" else file.cluster.residency,
         engine=_vllm(sources[file.tokenizer_source], hops) if file.engine == "vllm" else None,
         base=file.base,
     )
+
+
+def fit_of(file: SearchFile, digest: str | None = None) -> AnswersFit | None:
+    """What a search fits numbers to; with the digest that it has recorded it is read only where it is needed."""
+    split = file.fit_split if digest is None else file.recorded_fit(digest)
+    return None if split is None else AnswersFit(split)
 
 
 def computing(file: SearchFile) -> tuple[tuple[torch.device, ...], torch.dtype | None]:

@@ -16,43 +16,13 @@ from evomerge.genome import Genome, Parameter, SearchSpace
 from evomerge.inference.proxy import differentiate_proxy
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Batch, Likelihood, refuse_media
+from evomerge.merging.adam import Adam
 from evomerge.merging.gradient import GenomeGradients
 from evomerge.merging.stack_builder import StackBuilder
 from evomerge.optimizers.base import random_state
 from evomerge.search.work.jobs import Descend, Descended
 
 Vector = NDArray[np.float64]
-
-_DECAYS = 0.9, 0.999
-"""Of the averages of gradients and of their squares, the usual ones of Adam."""
-
-
-class Adam:
-    """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in the unit box.
-
-    Args:
-        parameters: whose ranges the box is.
-        rate: the learning rate, alpha.
-    """
-
-    def __init__(self, parameters: Sequence[Parameter], rate: float) -> None:
-        self._low = np.array([p.low for p in parameters])
-        self._high = np.array([p.high for p in parameters])
-        self._rate = rate
-        self._steps = 0
-        self._mean = self._square = np.zeros(len(parameters))
-
-    def step(self, genome: Genome, gradient: Vector) -> Genome:
-        """The next point; where the gradient is NaN it stays to the last bit."""
-        span = self._high - self._low
-        scaled = np.nan_to_num(gradient) * span
-        self._steps += 1
-        first, second = _DECAYS
-        self._mean = first * self._mean + (1 - first) * scaled
-        self._square = second * self._square + (1 - second) * scaled**2
-        mean, square = self._mean / (1 - first**self._steps), self._square / (1 - second**self._steps)
-        moved = genome - self._rate * span * mean / (np.sqrt(square) + 1e-8)
-        return np.where(np.isnan(gradient), genome, np.clip(moved, self._low, self._high))
 
 
 class Descents:

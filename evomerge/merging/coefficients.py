@@ -1,0 +1,195 @@
+"""How much of each source each tensor should have: one number for each, fitted to right answers.
+
+With W0 the base and tau_k what source k changes of it, the merge is
+
+    W = W0 + sum_k c_k tau_k,
+
+tensor by tensor with numbers c_k of its own, as in task arithmetic; they are found by gradient descent on a loss of
+right answers (``Fit``). So "AdaMerging" (Yang et al., arXiv 2310.02575, layer-wise) finds them without any answers, on
+the entropy of what a model says. The gradient is exact (``gradient``), steps are those of Adam, and the learning rate
+falls to zero along a cosine.
+
+The numbers are evidence: whoever has the same sources and items finds the same ones, and finds them once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.genome import Genome, Parameter
+from evomerge.merging.adam import Adam
+from evomerge.merging.gradient import GenomeGradients
+from evomerge.merging.path import merged_tensors
+from evomerge.recipes.stack import Blend, StackRecipe
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.live import LiveModel
+    from evomerge.checkpoints.source import Source
+    from evomerge.merging.builders import BuildContext
+    from evomerge.merging.fitting import Fit
+    from evomerge.merging.materialise import Materialiser
+
+_KIND = "coefficients 1"
+_LOSSES = "losses"
+"""The name under which the losses before each step stand beside the tensors' names, none of which is like it."""
+
+LOW, HIGH = -1.0, 3.0
+"""What a coefficient may be: no merge worth having was seen to need more."""
+
+
+class Coefficients:
+    """What is fitted to right answers of some sources; see ``FittedTo``.
+
+    Args:
+        context: of the models; it has a fit.
+        materialiser: gives what writes recipes.
+        write: writes one into the live model.
+    """
+
+    def __init__(
+        self, context: BuildContext, materialiser: Callable[[], Materialiser], write: Callable[[StackRecipe], LiveModel]
+    ) -> None:
+        self._context, self._materialiser, self._write = context, materialiser, write
+        self._known: dict[tuple[str, ...], Mapping[str, Tensor]] = {}
+
+    @property
+    def fit(self) -> Fit:
+        """What is fitted to."""
+        assert self._context.fit is not None  # who makes this has looked
+        return self._context.fit
+
+    @property
+    def digest(self) -> str:
+        """Of the items, and of how is learnt from them."""
+        return self.fit.digest
+
+    def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
+        """How much of each source's change of a tensor is wanted; nothing of sources that do not change it."""
+        found = self.found(base, sources).get(tensor)
+        return [0.0] * len(sources) if found is None else found.tolist()
+
+    def found(self, base: str, sources: Sequence[str]) -> Mapping[str, Tensor]:
+        """By the name of a tensor, float64 [sources]; and under "losses" that before each step, float64 [steps].
+
+        Computed where nobody has computed it: the live model then holds another recipe than before.
+
+        Raises:
+            NotFiniteError: the loss or its gradient is NaN or Inf.
+            InputError: an item cannot be put to the model.
+        """
+        key = (base, *sources)
+        if key not in self._known:
+            content = self._context.evidence.content_of
+            model = self._context.sources[self._context.tokenizer]
+            follows = tuple(map(content, key)), content(model.name), str(self._context.dtype or model.dtype)
+            compute = partial(self._fitted, base, sources)
+            self._known[key] = self._context.evidence.get(_KIND, (*follows, self.digest), compute)
+        return self._known[key]
+
+    def _fitted(self, base: str, sources: Sequence[str]) -> dict[str, Tensor]:
+        from evomerge.checkpoints.live import NotFiniteError  # with which transformers is imported
+
+        space = TensorSpace(self._context.sources, self._context.tokenizer, base, sources)
+        gradients, adam = GenomeGradients(self._materialiser(), space), Adam(space.parameters, self._rate)
+        genome, losses = np.array([parameter.default for parameter in space.parameters]), list[float]()
+        for step in range(self.fit.steps):
+            point = gradients.at(genome)
+            live = self._write(point.recipe)
+            loss = 0.0
+            with closing(self.fit.passes(live, step, partial(point.listening, live))) as parts:
+                for part in parts:
+                    part.backward()  # type: ignore[no-untyped-call]
+                    loss += float(part.detach())
+            if not (math.isfinite(loss) and np.isfinite(point.gradient).all()):
+                raise NotFiniteError(f"the loss of step {step} of the fit, or its gradient")
+            losses.append(loss)
+            genome = adam.step(genome, point.gradient, share(step, self.fit.steps))
+        return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in space.by_tensor(genome)} | {
+            _LOSSES: torch.tensor(losses, dtype=torch.float64)
+        }
+
+    @property
+    def _rate(self) -> float:
+        return self.fit.rate / (HIGH - LOW)  # Adam's is in parts of the range
+
+
+def share(step: int, steps: int) -> float:
+    """Of the learning rate, at a step of so many: from 1 to nearly 0 along a cosine."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class TensorSpace:
+    """Merges by task arithmetic with a weight of its own for each source in each tensor that this source changes.
+
+    Args:
+        sources: opened, by the names that recipes use.
+        tokenizer: the source that gives tokenizer and configuration.
+        base: the source that changes are taken against.
+        mixed: the sources whose changes are mixed.
+
+    Attributes:
+        parameters: tensor by tensor, in each those of the sources that change it; all begin at 1 / n.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], tokenizer: str, base: str, mixed: Sequence[str]) -> None:
+        self._base, self._mixed = base, tuple(mixed)
+        references = {name: sources[name].reference for name in dict.fromkeys((base, *mixed, tokenizer))}
+        alone = Blend(method="linear", sources=(base,), parameters={"weight": {base: 1.0}, "normalize": False})
+        self._bare = StackRecipe.uniform(
+            alone, sources=references, tokenizer=tokenizer, layers=sources[tokenizer].layers
+        )
+        changing = {
+            one.name: tuple(name for name in mixed if _changes(sources[name], sources[base], one.stored))
+            for one in merged_tensors(self._bare, sources)
+        }
+        self._changing = {tensor: names for tensor, names in changing.items() if names}
+        start = 1.0 / len(self._mixed)
+        self.parameters = [
+            Parameter(f"{tensor}.{name}", LOW, HIGH, start, differentiable=True)
+            for tensor, names in self._changing.items()
+            for name in names
+        ]
+
+    def decode(self, genome: Genome) -> StackRecipe:
+        """The base, with every tensor that is changed made by a blend of its own."""
+        bare, base = self._bare, self._bare.blends[0]
+        return StackRecipe.compose(
+            sources=bare.sources,
+            tokenizer=bare.tokenizer,
+            embedding=base,
+            hops=((layer, base, base, base) for layer in range(len(bare.hops))),
+            norm=base,
+            head=base,
+            tensors={tensor: self._blend(weights) for tensor, weights in self._weights(genome)},
+        )
+
+    def by_tensor(self, genome: Genome) -> Iterator[tuple[str, list[float]]]:
+        """The weights of every tensor that is changed, one for each source: 0 of those that do not change it."""
+        for tensor, weights in self._weights(genome):
+            yield tensor, [weights.get(name, 0.0) for name in self._mixed]
+
+    def _weights(self, genome: Genome) -> Iterator[tuple[str, dict[str, float]]]:
+        numbers = iter(genome.tolist())
+        for tensor, names in self._changing.items():
+            yield tensor, {name: next(numbers) for name in names}
+
+    def _blend(self, weights: Mapping[str, float]) -> Blend:
+        return Blend(
+            method="task_arithmetic",
+            sources=tuple(weights),
+            base=self._base,
+            parameters={"weight": dict(weights), "lambda": 1.0, "normalize": False},
+        )
+
+
+def _changes(source: Source, base: Source, tensor: str) -> bool:
+    """Whether a source changes a tensor of the base, as far as that is known without reading it."""
+    return tensor in source.changes or source.tensors[tensor] != base.tensors[tensor]
