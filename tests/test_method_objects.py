@@ -36,7 +36,9 @@ METHODS = own_methods()
 GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "methods.json").read_text())
 
 
-def context(method: Method | None = None, mixed: tuple[str, ...] = ("a", "b", "c")) -> SpaceContext:
+def context(
+    method: Method | None = None, mixed: tuple[str, ...] = ("a", "b", "c"), fit: str | None = None
+) -> SpaceContext:
     """Of a search with texts, where ``method`` is none of its own."""
     return SpaceContext(
         sources=dict.fromkeys(("base", *mixed), ""),
@@ -48,13 +50,15 @@ def context(method: Method | None = None, mixed: tuple[str, ...] = ("a", "b", "c
         recipe_seed=3,
         dtype=None,
         calibration=None if method else "digest of texts",
+        fit=fit,
     )
 
 
 def space(method: str | Method, mixed: tuple[str, ...] = ("a", "b", "c"), **settings: Any) -> ParameterSpace:
     own = None if isinstance(method, str) else method
     name = method if isinstance(method, str) else method.name
-    built = ParameterSpaceSettings.model_validate({"method": name, **settings}).build(context(own, mixed))
+    fit = "digest of items" if "fit" in (own or METHODS[name]).needs else None
+    built = ParameterSpaceSettings.model_validate({"method": name, **settings}).build(context(own, mixed, fit))
     assert isinstance(built, ParameterSpace)
     return built
 
@@ -158,8 +162,12 @@ def test_a_method_that_needs_what_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match=r"^space.method: needy needs calibration"):
         space(needy)
     with pytest.raises(InputError):
-        check_needs(needy, "m", has_texts=False)
-    check_needs(needy, "m", has_texts=True)
+        check_needs(needy, "m", has_texts=False, has_fit=True)
+    check_needs(needy, "m", has_texts=True, has_fit=False)
+    fitted = Method("wants", _plan, needs=("fit",))
+    with pytest.raises(InputError, match=r"^m: wants is fitted to right answers, which there are none of"):
+        check_needs(fitted, "m", has_texts=True, has_fit=False)
+    check_needs(fitted, "m", has_texts=False, has_fit=True)
 
 
 # ---- kinds of parameters ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,39 @@ def build(
         recipe_seed=3,
         dtype=None,
         calibration="0123456789abcdef",
+        fit="fedcba9876543210" if method == "fitted" else None,
     )
     return ParameterSpaceSettings(method=method, **settings).build(context)  # type: ignore[arg-type]
 
 
 def names(space: ParameterSpace) -> list[str]:
     return [p.name for p in space.parameters]
+
+
+def test_what_is_fitted_is_a_baseline_of_every_search_that_has_items_for_it() -> None:
+    context = SpaceContext(
+        sources={"base": "", "maths": "", "japanese": ""},
+        base="base",
+        tokenizer="base",
+        layers=LAYERS,
+        tied=False,
+        method=lambda name: find_method(name, "space.method"),
+        recipe_seed=3,
+        dtype=None,
+        fit="fedcba9876543210",
+    )
+    space = ParameterSpaceSettings(method="ties").build(context)
+    (mark,) = (mark for mark in space.baselines() if mark.kind == "fit")
+    assert isinstance(mark.recipe, StackRecipe)
+    assert (mark.label, mark.genome, mark.recipe.fit) == ("fitted", None, "fedcba9876543210")
+    assert {blend.method for blend in mark.recipe.blends} == {"fitted"}
+    assert {m.recipe.fit for m in space.baselines() if m.kind != "fit"} == {None}
+    around = list(ParameterSpaceSettings(method="fitted").build(context).baselines())
+    assert [m.label for m in around] == ["base", "maths", "japanese", "uniform average", "fitted defaults"]
+    assert around[-1].recipe.hash == mark.recipe.hash  # once, and with its genome
+    assert around[-1].genome is not None
+    without = ParameterSpaceSettings(method="linear").build(replace(context, base=None))
+    assert [m.kind for m in without.baselines()].count("fit") == 0
 
 
 def test_one_group_for_the_model() -> None:

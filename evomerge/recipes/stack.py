@@ -233,7 +233,6 @@ class StackRecipe(Recipe):
         """
         numbers: dict[str, int] = {}
         blends: list[Blend] = []
-
         met: dict[int, int] = {}  # by identity: a blend takes a while to write down, and often stands in many places
 
         def number(blend: Blend) -> int:
@@ -245,8 +244,7 @@ class StackRecipe(Recipe):
                 met[id(blend)] = numbers[key]
             return met[id(blend)]
 
-        first = number(embedding)
-        stack = list(hops)
+        first, stack = number(embedding), list(hops)
         path = tuple(
             Hop(
                 layer=layer if isinstance(layer, int) else dict(layer),

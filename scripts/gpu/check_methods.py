@@ -6,7 +6,7 @@ A new method has its row as soon as it has its line in ``evomerge.plugins``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,13 @@ class SampledInputs:
         return LayerInput(tokens.T @ tokens / len(tokens), tokens.abs().mean(dim=0), 1)
 
 
+class SomeCoefficients:
+    """How much of each source a fit wants: other numbers for each."""
+
+    def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
+        return [0.75 + 0.25 * number for number in range(len(sources))]
+
+
 def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
     """How a method makes a tensor by its defaults, from a base and sources by name, which lie on the CPU."""
     sources = NAMES[1:][: method.max_sources]
@@ -63,7 +70,7 @@ def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
     site = Site("model.layers.0.mlp.up_proj.weight", Role("mlp", 0), shape, {name: (name, "") for name in tensors})
     weights = Weights(lambda ref: tensors[ref[0]], WorkerThreads(), lambda source: [""])
     inputs = SampledInputs(shape[-1])
-    return method.plan(Facts(site, weights, Evidence(), 3, inputs, inputs), blend)
+    return method.plan(Facts(site, weights, Evidence(), 3, inputs, inputs, SomeCoefficients()), blend)
 
 
 def _compare(name: str, setting: Setting) -> str:
