@@ -121,6 +121,11 @@ class PromptsSpace:
             ),
         )
 
+    @property
+    def tokens(self) -> int:
+        """Most tokens before a text, of candidates and baselines."""
+        return max(self._blocks * self._block, sum(facts.rows for facts in self._prompts.values()))
+
     def decode(self, genome: Genome) -> PromptsRecipe:
         numbers = genome.tolist()
         weights = dict(zip(self._prompts, numbers[self._blocks :], strict=False))

@@ -81,6 +81,9 @@ BAD: dict[str, tuple[tuple[str, ...], dict[str, Any], str, str]] = {
     "began otherwise": (
         ("random", "started1"), {"space": {"kind": "prompts", "arithmetic": True}}, "space.arithmetic", "is not known",
     ),
+    "more than the context": (
+        ("random",), {"space": {"tokens": 132}}, "space.tokens", "132 tokens may stand before a text",
+    ),
     "no base": (("random",), {"base": None, "tokenizer": "base"}, "space", "`base: NAME`"),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,7 @@ from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from search_spaces.base import Measures
 from search_spaces.parameter_space import ParameterSpaceSettings
+from search_spaces.prompts_space import PromptsSpace
 
 _EXPERT = "recipe.experts."
 """Where builders say what is wrong with one of a recipe's experts."""
@@ -106,7 +107,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     _check_fit(file, evaluators)
     _check_change(file, space, evaluators)
     _check_together(file, space, sources, evaluators.opened)
-    reader = reader_of(model)
+    reader = _with_room(reader_of(model), space)
     warnings = (*item_warnings(evaluators.named, reader), *_text_warnings(file, space, sources, reader))
     setup = Setup(
         name=file.name,
@@ -134,6 +135,20 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     _check_niches(file, setup)
     calibration = None if file.calibration is None else file.calibration.texts
     return Prepared(file, setup, sources, evaluators, untouched, calibration, warnings)
+
+
+def _with_room(reader: Reader, space: SearchSpace) -> Reader:
+    """The reader of texts behind the longest prompt of a space.
+
+    Raises:
+        InputError: it leaves no more than half of the context.
+    """
+    if not isinstance(space, PromptsSpace) or reader.context is None:
+        return reader
+    if 2 * space.tokens > reader.context:
+        problem = f"{space.tokens} tokens may stand before a text, and the context holds {reader.context} with it"
+        raise InputError("space.tokens", problem, "Give fewer: `tokens: N`.")
+    return replace(reader, context=reader.context - space.tokens)
 
 
 def _text_warnings(
