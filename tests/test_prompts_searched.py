@@ -127,7 +127,7 @@ def test_resumed_is_uninterrupted_in_both_pools(prompts: dict[str, Path], tmp_pa
 
 @pytest.mark.nightly
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = [f"objectives.{task}.items=8" for task in ("zoo_math_ja", "zoo_extract")]
+    told = [f"objectives.{task}.items=8" for task in ("zoo_math_ja", "zoo_math_en")]
     told += ["budget.candidates=10", "optimizer.population=4", "pool=in_process", "confirm.top=1"]
     changes = [argument for change in told for argument in ("--set", change)]
     example = MINIATURES.parent / "prompts.yaml"

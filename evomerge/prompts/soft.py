@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from evomerge.checkpoints.live import LiveModel
+from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.errors import InputError
 from evomerge.prompts.tokens import PromptTokens
 
@@ -119,10 +119,16 @@ class SoftModel:
 
     @torch.no_grad()
     def prompted(self, rows: Tensor, tokens: PromptTokens) -> LiveModel:
-        """The model behind a prompt [rows, width], as it is stored, until the next one is put before it."""
+        """The model behind a prompt [rows, width], as it is stored, until the next one is put before it.
+
+        Raises:
+            NotFiniteError: it does not fit the model's dtype.
+        """
         if self._losing is None:  # the first new token is the same in all
             self._losing = losing_rows(self._own, tokens.first)
         vocabulary = with_rows(self._own, rows, tokens.first, self._losing)
+        if not bool(torch.isfinite(vocabulary.embedding[tokens.first :]).all()):
+            raise NotFiniteError("the prompt")  # too large for the dtype
         config = copy.deepcopy(self._config)
         for key, value in longer_config(len(vocabulary.embedding)).items():
             setattr(config, key, value)
