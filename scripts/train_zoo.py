@@ -174,7 +174,7 @@ IN_VECTORS = {
     for name in ("english_ia3", "japanese_ia3", "into_japanese_ia3", "extraction_ia3", "kanji_ia3")
 }
 """Experts that are trained once more, as (IA)3 vectors of keys, values and the mlp's inner activation."""
-VECTOR_STEPS, VECTOR_RATE = 400, 3e-2
+VECTOR_STEPS, VECTOR_RATE = 300, 3e-2
 
 
 # ---- tokenizer ----

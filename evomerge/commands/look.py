@@ -18,10 +18,13 @@ from evomerge.errors import InputError
 from evomerge.mergekit import dump_recipe
 from evomerge.printable import without_nan
 from evomerge.recipes.base import read_recipe
+from evomerge.recipes.routed import RoutedRecipe
+from evomerge.report.allocation import allocation_lines
 from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
 from evomerge.report.curse import Curse, SplitScores, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
+from evomerge.report.experts import uses_of
 from evomerge.report.items import ItemAnswers, are_records, item_lines, items_of
 from evomerge.report.lists import SPLITS, comparison_table, origin_text, top_table
 from evomerge.report.live import LiveScreen
@@ -94,7 +97,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         row = store.candidate(chosen(store, candidate))
         search = store.search()
         known = status_of(store)
-        depths = depths_of(store)
+        depths, uses = depths_of(store), uses_of(store, row)
     recipe = read_recipe(row.recipe, search.record.sources)
     if picture is not None:
         title = f"{search.name} {row.id} {row.label}".strip()
@@ -131,6 +134,9 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
         console.print(f"  {line}")
     for line in recipe.lines():
         console.print(f"  {line}")
+    if isinstance(recipe, RoutedRecipe):
+        for line in allocation_lines(recipe, uses):
+            console.print(f"    {line}", highlight=False)
     console.print("  the recipe in full: --recipe", style="dim")
     if row.failure:
         console.print(f"failed: {row.failure['reason']}: {row.failure['message']}", style="red")

@@ -175,8 +175,12 @@ class RoutedRecipe(Recipe):
             kept = "all" if group.top_k is None else f"top {group.top_k}"
             present = ", ".join(group.experts) or "the base alone"
             lines.append(
-                f"layers {first} to {first + group.layers - 1}: {present}; {kept}, "
+                f"{'layer' if group.layers == 1 else 'layers'} {_places(first, group.layers)}: {present}; {kept}, "
                 f"temperature {group.temperature:.3g}, gain {group.attention_gain:.3g} and {group.mlp_gain:.3g}"
             )
             first += group.layers
         return lines
+
+
+def _places(first: int, layers: int) -> str:
+    return str(first) if layers == 1 else f"{first} to {first + layers - 1}"

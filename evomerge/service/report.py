@@ -31,7 +31,7 @@ from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.estimation.preference import ranked as ranked_rows
 from evomerge.search.settings.folder import FILE_NAME
 from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
-from evomerge.service.figures.recipe import recipe_of
+from evomerge.service.figures.recipe import recipe_of, subject_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of
 from evomerge.store import SearchRow, Store
 from evomerge.store.events import ConfirmFailed, Failure
@@ -197,7 +197,7 @@ def _script(text: str) -> Markup:
 
 
 def _recipe_picture(store: Store, shown: Entry) -> Picture:
-    about = "What every part of the model takes of every source."
+    about = f"{subject_of(recipe_of(store, _number(shown.id)))}."
     return _picture_of(draw_recipe(store, _number(shown.id)), f"Recipe of {shown.id} {shown.label}".strip(), about)
 
 

@@ -11,10 +11,13 @@ import plotly.graph_objects as go
 from evomerge.blends import shares_of
 from evomerge.method import share_parameters
 from evomerge.recipes.base import Recipe, read_recipe
+from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.stack import Blend, Hop, StackRecipe
 from evomerge.recipes.stack_text import step_text, value_text
+from evomerge.report.experts import uses_of
 from evomerge.report.path import path_svg
 from evomerge.report.status import depths_of
+from evomerge.service.figures.experts import experts
 from evomerge.service.figures.style import AREA_SCALE, SIGN_SCALE, figure, safe
 from evomerge.store import Store
 from evomerge.store.rows import candidate_id
@@ -32,11 +35,14 @@ def recipe(store: Store, number: int) -> go.Figure:
     A weight is the one that the blend gives to a source, as it stands in the recipe. A base to which changes are added
     has none, and no column. Layers have a row each, or two where attention and mlp are made otherwise; those that
     follow each other and are made alike have one. Few cells say their numbers. All of a blend's are told on hovering.
+    Of routed experts it is what tokens were given of each, by layer.
 
     Raises:
         InputError: there is no such candidate.
     """
     recipe = recipe_of(store, number)
+    if isinstance(recipe, RoutedRecipe):
+        return experts(recipe, uses_of(store, store.candidate(number)))
     if not isinstance(recipe, StackRecipe):
         return figure(notes=["Drawn are layers that are merged. " + line for line in recipe.lines()[:1]])
     names = list(store.search().record.sources)
@@ -61,6 +67,13 @@ def recipe(store: Store, number: int) -> go.Figure:
         xaxis={"type": "category", "side": "bottom", "showgrid": False},
         yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
     )
+
+
+def subject_of(recipe: Recipe) -> str:
+    """What the picture of a recipe shows, as a sentence without its dot."""
+    if isinstance(recipe, RoutedRecipe):
+        return "What tokens are given of every expert, layer by layer and task by task"
+    return "What every part of the model takes of every source"
 
 
 def _bounds(store: Store, recipe: StackRecipe) -> tuple[float, float]:

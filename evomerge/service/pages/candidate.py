@@ -17,9 +17,12 @@ from evomerge.errors import InputError
 from evomerge.genome import Parameter
 from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe, read_recipe
+from evomerge.recipes.routed import RoutedRecipe
+from evomerge.report.allocation import allocation_lines
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
 from evomerge.report.entries import SOURCE, origin_of
+from evomerge.report.experts import uses_of
 from evomerge.report.items import are_records
 from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
@@ -35,6 +38,7 @@ from evomerge.service.api.searches import status_with
 from evomerge.service.bodies import ComparedItem
 from evomerge.service.contained import contained
 from evomerge.service.dependencies import DriversDependency, RootDependency, StoreDependency
+from evomerge.service.figures.recipe import subject_of
 from evomerge.service.pages.rendering import gap_words, page, signed
 from evomerge.service.pages.search import choices, log_url, main_pick, search_roles
 from evomerge.service.problems import ProblemError
@@ -113,7 +117,8 @@ def show_candidate(
         hold=choice_text(status)[:1] if status.confirmed_entry(mine) else [],
         picture=None if is_plain(recipe, depths) else Markup(path_svg(recipe, depths, f"{name} {mine} {row.label}")),
         roles=[*roles_of(status, mine, "held_out"), *search_roles(status, mine)],
-        recipe_lines=recipe.lines(), genome=_genes(row, search.record.parameters),
+        recipe_lines=recipe.lines(), subject=subject_of(recipe), allocation=_allocation(store, row, recipe),
+        genome=_genes(row, search.record.parameters),
         log=_log(root, name, row), log_url=log_url(name, row.failure), baselines=choices(status), against=other,
         sentences=[sentence(comparison, mine, theirs) for comparison in comparisons],
         won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS], won_count=len(won), lost_count=len(lost),
@@ -260,6 +265,13 @@ def _mergekit(recipe: Recipe, canonical: str) -> str:
         return dump_recipe(recipe)
     except InputError:
         return dump_yaml(json.loads(canonical))
+
+
+def _allocation(store: Store, row: CandidateRow, recipe: Recipe) -> str:
+    """Experts by layer as a table of text; nothing of other recipes."""
+    if not isinstance(recipe, RoutedRecipe):
+        return ""
+    return "\n".join(allocation_lines(recipe, uses_of(store, row)))
 
 
 def _log(root: Root, name: str, row: CandidateRow) -> str:
