@@ -209,6 +209,17 @@ def test_mixing_vectors_is_mixing_outputs(vectors: dict[str, Source]) -> None:
         assert torch.allclose(logits(live), expected(torch.arange(3, 21).reshape(3, 6)).logits, atol=1e-5)
 
 
+def test_vectors_may_be_abstained_from(vectors: dict[str, Source]) -> None:
+    """Of four that are gated alike, one the base: a quarter of each vector's difference from 1."""
+    for heads in (False, True):
+        recipe = mov(vectors, heads)
+        recipe = recipe.model_copy(update={"router": recipe.router.model_copy(update={"base_expert": True})})
+        with routing(vectors, recipe, zeros) as live:
+            found = logits(live)
+        with routing(vectors, mov(vectors, heads, group={"attention_gain": 0.75, "mlp_gain": 0.75}), zeros) as live:
+            assert torch.allclose(found, logits(live), atol=1e-5)
+
+
 def test_vectors_that_nobody_is_sure_of_leave_the_base(vectors: dict[str, Source]) -> None:
     recipe = mov(vectors, False, group={"attention_gain": 0.0, "mlp_gain": 0.0})
     with routing(vectors, recipe, drawn(6)) as live:

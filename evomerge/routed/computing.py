@@ -69,14 +69,13 @@ class LowRankExperts:
     Attributes:
         down: all A, [ranks, inputs], in the model's dtype.
         up: all B, [ranks, outputs].
-        scale: float32 [ranks], that of each rank's adapter.
-        owner: int64 [ranks], the expert of each rank.
+        spread: float32 [experts, ranks], the scaling s_e at the ranks of expert e, and zeros elsewhere: what ranks are
+            multiplied by is a product with it.
     """
 
     down: Tensor
     up: Tensor
-    scale: Tensor
-    owner: Tensor
+    spread: Tensor
 
     def add(self, given: Tensor, gates: Tensor, output: Tensor) -> Tensor:
         """What the module gives, [..., outputs], and the experts' parts; in the memory of ``output``.
@@ -85,8 +84,7 @@ class LowRankExperts:
             given: [..., inputs].
             gates: float32 [..., experts].
         """
-        shares = gates.index_select(-1, self.owner) * self.scale
-        mixed = (F.linear(given, self.down) * shares).to(self.up.dtype)
+        mixed = (F.linear(given, self.down) * (_own(gates, self.spread) @ self.spread)).to(self.up.dtype)
         flat = output.view(-1, output.shape[-1])
         return flat.addmm_(mixed.reshape(-1, mixed.shape[-1]), self.up).view(output.shape)
 
@@ -110,12 +108,18 @@ class VectorExperts:
             values: [..., width].
             gates: float32 [..., experts], or [..., heads, experts], each for its part of the width.
         """
+        gates = _own(gates, self.deltas)
         if gates.dim() == values.dim():
             return values * (1 + gates @ self.deltas).to(values.dtype)
         heads = gates.shape[-2]
         by_head = self.deltas.view(len(self.deltas), heads, -1).transpose(0, 1)  # [heads, experts, width of a head]
         factor = 1 + (gates.unsqueeze(-2) @ by_head).squeeze(-2)
         return (values.view(factor.shape) * factor.to(values.dtype)).flatten(-2)
+
+
+def _own(gates: Tensor, experts: Tensor) -> Tensor:
+    """The gates of experts without that of the base, where it is one more: it changes nothing."""
+    return gates if gates.shape[-1] == len(experts) else gates[..., : len(experts)]
 
 
 Experts: TypeAlias = LowRankExperts | VectorExperts

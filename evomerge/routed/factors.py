@@ -47,7 +47,7 @@ def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: 
     Raises:
         InputError: an adapter has NaN or Inf.
     """
-    downs, ups, scales, owners = [], [], list[float](), list[int]()
+    downs, ups, spreads = [], [], []
     for expert, changes in enumerate(site.changes):
         for change in changes:
             assert isinstance(change, LowRank)
@@ -56,14 +56,10 @@ def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: 
                 raise InputError(f"sources.{names[expert]}", f"its adapter of {site.weight} has NaN or Inf")
             downs.append(down)
             ups.append(up.T)
-            scales += [change.scale] * len(down)
-            owners += [expert] * len(down)
-    return LowRankExperts(
-        torch.cat(downs),
-        torch.cat(ups),
-        torch.tensor(scales, dtype=torch.float32, device=device),
-        torch.tensor(owners, device=device),
-    )
+            spread = torch.zeros(len(names), len(down), device=device)
+            spread[expert] = change.scale
+            spreads.append(spread)
+    return LowRankExperts(torch.cat(downs), torch.cat(ups), torch.cat(spreads, dim=1))
 
 
 def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.device) -> VectorExperts:
@@ -87,12 +83,12 @@ def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.devic
 
 def only(experts: LowRankExperts, present: Sequence[int]) -> LowRankExperts | None:
     """The experts of these numbers alone; None where none of them is there."""
-    mask = torch.isin(experts.owner, torch.tensor(sorted(present), device=experts.owner.device))
+    mask = (experts.spread[list(present)] != 0).any(0)
     if bool(mask.all()):
         return experts
     if not bool(mask.any()):
         return None
-    return LowRankExperts(experts.down[mask], experts.up[mask], experts.scale[mask], experts.owner[mask])
+    return LowRankExperts(experts.down[mask], experts.up[mask], experts.spread[:, mask].contiguous())
 
 
 def _read(entry: TensorEntry) -> Tensor:

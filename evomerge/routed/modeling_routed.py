@@ -65,12 +65,11 @@ class ExpertNumbers(nn.Module):
         """All of them, with what stays in float32."""
         if "deltas" in float32._buffers:
             return VectorExperts(float32.get_buffer("deltas"))
-        owner = float32.get_buffer("owner").long()
-        return LowRankExperts(self.get_buffer("down"), self.get_buffer("up"), float32.get_buffer("scale"), owner)
+        return LowRankExperts(self.get_buffer("down"), self.get_buffer("up"), float32.get_buffer("spread"))
 
 
 class Float32Numbers(nn.Module):
-    """What of the experts at one site stays in float32: scalings and owners of ranks, or vectors."""
+    """What of the experts at one site stays in float32: scalings, or vectors."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         super().__init__()

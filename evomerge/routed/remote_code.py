@@ -93,7 +93,7 @@ def _expert_numbers(experts: LowRankExperts | VectorExperts) -> tuple[dict[str, 
     """Those in the model's dtype, and those in float32."""
     if isinstance(experts, VectorExperts):
         return {}, {"deltas": experts.deltas}
-    return {"down": experts.down, "up": experts.up}, {"scale": experts.scale, "owner": experts.owner.float()}
+    return {"down": experts.down, "up": experts.up}, {"spread": experts.spread}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
