@@ -18,7 +18,9 @@ is 95% of the gain over the best baseline that the reference has when its budget
     python scripts/bench/search_cost.py run FOLDER [--problem blocks] [--seeds 0 1 2 ...] [--only NAME ...]
     python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost.svg
 
-Hours; it can be interrupted. Runs of several processes, each with its own seeds or problem, may share a folder.
+Hours; it can be interrupted. Runs of several processes, each with its own seeds or problem, may share a folder. What is
+reported is kept in docs/search_cost_runs.json, curve by curve, and is not run again: further seeds add to it. Remove a
+run there where what it measured has changed.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from evomerge.store import Store, acquire
 from evomerge.store.events import Descent
 
 ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "docs" / "search_cost_runs.json"
 ZOO = ROOT / "examples" / "zoo"
 DATA = ROOT / "evaluators" / "tasks" / "data"
 SHARE = 0.95  # of the reference's gain
@@ -107,12 +110,12 @@ CASES: dict[str, dict[str, Any]] = {
         "budget": LITTLE, "optimizer": CMA, "racing": RACING, "space": {"granularity": "adaptive", "finest": "block"},
     },
     "racing, proxy": {
-        "budget": LITTLE, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": True,
+        "budget": {"candidates": 60}, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": True,
     },
     "racing, proxy alone": {
         "budget": LITTLE, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": True,
     },
-    "proxy alone": {"budget": {"candidates": 60}, "optimizer": {"name": "proxy_descent"}, "proxy": True},
+    "proxy alone": {"budget": {"candidates": 30}, "optimizer": {"name": "proxy_descent"}, "proxy": True},
     "racing, proxy alone, each layer": {
         "budget": {"candidates": 60}, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": True,
         "space": {"method": "task_arithmetic", "granularity": "layer"},
@@ -132,8 +135,8 @@ def write_items(folder: Path) -> None:
 class CountingPool:
     """One worker in this process; remembers how many items each attempt was asked to answer and to screen."""
 
-    def __init__(self, prepared: Prepared, evidence: Evidence) -> None:
-        self.worker = Worker.of("bench", prepared, evidence)
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
         self.asked: dict[tuple[int, int], Mapping[int, int]] = {}
         self._waiting: list[Job] = []
 
@@ -175,10 +178,10 @@ class Point:
 
 
 def run(folder: Path, problem: str, name: str, seed: int) -> None:
-    """One search, with its curve in FOLDER/PROBLEM-NAME-SEED.json; nothing when that is there already."""
+    """One search, with its curve in FOLDER/PROBLEM-NAME-SEED.json; nothing when that is known already."""
     key = "".join(letter if letter.isalnum() else "_" for letter in f"{problem} {name}")
     out = folder / f"{key}-{seed}.json"
-    if out.exists():
+    if out.exists() or any(_key(known) == (problem, name, seed) for known in _reported()):
         return
     started = time.time()
     of_problem, case = dict(PROBLEMS[problem]), dict(CASES[name])
@@ -189,13 +192,13 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
     place = folder / f"{key}-{seed}.{int(started)}"
     store = create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
-        pool = CountingPool(prepared, Evidence())
+        pool = CountingPool(Worker.of("bench", prepared, Evidence()))
         driver = Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs"))
         why = driver.run().why
         curve = _curve(store, prepared, pool)
         baselines = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
     result = {"problem": problem, "name": name, "seed": seed, "why": why, "seconds": time.time() - started}
-    result |= {"baselines": baselines, "points": [vars(point) for point in curve], "folder": place.name}
+    result |= {"baselines": baselines, "points": [vars(point) for point in curve]}
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result))
     partial.rename(out)
@@ -259,6 +262,15 @@ class Curves:
         return np.array(rows)
 
     @property
+    def seeds(self) -> list[int]:
+        return [search["seed"] for search in self.runs]
+
+    def of(self, seeds: Sequence[int]) -> Curves:
+        """The runs of some seeds, in their order."""
+        by_seed = {search["seed"]: search for search in self.runs}
+        return Curves([by_seed[seed] for seed in seeds])
+
+    @property
     def last(self) -> NDArray[np.float64]:
         return np.array([search["points"][-1]["held_out"] for search in self.runs])
 
@@ -269,7 +281,10 @@ class Curves:
 
 def report(folder: Path) -> None:
     """Put the curves of all runs together: docs/search_cost.json and docs/search_cost.svg."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [*_reported(), *(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))]
+    runs = [run for _, run in sorted({_key(run): run for run in found}.items())]
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    RUNS.write_text(f"[\n{lines}\n]\n")
     curves = {
         problem: {
             name: Curves(found)
@@ -280,12 +295,13 @@ def report(folder: Path) -> None:
     }
     curves = {problem: of_problem for problem, of_problem in curves.items() if REFERENCE in of_problem}
     rows = {problem: _problem(of_problem) for problem, of_problem in curves.items()}
-    content: dict[str, Any] = {**rows.get("model", {}), "problems": rows}
+    docs = ROOT / "docs"
+    earlier = json.loads((docs / "search_cost.json").read_text())["problems"]  # of problems that were not run again
+    content: dict[str, Any] = {**rows.get("model", {}), "problems": earlier | rows}
     if {"model", "blocks"} <= curves.keys():
         content["layerwise"] = _finer(curves["model"], curves["blocks"]) | {
             key: rows["blocks"][key] for key in ("items_fraction_of_full", "by")
         }
-    docs = ROOT / "docs"
     (docs / "search_cost.json").write_text(json.dumps(content, indent=2) + "\n")
     for problem, of_problem in rows.items():
         print(f"{problem}: best baseline {of_problem['best_baseline']:.3f}, goal {of_problem['goal']:.3f}")
@@ -294,6 +310,16 @@ def report(folder: Path) -> None:
             print(f"  {name:34} {'  '.join(shown)}")
     print(content.get("layerwise"))
     _plot(curves, docs / "search_cost.svg")
+
+
+def _reported() -> list[dict[str, Any]]:
+    """The runs that earlier reports were of."""
+    runs: list[dict[str, Any]] = json.loads(RUNS.read_text()) if RUNS.exists() else []
+    return runs
+
+
+def _key(run: Mapping[str, Any]) -> tuple[str, str, int]:
+    return run["problem"], run["name"], run["seed"]
 
 
 def _problem(curves: Mapping[str, Curves]) -> dict[str, Any]:
@@ -329,10 +355,10 @@ def _finer(model: Mapping[str, Curves], blocks: Mapping[str, Curves]) -> dict[st
     fine = blocks[max(ends, key=lambda name: ends[name])]
     items = np.array([fine.spent])
     coarse = max(model.values(), key=lambda of_case: float(of_case.at(items).mean()))
-    seeds = min(len(fine.runs), len(coarse.runs))
-    gaps = fine.at(items)[:seeds, 0] - coarse.at(items)[:seeds, 0]
+    shared = sorted({*fine.seeds} & {*coarse.seeds})
+    gaps = fine.of(shared).at(items)[:, 0] - coarse.of(shared).at(items)[:, 0]
+    seeds, mean = len(shared), float(gaps.mean())
     reach = float(special.stdtrit(seeds - 1, 0.975) * gaps.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
-    mean = float(gaps.mean())
     return {"difference": mean, "low": mean - reach, "high": mean + reach, "items": fine.spent, "seeds": seeds}
 
 
@@ -344,7 +370,8 @@ def _row(
     reached = np.flatnonzero(mean >= goal)
     items = float(grid[reached[0]]) if len(reached) else None
     shares = (mean - start) / (float(reference.last.mean()) - start)
-    gap = curves.last - reference.last[: len(curves.last)]
+    shared = sorted({*curves.seeds} & {*reference.seeds})
+    gap = curves.of(shared).last - reference.of(shared).last
     error = float(gap.std(ddof=1) / np.sqrt(len(gap))) if len(gap) > 1 else float("nan")
     return {
         "items": items,

@@ -1,0 +1,256 @@
+"""When routing pays: adapters routed token by token beside the best that plain merges of them make, at equal budgets.
+
+Eight adapters of the zoo, four tasks, of which one is a composition that no adapter does. What needs no search is
+scored as it is: every adapter alone, their mean and sum, Arrow as peft has it. Equal weights of tuned strength and
+LoraHub's rule choose a few numbers; static coefficients (one for each weight and adapter) and routers are fitted by
+gradient to the third split, with equally many answers; and three searches have 150 candidates each, raced on the same
+100 items: of adapters' weights, around the fitted coefficients, and of routed experts. A seed is one of the fits, of
+LoraHub's draw, and of the searches. All is scored on the same held-out items, item by item.
+
+Differences are to the best plain merge (that with the highest mean over seeds), paired by item; their 95% intervals are
+a bootstrap over seeds and items. Tokens a second are those of answers to the same items on one thread, of all forms in
+turn, the median of several turns.
+
+    python scripts/bench/experts.py run FOLDER [--seeds 0 1 2 ...]      # can be interrupted
+    python scripts/bench/experts.py report FOLDER      # docs/experts.json, and the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from methods import interval, write
+from numpy.typing import NDArray
+from search_cost import DATA, ROOT, TASKS, ZOO, CountingPool
+
+from evomerge.checkpoints.fingerprints import content_digest, fingerprint
+from evomerge.genome import Parameter
+from evomerge.merging.builders import Builders
+from evomerge.merging.evidence import Evidence
+from evomerge.optimizers import CmaSettings, Observation
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
+from evomerge.search.driving.driver import Driver
+from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
+from evomerge.search.preparing.prepare import Prepared, prepare
+from evomerge.search.settings.search_file import parse_search_file
+from evomerge.search.work.jobs import Job, Measured, Task
+from evomerge.search.workers.building import build_context
+from evomerge.search.workers.worker import Worker
+from evomerge.store import acquire
+
+SEEDS = range(5)
+EXPERTS = (
+    "steps_ja", "kanji", "into_english", "into_japanese", "extraction", "steps_en", "english", "spelling",
+)  # fmt: skip
+ITEMS, HELD_OUT = 100, 800
+CANDIDATES = 150
+STRENGTHS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
+ROUTED = ("Arrow", "fitted soft", "fitted top 1", "MoLA 8-6-4-2", "MoLA 2-4-6-8", "MoLA 8-2-2-8", "MoLA 5-5-5-5")
+PLAIN = ("uniform average", "sum", "tuned strength", "LoraHub", "fitted", "searched weights", "searched around the fit")
+SPACES: Mapping[str, Mapping[str, Any]] = {
+    "searched weights": {"kind": "parameter_space", "method": "task_arithmetic", "bounds": {"weight": [0, 1.5]}},
+    "searched around the fit": {"kind": "parameter_space", "method": "fitted", "bounds": {"weight": [0, 2]}},
+    "searched routed": {"kind": "routed", "granularity": "model"},
+}
+TURNS = 5
+SPEED_ITEMS = 100
+
+Scores = NDArray[np.float64]
+
+
+def content(space: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A search file. Routed spaces have choices, which CatCMA takes; weights have none."""
+    is_routed = space["kind"] == "routed"
+    return {
+        "name": "experts", "seed": seed, "base": "base", "dtype": "float32",
+        "sources": {"base": str(ZOO / "base"), **{name: f"{ZOO / 'base'}+{ZOO / name}" for name in EXPERTS}},
+        "space": dict(space),
+        "objectives": {"zoo": {"task": "zoo_mixed", "metric": "acc", "items": ITEMS, "batch_size": 250}},
+        "fit": {"file": "fit.jsonl"},
+        "optimizer": {"name": "catcma" if is_routed else "cma", "x0": "best"},
+        "racing": {"rungs": [25, 50]},
+        "baselines": {"kappa": False},
+        "budget": {"candidates": CANDIDATES},
+    }  # fmt: skip
+
+
+class Bench:
+    """One seed: a worker, and the recipes of all that no search makes.
+
+    Args:
+        folder: of all seeds, with the items of the fit.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.prepared, self.worker = self._opened(SPACES["searched routed"])
+        self.recipes: dict[str, Recipe] = {mark.label: mark.recipe for mark in self.prepared.setup.space.baselines()}
+
+    def _opened(self, space: Mapping[str, Any]) -> tuple[Prepared, Worker]:
+        prepared = prepare(parse_search_file(content(space, self.seed), place="experts", root=self.folder.resolve()))
+        contents = {name: content_digest(fingerprint(source)) for name, source in prepared.sources.items()}
+        space, sources, file = prepared.setup.space, prepared.sources, prepared.file
+        evidence = Evidence(self.folder / "evidence", contents)
+        builders = Builders(build_context(file, sources, evidence, space.layer_buffers, hops=space.hops))
+        builders.start({baseline.recipe.kind for baseline in space.baselines()})
+        assert file.fit_split is not None
+        return prepared, Worker("bench", builders, [*prepared.evaluators, file.fit_split.evaluator])
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Every form: its held-out scores, its change of the time, and what it was chosen by."""
+        best = max(EXPERTS, key=lambda name: self.scores(self.recipes[name], "search", ITEMS).mean())
+        chosen: dict[str, Recipe] = {"best adapter": self.recipes[best]}
+        chosen |= {name: self.recipes[name] for name in ("base", "uniform average", "sum", "fitted", *ROUTED)}
+        chosen["tuned strength"] = self._tuned_strength()
+        chosen["LoraHub"] = self._lora_hub()
+        for name, space in SPACES.items():
+            chosen[name] = self._searched(name, space)
+        held = {name: self.scores(recipe, "held_out", HELD_OUT) for name, recipe in chosen.items()}
+        speeds = self._speeds({name: chosen[name] for name in ("uniform average", *ROUTED, "searched routed")})
+        return {
+            name: {"held_out": scores.tolist(), "tokens_per_second": speeds.get(name)} for name, scores in held.items()
+        }
+
+    def scores(self, recipe: Recipe, split: Any, items: int) -> Scores:
+        """float64 [items]"""
+        return self._measured(recipe, split, items).scores[0]["acc"].astype(np.float64)
+
+    def _measured(self, recipe: Recipe, split: Any, items: int) -> Measured:
+        result = self.worker.run(Job(0, 1, recipe, [Task(0, split, range(items))])).result
+        if not isinstance(result, Measured):
+            raise RuntimeError(result)
+        return result
+
+    # ---- what chooses a few numbers ----------------------------------------------------------------------------------
+
+    def weighted(self, weights: Sequence[float]) -> StackRecipe:
+        """The base and so much of each adapter's change."""
+        like = self.recipes["sum"]
+        parameters = {"weight": dict(zip(EXPERTS, weights, strict=True)), "normalize": False, "lambda": 1.0}
+        blend = Blend(method="task_arithmetic", sources=EXPERTS, base="base", parameters=parameters)
+        layers = self.prepared.sources["base"].layers
+        return StackRecipe.uniform(
+            blend, sources=like.sources, tokenizer=like.tokenizer, layers=layers, seed=like.seed, dtype=like.dtype
+        )
+
+    def _tuned_strength(self) -> StackRecipe:
+        """Equal weights, the best of some on the search items."""
+        recipes = [self.weighted([strength] * len(EXPERTS)) for strength in STRENGTHS]
+        return max(recipes, key=lambda recipe: self.scores(recipe, "search", ITEMS).mean())
+
+    def _lora_hub(self) -> StackRecipe:
+        """Huang et al., arXiv 2307.13269, section 3.3: 40 steps without gradient from zero, within 1.5, on the loss of
+        five examples of each task and 0.05 of the weights' mean size. Its optimizer is nevergrad's, here it is CMA-ES;
+        its weights multiply both factors of an adapter, here its change.
+        """
+        space = [Parameter(name, -1.5, 1.5, 0.0) for name in EXPERTS]
+        optimizer = CmaSettings(name="cma", x0="default", population=8).build(space, 1, self.seed)
+        few = range(self.seed * 5 * len(TASKS), (self.seed + 1) * 5 * len(TASKS))
+        best: tuple[float, Sequence[float]] = (float("inf"), [0.0] * len(EXPERTS))
+        for _ in range(5):
+            observations = []
+            for genome in optimizer.ask(8):
+                recipe = self.weighted(genome.tolist())
+                loss = -self._likelihood(recipe, few) + 0.05 * float(np.abs(genome).mean())
+                observations.append(Observation(genome, [loss]))
+                best = min(best, (loss, genome.tolist()))
+            optimizer.tell(observations)
+        return self.weighted(best[1])
+
+    def _likelihood(self, recipe: Recipe, items: Sequence[int]) -> float:
+        """The mean log-likelihood of right answers of the fit's items."""
+        result = self.worker.run(Job(0, 1, recipe, [Task(1, "search", items)])).result
+        if not isinstance(result, Measured):
+            raise RuntimeError(result)
+        return float(result.scores[0]["log_likelihood"].mean())
+
+    # ---- searches ----------------------------------------------------------------------------------------------------
+
+    def _searched(self, name: str, space: Mapping[str, Any]) -> Recipe:
+        """The best candidate of a search."""
+        prepared, worker = self._opened(space)
+        pool = CountingPool(worker)
+        place = self.folder / f"{name.replace(' ', '_')}-{self.seed}.{int(time.time())}"
+        store = create_search(place, prepared, fingerprints_of(prepared))
+        with store, acquire(store):
+            Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")).run()
+            (best,) = list(store.events(kinds=("front",)))[-1].payload["candidates"]
+            return recipe_of(store.candidate(best), prepared.file.sources)
+
+    # ---- speed -------------------------------------------------------------------------------------------------------
+
+    def _speeds(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+        """Tokens of answers a second by form, the median of several turns of all."""
+        tokenizer = self.prepared.reader().tokenizer
+        found: dict[str, list[float]] = {name: [] for name in recipes}
+        for _ in range(TURNS):
+            for name, recipe in recipes.items():
+                measured = self._measured(recipe, "held_out", SPEED_ITEMS)
+                tokens = sum(len(tokenizer(answer)["input_ids"]) for answer in measured.answers[0].values())
+                found[name].append(tokens / measured.timings["generate"])
+        return {name: float(np.median(values)) for name, values in found.items()}
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(folder: Path) -> None:
+    """docs/experts.json and the table, the best first."""
+    files = [file for seed in SEEDS if (file := folder / f"{seed}.json").exists()]
+    seeds = [json.loads(file.read_text()) for file in files]
+    scores = {name: np.array([seed[name]["held_out"] for seed in seeds]) for name in seeds[0]}  # [seeds, items]
+    plain = max(PLAIN, key=lambda name: float(scores[name].mean()))
+    rows = []
+    for name, held in sorted(scores.items(), key=lambda pair: -float(pair[1].mean())):
+        low, high = interval(held - scores[plain])
+        speeds = [seed[name]["tokens_per_second"] for seed in seeds if seed[name]["tokens_per_second"]]
+        by_task = {task: float(held[:, number :: len(TASKS)].mean()) for number, task in enumerate(TASKS)}
+        row = {
+            "name": name, "mean": float(held.mean()), "held_out": by_task,
+            "difference": float((held - scores[plain]).mean()), "low": low, "high": high,
+            "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        }  # fmt: skip
+        rows.append(row)
+        tasks = "  ".join(f"{value:.3f}" for value in by_task.values())
+        speed = "" if not speeds else f"  {row['tokens_per_second']:.0f} tokens/s"
+        print(f"{name:26} {row['mean']:.3f}  {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {tasks}{speed}")
+    about = {"seeds": len(seeds), "best_plain": plain, "items": int(scores[plain].shape[1]), "rows": rows}
+    (ROOT / "docs" / "experts.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_items(folder: Path) -> None:
+    """The items of the fit: of the tasks' third splits one of each in turn."""
+    by_task = [(DATA / f"{task}.fit.jsonl").read_text("utf-8").splitlines() for task in TASKS]
+    lines = [line for row in zip(*by_task, strict=True) for line in row]
+    (folder / "fit.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    given = parser.parse_args()
+    if given.what == "report":
+        report(given.folder)
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    write_items(given.folder)
+    for seed in given.seeds:
+        if not (out := given.folder / f"{seed}.json").exists():
+            started = time.time()
+            write(out, Bench(given.folder, seed).rows())
+            print(f"seed {seed}: {time.time() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
