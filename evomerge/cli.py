@@ -267,6 +267,18 @@ def confirm(folder: FolderArgument) -> None:
 
 
 @app.command()
+def team(
+    folder: FolderArgument,
+    members: Annotated[int, typer.Option("-k", "--members", help="How many candidates it has, 2 to 8.")] = 3,
+    json_: JsonOption = False,
+) -> None:
+    """Choose candidates that together solve most. They are scored on the held-out split."""
+    from evomerge.commands.run import team
+
+    raise typer.Exit(team(folder, members, as_json=json_))
+
+
+@app.command()
 def export(
     folder: FolderArgument,
     out: OutArgument,

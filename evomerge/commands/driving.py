@@ -29,6 +29,7 @@ from evomerge.report.fit import check_fit
 from evomerge.report.live import LiveScreen
 from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
+from evomerge.report.team import choose_team
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import GRACE_S, Control
 from evomerge.search.driving.drive import Drive
@@ -57,6 +58,7 @@ from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.workers.building import check_devices
 from evomerge.search.workers.bus_errors import explain_bus_errors
 from evomerge.store import Store, acquire
+from evomerge.store.events import TeamChosen
 
 INTERRUPTED = 130
 
@@ -103,6 +105,19 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
             done = _confirm(prepared, drive)
     console.print(panel(status_of(store)))
     return 0 if done else INTERRUPTED
+
+
+def drive_team(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, count: int) -> bool:
+    """Choose a team of a search whose lease is held, and score it on the held-out split; False if a stop came first."""
+    numbers = choose_team(store, count)
+    with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
+        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        if not check_changed(folder, prepared, store, pool, console):
+            return False
+        with _session(folder, prepared, store, pool, artifacts, console) as drive:
+            store.record_event(TeamChosen(candidates=numbers))
+            rows = [*map(store.candidate, numbers), *(row for row in store.candidates(step=0) if row.status == "done")]
+            return Confirmation(drive).score(rows, lambda row: recipe_of(row, prepared.file.sources))
 
 
 def open_all(

@@ -181,3 +181,38 @@ def confirm(folder: Path) -> int:
             prepared = reopen(folder, store, file)
         with output_is_optional():
             return drive_confirmation(folder, prepared, store, last, console)
+
+
+def team(folder: Path, members: int, *, as_json: bool) -> int:
+    """Choose a team, score it on the held-out split, and say what it covers; the exit code."""
+    from rich.console import Console
+
+    from evomerge.report.screen import make_console
+    from evomerge.report.team import choose_team, team_of, team_tables
+
+    console = make_console()
+    with ExitStack() as last, open_store(folder) as store, acquire(store):
+        file = resumed_file(folder, store, ())
+        choose_team(store, members)  # what is wrong with it is said before anything is opened
+        check_early(file)
+        with opening():
+            from evomerge.commands.driving import INTERRUPTED, drive_team, reopen
+
+            prepared = reopen(folder, store, file)
+        with output_is_optional():
+            screen = Console(stderr=True) if as_json else console  # what is printed may be read by a program
+            if not drive_team(folder, prepared, store, last, screen, members):
+                return INTERRUPTED
+        chosen = team_of(store)
+    if chosen is None:
+        raise InputError(str(folder), "a member of the team could not be scored", "`evomerge show` says why.")
+    if as_json:
+        print(chosen.model_dump_json(indent=2))
+        return 0
+    for table in team_tables(chosen):
+        console.print(table)
+    console.print(
+        f"of {chosen.items:,} held-out items {chosen.coverage:.1%} are solved by at least one member, "
+        f"{chosen.majority:.1%} by more than half"
+    )
+    return 0

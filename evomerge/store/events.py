@@ -365,6 +365,13 @@ class Shortlist(Event):
     drawn: list[Whole] = []
 
 
+class TeamChosen(Event):
+    """Candidates that together solve most items of the search split, before any of them is scored on others for it."""
+
+    kind: ClassVar[str] = "team"
+    candidates: list[Whole]
+
+
 class Confirming(Event):
     """An attempt on the held-out split begins."""
 
@@ -401,7 +408,8 @@ READ: dict[str, type[Event | ItemResponse]] = {
     event.kind: event
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
-        ScoresAdded, Screening, Descent, Refined, ItemResponse, Shortlist, Confirming, ConfirmFailed, Winner, Chosen,
+        ScoresAdded, Screening, Descent, Refined, ItemResponse, Shortlist, TeamChosen, Confirming, ConfirmFailed,
+        Winner, Chosen,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

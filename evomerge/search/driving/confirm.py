@@ -52,14 +52,22 @@ class Confirmation:
 
         ``recipe_of`` gives a candidate's recipe with its sources' references.
         """
+        return self._held(lambda: self._confirm(recipe_of))
+
+    def _held(self, act: Callable[[], bool]) -> bool:
+        """Do something on the held-out split, after which the search is in the state that it was in before."""
         why = self._store.search().why
         states = [event.read(State).state for event in self._store.events(kinds=("state",))]
         before = next((state for state in reversed(states) if state not in _OURS), "created")
         self._store.set_state("confirming", why=why)
         try:
-            return self._confirm(recipe_of)
+            return act()
         finally:
             self._store.set_state(before, why=why, worker_time=self._meter.read())
+
+    def score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
+        """Score what of some candidates has no held-out scores yet; False when a stop came first. Nothing is chosen."""
+        return self._held(lambda: self._score(rows, recipe_of))
 
     def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
         shortlist, drawn = self._freeze()

@@ -1,0 +1,158 @@
+"""A team of candidates as people see it: who is in it, and what it covers beside its best member and the sources."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from rich.table import Table
+
+from evomerge.errors import InputError
+from evomerge.report.confirmed import better, held_out
+from evomerge.search.estimation.statistics import paired_difference
+from evomerge.search.estimation.team import agreement, coverage, greedy_team
+from evomerge.store import CandidateRow, Store
+from evomerge.store.events import TeamChosen
+from evomerge.store.record import Measure
+
+Matrix = NDArray[np.float64]
+
+MOST = 8
+"""Members of a team: of more, nobody would run all."""
+
+
+class Share(BaseModel):
+    """A share of the held-out items, and how much the team's coverage is above it with its 95% interval."""
+
+    share: float
+    difference: float
+    low: float
+    high: float
+
+
+class Member(BaseModel):
+    """A candidate of a team: its own mean, and the coverage of the team up to it, on the held-out items."""
+
+    id: str
+    label: str
+    mean: float
+    covered: float
+
+
+class Team(BaseModel):
+    """What a team does on the held-out items of all objectives that are maximised.
+
+    Attributes:
+        items: how many there are.
+        members: in the order in which they were chosen.
+        coverage: the share of items that at least one member solves.
+        majority: the share that more than half of them do.
+        against: by what stands beside it: its best member, the best source, the best team of as many sources, and all
+            sources together.
+        solved: for each member whether it solves each item, as a text of 0 and 1; by tenths in between.
+    """
+
+    items: int
+    members: list[Member]
+    coverage: float
+    majority: float
+    against: dict[str, Share]
+    solved: list[str]
+
+
+def search_scores(store: Store, rows: list[CandidateRow], measures: list[Measure]) -> tuple[list[int], Matrix]:
+    """The numbers of candidates that are scored on all items, and their scores: float64 [candidates, items]."""
+    numbers, found = [], []
+    for row in rows:
+        by_version = {scores.evaluator: scores for scores in store.scores(row.number, "search")}
+        if any(m.version not in by_version or len(by_version[m.version].items) < m.items for m in measures):
+            continue
+        numbers.append(row.number)
+        found.append(np.concatenate([better(m, by_version[m.version].metrics[m.metric][: m.items]) for m in measures]))
+    return numbers, np.array(found)
+
+
+def maximised(store: Store) -> list[Measure]:
+    """The objectives whose items can be covered. Raises InputError: none is maximised."""
+    measures = [objective for objective in store.search().record.objectives if objective.sign > 0]
+    if not measures:
+        raise InputError("objectives", "none is maximised, and a team covers items that are solved")
+    return measures
+
+
+def choose_team(store: Store, count: int) -> list[int]:
+    """The numbers of a team's members, by the search split.
+
+    Raises:
+        InputError: too few candidates are scored on all items, or ``count`` is out of range.
+    """
+    if not 2 <= count <= MOST:
+        raise InputError("-k", f"is {count}", f"A team has 2 to {MOST} members.")
+    rows = [row for row in store.candidates() if row.status == "done"]
+    numbers, scores = search_scores(store, rows, maximised(store))
+    if len(numbers) < count:
+        problem = f"{len(numbers)} candidates are scored on all items, which is fewer than {count}"
+        raise InputError("-k", problem, f"Take {len(numbers)}, or go on with the search.")
+    return [numbers[place] for place in greedy_team(scores, count)]
+
+
+def team_of(store: Store) -> Team | None:
+    """The team that was chosen last, as far as it is scored; None where there is none."""
+    events = store.events(kinds=("team",))
+    if not events:
+        return None
+    members = [store.candidate(number) for number in events[-1].read(TeamChosen).candidates]
+    measures = maximised(store)
+    scores = [_held_out(store, row, measures) for row in members]
+    known = [one for one in scores if one is not None]
+    if len(known) < len(members):
+        return None
+    sources = [
+        (row, one)
+        for row in store.candidates(step=0)
+        if row.origin == "source" and (one := _held_out(store, row, measures)) is not None
+    ]
+    covered = coverage(known)
+    beside = {"its best member": known[int(np.argmax([one.mean() for one in known]))]}
+    if sources:
+        rows, values = zip(*sources, strict=True)
+        beside["the best source"] = values[int(np.argmax([one.mean() for one in values]))]
+        numbers, found = search_scores(store, list(rows), measures)
+        chosen = [numbers[place] for place in greedy_team(found, len(members))] if numbers else []
+        picked = [one for row, one in sources if row.number in chosen]
+        if picked:
+            beside[f"the best {len(picked)} sources together"] = coverage(picked)
+        beside["all sources together"] = coverage(values)
+    return Team(
+        items=len(covered),
+        members=[
+            Member(id=row.id, label=row.label, mean=float(one.mean()), covered=float(coverage(known[: i + 1]).mean()))
+            for i, (row, one) in enumerate(zip(members, known, strict=True))
+        ],
+        coverage=float(covered.mean()),
+        majority=float(agreement(known).mean()),
+        against={name: _share(covered, other) for name, other in beside.items()},
+        solved=["".join(str(min(9, int(value * 9.99))) for value in np.clip(one, 0, 1)) for one in known],
+    )
+
+
+def _held_out(store: Store, row: CandidateRow, measures: list[Measure]) -> Matrix | None:
+    """A candidate's held-out scores of all measures, one after the other: float64 [items]; None while it has none."""
+    items = held_out(store, row.number if row.same_as is None else row.same_as, measures)
+    return np.concatenate([better(m, items[m.name]) for m in measures]) if items else None
+
+
+def _share(covered: Matrix, other: Matrix) -> Share:
+    gap = paired_difference(covered.astype(np.float32), other.astype(np.float32), 0.95)
+    return Share(share=float(other.mean()), difference=gap.mean, low=gap.low, high=gap.high)
+
+
+def team_tables(team: Team) -> tuple[Table, Table]:
+    """Its members, and what stands beside it, for a terminal."""
+    members = Table("member", "held out", "covered so far", box=None, pad_edge=False)
+    for one in team.members:
+        members.add_row(f"{one.id} {one.label}".strip(), f"{one.mean:.3f}", f"{one.covered:.3f}")
+    beside = Table("beside it", "covers", "the team more by", box=None, pad_edge=False)
+    for name, share in team.against.items():
+        beside.add_row(name, f"{share.share:.3f}", f"{share.difference:+.3f} [{share.low:+.3f}, {share.high:+.3f}]")
+    return members, beside

@@ -1,0 +1,88 @@
+"""Teams: the greedy choice, what it covers, and the command."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_miniature import evomerge, json_of, short_search_file
+
+from evomerge.errors import InputError
+from evomerge.report.team import choose_team, team_of
+from evomerge.search.estimation.team import agreement, coverage, greedy_team
+from evomerge.store import Store
+
+
+def test_a_team_is_whoever_adds_most() -> None:
+    scores = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0.0]])
+    assert greedy_team(scores, 3) == [0, 2]  # nobody adds anything to these
+    assert coverage(scores[[0, 2]]).tolist() == [1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_greedy_team_covers_what_it_must(seed: int) -> None:
+    """At least 1 - 1/e of what the best of all teams covers, found by trying them all."""
+    scores = (np.random.RandomState(seed).random_sample((9, 40)) < 0.2).astype(np.float64)
+    best = max(scores[list(team)].max(axis=0).mean() for team in itertools.combinations(range(9), 3))
+    assert (1 - np.exp(-1)) * best <= coverage(scores[greedy_team(scores, 3)]).mean() <= best
+
+
+def test_more_than_half_must_solve_an_item() -> None:
+    scores = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0.0]])
+    assert agreement(scores).tolist() == [1, 1, 0, 0]
+    assert agreement(scores[:2]).tolist() == [1, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("team")
+    task = {"task": "mini_math_ja", "search": "validation[:12]", "held_out": "test[:16]"}
+    objectives = {"japanese": task | {"metric": "acc_ja"}, "right": task | {"metric": "acc"}}
+    file = short_search_file(
+        folder, objectives=objectives, budget={"candidates": 12}, optimizer={"name": "random"}, confirm={"top": 1}
+    )
+    assert evomerge("search", file, "--dir", folder / "search") == 0
+    return folder / "search"
+
+
+def test_a_team_is_chosen_and_scored_on_held_out_items(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    told = json_of(capsys, "team", searched, "-k", "2", "--json")
+    with Store.open(searched / "search.db") as store:
+        team = team_of(store)
+        assert team is not None
+        assert team.model_dump() == told
+        numbers = choose_team(store, 2)
+        assert [store.candidate(number).id for number in numbers] == [member["id"] for member in told["members"]]
+        held = [
+            np.concatenate(
+                [store.scores(n, "held_out")[0].metrics[metric].astype(np.float64) for metric in ("acc_ja", "acc")]
+            )
+            for n in numbers
+        ]
+    assert told["items"] == 32
+    assert told["coverage"] == pytest.approx(np.max(held, axis=0).mean())
+    assert told["against"]["its best member"]["share"] == pytest.approx(max(one.mean() for one in held))
+    assert all(share["low"] <= share["difference"] <= share["high"] for share in told["against"].values())
+    assert [len(solved) for solved in told["solved"]] == [32] * len(numbers)
+    assert evomerge("team", searched, "-k", "2") == 0  # once more, with nothing to score
+    printed = capsys.readouterr().out
+    assert "solved by at least one member" in printed
+    assert "the best source" in printed
+
+
+@pytest.mark.parametrize(("count", "problem"), [(1, "2 to 8 members"), (9, "2 to 8 members")])
+def test_a_team_of_another_size_is_refused(
+    searched: Path, count: int, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evomerge("team", searched, "-k", count) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_more_members_than_candidates_are_refused(tmp_path: Path) -> None:
+    file = short_search_file(tmp_path, budget={"candidates": 6}, optimizer={"name": "random"}, confirm={"top": 1})
+    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
+    with Store.open(tmp_path / "search" / "search.db") as store, pytest.raises(InputError, match="fewer than 8"):
+        choose_team(store, 8)
