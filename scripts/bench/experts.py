@@ -94,6 +94,9 @@ class Bench:
         self.folder, self.seed = folder, seed
         self.prepared, self.worker = self._opened(SPACES["searched routed"])
         self.recipes: dict[str, Recipe] = {mark.label: mark.recipe for mark in self.prepared.setup.space.baselines()}
+        around, _ = self._opened(SPACES["searched around the fit"])
+        marks = around.setup.space.baselines()
+        self.recipes["fitted"] = next(mark.recipe for mark in marks if mark.label == "fitted defaults")
 
     def _opened(self, space: Mapping[str, Any]) -> tuple[Prepared, Worker]:
         prepared = prepare(parse_search_file(content(space, self.seed), place="experts", root=self.folder.resolve()))
