@@ -117,11 +117,11 @@ def test_resumed_is_uninterrupted_in_both_pools(prompts: dict[str, Path], tmp_pa
     names, space = ("started1", "random"), {"tokens": 8}
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    whole = prompts_file(tmp_path / "whole", prompts, *names, space=space, **settings)
-    parts = prompts_file(tmp_path / "parts", prompts, *names, space=space, budget={"candidates": 6}, **settings)
+    whole = prompts_file(tmp_path / "whole", prompts, *names, space=space, budget={"candidates": 12}, **settings)
+    parts = prompts_file(tmp_path / "parts", prompts, *names, space=space, budget={"candidates": 8}, **settings)
     assert evomerge("search", whole, "--dir", tmp_path / "whole" / "s") == 0
     assert evomerge("search", parts, "--dir", tmp_path / "parts" / "s") == 0
-    assert evomerge("resume", tmp_path / "parts" / "s", "--set", "budget.candidates=8") == 0
+    assert evomerge("resume", tmp_path / "parts" / "s", "--set", "budget.candidates=12") == 0
     assert table(tmp_path / "whole" / "s") == table(tmp_path / "parts" / "s")
 
 
