@@ -88,3 +88,35 @@ def test_a_form_that_there_is_not_is_refused(search: Path, tmp_path: Path, capsy
     assert "routed, peft" in capsys.readouterr().err
     assert evomerge("export", search, tmp_path / "x", "--candidate", "base", "--as", "routed") != 0
     assert "no form" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_fitted_routers_are_found_before_the_search_and_again_for_an_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MoLA's form; its evidence is lost before the export, so that routers are fitted anew, to the same bits."""
+    fit = ROOT / "evaluators" / "tasks" / "data" / "zoo_extract.fit.jsonl"
+    items = {"task": "zoo_extract", "metric": "acc", "search": "validation[:8]", "held_out": "test[:8]"}
+    path = search_file(
+        tmp_path,
+        sources={"base": str(ZOO / "base")} | {name: f"{ZOO / 'base'}+{ZOO / name}" for name in (*EXPERTS, "kanji")},
+        space={"kind": "routed", "like": "mola"},
+        objectives={"extract": items},
+        optimizer={"name": "random"},
+        budget={"candidates": 16},
+        confirm={"top": 1},
+        dtype="float32",
+        fit={"file": str(fit), "items": 32, "steps": 4, "drawn": 8},
+    )
+    search = tmp_path / "out"
+    assert evomerge("search", path, "--dir", search) == 0
+    with open_store(search) as store:
+        assert store.counts()["failed"] == 0
+        rows = [row for row in store.candidates() if row.status == "done"]
+        row = next(row for row in rows if '"kind":"fitted"' in row.recipe and row.origin != "random")
+    for file in (search / "evidence").iterdir():
+        file.unlink()
+    capsys.readouterr()
+    assert evomerge("export", search, tmp_path / "exact", "--candidate", row.id, "--as", "routed") == 0
+    assert "score exactly as recorded" in " ".join(capsys.readouterr().out.split())
+    assert evomerge("export", search, tmp_path / "plain", "--candidate", row.id) == 0
