@@ -53,6 +53,7 @@ class Item:
             none has. A search on such items needs a person's consent.
         media: what it holds beside text.
         place: where it was read, for people: a file and a line; empty where it was in none.
+        group: what kind of item it is, where it says so: routers of experts may be fitted to keep groups apart.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Item:
     benchmark: str | None = None
     media: tuple[Media, ...] = ()
     place: str = field(default="", compare=False)
+    group: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

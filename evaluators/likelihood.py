@@ -79,12 +79,14 @@ class LikelihoodSettings(FewshotSettings):
 
 @dataclass(frozen=True)
 class _Pair:
-    """A prompt and what may come after it; ``place`` is for people, ``benchmark`` has it as a test item."""
+    """A prompt and what may come after it; ``place`` is for people, ``benchmark`` has it as a test item, ``group`` is
+    what kind of item it says it is."""
 
     prompt: str
     answer: str
     place: str
     benchmark: str | None
+    group: str = ""
 
     @property
     def hash(self) -> str:
@@ -118,7 +120,10 @@ class LikelihoodEvaluator(Evaluator):
             )
         )
         self.splits = {
-            split: [Item(pair.hash, pair.prompt, pair.answer, pair.benchmark, place=pair.place) for pair in pairs]
+            split: [
+                Item(pair.hash, pair.prompt, pair.answer, pair.benchmark, place=pair.place, group=pair.group)
+                for pair in pairs
+            ]
             for split, pairs in self._pairs.items()
         }
         hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
@@ -164,4 +169,4 @@ def _read(settings: LikelihoodSettings, file: Path) -> Iterator[_Pair]:
         prompt, answer = fill("prompt", settings.prompt, line), fill("answer", settings.answer, line)
         if not answer.strip():
             raise InputError(line.place, "has an empty answer", "Leave the item out.")
-        yield _Pair(prompt, answer, line.place, benchmark_of(line.fields))
+        yield _Pair(prompt, answer, line.place, benchmark_of(line.fields), str(line.fields.get("group", "")))

@@ -154,3 +154,42 @@ def test_the_parts_of_a_step_sum_to_the_mean_loss_of_its_answers(make_file: Make
         logs = [one.log for one in log_likelihoods(live, [r for r in requests if isinstance(r, Likelihood)])]
     wanted = sum(math.log1p(-log) for log in logs) / len(logs)
     assert sum(float(part.detach()) for part in fit.passes(live, 0)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_each_row_of_a_part_has_the_group_of_its_item(
+    make_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer prompts, which come first in a batch, are of one group."""
+    lines = [
+        {"prompt": "Q: " + "1 + " * (n % 2 * 5) + f"{n} =\nA:", "answer": " 1", "group": ["short", "long"][n % 2]}
+        for n in range(60, 90)
+    ]
+    (tmp_path / "fit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepared = prepare(file := make_file(drawn=30))
+    context = build_context(file, prepared.sources, Evidence())
+    recipe = next(iter(prepared.setup.space.baselines())).recipe
+    assert isinstance(recipe, StackRecipe)
+    live = StackBuilder(context).write(recipe)
+    fit = context.fit
+    assert fit is not None
+    monkeypatch.setattr("evomerge.inference.proxy.MOST_TOKENS", 400)
+    kinds = [fit.kinds for _ in fit.passes(live, 0)]
+    assert len(kinds) > 1
+    assert sum(kinds, ()) == (0,) * 15 + (1,) * 15  # type: ignore[arg-type]
+
+
+def test_groups_are_of_all_items_or_of_none_and_part_of_the_digest(make_file: MakeFile, tmp_path: Path) -> None:
+    plain = split_of(make_file()).digest
+    lines = [json.loads(line) for line in (tmp_path / "fit.jsonl").read_text().splitlines()]
+
+    def write_groups(groups: list[str]) -> None:
+        grouped = [line | ({"group": group} if group else {}) for line, group in zip(lines, groups, strict=True)]
+        (tmp_path / "fit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in grouped))
+
+    write_groups(["maths"] * 15 + ["other"] * 15)
+    assert split_of(make_file()).groups == (0,) * 15 + (1,) * 15
+    assert split_of(make_file()).digest != plain
+    write_groups(["maths"] * 29 + [""])
+    with pytest.raises(InputError, match="no `group`") as caught:
+        _ = split_of(make_file()).digest
+    assert caught.value.place.endswith("line 30")

@@ -50,9 +50,10 @@ def saturating(log: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Item(Tokens):
-    """An item as the model sees it, and its weight in the mean."""
+    """An item as the model sees it, its weight in the mean, and which of the prompts it is."""
 
     weight: float
+    number: int
 
 
 def differentiate_proxy(
@@ -80,6 +81,7 @@ def loss_parts(
     weights: Sequence[float],
     listening: Listening,
     loss: Loss = saturating,
+    told: Callable[[Sequence[int]], None] = lambda rows: None,
 ) -> Generator[Tensor]:
     """A loss of right answers, in parts that sum to it: each to be run backward before the next is asked for.
 
@@ -90,13 +92,16 @@ def loss_parts(
         weights: how much each counts; the loss is their weighted mean.
         listening: open around the forward pass of a part, and until the next is asked for.
         loss: of one answer.
+        told: before a part, which of the prompts its rows are of, by position.
 
     Yields:
         scalars in float32 at least, with a graph.
     """
     total = sum(weights)
-    items = [_Item(p.fed, p.scored, w / total) for p, w in zip(prompts, weights, strict=True)]
+    pairs = enumerate(zip(prompts, weights, strict=True))
+    items = [_Item(prompt.fed, prompt.scored, weight / total, number) for number, (prompt, weight) in pairs]
     for batch in _batches(items, live):
+        told([item.number for item in batch])
         with listening(_is_large(batch, live)):
             with torch.enable_grad():
                 part = _part(live, batch, loss)

@@ -19,10 +19,13 @@ class Fit(Protocol):
     Attributes:
         steps: of the fit.
         rate: the learning rate of its first step, for a number that is about 1; it falls to 0 along a cosine.
+        kinds: the group of each row of the part that was asked for last, in the order of its batch: its number among
+            all groups of the items, by name. None where items have no groups.
     """
 
     steps: int
     rate: float
+    kinds: tuple[int, ...] | None
 
     @property
     def digest(self) -> str:

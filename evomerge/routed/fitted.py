@@ -75,7 +75,7 @@ def fit_routers(
             optimizer.zero_grad()
             with closing(fit.passes(live, step, listening)) as parts:
                 for part in parts:
-                    loss = part + use.loss(getattr(fit, "kinds", None)).to(part.device)
+                    loss = part + use.loss(fit.kinds).to(part.device)
                     if not bool(torch.isfinite(loss)):
                         raise NotFiniteError(f"the loss of step {step + 1} of a fit")
                     loss.backward()  # type: ignore[no-untyped-call]

@@ -69,6 +69,12 @@ class FitSplit:
         evaluator = likelihood_settings(self.section).build_whole()
         if (wanted := self.section.items) is not None and wanted > (found := len(evaluator.items("search"))):
             raise InputError(f"{PLACE}.items", f"asks for {wanted} of {found} items")
+        items = evaluator.items("search")[:wanted]
+        without = [item for item in items if not item.group]
+        if without and len(without) < len(items):
+            raise InputError(
+                without[0].place, "has no `group`, and other items have one", "Give one to all, or to none."
+            )
         if self.known_digest not in (None, self._digest_of(evaluator)):
             problem = f"these are not the items with the digest {self.known_digest}, which the search began with"
             raise InputError(PLACE, problem, "Put them back.")
@@ -79,6 +85,13 @@ class FitSplit:
         """How many items count."""
         return self.section.items or len(self.evaluator.items("search"))
 
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """The group of each item, its number among the names of all of them; nothing where none has one."""
+        items = self.evaluator.items("search")[: self.count]
+        names = sorted({item.group for item in items})
+        return () if names == [""] else tuple(names.index(item.group) for item in items)
+
     @property
     def digest(self) -> str:
         """16 hex digits of all that a fit follows from. Raises InputError: as ``evaluator``."""
@@ -86,7 +99,8 @@ class FitSplit:
 
     def _digest_of(self, evaluator: LikelihoodEvaluator) -> str:
         numbers = [self.section.items, self.section.drawn, self.section.steps, self.section.rate, self.seed]
-        return digest([_VERSION, evaluator.version, *numbers])
+        groups = [item.group for item in evaluator.items("search")]
+        return digest([_VERSION, evaluator.version, *numbers, *(groups if any(groups) else ())])
 
     def refuse_shared(self, evaluators: Mapping[str, Evaluator]) -> None:
         """Refuse items that a search is scored or confirmed on: what is fitted to these says nothing there.

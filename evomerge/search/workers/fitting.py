@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -28,6 +28,7 @@ class AnswersFit:
     def __init__(self, split: FitSplit) -> None:
         self._split = split
         self.steps, self.rate = split.section.steps, split.section.rate
+        self.kinds: tuple[int, ...] | None = None
 
     @property
     def digest(self) -> str:
@@ -36,9 +37,14 @@ class AnswersFit:
     def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
         """The loss of one step, the mean over its items, in parts; see ``Fit``."""
         reader = Reader.of(live)
-        asked = self._split.evaluator.requests(reader, "search", self.drawn(step))
+        drawn, groups = self.drawn(step), self._split.groups
+        asked = self._split.evaluator.requests(reader, "search", drawn)
         prompts = [request.prompt for request in asked if isinstance(request, Likelihood)]
-        return loss_parts(live, prompts, [1.0] * len(prompts), listening)
+
+        def told(rows: Sequence[int]) -> None:
+            self.kinds = tuple(groups[drawn[row]] for row in rows) if groups else None
+
+        return loss_parts(live, prompts, [1.0] * len(prompts), listening, told=told)
 
     def drawn(self, step: int) -> list[int]:
         """Positions of the items of a step: all are shuffled anew whenever all were drawn."""
