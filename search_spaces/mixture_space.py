@@ -40,7 +40,7 @@ class MixtureSpaceSettings(SpaceSettings):
         method: the merge method of every blend; task arithmetic with a base, else a linear sum, when left out.
         slots: the sources after which the slots are named; all that are merged when left out.
         router: how the routers' rows are found: "fitted" needs `fit`, "prototypes" texts of each slot's own
-            (`calibration: {sources: {NAME: FILE}}`).
+            (`calibration: {file: FILE, sources: {NAME: FILE}}`).
         groups: into how many groups of layers they are cut, each with a temperature of its own.
         top_k: how many slots a token keeps; searched from 1 to all when left out.
         bias: whether slots have a bias of their choice in each group; of a glm4_moe.
@@ -83,7 +83,7 @@ class MixtureSpaceSettings(SpaceSettings):
             hint = "Name the items: `fit: ...`; or choose `router: prototypes`, which needs `calibration`."
             raise InputError("space.router", "is fitted, and there is nothing to fit it to", hint)
         if self.router == "prototypes" and context.calibration is None:
-            hint = "Give each slot its texts: `calibration: {sources: {NAME: FILE}}`."
+            hint = "Give each slot its texts: `calibration: {file: FILE, sources: {NAME: FILE}}`."
             raise InputError("space.router", "is of prototypes, and there are no texts to take them from", hint)
         method = context.method(self.method or ("linear" if context.base is None else "task_arithmetic"))
         context.check_needs(method, "space.method")

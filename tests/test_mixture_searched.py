@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from helpers_miniature import ROOT, evomerge, search_file
 from transformers import AutoModelForCausalLM
@@ -91,12 +93,19 @@ def test_both_pools_score_alike(search: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said_before_anything_is_scored(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Ann has 12 nuts and finds 5 more nuts.\n")
+    prototypes = {"kind": "mixture", "architecture": "mixtral", "router": "prototypes"}
     for changes, said in (
+        ({"space": prototypes, "calibration": {"file": str(texts), "prompts": 1}}, "no texts of steps_ja's own"),
         ({"space": {"kind": "mixture", "architecture": "qwen3_moe"}}, "a qwen3_moe cannot be made of models"),
         ({"space": {"kind": "mixture", "architecture": "mixtral", "top_k": 3}}, "is 3, but there are 2 slots"),
         ({"fit": None}, "there is nothing to fit it to"),
     ):
         assert evomerge("validate", settings(tmp_path, **changes)) != 0
         assert said in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5_000_000, available=4_000_000))
+    assert evomerge("validate", settings(tmp_path)) != 0
+    assert "this machine has 0.0 GB of memory" in " ".join(capsys.readouterr().err.split())

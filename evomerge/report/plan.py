@@ -32,6 +32,7 @@ from evomerge.report.outlook import Outlook, outlook_lines, outlook_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
 from evomerge.search.preparing.measured import planned_baselines
+from evomerge.search.preparing.mixtures import mixture_bytes
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Workers
@@ -383,11 +384,12 @@ def _bytes(source: Source) -> int:
 
 
 def _live_bytes(prepared: Prepared) -> int:
-    """Of the live model: what is outside the layers, and as many layers as a path may be made of."""
+    """Of the live models: what is outside the layers, as many layers as a path may be made of, and of a mixture."""
     model = prepared.sources[prepared.file.tokenizer_source]
     outside = _bytes(model) - sum(layer_bytes(model, model.layers))
     buffers = layer_bytes(model, max(model.layers, prepared.setup.space.layer_buffers))
-    return (outside + sum(buffers)) * _widened(prepared)
+    mixture = mixture_bytes(prepared.setup.space, prepared.sources)
+    return (outside + sum(buffers) + mixture) * _widened(prepared)
 
 
 def _widened(prepared: Prepared) -> int:

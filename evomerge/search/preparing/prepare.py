@@ -27,6 +27,7 @@ from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
 from evomerge.search.preparing.evaluators import Evaluators
+from evomerge.search.preparing.mixtures import check_mixtures
 from evomerge.search.preparing.setup import (
     ConstraintInfo,
     EvaluatorInfo,
@@ -97,6 +98,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     check_layout(file, model.config, model.layers)
     untouched = Untouched(sources.values())
     space = build_space(file, sources)
+    check_mixtures(file, space, sources)
     if file.engine == "vllm" and file.space.moves_layers:
         from evomerge.inference.vllm_engine import check_paths
 
