@@ -87,6 +87,8 @@ class MixtureSpaceSettings(SpaceSettings):
             raise InputError("space.router", "is of prototypes, and there are no texts to take them from", hint)
         method = context.method(self.method or ("linear" if context.base is None else "task_arithmetic"))
         context.check_needs(method, "space.method")
+        if "fit" in method.needs:
+            raise InputError("space.method", f"is {method.name}, which is fitted to whole models and not to experts")
         if method.needs_base and context.base is None:
             raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
         check_ranges(method.name, method.parameters, self.bounds, self.fixed, "space")

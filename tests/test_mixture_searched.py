@@ -106,6 +106,6 @@ def test_what_is_not_there_is_said_before_anything_is_scored(
     ):
         assert evomerge("validate", settings(tmp_path, **changes)) != 0
         assert said in " ".join(capsys.readouterr().err.split())
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5_000_000, available=4_000_000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1_000_000, available=900_000))
     assert evomerge("validate", settings(tmp_path)) != 0
     assert "this machine has 0.0 GB of memory" in " ".join(capsys.readouterr().err.split())

@@ -133,6 +133,7 @@ def test_without_a_base_blends_are_sums() -> None:
         ({}, {"groups": 5}, "is 5, but the sources have 4 layers"),
         ({}, {"bounds": {"wieght": [0, 1]}}, "wieght"),
         ({"base": None}, {"method": "task_arithmetic"}, "needs a base"),
+        ({}, {"method": "fitted"}, "is fitted to whole models"),
     ],
 )
 def test_what_cannot_be_searched(context: dict[str, Any], settings: dict[str, Any], said: str) -> None:
