@@ -124,6 +124,22 @@ def test_too_few_items_are_refused(make_file: MakeFile) -> None:
         prepare(make_file(items=31))
 
 
+def test_test_items_of_a_benchmark_are_refused(
+    make_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "evaluators.likelihood.benchmark_of", lambda fields: "a benchmark" if fields.get("of") else None
+    )
+    (tmp_path / "fit.jsonl").write_text(json.dumps({"prompt": "Q: 70 + 1 =\nA:", "answer": " 71", "of": 1}) + "\n")
+    with pytest.raises(InputError, match="fit: 1 of the 1 items to search on are test items of a benchmark"):
+        prepare(make_file())
+
+
+def test_an_item_that_cannot_be_put_to_the_model_is_refused_before_the_search(make_file: MakeFile) -> None:
+    with pytest.raises(InputError, match="fit: apply_chat_template: the tokenizer has no chat template"):
+        prepare(make_file(apply_chat_template=True))
+
+
 def test_other_items_than_those_recorded_are_refused(make_file: MakeFile, tmp_path: Path) -> None:
     split = split_of(make_file(), "0123456789abcdef")
     assert split.digest == "0123456789abcdef"  # nothing is read

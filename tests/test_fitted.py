@@ -22,6 +22,7 @@ from evomerge.errors import InputError
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.coefficients import HIGH, Coefficients, TensorSpace, share
 from evomerge.merging.evidence import Evidence
+from evomerge.merging.low_rank import coefficients, family_of, low_rank_problem
 from evomerge.merging.stack_builder import StackBuilder
 from evomerge.methods.fitted import FITTED
 from evomerge.recipes.stack import Blend, StackRecipe
@@ -30,7 +31,7 @@ from evomerge.testing.methods import MethodContract
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-EXPERTS = ("maths", "japanese")
+EXPERTS, ADAPTERS = ("maths", "japanese"), ("steps_ja", "kanji")
 SEARCH_ITEMS = ROOT / "evaluators" / "tasks" / "data" / "mini_math_ja.search.jsonl"
 
 
@@ -185,6 +186,33 @@ def test_a_source_has_a_number_in_each_tensor_that_it_changes(sources: Mapping[s
     assert weights[NORM][0] == 0.0
     blend = space.decode(genome).blend_for(sources["base"].roles[NORM], NORM)
     assert (blend.sources, blend.value("weight", "japanese")) == (("japanese",), weights[NORM][1])
+
+
+def test_adapters_are_mixed_by_it_in_merged_weights_and_in_rows_alike() -> None:
+    zoo = ROOT / "examples" / "zoo"
+    references = {"base": str(zoo / "base"), **{name: f"{zoo / 'base'}+{zoo / name}" for name in ADAPTERS}}
+    sources = {name: open_source(name, reference, place=name) for name, reference in references.items()}
+    builder = builder_of(sources, Texts())
+    blend = Blend(method="fitted", sources=ADAPTERS, base="base", parameters={"weight": dict.fromkeys(ADAPTERS, 0.5)})
+    recipe = StackRecipe.uniform(
+        blend, sources=references, tokenizer="base", layers=6, dtype="float32", fit=Texts.digest
+    )
+    live, family = builder.write(recipe), family_of(sources)
+    assert isinstance(builder._coefficients, Coefficients)
+    by_tensor = builder._coefficients.found("base", ADAPTERS)
+    assert set(by_tensor) - {"losses"} == set(family.weights)  # nothing of what no adapter changes
+    for weight in family.weights:
+        wanted = sources["base"].read(weight).double()
+        for number, name in enumerate(ADAPTERS):
+            ((left, right, scale),) = sources[name].low_rank(weight)
+            wanted += 0.5 * by_tensor[weight][number] * scale * (left.double() @ right.double())
+        assert torch.allclose(live.tensors[weight].double(), wanted, atol=1e-6), weight
+    assert low_rank_problem(recipe, sources) is None
+    rows = coefficients(recipe, sources, family, builder.materialiser.fitted_for(recipe))
+    expected = torch.stack([0.5 * by_tensor[weight] for weight in family.weights])
+    assert torch.allclose(rows, expected.float())
+    with pytest.raises(InputError, match="fit: is needed for"):
+        coefficients(recipe, sources, family)
 
 
 NORM = "model.layers.2.input_layernorm.weight"

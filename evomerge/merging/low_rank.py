@@ -8,7 +8,7 @@ either case several candidates can be computed in one forward pass (``checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from evomerge.blends import planned
 from evomerge.checkpoints.source import Source
 from evomerge.merging.core_space import Core, CoreSpace, NotLowRankError, check_adapters, steps_in_core
 from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
+from evomerge.merging.facts import Facts, FittedTo, Weights
 from evomerge.merging.jobs import WorkerThreads
 from evomerge.merging.materialise import check_stack
 from evomerge.merging.passes import Combine
@@ -62,7 +62,7 @@ def low_rank_problem(recipe: Recipe, sources: Mapping[str, Source]) -> str | Non
         if in_core_space(recipe):
             _check_core_recipe(recipe, sources, family)
         else:
-            coefficients(recipe, sources, family)
+            coefficients(recipe, sources, family, _Ones())
     except NotLowRankError as error:
         return str(error)
     return None
@@ -122,8 +122,20 @@ def base_recipe(recipe: Recipe, sources: Mapping[str, Source], family: Family) -
     )
 
 
-def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) -> Tensor:
+class _Ones:
+    """Stands for a fit where it is only asked whether recipes that are made by one can be computed."""
+
+    def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
+        return [1.0] * len(sources)
+
+
+def coefficients(
+    recipe: Recipe, sources: Mapping[str, Source], family: Family, fitted: FittedTo | None = None
+) -> Tensor:
     """What a recipe multiplies each adapted source's change of each weight by: float32 [weights, adapted sources].
+
+    Args:
+        fitted: what is fitted to right answers, for a recipe that is made by it.
 
     Raises:
         NotLowRankError: the recipe is no weighted sum of the family.
@@ -133,7 +145,7 @@ def coefficients(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
     weights = Weights(_refuse_to_read, WorkerThreads(), lambda name: sources[name].tensors)
     by_weight: dict[str, list[float]] = {}
     for merged in merged_tensors(recipe, sources):
-        combined = _combined(merged, recipe, sources, weights)
+        combined = _combined(merged, recipe, sources, weights, fitted)
         by_weight[merged.name] = [combined.get(name, 0.0) for name in family.adapted]
     return torch.tensor([by_weight[weight] for weight in family.weights], dtype=torch.float64).float()
 
@@ -151,7 +163,11 @@ def _plain_stack(recipe: Recipe, sources: Mapping[str, Source], family: Family) 
 
 
 def _combined(
-    merged: Merged, recipe: StackRecipe, sources: Mapping[str, Source], weights: Weights
+    merged: Merged,
+    recipe: StackRecipe,
+    sources: Mapping[str, Source],
+    weights: Weights,
+    fitted: FittedTo | None,
 ) -> Mapping[str, float]:
     """The coefficients of a tensor by source: a linear combination that leaves what sources share as it is."""
     blend = recipe.blend_for(merged.role, merged.name)
@@ -159,9 +175,7 @@ def _combined(
         raise NotLowRankError(f"{blend.method} merges it in core space")
     if recipe.calibration is not None:
         raise NotLowRankError(f"{blend.method} is planned by what layers are given, not by numbers of the recipe alone")
-    if recipe.fit is not None:
-        raise NotLowRankError(f"{blend.method} is fitted to right answers, not planned by numbers of the recipe alone")
-    facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed)
+    facts = Facts(site_of(merged, recipe, blend, sources), weights, Evidence(), recipe.seed, fitted=fitted)
     try:
         plan = planned(facts, blend)
     except _WeightsReadError:

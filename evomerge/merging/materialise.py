@@ -294,13 +294,18 @@ class Materialiser:
         return self.read(ref) if self._runner is None or device == _CPU else self._runner.tensor(ref, device)
 
     def check(self, recipe: StackRecipe) -> None:
-        """Refuse a recipe that cannot be made of these sources and calibration texts. Raises InputError."""
+        """Refuse a recipe that cannot be made of these sources, calibration texts and fit. Raises InputError."""
         check_stack(recipe, self._sources)
         if recipe.calibration is not None:
             digest = None if self._inputs is None else self._inputs.digest
             _check_digest("calibration", "the calibration texts", recipe.calibration, digest)
+        self.fitted_for(recipe)
+
+    def fitted_for(self, recipe: Recipe) -> Coefficients | None:
+        """What is fitted to right answers. Raises InputError: the recipe is made by another fit."""
         if recipe.fit is not None:
             _check_digest("fit", "a fit", recipe.fit, None if self._fitted is None else self._fitted.digest)
+        return self._fitted
 
     def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor, torch.device]]) -> None:
         """Make tensors of the live model from their plans and what these read."""

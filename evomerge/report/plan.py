@@ -153,8 +153,8 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
 def _memory(prepared: Prepared) -> str:
     """What a worker takes at its peak."""
     files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
-    (shape, works), proxy = shape_and_works(prepared), prepared.setup.proxy
-    items = 0 if proxy is None else proxy.drawn
+    (shape, works), proxy, fit = shape_and_works(prepared), prepared.setup.proxy, prepared.file.fit
+    items = max(0 if proxy is None else proxy.drawn, 0 if fit is None else fit.drawn)
     descent = descent_bytes(shape, items, psutil.virtual_memory().available)
     peak = host_bytes(shape, works, sum(files.values()), descent)
     return (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from evaluators.base import Evaluator, EvaluatorSettings
+from evaluators.base import Evaluator, EvaluatorSettings, Item
 from evaluators.benchmarks import count
 from evomerge.errors import InputError
 from evomerge.plugins import unknown_name
@@ -78,13 +78,17 @@ class Evaluators:
             InputError: naming the first measure that is scored on some.
         """
         for place, wanted in self.wanted.items():
-            items = self.opened[self.settings.index(wanted)].items("search")
-            for benchmark, known in count(item.benchmark for item in items).items():
-                raise InputError(
-                    place,
-                    f"{known} of the {len(items)} items to search on are test items of {benchmark}",
-                    "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
-                )
+            refuse_test_items(place, self.opened[self.settings.index(wanted)].items("search"))
+
+
+def refuse_test_items(place: str, items: Sequence[Item]) -> None:
+    """Refuse items that a public benchmark has as test items. Raises InputError: naming ``place``."""
+    for benchmark, known in count(item.benchmark for item in items).items():
+        raise InputError(
+            place,
+            f"{known} of the {len(items)} items to search on are test items of {benchmark}",
+            "Search on other items, or set `search_on_test_items: true` and no longer report that benchmark.",
+        )
 
 
 def distinct(wanted: Mapping[str, EvaluatorSettings]) -> tuple[EvaluatorSettings, ...]:

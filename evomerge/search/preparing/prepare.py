@@ -26,7 +26,7 @@ from evomerge.optimizers import ProxyDescentSettings
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
-from evomerge.search.preparing.evaluators import Evaluators
+from evomerge.search.preparing.evaluators import Evaluators, refuse_test_items
 from evomerge.search.preparing.mixtures import check_mixtures
 from evomerge.search.preparing.setup import (
     ConstraintInfo,
@@ -39,6 +39,7 @@ from evomerge.search.preparing.setup import (
 )
 from evomerge.search.preparing.texts import text_warnings
 from evomerge.search.settings.early import UNMEASURED, make_space
+from evomerge.search.settings.fitting import PLACE
 from evomerge.search.settings.gradient import gradient_problem
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
@@ -110,7 +111,8 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     _check_change(file, space, evaluators)
     _check_together(file, space, sources, evaluators.opened)
     reader = _with_room(reader_of(model), space)
-    warnings = (*item_warnings(evaluators.named, reader), *_text_warnings(file, space, sources, reader))
+    asking = evaluators.named | ({} if file.fit_split is None else {PLACE: file.fit_split.evaluator})
+    warnings = (*item_warnings(asking, reader), *_text_warnings(file, space, sources, reader))
     setup = Setup(
         name=file.name,
         seed=file.seed,
@@ -252,12 +254,14 @@ def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
 
 
 def _check_fit(file: SearchFile, evaluators: Evaluators) -> None:
-    """Refuse a fit to items that candidates are scored on, and one without gradients."""
-    if file.fit_split is None:
+    """Refuse a fit to items that candidates are scored on or that are a benchmark's, and one without gradients."""
+    if (split := file.fit_split) is None:
         return
     if file.engine != "transformers":
-        raise InputError("fit", f"needs a gradient, and {file.engine} has none", "Take `engine: transformers`.")
-    file.fit_split.refuse_shared(evaluators.named)
+        raise InputError(PLACE, f"needs a gradient, and {file.engine} has none", "Take `engine: transformers`.")
+    split.refuse_shared(evaluators.named)
+    if not file.search_on_test_items:
+        refuse_test_items(PLACE, split.items)
 
 
 def _check_change(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,9 +81,14 @@ class FitSplit:
         return evaluator
 
     @property
+    def items(self) -> Sequence[Item]:
+        """Those that count."""
+        return self.evaluator.items("search")[: self.section.items]
+
+    @property
     def count(self) -> int:
         """How many items count."""
-        return self.section.items or len(self.evaluator.items("search"))
+        return self.section.items or len(self.items)
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
@@ -113,7 +118,7 @@ class FitSplit:
         Raises:
             InputError: naming the first item that is shared, and where.
         """
-        ours = {_asks(item): item for item in reversed(self.evaluator.items("search")[: self.count])}
+        ours = {_asks(item): item for item in reversed(self.items)}
         for place, evaluator in evaluators.items():
             for split, name in _SPLITS.items():
                 shared = [ours[asks] for item in evaluator.items(split) if (asks := _asks(item)) in ours]

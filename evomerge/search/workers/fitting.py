@@ -1,4 +1,10 @@
-"""The loss that numbers of a search's models are fitted by: of right answers to the items of its ``fit`` section."""
+"""The loss that numbers of a search's models are fitted by: of right answers to the items of its ``fit`` section.
+
+It is the proxy's, the mean of log(1 - log p) over items whose right answers have the chance p. Cross entropy, the mean
+of -log p, is ruled by the items that are furthest from right: fitted by it, one number for each tensor of four adapters
+of the zoo (120 steps on 16 of 600 items) scored 0.549 and 0.571 on 800 held-out items, by this loss 0.609 and 0.610
+(two seeds; a score's standard error is 0.017). Whether the numbers begin at 1/n or at 0.6 made no difference (0.611).
+"""
 
 from __future__ import annotations
 

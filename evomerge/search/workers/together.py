@@ -110,7 +110,7 @@ class Together:
         change = None if self._base is None else LowRankChange(sources, family, self._base)
 
         def numbers(recipe: Recipe) -> tuple[Tensor, float | None]:
-            own = coefficients(recipe, sources, family)
+            own = coefficients(recipe, sources, family, self._materialiser.fitted_for(recipe))
             return rows.shares(own), None if change is None else change.of(own)
 
         return _Mixtures(AdapterRowsEngine(self._live, rows), numbers)

@@ -37,6 +37,9 @@ from evomerge.store import Store
 from evomerge.store.record import Measure
 from evomerge.store.rows import Estimate, candidate_id
 
+_BASELINES = (("sources", "source"), ("uniform average", "average"), ("defaults", "default"), ("fitted", "fit"))
+"""What baselines are called that are told apart by colour or name, and their origin."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
@@ -104,7 +107,7 @@ class _Front:
         )
         traces = [self._points(name, mask, **style) for name, mask, style in groups if mask.any()]
         traces += self._front_traces()
-        for name, origin in (("sources", "source"), ("uniform average", "average"), ("defaults", "default")):
+        for name, origin in _BASELINES:
             if (mask := self._known & self._columns.baseline & self._columns.of_origin(origin)).any():
                 traces.append(self._named(name, mask) if origin == "source" else self._marked_points(name, mask))
         traces += self._held_out()
