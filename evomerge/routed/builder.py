@@ -100,7 +100,7 @@ class RoutedBuilder:
     @cached_property
     def _routers(self) -> Routers:
         context = self._context
-        return Routers(context.evidence, self._base_alone, self._inputs, context.fit)
+        return Routers(context.evidence, self._base_alone, self._inputs, context.fit, str(context.dtype))
 
     @cached_property
     def _inputs(self) -> Inputs | None:

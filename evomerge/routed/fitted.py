@@ -24,6 +24,7 @@ from evomerge.routed.computing import Router, Routing
 from evomerge.routed.live import LiveExperts
 from evomerge.routed.losses import halves, localized_balance, switch_balance, z_loss
 from evomerge.routed.sites import Place
+from evomerge.routed.use import of_tokens
 
 RATE = 0.05
 """Of the rate of a fit, which is that of numbers about 1: what routers see has hundreds of channels of size 1."""
@@ -155,21 +156,13 @@ class _Use:
         owners = halves(len(self._recipe.experts))
         found = []
         for _, gates in self._said.values():
-            own = gates.reshape(len(kinds), -1, gates.shape[-1])[..., : len(owners)]
-            if self._mask is not None:
-                own = own * _like(self._mask, own)[..., None]
+            flat = gates.reshape(-1, gates.shape[-1])[:, : len(owners)]
+            flat = flat * of_tokens(self._mask, len(flat), flat.device)[:, None]
+            own = flat.view(len(kinds), -1, len(owners))
             found.append(localized_balance(own, kinds, owners, self._balance.delta).cpu())
         return torch.stack(found).mean()
 
     def _kept(self, logits: Tensor) -> Tensor:
         """The logits of all tokens that are no padding, [tokens, experts]."""
         flat = logits.reshape(-1, logits.shape[-1])
-        if self._mask is None:
-            return flat
-        mask = self._mask.reshape(-1).to(flat.device)
-        return flat[mask.repeat_interleave(len(flat) // len(mask))]
-
-
-def _like(mask: Tensor, gates: Tensor) -> Tensor:
-    """A mask [texts, tokens] for gates [texts, tokens times heads, experts]."""
-    return mask.to(gates.device, gates.dtype).repeat_interleave(gates.shape[1] // mask.shape[1], dim=1)
+        return flat[of_tokens(self._mask, len(flat), flat.device) > 0]

@@ -38,6 +38,7 @@ class Routers:
         live: gives a live model that holds a base, unrouted.
         inputs: the calibration texts of sources; None where there are none.
         fit: None where there are no items.
+        dtype: what models are computed in.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Routers:
         live: Callable[[RoutedRecipe], LiveModel],
         inputs: Inputs | None,
         fit: Fit | None,
+        dtype: str,
     ) -> None:
         self._evidence, self._live = evidence, live
-        self._inputs, self._fit = inputs, fit
+        self._inputs, self._fit, self._dtype = inputs, fit, dtype
 
     def of(
         self,
@@ -110,7 +112,8 @@ class Routers:
                 lambda name, seen: Router("norm", spectra[name].to(seen.device)).logits(seen),
             )
 
-        return self._evidence.get(_LENGTHS, (*self._key(recipe), *self._text_key(recipe, expert)), compute)
+        key = *self._key(recipe), self._dtype, *self._text_key(recipe, expert)
+        return self._evidence.get(_LENGTHS, key, compute)
 
     def _prototypes(
         self, recipe: RoutedRecipe, sites: Sequence[Site], places: Mapping[str, Place]
@@ -127,7 +130,7 @@ class Routers:
             return means_over(live, places, self._texts(recipe, expert, live), lambda name, seen: seen.float())
 
         base = self._evidence.content_of(recipe.base)
-        key = base, tuple(sorted(places)), recipe.router.per, *self._text_key(recipe, expert)
+        key = base, tuple(sorted(places)), recipe.router.per, self._dtype, *self._text_key(recipe, expert)
         return self._evidence.get(_MEANS, key, compute)
 
     def _fitted(
@@ -149,7 +152,7 @@ class Routers:
             {"router": recipe.router.model_dump(mode="json"), "where": recipe.where}
             | ({"groups": [g.model_dump(mode="json") for g in recipe.groups]} if recipe.router.refitted else {})
         )
-        kept = self._evidence.get(_FITTED, (*self._key(recipe), settings, digest), compute)
+        kept = self._evidence.get(_FITTED, (*self._key(recipe), settings, digest, self._dtype), compute)
         return {name: Router("linear", kept[f"weight.{name}"], kept[f"bias.{name}"]) for name in places}
 
     def _texts(self, recipe: RoutedRecipe, expert: str, live: LiveModel) -> list[Tensor]:

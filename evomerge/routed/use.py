@@ -56,11 +56,7 @@ class UseMeter:
 
     def _add(self, names: Sequence[str], gates: Tensor) -> None:
         """Add up gates of several places, [places, tokens, experts]."""
-        if self._mask is None:
-            weights = gates.new_ones(gates.shape[1])
-        else:
-            mask = self._mask.reshape(-1).to(gates.device, gates.dtype)
-            weights = mask.repeat_interleave(gates.shape[1] // len(mask))
+        weights = of_tokens(self._mask, gates.shape[1], gates.device)
         parts = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         entropies = (torch.special.entr(parts).sum(-1) @ weights).double().cpu()
         sums, count = (weights @ gates).double().cpu(), float(weights.sum())
@@ -93,6 +89,18 @@ class UseMeter:
             shares=tuple(_rounded(torch.stack(shares[n]).mean(0)) if n in shares else () for n in layers),
             entropy=tuple(round(fmean(entropies[n]), 4) if n in entropies else None for n in layers),
         )
+
+
+def of_tokens(mask: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """Which of the rows that a router saw are of tokens, float32 [rows]: 1, and 0 of padding.
+
+    Args:
+        mask: bool [texts, tokens], of which a row is each or each head of it. Where it is not, as in an expert that
+            some tokens are sent to, or there is none, all rows count.
+    """
+    if mask is None or rows % mask.numel():
+        return torch.ones(rows, device=device)
+    return mask.reshape(-1).to(device, torch.float32).repeat_interleave(rows // mask.numel())
 
 
 def _rounded(numbers: Tensor) -> tuple[float, ...]:
