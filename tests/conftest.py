@@ -37,7 +37,8 @@ UNIT = {
     "test_evaluators_mgsm", "test_evaluators_multiple_choice", "test_events", "test_files", "test_finite", "test_front",
     "test_hardware", "test_hybrid_space", "test_inference", "test_item_response", "test_mergekit", "test_merging_drops",
     "test_merging_methods", "test_mixture_space", "test_numbers", "test_parameter_space", "test_path_drawing",
-    "test_racing", "test_recipe", "test_record", "test_routed_space", "test_routers", "test_statistics", "test_store",
+    "test_prompts_space", "test_racing", "test_recipe", "test_record", "test_routed_space", "test_routers",
+    "test_statistics", "test_store",
 }  # fmt: skip
 
 # A test of the optimizers' contract that starts a process, for one class of each library; of the others it is nightly.
