@@ -18,7 +18,7 @@ TOKENS = 32
 
 
 def export(folder: Path) -> None:
-    """Write a source alone, a merge, and paths with and without scales, each with what transformers answers."""
+    """Write a source alone, a merge, a mixture, and paths with and without scales, each with transformers' answers."""
     from evomerge.checkpoints.source import open_source
     from evomerge.merging.export import write_model
     from evomerge.recipes.stack import Blend, StackRecipe
@@ -46,7 +46,24 @@ def export(folder: Path) -> None:
             embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
         )  # fmt: skip
         write_model(recipe, sources, folder / name, texts={})
+    export_mixture(folder / "mixture", sources, [maths, both])
+    for name in (*paths, "mixture"):
         (folder / f"{name}.json").write_text(json.dumps(transformers_answers(folder / name)))
+
+
+def export_mixture(out: Path, sources: dict[str, Any], experts: list[Any]) -> None:
+    """Write a mixtral of two experts, the second of whose blends makes the rest too."""
+    from evomerge.merging.builders import BuildContext
+    from evomerge.mixture.builder import MixtureBuilder
+    from evomerge.recipes.mixture import MixtureRecipe, SlotGroup, SlotRouter
+
+    slots = {"maths": 0, "both": 1}
+    recipe = MixtureRecipe(
+        sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32", architecture="mixtral",
+        blends=tuple(experts), rest=1, embedding=1, groups=(SlotGroup(layers=6, slots=slots),), top_k=2,
+        router=SlotRouter(kind="random", rest=1, slots=slots),
+    )  # fmt: skip
+    MixtureBuilder(BuildContext(sources, "maths")).export(recipe, out, texts={})
 
 
 def prompts() -> list[str]:
