@@ -60,22 +60,18 @@ def gates_of(logits: Tensor, how: Gating, bias: Tensor | None = None, present: T
         scores = scores + bias
     if present is not None:
         scores = scores.masked_fill(~present, -math.inf)
-    kept = _kept(scores, how.top_k)
-    if how.gate == "sigmoid":
-        gates = SIGMOID_MOST * torch.sigmoid(scores)
-        gates = gates if kept is None else gates * kept
-    elif kept is None:
-        gates = scores.softmax(-1)
-    elif how.renormalised:
-        gates = scores.masked_fill(~kept, -math.inf).softmax(-1)
+    if how.top_k is None or how.top_k >= scores.shape[-1]:
+        gates = _sigmoid(scores) if how.gate == "sigmoid" else scores.softmax(-1)
     else:
-        gates = scores.softmax(-1) * kept
+        order = scores.sort(dim=-1, descending=True, stable=True)
+        best, chosen = order.values[..., : how.top_k], order.indices[..., : how.top_k]
+        if how.gate == "sigmoid":
+            kept = _sigmoid(best)
+        else:
+            kept = best.softmax(-1) if how.renormalised else scores.softmax(-1).gather(-1, chosen)
+        gates = torch.zeros_like(scores).scatter(-1, chosen, kept)
     return gates if how.gain == 1.0 else gates * how.gain
 
 
-def _kept(scores: Tensor, top_k: int | None) -> Tensor | None:
-    """Which experts a token keeps: bool [..., experts]; None for all."""
-    if top_k is None or top_k >= scores.shape[-1]:
-        return None
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+def _sigmoid(scores: Tensor) -> Tensor:
+    return SIGMOID_MOST * torch.sigmoid(scores)
