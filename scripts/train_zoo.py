@@ -1,4 +1,4 @@
-"""Train the zoo of examples/zoo: one base, twelve adapters, two experts in full, and the tasks that measure them.
+"""Train the zoo of examples/zoo: one base, adapters, vectors and experts in full, and the tasks that measure them.
 
     python scripts/train_zoo.py                   # about fifteen minutes on two free cores
     python scripts/train_zoo.py --only japanese   # this one again, from the base on disk
@@ -483,8 +483,8 @@ def score_source(name: str, out: Path, tasks: Path, split: str = "held_out") -> 
 
 
 def score_all(out: Path, tasks: Path, workers: ProcessPoolExecutor) -> None:
-    """Every source on every held-out item: written beside the models, and printed as the README has it."""
-    names = ["base", *EXPERTS, *IN_FULL, *IN_VECTORS]
+    """Every source but vectors on every held-out item: written beside the models, and printed as the README has it."""
+    names = ["base", *EXPERTS, *IN_FULL]
     means = dict(zip(names, workers.map(partial(score_source, out=out, tasks=tasks), names), strict=True))
     rounded = {
         name: {metric: round(mean, 4) for metric, mean in of_source.items()} for name, of_source in means.items()

@@ -19,6 +19,7 @@ from evomerge.recipes.base import Recipe
 from evomerge.recipes.routed import Balance, Gate, LayerGroup, RoutedRecipe, Router, RouterKind, Where
 from evomerge.recipes.stack import Blend, StackRecipe
 from search_spaces.base import SpaceContext, SpaceSettings
+from search_spaces.parameter_space import FITTED
 from search_spaces.paths import MOST_PARAMETERS
 from search_spaces.places import layers_name
 from search_spaces.routed_forms import FORMS, MOLA_SHAPES, OPEN, Form
@@ -257,7 +258,8 @@ class RoutedSpace:
         return np.array(numbers, dtype=np.float64)
 
     def baselines(self) -> Iterator[Baseline]:
-        """The base and every adapter alone, their mean and sum, Arrow, and routers that are soft, hard or as in MoLA.
+        """The base and every adapter alone, their mean and sum, what is fitted of each in each tensor, Arrow, and
+        routers that are soft, hard or as in MoLA.
 
         Routers are fitted where there are items to fit to, else of this space's kind. Each recipe comes once.
         """
@@ -268,6 +270,8 @@ class RoutedSpace:
         yield Baseline("uniform average", "average", self._uniform(_weighted(mean)), None)
         total = self._task_vectors(dict.fromkeys(self._experts, 1.0))
         yield Baseline("sum", "default", self._uniform(total), None)
+        if self._context.fit is not None:
+            yield Baseline(FITTED, "fit", self._uniform(self._fitted()), None)
         seen = set()
         for label, recipe in self._routed_marks():
             if recipe.hash not in seen:
@@ -362,6 +366,11 @@ class RoutedSpace:
             parameters={"weight": dict(weights), "normalize": False, "lambda": 1.0},
         )
 
+    def _fitted(self) -> Blend:
+        """How much of each adapter right answers want in each tensor: a plain merge, to be beaten."""
+        experts, ones = self._experts, dict.fromkeys(self._experts, 1.0)
+        return Blend(method=FITTED, sources=experts, base=self._base, parameters={"weight": {**ones}})
+
     def _uniform(self, blend: Blend) -> StackRecipe:
         return StackRecipe.uniform(
             blend,
@@ -371,6 +380,7 @@ class RoutedSpace:
             vocabulary=self._context.vocabulary,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
+            fit=self._context.fit_of([blend]),
         )
 
 

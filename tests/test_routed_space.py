@@ -222,10 +222,13 @@ def test_a_form_leaves_open_what_is_given_bounds() -> None:
 def test_baselines_are_what_people_would_try_first() -> None:
     marks = {mark.label: mark for mark in space().baselines()}
     assert list(marks) == [
-        "base", *EXPERTS, "uniform average", "sum", "Arrow", "fitted soft", "fitted top 1",
+        "base", *EXPERTS, "uniform average", "sum", "fitted", "Arrow", "fitted soft", "fitted top 1",
         "MoLA 8-6-4-2", "MoLA 2-4-6-8", "MoLA 8-2-2-8", "MoLA 5-5-5-5",
     ]  # fmt: skip
-    assert [mark.kind for mark in marks.values()] == ["source"] * 5 + ["average"] + ["default"] * 8
+    assert [mark.kind for mark in marks.values()] == ["source"] * 5 + ["average", "default", "fit"] + ["default"] * 7
+    merged = marks["fitted"].recipe
+    assert isinstance(merged, StackRecipe)
+    assert (merged.fit, merged.blends[0].method, merged.blends[0].sources) == ("f" * 16, "fitted", EXPERTS)
     alone = marks["kanji"].recipe
     assert isinstance(alone, StackRecipe)
     assert alone.mixed_sources() == {"kanji"}
@@ -262,7 +265,9 @@ def test_the_sum_is_of_whole_changes() -> None:
 
 def test_baselines_that_need_what_is_not_there_are_left_out_and_it_is_said() -> None:
     one = space({"fit": None, "calibration": "c" * 16}, router="arrow")
-    assert "arrow soft" in [mark.label for mark in one.baselines()]
+    labels = [mark.label for mark in one.baselines()]
+    assert "arrow soft" in labels
+    assert "fitted" not in labels
     assert len(one.left_out) == 1
     assert "`fit:`" in one.left_out[0]
     vectors = space(VECTORS)

@@ -52,6 +52,19 @@ def test_adapter_is_of_the_base_and_changes_every_linear_layer(name: str) -> Non
     assert (ZOO / name / named).resolve() == ZOO / "base"
 
 
+@pytest.mark.parametrize("name", train_zoo.IN_VECTORS)
+def test_vectors_are_of_keys_values_and_the_inner_activation(name: str) -> None:
+    assert sum(file.stat().st_size for file in (ZOO / name).iterdir()) <= 100_000
+    source = open_source(name, f"{ZOO / 'base'}+{ZOO / name}", place=name)
+    assert source.warnings == ()
+    by_module = {weight.split(".")[-2]: source.vectors(weight)[0] for weight in source.changes}
+    assert {module: of_columns for module, (_, of_columns) in by_module.items()} == {
+        "k_proj": False, "v_proj": False, "down_proj": True,
+    }  # fmt: skip
+    assert len(source.changes) == 3 * 6
+    assert all((vector != 1).float().mean() > 0.9 for vector, _ in by_module.values())
+
+
 @pytest.mark.parametrize("name", train_zoo.IN_FULL)
 def test_expert_in_full_leaves_only_the_embeddings_alone(name: str) -> None:
     base, expert = (train_zoo.source_weights(ZOO, source) for source in ("base", name))
