@@ -20,7 +20,7 @@ from evomerge.recipes.routed import LayerGroup, RoutedRecipe, Router
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"])
 def sources(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Source]:
     folder = tmp_path_factory.mktemp("models")
     base = save_model(tiny_config(), folder / "base", dtype=getattr(torch, request.param))
