@@ -64,7 +64,7 @@ def _words(recipe: RoutedRecipe, uses: Mapping[str, ExpertUse], layer: int, name
 def _notes(recipe: RoutedRecipe, uses: Mapping[str, ExpertUse]) -> list[str]:
     if not uses:
         return ["Experts have equal shares here where they live: what tokens were given of them is not measured yet."]
-    notes = ["Layers are means over tasks; below the name of a task are its means over layers."]
+    notes = ["Rows of layers are means over tasks, and those of tasks are means over layers."]
     entropies = [number for use in uses.values() for number in use.entropy if number is not None]
     if entropies:
         even = np.log(max(len(columns_of(recipe)), 2))
