@@ -68,19 +68,18 @@ Scores = NDArray[np.float64]
 
 
 def content(space: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """A search file. Routed spaces have choices, which CatCMA takes; weights have none."""
-    is_routed = space["kind"] == "routed"
+    """A search file. Routed spaces have choices, which CatCMA takes; weights have none, and know of no fit."""
+    is_routed, is_fitted = space["kind"] == "routed", space.get("method") != "task_arithmetic"
     return {
         "name": "experts", "seed": seed, "base": "base", "dtype": "float32",
         "sources": {"base": str(ZOO / "base"), **{name: f"{ZOO / 'base'}+{ZOO / name}" for name in EXPERTS}},
         "space": dict(space),
         "objectives": {"zoo": {"task": "zoo_mixed", "metric": "acc", "items": ITEMS, "batch_size": 250}},
-        "fit": {"file": "fit.jsonl"},
         "optimizer": {"name": "catcma" if is_routed else "cma", "x0": "best"},
         "racing": {"rungs": [25, 50]},
         "baselines": {"kappa": False},
         "budget": {"candidates": CANDIDATES},
-    }  # fmt: skip
+    } | ({"fit": {"file": "fit.jsonl"}} if is_fitted else {})  # fmt: skip
 
 
 class Bench:
@@ -105,8 +104,8 @@ class Bench:
         evidence = Evidence(self.folder / "evidence", contents)
         builders = Builders(build_context(file, sources, evidence, space.layer_buffers, hops=space.hops))
         builders.start({baseline.recipe.kind for baseline in space.baselines()})
-        assert file.fit_split is not None
-        return prepared, Worker("bench", builders, [*prepared.evaluators, file.fit_split.evaluator])
+        fit = [] if file.fit_split is None else [file.fit_split.evaluator]
+        return prepared, Worker("bench", builders, [*prepared.evaluators, *fit])
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Every form: its held-out scores, its change of the time, and what it was chosen by."""
