@@ -30,7 +30,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.screen import gain_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
-from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, Proxy, Racing
+from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, FitItems, Proxy, Racing
 from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
@@ -399,7 +399,7 @@ def test_the_form_knows_every_method_and_optimizer() -> None:
 def test_the_form_writes_keys_that_the_search_file_knows() -> None:
     for group in forms.spaces():
         kind = find_class("evomerge.search_spaces", group.name, "space.kind", SpaceSettings)
-        defaults = {field.key: field.default for field in group.fields if field.default}
+        defaults = {"kind": group.name} | {field.key: field.default for field in group.fields if field.default}
         kind.model_validate(defaults)
         assert {field.key.partition(".")[0] for field in group.fields} <= set(kind.model_fields)
         for field in group.fields:
@@ -415,8 +415,11 @@ def test_the_form_has_what_the_sections_of_the_search_file_have() -> None:
     expected = {f"{name}.{key}" for name, section in whole.items() for key in section.model_fields}
     some = {"optimizer.name", "optimizer.population", "start_from", "pool", "cluster.workers"}
     proxy = {"file", "held_out_file", "prompt", "answer", "apply_chat_template", "drawn", "steps", "rate"}
-    assert set(fields) == expected | some | {f"proxy.{key}" for key in proxy}
+    fit = {"file", "prompt", "answer", "apply_chat_template", "items", "drawn", "steps", "rate"}
+    sections = {f"proxy.{key}" for key in proxy} | {f"fit.{key}" for key in fit}
+    assert set(fields) == expected | some | sections
     assert proxy <= Proxy.model_fields.keys() | LikelihoodSettings.model_fields.keys()
+    assert fit <= FitItems.model_fields.keys() | LikelihoodSettings.model_fields.keys()
     assert set(forms._WORDS) <= set(fields)
     assert not any(field.required for field in fields.values())
     kinds = {

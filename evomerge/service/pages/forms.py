@@ -111,6 +111,39 @@ _OWN_SPACES = (
             _SCALING,
         ),
     ),
+    Group(
+        "routed", "Routed adapters", "which adapters each token passes through, layer by layer",
+        (
+            Field("router", "Routers", options=("fitted", "prototypes", "spectral", "arrow"), default="fitted",
+                  labels=("fitted to right answers", "prototypes of texts", "spectral, by texts", "Arrow"),
+                  hint="fitted needs right answers, below; prototypes and spectral texts of each source's own"),
+            Field("granularity", "Numbers for", options=("group", "model"), default="group",
+                  labels=("each group of layers", "the whole model")),
+            Field("groups", "Groups of layers", "number", example="4"),
+            Field("like", "As in", options=("", "mov", "molora", "loramoe", "mola"),
+                  labels=("no paper", "MoV", "MoLORA", "LoRAMoE", "MoLA"), hint="settles all that the paper does"),
+            Field("base_expert", "Base as an expert", "switch", hint="tokens may pass by all adapters"),
+        ),
+    ),
+    Group(
+        "mixture", "Mixture of experts", "dense fine-tunes as experts of a plain mixture, which engines load",
+        (
+            Field("architecture", "Architecture", options=("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"),
+                  default="mixtral", hint="mixtral and glm4_moe of llama and mistral; qwen2_moe and glm4_moe of qwen2"),
+            Field("router", "Routers", options=("fitted", "prototypes"), default="fitted",
+                  labels=("fitted to right answers", "prototypes of texts")),
+            Field("top_k", "Experts a token keeps", "number", hint="searched unless given"),
+            Field("groups", "Groups of layers", "number", hint="with a temperature each; one unless given"),
+        ),
+    ),
+    Group(
+        "prompts", "Prompts", "which soft prompts or prefixes stand before every text",
+        (
+            Field("tokens", "Most tokens", "number", hint="before a text; all prompts together unless given"),
+            Field("block", "Chosen at once", "number", hint="so many tokens; 4 unless given"),
+            Field("arithmetic", "Mixed row by row", "switch", hint="of prompts that began as the same text"),
+        ),
+    ),
 )  # fmt: skip
 
 _METRIC = "Metric"
@@ -211,6 +244,10 @@ _WORDS: dict[str, dict[str, Any]] = {
     },
     "calibration.prompts": {"hint": "how many of the texts count, from the first"},
     "calibration.tokens": {"hint": "of each text"},
+    "fit.items": {"label": "Fit: items", "hint": "the first so many of the file"},
+    "fit.drawn": {"label": "Fit: items a step"},
+    "fit.steps": {"label": "Fit: steps"},
+    "fit.rate": {"label": "Fit: rate", "hint": "the learning rate of the first step"},
     "proxy.drawn": {"label": "Proxy: items a step"},
     "proxy.steps": {"label": "Proxy: steps", "hint": "for each generation; two points of them are scored"},
     "proxy.rate": {"label": "Proxy: rate", "hint": "how far a step goes, in parts of each parameter's range"},
@@ -236,15 +273,17 @@ _POPULATION = Field(
     "optimizer.population", "Population", "number", hint="4 + 3 ln(parameters) unless given"
 )  # which every optimizer of ours has, and the section's own schema has not
 
-_PROXY = tuple(
-    replace(field, key=f"proxy.{field.key}", required=False)
-    for field in (
-        replace(_FILE, label="Right answers", hint="JSON objects, one on each line; of the search split alone"),
-        Field("held_out_file", "Held out of them", hint="a file of those that are not to be learnt from"),
-        _PROMPT, _ANSWER, _CHAT[0],
-    )
-)  # fmt: skip
-"""What the proxy's evaluator takes: how the right answer of each item is asked for."""
+
+def _answers(section: str, hint: str) -> tuple[Field, ...]:
+    """How right answers are asked for, in a section that has the keys of the evaluator ``likelihood``."""
+    fields = (replace(_FILE, label="Right answers", hint=hint), _PROMPT, _ANSWER, _CHAT[0])
+    return tuple(replace(field, key=f"{section}.{field.key}", required=False) for field in fields)
+
+
+_PROXY = (
+    *_answers("proxy", "JSON objects, one on each line; of the search split alone"),
+    Field("proxy.held_out_file", "Held out of them", hint="a file of those that are not to be learnt from"),
+)
 
 _START = Field("start_from", "Start from", example="search-1", hint="an earlier search over the same sources")
 
@@ -261,6 +300,10 @@ def sections(searches: Sequence[str] = ()) -> dict[str, tuple[Field, ...]]:
         "calibration": _section("calibration"),
         "budget": _section("budget"),
         "optimizer": (*_section("optimizer"), _POPULATION, replace(_START, suggestions=tuple(searches))),
+        "fit": (
+            *_answers("fit", "JSON objects, one on each line; of neither split"),
+            *_section("fit", "items", "drawn", "steps", "rate"),
+        ),
         "proxy": (*_PROXY, *_section("proxy", "drawn", "steps", "rate")),
         "workers": (_POOL, *_section("cluster", "workers")),
         "more": (*_section("racing"), *_section("confirm")),
