@@ -98,10 +98,22 @@ def scores(folder: Path) -> list[tuple[object, ...]]:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-def test_the_example_runs_through_export(tmp_path: Path) -> None:
-    few = [arg for name in ("math_ja", "translate", "extract") for arg in ("--set", f"objectives.zoo_{name}.items=10")]
+@pytest.mark.parametrize("pool", ["in_process", "ray"])
+def test_the_example_runs_through_export(tmp_path: Path, pool: str) -> None:
+    counts = (("items", "10"), ("held_out", "test[:10]"))
+    few = [f"objectives.zoo_{task}.{key}={n}" for task in ("math_ja", "translate", "extract") for key, n in counts]
     example = ROOT / "examples" / "experts.yaml"
-    arguments = ["--set", "budget.candidates=20", "--set", "fit.steps=10", "--set", "optimizer.population=4", *few]
+    arguments = [
+        "--set",
+        "budget.candidates=20",
+        "--set",
+        "fit.steps=10",
+        "--set",
+        "optimizer.population=4",
+        "--set",
+        f"pool={pool}",
+    ]
+    arguments += [part for setting in few for part in ("--set", setting)]
     assert evomerge("search", example, "--dir", tmp_path / "out", *arguments) == 0
     assert evomerge("export", tmp_path / "out", tmp_path / "plain") == 0
     assert (tmp_path / "plain" / "config.json").exists()
