@@ -16,7 +16,7 @@ beside answers, passes forward and backward through right ones, is counted apart
 is 95% of the gain over the best baseline that the reference has when its budget is spent.
 
     python scripts/bench/search_cost.py run FOLDER [--problem blocks] [--seeds 0 1 2 ...] [--only NAME ...]
-    python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost.svg
+    python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost_PROBLEM.svg
 
 Hours; it can be interrupted. Runs of several processes, each with its own seeds or problem, may share a folder. What is
 reported is kept in docs/search_cost_runs.json, curve by curve, and is not run again: further seeds add to it. Remove a
@@ -309,7 +309,8 @@ def report(folder: Path) -> None:
             shown = (f"{key} {'-' if value is None else f'{value:.4g}'}" for key, value in row.items())
             print(f"  {name:34} {'  '.join(shown)}")
     print(content.get("layerwise"))
-    _plot(curves, docs / "search_cost.svg")
+    for problem, of_problem in curves.items():
+        _plot(problem, of_problem, docs / f"search_cost_{problem}.svg")
 
 
 def _reported() -> list[dict[str, Any]]:
@@ -386,27 +387,24 @@ def _row(
     }
 
 
-def _plot(curves: Mapping[str, Mapping[str, Curves]], out: Path) -> None:
+def _plot(problem: str, curves: Mapping[str, Curves], out: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "search cost"
-    figure = Figure(figsize=(5.5 * len(curves), 5.5), layout="constrained")
-    for axes, (problem, of_problem) in zip(
-        figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items(), strict=True
-    ):
-        grid = _grid(of_problem)
-        for name, of_case in of_problem.items():
-            inside = grid[grid <= of_case.spent]
-            values = of_case.at(inside)
-            (line,) = axes.plot(inside, values.mean(axis=0), label=name, lw=2 if name == REFERENCE else 1.4)
-            error = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
-            axes.fill_between(
-                inside, values.mean(axis=0) - error, values.mean(axis=0) + error, alpha=0.12, color=line.get_color()
-            )
-        axes.set(xscale="log", title=problem, xlabel="items generated")
-        axes.legend(fontsize=8, loc="upper left")
-    figure.axes[0].set_ylabel("held-out score of the best candidate so far")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes, grid = figure.subplots(), _grid(curves)
+    for name, of_case in curves.items():
+        inside = grid[grid <= of_case.spent]
+        values = of_case.at(inside)
+        (line,) = axes.plot(inside, values.mean(axis=0), label=name, lw=2 if name == REFERENCE else 1.4)
+        error = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
+        axes.fill_between(
+            inside, values.mean(axis=0) - error, values.mean(axis=0) + error, alpha=0.12, color=line.get_color()
+        )
+    axes.set(xscale="log", title=problem, xlabel="items generated")
+    axes.set_ylabel("held-out score of the best candidate so far")
+    axes.legend(fontsize=8, loc="upper left")
     figure.savefig(out, metadata={"Date": None})
 
 
