@@ -336,7 +336,7 @@ def moe(
     prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
     tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
 ) -> None:
-    """Make a mixture of experts of dense models, or one with fewer experts."""
+    """Make a mixture of experts of dense models. Or one with fewer experts."""
     from evomerge.commands.moe import assemble_or_prune
 
     texts = None if calibration is None else (calibration, prompts, tokens)

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import test_generation
 import torch
@@ -103,7 +104,18 @@ def test_a_race_goes_on(tmp_path: Path) -> None:
     restore("racing-format-4", tmp_path)
     setup = test_generation.setup_of(racing=test_generation.RACE, candidates=36)
     drive(tmp_path, setup, simulation=test_generation.simulate)
-    assert candidates(tmp_path) == recorded("racing-format-4")
+    assert but_for_last_bits(candidates(tmp_path)) == but_for_last_bits(recorded("racing-format-4"))
+
+
+def but_for_last_bits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Libraries of linear algebra choose their kernels by the processor: CMA-ES on another one than was recorded on
+    differs in the last bit of a genome, and so in the recipe's hash.
+    """
+    rounded = []
+    for row in rows:
+        genome = None if row["genome"] is None else np.frombuffer(bytes.fromhex(row["genome"])).round(12).tolist()
+        rounded.append({key: value for key, value in row.items() if key != "recipe"} | {"genome": genome})
+    return rounded
 
 
 def goes_on_and_is_exported(folder: Path, *settings: object) -> None:

@@ -138,14 +138,14 @@ def test_a_step_that_cannot_be_taken_is_refused_with_its_place(
     step: BlendStep, base: str | None, place: str, words: str
 ) -> None:
     with pytest.raises(InputError, match=words) as refused:
-        check_whole(blend(BlendStep(name="scale"), step, base=base), "b", has_texts=True)
+        check_whole(blend(BlendStep(name="scale"), step, base=base), "b", has_texts=True, has_fit=False)
     assert refused.value.place == place
 
 
 def test_a_step_needs_a_base_even_after_a_method_that_needs_none() -> None:
     mean = Blend(method="linear", sources=("a", "b"), parameters={"weight": {"a": 1.0, "b": 1.0}})
     with pytest.raises(InputError, match="scale changes what is added to a base"):
-        check_whole(mean.model_copy(update={"steps": (BlendStep(name="scale"),)}), "b", has_texts=True)
+        check_whole(mean.model_copy(update={"steps": (BlendStep(name="scale"),)}), "b", has_texts=True, has_fit=False)
 
 
 def test_shares_of_a_source_are_scaled_with_the_change() -> None:

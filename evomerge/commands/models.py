@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from evaluators.base import Split
@@ -100,12 +101,17 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool, form:
             if not verify:
                 texts[NAME] += verification(())
             builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)
+    unseen = "" if verify else ", not scored again"
+    _say(console, unlike, checked, f"exported {_called(row, status, file.sources)} to {out}{unseen}", unconfirmed)
+
+
+def _say(console: Console, unlike: str, checked: Sequence[str], done: str, unconfirmed: str) -> None:
+    """How an export went."""
     if unlike:
         console.print(unlike, style="yellow", soft_wrap=True)
     for line in checked:
         console.print(line)
-    unseen = "" if verify else ", not scored again"
-    console.print(f"exported {_called(row, status, file.sources)} to {out}{unseen}", style="bold")
+    console.print(done, style="bold")
     if unconfirmed:
         console.print(f"not confirmed: {unconfirmed}", style="yellow", soft_wrap=True)
 

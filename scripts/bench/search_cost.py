@@ -280,7 +280,7 @@ class Curves:
 
 
 def report(folder: Path) -> None:
-    """Put the curves of all runs together: docs/search_cost.json and docs/search_cost.svg."""
+    """Put the curves of all runs together: docs/search_cost.json, and a picture of each."""
     found = [*_reported(), *(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))]
     runs = [run for _, run in sorted({_key(run): run for run in found}.items())]
     lines = ",\n".join(json.dumps(run) for run in runs)
