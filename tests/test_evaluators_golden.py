@@ -106,6 +106,11 @@ CASES: dict[str, Callable[[Path], EvaluatorSettings]] = {
 }  # fmt: skip
 
 
+ROUNDING = {"reward_model": 2e-5}
+"""How far rewards of one judge, in float32, are apart by the processor's instructions: 1.4e-5 was measured on one
+machine without any of its vectors (ATEN_CPU_CAPABILITY=default), 4e-6 with AVX2."""
+
+
 def miniature() -> LiveModel:
     source = open_source("japanese", str(MINIATURES / "japanese"), place="model")
     live = live_model(source, torch.device("cpu"), torch.float32)
@@ -141,7 +146,9 @@ def test_scores_are_those_recorded(name: str, live: LiveModel, tmp_path: Path) -
         assert found["answers"] == recorded[split]["answers"]
         assert found["scores"].keys() == recorded[split]["scores"].keys()
         for metric, values in found["scores"].items():
-            np.testing.assert_allclose(values, recorded[split]["scores"][metric], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                values, recorded[split]["scores"][metric], rtol=1e-6, atol=ROUNDING.get(name, 1e-6)
+            )
 
 
 def record(names: Sequence[str]) -> None:
