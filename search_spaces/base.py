@@ -13,7 +13,7 @@ from evomerge.genome import SearchSpace
 from evomerge.method import Method, Need, Needing, check_needs, needs_texts
 from evomerge.recipes.base import DType
 from evomerge.recipes.prompts import PromptFacts
-from evomerge.recipes.stack import Blend
+from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.step import needs_of_steps
 from evomerge.vocabulary import Vocabulary
 
@@ -82,6 +82,19 @@ class SpaceContext:
     def fit_of(self, blends: Iterable[Blend]) -> str | None:
         """What a recipe of these blends says of a fit."""
         return self.fit if any("fit" in self._needs_of(blend) for blend in blends) else None
+
+    def uniform(self, blend: Blend) -> StackRecipe:
+        """A dense model of one blend in every part, such as a baseline."""
+        return StackRecipe.uniform(
+            blend,
+            fit=self.fit_of([blend]),
+            sources=self.sources,
+            tokenizer=self.tokenizer,
+            layers=self.layers,
+            vocabulary=self.vocabulary,
+            seed=self.recipe_seed,
+            dtype=self.dtype,
+        )
 
     def _needs_of(self, blend: Blend) -> set[Need]:
         return {*self.method(blend.method).needs, *needs_of_steps(blend)}

@@ -21,7 +21,7 @@ from evomerge.method import Method, Point, check_blend
 from evomerge.plugins import unknown_name
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.mixture import BIASED, Architecture, MixtureRecipe, RouterKind, SlotGroup, SlotRouter
-from evomerge.recipes.stack import Blend, ChoiceName, StackRecipe
+from evomerge.recipes.stack import Blend, ChoiceName
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
@@ -210,8 +210,8 @@ class MixtureSpace:
     def baselines(self) -> Iterator[Baseline]:
         """Each source as it is, their average, and the pure experts on the average, all at once and the best alone."""
         for name in self._context.sources:
-            yield Baseline(name, "source", self._dense(_alone(name)), None)
-        yield Baseline("uniform average", "average", self._dense(_mean(self._context.mixed)), None)
+            yield Baseline(name, "source", self._context.uniform(_alone(name)), None)
+        yield Baseline("uniform average", "average", self._context.uniform(_mean(self._context.mixed)), None)
         for top_k in sorted({self._settings.top_k} if self._settings.top_k else {1, len(self._slots)}):
             kept = "all of them" if top_k == len(self._slots) else f"top {top_k}"
             genome = self._pure(top_k)
@@ -244,18 +244,6 @@ class MixtureSpace:
         routed = [[0.0] * (len(self._slots) if self._settings.bias else 1)] * self._settings.groups
         return self._recipe([_alone(slot) for slot in self._slots], mean, mean, routed, top_k)
 
-    def _dense(self, blend: Blend) -> StackRecipe:
-        context = self._context
-        return StackRecipe.uniform(
-            blend,
-            sources=context.sources,
-            tokenizer=context.tokenizer,
-            layers=context.layers,
-            vocabulary=context.vocabulary,
-            seed=context.recipe_seed,
-            dtype=context.dtype,
-        )
-
 
 def _text(blend: Blend) -> str:
     return blend.model_dump_json()
@@ -263,13 +251,8 @@ def _text(blend: Blend) -> str:
 
 def _alone(source: str) -> Blend:
     """One source as it is."""
-    return _sum({source: 1.0})
+    return Blend.weighted_sum({source: 1.0})
 
 
 def _mean(sources: Sequence[str]) -> Blend:
-    return _sum({name: 1.0 / len(sources) for name in sources})
-
-
-def _sum(weights: dict[str, float]) -> Blend:
-    parameters = {"weight": dict(weights), "normalize": False}
-    return Blend(method="linear", sources=tuple(weights), parameters=parameters)  # type: ignore[arg-type]
+    return Blend.weighted_sum({name: 1.0 / len(sources) for name in sources})

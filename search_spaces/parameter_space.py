@@ -252,10 +252,10 @@ class ParameterSpace:
         mixed = self._context.mixed
         for name in self._context.sources:
             alone = self._genome_at(partial(_alone, mixed=mixed, source=name))
-            yield Baseline(name, "source", self._weighted({name: 1.0}), alone)
+            yield Baseline(name, "source", self._context.uniform(Blend.weighted_sum({name: 1.0})), alone)
         share = {name: 1.0 / len(mixed) for name in mixed}
         uniform = self._genome_at(lambda method: method.uniform(mixed) if method.uniform is not None else None)
-        yield Baseline("uniform average", "average", self._weighted(share), uniform)
+        yield Baseline("uniform average", "average", self._context.uniform(Blend.weighted_sum(share)), uniform)
         for method, numbers in self._genes.defaults():
             usual = self._genome_of(numbers)
             yield Baseline(f"{method.name} defaults", "default", self.decode(usual), usual)
@@ -316,7 +316,7 @@ class ParameterSpace:
             base=context.base,
             parameters={"weight": same, "lambda": 1.0, "normalize": False},
         )
-        recipe = self._everywhere(blend) if genome is None else self.decode(genome)
+        recipe = self._context.uniform(blend) if genome is None else self.decode(genome)
         return Baseline(f"{LAW}, kappa {kappa:g}", "default", recipe, genome)
 
     def _fitted(self, base: str) -> Iterator[Baseline]:
@@ -325,7 +325,7 @@ class ParameterSpace:
             return
         mixed = self._context.mixed
         blend = Blend(method=FITTED, sources=mixed, base=base, parameters={"weight": dict.fromkeys(mixed, 1.0)})
-        yield Baseline(FITTED, "fit", self._everywhere(blend), None)
+        yield Baseline(FITTED, "fit", self._context.uniform(blend), None)
 
     def _with_places(self, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
         """The parameters with their places in the model and their kinds, so that an optimizer can tie them."""
@@ -354,25 +354,6 @@ class ParameterSpace:
         assert isinstance(granularity, int)
         first = role.layer // granularity * granularity
         return f"layers.{first}-{min(first + granularity, self._context.layers) - 1}"
-
-    def _weighted(self, weights: Mapping[str, Value]) -> StackRecipe:
-        """The plain weighted sum of sources, whatever the method of this space."""
-        return self._everywhere(
-            Blend(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
-        )
-
-    def _everywhere(self, blend: Blend) -> StackRecipe:
-        """A recipe of one blend."""
-        return StackRecipe.uniform(
-            blend,
-            fit=self._context.fit_of([blend]),
-            sources=self._context.sources,
-            tokenizer=self._context.tokenizer,
-            layers=self._context.layers,
-            vocabulary=self._context.vocabulary,
-            seed=self._context.recipe_seed,
-            dtype=self._context.dtype,
-        )
 
     def _genome_at(self, point_of: Callable[[Method], Point | None]) -> Genome | None:
         """The genome whose every group is at a method's point and scaled by nothing; None where there is none."""

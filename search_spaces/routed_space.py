@@ -17,7 +17,7 @@ from evomerge.genome import Baseline, Genome, Parameter
 from evomerge.plugins import unknown_name
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.routed import Balance, Gate, LayerGroup, RoutedRecipe, Router, RouterKind, Where
-from evomerge.recipes.stack import Blend, StackRecipe
+from evomerge.recipes.stack import Blend
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.parameter_space import FITTED
 from search_spaces.paths import MOST_PARAMETERS
@@ -265,13 +265,13 @@ class RoutedSpace:
         """
         names = (self._base, *self._experts)
         for name in names:
-            yield Baseline(name, "source", self._uniform(_weighted({name: 1.0})), None)
+            yield Baseline(name, "source", self._context.uniform(Blend.weighted_sum({name: 1.0})), None)
         mean = dict.fromkeys(self._experts, 1.0 / len(self._experts))
-        yield Baseline("uniform average", "average", self._uniform(_weighted(mean)), None)
+        yield Baseline("uniform average", "average", self._context.uniform(Blend.weighted_sum(mean)), None)
         total = self._task_vectors(dict.fromkeys(self._experts, 1.0))
-        yield Baseline("sum", "default", self._uniform(total), None)
+        yield Baseline("sum", "default", self._context.uniform(total), None)
         if self._context.fit is not None:
-            yield Baseline(FITTED, "fit", self._uniform(self._fitted()), None)
+            yield Baseline(FITTED, "fit", self._context.uniform(self._fitted()), None)
         seen = set()
         for label, recipe in self._routed_marks():
             if recipe.hash not in seen:
@@ -370,22 +370,6 @@ class RoutedSpace:
         """How much of each adapter right answers want in each tensor: a plain merge, to be beaten."""
         experts, ones = self._experts, dict.fromkeys(self._experts, 1.0)
         return Blend(method=FITTED, sources=experts, base=self._base, parameters={"weight": {**ones}})
-
-    def _uniform(self, blend: Blend) -> StackRecipe:
-        return StackRecipe.uniform(
-            blend,
-            sources=self._context.sources,
-            tokenizer=self._context.tokenizer,
-            layers=self._context.layers,
-            vocabulary=self._context.vocabulary,
-            seed=self._context.recipe_seed,
-            dtype=self._context.dtype,
-            fit=self._context.fit_of([blend]),
-        )
-
-
-def _weighted(weights: Mapping[str, float]) -> Blend:
-    return Blend(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
 
 
 def _joined(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:

@@ -29,7 +29,6 @@ from evomerge.report.fit import check_fit
 from evomerge.report.live import LiveScreen
 from evomerge.report.screen import duration, panel
 from evomerge.report.status import status_of
-from evomerge.report.team import choose_team
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import GRACE_S, Control
 from evomerge.search.driving.drive import Drive
@@ -107,9 +106,10 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
     return 0 if done else INTERRUPTED
 
 
-def drive_team(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, count: int) -> bool:
-    """Choose a team of a search whose lease is held, and score it on the held-out split; False if a stop came first."""
-    numbers = choose_team(store, count)
+def drive_team(
+    folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, numbers: list[int]
+) -> bool:
+    """Score a team of a search whose lease is held on the held-out split; False if a stop came first."""
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +66,7 @@ class StackBuilder:
             context.sources,
             evidence=context.evidence,
             residency=context.residency,
-            inputs=self._inputs,
+            inputs=self.inputs,
             fitted=self._coefficients,
             device=context.devices[0],
             base=context.base,
@@ -79,7 +79,8 @@ class StackBuilder:
         return self.materialiser.beside
 
     @cached_property
-    def _inputs(self) -> Inputs | None:
+    def inputs(self) -> Inputs | None:
+        """What layers of sources are given on the calibration texts; None where there are none."""
         context = self._context
         if context.calibration is None:
             return None
@@ -114,13 +115,17 @@ class StackBuilder:
 
     def calibrate(self, recipe: StackRecipe, source: str) -> None:
         """Record what layers of a source are given as input, as much of it as the recipe is made by."""
-        if self._inputs is None:
+        self.record([recipe], source)
+
+    def record(self, recipes: Sequence[StackRecipe], source: str) -> None:
+        """Record what layers of a source are given as input, as much of it as any of some recipes is made by."""
+        if self.inputs is None:
             return
-        needs = observed([recipe], [source]).get(source, set())
+        needs = observed(recipes, [source]).get(source, set())
         if "calibration" in needs:
-            self._inputs.record(source)
+            self.inputs.record(source)
         if "channels" in needs:
-            self._inputs.record_channels(source)
+            self.inputs.record_channels(source)
 
     def fit(self, recipe: StackRecipe) -> None:
         """Find how much of each source right answers want, of the sources that the recipe mixes by it."""

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from evomerge.blends import observed
 from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import Layout
 from evomerge.errors import InputError
 from evomerge.merging.builders import BuildContext
 from evomerge.merging.export import add_companions, export_key, writing
-from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.merging.path import is_made_in_order
+from evomerge.merging.stack_builder import stack_builder
 from evomerge.mixture.architectures import ARCHITECTURES
 from evomerge.mixture.layout import Cell, Skeleton, cells_of, check_mixture, config_of, dtype_of, has_bias, skeleton_of
 from evomerge.mixture.routers import Landmark, Rows, gate_modules, rows_of
@@ -39,26 +38,9 @@ class MixtureBuilder:
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
+        self._stack = stack_builder(context)
         self._live: _LiveMixture | None = None
         self._found: dict[str, Rows] = {}
-
-    @cached_property
-    def _inputs(self) -> Inputs | None:
-        context = self._context
-        if context.calibration is None:
-            return None
-        return Inputs(context.sources, context.calibration, context.evidence, context.devices)
-
-    @cached_property
-    def _materialiser(self) -> Materialiser:
-        context = self._context
-        return Materialiser(
-            context.sources,
-            evidence=context.evidence,
-            residency=context.residency,
-            inputs=self._inputs,
-            device=context.devices[0],
-        )
 
     @staticmethod
     def check(recipe: MixtureRecipe, sources: Mapping[str, Source]) -> None:
@@ -76,13 +58,7 @@ class MixtureBuilder:
 
     def calibrate(self, recipe: MixtureRecipe, source: str) -> None:
         """Record what layers of a source are given, as much of it as blends of the recipe are made by."""
-        if self._inputs is None:
-            return
-        needs = observed([recipe.dense(slot) for slot in recipe.slots], [source]).get(source, set())
-        if "calibration" in needs:
-            self._inputs.record(source)
-        if "channels" in needs:
-            self._inputs.record_channels(source)
+        self._stack.record([recipe.dense(slot) for slot in recipe.slots], source)
 
     def fit(self, recipe: MixtureRecipe) -> None:
         """Fit the rows of routers, if the recipe's are, and keep them."""
@@ -163,7 +139,7 @@ class MixtureBuilder:
             if cell.made is None or cell.recipe is None:
                 yield name, torch.zeros(shape, dtype=dtype)
                 continue
-            out = self._materialiser.tensor(cell.made.merged, cell.recipe, shape, dtype)
+            out = self._stack.materialiser.tensor(cell.made.merged, cell.recipe, shape, dtype)
             if cell.factor != 1.0:
                 out.mul_(cell.factor)
             if not all_finite(out):
@@ -173,7 +149,7 @@ class MixtureBuilder:
     def _check(self, recipe: MixtureRecipe) -> None:
         self.check(recipe, self._context.sources)
         for slot in recipe.slots:
-            self._materialiser.check(recipe.dense(slot))
+            self._stack.materialiser.check(recipe.dense(slot))
         fit = None if self._context.fit is None else self._context.fit.digest
         if recipe.router.kind == "fitted" and recipe.fit != fit:
             has = "there are none here" if fit is None else f"these have {fit}"
@@ -188,7 +164,7 @@ class MixtureBuilder:
         form = (recipe.architecture, recipe.slots, recipe.shared is not None)
         if self._live is None or self._live.form != form:
             self._live = None  # not both at once
-            self._live = _LiveMixture(form, recipe, self._context, self._materialiser)
+            self._live = _LiveMixture(form, recipe, self._context, self._stack.materialiser)
         return self._live
 
     def _rows(self, recipe: MixtureRecipe) -> Rows:
@@ -214,8 +190,8 @@ class MixtureBuilder:
         none = Rows(torch.zeros(said.layers, len(said.slots), width), torch.zeros(said.layers, len(said.slots)))
 
         def tokens_of(name: str) -> list[Tensor]:
-            assert self._inputs is not None  # such a recipe has texts, and they were looked at
-            return self._inputs.tokens_of(name, mixture.live, said.tokenizer)
+            assert self._stack.inputs is not None  # such a recipe has texts, and they were looked at
+            return self._stack.inputs.tokens_of(name, mixture.live, said.tokenizer)
 
         return Landmark(said, mixture.live, mixture.gates, lambda recipe: mixture.write(recipe, none), tokens_of)
 

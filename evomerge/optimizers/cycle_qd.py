@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.random import RandomState
 from numpy.typing import NDArray
 from pydantic import Field
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
-from evomerge.optimizers.cma_es import Box
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population
 from evomerge.optimizers.elites import Feature, Niche
+from evomerge.optimizers.variation import Population
 
 Vector = NDArray[np.float64]
 
@@ -63,51 +64,37 @@ class CycleQdSettings(Settings):
         return CycleQd(self, parameters, objectives, seed)
 
 
-class CycleQd:
-    """One search by CycleQD. Its first generation is random; baselines are elites like all others."""
+class CycleQd(Population):
+    """One search by CycleQD."""
 
-    favourite: Genome | None = None
-    stopped: str | None = None
     wants_items = False
-    refined = ()  # no numbers are tied
     keeps: Keeps = "all"
 
     def __init__(self, settings: CycleQdSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
-        self.population = settings.population
+        super().__init__(settings.population, parameters, seed)
         self._settings = settings
-        self._box = Box(parameters)
-        self._objectives, self._seed = objectives, seed
-        self._asks = self._asked = 0
+        self._objectives = objectives
         self._first: list[Observation] = []  # until bins are known
         self._axes: tuple[Feature, ...] = ()
         self._archives: list[dict[Niche, Observation]] = [{} for _ in range(objectives)]
 
     def ask(self, n: int) -> list[Genome]:
-        if n < 1:
-            return []
-        self._asks += 1
-        random = random_state(self._seed, self._asks)
-        self._asked += n
-        elites = self._elites()
-        if self._asked <= self.population or not elites:
-            return [self._box.genome(unit) for unit in random.random_sample((n, len(self._box.low)))]
+        if n > 0 and not self._axes:
+            self._lay_out()
+        return super().ask(n)
+
+    def _children(self, random: RandomState, n: int) -> Vector | None:
+        archive = self._archives[(self._asks - 1) % self._objectives]
+        elites = [archive[niche] for niche in sorted(archive)]
+        if not elites:
+            return None
         units = np.array([self._box.unit(o.genome) for o in elites])
         chances = _chances(np.array([o.losses for o in elites]))
         one, other = (random.choice(len(elites), size=n, p=chances) for _ in range(2))
         weights = np.abs(1.0 + self._settings.spread * random.standard_normal((2, n, 1))) + 1e-9
         children = (weights[0] * units[one] + weights[1] * units[other]) / weights.sum(axis=0)
         children += self._settings.iso * random.standard_normal(children.shape)
-        return [self._box.genome(unit) for unit in np.clip(children, 0.0, 1.0)]
-
-    def _elites(self) -> list[Observation]:
-        """Those of the archive whose turn it is, in the order of their niches."""
-        if not self._axes:
-            self._lay_out()
-        archive = self._archives[(self._asks - 1) % self._objectives]
-        return [archive[niche] for niche in sorted(archive)]
-
-    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        return self.ask(len(genomes))
+        return np.asarray(np.clip(children, 0.0, 1.0))
 
     def tell(self, observations: Sequence[Observation]) -> None:
         known = [o for o in observations if o.feasible and all(map(math.isfinite, o.losses))]

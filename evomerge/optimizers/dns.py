@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.random import RandomState
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
-from evomerge.optimizers.cma_es import Box
+from evomerge.genome import Parameter
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.solved import halves, losses_of, solved
-from evomerge.optimizers.variation import iso_line
+from evomerge.optimizers.variation import Population, iso_line
 
 Vector = NDArray[np.float64]
 
@@ -55,42 +55,27 @@ class DnsSettings(Settings):
         return Dns(self, parameters, seed, features)
 
 
-class Dns:
-    """One dominated novelty search. Its first generation is random; baselines are members like all others."""
+class Dns(Population):
+    """One dominated novelty search."""
 
-    favourite: Genome | None = None
-    stopped: str | None = None
-    refined = ()  # no numbers are tied
     keeps: Keeps = "all"
 
     def __init__(
         self, settings: DnsSettings, parameters: Sequence[Parameter], seed: int, features: Sequence[Feature]
     ) -> None:
-        self.population = settings.population
+        super().__init__(settings.population, parameters, seed)
         self.wants_items = not features
         self._settings = settings
-        self._box = Box(parameters)
         self._low = np.array([feature.low for feature in features])
         self._width = np.array([feature.high - feature.low for feature in features])
-        self._seed = seed
-        self._asks = self._asked = 0
         self._members: list[Observation] = []  # in the order told
         self._units = np.empty((0, len(parameters)))
 
-    def ask(self, n: int) -> list[Genome]:
-        if n < 1:
-            return []
-        self._asks += 1
-        random = random_state(self._seed, self._asks)
-        self._asked += n
-        if self._asked <= self.population or not self._members:
-            return [self._box.genome(unit) for unit in random.random_sample((n, self._units.shape[1]))]
+    def _children(self, random: RandomState, n: int) -> Vector | None:
+        if not self._members:
+            return None
         one, other = self._units[random.randint(len(self._units), size=(2, n))]
-        children = iso_line(random, one, other, self._settings.iso, self._settings.line)
-        return [self._box.genome(unit) for unit in children]
-
-    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        return self.ask(len(genomes))
+        return iso_line(random, one, other, self._settings.iso, self._settings.line)
 
     def tell(self, observations: Sequence[Observation]) -> None:
         members = self._members + [o for o in observations if o.feasible and self._is_known(o)]

@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.random import RandomState
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
-from evomerge.optimizers.cma_es import Box
+from evomerge.genome import Parameter
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.solved import halves, losses_of, solved
+from evomerge.optimizers.variation import Population
 
 Vector = NDArray[np.float64]
 
@@ -55,32 +56,20 @@ class M2n2Settings(Settings):
         return M2n2(self, parameters, seed)
 
 
-class M2n2:
-    """One search by M2N2. Its first generation is random; baselines are members like all others."""
+class M2n2(Population):
+    """One search by M2N2."""
 
-    favourite: Genome | None = None
-    stopped: str | None = None
     wants_items = True
-    refined = ()  # no numbers are tied
     keeps: Keeps = "all"
 
     def __init__(self, settings: M2n2Settings, parameters: Sequence[Parameter], seed: int) -> None:
-        self.population = settings.population
+        super().__init__(settings.population, parameters, seed)
         self._settings = settings
-        self._box = Box(parameters)
-        self._seed = seed
-        self._asks = self._asked = 0
         self._members: list[Observation] = []  # in the order told
 
-    def ask(self, n: int) -> list[Genome]:
-        if n < 1:
-            return []
-        self._asks += 1
-        random = random_state(self._seed, self._asks)
-        size = len(self._box.low)
-        self._asked += n
-        if self._asked <= self.population or len(self._members) < 2:
-            return [self._box.genome(unit) for unit in random.random_sample((n, size))]
+    def _children(self, random: RandomState, n: int) -> Vector | None:
+        if len(self._members) < 2:
+            return None
         table = solved([losses_of(o) for o in self._members])
         judged, described = halves(table.shape[1])
         credit = shared_credit(table[:, judged])
@@ -90,16 +79,13 @@ class M2n2:
             one = _drawn(random, credit)
             other = _drawn(random, attraction(table[:, described], one))
             children.append(self._child(random, units[one], units[other]))
-        return [self._box.genome(unit) for unit in children]
+        return np.array(children)
 
-    def _child(self, random: np.random.RandomState, one: Vector, other: Vector) -> Vector:
+    def _child(self, random: RandomState, one: Vector, other: Vector) -> Vector:
         ratio, split = random.random_sample(), random.randint(len(one) + 1)
         shares = np.where(np.arange(len(one)) < split, ratio, 1.0 - ratio)
         noise = self._settings.iso * random.standard_normal(len(one))
         return np.clip(shares * one + (1.0 - shares) * other + noise, 0.0, 1.0)
-
-    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        return self.ask(len(genomes))
 
     def tell(self, observations: Sequence[Observation]) -> None:
         self._members += [o for o in observations if o.feasible and all(map(math.isfinite, o.losses))]
@@ -134,7 +120,7 @@ def survivors(table: Vector, count: int) -> list[int]:
     return kept
 
 
-def _drawn(random: np.random.RandomState, weights: Vector) -> int:
+def _drawn(random: RandomState, weights: Vector) -> int:
     """A number drawn by weights; evenly where all are zero."""
     total = weights.sum()
     return int(random.choice(len(weights), p=weights / total if total > 0 else None))

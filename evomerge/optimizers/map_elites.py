@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.random import RandomState
 from pydantic import Field
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Keeps, Observation, Settings, check_population, random_state
-from evomerge.optimizers.cma_es import Box
+from evomerge.optimizers.base import Keeps, Observation, Settings, check_population
 from evomerge.optimizers.elites import Feature, Grid
-from evomerge.optimizers.variation import iso_line
+from evomerge.optimizers.variation import Population, Vector, iso_line
 
 
 class MapElitesSettings(Settings):
@@ -46,42 +46,27 @@ class MapElitesSettings(Settings):
         return MapElites(self, parameters, seed, features)
 
 
-class MapElites:
-    """One search by MAP-Elites. Its first generation is random; baselines are elites like all others."""
+class MapElites(Population):
+    """One search by MAP-Elites."""
 
-    favourite: Genome | None = None
-    stopped: str | None = None
     wants_items = False
-    refined = ()  # no numbers are tied
     keeps: Keeps = "niches"
 
     def __init__(
         self, settings: MapElitesSettings, parameters: Sequence[Parameter], seed: int, features: Sequence[Feature]
     ) -> None:
-        self.population = settings.population
+        super().__init__(settings.population, parameters, seed)
         self._settings = settings
-        self._box = Box(parameters)
-        self._seed = seed
-        self._asks = self._asked = self._told = 0
+        self._told = 0
         self._grid = Grid(tuple(features))
         self._units: dict[int, Genome] = {}  # the elites, as points of the unit box, in the order told
 
-    def ask(self, n: int) -> list[Genome]:
-        if n < 1:
-            return []
-        self._asks += 1
-        random = random_state(self._seed, self._asks)
-        size = self._box.low.size
-        self._asked += n
-        if self._asked <= self.population or not self._units:
-            return [self._box.genome(unit) for unit in random.random_sample((n, size))]
+    def _children(self, random: RandomState, n: int) -> Vector | None:
+        if not self._units:
+            return None
         elites = np.array(list(self._units.values()))
         one, other = elites[random.randint(len(elites), size=(2, n))]
-        children = iso_line(random, one, other, self._settings.iso, self._settings.line)
-        return [self._box.genome(unit) for unit in children]
-
-    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        return self.ask(len(genomes))
+        return iso_line(random, one, other, self._settings.iso, self._settings.line)
 
     def tell(self, observations: Sequence[Observation]) -> None:
         new = dict(enumerate(observations, self._told))

@@ -32,7 +32,7 @@ def solved(losses: Sequence[NDArray[np.float32]]) -> Table:
     worst = known.max(axis=0, initial=-np.inf)
     best = np.where(np.isnan(table), np.inf, table).min(axis=0, initial=np.inf)
     width = np.where(worst > best, worst - best, np.inf)
-    return np.nan_to_num(np.where(np.isnan(table), 0.0, (np.where(np.isnan(table), 0.0, worst - table)) / width))
+    return np.asarray(np.nan_to_num((worst - table) / width))  # NaN where it was not scored
 
 
 def halves(items: int) -> tuple[slice, slice]:

@@ -1,12 +1,64 @@
-"""How genomes of a population give new ones, in the unit box; shared by all optimizers that keep many."""
+"""What optimizers share that keep many candidates: a random first generation, and children of those that are kept."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.random import RandomState
 from numpy.typing import NDArray
 
+from evomerge.genome import Genome, Parameter
+from evomerge.optimizers.base import Observation, random_state
+from evomerge.optimizers.cma_es import Box
+
 Vector = NDArray[np.float64]
+
+
+class Population(ABC):
+    """An optimizer (``base.Optimizer``) whose candidates are children of candidates that it was told of.
+
+    Baselines are kept like all others.
+
+    Args:
+        population: of a generation.
+        seed: of all that is drawn, with the number of the ask.
+    """
+
+    favourite: Genome | None = None
+    stopped: str | None = None
+    refined = ()  # no numbers are tied
+
+    def __init__(self, population: int, parameters: Sequence[Parameter], seed: int) -> None:
+        self.population = population
+        self._box = Box(parameters)
+        self._seed = seed
+        self._asks = self._asked = 0
+
+    def ask(self, n: int) -> list[Genome]:
+        """See ``Optimizer``."""
+        if n < 1:
+            return []
+        self._asks += 1
+        self._asked += n
+        random = random_state(self._seed, self._asks)
+        units = None if self._asked <= self.population else self._children(random, n)
+        if units is None:
+            units = random.random_sample((n, len(self._box.low)))
+        return [self._box.genome(unit) for unit in units]
+
+    def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
+        """See ``Optimizer``."""
+        return self.ask(len(genomes))
+
+    @abstractmethod
+    def tell(self, observations: Sequence[Observation]) -> None:
+        """See ``Optimizer``."""
+
+    @abstractmethod
+    def _children(self, random: RandomState, n: int) -> Vector | None:
+        """New points of the unit box, float64 [n, parameters]; None, with nothing drawn, while too few are known."""
 
 
 def iso_line(random: RandomState, one: Vector, other: Vector, iso: float, line: float) -> Vector:

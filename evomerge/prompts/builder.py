@@ -182,8 +182,7 @@ def _check_rows(name: str, rows: int, recipe: PromptsRecipe, sources: Mapping[st
 
 def copy_of_base(recipe: PromptsRecipe, sources: Mapping[str, Source]) -> StackRecipe:
     """The recipe of the base alone."""
-    blend = Blend(method="passthrough", sources=(recipe.base,), parameters={"scale": {recipe.base: 1.0}})
     return StackRecipe.uniform(
-        blend, sources={recipe.base: recipe.sources[recipe.base]}, tokenizer=recipe.base,
+        Blend.copy_of(recipe.base), sources={recipe.base: recipe.sources[recipe.base]}, tokenizer=recipe.base,
         layers=sources[recipe.base].layers, seed=recipe.seed, dtype=recipe.dtype,
     )  # fmt: skip

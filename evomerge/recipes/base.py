@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -63,6 +63,11 @@ class Recipe(Frozen, ABC):
         """Those of them that stand in the model themselves: not a base that changes are taken against alone."""
         return self.used_sources()
 
+    def refuse_unknown_sources(self, used: Iterable[str] = ()) -> None:
+        """Raise ValueError where a source that is used, or ``used`` besides, is none of the recipe's."""
+        if missing := sorted((self.used_sources() | {*used, self.tokenizer}) - set(self.sources)):
+            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+
     @abstractmethod
     def lines(self) -> list[str]:
         """What the model is made of, in a few lines that people read."""
@@ -112,6 +117,25 @@ class Recipe(Frozen, ABC):
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical text."""
         return text_hash(self.canonical())
+
+
+class LayerCount(Protocol):
+    """Layers that follow each other, and something that is alike in all of them."""
+
+    @property
+    def layers(self) -> int: ...
+
+
+_Group = TypeVar("_Group", bound=LayerCount)
+
+
+def group_holding(groups: Sequence[_Group], layer: int) -> _Group:
+    """The group that holds a layer, counted from 0 through all groups. IndexError where there is none."""
+    for group in groups:
+        if layer < group.layers:
+            return group
+        layer -= group.layers
+    raise IndexError(layer)
 
 
 def read_recipe(text: str, sources: Mapping[str, str]) -> Recipe:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from evomerge.recipes.base import Frozen, Recipe
+from evomerge.recipes.base import Frozen, Recipe, group_holding
 from evomerge.recipes.stack import Blend, Number, StackRecipe
 from evomerge.recipes.stack_text import blend_text
 
@@ -122,8 +122,7 @@ class MixtureRecipe(Recipe):
         used += [] if self.shared is None else [self.shared.blend]
         if max(used) >= len(self.blends) or min(used) < 0:
             raise ValueError(f"a part uses blend {max(used)}, but there are {len(self.blends)} blends")
-        if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
-            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        self.refuse_unknown_sources()
         if self.router.kind == "fitted" and self.fit is None:
             raise ValueError("its routers are fitted, and it does not say on what")
         if self.router.kind == "prototypes" and self.calibration is None:
@@ -156,11 +155,7 @@ class MixtureRecipe(Recipe):
 
     def group_of(self, layer: int) -> SlotGroup:
         """The group that holds a layer. IndexError where there is none."""
-        for group in self.groups:
-            if layer < group.layers:
-                return group
-            layer -= group.layers
-        raise IndexError(layer)
+        return group_holding(self.groups, layer)
 
     def used_sources(self) -> set[str]:
         return {name for blend in self.blends for name in (*blend.sources, *filter(None, (blend.base,)))}

@@ -94,8 +94,7 @@ class PromptsRecipe(Recipe):
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> PromptsRecipe:
-        if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
-            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        self.refuse_unknown_sources()
         if self.tokenizer != self.base:
             raise ValueError(f"has the tokenizer of {self.tokenizer!r}, and prompts stand before texts of its base")
         for number, run in enumerate(self.runs):

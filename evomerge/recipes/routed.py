@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from evomerge.recipes.base import Frozen, Recipe
+from evomerge.recipes.base import Frozen, Recipe, group_holding
 from evomerge.recipes.stack import Blend, Number
 
 RouterKind = Literal["fitted", "prototypes", "arrow", "spectral", "stored"]
@@ -130,8 +130,7 @@ class RoutedRecipe(Recipe):
         for number, group in enumerate(self.groups):
             if unknown := sorted(set(group.experts) - set(self.experts)):
                 raise ValueError(f"group {number} has the expert {unknown[0]!r}, which is none of the recipe's")
-        if missing := sorted((self.used_sources() | {self.tokenizer}) - set(self.sources)):
-            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        self.refuse_unknown_sources()
         if self.router.kind == "fitted" and self.fit is None:
             raise ValueError("its routers are fitted, and it does not say on what")
         if self.router.kind in ("prototypes", "spectral") and self.calibration is None:
@@ -142,11 +141,7 @@ class RoutedRecipe(Recipe):
 
     def group_of(self, layer: int) -> LayerGroup:
         """The group that holds a layer. IndexError where there is none."""
-        for group in self.groups:
-            if layer < group.layers:
-                return group
-            layer -= group.layers
-        raise IndexError(layer)
+        return group_holding(self.groups, layer)
 
     def used_sources(self) -> set[str]:
         rest = () if self.rest is None else (*self.rest.sources, *filter(None, (self.rest.base,)))

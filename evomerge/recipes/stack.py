@@ -92,6 +92,16 @@ class Blend(Frozen):
                 written.pop(key, None)
         return written
 
+    @classmethod
+    def copy_of(cls, source: str) -> Blend:
+        """One source as it is."""
+        return cls(method="passthrough", sources=(source,), parameters={"scale": {source: 1.0}})
+
+    @classmethod
+    def weighted_sum(cls, weights: Mapping[str, Number | ChoiceName]) -> Blend:
+        """The sum of sources, each times its weight."""
+        return cls(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
+
     def value(self, name: str, source: str | None = None) -> float:
         """One number of this blend; of ``source`` where the parameter has a value for each. KeyError when absent."""
         return float(self._value(name, source))
@@ -177,10 +187,7 @@ class StackRecipe(Recipe):
             used += (hop.attention, hop.mlp, hop.norm)
         if max(used) >= len(self.blends) or min(used) < 0:
             raise ValueError(f"a part uses blend {max(used)}, but there are {len(self.blends)} blends")
-        if missing := sorted(
-            (self.used_sources() | self.vocabulary.used_sources() | {self.tokenizer}) - set(self.sources)
-        ):
-            raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
+        self.refuse_unknown_sources(self.vocabulary.used_sources())
         for number, hop in enumerate(self.hops):
             if isinstance(hop.layer, dict):
                 self._check_layers(number, hop, hop.layer)

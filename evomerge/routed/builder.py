@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.builders import BuildContext
-from evomerge.merging.inputs import Inputs
 from evomerge.merging.materialise import check_stack
 from evomerge.merging.stack_builder import StackBuilder, stack_builder
 from evomerge.mixture.builder import MixtureBuilder
@@ -100,13 +99,7 @@ class RoutedBuilder:
     @cached_property
     def _routers(self) -> Routers:
         context = self._context
-        return Routers(context.evidence, self._base_alone, self._inputs, context.fit, str(context.dtype))
-
-    @cached_property
-    def _inputs(self) -> Inputs | None:
-        context = self._context
-        texts = context.calibration
-        return None if texts is None else Inputs(context.sources, texts, context.evidence, context.devices)
+        return Routers(context.evidence, self._base_alone, self._stack.inputs, context.fit, str(context.dtype))
 
     def _base_alone(self, recipe: RoutedRecipe) -> LiveModel:
         return self._stack.write(base_alone(recipe, self._context.sources[recipe.base].layers))
@@ -173,7 +166,7 @@ class RoutedBuilder:
 
         meter = self._meter(recipe)
         live = self._install(recipe, meter)
-        run_over_texts(recipe, live, self._context.fit, self._inputs)
+        run_over_texts(recipe, live, self._context.fit, self._stack.inputs)
         sites, _ = self._layout(recipe)
         return flattened(recipe, sites, meter.means, self._context.sources)
 

@@ -17,7 +17,7 @@ def trunk_of(recipe: RoutedRecipe, layers: int) -> StackRecipe:
     Args:
         layers: of the base.
     """
-    base = copy_of(recipe.base)
+    base = Blend.copy_of(recipe.base)
     rest = recipe.rest or base
     attention = rest if recipe.where == "mlp" else base
     mlp = rest if recipe.where == "attention" else base
@@ -31,8 +31,3 @@ def trunk_of(recipe: RoutedRecipe, layers: int) -> StackRecipe:
         seed=recipe.seed,
         dtype=recipe.dtype,
     )
-
-
-def copy_of(source: str) -> Blend:
-    """One source as it is."""
-    return Blend(method="passthrough", sources=(source,), parameters={"scale": {source: 1.0}})

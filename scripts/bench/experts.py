@@ -108,7 +108,7 @@ class Bench:
         return prepared, Worker("bench", builders, [*prepared.evaluators, *fit])
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Every form: its held-out scores, its change of the time, and what it was chosen by."""
+        """Every form: its held-out scores, item by item, and its tokens a second where they are measured."""
         best = max(EXPERTS, key=lambda name: self.scores(self.recipes[name], "search", ITEMS).mean())
         chosen: dict[str, Recipe] = {"best adapter": self.recipes[best]}
         chosen |= {name: self.recipes[name] for name in ("base", "uniform average", "sum", "fitted", *ROUTED)}
