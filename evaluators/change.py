@@ -50,7 +50,7 @@ class ChangeSettings(EvaluatorSettings):
 
 
 class BaseChangeEvaluator(ImperativeEvaluator):
-    """Scores a model by ``change``, as it was measured when the model was made: see ``evomerge.merging.change``.
+    """Scores a model by ``change``, as it was measured when the model was made (``evomerge.merging.measured.change``).
 
     Each split has one item, which is the model itself. Less counts as better, where it counts.
     """

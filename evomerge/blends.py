@@ -12,8 +12,8 @@ from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.step import check_step, find_step, needs_of_steps
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.passes import Pass
+    from evomerge.merging.arithmetic.passes import Pass
+    from evomerge.merging.measured.facts import Facts
 
 
 def check_whole(blend: Blend, place: str, *, has_texts: bool, has_fit: bool) -> None:

@@ -17,8 +17,8 @@ from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from evomerge.mergekit.grammar import Grammar
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.passes import Pass
+    from evomerge.merging.arithmetic.passes import Pass
+    from evomerge.merging.measured.facts import Facts
 
 GROUP = "evomerge.merge_methods"
 
@@ -50,7 +50,7 @@ Need = Literal["calibration", "channels", "merged_inputs", "fit"]
 """What a method or a step needs beside weights. Calibration texts tell: "calibration" is what layers of every source
 that is mixed are given as input, "channels" how large each channel of that is in the base, for which this alone is run,
 and "merged_inputs" what layers of every mixed source are given behind the merged layers before, anew for each
-candidate. "fit" is how much of each source right answers want (``merging.coefficients``)."""
+candidate. "fit" is how much of each source right answers want (``merging.fitting.coefficients``)."""
 
 
 @dataclass(frozen=True, slots=True)

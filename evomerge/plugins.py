@@ -79,7 +79,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "prompts": "evomerge.recipes.prompts:PromptsRecipe",
     },
     "evomerge.builders": {
-        "stack": "evomerge.merging.stack_builder:StackBuilder",
+        "stack": "evomerge.merging.building.stack_builder:StackBuilder",
         "mixture": "evomerge.mixture.builder:MixtureBuilder",
         "routed": "evomerge.routed.builder:RoutedBuilder",
         "prompts": "evomerge.prompts.builder:PromptsBuilder",

@@ -18,8 +18,8 @@ from evomerge.plugins import find_named
 from evomerge.recipes.stack import Blend, BlendStep
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.passes import Pass
+    from evomerge.merging.arithmetic.passes import Pass
+    from evomerge.merging.measured.facts import Facts
 
 GROUP = "evomerge.merge_steps"
 

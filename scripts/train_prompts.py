@@ -33,7 +33,7 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import open_source
 from evomerge.inference.decoding import Decoder
 from evomerge.inference.reading import special_tokens
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
 from evomerge.prompts.builder import PromptsBuilder
 from evomerge.recipes.prompts import PromptForm, PromptRun, PromptsRecipe
 

@@ -23,9 +23,10 @@ class Measures:
     """What was measured of the sources' weights when the search began.
 
     Attributes:
-        kappa: the factor of the law by which a space over task vectors has one more baseline (``merging.amplitude``);
-            None where it is to have none.
-        tiers: that of each layer (``merging.tiers``); None where they are not measured: they then follow the depth.
+        kappa: the factor of the law by which a space over task vectors has one more baseline
+            (``merging.measured.amplitude``); None where it is to have none.
+        tiers: that of each layer (``merging.adapters.tiers``); None where they are not measured: they then follow the
+            depth.
     """
 
     kappa: float | None = None

@@ -246,8 +246,8 @@ class ParameterSpace:
     def baselines(self) -> Iterator[Baseline]:
         """Every source alone, the uniform average of the merged ones, and the method's usual defaults.
 
-        Where the context says how strongly, also task arithmetic by the law of ``merging.amplitude``; where there are
-        items that it can be fitted to, also how much of each source these want in each tensor.
+        Where the context says how strongly, also task arithmetic by the law of ``merging.measured.amplitude``; where
+        there are items that it can be fitted to, also how much of each source these want in each tensor.
         """
         mixed = self._context.mixed
         for name in self._context.sources:

@@ -47,7 +47,7 @@ class Lines:
 class Tiers:
     """LARV (Wang et al., arXiv 2602.09413): a factor for each third of the layers, by how far changes can be trusted.
 
-    ``merging.tiers`` measures that, from weights alone. What is outside of the stack is not scaled.
+    ``merging.adapters.tiers`` measures that, from weights alone. What is outside of the stack is not scaled.
 
     Args:
         tiers: that of each layer, from 0, the least trusted.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from evomerge.checkpoints.source import open_source
 from evomerge.cli import main
-from evomerge.merging.kept import evidence_bytes
+from evomerge.merging.measured.kept import evidence_bytes
 from evomerge.recipes.base import read_recipe
 from evomerge.store import CandidateRow, Store
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
 from evomerge.mixture.builder import MixtureBuilder
 from evomerge.recipes.mixture import MixtureRecipe
 from evomerge.recipes.stack import Blend

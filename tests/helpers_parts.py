@@ -8,7 +8,7 @@ from typing import Literal
 
 from evaluators.base import EvaluatorSettings
 from evomerge.genome import Parameter
-from evomerge.merging.passes import Combine
+from evomerge.merging.arithmetic.passes import Combine
 from evomerge.method import Method
 from evomerge.observers import Observer, ObserverSettings
 from evomerge.optimizers import Feature, OptunaSettings

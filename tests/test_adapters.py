@@ -23,8 +23,8 @@ from evomerge.checkpoints.fingerprints import check_fingerprints, fingerprint
 from evomerge.checkpoints.live import live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
+from evomerge.merging.adapters.low_rank import family_of
 from evomerge.merging.core_space import NotLowRankError
-from evomerge.merging.low_rank import family_of
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.stack import Blend, StackRecipe

@@ -17,9 +17,9 @@ from evomerge.checkpoints import live
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.commands.merge import calibration_of
 from evomerge.errors import InputError
-from evomerge.merging import inputs as inputs_module
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.inputs import Inputs, token_ids
+from evomerge.merging.measured import inputs as inputs_module
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.inputs import Inputs, token_ids
 from evomerge.merging.path import merged_tensors, site_of
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.search.preparing.texts import text_warnings

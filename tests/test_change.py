@@ -18,14 +18,14 @@ from evomerge.checkpoints.live import LiveModel, live_model
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging import change as change_file
-from evomerge.merging import scans
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.change import change_of
-from evomerge.merging.facts import Weights
-from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.arithmetic import scans
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.stack_builder import StackBuilder
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.measured import change as change_file
+from evomerge.merging.measured.change import change_of
+from evomerge.merging.measured.facts import Weights
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.workers.worker import Worker
@@ -248,7 +248,7 @@ def test_it_needs_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_worker_reports_it(sources: dict[str, Source]) -> None:
-    from evomerge.merging.builders import Builders
+    from evomerge.merging.building.builders import Builders
     from evomerge.search.work.jobs import Job, Measured
 
     worker = Worker("w", Builders(BuildContext(sources, "base", base="base")), [])

@@ -295,7 +295,7 @@ def test_a_process_without_evomerge_generates_what_the_candidate_did(exported: P
 def test_an_export_that_scores_otherwise_is_refused_and_leaves_nothing(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from evomerge.merging.stack_builder import StackBuilder
+    from evomerge.merging.building.stack_builder import StackBuilder
 
     load = StackBuilder.reload
 

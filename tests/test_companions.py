@@ -11,7 +11,7 @@ from test_paths import copy_of, open_both
 from transformers import AutoTokenizer
 
 from evomerge.checkpoints.vocabulary import align
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
 

@@ -22,8 +22,8 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.checkpoints.low_rank_rows import CoreRows
 from evomerge.checkpoints.source import Source
 from evomerge.merging import core_space
-from evomerge.merging.builders import BuildContext, Builders
-from evomerge.merging.low_rank import CoreMerges, base_recipe, family_of, low_rank_problem
+from evomerge.merging.adapters.low_rank import CoreMerges, base_recipe, family_of, low_rank_problem
+from evomerge.merging.building.builders import BuildContext, Builders
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.search.work.jobs import Failed, Measured, Task

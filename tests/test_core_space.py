@@ -23,8 +23,8 @@ from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.mergekit.writing import to_mergekit
 from evomerge.merging import core_space
-from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser, check_stack
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.method import default_parameters, find_method, own_methods
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe

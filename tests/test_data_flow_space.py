@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome, SearchSpace
-from evomerge.merging.builders import check_recipe
+from evomerge.merging.building.builders import check_recipe
 from evomerge.method import check_blend, find_method, own_methods
 from evomerge.optimizers import CmaSettings
 from evomerge.recipes.base import read_recipe

@@ -16,8 +16,8 @@ from helpers_miniature import MINIATURES, ROOT
 from evomerge.genome import Genome, Parameter, SearchSpace, check_genome
 from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import Generate, Likelihood
-from evomerge.merging.adam import Adam
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.fitting.adam import Adam
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.settings.early import UNMEASURED
 from evomerge.search.settings.search_file import SearchFile, parse_search_file

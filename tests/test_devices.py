@@ -31,9 +31,9 @@ from evomerge.inference.generation import Decoding, answer_tokens
 from evomerge.inference.prefill import log_likelihoods
 from evomerge.inference.reading import Prompt
 from evomerge.inference.requests import Likelihood
-from evomerge.merging.device import Residency
-from evomerge.merging.export import write_model
-from evomerge.merging.low_rank import base_recipe, family_of
+from evomerge.merging.adapters.low_rank import base_recipe, family_of
+from evomerge.merging.arithmetic.device import Residency
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, own_methods
 from evomerge.recipes.stack import Blend, StackRecipe

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.differences import differences, warnings_across
 from evomerge.checkpoints.live import configured, live_model
 from evomerge.checkpoints.source import Source
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import configured_by
 from evomerge.recipes.stack import Blend, StackRecipe

@@ -12,7 +12,7 @@ from helpers_checkpoints import edit_tensors, save_model, tiny_config
 from helpers_miniature import MINIATURES, evomerge, json_of
 from torch import Tensor
 
-from evomerge.merging.directions import Directions, of_matrices, work
+from evomerge.merging.measured.directions import Directions, of_matrices, work
 from evomerge.report.advice import MANY_SOURCES, advice_on, dispersion_of
 from evomerge.report.inspection import Distance, SourceDistance, inspect_models
 

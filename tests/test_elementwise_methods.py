@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.site import Site
 from evomerge.method import find_method
 from evomerge.recipes.stack import Blend, Role

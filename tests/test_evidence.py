@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.measured.evidence import Evidence
 
 CONTENTS = {"base": "0" * 64, "maths": "1" * 64}
 

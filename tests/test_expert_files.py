@@ -19,8 +19,8 @@ from evomerge.checkpoints.references import adapter_types, check_reference
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.files import absolute_reference, split_expert
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.routed import LayerGroup, RoutedRecipe, Router
 from evomerge.report.public_names import movable
 from evomerge.routed.builder import RoutedBuilder

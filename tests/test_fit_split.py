@@ -16,8 +16,8 @@ from evomerge.errors import InputError
 from evomerge.inference.prefill import log_likelihoods
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Likelihood
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.building.stack_builder import StackBuilder
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.preparing.prepare import prepare
 from evomerge.search.settings.fitting import FitSplit

@@ -19,11 +19,11 @@ from evomerge.checkpoints.backward import Listening, nobody
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.coefficients import HIGH, Coefficients, TensorSpace, share
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.low_rank import coefficients, family_of, low_rank_problem
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.adapters.low_rank import coefficients, family_of, low_rank_problem
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.stack_builder import StackBuilder
+from evomerge.merging.fitting.coefficients import HIGH, Coefficients, TensorSpace, share
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.methods.fitted import FITTED
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.store import Store

@@ -173,7 +173,7 @@ def test_the_exit_code_says_whether_all_rows_hold(
 def test_a_new_kind_of_pass_has_a_row_that_fails_until_it_has_an_example(
     kit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from evomerge.merging import passes
+    from evomerge.merging.arithmetic import passes
 
     @dataclass(frozen=True)
     class Rotate(passes.Whole):
@@ -249,7 +249,7 @@ def test_passes_are_compiled_as_one_graph_that_writes_nothing_but_its_result(
     from torch._dynamo.utils import counters
     from torch._inductor.utils import run_and_get_code
 
-    from evomerge.merging import device
+    from evomerge.merging.arithmetic import device
 
     torch._dynamo.reset()
     counters.clear()

@@ -30,7 +30,7 @@ from evomerge.genome import Genome, SearchSpace
 from evomerge.inference import proxy
 from evomerge.inference.proxy import differentiate_proxy
 from evomerge.inference.reading import Prompt
-from evomerge.merging.gradient import GenomeGradients
+from evomerge.merging.fitting.gradient import GenomeGradients
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
 from evomerge.method import find_method

@@ -22,10 +22,10 @@ from transformers import GPT2Config, GptOssConfig, MixtralConfig, Phi3Config
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.merging import normal_equations
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
 from evomerge.merging.materialise import Materialiser
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.normal_equations import Filter
 from evomerge.merging.site import Site
 from evomerge.method import Method, default_parameters, own_methods

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
-from evomerge.merging import rounding
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts
-from evomerge.merging.facts import Weights as SourceWeights
-from evomerge.merging.jobs import WorkerThreads
-from evomerge.merging.rounding import LOSSY, squared_loss
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.measured import rounding
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts
+from evomerge.merging.measured.facts import Weights as SourceWeights
+from evomerge.merging.measured.rounding import LOSSY, squared_loss
 from evomerge.merging.site import Site
 from evomerge.recipes.stack import Role
 from evomerge.report.closeness import shown

@@ -15,7 +15,7 @@ from test_paths import CPU, answer, copy_of, open_both
 from transformers import AutoModelForCausalLM
 
 from evomerge.checkpoints.live import live_model
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.base import DType
 from evomerge.recipes.stack import Blend, StackRecipe

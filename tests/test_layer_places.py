@@ -22,7 +22,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import layer_stack
 from evomerge.commands.merge import merge
 from evomerge.errors import InputError
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.stack import StackRecipe
 

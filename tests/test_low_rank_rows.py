@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, live_model
 from evomerge.checkpoints.low_rank_rows import LowRankRows
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.low_rank import base_recipe, coefficients, family_of, low_rank_problem
+from evomerge.merging.adapters.low_rank import base_recipe, coefficients, family_of, low_rank_problem
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import own_methods
 from evomerge.recipes.stack import Blend, StackRecipe

@@ -14,7 +14,7 @@ from helpers_checkpoints import save_model, tiny_config
 from helpers_miniature import environment
 
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.recipes.stack import Blend, StackRecipe
 
 NAMES = ("base", "one", "two")
@@ -22,7 +22,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from evomerge.commands.merge import merge
-import evomerge.merging.kernels, evomerge.merging.scans
+import evomerge.merging.arithmetic.kernels, evomerge.merging.arithmetic.scans
 merge(Path(sys.argv[1]), Path(sys.argv[2]))  # of small models first: what is imported and compiled is there then
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge(Path(sys.argv[3]), Path(sys.argv[4]))

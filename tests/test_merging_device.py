@@ -10,8 +10,8 @@ from helpers_checkpoints import save_model, tiny_config
 
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging import device
-from evomerge.merging.device import DeviceRunner, Residency, choose_place
+from evomerge.merging.arithmetic import device
+from evomerge.merging.arithmetic.device import DeviceRunner, Residency, choose_place
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
 from evomerge.method import default_parameters, own_methods

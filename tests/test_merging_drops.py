@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.merging import words as compiled_words
-from evomerge.merging.drops import LEVELS, level, limit, random_halves, random_words, row_turns, stream_key
-from evomerge.merging.jobs import TensorJob, WorkerThreads
-from evomerge.merging.passes import SparsePart, Sparsify
+from evomerge.merging.arithmetic import words as compiled_words
+from evomerge.merging.arithmetic.drops import LEVELS, level, limit, random_halves, random_words, row_turns, stream_key
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 
 N = 200_000
 KEY = stream_key(3, "maths", "lm_head.weight")

@@ -20,12 +20,12 @@ from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Weights
-from evomerge.merging.jobs import TensorJob
+from evomerge.merging.arithmetic.jobs import TensorJob
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.stack_builder import StackBuilder
 from evomerge.merging.materialise import Materialiser, check_stack
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Weights
 from evomerge.method import default_parameters, own_methods
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.testing import methods

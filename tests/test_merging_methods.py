@@ -18,9 +18,9 @@ from torch import Tensor
 
 from evomerge import plugins
 from evomerge.errors import InputError
-from evomerge.merging.drops import LEVELS, level, limit, random_halves, stream_key
-from evomerge.merging.facts import Facts
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic.drops import LEVELS, level, limit, random_halves, stream_key
+from evomerge.merging.arithmetic.passes import Combine, Pass
+from evomerge.merging.measured.facts import Facts
 from evomerge.method import GROUP, Method, find_method, own_methods
 from evomerge.recipes.stack import Blend
 from evomerge.testing.methods import SEED, TENSOR, MethodContract, merge, tensors

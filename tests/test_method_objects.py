@@ -15,7 +15,7 @@ import pytest
 from evomerge.errors import InputError
 from evomerge.mergekit import grammar
 from evomerge.mergekit.grammar import Grammar
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.method import (
     Method,
     MethodParameter,

@@ -29,7 +29,7 @@ from evomerge.checkpoints.backward import Listening, nobody
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.builders import check_recipe
+from evomerge.merging.building.builders import check_recipe
 from evomerge.mixture.layout import needed_bytes
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.mixture import MixtureRecipe

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
 from evomerge.mixture.builder import MixtureBuilder
 from evomerge.mixture.routed import mixture_of_routed
 from evomerge.recipes.routed import LayerGroup, RoutedRecipe, Router

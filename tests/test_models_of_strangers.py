@@ -25,7 +25,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.structure import empty_model, parse_config
 from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.inspection import inspect_models
 

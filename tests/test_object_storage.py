@@ -28,7 +28,7 @@ from evomerge.commands.merge import merge
 from evomerge.commands.models import export
 from evomerge.commands.run import resume
 from evomerge.errors import InputError
-from evomerge.merging.delivery import LAST, SUMS, check_free, upload
+from evomerge.merging.building.delivery import LAST, SUMS, check_free, upload
 from evomerge.objects import Storage, StorageError, check_url
 from evomerge.search.opening import claim
 from evomerge.search.opening.artifacts import Artifacts, copy_url, fetch

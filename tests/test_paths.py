@@ -19,7 +19,7 @@ from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.live import LiveModel, check_live, live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.stack import Blend, Hop, Scaling, StackRecipe
 

@@ -22,9 +22,9 @@ from evaluators.scoring import score
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.facts import Facts
-from evomerge.merging.passes import Elementwise, Pass, Whole
+from evomerge.merging.arithmetic.passes import Elementwise, Pass, Whole
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.measured.facts import Facts
 from evomerge.method import Method
 from evomerge.optimizers.base import Settings
 from evomerge.recipes.base import read_recipe

@@ -29,7 +29,7 @@ from evomerge.inference.generation import Decoding, answer_tokens
 from evomerge.inference.prefill import log_likelihoods
 from evomerge.inference.reading import Reader, encode
 from evomerge.inference.requests import Likelihood
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
 from evomerge.prompts.builder import PromptsBuilder
 from evomerge.prompts.soft import Vocabulary, losing_rows, with_rows
 from evomerge.recipes.prompts import PromptForm, PromptRun, PromptsRecipe

@@ -23,11 +23,11 @@ from helpers_miniature import (
 )
 from torch import Tensor
 
-from evomerge.merging import inputs
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.inputs import LayerInput
-from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
+from evomerge.merging.measured import inputs
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
+from evomerge.merging.measured.inputs import LayerInput
 from evomerge.merging.site import Ref, Site
 from evomerge.method import find_method
 from evomerge.recipes.stack import Blend, Role

@@ -20,12 +20,12 @@ from evomerge.calibration import Calibration
 from evomerge.checkpoints.live import NotFiniteError
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.stack_builder import StackBuilder
 from evomerge.merging.materialise import check_stack
-from evomerge.merging.merged_inputs import MergedInputs
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts
+from evomerge.merging.measured.merged_inputs import MergedInputs
 from evomerge.recipes.stack import Blend, StackRecipe
 
 LINES = {

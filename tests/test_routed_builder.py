@@ -22,9 +22,9 @@ from evomerge.checkpoints.backward import Listening, nobody
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.fitting import Fit
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.fitting.fit import Fit
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.routed import Balance, LayerGroup, RoutedRecipe, Router
 from evomerge.routed.builder import RoutedBuilder

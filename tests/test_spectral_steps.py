@@ -19,11 +19,11 @@ from evomerge.blends import planned
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import TensorJob
+from evomerge.merging.arithmetic.jobs import TensorJob
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.site import Site
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend, BlendStep, Role, StackRecipe

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evomerge.merging.passes import Combine
+from evomerge.merging.arithmetic.passes import Combine
 from evomerge.method import own_methods
 from evomerge.recipes.stack import Blend
 from evomerge.testing.methods import merge, plan

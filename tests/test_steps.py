@@ -12,9 +12,9 @@ from torch import Tensor
 from evomerge.blends import check_whole, shares_of
 from evomerge.errors import InputError
 from evomerge.mergekit.writing import to_mergekit
-from evomerge.merging.changes import Change, Rescale
-from evomerge.merging.facts import Facts
-from evomerge.merging.passes import Combine, Pass, Sparsify
+from evomerge.merging.arithmetic.changes import Change, Rescale
+from evomerge.merging.arithmetic.passes import Combine, Pass, Sparsify
+from evomerge.merging.measured.facts import Facts
 from evomerge.method import MethodParameter, find_method
 from evomerge.plugins import OWN
 from evomerge.recipes.base import read_recipe

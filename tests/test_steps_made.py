@@ -19,11 +19,11 @@ from evomerge.calibration import Calibration
 from evomerge.checkpoints import live
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging import inputs as inputs_module
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.inputs import Inputs
-from evomerge.merging.low_rank import NotLowRankError, coefficients, family_of
+from evomerge.merging.adapters.low_rank import NotLowRankError, coefficients, family_of
 from evomerge.merging.materialise import Materialiser
+from evomerge.merging.measured import inputs as inputs_module
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.inputs import Inputs
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.store import Store

@@ -13,8 +13,8 @@ import torch
 from helpers_miniature import MINIATURES, evomerge, short_search_file
 
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.amplitude import EVEN, UNEVEN, dispersion, kappa, relative_norms
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.measured.amplitude import EVEN, UNEVEN, dispersion, kappa, relative_norms
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.method import find_method
 from evomerge.store import Store
 from search_spaces.base import Measures, SpaceContext

@@ -12,8 +12,8 @@ from helpers_miniature import MINIATURES, evomerge, short_search_file
 from torch import Tensor
 
 from evomerge.checkpoints.source import open_source
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.tiers import conflict, scores, thirds, tiers_of
+from evomerge.merging.adapters.tiers import conflict, scores, thirds, tiers_of
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.store import Store
@@ -87,7 +87,7 @@ def test_a_search_gives_each_tier_a_factor(tmp_path: Path, monkeypatch: pytest.M
         tmp_path, space={"method": "task_arithmetic", "profile": "tiers"}, budget={"candidates": 9}
     )
     assert evomerge("search", file, "--dir", tmp_path / "s") == 0
-    monkeypatch.setattr("evomerge.merging.tiers._scores", None)
+    monkeypatch.setattr("evomerge.merging.adapters.tiers._scores", None)
     assert evomerge("resume", tmp_path / "s", "--set", "budget.candidates=11") == 0
     with Store.open(tmp_path / "s" / "search.db") as store:
         names = [p.name for p in store.search().record.parameters]

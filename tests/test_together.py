@@ -33,10 +33,10 @@ from evomerge.inference.generation import Decoding, answer_groups
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Batch, Engine, Generate, Request, Response, respond_to
 from evomerge.inference.transformers_engine import TransformersEngine
-from evomerge.merging.builders import BuildContext, Builders
-from evomerge.merging.low_rank import base_recipe, family_of
+from evomerge.merging.adapters.low_rank import base_recipe, family_of
+from evomerge.merging.building.builders import BuildContext, Builders
+from evomerge.merging.building.stack_builder import StackBuilder
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.stack_builder import StackBuilder
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.search.workers.worker import Worker

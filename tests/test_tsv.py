@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.site import Site
 from evomerge.method import find_method
 from evomerge.recipes.stack import Blend, Role

@@ -12,7 +12,7 @@ import yaml
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.inference.decoding import Decoder
 from evomerge.inference.reading import encode
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
 from evomerge.prompts.builder import PromptsBuilder
 from evomerge.recipes.prompts import PromptRun, PromptsRecipe
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evomerge.commands.waiting import progress_bar
-from evomerge.merging.delivery import check_free, upload
+from evomerge.merging.building.delivery import check_free, upload
 from evomerge.objects import Storage, is_url
 
 

@@ -23,7 +23,7 @@ from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.commands.fitting import fit
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.observers import Observers
 from evomerge.report.fit import check_fit
 from evomerge.report.live import LiveScreen

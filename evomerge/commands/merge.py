@@ -32,7 +32,7 @@ from evomerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
-    from evomerge.merging.evidence import Evidence
+    from evomerge.merging.measured.evidence import Evidence
     from evomerge.search.settings.fitting import FitSplit
 
 
@@ -91,7 +91,7 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None, fit: Pa
     from evomerge.checkpoints.checks import check_compatible
     from evomerge.checkpoints.differences import warnings_across
     from evomerge.commands.delivering import local_folder
-    from evomerge.merging.builders import BuildContext, find_builder
+    from evomerge.merging.building.builders import BuildContext, find_builder
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
     from evomerge.search.workers.fitting import AnswersFit
@@ -191,7 +191,7 @@ def _fitted(recipe: Recipe, split: FitSplit | None, path: Path) -> Recipe:
 @contextmanager
 def _kept(sources: Mapping[str, Source], *, in_folder: bool) -> Iterator[Evidence]:
     """What is found of the sources while one model is made: in memory, or where sources are run in a folder."""
-    from evomerge.merging.evidence import Evidence
+    from evomerge.merging.measured.evidence import Evidence
 
     if not in_folder:  # what is asked once is not worth a file
         yield Evidence()

@@ -57,8 +57,8 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool, form:
         with opening():
             from evomerge.commands.delivering import local_folder
             from evomerge.commands.verifying import compare, reproduce
-            from evomerge.merging.builders import find_builder
-            from evomerge.merging.evidence import Evidence
+            from evomerge.merging.building.builders import find_builder
+            from evomerge.merging.measured.evidence import Evidence
             from evomerge.report.card import NAME, Provenance, papers, verification
             from evomerge.search.opening.session import as_recorded, check_sources, contents_of, recipe_of
             from evomerge.search.preparing.prepare import open_sources, prepare
@@ -143,7 +143,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         from evomerge.checkpoints.source import open_source
         from evomerge.commands.rescoring import scored
         from evomerge.inference.reading import Reader
-        from evomerge.merging.change import change_of
+        from evomerge.merging.measured.change import change_of
         from evomerge.search.preparing.asking import item_warnings
         from evomerge.search.preparing.prepare import prepare
         from evomerge.search.workers.building import computing

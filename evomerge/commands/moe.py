@@ -74,7 +74,7 @@ def assemble(path: Path, out: Path, architecture: Architecture | None = None) ->
     import torch
 
     from evomerge.checkpoints.checks import check_compatible, check_finite
-    from evomerge.merging.builders import BuildContext, check_recipe
+    from evomerge.merging.building.builders import BuildContext, check_recipe
     from evomerge.mixture.builder import MixtureBuilder
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
@@ -108,7 +108,7 @@ def prune(model: str, out: Path, keep: int, texts: Calibration | None, *, merged
     check_reference(model, "MODEL")
     from evomerge.checkpoints.checks import check_finite
     from evomerge.checkpoints.source import open_source
-    from evomerge.merging.builders import CPU
+    from evomerge.merging.building.builders import CPU
     from evomerge.mixture.pruning import check_prunable, kept_experts, use_of_experts, write_pruned
     from evomerge.report.screen import make_console
 

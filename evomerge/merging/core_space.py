@@ -29,11 +29,11 @@ from evomerge.blends import stepped
 from evomerge.checkpoints.adapters import LowRank, Vector
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence, Tensors
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import WorkerThreads
-from evomerge.merging.nested import made_whole
-from evomerge.merging.passes import Combine, Elementwise, Pass
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.arithmetic.nested import made_whole
+from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass
+from evomerge.merging.measured.evidence import Evidence, Tensors
+from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.path import Merged
 from evomerge.merging.site import Ref, Site
 from evomerge.method import find_method

@@ -15,16 +15,16 @@ from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.change import ChangeMeter, Written
+from evomerge.merging.arithmetic.device import DeviceRunner, DeviceRunners, Residency
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.merging.core_space import CoreSpace, check_core, steps_in_core
-from evomerge.merging.device import DeviceRunner, DeviceRunners, Residency
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.inputs import Inputs
-from evomerge.merging.jobs import TensorJob, WorkerThreads
 from evomerge.merging.layer_buffers import Held, Made, assign, tensors_made
-from evomerge.merging.merged_inputs import MergedInputs
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.measured.change import ChangeMeter, Written
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
+from evomerge.merging.measured.inputs import Inputs
+from evomerge.merging.measured.merged_inputs import MergedInputs
 from evomerge.merging.path import (
     Merged,
     check_order,
@@ -43,7 +43,7 @@ from evomerge.recipes.stack import StackRecipe
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.stack import Stack
-    from evomerge.merging.coefficients import Coefficients
+    from evomerge.merging.fitting.coefficients import Coefficients
 
 
 _Changed = tuple[Made, Held, Tensor, torch.device]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.merging.facts import Facts
+from evomerge.merging.measured.facts import Facts
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, Elementwise, Pass, SparsePart, Sparsify
+from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass, SparsePart, Sparsify
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def number(blend: Blend, name: str, default: float) -> float:

@@ -23,7 +23,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import added_mean, along_kept, kept_change, number
 from evomerge.method import Method
 from evomerge.methods.parameters import scale
@@ -32,7 +32,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 _RIDGE, _UNEVEN, _KEPT = 1e-2, 0.3, 0.3
 _NONE = 1e-12

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import RANKED, Combine, Disjoint, Pass
+from evomerge.merging.arithmetic.passes import RANKED, Combine, Disjoint, Pass
 from evomerge.merging.plans import base_of, number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT
@@ -17,7 +17,7 @@ from evomerge.methods.parameters import density, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def cabs(facts: Facts, blend: Blend) -> Pass:

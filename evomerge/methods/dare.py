@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, task_vectors
-from evomerge.merging.drops import LEVELS, level
-from evomerge.merging.passes import Pass, SparsePart
+from evomerge.merging.arithmetic.drops import LEVELS, level
+from evomerge.merging.arithmetic.passes import Pass, SparsePart
 from evomerge.merging.plans import switch
 from evomerge.method import Method
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches
@@ -17,7 +17,7 @@ from evomerge.methods.parameters import density, equal_weights, one_weight, same
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def dare_linear(facts: Facts, blend: Blend) -> Pass:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, per_source, task_vectors
-from evomerge.merging.drops import LEVELS, level
-from evomerge.merging.passes import Pass, SparsePart
+from evomerge.merging.arithmetic.drops import LEVELS, level
+from evomerge.merging.arithmetic.passes import Pass, SparsePart
 from evomerge.merging.plans import base_of, switch
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches
@@ -17,7 +17,7 @@ from evomerge.methods.parameters import density, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def della_linear(facts: Facts, blend: Blend) -> Pass:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from evomerge.merging.passes import Combine, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, Whole
 from evomerge.merging.plans import added, base_of, choice, number, values
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.parameters import one_weight, scale
@@ -30,7 +30,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
     from evomerge.merging.normal_equations import Filter, Products
     from evomerge.merging.site import Site
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import WEIGHT, Grammar, Setting
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.merging.plans import cancel, switch, weights
 from evomerge.method import Method
 from evomerge.methods.parameters import equal_weights, one_weight, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def linear(facts: Facts, blend: Blend) -> Pass:

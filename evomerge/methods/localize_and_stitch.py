@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, MaskedMean, Pass
+from evomerge.merging.arithmetic.passes import Combine, MaskedMean, Pass
 from evomerge.merging.plans import base_of, number, values
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.parameters import equal_weights, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 _LEAST = 2.0**-149  # the least magnitude of a float32 but zero
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Largest, Pass
+from evomerge.merging.arithmetic.passes import Largest, Pass
 from evomerge.merging.plans import base_of, number, values
 from evomerge.method import Method
 from evomerge.methods.parameters import one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def magmax(facts: Facts, blend: Blend) -> Pass:

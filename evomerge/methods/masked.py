@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, Pass, SparsePart, Sparsify
+from evomerge.merging.arithmetic.passes import Combine, Pass, SparsePart, Sparsify
 from evomerge.merging.plans import base_of, number, switch, values, weights
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 Mask = Callable[["Facts", Blend, str], SparsePart | None]
 """(facts about one tensor, blend, source) -> its masked task vector, with no weight yet; None where nothing is kept."""

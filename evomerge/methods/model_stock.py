@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import LAMBDA, Grammar, Setting
-from evomerge.merging import sphere
-from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.arithmetic import sphere
+from evomerge.merging.arithmetic.passes import Elementwise, Pass
 from evomerge.merging.plans import added, base_of, number, switch
 from evomerge.method import Method
 from evomerge.methods.parameters import scale
@@ -19,7 +19,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def model_stock(facts: Facts, blend: Blend) -> Pass:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evomerge.mergekit.grammar import WEIGHT, Grammar, Setting
-from evomerge.merging import sphere
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic import sphere
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.merging.plans import along, weights
 from evomerge.method import Method
 from evomerge.methods.parameters import one_weight, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def multislerp(facts: Facts, blend: Blend) -> Pass:

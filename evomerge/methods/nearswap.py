@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import Grammar, for_all
-from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Elementwise, Pass
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.recipes.stack import Blend
@@ -17,7 +17,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 _T = 0.001
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import WEIGHT, Grammar, Setting
-from evomerge.merging import sphere
-from evomerge.merging.passes import Combine, Elementwise, Pass
+from evomerge.merging.arithmetic import sphere
+from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass
 from evomerge.merging.plans import along, switch, values
 from evomerge.method import Method
 from evomerge.methods.parameters import one_weight, weight
@@ -19,8 +19,8 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.sphere import Vector
+    from evomerge.merging.arithmetic.sphere import Vector
+    from evomerge.merging.measured.facts import Facts
 
 _COLINEAR = 1 - 1e-12  # |cos| from which on there is no arc to speak of: float64 has its sine to four digits there
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import Grammar, per_source
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.method import Method, MethodParameter, Point
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def passthrough(facts: Facts, blend: Blend) -> Pass:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Elementwise, Pass
 from evomerge.merging.plans import base_of, number, values
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale, weight
@@ -20,7 +20,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 _CLAMP, _RATIO, _TINY = 0.01, 0.05, 1e-12
 

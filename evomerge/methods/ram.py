@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import LAMBDA, Grammar, for_all
-from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Elementwise, Pass
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale
@@ -19,7 +19,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 _LEAST, _RISE, _MOST = 1e-5, 0.1, 0.2  # defaults of epsilon, r and alpha
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, Whole
 from evomerge.merging.plans import number, values
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import WEIGHT
@@ -23,8 +23,8 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.inputs import LayerInput
+    from evomerge.merging.measured.facts import Facts
+    from evomerge.merging.measured.inputs import LayerInput
 
 _RIDGE = 1e-6
 """Of the mean of the diagonal, towards the weighted mean of the weights: channels that no text reaches leave the sum

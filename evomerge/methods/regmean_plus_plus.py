@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import WEIGHT
 from evomerge.methods.parameters import one_weight
@@ -21,7 +21,7 @@ from evomerge.methods.regmean import nearest_on
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def regmean_plus_plus(facts: Facts, blend: Blend) -> Pass:

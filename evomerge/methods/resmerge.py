@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evomerge.merging.outer import Outer
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.outer import Outer
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import added, base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale
@@ -30,9 +30,9 @@ from evomerge.methods.parameters import scale
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.evidence import Tensors
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.sphere import Vector
+    from evomerge.merging.arithmetic.sphere import Vector
+    from evomerge.merging.measured.evidence import Tensors
+    from evomerge.merging.measured.facts import Facts
     from evomerge.recipes.stack import Blend
 
 _BETA, _FALL, _RHO = 1.0, 0.3, 0.2
@@ -102,7 +102,7 @@ def _heads(tensors: Sequence[Tensor], name: str) -> Tensors:
     """
     import torch
 
-    from evomerge.merging.spectra import decomposed
+    from evomerge.merging.arithmetic.spectra import decomposed
 
     base, *sources = (tensor.view(-1, *tensor.shape[-2:]) for tensor in tensors)
     found: dict[str, list[Tensor]] = {"left": [], "right": [], "changes": [], "crossed": [], "heads": []}

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evomerge.mergekit.grammar import Grammar, for_all
-from evomerge.merging.passes import Pass, Select
+from evomerge.merging.arithmetic.passes import Pass, Select
 from evomerge.merging.plans import base_of, number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def sce(facts: Facts, blend: Blend) -> Pass:

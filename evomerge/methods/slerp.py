@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import Grammar, for_all
-from evomerge.merging import sphere
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic import sphere
+from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.merging.plans import number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def slerp(facts: Facts, blend: Blend) -> Pass:

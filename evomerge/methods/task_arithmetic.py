@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import task_vectors
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import added, base_of, number, weights
 from evomerge.method import Method
 from evomerge.methods.parameters import equal_weights, one_weight, same_weights, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def task_arithmetic(facts: Facts, blend: Blend) -> Pass:

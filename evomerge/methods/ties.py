@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import DENSITY, task_vectors
-from evomerge.merging.passes import Pass, SparsePart
+from evomerge.merging.arithmetic.passes import Pass, SparsePart
 from evomerge.merging.plans import base_of
 from evomerge.method import Method
 from evomerge.methods.masked import ALL_KEPT, masked_sum, switches, windowed
@@ -17,7 +17,7 @@ from evomerge.methods.parameters import density, one_weight, scale, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def ties(facts: Facts, blend: Blend) -> Pass:

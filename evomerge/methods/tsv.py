@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Combine, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, Whole
 from evomerge.merging.plans import added, base_of, number, values
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale, weight
@@ -24,8 +24,8 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.evidence import Tensors
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.evidence import Tensors
+    from evomerge.merging.measured.facts import Facts
 
 
 def tsv(facts: Facts, blend: Blend) -> Pass:
@@ -75,7 +75,7 @@ def _decomposed(facts: Facts, base: str, tensors: Sequence[Tensor]) -> Tensors:
     """The vectors of n sources: r / n of each, or as many as it has. Tensors are [rows, columns], the base's first."""
     import torch
 
-    from evomerge.merging.spectra import decomposed, rounding
+    from evomerge.merging.arithmetic.spectra import decomposed, rounding
 
     origin, *sources = tensors
     noise, most = rounding(origin.shape, facts.size_of(base)), max(1, min(origin.shape) // len(sources))
@@ -96,7 +96,7 @@ def _orthogonal(facts: Facts, sides: Sequence[Tensor], sizes: Tensor, owners: Te
         [k, k]: of their own inner products with those that they came from, which gives these back. sizes [k]: the
         singular values. owners int64 [k]: to which source each belongs.
     """
-    from evomerge.merging.spectra import nearest_orthogonal
+    from evomerge.merging.arithmetic.spectra import nearest_orthogonal
 
     near = facts.weights.each(lambda vectors: nearest_orthogonal(vectors, name=facts.site.name), sides)
     grams = [(new.T @ old).float() for new, old in zip(near, sides, strict=True)]

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import added_mean, along_kept, base_of, kept_change, number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import Solver, changed_by_matrix
@@ -27,8 +27,8 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.evidence import Tensors
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.evidence import Tensors
+    from evomerge.merging.measured.facts import Facts
     from evomerge.merging.normal_equations import Filter
 
 

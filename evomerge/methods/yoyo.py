@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evomerge.merging.passes import Combine, Pass
+from evomerge.merging.arithmetic.passes import Combine, Pass
+from evomerge.merging.arithmetic.sphere import Vector
 from evomerge.merging.plans import number, values
-from evomerge.merging.sphere import Vector
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import one_weight, weight
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 _CUT = 4.685  # Tukey's constant: 95% efficient where nobody is far off
 _MAD = 1.4826  # times the median of |z|: the standard deviation, were z normally distributed

@@ -15,11 +15,11 @@ from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import Layout
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.export import add_companions, export_key, writing
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.export import add_companions, export_key, writing
+from evomerge.merging.building.stack_builder import stack_builder
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.merging.path import is_made_in_order
-from evomerge.merging.stack_builder import stack_builder
 from evomerge.mixture.architectures import ARCHITECTURES
 from evomerge.mixture.layout import Cell, Skeleton, cells_of, check_mixture, config_of, dtype_of, has_bias, skeleton_of
 from evomerge.mixture.routers import Landmark, Rows, gate_modules, rows_of

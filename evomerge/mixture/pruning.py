@@ -26,8 +26,8 @@ from evomerge.checkpoints.placement import Devices
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import Layout
 from evomerge.errors import InputError
-from evomerge.merging.export import add_companions, writing
-from evomerge.merging.inputs import token_ids
+from evomerge.merging.building.export import add_companions, writing
+from evomerge.merging.measured.inputs import token_ids
 from evomerge.mixture.architectures import ARCHITECTURES
 
 _EXPERT = re.compile(r"(model\.layers\.(\d+)\.\w+)\.experts\.(\d+)\.(\w+\.weight)")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence, Tensors
-from evomerge.merging.fitting import Fit
+from evomerge.merging.fitting.fit import Fit
+from evomerge.merging.measured.evidence import Evidence, Tensors
 from evomerge.recipes.mixture import MixtureRecipe, SlotGroup
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import Tensor
 from evomerge.checkpoints.prompts import key_value_heads
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.export import write_model
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.prompts.rows import common_start, prompt_rows, repeated
 from evomerge.recipes.prompts import PromptsRecipe
@@ -30,7 +30,7 @@ _MOST_SHARE = 2
 
 
 class PromptsBuilder:
-    """Makes models behind soft prompts and prefixes; see ``evomerge.merging.builders.Builder``."""
+    """Makes models behind soft prompts and prefixes; see ``evomerge.merging.building.builders.Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context

@@ -25,7 +25,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.structure import empty_model, parse_config
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
-from evomerge.merging.export import add_companions, writing
+from evomerge.merging.building.export import add_companions, writing
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_config
 from evomerge.prompts.soft import Vocabulary, longer_config, losing_rows, with_rows

@@ -1,8 +1,8 @@
 """What every kind of recipe is: a model of a search as data, with one canonical text and a hash of it.
 
 A kind is a subclass of ``Recipe`` under the entry point group ``evomerge.recipes``; what makes its models is a builder
-(``merging/builders.py``) under ``evomerge.builders``, of the same name. Reading a recipe needs no builder, so that
-searches can be looked at without one.
+(``merging/building/builders.py``) under ``evomerge.builders``, of the same name. Reading a recipe needs no builder, so
+that searches can be looked at without one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Recipe(Frozen, ABC):
     ``tokenizer`` names the source that gives tokenizer, configuration and chat template. ``dtype`` is what the model's
     weights are stored as (that of the tokenizer's source when None). ``seed`` keys whatever is drawn.
     ``calibration`` is the digest of the texts that it is made by, where a method needs any, and ``fit`` that of the
-    items and settings by which numbers of it are fitted (``merging/fitting.py``).
+    items and settings by which numbers of it are fitted (``merging/fitting/fit.py``).
     """
 
     kind: ClassVar[str]

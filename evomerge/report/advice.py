@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merging.amplitude import LARGE_DISPERSION, dispersion, kappa
+from evomerge.merging.measured.amplitude import LARGE_DISPERSION, dispersion, kappa
 from evomerge.report.entries import percent
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
+from evomerge.merging.measured.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.printable import ranges
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from evomerge.checkpoints.placement import device_bytes, place_buffers
 from evomerge.checkpoints.sharding import Heads, heads_of, hidden_size, shard_bytes, sharding_problem, text_config
 from evomerge.inference.proxy import MOST_TOKENS, SHARE_OF_FREE, kept_bytes
-from evomerge.merging.device import Residency, choose_place
+from evomerge.merging.arithmetic.device import Residency, choose_place
 from evomerge.search.settings.layouts import LAYOUTS
 
 Engine = Literal["transformers", "vllm"]

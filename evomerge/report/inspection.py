@@ -23,12 +23,12 @@ from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.prompts import SourcePrompt
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging.directions import Directions, Factors, of_matrices, work
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import WorkerThreads
-from evomerge.merging.low_rank_change import is_low_rank, low_rank_factors
-from evomerge.merging.rounding import is_exact, share_lost, squared_loss
+from evomerge.merging.adapters.low_rank_change import is_low_rank, low_rank_factors
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.measured.directions import Directions, Factors, of_matrices, work
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
+from evomerge.merging.measured.rounding import is_exact, share_lost, squared_loss
 from evomerge.merging.site import Ref, Site
 from evomerge.printable import printable
 from evomerge.recipes.stack import Role

@@ -14,8 +14,8 @@ from evaluators.cost import COUNTED
 from evomerge.blends import observed
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
-from evomerge.merging.kept import evidence_bytes
-from evomerge.merging.rounding import LOSSY, rounding_warning, shares_lost
+from evomerge.merging.measured.kept import evidence_bytes
+from evomerge.merging.measured.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.prices import amount_text
 from evomerge.report.entries import Constraint
 from evomerge.report.hardware import (

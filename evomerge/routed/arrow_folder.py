@@ -13,7 +13,7 @@ from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
-from evomerge.merging.export import write_model
+from evomerge.merging.building.export import write_model
 from evomerge.recipes.routed import RoutedRecipe
 from evomerge.routed.trunk import base_alone
 

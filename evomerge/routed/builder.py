@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.stack_builder import StackBuilder, stack_builder
 from evomerge.merging.materialise import check_stack
-from evomerge.merging.stack_builder import StackBuilder, stack_builder
 from evomerge.mixture.builder import MixtureBuilder
 from evomerge.mixture.routed import mixture_of_routed
 from evomerge.recipes.routed import RoutedRecipe

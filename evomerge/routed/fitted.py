@@ -18,7 +18,7 @@ from torch import Tensor
 from evomerge.checkpoints.backward import gradients
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.errors import InputError
-from evomerge.merging.fitting import Fit
+from evomerge.merging.fitting.fit import Fit
 from evomerge.recipes.routed import RoutedRecipe
 from evomerge.routed.computing import Router, Routing
 from evomerge.routed.live import LiveExperts

@@ -14,8 +14,8 @@ import torch
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.fitting import Fit
-from evomerge.merging.inputs import Inputs
+from evomerge.merging.fitting.fit import Fit
+from evomerge.merging.measured.inputs import Inputs
 from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.routed.sites import Site, place_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, for_scoring, load_tokenizer
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext
 from evomerge.routed import arrow_folder, remote_code
 
 

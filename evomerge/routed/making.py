@@ -10,9 +10,9 @@ from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence, Tensors
-from evomerge.merging.fitting import Fit
-from evomerge.merging.inputs import Inputs
+from evomerge.merging.fitting.fit import Fit
+from evomerge.merging.measured.evidence import Evidence, Tensors
+from evomerge.merging.measured.inputs import Inputs
 from evomerge.recipes.base import canonical_text
 from evomerge.recipes.routed import LayerGroup, RoutedRecipe
 from evomerge.routed.arrow import arrow_weights

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.changes import rescaled
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.changes import rescaled
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import base_of
 from evomerge.method import MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
 
 if TYPE_CHECKING:
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def activations(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:

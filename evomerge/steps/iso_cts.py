@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.method import FRACTION, MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
@@ -19,7 +19,7 @@ from evomerge.steps.matrices import Matrix, matrix_by_matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def iso_cts(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
@@ -29,7 +29,7 @@ def iso_cts(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
     def of_matrix(matrix: Matrix) -> Tensor:
         import torch
 
-        from evomerge.merging.spectra import decomposed, nearest_orthogonal
+        from evomerge.merging.arithmetic.spectra import decomposed, nearest_orthogonal
 
         change, noise, n = matrix.change, matrix.noise, len(matrix.vectors)
         left, sizes, right = decomposed(change, noise, most=min(change.shape), name=name)

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from evomerge.merging.changes import Change
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.changes import Change
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import base_of
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.evidence import Tensors
-    from evomerge.merging.facts import Facts
-    from evomerge.merging.spectra import Spectrum
+    from evomerge.merging.arithmetic.spectra import Spectrum
+    from evomerge.merging.measured.evidence import Tensors
+    from evomerge.merging.measured.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def matrix_by_matrix(
     """
     if not facts.site.matrices:
         return made
-    from evomerge.merging.spectra import Spectrum, rounding, spectrum
+    from evomerge.merging.arithmetic.spectra import Spectrum, rounding, spectrum
 
     base = base_of(blend)
     noise, origin = rounding(facts.site.shape, facts.size_of(base)), _origin(facts, blend, step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.method import MethodParameter
 from evomerge.recipes.stack import Blend
 from evomerge.step import Step, Values
@@ -21,7 +21,7 @@ from evomerge.steps.matrices import Matrix, matrix_by_matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.merging.facts import Facts
+    from evomerge.merging.measured.facts import Facts
 
 
 def svc(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:

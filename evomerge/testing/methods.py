@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merging import jobs
-from evomerge.merging.changes import differentiable
-from evomerge.merging.derivatives import derivatives_of, with_every_source
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.inputs import LayerInput
-from evomerge.merging.jobs import TensorJob, WorkerThreads, in_grain
-from evomerge.merging.passes import Pass, call
+from evomerge.merging.arithmetic import jobs
+from evomerge.merging.arithmetic.changes import differentiable
+from evomerge.merging.arithmetic.derivatives import derivatives_of, with_every_source
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads, in_grain
+from evomerge.merging.arithmetic.passes import Pass, call
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
+from evomerge.merging.measured.inputs import LayerInput
 from evomerge.merging.site import Ref, Site
 from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
 from evomerge.recipes.stack import Blend, Role

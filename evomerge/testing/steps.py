@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merging import jobs
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.jobs import TensorJob, in_grain
-from evomerge.merging.passes import Combine, Elementwise, Pass, Select, SparsePart, Sparsify, Whole, call
+from evomerge.merging.arithmetic import jobs
+from evomerge.merging.arithmetic.jobs import TensorJob, in_grain
+from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass, Select, SparsePart, Sparsify, Whole, call
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.site import Ref, Site
 from evomerge.method import Value
 from evomerge.recipes.stack import Blend, BlendStep, Role

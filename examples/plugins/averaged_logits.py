@@ -28,8 +28,8 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome, Parameter
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.export import write_model
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, StackRecipe
@@ -107,7 +107,7 @@ def _part(cache: Any, begin: int, end: int) -> Any:
 
 
 class AveragedLogitsBuilder:
-    """Holds both models of a recipe, each as it is; see ``evomerge.merging.builders.Builder``."""
+    """Holds both models of a recipe, each as it is; see ``evomerge.merging.building.builders.Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context

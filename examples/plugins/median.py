@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.merging.facts import Facts
-from evomerge.merging.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.measured.facts import Facts
 from evomerge.merging.plans import base_of
 from evomerge.method import Method, MethodParameter
 from evomerge.recipes.stack import Blend

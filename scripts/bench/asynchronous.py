@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from evomerge.genome import Genome
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.optimizers import CmaSettings
 from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.control import Control

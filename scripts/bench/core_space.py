@@ -28,7 +28,7 @@ from real_model import SKILLS, open_family
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.low_rank_rows import CoreRows
 from evomerge.checkpoints.source import Source
-from evomerge.merging.low_rank import CoreMerges, family_of
+from evomerge.merging.adapters.low_rank import CoreMerges, family_of
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.stack import Basis, Blend, StackRecipe

@@ -31,8 +31,8 @@ from search_cost import DATA, ROOT, TASKS, ZOO, CountingPool
 
 from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.genome import Parameter
-from evomerge.merging.builders import Builders
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.building.builders import Builders
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.optimizers import CmaSettings, Observation
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, StackRecipe

@@ -32,9 +32,9 @@ from evaluators.likelihood import LikelihoodSettings
 from evomerge.inference import proxy
 from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import Likelihood
-from evomerge.merging.builders import BuildContext, Builders
-from evomerge.merging.gradient import GenomeGradients
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.building.builders import BuildContext, Builders
+from evomerge.merging.building.stack_builder import StackBuilder
+from evomerge.merging.fitting.gradient import GenomeGradients
 from evomerge.method import find_method
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings

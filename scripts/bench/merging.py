@@ -45,8 +45,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.evidence import Evidence
 from evomerge.merging.materialise import Materialiser
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.method import default_parameters, find_method
 from evomerge.plugins import OWN
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe

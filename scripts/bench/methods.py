@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 
 from evaluators.change import ChangeSettings
 from evomerge.checkpoints.fingerprints import content_digest, fingerprint
-from evomerge.merging.builders import Builders
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.building.builders import Builders
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.search.preparing.prepare import Prepared, prepare

@@ -34,8 +34,8 @@ from evaluators.function import FunctionSettings
 from evaluators.likelihood import LikelihoodSettings
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.builders import BuildContext, Builders
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.building.builders import BuildContext, Builders
+from evomerge.merging.building.stack_builder import StackBuilder
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.status import read_status
 from evomerge.search.work.jobs import Job, Measured, Task

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.lm_eval_quiet import quiet
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.merging.builders import BuildContext, Builders
+from evomerge.merging.building.builders import BuildContext, Builders
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.work.jobs import Finished, Job, Measured, Task
 from evomerge.search.workers.worker import Worker

@@ -18,9 +18,9 @@ from check_passes import fine_tunes
 from kit import CPU, Row, Setting, check
 from torch import Tensor
 
-from evomerge.merging.device import DeviceRunner
-from evomerge.merging.jobs import TensorJob, WorkerThreads
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.device import DeviceRunner
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.passes import Pass
 from evomerge.method import find_method
 
 GOALS = {"Combine": 0.8, "Sparsify": 0.5}

@@ -7,9 +7,9 @@ import torch
 from check_passes import by_cpu, by_device
 from kit import CPU, Row, Setting, check, same_bits
 
-from evomerge.merging import words
-from evomerge.merging.drops import LEVELS, random_halves, random_words, row_turns, stream_key
-from evomerge.merging.passes import SparsePart, Sparsify
+from evomerge.merging.arithmetic import words
+from evomerge.merging.arithmetic.drops import LEVELS, random_halves, random_words, row_turns, stream_key
+from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 
 _FIRST = (0, 1, (1 << 31) - 3, (1 << 33) + 5)
 """Elements from which bits are drawn: also where 32 bits do not count them."""

@@ -15,11 +15,11 @@ from check_passes import NAMES, by_cpu, by_device, fine_tunes
 from kit import CPU, Row, Setting, check, close_share
 from torch import Tensor
 
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, Weights
-from evomerge.merging.inputs import LayerInput
-from evomerge.merging.jobs import WorkerThreads
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.arithmetic.passes import Pass
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, Weights
+from evomerge.merging.measured.inputs import LayerInput
 from evomerge.merging.site import Ref, Site
 from evomerge.method import Method, default_parameters, find_method
 from evomerge.plugins import OWN

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel, live_model
 from evomerge.checkpoints.stack import Stack
-from evomerge.merging.device import DeviceRunner, Residency
+from evomerge.merging.arithmetic.device import DeviceRunner, Residency
 from evomerge.merging.materialise import Materialiser
 from evomerge.method import default_parameters, find_method
 from evomerge.recipes.stack import Blend, StackRecipe

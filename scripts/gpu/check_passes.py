@@ -15,11 +15,11 @@ import torch
 from kit import CPU, Row, Setting, WrongError, check, close_share, same_bits
 from torch import Tensor
 
-from evomerge.merging import changes, passes
-from evomerge.merging.changes import Change, Rescale
-from evomerge.merging.device import DeviceRunner
-from evomerge.merging.jobs import TensorJob, WorkerThreads
-from evomerge.merging.passes import (
+from evomerge.merging.arithmetic import changes, passes
+from evomerge.merging.arithmetic.changes import Change, Rescale
+from evomerge.merging.arithmetic.device import DeviceRunner
+from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
+from evomerge.merging.arithmetic.passes import (
     Agreed,
     Combine,
     Disjoint,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.search.preparing.prepare import prepare
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.search.work.jobs import Job, Measured

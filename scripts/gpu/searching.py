@@ -12,8 +12,8 @@ import models
 import torch
 from kit import Setting
 
-from evomerge.merging.builders import Builder, Builders
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.building.builders import Builder, Builders
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.base import Recipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive

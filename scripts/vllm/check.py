@@ -20,7 +20,7 @@ TOKENS = 32
 def export(folder: Path) -> None:
     """Write a source alone, a merge, a mixture, and paths with and without scales, each with transformers' answers."""
     from evomerge.checkpoints.source import open_source
-    from evomerge.merging.export import write_model
+    from evomerge.merging.building.export import write_model
     from evomerge.recipes.stack import Blend, StackRecipe
 
     miniatures = ROOT / "examples" / "miniatures"
@@ -53,7 +53,7 @@ def export(folder: Path) -> None:
 
 def export_mixture(out: Path, sources: dict[str, Any], experts: list[Any]) -> None:
     """Write a mixtral of two experts, the second of whose blends makes the rest too."""
-    from evomerge.merging.builders import BuildContext
+    from evomerge.merging.building.builders import BuildContext
     from evomerge.mixture.builder import MixtureBuilder
     from evomerge.recipes.mixture import MixtureRecipe, SlotGroup, SlotRouter
 

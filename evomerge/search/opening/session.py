@@ -229,7 +229,7 @@ def make_pool(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> P
 
         return RayPool(prepared.file, kept, contents)
 
-    from evomerge.merging.evidence import Evidence
+    from evomerge.merging.measured.evidence import Evidence
     from evomerge.search.workers.building import choose_device
     from evomerge.search.workers.worker import Worker
 

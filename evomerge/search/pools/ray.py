@@ -58,7 +58,7 @@ class RayWorker:
 
     def load(self) -> None:
         """Open the sources; once this is done the worker can take jobs."""
-        from evomerge.merging.evidence import Evidence
+        from evomerge.merging.measured.evidence import Evidence
         from evomerge.search.workers.worker import Worker
 
         name, settings, folder, contents = self._arguments

@@ -1,16 +1,16 @@
 """What a search measures of its sources' weights when it begins: each is read once, and what was found is kept.
 
-How strongly to merge (the baseline by the law of ``merging.amplitude``) and which layers are in one tier
-(``merging.tiers``). Checking a search file reads no weights for them.
+How strongly to merge (the baseline by the law of ``merging.measured.amplitude``) and which layers are in one tier
+(``merging.adapters.tiers``). Checking a search file reads no weights for them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from evomerge.merging.amplitude import EVEN, kappa, relative_norms
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.tiers import tiers_of
+from evomerge.merging.adapters.tiers import tiers_of
+from evomerge.merging.measured.amplitude import EVEN, kappa, relative_norms
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.search.preparing.prepare import Prepared, build_space
 from evomerge.store import Store
 from search_spaces.base import Measures

@@ -20,8 +20,8 @@ from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.inference.reading import Reader
-from evomerge.merging.builders import check_recipe
-from evomerge.merging.low_rank import are_adapters, low_rank_problem
+from evomerge.merging.adapters.low_rank import are_adapters, low_rank_problem
+from evomerge.merging.building.builders import check_recipe
 from evomerge.optimizers import ProxyDescentSettings
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe

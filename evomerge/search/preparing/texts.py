@@ -7,7 +7,7 @@ from typing import Any
 
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
-from evomerge.merging.inputs import token_ids, widest_input
+from evomerge.merging.measured.inputs import token_ids, widest_input
 from evomerge.method import Need
 
 

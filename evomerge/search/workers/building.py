@@ -10,8 +10,8 @@ import torch
 from evomerge.checkpoints.live import LiveModel, ServingEngine
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.base import DType
 from evomerge.search.settings.layouts import PLACE, is_here
 from evomerge.search.workers.fitting import AnswersFit

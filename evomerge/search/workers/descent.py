@@ -16,9 +16,9 @@ from evomerge.genome import Genome, Parameter, SearchSpace
 from evomerge.inference.proxy import differentiate_proxy
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Batch, Likelihood, refuse_media
-from evomerge.merging.adam import Adam
-from evomerge.merging.gradient import GenomeGradients
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.building.stack_builder import StackBuilder
+from evomerge.merging.fitting.adam import Adam
+from evomerge.merging.fitting.gradient import GenomeGradients
 from evomerge.optimizers.base import random_state
 from evomerge.search.work.jobs import Descend, Descended
 

@@ -12,9 +12,9 @@ from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
 from evomerge.inference.transformers_engine import engine_of
-from evomerge.merging.builders import Builders
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.stack_builder import StackBuilder
+from evomerge.merging.building.builders import Builders
+from evomerge.merging.building.stack_builder import StackBuilder
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.objects import is_url
 from evomerge.recipes.base import STACK
 from evomerge.search.preparing.evaluators import distinct

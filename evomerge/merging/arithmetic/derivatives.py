@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from evomerge.merging.changes import Rescale
-from evomerge.merging.jobs import in_grain
-from evomerge.merging.passes import Combine, Differentiable, Pass
+from evomerge.merging.arithmetic.changes import Rescale
+from evomerge.merging.arithmetic.jobs import in_grain
+from evomerge.merging.arithmetic.passes import Combine, Differentiable, Pass
 
 _NEXT_TO_NOTHING = 1e-60
 _PIECE = 1 << 16

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from evomerge.blends import observed
 from evomerge.checkpoints.source import Source
-from evomerge.merging.builders import BuildContext
-from evomerge.merging.change import change_of
-from evomerge.merging.coefficients import Coefficients
-from evomerge.merging.export import write_model
-from evomerge.merging.inputs import Inputs
+from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.export import write_model
+from evomerge.merging.fitting.coefficients import Coefficients
 from evomerge.merging.materialise import Materialiser, check_stack
+from evomerge.merging.measured.change import change_of
+from evomerge.merging.measured.inputs import Inputs
 from evomerge.merging.path import configured_by
 from evomerge.method import find_method
 from evomerge.recipes.base import STACK

@@ -28,12 +28,12 @@ from evomerge.checkpoints.backward import gradients
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
-from evomerge.merging.changes import Rescale, differentiable
+from evomerge.merging.arithmetic.changes import Rescale, differentiable
+from evomerge.merging.arithmetic.derivatives import derivatives_of, with_every_source
+from evomerge.merging.arithmetic.passes import Combine, Differentiable, Pass
 from evomerge.merging.core_space import Core
-from evomerge.merging.derivatives import derivatives_of, with_every_source
-from evomerge.merging.facts import Remembered
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.passes import Combine, Differentiable, Pass
+from evomerge.merging.measured.facts import Remembered
 from evomerge.merging.path import Merged, merged_tensors
 from evomerge.merging.plans import base_of
 from evomerge.merging.site import Ref

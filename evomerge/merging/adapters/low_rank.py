@@ -16,12 +16,12 @@ from torch import Tensor
 
 from evomerge.blends import planned
 from evomerge.checkpoints.source import Source
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.arithmetic.passes import Combine
 from evomerge.merging.core_space import Core, CoreSpace, NotLowRankError, check_adapters, steps_in_core
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Facts, FittedTo, Weights
-from evomerge.merging.jobs import WorkerThreads
 from evomerge.merging.materialise import check_stack
-from evomerge.merging.passes import Combine
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Facts, FittedTo, Weights
 from evomerge.merging.path import Merged, merged_tensors, site_of
 from evomerge.merging.site import Ref
 from evomerge.recipes.base import Recipe

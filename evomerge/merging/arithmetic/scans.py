@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.merging.kernels import variance
-from evomerge.merging.words import U32, U64, ZERO, as_bits, as_signed, compiled, pair, pairs
+from evomerge.merging.arithmetic.kernels import variance
+from evomerge.merging.arithmetic.words import U32, U64, ZERO, as_bits, as_signed, compiled, pair, pairs
 
 _BLOCK = 512  # pairs
 _LANES = 16  # sums kept side by side: enough to fill the vector units of today's processors

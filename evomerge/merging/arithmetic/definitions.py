@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evomerge.merging.drops import element_bits, turns
+from evomerge.merging.arithmetic.drops import element_bits, turns
 
 if TYPE_CHECKING:
-    from evomerge.merging.passes import Differentiable
+    from evomerge.merging.arithmetic.passes import Differentiable
 
 RANKED = 256  # ``passes.RANKED``
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.merging import scans
-from evomerge.merging.drops import stream_key
-from evomerge.merging.evidence import Evidence, Tensors
-from evomerge.merging.inputs import LayerInput, LayerInputs, LinearInputs
-from evomerge.merging.jobs import WorkerThreads, as_pairs
+from evomerge.merging.arithmetic import scans
+from evomerge.merging.arithmetic.drops import stream_key
+from evomerge.merging.arithmetic.jobs import WorkerThreads, as_pairs
+from evomerge.merging.measured.evidence import Evidence, Tensors
+from evomerge.merging.measured.inputs import LayerInput, LayerInputs, LinearInputs
 from evomerge.merging.site import Ref, Site
 
 Values = Callable[[Sequence[Tensor]], Tensor]

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merging.drops import LEVELS, as_signed, limit
+from evomerge.merging.arithmetic.drops import LEVELS, as_signed, limit
 
 if TYPE_CHECKING:
     import torch
@@ -129,13 +129,13 @@ class Combine:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import combine, constants
+        from evomerge.merging.arithmetic.definitions import combine, constants
 
         coefficients = [self.coefficients[name] for name in self.inputs]
         return compute(combine, tensors, constants(coefficients, torch.float32, tensors[0].device))
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         coefficients = tuple(np.float32(self.coefficients[name]) for name in self.inputs)
         return lambda arrays, out, span: kernels.combine(arrays, coefficients, out, span.stream)
@@ -145,7 +145,7 @@ class Combine:
         return np.array([self.coefficients[name] for name in self.inputs])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.definitions import inner_products
+        from evomerge.merging.arithmetic.definitions import inner_products
 
         return inner_products(gradient, tensors)
 
@@ -205,7 +205,7 @@ class Sparsify:
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
-        from evomerge.merging.definitions import sparsify
+        from evomerge.merging.arithmetic.definitions import sparsify
 
         return compute(sparsify, tensors, *self._constants(first, tensors[0].device))
 
@@ -213,7 +213,7 @@ class Sparsify:
         """What the plain definition takes beside the tensors."""
         import torch
 
-        from evomerge.merging.definitions import constants
+        from evomerge.merging.arithmetic.definitions import constants
 
         parts, meet = self.parts, self.parts[0].rise is not None
         numbers = [[part.weight, part.low, part.high, part.share, self.scale] for part in parts]
@@ -231,12 +231,12 @@ class Sparsify:
         return np.array([*(part.weight for part in self.parts), *(part.share for part in self.parts), self.scale])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.definitions import sparsify_derivatives
+        from evomerge.merging.arithmetic.definitions import sparsify_derivatives
 
         return sparsify_derivatives(gradient, tensors, *self._constants(first, tensors[0].device))
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         parts = self.parts
         drawn, meeting = parts[0].key is not None, parts[0].rise is not None
@@ -284,13 +284,13 @@ class Select:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import constants, select
+        from evomerge.merging.arithmetic.definitions import constants, select
 
         numbers = constants([*self.shares.values(), self.least], torch.float32, tensors[0].device)
         return compute(select, tensors, numbers)
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         shares, least = tuple(np.float32(share) for share in self.shares.values()), np.float32(self.least)
         return lambda arrays, out, span: kernels.select(arrays[0], arrays[1:], shares, least, out, span.stream)
@@ -301,7 +301,7 @@ class Select:
         return np.array([*self.shares.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import by_numbers
 
         return by_numbers(self, tensors, first, gradient)[:-1]
 
@@ -331,13 +331,13 @@ class MaskedMean:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import constants, masked_mean
+        from evomerge.merging.arithmetic.definitions import constants, masked_mean
 
         numbers = [[self.shares[name], self.lows[name], self.scale] for name in self.shares]
         return compute(masked_mean, tensors, constants(numbers, torch.float32, tensors[0].device))
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         shares = tuple(np.float32(share) for share in self.shares.values())
         lows, scale = tuple(np.float32(self.lows[name]) for name in self.shares), np.float32(self.scale)
@@ -353,7 +353,7 @@ class MaskedMean:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import by_numbers
 
         found = by_numbers(self, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 2]])
@@ -381,12 +381,12 @@ class Largest:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import constants, largest
+        from evomerge.merging.arithmetic.definitions import constants, largest
 
         return compute(largest, tensors, constants([*self.weights.values()], torch.float32, tensors[0].device))
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         weights = tuple(np.float32(weight) for weight in self.weights.values())
         return lambda arrays, out, span: kernels.largest(arrays[0], arrays[1:], weights, out, span.stream)
@@ -397,7 +397,7 @@ class Largest:
         return np.array([*self.weights.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import by_numbers
 
         return by_numbers(self, tensors, first, gradient)
 
@@ -435,14 +435,14 @@ class Disjoint:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import constants, disjoint
+        from evomerge.merging.arithmetic.definitions import constants, disjoint
 
         device = tensors[0].device
         weights = constants([*self.weights.values()], torch.float32, device)
         return compute(disjoint, tensors, weights, constants([*self.kept.values()], torch.int64, device))
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         weights = tuple(np.float32(weight) for weight in self.weights.values())
         kept = tuple(np.int16(self.kept[name]) for name in self.weights)
@@ -456,7 +456,7 @@ class Disjoint:
         return np.array([*self.weights.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import by_numbers
 
         return by_numbers(self, tensors, first, gradient)
 
@@ -488,13 +488,13 @@ class Agreed:
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         import torch
 
-        from evomerge.merging.definitions import agreed, constants
+        from evomerge.merging.arithmetic.definitions import agreed, constants
 
         numbers = [[self.weights[name], self.ratios[name], self.votes, self.scale] for name in self.weights]
         return compute(agreed, tensors, constants(numbers, torch.float32, tensors[0].device))
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         weights = tuple(np.float32(weight) for weight in self.weights.values())
         ratios = tuple(np.float32(self.ratios[name]) for name in self.weights)
@@ -511,7 +511,7 @@ class Agreed:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import by_numbers
 
         found = by_numbers(self, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 3]])

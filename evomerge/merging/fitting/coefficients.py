@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 
 from evomerge.genome import Genome, Parameter
-from evomerge.merging.adam import Adam
-from evomerge.merging.gradient import GenomeGradients
+from evomerge.merging.fitting.adam import Adam
+from evomerge.merging.fitting.gradient import GenomeGradients
 from evomerge.merging.path import merged_tensors
 from evomerge.recipes.stack import Blend, StackRecipe
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.source import Source
-    from evomerge.merging.builders import BuildContext
-    from evomerge.merging.fitting import Fit
+    from evomerge.merging.building.builders import BuildContext
+    from evomerge.merging.fitting.fit import Fit
     from evomerge.merging.materialise import Materialiser
 
 _KIND = "coefficients 1"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.merging.passes import Compute, Grain, Kernel, Span, call
+from evomerge.merging.arithmetic.passes import Compute, Grain, Kernel, Span, call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class Outer:
         """``tensors`` are whole rows [rows, length] from element ``first`` of the whole."""
         import torch
 
-        from evomerge.merging.definitions import outer
+        from evomerge.merging.arithmetic.definitions import outer
 
         (count, length), device = tensors[0].shape, tensors[0].device
         row, of_each = first // max(length, 1), len(self.left) // len(self.right)
@@ -52,7 +52,7 @@ class Outer:
         return compute(outer, tensors, self.factors.to(device)[matrix], left, self.right.to(device), matrix)
 
     def kernel(self) -> Kernel:
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         factors, left, right = (tensor.numpy() for tensor in (self.factors, self.left, self.right))
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.merging.device import compute_on
-from evomerge.merging.jobs import TensorJob
-from evomerge.merging.passes import Pass
+from evomerge.merging.arithmetic.device import compute_on
+from evomerge.merging.arithmetic.jobs import TensorJob
+from evomerge.merging.arithmetic.passes import Pass
 
 
 def made_whole(plan: Pass, tensors: Sequence[Tensor]) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
-from evomerge.merging.device import Residency
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.fitting import Fit
+from evomerge.merging.arithmetic.device import Residency
+from evomerge.merging.fitting.fit import Fit
 from evomerge.merging.materialise import check_opened
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.plugins import find_plugin
 from evomerge.recipes.base import Recipe
 
@@ -50,7 +50,7 @@ class BuildContext:
         calibration: texts that methods may need.
         fit: items that numbers may be fitted to.
         engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
-        base: the source that models are measured from (``merging.change``); None where there is none.
+        base: the source that models are measured from (``merging.measured.change``); None where there is none.
         form: in which of its recipe's ``forms`` a model is exported; None for the usual one.
         shared: the builders of this context by kind: what one holds, such as a live model, others may use as well.
     """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merging.passes import (
+from evomerge.merging.arithmetic.passes import (
     Agreed,
     Combine,
     Compute,
@@ -93,7 +93,7 @@ class Rescale:
         return "tensor" if self.made.grain == "tensor" else "row"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
-        from evomerge.merging.definitions import rescale
+        from evomerge.merging.arithmetic.definitions import rescale
 
         base = tensors[self.inputs.index(self.base)]
         given = tensors[: len(self.made.inputs)]
@@ -122,7 +122,7 @@ class Rescale:
         made = self.made.kernel()
         if made is None or self.grain == "tensor":
             return None
-        from evomerge.merging import kernels
+        from evomerge.merging.arithmetic import kernels
 
         base, count = self.inputs.index(self.base), len(self.made.inputs)
         factors = np.asarray(self.factor, dtype=np.float32)
@@ -184,7 +184,7 @@ class Change:
         return "tensor"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
-        from evomerge.merging.nested import made_whole
+        from evomerge.merging.arithmetic.nested import made_whole
 
         base = tensors[self.inputs.index(self.base)]
         change = made_whole(self.made, tensors[: len(self.made.inputs)]).sub_(base)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging import scans
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.facts import Weights
-from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.arithmetic import scans
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.measured.evidence import Evidence
+from evomerge.merging.measured.facts import Weights
 from evomerge.merging.site import Ref
 
 EVEN, UNEVEN = 1.15, 0.5

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging.evidence import Tensors
-from evomerge.merging.inputs import Inputs, LayerInput, input_in, observed
+from evomerge.merging.measured.evidence import Tensors
+from evomerge.merging.measured.inputs import Inputs, LayerInput, input_in, observed
 from evomerge.merging.site import Ref
 
 if TYPE_CHECKING:

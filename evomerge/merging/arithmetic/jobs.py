@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.merging.passes import Grain, Kernel, Pass, Span, call
+from evomerge.merging.arithmetic.passes import Grain, Kernel, Pass, Span, call
 
 PIECE = 1 << 19  # elements: 1 MB of bfloat16, some 50 microseconds of work
 _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches: most of it would not stay there

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.merging.words import (
+from evomerge.merging.arithmetic.words import (
     BLOCK,
     SIGN,
     U32,

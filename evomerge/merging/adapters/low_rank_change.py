@@ -16,11 +16,11 @@ from torch import Tensor
 from evomerge.checkpoints.adapters import LowRank
 from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
 from evomerge.checkpoints.source import Source
-from evomerge.merging.low_rank import Family
+from evomerge.merging.adapters.low_rank import Family
 
 
 class LowRankChange:
-    """The change (``merging.change``) of weighted sums of a family.
+    """The change (``merging.measured.change``) of weighted sums of a family.
 
     Args:
         base: what they are measured from, one of the family.

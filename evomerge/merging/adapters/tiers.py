@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging.directions import Directions, Factors, of_matrices
-from evomerge.merging.evidence import Evidence
-from evomerge.merging.low_rank_change import is_low_rank, low_rank_factors
+from evomerge.merging.adapters.low_rank_change import is_low_rank, low_rank_factors
+from evomerge.merging.measured.directions import Directions, Factors, of_matrices
+from evomerge.merging.measured.evidence import Evidence
 
 COUNT = 3
 """Tiers: the lowest scores, those between, and the highest. The paper finds two or three the most robust."""

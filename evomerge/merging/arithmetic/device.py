@@ -18,8 +18,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from evomerge.merging.jobs import in_grain
-from evomerge.merging.passes import Compute, Pass, call
+from evomerge.merging.arithmetic.jobs import in_grain
+from evomerge.merging.arithmetic.passes import Compute, Pass, call
 from evomerge.merging.site import Ref
 
 log = logging.getLogger(__name__)

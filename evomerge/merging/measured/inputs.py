@@ -24,7 +24,7 @@ from evomerge.checkpoints.placement import Devices
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.stretch import PassEndsError
 from evomerge.errors import InputError
-from evomerge.merging.evidence import Evidence, Tensors
+from evomerge.merging.measured.evidence import Evidence, Tensors
 from evomerge.merging.site import Ref, Site
 
 if TYPE_CHECKING:

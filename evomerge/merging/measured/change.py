@@ -23,9 +23,9 @@ from torch import Tensor
 
 from evomerge.checkpoints.parts import Fold, fold_in
 from evomerge.checkpoints.source import Source
-from evomerge.merging import scans
-from evomerge.merging.facts import Weights
-from evomerge.merging.jobs import WorkerThreads
+from evomerge.merging.arithmetic import scans
+from evomerge.merging.arithmetic.jobs import WorkerThreads
+from evomerge.merging.measured.facts import Weights
 from evomerge.merging.site import Ref
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import

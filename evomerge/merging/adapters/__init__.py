@@ -1,0 +1,1 @@
+"""Weighted sums of adapters, beside the weights of their base."""

@@ -1,0 +1,1 @@
+"""What makes the models that recipes describe: live, exported, delivered."""

@@ -1,0 +1,1 @@
+"""Numbers of a merge found by gradient descent."""
