@@ -59,7 +59,7 @@ def written(base: Path, folder: Path, form: str) -> dict[str, Tensor]:
             down, up, router = names_of(form, stem, expert)
             tensors[down] = torch.randn(RANK, weight.shape[1], generator=numbers)
             tensors[up] = 0.1 * torch.randn(weight.shape[0], RANK, generator=numbers)
-        tensors[router] = 2 * torch.randn(count, weight.shape[1], generator=numbers)
+        tensors[router] = torch.randn(count, weight.shape[1], generator=numbers)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     config: dict[str, Any] = {"peft_type": "LORA", "lora_alpha": ALPHA, "target_modules": MODULES[form]}
@@ -135,10 +135,11 @@ def test_stored_routers_compute_what_the_paper_says(base: Path, tmp_path: Path, 
     sources = opened(base, tmp_path / form)
     recipe = routed(sources, router=Router(kind="stored"), group={"top_k": 2 if form == MOLA else None}, fit="f")
     live = builder(sources).write(recipe)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    # In float64, because the equations written out plainly round more in float32 than what is tested.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
     with torch.inference_mode():
         unrouted = model(PROMPTS).logits
-        with by_the_paper(model, form, tensors):
+        with by_the_paper(model, form, {name: tensor.double() for name, tensor in tensors.items()}):
             expected = model(PROMPTS).logits
     assert (expected - unrouted).abs().max() > 0.1
     assert (logits(live) - expected).abs().max() < 1e-5
