@@ -103,7 +103,7 @@ def mixed(form: str, tensors: Mapping[str, Tensor], module: str, given: Tensor) 
         shares = torch.softmax(tensors[names_of(form, stem, 0)[2]] @ token, -1)
         if form == MOLA:
             best = shares.topk(2)
-            shares = torch.zeros(count).scatter(0, best.indices, best.values / best.values.sum())
+            shares = torch.zeros(count, dtype=shares.dtype).scatter(0, best.indices, best.values / best.values.sum())
         parts = [
             tensors[names_of(form, stem, e)[1]] @ (tensors[names_of(form, stem, e)[0]] @ token) for e in range(count)
         ]
