@@ -16,12 +16,17 @@ class Blueprint:
 
     Attributes:
         layers: number of layers in the stack.
+        text_type: the model type of what goes on with a text; that of the model, where that is all of it.
         settings: values of the parsed configuration that say what its weights mean; ``depth`` names the key of
             config.json that holds the number of layers.
         layered: what the configuration says of single layers, by its key.
         computing: what the configuration says that changes what the model computes; see ``computing_settings``.
         rigid: why layers cannot stand in other places than their own; empty where they can.
-        parts: the tensors that transformers writes for this model, in the order of its modules.
+        parts: the tensors that transformers writes for this model, in the order of its modules. Those of a model that
+            reads images as well are called as in the model of texts alone that goes on with its texts, where they are
+            of that.
+        written: of a model that reads images as well, what transformers writes each of them as.
+        ignored: patterns of the names that transformers passes over when it loads the model.
         roles: the role of each of them.
         shapes: the shape of each of them.
         located: the checkpoint's tensor that each part is in; also parts that are not among ``parts``, as a whole.
@@ -35,11 +40,14 @@ class Blueprint:
     """
 
     layers: int
+    text_type: str
     settings: dict[str, Any]
     layered: dict[str, LayerSetting]
     computing: dict[str, str]
     rigid: str
     parts: dict[str, Part]
+    written: dict[str, str]
+    ignored: tuple[str, ...]
     roles: dict[str, Role]
     shapes: dict[str, tuple[int, ...]]
     located: tuple[tuple[Part, str], ...]

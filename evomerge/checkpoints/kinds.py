@@ -9,6 +9,9 @@ from typing import Any
 from evomerge.errors import InputError
 
 _MORE_THAN_TEXT = re.compile(r"(vision|visual|image|video|audio|speech|perceiver|qformer)\w*_config")
+_WITH_IMAGES = frozenset({"vision_config", "perceiver_config", "audio_config"})
+"""The parts of a configuration that a text model may have beside it where it reads images."""
+
 _CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$|RewardModel$")
 _MASKED = re.compile(r"For(MaskedLM|PreTraining|NextSentencePrediction)$")
 _MANY_INPUTS = re.compile(r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|CTC)$")
@@ -16,14 +19,16 @@ _HINT = "Only language models that go on with a text can be merged here."
 
 
 def check_kind(config: Mapping[str, Any], place: str) -> None:
-    """Refuse a model that is no language model, or one with more beside it.
+    """Refuse a model that is no language model, or one with more beside it than what reads images.
 
     Raises:
         InputError: naming the model's class and what it is for.
     """
     name = architecture(config)
     what = name or str(config.get("model_type"))
-    if more := sorted(key for key, value in config.items() if _MORE_THAN_TEXT.fullmatch(key) and value):
+    more = sorted(key for key, value in config.items() if _MORE_THAN_TEXT.fullmatch(key) and value)
+    sees = "vision_config" in more and _WITH_IMAGES.issuperset(more)
+    if more and not sees:
         senses = ", ".join(dict.fromkeys(key.partition("_")[0] for key in more))
         problem = f"is a {what}, which takes more than text in ({senses}); such models are not supported"
     elif config.get("is_encoder_decoder") is True:
@@ -32,7 +37,7 @@ def check_kind(config: Mapping[str, Any], place: str) -> None:
         problem = f"is a {what}, a classifier: it gives labels or scores to texts; such models are not supported"
     elif _MASKED.search(name):
         problem = f"is a {what}, which fills in words that are masked; such models are not supported"
-    elif _MANY_INPUTS.search(name):
+    elif _MANY_INPUTS.search(name) and not sees:
         problem = f"is a {what}, which takes more in than a text to go on with; such models are not supported"
     else:
         return

@@ -69,6 +69,14 @@ def written_settings(settings: Mapping[str, LayerSetting], path: Sequence[Mappin
     return {key: _written(setting.form, [layer[key] for layer in path]) for key, setting in settings.items()}
 
 
+def with_text_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with other settings of the text model: in its part of it, where it has one."""
+    part = config.get("text_config")
+    if isinstance(part, dict):
+        return {**config, "text_config": {**part, **settings}}
+    return {**config, **settings}
+
+
 def _by_number(value: Mapping[Any, Any], layers: int) -> tuple[Any, ...] | None:
     """What a dictionary says of each layer; None where its keys are not numbers of layers (JSON makes them texts)."""
     said = {str(number): content for number, content in value.items()}

@@ -27,23 +27,33 @@ from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.differences import computing_settings
-from evomerge.checkpoints.layered import LayerSetting, layer_settings, written_settings
+from evomerge.checkpoints.layered import LayerSetting, layer_settings, with_text_settings, written_settings
 from evomerge.checkpoints.parts import Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.stacking import EmptyStack, path_problem
 from evomerge.checkpoints.structure import (
+    decoder_of,
     empty_model,
     layer_stack,
     loaded_in_float32,
+    module_name,
     parse_config,
     stored_tensors,
+    takes_images,
+    text_config,
     tied_names,
 )
 from evomerge.errors import InputError
 
 _TENSORS_AHEAD = 500
 """How many more tensors a model may have than twice those in the files, before it is said which of them are missing."""
+
+_DECODER, _HEAD = "model.", "lm_head."
+"""What models of texts alone call their decoder and their head, as far as models with images go on with texts so."""
+
+_COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+"""Tables that were stored with the weights once, and are computed where a model has a buffer that ends so."""
 
 _SETTINGS = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
@@ -167,13 +177,16 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         InputError: transformers has no such model, or the tensors are not its own.
     """
     parsed = parse_config(config, place)
-    layers: int = parsed.num_hidden_layers
+    text = text_config(parsed)
+    layers: int = text.num_hidden_layers
     held = sum(0 not in shape for shape in shapes.values())  # a name alone costs nothing
     if layers > held:  # before building that many modules
         raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {held} tensors")
     model = empty_model(parsed, place, torch.bfloat16, _TENSORS_AHEAD + 2 * held)  # float32 there is so in any model
-    parts, stored = checkpoint_parts(model), stored_tensors(model)
+    written, stored = checkpoint_parts(model), stored_tensors(model)
     try:
+        names = _names(model, written)
+        parts = {names[name]: part for name, part in written.items()}
         roles = model_roles(model, layers)
     except LookupError as error:
         hint = "Only models that are a stack of layers can be."
@@ -183,24 +196,27 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         if not part.cuts and part.tensor in stored:
             check_shape(name, shapes[name], stored[part.tensor].shape, place)
     name, stack = layer_stack(model, layers)
-    writers = [residual_writers(layer, parsed.model_type, parsed) for layer in stack]
+    writers = [residual_writers(layer, text.model_type, text) for layer in stack]
     folds = {
         f"{name}.{number}.{inside}": fold
         for number, layer_writers in enumerate(writers)
         for inside, fold in (layer_writers.tensors.items() if layer_writers else ())
     }
-    depth = parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    layered = layer_settings(parsed.to_dict(), layers)
+    depth = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    layered = layer_settings(text.to_dict(), layers)
     ties = tied_names(model)
     head = getattr(model.get_output_embeddings(), "weight", None)
     copies = ((Part(copy), Part(original)) for copy, original in ties.items())
     return Blueprint(
         layers=layers,
-        settings={field: _setting(parsed, field) for field in _SETTINGS} | {"depth": depth},
+        text_type=text.model_type,
+        settings={field: _setting(text, field) for field in _SETTINGS} | {"depth": depth},
         layered=layered,
-        computing=computing_settings(parsed, depth),
+        computing=computing_settings(text, depth),
         rigid=_rigid(config, EmptyStack(model, name, stack), depth, layered),
         parts=parts,
+        written={name: own for own, name in names.items()} if takes_images(parsed) else {},
+        ignored=_ignored(model),
         roles={name: roles[part.tensor] for name, part in parts.items()},
         shapes={name: tuple(part.of(stored[part.tensor]).shape) for name, part in parts.items()},
         located=tuple(located.items()),
@@ -212,6 +228,40 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
         normed=all(layer_writers is not None and layer_writers.normed for layer_writers in writers),
     )
+
+
+def _names(model: Any, written: Mapping[str, Part]) -> dict[str, str]:
+    """What each tensor that transformers writes is called here: as in a model of texts alone, where it is of that.
+
+    Experts that are written apart are called by the rest of their written name.
+    """
+    if (decoder := decoder_of(model)) is model:
+        return {name: name for name in written}
+    inside, head = module_name(model, decoder) + ".", model.get_output_embeddings()
+    of_head = "" if head is None else module_name(model, head) + "."
+    first, part = next((name, part) for name, part in written.items() if part.tensor.startswith(inside))
+    written_inside = first.removesuffix(part.tensor.removeprefix(inside))
+    names: dict[str, str] = {}
+    for name, part in written.items():
+        if part.tensor.startswith(inside):
+            rest = name.removeprefix(written_inside) if part.cuts else part.tensor.removeprefix(inside)
+            names[name] = _DECODER + rest
+        elif of_head and part.tensor.startswith(of_head):
+            names[name] = _HEAD + part.tensor.removeprefix(of_head)
+        else:
+            names[name] = name
+    if len({*names.values()}) < len(names):
+        raise LookupError(f"a {type(model).__name__} has tensors of one name in and outside its text model")
+    return names
+
+
+def _ignored(model: Any) -> tuple[str, ...]:
+    """What transformers passes over when it loads a model: patterns of names, some of them of tables of older times."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    for ending, pattern in _COMPUTED.items():
+        if any(name.endswith(ending) for name, _ in model.named_buffers()):
+            patterns.add(pattern)
+    return tuple(sorted(patterns))
 
 
 def _float32(model: Any, parts: Mapping[str, Part], stored: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:
@@ -234,7 +284,8 @@ def _rigid(config: Mapping[str, Any], stack: EmptyStack, depth: str, layered: Ma
     own = range(len(stack.layers))
     path = [*reversed(own), *own, *reversed(own)]
     said = written_settings(layered, [{key: setting.values[n] for key, setting in layered.items()} for n in path])
-    return path_problem({**config, depth: len(path), **said}, [(stack, number) for number in path], stack)
+    laid = with_text_settings(config, {depth: len(path), **said})
+    return path_problem(laid, [(stack, number) for number in path], stack)
 
 
 def _is_turned(owner: Any) -> bool:

@@ -16,7 +16,13 @@ from evomerge.checkpoints.placement import Devices, as_devices, compute_where_we
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.stack import Stack
-from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors
+from evomerge.checkpoints.structure import (
+    empty_model,
+    layer_stack,
+    parse_config,
+    stored_tensors,
+    text_config,
+)
 from evomerge.checkpoints.tokenizer_files import open_tokenizer
 from evomerge.errors import InputError
 from evomerge.recipes.use import ExpertUse
@@ -111,7 +117,8 @@ def live_model(
     name, layers = layer_stack(model, source.layers)
     stored = stored_tensors(model)
     outside = {n: part.of(stored[part.tensor]) for n, part in source.parts.items() if source.roles[n].layer is None}
-    writers = [residual_writers(layer, model.config.model_type, model.config) for layer in layers]
+    text = text_config(model.config)
+    writers = [residual_writers(layer, text.model_type, text) for layer in layers]
     stack = Stack(model, name, layers, source.parts, source.roles, placed, writers)
     return LiveModel(model, load_tokenizer(source), outside, stack, devices=devices)
 
@@ -271,7 +278,7 @@ def check_weights(live: LiveModel) -> None:
 @torch.inference_mode()
 def finite_rows(live: LiveModel, rows: int) -> list[bool]:
     """Whether the logits for a short probe are finite, in each of so many equal rows."""
-    probe = torch.arange(_PROBE_TOKENS, device=live.device) % live.model.config.vocab_size
+    probe = torch.arange(_PROBE_TOKENS, device=live.device) % text_config(live.model.config).vocab_size
     logits = live.model(probe.expand(rows, -1), use_cache=False).logits
     finite: list[bool] = torch.isfinite(logits).flatten(1).all(dim=1).tolist()
     return finite

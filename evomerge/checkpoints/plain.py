@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from evomerge.checkpoints.config import first_line
@@ -18,7 +17,7 @@ from evomerge.checkpoints.live import (
 )
 from evomerge.checkpoints.placement import Devices, as_devices, place_model
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import layer_stack
+from evomerge.checkpoints.structure import auto_class, layer_stack, parse_config
 from evomerge.errors import InputError
 
 
@@ -40,7 +39,7 @@ def plain_model(source: Source, device: Devices, dtype: torch.dtype | None) -> L
     else:
         disable_progress_bar()  # it would run through our own
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(parse_config(source.config, source.place)).from_pretrained(
                 source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
                 trust_remote_code=False,
             )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from evomerge.checkpoints.structure import layer_stack, stored_tensors
+from evomerge.checkpoints.structure import decoder_of, layer_stack, stored_tensors
 from evomerge.recipes.stack import Role, RoleKind
 
 
@@ -18,6 +18,7 @@ def model_roles(model: Any, layers: int) -> dict[str, Role]:
     """
     stack_name, stack = layer_stack(model, layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    text = {*decoder_of(model).modules(), *([] if head is None else head.modules())}
     roles = {}
     for name in stored_tensors(model):
         if name.startswith(stack_name + "."):
@@ -25,7 +26,7 @@ def model_roles(model: Any, layers: int) -> dict[str, Role]:
             roles[name] = Role(inside_layer(stack[int(index)], rest), int(index))
         else:
             owner = model.get_submodule(name.rpartition(".")[0])
-            roles[name] = Role(_outside_stack(owner, embedding, head))
+            roles[name] = Role(_outside_stack(owner, embedding, head) if owner in text else "vision")
     return roles
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from evomerge.checkpoints.references import refuse_adapter_alone
 from evomerge.errors import InputError
 from evomerge.files import split_expert
 from evomerge.printable import printable
-from evomerge.recipes.stack import Role
+from evomerge.recipes.stack import Role, renumber
 
 _MOST_NAME = 100  # characters of a tensor's name in a sentence
 
@@ -55,9 +57,15 @@ class Source:
         settings, layered, computing: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
         float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
         rigid: why its layers cannot stand in other places than their own; empty where they can.
+        text_type: the model type of what goes on with a text; that of the model, where that is all of it.
         tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
-            model's modules, and where it is stored. What the files hold beside them is left out and named in
-            ``warnings``.
+            model's modules, and where it is stored. Those of a model that reads images as well are called as in the
+            model of texts alone, where they are of that; see ``written``. What the files of a model of texts hold
+            beside them is left out and named in ``warnings``.
+        written: of a model that reads images as well, the name under which its files hold each of them.
+        carried: what the files of such a model hold beside them, by name: tensors that transformers passes over, which
+            a merge takes along as they are.
+        doubled: second copies of tied tensors in the files of such a model, with the name in ``tensors``.
         parts: the part of the transformers model that each of them is: most are a whole tensor of the same name.
         roles: the role of each of them. A tied head has no tensor of its own, so there is then no role "head".
         layers: number of layers in the stack.
@@ -82,6 +90,7 @@ class Source:
     layered: Mapping[str, LayerSetting]
     computing: Mapping[str, str]
     rigid: str
+    text_type: str
     float32: Mapping[str, frozenset[str]]
     tensors: Mapping[str, TensorEntry]
     parts: Mapping[str, Part]
@@ -93,6 +102,9 @@ class Source:
     normed: bool
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
+    written: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, TensorEntry] = field(default_factory=dict)
+    doubled: Mapping[str, str] = field(default_factory=dict)
     adapters: tuple[Path, ...] = ()
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
@@ -102,6 +114,30 @@ class Source:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}}  # a pickled map would be all of the weights
+
+    @property
+    def takes_images(self) -> bool:
+        """It reads images as well as texts."""
+        return bool(self.written)
+
+    @cached_property
+    def _written_in_layer(self) -> dict[str, str]:
+        """What tensors of any layer are called in the files, with layers numbered 0 on both sides."""
+        of_layers = ((name, role) for name, role in self.roles.items() if role.layer is not None)
+        return {renumber(name, role, 0): renumber(self.written[name], role, 0) for name, role in of_layers}
+
+    def written_as(self, name: str, role: Role) -> str:
+        """What a tensor of a model merged after this one is called in its files.
+
+        Args:
+            name: as ``tensors`` calls it, with a number of a layer that this model may not have.
+            role: with that number.
+        """
+        if not self.takes_images:
+            return name
+        if role.layer is None:
+            return self.written[name]
+        return renumber(self._written_in_layer[renumber(name, role, 0)], Role(role.kind, 0), role.layer)
 
     @property
     def names(self) -> dict[str, str]:
@@ -153,6 +189,10 @@ class Source:
         """The same of all tensors of the mapped files."""
         for mapped in self._maps.values():
             release_pages(mapped, 0, len(mapped))
+
+    def read_carried(self, name: str) -> torch.Tensor:
+        """One of ``carried``, as ``read_stored``."""
+        return self._view(self.carried[name])
 
     def _view(self, entry: TensorEntry) -> torch.Tensor:
         if entry.file not in self._maps:
@@ -215,6 +255,9 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
     _check_copies(stored, plan, place)
     used = set(plan.parts.values()) | {Part(part.tensor) for part in plan.parts.values()}
     extra = stored.keys() - {name for part, name in plan.located if part in used} - plan.copies.keys()
+    written = _written(plan)
+    if written:
+        _check_explained(extra, plan, place)
     source = Source(
         name=name,
         reference=reference,
@@ -225,6 +268,7 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
         layered=plan.layered,
         computing=plan.computing,
         rigid=plan.rigid,
+        text_type=plan.text_type,
         float32=plan.float32,
         tensors=tensors,
         parts=plan.parts,
@@ -235,9 +279,29 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
         folds=plan.folds,
         normed=plan.normed,
         files=_files(folder, stored),
-        warnings=_warnings(tensors, plan.float32, sorted(extra), linked),
+        warnings=_warnings(tensors, plan.float32, [] if written else sorted(extra), linked),
+        written=written,
+        carried={name: stored[name] for name in sorted(extra)} if written else {},
+        doubled={copy: name for copy, held in plan.copies.items() for name in written if written[name] == held},
     )
     return source, plan
+
+
+def _written(plan: Blueprint) -> dict[str, str]:
+    """The name of each tensor in the files of a model that reads images; of others none.
+
+    One that the files hold in pieces, or in one with others, is called as transformers writes it.
+    """
+    held = dict(plan.located)
+    return {name: held.get(plan.parts[name], written) for name, written in plan.written.items()}
+
+
+def _check_explained(extra: Collection[str], plan: Blueprint, place: str) -> None:
+    """Refuse tensors of a model that reads images which nobody knows the meaning of. Raises InputError."""
+    ignored = re.compile("|".join(plan.ignored) or "(?!)")
+    if unknown := sorted(name for name in extra if not ignored.search(name)):
+        problem = f"the files hold tensors that are no part of the model of config.json: {_few(unknown)}"
+        raise InputError(place, problem, "See that config.json belongs to these weights; remove what is not the model.")
 
 
 def _prompted(source: Source, adapters: Sequence[Path]) -> Source | None:

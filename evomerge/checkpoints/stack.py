@@ -21,6 +21,7 @@ from torch import nn
 from evomerge.checkpoints.layered import PLACES, layer_settings, written_settings
 from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.residual import Writers
+from evomerge.checkpoints.structure import text_config
 from evomerge.recipes.stack import Role, renumber
 
 LayerBuffer = Mapping[str, torch.Tensor]
@@ -75,7 +76,7 @@ class Stack:
         devices: Sequence[torch.device],
         writers: Sequence[Writers | None],
     ) -> None:
-        self._config = model.config
+        self._config = text_config(model.config)
         self._list = layers
         self._layers = list(layers)
         self._writers = writers

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from evomerge.checkpoints.layered import PLACES
-from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors
+from evomerge.checkpoints.structure import empty_model, layer_stack, parse_config, stored_tensors, text_config
 from evomerge.errors import InputError
 
 _LENDS = "store_full_length_kv"
@@ -66,11 +66,21 @@ def path_problem(config: Mapping[str, Any], path: Sequence[tuple[EmptyStack, int
     if differing := next(_differences(ends.outside(), built.outside()), None):
         name, mine, theirs = differing
         return f"{name}, outside the layers, has a part for each layer: {mine}; {len(path)} layers ask for {theirs}"
-    shares = bool(getattr(built.model.config, "num_kv_shared_layers", 0))
+    if problem := _seen_between(ends, [number for _, number in path]):
+        return problem
+    shares = bool(getattr(text_config(built.model.config), "num_kv_shared_layers", 0))
     for number, (model, layer) in enumerate(path):
         if problem := _layer_problem(model.layers[layer], layer, built.layers[number], number, shares):
             return problem
     return ""
+
+
+def _seen_between(ends: EmptyStack, numbers: Sequence[int]) -> str:
+    """That a path moves layers between which a model adds what it sees of an image, as Qwen3-VL does by their place."""
+    added = len(getattr(getattr(ends.model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if list(numbers[:added]) == list(range(added)):
+        return ""
+    return f"it adds what it sees of an image behind each of its first {added} layers, which must stay there"
 
 
 def _layer_problem(layer: nn.Module, own: int, built: nn.Module, number: int, shares: bool) -> str:

@@ -50,17 +50,38 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
     try:
         # transformers 5 writes an infinity as {"__float__": "Infinity"}, since JSON has none.
         parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(config))))
+        text = text_config(parsed)
     except Exception as error:  # whatever a strange value does inside a configuration class
         raise InputError(place, f"config.json is not a configuration of {model_type}: {first_line(error)}") from error
     for field, most in _MOST.items():
-        value = getattr(parsed, field, None)
+        value = getattr(text, field, None)
         if type(value) is not int or not 1 <= value <= most:
             raise InputError(place, f"config.json: {field} is {value!r}; it must be a whole number from 1 to {most:,}")
     return parsed
 
 
+def text_config(parsed: Any) -> Any:
+    """The part of a transformers configuration that is of its text model: of a model of texts alone, all of it."""
+    return parsed.get_text_config(decoder=True)
+
+
+def takes_images(parsed: Any) -> bool:
+    """The configuration is of a model that reads images as well: a text model with more beside it."""
+    return text_config(parsed) is not parsed
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that a model's text goes through, from embedding to last norm; of a model of texts, the model."""
+    return model.get_decoder() if takes_images(model.config) else model
+
+
+def module_name(model: Any, wanted: Any) -> str:
+    """What a module inside a model is called there."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
 def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, most_tensors: int = _MOST_TENSORS) -> Any:
-    """The causal language model of a configuration, on the meta device: every module, no memory.
+    """The model of a configuration that goes on with a text, on the meta device: every module, no memory.
 
     Tensors have the dtypes that loading a checkpoint in ``dtype`` would give them.
 
@@ -68,17 +89,15 @@ def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, mos
         most_tensors: a configuration that asks for more is refused while it is built.
 
     Raises:
-        InputError: transformers has no causal language model for it, or cannot build it.
+        InputError: transformers has no such model for it, or cannot build it.
     """
-    from transformers import AutoModelForCausalLM  # two seconds, which those spare who know the model already
-
+    kind = "model of images and texts" if takes_images(parsed) else "causal language model"
     try:
         with torch.device("meta"), _bounded(most_tensors):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
+            model = auto_class(parsed).from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the same: values that fit the configuration may still break the model
-        raise InputError(
-            place, f"config.json describes no causal language model that transformers can build: {first_line(error)}"
-        ) from error
+        problem = f"config.json describes no {kind} that transformers can build: {first_line(error)}"
+        raise InputError(place, problem) from error
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if (buffers := sum(buffer.nbytes for buffer in model.buffers())) > _MOST_BUFFER_BYTES + weights:
         raise InputError(place, f"config.json asks for tables of {buffers:,} bytes beside the weights")
@@ -86,6 +105,14 @@ def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, mos
     for name in loaded_in_float32(model, dtype):
         tensors[name].data = tensors[name].data.float()
     return model
+
+
+def auto_class(parsed: Any) -> Any:
+    """The class of transformers that builds and loads the model of a configuration."""
+    # Two seconds, which those spare who know the model already.
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if takes_images(parsed) else AutoModelForCausalLM
 
 
 def loaded_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
@@ -137,12 +164,15 @@ def tied_names(model: Any) -> dict[str, str]:
 
 
 def layer_stack(model: Any, layers: int) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the stack of ``layers`` layers: the outermost list of that length.
+    """Name and modules of the stack of ``layers`` layers: the outermost list of that length in the decoder.
 
     Raises:
         LookupError: no list of modules has that length.
     """
-    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    decoder = decoder_of(model)
+    within = "" if decoder is model else module_name(model, decoder)
+    named = decoder.named_modules(prefix=within)
+    stacks = [(n, m) for n, m in named if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not stacks:
         raise LookupError(f"{type(model).__name__} has no list of {layers} layers")
     return min(stacks, key=lambda stack: stack[0].count("."))

@@ -36,13 +36,16 @@ class Made:
 
 def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[list[Made], list[list[Made]]]:
     """The tensors outside the stack of layers, and those of each hop."""
-    blends = [blend.model_dump_json() for blend in recipe.blends]
+    blends = {number: blend.model_dump_json() for number, blend in enumerate(recipe.blends)}
     layers = [hop.layer if isinstance(hop.layer, int) else tuple(sorted(hop.layer.items())) for hop in recipe.hops]
     outside: list[Made] = []
     hops: list[list[Made]] = [[] for _ in recipe.hops]
     for merged in merged_tensors(recipe, sources):
         number = recipe.blend_number(merged.role, merged.name)
-        base = _unchanged(merged, recipe.blends[number], sources)
+        if number is None:
+            base = recipe.tokenizer
+        else:
+            base = _unchanged(merged, recipe.blends[number], sources)
         blend = blends[number] if base is None else base
         if merged.role.layer is None:
             outside.append(Made(merged, merged.name, (blend, recipe.seed)))

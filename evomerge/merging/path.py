@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.checkpoints.differences import differences
-from evomerge.checkpoints.layered import written_settings
+from evomerge.checkpoints.layered import with_text_settings, written_settings
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.site import Ref, Site
@@ -86,6 +86,7 @@ def configured_by(recipe: StackRecipe, sources: Mapping[str, Source]) -> str:
     first = recipe.blends[0]
     name = first.sources[0]
     copies = recipe.blends == (first,) and is_copy(first) and not recipe.is_scaled
+    copies = copies and not sources[recipe.tokenizer].takes_images  # what reads images is the tokenizer's source's own
     whole = [hop.layer_of(name) for hop in recipe.hops] == list(range(sources[name].layers)) if copies else False
     return name if whole and differences(sources[recipe.tokenizer], sources[name]) else recipe.tokenizer
 
@@ -131,7 +132,8 @@ def merged_config(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[st
         {key: source.layered.get(key, setting).values[layer] for key, setting in model.layered.items()}
         for source, layer in givers
     ]
-    return {**config, model.settings["depth"]: len(recipe.hops), **written_settings(model.layered, said)}
+    laid = {model.settings["depth"]: len(recipe.hops), **written_settings(model.layered, said)}
+    return with_text_settings(config, laid)
 
 
 def check_places(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:

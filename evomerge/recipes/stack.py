@@ -29,7 +29,7 @@ from evomerge.recipes.base import STACK, DType, Frozen, Recipe, canonical_text
 from evomerge.recipes.stack_text import stack_lines
 from evomerge.vocabulary import Vocabulary
 
-RoleKind = Literal["embedding", "attention", "mlp", "norm", "head"]
+RoleKind = Literal["embedding", "attention", "mlp", "norm", "head", "vision"]
 Scaling = Literal["stream", "update"]
 Basis = Literal["core"]
 
@@ -39,7 +39,8 @@ class Role:
     """What a tensor is in the model: the part of the recipe that decides how it is made.
 
     ``layer`` is None outside the stack of layers. A "norm" with a layer is a norm that stands in that layer outside its
-    attention and its mlp; a "norm" without one is the norm before the head.
+    attention and its mlp; a "norm" without one is the norm before the head. "vision" is all that makes images into
+    what the layers read: tower, projector, and what else stands beside the text model.
     """
 
     kind: RoleKind
@@ -164,6 +165,9 @@ class StackRecipe(Recipe):
 
     ``vocabulary`` says which tokens the model knows where sources differ in that.
 
+    ``vision`` is the blend of what makes images into what the layers read; where it is left out, that is the
+    tokenizer's source's own, and the sources need not have it.
+
     ``scaling`` says what the scale s of a hop does to the hidden state x of the residual stream: "stream" multiplies
     all of it before the hop, x -> s x + blocks(norm(s x)); "update" what the hop adds, x -> x + s blocks(norm(x)).
     Both exist in the wild and are different models (docs/data-flow.md).
@@ -179,10 +183,12 @@ class StackRecipe(Recipe):
     scaling: Scaling = "stream"
     tensors: dict[str, int] = Field(default_factory=dict)
     vocabulary: Vocabulary = Vocabulary()
+    vision: int | None = None
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> StackRecipe:
         used = [self.embedding, self.norm, self.head, *self.tensors.values()]
+        used += [] if self.vision is None else [self.vision]
         for hop in self.hops:
             used += (hop.attention, hop.mlp, hop.norm)
         if max(used) >= len(self.blends) or min(used) < 0:
@@ -209,6 +215,8 @@ class StackRecipe(Recipe):
             content.pop("tensors", None)
         if self.vocabulary == Vocabulary():
             content.pop("vocabulary", None)
+        if self.vision is None:
+            content.pop("vision", None)
         if not self.is_scaled:
             content.pop("scaling", None)
         return content
@@ -227,6 +235,7 @@ class StackRecipe(Recipe):
         scaling: Scaling = "stream",
         tensors: Mapping[str, Blend] | None = None,
         vocabulary: Vocabulary | None = None,
+        vision: Blend | None = None,
         seed: int = 0,
         dtype: DType | None = None,
         calibration: str | None = None,
@@ -235,8 +244,8 @@ class StackRecipe(Recipe):
         """Build a recipe from blends, numbering equal blends once, in order of first use.
 
         ``hops`` gives (layer, attention, mlp, norm), ``scales`` a number for each of them. The numbering is a function
-        of the content, so two recipes that say the same thing have the same text and hash; ``tensors`` are numbered
-        last, in the order of their names.
+        of the content, so two recipes that say the same thing have the same text and hash; ``vision`` is numbered
+        after the path, and ``tensors`` last, in the order of their names.
         """
         numbers: dict[str, int] = {}
         blends: list[Blend] = []
@@ -263,6 +272,7 @@ class StackRecipe(Recipe):
             for (layer, attention, mlp, layer_norm), scale in zip(stack, scales or [1.0] * len(stack), strict=True)
         )
         final_norm, last = number(norm), number(head)
+        seeing = None if vision is None else number(vision)
         exceptions = {name: number(blend) for name, blend in sorted((tensors or {}).items())}
         return cls(
             sources=dict(sources),
@@ -275,6 +285,7 @@ class StackRecipe(Recipe):
             scaling=scaling if any(hop.scale != 1.0 for hop in path) else "stream",
             tensors=exceptions,
             vocabulary=vocabulary or Vocabulary(),
+            vision=seeing,
             seed=seed,
             dtype=dtype,
             calibration=calibration,
@@ -313,12 +324,15 @@ class StackRecipe(Recipe):
 
         With ``name``, its name in the merged model, that of this very tensor, which may be made otherwise.
         """
-        return self.blends[self.blend_number(role, name)]
+        number = self.blend_number(role, name)
+        return Blend.copy_of(self.tokenizer) if number is None else self.blends[number]
 
-    def blend_number(self, role: Role, name: str | None = None) -> int:
-        """The number of that blend."""
+    def blend_number(self, role: Role, name: str | None = None) -> int | None:
+        """The number of that blend; None where it is the tokenizer's source's own tensor without being said."""
         if name in self.tensors:
             return self.tensors[name]
+        if role.kind == "vision":
+            return self.vision
         if role.layer is None:
             return {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
         hop = self.hops[role.layer]

@@ -16,10 +16,11 @@ from torch import Tensor
 from evomerge import __version__
 from evomerge.checkpoints.checks import check_written
 from evomerge.checkpoints.folder import companion_files, tokenizer_files
+from evomerge.checkpoints.headers import TORCH_DTYPES
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.materialise import Materialiser
-from evomerge.merging.path import check_places, is_plain, merged_config
+from evomerge.merging.path import check_places, is_plain, merged_config, merged_tensors
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
 
@@ -53,16 +54,47 @@ def write_model(
     """
     materialiser = materialiser or Materialiser(sources)
     model = sources[recipe.tokenizer]
-    layout = materialiser.layout(recipe)
+    names = written_names(recipe, sources)
+    layout = [(names[name], shape, dtype) for name, shape, dtype in materialiser.layout(recipe)]
+    layout += _beside(model, layout)
     if not is_plain(recipe, sources):
         check_places(recipe, sources)
     check_written(merged_config(recipe, sources), {name: tuple(shape) for name, shape, _ in layout}, model.place)
     key = export_key(recipe, sources, layout, shard_bytes)
-    tensors = partial(materialiser.tensors, recipe)
+    tensors = partial(_tensors, recipe, model, names, materialiser)
     with writing(out, layout, tensors, sources=sources, key=key, progress=progress, shard_bytes=shard_bytes) as folder:
         add_companions(folder, model, {"config.json": config_text(recipe, sources), **texts})
         if check is not None:
             check(folder.complete())
+
+
+def written_names(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[str, str]:
+    """What the files of a recipe's model call each of its tensors."""
+    model = sources[recipe.tokenizer]
+    return {m.name: model.written_as(m.name, m.role) for m in merged_tensors(recipe, sources)}
+
+
+def _beside(model: Source, layout: Layout) -> Layout:
+    """What the files of the tokenizer's source hold beside its tensors, and a merge takes along, as a layout."""
+    by_name = {name: (shape, dtype) for name, shape, dtype in layout}
+    doubled = [(copy, *by_name[model.written[name]]) for copy, name in model.doubled.items()]
+    carried = [(name, entry.shape, TORCH_DTYPES[entry.dtype]) for name, entry in model.carried.items()]
+    return [*doubled, *carried]
+
+
+def _tensors(
+    recipe: StackRecipe, model: Source, names: Mapping[str, str], materialiser: Materialiser, done: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layout with what is beside them, by their names in the files, but those that are done."""
+    copies = {name: copy for copy, name in model.doubled.items() if copy not in done}
+    without = {name for name, written in names.items() if written in done and name not in copies}
+    for name, tensor in materialiser.tensors(recipe, without):
+        if names[name] not in done:
+            yield names[name], tensor
+        if name in copies:
+            yield copies[name], tensor
+    for name in model.carried.keys() - done:
+        yield name, model.read_carried(name)
 
 
 @contextmanager

@@ -233,11 +233,11 @@ def _inside(genome: Genome, parameters: Sequence[Parameter]) -> Genome:
 
 def _changed(one: StackRecipe, other: StackRecipe, merged: Sequence[Merged]) -> Iterator[str]:
     """The names of the tensors that two recipes of one path make by different blends."""
-    differ: dict[tuple[int, int], bool] = {}
+    differ: dict[tuple[int | None, int | None], bool] = {}
     for tensor in merged:
         numbers = one.blend_number(tensor.role, tensor.name), other.blend_number(tensor.role, tensor.name)
         if numbers not in differ:
-            differ[numbers] = one.blends[numbers[0]] != other.blends[numbers[1]]
+            differ[numbers] = one.blend_for(tensor.role, tensor.name) != other.blend_for(tensor.role, tensor.name)
         if differ[numbers]:
             yield tensor.name
 
