@@ -13,21 +13,22 @@ from test_architectures import GROUPED, SMALL
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 
-VISION: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-TEXT = {**GROUPED, "head_dim": 4}
+
+def mllama() -> Any:
+    tower = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 1, "image_size": 28,
+        "attention_heads": 2, "patch_size": 14, "vision_output_dim": 32, "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
+    }  # fmt: skip
+    text = {**GROUPED, "cross_attention_layers": [1]}
+    config = transformers.MllamaConfig(text_config=text, vision_config=tower)
+    return transformers.MllamaForConditionalGeneration(config)
 
 
-def gemma3() -> Any:
-    config = transformers.Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4)
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
-def llava() -> Any:
-    parts = {"text_config": tiny_config(), "vision_config": transformers.CLIPVisionConfig(**VISION)}
-    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**parts))
+def speech() -> Any:
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+    config = transformers.Qwen2AudioConfig(text_config={**GROUPED, "model_type": "qwen2"}, audio_config=audio)
+    return transformers.Qwen2AudioForConditionalGeneration(config)
 
 
 def t5() -> Any:
@@ -40,8 +41,8 @@ def bert() -> Any:
 
 
 KINDS: dict[str, tuple[Any, str]] = {
-    "images and text": (gemma3, r"Gemma3ForConditionalGeneration, which takes more than text in \(vision\)"),
-    "images before text": (llava, r"LlavaForConditionalGeneration, which takes more than text in \(vision\)"),
+    "layers that look at images": (mllama, "a mllama, whose layers look at images by attention of their own"),
+    "speech before text": (speech, r"Qwen2AudioForConditionalGeneration, which takes more than text in \(audio\)"),
     "a classifier": (lambda: transformers.LlamaForSequenceClassification(tiny_config()), "a classifier"),
     "labels for words": (lambda: transformers.LlamaForTokenClassification(tiny_config()), "a classifier"),
     "answers from a text": (lambda: transformers.LlamaForQuestionAnswering(tiny_config()), "a classifier"),

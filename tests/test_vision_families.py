@@ -12,8 +12,12 @@ from helpers_vision import COMMIT, VISION, save_twin, save_vision
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.live import LiveModel, check_live, live_model, load_weights
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.merging.building.export import write_model
+from evomerge.merging.materialise import Materialiser
+from evomerge.recipes.stack import Blend, StackRecipe
 
 CPU = torch.device("cpu")
 PROMPT = torch.arange(3, 15).reshape(2, 6)
@@ -54,7 +58,8 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_loaded_source_is_what_from_pretrained_gives(folder: Path) -> None:
     source = opened(folder)
-    assert source.takes_images and source.layers == 2 and source.warnings == ()
+    assert source.takes_images
+    assert (source.layers, source.warnings) == (2, ())
     live = loaded(source)
     plain = in_own_memory(AutoModelForImageTextToText.from_pretrained(folder).eval())
     with torch.inference_mode():
@@ -69,7 +74,8 @@ def test_every_tensor_of_the_files_has_a_role_and_its_own_name(folder: Path) -> 
     kinds = {role.kind for role in source.roles.values()}
     assert {"embedding", "attention", "mlp", "norm", "vision"} <= kinds
     seen = [name for name, role in source.roles.items() if role.kind == "vision"]
-    assert seen and not any("layers" in name and name.startswith("model.layers") for name in seen)
+    assert seen
+    assert not any(name.startswith(("model.layers", "lm_head")) for name in seen)
 
 
 def test_text_logits_are_those_of_the_plain_model_with_the_same_tensors(folder: Path, tmp_path: Path) -> None:
@@ -83,3 +89,47 @@ def test_text_logits_are_those_of_the_plain_model_with_the_same_tensors(folder: 
         ours = loaded(source).model(PROMPT, use_cache=False).logits
         theirs = AutoModelForCausalLM.from_pretrained(twin).eval()(PROMPT, use_cache=False).logits
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def mixed(folder: Path, tmp_path: Path, weight: float) -> tuple[StackRecipe, dict[str, Source]]:
+    """The model that sees, with so much of a plain model of texts in it."""
+    sources = {"sees": opened(folder)}
+    sources["plain"] = opened(save_twin(sources["sees"], tmp_path / "plain", seed=1), "plain")
+    check_compatible(sources)
+    blend = Blend.weighted_sum({"sees": 1.0 - weight, "plain": weight})
+    names = {name: source.reference for name, source in sources.items()}
+    return StackRecipe.uniform(blend, sources=names, tokenizer="sees", layers=2), sources
+
+
+def test_a_merge_with_nothing_of_the_plain_model_is_the_model_that_sees(folder: Path, tmp_path: Path) -> None:
+    recipe, sources = mixed(folder, tmp_path, 0.0)
+    write_model(recipe, sources, tmp_path / "out", texts={})
+    made, own = stored(tmp_path / "out"), stored(folder)
+    assert made.keys() == own.keys()
+    assert all(torch.equal(made[name], own[name]) for name in own)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_export_and_live_agree_and_load_without_a_word(folder: Path, tmp_path: Path) -> None:
+    recipe, sources = mixed(folder, tmp_path, 0.25)
+    write_model(recipe, sources, tmp_path / "out", texts={})
+    assert stored(tmp_path / "out").keys() == stored(folder).keys()
+    model, said = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    live = live_model(sources["sees"], CPU)
+    Materialiser(sources).write(recipe, live)
+    check_live(live)
+    mine = dict(live.model.named_parameters())
+    assert all(torch.equal(mine[name], tensor) for name, tensor in model.named_parameters())
+    with torch.inference_mode():
+        ours = live.model(PROMPT, use_cache=False).logits
+        assert torch.equal(ours, in_own_memory(model.eval())(PROMPT, use_cache=False).logits)
+        assert not torch.equal(ours, loaded(sources["sees"]).model(PROMPT, use_cache=False).logits)
+
+
+def test_a_plain_model_swapped_in_keeps_what_sees(folder: Path, tmp_path: Path) -> None:
+    recipe, sources = mixed(folder, tmp_path, 1.0)
+    made = dict(Materialiser(sources).tensors(recipe))
+    for name, role in sources["sees"].roles.items():
+        giver = sources["sees" if role.kind == "vision" else "plain"]
+        assert torch.equal(made[name], giver.read(name)), name

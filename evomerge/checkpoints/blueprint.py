@@ -21,6 +21,7 @@ class Blueprint:
             config.json that holds the number of layers.
         layered: what the configuration says of single layers, by its key.
         computing: what the configuration says that changes what the model computes; see ``computing_settings``.
+        seeing: of a model that reads images, what it says of that: how many tokens they become, say.
         rigid: why layers cannot stand in other places than their own; empty where they can.
         parts: the tensors that transformers writes for this model, in the order of its modules. Those of a model that
             reads images as well are called as in the model of texts alone that goes on with its texts, where they are
@@ -44,6 +45,7 @@ class Blueprint:
     settings: dict[str, Any]
     layered: dict[str, LayerSetting]
     computing: dict[str, str]
+    seeing: dict[str, str]
     rigid: str
     parts: dict[str, Part]
     written: dict[str, str]

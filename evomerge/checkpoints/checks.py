@@ -17,6 +17,7 @@ from evomerge.errors import InputError
 from evomerge.recipes.stack import Blend, Hop, Role, StackRecipe, renumber
 
 _SAME_SHAPE = "Merge fine-tunes of one base."
+_SAME_TOWER = "Leave it out, and what reads images stays that of the tokenizer's source."
 _SAME_PLACE = "Put layers where the model has layers of their kind, and take them from fine-tunes of one base."
 _SAME_TOKENIZER = (
     "Say which tokens the merged model knows: `vocabulary: {kind: union}`, or `{kind: tokenizer}` for those of the "
@@ -61,8 +62,7 @@ def check_compatible(
 
     known = vocabulary(first) if same_tokens else {}
     for other in others:
-        _same(first, other, "model_type", first.config["model_type"], other.config["model_type"])
-        _same(first, other, "architectures", first.config.get("architectures"), other.config.get("architectures"))
+        _same_text_model(first, other)
         if recipe is None:
             _same(first, other, "number of layers", first.layers, other.layers)
         _same(
@@ -72,7 +72,7 @@ def check_compatible(
         mine, theirs = first.settings, other.settings
         _same(first, other, "vocab_size", mine["vocab_size"], theirs["vocab_size"], _SAME_TOKENIZER)
         _same(first, other, "hidden_size", mine["hidden_size"], theirs["hidden_size"])
-        for name in first.tensors.keys() | other.tensors.keys() if recipe is None else ():
+        for name in texts(first) | texts(other) if recipe is None else ():
             _same(first, other, f"shape of {name}", _shape(first, name), _shape(other, name))
         for field in _MEANING:
             _same(first, other, field, mine[field], theirs[field])
@@ -131,6 +131,48 @@ def check_finite(source: Source) -> None:
 def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, hint: str = _SAME_SHAPE) -> None:
     if mine != theirs:
         raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", hint)
+
+
+def texts(source: Source) -> set[str]:
+    """The tensors of a source's text model."""
+    return {name for name, role in source.roles.items() if role.kind != "vision"}
+
+
+def check_seeing(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
+    """Refuse to mix what reads images of sources in which that is not the same.
+
+    Raises:
+        InputError: naming the source and what differs; a source of texts alone among them.
+    """
+    if recipe.vision is None:
+        return
+    model = sources[recipe.tokenizer]
+    for name in sorted(_mixed(recipe.blends[recipe.vision]) | {recipe.tokenizer}):
+        other = sources[name]
+        if not other.takes_images:
+            problem = f"{name} is a model of texts alone, and what reads images is to be made of it"
+            raise InputError(other.place, problem, "Take it from sources that read images alone.")
+        _same(model, other, "model_type", model.config["model_type"], other.config["model_type"], _SAME_TOWER)
+        for tensor in sorted((model.tensors.keys() - texts(model)) | (other.tensors.keys() - texts(other))):
+            _same(model, other, f"shape of {tensor}", _shape(model, tensor), _shape(other, tensor), _SAME_TOWER)
+        for key in sorted({**model.seeing, **other.seeing}):
+            _same(model, other, key, model.seeing.get(key), other.seeing.get(key), _SAME_TOWER)
+
+
+def _same_text_model(one: Source, other: Source) -> None:
+    """Refuse sources whose text models are of different types, unless they are the same but for that."""
+    mine, theirs = one.config, other.config
+    if one.takes_images == other.takes_images and mine["model_type"] == theirs["model_type"]:
+        _same(one, other, "architectures", mine.get("architectures"), theirs.get("architectures"))
+    elif not one.takes_images and not other.takes_images:
+        _same(one, other, "model_type", mine["model_type"], theirs["model_type"])
+    elif one.text_type != other.text_type:
+        from evomerge.checkpoints.twins import twin_problem  # which builds models
+
+        if problem := twin_problem(one, other):
+            types = f"{other.text_type} and {one.text_type}"
+            problem = f"{other.name} and {one.name} differ in their text models ({types}): {problem}"
+            raise InputError(other.place, problem, _SAME_SHAPE)
 
 
 def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:

@@ -58,6 +58,16 @@ def computing_settings(parsed: Any, depth: str) -> dict[str, str]:
     return {key: text for key, text in flat.items() if not (turned_plainly and _LENGTHS.fullmatch(key))}
 
 
+def seeing_settings(parsed: Any) -> dict[str, str]:
+    """The same of what stands beside the text model of one that reads images: how many tokens an image becomes, say."""
+    known = {field.name for field in dataclasses.fields(type(parsed))} - {"text_config"}
+    flat: dict[str, str] = {}
+    for key, value in parsed.to_dict().items():
+        if key in known:
+            flat |= dict(_flat(key, value))
+    return flat
+
+
 def differences(model: Source, other: Source) -> dict[str, tuple[str, str]]:
     """Settings that change what is computed in which two sources differ: values of ``model`` and ``other`` by key."""
     by_key = {}

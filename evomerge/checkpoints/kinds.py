@@ -15,7 +15,7 @@ _WITH_IMAGES = frozenset({"vision_config", "perceiver_config", "audio_config"})
 _CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$|RewardModel$")
 _MASKED = re.compile(r"For(MaskedLM|PreTraining|NextSentencePrediction)$")
 _MANY_INPUTS = re.compile(r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|CTC)$")
-_HINT = "Only language models that go on with a text can be merged here."
+_HINT = "Only language models that go on with a text, and those that read images among its tokens, can be merged here."
 
 
 def check_kind(config: Mapping[str, Any], place: str) -> None:

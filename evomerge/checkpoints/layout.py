@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
-from evomerge.checkpoints.differences import computing_settings
+from evomerge.checkpoints.differences import computing_settings, seeing_settings
 from evomerge.checkpoints.layered import LayerSetting, layer_settings, with_text_settings, written_settings
 from evomerge.checkpoints.parts import Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
@@ -178,6 +178,12 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     """
     parsed = parse_config(config, place)
     text = text_config(parsed)
+    if takes_images(parsed) and getattr(text, "cross_attention_layers", None):
+        problem = (
+            f"is a {parsed.model_type}, whose layers look at images by attention of their own; such models are not"
+        )
+        hint = "Models whose layers read images among the tokens of a text can be merged."
+        raise InputError(place, f"{problem} supported", hint)
     layers: int = text.num_hidden_layers
     held = sum(0 not in shape for shape in shapes.values())  # a name alone costs nothing
     if layers > held:  # before building that many modules
@@ -213,6 +219,7 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         settings={field: _setting(text, field) for field in _SETTINGS} | {"depth": depth},
         layered=layered,
         computing=computing_settings(text, depth),
+        seeing=seeing_settings(parsed) if takes_images(parsed) else {},
         rigid=_rigid(config, EmptyStack(model, name, stack), depth, layered),
         parts=parts,
         written={name: own for own, name in names.items()} if takes_images(parsed) else {},

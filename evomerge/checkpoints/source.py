@@ -54,7 +54,8 @@ class Source:
         place: where the reference stands, for errors ("sources.maths").
         folder: where the files of the model are.
         config: config.json as parsed JSON.
-        settings, layered, computing: values of it as transformers reads them, defaults filled in: see ``Blueprint``.
+        settings, layered, computing, seeing: values of it as transformers reads them, defaults filled in; see
+            ``Blueprint``.
         float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
         rigid: why its layers cannot stand in other places than their own; empty where they can.
         text_type: the model type of what goes on with a text; that of the model, where that is all of it.
@@ -89,6 +90,7 @@ class Source:
     settings: Mapping[str, Any]
     layered: Mapping[str, LayerSetting]
     computing: Mapping[str, str]
+    seeing: Mapping[str, str]
     rigid: str
     text_type: str
     float32: Mapping[str, frozenset[str]]
@@ -267,6 +269,7 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
         settings=plan.settings,
         layered=plan.layered,
         computing=plan.computing,
+        seeing=plan.seeing,
         rigid=plan.rigid,
         text_type=plan.text_type,
         float32=plan.float32,

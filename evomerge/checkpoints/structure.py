@@ -77,7 +77,8 @@ def decoder_of(model: Any) -> Any:
 
 def module_name(model: Any, wanted: Any) -> str:
     """What a module inside a model is called there."""
-    return next(name for name, module in model.named_modules() if module is wanted)
+    name: str = next(name for name, module in model.named_modules() if module is wanted)
+    return name
 
 
 def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, most_tensors: int = _MOST_TENSORS) -> Any:

@@ -36,17 +36,16 @@ class Made:
 
 def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[list[Made], list[list[Made]]]:
     """The tensors outside the stack of layers, and those of each hop."""
-    blends = {number: blend.model_dump_json() for number, blend in enumerate(recipe.blends)}
+    blends = [blend.model_dump_json() for blend in recipe.blends]
     layers = [hop.layer if isinstance(hop.layer, int) else tuple(sorted(hop.layer.items())) for hop in recipe.hops]
     outside: list[Made] = []
     hops: list[list[Made]] = [[] for _ in recipe.hops]
     for merged in merged_tensors(recipe, sources):
         number = recipe.blend_number(merged.role, merged.name)
         if number is None:
-            base = recipe.tokenizer
+            blend = recipe.tokenizer
         else:
-            base = _unchanged(merged, recipe.blends[number], sources)
-        blend = blends[number] if base is None else base
+            blend = _unchanged(merged, recipe.blends[number], sources) or blends[number]
         if merged.role.layer is None:
             outside.append(Made(merged, merged.name, (blend, recipe.seed)))
         else:
