@@ -65,6 +65,18 @@ def validate(
 
 
 @app.command()
+def select(
+    file: SearchFileArgument,
+    set_: SetOption = [],  # noqa: B006
+    json_: JsonOption = False,
+) -> None:
+    """Choose among many sources, as `select:` of a search file does first. Prints the table; nothing is searched."""
+    from evomerge.commands.run import select
+
+    raise typer.Exit(select(file, set_, as_json=json_))
+
+
+@app.command()
 def search(
     file: SearchFileArgument,
     dir_: Annotated[Path | None, typer.Option("--dir", help="Folder to make; searches/NAME by default.")] = None,

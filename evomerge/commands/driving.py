@@ -22,12 +22,14 @@ from evomerge.checkpoints.checks import check_finite
 from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.commands.fitting import fit
+from evomerge.commands.selecting import select
 from evomerge.errors import InputError
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.observers import Observers
 from evomerge.report.fit import check_fit
 from evomerge.report.live import LiveScreen
 from evomerge.report.screen import duration, panel
+from evomerge.report.selection import selection_of, selection_tables
 from evomerge.report.status import status_of
 from evomerge.search.driving.confirm import Confirmation
 from evomerge.search.driving.control import GRACE_S, Control
@@ -73,10 +75,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     ):
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         with acquire(store):
-            prepared = with_measures(prepared, store, _evidence(folder, store))
-            if not (calibrate(folder, prepared, store, pool, console) and fit(folder, prepared, store, pool, console)):
-                return INTERRUPTED
-            return _drive(folder, prepared, store, pool, artifacts, console)
+            return _search(folder, prepared, store, pool, artifacts, console)
 
 
 def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
@@ -88,10 +87,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
         record_resumed(folder, store, prepared.file)
-        prepared = with_measures(prepared, store, _evidence(folder, store))
-        if not (calibrate(folder, prepared, store, pool, console) and fit(folder, prepared, store, pool, console)):
-            return INTERRUPTED
-        return _drive(folder, prepared, store, pool, artifacts, console)
+        return _search(folder, prepared, store, pool, artifacts, console)
 
 
 def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
@@ -118,6 +114,17 @@ def drive_team(
             store.record_event(TeamChosen(candidates=numbers))
             rows = [*map(store.candidate, numbers), *(row for row in store.candidates(step=0) if row.status == "done")]
             return Confirmation(drive).score(rows, lambda row: recipe_of(row, prepared.file.sources))
+
+
+def drive_selection(folder: Path, prepared: Prepared, console: Console) -> bool:
+    """Choose among the sources of a search that is made in a new folder, and do nothing more; False after a stop."""
+    known = fingerprints_of(prepared)
+    with (
+        closing(make_pool(prepared, folder, known["sources"])) as pool,
+        create_search(folder, prepared, known) as store,
+        acquire(store),
+    ):
+        return select(folder, prepared, store, pool, console) is not None
 
 
 def open_all(
@@ -159,6 +166,31 @@ def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
 def _evidence(folder: Path, store: Store) -> Evidence:
     """What is known of the sources, in the folder of the search."""
     return Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
+
+
+def _search(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
+) -> int:
+    """Choose sources, measure and fit what the search needs, and drive it; the exit code."""
+    chosen = select(folder, prepared, store, pool, console)
+    if chosen is None:
+        return INTERRUPTED
+    if chosen is prepared:
+        return _measured(folder, chosen, store, pool, artifacts, console)
+    if (selection := selection_of(store)) is not None:
+        console.print(*selection_tables(selection), sep="\n")
+    with closing(make_pool(chosen, folder, store.search().record.files)) as pool:
+        return _measured(folder, chosen, store, pool, artifacts, console)
+
+
+def _measured(
+    folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
+) -> int:
+    """Measure and fit what the search needs, and drive it; the exit code."""
+    prepared = with_measures(prepared, store, _evidence(folder, store))
+    if not (calibrate(folder, prepared, store, pool, console) and fit(folder, prepared, store, pool, console)):
+        return INTERRUPTED
+    return _drive(folder, prepared, store, pool, artifacts, console)
 
 
 def _drive(

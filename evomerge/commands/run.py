@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ from evomerge.search.settings.folder import open_store, refuse_existing
 from evomerge.search.settings.rebudget import bounds_of, change_budget
 from evomerge.search.settings.resuming import resumed_file
 from evomerge.search.settings.search_file import SearchFile, load_search_file
+from evomerge.search.settings.sections import Select
 from evomerge.store import Store, acquire, current_holder
 
 
@@ -56,6 +58,33 @@ def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False,
         for place in silent:
             console.print("", f"{place}: its prompts, if any, are known only as it runs", sep="\n")
     console.print("valid", style="green")
+
+
+def select(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Choose among the sources of a search file, and say which; the exit code. What it takes is gone at the end."""
+    file = load_search_file(path, overrides)
+    if file.select is None:
+        file = file.model_copy(update={"select": Select()})
+    file = file.model_copy(update={"store": None, "observers": (), "artifacts": None})
+    check_early(file)
+    with opening():
+        from evomerge.commands.driving import INTERRUPTED, drive_selection, open_all
+        from evomerge.report.screen import make_console
+        from evomerge.report.selection import selection_of, selection_tables
+
+        prepared = open_all(file)
+    with tempfile.TemporaryDirectory(prefix="evomerge-select-") as above:
+        folder = Path(above) / file.name
+        if not drive_selection(folder, prepared, Console(stderr=True)):
+            return INTERRUPTED
+        with open_store(folder) as store:
+            selection = selection_of(store)
+    assert selection is not None  # which has just been written down
+    if as_json:
+        print(selection.model_dump_json(indent=2))
+    else:
+        make_console().print(*selection_tables(selection), sep="\n")
+    return 0
 
 
 def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from pydantic import (
 
 from evomerge.recipes.use import ExpertUse
 from evomerge.store.columns import DamagedValueError
-from evomerge.store.rows import EventRow, Scores
+from evomerge.store.rows import Estimate, EventRow, Scores
 
 Whole = Annotated[StrictInt, Field(ge=0)]
 
@@ -126,6 +126,85 @@ class Fitted(Event):
     items: int
     steps: int
     baselines: int
+
+
+class ScoredItems(BaseModel):
+    """Scores by metric of the items at some positions of the search split, by an evaluator's version."""
+
+    model_config = ConfigDict(frozen=True)
+
+    evaluator: StrictStr
+    items: list[Whole]
+    metrics: dict[StrictStr, list[float]]
+
+
+class SelectScored(Event):
+    """A source, or a merge that decides on some, is scored on some items before the search."""
+
+    kind: ClassVar[str] = "select scored"
+    model: StrictStr
+    scores: list[ScoredItems]
+
+
+class Compared(BaseModel):
+    """The mean of paired differences over all items of all objectives, with the interval of 95%."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: float
+    low: float
+    high: float
+
+
+Fate = Literal["base", "kept", "rest", "dropped", "worse"]
+
+
+class SelectedSource(BaseModel):
+    """A source that was chosen from, or the base.
+
+    Attributes:
+        fate: "base", "kept", "rest" (it is part of the average of these), "dropped", or "worse": than the base or than
+            others, surely and in every objective.
+        estimates: by objective.
+        items: that it was scored on, of all objectives.
+        place: among those kept, from 1; with ``gain`` what it solves more than those before it, as a share of the items
+            of all objectives, and ``error``, the standard error of that.
+        norm: of its change, relative to the base's weights.
+        scale: what its change is multiplied by in the search.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    fate: Fate
+    estimates: dict[str, Estimate]
+    items: Whole
+    place: int | None = None
+    gain: float | None = None
+    error: float | None = None
+    norm: float | None = None
+    scale: float = 1.0
+
+
+class Selected(Event):
+    """Sources are chosen: these are searched.
+
+    Attributes:
+        sources: all of them, those kept first in their order.
+        scored: item scores that the choice took; ``full`` is how many all of them in full would have taken.
+        merges: the mean over objectives of each merge that was scored on the items of the last rung.
+        others: how much better the average of those kept is than the first of them among random directions of the same
+            lengths, which is the control: whether the others are worth more than noise.
+        rest: how much better that average is with the rest in it; None without a rest.
+    """
+
+    kind: ClassVar[str] = "selected"
+    sources: list[SelectedSource]
+    scored: Whole
+    full: Whole
+    merges: dict[str, Estimate]
+    others: Compared | None = None
+    rest: Compared | None = None
 
 
 class Command(Event):
@@ -409,7 +488,7 @@ READ: dict[str, type[Event | ItemResponse]] = {
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
         ScoresAdded, Screening, Descent, Refined, ItemResponse, Shortlist, TeamChosen, Confirming, ConfirmFailed,
-        Winner, Chosen,
+        Winner, Chosen, SelectScored, Selected,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

@@ -31,7 +31,7 @@ from evomerge.store.engine import (
     parse_place,
     plain_errors,
 )
-from evomerge.store.events import Stepped, event_rows
+from evomerge.store.events import SelectScored, Stepped, event_rows
 from evomerge.store.outage import repeated
 from evomerge.store.rows import (
     STATUSES,
@@ -272,10 +272,12 @@ class ReadStore:
 
     @repeated
     def has_scores(self) -> bool:
-        """Whether any candidate has been scored on any item."""
+        """Whether any candidate, or a source that may be chosen, has been scored on any item."""
         query = select(tables.score.c.candidate).where(tables.score.c.search_id == self.search_id).limit(1)
         with self.transaction() as connection:
-            return connection.execute(query).first() is not None
+            if connection.execute(query).first() is not None:
+                return True
+        return bool(self.events(kinds=(SelectScored.kind,), oldest=1))
 
     # Candidates
 

@@ -362,6 +362,15 @@ class Store(FencedStore):
             self.append_event(connection, events.SettingsChanged(before=before))
 
     @repeated
+    def record_selection(
+        self, settings: Mapping[str, Any], fingerprints: Mapping[str, Any], selected: events.Selected
+    ) -> None:
+        """Go on with the sources that were chosen; the event says which, and why."""
+        with self.writing() as connection:
+            self._change_search(connection, settings=settings, fingerprints=fingerprints)
+            self.append_event(connection, selected)
+
+    @repeated
     def change_evaluators(
         self, fingerprints: Mapping[str, Any], items: Sequence[ItemTexts], changed: events.EvaluatorsChanged
     ) -> None:

@@ -44,6 +44,8 @@ from evomerge.search.settings.gradient import gradient_problem
 from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.settings.selecting import PLACE as SELECT
+from evomerge.search.settings.selecting import stand_in
 from search_spaces.base import Measures
 from search_spaces.parameter_space import ParameterSpaceSettings
 from search_spaces.prompts_space import PromptsSpace
@@ -98,7 +100,10 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     model = sources[file.tokenizer_source]
     check_layout(file, model.config, model.layers)
     untouched = Untouched(sources.values())
-    space = build_space(file, sources)
+    space, asked = space_of(file, sources), file
+    if file.select is not None:
+        check_selectable(file, space)
+        file = stand_in(file)
     check_mixtures(file, space, sources)
     if file.engine == "vllm" and file.space.moves_layers:
         from evomerge.inference.vllm_engine import check_paths
@@ -109,7 +114,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         evaluators.refuse_test_items()
     _check_fit(file, evaluators)
     _check_change(file, space, evaluators)
-    _check_together(file, space, sources, evaluators.opened)
+    _check_together(file, space, _those_of(file, sources), evaluators.opened)
     reader = _with_room(reader_of(model), space)
     asking = evaluators.named | ({} if file.fit_split is None else {PLACE: file.fit_split.evaluator})
     warnings = (*item_warnings(asking, reader), *_text_warnings(file, space, sources, reader))
@@ -136,9 +141,45 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         attempts=file.attempts,
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer", setup.axes)
+    if asked.select is not None and not any(objective.maximise for objective in setup.objectives):
+        raise InputError(SELECT, "goes by the items that sources solve, and no objective is maximised", "Leave it out.")
     _check_niches(file, setup)
     calibration = None if file.calibration is None else file.calibration.texts
-    return Prepared(file, setup, sources, evaluators, untouched, calibration, warnings)
+    return Prepared(asked, setup, sources, evaluators, untouched, calibration, warnings)
+
+
+def with_sources(prepared: Prepared, file: SearchFile) -> Prepared:
+    """The same search over other sources, which are opened.
+
+    Raises:
+        InputError: they cannot be merged, or a setting does not fit them.
+    """
+    sources = open_sources(file)
+    space = build_space(file, sources)
+    _check_together(file, space, sources, prepared.evaluators)
+    file.optimizer.check(space.parameters, len(file.objectives), "optimizer", prepared.setup.axes)
+    setup, calibration = replace(prepared.setup, space=space), file.calibration
+    return replace(
+        prepared, file=file, setup=setup, sources=sources, untouched=Untouched(sources.values()),
+        calibration=None if calibration is None else calibration.texts,
+    )  # fmt: skip
+
+
+def space_of(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
+    """The space of a search file; where sources are yet to be chosen, one over as many as will be."""
+    file = stand_in(file)
+    return build_space(file, _those_of(file, sources))
+
+
+def _those_of(file: SearchFile, sources: Mapping[str, Source]) -> dict[str, Source]:
+    return {name: sources[name] for name in file.sources}
+
+
+def check_selectable(file: SearchFile, space: SearchSpace) -> None:
+    """Refuse to choose for a space whose sources have no average, or by objectives that count no solved items."""
+    if others := sorted({mark.recipe.kind for mark in space.baselines()} - {STACK}):
+        problem = f"averages the sources that it does not keep, and models of the kind {others[0]} have no average"
+        raise InputError(SELECT, problem, "Leave it out, or search over weights: `kind: parameter_space`.")
 
 
 def _with_room(reader: Reader, space: SearchSpace) -> Reader:

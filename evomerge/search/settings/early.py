@@ -26,6 +26,7 @@ from evomerge.search.settings.layouts import check_layout
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.settings.sections import Measure
+from evomerge.search.settings.selecting import check_select, stand_in
 from evomerge.step import find_step
 from search_spaces.base import Measures, SpaceContext
 
@@ -55,7 +56,8 @@ def check_early(file: SearchFile) -> None:
         check_layout(file, config, depth)
     if file.calibration is not None:
         file.calibration.check(file.sources)
-    _check_space(file)
+    check_select(file)
+    _check_space(stand_in(file))
     if file.pool == "ray":
         runtime_env_of(file.cluster)
 

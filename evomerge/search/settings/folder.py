@@ -23,6 +23,7 @@ STORE_NAME = "search.db"
 FILE_NAME = "search.yaml"
 LOGS_NAME = "logs"
 EVIDENCE_NAME = "evidence"
+SOURCES_NAME = "sources"
 
 STORE_VARIABLE = "EVOMERGE_STORE"
 """The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""

@@ -43,6 +43,8 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     before = recorded.model_dump(mode="json")
     path = folder / FILE_NAME
     edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
+    if recorded.select is None and edited["select"] is not None and store.events(kinds=("selected",), newest=1):
+        edited = dict(before)  # it was chosen among sources, and the driver died before it wrote the file anew
     for override in overrides:
         apply_override(edited, override)
     file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())

@@ -46,6 +46,7 @@ from evomerge.search.settings.sections import (
     Racing,
     Screen,
     Section,
+    Select,
 )
 from evomerge.search.work.deadlines import LEAST_S, MOST_S
 from evomerge.vocabulary import Vocabulary
@@ -73,6 +74,7 @@ class SearchFile(Section):
     constraints: dict[Name, Constraint] = Field(default_factory=dict)
     features: dict[Name, Feature] = Field(default_factory=dict, max_length=MOST_FEATURES)
     calibration: CalibrationTexts | None = None
+    select: Select | None = None
     start_from: tuple[Path, ...] = Field(default=(), max_length=MOST_EARLIER)
     racing: Racing | None = None
     screen: Screen | None = None

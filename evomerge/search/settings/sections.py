@@ -211,9 +211,36 @@ class Racing(Section):
     @field_validator("rungs")
     @classmethod
     def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
-        if list(rungs) != sorted(set(rungs)):
-            raise ValueError("must each be larger than the one before")
-        return rungs
+        return rising(rungs)
+
+
+def rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
+    """The rungs of a race. Raises ValueError: one is no larger than the one before."""
+    if list(rungs) != sorted(set(rungs)):
+        raise ValueError("must each be larger than the one before")
+    return rungs
+
+
+class Select(Section):
+    """Chooses among many sources before anything is searched; the base, and what gives the tokenizer, always stay.
+
+    Each source alone, and the base, are scored on the first of ``rungs`` items of every maximised objective, and on
+    more while its place there is not clear with ``confidence``. Those that the base or others surely better leave. Of
+    the rest the ``keep`` are searched that add most items to those before them. ``rest``: the others enter as one
+    averaged source (``average``), not at all (``drop``), or as is ``measured`` to be better beside the average of those
+    kept. A change that is longer than ``norm_ratio`` times the median of the kept ones is scaled down to that.
+    """
+
+    keep: int = Field(default=6, ge=2, le=8)
+    rungs: tuple[Annotated[int, Field(ge=2, le=10**8)], ...] = Field(default=(10, 20, 30), min_length=1, max_length=100)
+    confidence: float = Field(default=0.9, gt=0.5, lt=1)
+    rest: Literal["measured", "average", "drop"] = "measured"
+    norm_ratio: float = Field(default=3.0, ge=1, le=10**6)
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        return rising(rungs)
 
 
 class Budget(Section):

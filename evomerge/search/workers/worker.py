@@ -18,7 +18,7 @@ from evomerge.merging.measured.evidence import Evidence
 from evomerge.objects import is_url
 from evomerge.recipes.base import STACK
 from evomerge.search.preparing.evaluators import distinct
-from evomerge.search.preparing.prepare import Prepared, build_space, open_sources
+from evomerge.search.preparing.prepare import Prepared, build_space, open_sources, space_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.work.jobs import Calibrate, Descend, Descended, Finished, FitNumbers, Job, Measured, Result
 from evomerge.search.workers.building import build_context
@@ -59,7 +59,7 @@ class Worker:
         for source in sources.values():
             if is_url(source.reference):  # copied by this node, perhaps after it was written anew there
                 _check_content(source, evidence.content_of(source.name))
-        return cls._on(name, file, sources, evaluators, evidence, build_space(file, sources))
+        return cls._on(name, file, sources, evaluators, evidence, space_of(file, sources))
 
     @classmethod
     def of(cls, name: str, prepared: Prepared, evidence: Evidence) -> Worker:

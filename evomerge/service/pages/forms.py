@@ -251,6 +251,11 @@ _WORDS: dict[str, dict[str, Any]] = {
     "proxy.drawn": {"label": "Proxy: items a step"},
     "proxy.steps": {"label": "Proxy: steps", "hint": "for each generation; two points of them are scored"},
     "proxy.rate": {"label": "Proxy: rate", "hint": "how far a step goes, in parts of each parameter's range"},
+    "select.keep": {"label": "Sources to search", "hint": "of many; leave it empty to search over all"},
+    "select.rungs": {"label": "Items of each", "hint": "after this many those that are surely worse leave"},
+    "select.confidence": {"label": "Confidence", "hint": "in each comparison"},
+    "select.rest": {"label": "The others", "hint": "as one averaged source, or not at all"},
+    "select.norm_ratio": {"label": "Longest change", "hint": "times the median; longer ones are scaled down"},
     "racing.rungs": {
         "label": "Racing: rungs", "example": "50, 150", "hint": "after this many items the worst drop out",
     },
@@ -298,6 +303,7 @@ def sections(searches: Sequence[str] = ()) -> dict[str, tuple[Field, ...]]:
     """
     return {
         "calibration": _section("calibration"),
+        "select": _section("select"),
         "budget": _section("budget"),
         "optimizer": (*_section("optimizer"), _POPULATION, replace(_START, suggestions=tuple(searches))),
         "fit": (

@@ -17,6 +17,7 @@ from evomerge.report.parameters import ParameterColumn, columns_of
 from evomerge.report.picks import Pick, conclusions, is_front, roles_of
 from evomerge.report.screen import best_confirmed_source, choice_text, gain_cell, ranked, thrift_lines
 from evomerge.report.search_status import SearchStatus
+from evomerge.report.selection import selection_of
 from evomerge.search.estimation.preference import BEST as WINNER
 from evomerge.search.estimation.preference import KNEE
 from evomerge.service.api.candidates import candidates
@@ -127,7 +128,7 @@ def search(
         pick=held_out_pick(status), conclusions=conclusions(status), is_front=is_front(status),
         work_s=_work_s(status), columns=columns, table_parameters=_table_parameters(store, table, columns),
         measures=status.measures, best_values=_best_values(status), rows=rows,
-        thrift=thrift_lines(status),
+        thrift=thrift_lines(status), selection=selection_of(store),
         choices=choices(status), confirmed=list(_confirmed(status)),
         gains_over=_gains_over(status), choice=choice_text(status), failures=failures,
         parameters=[parameter.name for parameter in search_row.record.parameters], origins=origins, page=table,

@@ -1,0 +1,112 @@
+"""The choice among many sources as people see it: a table of all of them, and what their averages say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.store import Estimate, Store
+from evomerge.store.events import Compared, Selected
+
+_FATES = {
+    "base": "the base",
+    "kept": "searched",
+    "rest": "in the average of the rest",
+    "dropped": "left out",
+    "worse": "worse than the base or others",
+}
+
+
+class SelectionRow(BaseModel):
+    """A source as people see it: a mean and its error by objective, and what became of it, in words.
+
+    ``gain`` is what it solves more than those before it, ``change`` how long its change is, relative to the base.
+    """
+
+    name: str
+    place: int | None
+    means: dict[str, str]
+    items: int
+    gain: str
+    change: str
+    fate: str
+
+
+class Selection(BaseModel):
+    """The choice among sources, and sentences of what is to be known beside it."""
+
+    objectives: list[str]
+    rows: list[SelectionRow]
+    sentences: list[str]
+
+
+def selection_of(store: Store) -> Selection | None:
+    """The choice that a search began with; None where there was none."""
+    events = store.events(kinds=(Selected.kind,), newest=1)
+    return as_shown(events[-1].read(Selected)) if events else None
+
+
+def as_shown(selected: Selected) -> Selection:
+    """What was written down of a choice, for people."""
+    objectives = list(dict.fromkeys(name for source in selected.sources for name in source.estimates))
+    rows = [
+        SelectionRow(
+            name=source.name,
+            place=source.place,
+            means={name: _mean(estimate) for name, estimate in source.estimates.items()},
+            items=source.items,
+            gain="" if source.gain is None else f"{source.gain:+.3f} ± {source.error or 0.0:.3f}",
+            change=_change(source.norm, source.scale),
+            fate=_FATES[source.fate],
+        )
+        for source in selected.sources
+    ]
+    return Selection(objectives=objectives, rows=rows, sentences=list(_sentences(selected)))
+
+
+def _sentences(selected: Selected) -> Iterator[str]:
+    share = selected.scored / selected.full
+    yield (
+        f"{selected.scored:,} items were scored: {share:.1%} of what scoring every source in full would take, "
+        "averages and control included."
+    )
+    if (others := selected.others) is not None:
+        worth = "more than" if others.low > 0 else "less than" if others.high < 0 else "not surely more than"
+        yield (
+            f"Control: beside the first source, the others that are searched are worth {worth} random directions of "
+            f"the same lengths in their places: {_signed(others)} in the mean of the objectives."
+        )
+    if (rest := selected.rest) is not None:
+        yield f"The average of the rest, beside those that are searched, changes their average by {_signed(rest)}."
+
+
+def _mean(estimate: Estimate) -> str:
+    return f"{estimate.mean:.2f} ± {estimate.stderr or 0.0:.2f}"
+
+
+def _change(norm: float | None, scale: float) -> str:
+    return "" if norm is None else f"{norm:.3f}" + (f", times {scale:.2f}" if scale < 1.0 else "")
+
+
+def _signed(compared: Compared) -> str:
+    return f"{compared.mean:+.3f} [{compared.low:+.3f}, {compared.high:+.3f}]"
+
+
+def selection_tables(selection: Selection) -> Iterator[RenderableType]:
+    """The choice for a terminal."""
+    table = Table("", "source", box=None, pad_edge=False)
+    for name in selection.objectives:
+        table.add_column(name, no_wrap=False)
+    for name in ("items", "gain", "change", ""):
+        table.add_column(name, justify="right" if name == "items" else "left")
+    for row in selection.rows:
+        means = (row.means.get(name, "") for name in selection.objectives)
+        place = "" if row.place is None else str(row.place)
+        table.add_row(place, row.name, *means, str(row.items), row.gain, row.change, row.fate)
+    yield table
+    for sentence in selection.sentences:
+        yield Text(sentence)

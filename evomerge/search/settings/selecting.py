@@ -1,0 +1,74 @@
+"""A search file with ``select``: what it asks of the sources, and the file that is searched once some are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    from evomerge.search.settings.search_file import SearchFile
+
+PLACE = "select"
+REST = "rest"
+"""The source that is the average of all that were not kept."""
+
+
+def always_kept(file: SearchFile) -> list[str]:
+    """The sources that are no choice: the base, and what gives the tokenizer or tokens of the vocabulary."""
+    needed = {file.base, file.tokenizer_source, *file.vocabulary.used_sources()}
+    return [name for name in file.sources if name in needed]
+
+
+def choices(file: SearchFile) -> list[str]:
+    """The sources that are chosen from, in the order of the file."""
+    kept = set(always_kept(file))
+    return [name for name in file.sources if name not in kept]
+
+
+def check_select(file: SearchFile) -> None:
+    """Refuse what cannot be chosen from.
+
+    Raises:
+        InputError: no base, no more sources than are kept, or a search that cannot do with sources that are made.
+    """
+    if file.select is None:
+        return
+    if file.base is None:
+        raise InputError(PLACE, "compares sources with their base, and there is none", "Name it: `base: NAME`.")
+    names = choices(file)
+    if len(names) <= file.select.keep:
+        problem = f"is {file.select.keep}, and there are {len(names)} sources to choose from ({', '.join(names)})"
+        hint = "Leave `select` out: a search takes them all." if len(names) <= 8 else "Lower it."
+        raise InputError(f"{PLACE}.keep", problem, hint)
+    if REST in file.sources and file.select.rest != "drop":
+        problem = f"a source is called {REST}, as is the average of those that are not kept"
+        raise InputError(f"sources.{REST}", problem, "Give it another name, or say `rest: drop` in `select`.")
+    if file.artifacts is not None:
+        problem = "makes sources in the search's folder, which a copy of it elsewhere would look for in vain"
+        raise InputError(PLACE, problem, "Choose first (`evomerge select FILE`), and search over what it names.")
+    if file.start_from:
+        raise InputError(PLACE, "would choose other sources than the earlier search had", "Leave out `start_from`.")
+
+
+def searched(file: SearchFile, sources: Mapping[str, str]) -> SearchFile:
+    """The file that is searched when some sources are chosen, or made.
+
+    Args:
+        sources: those chosen, with their references as they are to be searched; what is always kept comes before them.
+    """
+    kept = {name: file.sources[name] for name in always_kept(file)} | dict(sources)
+    update: dict[str, object] = {"sources": kept, "select": None}
+    if (texts := file.calibration) is not None:
+        own = {name: path for name, path in texts.sources.items() if name in kept}
+        update["calibration"] = texts.model_copy(update={"sources": own})
+    return file.model_copy(update=update)
+
+
+def stand_in(file: SearchFile) -> SearchFile:
+    """The file as it may be once sources are chosen: what is checked and planned before anybody knows which."""
+    if file.select is None:
+        return file
+    names = choices(file)
+    return searched(file, {name: file.sources[name] for name in names[: file.select.keep]})

@@ -1,0 +1,232 @@
+"""Choosing among many sources: the race, the order by gain, sources that are made, and the stage of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, short_search_file
+from helpers_search import Killed, table
+from hypothesis import given, strategies
+
+from evomerge.checkpoints.source import Source, open_source
+from evomerge.errors import InputError
+from evomerge.merging.derived import Derived, make_source
+from evomerge.search.estimation.selection import ObjectiveRace, by_gain, pooled_difference
+from evomerge.search.settings.early import check_early
+from evomerge.search.settings.search_file import load_search_file
+from evomerge.store import Store
+
+ZOO = ROOT / "examples" / "zoo"
+
+# --- the race
+
+
+def test_a_race_ends_for_those_whose_place_is_clear() -> None:
+    base = np.array([0.0, 1.0] * 10)
+    race = ObjectiveRace(["best", "worst", "base too"], 1, 1000, 0.9)
+    race.judge(base, np.array([np.ones(20), np.zeros(20), base]))
+    assert race.out == {"worst", "base too"}  # the one is below the base, the other surely behind the best
+    assert race.racing == []
+    assert ObjectiveRace(["a"], 1, 10, 0.9).out == set()
+
+
+def test_a_race_goes_on_between_equals() -> None:
+    base, rng = np.zeros(20), np.random.default_rng(0)
+    race = ObjectiveRace(["a", "b", "c"], 1, 1000, 0.9)
+    race.judge(base, (rng.random((3, 20)) < 0.5).astype(np.float64))
+    assert len(race.racing) >= 2
+
+
+@given(strategies.integers(0, 2**31), strategies.integers(1, 5))
+def test_the_order_by_gain_is_the_greedy_cover(seed: int, most: int) -> None:
+    """With all items scored, and bounds that are means: each time whoever covers most, as is counted plainly."""
+    scores = np.random.default_rng(seed).random((6, 12)) < 0.4
+    sources = {str(i): set(np.flatnonzero(row)) for i, row in enumerate(scores[1:])}
+    rows = {name: [np.array([float(i in solved) for i in range(12)])] for name, solved in sources.items()}
+    covered = set(np.flatnonzero(scores[0]))
+    for chosen in by_gain([scores[0].astype(np.float64)], rows, most, 0.5):
+        added = {name: len(solved - covered) for name, solved in sources.items()}
+        assert added[chosen.name] == max(added.values()) == round(12 * chosen.gain.mean) > 0
+        covered |= sources.pop(chosen.name)
+        most -= 1
+    assert most == 0 or not set().union(*sources.values()) - covered
+
+
+def test_who_was_scored_on_few_items_does_not_come_first_by_luck() -> None:
+    base = np.zeros(40)
+    lucky = np.full(40, np.nan)
+    lucky[:4] = [1, 1, 1, 0]
+    steady = np.array([1, 1, 1, 0] * 10, dtype=np.float64)
+    order = [chosen.name for chosen in by_gain([base], {"lucky": [lucky], "steady": [steady]}, 2, 0.9)]
+    assert order[0] == "steady"
+
+
+def test_a_pooled_difference_is_the_mean_over_objectives() -> None:
+    ours, theirs = [np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0])], [np.zeros(4), np.array([1.0, 0.0])]
+    gap = pooled_difference(ours, theirs)
+    assert gap.mean == pytest.approx((0.75 + 0.0) / 2)
+    assert gap.low < gap.mean < gap.high
+
+
+# --- sources that are made
+
+
+@pytest.fixture(scope="module")
+def zoo() -> dict[str, Source]:
+    references = {"base": str(ZOO / "base")} | {n: f"{ZOO / 'base'}+{ZOO / n}" for n in ("english", "kanji")}
+    return {name: open_source(name, reference, place=name) for name, reference in references.items()}
+
+
+@pytest.fixture(scope="module")
+def miniatures() -> dict[str, Source]:
+    return {n: open_source(n, str(MINIATURES / n), place=n) for n in ("base", "maths", "japanese")}
+
+
+def made(derived: Derived, sources: dict[str, Source], folder: Path) -> Source:
+    contents = {name: name for name in sources}
+    reference = make_source(derived, "made", "base", sources, contents, folder)
+    assert make_source(derived, "made", "base", sources, contents, folder) == reference
+    return open_source("made", reference, place="made")
+
+
+@pytest.mark.parametrize("family", ["zoo", "miniatures"])
+def test_a_made_source_is_the_weighted_sum_of_changes(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    sources = request.getfixturevalue(family)
+    one, other = [name for name in sources if name != "base"]
+    source = made(Derived({one: 0.5, other: -0.25}), sources, tmp_path)
+    assert bool(source.adapters) == (family == "zoo")
+    for name in sources["base"].tensors:
+        base, first, second = (sources[n].read(name).double() for n in ("base", one, other))
+        expected = base + 0.5 * (first - base) - 0.25 * (second - base)
+        torch.testing.assert_close(source.read(name).double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "rounding"), [("zoo", 0.02), ("miniatures", 0.3)])
+def test_a_random_direction_is_as_long_and_elsewhere(
+    family: str, rounding: float, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """But for what bfloat16 rounds off the weights of a model, which is much of what small tensors change."""
+    sources = request.getfixturevalue(family)
+    of = list(sources)[1]
+    source = made(Derived({of: 0.5}, seed=3), sources, tmp_path)
+    cosines = []
+    for name in sources["base"].tensors:
+        base, theirs, random = (s.read(name).double() for s in (sources["base"], sources[of], source))
+        change, noise = (theirs - base).flatten(), (random - base).flatten()
+        if change.norm() == 0:
+            assert noise.norm() == 0
+            continue
+        assert float(noise.norm()) == pytest.approx(0.5 * float(change.norm()), rel=rounding)
+        cosines.append(float(torch.nn.functional.cosine_similarity(change, noise, dim=0)))
+    assert np.abs(cosines).mean() < 0.2
+
+
+# --- a search
+
+
+def select_file(folder: Path, **changes: object) -> Path:
+    """Two of four sources; one is the base again, and adds nothing."""
+    names = {"base": "base", "maths": "maths", "japanese": "japanese", "idle": "base", "maths_too": "maths"}
+    sources = {name: str(MINIATURES / of) for name, of in names.items()}
+    content: dict[str, object] = {"sources": sources, "select": {"keep": 2, "rungs": [3, 4]}, "confirm": {"top": 1}}
+    return short_search_file(folder, **content | changes)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("select")
+    assert evomerge("search", select_file(folder), "--dir", folder / "search") == 0
+    return folder / "search"
+
+
+def test_a_search_is_over_what_was_chosen(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = yaml.safe_load((searched / "search.yaml").read_text())
+    assert file["select"] is None
+    with Store.open(searched / "search.db") as store:
+        (event,) = store.events(kinds=("selected",))
+        said = event.payload
+        record = store.search().record
+        scored = store.events(kinds=("select scored",))
+    fates = {source["name"]: source["fate"] for source in said["sources"]}
+    kept = [name for name, fate in fates.items() if fate == "kept"]
+    assert fates["base"] == "base"
+    assert len(kept) == 2
+    assert list(record.sources)[:3] == ["base", *kept]
+    assert set(record.sources) <= {"base", *kept, "rest"}
+    assert {p.share_of for p in record.parameters} == set(record.sources) - {"base"}
+    assert said["scored"] == sum(len(one["items"]) for event in scored for one in event.payload["scores"])
+    assert said["full"] == 5 * 4
+    assert {
+        row["label"] for row in json_of(capsys, "top", searched, "--all", "--json") if row["origin"] == "source"
+    } == {*record.sources}
+
+
+def killed_after(writes: int) -> mock._patch[object]:
+    """Let the n-th next write of the selection commit, and then die."""
+    left = [writes]
+
+    def wrap(name: str) -> Callable[..., object]:
+        original = getattr(Store, name)
+
+        def method(self: Store, *args: object, **kwargs: object) -> object:
+            found = original(self, *args, **kwargs)
+            left[0] -= name == "record_selection" or getattr(args[0], "kind", "") == "select scored"
+            if left[0] <= 0:
+                raise Killed
+            return found
+
+        return method
+
+    return mock.patch.multiple(Store, **{name: wrap(name) for name in ("record_event", "record_selection")})
+
+
+@pytest.mark.parametrize("writes", [3, pytest.param(1, marks=pytest.mark.nightly)])
+def test_a_killed_selection_goes_on_and_ends_the_same(writes: int, searched: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    arguments: list[object] = ["search", select_file(tmp_path), "--dir", folder]
+    deaths = 0
+    while True:
+        try:
+            with killed_after(writes):
+                code = evomerge(*arguments)
+        except Killed:
+            deaths, arguments = deaths + 1, ["resume", folder]
+            continue
+        assert code == 0
+        break
+    assert deaths >= 2
+    assert table(folder) == table(searched)
+    with Store.open(folder / "search.db") as ours, Store.open(searched / "search.db") as theirs:
+        sources = [store.events(kinds=("selected",))[0].payload for store in (ours, theirs)]
+    assert sources[0] == sources[1]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": None}, "select: compares sources with their base"),
+        ({"select": {"keep": 4}}, "select.keep: is 4, and there are 4 sources to choose from"),
+        ({"select": {"keep": 9}}, "keep: .*8"),
+        ({"select": {"keep": 1}}, "keep: .*2"),
+        ({"select": {"rungs": [4, 3]}}, "each be larger"),
+        ({"select": {"rest": "sum"}}, "rest"),
+        ({"artifacts": "file:///tmp/copies"}, "select: makes sources in the search's folder"),
+    ],
+)
+def test_refuses_what_cannot_be_chosen(changes: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = select_file(tmp_path)
+    content = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(InputError, match=words):
+        check_early(load_search_file(path))
