@@ -16,7 +16,7 @@ from hypothesis import given, strategies
 
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
-from evomerge.merging.derived import Derived, make_source
+from evomerge.merging.building.derived import Derived, make_source
 from evomerge.search.estimation.selection import ObjectiveRace, by_gain, pooled_difference
 from evomerge.search.settings.early import check_early
 from evomerge.search.settings.search_file import load_search_file

@@ -30,7 +30,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.screen import gain_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
-from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, FitItems, Proxy, Racing
+from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, FitItems, Proxy, Racing, Select
 from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
@@ -411,7 +411,9 @@ def test_the_form_writes_keys_that_the_search_file_knows() -> None:
 
 def test_the_form_has_what_the_sections_of_the_search_file_have() -> None:
     fields = {field.key: field for part in forms.sections().values() for field in part}
-    whole = {"budget": Budget, "racing": Racing, "confirm": Confirm, "calibration": CalibrationTexts}
+    whole = {
+        "budget": Budget, "racing": Racing, "confirm": Confirm, "calibration": CalibrationTexts, "select": Select,
+    }  # fmt: skip
     expected = {f"{name}.{key}" for name, section in whole.items() for key in section.model_fields}
     some = {"optimizer.name", "optimizer.population", "start_from", "pool", "cluster.workers"}
     proxy = {"file", "held_out_file", "prompt", "answer", "apply_chat_template", "drawn", "steps", "rate"}

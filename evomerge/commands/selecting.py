@@ -16,9 +16,9 @@ from evomerge.checkpoints.fingerprints import fingerprint
 from evomerge.commands.outside import OutsideJobs
 from evomerge.errors import InputError
 from evomerge.files import FileFingerprint
-from evomerge.merging.amplitude import kappa, relative_norms
-from evomerge.merging.derived import Derived, make_source
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.building.derived import Derived, make_source
+from evomerge.merging.measured.amplitude import kappa, relative_norms
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.optimizers.base import random_state
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.report.screen import duration

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.checkpoints.source import Source
-from evomerge.merging.export import add_companions, config_text, write_model, writing
-from evomerge.merging.low_rank_change import is_low_rank, low_rank_factors
+from evomerge.merging.adapters.low_rank_change import is_low_rank, low_rank_factors
+from evomerge.merging.building.export import add_companions, config_text, write_model, writing
 from evomerge.recipes.stack import Blend, StackRecipe
 
 _VERSION = "derived 1"
