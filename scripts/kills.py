@@ -1,7 +1,7 @@
 """Searches that are killed with SIGKILL at any moment and resumed: are they the searches that were not killed?
 
-Small searches of the miniatures, one of each kind, in this process's children. Each is run whole once; then again and
-again killed after a drawn number of events and resumed, until it has finished.
+Small searches of the miniatures and of the zoo, one of each kind, in this process's children. Each is run whole once;
+then again and again killed after a drawn number of events and resumed, until it has finished.
 
     python scripts/kills.py [--kills 200] [--kinds generations,race,...] [--seed 0] [--json]
 
@@ -33,11 +33,22 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIATURES = ROOT / "examples" / "miniatures"
+ZOO = ROOT / "examples" / "zoo"
 HUNG_S = 300.0
 KILLS_EACH = 8  # of one search; then it is left to finish
 
 RACE: dict[str, Any] = {"racing": {"rungs": [10, 16]}}
 STEADY: dict[str, Any] = {"mode": "asynchronous"}
+CATCMA: dict[str, Any] = {"optimizer": {"name": "catcma", "population": 5}}
+FIT: dict[str, Any] = {"fit": {"file": str(ZOO / "fit.jsonl"), "items": 12, "drawn": 4, "steps": 3}}
+
+
+def on_the_zoo(space: dict[str, Any], *adapters: str) -> dict[str, Any]:
+    """A search over some of its adapters or prompts."""
+    sources = {name: f"{ZOO / 'base'}+{ZOO / name}" for name in adapters}
+    return {"sources": {"base": str(ZOO / "base"), **sources}, "space": space}
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "generations": {},
     "race": RACE,
@@ -47,6 +58,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "two objectives": {"optimizer": {"name": "nsga2", "population": 6}},
     "together": {"together": 4},
     "postgres": RACE,
+    "routed": CATCMA | FIT | on_the_zoo({"kind": "routed", "granularity": "model"}, "steps_en", "extraction"),
+    "mixture": CATCMA | FIT | on_the_zoo({"kind": "mixture", "architecture": "mixtral"}, "steps_ja", "extraction"),
+    "prompts": CATCMA | on_the_zoo({"kind": "prompts", "block": 4}, "soft_japanese", "soft_steps"),
 }
 
 
