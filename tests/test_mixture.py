@@ -164,6 +164,23 @@ def test_what_was_written_before_changes_nothing(llamas: dict[str, Source]) -> N
     assert torch.equal(logits_of(builder(llamas).write(other).model), second)
 
 
+@pytest.mark.parametrize("lacking", [False, True])
+def test_its_change_is_the_mean_square_of_what_its_slots_change(llamas: dict[str, Source], lacking: bool) -> None:
+    """By the plain formula: attention as it is, and in its mlp's place the slots of each layer by equal shares."""
+    first, second = {"layers": 1, "slots": {"maths": 0, "japanese": 1}}, {"layers": 1, "slots": {"japanese": 1}}
+    groups = [first, second if lacking else first]
+    slots = [[*group["slots"]] for group in groups]
+    live = builder(llamas, base="code").write(mixture("glm4_moe", llamas, groups=groups, top_k=1))
+    squares = sizes = 0.0
+    for name in (name for name in llamas["code"].tensors):
+        base, maths, japanese = (llamas[source].read(name).double() for source in ("code", "maths", "japanese"))
+        here = {"maths": maths, "japanese": japanese}
+        made = [here[slot] for slot in slots[int(name.split(".")[2])]] if ".mlp." in name else [(maths + japanese) / 2]
+        squares += sum(float((tensor - base).square().sum()) for tensor in made) / len(made)
+        sizes += float(base.square().sum())
+    assert live.change == pytest.approx((squares / sizes) ** 0.5, rel=1e-6)
+
+
 def test_the_one_slot_that_is_kept_weighs_exactly_one(llamas: dict[str, Source]) -> None:
     live = builder(llamas).write(mixture("mixtral", llamas, top_k=1))
     seen: list[Tensor] = []

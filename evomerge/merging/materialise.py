@@ -231,8 +231,7 @@ class Materialiser:
         stack.lay(path)
         if in_order:
             self._write_in_order(recipe, live, hops)
-        if self._meter is not None:
-            self.change = self._meter.of(self._written(recipe, outside, hops, live))
+        self.change = self.change_of(self._written(recipe, outside, hops, live))
         self._folds.clear()
 
     def _write_changed(
@@ -290,6 +289,10 @@ class Materialiser:
                 name, fold = made.merged.name, folds.get(made.merged.stored)
                 own = 1.0 if fold is None else factor
                 yield Written(name, targets[name], made.way, own, fold or "times")
+
+    def change_of(self, model: Iterable[Written]) -> float | None:
+        """How far a model is from the base; None where there is none."""
+        return None if self._meter is None else self._meter.of(model)
 
     def read_on(self, ref: Ref, device: torch.device) -> Tensor:
         """A tensor of a source where models are written."""

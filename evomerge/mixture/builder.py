@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from evomerge.errors import InputError
 from evomerge.merging.building.builders import BuildContext
 from evomerge.merging.building.export import add_companions, export_key, writing
 from evomerge.merging.building.stack_builder import stack_builder
+from evomerge.merging.measured.change import Written
 from evomerge.merging.materialise import Materialiser, check_stack
 from evomerge.merging.path import is_made_in_order
 from evomerge.mixture.architectures import ARCHITECTURES
@@ -245,6 +246,16 @@ class _LiveMixture:
         for name, tensor in router_tensors(recipe, rows, self._skeleton).items():
             self._targets[name].copy_(tensor)
         self._keep(recipe.top_k, recipe.normalised)
+        # What a shared expert gives is added to what slots give: neither stands in the dense mlp's place.
+        self.live.change = None if recipe.shared else self._materialiser.change_of(self._written(recipe, cells))
+
+    def _written(self, recipe: MixtureRecipe, cells: Sequence[Cell]) -> Iterator[Written]:
+        """What is there, under the names of the dense model. The slots of a layer share its mlp's place."""
+        for cell in cells:
+            if cell.made is not None:
+                merged, layer = cell.made.merged, cell.made.merged.role.layer
+                slots = recipe.group_of(layer).slots if cell.is_slot and layer is not None else ()
+                yield Written(merged.name, self._targets[cell.name], cell.way, share=1.0 / max(1, len(slots)))
 
     def _keep(self, top_k: int, normalised: bool) -> None:
         """Have each token keep so many slots, and weigh them as the recipe says."""

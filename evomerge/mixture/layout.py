@@ -97,6 +97,11 @@ class Cell:
     factor: float = 1.0
 
     @property
+    def is_slot(self) -> bool:
+        """Whether it stands in one slot, beside others that are made in the place of the same dense tensor."""
+        return self.made is not None and self.name != self.made.merged.name
+
+    @property
     def way(self) -> Hashable:
         """All that it follows from but the sources."""
         return None if self.made is None else (self.made.way, self.factor)

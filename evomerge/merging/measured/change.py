@@ -7,7 +7,8 @@ base (arXiv 2511.21437). So it is known of every candidate of a search that has 
 Tensors are compared with those of the base of the same name, of a path those of each hop with the layer of its number.
 What the base has not, as hops beyond its depth, or in another shape, is left out on both sides. Sources that are laid
 out for another vocabulary are so with their base, whose rows of tokens that it lacks count as they are laid out. The
-scale of a hop counts as the factor on its weights that an export has in them.
+scale of a hop counts as the factor on its weights that an export has in them. Where several tensors stand in the place
+of one, as in a mixture of experts, each counts for its share of them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Written:
         tensor: contiguous, of any float dtype, on any device.
         way: all that it follows from; of one name equal ways give equal tensors. None where that is not known.
         factor, fold: how a scale goes into it; see ``parts.fold_in``.
+        share: for how much it counts.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Written:
     way: Hashable = None
     factor: float = 1.0
     fold: Fold = "times"
+    share: float = 1.0
 
 
 class ChangeMeter:
@@ -89,8 +92,8 @@ class ChangeMeter:
             if written.way is None or (square := self._known.get(key)) is None:
                 square = self._square(written)
             known[key] = square
-            squares.append(square)
-            sizes.append(self._size(written.name))
+            squares.append(written.share * square)
+            sizes.append(written.share * self._size(written.name))
         self._known = known if len(self._known) > _MOST_KNOWN else self._known | known
         size = math.fsum(sizes)
         return math.sqrt(sum(squares) / size) if size else None
