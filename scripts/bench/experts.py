@@ -11,8 +11,16 @@ Differences are to the best plain merge (that with the highest mean over seeds),
 a bootstrap over seeds and items. Tokens a second are those of answers to the same items on one thread, of all forms in
 turn, the median of several turns.
 
+Learning rates were chosen before, by ``tune``, on a seed that is not reported: fits to four fifths of the third split,
+by how likely the answers of the last fifth are.
+
+    python scripts/bench/experts.py tune FOLDER                         # how good each learning rate is
     python scripts/bench/experts.py run FOLDER [--seeds 0 1 2 ...]      # can be interrupted
+    python scripts/bench/experts.py speed FOLDER       # tokens a second, by what the first seed found
     python scripts/bench/experts.py report FOLDER      # docs/experts.json, and the table
+
+What is reported is kept in docs/experts_runs.json, item by item, and is not run again: further seeds add to it. Remove
+a run there where what it measured has changed.
 """
 
 from __future__ import annotations
@@ -34,7 +42,7 @@ from evomerge.genome import Parameter
 from evomerge.merging.building.builders import Builders
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.optimizers import CmaSettings, Observation
-from evomerge.recipes.base import Recipe
+from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
@@ -47,6 +55,7 @@ from evomerge.search.workers.building import build_context
 from evomerge.search.workers.worker import Worker
 from evomerge.store import acquire
 
+RUNS = ROOT / "docs" / "experts_runs.json"
 SEEDS = range(5)
 EXPERTS = (
     "steps_ja", "kanji", "into_english", "into_japanese", "extraction", "steps_en", "english", "spelling",
@@ -63,11 +72,16 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
 }
 TURNS = 5
 SPEED_ITEMS = 100
+TIMED = ("uniform average", *ROUTED)
+TUNING_SEED = 100  # none of those that are reported
+RATES = (0.025, 0.05, 0.1, 0.2, 0.4)
+TUNED_ITEMS = 480  # of the third split, to which rates are tried; they are judged by the others
+TUNED = ("fitted", "fitted soft")
 
 Scores = NDArray[np.float64]
 
 
-def content(space: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def content(space: Mapping[str, Any], seed: int, fit: Mapping[str, Any]) -> dict[str, Any]:
     """A search file. Routed spaces have choices, which CatCMA takes; weights have none, and know of no fit."""
     is_routed, is_fitted = space["kind"] == "routed", space.get("method") != "task_arithmetic"
     return {
@@ -79,7 +93,7 @@ def content(space: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "racing": {"rungs": [25, 50]},
         "baselines": {"kappa": False},
         "budget": {"candidates": CANDIDATES},
-    } | ({"fit": {"file": "fit.jsonl"}} if is_fitted else {})  # fmt: skip
+    } | ({"fit": {"file": "fit.jsonl", **fit}} if is_fitted else {})  # fmt: skip
 
 
 class Bench:
@@ -87,10 +101,11 @@ class Bench:
 
     Args:
         folder: of all seeds, with the items of the fit.
+        fit: its settings, where they are not the usual ones.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, fit: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.seed, self.fit = folder, seed, fit or {}
         self.prepared, self.worker = self._opened(SPACES["searched routed"])
         self.recipes: dict[str, Recipe] = {mark.label: mark.recipe for mark in self.prepared.setup.space.baselines()}
         around, _ = self._opened(SPACES["searched around the fit"])
@@ -98,7 +113,9 @@ class Bench:
         self.recipes["fitted"] = next(mark.recipe for mark in marks if mark.label == "fitted defaults")
 
     def _opened(self, space: Mapping[str, Any]) -> tuple[Prepared, Worker]:
-        prepared = prepare(parse_search_file(content(space, self.seed), place="experts", root=self.folder.resolve()))
+        prepared = prepare(
+            parse_search_file(content(space, self.seed, self.fit), place="experts", root=self.folder.resolve())
+        )
         contents = {name: content_digest(fingerprint(source)) for name, source in prepared.sources.items()}
         space, sources, file = prepared.setup.space, prepared.sources, prepared.file
         evidence = Evidence(self.folder / "evidence", contents)
@@ -107,8 +124,8 @@ class Bench:
         fit = [] if file.fit_split is None else [file.fit_split.evaluator]
         return prepared, Worker("bench", builders, [*prepared.evaluators, *fit])
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Every form: its held-out scores, item by item, and its tokens a second where they are measured."""
+    def result(self) -> dict[str, Any]:
+        """The held-out scores of every form, a character an item, and the recipe that the routed search ended with."""
         best = max(EXPERTS, key=lambda name: self.scores(self.recipes[name], "search", ITEMS).mean())
         chosen: dict[str, Recipe] = {"best adapter": self.recipes[best]}
         chosen |= {name: self.recipes[name] for name in ("base", "uniform average", "sum", "fitted", *ROUTED)}
@@ -116,11 +133,8 @@ class Bench:
         chosen["LoraHub"] = self._lora_hub()
         for name, space in SPACES.items():
             chosen[name] = self._searched(name, space)
-        held = {name: self.scores(recipe, "held_out", HELD_OUT) for name, recipe in chosen.items()}
-        speeds = self._speeds({name: chosen[name] for name in ("uniform average", *ROUTED, "searched routed")})
-        return {
-            name: {"held_out": scores.tolist(), "tokens_per_second": speeds.get(name)} for name, scores in held.items()
-        }
+        held = {name: _written(self.scores(recipe, "held_out", HELD_OUT)) for name, recipe in chosen.items()}
+        return {"seed": self.seed, "held_out": held, "searched": chosen["searched routed"].canonical()}
 
     def scores(self, recipe: Recipe, split: Any, items: int) -> Scores:
         """float64 [items]"""
@@ -162,13 +176,13 @@ class Bench:
             observations = []
             for genome in optimizer.ask(8):
                 recipe = self.weighted(genome.tolist())
-                loss = -self._likelihood(recipe, few) + 0.05 * float(np.abs(genome).mean())
+                loss = -self.likelihood(recipe, few) + 0.05 * float(np.abs(genome).mean())
                 observations.append(Observation(genome, [loss]))
                 best = min(best, (loss, genome.tolist()))
             optimizer.tell(observations)
         return self.weighted(best[1])
 
-    def _likelihood(self, recipe: Recipe, items: Sequence[int]) -> float:
+    def likelihood(self, recipe: Recipe, items: Sequence[int]) -> float:
         """The mean log-likelihood of right answers of the fit's items."""
         result = self.worker.run(Job(0, 1, recipe, [Task(1, "search", items)])).result
         if not isinstance(result, Measured):
@@ -190,8 +204,14 @@ class Bench:
 
     # ---- speed -------------------------------------------------------------------------------------------------------
 
-    def _speeds(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
-        """Tokens of answers a second by form, the median of several turns of all."""
+    def speeds(self, searched: str) -> dict[str, float]:
+        """Tokens of answers a second by form, the median of several turns of all.
+
+        Args:
+            searched: the canonical text of the recipe that the routed search ended with.
+        """
+        recipes = {name: self.recipes[name] for name in TIMED}
+        recipes["searched routed"] = read_recipe(searched, self.prepared.file.sources)
         tokenizer = self.prepared.reader().tokenizer
         found: dict[str, list[float]] = {name: [] for name in recipes}
         for _ in range(TURNS):
@@ -202,31 +222,70 @@ class Bench:
         return {name: float(np.median(values)) for name, values in found.items()}
 
 
+def _written(scores: Scores) -> str:
+    """Right and wrong answers as 1 and 0."""
+    if not set(scores) <= {0.0, 1.0}:
+        raise ValueError("an answer is neither right nor wrong")
+    return "".join(f"{score:.0f}" for score in scores)
+
+
+def tune(folder: Path) -> None:
+    """How likely right answers are that were not fitted to, by learning rate."""
+    for rate in RATES:
+        bench = Bench(folder, TUNING_SEED, {"items": TUNED_ITEMS, "rate": rate})
+        assert bench.prepared.file.fit_split is not None
+        rest = range(TUNED_ITEMS, len(bench.prepared.file.fit_split.evaluator.items("search")))
+        shown = (f"{name} {bench.likelihood(bench.recipes[name], rest):.3f}" for name in TUNED)
+        print(f"rate {rate:g}: log-likelihood of {len(rest)} answers, {', '.join(shown)}", flush=True)
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def report(folder: Path) -> None:
     """docs/experts.json and the table, the best first."""
-    files = [file for seed in SEEDS if (file := folder / f"{seed}.json").exists()]
-    seeds = [json.loads(file.read_text()) for file in files]
-    scores = {name: np.array([seed[name]["held_out"] for seed in seeds]) for name in seeds[0]}  # [seeds, items]
+    known = _known()
+    found = [json.loads(file.read_text()) for seed in SEEDS if (file := folder / f"{seed}.json").exists()]
+    runs = {run["seed"]: run for run in [*known["runs"], *found]}
+    if (timed := folder / "speeds.json").exists():
+        known["tokens_per_second"] = json.loads(timed.read_text())
+    known["runs"] = [{key: runs[seed][key] for key in ("seed", "held_out")} for seed in sorted(runs)]
+    RUNS.write_text(json.dumps(known, indent=1) + "\n")
+    scores = {
+        name: np.array([[float(right) for right in run["held_out"][name]] for run in known["runs"]])
+        for name in known["runs"][0]["held_out"]
+    }  # [seeds, items] each
+    rows = _rows(scores, known["tokens_per_second"])
+    plain = next(row["name"] for row in rows if row["name"] in PLAIN)
+    about = {"seeds": len(runs), "best_plain": plain, "items": HELD_OUT, "rows": rows}
+    (ROOT / "docs" / "experts.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _known() -> dict[str, Any]:
+    """What earlier reports were of: ``runs``, and ``tokens_per_second`` by form."""
+    if not RUNS.exists():
+        return {"runs": [], "tokens_per_second": {}}
+    known: dict[str, Any] = json.loads(RUNS.read_text())
+    return known
+
+
+def _rows(scores: Mapping[str, Scores], speeds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A row for each form, the best first, with its difference from the best plain merge."""
     plain = max(PLAIN, key=lambda name: float(scores[name].mean()))
     rows = []
     for name, held in sorted(scores.items(), key=lambda pair: -float(pair[1].mean())):
         low, high = interval(held - scores[plain])
-        speeds = [seed[name]["tokens_per_second"] for seed in seeds if seed[name]["tokens_per_second"]]
         by_task = {task: float(held[:, number :: len(TASKS)].mean()) for number, task in enumerate(TASKS)}
         row = {
             "name": name, "mean": float(held.mean()), "held_out": by_task,
             "difference": float((held - scores[plain]).mean()), "low": low, "high": high,
-            "tokens_per_second": float(np.median(speeds)) if speeds else None,
+            "tokens_per_second": speeds.get(name),
         }  # fmt: skip
         rows.append(row)
         tasks = "  ".join(f"{value:.3f}" for value in by_task.values())
-        speed = "" if not speeds else f"  {row['tokens_per_second']:.0f} tokens/s"
+        speed = "" if name not in speeds else f"  {speeds[name]:.0f} tokens/s"
         print(f"{name:26} {row['mean']:.3f}  {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {tasks}{speed}")
-    about = {"seeds": len(seeds), "best_plain": plain, "items": int(scores[plain].shape[1]), "rows": rows}
-    (ROOT / "docs" / "experts.json").write_text(json.dumps(about, indent=2) + "\n")
+    return rows
 
 
 def write_items(folder: Path) -> None:
@@ -238,19 +297,31 @@ def write_items(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("tune", "run", "speed", "report"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     given = parser.parse_args()
-    if given.what == "report":
-        report(given.folder)
-        return
     given.folder.mkdir(parents=True, exist_ok=True)
     write_items(given.folder)
-    for seed in given.seeds:
-        if not (out := given.folder / f"{seed}.json").exists():
+    if given.what == "tune":
+        tune(given.folder)
+    elif given.what == "report":
+        report(given.folder)
+    elif given.what == "speed":
+        seed = given.seeds[0]
+        searched = json.loads((given.folder / f"{seed}.json").read_text())["searched"]
+        write(given.folder / "speeds.json", Bench(given.folder, seed).speeds(searched))
+    else:
+        run(given.folder, given.seeds)
+
+
+def run(folder: Path, seeds: Sequence[int]) -> None:
+    """The seeds that neither an earlier report nor the folder has."""
+    reported = {run["seed"] for run in _known()["runs"]}
+    for seed in seeds:
+        if seed not in reported and not (out := folder / f"{seed}.json").exists():
             started = time.time()
-            write(out, Bench(given.folder, seed).rows())
+            write(out, Bench(folder, seed).result())
             print(f"seed {seed}: {time.time() - started:.0f} s", flush=True)
 
 
