@@ -11,7 +11,9 @@ from test_adapters import train
 from evomerge.checkpoints.source import Source
 from evomerge.recipes.routed import LayerGroup, Router
 from evomerge.routed import computing
-from evomerge.routed.sites import Place
+from evomerge.routed.live import LiveExperts
+from evomerge.routed.making import routings
+from evomerge.routed.sites import Place, places_of, sites_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -180,6 +182,45 @@ def test_cache_batch_padding_and_order_change_nothing(sources: dict[str, Source]
         assert torch.allclose(logits(live, padded, attention_mask=left)[:, 3:], whole, atol=1e-5)
         right = torch.nn.functional.pad(PROMPTS, (0, 3))
         assert torch.allclose(logits(live, right, attention_mask=(right > 0).long())[:, :6], whole, atol=1e-5)
+
+
+@PER
+def test_what_is_given_alike_is_computed_at_once_and_as_if_apart(sources: dict[str, Source], per: str) -> None:
+    """c does not change the keys: it has no part there, and a router of its own all the same."""
+    base, recipe = sources["base"], routed(sources, router=Router(kind="prototypes", per=per), calibration="x")
+    live = merge(sources, a=0.0)
+    sites = sites_of(recipe, sources)
+    places = places_of(recipe, sites, base)
+    gating = routings(recipe, places, {name: drawn(8)(place, 3) for name, place in places.items()})
+    experts = LiveExperts(live, sites, recipe.experts)
+    units = [[site.module.split(".")[-1] for site in unit.sites] for unit in experts.units(recipe, gating)]
+    assert units == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    told: dict[bool, dict[str, torch.Tensor]] = {}
+    found = {}
+    for apart in (False, True):
+        heard = Heard()
+        with experts.install(recipe, places, gating, heard, apart=apart):
+            found[apart] = logits(live)
+        told[apart] = heard.gates
+    assert torch.allclose(found[False], found[True], atol=1e-6)
+    assert told[False].keys() == told[True].keys() == places.keys()
+    assert all(torch.allclose(gates, told[True][name], atol=1e-6) for name, gates in told[False].items())
+
+
+class Heard:
+    """Remembers the gates of every place."""
+
+    def __init__(self) -> None:
+        self.gates: dict[str, torch.Tensor] = {}
+
+    def tokens(self, mask: torch.Tensor | None) -> None:
+        """Begins a pass."""
+
+    def routed(self, place: str, logits: torch.Tensor, gates: torch.Tensor) -> None:
+        self.gates[place] = gates
+
+    def done(self) -> None:
+        """Ends one."""
 
 
 def test_in_bfloat16_gates_are_float32(sources: dict[str, Source]) -> None:

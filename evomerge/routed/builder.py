@@ -70,7 +70,6 @@ class RoutedBuilder:
         meter = self._meter(recipe)
         live = self._install(recipe, meter)
         check_live(live)
-        self._experts(recipe, live).check_reached()
         meter.take()  # what the check has used says nothing
         return replace(live, change=None, use=meter)
 
@@ -156,9 +155,9 @@ class RoutedBuilder:
         from evomerge.routed.remote_code import add_experts
 
         live = self._install(recipe, self._meter(recipe))
-        sites, places = self._layout(recipe)
+        _, places = self._layout(recipe)
         gating = routings(recipe, places, self.routers(recipe))
-        add_experts(folder, recipe, sites, places, gating, self._experts(recipe, live).present(recipe))
+        add_experts(folder, places, [*self._experts(recipe, live).units(recipe, gating)])
 
     def flattened(self, recipe: RoutedRecipe) -> StackRecipe:
         """The plain merge by the mean gates of a recipe (``flattening``)."""

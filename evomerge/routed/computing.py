@@ -6,8 +6,9 @@ scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -49,44 +50,57 @@ class Routing:
 
     Attributes:
         bias, present: see ``gates_of``.
+        routers: how many routers that see the same are one here, whose logits come one after another.
     """
 
     router: Router
     gating: Gating
     bias: Tensor | None = None
     present: Tensor | None = None
+    routers: int = 1
 
     def gates(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and the gates of tokens, float32 [..., experts] each."""
+        """The logits and the gates of tokens: float32 [..., experts] each, of several [..., routers, experts]."""
         logits = self.router.logits(seen)
+        if self.routers > 1:
+            logits = logits.unflatten(-1, (self.routers, -1))
         return logits, gates_of(logits, self.gating, self.bias, self.present)
 
 
 @dataclass(frozen=True)
 class LowRankExperts:
-    """The low-rank changes of one module, side by side: y = W0 x + sum_e g_e s_e B_e A_e x.
+    """The low-rank changes of modules that are given the same, side by side: y = W0 x + sum_e g_e s_e B_e A_e x.
 
     Attributes:
-        down: all A, [ranks, inputs], in the model's dtype.
-        up: all B, [ranks, outputs].
-        spread: float32 [experts, ranks], the scaling s_e at the ranks of expert e, and zeros elsewhere: what ranks are
-            multiplied by is a product with it.
+        down: all A of all modules, [ranks, inputs], in the model's dtype.
+        ups: of each module all its B, [its ranks, outputs].
+        spread: float32 [gates, ranks], the scaling s_e at the ranks that a gate of expert e lets through, and zeros
+            elsewhere: what ranks are multiplied by is a product with it. There is a gate for each expert, of several
+            routers one after another.
     """
 
     down: Tensor
-    up: Tensor
+    ups: tuple[Tensor, ...]
     spread: Tensor
 
-    def add(self, given: Tensor, gates: Tensor, output: Tensor) -> Tensor:
-        """What the module gives, [..., outputs], and the experts' parts; in the memory of ``output``.
+    def mixed(self, given: Tensor, gates: Tensor) -> Sequence[Tensor]:
+        """What of each module is to be multiplied by its B: [..., its ranks].
 
         Args:
             given: [..., inputs].
-            gates: float32 [..., experts].
+            gates: float32 [..., experts], of several routers [..., routers, experts].
         """
-        mixed = (F.linear(given, self.down) * (_own(gates, self.spread) @ self.spread)).to(self.up.dtype)
+        if gates.dim() > given.dim():
+            own = gates[..., : len(self.spread) // gates.shape[-2]].flatten(-2)
+        else:
+            own = _own(gates, self.spread)
+        mixed = (F.linear(given, self.down) * (own @ self.spread)).to(self.down.dtype)
+        return (mixed,) if len(self.ups) == 1 else mixed.split([len(up) for up in self.ups], -1)
+
+    def add(self, mixed: Tensor, module: int, output: Tensor) -> Tensor:
+        """What a module gives, [..., outputs], and its experts' parts; in the memory of ``output``."""
         flat = output.view(-1, output.shape[-1])
-        return flat.addmm_(mixed.reshape(-1, mixed.shape[-1]), self.up).view(output.shape)
+        return flat.addmm_(mixed.reshape(-1, mixed.shape[-1]), self.ups[module]).view(output.shape)
 
 
 @dataclass(frozen=True)
@@ -126,30 +140,54 @@ Experts: TypeAlias = LowRankExperts | VectorExperts
 
 
 def gate_experts(
-    module: nn.Module, form: str, experts: Callable[[], Experts], gates: Callable[[Tensor], Tensor]
-) -> RemovableHandle:
-    """Have a module give what it gives with experts.
+    modules: Sequence[nn.Module], form: str, experts: Callable[[], Experts], gates: Callable[[Tensor], Tensor]
+) -> list[RemovableHandle]:
+    """Have modules give what they give with experts.
 
     A batch comes as [rows, tokens, width], or with rows and tokens as one dimension.
 
     Args:
+        modules: that are given the same; with vectors it is one.
         form: "low_rank" changes of its weight, or vectors of its "inputs" or its "outputs".
-        experts: asked for whenever the module is called.
+        experts: asked for whenever a module is called.
         gates: of what routers look at there, or of a shape of it.
     """
 
-    def after(called: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
-        own = experts()
-        if isinstance(own, LowRankExperts):
-            return own.add(given[0], gates(given[0]), output)
-        return own.scaled(output, gates(output))
-
-    def before(called: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def vectors() -> VectorExperts:
         own = experts()
         assert isinstance(own, VectorExperts)
-        return (own.scaled(given[0], gates(given[0])), *given[1:])
+        return own
 
-    return module.register_forward_pre_hook(before) if form == "inputs" else module.register_forward_hook(after)
+    def before(called: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (vectors().scaled(given[0], gates(given[0])), *given[1:])
+
+    if form == "low_rank":
+        mixing = _Mixing(len(modules), experts, gates)
+        return [module.register_forward_hook(partial(mixing.after, n)) for n, module in enumerate(modules)]
+    (module,) = modules
+    if form == "inputs":
+        return [module.register_forward_pre_hook(before)]
+    return [module.register_forward_hook(lambda called, given, output: vectors().scaled(output, gates(output)))]
+
+
+class _Mixing:
+    """Adds low-rank experts to what modules give; the first of them computes what is of the input alone for all."""
+
+    def __init__(self, count: int, experts: Callable[[], Experts], gates: Callable[[Tensor], Tensor]) -> None:
+        self._count, self._experts, self._gates = count, experts, gates
+        self._given: Tensor | None = None
+        self._mixed: Sequence[Tensor] = ()
+
+    def after(self, number: int, called: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The hook of a module."""
+        own = self._experts()
+        assert isinstance(own, LowRankExperts)
+        if number == 0 or self._given is not given[0]:
+            self._given, self._mixed = given[0], own.mixed(given[0], self._gates(given[0]))
+        mixed = self._mixed[number]
+        if number == self._count - 1:
+            self._given, self._mixed = None, ()
+        return own.add(mixed, number, output)
 
 
 def watch(module: nn.Module, is_output: bool, take: Callable[[Tensor], None]) -> RemovableHandle:

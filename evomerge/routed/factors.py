@@ -59,7 +59,7 @@ def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: 
             spread = torch.zeros(len(names), len(down), device=device)
             spread[expert] = change.scale
             spreads.append(spread)
-    return LowRankExperts(torch.cat(downs), torch.cat(ups), torch.cat(spreads, dim=1))
+    return LowRankExperts(torch.cat(downs), (torch.cat(ups),), torch.cat(spreads, dim=1))
 
 
 def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.device) -> VectorExperts:
@@ -82,13 +82,14 @@ def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.devic
 
 
 def only(experts: LowRankExperts, present: Sequence[int]) -> LowRankExperts | None:
-    """The experts of these numbers alone; None where none of them is there."""
+    """The experts of one module with these numbers alone; None where none of them is there."""
     mask = (experts.spread[list(present)] != 0).any(0)
     if bool(mask.all()):
         return experts
     if not bool(mask.any()):
         return None
-    return LowRankExperts(experts.down[mask], experts.up[mask], experts.spread[:, mask].contiguous())
+    (up,) = experts.ups
+    return LowRankExperts(experts.down[mask], (up[mask],), experts.spread[:, mask].contiguous())
 
 
 def _read(entry: TensorEntry) -> Tensor:

@@ -70,7 +70,7 @@ def fit_routers(
         return gradients(live, {}, recomputed=recomputed)
 
     # A graph is made by the loss's own forward pass; of what is computed before, nothing is differentiated.
-    undo = experts.install(recipe, places, routings(routers), use)
+    undo = experts.install(recipe, places, routings(routers), use, apart=True)
     with undo:
         for step in range(fit.steps):
             optimizer.zero_grad()

@@ -6,7 +6,7 @@ what routers let through (``computing``). What a candidate costs is to exchange 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from evomerge.recipes.routed import RoutedRecipe
 from evomerge.routed.computing import Experts, LowRankExperts, Routing, VectorExperts, gate_experts, watch
 from evomerge.routed.factors import only, side_by_side, vectors_of
 from evomerge.routed.sites import Place, Site, place_of
+from evomerge.routed.units import Unit, are_alike, given_alike, joined_experts, joined_routing
 
 
 class Listener(Protocol):
@@ -47,19 +48,27 @@ def _nobody(place: str, logits: Tensor, gates: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Gate:
-    """The gates of a module's tokens: by a router of its own, or as its block's has said."""
+    """The gates of a unit's tokens: by routers of its own, or as its block's has said."""
 
+    unit: Unit
     place: Place
-    routing: Routing
     blocks: Mapping[str, Tensor]
     tell: Tell
 
     def __call__(self, values: Tensor) -> Tensor:
-        """float32 [..., experts], or [..., heads, experts], for what the router looks at or a shape of such."""
+        """float32 [..., experts], of several routers or heads [..., routers or heads, experts].
+
+        Args:
+            values: what the routers look at, or a shape of such.
+        """
         if self.place.is_block:
             return self.blocks[self.place.name].reshape(*values.shape[:-1], -1)
-        logits, gates = self.routing.gates(self.place.seen(values))
-        self.tell(self.place.name, logits, gates)
+        logits, gates = self.unit.routing.gates(self.place.seen(values))
+        if len(self.unit.places) == 1:
+            self.tell(self.place.name, logits, gates)
+        else:
+            for number, name in enumerate(self.unit.places):
+                self.tell(name, logits[..., number, :], gates[..., number, :])
         return gates
 
 
@@ -73,6 +82,7 @@ class LiveExperts:
 
     Raises:
         InputError: an adapter has NaN or Inf.
+        ValueError: the model computes with a weight, but not through its module.
     """
 
     def __init__(self, live: LiveModel, sites: Sequence[Site], names: Sequence[str]) -> None:
@@ -87,8 +97,8 @@ class LiveExperts:
                 of_rows = (site.form == "outputs") != isinstance(live.model.get_submodule(site.module), Conv1D)
                 width = weight.shape[0 if of_rows else 1]
                 self._experts[site.module] = vectors_of(site, names, width, weight.device)
-        self._only: dict[tuple[str, tuple[int, ...]], LowRankExperts | None] = {}
-        self._reached: set[str] = set()
+        self._groups = given_alike(live, sites)
+        self._kept: dict[tuple[str, ...], tuple[object, tuple[Site, ...], LowRankExperts | None]] = {}
 
     def is_of(self, live: LiveModel) -> bool:
         """Whether they lie beside this very model."""
@@ -100,6 +110,8 @@ class LiveExperts:
         places: Mapping[str, Place],
         routings: Mapping[str, Routing],
         listener: Listener | None = None,
+        *,
+        apart: bool = False,
     ) -> ExitStack:
         """Have the live model compute with routed experts, until what is given back is closed.
 
@@ -107,10 +119,10 @@ class LiveExperts:
             places: where its routers look.
             routings: of these places; where there is none, there are no experts.
             listener: told of every forward pass.
+            apart: each router computes by itself, so that what it computes follows its weights wherever they go.
         """
         undo = ExitStack()
         blocks: dict[str, Tensor] = {}
-        self._reached = {site.module for site in self.sites}
         if listener is not None:
             _listen(self._live.model, listener, undo)
         tell = _nobody if listener is None else listener.routed
@@ -119,53 +131,54 @@ class LiveExperts:
             if place.is_block and name in routings:
                 look = partial(_keep, name, routings[name], blocks, tell)
                 undo.callback(watch(self._live.model.get_submodule(name), False, look).remove)
-        for site in self.sites:
-            name = place_of(recipe, site)
-            if name in routings and (experts := self._present(recipe, site)) is not None:
-                gate = _Gate(places[name], routings[name], blocks, tell)
-                self._hook(site, gate, experts, undo)
-            else:
-                self._reached.discard(site.module)
+        for unit in self.units(recipe, routings, apart=apart):
+            self._hook(unit, _Gate(unit, places[unit.places[0]], blocks, tell), undo)
         return undo
 
-    def check_reached(self) -> None:
-        """Refuse a model that computes with a weight, but not through its module, so that nothing was gated.
+    def units(self, recipe: RoutedRecipe, routings: Mapping[str, Routing], *, apart: bool = False) -> Iterator[Unit]:
+        """What a recipe has of experts, with the routers that gate them.
 
-        Raises:
-            ValueError: no forward pass since ``install`` came through a module.
+        Args:
+            routings: by place; where there is none, there are no experts.
+            apart: no site is together with another one.
         """
-        if self._reached:
-            raise ValueError(f"the model computes without calling {min(self._reached)}: experts cannot be gated there")
+        own_routers = recipe.router.per == "module"
+        for group in self._groups:
+            sites = [site for site in group if place_of(recipe, site) in routings]
+            is_one = not own_routers or are_alike([routings[place_of(recipe, site)] for site in sites])
+            for part in [sites] if is_one and not apart else [[site] for site in sites]:
+                there, experts = self._present(recipe, part, own_routers)
+                if experts is not None:
+                    names = tuple(dict.fromkeys(place_of(recipe, site) for site in there))
+                    yield Unit(there, experts, joined_routing([routings[name] for name in names]), names)
 
-    def present(self, recipe: RoutedRecipe) -> dict[str, Experts]:
-        """The experts that a recipe has, by the module of the site."""
-        found = {site.module: self._present(recipe, site) for site in self.sites}
-        return {module: experts for module, experts in found.items() if experts is not None}
+    def _hook(self, unit: Unit, gate: _Gate, undo: ExitStack) -> None:
+        modules = [self._live.model.get_submodule(site.module) for site in unit.sites]
+        for site, module in zip(unit.sites, modules, strict=True):
+            if not isinstance(module, nn.Linear | Conv1D):
+                raise ValueError(f"{site.module} is a {type(module).__name__}, to whose output nothing can be added")
+        for handle in gate_experts(modules, unit.sites[0].form, lambda: unit.experts, gate):
+            undo.callback(handle.remove)
 
-    def _hook(self, site: Site, gate: _Gate, experts: Experts, undo: ExitStack) -> None:
-        module, reached = self._live.model.get_submodule(site.module), self._reached
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise ValueError(f"{site.module} is a {type(module).__name__}, to whose output nothing can be added")
-
-        def here() -> Experts:
-            reached.discard(site.module)
-            return experts
-
-        undo.callback(gate_experts(module, site.form, here, gate).remove)
-
-    def _present(self, recipe: RoutedRecipe, site: Site) -> Experts | None:
-        """What of the experts of a site is there; a vector whose gate is 0 costs nothing more."""
-        every = self._experts[site.module]
-        if isinstance(every, VectorExperts):
-            return every
-        group = recipe.group_of(site.layer)
-        present = tuple(number for number, name in enumerate(recipe.experts) if name in group.experts)
-        key = site.module, present
-        if key not in self._only:
-            # What earlier candidates had present is let go of: there may be as many subsets as candidates.
-            self._only = {old: kept for old, kept in self._only.items() if old[0] != site.module}
-            self._only[key] = only(every, present)
-        return self._only[key]
+    def _present(
+        self, recipe: RoutedRecipe, sites: Sequence[Site], own_routers: bool
+    ) -> tuple[tuple[Site, ...], Experts | None]:
+        """Which of some sites that are computed together have experts, and those; None where no site has any."""
+        if not sites:
+            return (), None
+        every = [self._experts[site.module] for site in sites]
+        if isinstance(every[0], VectorExperts):  # a vector whose gate is 0 costs nothing more
+            return tuple(sites), every[0]
+        experts = recipe.group_of(sites[0].layer).experts
+        present = tuple(number for number, name in enumerate(recipe.experts) if name in experts)
+        modules, key = tuple(site.module for site in sites), (present, own_routers)
+        # What an earlier candidate had present is let go of: there may be as many subsets as candidates.
+        if (kept := self._kept.get(modules)) is None or kept[0] != key:
+            found = [only(of_site, present) for of_site in every if isinstance(of_site, LowRankExperts)]
+            there = tuple(site for site, experts in zip(sites, found, strict=True) if experts is not None)
+            joined = joined_experts([one for one in found if one is not None], own_routers=own_routers)
+            kept = self._kept[modules] = key, there, joined
+        return kept[1:]
 
 
 def _listen(model: Any, listener: Listener, undo: ExitStack) -> None:

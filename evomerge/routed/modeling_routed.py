@@ -44,8 +44,8 @@ class RouterNumbers(nn.Module):
     def routing(self) -> Routing:
         """The router with its numbers where they are now."""
         router = Router(self._place["kind"], self.get_buffer("weight"), self._buffers.get("bias"))
-        present = self._buffers.get("present")
-        return Routing(router, self.gating, self._buffers.get("added"), None if present is None else present > 0)
+        present = None if (kept := self._buffers.get("present")) is None else kept > 0
+        return Routing(router, self.gating, self._buffers.get("added"), present, self._place["routers"])
 
     def seen(self, values: Tensor) -> Tensor:
         """What the router is shown of a module's input or output."""
@@ -54,10 +54,11 @@ class RouterNumbers(nn.Module):
 
 
 class ExpertNumbers(nn.Module):
-    """The factors of the experts at one site, in the model's dtype."""
+    """The factors of the experts of some modules, in the model's dtype."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         super().__init__()
+        self._count = len(site["modules"])
         for name, shape in site["shapes"].items():
             self.register_buffer(name, torch.empty(shape))
 
@@ -65,11 +66,12 @@ class ExpertNumbers(nn.Module):
         """All of them, with what stays in float32."""
         if "deltas" in float32._buffers:
             return VectorExperts(float32.get_buffer("deltas"))
-        return LowRankExperts(self.get_buffer("down"), self.get_buffer("up"), float32.get_buffer("spread"))
+        ups = tuple(self.get_buffer(f"up{number}") for number in range(self._count))
+        return LowRankExperts(self.get_buffer("down"), ups, float32.get_buffer("spread"))
 
 
 class Float32Numbers(nn.Module):
-    """What of the experts at one site stays in float32: scalings, or vectors."""
+    """What of the experts of some modules stays in float32: scalings, or vectors."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         super().__init__()
@@ -117,4 +119,5 @@ class RoutedForCausalLM(Base):  # type: ignore[misc]
                 return self._blocks[place].reshape(*values.shape[:-1], -1)
             return router.routing().gates(router.seen(values))[1]
 
-        gate_experts(self.get_submodule(site["module"]), site["form"], lambda: factors.experts(float32), gates)
+        modules = [self.get_submodule(name) for name in site["modules"]]
+        gate_experts(modules, site["form"], lambda: factors.experts(float32), gates)

@@ -14,50 +14,42 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.recipes.routed import RoutedRecipe
-from evomerge.routed.computing import LowRankExperts, Routing, VectorExperts
-from evomerge.routed.sites import Place, Site, place_of
+from evomerge.routed.computing import Experts, Routing, VectorExperts
+from evomerge.routed.sites import Place
+from evomerge.routed.units import Unit
 
 CODE = ("modeling_routed.py", "computing.py", "gates.py")
 _INDEX = "model.safetensors.index.json"
 
 
-def add_experts(
-    folder: Path,
-    recipe: RoutedRecipe,
-    sites: Sequence[Site],
-    places: Mapping[str, Place],
-    routings: Mapping[str, Routing],
-    experts: Mapping[str, LowRankExperts | VectorExperts],
-) -> None:
+def add_experts(folder: Path, places: Mapping[str, Place], units: Sequence[Unit]) -> None:
     """Make a routed model of the folder of its trunk.
 
     Args:
         folder: plain, with weights and configuration.
-        routings: by place; of those that are not there no site has experts.
-        experts: those present, by the module of the site.
+        units: of experts and routers; those that one block's router gates share its place.
 
     Raises:
         InputError: the model's configuration names no class of transformers.
     """
-    names = [name for name in places if name in routings]
     tensors: dict[str, Tensor] = {}
     said_places: list[dict[str, Any]] = []
     said_sites: list[dict[str, Any]] = []
-    for number, name in enumerate(names):
-        numbers = _router_numbers(routings[name])
-        tensors |= {f"routers_float32.{number}.{key}": tensor for key, tensor in numbers.items()}
-        said_places.append(_place(places[name], routings[name], numbers))
-    for site in (site for site in sites if site.module in experts and place_of(recipe, site) in names):
-        plain, float32 = _expert_numbers(experts[site.module])
-        number = len(said_sites)
+    numbers: dict[tuple[str, ...], int] = {}
+    for number, unit in enumerate(units):
+        if unit.places not in numbers:
+            at = numbers[unit.places] = len(numbers)
+            found = _router_numbers(unit.routing)
+            tensors |= {f"routers_float32.{at}.{key}": tensor for key, tensor in found.items()}
+            said_places.append(_place(places[unit.places[0]], unit.routing, found))
+        plain, float32 = _expert_numbers(unit.experts)
         tensors |= {f"experts.{number}.{key}": tensor for key, tensor in plain.items()}
         tensors |= {f"experts_float32.{number}.{key}": tensor for key, tensor in float32.items()}
         said_sites.append(
             {
-                "module": site.module,
-                "form": site.form,
-                "place": names.index(place_of(recipe, site)),
+                "modules": [site.module for site in unit.sites],
+                "form": unit.sites[0].form,
+                "place": numbers[unit.places],
                 "shapes": _shapes(plain),
                 "float32": _shapes(float32),
             }
@@ -75,6 +67,7 @@ def _place(place: Place, routing: Routing, numbers: Mapping[str, Tensor]) -> dic
         "heads": place.heads,
         "kind": routing.router.kind,
         "gating": asdict(routing.gating),
+        "routers": routing.routers,
         "shapes": _shapes(numbers),
     }
 
@@ -89,11 +82,12 @@ def _router_numbers(routing: Routing) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
-def _expert_numbers(experts: LowRankExperts | VectorExperts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _expert_numbers(experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Those in the model's dtype, and those in float32."""
     if isinstance(experts, VectorExperts):
         return {}, {"deltas": experts.deltas}
-    return {"down": experts.down, "up": experts.up}, {"spread": experts.spread}
+    ups = {f"up{number}": up for number, up in enumerate(experts.ups)}
+    return {"down": experts.down, **ups}, {"spread": experts.spread}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
