@@ -18,8 +18,8 @@ from evomerge.errors import InputError
 from evomerge.merging.building.builders import BuildContext
 from evomerge.merging.building.export import add_companions, export_key, writing
 from evomerge.merging.building.stack_builder import stack_builder
-from evomerge.merging.measured.change import Written
 from evomerge.merging.materialise import Materialiser, check_stack
+from evomerge.merging.measured.change import Written
 from evomerge.merging.path import is_made_in_order
 from evomerge.mixture.architectures import ARCHITECTURES
 from evomerge.mixture.layout import Cell, Skeleton, cells_of, check_mixture, config_of, dtype_of, has_bias, skeleton_of
