@@ -63,7 +63,7 @@ class Routing:
         """The logits and the gates of tokens: float32 [..., experts] each, of several [..., routers, experts]."""
         logits = self.router.logits(seen)
         if self.routers > 1:
-            logits = logits.unflatten(-1, (self.routers, -1))
+            logits = logits.view(*logits.shape[:-1], self.routers, -1)
         return logits, gates_of(logits, self.gating, self.bias, self.present)
 
 
@@ -95,7 +95,7 @@ class LowRankExperts:
         else:
             own = _own(gates, self.spread)
         mixed = (F.linear(given, self.down) * (own @ self.spread)).to(self.down.dtype)
-        return (mixed,) if len(self.ups) == 1 else mixed.split([len(up) for up in self.ups], -1)
+        return (mixed,) if len(self.ups) == 1 else torch.split(mixed, [len(up) for up in self.ups], -1)
 
     def add(self, mixed: Tensor, module: int, output: Tensor) -> Tensor:
         """What a module gives, [..., outputs], and its experts' parts; in the memory of ``output``."""

@@ -79,7 +79,7 @@ def joined_experts(of_modules: Sequence[LowRankExperts], *, own_routers: bool) -
     return LowRankExperts(
         torch.cat([experts.down for experts in of_modules]),
         tuple(up for experts in of_modules for up in experts.ups),
-        torch.block_diag(*spreads) if own_routers else torch.cat(spreads, dim=1),
+        torch.block_diag(*spreads) if own_routers else torch.cat(spreads, dim=1),  # type: ignore[no-untyped-call]
     )
 
 
