@@ -419,12 +419,12 @@ def elsewhere(found: dict[str, torch.Tensor]) -> None:
 HALF = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 BAD: dict[str, tuple[Harm, str]] = {
     "IA3": (config(peft_type="IA3"), "are not a vector"),
-    "LoKr": (config(peft_type="LOKR"), "peft_type is 'LOKR'"),
+    "LoKr": (config(peft_type="LOKR", alpha=1), "are not the sides of a Kronecker product"),
+    "unknown type": (config(peft_type="HIRA"), "peft_type is 'HIRA'; those that can be folded are ADALORA, BOFT"),
     "no type": (config(peft_type=None), "peft_type is None"),
     "layer replication": (config(layer_replication=[[0, 1], [0, 1]]), "layer_replication is not supported"),
-    "new tokens": (config(trainable_token_indices=[1, 2]), "trainable_token_indices is not supported"),
     "activated": (config(alora_invocation_tokens=[1]), "alora_invocation_tokens is not supported"),
-    "PiSSA": (config(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    "random start": (config(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "rank of none": (config(r=0), "r is 0"),
     "alpha not a number": (config(lora_alpha="8"), "lora_alpha is '8'"),
     "another rank": (config(r=5), "the rank of model.layers.0.self_attn.q_proj is 5, but its tensors have 2"),

@@ -19,7 +19,7 @@ from test_low_rank_rows import arithmetic, opened, recipe_of, rows_of, shares_of
 from test_paths import LAYERS, PATH, deeper, path_recipe
 
 from evomerge.checkpoints import placement
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.finite import _suspects
 from evomerge.checkpoints.headers import map_file
 from evomerge.checkpoints.live import LiveModel, configured, live_model

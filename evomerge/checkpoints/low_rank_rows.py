@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.checkpoints.source import Source
@@ -142,7 +142,7 @@ class LowRankRows(Rows):
             for owner, source in enumerate(sources):
                 for change in source.changes.get(weight, ()):
                     assert isinstance(change, LowRank)
-                    down, up = (_read(entry).to(device, live.model.dtype) for entry in (change.down, change.up))
+                    down, up = (factor.to(device, live.model.dtype) for factor in change.pair(_read))
                     broken = not (torch.isfinite(down).all() and torch.isfinite(up).all())
                     # A candidate that leaves the adapter out is sound, so that its own zeros may not meet the NaN.
                     downs.append(torch.zeros_like(down) if broken else down)

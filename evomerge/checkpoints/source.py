@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.adapters import CONFIG as ADAPTER_CONFIG
-from evomerge.checkpoints.adapters import Adapter, Base, Change, LowRank, Vector, fold, open_adapter
+from evomerge.checkpoints.adapter_changes import Change, LowRank, Started, Vector
+from evomerge.checkpoints.adapter_settings import CONFIG as ADAPTER_CONFIG
+from evomerge.checkpoints.adapters import Adapter, Base, fold, open_adapter
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.config import check_config, check_lists
 from evomerge.checkpoints.folder import (
@@ -340,8 +341,10 @@ def _base(source: Source, plan: Blueprint) -> Base:
         model = empty_model(parse_config(source.config, source.place), source.place)
         return find_names(model, source.parts, names)
 
-    shapes = {name: entry.shape for name, entry in source.tensors.items()}
-    return Base(shapes=shapes, find=find, turned=plan.turned, tied=plan.tied)
+    pieces: dict[str, list[tuple[str, Part]]] = defaultdict(list)
+    for name, part in source.parts.items():
+        pieces[part.tensor].append((name, part))
+    return Base(tensors=source.tensors, pieces=pieces, find=find, turned=plan.turned, tied=plan.tied)
 
 
 def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
@@ -355,6 +358,9 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
             changes.pop(name, None)
         for name, change in adapter.changes.items():
             changes[name] = (*changes.get(name, ()), change)
+            if sum(isinstance(one, Started) for one in changes[name]) > 1:
+                problem = f"{adapter.folder} and an adapter before it both began as a part of {name} (PiSSA, OLoRA)"
+                raise InputError(source.place, problem, "Fold the first with peft's `merge_and_unload`.")
         warnings += _trained_elsewhere(adapter.folder, adapter.base, source.reference)
     files = (*source.files, *(file for adapter in adapters for file in adapter.files))
     return replace(

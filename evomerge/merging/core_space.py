@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from evomerge.blends import stepped
-from evomerge.checkpoints.adapters import LowRank, Vector
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.arithmetic.jobs import WorkerThreads
@@ -227,9 +227,7 @@ def check_adapters(name: str, source: Source, base: str, model: Source) -> None:
         )
     for tensor, changes in source.changes.items():
         for change in changes:
-            if isinstance(change, Vector):
-                raise NotLowRankError(f"the adapter of {name} multiplies {tensor} by a vector ((IA)3)")
             if not isinstance(change, LowRank):
-                raise NotLowRankError(f"the adapter of {name} moves the bias {tensor} (lora_bias)")
+                raise NotLowRankError(f"the adapter of {name} {change.words(tensor)}")
             if change.magnitude is not None:
                 raise NotLowRankError(f"the adapter of {name} is a DoRA: its norms are no sum")

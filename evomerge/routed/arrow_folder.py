@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError

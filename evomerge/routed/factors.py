@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.adapters import LowRank, Vector
+from evomerge.checkpoints.adapter_changes import LowRank, Vector
 from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
 from evomerge.errors import InputError
 from evomerge.routed.computing import LowRankExperts, VectorExperts
@@ -33,8 +33,8 @@ def factors_of(site: Site, expert: int) -> LowRankFactors | None:
     changes = [change for change in site.changes[expert] if isinstance(change, LowRank)]
     if not changes:
         return None
-    downs = [_read(change.down).float() for change in changes]
-    ups = [_read(change.up).float() * change.scale for change in changes]
+    pairs = [(change.pair(_read), change.scale) for change in changes]
+    downs, ups = [down for (down, _), _ in pairs], [up * scale for (_, up), scale in pairs]
     return LowRankFactors(torch.cat(downs), torch.cat(ups, dim=1))
 
 
@@ -51,7 +51,7 @@ def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: 
     for expert, changes in enumerate(site.changes):
         for change in changes:
             assert isinstance(change, LowRank)
-            down, up = (_read(entry).to(device, dtype) for entry in (change.down, change.up))
+            down, up = (factor.to(device, dtype) for factor in change.pair(_read))
             if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise InputError(f"sources.{names[expert]}", f"its adapter of {site.weight} has NaN or Inf")
             downs.append(down)

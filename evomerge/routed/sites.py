@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from evomerge.checkpoints.adapters import Change, LowRank, Vector
+from evomerge.checkpoints.adapter_changes import Change, LowRank, Vector
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.recipes.routed import RoutedRecipe
@@ -109,7 +109,8 @@ def _goes_along(weight: str, base: Source) -> bool:
 
 def _check_form(site: Site, recipe: RoutedRecipe) -> None:
     """Refuse changes of several kinds at one site (InputError)."""
-    kinds = {(type(change), getattr(change, "inputs", None)) for of_expert in site.changes for change in of_expert}
+    every = [change for of_expert in site.changes for change in of_expert]
+    kinds = {(isinstance(change, LowRank), getattr(change, "inputs", None)) for change in every}
     if len(kinds) > 1:
         problem = f"change {site.weight} in several ways: matrices, or vectors of its inputs or of its outputs"
         raise InputError("recipe.experts", problem, _PLAIN)
@@ -139,7 +140,7 @@ def _check_expert(name: str, source: Source, base_name: str, base: Source) -> No
     for tensor, changes in source.changes.items():
         for change in changes:
             if not isinstance(change, LowRank | Vector):
-                raise InputError(place, f"moves the bias {tensor} (lora_bias)", _PLAIN)
+                raise InputError(place, change.words(tensor), _PLAIN)
             if isinstance(change, LowRank) and change.magnitude is not None:
                 raise InputError(place, "is a DoRA: its norms are no sum", _PLAIN)
 

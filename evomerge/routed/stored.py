@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.headers import map_file, view_entry
 from evomerge.routed.computing import Router
 from evomerge.routed.sites import Site

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
 from evomerge.checkpoints.source import Source
 from evomerge.merging.adapters.low_rank import Family
@@ -92,8 +92,8 @@ def low_rank_factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | Non
     pairs = []
     for change in source.changes.get(weight, ()):
         if isinstance(change, LowRank):
-            up, down = change.scale * _read(change.up), _read(change.down)
-            pairs.append((down.T, up.T) if change.turned else (up, down))
+            left, right = (factor.double() for factor in change.factors(_read))
+            pairs.append((change.scale * left, right))
     if not pairs:
         return None
     ups, downs = zip(*pairs, strict=True)
@@ -101,7 +101,7 @@ def low_rank_factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | Non
 
 
 def _read(entry: TensorEntry) -> Tensor:
-    return view_entry(entry, map_file(entry.file)).double()
+    return view_entry(entry, map_file(entry.file))
 
 
 def _squared_norm(source: Source) -> float:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.blends import derivative_problem, planned
-from evomerge.checkpoints.adapters import LowRank
+from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.backward import gradients
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError

@@ -1,0 +1,419 @@
+"""What adapters do to a stored tensor. With W [out, in], factors A and B of rank r and a scaling s:
+
+    LoRA     W + s B A                                           arXiv:2106.09685, section 4.1
+    DoRA     m (W + s B A) / ||W + s B A||, norms of rows        arXiv:2402.09353, equation 5
+    (IA)3    diag(l) W, or W diag(l) in the last map of an mlp   arXiv:2205.05638, section 3.3
+    AdaLoRA  W + s B diag(e) A                                   arXiv:2303.10512, equation 3
+    VeRA     W + diag(b) B diag(d) A, all layers share A and B   arXiv:2310.11454, equation 2
+    PiSSA    W - W_r + s B A, W_r of r singular values           arXiv:2404.02948, section 3
+    OLoRA    W - s Q_r R_r + s B A, with W = Q R                 arXiv:2406.01775, section 3
+    LoHa     W + s (B1 A1) * (B2 A2), element by element         arXiv:2108.06098, equation 2
+    LoKr     W + s kron(W1, W2), each whole or a product         arXiv:2309.14859, section 3.2
+    OFT      W R^T, R orthogonal of blocks                       arXiv:2306.07280, section 4
+    BOFT     diag(s) W R^T                                       arXiv:2311.06243, section 5
+
+Everything is computed in float32, as PEFT's ``merge_and_unload`` does it. Tensors stay in their mapped files.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
+
+View: TypeAlias = Callable[[TensorEntry], torch.Tensor]
+"""Gives the tensor of an entry."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What adds a product of two thin matrices to a weight: a LoRA or DoRA, and those of this file that are like it.
+
+    Attributes:
+        down, up: where the factors A (rank by inputs) and B (outputs by rank) are.
+        scale: s above.
+        turned: the weight is stored as inputs by outputs: embeddings, and GPT-2's Conv1D.
+        magnitude: DoRA's m, one number an output.
+        router: of one of several experts in a folder: the router [experts, inputs] that was trained with them, and
+            which row of it is its own.
+    """
+
+    down: TensorEntry
+    up: TensorEntry
+    scale: float
+    turned: bool
+    magnitude: TensorEntry | None = None
+    router: tuple[TensorEntry, int] | None = None
+
+    @property
+    def made(self) -> tuple[int, int]:
+        """Outputs and inputs of what is added."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def misfit(self) -> str:
+        """Why its tensors do not fit each other; empty where they do."""
+        return "" if self.up.shape[1] == self.down.shape[0] else "its factors have other ranks"
+
+    def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, inputs] and B [outputs, rank]: float32."""
+        return view(self.down).float(), view(self.up).float()
+
+    def factors(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """L [rows, rank] and R [rank, columns] of the weight as it is stored, to which s L R is added: float32."""
+        down, up = self.pair(view)
+        return (down.T, up.T) if self.turned else (up, down)
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        """Put it on a weight in place.
+
+        Args:
+            weight: float32, as the adapters before left it.
+            stored: the weight without any adapter.
+            view: gives the tensor of an entry.
+            first: there are no adapters before.
+        """
+        left, right = self.factors(view)
+        weight.addmm_(left, right, alpha=self.scale)
+        if self.magnitude is None:
+            return
+        # Of several DoRA each was trained beside the others' base, so the norm is that of the stored weight.
+        alone = weight if first else torch.addmm(stored.float(), left, right, alpha=self.scale)
+        norm = torch.linalg.vector_norm(alone, dim=0 if self.turned else 1, keepdim=True)
+        weight.mul_(view(self.magnitude).float().reshape(norm.shape) / norm)
+
+
+@dataclass(frozen=True)
+class OfExpert(LowRank):
+    """One expert's part of the factors of all experts of a layer (``target_parameters``).
+
+    Attributes:
+        expert, experts: which one, of how many.
+        rows: which outputs of its matrix the tensor is, where the model has several in one; None for all.
+    """
+
+    expert: int = 0
+    experts: int = 1
+    rows: tuple[int, int] | None = None
+
+    @property
+    def made(self) -> tuple[int, int]:
+        outputs, inputs = super().made
+        return (outputs if self.rows is None else self.rows[1] - self.rows[0]), inputs
+
+    def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        down, up = super().pair(view)
+        rank = len(down) // self.experts
+        # PEFT has the experts outside in A and inside in B.
+        mine = up.view(len(up), rank, self.experts)[..., self.expert]
+        return down[self.expert * rank : (self.expert + 1) * rank], mine if self.rows is None else mine[
+            slice(*self.rows)
+        ]
+
+
+@dataclass(frozen=True)
+class OfExperts:
+    """The factors of all experts of a layer, on the tensor that holds all of them: [experts, out, in], or turned.
+
+    Attributes:
+        down, up: A and B, as of ``OfExpert``.
+    """
+
+    down: TensorEntry
+    up: TensorEntry
+    scale: float
+    turned: bool
+
+    def words(self, tensor: str) -> str:
+        """What it does to a tensor, for messages."""
+        return f"changes all experts of {tensor} at once (target_parameters)"
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        """Put it on a tensor in place; arguments as of ``LowRank``."""
+        down, up = view(self.down).float(), view(self.up).float()
+        downs, ups = down.view(len(weight), -1, down.shape[1]), up.view(len(up), -1, len(weight)).permute(2, 0, 1)
+        left, right = (downs.mT, ups.mT) if self.turned else (ups, downs)
+        weight.baddbmm_(left, right, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class Scaled(LowRank):
+    """Factors of which the rank's own numbers, and the outputs', are trained apart: AdaLoRA and VeRA.
+
+    Attributes:
+        inner: what multiplies each row of A.
+        outer: what multiplies each row of B; None where nothing does.
+        size: outputs and inputs, where the factors are larger.
+    """
+
+    inner: TensorEntry | None = None
+    outer: TensorEntry | None = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def made(self) -> tuple[int, int]:
+        return self.size or super().made
+
+    def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        down, up = super().pair(view)
+        outputs, inputs = self.made
+        down, up = down[:, :inputs], up[:outputs]
+        if self.inner is not None:
+            down = down * view(self.inner).float().view(-1, 1)
+        if self.outer is not None:
+            up = up * view(self.outer).float().view(-1, 1)
+        return down, up
+
+
+@dataclass(frozen=True)
+class Started(LowRank):
+    """A LoRA that began as a part of the weight, which was taken out of the base.
+
+    Attributes:
+        start: which part: of the largest singular values, or of the first columns of Q.
+        weight: the weight that it began from.
+    """
+
+    start: Literal["pissa", "olora"] = "pissa"
+    weight: TensorEntry | None = None
+
+    def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        down, up = super().pair(view)
+        assert self.weight is not None
+        began = _began(self.weight, self.start, len(down), self.scale, self.turned)
+        return torch.cat([down, began[0]]), torch.cat([up, -began[1]], dim=1)
+
+
+@functools.lru_cache(4096)
+def _began(entry: TensorEntry, start: str, rank: int, scale: float, turned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, inputs] and B [outputs, rank] that a LoRA began with, from the weight: float32."""
+    weight = view_entry(entry, map_file(entry.file)).float()
+    if start == "olora":
+        left, right = torch.linalg.qr(weight)
+        return right[:rank].clone(), left[:, :rank].clone()
+    left, sizes, right = torch.linalg.svd(weight.T if turned else weight, full_matrices=False)
+    roots = (sizes[:rank] / scale).sqrt()
+    return roots[:, None] * right[:rank], left[:, :rank] * roots
+
+
+@dataclass(frozen=True)
+class Hadamard(LowRank):
+    """A LoHa: an element-wise product of two products, so of a rank up to the square of theirs.
+
+    Attributes:
+        down2, up2: A2 and B2; ``down`` and ``up`` are the first.
+    """
+
+    down2: TensorEntry | None = None
+    up2: TensorEntry | None = None
+
+    @property
+    def misfit(self) -> str:
+        assert self.down2 is not None
+        assert self.up2 is not None
+        same = self.down.shape == self.down2.shape and self.up.shape == self.up2.shape
+        return super().misfit or ("" if same else "its two products have other shapes")
+
+    def _parts(self, view: View) -> tuple[torch.Tensor, ...]:
+        entries = (self.up, self.down, self.up2, self.down2)
+        return tuple(view(entry).float() for entry in entries if entry is not None)
+
+    def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        up, down, up2, down2 = self._parts(view)
+        outer_up = (up[:, :, None] * up2[:, None, :]).flatten(1)
+        return (down[:, None, :] * down2[None, :, :]).flatten(0, 1), outer_up
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        up, down, up2, down2 = self._parts(view)
+        change = (up @ down) * (up2 @ down2) * self.scale
+        weight.add_(change.T if self.turned else change)
+
+
+@dataclass(frozen=True)
+class Kronecker(LowRank):
+    """A LoKr: a Kronecker product, of which either side may be a product itself.
+
+    Attributes:
+        one, two: W1 and W2, each as one tensor or as two whose product it is; ``down`` and ``up`` are the last and
+            the first of these.
+        size: outputs and inputs.
+    """
+
+    one: tuple[TensorEntry, ...] = ()
+    two: tuple[TensorEntry, ...] = ()
+
+    @property
+    def made(self) -> tuple[int, int]:
+        return self.one[0].shape[0] * self.two[0].shape[0], self.one[-1].shape[1] * self.two[-1].shape[1]
+
+    @property
+    def misfit(self) -> str:
+        sides = (side for side in (self.one, self.two) if len(side) == 2)
+        return "its factors have other ranks" if any(a.shape[1] != b.shape[0] for a, b in sides) else ""
+
+    def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        (up1, down1), (up2, down2) = (self._halves(side, view) for side in (self.one, self.two))
+        return torch.kron(down1, down2), torch.kron(up1, up2)
+
+    def _halves(self, side: tuple[TensorEntry, ...], view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        first = view(side[0]).float()
+        if len(side) == 2:
+            return first, view(side[1]).float()
+        whole = torch.eye(min(first.shape))
+        return (whole, first) if first.shape[0] < first.shape[1] else (first, whole)
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        sides = [functools.reduce(torch.mm, [view(entry).float() for entry in side]) for side in (self.one, self.two)]
+        change = torch.kron(*sides) * self.scale
+        weight.add_(change.T if self.turned else change)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A bias of B (``lora_bias``), which moves the layer's own by s times it."""
+
+    by: TensorEntry
+    scale: float
+
+    def words(self, tensor: str) -> str:
+        """What it does to a tensor, for messages."""
+        return f"moves the bias {tensor} (lora_bias)"
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        """Put it on a bias in place; arguments as of ``LowRank``."""
+        weight.add_(self.scale * view(self.by).float())
+
+
+@dataclass(frozen=True)
+class Vector:
+    """An (IA)3 of one weight: a number that multiplies each of its outputs, or of its inputs.
+
+    Attributes:
+        by: the vector, of any shape.
+        inputs: it is of the inputs (a module of PEFT's ``feedforward_modules``), else of the outputs, bias and all.
+        turned: the weight is stored as inputs by outputs.
+    """
+
+    by: TensorEntry
+    inputs: bool
+    turned: bool
+
+    @property
+    def of_columns(self) -> bool:
+        """Whether it multiplies the columns of the weight as it is stored, else the rows."""
+        return self.inputs != self.turned
+
+    def vector(self, view: View) -> torch.Tensor:
+        """l: float32 [inputs] or [outputs].
+
+        Args:
+            view: gives the tensor of an entry.
+        """
+        return view(self.by).float().flatten()
+
+    def words(self, tensor: str) -> str:
+        """What it does to a tensor, for messages."""
+        return f"multiplies {tensor} by a vector ((IA)3)"
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        """Put it on a weight, or on the bias of a layer whose outputs it multiplies; arguments as of ``LowRank``."""
+        vector = self.vector(view)
+        weight.mul_(vector if self.of_columns or weight.dim() == 1 else vector[:, None])
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An OFT or BOFT: inputs are turned in blocks, and for BOFT outputs scaled.
+
+    Attributes:
+        by: of OFT the numbers above the diagonal of each block's skew matrix, [blocks, b (b - 1) / 2]; of BOFT
+            matrices [1, blocks, b, b], of which the skew part counts. A single block stands for all where it is shared.
+        outputs: what multiplies each output; None where nothing does.
+        terms: of the series that stands for Cayley's transform; None for the transform itself.
+        bound: the largest norm that a block's skew matrix may have (constrained OFT); None without a bound.
+    """
+
+    by: TensorEntry
+    outputs: TensorEntry | None = None
+    terms: int | None = None
+    bound: float | None = None
+
+    @property
+    def block(self) -> int:
+        """b, the inputs of a block."""
+        if self.outputs is not None:
+            return self.by.shape[-1]
+        return (1 + math.isqrt(1 + 8 * self.by.shape[1])) // 2
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are stored."""
+        return self.by.shape[1 if self.outputs is not None else 0]
+
+    def words(self, tensor: str) -> str:
+        """What it does to a tensor, for messages."""
+        return f"turns the inputs of {tensor} (OFT, BOFT)"
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        """Put it on a weight [out, in] in place; arguments as of ``LowRank``."""
+        turns = self._cayley(self._skew(view(self.by).float()))
+        columns = weight.view(len(weight), -1, self.block).transpose(0, 1)  # [blocks, out, b]
+        weight.copy_((columns @ turns.mT).transpose(0, 1).reshape(weight.shape))
+        if self.outputs is not None:
+            weight.mul_(view(self.outputs).float().view(-1, 1))
+
+    def _skew(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[blocks, b, b]"""
+        if self.outputs is not None:
+            return 0.5 * (numbers[0] - numbers[0].mT)
+        size = self.block
+        skew = numbers.new_zeros(len(numbers), size, size)
+        rows, columns = torch.triu_indices(size, size, 1)
+        skew[:, rows, columns] = numbers
+        skew = skew - skew.mT
+        if self.bound is not None:
+            norms = torch.linalg.matrix_norm(skew, keepdim=True)
+            skew = torch.where(norms <= self.bound, skew, self.bound * skew / norms)
+        return skew
+
+    def _cayley(self, skew: torch.Tensor) -> torch.Tensor:
+        """R of each block, [blocks, b, b]; the series is of the transform's transpose, as PEFT has it."""
+        one = torch.eye(skew.shape[-1])
+        if self.terms is None:
+            return torch.linalg.solve(one + skew, one - skew, left=False)
+        turn, power = one.repeat(len(skew), 1, 1), one
+        last = max(self.terms, 4) - 1 if self.terms > 2 else 0  # PEFT's series of three terms has four
+        for _ in range(1, last or self.terms):
+            power = power @ skew
+            turn = turn + 2.0 * power
+        return turn + power @ skew if last else turn
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding or a head that were trained alone (``trainable_token_indices``): they replace its own.
+
+    Attributes:
+        by: the rows, [tokens, width].
+        tokens: whose rows they are.
+    """
+
+    by: TensorEntry
+    tokens: tuple[int, ...]
+
+    def words(self, tensor: str) -> str:
+        """What it does to a tensor, for messages."""
+        return f"holds rows of {tensor} in full (trainable_token_indices)"
+
+    def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
+        """Put them into a weight in place; arguments as of ``LowRank``."""
+        weight[list(self.tokens)] = view(self.by).float()
+
+
+Change: TypeAlias = LowRank | OfExperts | Shift | Vector | Rotation | Rows

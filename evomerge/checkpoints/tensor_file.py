@@ -1,0 +1,62 @@
+"""A safetensors file of tensors that come one by one, whose sizes nobody knows before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+_FLOAT32 = "F32"
+
+
+class TensorFile:
+    """Writes float32 tensors to a file. Memory holds none of them: the header, which comes first, is added at the end.
+
+    ``with TensorFile(path) as file:`` then ``file.add(name, tensor)``; the file is there when the block is left.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting = path.with_name(path.name + ".unfinished")
+        self._entries: dict[str, dict[str, object]] = {}
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        self._stream = self._waiting.open("xb")
+        return self
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor.
+
+        Raises:
+            KeyError: there is one of that name.
+            OSError: such as of a full disk.
+        """
+        if name in self._entries:
+            raise KeyError(name)
+        flat = tensor.detach().float().contiguous().reshape(-1)
+        self._stream.write(flat.numpy().data)
+        end = self._end + flat.nbytes
+        self._entries[name] = {"dtype": _FLOAT32, "shape": list(tensor.shape), "data_offsets": [self._end, end]}
+        self._end = end
+
+    @property
+    def size(self) -> int:
+        """Bytes of tensors so far."""
+        return self._end
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        if error is None:
+            text = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+            with self._path.open("xb") as whole, self._waiting.open("rb") as tensors:
+                whole.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(tensors, whole, 1 << 24)
+        self._waiting.unlink()

@@ -1,0 +1,56 @@
+"""A folder that appears whole or not at all, of files that others write."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from evomerge.checkpoints.target import check_target, existing_parent
+from evomerge.errors import InputError
+
+
+@contextmanager
+def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """The folder under a temporary name beside its place, to which it is moved at the end; removed after an error.
+
+    Args:
+        out: the folder to make. It may exist if it is empty.
+        sources: folders of models that must not be written into.
+
+    Raises:
+        InputError: it cannot be made there, the disk is full, or somebody made it in the meantime.
+    """
+    out = out.absolute()
+    check_target(out, sources)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this one's number
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            _sync(file)
+        partial.rename(out)  # over an empty folder as well
+        _sync(out.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(str(out), "was made by someone else in the meantime") from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(existing_parent(out)).free
+        problem = f"the disk is full: {free / 1e6:,.1f} MB are free now"
+        hint = "Free some space, or choose a folder on another disk. Nothing was left behind."
+        raise InputError(str(out), problem, hint) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
