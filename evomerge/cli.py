@@ -36,6 +36,12 @@ ServerOption = Annotated[
         "--server", metavar="URL", help="Ask this server: DIR is the search's name, EVOMERGE_TOKEN the token."
     ),
 ]
+RankOption = Annotated[
+    str | None, typer.Option(metavar="N|full", help="The rank of each module, 32 by default; with --energy the most.")
+]
+EnergyOption = Annotated[
+    float | None, typer.Option(metavar="SHARE", help="As few ranks as hold this share of a change's energy, as 0.99.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -302,9 +308,20 @@ def export(
         str | None,
         typer.Option("--as", metavar="FORM", help="Of routed experts: `routed` (remote code), `peft` or `mixture`."),
     ] = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write what it adds to the base as a LoRA adapter instead.")
+    ] = False,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
 ) -> None:
     """Write a candidate as a plain Hugging Face model folder."""
     from evomerge.commands.models import export
+
+    if as_adapter:
+        from evomerge.commands.extract import Wanted, export_adapter
+
+        export_adapter(folder, out, candidate, Wanted(rank, energy), verify=verify, form=form)
+        return
 
     export(folder, out, candidate, verify=verify, form=form)
 
@@ -353,6 +370,30 @@ def moe(
 
     texts = None if calibration is None else (calibration, prompts, tokens)
     assemble_or_prune(model, out, architecture, prune, texts, merged=merge)
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or model+adapter.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's folder to make.")],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="What it was tuned from.")],
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    embeddings: Annotated[
+        str, typer.Option(metavar="FORM", help="How changed embeddings are held: full, low_rank, tokens or none.")
+    ] = "full",
+    preset: Annotated[str, typer.Option(help="Who is to load it: peft, or vllm, which takes less.")] = "peft",
+    verify: Annotated[
+        Path | None, typer.Option(metavar="SEARCH.yaml", help="Score it beside the model on a search's items.")
+    ] = None,
+    compare_ranks: Annotated[
+        list[str], typer.Option(metavar="N", help="With --verify: score this rank as well; repeatable.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Write what a model adds to its base as a LoRA adapter. Says what each part of it loses."""
+    from evomerge.commands.extract import Wanted, extract
+
+    extract(model, base, out, Wanted(rank, energy, embeddings, preset), verify, compare_ranks)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from transformers import GPT2Config, MixtralConfig, Qwen3MoeConfig
 from evomerge.checkpoints.adapter_changes import LowRank
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.low_rank import family_of
+from evomerge.merging.adapters.low_rank import family_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

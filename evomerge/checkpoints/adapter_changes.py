@@ -385,8 +385,10 @@ class Rotation:
     def _cayley(self, skew: torch.Tensor) -> torch.Tensor:
         """R of each block, [blocks, b, b]; the series is of the transform's transpose, as PEFT has it."""
         one = torch.eye(skew.shape[-1])
+        turn: torch.Tensor
         if self.terms is None:
-            return torch.linalg.solve(one + skew, one - skew, left=False)
+            turn = torch.linalg.solve(one + skew, one - skew, left=False)
+            return turn
         turn, power = one.repeat(len(skew), 1, 1), one
         last = max(self.terms, 4) - 1 if self.terms > 2 else 0  # PEFT's series of three terms has four
         for _ in range(1, last or self.terms):

@@ -33,16 +33,18 @@ from evomerge.report.status import status_of
 from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import EVIDENCE_NAME, open_store
 from evomerge.search.settings.resuming import resumed_file
-from evomerge.search.settings.search_file import load_search_file
+from evomerge.search.settings.search_file import SearchFile, load_search_file
 from evomerge.store import CandidateRow
 
 
-def export(folder: Path, out: str | Path, candidate: str, *, verify: bool, form: str | None = None) -> None:
+def export(
+    folder: Path, out: str | Path, candidate: str, *, verify: bool, form: str | None = None, said: str | None = None
+) -> None:
     """Write a candidate of a search as a model folder, and see that it scores as recorded.
 
     ``out`` is a folder, or a URL: then the model is made and seen to score in a temporary folder, and uploaded.
     ``form`` is one of those that recipes of its kind know. Where the model is another one than was scored, its own
-    scores are shown beside those recorded.
+    scores are shown beside those recorded. ``said`` is what ``out`` is called on the screen, where it will not stay.
     """
     console = make_console()
     with open_store(folder) as store:
@@ -70,11 +72,7 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool, form:
             check_sources(store, sources)
         recipe = recipe_of(row, file.sources)
         _check_form(recipe, form)
-        if file.together > 1 and recipe.dtype != "float32":
-            # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they
-            # change would be rounded away, and the folder be another model than was scored.
-            recipe = recipe.model_copy(update={"dtype": "float32"})
-            console.print("written in float32: candidates that are scored together are never rounded")
+        recipe = _unrounded(recipe, file, console)
         evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
         context = build_context(file, sources, evidence, texts_digest=recipe.calibration, fit_digest=recipe.fit)
         builder = find_builder(recipe.kind)(replace(context, form=form))
@@ -101,8 +99,18 @@ def export(folder: Path, out: str | Path, candidate: str, *, verify: bool, form:
             if not verify:
                 texts[NAME] += verification(())
             builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)
-    unseen = "" if verify else ", not scored again"
-    _say(console, unlike, checked, f"exported {_called(row, status, file.sources)} to {out}{unseen}", unconfirmed)
+    done = f"exported {_called(row, status, file.sources)} to {said or out}{'' if verify else ', not scored again'}"
+    _say(console, unlike, checked, done, unconfirmed)
+
+
+def _unrounded(recipe: Recipe, file: SearchFile, console: Console) -> Recipe:
+    """The recipe as its model was scored: in float32 where several were scored together."""
+    if file.together == 1 or recipe.dtype == "float32":
+        return recipe
+    # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they change would
+    # be rounded away, and the folder be another model than was scored.
+    console.print("written in float32: candidates that are scored together are never rounded")
+    return recipe.model_copy(update={"dtype": "float32"})
 
 
 def _say(console: Console, unlike: str, checked: Sequence[str], done: str, unconfirmed: str) -> None:

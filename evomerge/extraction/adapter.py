@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from evomerge.checkpoints.adapters import CONFIG, WEIGHTS
+from evomerge.checkpoints.adapter_settings import CONFIG
+from evomerge.checkpoints.adapters import WEIGHTS
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.folder import tokenizer_files
 from evomerge.checkpoints.source import Source
@@ -68,10 +69,18 @@ class Loss:
 
 @dataclass
 class Extraction:
-    """An adapter that was made: its losses in the order of the model's modules, its largest rank, its bytes."""
+    """An adapter that was made.
+
+    Attributes:
+        losses: in the order of the model's modules.
+        rank: the one that its configuration says.
+        largest: the largest rank.
+        size: bytes of its tensors.
+    """
 
     losses: list[Loss]
     rank: int
+    largest: int
     size: int
 
     @property
@@ -142,7 +151,7 @@ def extract(
             size = file.size
         if not (maker.parts.modules or maker.parts.parameters):
             raise _nothing(model, base, maker.losses)
-        made = Extraction(maker.losses, maker.rank, size)
+        made = Extraction(maker.losses, maker.rank, max(maker.ranks), size)
         for name, text in {
             CONFIG: json.dumps(_config(maker, base, classes), indent=2) + "\n",
             REPORT: report_text(made),
@@ -170,9 +179,16 @@ class _Maker:
         self._nested: list[tuple[Tensor, Tensor]] = []
 
     @property
+    def ranks(self) -> list[int]:
+        """Those of all modules and parameters."""
+        return [*self.parts.modules.values(), *self.parts.parameters.values()]
+
+    @property
     def rank(self) -> int:
-        """The rank that most modules have: every other one is named."""
-        ranks = Counter([*self.parts.modules.values(), *self.parts.parameters.values()])
+        """The rank that most modules have: others are named. vLLM, which reads no names, is told the largest."""
+        if self._how.preset == "vllm":
+            return max(self.ranks)
+        ranks = Counter(self.ranks)
         return max(ranks, key=lambda rank: (ranks[rank], rank))
 
     def add(self, module: Sequence[Target]) -> None:

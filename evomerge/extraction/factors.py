@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.merging.spectra import decomposed
+from evomerge.merging.arithmetic.spectra import decomposed
 
 _FEW = 6
 """Of a matrix's short side, the part from which on a random projection is not faster than all singular values."""

@@ -47,8 +47,25 @@ def export(folder: Path) -> None:
         )  # fmt: skip
         write_model(recipe, sources, folder / name, texts={})
     export_mixture(folder / "mixture", sources, [maths, both])
+    export_adapter(folder)
     for name in (*paths, "mixture"):
         (folder / f"{name}.json").write_text(json.dumps(transformers_answers(folder / name)))
+
+
+def export_adapter(folder: Path) -> None:
+    """Write the adapter of a fine-tune as vLLM takes it, and what PEFT's model of it answers."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from evomerge.checkpoints.source import open_source
+    from evomerge.extraction.adapter import Extracting, extract
+    from evomerge.extraction.factors import RankRule
+
+    maths, base = (open_source(n, str(ROOT / "examples" / "miniatures" / n), place=n) for n in ("maths", "base"))
+    extract(maths, base, folder / "adapter", Extracting(RankRule(energy=0.9), preset="vllm"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder), str(folder / "adapter"))
+    answers = transformers_answers(base.folder, adapted.eval())
+    (folder / "adapter.json").write_text(json.dumps(answers))
 
 
 def export_mixture(out: Path, sources: dict[str, Any], experts: list[Any]) -> None:
@@ -71,28 +88,39 @@ def prompts() -> list[str]:
     return [json.loads(line)["prompt"] for line in lines[:PROMPTS]]
 
 
-def transformers_answers(model: Path) -> list[list[int]]:
+def transformers_answers(model: Path, loaded: Any = None) -> list[list[int]]:
+    """Greedy answers of a folder's model, or of one that is loaded, by the folder's tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval() if loaded is None else loaded
     answers = []
     for prompt in prompts():
         ids = torch.tensor([tokenizer.encode(prompt)])
         with torch.inference_mode():
-            answer = loaded.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+            answer = loaded.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)
         answers.append(answer[0, ids.shape[1] :].tolist())
     return answers
 
 
 def generate(folder: Path) -> int:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     counts = {}
     for expected_file in sorted(folder.glob("*.json")):
         model = folder / expected_file.stem
-        engine: Any = LLM(model=str(model), dtype="float32", enforce_eager=True, max_model_len=128)
-        asked = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
+        is_adapter = (model / "adapter_config.json").exists()
+        base, rank = (ROOT / "examples" / "miniatures" / "base", 64) if is_adapter else (model, 16)
+        engine: Any = LLM(
+            model=str(base), dtype="float32", enforce_eager=True, max_model_len=128, enable_lora=is_adapter,
+            max_lora_rank=rank,
+        )  # fmt: skip
+        lora = LoRARequest(model.name, 1, str(model)) if is_adapter else None
+        asked = engine.generate(
+            prompts(), SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False, lora_request=lora
+        )
         answers = [list(output.outputs[0].token_ids) for output in asked]
         expected = json.loads(expected_file.read_text())
         counts[model.name] = sum(a == b for a, b in zip(answers, expected, strict=True)), len(expected)

@@ -1,0 +1,224 @@
+"""The command extract, and the adapter of a candidate: what a model adds to a base, as a LoRA."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from evomerge.checkpoints.references import check_reference
+from evomerge.checkpoints.target import check_target, existing_parent
+from evomerge.commands.waiting import opening, progress_bar
+from evomerge.errors import InputError
+from evomerge.objects import is_url
+from evomerge.plugins import unknown_name
+from evomerge.search.settings.folder import open_store
+from evomerge.search.settings.resuming import resumed_file
+from evomerge.search.settings.search_file import SearchFile, load_search_file
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.source import Source
+    from evomerge.extraction.adapter import Extracting, Extraction, Loss
+
+FULL = "full"
+_RANK = 32
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for ``--max-lora-rank``."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line says of an adapter.
+
+    Attributes:
+        rank: a number, ``full``, or None for the default.
+        energy: the share of each change that is to be held, or None.
+        embeddings, preset: see ``Extracting``.
+    """
+
+    rank: str | None = None
+    energy: float | None = None
+    embeddings: str = "full"
+    preset: str = "peft"
+
+    def read(self) -> Extracting:
+        """The same, checked.
+
+        Raises:
+            InputError: a value is none of those that there are.
+        """
+        from evomerge.extraction.adapter import EmbeddingForm, Extracting, Preset
+        from evomerge.extraction.factors import RankRule
+
+        for option, given, known in (
+            ("--embeddings", self.embeddings, get_args(EmbeddingForm)), ("--preset", self.preset, get_args(Preset)),
+        ):  # fmt: skip
+            if given not in known:
+                raise unknown_name(given, known, option, "way to hold them" if option == "--embeddings" else "preset")
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise InputError("--energy", f"is {self.energy:g}; it is a share, above 0 and at most 1")
+        rule = RankRule(_most(self.rank, has_energy=self.energy is not None), self.energy)
+        embeddings: EmbeddingForm = self.embeddings  # type: ignore[assignment]  # one of them, as was just seen
+        preset: Preset = self.preset  # type: ignore[assignment]
+        return Extracting(rule, embeddings, preset)
+
+
+def _most(rank: str | None, *, has_energy: bool) -> int | None:
+    if rank is None:
+        return None if has_energy else _RANK
+    if rank == FULL:
+        return None
+    if not rank.isdecimal() or int(rank) < 1:
+        raise InputError("--rank", f"is {rank!r}; it is a whole number above 0, or {FULL}")
+    return int(rank)
+
+
+def extract(
+    model: str, base: str, out: Path, wanted: Wanted, verify: Path | None = None, ranks: Sequence[str] = ()
+) -> None:
+    """Write what a model adds to its base as an adapter.
+
+    Args:
+        verify: a search file, on whose items adapter and model are scored.
+        ranks: other ranks, to be compared on these items.
+    """
+    check_target(out)
+    for place, reference in (("MODEL", model), ("--base", base)):
+        check_reference(reference, place)
+    if ranks and verify is None:
+        raise InputError(
+            "--compare-ranks", "is for scores of other ranks", "Say on which items: `--verify SEARCH.yaml`."
+        )
+    how, others = wanted.read(), [replace(wanted, rank=rank, energy=None).read() for rank in ranks]
+    file = None if verify is None else load_search_file(verify)
+    with opening():
+        from evomerge.checkpoints.source import open_source
+        from evomerge.extraction.adapter import check_pair
+
+        tuned, origin = open_source("model", model, place="MODEL"), open_source("base", base, place="--base")
+        check_pair(tuned, origin)
+    write_adapter(tuned, origin, out, how, file, others)
+
+
+def export_adapter(
+    folder: Path, out: str, candidate: str, wanted: Wanted, *, verify: bool, form: str | None = None
+) -> None:
+    """Write what a candidate of a search adds to the search's base as an adapter.
+
+    The candidate is exported and verified as always, in a folder that is removed, and scored again as the adapter is.
+    """
+    if is_url(out) or form is not None:
+        raise InputError("--as-adapter", "makes a folder of one form", "Leave --as out, and name a folder.")
+    check_target(Path(out))
+    how = wanted.read()
+    with open_store(folder) as store:
+        file = resumed_file(folder, store, ())
+    if file.base is None:
+        hint = "Export the model, and name its base: `evomerge extract MODEL --base BASE OUT`."
+        raise InputError("--as-adapter", "the search names no base that candidates could be taken from", hint)
+    from evomerge.checkpoints.source import open_source
+    from evomerge.commands.models import export
+
+    base = open_source("base", file.sources[file.base], place=f"sources.{file.base}")
+    parent = existing_parent(Path(out))
+    with tempfile.TemporaryDirectory(prefix=".evomerge-", dir=parent) as above:
+        whole = Path(above) / "model"
+        export(folder, whole, candidate, verify=verify, said="a temporary folder, to take the adapter out of it")
+        model = open_source("model", str(whole), place=candidate)
+        write_adapter(model, base, Path(out), how, file if verify else None)
+
+
+def write_adapter(
+    model: Source, base: Source, out: Path, how: Extracting, file: SearchFile | None, others: Sequence[Extracting] = ()
+) -> None:
+    """Make the adapter's folder, say what it lost, and score it on the items of a search file.
+
+    Args:
+        others: further adapters, which are only scored.
+    """
+    from evomerge.extraction.adapter import extract as make
+    from evomerge.report.adapter import card
+    from evomerge.report.screen import make_console
+
+    console = make_console()
+    with progress_bar(console, "taking the difference apart") as update:
+        made = make(model, base, out, how, texts=lambda made: card(out.name, model, base, made), progress=update)
+    console.print(_table(made.losses))
+    what = f"rank {made.rank}, {made.size / 1e6:,.1f} MB, {made.lost:.2%} of the change's energy lost"
+    console.print(f"extracted into {out}: {what}", style="bold")
+    if how.preset == "vllm":
+        _say_vllm(console, base, out, made)
+    if file is not None:
+        _compare(console, model, base, [(out, made)], others, file)
+
+
+def _say_vllm(console: Console, base: Source, out: Path, made: Extraction) -> None:
+    most = next((rank for rank in _VLLM_RANKS if rank >= made.largest), None)
+    if most is None:
+        console.print(f"vLLM takes ranks up to {_VLLM_RANKS[-1]}; this one has {made.largest}", style="yellow")
+        return
+    command = f"vllm serve {base.reference} --enable-lora --max-lora-rank {most} --lora-modules {out.name}={out}"
+    console.print(command, soft_wrap=True)
+
+
+def _table(losses: Sequence[Loss]) -> Table:
+    """What is lost by kind of tensor; every single one is in the folder's extraction.json."""
+    from evomerge.extraction.adapter import share_of
+
+    kinds: dict[str, list[Loss]] = defaultdict(list)
+    for loss in losses:
+        kinds[".".join(part for part in loss.tensor.split(".") if not part.isdecimal())].append(loss)
+    table = Table(box=None, pad_edge=False)
+    for title in ("tensors", "held as", "energy lost", "most of one"):
+        table.add_column(title)
+    for kind, of_kind in kinds.items():
+        energy = sum(loss.energy for loss in of_kind)
+        if energy == 0.0:
+            continue
+        worst = max(of_kind, key=share_of)
+        share = sum(loss.lost for loss in of_kind) / energy
+        held = list(dict.fromkeys(loss.form for loss in of_kind if loss.energy))
+        text = held[0] if len(held) == 1 else f"{held[0]} and {len(held) - 1} others"
+        table.add_row(kind, text, f"{share:.2%}", f"{share_of(worst):.2%} {worst.tensor}" if worst.lost else "")
+    return table
+
+
+def _compare(
+    console: Console, model: Source, base: Source, made: list[tuple[Path, Extraction]], others: Sequence[Extracting],
+    file: SearchFile,
+) -> None:  # fmt: skip
+    """Score the model, its adapter and adapters of other ranks on the search's items, and print the table."""
+    from evomerge.checkpoints.plain import plain_model
+    from evomerge.checkpoints.source import open_source
+    from evomerge.commands.rescoring import gaps, item_scores
+    from evomerge.extraction.adapter import extract as make
+    from evomerge.report.screen import cell
+    from evomerge.search.preparing.prepare import prepare
+    from evomerge.search.workers.building import computing
+
+    with opening():
+        prepared = prepare(file, tries=True)
+        device, dtype = computing(file)
+    measures = tuple(prepared.setup.measures)
+    table = Table(box=None, pad_edge=False)
+    for title in ("adapter", "MB", "energy lost", "objective", "score", "difference from the model"):
+        table.add_column(title, no_wrap=True)
+    theirs = item_scores(plain_model(model, device, dtype), prepared, "search")
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as above:
+        for number, how in enumerate(others):
+            folder = Path(above) / str(number)
+            made.append((folder, make(model, base, folder, how)))
+        for folder, one in sorted(made, key=lambda pair: pair[1].size):
+            adapted = open_source("adapter", f"{base.reference}+{folder}", place=str(folder))
+            ours = item_scores(plain_model(adapted, device, dtype), prepared, "search")
+            first = (f"rank {one.rank}", f"{one.size / 1e6:,.1f}", f"{one.lost:.2%}")
+            for number, (measure, gap) in enumerate(zip(measures, gaps(measures, ours, theirs, "search"), strict=True)):
+                table.add_row(*(("", "", "") if number else first), measure.name, cell(gap.own), gap.text)
+    console.print(table)
+    console.print("on the search's items; differences are paired item by item, with intervals of 95%", style="dim")
