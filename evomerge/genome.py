@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,4 +105,18 @@ class SearchSpace(Protocol):
 
         Of a recipe that is of this space it is a point that decodes to the same, up to rounding.
         """
+        ...
+
+
+@runtime_checkable
+class Refitting(Protocol):
+    """A search space of models of which something is fitted once for all candidates, and may be fitted to each."""
+
+    @property
+    def refits(self) -> int:
+        """How many of the best candidates are to be fitted anew at the end of a search."""
+        ...
+
+    def refitted(self, recipe: Recipe) -> Recipe | None:
+        """The recipe with what is fitted of it fitted to itself; None where that is nothing, or nothing new."""
         ...

@@ -40,6 +40,8 @@ KILLS_EACH = 8  # of one search; then it is left to finish
 RACE: dict[str, Any] = {"racing": {"rungs": [10, 16]}}
 STEADY: dict[str, Any] = {"mode": "asynchronous"}
 CATCMA: dict[str, Any] = {"optimizer": {"name": "catcma", "population": 5}}
+ROUTED: dict[str, Any] = {"kind": "routed", "granularity": "model", "refits": 2}
+MIXTURE: dict[str, Any] = {"kind": "mixture", "architecture": "mixtral"}
 FIT: dict[str, Any] = {"fit": {"file": str(ZOO / "fit.jsonl"), "items": 12, "drawn": 4, "steps": 3}}
 
 
@@ -58,8 +60,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "two objectives": {"optimizer": {"name": "nsga2", "population": 6}},
     "together": {"together": 4},
     "postgres": RACE,
-    "routed": CATCMA | FIT | on_the_zoo({"kind": "routed", "granularity": "model"}, "steps_en", "extraction"),
-    "mixture": CATCMA | FIT | on_the_zoo({"kind": "mixture", "architecture": "mixtral"}, "steps_ja", "extraction"),
+    "routed": CATCMA | FIT | on_the_zoo(ROUTED, "steps_en", "extraction"),
+    "mixture": CATCMA | FIT | on_the_zoo(MIXTURE, "steps_ja", "extraction"),
     "prompts": CATCMA | on_the_zoo({"kind": "prompts", "block": 4}, "soft_japanese", "soft_steps"),
 }
 

@@ -55,6 +55,8 @@ class RoutedSpaceSettings(SpaceSettings):
         where: "all", or the blocks that are routed: "attention" or "mlp".
         rest: what the other blocks are: the "base", or the "mean" of the experts.
         balance: losses of the use of experts while routers are fitted.
+        refits: how many of the best candidates have their routers fitted to them at the end of a search, each a new
+            candidate then.
         bounds: ranges of temperature and gain; a bias for each expert and group is searched where it has one.
         fixed: temperature, gain or top_k (a number or "all") where it is not searched.
     """
@@ -76,6 +78,7 @@ class RoutedSpaceSettings(SpaceSettings):
     where: Where = "all"
     rest: Literal["base", "mean"] = "base"
     balance: Balance = Balance()
+    refits: int = Field(default=0, ge=0)
     bounds: dict[Literal["temperature", "gain", "bias"], tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
     fixed: dict[Literal["top_k", "temperature", "gain"], FiniteFloat | Literal["all"]] = Field(default_factory=dict)
 
@@ -184,6 +187,8 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
     if settings.per == "block" and kind in ("arrow", "spectral", "stored"):
         problem = f"is block, and {kind} routers look at what single modules do to their inputs"
         raise InputError("space.per", problem, "Take `per: module`.")
+    if settings.refits and kind != "fitted":
+        raise InputError("space.refits", f"fits routers anew, and {kind} routers are not fitted", "Leave it out.")
     if settings.balance != Balance() and kind != "fitted":
         raise InputError("space.balance", f"is of the fit, and {kind} routers have none", "Leave it out.")
     vectors = [kind == "IA3" for kind in kinds]
@@ -314,6 +319,19 @@ class RoutedSpace:
         """The genome that decodes to a recipe; None where there is none."""
         genome = self.genome_of(recipe)
         return genome if genome is not None and self.decode(genome).hash == recipe.hash else None
+
+    @property
+    def refits(self) -> int:
+        """See ``RoutedSpaceSettings``."""
+        return self._settings.refits
+
+    def refitted(self, recipe: Recipe) -> RoutedRecipe | None:
+        """A recipe with routers that are fitted to its own experts, temperatures and gains; None where they are."""
+        if not isinstance(recipe, RoutedRecipe) or recipe.router.kind != "fitted" or recipe.router.refitted:
+            return None
+        if recipe.groups == (group_of(self._context.layers, recipe.experts, None),):  # as they are fitted for all
+            return None
+        return recipe.model_copy(update={"router": recipe.router.model_copy(update={"refitted": True})})
 
     def _router(self) -> Router:
         settings = self._settings

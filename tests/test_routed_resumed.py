@@ -65,11 +65,13 @@ def test_more_budget_goes_on_with_the_candidates_of_one_long_search(tmp_path: Pa
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_kill_9_and_resume_gives_the_same_search_bit_for_bit(tmp_path: Path) -> None:
-    file = written(tmp_path / "a", 21)
+    """Also while the best two are fitted anew and scored, which are the last candidates."""
+    space = {"kind": "routed", "granularity": "model", "refits": 2}
+    file = written(tmp_path / "a", 21, space=space)
     assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
     folder, rng = tmp_path / "killed", random.Random(0)
     arguments = ["search", str(file), "--dir", str(folder)]
-    for kill_at in (2, 15, 18):
+    for kill_at in (2, 15, 21):
         process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, env=environment())
         while process.poll() is None and asked(folder) < kill_at:
             time.sleep(0.02)

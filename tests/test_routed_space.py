@@ -294,6 +294,19 @@ def test_attention_that_is_not_routed_may_be_the_mean() -> None:
     assert (rest.base, rest.parameters["weight"]) == ("base", dict.fromkeys(EXPERTS, 0.25))
 
 
+def test_what_has_other_groups_than_all_experts_everywhere_can_be_fitted_anew() -> None:
+    one = space(refits=2, groups=2)
+    anew = one.refitted(one.decode(default(one, present__maths=0)))
+    assert one.refits == 2
+    assert anew is not None
+    assert anew.router.refitted
+    assert anew.groups == one.decode(default(one, present__maths=0)).groups
+    assert one.refitted(anew) is None
+    assert one.refitted(one.decode(default(one))) is None  # as they are fitted for all
+    plain, *_ = one.baselines()
+    assert one.refitted(plain.recipe) is None
+
+
 # ---- refusals ----
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -312,6 +325,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "nothing to measure on": ({"router": "arrow"}, {"fit": None}, "space.router", "measured on texts"),
     "arrow of blocks": ({"router": "arrow", "per": "block"}, {}, "space.per", "single modules"),
     "balance of arrow": ({"router": "arrow", "balance": {"z": 1}}, {}, "space.balance", "have none"),
+    "refits of arrow": ({"router": "arrow", "refits": 1}, {}, "space.refits", "are not fitted"),
     "heads of LoRA": ({"heads": True}, {}, "space.heads", "vectors alone"),
     "mov of LoRA": ({"like": "mov"}, {}, "space.like", "vectors alone"),
     "arrow of vectors": ({"router": "arrow"}, VECTORS, "space.router", "vectors have none"),

@@ -22,11 +22,14 @@ PROXY = "proxy"
 START = "start"
 """Where a candidate comes from that an earlier search found good."""
 
+REFIT = "refit"
+"""Where a candidate comes from that is one of the best, fitted anew."""
+
 
 @dataclass
 class Candidate:
     """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a baseline's kind, the name
-    of the optimizer, FAVOURITE, PROXY or START.
+    of the optimizer, FAVOURITE, PROXY, START or REFIT.
 
     ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an
     earlier candidate of the same recipe, whose scores are its own.

@@ -12,18 +12,19 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from evomerge.errors import InputError
-from evomerge.genome import Genome, check_genome
+from evomerge.genome import Genome, Refitting, check_genome
 from evomerge.optimizers import Grid, Observation, Optimizer
 from evomerge.prices import amount_text
 from evomerge.recipes.base import Recipe, text_hash
 from evomerge.search.driving.answers import BestAnswers
-from evomerge.search.driving.candidates import FAVOURITE, PROXY, START, Candidate
+from evomerge.search.driving.candidates import FAVOURITE, PROXY, REFIT, START, Candidate
 from evomerge.search.driving.descents import Descents
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.generation import GenerationScoring
 from evomerge.search.driving.kept import Kept
 from evomerge.search.driving.ranking import Ranking
+from evomerge.search.driving.refits import Refits
 from evomerge.search.driving.scoring import CandidateScoring
 from evomerge.search.driving.steady import SteadyScoring
 from evomerge.search.estimation.scores import ScoreTable
@@ -62,6 +63,9 @@ class Driver:
             else SteadyScoring(setup, store, dispatcher, drive.logs, self.optimizer.population)
         )
         self._descents = None if setup.proxy is None else Descents(setup.proxy, setup, store, dispatcher, drive.logs)
+        self._refits = (
+            Refits(setup.space, setup, store, dispatcher, drive.logs) if isinstance(setup.space, Refitting) else None
+        )
         self._ranking = Ranking(setup, self._scoring.screening)
         self._step = 0
         self._asked = 0
@@ -93,6 +97,8 @@ class Driver:
         if self._setup.start and self._step == 0:
             self._ask_start()
         spent = self._spent() if self._scoring.run(self) else None
+        if spent is not None and spent.reason not in ("hours", "cost") and not self._refit():
+            spent = None
         return self._end(spent or self._asked_to_end())
 
     @property
@@ -132,8 +138,8 @@ class Driver:
             self._record_ask(asked, [point.label for point in points])
 
     def _room(self) -> int:
-        """How many candidates the budget leaves."""
-        return sys.maxsize if self._budget.candidates is None else self._budget.candidates - self._asked
+        """How many candidates the budget leaves for the optimizer."""
+        return sys.maxsize if (most := self._most_asked) is None else most - self._asked
 
     def prepare(self) -> bool:
         """Have a worker follow the proxy, where there is one and room for its points; False when a stop came first."""
@@ -157,9 +163,26 @@ class Driver:
         for _, genome in points:
             check_genome(genome, self._setup.space.parameters, f"optimizer {name}")
         self._step += 1
+        if self._refits is not None:
+            self._refits.are_asked = False
         asked = [self._next(i, origin, g, self._setup.space.decode(g)) for i, (origin, g) in enumerate(points)]
         self._record_ask(asked, [""] * len(asked))
         return asked
+
+    def _refit(self) -> bool:
+        """Have the best candidates fitted anew, and score what they are then; False when a stop came first."""
+        if self._refits is None or self._refits.are_asked:
+            return True
+        room = sys.maxsize if self._budget.candidates is None else self._budget.candidates - self._asked
+        if not (recipes := self._refits.chosen(max(0, room))):
+            return True
+        if not self._refits.fit(recipes):
+            return False
+        self._step += 1
+        asked = [self._next(i, REFIT, None, recipe) for i, recipe in enumerate(recipes.values())]
+        self._record_ask(asked, [f"{name}, fitted anew" for name in recipes])
+        self._refits.are_asked = True
+        return self._scoring.run(self)
 
     def _favourite(self) -> Genome | None:
         """The optimizer's favourite, once a generation, where scores are estimates and the best are mostly lucky."""
@@ -306,6 +329,12 @@ class Driver:
     def _budget(self) -> Budget:
         return self._control.budget or self._setup.budget
 
+    @property
+    def _most_asked(self) -> int | None:
+        """How many candidates may be asked for before the best are fitted anew; None without a bound."""
+        reserved = 0 if self._refits is None else self._refits.reserved
+        return None if self._budget.candidates is None else self._budget.candidates - reserved
+
     def _spent_s(self) -> float:
         """Seconds in which a driver was at work on this search, earlier ones included and pauses not."""
         return self._spent_before_s + self._clock() - self._started - self._control.paused_s()
@@ -313,7 +342,7 @@ class Driver:
     def _spent(self) -> Ending | None:
         """How the search should end now; None where it should go on."""
         budget = self._budget
-        if budget.candidates is not None and self._asked >= budget.candidates:
+        if budget.candidates is not None and self._room() <= 0:
             return Ending("candidates", budget.candidates)
         if budget.hours is not None and self._spent_s() >= budget.hours * 3600:
             return Ending("hours", budget.hours)
@@ -395,7 +424,11 @@ class Driver:
             points = [
                 (start.genome, self._setup.space.decode(start.genome)) for start in self._setup.start[: len(rows)]
             ]
+        elif rows and rows[0].origin == REFIT and self._refits is not None:
+            points = [(None, recipe) for recipe in self._refits.replayed(rows)]
         else:
+            if self._refits is not None:
+                self._refits.are_asked = False
             given = [row for row in rows if row.origin == PROXY]  # by a worker: what was recorded is what there was
             ours = [row.genome for row in rows if row.genome is not None and row.origin not in (FAVOURITE, PROXY)]
             genomes = self.optimizer.replay(ours)

@@ -29,7 +29,12 @@ TEMPLATES, STATIC = HERE / "templates", HERE / "static"
 STATUS_WORDS = {"asked": "waiting"}
 """What people read of a status whose name says otherwise."""
 
-ORIGIN_WORDS = {"favourite": "mean of the optimizer", "proxy": "gradient of the proxy", "start": "of an earlier search"}
+ORIGIN_WORDS = {
+    "favourite": "mean of the optimizer",
+    "proxy": "gradient of the proxy",
+    "start": "of an earlier search",
+    "refit": "fitted anew",
+}
 """The same of where a candidate comes from."""
 
 _WIDTH, _HEIGHT, _EDGE = 100.0, 30.0, 2.0  # of a sparkline, in its own units; the line keeps off the edge
