@@ -343,11 +343,14 @@ def merge(
         Path | None,
         typer.Option(metavar="SEARCH.yaml", help="A search file, to whose `fit` items a recipe is fitted."),
     ] = None,
+    keep_stages: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of a recipe in stages: write each of them here, in float32.")
+    ] = None,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
     from evomerge.commands.merge import calibration_of, merge
 
-    merge(recipe, out, calibration_of(calibration, prompts, tokens), fit)
+    merge(recipe, out, calibration_of(calibration, prompts, tokens), fit, keep_stages)
 
 
 @app.command()

@@ -71,18 +71,21 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "routed": "search_spaces.routed_space:RoutedSpaceSettings",
         "prompts": "search_spaces.prompts_space:PromptsSpaceSettings",
         "mixture": "search_spaces.mixture_space:MixtureSpaceSettings",
+        "staged": "search_spaces.staged_space:StagedSpaceSettings",
     },
     "evomerge.recipes": {
         "stack": "evomerge.recipes.stack:StackRecipe",
         "mixture": "evomerge.recipes.mixture:MixtureRecipe",
         "routed": "evomerge.recipes.routed:RoutedRecipe",
         "prompts": "evomerge.recipes.prompts:PromptsRecipe",
+        "staged": "evomerge.recipes.staged:StagedRecipe",
     },
     "evomerge.builders": {
         "stack": "evomerge.merging.building.stack_builder:StackBuilder",
         "mixture": "evomerge.mixture.builder:MixtureBuilder",
         "routed": "evomerge.routed.builder:RoutedBuilder",
         "prompts": "evomerge.prompts.builder:PromptsBuilder",
+        "staged": "evomerge.merging.building.staged_builder:StagedBuilder",
     },
     "evomerge.evaluators": {
         "lm_eval": "evaluators.lm_eval:LmEvalSettings",

@@ -108,6 +108,23 @@ def load_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> Any:
         raise InputError(place, "is nested too deeply") from None
 
 
+_DOCUMENT = re.compile(r"^---[ \t]*(?:#.*)?$", re.MULTILINE)
+"""What divides documents: inside one, no line can be so."""
+
+
+def load_documents(text: str, place: str) -> list[Any]:
+    """The contents of the YAML documents of a text, which lines of three dashes divide; empty ones are left out.
+
+    Raises:
+        InputError: as ``load_yaml``, by the number of the document.
+    """
+    parts = _DOCUMENT.split(text)
+    if len(parts) == 1:
+        return [load_yaml(text, place)]
+    found = [load_yaml(part, f"{place}, document {number}") for number, part in enumerate(parts, 1)]
+    return [content for content in found if content is not None]
+
+
 def check_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> None:
     """Refuse a YAML text that would explode; no value is made of it, and no tag is looked at.
 

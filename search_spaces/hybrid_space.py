@@ -104,7 +104,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     """
     place = "space.winner"
     try:
-        recipe = load_recipe_file(path, _no_mergekit)
+        recipe = load_recipe_file(path, no_mergekit)
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     if not isinstance(recipe, StackRecipe):
@@ -137,7 +137,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     return recipe
 
 
-def _no_mergekit(reference: str) -> NoReturn:
+def no_mergekit(reference: str) -> NoReturn:
     hint = "Merge it with `evomerge merge`, and give the recipe.yaml of the folder that this writes."
     raise InputError("merge_method", "is of a configuration of mergekit's", hint)
 

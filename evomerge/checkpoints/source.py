@@ -168,6 +168,10 @@ class Source:
         changes = self.changes.get(name)
         return fold(stored, changes, self._view) if changes else stored
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether ``read`` gives a view of a mapped file, which costs nothing to ask for again."""
+        return name not in self.changes
+
     def read_stored(self, name: str) -> torch.Tensor:
         """A tensor as the files hold it, without what adapters change: a view, in its stored dtype."""
         return self._view(self.tensors[name])

@@ -28,6 +28,7 @@ from evomerge.mergekit import load_recipe_file
 from evomerge.objects import is_url
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Role, StackRecipe
+from evomerge.recipes.staged import Stage, StagedRecipe
 from evomerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -60,12 +61,15 @@ def calibration_of(given: Sequence[str], prompts: int, tokens: int) -> Calibrati
     return calibration_from(files.get(None), prompts, tokens, _TEXTS, own=own)
 
 
-def merge(path: Path, out: str | Path, texts: Calibration | None = None, fit: Path | None = None) -> None:
+def merge(
+    path: Path, out: str | Path, texts: Calibration | None = None, fit: Path | None = None, keep: Path | None = None
+) -> None:
     """Make one merged model from a recipe file, as a folder or, by its URL, in object storage.
 
     Args:
         texts: of calibration, for a recipe that needs any.
         fit: a search file, for a recipe of which something is fitted to the items of its ``fit`` section.
+        keep: where the stages of a file of several merges are kept as folders.
     """
     split = None if fit is None else _fit_split(fit)
     if not is_url(str(out)):
@@ -81,14 +85,15 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None, fit: Pa
             opened[reference] = open_source(reference, reference, place=str(path), root=root)
         return opened[reference].roles
 
-    recipe = _fitted(_calibrated(load_recipe_file(path, look), texts, path), split, path)
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as above:
+        made = load_recipe_file(path, look, _Stages(opened, Path(above)))
+    recipe = _fitted(_calibrated(made, texts, path), split, path)
     for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
         check_whole(blend, f"{path}: blends[{number}]", has_texts=texts is not None, has_fit=recipe.fit is not None)
     for name, reference in recipe.sources.items():
         check_reference(reference, f"{path}: sources.{name}", root)
     import torch
 
-    from evomerge.checkpoints.checks import check_compatible
     from evomerge.checkpoints.differences import warnings_across
     from evomerge.commands.delivering import local_folder
     from evomerge.merging.building.builders import BuildContext, find_builder
@@ -98,13 +103,8 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None, fit: Pa
 
     runs = texts is not None or recipe.fit is not None
     sources = _opened(recipe, opened, path, runs=runs)
-    stack = recipe if isinstance(recipe, StackRecipe) else None
-    vocabulary = stack.vocabulary if stack else Vocabulary()
-    if vocabulary != Vocabulary():
-        from evomerge.checkpoints.vocabulary import align  # tokenizers are loaded with transformers
-
-        sources = align(sources, recipe.tokenizer, vocabulary)
-    check_compatible(sources, stack, same_tokens=vocabulary.kind == "same", same_special=False)
+    if not isinstance(recipe, StagedRecipe):  # whose stages are each of their own sources
+        sources = _compatible(recipe, sources)
     recipe = recipe.model_copy(
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
     )
@@ -119,9 +119,46 @@ def merge(path: Path, out: str | Path, texts: Calibration | None = None, fit: Pa
         beside = papers(folder.name, recipe, sources, None, stays=not is_url(str(out)))
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         fitted_to = None if split is None else AnswersFit(split)
-        context = BuildContext(sources, recipe.tokenizer, evidence, calibration=texts, fit=fitted_to, dtype=dtype)
+        context = BuildContext(
+            sources, recipe.tokenizer, evidence, calibration=texts, fit=fitted_to, dtype=dtype, keep=keep
+        )
         find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:
+    """The sources, laid out for the recipe's vocabulary. Raises InputError: they cannot be mixed."""
+    from evomerge.checkpoints.checks import check_compatible
+
+    stack = recipe if isinstance(recipe, StackRecipe) else None
+    vocabulary = stack.vocabulary if stack else Vocabulary()
+    if vocabulary != Vocabulary():
+        from evomerge.checkpoints.vocabulary import align  # tokenizers are loaded with transformers
+
+        sources = align(sources, recipe.tokenizer, vocabulary)
+    check_compatible(sources, stack, same_tokens=vocabulary.kind == "same", same_special=False)
+    return sources
+
+
+class _Stages:
+    """Opens stages as they are read, for the names of their tensors.
+
+    Args:
+        opened: the sources by their references, and the stages by their names.
+        above: where folders without weights are made.
+    """
+
+    def __init__(self, opened: Mapping[str, Source], above: Path) -> None:
+        self._opened = opened
+        self._stages: dict[str, Source] = {}
+        self._above = above
+
+    def __call__(self, stage: Stage, references: Mapping[str, str]) -> Mapping[str, Role]:
+        from evomerge.merging.building.staged_source import opened_stage
+
+        sources = {name: self._stages.get(ref) or self._opened[ref] for name, ref in references.items()}
+        self._stages[stage.name] = opened_stage(stage, sources, self._above)
+        return self._stages[stage.name].roles
 
 
 def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, runs: bool) -> dict[str, Source]:

@@ -23,31 +23,39 @@ from pydantic import ValidationError
 from evomerge.errors import InputError
 from evomerge.files import read_text
 from evomerge.mergekit.reading import Roles, from_mergekit
+from evomerge.mergekit.stages import Made, read_stages
 from evomerge.mergekit.writing import to_mergekit
 from evomerge.recipes.base import Recipe, recipe_kind
-from evomerge.yaml import dump_yaml, load_yaml
+from evomerge.yaml import dump_yaml, load_documents
 
 __all__ = ["dump_recipe", "from_mergekit", "load_recipe_file", "to_mergekit"]
 
 
-def load_recipe_file(path: Path, look: Callable[[str], Roles]) -> Recipe:
-    """Read a recipe from YAML: ours (as ``dump_recipe`` writes it) or a mergekit configuration.
+def load_recipe_file(path: Path, look: Callable[[str], Roles], made: Made | None = None) -> Recipe:
+    """Read a recipe from YAML: ours (as ``dump_recipe`` writes it) or a mergekit configuration, or several of them.
 
     Args:
         look: the roles of a model's tensors (``Source.roles``), by its reference; asked for mergekit files alone.
+        made: as of ``read_stages``, where a file of several merges is wanted.
 
     Raises:
         InputError: the file cannot be read, or is neither, or says what no recipe can hold.
     """
     if not path.exists():
         raise InputError(str(path), "cannot be read as a recipe (there is no such file)")
-    content = load_yaml(read_text(path, str(path)), str(path))
+    documents = load_documents(read_text(path, str(path)), str(path))
+    if len(documents) > 1:
+        if made is None:
+            raise InputError(str(path), "holds several merges, and one is wanted", "Give the last one alone.")
+        return read_stages(documents, look, made, str(path))
+    content = documents[0] if documents else None
     if isinstance(content, dict) and ("blends" in content or "kind" in content):
         try:
             return recipe_kind(content, str(path)).model_validate(content)
         except ValidationError as error:
             raise _explain(error, path) from None
     if isinstance(content, dict) and "merge_method" in content:
+        content = {key: value for key, value in content.items() if key != "name"}  # which is for files of several
         return from_mergekit(content, look, str(path))
     raise InputError(str(path), "is not a recipe: it has neither `blends:` nor, as mergekit's have, `merge_method:`")
 

@@ -194,7 +194,7 @@ class Materialiser:
                 return known[ref]
         source, name = ref
         tensor = self._sources[source].read(name).contiguous()
-        if name not in self._sources[source].changes:
+        if self._sources[source].is_mapped(name):
             self._views[ref] = tensor
             return tensor
         # A plan may ask for it several times; to keep all would be a float32 copy of each adapted model.
@@ -358,20 +358,24 @@ class Materialiser:
         if is_made_in_order(recipe):
             yield from self._tensors_in_order(recipe, without)
             return
-        factors = recipe.factors
         for merged, (name, shape, dtype) in zip(
             merged_tensors(recipe, self._sources), self.layout(recipe), strict=True
         ):
             if name in without:
                 continue
-            out = self.tensor(merged, recipe, shape, dtype)
-            if (layer := merged.role.layer) is not None and factors[layer] != 1.0:
-                folds = self._sources[giver(recipe.hops[layer], recipe)].folds
-                if merged.stored in folds:
-                    fold_in(out, factors[layer], folds[merged.stored])
-                    if not all_finite(out):
-                        raise _not_finite(name)
-            yield name, out
+            yield name, self.scaled(merged, recipe, shape, dtype)
+
+    def scaled(self, merged: Merged, recipe: StackRecipe, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """One tensor of a merged model, as ``tensor``, with the scale of its hop."""
+        out = self.tensor(merged, recipe, shape, dtype)
+        layer = merged.role.layer
+        if layer is not None and (factor := recipe.factors[layer]) != 1.0:
+            folds = self._sources[giver(recipe.hops[layer], recipe)].folds
+            if merged.stored in folds:
+                fold_in(out, factor, folds[merged.stored])
+                if not all_finite(out):
+                    raise _not_finite(merged.name)
+        return out
 
     def tensor(self, merged: Merged, recipe: StackRecipe, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """One tensor of a merged model, without the scale of its hop, on the CPU; what it is made from is let go of.

@@ -51,6 +51,7 @@ class BuildContext:
         fit: items that numbers may be fitted to.
         engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
         base: the source that models are measured from (``merging.measured.change``); None where there is none.
+        keep: where the stages of recipes are kept as folders; None where they are not.
         form: in which of its recipe's ``forms`` a model is exported; None for the usual one.
         shared: the builders of this context by kind: what one holds, such as a live model, others may use as well.
     """
@@ -66,6 +67,7 @@ class BuildContext:
     fit: Fit | None = None
     engine: Callable[[LiveModel], ServingEngine] | None = None
     base: str | None = None
+    keep: Path | None = None
     form: str | None = None
     shared: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 

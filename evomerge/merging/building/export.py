@@ -38,6 +38,7 @@ def write_model(
     check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     shard_bytes: int = SHARD_BYTES,
+    follows: str = "",
 ) -> None:
     """Make the folder ``out``: weights, configuration, tokenizer, generation settings, and ``texts`` by file name.
 
@@ -48,6 +49,7 @@ def write_model(
     Args:
         materialiser: of these sources; one that knows nothing of them yet when None.
         progress: called with the number of tensors written and of all.
+        follows: what the bytes follow from beside the recipe and the files of its sources.
 
     Raises:
         InputError: ``out`` cannot be written, the disk is too small, or the recipe does not fit the sources.
@@ -60,7 +62,7 @@ def write_model(
     if not is_plain(recipe, sources):
         check_places(recipe, sources)
     check_written(merged_config(recipe, sources), {name: tuple(shape) for name, shape, _ in layout}, model.place)
-    key = export_key(recipe, sources, layout, shard_bytes)
+    key = export_key(recipe, sources, layout, shard_bytes) + follows
     tensors = partial(_tensors, recipe, model, names, materialiser)
     with writing(out, layout, tensors, sources=sources, key=key, progress=progress, shard_bytes=shard_bytes) as folder:
         add_companions(folder, model, {"config.json": config_text(recipe, sources), **texts})

@@ -43,10 +43,15 @@ def stack_builder(context: BuildContext) -> StackBuilder:
 
 
 class StackBuilder:
-    """Makes models whose layers are merged, repeated, left out or laid in another order; see ``Builder``."""
+    """Makes models whose layers are merged, repeated, left out or laid in another order; see ``Builder``.
 
-    def __init__(self, context: BuildContext) -> None:
+    Args:
+        live: the model that every candidate is written into, where there is one already.
+    """
+
+    def __init__(self, context: BuildContext, live: LiveModel | None = None) -> None:
         self._context = context
+        self._given = live
 
     @property
     def sources(self) -> Mapping[str, Source]:
@@ -95,6 +100,8 @@ class StackBuilder:
     @cached_property
     def live(self) -> LiveModel:
         """The model that every candidate is written into."""
+        if self._given is not None:
+            return self._given
         from evomerge.checkpoints.live import live_model
 
         context = self._context
