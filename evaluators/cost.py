@@ -89,7 +89,10 @@ class CostEvaluator(ImperativeEvaluator):
             InputError: prompt and answer are longer than the model's context.
         """
         started = time.perf_counter()
-        costs = {"layers": float(live.model.config.num_hidden_layers), "parameters": float(_parameters(live))}
+        costs = {
+            "layers": float(live.model.config.get_text_config().num_hidden_layers),
+            "parameters": float(_parameters(live)),
+        }
         if self._settings.measure:
             costs["tokens_per_second"] = self._speed(live)
         scores = {metric: np.full(len(indices), value, dtype=np.float32) for metric, value in costs.items()}
@@ -99,7 +102,7 @@ class CostEvaluator(ImperativeEvaluator):
         """Tokens a second, the median of several measurements after one that warms caches and allocators up."""
         settings = self._settings
         length = settings.tokens + settings.answer
-        context = getattr(live.model.config, "max_position_embeddings", None)
+        context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and length > context:
             problem = f"{settings.tokens} and answer {settings.answer} are more than the model's context of {context}"
             raise InputError("cost: tokens", problem, "Lower one of them.")
@@ -116,7 +119,7 @@ def _parameters(live: LiveModel) -> int:
     """Elements of all parameters, those of each layer of the path, though hops may share them."""
     from evomerge.checkpoints.structure import layer_stack
 
-    _, layers = layer_stack(live.model, live.model.config.num_hidden_layers)
+    _, layers = layer_stack(live.model, live.model.config.get_text_config().num_hidden_layers)
     inside = [parameter for layer in layers for parameter in layer.parameters()]
     in_layers = {id(parameter) for parameter in inside}
     outside = [parameter for parameter in live.model.parameters() if id(parameter) not in in_layers]

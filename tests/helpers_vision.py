@@ -83,14 +83,19 @@ VISION: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
     },
     "gemma4": {
-        "text_config": {**_TEXT, "sliding_window": 4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
-                        "global_head_dim": 4, "layer_types": ["sliding_attention", "full_attention"]},
-        "vision_config": {**_TOWER, "head_dim": 8, "num_key_value_heads": 2}, "image_token_id": IMAGE,
-        "audio_config": None,
+        "text_config": {
+            **_TEXT, "sliding_window": 4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+            "global_head_dim": 4, "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "vision_config": {
+            **_TOWER, "head_dim": 8, "num_key_value_heads": 2, "pooling_kernel_size": 2, "standardize": True,
+            "use_clipped_linears": True,
+        },
+        "image_token_id": IMAGE, "audio_config": None,
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral"}, "image_token_index": IMAGE,
-        "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 8},
+        "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 8, "image_size": 56},
     },
     "internvl": {
         "text_config": {**_TEXT, "model_type": "qwen2"}, "image_token_id": IMAGE,
@@ -119,6 +124,38 @@ VISION: dict[str, dict[str, Any]] = {
 """The settings of a tiny model of each family."""
 
 
+IMAGES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, list[Any]]]] = {
+    "llava": ({"pixel_values": (1, 3, 28, 28)}, {}),
+    "llava_next": ({"pixel_values": (1, 3, 3, 28, 28)}, {"image_sizes": [[28, 28]]}),
+    "qwen2_vl": ({"pixel_values": (4, 3 * 2 * 14 * 14)}, {"image_grid_thw": [[1, 2, 2]]}),
+    "gemma4": (
+        {"pixel_values": (1, 4, 3 * 14 * 14)}, {"image_position_ids": [[[0, 0], [1, 0], [0, 1], [1, 1]]]}
+    ),
+    "mistral3": ({"pixel_values": (1, 3, 56, 28)}, {"image_sizes": [[56, 28]]}),
+    "idefics2": ({"pixel_values": (1, 1, 3, 28, 28)}, {}),
+}  # fmt: skip
+"""One image as a processor of the family gives it: shapes of random values, and whole numbers as they are."""
+
+_LIKE = {
+    "llava_onevision": "llava_next", "qwen2_5_vl": "qwen2_vl", "qwen3_vl": "qwen2_vl", "qwen3_5": "qwen2_vl",
+    "gemma3": "llava", "internvl": "llava", "paligemma": "llava", "idefics3": "idefics2", "smolvlm": "idefics2",
+}  # fmt: skip
+
+
+def image_inputs(family: str, model: Any) -> dict[str, torch.Tensor]:
+    """A text with one image in its midst, as a model of the family takes it."""
+    shapes, numbers = IMAGES[_LIKE.get(family, family)]
+    generator = torch.Generator().manual_seed(0)
+    pixels: dict[str, torch.Tensor] = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    pixels |= {name: torch.tensor(values) for name, values in numbers.items()}
+    with torch.inference_mode():
+        features = model.model.get_image_features(**pixels).pooler_output
+    tokens = sum(part.reshape(-1, part.shape[-1]).shape[0] for part in features)
+    ids = torch.tensor([[3, 4, *[IMAGE] * tokens, 5, 6]])
+    kinds = {"mm_token_type_ids": (ids == IMAGE).int()} if family.startswith("qwen") else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kinds, **pixels}
+
+
 def vision_config(family: str, **changes: Any) -> Any:
     settings: Mapping[str, Any] = {**VISION[family], **changes}
     return CONFIG_MAPPING[family](**settings)
@@ -141,6 +178,9 @@ def save_vision(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in model.buffers():  # of Gemma 4: bounds of activations, and what they are standardized by
+            if buffer.is_floating_point():
+                buffer.copy_(buffer.nan_to_num(neginf=-50.0, posinf=50.0))
     model.save_pretrained(folder)
     save_tokenizer(folder, [*WORDS, "<image>", "<begin>", "<end>", "<video>"])
     return folder

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_checkpoints import in_own_memory
 from helpers_tiers import nightly_but
-from helpers_vision import COMMIT, VISION, save_twin, save_vision
+from helpers_vision import COMMIT, VISION, image_inputs, save_twin, save_vision
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -125,6 +125,22 @@ def test_export_and_live_agree_and_load_without_a_word(folder: Path, tmp_path: P
         ours = live.model(PROMPT, use_cache=False).logits
         assert torch.equal(ours, in_own_memory(model.eval())(PROMPT, use_cache=False).logits)
         assert not torch.equal(ours, loaded(sources["sees"]).model(PROMPT, use_cache=False).logits)
+
+
+def test_export_and_live_agree_with_an_image(family: str, folder: Path, tmp_path: Path) -> None:
+    recipe, sources = mixed(folder, tmp_path, 0.25)
+    write_model(recipe, sources, tmp_path / "out", texts={})
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    live = live_model(sources["sees"], CPU)
+    Materialiser(sources).write(recipe, live)
+    shown = image_inputs(family, plain)
+    blank = {**shown, "pixel_values": torch.full_like(shown["pixel_values"], 0.25)}
+    with torch.inference_mode():
+        logits = [model(**shown).logits for model in (live.model, plain)]
+        answers = [model.generate(**shown, max_new_tokens=6, do_sample=False) for model in (live.model, plain)]
+        assert not torch.allclose(plain(**blank).logits, logits[1])  # it looks
+    assert torch.allclose(*logits, rtol=0, atol=1e-5)
+    assert torch.equal(*answers)
 
 
 def test_a_plain_model_swapped_in_keeps_what_sees(folder: Path, tmp_path: Path) -> None:

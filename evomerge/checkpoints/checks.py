@@ -133,6 +133,22 @@ def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, hint: 
         raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", hint)
 
 
+def check_keeps_seeing(sources: Mapping[str, Source], tokenizer: str) -> None:
+    """Refuse a merge of models that read images into one that does not: what reads them would be dropped.
+
+    Args:
+        tokenizer: the source that gives tokenizer and configuration.
+
+    Raises:
+        InputError: naming a source that reads images.
+    """
+    seeing = [name for name, source in sources.items() if source.takes_images]
+    if seeing and not sources[tokenizer].takes_images:
+        problem = f"is {tokenizer}, a model of texts alone, and what reads images in {seeing[0]} would be dropped"
+        hint = f"Say so: `tokenizer: {seeing[0]}`; in a mergekit configuration, `tokenizer_source`."
+        raise InputError("tokenizer", problem, hint)
+
+
 def texts(source: Source) -> set[str]:
     """The tensors of a source's text model."""
     return {name for name, role in source.roles.items() if role.kind != "vision"}

@@ -23,6 +23,9 @@ _TOKENIZER = (
 )  # fmt: skip
 """The files that make a tokenizer, where a folder has them: what the classes of transformers look for."""
 
+IMAGE_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Where transformers 5 keeps what makes images into what a model reads, and where that was kept before."""
+
 _COMPANIONS = re.compile(
     r"[^.].*\.(json|jinja|txt|model|spm|tiktoken|codes)|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY).*", re.I
 )
@@ -124,6 +127,12 @@ def _leads_to_a_model(link: Path) -> bool:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a model's folder that make its tokenizer, chat templates included, by name."""
     return sorted({file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()})
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """The files of what makes images and texts into what a model reads, beside those of its tokenizer."""
+    names = (*IMAGE_PROCESSORS, "video_preprocessor_config.json", "chat_template.json")
+    return [folder / name for name in names if has(folder, name)]
 
 
 def companion_files(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from evomerge.checkpoints.folder import (
     has,
     load_config,
     load_json,
+    processor_files,
     refuse_unreadable,
     tokenizer_files,
 )
@@ -286,7 +287,7 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
         turned=plan.turned,
         folds=plan.folds,
         normed=plan.normed,
-        files=_files(folder, stored),
+        files=_files(folder, stored, bool(written)),
         warnings=_warnings(tensors, plan.float32, [] if written else sorted(extra), linked),
         written=written,
         carried={name: stored[name] for name in sorted(extra)} if written else {},
@@ -414,10 +415,11 @@ def _check_copies(stored: Mapping[str, TensorEntry], plan: Blueprint, place: str
             )
 
 
-def _files(folder: Path, stored: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
+def _files(folder: Path, stored: Mapping[str, TensorEntry], sees: bool) -> tuple[Path, ...]:
     weights = sorted({entry.file for entry in stored.values()})
     side = [folder / name for name in ("config.json", "generation_config.json", INDEX)]
-    return (*weights, *(file for file in side if file.exists()), *tokenizer_files(folder))
+    beside = processor_files(folder) if sees else []
+    return (*weights, *(file for file in side if file.exists()), *tokenizer_files(folder), *beside)
 
 
 def _warnings(

@@ -10,9 +10,11 @@ that rules name. Every source keeps its own row for the tokens that it knows. Wh
 4. else the mean of the rows of those that know it;
 5. and a token that nobody knows has zeros.
 
-Rows that no token names, such as those that pad an embedding to a round size, are dropped. Padding asked for anew, and
-ids that the tokenizer leaves out, have the mean of the source's other rows. A token whose id is beyond the rows of a
-source is one that it lacks. A tied head follows the embedding; a head of its own and its bias are laid out alike.
+Rows that no token names, such as those that pad an embedding to a round size, are dropped, but for those of a
+tokenizer's source that reads images, which all sources take: its configuration knows tokens of images by number.
+Padding asked for anew, and ids that the tokenizer leaves out, have the mean of the source's other rows. A token whose
+id is beyond the rows of a source is one that it lacks. A tied head follows the embedding; a head of its own and its
+bias are laid out alike.
 
 The rule is mergekit's. It counts the sources that are mixed into a tensor; here all that are given count.
 """
@@ -30,8 +32,9 @@ from torch import Tensor
 
 from evomerge.checkpoints.chat_templates import check_template, choose_template, own_template
 from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.layered import with_text_settings
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors
+from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors, text_config
 from evomerge.checkpoints.tokenizer_files import open_tokenizer, tokenizer_texts, with_tokens
 from evomerge.errors import InputError
 from evomerge.plugins import unknown_name
@@ -237,13 +240,19 @@ def _table(
     vocabulary: Vocabulary,
 ) -> _Table:
     count = 1 + max(ids.values())
+    model = next(iter(sources))
+    unnamed = sorted({*range(known[model].rows)} - {*ids.values()}) if sources[model].takes_images else []
+    rest = torch.tensor(unnamed, dtype=torch.long)
+    count = max(count, *(number + 1 for number in unnamed[-1:]), 0)
     step = vocabulary.pad_to_multiple_of or 1
     own = {name: torch.full((count,), -1) for name in sources}
     order = torch.tensor(list(ids.values()))
     for name, rows in own.items():
         rows[order] = torch.tensor([known[name].row(token) for token in ids])
+    own[model][rest] = rest
     named = torch.zeros(count, dtype=torch.bool)
     named[order] = True
+    named[rest] = True
     knowing = sum((rows >= 0).long() for rows in own.values())
     lent, forced, free = {name: torch.full((count,), -1) for name in own}, torch.zeros_like(named), named.clone()
     for token, rule in vocabulary.tokens.items():
@@ -283,8 +292,8 @@ def _aligned(source: Source, model: Source, table: _Table, texts: Mapping[str, s
         if key.endswith("_token_id"):
             beyond = any(type(number) is int and number >= table.size for number in _as_list(value))
             config[key] = None if beyond else value
-    config["vocab_size"] = table.size
-    if parse_config(config, source.place).vocab_size != table.size:
+    config = with_text_settings(config, {"vocab_size": table.size})
+    if text_config(parse_config(config, source.place)).vocab_size != table.size:
         raise InputError(source.place, "config.json: vocab_size is not what says how many tokens this model knows")
     tensors = {
         name: replace(entry, shape=(table.size, *entry.shape[1:])) if name in table.names else entry

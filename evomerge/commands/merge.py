@@ -128,8 +128,9 @@ def merge(
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:
     """The sources, laid out for the recipe's vocabulary. Raises InputError: they cannot be mixed."""
-    from evomerge.checkpoints.checks import check_compatible
+    from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
 
+    check_keeps_seeing(sources, recipe.tokenizer)
     stack = recipe if isinstance(recipe, StackRecipe) else None
     vocabulary = stack.vocabulary if stack else Vocabulary()
     if vocabulary != Vocabulary():

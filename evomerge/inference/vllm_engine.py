@@ -188,7 +188,8 @@ class VllmEngine:
     def _compare(self, live: LiveModel) -> None:
         """Refuse an engine that goes on from probes otherwise than the live model."""
         count = _PROBES * _PROBE_TOKENS
-        probes = (torch.arange(count, device=live.device) % live.model.config.vocab_size).view(_PROBES, _PROBE_TOKENS)
+        probes = torch.arange(count, device=live.device) % live.model.config.get_text_config().vocab_size
+        probes = probes.view(_PROBES, _PROBE_TOKENS)
         expected = live.model(probes, use_cache=False).logits[:, -1].argmax(-1).tolist()
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
         asked = [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in probes.tolist()]

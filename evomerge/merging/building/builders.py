@@ -15,12 +15,13 @@ import torch
 
 from evomerge.calibration import Calibration
 from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
 from evomerge.merging.arithmetic.device import Residency
 from evomerge.merging.fitting.fit import Fit
 from evomerge.merging.materialise import check_opened
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.plugins import find_plugin
-from evomerge.recipes.base import Recipe
+from evomerge.recipes.base import STACK, Recipe
 
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel, ServingEngine
@@ -162,9 +163,14 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     """Refuse a recipe that cannot be made of these sources. Opens no tensor.
 
     Raises:
-        InputError: a source is not open, or what its builder says.
+        InputError: a source is not open, reads images where a recipe of this kind knows of none, or what its builder
+            says.
     """
     check_opened(recipe, sources)
+    seeing = [name for name in sorted(recipe.used_sources()) if sources[name].takes_images]
+    if seeing and recipe.kind != STACK:
+        problem = f"{seeing[0]} reads images, and a {recipe.kind} is made of models of texts alone"
+        raise InputError(sources[seeing[0]].place, problem, "Merge weights or layers: `kind: parameter_space`.")
     find_builder(recipe.kind).check(recipe, sources)
 
 

@@ -12,7 +12,7 @@ from evaluators.base import Evaluator, Split, prompts_of
 from evaluators.prompts import told_too_long, too_long
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import parse_config
+from evomerge.checkpoints.structure import parse_config, text_config
 from evomerge.errors import InputError
 from evomerge.inference.reading import Prompt, Reader
 
@@ -47,7 +47,7 @@ def reader_of(source: Source) -> Reader:
     Raises:
         InputError: its tokenizer cannot be used.
     """
-    config = parse_config(source.config, source.place)
+    config = text_config(parse_config(source.config, source.place))
     return Reader(load_tokenizer(source), getattr(config, "max_position_embeddings", None))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from evaluators.base import FOLDER, MODEL, EvaluatorSettings
 from evomerge.checkpoints.references import adapter_types, check_reference, local_config, prompt_of
+from evomerge.checkpoints.sharding import text_config
 from evomerge.errors import InputError
 from evomerge.files import open_file
 from evomerge.genome import SearchSpace
@@ -167,7 +168,7 @@ def _prompts(file: SearchFile) -> dict[str, PromptFacts]:
 
 def _depth(config: Mapping[str, Any]) -> int | None:
     """The number of layers as config.json has it; None where that is not on this machine, or says it elsewhere."""
-    depth = config.get("num_hidden_layers")
+    depth = text_config(config).get("num_hidden_layers")
     return depth if isinstance(depth, int) and 0 < depth <= 1000 else None
 
 
