@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,3 +61,7 @@ class Blueprint:
     turned: frozenset[str]
     folds: dict[str, Fold]
     normed: bool
+
+    def passes_over(self, name: str) -> bool:
+        """Whether transformers passes over a tensor of that name, which is none of the model's, when it loads it."""
+        return any(re.search(pattern, name) for pattern in self.ignored)

@@ -100,7 +100,8 @@ def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         raise InputError(place, f"what would be written is not a model: {error.problem}", hint) from None
     held = {name: holder for name, holder, _ in holders(plan.parts, dict(plan.located))}
     wrong = [f"{name} is missing" for name in plan.parts if name not in held]
-    wrong += [f"{name} is not a tensor of it" for name in shapes.keys() - {*held.values()} - plan.copies.keys()]
+    beyond = shapes.keys() - {*held.values()} - plan.copies.keys()
+    wrong += [f"{name} is not a tensor of it" for name in beyond if not plan.passes_over(name)]
     wrong += [
         f"{name} has shape {list(shapes[name])}, not {list(plan.shapes[name])}"
         for name, holder in held.items()
@@ -175,20 +176,33 @@ def check_seeing(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
             _same(model, other, key, model.seeing.get(key), other.seeing.get(key), _SAME_TOWER)
 
 
-def _same_text_model(one: Source, other: Source) -> None:
-    """Refuse sources whose text models are of different types, unless they are the same but for that."""
-    mine, theirs = one.config, other.config
-    if one.takes_images == other.takes_images and mine["model_type"] == theirs["model_type"]:
-        _same(one, other, "architectures", mine.get("architectures"), theirs.get("architectures"))
-    elif not one.takes_images and not other.takes_images:
-        _same(one, other, "model_type", mine["model_type"], theirs["model_type"])
-    elif one.text_type != other.text_type:
-        from evomerge.checkpoints.twins import twin_problem  # which builds models
+def text_model_problem(one: Source, other: Source) -> str:
+    """How the text models of two sources differ in kind, whatever their shapes; empty where they do not.
 
-        if problem := twin_problem(one, other):
-            types = f"{other.text_type} and {one.text_type}"
-            problem = f"{other.name} and {one.name} differ in their text models ({types}): {problem}"
-            raise InputError(other.place, problem, _SAME_SHAPE)
+    Those of different types are the same where they compute the same of equal weights, which is tried.
+    """
+    if one.text_type == other.text_type:
+        return ""
+    types = f"it is a {other.text_type}, and {one.name} a {one.text_type}"
+    if not one.takes_images and not other.takes_images:
+        return types
+    from evomerge.checkpoints.twins import twin_problem  # which builds models
+
+    problem = twin_problem(one, other)
+    return f"{types}, and {problem}" if problem else ""
+
+
+def _same_text_model(one: Source, other: Source) -> None:
+    """Refuse sources whose text models are of different kinds."""
+    if one.config["model_type"] == other.config["model_type"]:
+        _same(one, other, "architectures", one.config.get("architectures"), other.config.get("architectures"))
+    elif one.takes_images or other.takes_images:
+        if problem := text_model_problem(one, other):
+            raise InputError(
+                other.place, f"{other.name} and {one.name} differ in their text models: {problem}", _SAME_SHAPE
+            )
+    else:
+        _same(one, other, "model_type", one.config["model_type"], other.config["model_type"])
 
 
 def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:

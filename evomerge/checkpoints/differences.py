@@ -33,6 +33,9 @@ _COMPUTES_NOTHING = re.compile(
 
 _LENGTHS = re.compile(r"max_position_embeddings|n_positions|max_seq_len|seq_length|context_length")
 
+_OF_IMAGES = re.compile(r"\.mrope_\w+$")
+"""Settings that say of positions in images what is the same in texts, where a model of texts alone says nothing."""
+
 _EFFECTS: Mapping[str, str] = {
     r"rope|rotary|position|alibi": "its weights expect other positions, which shows the more the longer a text is",
     r"eps": "its norms were trained to divide by a little more or less, which mostly is a small effect",
@@ -75,7 +78,7 @@ def differences(model: Source, other: Source) -> dict[str, tuple[str, str]]:
         mine, theirs = model.computing.get(key, "absent"), other.computing.get(key, "absent")
         # What is said of single layers cannot be compared where there are more of them; layers are, in their places.
         of_layers = key.partition(".")[0] in model.layered and model.layers != other.layers
-        if mine != theirs and not of_layers:
+        if mine != theirs and not of_layers and not (_OF_IMAGES.search(key) and "absent" in (mine, theirs)):
             by_key[key] = (mine, theirs)
     return by_key
 

@@ -36,6 +36,9 @@ DTYPE_BITS = {
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """The dtypes that can be merged, by their names in safetensors."""
 
+STORED_DTYPES = {**TORCH_DTYPES, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+"""These, and those of tables that can be taken along as they are."""
+
 
 _mapped: WeakValueDictionary[tuple[int, ...], torch.Tensor] = WeakValueDictionary()
 """Files that are mapped now, by device, inode, size and time of change."""
@@ -73,8 +76,8 @@ def map_file(file: Path) -> torch.Tensor:
 
 
 def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
-    """The tensor of an entry inside its mapped file. Only for dtypes that can be merged; never to be written to."""
-    raw, dtype = mapped[entry.begin : entry.end], TORCH_DTYPES[entry.dtype]
+    """The tensor of an entry inside its mapped file. Only for ``STORED_DTYPES``; never to be written to."""
+    raw, dtype = mapped[entry.begin : entry.end], STORED_DTYPES[entry.dtype]
     if entry.begin % dtype.itemsize:  # the format asks for no alignment, though its own writer gives it
         raw = raw.clone()
     return raw.view(dtype).view(entry.shape)

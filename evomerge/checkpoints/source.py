@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ from evomerge.checkpoints.folder import (
     refuse_unreadable,
     tokenizer_files,
 )
-from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
+from evomerge.checkpoints.headers import STORED_DTYPES, TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
 from evomerge.checkpoints.kept_blueprints import blueprint
 from evomerge.checkpoints.kinds import check_kind, headless
 from evomerge.checkpoints.layered import LayerSetting
@@ -265,7 +264,7 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
     extra = stored.keys() - {name for part, name in plan.located if part in used} - plan.copies.keys()
     written = _written(plan)
     if written:
-        _check_explained(extra, plan, place)
+        _check_explained({name: stored[name] for name in extra}, plan, place)
     source = Source(
         name=name,
         reference=reference,
@@ -305,12 +304,18 @@ def _written(plan: Blueprint) -> dict[str, str]:
     return {name: held.get(plan.parts[name], written) for name, written in plan.written.items()}
 
 
-def _check_explained(extra: Collection[str], plan: Blueprint, place: str) -> None:
-    """Refuse tensors of a model that reads images which nobody knows the meaning of. Raises InputError."""
-    ignored = re.compile("|".join(plan.ignored) or "(?!)")
-    if unknown := sorted(name for name in extra if not ignored.search(name)):
+def _check_explained(extra: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> None:
+    """Refuse tensors of a model that reads images which nobody knows the meaning of, or that cannot be taken along.
+
+    Raises:
+        InputError: naming them.
+    """
+    if unknown := sorted(name for name in extra if not plan.passes_over(name)):
         problem = f"the files hold tensors that are no part of the model of config.json: {_few(unknown)}"
         raise InputError(place, problem, "See that config.json belongs to these weights; remove what is not the model.")
+    if strange := sorted(name for name, entry in extra.items() if entry.dtype not in STORED_DTYPES):
+        problem = f"{strange[0]}, which transformers passes over, is stored as {extra[strange[0]].dtype}"
+        raise InputError(place, problem, f"It can be taken along as one of {', '.join(STORED_DTYPES)}.")
 
 
 def _prompted(source: Source, adapters: Sequence[Path]) -> Source | None:

@@ -20,7 +20,7 @@ from typing import BinaryIO, Self
 import torch
 
 from evomerge.checkpoints.folder import INDEX, WEIGHTS
-from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.headers import STORED_DTYPES
 from evomerge.checkpoints.target import check_target, existing_parent
 from evomerge.errors import InputError
 from evomerge.files import open_file
@@ -29,8 +29,16 @@ SHARD_BYTES = 5_000_000_000
 _UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 _SLACK_BYTES = 32_000_000  # for the tokenizer and what else goes in beside the weights
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_ORDER = {"F32": 0, "BF16": 1, "F16": 2}  # wide ones first, so that all are aligned; that of safetensors' own writer
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+_ORDER = {
+    "I64": 0,
+    "F32": 1,
+    "I32": 2,
+    "BF16": 3,
+    "F16": 4,
+    "U8": 5,
+    "BOOL": 6,
+}  # wide ones first, so that all are aligned; that of safetensors' own writer
 
 Layout = Sequence[tuple[str, Sequence[int], torch.dtype]]
 """Name, shape and dtype of every tensor that will be written."""

@@ -123,6 +123,9 @@ def merge(
             sources, recipe.tokenizer, evidence, calibration=texts, fit=fitted_to, dtype=dtype, keep=keep
         )
         find_builder(recipe.kind)(context).export(recipe, folder, texts=beside, progress=update)
+        counted = _counted(recipe, sources, folder)
+    if counted:
+        console.print(counted)
     console.print(f"merged into {out}", style="bold")
 
 
@@ -160,6 +163,23 @@ class _Stages:
         sources = {name: self._stages.get(ref) or self._opened[ref] for name, ref in references.items()}
         self._stages[stage.name] = opened_stage(stage, sources, self._above)
         return self._stages[stage.name].roles
+
+
+def _counted(recipe: Recipe, sources: Mapping[str, Source], folder: Path) -> str:
+    """How many tensors were read and written, and how many of them read images; nothing of a model of texts alone."""
+    model = sources.get(recipe.tokenizer)
+    if model is None or not model.takes_images:
+        return ""
+    from evomerge.checkpoints.folder import find_tensors
+
+    seeing = sum(role.kind == "vision" for role in model.roles.values())
+    counts = [
+        f"{len(s.tensors) + len(s.carried) + len(s.doubled):,} of {name}"
+        for name, s in sources.items()
+        if name in recipe.used_sources() | {recipe.tokenizer}
+    ]
+    written = len(find_tensors(folder, str(folder)))
+    return f"read {' and '.join(counts)}; wrote {written:,} tensors, {seeing:,} of which read images"
 
 
 def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, runs: bool) -> dict[str, Source]:

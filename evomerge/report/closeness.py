@@ -56,6 +56,8 @@ def _alone(facts: ModelFacts) -> RenderableType:
     table.add_row("model", facts.reference)
     table.add_row("architecture", f"{facts.architecture}, {facts.layers} layers, hidden size {facts.hidden_size:,}")
     table.add_row("parameters", f"{_count(facts.parameters)}, {facts.dtype}, {_size(facts.bytes)}")
+    if facts.seeing is not None:
+        table.add_row("reads images", f"{_count(facts.seeing)} of the parameters stand beside the text model for that")
     head = "the head is the embedding" if facts.tied else "the head has weights of its own"
     table.add_row("vocabulary", f"{facts.vocab_size:,} rows, {_tokens(facts)} tokens; {head}")
     for adapter in facts.adapters:

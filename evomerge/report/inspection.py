@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from evomerge.checkpoints.checks import check_compatible, check_finite
+from evomerge.checkpoints.checks import check_compatible, check_finite, text_model_problem
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
@@ -43,7 +43,8 @@ _MOST_WORK = 5e12
 
 class ModelFacts(BaseModel):
     """What can be said of one model alone. ``tokens`` is None where its tokenizer cannot be loaded, ``prompt`` where it
-    has none: it says what was named with it that is no weights.
+    has none: it says what was named with it that is no weights. ``seeing`` is how many of the parameters stand beside
+    the text model and read images; None of a model of texts alone.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelFacts(BaseModel):
     adapters: list[str]
     warnings: list[str]
     prompt: str | None = None
+    seeing: int | None = None
 
 
 class Distance(BaseModel):
@@ -232,7 +234,13 @@ def _facts(source: Source) -> ModelFacts:
         adapters=split_reference(source.reference, None)[1:],
         prompt=None if source.prompt is None else _prompt_text(source.prompt),
         warnings=list(source.warnings),
+        seeing=_seeing(source) if source.takes_images else None,
     )
+
+
+def _seeing(source: Source) -> int:
+    """Elements of what stands beside a source's text model."""
+    return sum(math.prod(source.tensors[name].shape) for name, role in source.roles.items() if role.kind == "vision")
 
 
 def _prompt_text(prompt: SourcePrompt) -> str:
@@ -256,9 +264,8 @@ def _incomparable(base: Source, other: Source) -> str:
     for one in (other, base):
         if one.prompt is not None:
             return f"{one.name} has {one.prompt.facts.text}, which changes no weights"
-    mine, theirs = base.config["model_type"], other.config["model_type"]
-    if mine != theirs:
-        return f"it is a {theirs}, and {base.name} a {mine}"
+    if problem := text_model_problem(base, other):
+        return problem
     if base.layers != other.layers:
         return f"it has {other.layers} layers, and {base.name} {base.layers}"
     roles = base.roles
@@ -448,4 +455,4 @@ def _whole(parts: Mapping[str, _Sums]) -> _Sums:
 
 def _position(part: str) -> tuple[int, int]:
     kind, _, layer = part.partition(" ")
-    return ("embedding", "layer", "norm", "head").index(kind), int(layer or 0)
+    return ("vision", "embedding", "layer", "norm", "head").index(kind), int(layer or 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from evomerge import __version__
 from evomerge.checkpoints.checks import check_written
 from evomerge.checkpoints.folder import companion_files, tokenizer_files
-from evomerge.checkpoints.headers import TORCH_DTYPES
+from evomerge.checkpoints.headers import STORED_DTYPES
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.writer import SHARD_BYTES, FolderWriter, Layout
 from evomerge.merging.materialise import Materialiser
@@ -80,7 +80,7 @@ def _beside(model: Source, layout: Layout) -> Layout:
     """What the files of the tokenizer's source hold beside its tensors, and a merge takes along, as a layout."""
     by_name = {name: (shape, dtype) for name, shape, dtype in layout}
     doubled = [(copy, *by_name[model.written[name]]) for copy, name in model.doubled.items()]
-    carried = [(name, entry.shape, TORCH_DTYPES[entry.dtype]) for name, entry in model.carried.items()]
+    carried = [(name, entry.shape, STORED_DTYPES[entry.dtype]) for name, entry in model.carried.items()]
     return [*doubled, *carried]
 
 
