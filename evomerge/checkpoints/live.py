@@ -69,6 +69,7 @@ class LiveModel:
         engine: what answers prompts; None for transformers.
         devices: those that share out its layers; the model's own when empty.
         change: how far its weights are from those of the search's base; None where nobody measures it.
+        processor: makes its inputs of text and pictures; None of a model that reads text alone.
         use: measures how much of each expert tokens get; None of a model without experts that are gated beside it.
     """
 
@@ -80,6 +81,7 @@ class LiveModel:
     devices: tuple[torch.device, ...] = ()
     change: float | None = None
     use: Meter | None = None
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor
 from evomerge.checkpoints.live import LiveModel, finite_rows
 from evomerge.checkpoints.low_rank_rows import Rows
 from evomerge.inference.requests import Batch, Response
+from evomerge.inference.showing import Kept
 from evomerge.inference.transformers_engine import TransformersEngine
 
 
@@ -22,13 +23,14 @@ class AdapterRowsEngine:
     Args:
         live: on it the base is written.
         rows: what is added to it.
+        kept: as of ``TransformersEngine``.
     """
 
     greedy_only = False
 
-    def __init__(self, live: LiveModel, rows: Rows) -> None:
+    def __init__(self, live: LiveModel, rows: Rows, kept: Kept | None = None) -> None:
         self._live, self._rows = live, rows
-        self._engine = TransformersEngine(live, rows.choose)
+        self._engine = TransformersEngine(live, rows.choose, kept)
 
     @contextlib.contextmanager
     def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:

@@ -16,7 +16,7 @@ So rows may even be of several models that share their modules: before a forward
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from evomerge.inference.answering import answered
+from evomerge.inference.showing import ShownRows, reads_in_order
 
 _COLUMNS = 64
 """Room for so many tokens is made at once: making it copies the table."""
@@ -78,6 +79,7 @@ class Decoder:
         ends: tokens that end an answer; they are its last token.
         ended: which of some answers end by their text.
         groups: of the prompts; None where all are answered by the one model.
+        shown: pictures of the prompts; None where there are none.
 
     Attributes:
         answers: of each prompt the tokens so far.
@@ -94,7 +96,9 @@ class Decoder:
         ends: frozenset[int],
         ended: Callable[[Sequence[Sequence[int]]], Sequence[bool]],
         groups: Groups | None = None,
+        shown: ShownRows | None = None,
     ) -> None:
+        self._shown = shown
         self._model, self._prompts, self._most, self._ends, self._ended = model, prompts, most, ends, ended
         self._groups = groups or Groups([0] * len(prompts))
         self.answers: list[list[int]] = [[] for _ in prompts]
@@ -107,6 +111,9 @@ class Decoder:
         members = [[prompts[i] for i in range(len(prompts)) if of[i] == group] for group in range(max(of) + 1)]
         self._given: int = getattr(model, "prefix_length", 0)  # of the tokens of each prompt: keys, and no text
         self._shared = min(map(_common, members))  # of every group as many, so that one batch computes them all
+        if shown:  # all pictures have one token, whatever they show
+            token = model.config.image_token_id
+            self._shared = min(self._shared, *(shown.text_before(i, token) for i in range(len(prompts))))
         starts = [group_prompts[0][: max(self._shared, 1)] for group_prompts in members]
         self._prefix = self._prefixes(starts, max(map(len, prompts)) + most)
 
@@ -151,7 +158,8 @@ class Decoder:
         window = table.admit(group, [len(ids) for ids in prompts], offsets, fed, groups)
         tokens = torch.tensor([[0] * (fed - len(ids)) + list(ids[-fed:]) for ids in prompts], device=device)
         positions = torch.arange(longest - fed, longest, device=device) - offsets[:, None]
-        return self._forward(table, window, tokens, positions.clamp(min=0))
+        pictures = self._shown.inputs(self._model, group, fed) if self._shown else {}
+        return self._forward(table, window, tokens, positions.clamp(min=0), pictures)
 
     def _step(self, table: _Table) -> list[int]:
         device = self._model.device
@@ -159,7 +167,14 @@ class Decoder:
         positions = torch.tensor(table.lengths, device=device)[:, None]
         return self._forward(table, table.advance(), tokens, positions)
 
-    def _forward(self, table: _Table, window: _Window, tokens: torch.Tensor, positions: torch.Tensor) -> list[int]:
+    def _forward(
+        self,
+        table: _Table,
+        window: _Window,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        pictures: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The likeliest next token of every row of the window."""
         table.place.window = window
         self._groups.tell([self._groups.of[i] for i in table.open[window.rows]])
@@ -169,6 +184,7 @@ class Decoder:
             past_key_values=table,
             use_cache=True,
             **self._known(position_ids=positions, logits_to_keep=1),
+            **(pictures or {}),
         )
         likeliest: list[int] = out.logits[:, -1].float().argmax(-1).tolist()
         return likeliest
@@ -220,7 +236,8 @@ class Decoder:
             _keeps_all(layer, tokens.shape, longest) for layer in cache.layers
         ):
             raise NoTableError(alone=False)
-        if type(self._model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        own = type(self._model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+        if own and not reads_in_order(self._model):
             raise NoTableError(alone=False)  # it needs other inputs than these at some step
         return [(layer.keys, layer.values) for layer in cache.layers]
 

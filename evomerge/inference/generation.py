@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from evomerge.checkpoints.live import LiveModel
+    from evomerge.inference.showing import ShownRows
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,13 @@ class Decoding:
         max_new_tokens: most tokens of an answer.
         stop: an answer ends before the first of these texts, and at the model's end token.
         batch_size: most prompts in one forward pass.
+        settings: of ``model.generate``, where answers are not plainly greedy.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     batch_size: BatchSize = "auto"
+    settings: tuple[tuple[str, float], ...] = ()
 
 
 def answer_tokens(live: LiveModel, prompts: Sequence[Sequence[int]], how: Decoding) -> list[str]:
@@ -72,6 +75,7 @@ def answer_groups(
     groups: Sequence[Sequence[Sequence[int]]],
     how: Decoding,
     choose: Callable[[Sequence[int]], None],
+    shown: ShownRows | None = None,
 ) -> list[list[str]]:
     """The answers to several groups of prompts of token ids, decoded in one go.
 
@@ -80,6 +84,7 @@ def answer_groups(
         groups: one for each of the models that ``live`` can be, row by row.
         how: the same for all.
         choose: is told before each forward pass which group every row is of; a single number stands for all rows.
+        shown: pictures of the prompts, group after group; None where there are none.
 
     Raises:
         torch.OutOfMemoryError: there is no room for one row.
@@ -96,16 +101,18 @@ def answer_groups(
     owners = Groups([number for number, group in enumerate(groups) for _ in group], choose)
     try:
         ended = TextEnds(live.tokenizer, how.stop)
-        decoder = Decoder(live.model, prompts, how.max_new_tokens, last, ended, owners)
-        if shaping(live.model.generation_config.to_diff_dict(), GREEDY):
+        decoder = Decoder(live.model, prompts, how.max_new_tokens, last, ended, owners, shown)
+        if shaping(live.model.generation_config.to_diff_dict(), {**GREEDY, **dict(how.settings)}):
             batch_size = how.batch_size
     except NoTableError as error:
         batch_size = 1 if error.alone else how.batch_size
     if batch_size is not None:
-        answers = []
+        answers, first = [], 0
         for number, group in enumerate(groups):
             choose([number])
-            answers.append(_in_batches(live, group, how.max_new_tokens, how.stop, batch_size))
+            rows = range(first, first + len(group))
+            answers.append(_in_batches(live, dict(zip(rows, group, strict=True)), how, batch_size, shown))
+            first += len(group)
         return answers
     _room(live.model).fit(how.batch_size, len(prompts), live.device, decoder.run)
     texts = iter([text_of(live.tokenizer, tokens, how.stop) for tokens in decoder.answers])
@@ -164,47 +171,56 @@ def _room(model: Any) -> Room:
 
 
 def _in_batches(
-    live: LiveModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], batch_size: BatchSize
+    live: LiveModel,
+    prompts: Mapping[int, Sequence[int]],
+    how: Decoding,
+    batch_size: BatchSize,
+    shown: ShownRows | None,
 ) -> list[str]:
     """Answers by transformers' own loop: a batch is done when its last row is. The longest prompts come first."""
     answers: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+    order = sorted(prompts, key=lambda i: (-len(prompts[i]), prompts[i]))
 
     def work(rows: int) -> None:
         while left := order[len(answers) :]:
             batch = left[:rows]
-            texts = _answer(live, [prompts[i] for i in batch], max_new_tokens, stop)
-            answers.update(zip(batch, texts, strict=True))
+            width = len(prompts[batch[0]])
+            pictures = shown.inputs(live.model, batch, width) if shown else {}
+            answers.update(zip(batch, _answer(live, [prompts[i] for i in batch], how, pictures), strict=True))
             answered(len(batch))
 
     _room(live.model).fit(batch_size, len(prompts), live.device, work)
-    return [answers[i] for i in range(len(prompts))]
+    return [answers[i] for i in prompts]
 
 
-def _answer(live: LiveModel, rows: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+def _answer(
+    live: LiveModel, rows: Sequence[Sequence[int]], how: Decoding, pictures: Mapping[str, Any]
+) -> list[str]:
     """The answers of one batch."""
     import torch
     from transformers import StoppingCriteriaList
 
     from evomerge.inference.stopping import StopAtText
 
-    width, pad = max(len(ids) for ids in rows), live.tokenizer.pad_token_id
+    width, pad, settings = max(len(ids) for ids in rows), live.tokenizer.pad_token_id, {**GREEDY, **dict(how.settings)}
     padded = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in rows], device=live.device)
     lengths = torch.tensor([len(ids) for ids in rows], device=live.device)
     mask = torch.arange(width, device=live.device) >= width - lengths[:, None]
-    criterion = StopAtText(live.tokenizer, stop, width, len(rows)) if stop else None
+    watched = how.stop and settings["num_beams"] == 1  # the rows of beams change places
+    criterion = StopAtText(live.tokenizer, how.stop, width, len(rows)) if watched else None
     with torch.inference_mode():
         tokens = live.model.generate(
             input_ids=padded,
             attention_mask=mask.long(),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=how.max_new_tokens,
             stopping_criteria=StoppingCriteriaList([criterion] if criterion else []),
             pad_token_id=pad,
-            **GREEDY,
+            **settings,
+            **pictures,
         )
     ends = criterion.lengths.tolist() if criterion else [tokens.shape[1]] * len(rows)
     # Where no token ends a sequence by itself, transformers lets ended rows run on instead of padding them.
-    return [text_of(live.tokenizer, ids[width:end], stop) for ids, end in zip(tokens.tolist(), ends, strict=True)]
+    return [text_of(live.tokenizer, ids[width:end], how.stop) for ids, end in zip(tokens.tolist(), ends, strict=True)]
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> str:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from evomerge.inference.answering import answered
 from evomerge.inference.reading import Prompt
 from evomerge.inference.requests import Likelihood, LogLikelihood
+from evomerge.inference.showing import ShownRows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from evomerge.checkpoints.live import LiveModel
+    from evomerge.inference.showing import ImageTokens
 
 _LEAST_STEP = 16
 """Rows are padded to a multiple of so many tokens, and of an eighth of the power of two below their length."""
@@ -27,8 +29,10 @@ _LOGITS_BYTES = 1 << 28
 """Most bytes of logits in one forward pass, unless a single item has more."""
 
 
-def log_likelihoods(live: LiveModel, requests: Sequence[Likelihood]) -> list[LogLikelihood]:
-    """log p(answer | prompt) of every request, in order.
+def log_likelihoods(
+    live: LiveModel, requests: Sequence[Likelihood], tokens: ImageTokens | None = None
+) -> list[LogLikelihood]:
+    """log p(answer | prompt) of every request, in order; ``tokens`` are those of pictures, where prompts have any.
 
     On a processor a request's number is the same bit for bit whatever requests are beside it: its width does not depend
     on them, and a matrix times a row rounds alike among any rows, if only they are not fewer than a few.
@@ -36,7 +40,8 @@ def log_likelihoods(live: LiveModel, requests: Sequence[Likelihood]) -> list[Log
     by_number: dict[int, LogLikelihood] = {}
     for most in dict.fromkeys(request.batch_tokens for request in requests):
         prompts = {n: request.prompt for n, request in enumerate(requests) if request.batch_tokens == most}
-        logs = _sums(live, [Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most)
+        shown = ShownRows(tokens, list(prompts.values()))
+        logs = _sums(live, [Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most, shown)
         for (number, prompt), log in zip(prompts.items(), logs, strict=True):
             by_number[number] = LogLikelihood(log, prompt.scored, _size(prompt))
     return [by_number[number] for number in range(len(requests))]
@@ -123,12 +128,12 @@ def answer_logs(logits: Tensor, first: int, item: Tokens, dtype: torch.dtype) ->
     return own.gather(1, answer[:, None]).squeeze(1) - own.logsumexp(1)
 
 
-def _sums(live: LiveModel, items: Sequence[Tokens], most: int) -> list[float]:
+def _sums(live: LiveModel, items: Sequence[Tokens], most: int, shown: ShownRows) -> list[float]:
     """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
     import torch
 
     totals = [0.0] * len(items)
-    context = getattr(live.model.config, "max_position_embeddings", None)
+    context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
     row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
     for batch in _batches(items, most, context, row_logits):
         width = _width(len(items[batch[0]].ids) - 1, context)
@@ -141,6 +146,7 @@ def _sums(live: LiveModel, items: Sequence[Tokens], most: int) -> list[float]:
                 attention_mask=mask.to(live.device),
                 use_cache=False,
                 logits_to_keep=kept,
+                **shown.inputs(live.model, batch, width, right=True),
             ).logits  # [rows, kept, vocabulary]: of the last columns
             for row, i in zip(logits, batch, strict=True):
                 logs = answer_logs(row, kept - kept_columns(width, items[i]), items[i], torch.float32)

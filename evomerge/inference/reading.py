@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -24,12 +24,25 @@ if TYPE_CHECKING:
 _PROBES = ("a", "0", "the", ".")
 
 
+IMAGE = "<image>"
+"""Stands in prompts for a picture, whatever the model's own token for one is."""
+
+
 @dataclass(frozen=True)
 class Media:
-    """What an item or a prompt holds beside text: a file, and what kind of thing it shows."""
+    """What an item or a prompt holds beside text.
+
+    Attributes:
+        kind: what kind of thing it is.
+        file: where it lies; None where a data set holds it.
+        sha256: of the file's bytes, or of the pixels where there is no file, in hex; empty where nobody has looked.
+        held: the picture as PIL has it, where there is no file.
+    """
 
     kind: Literal["image"]
-    file: Path
+    file: Path | None
+    sha256: str = ""
+    held: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Prompt:
         scored: how many of the last are the answer's.
         room: how many of the last tokens the model can be given; None for all.
         place: where the item was read, for people.
-        media: what the model is shown beside the text.
+        media: what the model is shown beside the text, in the order in which ``IMAGE`` stands there. Among the tokens
+            each picture has as many places as the model gives it.
     """
 
     text: str
@@ -80,6 +94,8 @@ class Reader:
         embeddings: how many tokens it knows; None where that is not known yet.
         generation: its generation settings that are not transformers' own; None where there is no model yet.
         device: where it computes; None where there is no model yet.
+        processor: what makes a model's inputs of text and pictures, as transformers loads it; None of a model that
+            reads text alone.
     """
 
     tokenizer: Any
@@ -87,21 +103,32 @@ class Reader:
     embeddings: int | None = None
     generation: Mapping[str, Any] | None = None
     device: torch.device | None = None
+    processor: Any = None
 
     @classmethod
     def of(cls, live: LiveModel) -> Reader:
         """That of a live model."""
         rows: int = live.model.get_input_embeddings().weight.shape[0]
-        context = getattr(live.model.config, "max_position_embeddings", None)
-        return cls(live.tokenizer, context, rows, live.model.generation_config.to_diff_dict(), live.device)
+        context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
+        settings = live.model.generation_config.to_diff_dict()
+        return cls(live.tokenizer, context, rows, settings, live.device, live.processor)
 
-    def prompt(self, text: str, most: int, place: str) -> Prompt:
+    @property
+    def templates(self) -> Any:
+        """What has the chat template: the processor, where it has one of its own."""
+        return self.tokenizer if getattr(self.processor, "chat_template", None) is None else self.processor
+
+    def prompt(self, text: str, most: int, place: str, media: tuple[Media, ...] = ()) -> Prompt:
         """A text that the model answers with up to ``most`` tokens.
 
+        Args:
+            media: the pictures that ``IMAGE`` stands for in the text, in order.
+
         Raises:
-            InputError: it has no tokens, the context has no room for the answer, or a token is none of the model's.
+            InputError: it has no tokens, the context has no room for the answer, or a token is none of the model's; the
+                model reads no pictures, one cannot be read, or they do not fit.
         """
-        ids = encode(self.tokenizer, text)
+        ids = self._encoded(text, media, place)
         if not ids:
             problem = f"its prompt {text!r} has no tokens to start an answer from"
             raise InputError(place, problem, "Write something there.")
@@ -109,15 +136,22 @@ class Reader:
         if self.context is not None and self.context <= most:
             problem = f"is {most}, but prompt and answer together may have {self.context} tokens"
             raise InputError("max_new_tokens", problem, "Lower it.")
-        return Prompt(text, "", ids, 0, None if self.context is None else self.context - most, place)
+        prompt = Prompt(text, "", ids, 0, None if self.context is None else self.context - most, place, media)
+        return _whole(prompt)
 
-    def pair(self, text: str, answer: str, place: str) -> Prompt:
+    def pair(self, text: str, answer: str, place: str, media: tuple[Media, ...] = ()) -> Prompt:
         """A text and an answer that is scored after it.
 
+        Args:
+            media: as of ``prompt``.
+
         Raises:
-            InputError: the answer has no tokens or more than the context, or a token is none of the model's.
+            InputError: the answer has no tokens or more than the context, or a token is none of the model's; the model
+                reads no pictures, one cannot be read, or they do not fit.
         """
         before, after = encode_pair(self.tokenizer, text, answer)
+        if media:  # the tokens of the border are the same, however many tokens a picture has
+            before = self._encoded(text.rstrip(), media, place)
         if not after:
             raise InputError(place, f"its answer {answer!r} adds no token to those of its prompt", "Leave it out.")
         self.check_known([*before, *after], place)
@@ -126,7 +160,14 @@ class Reader:
             raise InputError(place, problem, "Shorten the item or leave it out.")
         # Nothing is predicted after the last token, so it is not fed in.
         room = None if self.context is None else self.context + 1
-        return Prompt(text, answer, [*before, *after], len(after), room, place)
+        return _whole(Prompt(text, answer, [*before, *after], len(after), room, place, media))
+
+    def _encoded(self, text: str, media: tuple[Media, ...], place: str) -> list[int]:
+        if not media:
+            return encode(self.tokenizer, text)
+        from evomerge.inference.showing import processed
+
+        return processed(self, text, media, place).ids
 
     def check_known(self, ids: Sequence[int], place: str) -> None:
         """Refuse tokens that the model has no embedding for."""
@@ -134,6 +175,15 @@ class Reader:
             shown = self.tokenizer.decode([highest])
             problem = f"the tokenizer gives token {highest} ({shown!r}), and the model has {self.embeddings} embeddings"
             raise InputError(place, problem, "Take the tokenizer of a source that has all of its tokens.")
+
+
+def _whole(prompt: Prompt) -> Prompt:
+    """The prompt, refused where it would lose a part of a picture at its beginning."""
+    if prompt.media and prompt.lost:
+        tokens, room = len(prompt.ids) - prompt.unread, (prompt.room or 0) - prompt.unread
+        problem = f"has {tokens:,} tokens with its pictures, and there is room for {room:,}"
+        raise InputError(prompt.place, problem, "Shorten the text, show fewer pictures, or raise `max_length`.")
+    return prompt
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -17,19 +17,30 @@ BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 @dataclass(frozen=True)
 class Generate:
-    """Have the model answer a prompt, greedily.
+    """Have the model answer a prompt, greedily unless it is said otherwise.
 
     Attributes:
         prompt: what it is given.
         max_new_tokens: most tokens of the answer.
         stop: the answer ends before the first of these texts, and at the model's end token.
         batch_size: most prompts in one forward pass.
+        num_beams: of beam search; with 1 there is none.
+        repetition_penalty: by which the scores of tokens that prompt or answer have are divided, or multiplied where
+            they are negative (Keskar et al., CTRL, arXiv 1909.05858, section 4.1); 1 changes nothing.
     """
 
     prompt: Prompt
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     batch_size: BatchSize = "auto"
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+
+    @property
+    def shaping(self) -> tuple[tuple[str, float], ...]:
+        """What makes the answer another than the greedy one, by transformers' names."""
+        wanted: dict[str, float] = {"num_beams": self.num_beams, "repetition_penalty": self.repetition_penalty}
+        return tuple((name, value) for name, value in wanted.items() if value != 1)
 
 
 @dataclass(frozen=True)
@@ -116,8 +127,16 @@ def respond_to(engine: Engine, requests: Sequence[Request]) -> list[Response]:
 
 
 def refuse_media(batches: Sequence[Batch], engine: str) -> None:
-    """Refuse prompts with images and the like, for an engine of models that read text alone."""
+    """Refuse prompts with pictures, for what gives models text alone."""
     for prompt in (request.prompt for batch in batches for request in batch.requests):
         if prompt.media:
             problem = f"shows the model an {prompt.media[0].kind}, and the engine {engine} gives models text alone"
-            raise InputError(prompt.place, problem, "Ask by text, and leave `media` out of the prompt.")
+            raise InputError(prompt.place, problem, "Ask by text, or leave `engine` out.")
+
+
+def refuse_shaping(batches: Sequence[Batch], engine: str) -> None:
+    """Refuse answers that are not plainly greedy, for an engine that gives no others."""
+    for request in (request for batch in batches for request in batch.requests):
+        if isinstance(request, Generate) and request.shaping:
+            problem = f"the engine {engine} gives plainly greedy answers alone, and {request.shaping[0][0]} is set"
+            raise InputError(request.prompt.place, problem, "Leave it out, or `engine`.")

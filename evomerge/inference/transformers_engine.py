@@ -16,9 +16,9 @@ from evomerge.inference.requests import (
     Likelihood,
     Response,
     Text,
-    refuse_media,
     respond_to,
 )
+from evomerge.inference.showing import Kept, ShownRows, image_tokens
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
@@ -38,16 +38,19 @@ class TransformersEngine:
         live: it holds the weights that are asked.
         choose: is told before each forward pass which model every row is of, where the live model can be several, row
             by row; a single number stands for all rows.
+        kept: where image tokens go that memory has no room for; None for nowhere.
     """
 
     greedy_only = False
 
-    def __init__(self, live: LiveModel, choose: Callable[[Sequence[int]], None] = _one_model) -> None:
-        self._live, self._choose = live, choose
+    def __init__(
+        self, live: LiveModel, choose: Callable[[Sequence[int]], None] = _one_model, kept: Kept | None = None
+    ) -> None:
+        self._live, self._choose, self._kept = live, choose, kept
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
         """See ``Engine``."""
-        refuse_media(batches, "transformers")
+        self._look(batches)
         responses: list[dict[int, Response]] = [{} for _ in batches]
         left = set(range(len(batches)))
         for batch, answered in zip(batches, responses, strict=True):
@@ -59,18 +62,23 @@ class TransformersEngine:
         for number, batch in enumerate(batches):
             for place, request in enumerate(batch.requests):
                 if isinstance(request, Generate):
-                    how = Decoding(request.max_new_tokens, request.stop, request.batch_size)
+                    how = Decoding(request.max_new_tokens, request.stop, request.batch_size, request.shaping)
                     decoded.setdefault((batch.objective, how), {}).setdefault(number, []).append(place)
         for (_, how), places in decoded.items():
             self._answers(batches, how, places, responses)
             yield from self._whole(batches, responses, left)
+
+    def _look(self, batches: Sequence[Batch]) -> None:
+        """Where pictures are asked about, see whether the tower is the one whose image tokens are kept."""
+        has_pictures = any(request.prompt.media for batch in batches for request in batch.requests)
+        self._tokens = image_tokens(self._live, self._kept) if has_pictures else None
 
     def _likelihoods(self, batch: Batch, responses: dict[int, Response]) -> None:
         """Answer the requests of one batch that are for likelihoods."""
         asked = {place: request for place, request in enumerate(batch.requests) if isinstance(request, Likelihood)}
         if asked:
             self._choose([batch.model])
-            responses.update(zip(asked, log_likelihoods(self._live, list(asked.values())), strict=True))
+            responses.update(zip(asked, log_likelihoods(self._live, list(asked.values()), self._tokens), strict=True))
 
     def _answers(
         self,
@@ -81,8 +89,11 @@ class TransformersEngine:
     ) -> None:
         """Answer requests to generate that are decoded alike: of each batch those at these places."""
         models = [batches[number].model for number in places]
-        groups = [[batches[number].requests[place].prompt.fed for place in own] for number, own in places.items()]
-        texts = answer_groups(self._live, groups, how, lambda rows: self._choose([models[row] for row in rows]))
+        prompts = [[batches[number].requests[place].prompt for place in own] for number, own in places.items()]
+        groups = [[prompt.fed for prompt in group] for group in prompts]
+        shown = ShownRows(self._tokens, [prompt for group in prompts for prompt in group])
+        choose = lambda rows: self._choose([models[row] for row in rows])  # noqa: E731
+        texts = answer_groups(self._live, groups, how, choose, shown)
         for (number, own), answers in zip(places.items(), texts, strict=True):
             responses[number].update({place: Text(text) for place, text in zip(own, answers, strict=True)})
 
@@ -98,9 +109,15 @@ class TransformersEngine:
                 yield number, [responses[number][place] for place in range(count)]
 
 
-def engine_of(live: LiveModel) -> Engine:
-    """What answers with a live model: its serving engine, or transformers."""
-    return TransformersEngine(live) if live.engine is None else cast(Engine, live.engine)  # a lower layer knows `load`
+def engine_of(live: LiveModel, kept: Kept | None = None) -> Engine:
+    """What answers with a live model: its serving engine, or transformers.
+
+    Args:
+        kept: as of ``TransformersEngine``.
+    """
+    if live.engine is not None:
+        return cast(Engine, live.engine)  # a lower layer knows `load`
+    return TransformersEngine(live, kept=kept)
 
 
 def generate(

@@ -27,7 +27,7 @@ from evomerge.checkpoints.stack import Stack, Step
 from evomerge.checkpoints.tokenizer_files import tokenizer_folder
 from evomerge.errors import InputError
 from evomerge.inference.generation import text_of
-from evomerge.inference.requests import Batch, Generate, Likelihood, Response, Text, refuse_media
+from evomerge.inference.requests import Batch, Generate, Likelihood, Response, Text, refuse_media, refuse_shaping
 from evomerge.inference.transformers_engine import TransformersEngine
 from evomerge.inference.vllm_worker import SharedWeights, hide_from_scans, places_of, repack_head
 from evomerge.recipes.stack import renumber
@@ -133,6 +133,7 @@ class VllmEngine:
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
         """See ``Engine``. Requests of all objectives go in one call, for vLLM fills its own batches."""
         refuse_media(batches, "vllm")
+        refuse_shaping(batches, "vllm")
         likelihoods = [[r for r in batch.requests if isinstance(r, Likelihood)] for batch in batches]
         scored = dict(self._transformers.respond([Batch(requests) for requests in likelihoods]))
         texts = iter(self._answers([r for batch in batches for r in batch.requests if isinstance(r, Generate)]))

@@ -1,0 +1,137 @@
+"""Pictures as models are shown them: files that are what they say, decoded by PIL, in RGB.
+
+What a viewer shows and a decoder gives can differ: a rotation in a camera's tag, a second frame, a colour profile, more
+than 8 bits. Where they do, a model would be asked about something that nobody has seen, so such files are refused with
+what to do.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import InputError
+from evomerge.files import read_bytes
+from evomerge.inference.reading import Media
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_BYTES = 64_000_000
+MOST_PIXELS = 64_000_000
+"""More than cameras give; a file of a few kilobytes can hold billions of one colour."""
+
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+
+_THUMBNAIL_SIDE = 160
+
+
+def file_media(file: Path, place: str) -> Media:
+    """A picture in a file, by what the file holds. Its header is looked at; ``decoded`` looks at the rest.
+
+    Raises:
+        InputError: the file cannot be read, or is no picture that can be shown.
+    """
+    content = read_bytes(file, place, MOST_BYTES)
+    _opened(content, file, place)
+    return Media("image", file, hashlib.sha256(content).hexdigest())
+
+
+def held_media(image: Image) -> Media:
+    """A picture that a data set holds, by its pixels."""
+    about = f"{image.mode} {image.size} ".encode()
+    return Media("image", None, hashlib.sha256(about + image.tobytes()).hexdigest(), image)
+
+
+def decoded(media: Media, place: str) -> Image:
+    """The picture in RGB; what is transparent is on white.
+
+    Raises:
+        InputError: the file cannot be read, has changed since it was looked at, is cut or damaged, or is no picture
+            that can be shown.
+    """
+    if media.file is None:
+        return _in_rgb(media.held)
+    content = read_bytes(media.file, place, MOST_BYTES)
+    if media.sha256 and hashlib.sha256(content).hexdigest() != media.sha256:
+        raise InputError(place, f"the picture {media.file} has changed since it was first read", "Put it back.")
+    image = _opened(content, media.file, place)
+    try:
+        return _in_rgb(image)
+    except Exception as error:  # whatever a decoder does on bytes that are not its own
+        problem = f"the picture {media.file} is cut or damaged ({_said(error)})"
+        raise InputError(place, problem, "Copy it again, or leave the item out.") from error
+
+
+def thumbnail(media: Media, place: str) -> bytes:
+    """A small copy for people, as PNG: newly encoded from the pixels, with nothing else of the file in it.
+
+    Raises:
+        InputError: as ``decoded``.
+    """
+    image = decoded(media, place)
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def data_url(png: bytes) -> str:
+    """A picture as text that a page can hold."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _opened(content: bytes, file: Path, place: str) -> Image:
+    """The picture with its header read and looked at."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        known = ", ".join(_FORMATS)
+        raise InputError(place, f"{file} is no picture that can be read", f"Save it as one of {known}.") from None
+    except Exception as error:  # a bomb by PIL's own bound, or a header that leads nowhere
+        raise InputError(place, f"the picture {file} cannot be read ({_said(error)})", "Save it again.") from error
+    if (fault := _fault(image)) is not None:
+        problem, hint = fault
+        raise InputError(place, f"the picture {file} {problem}", hint)
+    return image
+
+
+def _fault(image: Image) -> tuple[str, str] | None:
+    """Why a picture is not to be shown, and what to do; None where it is."""
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        return f"has {width:,} by {height:,} pixels; there may be {MOST_PIXELS:,}", "Save a smaller copy."
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # what MPO adds to a photo is another view of it
+        return "is animated or has several pages", "Save the one that is meant."
+    if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
+        return f"is in {image.mode}, whose colours depend on a profile", "Save it in RGB."
+    if image.mode not in _MODES or any("16" in str(tile) for tile in map(_raw_mode, getattr(image, "tile", ()))):
+        return "has more than 8 bits a channel", "Save it with 8 bits, with the brightness that is meant."
+    if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+        return "is turned or mirrored by its EXIF tag alone", "Save it upright: `PIL.ImageOps.exif_transpose(image)`."
+    return None
+
+
+def _raw_mode(tile: Any) -> object:
+    """How a decoder is told to read a part of a file, such as ``RGB;16B``."""
+    return tile[3]
+
+
+def _in_rgb(image: Image) -> Image:
+    from PIL import Image
+
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

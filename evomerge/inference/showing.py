@@ -1,0 +1,300 @@
+"""Pictures among a model's tokens: from files to what its text decoder is given for them, computed once an item.
+
+A vision model makes of every picture some vectors of the text decoder's width, its image tokens, by a tower and a
+projector. While a search merges language models alone, both are the same for every candidate, and so are the tokens:
+they are computed when an item is first seen, one item at a time, so that they do not hang on which items are beside it.
+What transformers calls ``mm_encoder_outputs`` takes them instead of pixels, so that positions, masks and what is added
+in later layers are the model's own affair.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+from evomerge.errors import InputError
+from evomerge.inference.nested import flat, joined, mapped, unflat
+from evomerge.inference.pictures import decoded
+from evomerge.inference.reading import IMAGE, Media, Prompt, Reader, special_tokens
+from evomerge.inference.tower import fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.checkpoints.live import LiveModel
+
+MOST_BYTES = 1 << 30
+"""Of image tokens that a process keeps in memory."""
+
+_OUTPUTS = ("pooler_output", "deepstack_features")
+"""What forward passes take of a tower's output; hidden states would be far more."""
+
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_TEXTS = ("input_ids", "attention_mask", *_TYPES)
+
+
+class Kept(Protocol):
+    """Where image tokens are kept for all processes of a search: ``evomerge.merging.evidence.Evidence``."""
+
+    def get(
+        self, kind: str, follows_from: tuple[Any, ...], compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]: ...
+
+    def recurs(self, kind: str, place: Any, follows_from: tuple[Any, ...]) -> bool: ...
+
+
+# ---- what a processor makes of text and pictures -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processed:
+    """What a processor makes of a text and its pictures.
+
+    Attributes:
+        ids: the tokens; each picture has as many as the model gives it.
+        types: what kind each token is, for models that ask, by the name of that input.
+        pictures: all other inputs, by name: pixels, sizes, grids.
+    """
+
+    ids: list[int]
+    types: Mapping[str, list[int]]
+    pictures: Mapping[str, Tensor]
+
+
+def processed(reader: Reader, text: str, media: Sequence[Media], place: str) -> Processed:
+    """Text and pictures as the model's own processor has them, with the start tokens that every text has.
+
+    Raises:
+        InputError: the model reads no pictures, ``IMAGE`` does not stand once for each, or one cannot be read.
+    """
+    if reader.processor is None:
+        problem = "shows the model a picture, and this model reads text alone"
+        raise InputError(place, problem, "Take the tokenizer of a source that has a vision tower (`tokenizer:`).")
+    own = placeholder(reader.processor)
+    text = text.replace(IMAGE, own)
+    if text.count(own) != len(media):
+        problem = f"its prompt says {IMAGE} {text.count(own)} times, and has {len(media)} pictures"
+        raise InputError(place, problem, f"Write {IMAGE} once where each picture stands.")
+    images = [decoded(one, place) for one in media]
+    try:
+        made = reader.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+    except Exception as error:  # a processor is code of a model's authors
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(place, f"the model's processor cannot take its pictures ({said})") from error
+    ids: list[int] = made["input_ids"][0].tolist()
+    types = {name: made[name][0].tolist() for name in _TYPES if name in made}
+    start = _missing_start(reader.tokenizer, ids)
+    pictures = {name: value for name, value in made.items() if name not in _TEXTS}
+    return Processed([*start, *ids], {name: [*[0] * len(start), *kinds] for name, kinds in types.items()}, pictures)
+
+
+def placeholder(processor: Any) -> str:
+    """What stands for a picture in the texts that a processor takes."""
+    token: str = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or IMAGE
+    return token
+
+
+def _missing_start(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """The tokens that every text begins with, where these do not: some processors put them behind the pictures."""
+    start, _ = special_tokens(tokenizer)
+    there = any(list(ids[at : at + len(start)]) == start for at in range(len(ids)))
+    return [] if there else start
+
+
+# ---- what the decoder is given -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a model is given for the pictures of one prompt.
+
+    Attributes:
+        outputs: of tower and projector, by name: nested lists of tensors, or one tensor, as the model has them.
+        beside: other inputs of the pictures that a forward pass takes, such as grids.
+        types: what kind each token is, int64 [tokens], for models that ask, by the name of that input.
+    """
+
+    outputs: Mapping[str, Any]
+    beside: Mapping[str, Tensor]
+    types: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in flat(self.outputs))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors by name."""
+        parts = {"outputs": self.outputs, "beside": self.beside, "types": self.types}
+        return {name: tensor.contiguous() for name, tensor in flat(parts)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Shown:
+        """What ``tensors`` gave."""
+        parts = unflat(tensors)
+        return cls(parts["outputs"], parts.get("beside", {}), parts.get("types", {}))
+
+
+class ImageTokens:
+    """The image tokens of prompts on one live model, kept while its tower and projector are what they were.
+
+    Args:
+        live: whose weights are asked.
+        kept: where they go when memory has no room for more; None for nowhere.
+    """
+
+    def __init__(self, live: LiveModel, kept: Kept | None = None) -> None:
+        self._model, self._reader, self._kept = live.model, Reader.of(live), kept
+        self._tower: str | None = None
+        self._shown: dict[object, Shown] = {}
+        self._bytes, self._is_lasting = 0, False
+        self.computed = 0  # how often the tower ran: for tests and benchmarks
+
+    def refresh(self, kept: Kept | None) -> None:
+        """Look at tower and projector, and forget what was computed with others."""
+        tower = fingerprint(self._model)
+        self._kept = kept
+        self._is_lasting = tower is not None and kept is not None and kept.recurs("image tokens", "tower", (tower,))
+        if tower is None or tower != self._tower:
+            self._shown.clear()
+            self._bytes = 0
+        self._tower = tower
+
+    def of(self, prompt: Prompt) -> Shown:
+        """Those of one prompt.
+
+        Raises:
+            InputError: a picture has changed since its prompt was made.
+        """
+        if self._tower is None:
+            return self._compute(prompt)
+        key = _key(prompt)
+        if key in self._shown:
+            return self._shown[key]
+        if self._bytes >= MOST_BYTES:
+            return self._spilled(prompt)
+        shown = self._shown[key] = self._compute(prompt)
+        self._bytes += shown.nbytes
+        return shown
+
+    def _spilled(self, prompt: Prompt) -> Shown:
+        """The same through the search's evidence, once the same tower was met before: others would fill a disk."""
+        if self._kept is None or not self._is_lasting:
+            return self._compute(prompt)
+        follows_from = (self._tower, repr(self._reader.processor), *_key(prompt))
+        return Shown.of(self._kept.get("image tokens 1", follows_from, lambda: self._compute(prompt).tensors()))
+
+    def _compute(self, prompt: Prompt) -> Shown:
+        import torch
+
+        text = prompt.text if not prompt.scored else prompt.text.rstrip()
+        made = processed(self._reader, text, prompt.media, prompt.place)
+        features = self._model.base_model.get_image_features
+        wanted = inspect.signature(features).parameters
+        inputs = {name: self._placed(value) for name, value in made.pictures.items() if name in wanted}
+        self.computed += 1
+        with torch.inference_mode():
+            out = features(**inputs, return_dict=True)
+        outputs = {name: mapped(out[name], _on_cpu) for name in _OUTPUTS if out.get(name) is not None}
+        taken = inspect.signature(self._model.forward).parameters
+        beside = {n: v for n, v in made.pictures.items() if n in taken and not n.startswith("pixel")}
+        types = {name: torch.tensor(kinds) for name, kinds in made.types.items() if name in taken}
+        return Shown(outputs, beside, types)
+
+    def _placed(self, value: Any) -> Any:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return value
+        device = self._reader.device or self._model.device
+        return value.to(device, self._model.dtype if value.is_floating_point() else None)
+
+
+_tokens: WeakKeyDictionary[Any, ImageTokens] = WeakKeyDictionary()
+
+
+def image_tokens(live: LiveModel, kept: Kept | None) -> ImageTokens:
+    """Those of a live model, for its life, as its tower and projector are now."""
+    if live.model not in _tokens:
+        _tokens[live.model] = ImageTokens(live)
+    tokens = _tokens[live.model]
+    tokens.refresh(kept)
+    return tokens
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _key(prompt: Prompt) -> tuple[str, ...]:
+    return (prompt.text if not prompt.scored else prompt.text.rstrip(), *(media.sha256 for media in prompt.media))
+
+
+# ---- rows of a batch -----------------------------------------------------------------------------------------------
+
+
+class ShownRows:
+    """What the rows of batches are shown: of each prompt its pictures, or nothing."""
+
+    def __init__(self, tokens: ImageTokens | None, prompts: Sequence[Prompt]) -> None:
+        self._tokens, self._prompts = tokens, prompts
+
+    def __bool__(self) -> bool:
+        return self._tokens is not None and any(prompt.media for prompt in self._prompts)
+
+    def text_before(self, number: int, image_token: int) -> int:
+        """How many tokens of a prompt stand before its first picture; all of one without."""
+        ids = self._prompts[number].fed
+        if not self._prompts[number].media:
+            return len(ids)
+        return next((place for place, token in enumerate(ids) if token == image_token), 0)
+
+    def inputs(self, model: Any, numbers: Sequence[int], width: int, *, right: bool = False) -> dict[str, Any]:
+        """What a forward pass over the rows of these prompts is given beside their tokens.
+
+        Args:
+            width: of the batch, in tokens; what says of each token which kind it is is padded to it.
+            right: padding is on the right.
+        """
+        import torch
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        shown = [(n, self._tokens.of(self._prompts[n])) for n in numbers if self._tokens and self._prompts[n].media]
+        if not shown:
+            return {}
+        outputs = {name: joined([one.outputs[name] for _, one in shown]) for name in shown[0][1].outputs}
+        out = BaseModelOutputWithPooling()
+        for name, value in outputs.items():
+            setattr(out, name, mapped(value, lambda tensor: tensor.to(model.device, model.dtype)))
+        beside = {name: torch.cat([one.beside[name] for _, one in shown]) for name in shown[0][1].beside}
+        own = dict(shown)
+        types = {
+            name: torch.stack([_padded(own[n].types[name] if n in own else None, width, right) for n in numbers])
+            for name in shown[0][1].types
+        }
+        sent = {name: value.to(model.device) for name, value in {**beside, **types}.items()}
+        return {"mm_encoder_outputs": {"image": out}, **sent}
+
+
+def reads_in_order(model: Any) -> bool:
+    """Whether image tokens are to the decoder as any others: each at the place after the last, and seen by later ones.
+
+    Not so where pictures have positions in a plane (Qwen-VL) or see themselves whole (Gemma, PaliGemma).
+    """
+    taken = inspect.signature(model.forward).parameters
+    base = model.base_model
+    in_a_plane = hasattr(base, "get_rope_index") or hasattr(base, "compute_3d_position_ids")
+    return "mm_encoder_outputs" in taken and not in_a_plane and not any(name in taken for name in _TYPES)
+
+
+def _padded(kinds: Tensor | None, width: int, right: bool) -> Tensor:
+    """int64 [width]; plain text is of kind 0, as padding is."""
+    import torch
+
+    row = torch.zeros(width, dtype=torch.int64)
+    if kinds is not None:
+        row[: len(kinds)] = kinds
+        row = row if right else row.roll(width - len(kinds))
+    return row
