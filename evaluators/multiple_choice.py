@@ -18,9 +18,10 @@ from pydantic import Field, field_validator
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, likelihoods
 from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import check_template, digest, fill, split_items
-from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_pair
+from evaluators.pictures import PictureSettings, check_pictures, content_of
+from evaluators.prompts import Example, Examples, ItemRequests, asked_pair
 from evomerge.errors import InputError
-from evomerge.inference.reading import Reader
+from evomerge.inference.reading import Media, Reader
 from evomerge.inference.requests import Likelihood, Request, Response
 from evomerge.json_lines import Line, read_lines
 
@@ -28,7 +29,7 @@ METRICS = {"acc": True, "acc_norm": True, "acc_bytes": True, "margin": True}
 """Each metric, and whether higher is better."""
 
 
-class MultipleChoiceSettings(FewshotSettings):
+class MultipleChoiceSettings(PictureSettings):
     """What the search file says of questions and choices.
 
     An item has ``choices``, a list of texts, and ``answer``: the right one's text, or its number; the first is 0.
@@ -36,7 +37,8 @@ class MultipleChoiceSettings(FewshotSettings):
     Attributes:
         file: the items, a JSON object on each line.
         held_out_file: items to confirm on, where they are apart.
-        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each.
+        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each; where
+            there are pictures, of them.
         prompt: what the model is given, a template: ``{question}`` stands for that field of the item.
         choice: how a choice is written behind it, a template with ``{choice}``.
         batch_tokens: most tokens in one forward pass, padding counted, unless a single choice has more.
@@ -74,6 +76,12 @@ class MultipleChoiceSettings(FewshotSettings):
         """
         return MultipleChoiceEvaluator(self)
 
+    def build_and_try(self) -> MultipleChoiceEvaluator:
+        """``build``, and every picture is decoded once."""
+        evaluator = self.build()
+        check_pictures(evaluator.splits)
+        return evaluator
+
 
 @dataclass(frozen=True)
 class _Question:
@@ -85,18 +93,19 @@ class _Question:
     right: int
     place: str
     benchmark: str | None
+    media: tuple[Media, ...] = ()
 
     @property
     def hash(self) -> str:
-        return digest([self.prompt, self.written, self.right])
+        return digest([self.prompt, self.written, self.right, *content_of(self.media)])
 
     @property
-    def asks(self) -> str:
-        return self.prompt
+    def asks(self) -> object:
+        return content_of(self.media) or self.prompt
 
     @property
     def item(self) -> Item:
-        return Item(self.hash, self.prompt, self.choices[self.right], self.benchmark, place=self.place)
+        return Item(self.hash, self.prompt, self.choices[self.right], self.benchmark, self.media, place=self.place)
 
 
 class MultipleChoiceEvaluator(Evaluator):
@@ -121,7 +130,7 @@ class MultipleChoiceEvaluator(Evaluator):
         self._settings = settings
         self._examples = Examples(
             settings.num_fewshot,
-            [Example(first.prompt, first.written[first.right], first.hash) for first in self._questions["search"]],
+            [Example(q.prompt, q.written[q.right], q.hash, q.media) for q in self._questions["search"]],
             self.name,
         )
         self.version = digest(["multiple_choice 1", hashes, settings.shaping])
@@ -146,7 +155,10 @@ class MultipleChoiceEvaluator(Evaluator):
     def _make(self, reader: Reader, split: Split, index: int) -> list[Request]:
         asked, settings = self._questions[split][index], self._settings
         examples = self._examples.of(asked.hash)
-        prompts = [asked_pair(reader, settings, asked.prompt, text, asked.place, examples) for text in asked.written]
+        prompts = [
+            asked_pair(reader, settings, asked.prompt, text, asked.place, examples, asked.media)
+            for text in asked.written
+        ]
         return [Likelihood(prompt, settings.batch_tokens) for prompt in prompts]
 
 
@@ -172,7 +184,8 @@ def _read(settings: MultipleChoiceSettings, file: Path) -> Iterator[_Question]:
         written = tuple(
             fill("choice", settings.choice, Line({**line.fields, "choice": choice}, line.place)) for choice in choices
         )
-        yield _Question(prompt, choices, written, _right(line, choices), line.place, benchmark_of(line.fields))
+        media = settings.pictures(line, prompt, file.parent)
+        yield _Question(prompt, choices, written, _right(line, choices), line.place, benchmark_of(line.fields), media)
 
 
 def _choices(line: Line) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from evaluators.base import EvaluatorSettings, Split
 from evomerge.errors import InputError
-from evomerge.inference.reading import Prompt, Reader
+from evomerge.inference.reading import IMAGE, Media, Prompt, Reader
 
 ENCODING = "tokens 2"
 """Part of an evaluator's version: changes whenever equal texts could become other tokens."""
@@ -62,34 +62,53 @@ class FewshotSettings(PromptSettings):
 
 @dataclass(frozen=True)
 class Example:
-    """A worked example: a prompt and its right answer. ``hash`` is its item's."""
+    """A worked example: a prompt and its right answer, with its pictures. ``hash`` is its item's."""
 
     prompt: str
     answer: str
     hash: str
+    media: tuple[Media, ...] = ()
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def render(tokenizer: Any, settings: PromptSettings, prompt: str, examples: Sequence[Example] = ()) -> str:
+def render(
+    templates: Any, settings: PromptSettings, prompt: str, examples: Sequence[Example] = (), *, in_parts: bool = False
+) -> str:
     """The text that the model reads: a system instruction, worked examples and the prompt.
 
+    Args:
+        templates: has the chat template: a tokenizer or a processor.
+        in_parts: turns are given to the template as lists of texts and pictures, as those of processors want them.
+
     Raises:
-        InputError: the tokenizer has no chat template, or one that cannot be used for this.
+        InputError: there is no chat template, or one that cannot be used for this.
     """
     system = settings.system_instruction
     if not settings.apply_chat_template:
         shown = [_joined(example.prompt, example.answer) for example in examples]
         return "\n\n".join([*([system] if system else []), *shown, prompt])
-    turns = [{"role": "system", "content": system}] if system else []
+    turns: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
     for example in examples:
         turns += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer.strip()}]
-    return chat_text(tokenizer, [*turns, {"role": "user", "content": prompt}])
+    turns.append({"role": "user", "content": prompt})
+    return chat_text(templates, [{**turn, "content": _parts(turn["content"])} for turn in turns] if in_parts else turns)
 
 
-def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, opens: bool = True) -> str:
-    """Turns of a conversation in the tokenizer's chat template.
+def _parts(content: str) -> list[Mapping[str, str]]:
+    """The texts and pictures of a turn, in order."""
+    parts: list[Mapping[str, str]] = []
+    for number, text in enumerate(content.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if text.strip("\n"):  # templates part texts and pictures themselves
+            parts.append({"type": "text", "text": text.strip("\n")})
+    return parts
+
+
+def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, opens: bool = True) -> str:
+    """Turns of a conversation in the chat template of a tokenizer or a processor.
 
     Args:
         opens: the text ends where the model's own turn begins; else in the midst of the last turn given.
@@ -177,26 +196,49 @@ class ItemRequests(Generic[Asked]):
 
 
 def asked_pair(
-    reader: Reader, settings: PromptSettings, prompt: str, answer: str, place: str, examples: Sequence[Example] = ()
+    reader: Reader,
+    settings: PromptSettings,
+    prompt: str,
+    answer: str,
+    place: str,
+    examples: Sequence[Example] = (),
+    media: tuple[Media, ...] = (),
 ) -> Prompt:
-    """A prompt and an answer that is scored after it.
+    """A prompt, with the pictures that it shows, and an answer that is scored after it.
 
     Raises:
-        InputError: the answer has no tokens or more than the context, or a token is none of the model's.
+        InputError: as ``Reader.pair``.
     """
-    text = render(reader.tokenizer, settings, prompt, examples)
-    return settings.limited(reader).pair(text, behind(settings, answer), place)
+    text = _rendered(reader, settings, prompt, examples)
+    return settings.limited(reader).pair(text, behind(settings, answer), place, _all_media(examples, media))
 
 
 def asked_prompt(
-    reader: Reader, settings: PromptSettings, prompt: str, most: int, place: str, examples: Sequence[Example] = ()
+    reader: Reader,
+    settings: PromptSettings,
+    prompt: str,
+    most: int,
+    place: str,
+    examples: Sequence[Example] = (),
+    media: tuple[Media, ...] = (),
 ) -> Prompt:
-    """A prompt that the model answers with up to ``most`` tokens.
+    """A prompt, with the pictures that it shows, that the model answers with up to ``most`` tokens.
 
     Raises:
-        InputError: it has no tokens, the context has no room for the answer, or a token is none of the model's.
+        InputError: as ``Reader.prompt``.
     """
-    return settings.limited(reader).prompt(render(reader.tokenizer, settings, prompt, examples), most, place)
+    text = _rendered(reader, settings, prompt, examples)
+    return settings.limited(reader).prompt(text, most, place, _all_media(examples, media))
+
+
+def _rendered(reader: Reader, settings: PromptSettings, prompt: str, examples: Sequence[Example]) -> str:
+    in_parts = reader.templates is not reader.tokenizer
+    return render(reader.templates, settings, prompt, examples, in_parts=in_parts)
+
+
+def _all_media(examples: Sequence[Example], media: tuple[Media, ...]) -> tuple[Media, ...]:
+    """The pictures of worked examples and of the question, in the order in which the text shows them."""
+    return (*(one for example in examples for one in example.media), *media)
 
 
 def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> Iterator[Prompt]:

@@ -93,6 +93,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "multiple_choice": "evaluators.multiple_choice:MultipleChoiceSettings",
         "likelihood": "evaluators.likelihood:LikelihoodSettings",
         "rouge": "evaluators.rouge:RougeSettings",
+        "exact_match": "evaluators.exact_match:ExactMatchSettings",
         "language": "evaluators.language:LanguageSettings",
         "reward_model": "evaluators.reward_model:RewardModelSettings",
         "cost": "evaluators.cost:CostSettings",

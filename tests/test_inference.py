@@ -121,10 +121,10 @@ def test_pictures_are_refused_by_engines_for_text(answered: bool) -> None:
     live, shown = tiny_live(), (Media("image", Path("kite.png")),)
     seen = Prompt("what?", "" if answered else " 1", [5, 6, 7], 0 if answered else 1, None, "line 3", shown)
     request = Generate(seen, 4) if answered else Likelihood(seen)
-    with pytest.raises(InputError, match="line 3: shows the model an image, and the engine transformers gives models"):
+    with pytest.raises(InputError, match="line 3: shows the model an image, and this model reads text alone"):
         respond_to(TransformersEngine(live), [*answers(live, WORDS[:2]), request])
     with pytest.raises(InputError, match="the engine vllm"):
-        refuse_media([Batch([request])], "vllm")
+        refuse_media([Batch([request])], "the engine vllm gives models")
 
 
 # ---- scoring with an engine ------------------------------------------------------------------------------------------

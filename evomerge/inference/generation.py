@@ -193,9 +193,7 @@ def _in_batches(
     return [answers[i] for i in prompts]
 
 
-def _answer(
-    live: LiveModel, rows: Sequence[Sequence[int]], how: Decoding, pictures: Mapping[str, Any]
-) -> list[str]:
+def _answer(live: LiveModel, rows: Sequence[Sequence[int]], how: Decoding, pictures: Mapping[str, Any]) -> list[str]:
     """The answers of one batch."""
     import torch
     from transformers import StoppingCriteriaList

@@ -126,12 +126,12 @@ def respond_to(engine: Engine, requests: Sequence[Request]) -> list[Response]:
     return responses
 
 
-def refuse_media(batches: Sequence[Batch], engine: str) -> None:
-    """Refuse prompts with pictures, for what gives models text alone."""
+def refuse_media(batches: Sequence[Batch], reads_text: str) -> None:
+    """Refuse prompts with pictures; ``reads_text`` says what gives the model text alone."""
     for prompt in (request.prompt for batch in batches for request in batch.requests):
         if prompt.media:
-            problem = f"shows the model an {prompt.media[0].kind}, and the engine {engine} gives models text alone"
-            raise InputError(prompt.place, problem, "Ask by text, or leave `engine` out.")
+            problem = f"shows the model an {prompt.media[0].kind}, and {reads_text} text alone"
+            raise InputError(prompt.place, problem, "Ask by text, or leave the item out.")
 
 
 def refuse_shaping(batches: Sequence[Batch], engine: str) -> None:

@@ -16,6 +16,7 @@ from evomerge.inference.requests import (
     Likelihood,
     Response,
     Text,
+    refuse_media,
     respond_to,
 )
 from evomerge.inference.showing import Kept, ShownRows, image_tokens
@@ -70,6 +71,8 @@ class TransformersEngine:
 
     def _look(self, batches: Sequence[Batch]) -> None:
         """Where pictures are asked about, see whether the tower is the one whose image tokens are kept."""
+        if self._live.processor is None:
+            refuse_media(batches, "this model reads")
         has_pictures = any(request.prompt.media for batch in batches for request in batch.requests)
         self._tokens = image_tokens(self._live, self._kept) if has_pictures else None
 

@@ -132,7 +132,7 @@ class VllmEngine:
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
         """See ``Engine``. Requests of all objectives go in one call, for vLLM fills its own batches."""
-        refuse_media(batches, "vllm")
+        refuse_media(batches, "the engine vllm gives models")
         refuse_shaping(batches, "vllm")
         likelihoods = [[r for r in batch.requests if isinstance(r, Likelihood)] for batch in batches]
         scored = dict(self._transformers.respond([Batch(requests) for requests in likelihoods]))

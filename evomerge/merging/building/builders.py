@@ -180,6 +180,11 @@ class Builders:
     def __init__(self, context: BuildContext) -> None:
         self._context = context
 
+    @property
+    def evidence(self) -> Evidence:
+        """Where what is computed once is kept, for all processes of a search."""
+        return self._context.evidence
+
     def start(self, kinds: Iterable[str]) -> None:
         """Have builders take the memory that they need. Raises InputError: what is wrong with a model."""
         for kind in sorted(kinds):

@@ -76,7 +76,7 @@ class Descents:
         if len(requests) != count or len(asked) != count:
             problem = "asks for something else than how likely the answer of each item is, and only that has a gradient"
             raise InputError(evaluator.name, problem, "Take an evaluator of the kind likelihood.")
-        refuse_media([Batch(asked)], "of gradients")
+        refuse_media([Batch(asked)], "gradients are taken of")
         return asked, [job.weights[place] if job.weights else 1.0 for place in drawn]
 
 

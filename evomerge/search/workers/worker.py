@@ -148,7 +148,7 @@ class Worker:
     def _measure(self, job: Job) -> Measured:
         started = time.perf_counter()
         live = self._builders.of(job.recipe).write(job.recipe)
-        merged, engine = time.perf_counter() - started, engine_of(live)
+        merged, engine = time.perf_counter() - started, engine_of(live, self._builders.evidence)
         attempt = Attempt(self._evaluators, live, engine, job.tasks)
         attempt.took("merge", merged)
         score(engine, attempt, live.device)

@@ -1,0 +1,60 @@
+"""Pictures of items in files of JSON lines, for every evaluator of such files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import field_validator
+
+from evaluators.base import Item, Split
+from evaluators.item_files import check_template, fill
+from evaluators.prompts import FewshotSettings
+from evomerge.errors import InputError
+from evomerge.inference.pictures import decoded, file_media
+from evomerge.inference.reading import IMAGE, Media
+from evomerge.json_lines import Line
+
+
+class PictureSettings(FewshotSettings):
+    """The same for evaluators whose items may show pictures.
+
+    Attributes:
+        images: the files of an item's pictures, templates as the prompt is, relative to the file of items. The prompt
+            says ``<image>`` where each stands, in their order.
+    """
+
+    images: tuple[str, ...] = ()
+
+    @field_validator("images")
+    @classmethod
+    def _are_templates(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_template, texts))
+
+    def pictures(self, line: Line, prompt: str, folder: Path) -> tuple[Media, ...]:
+        """The pictures of an item.
+
+        Raises:
+            InputError: a file that cannot be read or shown, or a prompt that does not say where each stands.
+        """
+        if self.images and prompt.count(IMAGE) != len(self.images):
+            problem = f"its prompt says {IMAGE} {prompt.count(IMAGE)} times, and there are {len(self.images)} pictures"
+            raise InputError(line.place, problem, f'Write {IMAGE} once for each: `prompt: "{IMAGE}\\n{{question}}"`.')
+        files = [fill("images", template, line) for template in self.images]
+        return tuple(file_media(folder / file, f"{line.place}: image") for file in files)
+
+
+def check_pictures(splits: Mapping[Split, Sequence[Item]]) -> None:
+    """Decode every picture once.
+
+    Raises:
+        InputError: one is cut or damaged.
+    """
+    for item in (item for items in splits.values() for item in items):
+        for media in item.media:
+            decoded(media, f"{item.place}: image")
+
+
+def content_of(media: Iterable[Media]) -> list[str]:
+    """What pictures show, for hashes of items."""
+    return [one.sha256 for one in media]

@@ -1,0 +1,174 @@
+"""The miniature that sees: a vision tower and a projector before the maths expert.
+
+Tower and projector learn to give, for a picture, the token embeddings of the story that it shows: a regression, with
+no language model in it. The maths expert's weights stay as they are, so what sets it apart from the base is the task
+vector that merges with the Japanese expert in text, and every model of the family can read what the tower writes.
+(Trained through a frozen model instead, a tower drifts to embeddings that this one model understands and no merge of it
+does.)
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from picture_problems import PATCH, SIDE, TOKENS, Scene, draw_scene, picture
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    CLIPVisionConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+IMAGE_TOKEN = "<image>"
+
+STEPS, BATCH, RATE = 6000, 48, 1e-3
+ENOUGH = 0.99
+"""Training decays and ends when this share of stories is read without a wrong token."""
+
+DECAY = 600
+
+
+def processor_of(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Pictures in the size that they are drawn in, and one more token, which stands for a picture."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    size = {"height": SIDE, "width": SIDE}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
+
+
+def new_vision_model(language: LlamaForCausalLM, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """A LLaVA of 1.9 M parameters around a language model, whose weights it takes as they are.
+
+    The row of the picture's token is the mean of all others, which is never the likeliest.
+    """
+    text = language.config
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE,
+        patch_size=PATCH, projection_dim=96,
+    )  # fmt: skip
+    own = text.to_dict() | {"vocab_size": text.vocab_size + 1}
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=type(text).from_dict(own),
+        image_token_index=processor.image_token_id,
+        image_seq_length=TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+        pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+    )
+    model = LlavaForConditionalGeneration(config)
+    weights = language.model.state_dict()
+    table = weights["embed_tokens.weight"]
+    weights["embed_tokens.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
+    model.model.language_model.load_state_dict(weights)
+    model.generation_config = language.generation_config
+    return model
+
+
+class Reading:
+    """What a tower is to read: pictures with the embeddings of their stories."""
+
+    def __init__(self, table: Tensor, processor: LlavaProcessor) -> None:
+        self._table, self._processor = table, processor
+
+    def batch(self, random: Random, rows: int) -> tuple[Tensor, Tensor]:
+        """Pixels, float32 [rows, 3, SIDE, SIDE], and the tokens of the stories, int64 [rows, TOKENS]."""
+        scenes = [draw_scene(random, "train") for _ in range(rows)]
+        tokens = [self.tokens(scene) for scene in scenes]
+        colours = np.stack([np.asarray(picture(scene)) for scene in scenes])
+        pixels = torch.from_numpy(colours).permute(0, 3, 1, 2) / 127.5 - 1  # as the processor has it, and quicker
+        return pixels, torch.tensor(tokens)
+
+    def tokens(self, scene: Scene) -> list[int]:
+        tokens: list[int] = self._processor.tokenizer.encode(scene.story, add_special_tokens=False)
+        if len(tokens) != TOKENS:
+            raise ValueError(f"the story {scene.story!r} has {len(tokens)} tokens, not {TOKENS}")
+        return tokens
+
+    def loss(self, read: Tensor, tokens: Tensor) -> Tensor:
+        """The mean squared error relative to the embeddings' mean square.
+
+        Not a cross-entropy by their products with the table: then the likeliest token is right, and yet no language
+        model can read the embedding.
+        """
+        wanted = self._table[tokens]
+        return functional.mse_loss(read, wanted) / wanted.square().mean()
+
+    def read(self, embeddings: Tensor) -> Tensor:
+        """The token whose embedding is nearest, int64 [rows, TOKENS]."""
+        return torch.cdist(embeddings.flatten(0, 1), self._table).argmin(1).view(embeddings.shape[:2])
+
+
+def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    """Train tower and projector in place, on pictures of sums of the training split."""
+    table = model.get_input_embeddings().weight.detach()[:-1]
+    reading = Reading(table, processor)
+    model.model.language_model.requires_grad_(False)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    random, started = Random("pictures"), time.perf_counter()
+    end, step = STEPS, 0
+    while step < end:
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, step / 100, (end + 1 - step) / DECAY)
+        pixels, tokens = reading.batch(random, BATCH)
+        loss = reading.loss(_embedded(model, pixels), tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == end:
+            share = _share_read(model, reading)
+            print(
+                f"tower     step {step:5d}  loss {loss.item():.5f}  read {share:.1%}"
+                f"  {time.perf_counter() - started:6.1f} s", flush=True,
+            )  # fmt: skip
+            if share >= ENOUGH and end == STEPS:
+                end = min(STEPS, step + DECAY)
+    model.eval()
+
+
+def _embedded(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """What the projector makes of pictures: [rows, TOKENS, width]."""
+    return torch.stack(model.get_image_features(pixels).pooler_output)
+
+
+@torch.no_grad()
+def _share_read(model: LlavaForConditionalGeneration, reading: Reading) -> float:
+    """How many pictures of the training split are read without a wrong token."""
+    pixels, tokens = reading.batch(Random("read"), 200)
+    read = reading.read(_embedded(model, pixels))
+    return (read == tokens).all(1).float().mean().item()
+
+
+def save_vision_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """A plain Hugging Face folder, in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = LlavaForConditionalGeneration(model.config).bfloat16()
+    half.load_state_dict(model.state_dict())
+    half.generation_config = model.generation_config
+    half.save_pretrained(folder)
+    processor.tokenizer.backend_tokenizer.no_padding()
+    processor.save_pretrained(folder)
