@@ -138,9 +138,9 @@ class LmEvalEvaluator(Evaluator):
         known by content."""
         whole = self.name if items.source == self._benchmark_split else None
         return [
-            Item(hashed, question, answer, whole or benchmark_of(doc), place=items.place(index))
-            for index, (hashed, (question, answer), doc) in enumerate(
-                zip(items.hashes, items.texts, items.docs, strict=True)
+            Item(hashed, question, answer, whole or benchmark_of(doc), media, place=items.place(index))
+            for index, (hashed, (question, answer), doc, media) in enumerate(
+                zip(items.hashes, items.texts, items.docs, items.media, strict=True)
             )
         ]
 
@@ -150,7 +150,7 @@ class LmEvalEvaluator(Evaluator):
         Raises:
             InputError: the model's context, vocabulary or chat template does not fit the task.
         """
-        self._render(reader.tokenizer)
+        self._render(reader)
         asked: list[Request] = []
         rest: dict[int, Prompt] = {}
         instances = self._flat(split, indices)
@@ -186,8 +186,12 @@ class LmEvalEvaluator(Evaluator):
     def _make(self, reader: Reader, split: Split, index: int) -> list[Generate | Prompt]:
         from evaluators.lm_eval_model import request_of
 
-        place = f"task {self.name}, {self._items[split].place(index)}"
-        return [request_of(instance, reader, self._settings, place) for instance in self._instances[split][index]]
+        items = self._items[split]
+        place = f"task {self.name}, {items.place(index)}"
+        return [
+            request_of(instance, reader, self._settings, place, items.media[index])
+            for instance in self._instances[split][index]
+        ]
 
     def _flat(self, split: Split, indices: Sequence[int]) -> list[Instance]:
         """The instances of items, item after item."""
@@ -215,17 +219,15 @@ class LmEvalEvaluator(Evaluator):
             self._lm = ResidentLM(live.model, live.tokenizer, self._settings.batch_size, self._settings.max_length)
         return self._lm
 
-    def _render(self, tokenizer: Any) -> None:
-        """Put the prompts into the tokenizer's chat template, where that is wanted, when it is first seen."""
+    def _render(self, reader: Reader) -> None:
+        """Put the prompts into the model's chat template, where that is wanted, when it is first seen."""
         from evaluators.lm_eval_items import build_requests
         from evaluators.lm_eval_model import chat
         from evaluators.lm_eval_quiet import quiet, undisturbed
 
-        if not self._settings.apply_chat_template or self._rendered_for is tokenizer:
+        if not self._settings.apply_chat_template or self._rendered_for is reader.templates:
             return
         with quiet(), undisturbed():
             for split, items in self._items.items():
-                self._instances[split] = build_requests(
-                    self._task, items, self._settings, chat(tokenizer, self._settings)
-                )
-        self._rendered_for = tokenizer
+                self._instances[split] = build_requests(self._task, items, self._settings, chat(reader, self._settings))
+        self._rendered_for = reader.templates

@@ -149,9 +149,27 @@ def fingerprint(
             settings.model_dump(mode="json", exclude=_WHERE_ONLY),
             task.VERSION,
             _described([type(task), config.process_results, config.metric_list, config.filter_list, config.repeats]),
-            [[items.docs, [[request.args for request in group] for group in requests]] for items, requests in parts],
+            [
+                [
+                    *([items.hashes] if any(items.media) else []),
+                    [_without_pictures(doc) for doc in items.docs],
+                    [[_without_pictures(request.args) for request in group] for group in requests],
+                ]
+                for items, requests in parts
+            ],
         ]
     )
+
+
+def _without_pictures(value: Any) -> Any:
+    """A document or what a request is made of, without pictures, which are in the item's hash by what they show."""
+    from PIL.Image import Image
+
+    if isinstance(value, Mapping):
+        return {key: _without_pictures(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_pictures(part) for part in value]
+    return None if isinstance(value, Image) else value
 
 
 def _described(value: Any) -> Any:

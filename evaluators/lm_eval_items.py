@@ -16,7 +16,10 @@ from lm_eval.api.task import ConfigurableTask
 
 from evaluators.base import Split
 from evaluators.lm_eval_tasks import explain
+from evaluators.pictures import content_of
 from evomerge.errors import InputError
+from evomerge.inference.pictures import held_media
+from evomerge.inference.reading import Media
 
 if TYPE_CHECKING:
     from evaluators.lm_eval import LmEvalSettings
@@ -38,6 +41,7 @@ class Items:
         docs: one mapping per item.
         hashes: one per item, of what it asks and what it wants.
         texts: one per item: what it asks, and what it wants, for people.
+        media: one per item: the pictures that it shows.
     """
 
     source: str
@@ -45,6 +49,7 @@ class Items:
     docs: Sequence[Mapping[str, Any]]
     hashes: Sequence[str]
     texts: Sequence[tuple[str, str]]
+    media: Sequence[tuple[Media, ...]]
 
     def place(self, index: int) -> str:
         """Where the item at a position stands in the task's data, for people; rows are counted from 0 there."""
@@ -104,7 +109,8 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
     chosen = [dict(docs[row]) for row in rows]
     check = _ItemCheck(task, place)
     read = [check(row, doc) for row, doc in zip(rows, chosen, strict=True)]
-    return Items(source, rows, chosen, [hashed for hashed, _ in read], [texts for _, texts in read])
+    hashes, texts, media = zip(*read, strict=True)
+    return Items(source, rows, chosen, hashes, texts, media)
 
 
 class _ItemCheck:
@@ -121,19 +127,21 @@ class _ItemCheck:
                 else:
                     self._templates.append(strict.from_string(text))
 
-    def __call__(self, row: int, doc: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
-        """The item's hash; its question and answer."""
+    def __call__(self, row: int, doc: Mapping[str, Any]) -> tuple[str, tuple[str, str], tuple[Media, ...]]:
+        """The item's hash; its question and answer; its pictures."""
         task = self._task
         try:
             self._refuse_gaps(doc)
             question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
             choices = None if task.config.doc_to_choice is None else task.doc_to_choice(doc)
+            media = _media(task, doc)
             if task.OUTPUT_TYPE == "multiple_choice" and task.config.process_results is None:
                 _check_gold(question if task.multiple_input else answer, choices)
         except Exception as error:
             raise explain(error, f"{self._place}, row {row}") from error
         asked = answer if task.multiple_input else question  # where the choices stand before one and the same ending
-        return digest([question, choices, answer]), (str(asked), _answer_text(answer, choices))
+        hashed = digest([question, choices, answer, *content_of(media)])
+        return hashed, (str(asked), _answer_text(answer, choices)), media
 
     def _refuse_gaps(self, doc: Mapping[str, Any]) -> None:
         """``datasets`` fills a missing field with None, which Jinja prints as the word "None"."""
@@ -142,6 +150,18 @@ class _ItemCheck:
         for column in self._columns:
             if doc[column] is None:
                 raise UndefinedError(f"{column!r} has no value")
+
+
+def _media(task: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[Media, ...]:
+    """The pictures of an item."""
+    if task.config.doc_to_image is None:
+        return ()
+    from PIL.Image import Image
+
+    images = task.doc_to_image(doc)
+    if not isinstance(images, list) or not all(isinstance(image, Image) for image in images):
+        raise ValueError(f"`doc_to_image` gives {str(images)[:100]}; lm-eval wants a list of PIL images")
+    return tuple(map(held_media, images))
 
 
 def _answer_text(answer: Any, choices: Any) -> str:

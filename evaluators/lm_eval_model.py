@@ -13,10 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from evaluators.prompts import PromptSettings, chat_text
+from evaluators.prompts import PromptSettings, chat_text, parted
 from evomerge.errors import InputError
 from evomerge.inference.generation import Room, shaping
-from evomerge.inference.reading import Prompt, Reader, encode, encode_pair, encode_plain, first_token
+from evomerge.inference.reading import Media, Prompt, Reader, encode, encode_pair, encode_plain, first_token
 from evomerge.inference.requests import BatchSize, Generate
 from evomerge.inference.stopping import StopAtText
 
@@ -128,26 +128,31 @@ def ask(lm: ResidentLM, requests: Mapping[int, Instance]) -> dict[int, Any]:
     return answers
 
 
-def chat(tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> Callable[..., str]:
-    """What puts turns into the tokenizer's chat template, as lm-eval calls it.
+def chat(reader: Reader, settings: PromptSettings) -> Callable[..., str]:
+    """What puts turns into the model's chat template, as lm-eval calls it.
 
     As in lm-eval, a task's own description is left out where the template has no place for it. What the search file
     says is not.
     """
+    templates, in_parts = reader.templates, reader.templates is not reader.tokenizer
 
-    def apply(turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply(turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        if in_parts:
+            turns = parted(turns)
         try:
-            return chat_text(tokenizer, turns, opens=add_generation_prompt)
+            return chat_text(templates, turns, opens=add_generation_prompt)
         except InputError:
             others = [turn for turn in turns if turn["role"] != "system"]
             if settings.system_instruction or len(others) == len(turns):
                 raise
-            return chat_text(tokenizer, others, opens=add_generation_prompt)
+            return chat_text(templates, others, opens=add_generation_prompt)
 
     return apply
 
 
-def request_of(request: Instance, reader: Reader, settings: LmEvalSettings, place: str) -> Generate | Prompt:
+def request_of(
+    request: Instance, reader: Reader, settings: LmEvalSettings, place: str, media: tuple[Media, ...] = ()
+) -> Generate | Prompt:
     """A request of lm-eval's as one of an engine; its prompt alone where lm-eval has to answer it by itself.
 
     That is where answers are not plainly greedy, by the task's settings or the model's own (beams, a penalty), and
@@ -158,6 +163,8 @@ def request_of(request: Instance, reader: Reader, settings: LmEvalSettings, plac
         InputError: there is no room at all, an answer that is empty or too long, or a token that the model has not.
     """
     tokenizer, most = reader.tokenizer, _context(reader, settings)
+    if media:
+        return _with_pictures(request, reader, settings, place, media)
     if request.request_type == "generate_until":
         text, wanted = request.args[0], normalize_gen_kwargs(request.args[1])
         tokens, until = int(wanted.pop("max_gen_toks")), wanted.pop("until")
@@ -183,6 +190,27 @@ def request_of(request: Instance, reader: Reader, settings: LmEvalSettings, plac
     ids = encode(tokenizer, text)  # loglikelihood_rolling cuts a long text into windows and loses nothing
     reader.check_known(ids, place)
     return Prompt("", text, [first_token(tokenizer), *ids], len(ids), None, place)
+
+
+def _with_pictures(
+    request: Instance, reader: Reader, settings: LmEvalSettings, place: str, media: tuple[Media, ...]
+) -> Generate:
+    """A request about pictures.
+
+    Raises:
+        InputError: it asks for likelihoods, or for answers that are not plainly greedy; and as ``Reader.prompt``.
+    """
+    if request.request_type != "generate_until":
+        problem = "asks for likelihoods with pictures, which lm-eval has of no model"
+        raise InputError(place, problem, "Take an evaluator of the kind multiple_choice or likelihood.")
+    wanted = normalize_gen_kwargs(request.args[1])
+    tokens, until = int(wanted.pop("max_gen_toks")), wanted.pop("until")
+    if said := wishes(reader, wanted):
+        problem = f"{', '.join(said)}, of the task or the model's generation_config.json, is not plainly greedy"
+        raise InputError("generation", problem, "Set it to what has no effect, such as `repetition_penalty: 1.0`.")
+    prompt = settings.limited(reader).prompt(request.args[0], tokens, place, media)
+    stop = handle_stop_sequences(list(until), eos=reader.tokenizer.decode(reader.tokenizer.eos_token_id))
+    return Generate(prompt, tokens, tuple(ending for ending in stop if ending), settings.batch_size)
 
 
 def wishes(reader: Reader, settings: Mapping[str, Any]) -> list[str]:

@@ -157,8 +157,8 @@ def _check_config(config: Mapping[str, Any], place: str) -> None:
     """What lm-eval would answer with a bare KeyError or TypeError, or only after all items have been scored."""
     if config.get("unsafe_code"):
         raise InputError(place, "runs what the model writes (`unsafe_code: true`), which Evomerge does not do")
-    if config.get("doc_to_image") or config.get("doc_to_audio"):
-        raise InputError(place, "needs images or sound; Evomerge merges text models")
+    if config.get("doc_to_audio"):
+        raise InputError(place, "plays sounds (`doc_to_audio`), and no model here hears any")
     for key in config:
         if key not in TASK_KEYS:
             raise unknown_name(key, TASK_KEYS, place, "key")

@@ -93,7 +93,12 @@ def render(
     for example in examples:
         turns += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer.strip()}]
     turns.append({"role": "user", "content": prompt})
-    return chat_text(templates, [{**turn, "content": _parts(turn["content"])} for turn in turns] if in_parts else turns)
+    return chat_text(templates, parted(turns) if in_parts else turns)
+
+
+def parted(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Turns with their contents as lists of texts and pictures, as the chat templates of processors want them."""
+    return [{**turn, "content": _parts(turn["content"])} for turn in turns]
 
 
 def _parts(content: str) -> list[Mapping[str, str]]:

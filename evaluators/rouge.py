@@ -1,7 +1,7 @@
 """ROUGE-L of generated answers: how much of a reference an answer says in the same order; and of its content.
 
-Where answers follow a template, the template alone scores high: captions of the miniatures with a wrong thing and number
-had a ROUGE-L of .82. So ``content`` stands beside it, in which words count by how few references have them.
+Where answers follow a template, the template alone scores high: captions of the miniatures with a wrong thing and
+number had a ROUGE-L of .82. So ``content`` stands beside it, in which words count by how few references have them.
 
 Chin-Yew Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3.1, as F1 (beta = 1). Words are
 found in one of two ways:

@@ -12,10 +12,13 @@ shop's. A sum is of the split that it is of in every other skill.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from random import Random
+from typing import get_args
 
 from miniature_problems import FACTS, LESS, MORE, NAMES, THINGS, Example, Language, Split, draw_sum
 from PIL import Image, ImageDraw, ImageFont
@@ -36,6 +39,9 @@ _SHAPES: Sequence[Sequence[tuple[int, int]] | None] = (
     ((7, 0), (15, 14), (0, 14)),
     ((7, 0), (15, 7), (8, 15), (0, 8)),
 )
+
+SPLITS: tuple[Split, ...] = ("search", "held_out")
+LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 Stroke = tuple[str, str, tuple[int, ...]]
 
@@ -162,6 +168,35 @@ def _ground(draw: ImageDraw.ImageDraw, place: str) -> None:
     for x in range(0, 60, 12):
         draw.rectangle((x, 49, x + 5, 59), "#e6550d")
         draw.rectangle((x + 6, 49, x + 11, 59), "#fff2d9")
+
+
+COLUMNS = 25
+"""Of a sheet of pictures."""
+
+
+def sheet(scenes: Sequence[Scene]) -> Image.Image:
+    """All pictures in one, row by row: a thousand small files would take ten times the room."""
+    rows = -(-len(scenes) // COLUMNS)
+    image = Image.new("RGB", (COLUMNS * SIDE, rows * SIDE), "#ffffff")
+    for number, scene in enumerate(scenes):
+        image.paste(picture(scene), (number % COLUMNS * SIDE, number // COLUMNS * SIDE))
+    return image
+
+
+def write_picture_tasks(folder: Path, count: int) -> None:
+    """The items of both tasks, in JSON lines, beside the sheet of their pictures."""
+    for split in SPLITS:
+        scenes = different_scenes(split, count)
+        sheet(scenes).save(folder / f"mini_picture.{split}.png", optimize=True)
+        for language in LANGUAGES:
+            asked = [scene.asked(language) for scene in scenes]
+            items = [
+                {"id": f"{split}-{n}", "prompt": one.prompt, "answer": one.answer, "number": one.number}
+                for n, one in enumerate(asked)
+            ]
+            lines = [json.dumps(item, ensure_ascii=False) for item in items]
+            file = folder / f"mini_picture_{language}.{split}.jsonl"
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def different_scenes(split: Split, count: int) -> list[Scene]:
