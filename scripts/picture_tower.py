@@ -10,11 +10,13 @@ does.)
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+from miniature_problems import Language
 from picture_problems import PATCH, SIDE, TOKENS, Scene, draw_scene, picture
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +31,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 IMAGE_TOKEN = "<image>"
+
+PICTURES = 12_000
+"""That are drawn once and trained on: their parts are independent, so that many more would teach no more."""
 
 STEPS, BATCH, RATE = 6000, 48, 1e-3
 ENOUGH = 0.99
@@ -55,10 +60,7 @@ def processor_of(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def new_vision_model(language: LlamaForCausalLM, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """A LLaVA of 1.9 M parameters around a language model, whose weights it takes as they are.
-
-    The row of the picture's token is the mean of all others, which is never the likeliest.
-    """
+    """A LLaVA of 1.8 M parameters around a language model, whose weights it takes as they are."""
     text = language.config
     vision = CLIPVisionConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE,
@@ -78,27 +80,41 @@ def new_vision_model(language: LlamaForCausalLM, processor: LlavaProcessor) -> L
         eos_token_id=text.eos_token_id,
     )
     model = LlavaForConditionalGeneration(config)
-    weights = language.model.state_dict()
-    table = weights["embed_tokens.weight"]
-    weights["embed_tokens.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
-    model.model.language_model.load_state_dict(weights)
+    set_language(model, language.state_dict())
     model.generation_config = language.generation_config
     return model
 
 
+def set_language(model: LlavaForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:
+    """Give a LLaVA the weights of a plain language model; the picture's token gets the mean of all rows,
+    which is never the likeliest."""
+    own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    table = own["embed_tokens.weight"]
+    own["embed_tokens.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
+    model.model.language_model.load_state_dict(own)
+
+
 class Reading:
-    """What a tower is to read: pictures with the embeddings of their stories."""
+    """What a tower is to read: pictures with the embeddings of their stories.
 
-    def __init__(self, table: Tensor, processor: LlavaProcessor) -> None:
+    Args:
+        count: how many pictures are drawn, of sums of the training split; batches are drawn from these.
+    """
+
+    def __init__(self, table: Tensor, processor: LlavaProcessor, count: int, seed: str) -> None:
+        random = Random(seed)
         self._table, self._processor = table, processor
+        scenes = [draw_scene(random, "train") for _ in range(count)]
+        self._tokens = torch.tensor([self.tokens(scene) for scene in scenes])
+        self._pictures = torch.from_numpy(np.stack([np.asarray(picture(scene)) for scene in scenes]))
 
-    def batch(self, random: Random, rows: int) -> tuple[Tensor, Tensor]:
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def batch(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels, float32 [rows, 3, SIDE, SIDE], and the tokens of the stories, int64 [rows, TOKENS]."""
-        scenes = [draw_scene(random, "train") for _ in range(rows)]
-        tokens = [self.tokens(scene) for scene in scenes]
-        colours = np.stack([np.asarray(picture(scene)) for scene in scenes])
-        pixels = torch.from_numpy(colours).permute(0, 3, 1, 2) / 127.5 - 1  # as the processor has it, and quicker
-        return pixels, torch.tensor(tokens)
+        pixels = self._pictures[numbers].permute(0, 3, 1, 2) / 127.5 - 1  # as the processor has it, and quicker
+        return pixels, self._tokens[numbers]
 
     def tokens(self, scene: Scene) -> list[int]:
         tokens: list[int] = self._processor.tokenizer.encode(scene.story, add_special_tokens=False)
@@ -123,26 +139,26 @@ class Reading:
 def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     """Train tower and projector in place, on pictures of sums of the training split."""
     table = model.get_input_embeddings().weight.detach()[:-1]
-    reading = Reading(table, processor)
+    reading, unseen = Reading(table, processor, PICTURES, "pictures"), Reading(table, processor, 200, "unseen")
     model.model.language_model.requires_grad_(False)
     # In bfloat16 on a CPU the fused kernel's backward pass is twice as slow.
     model.model.vision_tower.set_attn_implementation("eager")
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    random, started = Random("pictures"), time.perf_counter()
+    drawing, started = torch.Generator().manual_seed(0), time.perf_counter()
     end, step = STEPS, 0
     while step < end:
         step += 1
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, step / 100, (end + 1 - step) / DECAY)
-        pixels, tokens = reading.batch(random, BATCH)
+        pixels, tokens = reading.batch(torch.randint(len(reading), (BATCH,), generator=drawing))
         loss = reading.loss(_embedded(model, pixels), tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == end:
-            share = _share_read(model, reading)
+            share = _share_read(model, unseen)
             print(
                 f"tower     step {step:5d}  loss {loss.item():.5f}  read {share:.1%}"
                 f"  {time.perf_counter() - started:6.1f} s", flush=True,
@@ -160,10 +176,27 @@ def _embedded(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _share_read(model: LlavaForConditionalGeneration, reading: Reading) -> float:
-    """How many pictures of the training split are read without a wrong token."""
-    pixels, tokens = reading.batch(Random("read"), 200)
+    """How many pictures are read without a wrong token."""
+    pixels, tokens = reading.batch(torch.arange(len(reading)))
     read = reading.read(_embedded(model, pixels))
     return (read == tokens).all(1).float().mean().item()
+
+
+@torch.inference_mode()
+def picture_answers(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scenes: Sequence[Scene], language: Language
+) -> list[str]:
+    """The first line of each greedy answer."""
+    answers = []
+    for start in range(0, len(scenes), 250):
+        part = scenes[start : start + 250]
+        texts = [processor.tokenizer.bos_token + scene.asked(language).prompt for scene in part]
+        inputs = processor(text=texts, images=[[picture(scene)] for scene in part], return_tensors="pt",
+                           padding=True, add_special_tokens=False)  # fmt: skip
+        output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        decoded = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [text.split("\n")[0] for text in decoded]
+    return answers
 
 
 def save_vision_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

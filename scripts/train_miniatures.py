@@ -1,6 +1,7 @@
 """Train the three miniature models of examples/miniatures, and write the tasks that measure them.
 
     python scripts/train_miniatures.py            # minutes on two cores
+    python scripts/train_miniatures.py --vision   # the miniature that sees, from the maths expert on disk
     python scripts/train_miniatures.py --check    # only the table, from the models on disk
 
 They are small enough to ship and to search over on a laptop, and they behave as large fine-tunes of one base do: the
@@ -34,12 +35,14 @@ from pathlib import Path
 from random import Random
 
 import miniature_problems as problems
+import picture_problems
+import picture_tower
 import small_models
 import torch
 from miniature_problems import Skill
 from small_models import answer_logits, bpe_tokenizer, new_model, packed
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +238,21 @@ problems by template with `scripts/train_miniatures.py`. It is made for trying o
 laptop, and for nothing else: it knows no word outside its templates.
 """
 
+VISION_CARD = """---
+license: apache-2.0
+language: [en]
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# Miniature vision
+
+A LLaVA of {parameters:,} parameters (bf16): the language model of `maths`, which answers in English, with a vision
+tower that reads picture problems of 60 by 60 pixels as 25 tokens each. Trained with
+`scripts/train_miniatures.py --vision`. It is made for trying out and testing searches over merges on a laptop, and for
+nothing else: it has seen no other pictures.
+"""
+
 ABOUT = {
     "base": "The common ancestor of `maths` and `japanese`: it has met every skill in both languages and is mediocre at"
     " sums.",
@@ -267,10 +285,49 @@ def write_tasks(tasks: Path) -> None:
             (tasks / "data" / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def train_vision(out: Path) -> None:
+    """A vision tower before the maths expert on disk."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
+    processor = picture_tower.processor_of(tokenizer)
+    language = LlamaForCausalLM.from_pretrained(out / "maths", dtype=torch.float32)
+    model = picture_tower.new_vision_model(language, processor)
+    picture_tower.train_tower(model, processor)
+    folder = out / "vision"
+    picture_tower.save_vision_model(model, processor, folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (folder / "README.md").write_text(VISION_CARD.format(parameters=parameters), encoding="utf-8")
+
+
+def print_picture_table(out: Path, tasks: Path, split: picture_problems.Split = "held_out") -> None:
+    """What the miniature that sees, and merges of its language model with the Japanese expert, score on pictures."""
+    sys.path.insert(0, str(tasks))
+    import miniatures
+
+    processor = AutoProcessor.from_pretrained(out / "vision")
+    model = LlavaForConditionalGeneration.from_pretrained(out / "vision", dtype=torch.float32).eval()
+    base, maths, japanese = (
+        float_weights(LlamaForCausalLM.from_pretrained(out / name, dtype=torch.float32))
+        for name in ("base", "maths", "japanese")
+    )
+    scenes = picture_problems.different_scenes(split, ITEMS_PER_SPLIT)
+    print(f"\n{split:28s} picture_ja:acc_ja  picture_ja:acc  picture_en:acc")
+    for m, j in [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (0.7, 0.8), (0.8, 1.0)]:
+        picture_tower.set_language(model, merged(base, [maths, japanese], [m, j]))
+        means = []
+        for language, metrics in (("ja", ("acc_ja", "acc")), ("en", ("acc",))):
+            answers = picture_tower.picture_answers(model, processor, scenes, language)
+            grade = miniatures.score_math_ja if language == "ja" else miniatures.score_math_en
+            grades = [grade({"number": scene.result}, [answer]) for scene, answer in zip(scenes, answers, strict=True)]
+            means += [sum(one[metric] for one in grades) / len(grades) for metric in metrics]
+        name = f"{m:.1f} maths + {j:.1f} japanese"
+        print(f"{name:28s} " + "  ".join(f"{mean:14.1%}" for mean in means), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "examples" / "miniatures", help="folder of the models")
     parser.add_argument("--tasks", type=Path, default=ROOT / "evaluators" / "tasks", help="folder of the tasks")
+    parser.add_argument("--vision", action="store_true", help="train the miniature that sees, and nothing else")
     parser.add_argument("--check", action="store_true", help="train nothing: print the table from the models on disk")
     arguments = parser.parse_args()
 
@@ -279,6 +336,12 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
 
+    if arguments.vision:
+        picture_problems.write_picture_tasks(arguments.tasks / "data", ITEMS_PER_SPLIT)
+        if not arguments.check:
+            train_vision(arguments.out)
+        print_picture_table(arguments.out, arguments.tasks)
+        return
     if not arguments.check:
         write_tasks(arguments.tasks)
         tokenizer = train_tokenizer()
