@@ -237,8 +237,8 @@ def asked_prompt(
 
 
 def _rendered(reader: Reader, settings: PromptSettings, prompt: str, examples: Sequence[Example]) -> str:
-    in_parts = reader.templates is not reader.tokenizer
-    return render(reader.templates, settings, prompt, examples, in_parts=in_parts)
+    templates = reader.templates if settings.apply_chat_template else reader.tokenizer
+    return render(templates, settings, prompt, examples, in_parts=templates is not reader.tokenizer)
 
 
 def _all_media(examples: Sequence[Example], media: tuple[Media, ...]) -> tuple[Media, ...]:

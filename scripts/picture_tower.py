@@ -66,7 +66,7 @@ def new_vision_model(language: LlamaForCausalLM, processor: LlavaProcessor) -> L
         hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE,
         patch_size=PATCH, projection_dim=96,
     )  # fmt: skip
-    own = text.to_dict() | {"vocab_size": text.vocab_size + 1}
+    own = text.to_dict() | {"vocab_size": text.vocab_size + 1, "_name_or_path": ""}  # no path of this machine
     config = LlavaConfig(
         vision_config=vision,
         text_config=type(text).from_dict(own),

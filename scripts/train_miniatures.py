@@ -333,7 +333,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if arguments.vision else 2)  # a tower of half a million parameters has no use for a second
     torch.use_deterministic_algorithms(True)
 
     if arguments.vision:

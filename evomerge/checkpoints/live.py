@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +70,7 @@ class LiveModel:
         engine: what answers prompts; None for transformers.
         devices: those that share out its layers; the model's own when empty.
         change: how far its weights are from those of the search's base; None where nobody measures it.
-        processor: makes its inputs of text and pictures; None of a model that reads text alone.
+        processor_of: opens what makes its inputs of text and pictures, once; None of a model that reads text alone.
         use: measures how much of each expert tokens get; None of a model without experts that are gated beside it.
     """
 
@@ -81,7 +82,7 @@ class LiveModel:
     devices: tuple[torch.device, ...] = ()
     change: float | None = None
     use: Meter | None = None
-    processor: Any = None
+    processor_of: Callable[[], Any] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +123,20 @@ def live_model(
     text = text_config(model.config)
     writers = [residual_writers(layer, text.model_type, text) for layer in layers]
     stack = Stack(model, name, layers, source.parts, source.roles, placed, writers)
-    return LiveModel(model, load_tokenizer(source), outside, stack, devices=devices)
+    tokenizer, processor_of = load_tokenizer(source), processor_opener(source)
+    return LiveModel(model, tokenizer, outside, stack, devices=devices, processor_of=processor_of)
+
+
+def processor_opener(source: Source) -> Callable[[], Any] | None:
+    """What opens a source's processor when pictures are first asked about, and once; None of a model of texts.
+
+    It raises InputError: there is no processor, or none that can be loaded.
+    """
+    if not source.takes_images:
+        return None
+    from evomerge.checkpoints.processor import open_processor  # which loads the tokenizer by this module
+
+    return cache(partial(open_processor, source))
 
 
 def unwritten_model(
@@ -174,7 +188,7 @@ def configured(live: LiveModel, source: Source) -> LiveModel:
     _compute_buffers(model)
     for_scoring(model)
     model.generation_config = live.model.generation_config
-    return LiveModel(model, live.tokenizer, devices=live.devices)
+    return LiveModel(model, live.tokenizer, devices=live.devices, processor_of=live.processor_of)
 
 
 def _compute_buffers(model: Any) -> None:

@@ -8,7 +8,7 @@ ones. What the tokenizer would put at the end of a text is left out, because the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,8 +94,8 @@ class Reader:
         embeddings: how many tokens it knows; None where that is not known yet.
         generation: its generation settings that are not transformers' own; None where there is no model yet.
         device: where it computes; None where there is no model yet.
-        processor: what makes a model's inputs of text and pictures, as transformers loads it; None of a model that
-            reads text alone.
+        processor_of: opens what makes a model's inputs of text and pictures, once; None of a model that reads text
+            alone.
     """
 
     tokenizer: Any
@@ -103,7 +103,7 @@ class Reader:
     embeddings: int | None = None
     generation: Mapping[str, Any] | None = None
     device: torch.device | None = None
-    processor: Any = None
+    processor_of: Callable[[], Any] | None = None
 
     @classmethod
     def of(cls, live: LiveModel) -> Reader:
@@ -111,11 +111,20 @@ class Reader:
         rows: int = live.model.get_input_embeddings().weight.shape[0]
         context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
         settings = live.model.generation_config.to_diff_dict()
-        return cls(live.tokenizer, context, rows, settings, live.device, live.processor)
+        return cls(live.tokenizer, context, rows, settings, live.device, live.processor_of)
+
+    @property
+    def processor(self) -> Any:
+        """What makes a model's inputs of text and pictures, as transformers loads it; None of a model of texts.
+
+        Raises:
+            InputError: there is none in the model's folder, or none that can be loaded.
+        """
+        return None if self.processor_of is None else self.processor_of()
 
     @property
     def templates(self) -> Any:
-        """What has the chat template: the processor, where it has one of its own."""
+        """What has the chat template: the processor, where it has one of its own. Raises as ``processor``."""
         return self.tokenizer if getattr(self.processor, "chat_template", None) is None else self.processor
 
     def prompt(self, text: str, most: int, place: str, media: tuple[Media, ...] = ()) -> Prompt:

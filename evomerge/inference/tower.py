@@ -47,7 +47,7 @@ def _bit_sums(tensor: Tensor) -> list[int]:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()])
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    for number, part in enumerate(bits.split(_CHUNK)):
+    for number, part in enumerate(torch.split(bits, _CHUNK)):
         values = part.long()
         places = torch.arange(1, len(values) + 1, device=bits.device) * 2 + number
         sums += torch.stack([values.sum(), (values * places).sum()])

@@ -71,7 +71,7 @@ class TransformersEngine:
 
     def _look(self, batches: Sequence[Batch]) -> None:
         """Where pictures are asked about, see whether the tower is the one whose image tokens are kept."""
-        if self._live.processor is None:
+        if self._live.processor_of is None:
             refuse_media(batches, "this model reads")
         has_pictures = any(request.prompt.media for batch in batches for request in batch.requests)
         self._tokens = image_tokens(self._live, self._kept) if has_pictures else None

@@ -10,7 +10,7 @@ from typing import get_args
 
 from evaluators.base import Evaluator, Split, prompts_of
 from evaluators.prompts import told_too_long, too_long
-from evomerge.checkpoints.live import load_tokenizer
+from evomerge.checkpoints.live import load_tokenizer, processor_opener
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config, text_config
 from evomerge.errors import InputError
@@ -48,7 +48,8 @@ def reader_of(source: Source) -> Reader:
         InputError: its tokenizer cannot be used.
     """
     config = text_config(parse_config(source.config, source.place))
-    return Reader(load_tokenizer(source), getattr(config, "max_position_embeddings", None))
+    context = getattr(config, "max_position_embeddings", None)
+    return Reader(load_tokenizer(source), context, processor_of=processor_opener(source))
 
 
 def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[str]:
