@@ -64,6 +64,12 @@ class Item:
     place: str = field(default="", compare=False)
     group: str = field(default="", compare=False)
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The question without outer blanks, and what its pictures show; empty of an item that asks nothing."""
+        question = self.question.strip()
+        return (question, *(one.sha256 for one in self.media)) if question or self.media else ()
+
 
 @dataclass(frozen=True)
 class Graded:

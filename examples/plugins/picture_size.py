@@ -2,8 +2,8 @@
 
 An item is a line such as ``{"question": "How wide is the picture?", "picture": "kite.png", "side": "width"}``; a path
 is relative to the file of items. The pictures (PNG) are read when the evaluator is built, and the answer is a side in
-pixels. The question is asked by text: no model that Evomerge merges sees pictures yet. An engine for one that does
-would be given them as ``Prompt.media``; those for text refuse such prompts.
+pixels. The question is asked by text alone. A model that sees would be shown the pictures by ``asked_pair(..., media)``
+and ``<image>`` in the question.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Question:
 
     @property
     def item(self) -> Item:
-        media = (Media("image", self.picture),)
+        media = (Media("image", self.picture, self.content),)
         return Item(self.hash, self.text, self.answer, self.benchmark, media)
 
 

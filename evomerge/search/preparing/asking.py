@@ -78,9 +78,9 @@ def _confirmed_elsewhere(evaluators: Mapping[str, Evaluator]) -> Iterator[str]:
     """Items that candidates are chosen by and, as another evaluator's, confirmed on: there they look too good."""
     confirming = {place: one for place, one in evaluators.items() if place.startswith(("objectives.", "constraints."))}
     for place, evaluator in evaluators.items():
-        asked = {item.question.strip() for item in evaluator.items("search")} - {""}
+        asked = {item.asks for item in evaluator.items("search")} - {()}
         for other, one in confirming.items():
-            shared = 0 if other == place else len(asked & {item.question.strip() for item in one.items("held_out")})
+            shared = 0 if other == place else len(asked & {item.asks for item in one.items("held_out")})
             if shared:
                 yield f"{place}: asks {shared} held-out items of {other} in the search, which confirm nothing then"
 
