@@ -1,0 +1,277 @@
+"""What a team of three covers: searches that keep many different candidates beside plain CMA-ES, at equal budgets.
+
+Four adapters of the zoo (examples/zoo), their base, and four tasks, of which one is a composition that no source does;
+no one merge does all of them. Every search has 96 candidates, baselines among them, each scored on 25 items of every
+task; a seed is a draw of these items, and of all that the search draws. From each search a team of three is chosen
+greedily by the items that it was scored on (``evomerge team``), and scored on 300 held-out items. Beside these teams
+stand the three best candidates of plain CMA-ES by the mean of the tasks, which is what a search without niches offers,
+the team that can be chosen from that search as well, and that of the sources.
+
+Coverage is the share of held-out items that at least one member solves; a majority is more than half of the members.
+Differences are paired by seed and item; their 95% intervals are a bootstrap over both.
+
+    python scripts/bench/diversity.py run FOLDER [--seeds 0 1 2 ...] [--only NAME ...]      # can be interrupted
+    python scripts/bench/diversity.py report FOLDER      # docs/diversity.json, docs/diversity.svg, and the table
+
+Runs that were reported are kept in docs/diversity_runs.json, and are not run again: further seeds add to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from methods import interval, write
+from numpy.typing import NDArray
+from search_cost import EXPERTS, ROOT, TASKS, ZOO, CountingPool
+
+from evomerge.merging.evidence import Evidence
+from evomerge.report.team import maximised, search_scores
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
+from evomerge.search.driving.driver import Driver
+from evomerge.search.estimation.team import agreement, coverage, greedy_team
+from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
+from evomerge.search.preparing.prepare import Prepared, prepare
+from evomerge.search.settings.search_file import parse_search_file
+from evomerge.search.work.jobs import Job, Measured
+from evomerge.search.workers.worker import Worker
+from evomerge.store import Store, acquire
+
+RUNS = ROOT / "docs" / "diversity_runs.json"
+SEEDS = range(5)
+MEMBERS = 3
+CANDIDATES = 96
+ITEMS, HELD_OUT = 25, 75  # of each task
+AT = (16, 32, 64, 96)  # candidates of the coverage curve
+
+METRICS = {"zoo_math_ja": "acc_ja"}  # of the other tasks: acc
+ENTRIES: Mapping[str, Mapping[str, Any]] = {
+    "plain CMA-ES": {"name": "cma", "scalarisation": {"name": "weighted_sum", "weights": [1.0] * len(TASKS)}},
+    "dns": {"name": "dns"},
+    "m2n2": {"name": "m2n2"},
+    "map_elites": {"name": "map_elites"},
+    "cycle_qd": {"name": "cycle_qd", "bins": 5},
+}
+SEARCHED = "plain CMA-ES"
+BASELINE = "the three best of plain CMA-ES"
+SOURCES = "sources"
+
+Scores = NDArray[np.float64]
+
+
+def content(name: str, seed: int) -> dict[str, Any]:
+    """A search file."""
+    first = ITEMS * seed
+
+    def measured(task: str) -> dict[str, Any]:
+        split = {"search": f"validation[{first}:{first + ITEMS}]", "held_out": f"test[:{HELD_OUT}]"}
+        return {"task": task, "metric": METRICS.get(task, "acc"), "batch_size": 100} | split
+
+    niches = {"range": [0, 1], "bins": 5}
+    is_grid = name == "map_elites"
+    return {
+        "name": "diversity", "seed": seed, "base": "base", "dtype": "float32",
+        "sources": {"base": str(ZOO / "base"), **{name: f"{ZOO / 'base'}+{ZOO / name}" for name in EXPERTS}},
+        "space": {"kind": "parameter_space", "method": "task_arithmetic", "bounds": {"weight": [0, 1.5]}},
+        "objectives": {task: measured(task) for task in TASKS},
+        "optimizer": dict(ENTRIES[name]),
+        "baselines": {"kappa": False},
+        "budget": {"candidates": CANDIDATES},
+    } | ({"features": {f"in_{task}": measured(task) | niches for task in TASKS[2:]}} if is_grid else {})  # fmt: skip
+
+
+def run(folder: Path, name: str, seed: int) -> None:
+    """One search and its teams, in FOLDER/NAME-SEED.json; nothing when that is known already."""
+    key = f"{''.join(letter if letter.isalnum() else '_' for letter in name)}-{seed}"
+    out = folder / f"{key}.json"
+    if out.exists() or any((known["name"], known["seed"]) == (name, seed) for known in reported()):
+        return
+    started = time.process_time()
+    prepared = prepare(parse_search_file(content(name, seed), place=name, root=folder.resolve()))
+    place = folder / f"{key}.{int(time.time())}"
+    store = create_search(place, prepared, fingerprints_of(prepared))
+    with store, acquire(store):
+        pool = CountingPool(Worker.of("bench", prepared, Evidence()))
+        Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")).run()
+        teams = Searched(store, prepared, pool)
+        result = {"name": name, "seed": seed, "teams": {}, "curve": {}}
+        result["curve"] = {str(at): teams.shown(teams.greedy(at)) for at in AT}
+        result["teams"][name] = result["curve"][str(CANDIDATES)]
+        if name == SEARCHED:
+            result["teams"][BASELINE] = teams.shown(teams.best())
+            result["teams"][SOURCES] = teams.shown(teams.of_sources())
+    result["seconds"] = time.process_time() - started
+    write(out, result)
+    print(f"{name}, seed {seed}: {result['seconds']:.0f} s", flush=True)
+
+
+class Searched:
+    """A search that has ended: the teams that can be chosen of it, and what they solve of the held-out items."""
+
+    def __init__(self, store: Store, prepared: Prepared, pool: CountingPool) -> None:
+        self._store, self._prepared, self._pool = store, prepared, pool
+        rows = [row for row in store.candidates() if row.status in ("done", "cached")]
+        self._numbers, self._scores = search_scores(store, rows, maximised(store))
+        self._known: dict[int, Scores] = {}
+
+    def greedy(self, at: int) -> list[int]:
+        """The team of the first so many candidates."""
+        return self._team([number for number in self._numbers if number < at])
+
+    def of_sources(self) -> list[int]:
+        """The team of the sources."""
+        return self._team([row.number for row in self._store.candidates(step=0) if row.origin == "source"])
+
+    def best(self) -> list[int]:
+        """The candidates with the highest means of the tasks, each genome once."""
+        order = np.argsort(-self._scores.mean(axis=1), kind="stable").tolist()
+        distinct: dict[str, int] = {}
+        for place in order:
+            number = self._numbers[place]
+            distinct.setdefault(self._store.candidate(number).recipe_hash, number)
+        return list(distinct.values())[:MEMBERS]
+
+    def _team(self, among: Sequence[int]) -> list[int]:
+        places = [self._numbers.index(number) for number in among if number in self._numbers]
+        return [self._numbers[places[member]] for member in greedy_team(self._scores[places], MEMBERS)]
+
+    def shown(self, team: Sequence[int]) -> list[str]:
+        """For each member a text of 0 and 1: whether it solves each held-out item."""
+        return ["".join("1" if value >= 0.5 else "0" for value in self._held_out(number)) for number in team]
+
+    def _held_out(self, number: int) -> Scores:
+        """float64 [items]"""
+        if number not in self._known:
+            setup, row = self._prepared.setup, self._store.candidate(number)
+            job = Job(number, 0, recipe_of(row, self._prepared.file.sources), setup.tasks("held_out"))
+            result = self._pool.worker.run(job).result
+            if not isinstance(result, Measured):
+                raise RuntimeError(result)
+            found = {task.evaluator: of_task for task, of_task in zip(job.tasks, result.scores, strict=True)}
+            self._known[number] = np.concatenate([found[o.evaluator][o.metric] for o in setup.objectives])
+        return self._known[number]
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teams:
+    """One row's teams. ``solved``: of each seed float64 [members, items]."""
+
+    solved: Sequence[Scores]
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[str]]) -> Teams:
+        return cls([np.array([[float(letter) for letter in text] for text in team]) for team in texts])
+
+    @property
+    def covered(self) -> Scores:
+        """float64 [seeds, items]"""
+        return np.array([coverage(team) for team in self.solved])
+
+    @property
+    def majority(self) -> float:
+        return float(np.mean([agreement(team).mean() for team in self.solved]))
+
+    @property
+    def best_member(self) -> float:
+        return float(np.mean([team.mean(axis=1).max() for team in self.solved]))
+
+
+def reported() -> list[dict[str, Any]]:
+    """The runs that earlier reports were of."""
+    runs: list[dict[str, Any]] = json.loads(RUNS.read_text()) if RUNS.exists() else []
+    return runs
+
+
+def report(folder: Path) -> None:
+    """docs/diversity.json, its picture, and the table: of the seeds that all searches have."""
+    found = [*reported(), *(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))]
+    runs = list({(run["name"], run["seed"]): run for run in found}.values())
+    RUNS.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
+    by_name = {name: {run["seed"]: run for run in runs if run["name"] == name} for name in ENTRIES}
+    seeds = sorted(set.intersection(*(set(of_name) for of_name in by_name.values())))
+    texts: dict[str, list[list[str]]] = {}
+    for of_name in by_name.values():
+        for seed in seeds:
+            for team, members in of_name[seed]["teams"].items():
+                texts.setdefault(team, []).append(members)
+    teams = {name: Teams.of(of_team) for name, of_team in texts.items()}
+    rows = [_row(name, team, teams) for name, team in teams.items()]
+    rows.sort(key=lambda row: -row["coverage"])
+    out = ROOT / "docs" / "diversity.json"
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    write(out, kept | {"seeds": len(seeds), "items": len(TASKS) * HELD_OUT, "rows": rows})
+    for row in rows:
+        print(
+            "  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{value:34}" for key, value in row.items())
+        )
+    _plot({name: [of_name[seed]["curve"] for seed in seeds] for name, of_name in by_name.items()}, teams)
+
+
+def _row(name: str, team: Teams, teams: Mapping[str, Teams]) -> dict[str, Any]:
+    """What a team covers, and by how much more than the three best of plain CMA-ES, and than the sources' team."""
+    gaps = {other: team.covered - teams[other].covered for other in (BASELINE, SOURCES)}
+    ends = {other: interval(gap) for other, gap in gaps.items()}
+    return {
+        "name": name,
+        "coverage": float(team.covered.mean()),
+        "difference": float(gaps[BASELINE].mean()),
+        "low": ends[BASELINE][0],
+        "high": ends[BASELINE][1],
+        "over_sources": float(gaps[SOURCES].mean()),
+        "over_sources_low": ends[SOURCES][0],
+        "over_sources_high": ends[SOURCES][1],
+        "majority": team.majority,
+        "best_member": team.best_member,
+    }
+
+
+def _plot(curves: Mapping[str, Sequence[Mapping[str, list[str]]]], teams: Mapping[str, Teams]) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "diversity"
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, of_seeds in curves.items():
+        covered = np.array([Teams.of([curve[str(at)] for at in AT]).covered.mean(axis=1) for curve in of_seeds])
+        (line,) = axes.plot(AT, covered.mean(axis=0), label=f"team of {name}", lw=2 if name == SEARCHED else 1.4)
+        error = covered.std(axis=0, ddof=1) / np.sqrt(len(covered)) if len(covered) > 1 else 0 * covered[0]
+        axes.fill_between(
+            AT, covered.mean(axis=0) - error, covered.mean(axis=0) + error, alpha=0.12, color=line.get_color()
+        )
+    for name, style in ((BASELINE, "--"), (SOURCES, ":")):
+        label = f"team of {name}" if name == SOURCES else name
+        axes.axhline(teams[name].covered.mean(), label=label, ls=style, color="grey")
+    axes.set(xlabel="candidates", ylabel=f"held-out coverage of a team of {MEMBERS}")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(ROOT / "docs" / "diversity.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
+    given = parser.parse_args()
+    if given.what == "report":
+        report(given.folder)
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for seed in given.seeds:
+        for name in given.only:
+            run(given.folder, name, seed)
+
+
+if __name__ == "__main__":
+    main()
