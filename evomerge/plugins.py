@@ -113,6 +113,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "cycle_qd": "evomerge.optimizers.cycle_qd:CycleQdSettings",
         "dns": "evomerge.optimizers.dns:DnsSettings",
         "m2n2": "evomerge.optimizers.m2n2:M2n2Settings",
+        "map": "evomerge.optimizers.pareto_map:MapSettings",
     },
     "evomerge.observers": {
         "logs": "evomerge.observers.logs:LogsSettings",

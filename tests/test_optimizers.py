@@ -523,6 +523,26 @@ def test_gp_survives_failures_of_two_objectives() -> None:
     assert np.isfinite(optimizer.ask(1)).all()
 
 
+def test_gp_on_two_objectives_knows_what_is_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a barrier: the improvement that Optuna looks for is that of the front with the genomes that are out."""
+    from optuna._gp import acqf
+
+    seen: list[np.ndarray] = []
+
+    class Recorded(acqf.qLogEHVI):
+        def __init__(self, *args: object, **named: object) -> None:
+            seen.append(named["normalized_params_of_running_trials"])  # type: ignore[arg-type]
+            super().__init__(*args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(acqf, "qLogEHVI", Recorded)
+    optimizer = OptunaSettings(name="gp", population=2).build(reals(2, 0.0, 1.0), 2, 0)
+    first = optimizer.ask(12)
+    optimizer.tell([Observation(g, [float(g @ g), float((1 - g) @ (1 - g))]) for g in first])
+    out = [genome for _ in range(3) for genome in optimizer.ask(1)]
+    assert [rows.tolist() for rows in seen] == [[out[0].tolist()], [genome.tolist() for genome in out[:2]]]
+    assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(out, 2)) > 0.05
+
+
 def test_our_studies_alone_are_silent() -> None:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()

@@ -15,6 +15,7 @@ from evomerge.report.consoles import PrintableConsole
 from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, percent, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, conclusions, gain_in, is_front, roles_of
+from evomerge.report.quadratics import quadratics_text
 from evomerge.report.search_status import ScreenState, SearchStatus, Slow
 from evomerge.search.driving.progress import Progress
 from evomerge.search.estimation.preference import BEST, KNEE
@@ -115,7 +116,7 @@ def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:
 
 
 def thrift_lines(status: SearchStatus) -> list[str]:
-    """How it proceeds: a line each for coarse to fine, racing, screen, proxy and item response, where it uses them."""
+    """How it proceeds, a line each: coarse to fine, racing, screen, proxy and models of scores."""
     lines = [f"coarse to fine: {status.refined}"] if status.refined else []
     if status.racing is not None:
         rungs = ", ".join(str(rung) for rung in status.racing.rungs)
@@ -125,6 +126,8 @@ def thrift_lines(status: SearchStatus) -> list[str]:
     if (proxy := status.proxy) is not None:
         walk = f"{proxy.before:.3g} before its last descent, {proxy.after:.3g} at its end"
         lines.append(f"proxy: {walk}; beside generation {proxy.step}, at rate {proxy.rate:.3g}")
+    if status.quadratics is not None:
+        lines.append(f"quadratics: {quadratics_text(status.quadratics)}")
     if status.racing is not None and status.racing.estimate == "item_response":
         known = "; ".join(_item_response(name, fitted) for name, fitted in status.item_response.items())
         lines.append(f"item response: {known or 'no model of it is fitted yet'}")

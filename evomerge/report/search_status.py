@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from evomerge.report.confirmed import Choice, Effort
 from evomerge.report.entries import ConfirmedEntry, Constraint, Entry, FeatureRange, Scalar, entry, kind_of
 from evomerge.report.picks import Pick
+from evomerge.report.quadratics import QuadraticState
 from evomerge.report.spending import Cost
 from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import Preference
@@ -139,7 +140,7 @@ class SearchStatus(BaseModel):
 
     ``wanted`` says of how many items each of the ``measures`` is the mean, and ``items`` how many item scores
     of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit. ``refined`` says
-    what came apart last in a search from coarse to fine, nothing in others.
+    what came apart last in a search from coarse to fine, nothing in others. ``quadratics`` are those of ``map``.
     """
 
     name: str
@@ -160,6 +161,7 @@ class SearchStatus(BaseModel):
     screen: ScreenState | None
     proxy: ProxyState | None = None
     item_response: dict[str, ItemErrors]
+    quadratics: QuadraticState | None = None
     refined: str = ""
     sources: list[str]
     best: Entry | None

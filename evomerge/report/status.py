@@ -22,6 +22,7 @@ from evomerge.report.entries import (
     origin_of,
 )
 from evomerge.report.picks import conclusions, picks_of
+from evomerge.report.quadratics import quadratics_of
 from evomerge.report.search_status import (
     Budget,
     Counts,
@@ -117,6 +118,7 @@ def status_of(store: Store) -> SearchStatus:
         screen=_screen(store, search),
         proxy=_proxy(store),
         item_response=_item_response(store),
+        quadratics=quadratics_of(store, search),
         refined=_refined(store),
         sources=sources,
         best=best.get(BEST, best.get(KNEE)),
