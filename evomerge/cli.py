@@ -313,17 +313,21 @@ def export(
     ] = False,
     rank: RankOption = None,
     energy: EnergyOption = None,
+    team: Annotated[bool, typer.Option("--team", help="All members of the team, each in a folder of OUT.")] = False,
 ) -> None:
     """Write a candidate as a plain Hugging Face model folder."""
-    from evomerge.commands.models import export
+    from evomerge.commands.models import export, export_team
 
+    if team and (candidate != "best" or form is not None or as_adapter):
+        raise InputError("--team", "is given with --candidate, --as or --as-adapter", "A team is exported as it is.")
     if as_adapter:
         from evomerge.commands.extract import Wanted, export_adapter
 
         export_adapter(folder, out, candidate, Wanted(rank, energy), verify=verify, form=form)
-        return
-
-    export(folder, out, candidate, verify=verify, form=form)
+    elif team:
+        export_team(folder, out, verify=verify)
+    else:
+        export(folder, out, candidate, verify=verify, form=form)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def test_a_team_is_chosen_and_scored_on_held_out_items(searched: Path, capsys: p
         team = team_of(store)
         assert team is not None
         assert team.model_dump() == told
-        numbers = choose_team(store, 2)
+        numbers = choose_team(store, 2).candidates
         assert [store.candidate(number).id for number in numbers] == [member["id"] for member in told["members"]]
         held = [
             np.concatenate(
@@ -73,6 +73,50 @@ def test_a_team_is_chosen_and_scored_on_held_out_items(searched: Path, capsys: p
     assert "the best source" in printed
 
 
+def test_what_the_first_candidates_offer_is_written_down(searched: Path) -> None:
+    """By the scores of the search split alone: the best pair among the first so many, as far as greed finds it."""
+    with Store.open(searched / "search.db") as store:
+        chosen = choose_team(store, 2)
+        rows = [row for row in store.candidates() if row.status == "done"]
+        items = [
+            np.concatenate(
+                [store.scores(row.number, "search")[0].metrics[m].astype(np.float64) for m in ("acc_ja", "acc")]
+            )
+            for row in rows
+        ]
+    sizes = [size for size, _, _ in chosen.curve]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == len(rows)
+    for size, covered, best in chosen.curve:
+        pairs = [np.maximum(one, other).mean() for one, other in itertools.combinations(items[:size], 2)]
+        assert best == pytest.approx(max(one.mean() for one in items[:size]))
+        assert best <= covered <= max(pairs) + 1e-12
+        assert covered >= (1 - np.exp(-1)) * max(pairs)
+
+
+def test_the_members_of_a_team_are_exported(searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is verified, and its card says what it adds to the others."""
+    team = json_of(capsys, "team", searched, "-k", "2", "--json")
+    out = tmp_path / "models"
+    assert evomerge("export", searched, out, "--team") == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(member["id"] for member in team["members"])
+    solved = [np.array([int(letter) for letter in text]) / 9 for text in team["solved"]]
+    for place, member in enumerate(team["members"]):
+        card = (out / member["id"] / "README.md").read_text("utf-8")
+        alone = np.maximum(solved[place] - solved[1 - place], 0).mean()
+        assert f"it solves {solved[place].mean():.1%}, and {alone:.1%} no other member does" in card
+        assert f"| **{member['id']}, this model** |" in card
+        assert "## Verification" in card
+        assert "Not verified" not in card
+    assert evomerge("export", searched, out, "--team") == 2  # they are there already
+    assert team["members"][0]["id"] in capsys.readouterr().err
+
+
+def test_a_team_is_exported_as_it_is(searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evomerge("export", searched, tmp_path / "out", "--team", "--candidate", "c0001") == 2
+    assert "--team" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("count", "problem"), [(1, "2 to 8 members"), (9, "2 to 8 members")])
 def test_a_team_of_another_size_is_refused(
     searched: Path, count: int, problem: str, capsys: pytest.CaptureFixture[str]
@@ -81,8 +125,10 @@ def test_a_team_of_another_size_is_refused(
     assert problem in capsys.readouterr().err
 
 
-def test_more_members_than_candidates_are_refused(tmp_path: Path) -> None:
+def test_more_members_than_candidates_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = short_search_file(tmp_path, budget={"candidates": 6}, optimizer={"name": "random"}, confirm={"top": 1})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0
     with Store.open(tmp_path / "search" / "search.db") as store, pytest.raises(InputError, match="fewer than 8"):
         choose_team(store, 8)
+    assert evomerge("export", tmp_path / "search", tmp_path / "out", "--team") == 2
+    assert "evomerge team" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
 
 
 def drive_team(
-    folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, numbers: list[int]
+    folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, chosen: TeamChosen
 ) -> bool:
     """Score a team of a search whose lease is held on the held-out split; False if a stop came first."""
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
@@ -111,8 +111,11 @@ def drive_team(
         if not check_changed(folder, prepared, store, pool, console):
             return False
         with _session(folder, prepared, store, pool, artifacts, console) as drive:
-            store.record_event(TeamChosen(candidates=numbers))
-            rows = [*map(store.candidate, numbers), *(row for row in store.candidates(step=0) if row.status == "done")]
+            store.record_event(chosen)
+            rows = [
+                *map(store.candidate, chosen.candidates),
+                *(row for row in store.candidates(step=0) if row.status == "done"),
+            ]
             return Confirmation(drive).score(rows, lambda row: recipe_of(row, prepared.file.sources))
 
 

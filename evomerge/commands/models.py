@@ -6,10 +6,11 @@ What a person can have got wrong is looked at first, with light imports alone.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -17,13 +18,10 @@ from rich.table import Table
 from evaluators.base import Split
 from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
-from evomerge.commands.waiting import opening, progress_bar
+from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.printable import without_nan
-from evomerge.recipes.base import Recipe
-from evomerge.report.basis import unconfirmed_text
-from evomerge.report.curse import curse_of
 from evomerge.report.entries import Constraint, kind_of, origin_of
 from evomerge.report.naming import exported
 from evomerge.report.picks import roles_of
@@ -31,10 +29,14 @@ from evomerge.report.screen import cell, make_console
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
 from evomerge.search.settings.early import check_early
-from evomerge.search.settings.folder import EVIDENCE_NAME, open_store
+from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.resuming import resumed_file
-from evomerge.search.settings.search_file import SearchFile, load_search_file
-from evomerge.store import CandidateRow
+from evomerge.search.settings.search_file import load_search_file
+from evomerge.store import CandidateRow, Store
+
+if TYPE_CHECKING:
+    from evomerge.commands.exporting import Written
+    from evomerge.report.team import Team
 
 
 def export(
@@ -46,90 +48,74 @@ def export(
     ``form`` is one of those that recipes of its kind know. Where the model is another one than was scored, its own
     scores are shown beside those recorded. ``said`` is what ``out`` is called on the screen, where it will not stay.
     """
-    console = make_console()
     with open_store(folder) as store:
-        row = store.candidate(exported(store, candidate))
+        rows = {str(out): store.candidate(exported(store, candidate))}
+        _export(folder, store, rows, verify=verify, form=form, said=said)
+
+
+def export_team(folder: Path, out: str | Path, *, verify: bool) -> None:
+    """Write the members of the team that was chosen last, each as ``export`` does, into a folder of its id in ``out``.
+
+    Raises:
+        InputError: there is no team whose members are scored.
+    """
+    from evomerge.report.team import team_of
+
+    with open_store(folder) as store:
+        team = team_of(store)
+        if team is None:
+            hint = f"Choose one: evomerge team {shlex.quote(str(folder))} -k 3"
+            raise InputError("--team", "the search has no team that is scored on held-out items", hint)
+        above = str(out).rstrip("/")
+        rows = {f"{above}/{member.id}": store.candidate(member.number) for member in team.members}
+        _export(folder, store, rows, verify=verify, team=team)
+
+
+def _export(
+    folder: Path,
+    store: Store,
+    rows: Mapping[str, CandidateRow],
+    *,
+    verify: bool,
+    form: str | None = None,
+    said: str | None = None,
+    team: Team | None = None,
+) -> None:
+    """Write candidates, by where each is to be, or is ``said`` to be; ``team`` is that of which they are the members."""
+    console = make_console()
+    for out, row in rows.items():
         if row.status not in ("done", "eliminated", "cached"):
             raise InputError(row.id, f"is {row.status}: it has no scores", "`evomerge top` lists those with.")
-        if not is_url(str(out)):
+        if not is_url(out):
             check_target(Path(out))
-        file = resumed_file(folder, store, ())
-        if verify:
-            check_early(file)
-        with opening():
-            from evomerge.commands.delivering import local_folder
-            from evomerge.commands.verifying import compare, reproduce
-            from evomerge.merging.building.builders import find_builder
-            from evomerge.merging.measured.evidence import Evidence
-            from evomerge.report.card import NAME, Provenance, papers, verification
-            from evomerge.search.opening.session import as_recorded, check_sources, contents_of, recipe_of
-            from evomerge.search.preparing.prepare import open_sources, prepare
-            from evomerge.search.workers.building import build_context
+    file = resumed_file(folder, store, ())
+    if verify:
+        check_early(file)
+    with opening():
+        from evomerge.commands.exporting import Exporter
+        from evomerge.search.opening.session import as_recorded, check_sources
+        from evomerge.search.preparing.prepare import open_sources, prepare
 
-            # Where nothing is verified, no item is looked at.
-            prepared = as_recorded(store, prepare(file)) if verify else None
-            sources = open_sources(file) if prepared is None else prepared.sources
-            check_sources(store, sources)
-        recipe = recipe_of(row, file.sources)
-        _check_form(recipe, form)
-        recipe = _unrounded(recipe, file, console)
-        evidence = Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
-        context = build_context(file, sources, evidence, texts_digest=recipe.calibration, fit_digest=recipe.fit)
-        builder = find_builder(recipe.kind)(replace(context, form=form))
-        unlike = recipe.unlike(form)
-        status = status_of(store)
-        unconfirmed = unconfirmed_text(store, row, status)
-        provenance = Provenance(store.search(), status, row, curse_of(store), unconfirmed)
-        checked: list[str] = []
-        with local_folder(out, console) as model, progress_bar(console, "writing tensors") as bar:
-
-            def check(written: Path) -> None:
-                assert prepared is not None  # for this is called where it is to be verified
-                bar.say("verifying: loading it")
-                rounds = recipe.rounds_on_export or file.together > 1
-                live = builder.reload(written)
-                if unlike:
-                    checked.extend(compare(live, store, row, prepared, say=bar.say))
-                else:
-                    checked.extend(reproduce(live, store, row, prepared, rounds=rounds, say=bar.say))
-                with (written / NAME).open("a", encoding="utf-8") as text:
-                    text.write(verification(checked, unlike))
-
-            texts = papers(model.name, recipe, sources, provenance, stays=not is_url(str(out)), unlike=unlike)
-            if not verify:
-                texts[NAME] += verification(())
-            builder.export(recipe, model, texts=texts, check=check if verify else None, progress=bar)
-    done = f"exported {_called(row, status, file.sources)} to {said or out}{'' if verify else ', not scored again'}"
-    _say(console, unlike, checked, done, unconfirmed)
+        # Where nothing is verified, no item is looked at.
+        prepared = as_recorded(store, prepare(file)) if verify else None
+        sources = open_sources(file) if prepared is None else prepared.sources
+        check_sources(store, sources)
+    exporter = Exporter(folder, store, file, sources, prepared, status_of(store), console, team)
+    for out, row in rows.items():
+        written = exporter.write(row, out, form)
+        unseen = "" if verify else ", not scored again"
+        _say(console, written, f"exported {_called(row, exporter.status, file.sources)} to {said or out}{unseen}")
 
 
-def _unrounded(recipe: Recipe, file: SearchFile, console: Console) -> Recipe:
-    """The recipe as its model was scored: in float32 where several were scored together."""
-    if file.together == 1 or recipe.dtype == "float32":
-        return recipe
-    # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they change would
-    # be rounded away, and the folder be another model than was scored.
-    console.print("written in float32: candidates that are scored together are never rounded")
-    return recipe.model_copy(update={"dtype": "float32"})
-
-
-def _say(console: Console, unlike: str, checked: Sequence[str], done: str, unconfirmed: str) -> None:
+def _say(console: Console, written: Written, done: str) -> None:
     """How an export went."""
-    if unlike:
-        console.print(unlike, style="yellow", soft_wrap=True)
-    for line in checked:
+    if written.unlike:
+        console.print(written.unlike, style="yellow", soft_wrap=True)
+    for line in written.checked:
         console.print(line)
     console.print(done, style="bold")
-    if unconfirmed:
-        console.print(f"not confirmed: {unconfirmed}", style="yellow", soft_wrap=True)
-
-
-def _check_form(recipe: Recipe, form: str | None) -> None:
-    """Refuse a form that models of this kind have not (InputError)."""
-    if form is None or form in recipe.forms:
-        return
-    known = f"There are: {', '.join(recipe.forms)}." if recipe.forms else "Leave it out."
-    raise InputError("--as", f"a {recipe.kind} model has no form {form!r}", known)
+    if written.unconfirmed:
+        console.print(f"not confirmed: {written.unconfirmed}", style="yellow", soft_wrap=True)
 
 
 def _called(row: CandidateRow, status: SearchStatus, sources: Collection[str]) -> str:

@@ -222,7 +222,7 @@ def team(folder: Path, members: int, *, as_json: bool) -> int:
     console = make_console()
     with ExitStack() as last, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
-        numbers = choose_team(store, members)  # what is wrong with it is said before anything is opened
+        choice = choose_team(store, members)  # what is wrong with it is said before anything is opened
         check_early(file)
         with opening():
             from evomerge.commands.driving import INTERRUPTED, drive_team, reopen
@@ -230,7 +230,7 @@ def team(folder: Path, members: int, *, as_json: bool) -> int:
             prepared = reopen(folder, store, file)
         with output_is_optional():
             screen = Console(stderr=True) if as_json else console  # what is printed may be read by a program
-            if not drive_team(folder, prepared, store, last, screen, numbers):
+            if not drive_team(folder, prepared, store, last, screen, choice):
                 return INTERRUPTED
         chosen = team_of(store)
     if chosen is None:

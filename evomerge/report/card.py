@@ -25,6 +25,7 @@ from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, is_public, movable, public_name, without_places
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.search_status import SearchStatus
+from evomerge.report.team import Team, team_section
 from evomerge.report.unmerged import unmerged_source
 from evomerge.search.driving.candidates import START
 from evomerge.store import CandidateRow, SearchRow
@@ -43,6 +44,7 @@ class Provenance:
     Attributes:
         curse: None where its scores were not looked up.
         unconfirmed: what the scores of a candidate rest on that was never scored on held-out items.
+        team: that of which it is exported as a member.
     """
 
     search: SearchRow
@@ -50,6 +52,7 @@ class Provenance:
     row: CandidateRow
     curse: Curse | None = None
     unconfirmed: str = ""
+    team: Team | None = None
 
 
 def papers(
@@ -181,7 +184,10 @@ def card(
     if not is_plain(recipe, _depths(sources)):
         parts.append(_path_section(recipe, _depths(sources)))
     if provenance is not None:
-        parts += [_scores_section(provenance), _choice_section(provenance), _limits_section(provenance)]
+        parts += [_scores_section(provenance), _choice_section(provenance)]
+        if provenance.team is not None:
+            parts.append(team_section(provenance.team, provenance.row.number))
+        parts.append(_limits_section(provenance))
     parts.append(_again_section(provenance, are_public=all(map(is_public, sources.values()))))
     return "\n\n".join(parts) + "\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
@@ -20,6 +22,8 @@ Matrix = NDArray[np.float64]
 MOST = 8
 """Members of a team: of more, nobody would run all."""
 
+_CURVE_POINTS = 40
+
 
 class Share(BaseModel):
     """A share of the held-out items, and how much the team's coverage is above it with its 95% interval."""
@@ -31,11 +35,16 @@ class Share(BaseModel):
 
 
 class Member(BaseModel):
-    """A candidate of a team: its own mean, and the coverage of the team up to it, on the held-out items."""
+    """A candidate of a team, on the held-out items: its own mean, by objective too, what it alone solves of the team,
+    and the coverage of the team up to it.
+    """
 
+    number: int
     id: str
     label: str
     mean: float
+    by_objective: dict[str, float]
+    alone: float
     covered: float
 
 
@@ -44,6 +53,7 @@ class Team(BaseModel):
 
     Attributes:
         items: how many there are.
+        objectives: how many of them are of each objective, in their order.
         members: in the order in which they were chosen.
         coverage: the share of items that at least one member solves.
         majority: the share that more than half of them do.
@@ -53,6 +63,7 @@ class Team(BaseModel):
     """
 
     items: int
+    objectives: dict[str, int]
     members: list[Member]
     coverage: float
     majority: float
@@ -80,8 +91,8 @@ def maximised(store: Store) -> list[Measure]:
     return measures
 
 
-def choose_team(store: Store, count: int) -> list[int]:
-    """The numbers of a team's members, by the search split.
+def choose_team(store: Store, count: int) -> TeamChosen:
+    """A team's members, by the search split, as they are recorded.
 
     Raises:
         InputError: too few candidates are scored on all items, or ``count`` is out of range.
@@ -93,7 +104,15 @@ def choose_team(store: Store, count: int) -> list[int]:
     if len(numbers) < count:
         problem = f"{len(numbers)} candidates are scored on all items, which is fewer than {count}"
         raise InputError("-k", problem, f"Take {len(numbers)}, or go on with the search.")
-    return [numbers[place] for place in greedy_team(scores, count)]
+    baselines = sum(row.step == 0 for row in rows)
+    sizes = np.unique(np.geomspace(max(baselines, count), len(numbers), _CURVE_POINTS).round().astype(int)).tolist()
+    curve = [(size, *_offered(scores[:size], count)) for size in sizes]
+    return TeamChosen(candidates=[numbers[place] for place in greedy_team(scores, count)], curve=curve)
+
+
+def _offered(scores: Matrix, count: int) -> tuple[float, float]:
+    """What the best team of so many covers, and what the best candidate solves."""
+    return float(coverage(scores[greedy_team(scores, count)]).mean()), float(scores.mean(axis=1).max())
 
 
 def team_of(store: Store) -> Team | None:
@@ -123,16 +142,31 @@ def team_of(store: Store) -> Team | None:
         if picked:
             beside[f"the best {len(picked)} sources together"] = coverage(picked)
         beside["all sources together"] = coverage(values)
+    evaluators = store.search().record.evaluators
+    objectives = {measure.name: evaluators[measure.evaluator].held_out_items for measure in measures}
     return Team(
         items=len(covered),
-        members=[
-            Member(id=row.id, label=row.label, mean=float(one.mean()), covered=float(coverage(known[: i + 1]).mean()))
-            for i, (row, one) in enumerate(zip(members, known, strict=True))
-        ],
+        objectives=objectives,
+        members=[_member(members[place], place, known, objectives) for place in range(len(members))],
         coverage=float(covered.mean()),
         majority=float(agreement(known).mean()),
         against={name: _share(covered, other) for name, other in beside.items()},
         solved=["".join(str(min(9, int(value * 9.99))) for value in np.clip(one, 0, 1)) for one in known],
+    )
+
+
+def _member(row: CandidateRow, place: int, known: Sequence[Matrix], objectives: Mapping[str, int]) -> Member:
+    """What the member at a place of a team does; ``known`` are the held-out scores of all members."""
+    own, others = known[place], [*known[:place], *known[place + 1 :]]
+    parts = np.split(own, np.cumsum(list(objectives.values()))[:-1])
+    return Member(
+        number=row.number,
+        id=row.id,
+        label=row.label,
+        mean=float(own.mean()),
+        by_objective={name: float(part.mean()) for name, part in zip(objectives, parts, strict=True)},
+        alone=float(np.maximum(own - coverage(others), 0.0).mean()) if others else float(own.mean()),
+        covered=float(coverage(known[: place + 1]).mean()),
     )
 
 
@@ -145,6 +179,24 @@ def _held_out(store: Store, row: CandidateRow, measures: list[Measure]) -> Matri
 def _share(covered: Matrix, other: Matrix) -> Share:
     gap = paired_difference(covered.astype(np.float32), other.astype(np.float32), 0.95)
     return Share(share=float(other.mean()), difference=gap.mean, low=gap.low, high=gap.high)
+
+
+def team_section(team: Team, number: int) -> str:
+    """What a member solves beside the others, for its card."""
+    place = next(place for place, one in enumerate(team.members) if one.number == number)
+    own = team.members[place]
+    titles = ["member", *(f"{name} ({items} items)" for name, items in team.objectives.items()), "all", "it alone"]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for one in team.members:
+        shares = [*one.by_objective.values(), one.mean, one.alone]
+        name = f"**{one.id}, this model**" if one.number == number else one.id
+        lines.append(f"| {name} | {' | '.join(f'{share:.3f}' for share in shares)} |")
+    return (
+        f"## Team\n\nThis model is one of {len(team.members)} that were chosen to solve most together. Of "
+        f"{team.items:,} held-out items it solves {own.mean:.1%}, and {own.alone:.1%} no other member does. At least "
+        f"one member solves {team.coverage:.1%}, and more than half of them {team.majority:.1%}. To have what a team "
+        "covers, somebody or something must know which member's answer is right.\n\n" + "\n".join(lines)
+    )
 
 
 def team_tables(team: Team) -> tuple[Table, Table]:

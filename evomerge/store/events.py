@@ -445,10 +445,15 @@ class Shortlist(Event):
 
 
 class TeamChosen(Event):
-    """Candidates that together solve most items of the search split, before any of them is scored on others for it."""
+    """Candidates that together solve most items of the search split, before any of them is scored on others for it.
+
+    ``curve`` has what the first candidates offer on these items, as the search went on: how many there are, what a team
+    of as many members covers, and what the best of them solves.
+    """
 
     kind: ClassVar[str] = "team"
     candidates: list[Whole]
+    curve: list[tuple[Whole, float, float]] = []
 
 
 class Confirming(Event):
