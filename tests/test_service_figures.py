@@ -39,10 +39,10 @@ from evomerge.service.figures.recipe import share_in
 from evomerge.service.figures.style import MARKS, is_empty, without_notes, words_of
 from evomerge.service.figures.workers import AttemptSpan, attempts_of, idle_share, stops_of
 from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
-from evomerge.service.reading import PerState, columns_of, thinned
+from evomerge.service.reading import PerState, columns_of, confirmed_values, thinned
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, Estimate, EventRow, NewCandidate, Store, acquire, tables
-from evomerge.store.events import CopyingNews, event_rows
+from evomerge.store.events import CopyingNews, TeamChosen, event_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -98,6 +98,54 @@ def test_a_cell_of_the_grid_is_the_best_of_its_niche(tmp_path: Path, axes: int) 
 
 def test_without_features_there_is_no_grid(two: Store) -> None:
     assert is_empty(draw(two, "grid"))
+
+
+# ---- teams -----------------------------------------------------------------------------------------------------------
+
+
+def with_team(folder: Path) -> list[int]:
+    """A search whose team is two of the shortlist and a source; its members."""
+    made.search(folder, "team", made.two_objectives(30))
+    with Store.open(folder / "team" / "search.db") as store, acquire(store):
+        chosen = [*list(confirmed_values(store, columns_of(store)))[:2], 0]
+        store.record_event(TeamChosen(candidates=chosen, curve=[(5, 0.4, 0.3), (12, 0.5, 0.3), (30, 0.7, 0.35)]))
+    return chosen
+
+
+def test_a_team_is_a_matrix_of_what_its_members_solve(tmp_path: Path) -> None:
+    members = with_team(tmp_path)
+    with Store.open(tmp_path / "team" / "search.db") as store:
+        drawn = draw(store, "team")
+        items = [next(s for s in store.scores(n, "held_out") if s.evaluator == "v0").metrics["acc"] for n in members]
+    (cells,) = drawn.data
+    assert list(cells.y) == ["at least one", *(f"c{number:04d}" for number in reversed(members))]
+    together, *own = np.array(cells.z, dtype=float)
+    places = [int(word.rpartition(" ")[2]) for word in cells.text[0]]
+    assert sorted(places) == list(range(len(items[0])))
+    for row, solved in zip(own[::-1], items, strict=True):
+        assert row == pytest.approx(solved[places], abs=0.12)  # shares are kept by tenths
+    assert together == pytest.approx(np.max(own, axis=0))
+    columns = [tuple(column) for column in np.array(own[::-1]).T.tolist()]
+    assert columns == sorted(columns, reverse=True)  # who solves the same things stands together
+    assert f"Together {np.max(items, axis=0).mean():.1%}" in words_of(drawn)
+
+
+def test_of_many_items_evenly_many_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_team(tmp_path)
+    monkeypatch.setattr("evomerge.service.figures.team._MOST_ITEMS", 7)
+    with Store.open(tmp_path / "team" / "search.db") as store:
+        drawn = draw(store, "team")
+    assert np.array(drawn.data[0].z).shape == (4, 7)
+    assert "7 of " in words_of(drawn)
+
+
+def test_the_curve_of_teams_is_what_was_written_down(tmp_path: Path) -> None:
+    with_team(tmp_path)
+    with Store.open(tmp_path / "team" / "search.db") as store:
+        drawn = draw(store, "coverage")
+    assert list(trace(drawn, "a team of 3").x) == [5, 12, 30]
+    assert list(trace(drawn, "a team of 3").y) == [0.4, 0.5, 0.7]
+    assert list(trace(drawn, "the best candidate").y) == [0.3, 0.3, 0.35]
 
 
 # ---- the front -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.screen import gain_text
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
+from evomerge.report.team import team_of
 from evomerge.search.settings.sections import Budget, CalibrationTexts, Confirm, FitItems, Proxy, Racing, Select
 from evomerge.service import processes
 from evomerge.service.bodies import CandidateName, SearchSummary
@@ -41,6 +42,7 @@ from evomerge.service.pages.model_card import card_of
 from evomerge.service.pages.rendering import sparkline
 from evomerge.service.pages.search import choices
 from evomerge.store import Store, acquire, record, tables
+from evomerge.store.events import TeamChosen
 from evomerge.yaml import dump_yaml
 from search_spaces.base import SpaceSettings
 
@@ -317,6 +319,27 @@ def test_niches_are_a_grid_and_columns(tmp_path: Path) -> None:
         found = client.get(f"/api/v1/searches/niches/candidates/{number}").json()
         assert (found["elite"], len(found["niche"])) == (True, 2)
         assert client.get("/api/v1/searches/niches/figures/grid").json()["data"][0]["type"] == "heatmap"
+
+
+def test_a_team_is_a_matrix_and_tables_on_the_page_and_in_the_report(tmp_path: Path) -> None:
+    helpers_figures.search(tmp_path, "team", helpers_figures.two_objectives(30))
+    with client_of(make_app(tmp_path), accept="text/html") as client:
+        shown = client.get("/searches/team").text
+        assert f"evomerge team {tmp_path / 'team'} -k 3" in shown
+        assert 'data-figure="/api/v1/searches/team/figures/team"' not in shown
+        with Store.open(tmp_path / "team" / "search.db") as store, acquire(store):
+            store.record_event(TeamChosen(candidates=[0, 1], curve=[(5, 0.4, 0.3), (30, 0.7, 0.35)]))
+            team = team_of(store)
+        assert team is not None
+        shown, report = client.get("/searches/team").text, client.get("/searches/team/report.html").text
+    assert 'data-figure="/api/v1/searches/team/figures/team"' in shown
+    assert '<a href="/searches/team/candidates/c0001">c0001</a>' in shown
+    assert f"evomerge export {tmp_path / 'team'} MODELS --team" in shown
+    for page in (shown, report):
+        assert f"{100 * team.coverage:.1f}% are solved by at least one member" in page
+        share = team.against["its best member"]
+        assert f"{share.low:+.3f} to {share.high:+.3f}" in page
+    assert "Team, as the search went on" in report
 
 
 def store_settings(store: Store) -> dict[str, Any]:

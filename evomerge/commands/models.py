@@ -81,7 +81,7 @@ def _export(
     said: str | None = None,
     team: Team | None = None,
 ) -> None:
-    """Write candidates, by where each is to be, or is ``said`` to be; ``team`` is that of which they are the members."""
+    """Write candidates, by where each is to be, or is ``said`` to be; ``team`` is that of which they are members."""
     console = make_console()
     for out, row in rows.items():
         if row.status not in ("done", "eliminated", "cached"):

@@ -112,7 +112,7 @@ def choose_team(store: Store, count: int) -> TeamChosen:
 
 def _offered(scores: Matrix, count: int) -> tuple[float, float]:
     """What the best team of so many covers, and what the best candidate solves."""
-    return float(coverage(scores[greedy_team(scores, count)]).mean()), float(scores.mean(axis=1).max())
+    return float(coverage(list(scores[greedy_team(scores, count)])).mean()), float(scores.mean(axis=1).max())
 
 
 def team_of(store: Store) -> Team | None:

@@ -28,6 +28,7 @@ from evomerge.report.search_status import SearchStatus
 from evomerge.report.selection import selection_of
 from evomerge.report.status import depths_of, status_of
 from evomerge.report.svg import COLOURS
+from evomerge.report.team import Team, team_of
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.estimation.preference import ranked as ranked_rows
 from evomerge.search.settings.folder import FILE_NAME
@@ -51,13 +52,15 @@ _FIGURES: tuple[tuple[Name, Wish, str, str], ...] = (
     ("importance", Wish(), "What matters", "How much each parameter decides whether a candidate is good."),
     ("proxy", Wish(), "What the right answers would like", "By the gradient of the proxy."),
     ("parallel", Wish(), "Parameters and score", "A line a candidate."),
+    ("team", Wish(), "Team", "Which held-out items each member solves."),
+    ("coverage", Wish(), "Team, as the search went on", ""),
     ("constraints", Wish(), "Constraints", ""),
     ("timeline", Wish(), "Workers", "A bar an attempt."),
     ("failures", Wish(), "Failures", "By cause, over time."),
 )  # fmt: skip
 
 
-_WIDE = ("parallel", "timeline")  # figures that take the room of two
+_WIDE = ("parallel", "timeline", "team")  # figures that take the room of two
 
 
 class Picture(NamedTuple):
@@ -112,7 +115,7 @@ def report_html(store: Store, folder: Path) -> str:
     environment = Environment(
         loader=PackageLoader("evomerge.service"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    shown = _shown(status)
+    shown, team = _shown(status), team_of(store)
     return environment.get_template("report.html").render(
         status=status,
         search=search,
@@ -120,7 +123,7 @@ def report_html(store: Store, folder: Path) -> str:
         written=_moment(time.time()),
         began=_moment(search.created_at),
         spent=duration(status.budget.hours_spent * 3600),
-        pictures=[_picture(store, *wanted) for wanted in _FIGURES if _applies(wanted[0], status)],
+        pictures=[_picture(store, *wanted) for wanted in _FIGURES if _applies(wanted[0], status, team)],
         chosen=None if shown is None else shown.id,
         recipe=None if shown is None else _recipe_picture(store, shown),
         path=None if shown is None else _path(store, shown),
@@ -132,6 +135,7 @@ def report_html(store: Store, folder: Path) -> str:
         selection=selection_of(store),
         conclusions=conclusions(status),
         best_word=KNEE if is_front(status) else BEST,
+        team=team,
         failures=list(_failures(store)),
         settings=yaml.safe_dump(search.settings, sort_keys=False, allow_unicode=True),
         versions=search.environment,
@@ -172,8 +176,10 @@ def _shown(status: SearchStatus) -> Entry | None:
     return status.best
 
 
-def _applies(name: Name, status: SearchStatus) -> bool:
-    """Whether a search may ever have such a figure."""
+def _applies(name: Name, status: SearchStatus, team: Team | None) -> bool:
+    """Whether a search may ever have such a figure, or its team does."""
+    if name in ("team", "coverage"):
+        return team is not None
     if name == "constraints":
         return bool(status.constraints)
     if name == "grid":

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import plotly.graph_objects as go
 
-from evomerge.service.figures import chosen, front, genes, grid, progress, proxy, recipe, workers
+from evomerge.service.figures import chosen, front, genes, grid, progress, proxy, recipe, team, workers
 from evomerge.service.figures.progress import Over
 from evomerge.store import Store
 
@@ -30,6 +30,8 @@ Name = Literal[
     "curse",
     "failures",
     "constraints",
+    "team",
+    "coverage",
 ]
 NAMES: tuple[Name, ...] = get_args(Name)
 
@@ -65,6 +67,8 @@ _DRAWN: Mapping[Name, Callable[[Store, Wish], go.Figure]] = {
     "curse": lambda store, wish: chosen.curse(store),
     "failures": lambda store, wish: workers.failures(store),
     "constraints": lambda store, wish: chosen.constraints(store),
+    "team": lambda store, wish: team.team(store),
+    "coverage": lambda store, wish: team.coverage(store),
 }
 
 

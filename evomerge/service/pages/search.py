@@ -18,6 +18,7 @@ from evomerge.report.picks import Pick, conclusions, is_front, roles_of
 from evomerge.report.screen import best_confirmed_source, choice_text, gain_cell, ranked, thrift_lines
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.selection import selection_of
+from evomerge.report.team import team_of
 from evomerge.search.estimation.preference import BEST as WINNER
 from evomerge.search.estimation.preference import KNEE
 from evomerge.service.api.candidates import candidates
@@ -132,7 +133,7 @@ def search(
         choices=choices(status), confirmed=list(_confirmed(status)),
         gains_over=_gains_over(status), choice=choice_text(status), failures=failures,
         parameters=[parameter.name for parameter in search_row.record.parameters], origins=origins, page=table,
-        patience=search_row.record.budget.patience, place=shell_place(place(root, name)),
+        patience=search_row.record.budget.patience, place=shell_place(place(root, name)), team=team_of(store),
     )  # fmt: skip
 
 
