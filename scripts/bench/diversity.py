@@ -31,7 +31,7 @@ from methods import interval, write
 from numpy.typing import NDArray
 from search_cost import EXPERTS, ROOT, TASKS, ZOO, CountingPool
 
-from evomerge.merging.evidence import Evidence
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.report.team import maximised, search_scores
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
