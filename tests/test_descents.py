@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, Observation, ProxyDescentSettings, Settings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.descents import HALVINGS, PATIENCE
+from evomerge.search.estimation.agreement import LEAST_POINTS, LEAST_TAU, MOST_POINTS, Agreement, along
 from evomerge.search.preparing.prepare import prepare
 from evomerge.search.preparing.setup import EvaluatorInfo, ProxyInfo, Setup
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.search.work.jobs import Descend, Descended, Failed, Job, Measured
 from evomerge.store import Store
-from evomerge.store.events import Descent
+from evomerge.store.events import Agreed, Descent
 from evomerge.testing.optimizers import OptimizerContract
 
 PROXY = ProxyInfo(evaluator=1, items=30, drawn=8, steps=16, rate=0.02)
@@ -35,19 +37,20 @@ def proxied(candidates: int = 60, objectives: int = 1) -> Setup:
     return replace(setup, proxy=replace(PROXY, evaluator=objectives), evaluators=(*setup.evaluators, likelihood))
 
 
-def towards(best: float) -> Callable[[Job], tuple[float, Measured | Descended | Failed]]:
-    """Simulates a proxy that every weight should be ``best`` for."""
+def towards(best: float, *, flat: bool = False) -> Callable[[Job], tuple[float, Measured | Descended | Failed]]:
+    """Simulates a proxy that every weight should be ``best`` for; a flat one is the same everywhere it leads."""
 
     def run(job: Job) -> tuple[float, Measured | Descended | Failed]:
         if not isinstance(job.instead, Descend):
             return simulate(job)
         descend, genome, points = job.instead, job.instead.start, list[Genome]()
+        losses = list[float]()
         for step in range(1, descend.keep[-1] + 1):
+            losses.append(1.0 if flat else float(np.abs(genome - best).mean()))
             genome = np.clip(genome - descend.rate * np.sign(genome - best), 0.0, 1.0)
             if step in descend.keep:
                 points.append(genome)
-        losses = np.linspace(1.0, 0.5, descend.keep[-1])
-        return 2.0, Descended(points, losses, 2 * (descend.start - best), {"gradient": 1.0})
+        return 2.0, Descended(points, np.array(losses), 2 * (descend.start - best), {"gradient": 1.0})
 
     return run
 
@@ -90,7 +93,7 @@ def test_a_descent_goes_on_where_the_one_before_ended(tmp_path: Path) -> None:
 
 
 def test_a_proxy_that_leads_nowhere_is_begun_again_at_half_the_rate_and_then_rests(tmp_path: Path) -> None:
-    drive(tmp_path, proxied(candidates=400), simulation=towards(-1.0))
+    drive(tmp_path, proxied(candidates=400), simulation=towards(-1.0, flat=True))
     rates = [descent.rate for descent in descents(tmp_path)]
     assert rates[0] == PROXY.rate
     assert rates[-1] == PROXY.rate / 2**HALVINGS
@@ -98,14 +101,55 @@ def test_a_proxy_that_leads_nowhere_is_begun_again_at_half_the_rate_and_then_res
     assert max(steps) < max(step for step, _ in origins(tmp_path)) / 2
 
 
+def agreements(folder: Path) -> list[Agreed]:
+    with Store.open(folder / "search.db") as store:
+        return [event.read(Agreed) for event in store.events(kinds=("proxy",))]
+
+
+def test_a_proxy_that_the_objective_agrees_with_says_so(tmp_path: Path) -> None:
+    drive(tmp_path, proxied(candidates=30), simulation=towards(BEST))
+    last = agreements(tmp_path)[-1]
+    assert last.on
+    assert LEAST_POINTS <= last.points <= MOST_POINTS
+    assert last.tau > 0.5
+
+
+def test_a_proxy_that_the_objective_contradicts_rests_without_another_try(tmp_path: Path) -> None:
+    drive(tmp_path, proxied(candidates=400), simulation=towards(-1.0))
+    assert {descent.rate for descent in descents(tmp_path)} == {PROXY.rate}
+    assert len(descents(tmp_path)) <= PATIENCE + 1
+    last = agreements(tmp_path)[-1]
+    assert not last.on
+    assert last.tau < LEAST_TAU
+
+
+def test_the_proxy_at_a_point_is_read_off_a_line_through_its_steps() -> None:
+    noisy = 3.0 - 0.25 * np.arange(16) + np.resize([0.1, -0.1, -0.1, 0.1], 16)  # of no slope and no mean
+    assert along(noisy, (8, 16)) == pytest.approx([1.0, -1.0])
+    assert along(np.array([2.0]), (1,)) == [2.0]
+
+
+def test_points_that_failed_say_nothing_of_the_proxy() -> None:
+    agreement = Agreement()
+    for value in range(LEAST_POINTS):
+        agreement.take(float(value), [math.inf])
+    assert agreement.points == 0
+    assert not agreement.is_low
+    for value in range(LEAST_POINTS):
+        agreement.take(float(value), [-value, 2.0 * value])  # of two objectives, of which one agrees
+    assert agreement.tau == 0.0
+
+
+@pytest.mark.parametrize("contrary", [False, True])
 @pytest.mark.parametrize("objectives", [1, 2])
-def test_a_search_that_is_killed_at_any_write_is_the_same(tmp_path: Path, objectives: int) -> None:
+def test_a_search_that_is_killed_at_any_write_is_the_same(tmp_path: Path, objectives: int, contrary: bool) -> None:
     setup = proxied(candidates=40, objectives=objectives)
-    drive(tmp_path / "whole", setup, simulation=towards(BEST))
+    simulation = towards(-1.0 if contrary else BEST)
+    drive(tmp_path / "whole", setup, simulation=simulation)
     for deaths in range(200):
         try:
             with dying(after_commits=1 + deaths % 5):
-                drive(tmp_path / "killed", setup, simulation=towards(BEST))
+                drive(tmp_path / "killed", setup, simulation=simulation)
         except Killed:
             continue
         break

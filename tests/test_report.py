@@ -27,10 +27,11 @@ from evomerge.report.fitting import heading
 from evomerge.report.licences import licence_of, most_restrictive
 from evomerge.report.lists import comparison_table
 from evomerge.report.live import LiveScreen
-from evomerge.report.screen import choice_text, duration, line, p_text, panel, screen_text
+from evomerge.report.screen import choice_text, duration, line, p_text, panel, screen_text, thrift_lines
 from evomerge.report.search_status import (
     Budget,
     Counts,
+    ProxyState,
     ScreenState,
     SearchStatus,
     Slow,
@@ -149,6 +150,19 @@ def thrifty(**changes: object) -> SearchStatus:
 SCREEN = ScreenState(
     metric="log_likelihood", objective="maths", items=100, least_tau=0.5, tau=0.71, pairs=60, on=True, left_out=33
 )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "at rate 0.05; agreement with the objective not known yet"),
+        ({"tau": 0.456, "points": 9}, "agreement with the objective tau 0.46 over 9 points"),
+        ({"tau": -0.2, "points": 12, "on": False}, "tau -0.20 over 12 points; it rests"),
+    ],
+)
+def test_how_far_the_proxy_is_trusted_is_told(changes: dict[str, object], words: str) -> None:
+    proxy = ProxyState(step=7, rate=0.05, before=0.51, after=0.42).model_copy(update=changes)
+    assert words in " ".join(thrift_lines(status(proxy=proxy)))
 
 
 def test_the_panel_says_what_racing_the_screen_and_constraints_do() -> None:

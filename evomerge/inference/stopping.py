@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
@@ -41,11 +42,19 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
         return self._done.to(input_ids.device)
 
 
+_MOST_TAILS = 100_000
+"""Remembered of a tokenizer and its texts: some 20 MB."""
+
+_Tails = dict[tuple[int, ...], bool]
+_tails: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, ...], _Tails]] = WeakKeyDictionary()
+
+
 class TextEnds:
     """Tells of growing answers which have come to the first of some texts.
 
     A text of n bytes is spelled by n tokens at most, but for tokens that say nothing, so only the last few tokens of an
-    answer are decoded at each step, and each such tail once: answers to the items of a task end alike.
+    answer are decoded at each step, and each such tail once in a tokenizer's life: answers to the items of a task end
+    alike, and so do those of one candidate after another.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
@@ -54,13 +63,15 @@ class TextEnds:
         # One token more, because a tokenizer may take a space from the first one that it decodes; and one that began
         # in the midst of a character.
         self._window = 2 + max((len(text.encode()) for text in self._texts), default=0)
-        self._known: dict[tuple[int, ...], bool] = {}
+        self._known = _tails.setdefault(tokenizer, {}).setdefault(tuple(self._texts), {})
 
     def __call__(self, answers: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each answer ends; the answers of one step, all their tokens so far."""
         if not self._texts:
             return [False] * len(answers)
         tails = [tuple(answer[-self._window :]) for answer in answers]
+        if len(self._known) > _MOST_TAILS:
+            self._known.clear()
         if new := [tail for tail in dict.fromkeys(tails) if tail not in self._known]:
             for tail, text in zip(new, self._tokenizer.batch_decode([list(tail) for tail in new]), strict=True):
                 self._known[tail] = self._says_one(text)

@@ -125,7 +125,8 @@ def thrift_lines(status: SearchStatus) -> list[str]:
         lines.append(f"screen: {screen_text(status.screen)}")
     if (proxy := status.proxy) is not None:
         walk = f"{proxy.before:.3g} before its last descent, {proxy.after:.3g} at its end"
-        lines.append(f"proxy: {walk}; beside generation {proxy.step}, at rate {proxy.rate:.3g}")
+        where = f"beside generation {proxy.step}, at rate {proxy.rate:.3g}"
+        lines.append(f"proxy: {walk}; {where}; {proxy.agreement}")
     if status.quadratics is not None:
         lines.append(f"quadratics: {quadratics_text(status.quadratics)}")
     if status.racing is not None and status.racing.estimate == "item_response":

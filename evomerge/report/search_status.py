@@ -76,12 +76,25 @@ class ScreenState(BaseModel):
 
 
 class ProxyState(BaseModel):
-    """How the proxy was followed last: beside which generation, at which rate, and its value before and after."""
+    """How the proxy was followed last: beside which generation, at which rate, and its value before and after.
+
+    ``tau`` is Kendall's, of the proxy and the objectives over the latest ``points`` that it led to, None while there
+    are too few; ``on`` says whether it is followed on.
+    """
 
     step: int
     rate: float
     before: float
     after: float
+    tau: float | None = None
+    points: int = 0
+    on: bool = True
+
+    @property
+    def agreement(self) -> str:
+        """How far it agrees, in words."""
+        known = "not known yet" if self.tau is None else f"tau {self.tau:.2f} over {self.points} points"
+        return f"agreement with the objective {known}{'' if self.on else '; it rests'}"
 
 
 class Slow(BaseModel):

@@ -39,7 +39,7 @@ from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
-from evomerge.store.events import ConfirmFailed, Descent, ItemErrors, ItemResponse, Refined, Screening, State
+from evomerge.store.events import Agreed, ConfirmFailed, Descent, ItemErrors, ItemResponse, Refined, Screening, State
 from evomerge.store.record import Measure
 from evomerge.store.rows import AnyCandidate, ListedCandidate
 
@@ -357,4 +357,9 @@ def _proxy(store: Store) -> ProxyState | None:
         return None
     descent = events[0].read(Descent)
     before, after = descent.proxy
-    return ProxyState(step=descent.step, rate=descent.rate, before=before, after=after)
+    known = store.events(kinds=("proxy",), newest=1)
+    agreed = known[0].read(Agreed) if known else Agreed(points=0, tau=math.nan, on=True)
+    return ProxyState(
+        step=descent.step, rate=descent.rate, before=before, after=after,
+        tau=None if math.isnan(agreed.tau) else agreed.tau, points=agreed.points, on=agreed.on,
+    )  # fmt: skip

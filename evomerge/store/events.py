@@ -372,7 +372,8 @@ class Descent(Event):
     """Steps down the gradient of the proxy.
 
     ``passes`` counts items run forward and backward. ``proxy`` is its value before the first and the last step, on
-    items of their own; ``gradient`` is that at the start by each parameter, None where it has none.
+    items of their own; ``at`` is about what it is at each point that was given back (old searches do not tell);
+    ``gradient`` is that at the start by each parameter, None where it has none.
     """
 
     kind: ClassVar[str] = "descent"
@@ -384,6 +385,18 @@ class Descent(Event):
     gradient: list[StrictFloat | None]
     seconds: float
     worker: StrictStr = ""
+    at: list[StrictFloat] = []
+
+
+class Agreed(Event):
+    """What is known of the proxy: Kendall's tau with the objectives over so many points that it led to, and whether it
+    is followed on.
+    """
+
+    kind: ClassVar[str] = "proxy"
+    points: Whole
+    tau: StrictFloat
+    on: StrictBool
 
 
 class DescentFailed(Event):
@@ -492,8 +505,8 @@ READ: dict[str, type[Event | ItemResponse]] = {
     event.kind: event
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
-        ScoresAdded, Screening, Descent, Refined, ItemResponse, Shortlist, TeamChosen, Confirming, ConfirmFailed,
-        Winner, Chosen, SelectScored, Selected,
+        ScoresAdded, Screening, Descent, Agreed, Refined, ItemResponse, Shortlist, TeamChosen, Confirming,
+        ConfirmFailed, Winner, Chosen, SelectScored, Selected,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

@@ -28,7 +28,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from numpy.typing import NDArray
 from scipy import special
 
 from evomerge.merging.measured.evidence import Evidence
+from evomerge.recipes.base import Recipe
+from evomerge.recipes.stack import StackRecipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
@@ -45,7 +48,7 @@ from evomerge.search.opening.session import create_search, fingerprints_of, reci
 from evomerge.search.pools.base import PoolState
 from evomerge.search.preparing.prepare import Prepared, prepare
 from evomerge.search.settings.search_file import parse_search_file
-from evomerge.search.work.jobs import Finished, Job, Measured, PoolNews, Task
+from evomerge.search.work.jobs import Finished, Job, Measured, PoolNews, Result, Task
 from evomerge.search.workers.worker import Worker
 from evomerge.store import Store, acquire
 from evomerge.store.events import Descent
@@ -112,6 +115,10 @@ CASES: dict[str, dict[str, Any]] = {
     "racing, proxy": {
         "budget": {"candidates": 60}, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": True,
     },
+    "racing, proxy, coarse to fine": {
+        "budget": {"candidates": 60}, "optimizer": CMA | {"population": 4}, "racing": RACING, "proxy": True,
+        "space": {"granularity": "adaptive", "finest": "block"},
+    },
     "racing, proxy alone": {
         "budget": LITTLE, "optimizer": {"name": "proxy_descent"}, "racing": RACING, "proxy": True,
     },
@@ -133,10 +140,16 @@ def write_items(folder: Path) -> None:
 
 
 class CountingPool:
-    """One worker in this process; remembers how many items each attempt was asked to answer and to screen."""
+    """One worker in this process; remembers how many items each attempt was asked to answer and to screen.
 
-    def __init__(self, worker: Worker) -> None:
+    Args:
+        known: what this process has measured on the problem, by recipe and tasks. The same model is not asked the same
+            items twice, as baselines would be in every run; what is counted does not depend on it.
+    """
+
+    def __init__(self, worker: Worker, known: dict[Hashable, Result]) -> None:
         self.worker = worker
+        self._known = known
         self.asked: dict[tuple[int, int], Mapping[int, int]] = {}
         self._waiting: list[Job] = []
 
@@ -145,7 +158,19 @@ class CountingPool:
         self._waiting.append(job)
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        return [self.worker.run(self._waiting.pop(0))] if self._waiting else []
+        return [self.run(self._waiting.pop(0))] if self._waiting else []
+
+    def run(self, job: Job) -> Finished:
+        """Do a job, unless its result is known."""
+        if job.instead is not None:
+            return self.worker.run(job)
+        key = (
+            _seedless(job.recipe).canonical(),
+            tuple((task.evaluator, task.split, tuple(task.indices)) for task in job.tasks),
+        )
+        if key not in self._known:
+            self._known[key] = self.worker.run(job).result
+        return Finished(job.candidate, job.attempt, "bench", self._known[key])
 
     def state(self) -> PoolState:
         return PoolState(workers=1, busy=len(self._waiting))
@@ -166,6 +191,12 @@ class CountingPool:
         """A job that runs in this process cannot be ended."""
 
 
+def _seedless(recipe: Recipe) -> Recipe:
+    """The recipe without its seed, where nothing of it is drawn by that."""
+    drawn = not isinstance(recipe, StackRecipe) or any("dare" in blend.method for blend in recipe.blends)
+    return recipe if drawn else recipe.model_copy(update={"seed": 0})
+
+
 @dataclass(frozen=True)
 class Point:
     """A change of the best candidate: when, what it scored on the search split, and what it scores held out."""
@@ -175,6 +206,9 @@ class Point:
     candidates: int
     search: float
     held_out: float
+
+
+_MEASURED: defaultdict[str, dict[Hashable, Result]] = defaultdict(dict)  # by problem
 
 
 def run(folder: Path, problem: str, name: str, seed: int) -> None:
@@ -192,7 +226,7 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
     place = folder / f"{key}-{seed}.{int(started)}"
     store = create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
-        pool = CountingPool(Worker.of("bench", prepared, Evidence()))
+        pool = CountingPool(Worker.of("bench", prepared, Evidence()), _MEASURED[problem])
         driver = Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs"))
         why = driver.run().why
         curve = _curve(store, prepared, pool)
@@ -237,7 +271,7 @@ def _point(
 def _held_out(number: int, store: Store, prepared: Prepared, pool: CountingPool) -> float:
     row = store.candidate(number)
     tasks = [Task(0, "held_out", range(HELD_OUT))]
-    finished = pool.worker.run(Job(number, 0, recipe_of(row, prepared.file.sources), tasks))
+    finished = pool.run(Job(number, 0, recipe_of(row, prepared.file.sources), tasks))
     assert isinstance(finished.result, Measured), finished.result
     return float(finished.result.scores[0][prepared.setup.objectives[0].metric].mean(dtype=np.float64))
 

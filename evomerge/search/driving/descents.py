@@ -3,7 +3,8 @@
 The proxy is smooth and knows nothing of how answers are graded: followed too far, it leads away from what is wanted,
 and on the way to something better it may lead through something worse. So it decides nothing. Its points are scored
 like any candidate, and it is followed on from its last point for as long as it leads to a new best one now and then.
-When it has not for a while, it starts again from the best candidate, at half the rate, and in the end it rests.
+When it has not for a while, it starts again from the best candidate, at half the rate, and in the end it rests: at
+once where the objectives find worse what it finds better (``estimation/agreement.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from evomerge.genome import Genome
 from evomerge.search.driving.candidates import PROXY, START, Candidate
 from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
+from evomerge.search.estimation.agreement import Agreement, along
 from evomerge.search.preparing.setup import ProxyInfo, Setup
 from evomerge.search.work.jobs import Descend, Descended, Failed, Finished, Measured
 from evomerge.store import Store
@@ -35,6 +37,7 @@ class Descents:
 
     Attributes:
         rate: of the next descent; None while the proxy rests.
+        agreement: with the objectives.
     """
 
     def __init__(self, proxy: ProxyInfo, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path) -> None:
@@ -48,6 +51,9 @@ class Descents:
         self._vain = 0  # descents since the last that found a new best candidate
         self._best: Genome | None = None  # of the front the newest, as far as its candidates are points of the space
         self._points: Sequence[Genome] = ()
+        self.agreement = Agreement()
+        descents = (event.read(Descent) for event in store.events(kinds=("descent",)))
+        self._values = {descent.step: descent.at for descent in descents}  # of the proxy, at the points of each step
 
     def prepare(self, step: int) -> bool:
         """Work out the points to propose at a step; False when a stop came first."""
@@ -63,6 +69,7 @@ class Descents:
         if not self._dispatcher.run(feed_of([pending]), run):
             return False
         self._points = run.points
+        self._values[step] = run.values
         return True
 
     def points(self) -> Sequence[Genome]:
@@ -84,16 +91,23 @@ class Descents:
         elif self.rate is not None:
             if path:
                 self._at = path[-1].genome
+                self._audit(path)
             self._vain = 0 if any(c.number in front for c in path) else self._vain + 1
             if self._vain >= PATIENCE:
                 self._begin_again()
         elif new:
             self.rate, self._at, self._vain = self._proxy.rate / 2**HALVINGS, self._best, 0
 
+    def _audit(self, path: Sequence[Candidate]) -> None:
+        """Compare what was scored of the points of a step with what the proxy was there."""
+        for candidate, value in zip(path, self._values.get(path[0].step, ()), strict=False):
+            self.agreement.take(value, candidate.losses or ())
+
     def _begin_again(self) -> None:
         assert self.rate is not None  # there was a descent
         self._at, self._vain = self._best, 0
-        self.rate = self.rate / 2 if self.rate > self._proxy.rate / 2**HALVINGS else None
+        is_last = self.rate <= self._proxy.rate / 2**HALVINGS or self.agreement.is_low
+        self.rate = None if is_last else self.rate / 2
 
 
 class _Run(OfNoCandidate):
@@ -102,17 +116,18 @@ class _Run(OfNoCandidate):
     def __init__(self, store: Store, logs: Path, step: int, descend: Descend) -> None:
         self._store, self._logs, self._step, self._descend = store, logs, step, descend
         self.points: Sequence[Genome] = ()
+        self.values: Sequence[float] = ()
 
     def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
         assert isinstance(result, Descended)
-        self.points = result.points
+        self.points, self.values = result.points, along(result.losses, self._descend.keep)
         steps = len(result.losses)
         gradient = [None if np.isnan(slope) else slope for slope in result.gradient.tolist()]
         self._store.record_event(
             Descent(
                 step=self._step, steps=steps, rate=float(self._descend.rate), passes=steps * self._descend.items,
                 proxy=(float(result.losses[0]), float(result.losses[-1])), gradient=gradient,
-                seconds=sum(result.timings.values()), worker=finished.worker,
+                seconds=sum(result.timings.values()), worker=finished.worker, at=list(self.values),
             )
         )  # fmt: skip
 

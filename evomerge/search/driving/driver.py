@@ -32,7 +32,7 @@ from evomerge.search.settings.sections import BestKept, Budget
 from evomerge.search.work.deadlines import ATTEMPT_EVENTS, EVENTS_READ, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import BLAMELESS
 from evomerge.store import CandidateRow, EventRow, NewCandidate
-from evomerge.store.events import Failure, ItemResponse, Refined, Rung, Screening
+from evomerge.store.events import Agreed, Failure, ItemResponse, Refined, Rung, Screening
 
 
 class Driver:
@@ -224,7 +224,14 @@ class Driver:
         self._learn(candidates)
         self._record_refinements()
         self._record_screen()
+        self._record_agreement(candidates)
         self._record_item_response()
+
+    def _record_agreement(self, candidates: Sequence[Candidate]) -> None:
+        """Write down what is known of the proxy, when it is about points of it."""
+        if (descents := self._descents) is not None and any(c.origin == PROXY for c in candidates):
+            known = descents.agreement
+            self._store.record_event(Agreed(points=known.points, tau=known.tau, on=descents.rate is not None))
 
     def _record_screen(self) -> None:
         """Write down what is known of the screen."""
