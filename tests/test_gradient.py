@@ -30,6 +30,8 @@ from evomerge.genome import Genome, SearchSpace
 from evomerge.inference import proxy
 from evomerge.inference.proxy import differentiate_proxy
 from evomerge.inference.reading import Prompt
+from evomerge.merging.arithmetic import definitions
+from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 from evomerge.merging.fitting.gradient import GenomeGradients
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
@@ -354,6 +356,23 @@ def test_it_passes_through_adapters(method: str, basis: str | None, tmp_path: Pa
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     return family(tmp_path_factory.mktemp("tied"), tiny_config(tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("elect", [True, False])
+@pytest.mark.parametrize("size", [1, 1000, 2049])
+def test_compiled_derivatives_of_a_sparse_pass_are_those_of_its_definition(elect: bool, size: int) -> None:
+    random = torch.Generator().manual_seed(size)
+    base, gradient = torch.randn(size, generator=random), torch.randn(size, generator=random)
+    sources = [base + 0.05 * torch.randn(size, generator=random) for _ in range(4)]
+    sources[3] = base.clone()  # a task vector of zeros, of whose elements none agrees
+    windows = [(0.0, math.inf), (0.03, math.inf), (0.02, 0.08), (0.0, math.inf)]
+    weights = (0.7, -0.4, 1.1, 0.5)
+    parts = [SparsePart(f"source {k}", weights[k], *windows[k]) for k in range(4)]
+    made = Sparsify("base", tuple(parts), elect=elect)
+    constants = made._constants(0, base.device)
+    expected = definitions.sparsify_derivatives(gradient, [base, *sources], *constants)
+    found = made.derivatives([base, *sources], 0, gradient)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_no_more_than_one_tensor_has_a_gradient_at_a_time(tied: dict[str, Source]) -> None:

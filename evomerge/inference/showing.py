@@ -37,7 +37,7 @@ _TEXTS = ("input_ids", "attention_mask", *_TYPES)
 
 
 class Kept(Protocol):
-    """Where image tokens are kept for all processes of a search: ``evomerge.merging.evidence.Evidence``."""
+    """Where image tokens are kept for all processes of a search: ``evomerge.merging.measured.evidence.Evidence``."""
 
     def get(
         self, kind: str, follows_from: tuple[Any, ...], compute: Callable[[], Mapping[str, Tensor]]

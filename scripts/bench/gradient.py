@@ -85,10 +85,10 @@ class Problem:
 
     def forward(self) -> None:
         """The proxy alone, of the same batches."""
-        items = [proxy._Item(p.fed, p.scored, 1.0) for p in self._prompts]
+        items = [proxy._Item(p.fed, p.scored, 1.0, number) for number, p in enumerate(self._prompts)]
         with torch.inference_mode():
             for batch in proxy._batches(items, self._builder.live):
-                proxy._loss(self._builder.live, batch)
+                proxy._part(self._builder.live, batch, proxy.saturating)
 
     def gradient(self) -> None:
         live = self._builder.live
@@ -119,8 +119,11 @@ def opened(given: argparse.Namespace) -> tuple[StackBuilder, list[Prompt]]:
     """A builder over the sources, and the first items of a search with their answers."""
     if given.zoo:
         folder = ROOT / "examples" / "zoo"
-        adapters = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
-        sources = open_family(folder / "base", {each.name: each for each in adapters if "full" not in each.name})
+        files = sorted(folder.glob("*/adapter_config.json"))
+        adapters = {
+            file.parent.name: file.parent for file in files if json.loads(file.read_text())["peft_type"] == "LORA"
+        }
+        sources = open_family(folder / "base", {name: at for name, at in adapters.items() if "full" not in name})
         evaluator = LikelihoodSettings(
             file=ROOT / "evaluators" / "tasks" / "data" / "zoo_math_en.search.jsonl",
             held_out_file=ROOT / "evaluators" / "tasks" / "data" / "zoo_math_en.held_out.jsonl",

@@ -134,6 +134,41 @@ def sparsify(
 
 
 @compiled
+def sparsify_products(
+    gradient: Any, base: Any, sources: Any, weights: Any, low: Any, high: Any, elect: Any, found: Any
+) -> None:
+    """found[k] += <g, e_k d_k>: the derivatives by the weights of ``sparsify``, masked by magnitude and not divided.
+
+    Args:
+        gradient, base, sources: array, array and tuple of arrays, float32 [elements].
+        weights, low, high: arrays of float32 [sources]: an element counts where low <= |d| < high.
+        elect: whether of each element only the sources whose part has the sign of the sum of all count.
+        found: float64 [sources].
+    """
+    total, sums = np.empty(BLOCK, np.float32), np.zeros((len(sources), BLOCK), np.float32)
+    for start in range(0, len(base), BLOCK):
+        end = min(start + BLOCK, len(base))
+        g, b = gradient[start:end], base[start:end]
+        total[:] = ZERO
+        for k in range(len(sources) if elect else 0):
+            x, w, least, most = sources[k][start:end], weights[k], low[k], high[k]
+            for i in range(len(b)):
+                d = x[i] - b[i]
+                total[i] += w * d if (abs(d) >= least) & (abs(d) < most) else ZERO
+        for k in range(len(sources)):
+            x, w, least, most, own = sources[k][start:end], weights[k], low[k], high[k], sums[k]
+            for i in range(len(b)):
+                d = x[i] - b[i]
+                counts = (abs(d) >= least) & (abs(d) < most)
+                if elect:  # a sum of zero counts as positive
+                    counts &= w * d > ZERO if total[i] >= ZERO else w * d < ZERO
+                own[i] += g[i] * d if counts else ZERO
+    for k in range(len(sources)):
+        for i in range(BLOCK):
+            found[k] += np.float64(sums[k, i])
+
+
+@compiled
 def _part(x: Any, y: Any, weight: Any, k: Any, i: Any, low: Any, high: Any, keys: Any, keep: Any, words: Any) -> Any:
     """The weighted differences of a pair, masked; arguments as in ``sparsify``, ``i`` the pair in its block."""
     if keys is None:

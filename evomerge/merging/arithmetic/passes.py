@@ -233,7 +233,20 @@ class Sparsify:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from evomerge.merging.arithmetic.definitions import sparsify_derivatives
 
+        if gradient.device.type == "cpu" and self.parts[0].key is None and not (self.elect and self.divide):
+            return self._compiled_derivatives(tensors, gradient)
         return sparsify_derivatives(gradient, tensors, *self._constants(first, tensors[0].device))
+
+    def _compiled_derivatives(self, tensors: Sequence[Tensor], gradient: Tensor) -> Tensor:
+        import torch
+
+        from evomerge.merging.arithmetic import kernels
+
+        base, *sources = (tensor.float().numpy() for tensor in tensors)
+        weights, low, high = np.array([(p.weight, p.low, p.high) for p in self.parts], dtype=np.float32).T.copy()
+        found = np.zeros(self.numbers.size)
+        kernels.sparsify_products(gradient.numpy(), base, tuple(sources), weights, low, high, self.elect, found)
+        return torch.from_numpy(found)
 
     def kernel(self) -> Kernel:
         from evomerge.merging.arithmetic import kernels
