@@ -53,7 +53,8 @@ class Descents:
         self._points: Sequence[Genome] = ()
         self.agreement = Agreement()
         descents = (event.read(Descent) for event in store.events(kinds=("descent",)))
-        self._values = {descent.step: descent.at for descent in descents}  # of the proxy, at the points of each step
+        # Of the proxy, at the points of each step.
+        self._values: dict[int, Sequence[float]] = {descent.step: descent.at for descent in descents}
 
     def prepare(self, step: int) -> bool:
         """Work out the points to propose at a step; False when a stop came first."""
