@@ -84,10 +84,11 @@ class SpaceContext:
         """What a recipe of these blends says of a fit."""
         return self.fit if any("fit" in self._needs_of(blend) for blend in blends) else None
 
-    def uniform(self, blend: Blend) -> StackRecipe:
-        """A dense model of one blend in every part, such as a baseline."""
+    def uniform(self, blend: Blend, vision: Blend | None = None) -> StackRecipe:
+        """A dense model of one blend in every part, such as a baseline; ``vision`` as in ``StackRecipe``."""
         return StackRecipe.uniform(
             blend,
+            vision=vision,
             fit=self.fit_of([blend]),
             sources=self.sources,
             tokenizer=self.tokenizer,

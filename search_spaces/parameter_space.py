@@ -30,6 +30,7 @@ from search_spaces.nearest import SCALE, blends_of, fitted, middle, without_scal
 from search_spaces.places import path_outside, path_to
 from search_spaces.profiles import Cosines, Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
+from search_spaces.vision import VisionSettings
 
 T = TypeVar("T")
 
@@ -65,6 +66,8 @@ class ParameterSpaceSettings(SpaceSettings):
             each layer is scaled, evenly from ``profile.first`` to ``profile.last``. "tiers": by a factor for each third
             of the layers, those whose changes can be trusted least, more and most (``profile.low``, ``profile.middle``,
             ``profile.high``). {cosines: 4}: each weight of a source is a smooth curve of 4 numbers.
+        vision: what reads images, by a number of its own, where several sources do; that of the source that gives the
+            tokenizer where nothing is said.
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
@@ -77,6 +80,7 @@ class ParameterSpaceSettings(SpaceSettings):
     basis: Basis | None = None
     steps: dict[str, StepSettings] = Field(default_factory=dict)
     profile: Literal["lines", "tiers"] | Cosines | None = None
+    vision: VisionSettings | None = None
 
     def build(self, context: SpaceContext) -> ParameterSpace:
         methods = self.methods
@@ -94,6 +98,8 @@ class ParameterSpaceSettings(SpaceSettings):
             raise InputError(f"space.{key}", f"is {self.groups}, but the sources have {context.layers} layers")
         check_steps(self.steps, context)
         self._check_profile(context)
+        if self.vision is not None:
+            self.vision.check(context.sources, context.tokenizer)
         space = ParameterSpace(self, context)
         if not space.parameters:
             raise InputError("space.fixed", "leaves nothing to search", "Leave out at least one parameter.")
@@ -185,6 +191,8 @@ class ParameterSpace:
         if self._profile is not None:
             smooth = any(genes.has_derivatives for genes in of_methods)
             self.parameters += [replace(p, differentiable=smooth) for p in self._profile.parameters]
+        if settings.vision is not None:
+            self.parameters.append(settings.vision.parameter(context.tokenizer))
         self.layer_buffers = self.hops = context.layers
         for method, numbers in self._genes.defaults():
             check_blend(self._genes.blend(numbers), method, "space")
@@ -206,7 +214,8 @@ class ParameterSpace:
         return None
 
     def decode(self, genome: Genome) -> StackRecipe:
-        numbers, size = genome.tolist(), len(self._genes)
+        numbers, size, vision = genome.tolist(), len(self._genes), self._settings.vision
+        seen = None if vision is None else vision.blend(numbers.pop())
         blends = {
             group: self._genes.blend(numbers[place * size : (place + 1) * size])
             for place, group in enumerate(self._groups)
@@ -226,6 +235,7 @@ class ParameterSpace:
             norm=at[Role("norm")],
             head=at[Role("head")],
             vocabulary=self._context.vocabulary,
+            vision=seen,
             seed=self._context.recipe_seed,
             dtype=self._context.dtype,
             calibration=self._context.calibration_of(blends.values()),
@@ -251,8 +261,11 @@ class ParameterSpace:
         """
         mixed = self._context.mixed
         for name in self._context.sources:
-            alone = self._genome_at(partial(_alone, mixed=mixed, source=name))
-            yield Baseline(name, "source", self._context.uniform(Blend.weighted_sum({name: 1.0})), alone)
+            alone = self._genome_at(partial(_alone, mixed=mixed, source=name), name)
+            vision = self._settings.vision
+            seen = None if vision is None else vision.blend(*self._of_vision(name))
+            recipe = self._context.uniform(Blend.weighted_sum({name: 1.0}), seen)
+            yield Baseline(name, "source", recipe, alone)
         share = {name: 1.0 / len(mixed) for name in mixed}
         uniform = self._genome_at(lambda method: method.uniform(mixed) if method.uniform is not None else None)
         yield Baseline("uniform average", "average", self._context.uniform(Blend.weighted_sum(share)), uniform)
@@ -292,6 +305,9 @@ class ParameterSpace:
             (of_roles,) = rows.values()
             over_depth = [(self._depth(r.layer), row[weight]) for r, row in zip(blends, of_roles, strict=True)]
             genome[place] = wave.nearest([(depth, number) for depth, number in over_depth if depth is not None])
+        if self._settings.vision is not None:
+            seen = recipe.seen if isinstance(recipe, StackRecipe) else None
+            genome.append(self._settings.vision.nearest(seen, self._context.tokenizer))
         return np.array(genome, dtype=np.float64)
 
     def _has_strength(self, method: Method) -> bool:
@@ -355,18 +371,29 @@ class ParameterSpace:
         first = role.layer // granularity * granularity
         return f"layers.{first}-{min(first + granularity, self._context.layers) - 1}"
 
-    def _genome_at(self, point_of: Callable[[Method], Point | None]) -> Genome | None:
-        """The genome whose every group is at a method's point and scaled by nothing; None where there is none."""
+    def _genome_at(self, point_of: Callable[[Method], Point | None], source: str | None = None) -> Genome | None:
+        """The genome whose every group is at a method's point and scaled by nothing; None where there is none.
+
+        Args:
+            source: reads images, where several do.
+        """
         numbers = self._genes.numbers_at(point_of)
         if numbers is None:
             return None
         of_profile = () if self._profile is None else self._profile.neutral
-        return np.array([*numbers * len(self._groups), *of_profile], dtype=np.float64)
+        return np.array([*numbers * len(self._groups), *of_profile, *self._of_vision(source)], dtype=np.float64)
 
     def _genome_of(self, numbers: Sequence[float]) -> Genome:
         """The genome with these numbers in every group, and a profile at its defaults."""
         of_profile = () if self._profile is None else [p.default for p in self._profile.parameters]
-        return np.array([*[*numbers] * len(self._groups), *of_profile], dtype=np.float64)
+        return np.array([*[*numbers] * len(self._groups), *of_profile, *self._of_vision()], dtype=np.float64)
+
+    def _of_vision(self, source: str | None = None) -> list[float]:
+        """The number at which a source reads images, or that of the tokenizer does; none where it is not searched."""
+        vision = self._settings.vision
+        if vision is None:
+            return []
+        return [vision.number_of(source if source in vision.sources else self._context.tokenizer)]
 
 
 def _alone(method: Method, mixed: Sequence[str], source: str) -> Point | None:

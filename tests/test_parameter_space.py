@@ -386,3 +386,57 @@ def test_a_curve_stays_within_the_bounds_and_is_what_layers_make(method: str | l
             number += given_values.get(f"{name}.cosine{order}", 0.0) * wave
         again[place] = min(max(number, p.low), p.high)
     assert of_layers.decode(again) == decoded
+
+
+def seeing(**vision: list[str]) -> ParameterSpace:
+    return build(sources=("base", "maths", "japanese"), vision=vision)
+
+
+def test_what_reads_images_is_mixed_or_chosen_by_one_number() -> None:
+    mixed, chosen = seeing(mix=["base", "maths"]), seeing(choose=["base", "maths"])
+    plain = build(sources=("base", "maths", "japanese"))
+    for space, number, weights in ((mixed, 0.25, {"base": 0.75, "maths": 0.25}), (chosen, 1.0, {"maths": 1.0})):
+        assert names(space) == [*names(plain), "vision"]
+        genome = np.array([*[p.default for p in plain.parameters], number])
+        recipe = space.decode(genome)
+        assert recipe.vision is not None
+        blend = recipe.blends[recipe.vision]
+        assert dict.fromkeys(blend.sources) == dict.fromkeys(weights)
+        assert blend.method == "passthrough" or blend.parameters["weight"] == weights
+        back = space.genome_of(recipe)
+        assert back is not None
+        assert back[-1] == number
+
+
+def test_what_reads_images_is_the_tokenizers_unless_a_source_alone_has_its_own() -> None:
+    for space in (seeing(mix=["base", "maths"]), seeing(choose=["base", "maths"])):
+        found = {mark.label: mark.recipe for mark in space.baselines()}
+        marks = {name: recipe.vision for name, recipe in found.items() if isinstance(recipe, StackRecipe)}
+        assert [name for name, vision in marks.items() if vision is not None] == ["maths"]
+        for mark in space.baselines():
+            if mark.genome is not None:
+                check_genome(mark.genome, space.parameters, mark.label)
+                assert isinstance(mark.recipe, StackRecipe)
+                decoded = space.decode(mark.genome)
+                seen = decoded.vision is None or decoded.blends[decoded.vision].sources == ("maths",)
+                assert seen
+                assert (decoded.vision is None) == (mark.recipe.vision is None)
+
+
+@pytest.mark.parametrize(
+    ("vision", "said"),
+    [
+        ({}, "takes one of"),
+        ({"mix": ["base", "base"]}, "twice"),
+        ({"mix": ["base", "maths"], "choose": ["base", "maths"]}, "takes one of"),
+    ],
+)
+def test_what_reads_images_is_said_in_one_way(vision: dict[str, list[str]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        seeing(**vision)
+
+
+@pytest.mark.parametrize(("named", "said"), [(["base", "other"], "names other"), (["maths", "japanese"], "leaves out")])
+def test_what_reads_images_is_of_sources_with_the_tokenizers_among_them(named: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        seeing(mix=named)

@@ -161,10 +161,10 @@ def check_seeing(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
     Raises:
         InputError: naming the source and what differs; a source of texts alone among them.
     """
-    if recipe.vision is None:
+    if recipe.seen is None:
         return
     model = sources[recipe.tokenizer]
-    for name in sorted(_mixed(recipe.blends[recipe.vision]) | {recipe.tokenizer}):
+    for name in sorted(_mixed(recipe.seen) | {recipe.tokenizer}):
         other = sources[name]
         if not other.takes_images:
             problem = f"{name} is a model of texts alone, and what reads images is to be made of it"

@@ -272,7 +272,7 @@ class StackRecipe(Recipe):
             for (layer, attention, mlp, layer_norm), scale in zip(stack, scales or [1.0] * len(stack), strict=True)
         )
         final_norm, last = number(norm), number(head)
-        seeing = None if vision is None else number(vision)
+        seeing = None if vision in (None, Blend.copy_of(tokenizer)) else number(vision)
         exceptions = {name: number(blend) for name, blend in sorted((tensors or {}).items())}
         return cls(
             sources=dict(sources),
@@ -301,11 +301,12 @@ class StackRecipe(Recipe):
         tokenizer: str,
         layers: int,
         vocabulary: Vocabulary | None = None,
+        vision: Blend | None = None,
         seed: int = 0,
         dtype: DType | None = None,
         fit: str | None = None,
     ) -> StackRecipe:
-        """The same blend for every part of a model of ``layers`` layers."""
+        """The same blend for every part of a model of ``layers`` layers, but for what reads images."""
         return cls.compose(
             sources=sources,
             tokenizer=tokenizer,
@@ -313,6 +314,7 @@ class StackRecipe(Recipe):
             norm=blend,
             head=blend,
             vocabulary=vocabulary,
+            vision=vision,
             seed=seed,
             dtype=dtype,
             fit=fit,
@@ -337,6 +339,11 @@ class StackRecipe(Recipe):
             return {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
         hop = self.hops[role.layer]
         return {"attention": hop.attention, "mlp": hop.mlp}.get(role.kind, hop.norm)
+
+    @property
+    def seen(self) -> Blend | None:
+        """The blend of what reads images; None where that is the tokenizer's source's own."""
+        return None if self.vision is None else self.blends[self.vision]
 
     @property
     def is_scaled(self) -> bool:
