@@ -28,7 +28,8 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
-_THUMBNAIL_SIDE = 160
+_THUMBNAIL_SIDE = 192
+_SMALL_BYTES = 6_000
 
 
 def file_media(file: Path, place: str) -> Media:
@@ -69,21 +70,31 @@ def decoded(media: Media, place: str) -> Image:
 
 
 def thumbnail(media: Media, place: str) -> bytes:
-    """A small copy for people, as PNG: newly encoded from the pixels, with nothing else of the file in it.
+    """A small copy for people: newly encoded from the pixels, with nothing else of the file in it.
+
+    PNG where that is small, as of drawings; else JPEG.
 
     Raises:
         InputError: as ``decoded``.
     """
     image = decoded(media, place)
     image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG", optimize=True)
-    return encoded.getvalue()
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    image.save(png, "PNG", optimize=True)
+    if png.tell() <= _SMALL_BYTES:
+        return png.getvalue()
+    image.save(jpeg, "JPEG", quality=85)
+    return jpeg.getvalue()
 
 
-def data_url(png: bytes) -> str:
-    """A picture as text that a page can hold."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def media_type(image: bytes) -> str:
+    """Which of the two a small copy is."""
+    return "image/png" if image.startswith(b"\x89PNG") else "image/jpeg"
+
+
+def data_url(image: bytes) -> str:
+    """A small copy as text that a page can hold."""
+    return f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}"
 
 
 def _opened(content: bytes, file: Path, place: str) -> Image:

@@ -34,12 +34,14 @@ class ItemAnswers:
         text: what it asks; None where that was not kept.
         right: the right answer; None where there is none.
         answered: by each of the candidates, in order.
+        pictures: the hashes of those that it shows.
     """
 
     number: int
     text: str | None
     right: str | None
     answered: tuple[Answered, ...]
+    pictures: tuple[str, ...] = ()
 
     @property
     def differs(self) -> bool:
@@ -57,9 +59,10 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
         scores = [] if recorded is None else recorded.metrics[measure.metric].tolist()
         sides.append({item: Answered(score, answers.get(item)) for item, score in zip(items, scores, strict=True)})
     texts = dict(enumerate(store.item_texts(measure.version, split)))
+    pictures = dict(enumerate(store.item_pictures(measure.version, split)))
     shared = sorted(set.intersection(*(set(side) for side in sides)))
     return [
-        ItemAnswers(item, text, right or None, tuple(side[item] for side in sides))
+        ItemAnswers(item, text, right or None, tuple(side[item] for side in sides), pictures.get(item, ()))
         for item in shared
         for text, right in [texts.get(item, (None, None))]
     ]

@@ -214,13 +214,15 @@ class Side(BaseModel):
 
 
 class ComparedItem(BaseModel):
-    """An item that both candidates were scored on: its place in the split, question and right answer where kept."""
+    """An item that both candidates were scored on: its place in the split, question and right answer where kept, and
+    the hashes of the pictures that it shows."""
 
     item: int
     text: str | None
     gold: str | None
     a: Side
     b: Side
+    pictures: list[str] = []
 
 
 class Compared(BaseModel):

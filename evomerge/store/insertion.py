@@ -36,7 +36,24 @@ def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTex
     for one in items:
         row = {"search_id": search_id, "evaluator": one.evaluator, "split": one.split}
         connection.execute(delete(tables.item).where(*(tables.item.c[name] == value for name, value in row.items())))
-        connection.execute(insert(tables.item), row | {"texts": _json(one.texts)})
+        texts: Sequence[object] = one.texts
+        if one.pictures:
+            texts = [(*text, list(shown)) for text, shown in zip(one.texts, one.pictures, strict=True)]
+        connection.execute(insert(tables.item), row | {"texts": _json(texts)})
+        _insert_thumbnails(connection, search_id, one.thumbnails)
+
+
+def _insert_thumbnails(connection: Connection, search_id: int, thumbnails: Mapping[str, bytes]) -> None:
+    """Those that are not there yet: splits may share none, and evaluators may share all."""
+    columns = tables.thumbnail.c
+    there = set(connection.execute(select(columns.picture).where(columns.search_id == search_id)).scalars())
+    rows = [
+        {"search_id": search_id, "picture": picture, "image": image}
+        for picture, image in thumbnails.items()
+        if picture not in there
+    ]
+    if rows:
+        connection.execute(insert(tables.thumbnail), rows)
 
 
 def insert_objectives(connection: Connection, search_id: int, number: int, objectives: Mapping[str, Estimate]) -> None:

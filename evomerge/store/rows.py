@@ -80,11 +80,19 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ItemTexts:
-    """What the items of a split ask, in order: (question, right answer), the latter empty where there is none."""
+    """What the items of a split ask, in order.
+
+    Args:
+        texts: (question, right answer) of each, the latter empty where there is none.
+        pictures: the hashes of those that each shows; empty where no item shows any.
+        thumbnails: small copies of them, PNG or JPEG, by hash.
+    """
 
     evaluator: str
     split: str
     texts: Sequence[tuple[str, str]]
+    pictures: Sequence[Sequence[str]] = ()
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ from sqlalchemy import (
     Column,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     Table,
@@ -15,7 +16,7 @@ from sqlalchemy import (
 
 from evomerge.store.columns import Array, Json, PackedText, Real, WholeNumber, Words
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -124,7 +125,17 @@ item = Table(
     Column("search_id", WholeNumber, primary_key=True),
     Column("evaluator", Words(200), primary_key=True),
     Column("split", Words(20), primary_key=True),
-    Column("texts", PackedText, nullable=False),  # a JSON list of [question, right answer]
+    # A JSON list of [question, right answer]; of items with pictures, with a list of these by their hashes.
+    Column("texts", PackedText, nullable=False),
+)
+
+# Small copies of the pictures of items, for people: newly encoded, PNG or JPEG.
+thumbnail = Table(
+    "thumbnail",
+    metadata,
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("picture", Words(64), primary_key=True),  # SHA-256 of what it is of, in hex
+    Column("image", LargeBinary, nullable=False),
 )
 
 event = Table(

@@ -38,7 +38,12 @@ def create(place: str | Path, name: str = "unit") -> Store:
         settings=SETTINGS,
         fingerprints=FINGERPRINTS,
         environment={"cma": "4"},
-        items=[ItemTexts("task@1", "search", [("いくつ？", "12"), ("why", "")])],
+        items=[
+            ItemTexts("task@1", "search", [("いくつ？", "12"), ("why", "")]),
+            ItemTexts(
+                "seen@1", "search", [("what?", "a cat"), ("why?", "")], [["ab", "cd"], []], {"ab": b"1", "cd": b"2"}
+            ),
+        ],
     )
 
 

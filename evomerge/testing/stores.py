@@ -130,6 +130,13 @@ class StoreContract(LeaseContract):
     def test_what_items_ask_is_kept(self, store: Store) -> None:
         assert store.item_texts("task@1", "search") == [("いくつ？", "12"), ("why", "")]
         assert store.item_texts("task@1", "held_out") == []
+        assert store.item_pictures("task@1", "search") == [(), ()]
+
+    def test_pictures_are_kept_beside_texts(self, place: str | Path) -> None:
+        with create(place) as store:
+            assert store.item_texts("seen@1", "search") == [("what?", "a cat"), ("why?", "")]
+            assert store.item_pictures("seen@1", "search") == [("ab", "cd"), ()]
+            assert [store.thumbnail(picture) for picture in ("ab", "cd", "ef")] == [b"1", b"2", None]
 
     def test_an_estimate_may_be_nan_or_infinite(self, store: Store, lease: Lease) -> None:
         store.record_ask(0, [candidate(0)])

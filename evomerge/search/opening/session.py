@@ -16,6 +16,7 @@ from evomerge.checkpoints.fingerprints import check_fingerprints, content_digest
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.files import FileFingerprint
+from evomerge.inference.pictures import thumbnail
 from evomerge.recipes.base import Recipe, read_recipe
 from evomerge.search.pools.base import Pool
 from evomerge.search.pools.in_process import InProcessPool
@@ -77,7 +78,7 @@ def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, A
             settings=settings,
             fingerprints=fingerprints,
             environment=environment(),
-            items=_item_texts(prepared),
+            items=_all_item_texts(prepared),
             in_place_of_undriven=isinstance(place, str),
         ).close()
     return open_store(folder)
@@ -93,7 +94,7 @@ def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
     if store.has_scores() or not (has_tell or (search.settings, search.fingerprints) != (settings, known)):
         return False
     write_settings(folder, settings)
-    store.begin_again(settings=settings, fingerprints=known, environment=environment(), items=_item_texts(prepared))
+    store.begin_again(settings=settings, fingerprints=known, environment=environment(), items=_all_item_texts(prepared))
     return True
 
 
@@ -148,7 +149,7 @@ def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], sco
     for e in changed:
         info, evaluator = prepared.setup.evaluators[e], prepared.evaluators[e]
         entries[e] = asdict(info) | {"items": _digests(evaluator), "accepted_version": evaluator.version}
-        texts += [ItemTexts(info.version, split, _texts(evaluator, split)) for split in _SPLITS]
+        texts += [_item_texts(info.version, evaluator, split) for split in _SPLITS]
         named.append({"name": info.name, "version": evaluator.version})
     fingerprints["evaluators"] = entries
     store.change_evaluators(fingerprints, texts, EvaluatorsChanged(evaluators=named, scored=list(scored)))
@@ -160,7 +161,10 @@ def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator
     for split in _SPLITS:
         if split == "held_out" and not store.scored_on(version, split, most=1):
             continue
-        before, now = store.item_texts(version, split), _texts(evaluator, split)
+        before, now = (
+            store.item_texts(version, split),
+            [(item.question, item.answer) for item in evaluator.items(split)],
+        )
         named = split.replace("_", "-")
         pairs = enumerate(zip_longest(before, map(tuple, now)))
         other = next((number for number, (a, b) in pairs if a != b), None)
@@ -175,11 +179,6 @@ def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator
             )
 
 
-def _texts(evaluator: Evaluator, split: Split) -> list[tuple[str, str]]:
-    """What each item of a split asks, and its right answer."""
-    return [(item.question, item.answer) for item in evaluator.items(split)]
-
-
 def _digests(evaluator: Evaluator) -> dict[str, str]:
     """For each split a hash of its items in their order."""
     return {
@@ -188,9 +187,22 @@ def _digests(evaluator: Evaluator) -> dict[str, str]:
     }
 
 
-def _item_texts(prepared: Prepared) -> list[ItemTexts]:
+def _all_item_texts(prepared: Prepared) -> list[ItemTexts]:
     """What the items of every evaluator ask: to be read beside scores, and beside answers where they are kept."""
-    return [ItemTexts(e.version, split, _texts(e, split)) for e in prepared.evaluators for split in _SPLITS]
+    return [_item_texts(e.version, e, split) for e in prepared.evaluators for split in _SPLITS]
+
+
+def _item_texts(version: str, evaluator: Evaluator, split: Split) -> ItemTexts:
+    items = evaluator.items(split)
+    texts = [(item.question, item.answer) for item in items]
+    if not any(item.media for item in items):
+        return ItemTexts(version, split, texts)
+    thumbnails = {
+        media.sha256: thumbnail(media, evaluator.name_of(split, number))
+        for number, item in enumerate(items)
+        for media in item.media
+    }
+    return ItemTexts(version, split, texts, [[media.sha256 for media in item.media] for item in items], thumbnails)
 
 
 def fingerprints_of(prepared: Prepared) -> dict[str, Any]:

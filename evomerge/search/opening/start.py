@@ -103,13 +103,17 @@ def _check_same_models(record: SearchRecord, base: str | None, sources: Mapping[
 
 def _check_items(store: Store, record: SearchRecord, evaluators: Sequence[Evaluator], folder: Path) -> None:
     """Refuse to confirm on items by which an earlier search has chosen what this one begins with."""
-    chosen_by: set[tuple[str, str]] = set()
+    chosen_by: set[tuple[str, str, tuple[str, ...]]] = set()
     for number, recorded in enumerate(record.evaluators):
         used = max((m.items for m in record.judging if m.evaluator == number), default=0)
-        chosen_by |= set(store.item_texts(recorded.version, "search")[:used])
+        texts = store.item_texts(recorded.version, "search")[:used]
+        pictures = store.item_pictures(recorded.version, "search")[:used]
+        chosen_by |= {(*text, shown) for text, shown in zip(texts, pictures, strict=True)}
     for evaluator in evaluators:
         both = [
-            item for item in evaluator.items("held_out") if item.question and (item.question, item.answer) in chosen_by
+            item
+            for item in evaluator.items("held_out")
+            if item.question and (item.question, item.answer, tuple(one.sha256 for one in item.media)) in chosen_by
         ]
         if both:
             first = both[0].question[:60]

@@ -8,7 +8,9 @@ import math
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
+from starlette.responses import Response
 
+from evomerge.inference.pictures import media_type
 from evomerge.report.comparing import compared
 from evomerge.report.items import ItemAnswers, items_of
 from evomerge.service.bodies import CandidateDetail, CandidatePage, Compared, ComparedItem, Front, Side
@@ -84,9 +86,18 @@ def compare(
     return Compared(comparisons=comparisons, objective=measure.name, items=[_compared(item) for item in items])
 
 
+@router.get("/pictures/{picture}", response_class=Response, responses={200: {"content": {"image/*": {}}}})
+def picture(store: StoreDependency, picture: Annotated[str, Path(pattern="^[0-9a-f]{64}$")]) -> Response:
+    """A small copy of a picture that items of the search show, by its hash."""
+    image = store.thumbnail(picture)
+    if image is None:
+        raise ProblemError(404, "There is no such picture", detail="No item of the search shows it.")
+    return Response(image, media_type=media_type(image), headers={"Cache-Control": "private, max-age=86400"})
+
+
 def _compared(item: ItemAnswers) -> ComparedItem:
     a, b = (Side(score=answered.score, answer=answered.answer) for answered in item.answered)
-    return ComparedItem(item=item.number, text=item.text, gold=item.right, a=a, b=b)
+    return ComparedItem(item=item.number, text=item.text, gold=item.right, a=a, b=b, pictures=list(item.pictures))
 
 
 def _check(store: Store, *numbers: int) -> None:
