@@ -23,6 +23,9 @@ JSON_BYTES = 64_000_000
 
 TEXT_BYTES = 64_000_000
 
+GGUF = ".gguf"
+"""The end of the name of a file that is a model by itself."""
+
 _MOST_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
 _MOST_DEEP = 100
 _MOST_DIGITS = 40  # 10**30 is what tokenizers write for "no limit"
@@ -203,6 +206,12 @@ def _check_depth(content: Any) -> None:
     raise ValueError(f"it is nested more than {_MOST_DEEP} deep")
 
 
+def is_model_here(path: str) -> bool:
+    """Whether a model lies at a path: a folder, or a GGUF file."""
+    # Unlike those of Path, False for a name that no file can have.
+    return os.path.isdir(path) or (path.endswith(GGUF) and os.path.isfile(path))
+
+
 def split_expert(reference: str, root: Path | None) -> tuple[str, int | None]:
     """The folder and the number of `folder#3`: one of several experts in it. A folder of that very name is itself."""
     folder, mark, number = reference.rpartition("#")
@@ -223,7 +232,7 @@ def absolute_reference(reference: str, root: Path) -> str:
     if not is_path(reference):
         return reference
     folder = os.path.join(root, os.path.expanduser(reference))
-    is_folder = os.path.isdir(folder)  # unlike Path.is_dir, False for a name that no file can have
+    is_folder = is_model_here(folder)
     if "+" in reference and not is_folder:  # a model and its adapters
         return "+".join(absolute_reference(part, root) for part in reference.split("+"))
     inner, expert = split_expert(reference, root)

@@ -164,7 +164,7 @@ def test_a_missing_folder_is_told(reference: str) -> None:
 
 def test_a_gguf_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"is a file.*GGUF is for llama\.cpp"):
+    with pytest.raises(InputError, match=r"m\.gguf cannot be read as GGUF"):
         open_source("a", str(tmp_path / "m.gguf"), place="sources.a")
 
 

@@ -241,8 +241,8 @@ def refuse_unreadable(folder: Path, place: str) -> None:
     if files := sorted(folder.glob("*.gguf")):
         raise InputError(
             place,
-            f"{folder} holds GGUF ({files[0].name}), which llama.cpp reads and which mostly is quantised",
-            "Use the model in full precision that it was made from.",
+            f"{folder} holds GGUF ({files[0].name}), which is a model by itself",
+            f"Name the file: {files[0]}.",
         )
 
 

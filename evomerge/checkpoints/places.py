@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from evomerge.checkpoints.local_copy import local_copy
 from evomerge.errors import InputError
-from evomerge.files import is_path, split_expert
+from evomerge.files import GGUF, is_path, split_expert
 from evomerge.objects import is_url
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -57,10 +57,11 @@ def find_folder(reference: str, place: str, root: Path | None, files: Sequence[s
     if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
         return local
     if os.path.exists(local):
-        hint = "Name the folder that holds the model."
-        if local.suffix == ".gguf":
-            hint = "GGUF is for llama.cpp and mostly quantised; name the model in full precision that it was made from."
-        raise InputError(place, f"{local} is a file", hint)
+        if local.suffix == GGUF:
+            from evomerge.checkpoints.gguf_file import gguf_folder  # which imports torch
+
+            return gguf_folder(local, place)
+        raise InputError(place, f"{local} is a file", "Name the folder that holds the model.")
     hub = _HUB_ID.fullmatch(reference)
     if hub is None or reference.startswith("."):
         raise InputError(

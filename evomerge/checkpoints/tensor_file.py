@@ -10,13 +10,16 @@ from typing import Self
 
 import torch
 
-_FLOAT32 = "F32"
+from evomerge.checkpoints.headers import TORCH_DTYPES
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TensorFile:
-    """Writes float32 tensors to a file. Memory holds none of them: the header, which comes first, is added at the end.
+    """Writes tensors to a file. Memory holds none of them: the header, which comes first, is added at the end.
 
-    ``with TensorFile(path) as file:`` then ``file.add(name, tensor)``; the file is there when the block is left.
+    ``with TensorFile(path) as file:`` then ``file.add(name, tensor)``; the file is there when the block is left. Those
+    in float32 must come first, so that all are aligned.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,10 +41,14 @@ class TensorFile:
         """
         if name in self._entries:
             raise KeyError(name)
-        flat = tensor.detach().float().contiguous().reshape(-1)
-        self._stream.write(flat.numpy().data)
+        flat = tensor.detach().contiguous().reshape(-1)
+        self._stream.write(flat.view(torch.uint8).numpy().data)
         end = self._end + flat.nbytes
-        self._entries[name] = {"dtype": _FLOAT32, "shape": list(tensor.shape), "data_offsets": [self._end, end]}
+        self._entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._end, end],
+        }
         self._end = end
 
     @property

@@ -23,7 +23,7 @@ from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
-from evomerge.files import split_expert, with_expert
+from evomerge.files import is_model_here, split_expert, with_expert
 from evomerge.mergekit import load_recipe_file
 from evomerge.objects import is_url
 from evomerge.recipes.base import Recipe
@@ -99,6 +99,7 @@ def merge(
     from evomerge.merging.building.builders import BuildContext, find_builder
     from evomerge.report.card import papers
     from evomerge.report.screen import make_console
+    from evomerge.report.serving import say
     from evomerge.search.workers.fitting import AnswersFit
 
     runs = texts is not None or recipe.fit is not None
@@ -127,6 +128,7 @@ def merge(
     if counted:
         console.print(counted)
     console.print(f"merged into {out}", style="bold")
+    say(console, out)
 
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:
@@ -275,5 +277,5 @@ def _from_anywhere(reference: str, root: Path) -> str:
     parts = (split_expert(part, root) for part in split_reference(reference, root))
     folders = [(part, Path(os.path.join(root, os.path.expanduser(part))), expert) for part, expert in parts]
     return "+".join(
-        with_expert(str(folder) if os.path.isdir(folder) else part, expert) for part, folder, expert in folders
+        with_expert(str(folder) if is_model_here(str(folder)) else part, expert) for part, folder, expert in folders
     )

@@ -27,6 +27,7 @@ from evomerge.report.naming import exported
 from evomerge.report.picks import roles_of
 from evomerge.report.screen import cell, make_console
 from evomerge.report.search_status import SearchStatus
+from evomerge.report.serving import say
 from evomerge.report.status import status_of
 from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import open_store
@@ -105,6 +106,8 @@ def _export(
         written = exporter.write(row, out, form)
         unseen = "" if verify else ", not scored again"
         _say(console, written, f"exported {_called(row, exporter.status, file.sources)} to {said or out}{unseen}")
+        if said is None and form is None:
+            say(console, out)
 
 
 def _say(console: Console, written: Written, done: str) -> None:

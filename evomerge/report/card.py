@@ -16,6 +16,7 @@ from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
 from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe
+from evomerge.report import serving
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import Entry, interval_text, percent
@@ -33,6 +34,9 @@ from evomerge.store.rows import Estimate, candidate_id
 
 NAME = "README.md"
 """The card's file in the exported folder."""
+
+_PLAIN_FOLDERS = ("stack", "staged", "mixture")
+"""Kinds of recipes that are written as folders that every engine and converter reads."""
 
 _PICTURE, _CURSE_PICTURE = "path.svg", "curse.svg"
 
@@ -188,6 +192,8 @@ def card(
         if provenance.team is not None:
             parts.append(team_section(provenance.team, provenance.row.number))
         parts.append(_limits_section(provenance))
+    if recipe.kind in _PLAIN_FOLDERS:
+        parts.append(serving.section(title))
     parts.append(_again_section(provenance, are_public=all(map(is_public, sources.values()))))
     return "\n\n".join(parts) + "\n"
 

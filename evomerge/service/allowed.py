@@ -15,7 +15,7 @@ from typing import Any
 from evomerge.checkpoints.places import split_reference
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
-from evomerge.files import split_expert, with_expert
+from evomerge.files import is_model_here, split_expert, with_expert
 from evomerge.search.settings.search_file import SearchFile, parse_search_file
 from evomerge.yaml import load_yaml
 
@@ -81,7 +81,7 @@ def located(reference: str, place: str, folders: Sequence[Path]) -> str:
             raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
         named, expert = split_expert(part, folders[0])
         local = os.path.join(folders[0], os.path.expanduser(named))
-        found = os.path.realpath(local) if os.path.isdir(local) else named
+        found = os.path.realpath(local) if is_model_here(local) else named
         if not is_inside(found, folders) and not (is_hub_id(named) and found == named):
             raise InputError(place, "names a folder that this server does not allow", _hint(folders))
         parts.append(with_expert(found, expert))
