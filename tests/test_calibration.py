@@ -15,6 +15,7 @@ from evomerge.blends import observed
 from evomerge.calibration import Calibration, calibration_from, check_all_have_texts, read_texts
 from evomerge.checkpoints import live
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.commands.merge import calibration_of
 from evomerge.errors import InputError
 from evomerge.merging.measured import inputs as inputs_module
@@ -48,7 +49,7 @@ def inputs(source: Source, folder: Path | None = None, texts: Calibration = TEXT
 
 
 def tokens_of(source: Source) -> Iterator[torch.Tensor]:
-    tokenizer = live.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for text in TEXTS.texts_of("a"):
         yield torch.tensor([tokenizer(text)["input_ids"][: TEXTS.tokens]])
 
@@ -176,7 +177,7 @@ def test_methods_need_the_sources_that_they_mix_and_steps_the_base(
 
 def test_experts_that_are_computed_as_one_are_refused_before_anything_is_run(tmp_path: Path) -> None:
     source = opened(MIXTRAL, tmp_path)
-    tokenizer = live.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for need in ("calibration", "merged_inputs"):
         with pytest.raises(InputError, match=r"a: what model\.layers\.0\.block_sparse_moe\S+ .* cannot be observed"):
             list(text_warnings(TEXTS, {"a": source}, "a", tokenizer, {"a": {need}}))
@@ -304,7 +305,7 @@ def test_a_text_without_tokens_is_refused_by_its_number() -> None:
 
 def test_texts_shorter_than_the_widest_layer_are_told_of(llama: Source) -> None:
     texts = Calibration(lambda: (" ".join(["w3"] * 40),), 40, own={"b": lambda: MORE})
-    tokenizer, sources = live.load_tokenizer(llama), {"a": llama, "b": llama}
+    tokenizer, sources = load_tokenizer(llama), {"a": llama, "b": llama}
     (warning,) = text_warnings(texts, sources, "a", tokenizer, {name: {"calibration"} for name in sources})
     assert list(text_warnings(texts, sources, "a", tokenizer, {"b": {"channels"}})) == []  # of no Gram matrix
     assert "texts of b have 7 tokens" in warning

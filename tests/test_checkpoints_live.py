@@ -20,10 +20,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, live_model, load_tokenizer, load_weights
+from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, live_model, load_weights
 from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.structure import empty_model
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.recipes.stack import Role, roles
 

@@ -34,8 +34,9 @@ from evaluators.language import LanguageSettings, in_language, language_detector
 from evaluators.likelihood import LikelihoodSettings
 from evaluators.rouge import RougeSettings, common_subsequence, mecab_words, rouge_l, words
 from evaluators.scoring import score
-from evomerge.checkpoints.live import LiveModel, load_tokenizer
+from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import open_source
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract

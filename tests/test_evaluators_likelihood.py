@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.likelihood import LikelihoodEvaluator, LikelihoodSettings
 from evaluators.scoring import score
-from evomerge.checkpoints.live import LiveModel, load_tokenizer
+from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import open_source
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
 from evomerge.testing.evaluators import EvaluatorContract

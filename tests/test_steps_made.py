@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from evomerge.calibration import Calibration
-from evomerge.checkpoints import live
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.merging.adapters.low_rank import NotLowRankError, coefficients, family_of
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.measured import inputs as inputs_module
@@ -79,7 +79,7 @@ def importance(source: Source) -> dict[str, Tensor]:
     from transformers.pytorch_utils import Conv1D
 
     model = in_own_memory(AutoModelForCausalLM.from_pretrained(source.folder))
-    tokenizer = live.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     seen: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D):

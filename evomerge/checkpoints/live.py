@@ -14,6 +14,7 @@ from evomerge.checkpoints.attention import use_grouped_attention
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.finite import first_not_finite
 from evomerge.checkpoints.placement import Devices, as_devices, compute_where_weights_are, place_model
+from evomerge.checkpoints.processor import open_processor
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.stack import Stack
@@ -24,7 +25,7 @@ from evomerge.checkpoints.structure import (
     stored_tensors,
     text_config,
 )
-from evomerge.checkpoints.tokenizer_files import open_tokenizer
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.recipes.use import ExpertUse
 
@@ -134,8 +135,6 @@ def processor_opener(source: Source) -> Callable[[], Any] | None:
     """
     if not source.takes_images:
         return None
-    from evomerge.checkpoints.processor import open_processor  # which loads the tokenizer by this module
-
     return cache(partial(open_processor, source))
 
 
@@ -229,23 +228,6 @@ def _as_one_matrix(module: torch.nn.Module, given: tuple[torch.Tensor]) -> torch
     """The batch, copied where it does not lie in memory as one matrix, and with the strides of one."""
     (batch,) = given
     return batch.contiguous().view(-1, batch.shape[-1]).view(batch.shape)
-
-
-def load_tokenizer(source: Source) -> Any:
-    """The tokenizer of a source, set up for generation in batches: padding on the left, with a padding token.
-
-    Raises:
-        InputError: it cannot be loaded, or has neither a padding nor an end token.
-    """
-    tokenizer = open_tokenizer(source)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InputError(
-                source.place, "its tokenizer has neither a pad_token nor an eos_token", "Name one in its configuration."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 @torch.no_grad()

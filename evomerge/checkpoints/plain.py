@@ -12,12 +12,13 @@ from evomerge.checkpoints.live import (
     check_live,
     for_scoring,
     live_model,
-    load_tokenizer,
     load_weights,
+    processor_opener,
 )
 from evomerge.checkpoints.placement import Devices, as_devices, place_model
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import auto_class, layer_stack, parse_config
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 
 
@@ -50,7 +51,8 @@ def plain_model(source: Source, device: Devices, dtype: torch.dtype | None) -> L
             model.to(devices[0])
         else:
             place_model(model, layer_stack(model, source.layers)[1], devices, source.layers)
-        live = LiveModel(for_scoring(model), load_tokenizer(source), devices=devices)
+        opener = processor_opener(source)
+        live = LiveModel(for_scoring(model), load_tokenizer(source), devices=devices, processor_of=opener)
     try:
         check_live(live)
     except NotFiniteError as error:

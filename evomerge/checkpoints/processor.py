@@ -7,8 +7,8 @@ from typing import Any
 
 from evomerge.checkpoints.config import first_line
 from evomerge.checkpoints.folder import IMAGE_PROCESSORS, load_json, processor_files
-from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.source import Source
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 
 _NONE = "Copy the processor's files from the folder that the model came in: processor_config.json and those like it."

@@ -49,6 +49,23 @@ def open_tokenizer(source: Source) -> Any:
         return load_tokenizer_folder(folder, source.place)
 
 
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a source, set up for generation in batches: padding on the left, with a padding token.
+
+    Raises:
+        InputError: it cannot be loaded, or has neither a padding nor an end token.
+    """
+    tokenizer = open_tokenizer(source)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                source.place, "its tokenizer has neither a pad_token nor an eos_token", "Name one in its configuration."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_tokenizer_folder(folder: Path, place: str) -> Any:
     """The tokenizer in a folder whose files were checked; raises as ``open_tokenizer``."""
     if (folder / "tokenizer.json").is_file() and (problem := trial(folder)):

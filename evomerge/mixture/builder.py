@@ -207,9 +207,10 @@ class _LiveMixture:
     def __init__(
         self, form: Hashable, recipe: MixtureRecipe, context: BuildContext, materialiser: Materialiser
     ) -> None:
-        from evomerge.checkpoints.live import LiveModel, load_tokenizer, unwritten_model
+        from evomerge.checkpoints.live import LiveModel, unwritten_model
         from evomerge.checkpoints.placement import as_devices
         from evomerge.checkpoints.structure import stored_tensors
+        from evomerge.checkpoints.tokenizer_files import load_tokenizer
 
         source = context.sources[recipe.tokenizer]
         devices = as_devices(context.devices)

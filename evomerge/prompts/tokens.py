@@ -16,9 +16,8 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 
 from evomerge.checkpoints.chat_templates import own_template
-from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.tokenizer_files import open_tokenizer, tokenizer_texts
+from evomerge.checkpoints.tokenizer_files import load_tokenizer, open_tokenizer, tokenizer_texts
 from evomerge.errors import InputError
 from evomerge.inference.reading import encode_plain, special_tokens
 

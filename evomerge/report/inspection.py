@@ -18,10 +18,10 @@ from torch import Tensor
 
 from evomerge.checkpoints.checks import check_compatible, check_finite, text_model_problem
 from evomerge.checkpoints.differences import warnings_across
-from evomerge.checkpoints.live import load_tokenizer
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.prompts import SourcePrompt
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.merging.adapters.low_rank_change import is_low_rank, low_rank_factors
 from evomerge.merging.arithmetic.jobs import WorkerThreads

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from evomerge.checkpoints.config import first_line
-from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, for_scoring, load_tokenizer
+from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_live, for_scoring
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.merging.building.builders import BuildContext
 from evomerge.routed import arrow_folder, remote_code

@@ -10,9 +10,10 @@ from typing import get_args
 
 from evaluators.base import Evaluator, Split, prompts_of
 from evaluators.prompts import told_too_long, too_long
-from evomerge.checkpoints.live import load_tokenizer, processor_opener
+from evomerge.checkpoints.live import processor_opener
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config, text_config
+from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.inference.reading import Prompt, Reader
 
