@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
 from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import check_template, digest, fill, split_items
+from evaluators.lengths import CountedSettings
 from evaluators.pictures import PictureSettings, check_pictures, content_of
 from evaluators.prompts import Example, Examples, ItemRequests, asked_prompt
 from evomerge.inference.reading import Media, Reader
@@ -20,7 +21,7 @@ from evomerge.inference.requests import Generate, Request, Response
 from evomerge.json_lines import Line, read_lines
 
 
-class AnswersSettings(PictureSettings):
+class AnswersSettings(PictureSettings, CountedSettings):
     """What the search file says of prompts and of how they are answered. Answers are greedy unless it says otherwise.
 
     Attributes:

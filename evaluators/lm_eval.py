@@ -22,8 +22,9 @@ from pydantic import Field, JsonValue
 
 from evaluators.base import FOLDER, Direct, Evaluator, Graded, Item, Outcome, Split, texts
 from evaluators.benchmarks import benchmark_of
+from evaluators.lengths import CountedSettings
 from evaluators.lm_eval_files import check_folder, metrics_of
-from evaluators.prompts import ItemRequests, PromptSettings
+from evaluators.prompts import ItemRequests
 from evomerge.errors import InputError
 from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import BatchSize, Engine, Generate, Request, Response
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
-class LmEvalSettings(PromptSettings):
+class LmEvalSettings(CountedSettings):
     """What the search file says of an lm-eval task.
 
     Attributes:

@@ -36,8 +36,9 @@ LOGARITHMS: dict[Callable[[list[Any]], Any], Callable[[list[Any]], Any]] = {
 }
 """Perplexities are scored as their logarithm: one unlikely item would outweigh all others, or overflow."""
 
-_WHERE_ONLY = {"search", "held_out", "task_folders", "data_folder", "allow_task_code"}
-"""Settings that say where a task and its items come from; the items themselves are in the fingerprint."""
+_WHERE_ONLY = {"search", "held_out", "task_folders", "data_folder", "allow_task_code", "count_tokens"}
+"""Settings that say where a task and its items come from; the items themselves are in the fingerprint. Who counts
+tokens of answers has a version of its own."""
 
 BLANK_ANSWERS = {"generate_until": "", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
 

@@ -21,6 +21,7 @@ from evaluators.base import Evaluator, Graded, Item, Outcome, Split, texts
 from evaluators.benchmarks import benchmark_of
 from evaluators.item_files import check_template, digest, fill, split_items
 from evaluators.language import in_language, language_detector, line_in_language
+from evaluators.lengths import CountedSettings
 from evaluators.numbers import answer_number, last_number_sakana
 from evaluators.numerals import Language
 from evaluators.prompts import Example, Examples, FewshotSettings, ItemRequests, asked_prompt
@@ -58,7 +59,7 @@ LABELS: Mapping[Language, tuple[str, str]] = {
 """What stands before question and answer in the worked examples of MGSM."""
 
 
-class MgsmSettings(FewshotSettings):
+class MgsmSettings(FewshotSettings, CountedSettings):
     """What the search file says of the problems, of how they are asked and of who scores the answers.
 
     Attributes:

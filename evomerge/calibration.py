@@ -53,6 +53,12 @@ class Calibration:
             raise InputError("calibration", f"has no texts for {source}", _MISSING_HINT)
         return texts
 
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        """All texts, the shared ones first and then those of single sources by name. Raises InputError: as above."""
+        shared, own = self._texts
+        return (*(shared or ()), *(text for source in sorted(own) for text in own[source]))
+
     @cached_property
     def _texts(self) -> tuple[tuple[str, ...] | None, dict[str, tuple[str, ...]]]:
         """The texts of sources that have none of their own, and those of the others."""

@@ -19,6 +19,14 @@ from evomerge.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
+class Soup:
+    """A weighted sum of sources that was found before the search, a baseline by its label."""
+
+    label: str
+    weights: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Measures:
     """What was measured of the sources' weights when the search began.
 
@@ -27,10 +35,12 @@ class Measures:
             (``merging.measured.amplitude``); None where it is to have none.
         tiers: that of each layer (``merging.adapters.tiers``); None where they are not measured: they then follow the
             depth.
+        soups: by the losses of calibration texts.
     """
 
     kappa: float | None = None
     tiers: tuple[int, ...] | None = None
+    soups: tuple[Soup, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,9 @@ class ParameterSpace:
     def baselines(self) -> Iterator[Baseline]:
         """Every source alone, the uniform average of the merged ones, and the method's usual defaults.
 
-        Where the context says how strongly, also task arithmetic by the law of ``merging.measured.amplitude``; where
-        there are items that it can be fitted to, also how much of each source these want in each tensor.
+        Where the context has soups, these; where it says how strongly, also task arithmetic by the law of
+        ``merging.measured.amplitude``; where there are items that it can be fitted to, also how much of each source
+        these want in each tensor.
         """
         mixed = self._context.mixed
         for name in self._context.sources:
@@ -272,6 +273,9 @@ class ParameterSpace:
         for method, numbers in self._genes.defaults():
             usual = self._genome_of(numbers)
             yield Baseline(f"{method.name} defaults", "default", self.decode(usual), usual)
+        for soup in self._context.measures.soups:
+            blend = Blend.weighted_sum(dict(soup.weights))
+            yield Baseline(soup.label, "default", self._context.uniform(blend), None)
         if (kappa := self._context.measures.kappa) is not None and any(map(self._has_strength, self._genes.methods)):
             yield self._at_law(kappa)
         if self._context.fit is not None and self._context.base is not None:

@@ -41,7 +41,7 @@ def search_file(folder: Path, **changes: Any) -> Path:
         "optimizer": {"name": "cma", "population": 4},
         "budget": {"candidates": 13},
         "confirm": {"top": 2},
-        "baselines": {"kappa": False},
+        "baselines": {"kappa": False, "soups": False},
     }
     path = folder / "search.yaml"
     path.write_text(yaml.safe_dump(content | changes, sort_keys=False))

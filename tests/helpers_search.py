@@ -197,3 +197,22 @@ def dying(after_commits: int) -> mock._patch[object]:
         return method
 
     return mock.patch.multiple(Store, **{name: wrap(name) for name in names})
+
+
+def killed_after(writes: int, kind: str = "select scored") -> mock._patch[object]:
+    """Let the n-th next write of a stage commit, which records such events, and then die."""
+    left = [writes]
+
+    def wrap(name: str) -> Callable[..., object]:
+        original = getattr(Store, name)
+
+        def method(self: Store, *args: object, **kwargs: object) -> object:
+            found = original(self, *args, **kwargs)
+            left[0] -= name == "record_selection" or getattr(args[0], "kind", "") == kind
+            if left[0] <= 0:
+                raise Killed
+            return found
+
+        return method
+
+    return mock.patch.multiple(Store, **{name: wrap(name) for name in ("record_event", "record_selection")})

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, short_search_file
-from helpers_search import Killed, table
+from helpers_search import Killed, killed_after, table
 from hypothesis import given, strategies
 
 from evomerge.checkpoints.source import Source, open_source
@@ -167,25 +165,6 @@ def test_a_search_is_over_what_was_chosen(searched: Path, capsys: pytest.Capture
     assert {
         row["label"] for row in json_of(capsys, "top", searched, "--all", "--json") if row["origin"] == "source"
     } == {*record.sources}
-
-
-def killed_after(writes: int) -> mock._patch[object]:
-    """Let the n-th next write of the selection commit, and then die."""
-    left = [writes]
-
-    def wrap(name: str) -> Callable[..., object]:
-        original = getattr(Store, name)
-
-        def method(self: Store, *args: object, **kwargs: object) -> object:
-            found = original(self, *args, **kwargs)
-            left[0] -= name == "record_selection" or getattr(args[0], "kind", "") == "select scored"
-            if left[0] <= 0:
-                raise Killed
-            return found
-
-        return method
-
-    return mock.patch.multiple(Store, **{name: wrap(name) for name in ("record_event", "record_selection")})
 
 
 @pytest.mark.parametrize("writes", [3, pytest.param(1, marks=pytest.mark.nightly)])

@@ -23,6 +23,7 @@ from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.commands.fitting import fit
 from evomerge.commands.selecting import select
+from evomerge.commands.souping import with_soups
 from evomerge.errors import InputError
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.observers import Observers
@@ -191,6 +192,10 @@ def _measured(
 ) -> int:
     """Measure and fit what the search needs, and drive it; the exit code."""
     prepared = with_measures(prepared, store, _evidence(folder, store))
+    with_mixes = with_soups(folder, prepared, store, pool, console)
+    if with_mixes is None:
+        return INTERRUPTED
+    prepared = with_mixes
     if not (calibrate(folder, prepared, store, pool, console) and fit(folder, prepared, store, pool, console)):
         return INTERRUPTED
     return _drive(folder, prepared, store, pool, artifacts, console)

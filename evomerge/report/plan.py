@@ -31,7 +31,7 @@ from evomerge.report.hardware import (
 from evomerge.report.outlook import Outlook, outlook_lines, outlook_of
 from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.screening import LEAST_PAIRS
-from evomerge.search.preparing.measured import planned_baselines
+from evomerge.search.preparing.measured import planned_baselines, plans_soups
 from evomerge.search.preparing.mixtures import mixture_bytes
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
@@ -42,6 +42,9 @@ LEAST_GAIN = 2
 
 FEW_ITEMS = 30
 """Items below which a mean is so uncertain that people should know before they spend anything."""
+
+SOUPS = 2
+"""Baselines by the losses of calibration texts, at most: the greedy soup may be a source alone."""
 
 MOST_TOGETHER = 50
 """Items of a candidate beyond which a processor takes as long for several candidates in one batch as one by one."""
@@ -350,7 +353,8 @@ def _cost(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def _baselines(prepared: Prepared) -> int:
     """How many models are scored before anything is searched."""
-    return len(list(prepared.setup.space.baselines())) + planned_baselines(prepared)
+    soups = SOUPS if plans_soups(prepared) else 0
+    return len(list(prepared.setup.space.baselines())) + planned_baselines(prepared) + soups
 
 
 def _confirmation(prepared: Prepared) -> str:

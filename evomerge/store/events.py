@@ -118,6 +118,14 @@ class Calibrated(Event):
     sources: Sequence[str]
 
 
+class TextLoss(Event):
+    """How unlikely the mean of some sources, or one alone, finds the calibration texts: nats for a token."""
+
+    kind: ClassVar[str] = "text loss"
+    sources: list[StrictStr]
+    loss: float
+
+
 class Fitted(Event):
     """Numbers of models are fitted to items, for so many of the baselines."""
 
@@ -506,7 +514,7 @@ READ: dict[str, type[Event | ItemResponse]] = {
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
         ScoresAdded, Screening, Descent, Agreed, Refined, ItemResponse, Shortlist, TeamChosen, Confirming,
-        ConfirmFailed, Winner, Chosen, SelectScored, Selected,
+        ConfirmFailed, Winner, Chosen, SelectScored, Selected, TextLoss,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

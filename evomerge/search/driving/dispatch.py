@@ -30,6 +30,7 @@ from evomerge.search.work.jobs import (
     Measured,
     PoolNews,
     Task,
+    TextLosses,
 )
 
 _PAUSE_S = 0.1  # how soon a paused search hears that it may go on
@@ -59,7 +60,7 @@ class Pending:
     recipe_hash: str
     tasks: Sequence[Task]
     faults: int = 0
-    instead: Calibrate | FitNumbers | Descend | None = None
+    instead: Calibrate | FitNumbers | TextLosses | Descend | None = None
 
 
 class Recorder(Protocol):

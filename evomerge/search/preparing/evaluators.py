@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from evaluators.base import Evaluator, EvaluatorSettings, Item
 from evaluators.benchmarks import count
+from evaluators.lengths import counted
 from evomerge.errors import InputError
 from evomerge.plugins import unknown_name
 from evomerge.search.settings.search_file import SearchFile
@@ -112,7 +113,7 @@ def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:
             problem = f"{type(evaluator).__name__} has none of the shapes of an evaluator"
             hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
             raise InputError("evaluator", problem, hint)
-        return evaluator
+        return counted(settings, evaluator)
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     except (SystemExit, GeneratorExit) as error:  # of code that a task names

@@ -14,7 +14,7 @@ from evomerge.merging.measured.evidence import Evidence
 from evomerge.search.preparing.prepare import Prepared, build_space
 from evomerge.store import Store
 from search_spaces.base import Measures
-from search_spaces.parameter_space import LAW
+from search_spaces.parameter_space import LAW, ParameterSpaceSettings
 
 
 def with_measures(prepared: Prepared, store: Store, evidence: Evidence) -> Prepared:
@@ -39,6 +39,14 @@ def with_measures(prepared: Prepared, store: Store, evidence: Evidence) -> Prepa
     )
     space = build_space(file, prepared.sources, measures)
     return replace(prepared, setup=replace(prepared.setup, space=space, space_measures=measures))
+
+
+def plans_soups(prepared: Prepared) -> bool:
+    """Whether a search that begins now has baselines by the losses of calibration texts."""
+    file = prepared.file
+    mixed = [name for name in file.sources if name != file.base]
+    over_weights = isinstance(file.space, ParameterSpaceSettings)
+    return prepared.calibration is not None and file.baselines.soups and over_weights and len(mixed) > 1
 
 
 def planned_baselines(prepared: Prepared) -> int:

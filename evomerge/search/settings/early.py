@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.base import FOLDER, MODEL, EvaluatorSettings
+from evaluators.lengths import counts_tokens
 from evomerge.checkpoints.references import adapter_types, check_reference, local_config, prompt_of
 from evomerge.checkpoints.sharding import text_config
 from evomerge.errors import InputError
@@ -193,7 +194,7 @@ def _check_metric(measure: Measure, settings: EvaluatorSettings, place: str) -> 
         metrics = settings.known_metrics()
     except InputError as error:
         raise InputError(f"{place}.{error.place}", error.problem, error.hint) from None
-    if metrics is None or measure.metric in metrics:
+    if metrics is None or measure.metric in metrics or counts_tokens(settings, measure.metric):
         return
     names = {metric.partition(",")[0] for metric in metrics}
     if measure.metric.partition(",")[0].removeprefix("log_") not in names:

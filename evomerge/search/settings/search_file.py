@@ -18,6 +18,7 @@ from pydantic import (
 
 from evaluators import evaluator_settings
 from evaluators.base import MODEL, EvaluatorSettings
+from evaluators.lengths import ANSWER_TOKENS, CountedSettings
 from evomerge.errors import InputError
 from evomerge.faults import explain, read_part
 from evomerge.files import absolute_reference, read_text
@@ -212,7 +213,13 @@ class SearchFile(Section):
                 by_place[place] = settings.model_validate(keys)
             except ValidationError as error:
                 raise explain(error, place, settings, keys, ".") from None
-        return by_place
+        counting = [by_place[place] for place, measure in self.measures.items() if measure.metric == ANSWER_TOKENS]
+        return {
+            place: settings.model_copy(update={"count_tokens": True})
+            if settings in counting and isinstance(settings, CountedSettings)
+            else settings
+            for place, settings in by_place.items()
+        }
 
 
 def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:

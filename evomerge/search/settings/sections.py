@@ -266,9 +266,11 @@ class Baselines(Section):
     """What is scored before anything is searched, beside sources, their average and the method's defaults.
 
     ``kappa``: task arithmetic with lambda = kappa sqrt(N) on the mean of N task vectors, in spaces over task vectors.
+    ``soups``: where there are calibration texts, LM-Cocktail's mix by the losses of these, and their greedy soup.
     """
 
     kappa: bool = True
+    soups: bool = True
 
 
 class Confirm(Section):

@@ -52,6 +52,13 @@ class FitNumbers:
 
 
 @dataclass(frozen=True)
+class TextLosses:
+    """Score the job's recipe by how unlikely it finds the calibration texts. Comes back as ``Measured``, with one entry
+    of scores: under "loss" nats for a token, float32 [texts].
+    """
+
+
+@dataclass(frozen=True)
 class Descend:
     """Walk from a genome down the gradient of a proxy: of log(1 - log p), the mean over items, with p the chance
     p(answer | prompt) of the right answer.
@@ -95,7 +102,7 @@ class Job:
     recipe: Recipe
     tasks: Sequence[Task]
     group: int | None = None
-    instead: Calibrate | FitNumbers | Descend | None = None
+    instead: Calibrate | FitNumbers | TextLosses | Descend | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from evaluators.base import Evaluator
+from evaluators.lengths import counted
+from evomerge.calibration import Calibration
 from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -20,10 +22,21 @@ from evomerge.recipes.base import STACK
 from evomerge.search.preparing.evaluators import distinct
 from evomerge.search.preparing.prepare import Prepared, build_space, open_sources, space_of
 from evomerge.search.settings.search_file import SearchFile
-from evomerge.search.work.jobs import Calibrate, Descend, Descended, Finished, FitNumbers, Job, Measured, Result
+from evomerge.search.work.jobs import (
+    Calibrate,
+    Descend,
+    Descended,
+    Finished,
+    FitNumbers,
+    Job,
+    Measured,
+    Result,
+    TextLosses,
+)
 from evomerge.search.workers.building import build_context
 from evomerge.search.workers.descent import Descents
 from evomerge.search.workers.measuring import Attempt, failure, score
+from evomerge.search.workers.text_losses import text_losses
 from evomerge.search.workers.together import Together
 from search_spaces.base import Measures
 
@@ -36,6 +49,7 @@ class Worker:
         builders: of its models.
         evaluators: in the order that jobs refer to them.
         build_space: (what was measured of the sources) -> the search's space; None for a worker that never descends.
+        texts: of calibration, where there are any.
     """
 
     def __init__(
@@ -44,9 +58,11 @@ class Worker:
         builders: Builders,
         evaluators: Sequence[Evaluator],
         build_space: Callable[[Measures], SearchSpace] | None = None,
+        texts: Calibration | None = None,
     ) -> None:
         self._name = name
         self._build_space = build_space
+        self._texts = texts
         self._builders = builders
         self._evaluators = evaluators
         self._together: Together | None = None
@@ -54,7 +70,7 @@ class Worker:
     @classmethod
     def start(cls, name: str, file: SearchFile, evidence: Evidence) -> Worker:
         """Open everything that a search file names. ``evidence`` is what is known of its sources."""
-        evaluators = [settings.build() for settings in distinct(file.evaluators())]
+        evaluators = [counted(settings, settings.build()) for settings in distinct(file.evaluators())]
         sources = open_sources(file)
         for source in sources.values():
             if is_url(source.reference):  # copied by this node, perhaps after it was written anew there
@@ -79,7 +95,8 @@ class Worker:
     ) -> Worker:
         builders = Builders(build_context(file, sources, evidence, space.layer_buffers, hops=space.hops))
         builders.start({baseline.recipe.kind for baseline in space.baselines()})
-        return cls(name, builders, evaluators, partial(build_space, file, sources))
+        texts = None if file.calibration is None else file.calibration.texts
+        return cls(name, builders, evaluators, partial(build_space, file, sources), texts)
 
     def run(self, job: Job) -> Finished:
         """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
@@ -118,6 +135,8 @@ class Worker:
             return self._calibrate(job, job.instead.source)
         if isinstance(job.instead, FitNumbers):
             return self._fit(job)
+        if isinstance(job.instead, TextLosses):
+            return self._text_losses(job)
         if isinstance(job.instead, Descend):
             return self._descend(job.instead)
         return self._measure(job)
@@ -131,6 +150,14 @@ class Worker:
         started = time.perf_counter()
         self._builders.of(job.recipe).fit(job.recipe)
         return Measured([], {"fit": time.perf_counter() - started})
+
+    def _text_losses(self, job: Job) -> Measured:
+        if self._texts is None:
+            raise ValueError("this worker knows no texts")
+        started = time.perf_counter()
+        live = self._builders.of(job.recipe).write(job.recipe)
+        losses = text_losses(live, engine_of(live), self._texts)
+        return Measured([{"loss": losses}], {"texts": time.perf_counter() - started})
 
     def _descend(self, descend: Descend) -> Descended:
         stack = self._stack()
