@@ -127,13 +127,14 @@ def is_front(status: SearchStatus) -> bool:
 
 
 def conclusions(status: SearchStatus) -> list[str]:
-    """What was found, in sentences: which baselines could not be scored, what no merge is better at than a source, and
-    what a front offers.
+    """What was found, in sentences: which baselines could not be scored, what no merge is better at than a source,
+    what a front offers, and what merges make of several skills at once.
     """
     return [
         *(baseline.text for baseline in status.unscored),
         *_unsaid(status),
         *(_front(status) if is_front(status) else _best(status)),
+        *(composition.sentence for composition in status.compositions),
     ]
 
 

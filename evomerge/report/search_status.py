@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel
 
+from evomerge.report.compositions import Composition
 from evomerge.report.confirmed import Choice, Effort
 from evomerge.report.entries import ConfirmedEntry, Constraint, Entry, FeatureRange, Scalar, entry, kind_of
 from evomerge.report.picks import Pick
@@ -194,6 +195,7 @@ class SearchStatus(BaseModel):
     scalar: Scalarised | None = None
     picks: list[Pick] = []
     best_by_role: dict[str, str] = {}
+    compositions: list[Composition] = []
     conclusions: list[str] = []
 
     @property

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from evomerge.report.compositions import Composition, compositions_of
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, Confirmed, confirmation, effort
 from evomerge.report.entries import (
     Entry,
@@ -40,7 +41,7 @@ from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store, current_holder
 from evomerge.store.events import Agreed, ConfirmFailed, Descent, ItemErrors, ItemResponse, Refined, Screening, State
-from evomerge.store.record import Measure
+from evomerge.store.record import Measure, SearchRecord
 from evomerge.store.rows import AnyCandidate, ListedCandidate
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
@@ -139,7 +140,16 @@ def status_of(store: Store) -> SearchStatus:
         picks=picks_of(best, held, numbers, sources),
         best_by_role={role: e.id for role, e in best.items()},
     )
+    status = status.model_copy(update={"compositions": list(_compositions(record, status))})
     return status.model_copy(update={"conclusions": conclusions(status)})
+
+
+def _compositions(record: SearchRecord, status: SearchStatus) -> Iterator[Composition]:
+    """Objectives that need several skills, on held-out items as soon as any model has scores there."""
+    held = {entry.id: entry for entry in [*status.confirmed_baselines, *status.confirmed]}
+    best = [] if status.best is None else [status.best]
+    searched = {entry.id: entry for entry in [*status.baselines, *status.front_entries, *best]}
+    return compositions_of(record.compositions, status.directions, held or searched, held_out=bool(held))
 
 
 def _state(search: SearchRow, held: Confirmed, *, driven: bool) -> tuple[str, str]:

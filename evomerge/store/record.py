@@ -175,6 +175,7 @@ class _Settings(_Part):
     budget: Budget
     confirm: Confirm
     racing: Racing | None = None
+    compositions: Mapping[str, tuple[str, ...]] = {}
     cluster: Cluster = Cluster()
     device: str | None = None
 
@@ -200,6 +201,7 @@ class SearchRecord(_Settings, _Fingerprints):
     Attributes:
         sources: where each source was when the search began; ``files`` is what its files held.
         space: the search space, in the words of the search file.
+        compositions: of objectives that need several skills at once, those that need one each.
         objectives: with ``constraints`` and ``features`` what candidates are measured by, resolved.
         screen: None where candidates are not screened.
         parameters: of the search space, in the order of a genome.

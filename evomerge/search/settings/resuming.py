@@ -20,6 +20,7 @@ from evomerge.store import Store
 RESUMABLE = (
     "budget",
     "confirm",
+    "compositions",
     "pool",
     "cluster",
     "attempts",

@@ -6,7 +6,7 @@ import os.path
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     Field,
@@ -73,6 +73,7 @@ class SearchFile(Section):
     space: SerializeAsAny[SpaceSettings]
     objectives: dict[Name, Objective] = Field(min_length=1)
     constraints: dict[Name, Constraint] = Field(default_factory=dict)
+    compositions: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
     features: dict[Name, Feature] = Field(default_factory=dict, max_length=MOST_FEATURES)
     calibration: CalibrationTexts | None = None
     select: Select | None = None
@@ -129,6 +130,11 @@ class SearchFile(Section):
             raise ValueError(f"constraints: {both[0]} is the name of an objective already")
         if both := sorted(self.features.keys() & {*self.objectives, *self.constraints, "screen"}):
             raise ValueError(f"features: {both[0]} is the name of another measure already")
+        for name, parts in self.compositions.items():
+            if missing := [one for one in (name, *parts) if one not in self.objectives]:
+                raise ValueError(f"compositions.{name}: there is no objective {missing[0]!r}")
+            if name in parts or len(set(parts)) < len(parts):
+                raise ValueError(f"compositions.{name}: needs other objectives as its parts, each once")
         if self.screen is not None and self.screen.objective not in (None, *self.objectives):
             raise ValueError(f"screen.objective: there is no objective {self.screen.objective!r}")
         if missing := sorted(self.vocabulary.used_sources() - set(self.sources)):
