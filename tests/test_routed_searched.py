@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,28 @@ def test_a_form_that_there_is_not_is_refused(search: Path, tmp_path: Path, capsy
     assert "routed, peft" in capsys.readouterr().err
     assert evomerge("export", search, tmp_path / "x", "--candidate", "base", "--as", "routed") != 0
     assert "no form" in capsys.readouterr().err
+
+
+def test_adapters_that_cannot_be_routed_together_are_refused_before_anything_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ZOO / "base", tmp_path / "another")
+    first = f"{ZOO / 'base'}+{ZOO / 'steps_en'}"
+    for second, said in (
+        (f"{tmp_path / 'another'}+{ZOO / 'extraction'}", "sources.b: is another model than base"),
+        (f"{ZOO / 'base'}+{ZOO / 'english_ia3'}", "in several ways: matrices, or vectors"),
+        (f"{ZOO / 'base'}+{ZOO / 'soft_steps'}", "sources.b: is a soft prompt"),
+        (str(ZOO / "steps_en_full"), "sources.b:"),
+    ):
+        path = search_file(
+            tmp_path,
+            sources={"base": str(ZOO / "base"), "a": first, "b": second},
+            space={"kind": "routed"},
+            fit={"file": str(ZOO / "fit.jsonl"), "items": 4, "steps": 2},
+            objectives={"extract": {"task": "zoo_extract", "metric": "acc", "search": "validation[:8]"}},
+        )
+        assert evomerge("validate", path) != 0
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.nightly
