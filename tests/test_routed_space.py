@@ -294,6 +294,14 @@ def test_attention_that_is_not_routed_may_be_the_mean() -> None:
     assert (rest.base, rest.parameters["weight"]) == ("base", dict.fromkeys(EXPERTS, 0.25))
 
 
+def test_what_is_only_measured_on_the_items_of_a_fit_is_not_fitted() -> None:
+    recipes = {mark.label: mark.recipe for mark in space().baselines()}
+    assert recipes["Arrow"].fit == recipes["fitted soft"].fit
+    is_fitted = {label for label, recipe in recipes.items() if recipe.is_fitted}
+    assert is_fitted.isdisjoint({"base", "uniform average", "sum", "Arrow"})
+    assert {"fitted", "fitted soft", "fitted top 1", "MoLA 8-6-4-2"} <= is_fitted
+
+
 def test_what_has_other_groups_than_all_experts_everywhere_can_be_fitted_anew() -> None:
     one = space(refits=2, groups=2)
     anew = one.refitted(one.decode(default(one, present__maths=0)))

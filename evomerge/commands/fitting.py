@@ -33,7 +33,7 @@ def fit(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Con
         InputError: something cannot be fitted.
     """
     split = prepared.file.fit_split
-    marks = [mark for mark in prepared.setup.space.baselines() if mark.recipe.fit is not None]
+    marks = [mark for mark in prepared.setup.space.baselines() if mark.recipe.is_fitted]
     if split is None or not marks:
         return True
     console.print(f"fitting: {split.section.steps} steps on {split.count} items", style="dim")

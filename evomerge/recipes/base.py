@@ -72,6 +72,11 @@ class Recipe(Frozen, ABC):
     def lines(self) -> list[str]:
         """What the model is made of, in a few lines that people read."""
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether numbers of it are fitted to the items of ``fit``, which take that long to find."""
+        return self.fit is not None
+
     forms: ClassVar[tuple[str, ...]] = ()
     """In what other forms than the usual one models of this kind are exported, for `evomerge export --as`."""
 

@@ -143,6 +143,10 @@ class RoutedRecipe(Recipe):
         """The group that holds a layer. IndexError where there is none."""
         return group_holding(self.groups, layer)
 
+    @property
+    def is_fitted(self) -> bool:
+        return self.router.kind == "fitted"  # of others the items are what the use of experts is measured on
+
     def used_sources(self) -> set[str]:
         rest = () if self.rest is None else (*self.rest.sources, *filter(None, (self.rest.base,)))
         return {self.base, *self.experts, *rest}

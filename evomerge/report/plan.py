@@ -232,7 +232,7 @@ def _calibration(prepared: Prepared) -> Iterator[tuple[str, str]]:
 def _fit(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if (split := prepared.file.fit_split) is None:
         return
-    fitted = [mark.label for mark in prepared.setup.space.baselines() if mark.recipe.fit is not None]
+    fitted = [mark.label for mark in prepared.setup.space.baselines() if mark.recipe.is_fitted]
     drawn, steps = min(split.section.drawn, split.count), split.section.steps
     said = f"for {', '.join(fitted)}" if fitted else "which nothing here needs"
     yield "fit", f"{split.count} items of a split of their own; {steps} steps, each on {drawn} of them, once, {said}"

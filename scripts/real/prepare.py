@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAINING, SEARCH, HELD_OUT = 1500, 60, 120
+TRAINING, SEARCH, HELD_OUT, FIT = 1500, 60, 120, 60
 """Items of each skill; no question is in two of these."""
 
 BATCH, WARM_UP = 16, 10
@@ -59,9 +59,10 @@ def write_base(folder: Path) -> None:
 
 
 def write_items(folder: Path) -> None:
-    """What to search and to confirm on, a skill after the other in turn."""
-    by_skill = {name: different(name, SEARCH + HELD_OUT + TRAINING, 0) for name in SKILLS}
-    parts = {"search": slice(0, SEARCH), "held_out": slice(SEARCH, SEARCH + HELD_OUT)}
+    """What to search and to confirm on, and to fit to, a skill after the other in turn."""
+    trained = SEARCH + HELD_OUT + TRAINING
+    by_skill = {name: different(name, trained + FIT, 0) for name in SKILLS}
+    parts = {"search": slice(0, SEARCH), "held_out": slice(SEARCH, SEARCH + HELD_OUT), "fit": slice(trained, None)}
     for name, part in parts.items():
         lines = [item.line for item in in_turn([items[part] for items in by_skill.values()])]
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
