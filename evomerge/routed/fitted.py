@@ -26,8 +26,9 @@ from evomerge.routed.losses import halves, localized_balance, switch_balance, z_
 from evomerge.routed.sites import Place
 from evomerge.routed.use import of_tokens
 
-RATE = 0.05
-"""Of the rate of a fit, which is that of numbers about 1: what routers see has hundreds of channels of size 1."""
+RATE = 0.1
+"""Of the rate of a fit, which is that of numbers about 1: what routers see has hundreds of channels of size 1. By the
+answers that were not fitted to (``scripts/bench/experts.py tune``) half of it is worse, and twice of it as good."""
 
 Routings = Callable[[Mapping[str, Router]], Mapping[str, Routing]]
 """(the router of each place) -> how they gate."""

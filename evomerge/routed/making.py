@@ -27,7 +27,7 @@ from evomerge.routed.spectral import normalised, spectral_weights
 from evomerge.routed.stored import stored_router
 
 _ARROW, _SPECTRAL, _LENGTHS = "arrow routers 1", "spectral routers 1", "lengths of changes 1"
-_MEANS, _FITTED = "inputs of routers 1", "fitted routers 1"
+_MEANS, _FITTED = "inputs of routers 1", "fitted routers 2"
 
 
 class Routers:

@@ -17,7 +17,7 @@ from evomerge.search.settings.sections import FitItems
 
 PLACE = "fit"
 
-_VERSION = "fit 1"
+_VERSION = "fit 2"
 """Of how items become steps and a loss (``search/workers/fitting.py``)."""
 
 _SPLITS: Mapping[Split, str] = {"search": "search", "held_out": "held-out"}
