@@ -201,12 +201,14 @@ class Racing(Section):
     ``rungs`` are numbers of items, rising. At each one the candidates whose place is clear, with ``confidence`` in each
     comparison, leave the race. The last rung ends it for all but those that challenge the best: these go on to all
     items. ``estimate`` says what predicts the scores of items that were not scored: the best ``baseline``, or a model
-    of ``item_response``, which is used only while it is found to be the better of the two.
+    of ``item_response``, which is used only while it is found to be the better of the two. Who challenges is said by
+    its own ``scores``, or, in generations of a search with one objective, by those of its ``neighbours`` as well.
     """
 
     rungs: tuple[Annotated[int, Field(ge=10, le=10**8)], ...] = Field(min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     estimate: Estimate = "baseline"
+    challengers: Literal["scores", "neighbours"] = "scores"
 
     @field_validator("rungs")
     @classmethod
