@@ -88,9 +88,14 @@ class CandidateScoring(ABC):
             full = [c.number for c in candidates if c.status == "done" and c.eligible]
             self.predictions.take([self._recorded_table(number) for number in full], self._orders)
         self._learn_screen(candidates)
-        for c in candidates if self.neighbours is not None else ():
-            if c.genome is not None and (estimate := c.objectives.get(self._setup.objectives[0].name)) is not None:
-                self.neighbours.take(c.genome, estimate, is_rival=c.eligible)
+        if self.neighbours is not None:
+            self._learn_neighbours(self.neighbours, candidates)
+
+    def _learn_neighbours(self, neighbours: Neighbours, candidates: Sequence[Candidate]) -> None:
+        name = self._setup.objectives[0].name
+        for c in candidates:
+            if c.genome is not None and name in c.objectives:
+                neighbours.take(c.genome, c.objectives[name], is_rival=c.eligible)
 
     def _learn_screen(self, candidates: Sequence[Candidate]) -> None:
         if self.screening is None:
