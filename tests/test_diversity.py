@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,16 +114,50 @@ def test_a_population_of_one_is_refused(kind: type[Settings]) -> None:
 
 
 def test_items_are_solved_between_the_worst_and_the_best_of_all() -> None:
-    rows = [0, -1, 5, np.nan, 2], [-1, -1, 3, 1, np.nan], [0, -1, 4, 0, np.nan]
+    rows = [0, -1, 5, 1], [-1, -1, 3, 0], [0, -1, 4, 0]
     table = solved([np.array(row, np.float32) for row in rows])
-    assert table.tolist() == [[0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0.5, 1, 0]]
+    assert table.tolist() == [[0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0.5, 1]]
+
+
+def test_items_that_a_race_left_out_of_some_are_solved_by_none() -> None:
+    """Or whoever was scored on more would look as if it solved more."""
+    whole, part = [0, 0, 1, 0, 0], [1, 0, 0, np.nan, np.nan]
+    assert solved([np.array(row, np.float32) for row in (whole, part)]).tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0]]
+    apart = [0, np.nan, 1], [np.nan, 0, 0], [1, 1, np.nan]  # no item is known of all
+    assert solved([np.array(row, np.float32) for row in apart]).tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
 
 
 def test_the_two_halves_share_no_item() -> None:
     items = np.arange(7)
-    judged, described = (items[half].tolist() for half in halves(7))
+    judged, described = (items[half].tolist() for half in halves(7, cross_fit=True))
     assert sorted(judged + described) == items.tolist()
     assert set(judged).isdisjoint(described)
+    assert [items[half].tolist() for half in halves(7, cross_fit=False)] == [items.tolist()] * 2
+
+
+@pytest.mark.parametrize(("cross_fit", "gone"), [(True, 2), (False, 1)])
+def test_m2n2_judges_by_half_of_the_items_or_by_all(cross_fit: bool, gone: int) -> None:
+    rows = np.array([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 1]], np.float32)  # solved
+    optimizer: Any = M2n2Settings(name="m2n2", capacity=2, cross_fit=cross_fit).build(SPACE, 1, 0)
+    told = [Observation(np.array([p.low for p in SPACE]), [float(-row.mean())], (), [-row]) for row in rows]
+    optimizer.tell(told)
+    assert optimizer._members == [o for number, o in enumerate(told) if number != gone]
+
+
+@pytest.mark.parametrize(("cross_fit", "fittest"), [(True, 0), (False, 1)])
+def test_dns_judges_by_half_of_the_items_or_by_all(cross_fit: bool, fittest: int) -> None:
+    rows = np.array([[1, 0, 1, 0, 1, 0], [1, 1, 0, 1, 0, 1]], np.float32)  # solved
+    optimizer: Any = DnsSettings(name="dns", cross_fit=cross_fit).build(SPACE, 1, 0)
+    told = [Observation(np.array([p.low for p in SPACE]), [float(-row.mean())], (), [-row]) for row in rows]
+    assert np.flatnonzero(np.isinf(optimizer._novelty(told))).tolist() == [fittest]
+
+
+def test_an_estimate_is_no_elite() -> None:
+    """Map-Elites keeps candidates that were scored on every item; what a race estimates may be luck."""
+    optimizer: Any = MAP_ELITES.build(SPACE, 1, 0, FEATURES)
+    whole, part = (np.array([p.low for p in SPACE]), np.array([p.high for p in SPACE]))
+    optimizer.tell([Observation(whole, [0.5], (0.5, 0.5)), Observation(part, [0.1], (0.5, 0.5), complete=False)])
+    assert [unit.tolist() for unit in optimizer._units.values()] == [optimizer._box.unit(whole).tolist()]
 
 
 def test_dominated_novelty_by_hand() -> None:

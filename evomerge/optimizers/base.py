@@ -31,6 +31,7 @@ class Observation:
         items: for each objective the losses item by item, float32 [items], NaN where an item was not scored; empty
             unless the optimizer ``wants_items``.
         feasible: it was scored, and keeps the search's constraints as far as is known.
+        complete: it was scored on every item, and not estimated from some, as a race does.
     """
 
     genome: Genome
@@ -38,6 +39,7 @@ class Observation:
     features: Sequence[float] = ()
     items: Sequence[NDArray[np.float32]] = ()
     feasible: bool = True
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)

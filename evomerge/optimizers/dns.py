@@ -7,7 +7,7 @@ mean distance to the k nearest of those that are fitter, and the best stay. Ther
 What a candidate does is described by the features of the search or, where there are none, by the items that it solves,
 as in AC/DC (arXiv 2604.14969): the distance to a fitter one is the share of items that the candidate solves and the
 fitter one does not, an item weighing as much as there are others that fail it. By items, half of them say who is fitter
-and the other half who is different (``solved.py``).
+and the other half who is different, unless ``cross_fit`` is off (``solved.py``).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class DnsSettings(Settings):
     neighbours: int = Field(default=3, ge=1, le=1000)
     iso: float = Field(default=0.05, ge=0, le=1)
     line: float = Field(default=0.2, ge=0, le=10)
+    cross_fit: bool = True
 
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
@@ -97,7 +98,7 @@ class Dns(Population):
         """How different each member is from those that are fitter: float64 [members]."""
         if self.wants_items:
             table = solved([losses_of(o) for o in members])
-            judged, described = halves(table.shape[1])
+            judged, described = halves(table.shape[1], cross_fit=self._settings.cross_fit)
             return dominated_novelty(
                 -table[:, judged].mean(axis=1), skill_distances(table[:, described]), self._settings.neighbours
             )

@@ -5,8 +5,8 @@ an item is shared among those who solve it (section 3.2: f_i = sum_j s_ij / z_j,
 that whoever solves what few solve stays. A mate is drawn by what it would add (section 3.3: the sum over items of
 max(s_Bj - s_Aj, 0) / z_j). A child has the one parent's numbers before a random point of the genome and the other's
 after it, both mixed by a random ratio (section 3.1; there of all weights of two models, here of their genomes, whose
-numbers go from the first layer to the last). Half of the items say who stays, and the other half who suits whom
-(``solved.py``).
+numbers go from the first layer to the last). Half of the items say who stays, and the other half who suits whom, unless
+``cross_fit`` is off (``solved.py``).
 
 Merges of merges alone never leave what their parents span, and a search begins with few: children get noise as well.
 """
@@ -44,6 +44,7 @@ class M2n2Settings(Settings):
     population: int = 16
     capacity: int = Field(default=16, ge=2, le=10_000)
     iso: float = Field(default=0.03, ge=0, le=1)
+    cross_fit: bool = True
 
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
@@ -71,7 +72,7 @@ class M2n2(Population):
         if len(self._members) < 2:
             return None
         table = solved([losses_of(o) for o in self._members])
-        judged, described = halves(table.shape[1])
+        judged, described = halves(table.shape[1], cross_fit=self._settings.cross_fit)
         credit = shared_credit(table[:, judged])
         units = np.array([self._box.unit(o.genome) for o in self._members])
         children = []
@@ -92,7 +93,8 @@ class M2n2(Population):
         if len(self._members) <= self._settings.capacity:
             return
         table = solved([losses_of(o) for o in self._members])
-        kept = survivors(table[:, halves(table.shape[1])[0]], self._settings.capacity)
+        judged, _ = halves(table.shape[1], cross_fit=self._settings.cross_fit)
+        kept = survivors(table[:, judged], self._settings.capacity)
         self._members = [self._members[number] for number in kept]
 
 

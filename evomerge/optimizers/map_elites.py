@@ -71,6 +71,7 @@ class MapElites(Population):
     def tell(self, observations: Sequence[Observation]) -> None:
         new = dict(enumerate(observations, self._told))
         self._told += len(new)
-        self._grid = self._grid.extend({number: o for number, o in new.items() if o.feasible})
+        # An estimate from some items is often a lucky one; who leads its niche by such a one is scored on all.
+        self._grid = self._grid.extend({number: o for number, o in new.items() if o.feasible and o.complete})
         units = self._units | {number: self._box.unit(o.genome) for number, o in new.items()}
         self._units = {number: units[number] for number in self._grid.niches}

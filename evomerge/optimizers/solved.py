@@ -24,10 +24,14 @@ def losses_of(observation: Observation) -> NDArray[np.float32]:
 def solved(losses: Sequence[NDArray[np.float32]]) -> Table:
     """How far each candidate solves each item: 1 as the best of them does, 0 as the worst: float64 [candidates, items].
 
-    An item in which all are alike, or that nobody was scored on, is solved by none; what was not scored counts as not
-    solved.
+    An item in which all are alike tells nobody apart, and is solved by none. Nor is one that some were not scored on,
+    as in a race: who was scored on more would else look as if it solved more. Where no item is known of all, what was
+    not scored counts as not solved.
     """
     table = np.stack(losses).astype(np.float64)
+    missing = np.isnan(table)
+    if not missing.any(axis=0).all():
+        table[:, missing.any(axis=0)] = 0.0
     known = np.where(np.isnan(table), -np.inf, table)
     worst = known.max(axis=0, initial=-np.inf)
     best = np.where(np.isnan(table), np.inf, table).min(axis=0, initial=np.inf)
@@ -35,6 +39,8 @@ def solved(losses: Sequence[NDArray[np.float32]]) -> Table:
     return np.asarray(np.nan_to_num((worst - table) / width))  # NaN where it was not scored
 
 
-def halves(items: int) -> tuple[slice, slice]:
-    """The items by which candidates are judged, and those by which they are described: every second one."""
-    return (slice(0, None, 2), slice(1, None, 2)) if items > 1 else (slice(None), slice(None))
+def halves(items: int, *, cross_fit: bool) -> tuple[slice, slice]:
+    """The items by which candidates are judged, and those by which they are described: every second one each where they
+    are to be apart, else all.
+    """
+    return (slice(0, None, 2), slice(1, None, 2)) if cross_fit and items > 1 else (slice(None), slice(None))

@@ -277,6 +277,7 @@ class Driver:
             features=self._setup.feature_values(candidate.objectives),
             items=self._scoring.item_losses(candidate) if self.optimizer.wants_items else (),
             feasible=candidate.status != "failed" and self._setup.violation(candidate.objectives) == 0.0,
+            complete=candidate.eligible,
         )
 
     def _check_baselines(self, candidates: Sequence[Candidate]) -> None:
