@@ -220,6 +220,23 @@ def test_four_of_a_population_solve_more_together_than_four_of_chance(settings: 
     assert np.mean([covered(True, seed) for seed in range(4)]) > np.mean([covered(False, seed) for seed in range(4)])
 
 
+# ---- features that tell nothing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [MAP_ELITES, DnsSettings(name="dns", population=6, capacity=4)])
+@pytest.mark.parametrize(
+    "features",
+    [(0.5, 0.5), (np.nan, 0.5), (np.nan, np.nan), (-np.inf, np.inf), (-7.0, 99.0)],
+    ids=["constant", "one unknown", "unknown", "infinite", "beyond"],
+)
+def test_features_that_tell_nothing_are_survived(settings: Settings, features: tuple[float, float]) -> None:
+    optimizer = settings.build(SPACE, 1, 5, FEATURES)
+    for _ in range(4):
+        genomes = optimizer.ask(optimizer.population)
+        assert all(p.holds(value) for genome in genomes for p, value in zip(SPACE, genome, strict=True))
+        optimizer.tell([Observation(genome, [float(genome[0])], features) for genome in genomes])
+
+
 # ---- ribs ------------------------------------------------------------------------------------------------------------
 
 

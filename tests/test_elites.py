@@ -262,3 +262,13 @@ def test_json_says_the_niche(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rows[1]["scores"]["change"]["mean"] > 0.0
     assert evomerge("top", tmp_path / "search", "--all") == 0
     assert "either" in capsys.readouterr().out
+
+
+def test_more_niches_than_candidates_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    features = {"size": {**TASK_KEYS, "metric": "acc", "range": [0, 1], "bins": 50}}
+    file = search_file(tmp_path, features=features, budget={"candidates": 20})
+    assert evomerge("validate", file) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "50 niches for 20 candidates, so that most are the only one of theirs; use fewer bins" in said
+    assert evomerge("validate", file, "--set", "features.size.bins=5") == 0
+    assert "niches for" not in "".join(capsys.readouterr())

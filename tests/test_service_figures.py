@@ -96,6 +96,17 @@ def test_a_cell_of_the_grid_is_the_best_of_its_niche(tmp_path: Path, axes: int) 
     assert f"of {3 ** min(axes, 2) * (2 if axes == 3 else 1)} niches" in words_of(drawn)
 
 
+def test_values_beyond_the_range_of_a_feature_are_counted(tmp_path: Path) -> None:
+    plain = test_elites.setup_of(niches=False, candidates=20)
+    made.search(tmp_path, "niches", replace(plain, features=plain.features[1:]), test_elites.simulate)
+    with Store.open(tmp_path / "niches" / "search.db") as store:
+        drawn = draw(store, "grid")
+        values = [row.objectives["size"].mean for row in store.candidates() if "size" in row.objectives]
+    beyond = sum(not 0.2 <= value <= 0.8 for value in values)  # the range of size
+    assert 0 < beyond < len(values)
+    assert f"{beyond} of {len(values)} candidates lie beyond the range of size" in words_of(drawn)
+
+
 def test_without_features_there_is_no_grid(two: Store) -> None:
     assert is_empty(draw(two, "grid"))
 

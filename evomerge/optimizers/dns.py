@@ -92,7 +92,7 @@ class Dns(Population):
     def _is_known(self, observation: Observation) -> bool:
         """Whether a candidate can be compared with others."""
         has_losses = all(map(math.isfinite, observation.losses))
-        return has_losses and (self.wants_items or not any(map(math.isnan, observation.features)))
+        return has_losses and (self.wants_items or all(map(math.isfinite, observation.features)))
 
     def _novelty(self, members: Sequence[Observation]) -> Vector:
         """How different each member is from those that are fitter: float64 [members]."""

@@ -249,8 +249,12 @@ def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:
 def _features(setup: Setup) -> Iterator[tuple[str, str]]:
     for feature in setup.features:
         evaluator = setup.evaluators[feature.evaluator]
-        niches = f"{feature.bins} bins from {feature.low:g} to {feature.high:g}"
-        yield "feature", f"{feature.name}: {feature.metric} of {evaluator.name}, {niches}, {feature.items} search items"
+        bins = f"{feature.bins} bins from {feature.low:g} to {feature.high:g}"
+        yield "feature", f"{feature.name}: {feature.metric} of {evaluator.name}, {bins}, {feature.items} search items"
+    niches, candidates = math.prod(feature.bins for feature in setup.features), setup.budget.candidates
+    if setup.features and candidates is not None and niches > candidates:
+        problem = f"features: {niches:,} niches for {candidates:,} candidates, so that most are the only one of theirs"
+        yield "warning", f"{problem}; use fewer bins"
 
 
 def _proxy(setup: Setup) -> Iterator[tuple[str, str]]:

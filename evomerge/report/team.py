@@ -139,9 +139,10 @@ def team_of(store: Store) -> Team | None:
         numbers, found = search_scores(store, list(rows), measures)
         chosen = [numbers[place] for place in greedy_team(found, len(members))] if numbers else []
         picked = [one for row, one in sources if row.number in chosen]
-        if picked:
+        if len(picked) > 1:
             beside[f"the best {len(picked)} sources together"] = coverage(picked)
-        beside["all sources together"] = coverage(values)
+        if len(values) > 1:
+            beside["all sources together"] = coverage(values)
     evaluators = store.search().record.evaluators
     objectives = {measure.name: evaluators[measure.evaluator].held_out_items for measure in measures}
     return Team(

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from evomerge.report.entries import FeatureRange, features_of
 from evomerge.service.figures.style import AREA_SCALE, figure, safe
-from evomerge.service.reading import Values, axis_title, columns_of, value_text
+from evomerge.service.reading import Columns, Values, axis_title, columns_of, value_text
 from evomerge.store import Store
 
 
@@ -51,6 +51,7 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
     notes = [f"{occupied} of {bins:,} niches have a candidate."]
     if len(features) > 2:
         notes.append(f"The first two of {len(features)} features are drawn; a cell is the best of all niches there.")
+    notes += _beyond(store, columns, features)
     axis: Mapping[str, Any] = {"showgrid": False}
     return figure(
         [cells],
@@ -58,6 +59,18 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
         xaxis={"title": {"text": safe(across[0])}, **axis},
         yaxis={"title": {"text": safe(along[0])}, "showticklabels": len(features) > 1, **axis},
     )
+
+
+def _beyond(store: Store, columns: Columns, features: Mapping[str, FeatureRange]) -> list[str]:
+    """What is said of values outside of the range of a feature, which stand in its first or last bin."""
+    notes = []
+    for name, feature in features.items():
+        values, _, _ = columns.measured(store, name)
+        known = values[np.isfinite(values)]
+        beyond = int(((known < feature.low) | (known > feature.high)).sum())
+        if beyond:
+            notes.append(f"{beyond:,} of {len(known):,} candidates lie beyond the range of {name}, in its end bins.")
+    return notes
 
 
 def _shown(features: Mapping[str, FeatureRange]) -> list[tuple[str, Values]]:
