@@ -404,6 +404,25 @@ def extract(
 
 
 @app.command()
+def transplant(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or model+adapter.")],
+    donor: Annotated[str, typer.Argument(metavar="DONOR", help="The model whose vocabulary it is given.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    method: Annotated[str, typer.Option(help="How rows of new tokens are made: omp, subword or mean.")] = "omp",
+    atoms: Annotated[
+        int | None, typer.Option("-k", min=1, max=1024, help="Of how many shared tokens, by omp; 64 in wide models.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text that both are to predict; a few pages else.")
+    ] = None,
+) -> None:
+    """Give a model the vocabulary of another one. Says how well it predicts a text before and after."""
+    from evomerge.commands.transplant import transplant
+
+    transplant(model, donor, out, method, atoms, text)
+
+
+@app.command()
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed ZeRO has saved.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],

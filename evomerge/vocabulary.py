@@ -54,6 +54,8 @@ class Vocabulary(_Frozen):
 
     ``kind`` "same": all sources must know the same tokens under the same numbers. "tokenizer": the merged model knows
     those of the tokenizer's source. "union": those, and behind them what the other sources know beside.
+    "transplant": those of the tokenizer's source, and each other source makes rows for what it lacks out of its own, as
+    the tokenizer's source's row is a sum of others (``checkpoints/transplant.py``).
 
     ``base`` is the source whose row the others take for a token that they lack; where it is None or lacks the token as
     well, they take the mean of the rows that there are.
@@ -63,7 +65,7 @@ class Vocabulary(_Frozen):
     or "auto": the one that most sources have.
     """
 
-    kind: Literal["same", "tokenizer", "union"] = "same"
+    kind: Literal["same", "tokenizer", "union", "transplant"] = "same"
     base: str | None = None
     tokens: dict[str, TokenRule] = Field(default_factory=dict)
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
@@ -73,6 +75,12 @@ class Vocabulary(_Frozen):
     def aligns(self) -> bool:
         """The rows of the embedding are laid out anew."""
         return self.kind != "same" or bool(self.tokens) or self.pad_to_multiple_of is not None
+
+    @model_validator(mode="after")
+    def _transplants_alone(self) -> Vocabulary:
+        if self.kind == "transplant" and (self.tokens or self.base or self.pad_to_multiple_of or self.chat_template):
+            raise ValueError("transplant takes the tokenizer's source as it is: no tokens, base, padding or template")
+        return self
 
     def used_sources(self) -> set[str]:
         """Names of the sources that give rows."""

@@ -34,8 +34,9 @@ from evomerge.checkpoints.chat_templates import check_template, choose_template,
 from evomerge.checkpoints.headers import TORCH_DTYPES
 from evomerge.checkpoints.layered import with_text_settings
 from evomerge.checkpoints.source import Source
-from evomerge.checkpoints.structure import empty_model, parse_config, stored_tensors, text_config
+from evomerge.checkpoints.structure import parse_config, text_config
 from evomerge.checkpoints.tokenizer_files import open_tokenizer, tokenizer_texts, with_tokens
+from evomerge.checkpoints.transplant import transplanted, vocabulary_tensors
 from evomerge.errors import InputError
 from evomerge.plugins import unknown_name
 from evomerge.vocabulary import TokenRow, TokenRule, Vocabulary
@@ -155,13 +156,16 @@ def align(sources: Mapping[str, Source], tokenizer: str, vocabulary: Vocabulary)
         return dict(sources)
     _check_names(vocabulary, sources)
     model = sources[tokenizer]
+    if vocabulary.kind == "transplant":
+        others = {name: source for name, source in sources.items() if name != tokenizer}
+        return {name: transplanted(others[name], model) if name in others else model for name in sources}
     order = {tokenizer: model, **sources}
     tokenizers = {name: open_tokenizer(source) for name, source in order.items()}
     template = _template(vocabulary, tokenizers, tokenizer)
     if not vocabulary.aligns:
         texts = tokenizer_texts(model, tokenizers[tokenizer], chat_template=template) if template is not None else {}
         return {**sources, tokenizer: replace(model, tokenizer_texts=texts)}
-    names = _vocabulary_tensors(model)
+    names = vocabulary_tensors(model)
     known = {name: _known(source, tokenizers[name], names) for name, source in order.items()}
     plain, added = _new_tokens(known, tokenizer, vocabulary)
     ids = with_tokens(known[tokenizer].ids, plain, added)
@@ -201,15 +205,6 @@ def _known(source: Source, tokenizer: Any, names: Sequence[str]) -> _Known:
     decoder: Mapping[int, AddedToken] = tokenizer.added_tokens_decoder
     rows = min(source.tensors[name].shape[0] for name in names if name in source.tensors)
     return _Known(tokenizer.get_vocab(), {decoder[number].content: decoder[number] for number in sorted(decoder)}, rows)
-
-
-def _vocabulary_tensors(source: Source) -> list[str]:
-    """The tensors that have a row for each token: those of the model's embedding and of its head."""
-    model = empty_model(parse_config(source.config, source.place), source.place)
-    owners = [owner for owner in (model.get_input_embeddings(), model.get_output_embeddings()) if owner is not None]
-    owned = {id(parameter) for owner in owners for parameter in owner.parameters(recurse=False)}
-    stored = stored_tensors(model)
-    return [name for name, part in source.parts.items() if id(stored[part.tensor]) in owned]
 
 
 def _new_tokens(

@@ -62,6 +62,9 @@ def write_vocabulary(recipe: StackRecipe, base: str | None) -> dict[str, Any]:
     template = {"chat_template": vocabulary.chat_template} if vocabulary.chat_template is not None else {}
     if not vocabulary.aligns:
         return ({} if donor == base else {"tokenizer_source": donor}) | template
+    if vocabulary.kind == "transplant":
+        problem = "makes rows of new tokens, which mergekit does with a command of its own"
+        raise InputError("recipe.vocabulary.kind", problem, "`mergekit-tokensurgeon`, before the merge.")
     lender = recipe.sources[vocabulary.base] if vocabulary.base is not None else None
     if lender != base:
         problem = f"is {lender}, but mergekit takes missing rows from its base_model, which is {base}"

@@ -191,7 +191,7 @@ class SearchFile(Section):
     @property
     def merged_vocabulary(self) -> Vocabulary:
         """What recipes say of their tokens: missing rows are those of the base, unless another source is named."""
-        if not self.vocabulary.aligns or self.vocabulary.base is not None:
+        if not self.vocabulary.aligns or self.vocabulary.base is not None or self.vocabulary.kind == "transplant":
             return self.vocabulary
         return self.vocabulary.model_copy(update={"base": self.base})
 
