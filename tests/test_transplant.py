@@ -211,9 +211,6 @@ def test_sources_of_one_backbone_merge_over_their_tokenizers(tmp_path: Path) -> 
     sources = {"maths": opened(MINIATURES / "maths", "maths"), "other": opened(model, "other")}
     aligned = align(sources, "maths", Vocabulary(kind="transplant"))
     assert aligned["maths"] is sources["maths"]
-    assert (
-        aligned["other"].tensors["model.embed_tokens.weight"] != sources["other"].tensors["model.embed_tokens.weight"]
-    )
     check_compatible(aligned, same_tokens=False)
     table = aligned["other"].read("model.embed_tokens.weight")
     kept = (table == sources["other"].read("model.embed_tokens.weight")).all(1)

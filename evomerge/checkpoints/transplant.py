@@ -30,8 +30,8 @@ from evomerge.files import read_text
 RowMethod = Literal["omp", "subword", "mean"]
 
 _ATOMS = 64
-"""How many shared tokens a row is made of, where nothing else is said: as many as in the paper, at most a quarter of the
-rows' width. With half of it, small models predicted worse (docs/transplant.md)."""
+"""How many shared tokens a row is made of, where nothing else is said: at most a quarter of the rows' width. With half
+of it, small models predicted worse (docs/transplant.md)."""
 
 _FEWEST = 16
 """Tokens that two vocabularies must share for one to stand for the other."""
