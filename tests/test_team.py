@@ -29,6 +29,22 @@ def test_a_greedy_team_covers_what_it_must(seed: int) -> None:
     assert (1 - np.exp(-1)) * best <= coverage(scores[greedy_team(scores, 3)]).mean() <= best
 
 
+def test_a_compromise_is_exchanged_when_the_others_leave_it_nothing() -> None:
+    """The first solves most, and the two that follow all that it does and more."""
+    scores = np.array([[1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 0], [0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1.0]])
+    assert sorted(greedy_team(scores, 3)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_exchange_of_one_member_covers_more(seed: int) -> None:
+    scores = (np.random.RandomState(seed).random_sample((12, 30)) < 0.25).astype(np.float64)
+    team = greedy_team(scores, 4)
+    covered = scores[team].max(axis=0).mean()
+    for place, other in itertools.product(range(len(team)), range(12)):
+        changed = [*team[:place], other, *team[place + 1 :]]
+        assert scores[changed].max(axis=0).mean() <= covered + 1e-9
+
+
 def test_more_than_half_must_solve_an_item() -> None:
     scores = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0.0]])
     assert agreement(scores).tolist() == [1, 1, 0, 0]

@@ -5,8 +5,8 @@ an item is shared among those who solve it (section 3.2: f_i = sum_j s_ij / z_j,
 that whoever solves what few solve stays. A mate is drawn by what it would add (section 3.3: the sum over items of
 max(s_Bj - s_Aj, 0) / z_j). A child has the one parent's numbers before a random point of the genome and the other's
 after it, both mixed by a random ratio (section 3.1; there of all weights of two models, here of their genomes, whose
-numbers go from the first layer to the last). Half of the items say who stays, and the other half who suits whom, unless
-``cross_fit`` is off (``solved.py``).
+numbers go from the first layer to the last). With ``cross_fit`` half of the items say who stays, and the other half who
+suits whom (``solved.py``); without, which keeps fewer lucky candidates (docs/diversity.md), all say both.
 
 Merges of merges alone never leave what their parents span, and a search begins with few: children get noise as well.
 """
@@ -44,7 +44,7 @@ class M2n2Settings(Settings):
     population: int = 16
     capacity: int = Field(default=16, ge=2, le=10_000)
     iso: float = Field(default=0.03, ge=0, le=1)
-    cross_fit: bool = True
+    cross_fit: bool = False
 
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 from methods import interval, write
 from numpy.typing import NDArray
-from search_cost import EXPERTS, ROOT, TASKS, ZOO, CountingPool
+from search_cost import EXPERTS, ROOT, TASKS, ZOO
 
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.report.team import maximised, search_scores
@@ -38,11 +39,13 @@ from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.estimation.team import agreement, coverage, greedy_team
 from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
+from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.preparing.prepare import Prepared, prepare
+from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.search_file import parse_search_file
 from evomerge.search.work.jobs import Job, Measured
 from evomerge.search.workers.worker import Worker
-from evomerge.store import Store, acquire
+from evomerge.store import CandidateRow, Store, acquire
 
 RUNS = ROOT / "docs" / "diversity_runs.json"
 SEEDS = range(5)
@@ -95,12 +98,14 @@ def run(folder: Path, name: str, seed: int) -> None:
         return
     started = time.process_time()
     prepared = prepare(parse_search_file(content(name, seed), place=name, root=folder.resolve()))
-    place = folder / f"{key}.{int(time.time())}"
-    store = create_search(place, prepared, fingerprints_of(prepared))
+    place = folder / key
+    store = open_store(place) if place.exists() else create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
-        pool = CountingPool(Worker.of("bench", prepared, Evidence()))
-        Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")).run()
-        teams = Searched(store, prepared, pool)
+        worker = Worker.of("bench", prepared, Evidence())
+        pool = InProcessPool(lambda: worker)
+        if store.search().state != "finished":
+            Driver(Drive(prepared.setup, store, pool, Control(store.take_commands), logs=place / "logs")).run()
+        teams = Searched(store, prepared, worker, folder / "held_out")
         result = {"name": name, "seed": seed, "teams": {}, "curve": {}}
         result["curve"] = {str(at): teams.shown(teams.greedy(at)) for at in AT}
         result["teams"][name] = result["curve"][str(CANDIDATES)]
@@ -113,13 +118,16 @@ def run(folder: Path, name: str, seed: int) -> None:
 
 
 class Searched:
-    """A search that has ended: the teams that can be chosen of it, and what they solve of the held-out items."""
+    """A search that has ended: the teams that can be chosen of it, and what they solve of the held-out items.
 
-    def __init__(self, store: Store, prepared: Prepared, pool: CountingPool) -> None:
-        self._store, self._prepared, self._pool = store, prepared, pool
+    Args:
+        known: a folder of what recipes solve, in files named by their hashes: searches have sources in common.
+    """
+
+    def __init__(self, store: Store, prepared: Prepared, worker: Worker, known: Path) -> None:
+        self._store, self._prepared, self._worker, self._known = store, prepared, worker, known
         rows = [row for row in store.candidates() if row.status in ("done", "cached")]
         self._numbers, self._scores = search_scores(store, rows, maximised(store))
-        self._known: dict[int, Scores] = {}
 
     def greedy(self, at: int) -> list[int]:
         """The team of the first so many candidates."""
@@ -144,19 +152,27 @@ class Searched:
 
     def shown(self, team: Sequence[int]) -> list[str]:
         """For each member a text of 0 and 1: whether it solves each held-out item."""
-        return ["".join("1" if value >= 0.5 else "0" for value in self._held_out(number)) for number in team]
+        return [self._held_out(number) for number in team]
 
-    def _held_out(self, number: int) -> Scores:
+    def _held_out(self, number: int) -> str:
+        row = self._store.candidate(number)
+        file = self._known / f"{row.recipe_hash}.txt"
+        if not file.exists():
+            self._known.mkdir(exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text("".join("1" if value >= 0.5 else "0" for value in self._scored(row)))
+            partial.rename(file)
+        return file.read_text()
+
+    def _scored(self, row: CandidateRow) -> Scores:
         """float64 [items]"""
-        if number not in self._known:
-            setup, row = self._prepared.setup, self._store.candidate(number)
-            job = Job(number, 0, recipe_of(row, self._prepared.file.sources), setup.tasks("held_out"))
-            result = self._pool.worker.run(job).result
-            if not isinstance(result, Measured):
-                raise RuntimeError(result)
-            found = {task.evaluator: of_task for task, of_task in zip(job.tasks, result.scores, strict=True)}
-            self._known[number] = np.concatenate([found[o.evaluator][o.metric] for o in setup.objectives])
-        return self._known[number]
+        setup = self._prepared.setup
+        job = Job(row.number, 0, recipe_of(row, self._prepared.file.sources), setup.tasks("held_out"))
+        result = self._worker.run(job).result
+        if not isinstance(result, Measured):
+            raise RuntimeError(result)
+        found = {task.evaluator: of_task for task, of_task in zip(job.tasks, result.scores, strict=True)}
+        return np.concatenate([found[o.evaluator][o.metric].astype(np.float64) for o in setup.objectives])
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
