@@ -16,7 +16,8 @@ from evaluators.item_files import check_template, digest, fill, split_items
 from evaluators.lengths import CountedSettings
 from evaluators.pictures import PictureSettings, check_pictures, content_of
 from evaluators.prompts import Example, Examples, ItemRequests, asked_prompt
-from evomerge.inference.reading import Media, Reader
+from evomerge.inference.media import Media
+from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Generate, Request, Response
 from evomerge.json_lines import Line, read_lines
 

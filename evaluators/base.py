@@ -21,7 +21,8 @@ from evomerge.inference.requests import Engine, LogLikelihood, Request, Response
 
 if TYPE_CHECKING:  # settings are read where no model is, and torch takes seconds to import
     from evomerge.checkpoints.live import LiveModel
-    from evomerge.inference.reading import Media, Prompt, Reader
+    from evomerge.inference.media import Media
+    from evomerge.inference.reading import Prompt, Reader
 
 Kind = TypeVar("Kind")
 

@@ -18,8 +18,8 @@ from evaluators.base import Split
 from evaluators.lm_eval_tasks import explain
 from evaluators.pictures import content_of
 from evomerge.errors import InputError
+from evomerge.inference.media import Media
 from evomerge.inference.pictures import held_media
-from evomerge.inference.reading import Media
 
 if TYPE_CHECKING:
     from evaluators.lm_eval import LmEvalSettings

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from evaluators.prompts import PromptSettings, chat_text, parted
 from evomerge.errors import InputError
 from evomerge.inference.generation import Room, shaping
-from evomerge.inference.reading import Media, Prompt, Reader, encode, encode_pair, encode_plain, first_token
+from evomerge.inference.media import Media
+from evomerge.inference.reading import Prompt, Reader, encode, encode_pair, encode_plain, first_token
 from evomerge.inference.requests import BatchSize, Generate
 from evomerge.inference.stopping import StopAtText
 

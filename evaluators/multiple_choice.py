@@ -21,7 +21,8 @@ from evaluators.item_files import check_template, digest, fill, split_items
 from evaluators.pictures import PictureSettings, check_pictures, content_of
 from evaluators.prompts import Example, Examples, ItemRequests, asked_pair
 from evomerge.errors import InputError
-from evomerge.inference.reading import Media, Reader
+from evomerge.inference.media import Media
+from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Likelihood, Request, Response
 from evomerge.json_lines import Line, read_lines
 

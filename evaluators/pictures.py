@@ -11,8 +11,8 @@ from evaluators.base import Item, Split
 from evaluators.item_files import check_template, fill
 from evaluators.prompts import FewshotSettings
 from evomerge.errors import InputError
+from evomerge.inference.media import IMAGE, Media
 from evomerge.inference.pictures import decoded, file_media
-from evomerge.inference.reading import IMAGE, Media
 from evomerge.json_lines import Line
 
 

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from evaluators.base import EvaluatorSettings, Split
 from evomerge.errors import InputError
-from evomerge.inference.reading import IMAGE, Media, Prompt, Reader
+from evomerge.inference.media import IMAGE, Media
+from evomerge.inference.reading import Prompt, Reader
 
 ENCODING = "tokens 2"
 """Part of an evaluator's version: changes whenever equal texts could become other tokens."""

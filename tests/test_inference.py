@@ -18,7 +18,8 @@ from evaluators.base import Evaluator, EvaluatorSettings, Graded, Item, Outcome,
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.errors import InputError
 from evomerge.inference.answering import listening
-from evomerge.inference.reading import Media, Prompt, Reader
+from evomerge.inference.media import Media
+from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import (
     Batch,
     Generate,

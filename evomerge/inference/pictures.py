@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError
 from evomerge.files import read_bytes
-from evomerge.inference.reading import Media
+from evomerge.inference.media import Media
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from evomerge.errors import InputError
+from evomerge.inference.media import Media
+from evomerge.inference.processing import processed
 
 if TYPE_CHECKING:
     import torch
@@ -22,27 +23,6 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 _PROBES = ("a", "0", "the", ".")
-
-
-IMAGE = "<image>"
-"""Stands in prompts for a picture, whatever the model's own token for one is."""
-
-
-@dataclass(frozen=True)
-class Media:
-    """What an item or a prompt holds beside text.
-
-    Attributes:
-        kind: what kind of thing it is.
-        file: where it lies; None where a data set holds it.
-        sha256: of the file's bytes, or of the pixels where there is no file, in hex; empty where nobody has looked.
-        held: the picture as PIL has it, where there is no file.
-    """
-
-    kind: Literal["image"]
-    file: Path | None
-    sha256: str = ""
-    held: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -174,9 +154,8 @@ class Reader:
     def _encoded(self, text: str, media: tuple[Media, ...], place: str) -> list[int]:
         if not media:
             return encode(self.tokenizer, text)
-        from evomerge.inference.showing import processed
-
-        return processed(self, text, media, place).ids
+        start, _ = special_tokens(self.tokenizer)
+        return processed(self.processor, text, media, start, place).ids
 
     def check_known(self, ids: Sequence[int], place: str) -> None:
         """Refuse tokens that the model has no embedding for."""

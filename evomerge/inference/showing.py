@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
-from evomerge.errors import InputError
 from evomerge.inference.nested import flat, joined, mapped, unflat
-from evomerge.inference.pictures import decoded
-from evomerge.inference.reading import IMAGE, Media, Prompt, Reader, special_tokens
+from evomerge.inference.processing import TYPES, processed
+from evomerge.inference.reading import Prompt, Reader, special_tokens
 from evomerge.inference.tower import fingerprint
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ MOST_BYTES = 1 << 30
 _OUTPUTS = ("pooler_output", "deepstack_features")
 """What forward passes take of a tower's output; hidden states would be far more."""
 
-_TYPES = ("token_type_ids", "mm_token_type_ids")
-_TEXTS = ("input_ids", "attention_mask", *_TYPES)
-
 
 class Kept(Protocol):
     """Where image tokens are kept for all processes of a search: ``evomerge.merging.measured.evidence.Evidence``."""
@@ -44,64 +40,6 @@ class Kept(Protocol):
     ) -> Mapping[str, Tensor]: ...
 
     def recurs(self, kind: str, place: Any, follows_from: tuple[Any, ...]) -> bool: ...
-
-
-# ---- what a processor makes of text and pictures -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Processed:
-    """What a processor makes of a text and its pictures.
-
-    Attributes:
-        ids: the tokens; each picture has as many as the model gives it.
-        types: what kind each token is, for models that ask, by the name of that input.
-        pictures: all other inputs, by name: pixels, sizes, grids.
-    """
-
-    ids: list[int]
-    types: Mapping[str, list[int]]
-    pictures: Mapping[str, Tensor]
-
-
-def processed(reader: Reader, text: str, media: Sequence[Media], place: str) -> Processed:
-    """Text and pictures as the model's own processor has them, with the start tokens that every text has.
-
-    Raises:
-        InputError: the model reads no pictures, ``IMAGE`` does not stand once for each, or one cannot be read.
-    """
-    if reader.processor is None:
-        problem = "shows the model a picture, and this model reads text alone"
-        raise InputError(place, problem, "Take the tokenizer of a source that has a vision tower (`tokenizer:`).")
-    own = placeholder(reader.processor)
-    text = text.replace(IMAGE, own)
-    if text.count(own) != len(media):
-        problem = f"its prompt says {IMAGE} {text.count(own)} times, and has {len(media)} pictures"
-        raise InputError(place, problem, f"Write {IMAGE} once where each picture stands.")
-    images = [decoded(one, place) for one in media]
-    try:
-        made = reader.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
-    except Exception as error:  # a processor is code of a model's authors
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(place, f"the model's processor cannot take its pictures ({said})") from error
-    ids: list[int] = made["input_ids"][0].tolist()
-    types = {name: made[name][0].tolist() for name in _TYPES if name in made}
-    start = _missing_start(reader.tokenizer, ids)
-    pictures = {name: value for name, value in made.items() if name not in _TEXTS}
-    return Processed([*start, *ids], {name: [*[0] * len(start), *kinds] for name, kinds in types.items()}, pictures)
-
-
-def placeholder(processor: Any) -> str:
-    """What stands for a picture in the texts that a processor takes."""
-    token: str = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or IMAGE
-    return token
-
-
-def _missing_start(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """The tokens that every text begins with, where these do not: some processors put them behind the pictures."""
-    start, _ = special_tokens(tokenizer)
-    there = any(list(ids[at : at + len(start)]) == start for at in range(len(ids)))
-    return [] if there else start
 
 
 # ---- what the decoder is given -------------------------------------------------------------------------------------
@@ -190,7 +128,8 @@ class ImageTokens:
         import torch
 
         text = prompt.text if not prompt.scored else prompt.text.rstrip()
-        made = processed(self._reader, text, prompt.media, prompt.place)
+        start, _ = special_tokens(self._reader.tokenizer)
+        made = processed(self._reader.processor, text, prompt.media, start, prompt.place)
         features = self._model.base_model.get_image_features
         wanted = inspect.signature(features).parameters
         inputs = {name: self._placed(value) for name, value in made.pictures.items() if name in wanted}
@@ -286,7 +225,7 @@ def reads_in_order(model: Any) -> bool:
     taken = inspect.signature(model.forward).parameters
     base = model.base_model
     in_a_plane = hasattr(base, "get_rope_index") or hasattr(base, "compute_3d_position_ids")
-    return "mm_encoder_outputs" in taken and not in_a_plane and not any(name in taken for name in _TYPES)
+    return "mm_encoder_outputs" in taken and not in_a_plane and not any(name in taken for name in TYPES)
 
 
 def _padded(kinds: Tensor | None, width: int, right: bool) -> Tensor:

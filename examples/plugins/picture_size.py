@@ -24,7 +24,8 @@ from evaluators.item_files import digest, fill, split_items
 from evaluators.prompts import ItemRequests, PromptSettings, asked_pair
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
-from evomerge.inference.reading import Media, Reader
+from evomerge.inference.media import Media
+from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Likelihood, Request, Response
 from evomerge.json_lines import Line, read_lines
 
