@@ -64,9 +64,8 @@ def decoded(media: Media, place: str) -> Image:
     image = _opened(content, media.file, place)
     try:
         return _in_rgb(image)
-    except Exception as error:  # whatever a decoder does on bytes that are not its own
-        problem = f"the picture {media.file} is cut or damaged ({_said(error)})"
-        raise InputError(place, problem, "Copy it again, or leave the item out.") from error
+    except Exception as error:
+        raise _damaged(media.file, place, error) from error
 
 
 def thumbnail(media: Media, place: str) -> bytes:
@@ -77,8 +76,12 @@ def thumbnail(media: Media, place: str) -> bytes:
     Raises:
         InputError: as ``decoded``.
     """
-    image = decoded(media, place)
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    from PIL import Image
+
+    shown = decoded(media, place)
+    shown.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    image = Image.new("RGB", shown.size)  # a comment, say, would be saved again with what was read
+    image.paste(shown)
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.save(png, "PNG", optimize=True)
     if png.tell() <= _SMALL_BYTES:
@@ -103,15 +106,21 @@ def _opened(content: bytes, file: Path, place: str) -> Image:
 
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        fault = _fault(image)
     except UnidentifiedImageError:
         known = ", ".join(_FORMATS)
         raise InputError(place, f"{file} is no picture that can be read", f"Save it as one of {known}.") from None
-    except Exception as error:  # a bomb by PIL's own bound, or a header that leads nowhere
-        raise InputError(place, f"the picture {file} cannot be read ({_said(error)})", "Save it again.") from error
-    if (fault := _fault(image)) is not None:
-        problem, hint = fault
-        raise InputError(place, f"the picture {file} {problem}", hint)
+    except Exception as error:
+        raise _damaged(file, place, error) from error
+    if fault is not None:
+        raise InputError(place, f"the picture {file} {fault[0]}", fault[1])
     return image
+
+
+def _damaged(file: Path, place: str, error: Exception) -> InputError:
+    """What a decoder did on bytes that are not its own: there is no telling what they raise."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return InputError(place, f"the picture {file} is cut or damaged ({said})", "Copy it again, or leave the item out.")
 
 
 def _fault(image: Image) -> tuple[str, str] | None:
@@ -142,7 +151,3 @@ def _in_rgb(image: Image) -> Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
