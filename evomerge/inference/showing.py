@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from evomerge.checkpoints.live import LiveModel
 
+_TEXT_KIND = {"paligemma": 1}
+"""Of tokens that see only those before them, where it is not 0: there 0 is a prompt that sees itself whole."""
+
 MOST_BYTES = 1 << 30
 """Of image tokens that a process keeps in memory."""
 
@@ -208,9 +211,9 @@ class ShownRows:
         for name, value in outputs.items():
             setattr(out, name, mapped(value, lambda tensor: tensor.to(model.device, model.dtype)))
         beside = {name: torch.cat([one.beside[name] for _, one in shown]) for name in shown[0][1].beside}
-        own = dict(shown)
+        own, text = dict(shown), _TEXT_KIND.get(model.config.model_type, 0)
         types = {
-            name: torch.stack([_padded(own[n].types[name] if n in own else None, width, right) for n in numbers])
+            name: torch.stack([_padded(own[n].types[name] if n in own else None, text, width, right) for n in numbers])
             for name in shown[0][1].types
         }
         sent = {name: value.to(model.device) for name, value in {**beside, **types}.items()}
@@ -228,12 +231,12 @@ def reads_in_order(model: Any) -> bool:
     return "mm_encoder_outputs" in taken and not in_a_plane and not any(name in taken for name in TYPES)
 
 
-def _padded(kinds: Tensor | None, width: int, right: bool) -> Tensor:
-    """int64 [width]; plain text is of kind 0, as padding is."""
+def _padded(kinds: Tensor | None, text: int, width: int, right: bool) -> Tensor:
+    """int64 [width]: the kinds of a prompt's tokens among others of kind ``text``, as those of an answer are."""
     import torch
 
-    row = torch.zeros(width, dtype=torch.int64)
+    row = torch.full((width,), text)
     if kinds is not None:
-        row[: len(kinds)] = kinds
-        row = row if right else row.roll(width - len(kinds))
+        place = slice(0, len(kinds)) if right else slice(width - len(kinds), width)
+        row[place] = kinds
     return row
