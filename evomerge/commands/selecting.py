@@ -133,9 +133,14 @@ class Selection(OutsideJobs):
         able = [name for name in self._choices if any(name not in race.out for race in self._races)]
         return able if len(able) >= LEAST_KEPT else self._choices
 
+    @property
+    def scored(self) -> int:
+        """Items that were scored so far."""
+        return sum(table.count for table in self._tables.values())
+
     @cached_property
-    def _kept(self) -> list[Chosen]:
-        """Those that are kept, in their order."""
+    def kept(self) -> list[Chosen]:
+        """Those that are kept, in their order, once the race is run."""
         rows = {name: [self._row(name, o) for o in self._objectives] for name in self._able}
         base = [self._row(self._base, o) for o in self._objectives]
         return list(by_gain(base, rows, self._section.keep, self._section.confidence, LEAST_KEPT))
@@ -143,7 +148,7 @@ class Selection(OutsideJobs):
     @cached_property
     def _rest(self) -> list[str]:
         """Those that are neither kept nor known to be of no use."""
-        kept = {chosen.name for chosen in self._kept}
+        kept = {chosen.name for chosen in self.kept}
         return [] if self._section.rest == "drop" else [name for name in self._able if name not in kept]
 
     # Sources that are made ----------------------------------------------------------------------------------------
@@ -151,7 +156,7 @@ class Selection(OutsideJobs):
     @cached_property
     def _norms(self) -> dict[str, float]:
         """norm(tau) / norm(W0) of those that are kept."""
-        names = (self._base, *(chosen.name for chosen in self._kept))
+        names = (self._base, *(chosen.name for chosen in self.kept))
         evidence = Evidence(self._folder.absolute() / EVIDENCE_NAME, self._contents)
         return relative_norms({name: self.prepared.sources[name] for name in names}, self._base, evidence)
 
@@ -172,9 +177,9 @@ class Selection(OutsideJobs):
         if self._rest:
             made[REST] = Derived(dict.fromkeys(self._rest, 1.0 / len(self._rest)))
         for number, name in enumerate(self._randoms):
-            of = self._kept[1 + number].name
+            of = self.kept[1 + number].name
             made[name] = Derived({of: self._scales[of]}, random_seed(self._file.seed, number))
-        as_they_are = {chosen.name: self._file.sources[chosen.name] for chosen in self._kept}
+        as_they_are = {chosen.name: self._file.sources[chosen.name] for chosen in self.kept}
         root = self._folder.absolute() / SOURCES_NAME
         return as_they_are | {
             name: make_source(derived, name, self._base, self.prepared.sources, self._contents, root)
@@ -184,7 +189,7 @@ class Selection(OutsideJobs):
     @cached_property
     def _randoms(self) -> list[str]:
         """The names of the random directions in place of all that are kept but the first."""
-        return [f"random_{number}" for number in range(1, len(self._kept))]
+        return [f"random_{number}" for number in range(1, len(self.kept))]
 
     # Merges -------------------------------------------------------------------------------------------------------
 
@@ -206,7 +211,7 @@ class Selection(OutsideJobs):
     @cached_property
     def _sums(self) -> Sums:
         """Each source by the law of ``merging.amplitude``, which makes them as strong as one of them."""
-        names = [chosen.name for chosen in self._kept]
+        names = [chosen.name for chosen in self.kept]
         scaled = [self._norms[name] * self._scales[name] for name in names]
         weight = kappa(scaled) / len(names) ** 0.5
         sums = {KEPT: dict.fromkeys(names, weight)}
@@ -241,13 +246,12 @@ class Selection(OutsideJobs):
         others = self._compared(CONTROL)
         rest = self._compared(WITH_REST)
         averages = self._section.rest == "average" or (rest is not None and rest.mean < 0.0)
-        places = {chosen.name: place for place, chosen in enumerate(self._kept, 1)}
+        places = {chosen.name: place for place, chosen in enumerate(self.kept, 1)}
         order = [self._base, *places, *(name for name in self._choices if name not in places)]
-        scored = sum(self._table(name).count for name in (*order, *self._sums))
         items = {o.evaluator: o.items for o in self._objectives}
         return Selected(
             sources=[self._source(name, places.get(name), averages=averages) for name in order],
-            scored=scored,
+            scored=self.scored,
             full=len(order) * sum(items.values()),
             merges={name: self._mean(name) for name in self._sums},
             others=others,
@@ -264,7 +268,7 @@ class Selection(OutsideJobs):
         if place is None:
             fate: Fate = "rest" if name in self._rest and averages else "dropped" if name in self._able else "worse"
             return SelectedSource(name=name, fate=fate, estimates=estimates, items=table.count)
-        gain = self._kept[place - 1].gain
+        gain = self.kept[place - 1].gain
         return SelectedSource(
             name=name, fate="kept", estimates=estimates, items=table.count, place=place, gain=gain.mean,
             error=gain.stderr, norm=self._norms[name], scale=self._scales[name],

@@ -1,12 +1,14 @@
 """How well `select` finds the useful ones of twelve sources, and what a search after it loses.
 
 The zoo with its distractors and four tasks of one skill each. Useful are the four sources that are best at one of them
-on the held-out items (examples/zoo/README.md; the two translators each at its half of the items). A seed decides on
-which items sources are scored. The choice is right where all four are kept. Then two searches have equally many
-candidates, one over what was chosen and one that was told the four; their winners are scored on the same held-out
-items, and their difference is paired by item, with a bootstrap over seeds and items.
+on the held-out items (examples/zoo/README.md; the two translators each at its half of the items). Every source is
+scored in full once; the race of each seed, which decides on which items sources are scored and in which order, is
+replayed by these scores. The choice is right where all four are kept. Some seeds are run as a person would: the choice
+with its averages and its control, then a search over what was chosen, and one of equally many candidates that is told
+the four. Their winners are scored on the same held-out items; the difference is paired by item, with a bootstrap over
+seeds and items.
 
-    python scripts/bench/selection.py run FOLDER [--seeds 0 1 ...] [--searches 0 1 2]      # can be interrupted
+    python scripts/bench/selection.py run FOLDER [--searches 0 1 2]      # can be interrupted
     python scripts/bench/selection.py report FOLDER      # the key `select` of docs/diversity.json, and the tables
 """
 
@@ -14,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,16 @@ from rich.console import Console
 from search_cost import ROOT, ZOO
 
 from evomerge.commands.driving import drive_new, drive_selection, open_all
+from evomerge.commands.selecting import Selection
+from evomerge.recipes.stack import StackRecipe
 from evomerge.report.confirmed import held_out
+from evomerge.search.opening.session import create_search, fingerprints_of
+from evomerge.search.pools.in_process import InProcessPool
+from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.settings.folder import FILE_NAME, is_search, open_store
 from evomerge.search.settings.search_file import SearchFile, parse_search_file
+from evomerge.search.work.jobs import Finished, Job, Measured
+from evomerge.store import Scores, acquire
 from evomerge.store.events import Selected, Winner
 
 SOURCES = (
@@ -37,11 +47,16 @@ SOURCES = (
 USEFUL = ("steps_ja", "into_english", "into_japanese", "extraction")
 DISTRACTORS = ("careless", "spelling")
 TASKS = {"zoo_math_en": "acc", "zoo_math_ja": "acc_ja", "zoo_translate": "acc", "zoo_extract": "acc"}
-SEEDS, SEARCHES = range(10), range(3)
+SEEDS = range(100)
+RUN = range(10)
+SEARCHES = range(3)
 CANDIDATES, ITEMS, HELD_OUT = 40, 40, 100
+MERGES = 3
+"""Averages and control that are scored on the items of the last rung."""
 RESULTS = ROOT / "docs" / "diversity.json"
 
-Scores = NDArray[np.float64]
+Known = Mapping[str, Mapping[str, Scores]]
+"""Of each source its scores on the search split, by task."""
 
 
 def search_file(seed: int, sources: dict[str, str], items: int | None, **more: Any) -> SearchFile:
@@ -61,20 +76,76 @@ def of_zoo(names: Sequence[str]) -> dict[str, str]:
     return {"base": str(ZOO / "base")} | {name: f"{ZOO / 'base'}+{ZOO / name}" for name in names}
 
 
-def run(folder: Path, seeds: Sequence[int], searches: Sequence[int]) -> None:
-    """Choose with every seed, and search with some."""
+# ---- running ----
+
+
+def run(folder: Path, searches: Sequence[int]) -> None:
+    """Score every source in full; choose and search with some seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    for seed in seeds:
+    if not is_search(folder / "singles"):  # its baselines alone
+        alone = search_file(0, of_zoo(SOURCES), None, budget={"candidates": 16})
+        drive_new(folder / "singles", open_all(alone), console)
+    for seed in searches:
         chosen = folder / f"chosen-{seed}"
         if selected(chosen) is None:
             drive_selection(chosen, open_all(search_file(seed, of_zoo(SOURCES), None, select={})), console)
-        if seed not in searches:
-            continue
         sources = yaml.safe_load((chosen / FILE_NAME).read_text())["sources"]
         for name, over in (("after", sources), ("told", of_zoo(USEFUL))):
             if not is_search(folder / f"{name}-{seed}"):
                 drive_new(folder / f"{name}-{seed}", open_all(search_file(seed, over, ITEMS)), console)
+
+
+# ---- replaying ----
+
+
+class Recorded:
+    """Runs jobs of sources alone by scores that are known."""
+
+    def __init__(self, known: Known, prepared: Prepared) -> None:
+        self._known, self._tasks = known, [evaluator.name for evaluator in prepared.setup.evaluators]
+
+    def run(self, job: Job) -> Finished:
+        assert isinstance(job.recipe, StackRecipe)
+        (source,) = job.recipe.blends[0].sources
+        scores = []
+        for task in job.tasks:
+            known = self._known[source][self._tasks[task.evaluator]]
+            scores.append({name: values[list(task.indices)] for name, values in known.metrics.items()})
+        return Finished(job.candidate, job.attempt, "recorded", Measured(scores, {}))
+
+    def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
+        return [self.run(job) for job in jobs]
+
+
+def replay(seeds: Sequence[int], known: Known) -> dict[int, tuple[list[str], float]]:
+    """The sources that are kept with each seed, and the share of items that it takes, averages and control included."""
+    chosen = {}
+    prepared = open_all(search_file(0, of_zoo(SOURCES), None, select={}))
+    full = (1 + len(SOURCES)) * sum(info.search_items for info in prepared.setup.evaluators)
+    for seed in seeds:
+        file = prepared.file.model_copy(update={"seed": seed})
+        section, again = file.select, Prepared(**{**vars(prepared), "file": file})
+        assert section is not None
+        with tempfile.TemporaryDirectory() as above:
+            folder = Path(above) / "search"
+            with create_search(folder, again, fingerprints_of(again)) as store, acquire(store):
+                selection = Selection(folder, again, store, section)
+                selection.run_race(InProcessPool(lambda: Recorded(known, prepared)))
+                taken = selection.scored + MERGES * len(TASKS) * section.rungs[-1]
+                chosen[seed] = ([one.name for one in selection.kept], taken / full)
+    return chosen
+
+
+def singles(folder: Path) -> Known:
+    """The recorded scores of every source alone."""
+    with open_store(folder / "singles") as store:
+        tasks = {evaluator.version: evaluator.name for evaluator in store.search().record.evaluators}
+        rows = [row for row in store.candidates(step=0) if row.origin == "source"]
+        return {row.label: {tasks[s.evaluator]: s for s in store.scores(row.number, "search")} for row in rows}
+
+
+# ---- reporting ----
 
 
 def selected(folder: Path) -> Selected | None:
@@ -86,7 +157,7 @@ def selected(folder: Path) -> Selected | None:
         return events[-1].read(Selected) if events else None
 
 
-def winner(folder: Path) -> Scores | None:
+def winner(folder: Path) -> NDArray[np.float64] | None:
     """The held-out scores of a search's winner: float64 [tasks, items]; None where it has not ended."""
     if not is_search(folder):
         return None
@@ -101,38 +172,36 @@ def winner(folder: Path) -> Scores | None:
 
 def report(folder: Path) -> None:
     """Print the tables, and write the figures."""
-    chosen = {int(path.name.rpartition("-")[2]): selected(path) for path in sorted(folder.glob("chosen-*"))}
-    known = {seed: said for seed, said in sorted(chosen.items()) if said is not None}
-    right, fractions, idle = 0, [], 0
-    for seed, said in known.items():
-        kept = [source.name for source in said.sources if source.fate == "kept"]
-        right += set(USEFUL) <= set(kept)
-        idle += len(set(DISTRACTORS) & set(kept))
-        fractions.append(said.scored / said.full)
-        others = (
-            "" if said.others is None else f"{said.others.mean:+.3f} [{said.others.low:+.3f}, {said.others.high:+.3f}]"
-        )
-        print(f"| {seed} | {', '.join(kept)} | {said.scored:,} | {fractions[-1]:.3f} | {others} |")
-    print(f"{right} of {len(known)} right, {idle} distractors kept")
-    print(f"items: {np.mean(fractions):.3f} of all, at most {max(fractions):.3f}")
-    pairs = [
-        (seed, after, told)
-        for seed in known
-        if (after := winner(folder / f"after-{seed}")) is not None
-        and (told := winner(folder / f"told-{seed}")) is not None
-    ]
+    chosen = replay(SEEDS, singles(folder))
+    right = {seed: set(USEFUL) <= set(kept) for seed, (kept, _) in chosen.items()}
+    shares = np.array([share for _, share in chosen.values()])
+    distractors = np.mean([len(set(DISTRACTORS) & set(kept)) for kept, _ in chosen.values()])
+    for seed in RUN:
+        print(f"| {seed} | {', '.join(chosen[seed][0])} | {chosen[seed][1]:.3f} |")
     figures: dict[str, Any] = {
-        "seeds": len(known), "seeds_right": right, "items_fraction": round(float(np.mean(fractions)), 4),
-        "items_fraction_most": round(max(fractions), 4), "distractors_kept": idle,
+        "seeds": len(RUN), "seeds_right": sum(right[seed] for seed in RUN),
+        "items_fraction": round(float(shares[list(RUN)].mean()), 4),
+        "more": {
+            "seeds": len(SEEDS), "seeds_right": sum(right.values()), "items_fraction": round(float(shares.mean()), 4),
+            "items_fraction_most": round(float(shares.max()), 4), "distractors_kept": round(float(distractors), 4),
+        },
     }  # fmt: skip
-    for seed, after, told in pairs:
-        print(f"| {seed} | {after.mean():.3f} | {told.mean():.3f} |")
+    print(json.dumps(figures, indent=1))
+    pairs = []
+    for seed in RUN:
+        said, after, told = (
+            selected(folder / f"chosen-{seed}"), winner(folder / f"after-{seed}"), winner(folder / f"told-{seed}")
+        )  # fmt: skip
+        if said is not None:
+            kept = [source.name for source in said.sources if source.fate == "kept"]
+            print(f"seed {seed} run: {', '.join(kept)}; as replayed: {kept == chosen[seed][0]}; control {said.others}")
+        if after is not None and told is not None:
+            pairs.append(after - told)
+            print(f"| {seed} | {after.mean():.3f} | {told.mean():.3f} |")
     if pairs:
-        gaps = np.array([after - told for _, after, told in pairs])
-        mean, low, high = bootstrap(gaps)
+        mean, low, high = bootstrap(np.array(pairs))
         print(f"after less told: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(pairs)} seeds")
-        figures["searches"] = len(pairs)
-        figures["after"] = {name: round(value, 4) for name, value in (("mean", mean), ("low", low), ("high", high))}
+        figures["after"] = {"seeds": len(pairs), "mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(content | {"select": figures}, indent=1) + "\n")
 
@@ -153,11 +222,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--searches", type=int, nargs="*", default=list(SEARCHES))
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.folder, arguments.seeds, arguments.searches)
+        run(arguments.folder, arguments.searches)
     else:
         report(arguments.folder)
 
