@@ -130,10 +130,12 @@ def test_a_random_direction_is_as_long_and_elsewhere(
 # --- a search
 
 
+NAMES = {"base": "base", "maths": "maths", "japanese": "japanese", "idle": "base", "maths_too": "maths"}
+
+
 def select_file(folder: Path, **changes: object) -> Path:
     """Two of four sources; one is the base again, and adds nothing."""
-    names = {"base": "base", "maths": "maths", "japanese": "japanese", "idle": "base", "maths_too": "maths"}
-    sources = {name: str(MINIATURES / of) for name, of in names.items()}
+    sources = {name: str(MINIATURES / of) for name, of in NAMES.items()}
     content: dict[str, object] = {"sources": sources, "select": {"keep": 2, "rungs": [3, 4]}, "confirm": {"top": 1}}
     return short_search_file(folder, **content | changes)
 
@@ -200,10 +202,13 @@ def test_a_killed_selection_goes_on_and_ends_the_same(writes: int, searched: Pat
         ({"select": {"keep": 1}}, "keep: .*2"),
         ({"select": {"rungs": [4, 3]}}, "each be larger"),
         ({"select": {"rest": "sum"}}, "rest"),
+        ({"sources": {n: str(MINIATURES / "base") for n in ("base", "rest", "b", "c")}}, "sources.rest: is what"),
+        ({"calibration": {"sources": dict.fromkeys(NAMES, "x")}}, "select.rest: would enter as a source without"),
         ({"artifacts": "file:///tmp/copies"}, "select: makes sources in the search's folder"),
     ],
 )
 def test_refuses_what_cannot_be_chosen(changes: dict[str, object], words: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("a text of more than twenty characters\n" * 40)
     path = select_file(tmp_path)
     content = yaml.safe_load(path.read_text()) | changes
     path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))

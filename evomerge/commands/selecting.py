@@ -32,7 +32,7 @@ from evomerge.search.preparing.prepare import Prepared, with_sources
 from evomerge.search.preparing.setup import Counts, ObjectiveInfo
 from evomerge.search.settings.folder import EVIDENCE_NAME, SOURCES_NAME, write_settings
 from evomerge.search.settings.sections import Budget, Select
-from evomerge.search.settings.selecting import REST, choices, searched
+from evomerge.search.settings.selecting import REST, choices, random_name, searched
 from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import Estimate, Scores, Store
 from evomerge.store.events import Compared, Fate, ScoredItems, Selected, SelectedSource, SelectScored
@@ -189,7 +189,7 @@ class Selection(OutsideJobs):
     @cached_property
     def _randoms(self) -> list[str]:
         """The names of the random directions in place of all that are kept but the first."""
-        return [f"random_{number}" for number in range(1, len(self.kept))]
+        return [random_name(number) for number in range(1, len(self.kept))]
 
     # Merges -------------------------------------------------------------------------------------------------------
 

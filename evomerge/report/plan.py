@@ -36,6 +36,7 @@ from evomerge.search.preparing.mixtures import mixture_bytes
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Workers
+from evomerge.search.settings.selecting import choices
 
 LEAST_GAIN = 2
 """A race whose first rung is more than one part in so many of all items cannot spare much."""
@@ -81,6 +82,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for warning in warnings_across(prepared.sources, file.tokenizer_source):
         yield "warning", warning
     yield from _rounding(prepared)
+    yield from _select(prepared)
     space = file.space.model_dump(exclude_defaults=True, mode="json") | {"kind": file.space.kind}
     if not isinstance(method := space.get("method", ""), str):
         space["method"] = " or ".join(method)
@@ -117,6 +119,17 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store{_evidence(prepared)}"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
+
+
+def _select(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """Which of many sources will be searched, and what that takes at most."""
+    if (section := prepared.file.select) is None:
+        return
+    names, maximised = choices(prepared.file), [o for o in prepared.setup.objectives if o.maximise]
+    most = (len(names) + 1) * len({o.evaluator for o in maximised}) * section.rungs[-1]
+    rest = {"measured": "as one where that is better", "average": "as one", "drop": "not at all"}[section.rest]
+    taken = f"by up to {section.rungs[-1]} items of each, {most:,} in all; below, as if the first were chosen"
+    yield "select", f"at most {section.keep} of {len(names)} sources, the others {rest}; {taken}"
 
 
 def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:

@@ -93,17 +93,15 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     Raises:
         InputError: naming the key of the search file, or the file of a source, and the hint.
     """
+    asked, file = file, stand_in(file)  # what is checked is what will be searched
     _check_engine(file)
     if file.pool == "ray":
         runtime_env_of(file.cluster)
-    sources = open_sources(file)
+    sources = open_sources(asked)
     model = sources[file.tokenizer_source]
     check_layout(file, model.config, model.layers)
     untouched = Untouched(sources.values())
-    space, asked = space_of(file, sources), file
-    if file.select is not None:
-        check_selectable(file, space)
-        file = stand_in(file)
+    space = space_of(file, sources)
     check_mixtures(file, space, sources)
     if file.engine == "vllm" and file.space.moves_layers:
         from evomerge.inference.vllm_engine import check_paths
@@ -141,9 +139,9 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         attempts=file.attempts,
     )
     file.optimizer.check(space.parameters, len(setup.objectives), "optimizer", setup.axes)
-    if asked.select is not None and not any(objective.maximise for objective in setup.objectives):
-        raise InputError(SELECT, "goes by the items that sources solve, and no objective is maximised", "Leave it out.")
     _check_niches(file, setup)
+    if asked.select is not None:
+        _check_selectable(setup)
     calibration = None if file.calibration is None else file.calibration.texts
     return Prepared(asked, setup, sources, evaluators, untouched, calibration, warnings)
 
@@ -155,10 +153,7 @@ def with_sources(prepared: Prepared, file: SearchFile) -> Prepared:
         InputError: they cannot be merged, or a setting does not fit them.
     """
     sources = open_sources(file)
-    space = build_space(file, sources)
-    _check_together(file, space, sources, prepared.evaluators)
-    file.optimizer.check(space.parameters, len(file.objectives), "optimizer", prepared.setup.axes)
-    setup, calibration = replace(prepared.setup, space=space), file.calibration
+    setup, calibration = replace(prepared.setup, space=build_space(file, sources)), file.calibration
     return replace(
         prepared, file=file, setup=setup, sources=sources, untouched=Untouched(sources.values()),
         calibration=None if calibration is None else calibration.texts,
@@ -175,9 +170,11 @@ def _those_of(file: SearchFile, sources: Mapping[str, Source]) -> dict[str, Sour
     return {name: sources[name] for name in file.sources}
 
 
-def check_selectable(file: SearchFile, space: SearchSpace) -> None:
+def _check_selectable(setup: Setup) -> None:
     """Refuse to choose for a space whose sources have no average, or by objectives that count no solved items."""
-    if others := sorted({mark.recipe.kind for mark in space.baselines()} - {STACK}):
+    if not any(objective.maximise for objective in setup.objectives):
+        raise InputError(SELECT, "goes by the items that sources solve, and no objective is maximised", "Leave it out.")
+    if others := sorted({mark.recipe.kind for mark in setup.space.baselines()} - {STACK}):
         problem = f"averages the sources that it does not keep, and models of the kind {others[0]} have no average"
         raise InputError(SELECT, problem, "Leave it out, or search over weights: `kind: parameter_space`.")
 

@@ -223,6 +223,10 @@ def rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
     return rungs
 
 
+MOST_KEPT = 8
+"""Sources that are searched after a choice: published gains end at five to eight (arXiv 2509.24244)."""
+
+
 class Select(Section):
     """Chooses among many sources before anything is searched; the base, and what gives the tokenizer, always stay.
 
@@ -233,7 +237,7 @@ class Select(Section):
     kept. A change that is longer than ``norm_ratio`` times the median of the kept ones is scaled down to that.
     """
 
-    keep: int = Field(default=6, ge=2, le=8)
+    keep: int = Field(default=6, ge=2, le=MOST_KEPT)
     rungs: tuple[Annotated[int, Field(ge=2, le=10**8)], ...] = Field(default=(10, 20, 30), min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     rest: Literal["measured", "average", "drop"] = "measured"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.errors import InputError
+from evomerge.search.settings.sections import MOST_KEPT
 
 if TYPE_CHECKING:
     from evomerge.search.settings.search_file import SearchFile
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 PLACE = "select"
 REST = "rest"
 """The source that is the average of all that were not kept."""
+
+
+def random_name(number: int) -> str:
+    """What a random direction is called that stands in the place of a source, from 1."""
+    return f"random_{number}"
+
+
+RESERVED = frozenset({REST, *map(random_name, range(1, MOST_KEPT))})
 
 
 def always_kept(file: SearchFile) -> list[str]:
@@ -42,9 +51,12 @@ def check_select(file: SearchFile) -> None:
         problem = f"is {file.select.keep}, and there are {len(names)} sources to choose from ({', '.join(names)})"
         hint = "Leave `select` out: a search takes them all." if len(names) <= 8 else "Lower it."
         raise InputError(f"{PLACE}.keep", problem, hint)
-    if REST in file.sources and file.select.rest != "drop":
-        problem = f"a source is called {REST}, as is the average of those that are not kept"
-        raise InputError(f"sources.{REST}", problem, "Give it another name, or say `rest: drop` in `select`.")
+    if taken := sorted(file.sources.keys() & RESERVED):
+        problem = "is what `select` calls a source that it makes"
+        raise InputError(f"sources.{taken[0]}", problem, "Give it another name.")
+    if file.select.rest != "drop" and file.calibration is not None and file.calibration.file is None:
+        problem = "would enter as a source without calibration texts: each has its own"
+        raise InputError(f"{PLACE}.rest", problem, "Give some for all (`calibration.file`), or say `rest: drop`.")
     if file.artifacts is not None:
         problem = "makes sources in the search's folder, which a copy of it elsewhere would look for in vain"
         raise InputError(PLACE, problem, "Choose first (`evomerge select FILE`), and search over what it names.")
@@ -70,5 +82,5 @@ def stand_in(file: SearchFile) -> SearchFile:
     """The file as it may be once sources are chosen: what is checked and planned before anybody knows which."""
     if file.select is None:
         return file
-    names = choices(file)
-    return searched(file, {name: file.sources[name] for name in names[: file.select.keep]})
+    most = file.select.keep + (file.select.rest != "drop")
+    return searched(file, {name: file.sources[name] for name in choices(file)[:most]})
