@@ -347,6 +347,10 @@ def merge(
         Path | None,
         typer.Option(metavar="SEARCH.yaml", help="A search file, to whose `fit` items a recipe is fitted."),
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="Of tables of tensors: which are merged, `same` (all have them), `union` or `intersection`."),
+    ] = None,
     keep_stages: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Of a recipe in stages: write each of them here, in float32.")
     ] = None,
@@ -354,7 +358,7 @@ def merge(
     """Make one merged model from a recipe, without a search."""
     from evomerge.commands.merge import calibration_of, merge
 
-    merge(recipe, out, calibration_of(calibration, prompts, tokens), fit, keep_stages)
+    merge(recipe, out, calibration_of(calibration, prompts, tokens), fit, keep_stages, keys)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,7 +20,7 @@ class TensorFile:
     """Writes tensors to a file. Memory holds none of them: the header, which comes first, is added at the end.
 
     ``with TensorFile(path) as file:`` then ``file.add(name, tensor)``; the file is there when the block is left. Those
-    in float32 must come first, so that all are aligned.
+    in wide dtypes must come first, so that all are aligned.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,16 +40,21 @@ class TensorFile:
             KeyError: there is one of that name.
             OSError: such as of a full disk.
         """
+        flat = tensor.detach().contiguous().reshape(-1)
+        self.add_bytes(name, flat.view(torch.uint8), _NAMES[tensor.dtype], tensor.shape)
+
+    def add_bytes(self, name: str, raw: torch.Tensor, dtype: str, shape: Sequence[int]) -> None:
+        """Write a tensor of any dtype of the format, as it lies in another file.
+
+        Args:
+            raw: its bytes, uint8.
+            dtype: as the format calls it.
+        """
         if name in self._entries:
             raise KeyError(name)
-        flat = tensor.detach().contiguous().reshape(-1)
-        self._stream.write(flat.view(torch.uint8).numpy().data)
-        end = self._end + flat.nbytes
-        self._entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._end, end],
-        }
+        self._stream.write(raw.numpy().data)
+        end = self._end + raw.nbytes
+        self._entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._end, end]}
         self._end = end
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from evomerge.checkpoints.target import check_target, existing_parent
 from evomerge.errors import InputError
@@ -28,7 +31,10 @@ def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
     check_target(out, sources)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this one's number
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            number = stale.name.rpartition("-")[2]
+            if number.isdecimal() and not (psutil.pid_exists(int(number)) and int(number) != os.getpid()):
+                shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):

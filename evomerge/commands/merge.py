@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from evomerge.blends import check_whole
 from evomerge.calibration import Calibration, calibration_from, check_all_have_texts
@@ -23,13 +23,15 @@ from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
-from evomerge.files import is_model_here, split_expert, with_expert
+from evomerge.files import is_model_here, read_text, split_expert, with_expert
 from evomerge.mergekit import load_recipe_file
 from evomerge.objects import is_url
+from evomerge.plugins import unknown_name
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.recipes.staged import Stage, StagedRecipe
 from evomerge.vocabulary import Vocabulary
+from evomerge.yaml import dump_yaml, load_documents
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
@@ -62,7 +64,12 @@ def calibration_of(given: Sequence[str], prompts: int, tokens: int) -> Calibrati
 
 
 def merge(
-    path: Path, out: str | Path, texts: Calibration | None = None, fit: Path | None = None, keep: Path | None = None
+    path: Path,
+    out: str | Path,
+    texts: Calibration | None = None,
+    fit: Path | None = None,
+    keep: Path | None = None,
+    keys: str | None = None,
 ) -> None:
     """Make one merged model from a recipe file, as a folder or, by its URL, in object storage.
 
@@ -70,11 +77,17 @@ def merge(
         texts: of calibration, for a recipe that needs any.
         fit: a search file, for a recipe of which something is fitted to the items of its ``fit`` section.
         keep: where the stages of a file of several merges are kept as folders.
+        keys: what becomes of tensors that not all have, where tables of tensors are merged.
     """
     split = None if fit is None else _fit_split(fit)
     if not is_url(str(out)):
         check_target(Path(out))
     root = path.resolve().parent
+    if (tables := _tables(path, root)) is not None:
+        merge_tables(tables, path, root, out, keys)
+        return
+    if keys is not None:
+        raise InputError("--keys", "is for tables of tensors, and these are language models", "Leave it out.")
     opened: dict[str, Source] = {}
 
     def look(reference: str) -> Mapping[str, Role]:
@@ -129,6 +142,37 @@ def merge(
         console.print(counted)
     console.print(f"merged into {out}", style="bold")
     say(console, out)
+
+
+def _tables(path: Path, root: Path) -> dict[str, Any] | None:
+    """The configuration of a file whose models are tables of tensors; None where they are not."""
+    from evomerge.raw.table import is_table
+
+    documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
+    content = documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}
+    models = content.get("models")
+    first = models[0].get("model") if isinstance(models, list) and models and isinstance(models[0], dict) else None
+    return content if isinstance(first, str) and is_table(first, root) else None
+
+
+def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | Path, keys: str | None) -> None:
+    """Merge tables of tensors, as mergekit-pytorch's configuration says."""
+    from evomerge.raw.merging import Keys, read_table_merge, summary, write_table_merge
+    from evomerge.report.screen import make_console
+
+    known = get_args(Keys)
+    if keys is not None and keys not in known:
+        raise unknown_name(keys, known, "--keys", "rule for tensors that not all have")
+    if is_url(str(out)):
+        raise InputError("OUT", "is a URL, and tables of tensors are written into a folder")
+    rule = cast(Keys, keys or known[0])
+    made = read_table_merge(config, root, rule, str(path))
+    console = make_console()
+    for line in summary(made):
+        console.print(line, soft_wrap=True)
+    with progress_bar(console, "writing tensors") as update:
+        write_table_merge(made, Path(out), rule, texts={"recipe.yaml": dump_yaml(dict(config))}, progress=update)
+    console.print(f"merged into {out}", style="bold")
 
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:

@@ -1,0 +1,243 @@
+"""Merging tables of tensors: every method that works tensor by tensor, on all tensors or by blocks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from evomerge.checkpoints.headers import TORCH_DTYPES, map_file
+from evomerge.checkpoints.tensor_file import TensorFile
+from evomerge.checkpoints.whole import whole_folder
+from evomerge.errors import InputError
+from evomerge.files import open_file
+from evomerge.mergekit.reading import from_mergekit
+from evomerge.merging.materialise import Materialiser
+from evomerge.merging.path import Merged
+from evomerge.raw.blocks import KEPT, blocks_of
+from evomerge.raw.table import ROLE, Table, open_table, usual_dtype
+from evomerge.recipes.stack import Role, StackRecipe
+
+Keys = Literal["same", "union", "intersection"]
+"""What becomes of tensors that not all tables have: they are an error, copied from the first that has them, or left
+out."""
+
+_WEIGHTS = "model.safetensors"
+_LAYER = {f"layer {kind}": Role(kind, 0) for kind in ("attention", "mlp", "norm")}
+"""A layer without tensors, which a recipe has to have."""
+
+
+@dataclass(frozen=True)
+class TableMerge:
+    """What is to be made of tables.
+
+    Attributes:
+        recipe: whose blends are of labelled names; see ``labelled``.
+        tables: by the recipe's names for sources, that which gives everything else first.
+        labels: the labelled name of each tensor.
+        kept: names of tensors that are the first table's as they are.
+        dtype: of what is written; None for each tensor's own in the first table.
+    """
+
+    recipe: StackRecipe
+    tables: Mapping[str, Table]
+    labels: Mapping[str, str]
+    kept: frozenset[str]
+    dtype: torch.dtype | None
+
+
+def labelled(name: str, block: str) -> str:
+    """The name that filters of a recipe are held against: with the block in front, ``IN04 model.diffusion...``."""
+    return f"{block} {name}" if block else name
+
+
+def read_table_merge(config: Mapping[str, Any], root: Path, keys: Keys, place: str) -> TableMerge:
+    """What a configuration of mergekit-pytorch says. Its filters may name blocks, as ``filter: IN04``.
+
+    Raises:
+        InputError: a key or value that there is not; a table that cannot be opened, or lacks tensors that others have;
+            tensors of other shapes.
+    """
+    for key in ("slices", "tokenizer", "tokenizer_source", "chat_template"):
+        if key in config:
+            raise InputError(f"{place}: {key}", "is of language models, and these are tables of tensors", "Remove it.")
+    opened: dict[str, Table] = {}
+    labels: dict[str, str] = {}
+
+    def look(reference: str) -> Mapping[str, Role]:
+        if reference not in opened:
+            opened[reference] = open_table(reference, reference, root, place)
+            blocks = blocks_of(opened[reference].source.tensors)
+            labels.update({name: labelled(name, block) for name, block in blocks.items()})
+        return {**{labels[name]: ROLE for name in opened[reference].source.tensors}, **_LAYER}
+
+    first = _first(config, place)
+    recipe = from_mergekit({**config, "tokenizer_source": first}, look, place)
+    tables = {name: opened[reference] for name, reference in recipe.sources.items()}
+    tables = {recipe.tokenizer: tables[recipe.tokenizer], **tables}
+    said = " ".join(_filters(config))
+    blocks = {name: label.partition(" ")[0] if " " in label else "" for name, label in labels.items()}
+    kept = frozenset(name for name, block in blocks.items() if block in KEPT and block not in said)
+    _check_keys(tables, keys, kept, place)
+    _check_shapes(tables, kept, place)
+    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+    return TableMerge(recipe, tables, labels, kept, dtype)
+
+
+def _first(config: Mapping[str, Any], place: str) -> Any:
+    """The table that gives what is not merged: the first model, or where there is none the base."""
+    models = config.get("models")
+    if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "model" not in models[0]:
+        raise InputError(f"{place}: models", "must be a list of models")
+    return models[0]["model"]
+
+
+def _filters(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        if isinstance(content.get("filter"), str):
+            yield content["filter"]
+        for value in content.values():
+            yield from _filters(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _filters(value)
+
+
+def _check_keys(tables: Mapping[str, Table], keys: Keys, kept: frozenset[str], place: str) -> None:
+    if keys != "same":
+        return
+    for name, table in tables.items():
+        for other, theirs in tables.items():
+            lacking = [key for key in theirs.source.tensors if key not in table.source.tensors and key not in kept]
+            if lacking:
+                problem = f"{name} has no {lacking[0]}, which {other} has ({len(lacking):,} in all)"
+                hint = "`--keys union` copies these from the first that has them, `intersection` leaves them out."
+                raise InputError(place, problem, hint)
+
+
+def _check_shapes(tables: Mapping[str, Table], kept: frozenset[str], place: str) -> None:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, table in tables.items():
+        for key, entry in table.source.tensors.items():
+            if key in kept:
+                continue
+            other, shape = shapes.setdefault(key, (name, entry.shape))
+            if shape != entry.shape:
+                problem = f"{key} is {list(shape)} in {other} and {list(entry.shape)} in {name}"
+                raise InputError(place, problem, "Merge checkpoints of one architecture.")
+
+
+def write_table_merge(
+    merge: TableMerge,
+    out: Path,
+    keys: Keys,
+    *,
+    texts: Mapping[str, str],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Make the folder ``out``: ``model.safetensors``, or the components of a folder of diffusers; nothing else.
+
+    Memory is that of one tensor of every table.
+
+    Raises:
+        InputError: ``out`` cannot be written, or a tensor has NaN or Inf.
+    """
+    first = next(iter(merge.tables.values()))
+    materialiser = Materialiser({name: table.source for name, table in merge.tables.items()})
+    files = dict(first.files) if first.is_folder else {_WEIGHTS: next(iter(first.files.values()))}
+    files = _with_others(files, merge, keys)
+    total, done = sum(len(names) for names in files.values()), 0
+    with whole_folder(out, [table.root for table in merge.tables.values() if table.is_folder]) as folder:
+        if first.is_folder:
+            _copy_rest(first, folder)
+        for path, names in files.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            prefix = f"{path.partition('/')[0]}/" if first.is_folder else ""
+            with TensorFile(folder / path) as file:
+                for name in sorted(names, key=lambda name: _width(merge, name), reverse=True):
+                    _add(file, name.removeprefix(prefix), name, merge, materialiser)
+                    done += 1
+                    progress(done, total)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _with_others(files: dict[str, tuple[str, ...]], merge: TableMerge, keys: Keys) -> dict[str, tuple[str, ...]]:
+    """The files with the tensors that only other tables have, or without those that not all have."""
+    tables = list(merge.tables.values())
+    if keys == "intersection":
+        common = set.intersection(*({*table.source.tensors, *table.others} for table in tables)) | merge.kept
+        return {path: tuple(name for name in names if name in common) for path, names in files.items()}
+    known = {name for names in files.values() for name in names}
+    for table in tables[1:]:
+        for path, names in table.files.items():
+            own = path if tables[0].is_folder else next(iter(files))
+            files[own] = (*files.get(own, ()), *(name for name in names if name not in known))
+            known.update(names)
+    return files
+
+
+def _width(merge: TableMerge, name: str) -> int:
+    """Bytes of an element of what is written, so that files can have the wide ones first."""
+    for table in merge.tables.values():
+        if name in table.others:
+            entry = table.others[name]
+            return (entry.end - entry.begin) // max(1, _count(entry.shape))
+        if name in table.source.tensors:
+            return _dtype(merge, table, name).itemsize
+    raise KeyError(name)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _dtype(merge: TableMerge, table: Table, name: str) -> torch.dtype:
+    return merge.dtype or TORCH_DTYPES[table.source.tensors[name].dtype]
+
+
+def _add(file: TensorFile, written: str, name: str, merge: TableMerge, materialiser: Materialiser) -> None:
+    holders = [table for table in merge.tables.values() if name in table.source.tensors or name in table.others]
+    if name in holders[0].others:
+        entry = holders[0].others[name]
+        file.add_bytes(written, map_file(entry.file)[entry.begin : entry.end], entry.dtype, entry.shape)
+    elif len(holders) < len(merge.tables) or name in merge.kept:
+        tensor = holders[0].source.read(name)
+        file.add(written, tensor if name in merge.kept else tensor.to(_dtype(merge, holders[0], name)))
+    else:
+        merged = Merged(merge.labels[name], ROLE, name, ROLE)
+        tensor = materialiser.tensor(
+            merged, merge.recipe, holders[0].source.tensors[name].shape, _dtype(merge, holders[0], name)
+        )  # fmt: skip
+        file.add(written, tensor)
+
+
+def _copy_rest(table: Table, folder: Path) -> None:
+    """The other files of a folder of diffusers: configurations, tokenizers, the scheduler's."""
+    for file in sorted(table.root.rglob("*")):
+        path = file.relative_to(table.root)
+        is_known = path.as_posix() in table.files or path.suffix in (".bin", ".py")
+        if is_known or len(path.parts) > 2 or not file.is_file():
+            continue
+        (folder / path).parent.mkdir(exist_ok=True)
+        with open_file(file, str(table.root)) as stream, (folder / path).open("xb") as copy:
+            shutil.copyfileobj(stream, copy)
+
+
+def summary(merge: TableMerge) -> list[str]:
+    """What is merged, in a few lines: the blocks with how many tensors each has, and what is kept."""
+    counts: dict[str, int] = {}
+    for name, label in merge.labels.items():
+        if " " in label and name not in merge.kept:
+            block = label.partition(" ")[0]
+            counts[block] = counts.get(block, 0) + 1
+    lines = [f"{len(merge.labels):,} tensors of {len(merge.tables)} tables in {usual_dtype(merge.tables)}"]
+    if counts:
+        lines.append("blocks: " + ", ".join(f"{block} ({count})" for block, count in sorted(counts.items())))
+    if merge.kept:
+        lines.append(f"kept of {next(iter(merge.tables))}: {len(merge.kept):,} tensors ({', '.join(KEPT)})")
+    return lines

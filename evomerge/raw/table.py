@@ -1,0 +1,110 @@
+"""Tables of tensors that no architecture stands behind: a safetensors file, or a folder of diffusers, as a source."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomerge.checkpoints.folder import check_files
+from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, read_header
+from evomerge.checkpoints.parts import Part
+from evomerge.checkpoints.source import Source
+from evomerge.errors import InputError
+from evomerge.files import is_path
+from evomerge.recipes.stack import Role
+
+ROLE = Role("embedding")
+"""What every tensor is to a recipe: none is in a layer."""
+
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_INDEX = "model_index.json"
+_QUANTISED = ("F8_", "F4", "F6_")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source and what else is in it.
+
+    Attributes:
+        source: tensors in floating point, by name; of a folder with the component's in front: ``unet/conv_in.weight``.
+        others: tensors that are not, such as positions: they are never merged.
+        files: by the path of a file in the folder, the names of its tensors; of a single file under its own name.
+        root: the folder, or that of the file.
+        is_folder: it is a folder of diffusers, of which all other files go along.
+    """
+
+    source: Source
+    others: Mapping[str, TensorEntry]
+    files: Mapping[str, tuple[str, ...]]
+    root: Path
+    is_folder: bool
+
+
+def is_table(reference: str, root: Path) -> bool:
+    """Whether a reference is to a table: a file of tensors, or a folder of diffusers."""
+    if not is_path(reference) or "+" in reference:
+        return False
+    path = os.path.join(root, os.path.expanduser(reference))
+    if path.endswith((".safetensors", *_PICKLED)):
+        return not os.path.isdir(path)
+    return os.path.isfile(os.path.join(path, _INDEX))
+
+
+def open_table(name: str, reference: str, root: Path, place: str) -> Table:
+    """Open a table, headers only.
+
+    Raises:
+        InputError: it is not there, pickled, broken, quantised, or holds nothing to merge.
+    """
+    path = Path(os.path.join(root, os.path.expanduser(reference)))
+    if path.suffix in _PICKLED:
+        hint = "Save it as safetensors where you trust it: `safetensors.torch.save_file(torch.load(FILE), ...)`."
+        raise InputError(place, f"{path} is pickled, which can run code", hint)
+    is_folder = path.is_dir()
+    if not is_folder and not path.is_file():
+        raise InputError(place, f"there is no file {path}")
+    if is_folder:
+        check_files(path, place)
+        for component in (inner for inner in path.iterdir() if inner.is_dir()):
+            check_files(component, place)
+    held = sorted(path.glob("*/*.safetensors")) if is_folder else [path]
+    if not held:
+        raise InputError(place, f"{path} has no component with weights in safetensors")
+    entries: dict[str, TensorEntry] = {}
+    files: dict[str, tuple[str, ...]] = {}
+    for file in held:
+        prefix = f"{file.parent.name}/" if is_folder else ""
+        found = {prefix + key: entry for key, entry in read_header(file, place).items()}
+        if twice := sorted(found.keys() & entries.keys()):
+            raise InputError(place, f"{twice[0]} is in two files of {path}", "Keep one variant of its weights.")
+        entries |= found
+        files[file.relative_to(path).as_posix() if is_folder else file.name] = tuple(found)
+    quantised = next((key for key, entry in entries.items() if entry.dtype.startswith(_QUANTISED)), None)
+    if quantised is not None:
+        problem = f"{quantised} is stored as {entries[quantised].dtype}, which has lost what merging needs"
+        raise InputError(place, problem, "Use the checkpoint in 16 or 32 bits.")
+    mergeable = {key: entry for key, entry in entries.items() if entry.dtype in TORCH_DTYPES}
+    if not mergeable:
+        raise InputError(place, f"{path} holds no tensors in floating point")
+    others = {key: entry for key, entry in entries.items() if key not in mergeable}
+    source = _source(name, reference, place, path, mergeable)
+    return Table(source, others, files, path if is_folder else path.parent, is_folder)
+
+
+def _source(name: str, reference: str, place: str, path: Path, tensors: dict[str, TensorEntry]) -> Source:
+    files = tuple(dict.fromkeys(entry.file for entry in tensors.values()))
+    return Source(
+        name=name, reference=reference, place=place, folder=path if path.is_dir() else path.parent, config={},
+        settings={}, layered={}, computing={}, seeing={}, rigid="has no layers", text_type="", float32={},
+        tensors=tensors, parts={key: Part(key) for key in tensors}, roles=dict.fromkeys(tensors, ROLE), layers=0,
+        tied=False, turned=frozenset(), folds={}, normed=False, files=files, warnings=(),
+    )  # fmt: skip
+
+
+def usual_dtype(tables: Mapping[str, Table]) -> str:
+    """The name of the dtype of most tensors of the first table."""
+    first = next(iter(tables.values()))
+    return Counter(entry.dtype for entry in first.source.tensors.values()).most_common(1)[0][0]
