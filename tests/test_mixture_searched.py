@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,10 @@ def test_the_export_is_a_plain_mixtral_that_scores_as_recorded(
     assert type(model).__name__ == "MixtralForCausalLM"
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    assert evomerge("validate", search.parent / "search.yaml") == 0
+    said = re.search(r"([\d.]+) MB for each export", capsys.readouterr().out)
+    assert said is not None
+    assert float(said[1]) == pytest.approx((tmp_path / "out" / "model.safetensors").stat().st_size / 1e6, rel=0.02)
 
 
 @pytest.mark.nightly

@@ -64,11 +64,14 @@ def test_more_budget_goes_on_with_the_candidates_of_one_long_search(tmp_path: Pa
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-def test_kill_9_and_resume_gives_the_same_search_bit_for_bit(tmp_path: Path) -> None:
+def test_kill_9_and_resume_gives_the_same_search_bit_for_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also while the best two are fitted anew and scored, which are the last candidates."""
     space = {"kind": "routed", "granularity": "model", "refits": 2}
     file = written(tmp_path / "a", 21, space=space)
     assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
+    assert "anew for the best 2 at the end" in " ".join(capsys.readouterr().out.split())
     folder, rng = tmp_path / "killed", random.Random(0)
     arguments = ["search", str(file), "--dir", str(folder)]
     for kill_at in (2, 15, 21):

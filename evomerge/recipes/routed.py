@@ -168,7 +168,7 @@ class RoutedRecipe(Recipe):
 
     def lines(self) -> list[str]:
         kind = {"arrow": "Arrow", "prototypes": "prototypes"}.get(self.router.kind, f"{self.router.kind} routers")
-        how = f"{kind}, {self.router.gate} gates"
+        how = f"{kind}{', fitted to this candidate' if self.router.refitted else ''}, {self.router.gate} gates"
         lines, first = [f"{how} over {', '.join(self.experts)} on {self.base}"], 0
         for group in self.groups:
             kept = "all" if group.top_k is None else f"top {group.top_k}"

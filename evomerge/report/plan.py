@@ -14,6 +14,7 @@ from evaluators.cost import COUNTED
 from evomerge.blends import observed
 from evomerge.checkpoints.differences import warnings_across
 from evomerge.checkpoints.source import Source
+from evomerge.genome import Refitting
 from evomerge.merging.measured.kept import evidence_bytes
 from evomerge.merging.measured.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.prices import amount_text
@@ -115,7 +116,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "memory", _memory(prepared)
     if _live_bytes(prepared) >= LEAST_ESTIMATED:
         yield from _hardware(prepared)
-    export = _gigabytes(_bytes(model) * _widened(prepared))
+    largest = max(_bytes(model), mixture_bytes(setup.space, prepared.sources))
+    export = _gigabytes(int(largest * _widened(prepared)))
     yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store{_evidence(prepared)}"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
@@ -198,8 +200,8 @@ def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     ]
     sources = sum(_bytes(source) for source in prepared.sources.values())
     layers = max(model.layers, prepared.setup.space.layer_buffers)
-    sizes = [size * _widened(prepared) for size in layer_bytes(model, model.layers)]
-    weights, itemsize = _live_bytes(prepared), model.dtype.itemsize * _widened(prepared)
+    sizes = [int(size * _widened(prepared)) for size in layer_bytes(model, model.layers)]
+    weights, itemsize = _live_bytes(prepared), int(model.dtype.itemsize * _widened(prepared))
     hops = max(layers, prepared.setup.space.hops)
     return model_shape(model.config, weights, sources, hops, itemsize, sizes), works
 
@@ -248,7 +250,10 @@ def _fit(prepared: Prepared) -> Iterator[tuple[str, str]]:
     fitted = [mark.label for mark in prepared.setup.space.baselines() if mark.recipe.is_fitted]
     drawn, steps = min(split.section.drawn, split.count), split.section.steps
     said = f"for {', '.join(fitted)}" if fitted else "which nothing here needs"
-    yield "fit", f"{split.count} items of a split of their own; {steps} steps, each on {drawn} of them, once, {said}"
+    space = prepared.setup.space
+    again = space.refits if isinstance(space, Refitting) else 0
+    anew = f"; anew for the best {again} at the end, which are the last candidates" if again else ""
+    yield "fit", f"{split.count} items of their own; {steps} steps, each on {drawn} of them, once, {said}{anew}"
 
 
 def _constraints(setup: Setup) -> Iterator[tuple[str, str]]:
@@ -410,13 +415,15 @@ def _live_bytes(prepared: Prepared) -> int:
     outside = _bytes(model) - sum(layer_bytes(model, model.layers))
     buffers = layer_bytes(model, max(model.layers, prepared.setup.space.layer_buffers))
     mixture = mixture_bytes(prepared.setup.space, prepared.sources)
-    return (outside + sum(buffers) + mixture) * _widened(prepared)
+    return int((outside + sum(buffers) + mixture) * _widened(prepared))
 
 
-def _widened(prepared: Prepared) -> int:
-    """How often as many bytes a model takes as its source: what is scored together is kept in float32."""
-    itemsize = prepared.sources[prepared.file.tokenizer_source].dtype.itemsize
-    return 4 // itemsize if prepared.file.together > 1 and itemsize < 4 else 1
+def _widened(prepared: Prepared) -> float:
+    """How often as many bytes a model takes as its source, by the dtype that it is computed and written in."""
+    from evomerge.search.workers.building import computing_dtype
+
+    stored = prepared.sources[prepared.file.tokenizer_source].dtype
+    return (computing_dtype(prepared.file) or stored).itemsize / stored.itemsize
 
 
 def _store_bytes(prepared: Prepared) -> int:

@@ -19,6 +19,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,6 @@ from evomerge.routed.trunk import base_alone
 TOKENIZER = Path(__file__).parents[2] / "examples" / "zoo" / "base"
 PROMPT, ANSWER = 50, 40  # tokens of each row
 FORMS: dict[str, dict[str, Any]] = {
-    "base": {},
     "a router each layer, apart": {"per": "module", "apart": True},
     "a router each layer": {"per": "module"},
     "a router each layer, top 2": {"per": "module", "top_k": 2},
@@ -86,30 +87,26 @@ def seconds(live: LiveModel, prompts: torch.Tensor) -> float:
     return time.thread_time() - started
 
 
-def forms_of(sources: dict[str, Source], live: LiveModel) -> dict[str, Callable[[], Any]]:
-    """What puts each form's experts beside the live model, until it is closed."""
-    base = sources["base"]
-    names = tuple(name for name in sources if name != "base")
-    found: dict[str, Callable[[], Any]] = {}
+def forms_of(sources: dict[str, Source], live: LiveModel) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    """What has the live model compute in each form while it is open."""
+    base, names = sources["base"], tuple(name for name in sources if name != "base")
     experts: LiveExperts | None = None
+    found: dict[str, Callable[[], AbstractContextManager[object]]] = {"base": nullcontext}
     for form, how in FORMS.items():
-        group = LayerGroup(layers=base.layers, experts=names, top_k=how.get("top_k"))
         recipe = RoutedRecipe(
             sources={name: source.reference for name, source in sources.items()}, tokenizer="base", base="base",
-            experts=names if how else names[:1], groups=(group if how else LayerGroup(layers=base.layers, experts=()),),
-            router=Router(kind="prototypes", per=how.get("per", "module")), calibration="none",
+            experts=names, groups=(LayerGroup(layers=base.layers, experts=names, top_k=how.get("top_k")),),
+            router=Router(kind="prototypes", per=how["per"]), calibration="none",
         )  # fmt: skip
         sites = sites_of(recipe, sources)
         places = places_of(recipe, sites, base)
-        weights = {name: torch.randn(len(recipe.experts), place.width) for name, place in places.items()}
-        routers = {name: computing.Router("linear", weight, weight[:, 0].clone()) for name, weight in weights.items()}
-        if how:
-            experts = experts or LiveExperts(live, sites, names)
-            gating, apart, those = routings(recipe, places, routers), how.get("apart", False), experts
-            found[form] = lambda r=recipe, p=places, g=gating, a=apart, e=those: e.install(r, p, g, apart=a)
-        else:
+        if experts is None:
             Materialiser(sources).write(base_alone(recipe, base.layers), live)
-            found[form] = lambda: torch.no_grad()
+            experts = LiveExperts(live, sites, names)
+        weights = {name: torch.randn(len(names), place.width) for name, place in places.items()}
+        routers = {name: computing.Router("linear", weight, weight[:, 0].clone()) for name, weight in weights.items()}
+        gating, apart = routings(recipe, places, routers), how.get("apart", False)
+        found[form] = partial(experts.install, recipe, places, gating, apart=apart)
     return found
 
 
