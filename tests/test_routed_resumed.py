@@ -71,7 +71,8 @@ def test_kill_9_and_resume_gives_the_same_search_bit_for_bit(
     space = {"kind": "routed", "granularity": "model", "refits": 2}
     file = written(tmp_path / "a", 21, space=space)
     assert evomerge("search", file, "--dir", tmp_path / "whole") == 0
-    assert "anew for the best 2 at the end" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "anew for the best 2 at the end" in said
     folder, rng = tmp_path / "killed", random.Random(0)
     arguments = ["search", str(file), "--dir", str(folder)]
     for kill_at in (2, 15, 21):

@@ -15,9 +15,12 @@ from evomerge.report.screen import duration
 from evomerge.search.driving.dispatch import Pending
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
-from evomerge.search.work.jobs import Failed, Finished, FitNumbers
+from evomerge.search.work.jobs import Descended, Failed, Finished, FitNumbers, Measured
 from evomerge.store import Store
 from evomerge.store.events import Fitted
+
+_TOLD_S = 2.0
+"""A fit that is known already, or shared with one before, takes less, and nothing is said of it."""
 
 
 def fit(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
@@ -42,7 +45,7 @@ def fit(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Con
         Pending(-1 - n, 1, mark.recipe, f"fit of {mark.label}", (), instead=FitNumbers())
         for n, mark in enumerate(marks)
     )
-    if not _Fits(folder, prepared, store, marks).run(pool, jobs):
+    if not _Fits(folder, prepared, store, marks, console).run(pool, jobs):
         return False
     store.record_event(Fitted(digest=split.digest, items=split.count, steps=split.section.steps, baselines=len(marks)))
     console.print(f"fitted in {duration(time.monotonic() - started)}", style="dim")
@@ -54,9 +57,17 @@ class _Fits(OutsideJobs):
 
     log_prefix = "fit"
 
-    def __init__(self, folder: Path, prepared: Prepared, store: Store, marks: Sequence[Baseline]) -> None:
+    def __init__(
+        self, folder: Path, prepared: Prepared, store: Store, marks: Sequence[Baseline], console: Console
+    ) -> None:
         super().__init__(folder, prepared, store)
-        self._marks = marks
+        self._marks, self._console = marks, console
+
+    def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
+        """Say what is done: fits take minutes, and nothing else is to be seen meanwhile."""
+        if isinstance(result, Measured) and (seconds := result.timings.get("fit", 0.0)) >= _TOLD_S:
+            label = self._marks[-1 - finished.candidate].label
+            self._console.print(f"fit of {label}: {duration(seconds)}", style="dim")
 
     def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
         label = self._marks[-1 - finished.candidate].label

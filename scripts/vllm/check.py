@@ -15,10 +15,12 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PROMPTS = 20
 TOKENS = 32
+MIXTURES = ("mixtral", "qwen2_moe", "glm4_moe")
+"""What mixtures can be made of the miniatures, which are Llamas."""
 
 
 def export(folder: Path) -> None:
-    """Write a source alone, a merge, a mixture, and paths with and without scales, each with transformers' answers."""
+    """Write a source alone, a merge, mixtures, and paths with and without scales, each with transformers' answers."""
     from evomerge.checkpoints.source import open_source
     from evomerge.merging.building.export import write_model
     from evomerge.recipes.stack import Blend, StackRecipe
@@ -46,9 +48,10 @@ def export(folder: Path) -> None:
             embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
         )  # fmt: skip
         write_model(recipe, sources, folder / name, texts={})
-    export_mixture(folder / "mixture", sources, [maths, both])
+    for architecture in MIXTURES:
+        export_mixture(folder / architecture, architecture, sources, [maths, both])
     export_adapter(folder)
-    for name in (*paths, "mixture"):
+    for name in (*paths, *MIXTURES):
         (folder / f"{name}.json").write_text(json.dumps(transformers_answers(folder / name)))
 
 
@@ -68,15 +71,15 @@ def export_adapter(folder: Path) -> None:
     (folder / "adapter.json").write_text(json.dumps(answers))
 
 
-def export_mixture(out: Path, sources: dict[str, Any], experts: list[Any]) -> None:
-    """Write a mixtral of two experts, the second of whose blends makes the rest too."""
+def export_mixture(out: Path, architecture: Any, sources: dict[str, Any], experts: list[Any]) -> None:
+    """Write a mixture of two experts, the second of whose blends makes the rest too."""
     from evomerge.merging.building.builders import BuildContext
     from evomerge.mixture.builder import MixtureBuilder
     from evomerge.recipes.mixture import MixtureRecipe, SlotGroup, SlotRouter
 
     slots = {"maths": 0, "both": 1}
     recipe = MixtureRecipe(
-        sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32", architecture="mixtral",
+        sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32", architecture=architecture,
         blends=tuple(experts), rest=1, embedding=1, groups=(SlotGroup(layers=6, slots=slots),), top_k=2,
         router=SlotRouter(kind="random", rest=1, slots=slots),
     )  # fmt: skip
