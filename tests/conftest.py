@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers_tiers import mark_variants
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("evomerge.testing")
@@ -41,16 +42,12 @@ UNIT = {
     "test_statistics", "test_store",
 }  # fmt: skip
 
-# A test of the optimizers' contract that starts a process, for one class of each library; of the others it is nightly.
-OWN_PROCESS = "test_same_in_another_process"
-OWN_PROCESS_OF = {"TestCma", "TestTpe", "TestCatCma"}
-
-# Files of minutes, first: processes share out whole files, and one of these at the end would run alone.
-LONG = {
-    "test_chaos", "test_cluster_files", "test_commands", "test_faults_outside", "test_gpu_kit", "test_kill",
-    "test_launch", "test_merging_methods", "test_methods_searched", "test_ray_pool", "test_service_browser",
-    "test_service_drivers", "test_service_walk",
-}  # fmt: skip
+# Files that take longest, these first: processes share out whole files, and one of these at the end would run alone.
+LONG = (
+    "test_service_walk", "test_ray_pool", "test_merging_methods", "test_commands", "test_service_report",
+    "test_evaluators_function", "test_kill", "test_service_browser", "test_faults_outside", "test_methods_searched",
+    "test_chaos", "test_cluster_files", "test_gpu_kit", "test_launch", "test_service_drivers",
+)  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -58,13 +55,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if other and config.option.markexpr == "unit" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_variants(items, whole=not any("::" in argument for argument in config.args))
     for item in items:
-        if item.name == OWN_PROCESS and item.parent is not None and item.parent.name not in OWN_PROCESS_OF:
-            item.add_marker("nightly")
         if item.path.stem in UNIT and item.get_closest_marker("nightly") is None:
             item.add_marker("unit")
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -20,3 +20,97 @@ def nightly_but(commit: Collection[str], names: Iterable[str]) -> list[Any]:
 def architectures(names: Iterable[str]) -> list[Any]:
     """Architectures as parameters of a test, all but six families nightly."""
     return nightly_but(FAMILIES, names)
+
+
+# Variants of a test of which a commit runs these, by their ids, and the others are nightly: they take seconds, and what
+# they would find is found by one of these, or by another test that is named.
+COMMIT_VARIANTS: dict[str, Collection[str]] = {
+    "test_answers_kept::test_the_best_keep_their_answers_and_no_others": ("5-1", "3-2"),
+    "test_change::test_it_is_that_of_the_plain_formula": (
+        "dtype0-task_arithmetic", "dtype0-dare_linear", "dtype1-ties", "dtype1-linear",
+    ),
+    "test_coarse_to_fine::test_killed_at_every_write_it_is_the_same_search": ("generational",),
+    "test_combined::test_intervals_hold_the_truth_all_at_once_as_often_as_they_say": (
+        "True-True-mix0", "False-False-mix1",
+    ),
+    "test_commands::test_the_status_of_a_search_that_has_not_ended_says_how_to_go_on": ("interrupted", "running"),
+    "test_control::test_two_end_it_in_the_midst_of_a_computation": ("numbers1",),
+    "test_decoding::test_out_of_memory_halves_the_rows_and_goes_on": (
+        "table-auto-0", "table-12-7", "batches-auto-7", "batches-12-0",
+    ),
+    "test_descents::test_a_search_that_is_killed_at_any_write_is_the_same": ("2",),
+    "test_differences::test_a_source_alone_has_its_own_settings_and_a_merge_those_of_the_tokenizers_source": (
+        "rotary base", "eps of norms", "kinds of attention", "experts for a token", "the order of blocks",
+    ),
+    "test_diversity::test_four_of_a_population_solve_more_together_than_four_of_chance": ("settings1",),
+    "test_driver::test_killed_at_every_write_and_resumed_it_is_the_same_search": ("cma", "tpe"),
+    "test_evaluators_function::test_a_file_that_ends_as_it_is_loaded_is_refused": (
+        "exit", "of nobody's kind", "the process", "a fault in C", "never",
+    ),
+    "test_evaluators_function::test_a_function_that_takes_all_memory_is_ended_and_the_next_call_is_answered": (
+        "after an answer", "a process that it starts",
+    ),
+    "test_evaluators_function::test_however_it_ends_the_next_call_is_answered": (
+        "exit", "of nobody's kind", "the process", "a fault in C", "never",
+    ),
+    "test_faults_outside::test_a_source_that_changes_stops_the_search_before_anything_of_it_counts": (
+        "overwritten", "tokenizer",
+    ),
+    # Every method is compiled and run whole by test_merging_methods.py and test_every_tensor_is_what_its_method_makes.
+    "test_merging_device::test_a_device_makes_what_the_compiled_passes_make": (
+        "linear", "slerp", "ties", "dare_ties", "della", "sce", "gram", "tsv", "cabs",
+    ),
+    "test_merging_device::test_the_definitions_compile_without_a_break": ("ties", "della"),
+    "test_merging_materialise::test_an_adapter_is_folded_into_a_tensor_once_to_plan_and_once_to_make": (
+        "linear", "slerp", "task_arithmetic", "ties", "dare_ties", "della", "sce", "gram", "tsv", "pcb",
+    ),
+    "test_model_references::test_every_command_scores_the_same": ("lora-float32", "dora-None"),
+    "test_picks::test_the_number_that_decides_stands_in_every_place_alike": ("mix0",),
+    "test_prompts::test_an_item_beyond_the_context_is_told_and_costs_itself": (
+        "likelihood-search", "multiple_choice-held_out", "rouge-search", "mgsm-held_out", "lm_eval-search",
+        "lm_eval-held_out",
+    ),
+    "test_service_browser::test_a_page_is_sound_in_light_in_dark_and_on_a_phone": (
+        "each-search", "each-candidate", "each-new",
+    ),
+    "test_service_browser::test_html_in_texts_is_shown_as_text": ("search", "failed", "nobody"),
+    "test_service_limits::test_a_number_of_the_dashboard_that_is_none_is_refused": ("x", "1e3"),
+    "test_steady::test_killed_at_every_write_it_goes_on_and_loses_nothing": ("race, screen and constraint",),
+    "test_steady::test_with_one_worker_a_killed_search_is_the_same_search": (
+        "plain", "race with item response", "race of two objectives",
+    ),
+    "test_store_outage::test_messages_cut_anywhere_change_nothing": tuple(
+        f"{first}-{when}" for first in (0, 9, 18, 27) for when in ("before", "after")
+    ),
+    "test_together_searched::test_a_search_that_was_killed_is_the_one_that_was_not": ("3",),
+}  # fmt: skip
+
+# A test of a contract that a commit runs for these classes alone, one of each library or of each kernel.
+COMMIT_CLASSES: dict[str, Collection[str]] = {
+    "test_same_in_another_process": ("TestCma", "TestTpe", "TestCatCma"),  # which starts a process
+    "test_finite_in_gives_finite_out": (  # which compiles passes for every number of sources
+        "TestLinear", "TestSlerp", "TestKarcher", "TestDareTies", "TestDella", "TestSce", "TestRam", "TestTsv",
+    ),
+}  # fmt: skip
+
+
+def mark_variants(items: Sequence[pytest.Item], whole: bool) -> None:
+    """Mark as nightly what ``COMMIT_VARIANTS`` and ``COMMIT_CLASSES`` leave out.
+
+    Args:
+        items: that were collected.
+        whole: every file was collected as a whole, so that what is named must be there.
+    """
+    found: dict[str, set[str]] = {}
+    for item in items:
+        name, _, variant = item.name.rstrip("]").partition("[")
+        test = f"{item.path.stem}::{name}"
+        if test in COMMIT_VARIANTS:
+            found.setdefault(test, set()).add(variant)
+            if variant not in COMMIT_VARIANTS[test]:
+                item.add_marker("nightly")
+        if name in COMMIT_CLASSES and item.parent is not None and item.parent.name not in COMMIT_CLASSES[name]:
+            item.add_marker("nightly")
+    for test, variants in found.items():
+        if whole and (missing := set(COMMIT_VARIANTS[test]) - variants):
+            raise pytest.UsageError(f"tests/helpers_tiers.py: {test} has no variant {', '.join(sorted(missing))}")

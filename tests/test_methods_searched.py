@@ -11,8 +11,8 @@ from helpers_tiers import nightly_but
 from evomerge.method import own_methods
 
 METHODS = {name: method for name, method in own_methods().items() if not method.needs}
-# Grain "element", the same with draws, and grain "row"; test_tsv.py and test_regmean.py have one of grain "tensor".
-COMMIT = ("slerp", "dare_ties", "della")
+# Grain "element" with draws, and grain "row"; test_tsv.py and test_regmean.py have one of grain "tensor".
+COMMIT = ("dare_ties", "della")
 
 
 @pytest.mark.parametrize("method", nightly_but(COMMIT, METHODS))
