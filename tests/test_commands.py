@@ -587,7 +587,7 @@ def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
 
     thread = threading.Thread(target=other_terminal)
     thread.start()
-    assert evomerge("search", search_file(tmp_path, budget={"candidates": 30}), "--dir", folder) == 0
+    assert evomerge("search", short_search_file(tmp_path, budget={"candidates": 30}), "--dir", folder) == 0
     thread.join()
     assert seen[0] == "paused"
     assert seen[1] == "running"

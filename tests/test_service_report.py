@@ -58,6 +58,13 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def written(root: Path) -> str:
+    """The address of a report on disk."""
+    assert evomerge("report", root / "two", "--out", root / "report.html") == 0
+    return (root / "report.html").as_uri()
+
+
 @contextmanager
 def page(browser: Browser, **options: Any) -> Iterator[tuple[Page, list[str], list[str]]]:
     """A page, what it complains of, and what it asks for."""
@@ -187,10 +194,9 @@ def test_held_out_scores_are_the_baselines_and_then_the_best_first(root: Path) -
     assert re.findall(r'<th scope="row">(c\d+)', table) == expected
 
 
-def test_on_a_phone_every_row_of_the_held_out_table_is_seen(root: Path, browser: Browser, tmp_path: Path) -> None:
-    assert evomerge("report", root / "two", "--out", tmp_path / "report.html") == 0
+def test_on_a_phone_every_row_of_the_held_out_table_is_seen(written: str, browser: Browser) -> None:
     with page(browser, viewport={"width": 390, "height": 800}) as (shown, _, _):
-        shown.goto((tmp_path / "report.html").as_uri())
+        shown.goto(written)
         rows = shown.locator("table").first.locator("tbody tr")
         line = shown.locator("body").evaluate("(body) => parseFloat(getComputedStyle(body).lineHeight)")
         for row in rows.all():
@@ -200,10 +206,9 @@ def test_on_a_phone_every_row_of_the_held_out_table_is_seen(root: Path, browser:
             assert place["x"] < 390
 
 
-def test_on_paper_all_is_open_light_and_as_wide_as_the_page(root: Path, browser: Browser, tmp_path: Path) -> None:
-    assert evomerge("report", root / "two", "--out", tmp_path / "report.html") == 0
+def test_on_paper_all_is_open_light_and_as_wide_as_the_page(written: str, browser: Browser) -> None:
     with page(browser, color_scheme="dark", viewport={"width": 1400, "height": 800}) as (shown, _, _):
-        shown.goto((tmp_path / "report.html").as_uri())
+        shown.goto(written)
         shown.wait_for_function("document.documentElement.dataset.drawn === 'yes'")
         assert shown.locator("details[open]").count() == 0
         shown.evaluate(
@@ -223,10 +228,9 @@ def test_on_paper_all_is_open_light_and_as_wide_as_the_page(root: Path, browser:
         assert shown.locator("details[open]").count() == 0
 
 
-def test_a_dark_report_has_the_palette_of_the_dark(root: Path, browser: Browser, tmp_path: Path) -> None:
-    assert evomerge("report", root / "two", "--out", tmp_path / "report.html") == 0
+def test_a_dark_report_has_the_palette_of_the_dark(written: str, browser: Browser) -> None:
     with page(browser, color_scheme="dark") as (shown, _, _):
-        shown.goto((tmp_path / "report.html").as_uri())
+        shown.goto(written)
         shown.wait_for_function("document.documentElement.dataset.drawn === 'yes'")
         drawn = shown.evaluate("JSON.stringify([...document.querySelectorAll('.figure')].map((box) => box.data))")
     light, dark = zip(*COLOURS, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers_miniature import evomerge, json_of, search_file
+from helpers_miniature import evomerge, json_of, short_search_file
 from helpers_postgres import Server, database, postgres
 
 from evomerge.search.settings.folder import open_store
@@ -28,7 +28,7 @@ def everything(store: Store) -> list[tuple[object, ...]]:
 def test_a_search_is_the_same_in_either_database_and_goes_on_there(
     tmp_path: Path, postgres: Server, database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = search_file(tmp_path)
+    file = short_search_file(tmp_path, budget={"candidates": 13})
     assert evomerge("search", file, "--dir", tmp_path / "lite") == 0
     url = postgres.url(database).replace("evomerge@", "evomerge:secret@")
     monkeypatch.setenv("EVOMERGE_STORE", url)
