@@ -47,7 +47,7 @@ def in_own_memory(model: Any) -> Any:
     return model
 
 
-def save_tokenizer(folder: Path, words: list[str] = WORDS, **special: str) -> None:
+def save_tokenizer(folder: Path, words: list[str] = WORDS, **special: str | list[str]) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", **special}

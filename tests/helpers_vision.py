@@ -9,13 +9,23 @@ from typing import Any
 
 import torch
 from helpers_checkpoints import WORDS, save_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlavaNextProcessor,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config, text_config
 
 IMAGE = len(WORDS)
 """The id of the image's token, behind all words of the text models."""
+
+TOKENS = ("<image>", "<begin>", "<end>", "<video>")
+"""What the models here know beside the words."""
 
 _TEXT: dict[str, Any] = {
     "vocab_size": len(WORDS) + 4, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -182,8 +192,19 @@ def save_vision(
             if buffer.is_floating_point():
                 buffer.copy_(buffer.nan_to_num(neginf=-50.0, posinf=50.0))
     model.save_pretrained(folder)
-    save_tokenizer(folder, [*WORDS, "<image>", "<begin>", "<end>", "<video>"])
+    save_tokenizer(folder, [*WORDS, *TOKENS], extra_special_tokens=list(TOKENS))
     return folder
+
+
+def save_next_processor(folder: Path) -> None:
+    """Write the processor of a tiny LLaVA-NeXT: images of 28 pixels, whole and in two halves."""
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    pinpoints = VISION["llava_next"]["image_grid_pinpoints"]
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints), AutoTokenizer.from_pretrained(folder),
+        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    processor.save_pretrained(folder)
 
 
 def save_twin(source: Source, folder: Path, seed: int | None = None) -> Path:

@@ -372,6 +372,7 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
                 problem = f"{adapter.folder} and an adapter before it both began as a part of {name} (PiSSA, OLoRA)"
                 raise InputError(source.place, problem, "Fold the first with peft's `merge_and_unload`.")
         warnings += _trained_elsewhere(adapter.folder, adapter.base, source.reference)
+        warnings += _changes_seeing(adapter, source.roles)
     files = (*source.files, *(file for adapter in adapters for file in adapter.files))
     return replace(
         source,
@@ -382,6 +383,15 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
         files=files,
         warnings=warnings,
     )
+
+
+def _changes_seeing(adapter: Adapter, roles: Mapping[str, Role]) -> tuple[str, ...]:
+    """The warning that an adapter changes what reads images, or none: a tower may have a ``q_proj``, too."""
+    seeing = [name for name in {**adapter.changes, **adapter.replaced} if roles[name].kind == "vision"]
+    if not seeing:
+        return ()
+    said = f"the adapter {adapter.folder} changes {len(seeing)} tensors of what reads images ({_few(seeing)})"
+    return (printable(f"{said}; a merge has them where this source gives the tokenizer"),)
 
 
 def _tensors(

@@ -37,6 +37,7 @@ def to_mergekit(recipe: StackRecipe, look: Callable[[str], Roles]) -> dict[str, 
         InputError: mergekit cannot say it: blends that differ in method, or in sources or base within one slice; a
             method or number that it has not; tensors that no filter tells apart; two names for one model.
     """
+    _check_vision(recipe)
     methods = sorted({blend.method for blend in recipe.blends})
     if len(methods) > 1:
         raise InputError("recipe.blends", f"differ in method, which mergekit cannot say ({', '.join(methods)})")
@@ -70,6 +71,13 @@ def _check_references(recipe: StackRecipe) -> None:
     for name, reference in used.items():
         if reference.count("+") > 1:
             raise InputError(f"recipe.sources.{name}", "has several adapters; mergekit takes one", "Fold them first.")
+
+
+def _check_vision(recipe: StackRecipe) -> None:
+    """Refuse what reads images made of several models, which mergekit has another form for."""
+    if recipe.seen is not None:
+        problem = "makes what reads images of several models, which mergekit cannot say beside layers"
+        raise InputError("recipe.vision", problem, "Merge it here, with `evomerge merge`.")
 
 
 def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:

@@ -62,6 +62,7 @@ def _parts(recipe: StackRecipe, number: int) -> str:
     for runs, kinds in layers.items():
         which = f"layer {runs}" if runs.isdecimal() else f"layers {runs}"
         names.append(which if len(kinds) == 3 else f"{' and '.join(kinds)} of {which}")
+    names += ["what reads images"] if recipe.vision == number else []
     apart = [name for name, index in recipe.tensors.items() if index == number]
     if apart:
         more = f" and {len(apart) - _MOST_TENSORS} more tensors" if len(apart) > _MOST_TENSORS else ""

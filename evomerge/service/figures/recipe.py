@@ -114,6 +114,8 @@ def _parts(recipe: StackRecipe) -> Iterator[_Part]:
             yield f"{name} mlp", recipe.blends[hop.mlp], hop
     yield "norm", recipe.blends[recipe.norm], None
     yield "head", recipe.blends[recipe.head], None
+    if recipe.seen is not None:
+        yield "vision", recipe.seen, None
 
 
 def _runs(rows: Sequence[_Part]) -> list[_Part]:
