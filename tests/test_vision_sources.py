@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
+from evomerge.calibration import Calibration
 from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.processor import check_processor
@@ -22,9 +23,11 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.cli import app
 from evomerge.errors import InputError
-from evomerge.merging.building.builders import check_recipe
+from evomerge.merging.building.builders import BuildContext, check_recipe
 from evomerge.merging.building.export import write_model
+from evomerge.merging.building.stack_builder import stack_builder
 from evomerge.merging.materialise import Materialiser
+from evomerge.merging.measured.evidence import Evidence
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
 
@@ -190,6 +193,36 @@ def test_an_adapter_of_the_text_model_lies_on_it_by_either_name(folder: Path, tm
     with torch.inference_mode():
         expected = adapted.merge_and_unload().eval()(PROMPT, use_cache=False).logits
         assert torch.allclose(live.model(PROMPT, use_cache=False).logits, expected, atol=1e-5)
+
+
+def test_an_adapter_that_changes_the_tower_is_told_of(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    source = opened(f"{folder}+{tmp_path / 'adapter'}")
+    (warning,) = source.warnings
+    assert "changes 2 tensors of what reads images" in warning
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus_plus"])
+def test_methods_that_look_at_what_layers_are_given_make_the_same_live_and_exported(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
+    sources = with_plain(folder)
+    texts = Calibration(lambda: [" ".join(WORDS[3:20])], tokens=16)
+    numbers = {"weight": {"sees": 1.0, "plain": 1.0}, "off_diagonal": 0.9}
+    recipe = recipe_of(sources, Blend(method=method, sources=("sees", "plain"), parameters=numbers))
+    recipe = recipe.model_copy(update={"calibration": texts.digest})
+    evidence = Evidence(tmp_path / "evidence", {name: name for name in sources})
+    context = BuildContext(sources, "sees", evidence, calibration=texts)
+    builder = stack_builder(context)
+    for name in sources:
+        builder.calibrate(recipe, name)
+    live = builder.write(recipe)
+    with torch.inference_mode():
+        ours = live.model(PROMPT, use_cache=False).logits.clone()
+    builder.export(recipe, tmp_path / "out", texts={})
+    with torch.inference_mode():
+        assert torch.allclose(builder.reload(tmp_path / "out").model(PROMPT, use_cache=False).logits, ours, atol=1e-5)
 
 
 def test_a_path_of_its_layers_is_exported_and_runs_live(folder: Path, tmp_path: Path) -> None:

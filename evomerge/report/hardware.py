@@ -155,15 +155,20 @@ def model_shape(
     return ModelShape(weights, sources, layers, cache, vocabulary, width, tuple(layer_weights), config)
 
 
-def work_of(settings: Any, metrics: Sequence[str], items: int) -> Work:
-    """What an evaluator asks for, as far as its settings say; the rest is taken to be typical."""
+def work_of(settings: Any, metrics: Sequence[str], items: int, prompt: int | None = None) -> Work:
+    """What an evaluator asks for, as far as its settings say; the rest is taken to be typical.
+
+    Args:
+        prompt: how many tokens a prompt has, where that is known. Each beam of a search is a prompt of its own.
+    """
     answer = getattr(settings, "max_new_tokens", 0)
     if (generation := getattr(settings, "generation", None)) is not None and (
         generation or any(metric.startswith("exact_match") for metric in metrics)
     ):
         answer = int(generation.get("max_gen_toks", _TYPICAL_ANSWER))
     batch = getattr(settings, "batch_size", AUTO_BATCH)
-    return Work(items, _TYPICAL_PROMPT, answer, batch if isinstance(batch, int) else AUTO_BATCH)
+    beams, batch = getattr(settings, "num_beams", 1), batch if isinstance(batch, int) else AUTO_BATCH
+    return Work(items * beams, prompt or _TYPICAL_PROMPT, answer, batch * beams)
 
 
 def scratch_bytes(shape: ModelShape, work: Work) -> int:

@@ -10,6 +10,7 @@ import psutil
 import torch
 from rich.table import Table
 
+from evaluators.base import Evaluator, prompts_of
 from evaluators.cost import COUNTED
 from evomerge.blends import observed
 from evomerge.checkpoints.differences import warnings_across
@@ -195,15 +196,25 @@ def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     """What a merged model takes, and what every evaluator asks of it."""
     model = prepared.sources[prepared.file.tokenizer_source]
     settings, tasks = prepared.opened.settings, prepared.setup.tasks("search")
-    works = [
-        work_of(settings[t.evaluator], list(prepared.evaluators[t.evaluator].metrics), len(t.indices)) for t in tasks
-    ]
+    works = []
+    for task in tasks:
+        evaluator = prepared.evaluators[task.evaluator]
+        seen = _tokens_with_images(prepared, evaluator)
+        works.append(work_of(settings[task.evaluator], list(evaluator.metrics), len(task.indices), seen))
     sources = sum(_bytes(source) for source in prepared.sources.values())
     layers = max(model.layers, prepared.setup.space.layer_buffers)
     sizes = [int(size * _widened(prepared)) for size in layer_bytes(model, model.layers)]
     weights, itemsize = _live_bytes(prepared), int(model.dtype.itemsize * _widened(prepared))
     hops = max(layers, prepared.setup.space.hops)
     return model_shape(model.config, weights, sources, hops, itemsize, sizes), works
+
+
+def _tokens_with_images(prepared: Prepared, evaluator: Evaluator) -> int | None:
+    """Tokens of the first prompt of an evaluator that shows images, which are most of it; None of any other."""
+    first = next((n for n, item in enumerate(evaluator.items("search")) if item.media), None)
+    if first is None:
+        return None
+    return max(len(prompt.ids) for prompt in prompts_of(evaluator, prepared.reader(), "search", first))
 
 
 def layer_bytes(model: Source, layers: int) -> list[int]:
