@@ -54,7 +54,6 @@ class MergedInputs:
         from evomerge.checkpoints.structure import layer_stack
 
         self._live = live
-        self._sources = sources
         self._model = sources[model]
         self._copy_layer = copy_layer
         self._stretches = Stretches(live.model, list(layer_stack(live.model, self._model.layers)[1]))
@@ -85,8 +84,8 @@ class MergedInputs:
         Raises:
             InputError: it cannot be observed.
         """
-        name, stored = ref
-        return input_in(self._observed[name], self._sources[name], stored)
+        name, stored = ref  # which the source that gave the structure calls so, too, whatever its modules are called
+        return input_in(self._observed[name], self._model, stored)
 
     @torch.inference_mode()
     def _go_to(self, layer: int) -> None:
