@@ -429,3 +429,16 @@ def test_bytes_are_those_of_the_files(llamas: dict[str, Source], tmp_path: Path)
     gates = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("gate.weight"))
     total = sum(tensor.nbytes for tensor in stored.values())
     assert needed_bytes(llamas["maths"], len(recipe.slots), shared=False) == total - gates
+
+
+def test_a_glm4_moe_has_a_head_of_its_own(tmp_path: Path) -> None:
+    """vLLM never ties its head, and computed with what was in memory where the files had none."""
+    tied = dense_models(DENSE["llama tied"], tmp_path / "models")
+    recipe = mixture("glm4_moe", tied)
+    builder(tied).export(recipe, tmp_path / "out", texts={})
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    routers = sum(tensor.nbytes for name, tensor in stored.items() if ".gate." in name)
+    total = sum(tensor.nbytes for tensor in stored.values())
+    assert needed_bytes(tied["maths"], len(recipe.slots), shared=True, untied=True) == total - routers

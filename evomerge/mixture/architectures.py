@@ -127,6 +127,7 @@ def mixture_config(
         return {
             **config,
             "architectures": ["Glm4MoeForCausalLM"],
+            "tie_word_embeddings": False,  # vLLM knows of no other, and would compute with whatever is in memory
             "attention_bias": any(name.endswith("q_proj.bias") for name in source.tensors),
             "use_qk_norm": False,
             "partial_rotary_factor": 1.0,

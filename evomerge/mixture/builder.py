@@ -253,7 +253,7 @@ class _LiveMixture:
     def _written(self, recipe: MixtureRecipe, cells: Sequence[Cell]) -> Iterator[Written]:
         """What is there, under the names of the dense model. The slots of a layer share its mlp's place."""
         for cell in cells:
-            if cell.made is not None:
+            if cell.made is not None and (cell.is_slot or cell.name == cell.made.merged.name):  # no head twice
                 merged, layer = cell.made.merged, cell.made.merged.role.layer
                 slots = recipe.group_of(layer).slots if cell.is_slot and layer is not None else ()
                 yield Written(merged.name, self._targets[cell.name], cell.way, share=1.0 / max(1, len(slots)))

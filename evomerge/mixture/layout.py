@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.parts import Part
 
 
+HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
 @dataclass(frozen=True)
 class Skeleton:
     """A mixture's model without weights.
@@ -99,7 +102,7 @@ class Cell:
     @property
     def is_slot(self) -> bool:
         """Whether it stands in one slot, beside others that are made in the place of the same dense tensor."""
-        return self.made is not None and self.name != self.made.merged.name
+        return ".experts." in self.name
 
     @property
     def way(self) -> Hashable:
@@ -132,6 +135,8 @@ def cells_of(recipe: MixtureRecipe, skeleton: Skeleton, sources: Mapping[str, So
             cells.append(Cell(name, made_of_shared[f"model.layers.{match[1]}.mlp.{match[2]}.weight"], shared, factor))
         elif not _is_of_router(name):
             made = made_of[0].get(name)
+            if made is None and name == HEAD:  # of an architecture that never ties it to the embedding
+                made = made_of[0][_EMBEDDING]
             cells.append(Cell(name, made, None if made is None else slots[0]))
     return cells
 
@@ -183,9 +188,15 @@ def check_mixture(recipe: MixtureRecipe, sources: Mapping[str, Source]) -> None:
         raise InputError("recipe.shared", problem, f"These have: {', '.join(fitting)}.")
 
 
-def needed_bytes(model: Source, experts: int, shared: bool) -> int:
-    """Bytes of a mixture's weights: those of the dense model, and its mlps as often as there are experts."""
+def needed_bytes(model: Source, experts: int, shared: bool, *, untied: bool = False) -> int:
+    """Bytes of a mixture's weights: those of the dense model, and its mlps as often as there are experts.
+
+    Args:
+        untied: it has a head of its own, whether the dense model has one or not.
+    """
     whole = sum(entry.end - entry.begin for entry in model.tensors.values())
+    if untied and HEAD not in model.tensors:
+        whole += model.tensors[_EMBEDDING].end - model.tensors[_EMBEDDING].begin
     mlps = sum(e.end - e.begin for name, e in model.tensors.items() if model.roles[name].kind == "mlp")
     return whole + mlps * (experts - 1 + shared)
 

@@ -9,7 +9,7 @@ import psutil
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.genome import SearchSpace
-from evomerge.mixture.layout import needed_bytes
+from evomerge.mixture.layout import has_bias, needed_bytes
 from evomerge.recipes.mixture import MixtureRecipe
 from evomerge.search.settings.search_file import SearchFile
 
@@ -19,7 +19,12 @@ def mixture_bytes(space: SearchSpace, sources: Mapping[str, Source]) -> int:
     recipes = (mark.recipe for mark in space.baselines())
     return max(
         (
-            needed_bytes(sources[recipe.tokenizer], len(recipe.slots), shared=recipe.shared is not None)
+            needed_bytes(
+                sources[recipe.tokenizer],
+                len(recipe.slots),
+                shared=recipe.shared is not None or has_bias(recipe),  # which has one as wide, if only of zeros
+                untied=has_bias(recipe),
+            )
             for recipe in recipes
             if isinstance(recipe, MixtureRecipe)
         ),
