@@ -15,8 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PROMPTS = 20
 TOKENS = 32
-MIXTURES = ("mixtral", "qwen2_moe", "glm4_moe")
-"""What mixtures can be made of the miniatures, which are Llamas."""
+MIXTURES = {"mixtral": "mixtral", "qwen2_moe": "qwen2_moe", "glm4_moe": "glm4_moe", "glm4_moe_unequal": "glm4_moe"}
+"""What mixtures can be made of the miniatures, which are Llamas: folders, and their architectures."""
 
 
 def export(folder: Path) -> None:
@@ -48,8 +48,8 @@ def export(folder: Path) -> None:
             embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
         )  # fmt: skip
         write_model(recipe, sources, folder / name, texts={})
-    for architecture in MIXTURES:
-        export_mixture(folder / architecture, architecture, sources, [maths, both])
+    for name in MIXTURES:
+        export_mixture(folder / name, sources, [maths, both])
     export_adapter(folder)
     for name in (*paths, *MIXTURES):
         (folder / f"{name}.json").write_text(json.dumps(transformers_answers(folder / name)))
@@ -71,16 +71,19 @@ def export_adapter(folder: Path) -> None:
     (folder / "adapter.json").write_text(json.dumps(answers))
 
 
-def export_mixture(out: Path, architecture: Any, sources: dict[str, Any], experts: list[Any]) -> None:
-    """Write a mixture of two experts, the second of whose blends makes the rest too."""
+def export_mixture(out: Path, sources: dict[str, Any], experts: list[Any]) -> None:
+    """Write a mixture of two experts, the second of whose blends makes the rest too; it alone is in some layers of one
+    that is unequal.
+    """
     from evomerge.merging.building.builders import BuildContext
     from evomerge.mixture.builder import MixtureBuilder
     from evomerge.recipes.mixture import MixtureRecipe, SlotGroup, SlotRouter
 
-    slots = {"maths": 0, "both": 1}
+    slots, is_equal = {"maths": 0, "both": 1}, out.name in MIXTURES.values()
+    groups = (SlotGroup(layers=3, slots=slots), SlotGroup(layers=3, slots=slots if is_equal else {"both": 1}))
     recipe = MixtureRecipe(
-        sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32", architecture=architecture,
-        blends=tuple(experts), rest=1, embedding=1, groups=(SlotGroup(layers=6, slots=slots),), top_k=2,
+        sources=dict.fromkeys(sources, ""), tokenizer="maths", dtype="float32", architecture=MIXTURES[out.name],
+        blends=tuple(experts), rest=1, embedding=1, groups=groups, top_k=2 if is_equal else 1,
         router=SlotRouter(kind="random", rest=1, slots=slots),
     )  # fmt: skip
     MixtureBuilder(BuildContext(sources, "maths")).export(recipe, out, texts={})
