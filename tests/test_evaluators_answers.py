@@ -38,6 +38,7 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import open_source
 from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
+from evomerge.inference.requests import Text
 from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 
@@ -357,3 +358,80 @@ def test_perplexity_of_texts_is_the_loss_of_transformers(tmp_path: Path) -> None
     for text, value in zip(texts, found, strict=False):
         ids = torch.tensor([[start, *live.tokenizer.encode(text, add_special_tokens=False)]])
         assert -value == pytest.approx(live.model(ids, labels=ids).loss.item(), abs=1e-4)
+
+
+# ---- the original work's rule, and content ---------------------------------------------------------------------------
+
+
+def graded(folder: Path, pairs: Sequence[tuple[str, str]], **settings: Any) -> dict[str, list[float]]:
+    """Both metrics of answers to items with these references."""
+    file = folder / "pairs.jsonl"
+    rows = [{"prompt": f"item {number}", "answer": reference} for number, (reference, _) in enumerate(pairs)]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    whole = RougeSettings(file=file, held_out_file=file.with_name("other.jsonl"), **settings)
+    whole.held_out_file.write_text('{"prompt": "another", "answer": "x"}\n')  # type: ignore[union-attr]
+    responses = [Text(answer) for _, answer in pairs]
+    scores = whole.build().grade("search", range(len(pairs)), responses).scores
+    return {metric: values.tolist() for metric, values in scores.items()}
+
+
+RULE = [
+    ("赤い車が道路に停まっています。", "赤い車が道路に停まっています。", 1.0),
+    ("赤い車が道路に停まっています。", "A red car is parked on the road.", 0.0),
+    ("赤い車が道路に停まっています。", "一辆红色的汽车停在路上，旁边没有人。", 0.0),
+    ("赤い車が道路に停まっています。", "", 0.0),
+    ("A red car is parked on the road.", "A red car is parked on the road.", 1.0),
+    ("12", "12", 1.0),  # of no language: nor need the answer be
+]
+
+
+@pytest.mark.parametrize("tokenizer", ["character", "mecab"])
+def test_an_answer_in_another_language_counts_as_empty(tmp_path: Path, tokenizer: str) -> None:
+    """SakanaAI/evolutionary-model-merge, evomerge/eval: unless the reference is in another one itself."""
+    pairs = [(reference, answer) for reference, answer, _ in RULE]
+    found = graded(tmp_path, pairs, tokenizer=tokenizer, language="ja")
+    assert found["rouge_l"] == [wanted for *_, wanted in RULE]
+    without = graded(tmp_path, pairs, tokenizer=tokenizer)
+    assert without["rouge_l"][2] > 0  # Chinese and Japanese share characters
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "common", "size"),
+    [
+        # by hand: 猫 が 2 匹 い ます / 犬 が 2 匹 い ます, of six words each all but the first
+        ("猫が2匹います", "犬が2匹います", 5, 12),
+        # 赤い 車 / 赤い 車 が 走る
+        ("赤い車", "赤い車が走る", 2, 6),
+        # 空 は 青い 。 / 青い 空 。: 空 。 or 青い 。
+        ("空は青い。", "青い空。", 2, 7),
+    ],
+)
+def test_japanese_by_mecab_as_counted_by_hand(
+    tmp_path: Path, reference: str, answer: str, common: int, size: int
+) -> None:
+    found = graded(tmp_path, [(reference, answer)], tokenizer="mecab", language="ja")
+    assert found["rouge_l"] == pytest.approx([2 * common / size])
+
+
+def test_a_template_with_the_wrong_content_has_rouge_and_no_content(tmp_path: Path) -> None:
+    def caption(thing: str, count: int) -> str:
+        return f"there are {count} {thing} in the picture"
+
+    things = ("apples", "cats", "plates", "fish")
+    right = [(caption(thing, count), caption(thing, count)) for thing in things for count in (12, 34)]
+    wrong = [(one, other) for (one, _), (other, _) in zip(right, [*right[3:], *right[:3]], strict=True)]
+    assert graded(tmp_path, right) == {"rouge_l": [1.0] * 8, "content": [1.0] * 8}
+    found = graded(tmp_path, wrong)
+    assert min(found["rouge_l"]) > 0.7
+    assert max(found["content"]) < 0.2
+
+
+def test_content_is_the_cosine_of_rare_words(tmp_path: Path) -> None:
+    """By hand: of three references "the" is in all, "cat" and "dog" in one each, so weighs log 3, and "a" in none."""
+    pairs = [("the cat", "the cat a"), ("the dog", "the cat"), ("the the", "the the")]
+    found = graded(tmp_path, pairs)["content"]
+    assert found == pytest.approx([1 / np.sqrt(2), 0.0, 1.0])
+
+
+def test_a_language_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    assert "language: there is no language 'jp'" in refusal(RougeSettings(file=shipped(tmp_path), language="jp"))

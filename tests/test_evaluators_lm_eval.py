@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 import torch
 from helpers_lm_eval import CHOOSE, COUNTING_CODE, COUNTS, GENERATE, questions, write_all, write_task
-from helpers_miniature import search_file
+from helpers_miniature import MINIATURES, search_file
+from lm_eval.api.instance import Instance
+from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evaluators import evaluator_settings, lm_eval_tasks
 from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.benchmarks import count
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
-from evaluators.lm_eval_model import ResidentLM
+from evaluators.lm_eval_model import ResidentLM, request_of
 from evaluators.prompts import told_too_long
 from evaluators.scoring import score
+from evaluators.tasks import miniatures
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
@@ -596,3 +600,50 @@ def test_the_split_that_lm_eval_scores_is_a_benchmarks(tmp_path: Path, monkeypat
     monkeypatch.setattr(lm_eval_tasks, "LIBRARY_TASKS", tmp_path)
     assert counts("validation", "test") == [{"gsm8k": 1}, {"own": 6}]
     assert counts("test[2:]", "test[:2]") == [{"own": 4}, {"own": 2}]
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+class SeeingLM(HFMultimodalLM):  # type: ignore[misc]
+    """lm-eval's own model of pictures around one that is in memory: it keeps no processor that it is handed."""
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:
+        self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
+
+
+def test_answers_about_pictures_score_as_lm_eval_scores_them() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(MINIATURES / "vision", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(MINIATURES / "vision")
+    processor.tokenizer.padding_side = "left"
+    ours = LmEvalSettings(task="mini_picture_en", search="validation[:24]", held_out="test[:4]", batch_size=8).build()
+    live = LiveModel(model, processor.tokenizer, processor_of=lambda: processor)
+    found = score(ours, live, "search", range(24))
+    theirs = SeeingLM(pretrained=model, tokenizer=processor, backend="causal", batch_size=8, max_length=256)
+    instances = [group[0] for group in ours._instances["search"]]
+    answers = theirs.generate_until(instances, disable_tqdm=True)
+    assert list(found.answers.values()) == answers
+    graded = [miniatures.score_picture_en(i.doc, [answer]) for i, answer in zip(instances, answers, strict=True)]
+    for metric, values in found.scores.items():
+        assert values.tolist() == pytest.approx([one[metric] for one in graded])
+
+
+def test_items_are_told_apart_by_their_pictures() -> None:
+    """All of a task ask the same; and what a data set holds decides, not where Python put it."""
+    one, again = (
+        LmEvalSettings(task="mini_picture_ja", search="validation[:9]", held_out="test[:9]").build() for _ in range(2)
+    )
+    assert len({item.question for item in one.items("search")}) == 1
+    assert len({item.id for item in one.items("search")}) == 9
+    assert one.version == again.version
+    assert [item.media for item in one.items("search")] == [item.media for item in again.items("search")]
+
+
+def test_likelihoods_about_pictures_are_refused() -> None:
+    task = LmEvalSettings(task="mini_picture_en", search="validation[:2]", held_out="test[:2]").build()
+    instance = task._instances["search"][0][0]
+    asked = Instance("loglikelihood", instance.doc, ("Q:<image>", " 3", instance.args[2]), 0)
+    media = task.items("search")[0].media
+    reader = Reader(None, 256)
+    with pytest.raises(InputError, match="row 0: asks for likelihoods with pictures, which lm-eval has of no model"):
+        request_of(asked, reader, LmEvalSettings(task="mini_picture_en"), "row 0", media)

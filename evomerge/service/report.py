@@ -25,6 +25,7 @@ from evomerge.report.path import is_plain
 from evomerge.report.picks import conclusions, is_front, roles_of
 from evomerge.report.screen import arrow, cells, choice_text, duration, further_titles, gain_text, p_text, ranked
 from evomerge.report.search_status import SearchStatus
+from evomerge.report.seen import seen_items
 from evomerge.report.selection import selection_of
 from evomerge.report.status import depths_of, status_of
 from evomerge.report.svg import COLOURS
@@ -132,6 +133,7 @@ def report_html(store: Store, folder: Path) -> str:
         confirmed=list(_confirmed(status)),
         gaps=list(_gaps(status)),
         choice=_choice(status),
+        seen=[] if shown is None else seen_items(store, _number(shown.id)),
         selection=selection_of(store),
         conclusions=conclusions(status),
         best_word=KNEE if is_front(status) else BEST,

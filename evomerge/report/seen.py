@@ -1,0 +1,42 @@
+"""What a candidate answered about pictures, for a page that stands alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from evomerge.inference.pictures import data_url
+from evomerge.report.items import ItemAnswers, items_of
+from evomerge.store import Store
+
+_MOST = 8
+
+
+class SeenItem(NamedTuple):
+    """An item with its pictures, as ``data:`` URLs, and a candidate's score and answer."""
+
+    number: int
+    measure: str
+    pictures: list[str]
+    text: str
+    right: str
+    score: float
+    answer: str
+
+
+def seen_items(store: Store, candidate: int) -> list[SeenItem]:
+    """The first items that show pictures, of the first objective that has any: held-out ones where it was confirmed."""
+    for measure in store.search().record.objectives:
+        for split in ("held_out", "search"):
+            items = [item for item in items_of(store, [candidate], split, measure) if item.pictures]
+            if items:
+                return [_seen(store, item, measure.name) for item in items[:_MOST]]
+    return []
+
+
+def _seen(store: Store, item: ItemAnswers, measure: str) -> SeenItem:
+    images = [image for picture in item.pictures if (image := store.thumbnail(picture)) is not None]
+    (answered,) = item.answered
+    texts = (item.text or "", item.right or "")
+    return SeenItem(
+        item.number, measure, [data_url(image) for image in images], *texts, answered.score, answered.answer or ""
+    )
