@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers_checkpoints import WORDS, edit_tensors, save_model, save_tokenizer, tiny_config
 from helpers_miniature import MINIATURES, search_file
+from helpers_vision import save_vision
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -181,6 +182,21 @@ def test_the_preset_for_vllm_holds_nothing_that_it_refuses(tmp_path: Path) -> No
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) and ".layers." in name for name in names)
     left = {loss.tensor for loss in made.losses if loss.form == "left as in the base"}
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"} <= left
+
+
+def test_of_a_model_that_reads_images_the_tower_has_factors_too(tmp_path: Path) -> None:
+    model, base = (save_vision("llava", tmp_path / name, seed=seed) for seed, name in enumerate(("model", "base")))
+    made = make(opened(model), opened(base), tmp_path / "adapter", Extracting(RankRule(most=3)))
+    forms = {loss.tensor: loss.form for loss in made.losses}
+    assert forms["model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"] == "rank 3"
+    assert forms["model.language_model.layers.0.self_attn.q_proj.weight"] == "rank 3"
+    assert forms["lm_head.weight"] == "full"
+    adapted = open_source("a", f"{base}+{tmp_path / 'adapter'}", place="a")
+    wanted, name = opened(model), "model.layers.0.mlp.up_proj.weight"
+    change = wanted.read(name).double() - opened(base).read(name).double()
+    left, sizes, right = torch.linalg.svd(change)
+    expected = opened(base).read(name).double() + (left[:, :3] * sizes[:3]) @ right[:3]
+    assert torch.allclose(adapted.read(name).double(), expected, atol=1e-5)
 
 
 def test_the_models_tokenizer_goes_along_where_it_is_another(llamas: tuple[Path, Path], tmp_path: Path) -> None:

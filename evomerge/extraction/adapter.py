@@ -225,7 +225,7 @@ class _Maker:
         return change, energy
 
     def _way(self, target: Target) -> str:
-        is_ends = target.way == "embedding" or (target.way == "factors" and not target.stacked)
+        is_ends = target.way == "embedding" or any(self._base.roles[name].kind == "head" for name, _ in target.pieces)
         if self._how.preset == "vllm":
             return "factors" if target.way == "factors" and target.stacked and not self._in_experts(target) else "none"
         if not is_ends:
