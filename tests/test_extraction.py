@@ -23,6 +23,7 @@ from transformers import (
     GPTNeoXConfig,
     MixtralConfig,
     Phi3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen2MoeConfig,
 )
@@ -56,6 +57,7 @@ MODELS: dict[str, Any] = {
     ),
     "fused qkv with biases": GPTNeoXConfig(**_SIZES),
     "fused qkv and mlp": Phi3Config(**_GROUPED, pad_token_id=0),
+    "a head with a bias": PhiConfig(**_SIZES, pad_token_id=0),
     "experts": MixtralConfig(**_GROUPED, num_local_experts=3),
     "experts and a shared one": Qwen2MoeConfig(**_MOE, num_experts=3, shared_expert_intermediate_size=20),
     "a dense layer before experts": Glm4MoeConfig(
@@ -92,8 +94,10 @@ def logits(folder: Path) -> torch.Tensor:
         return model(PROMPT).logits
 
 
-@pytest.mark.parametrize("embeddings", ["full", "tokens"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "embeddings"),
+    [*((family, form) for family in MODELS for form in ("full", "tokens")), ("a head with a bias", "low_rank")],
+)
 def test_at_full_rank_the_adapter_is_the_model_in_peft(tmp_path: Path, family: str, embeddings: Any) -> None:
     model, base = pair(MODELS[family], tmp_path)
     made = make(opened(model), opened(base), tmp_path / "adapter", Extracting(RankRule(), embeddings))

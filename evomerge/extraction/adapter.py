@@ -194,7 +194,8 @@ class _Maker:
     def add(self, module: Sequence[Target]) -> None:
         """Write what is held of the changes of a module's own tensors."""
         ways = {target.tensor: self._way(target) for target in module}
-        if "full" in ways.values() or module[0].module in self.parts.saved:
+        beside = "tokens" in ways.values() and len(module) > 1  # a bias, which PEFT loads beside no rows
+        if "full" in ways.values() or beside or module[0].module in self.parts.saved:
             self._full(module)
             return
         for target in module:
@@ -225,10 +226,10 @@ class _Maker:
         return change, energy
 
     def _way(self, target: Target) -> str:
-        is_ends = target.way == "embedding" or any(self._base.roles[name].kind == "head" for name, _ in target.pieces)
+        is_head = target.way == "factors" and any(self._base.roles[name].kind == "head" for name, _ in target.pieces)
         if self._how.preset == "vllm":
             return "factors" if target.way == "factors" and target.stacked and not self._in_experts(target) else "none"
-        if not is_ends:
+        if target.way != "embedding" and not is_head:
             return "full" if target.renames else target.way
         if self._how.embeddings == "low_rank":
             if target.also:
@@ -261,7 +262,6 @@ class _Maker:
 
     def _bias(self, target: Target, energy: float) -> None:
         inside = ".base_layer" if target.module in self.parts.modules else ""
-        inside = ".token_adapter.base_layer" if target.module in self.parts.rows else inside
         wanted = read_tensor(self._model, target)
         self._file.add(f"{_PREFIX}{target.module}{inside}.{target.parameter}", wanted)
         self.parts.has_bias = True
