@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 20
 TOKENS = 32
-MIXTURES = {"mixtral": "mixtral", "qwen2_moe": "qwen2_moe", "glm4_moe": "glm4_moe", "glm4_moe_unequal": "glm4_moe"}
-"""What mixtures can be made of the miniatures, which are Llamas: folders, and their architectures."""
+MIXTURES = {
+    "mixtral": "mixtral", "qwen2_moe": "qwen2_moe", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
+    "glm4_moe_unequal": "glm4_moe",
+}  # fmt: skip
+"""Mixtures by their folders, with their architectures: of the miniatures, which are Llamas, or of random Qwen3s."""
 
 
 def export(folder: Path) -> None:
@@ -48,8 +53,10 @@ def export(folder: Path) -> None:
             embedding=ends, norm=ends, head=ends, hops=[(layer, b, b, b) for layer, b in hops], scales=scales,
         )  # fmt: skip
         write_model(recipe, sources, folder / name, texts={})
-    for name in MIXTURES:
-        export_mixture(folder / name, sources, [maths, both])
+    with tempfile.TemporaryDirectory() as above:
+        qwens = random_qwens(Path(above), sources)
+        for name in MIXTURES:
+            export_mixture(folder / name, qwens if name == "qwen3_moe" else sources, [maths, both])
     export_adapter(folder)
     for name in (*paths, *MIXTURES):
         (folder / f"{name}.json").write_text(json.dumps(transformers_answers(folder / name)))
@@ -69,6 +76,25 @@ def export_adapter(folder: Path) -> None:
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder), str(folder / "adapter"))
     answers = transformers_answers(base.folder, adapted.eval())
     (folder / "adapter.json").write_text(json.dumps(answers))
+
+
+def random_qwens(above: Path, sources: dict[str, Any]) -> dict[str, Any]:
+    """Sources of the same names and tokenizer, of the one architecture that a qwen3_moe is made of."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from evomerge.checkpoints.source import open_source
+
+    config = Qwen3Config(
+        vocab_size=sources["maths"].config["vocab_size"], hidden_size=64, intermediate_size=128, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    for seed, (name, source) in enumerate(sources.items()):
+        torch.manual_seed(seed)
+        Qwen3ForCausalLM(config).save_pretrained(above / name)
+        for file in source.folder.glob("tokenizer*"):
+            shutil.copy(file, above / name)
+    return {name: open_source(name, str(above / name), place=name) for name in sources}
 
 
 def export_mixture(out: Path, sources: dict[str, Any], experts: list[Any]) -> None:
