@@ -323,6 +323,95 @@ def test_dns_keeps_the_members_that_ribs_keeps() -> None:
         assert kept == {tuple(np.round(solution, 6)) for solution in archive.data("solution")}
 
 
+def tasks_of(genomes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Losses of two tasks that are at odds: squared distances from a point each: float64 [genomes, 2]."""
+    return np.stack([((genomes - centre) ** 2).sum(axis=1) for centre in (0.7, 0.3)], axis=1)
+
+
+def test_cycle_qd_keeps_the_elites_that_ribs_keeps() -> None:
+    """An archive of ribs for each task, with the bins of the other: the same candidates in the same niches."""
+    archives = pytest.importorskip("ribs.archives")
+    optimizer: Any = CycleQdSettings(name="cycle_qd", bins=6).build(RIBS_SPACE, 2, 0)
+    random = np.random.RandomState(7)
+    first = random.random_sample((20, 6))
+    optimizer.tell([Observation(g, pair) for g, pair in zip(first, tasks_of(first).tolist(), strict=True)])
+    optimizer.ask(1)  # lays out the bins by what is known
+    axes = optimizer._axes
+    theirs = [archives.GridArchive(solution_dim=6, dims=[6], ranges=[(a.low, a.high)]) for a in reversed(axes)]
+    for genomes in (first, random.random_sample((60, 6)), random.random_sample((60, 6))):
+        losses = tasks_of(genomes)
+        if genomes is not first:
+            optimizer.tell([Observation(g, pair) for g, pair in zip(genomes, losses.tolist(), strict=True)])
+        for task, archive in enumerate(theirs):
+            archive.add(genomes, -losses[:, task], losses[:, [1 - task]])
+            kept = {tuple(np.round(o.genome, 6)) for o in optimizer._archives[task].values()}
+            assert kept == {tuple(np.round(solution, 6)) for solution in archive.data("solution")}
+
+
+def cycled(told: list[NDArray[np.float64]]) -> tuple[float, float]:
+    """Of all candidates of a search: the niches of both tasks that are filled, and the sum of 6 - loss over these."""
+    losses = tasks_of(np.concatenate(told))
+    filled, sum_ = 0, 0.0
+    for task in range(2):
+        axis = Feature("other task", 0.0, 3.0, 20)
+        points = {
+            i: Observation(g, [pair[task]], [pair[1 - task]])
+            for i, (g, pair) in enumerate(zip(losses, losses, strict=True))
+        }
+        best = [min(loss for (loss,) in cell.values()) for cell in Grid((axis,)).extend(points).cells.values()]
+        filled, sum_ = filled + len(best), sum_ + sum(6.0 - loss for loss in best)
+    return filled / 40, sum_
+
+
+def mated(random: np.random.RandomState, elites: NDArray[np.float64]) -> NDArray[np.float64]:
+    """CycleQD's children of elites, in plain words: parents by the product of scaled scores, their weighted mean."""
+    losses = tasks_of(elites)
+    spans = np.ptp(losses, axis=0)
+    good = np.prod(0.5 + 0.3 * (losses.max(axis=0) - losses) / np.where(spans > 0, spans, 1), axis=1)
+    children = []
+    for _ in range(16):
+        one, other = elites[random.choice(len(elites), size=2, p=good / good.sum())]
+        weights = np.abs(random.normal(1.0, 0.3, 2))
+        children.append((weights[0] * one + weights[1] * other) / weights.sum() + random.normal(0.0, 0.03, 6))
+    return np.clip(children, 0.0, 1.0)
+
+
+@pytest.mark.nightly
+def test_cycle_qd_covers_as_much_as_archives_of_ribs_in_turn() -> None:
+    """Two archives of ribs that take turns, with the same operators, at the same budget: no worse but for noise."""
+    archives = pytest.importorskip("ribs.archives")
+
+    def mine(seed: int) -> tuple[float, float]:
+        optimizer, told = CycleQdSettings(name="cycle_qd").build(RIBS_SPACE, 2, seed), []
+        for _ in range(30):
+            told.append(np.array(optimizer.ask(16)))
+            optimizer.tell([Observation(g, p) for g, p in zip(told[-1], tasks_of(told[-1]).tolist(), strict=True)])
+        return cycled(told)
+
+    def of_ribs_in_turn(seed: int) -> tuple[float, float]:
+        random = np.random.RandomState(1000 + seed)
+        told = [random.random_sample((16, 6))]
+        low, high = tasks_of(told[0]).min(axis=0) * 0.85, tasks_of(told[0]).max(axis=0) * 1.15
+        both = [
+            archives.GridArchive(solution_dim=6, dims=[15], ranges=[(low[1 - task], high[1 - task])]) for task in (0, 1)
+        ]
+        for step in range(30):
+            losses = tasks_of(told[-1])
+            for task, archive in enumerate(both):
+                archive.add(told[-1], -losses[:, task], losses[:, [1 - task]])
+            if step < 29:
+                told.append(mated(random, np.asarray(both[(step + 1) % 2].data("solution"))))
+        return cycled(told)
+
+    ours_, theirs = (np.array([of(seed) for seed in range(5)]) for of in (mine, of_ribs_in_turn))
+    error = np.sqrt((ours_.var(axis=0, ddof=1) + theirs.var(axis=0, ddof=1)) / 5)
+    assert np.all(ours_.mean(axis=0) > theirs.mean(axis=0) - 3 * error), (
+        ours_.mean(axis=0),
+        theirs.mean(axis=0),
+        error,
+    )
+
+
 def test_map_elites_is_searched_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = {"task": "mini_math_ja", "search": "validation[:10]", "held_out": "test[:4]"}
     changes = {

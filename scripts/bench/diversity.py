@@ -209,49 +209,60 @@ def reported() -> list[dict[str, Any]]:
 
 
 def report(folder: Path) -> None:
-    """docs/diversity.json, its picture, and the table: of the seeds that all searches have."""
+    """docs/diversity.json, its picture, and the table: of each search the seeds that plain CMA-ES has as well."""
     found = [*reported(), *(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))]
     runs = list({(run["name"], run["seed"]): run for run in found}.values())
     RUNS.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
     by_name = {name: {run["seed"]: run for run in runs if run["name"] == name} for name in ENTRIES}
-    seeds = sorted(set.intersection(*(set(of_name) for of_name in by_name.values())))
-    texts: dict[str, list[list[str]]] = {}
-    for of_name in by_name.values():
-        for seed in seeds:
-            for team, members in of_name[seed]["teams"].items():
-                texts.setdefault(team, []).append(members)
-    teams = {name: Teams.of(of_team) for name, of_team in texts.items()}
-    rows = [_row(name, team, teams) for name, team in teams.items()]
+    plain = by_name[SEARCHED]
+    beside = {
+        team: {seed: Teams.of([run["teams"][team]]) for seed, run in plain.items()} for team in (BASELINE, SOURCES)
+    }
+    rows = []
+    for name, of_name in by_name.items():
+        for team in plain[min(plain)]["teams"] if name == SEARCHED else [name]:
+            seeds = sorted(of_name.keys() & plain.keys())
+            teams = Teams.of([of_name[seed]["teams"][team] for seed in seeds])
+            others = {
+                other: np.concatenate([of_seed[seed].covered for seed in seeds]) for other, of_seed in beside.items()
+            }
+            rows.append(_row(team, teams, others))
     rows.sort(key=lambda row: -row["coverage"])
     out = ROOT / "docs" / "diversity.json"
     kept = json.loads(out.read_text()) if out.exists() else {}
-    write(out, kept | {"seeds": len(seeds), "items": len(TASKS) * HELD_OUT, "rows": rows})
+    seeds_of_all = min(row["seeds"] for row in rows)
+    out.write_text(
+        json.dumps(kept | {"seeds": seeds_of_all, "items": len(TASKS) * HELD_OUT, "rows": rows}, indent=2) + "\n"
+    )
     for row in rows:
-        print(
-            "  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{value:34}" for key, value in row.items())
-        )
-    _plot({name: [of_name[seed]["curve"] for seed in seeds] for name, of_name in by_name.items()}, teams)
+        values = (f"{key} {value:.3f}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+        print("  ".join(values))
+    means = {
+        other: float(np.mean([team.covered.mean() for team in of_seed.values()])) for other, of_seed in beside.items()
+    }
+    _plot({name: [run["curve"] for run in of_name.values()] for name, of_name in by_name.items()}, means)
 
 
-def _row(name: str, team: Teams, teams: Mapping[str, Teams]) -> dict[str, Any]:
-    """What a team covers, and by how much more than the three best of plain CMA-ES, and than the sources' team."""
-    gaps = {other: team.covered - teams[other].covered for other in (BASELINE, SOURCES)}
+def _row(name: str, teams: Teams, others: Mapping[str, Scores]) -> dict[str, Any]:
+    """What a team covers, and by how much more than others do on the same seeds: float64 [seeds, items] each."""
+    gaps = {other: teams.covered - covered for other, covered in others.items()}
     ends = {other: interval(gap) for other, gap in gaps.items()}
     return {
         "name": name,
-        "coverage": float(team.covered.mean()),
+        "seeds": len(teams.solved),
+        "coverage": float(teams.covered.mean()),
         "difference": float(gaps[BASELINE].mean()),
         "low": ends[BASELINE][0],
         "high": ends[BASELINE][1],
         "over_sources": float(gaps[SOURCES].mean()),
         "over_sources_low": ends[SOURCES][0],
         "over_sources_high": ends[SOURCES][1],
-        "majority": team.majority,
-        "best_member": team.best_member,
+        "majority": teams.majority,
+        "best_member": teams.best_member,
     }
 
 
-def _plot(curves: Mapping[str, Sequence[Mapping[str, list[str]]]], teams: Mapping[str, Teams]) -> None:
+def _plot(curves: Mapping[str, Sequence[Mapping[str, list[str]]]], beside: Mapping[str, float]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -267,7 +278,7 @@ def _plot(curves: Mapping[str, Sequence[Mapping[str, list[str]]]], teams: Mappin
         )
     for name, style in ((BASELINE, "--"), (SOURCES, ":")):
         label = f"team of {name}" if name == SOURCES else name
-        axes.axhline(teams[name].covered.mean(), label=label, ls=style, color="grey")
+        axes.axhline(beside[name], label=label, ls=style, color="grey")
     axes.set(xlabel="candidates", ylabel=f"held-out coverage of a team of {MEMBERS}")
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(ROOT / "docs" / "diversity.svg", metadata={"Date": None})

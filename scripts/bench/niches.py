@@ -270,9 +270,14 @@ def raced(recorded: Recorded, seed: int) -> dict[str, float]:
     }
 
 
+def is_finished(path: Path) -> bool:
+    with Store.open(path) as store:
+        return store.search().state == "finished"
+
+
 def races(folder: Path) -> dict[str, float]:
     """All recorded searches in all orders, as shares."""
-    searches = [Recorded.read(path) for path in sorted(folder.glob("*/search.db"))]
+    searches = [Recorded.read(path) for path in sorted(folder.glob("*/search.db")) if is_finished(path)]
     counts = [raced(search, seed) for search in searches for seed in range(ORDERS)]
     total = {key: float(sum(row[key] for row in counts)) for key in counts[0]}
     return {
