@@ -145,6 +145,19 @@ def test_a_poor_quadratic_is_not_used() -> None:
     assert np.all(off.min(axis=(0, 1)) < 0.25)  # five standard deviations of the noise
 
 
+def test_candidates_that_miss_a_constraint_are_not_fitted_to() -> None:
+    """Their losses say by how much they miss it, and nothing of the objectives."""
+    asked = []
+    for violating in (False, True):
+        optimizer = MapSettings(name="map", population=8).build(WEIGHTS, 2, 0)
+        for _ in range(2):
+            optimizer.tell([Observation(g, spheres(g)) for g in optimizer.ask(8)])
+        if violating:
+            corners = [np.array([x, y, 1.0]) for x in (0.0, 1.0) for y in (0.0, 1.0)]
+            optimizer.tell([Observation(corner, [40.0, 50.0], feasible=False) for corner in corners])
+        assert off_the_line(optimizer.ask(8)).max() < 0.1
+
+
 def test_pending_points_are_not_asked_for_again() -> None:
     optimizer = MapSettings(name="map", population=8).build(WEIGHTS, 2, 0)
     for _ in range(2):

@@ -73,11 +73,6 @@ def first_fit(parameters: int) -> int:
     return math.ceil(SPARE * terms(parameters))
 
 
-def usable(known: Sequence[Observation]) -> list[Observation]:
-    """The candidates that quadratics are fitted to: those with a loss in every objective."""
-    return [o for o in known if all(map(math.isfinite, o.losses))]
-
-
 class Map(Population):
     """One search by MAP."""
 
@@ -88,9 +83,7 @@ class Map(Population):
         super().__init__(settings.population, parameters, seed)
         self._settings = settings
         self._first_fit = first_fit(len(parameters))
-        self._units: list[Vector] = []  # of what was told, with losses beside
-        self._losses: list[Sequence[float]] = []
-        self._is_feasible: list[bool] = []
+        self._known: list[Observation] = []  # that keep the constraints; the losses of others are made up
         self._tried: dict[bytes, Vector] = {}  # asked for or told, as points of the unit box
 
     def ask(self, n: int) -> list[Genome]:
@@ -100,21 +93,17 @@ class Map(Population):
 
     def tell(self, observations: Sequence[Observation]) -> None:
         self._try([o.genome for o in observations])
-        for observation in usable(observations):
-            self._units.append(self._box.unit(observation.genome))
-            self._losses.append(observation.losses)
-            self._is_feasible.append(observation.feasible)
+        self._known += [o for o in observations if o.feasible and all(map(math.isfinite, o.losses))]
 
     def _try(self, genomes: Sequence[Genome]) -> None:
         self._tried |= {genome.tobytes(): self._box.unit(genome) for genome in genomes}
 
     def _children(self, random: RandomState, n: int) -> Vector | None:
-        if len(self._units) < self._first_fit:
+        if len(self._known) < self._first_fit:
             return None
-        units, losses = np.array(self._units), np.array(self._losses)
-        best = units[nondominated(np.where(np.array(self._is_feasible)[:, None], losses, math.inf))]
-        if not len(best):
-            return None
+        units = np.array([self._box.unit(o.genome) for o in self._known])
+        losses = np.array([o.losses for o in self._known], dtype=np.float64)
+        best = units[nondominated(losses)]
         with one_thread():
             model = Quadratic.fit(units, losses)
             if model.explained.min() < self._settings.least_explained:

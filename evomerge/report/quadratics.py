@@ -37,8 +37,12 @@ def quadratics_of(store: Store, search: SearchRow) -> QuadraticState | None:
     from evomerge.optimizers.pareto_map import MapSettings, first_fit
     from evomerge.optimizers.quadratic import Quadratic
 
-    losses = dict(zip(*summaries.columns(store, ["number", "losses"]).values(), strict=True))
-    told = {number: row for number, row in losses.items() if row and all(map(math.isfinite, row))}
+    rows = zip(*summaries.columns(store, ["number", "losses", "eligible"]).values(), strict=True)
+    told = {
+        number: losses
+        for number, losses, eligible in rows
+        if losses and all(map(math.isfinite, losses)) and (eligible or not record.constraints)
+    }
     genomes = summaries.genomes_of(store, told.keys()) if told else {}
     least = MapSettings.model_validate(search.settings["optimizer"]).least_explained
     first = first_fit(len(record.parameters))
