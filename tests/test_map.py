@@ -147,7 +147,6 @@ def test_a_poor_quadratic_is_not_used() -> None:
 
 def test_candidates_that_miss_a_constraint_are_not_fitted_to() -> None:
     """Their losses say by how much they miss it, and nothing of the objectives."""
-    asked = []
     for violating in (False, True):
         optimizer = MapSettings(name="map", population=8).build(WEIGHTS, 2, 0)
         for _ in range(2):
