@@ -21,6 +21,7 @@ from test_evaluators_reward_model import judge
 
 from evaluators.base import EvaluatorSettings, Split
 from evaluators.cost import CostSettings
+from evaluators.exact_match import ExactMatchSettings
 from evaluators.function import FunctionSettings
 from evaluators.language import LanguageSettings
 from evaluators.likelihood import LikelihoodSettings
@@ -80,6 +81,9 @@ CASES: dict[str, Callable[[Path], EvaluatorSettings]] = {
     "mgsm exact": lambda folder: mgsm(folder, prompt="{question}", stop=("\n",), num_fewshot=2),
     "mgsm sakana": lambda folder: mgsm(folder, scorer="sakana", prompt="{question}", stop=("\n",)),
     "rouge": lambda folder: RougeSettings(file=lines(folder, "mini_translate_ja"), max_new_tokens=24, stop=("\n",)),
+    "exact_match": lambda folder: ExactMatchSettings(
+        file=lines(folder, "mini_translate_ja"), max_new_tokens=24, stop=("\n",)
+    ),
     "language": lambda folder: LanguageSettings(
         file=lines(folder, "mini_translate_ja"), language="ja", max_new_tokens=12, batch_size=3
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,7 +14,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 from helpers_lm_eval import shipped_items, shipped_tasks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import ImageChops
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "examples" / "miniatures"
@@ -22,6 +24,9 @@ METRICS = {"mini_math_ja": {"acc_ja", "acc"}, "mini_math_en": {"acc"}, "mini_tra
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import miniature_problems as problems  # noqa: E402
+import picture_problems as pictures  # noqa: E402
+
+from evaluators.tasks import miniatures  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +126,44 @@ def test_maths_expert_answers_in_english_and_the_japanese_expert_in_japanese() -
         inputs = tokenizer([problem["prompt"]], return_tensors="pt", return_token_type_ids=False)
         output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         assert word in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_miniature_that_sees_is_a_small_plain_folder() -> None:
+    folder = MODELS / "vision"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5_000_000
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert "/" not in (folder / "config.json").read_text().replace("</", "")  # no path of who made it
+    maths = AutoModelForCausalLM.from_pretrained(MODELS / "maths").state_dict()
+    mine = {f"model.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()}
+    for name, tensor in mine.items():
+        assert torch.equal(tensor[: len(maths[name])], maths[name]), name
+    processor = AutoProcessor.from_pretrained(folder)
+    assert len(processor.tokenizer) == len(AutoTokenizer.from_pretrained(MODELS / "maths")) + 1
+
+
+@pytest.mark.parametrize("split", ["search", "held_out"])
+def test_pictures_show_what_their_answers_say(split: pictures.Split) -> None:
+    """And only sums of the split, none twice; items in both languages are of the same pictures."""
+    scenes = pictures.different_scenes(split, 500)
+    sums = {(scene.first, scene.operator, scene.second) for scene in scenes}
+    assert len(sums) == 500
+    assert {problems.split_of(*one) for one in sums} == {split}
+    for language in ("en", "ja"):
+        items = shipped_items(f"mini_picture_{language}", split)
+        assert [item["answer"] for item in items] == [scene.asked(language).answer for scene in scenes]
+        assert {item["prompt"] for item in items} == {scenes[0].asked(language).prompt}
+        for item, scene in list(zip(items, scenes, strict=True))[::25]:
+            (shown,) = miniatures.shown(item)
+            assert ImageChops.difference(shown, pictures.picture(scene)).getbbox() is None
+
+
+def test_stories_have_as_many_tokens_as_pictures_have_patches() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
+    random = Random("stories")
+    for _ in range(200):
+        story = pictures.draw_scene(random, "train").story
+        assert len(tokenizer.encode(story, add_special_tokens=False)) == pictures.TOKENS
