@@ -23,11 +23,13 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.cli import app
 from evomerge.errors import InputError
+from evomerge.mergekit import to_mergekit
 from evomerge.merging.building.builders import BuildContext, check_recipe
 from evomerge.merging.building.export import write_model
 from evomerge.merging.building.stack_builder import stack_builder
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.measured.evidence import Evidence
+from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
 
@@ -156,6 +158,28 @@ def test_towers_that_make_other_numbers_of_tokens_are_not_mixed(folder: Path, tm
         check_recipe(recipe_of(sources, mixed, vision=mixed), sources)
 
 
+def test_text_models_that_compute_otherwise_by_equal_weights_are_refused(folder: Path) -> None:
+    """Granite has Llama's tensors; its settings can make it Llama, or multiply the embedding."""
+    sources = with_plain(folder)
+    plain = sources["plain"].folder
+    granite = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_multiplier": 4**-0.5}
+    edit_json(plain / "config.json", **granite)
+    check_compatible({"sees": sources["sees"], "plain": opened(plain, "plain")})
+    edit_json(plain / "config.json", embedding_multiplier=12.0)
+    with pytest.raises(InputError, match="with equal weights they compute otherwise"):
+        check_compatible({"sees": sources["sees"], "plain": opened(plain, "plain")})
+
+
+def test_stages_and_other_kinds_of_recipe_are_for_models_of_texts(folder: Path, tmp_path: Path) -> None:
+    with_plain(folder)
+    stage = {"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1.0}}]}
+    last = {**stage, "name": "two", "models": [{"model": "one", "parameters": {"weight": 1.0}}]}
+    (tmp_path / "m.yaml").write_text(json.dumps({**stage, "name": "one"}) + "\n---\n" + json.dumps(last))
+    ran = CliRunner().invoke(app, ["merge", str(tmp_path / "m.yaml"), str(tmp_path / "out")])
+    assert "stage one: llava reads images, and stages are made of models of texts alone" in str(ran.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_processor_that_is_missing_or_not_wanted_is_named(folder: Path) -> None:
     sources = with_plain(folder)
     with pytest.raises(InputError, match="a model of texts alone, and is asked about images"):
@@ -168,6 +192,29 @@ def test_a_processor_that_is_missing_or_not_wanted_is_named(folder: Path) -> Non
 
 
 # ---- as models of texts alone ----------------------------------------------------------------------------------------
+
+
+def test_families_with_one_text_model_are_mixed_with_each_other(folder: Path, tmp_path: Path) -> None:
+    sources = {"sees": opened(folder), "other": opened(save_vision("smolvlm", tmp_path / "other"), "other")}
+    check_compatible(sources)
+    blend = Blend.weighted_sum({"sees": 0.5, "other": 0.5})
+    with pytest.raises(InputError, match="differ in model_type"):
+        check_recipe(recipe_of(sources, blend, vision=blend), sources)
+    recipe = recipe_of(sources, blend)
+    made = dict(Materialiser(sources).tensors(recipe))
+    assert made.keys() == sources["sees"].tensors.keys()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.allclose(made[name], sum(0.5 * source.read(name) for source in sources.values()))
+
+
+def test_what_a_recipe_says_of_what_reads_images_is_told(folder: Path, tmp_path: Path) -> None:
+    sources = {"sees": opened(folder), "other": opened(save_vision("llava", tmp_path / "other", seed=3), "other")}
+    recipe = recipe_of(sources, Blend.copy_of("sees"), vision=Blend.copy_of("other"))
+    assert [line.partition(":")[0] for line in recipe.lines()][-1] == "what reads images"
+    assert read_recipe(recipe.canonical(), recipe.sources) == recipe
+    assert "vision" not in recipe_of(sources, Blend.copy_of("other"), vision=Blend.copy_of("sees")).canonical()
+    with pytest.raises(InputError, match="mergekit cannot say"):
+        to_mergekit(recipe, lambda reference: sources["sees"].roles)
 
 
 def test_two_towers_are_mixed_where_a_recipe_says_so(folder: Path, tmp_path: Path) -> None:

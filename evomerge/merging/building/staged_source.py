@@ -18,6 +18,7 @@ from evomerge import __version__
 from evomerge.checkpoints.folder import WEIGHTS, tokenizer_files
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
+from evomerge.errors import InputError
 from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import Merged, merged_config, merged_tensors
@@ -93,8 +94,11 @@ def opened_stage(stage: Stage, sources: Mapping[str, Source], above: Path, keep:
         keep: where stages are kept as folders, each under its name and key; None computes them.
 
     Raises:
-        InputError: the stage cannot be made of these sources.
+        InputError: the stage cannot be made of these sources, such as of one that reads images.
     """
+    if seeing := [name for name, source in sources.items() if source.takes_images]:
+        problem = f"{seeing[0]} reads images, and stages are made of models of texts alone"
+        raise InputError(f"stage {stage.name}", problem, "Merge it in one go, or each stage to a folder.")
     recipe = stage.recipe.model_copy(update={"dtype": "float32"})
     aligned = align(sources, recipe.tokenizer, recipe.vocabulary)
     Materialiser(aligned).check(recipe)
