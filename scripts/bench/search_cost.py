@@ -96,12 +96,15 @@ PROBLEMS = {
     "blocks": zoo("task_arithmetic", "block"),
     "density": zoo("ties", "block"),
 }
-RACING = {"rungs": [25, 50]}
+RACING: dict[str, Any] = {"rungs": [25, 50]}
 LITTLE = {"candidates": 150}
 CMA: dict[str, Any] = {"name": "cma"}
 CASES: dict[str, dict[str, Any]] = {
     REFERENCE: {"budget": {"candidates": 1000}, "optimizer": CMA},
     "racing": {"budget": LITTLE, "optimizer": CMA, "racing": RACING},
+    "racing, challengers by neighbours": {
+        "budget": LITTLE, "optimizer": CMA, "racing": RACING | {"challengers": "neighbours"},
+    },
     "racing, population by the budget": {
         "budget": LITTLE, "optimizer": CMA | {"population": "auto"}, "racing": RACING,
     },

@@ -46,7 +46,7 @@ Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Scored:
+class Neighbour:
     """A candidate as its neighbours see it.
 
     Attributes:
@@ -67,11 +67,11 @@ class Neighbours:
 
     def __init__(self, parameters: Sequence[Parameter], objective: ObjectiveInfo) -> None:
         self._box, self._objective = Box(parameters), objective
-        self._told: deque[Scored] = deque(maxlen=MOST_POINTS)
+        self._told: deque[Neighbour] = deque(maxlen=MOST_POINTS)
 
     def take(self, genome: Genome, estimate: Estimate, *, is_rival: bool) -> None:
         """Take a candidate that was told."""
-        self._told.append(self._scored(genome, estimate, is_rival))
+        self._told.append(self._neighbour(genome, estimate, is_rival))
 
     def are_enough(self, others: int) -> bool:
         """Whether there is a model with so many others, and a rival to be better than."""
@@ -83,7 +83,7 @@ class Neighbours:
         Args:
             among: who of the others may lead, by position.
         """
-        points = [*self._told, *(self._scored(genome, estimate, is_rival=False) for genome, estimate in others)]
+        points = [*self._told, *(self._neighbour(genome, estimate, is_rival=False) for genome, estimate in others)]
         rivals = [number for number, point in enumerate(points) if point.is_rival]
         if not among:
             return None
@@ -96,9 +96,9 @@ class Neighbours:
         best = min(among, key=lambda number: float(ours[number]))
         return best if ours[best] < pooled[rivals].min() else None
 
-    def _scored(self, genome: Genome, estimate: Estimate, is_rival: bool) -> Scored:
+    def _neighbour(self, genome: Genome, estimate: Estimate, is_rival: bool) -> Neighbour:
         loss = self._objective.loss(estimate.mean)
-        return Scored(self._box.unit(genome), loss, (estimate.stderr or 0.0) ** 2, is_rival)
+        return Neighbour(self._box.unit(genome), loss, (estimate.stderr or 0.0) ** 2, is_rival)
 
 
 def posterior(units: Vector, means: Vector, noise: Vector, of_all: float) -> Vector:
@@ -113,10 +113,9 @@ def posterior(units: Vector, means: Vector, noise: Vector, of_all: float) -> Vec
     spread, least = float(means.var()), 1e-9 + 1e-6 * of_all
     if spread <= least:
         return means
-    squares = (units**2).sum(axis=1)
-    distances = np.maximum(squares[:, None] + squares[None, :] - 2 * units @ units.T, 0.0) / units.shape[1]
-    best, likeliest = means, -np.inf
+    squares, best, likeliest = (units**2).sum(axis=1), means, -np.inf
     with one_thread():
+        distances = np.maximum(squares[:, None] + squares[None, :] - 2 * units @ units.T, 0.0) / units.shape[1]
         for length in LENGTHS:
             shape = np.exp(-distances / (2 * length**2))
             for height, rough in product(HEIGHTS, ROUGHNESS):

@@ -1,0 +1,130 @@
+"""What stops a race short of the best candidate that it has found, and whether neighbours help.
+
+Simulated searches by CMA-ES for a weight of each of two or four sources. A candidate solves an item when its quality,
+quadratic around the best weights, exceeds the item's difficulty; every item has leanings of its own in some direction,
+and some roughness, so that what is best on the 250 items of a search is not what is best on 4,000 others, by which
+candidates are judged here. For each way of searching: what the best candidate by the search is worth there, the best of
+those that it scored on every item, and the best of all that it asked for; how challengers by neighbours differ from
+those by their own scores is paired by seed, with its standard error.
+
+    python scripts/bench/last_points.py [--seeds 32] [--json docs/last_points.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.genome import Genome
+from evomerge.recipes.stack import StackRecipe
+from evomerge.search.driving.control import Control
+from evomerge.search.driving.drive import Drive
+from evomerge.search.driving.driver import Driver
+from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
+from evomerge.search.settings.sections import Racing
+from evomerge.search.work.jobs import Job, Measured
+from evomerge.store import Store, acquire
+from evomerge.testing.searches import made_up_setup, made_up_space
+
+ITEMS, OTHERS = 250, 4000
+RUNGS = (25, 75)
+SEARCHES: Mapping[str, tuple[int, Racing | None]] = {  # candidates, and how they race
+    "full evaluation": (150, None),
+    "race": (150, Racing(rungs=RUNGS)),
+    "race, challengers by neighbours": (150, Racing(rungs=RUNGS, challengers="neighbours")),
+}
+BY_SCORES, BY_NEIGHBOURS = list(SEARCHES)[1:]
+
+
+class Landscape:
+    """Which items weights solve."""
+
+    def __init__(self, seed: int, weights: int) -> None:
+        random = np.random.default_rng(seed)
+        items = ITEMS + OTHERS
+        self.best = random.uniform(0.4, 1.1, weights)
+        self._scale = random.uniform(1, 2, weights)
+        self._difficulty = random.normal(0, 1, items)
+        self._leaning = random.normal(0, 0.6, (items, weights))
+        self._waves, self._phase = random.normal(0, 9, (items, weights)), random.uniform(0, 2 * np.pi, items)
+
+    def solved(self, genome: Genome) -> NDArray[np.float32]:
+        """float32 [items]: those of a search first."""
+        away = genome - self.best
+        quality = 1.2 - 3 * float((self._scale * away**2).sum())
+        own = self._leaning @ away + 0.5 * np.sin(self._waves @ genome + self._phase)
+        return (quality - self._difficulty + own > 0).astype(np.float32)
+
+    def worth(self, genome: Genome) -> float:
+        return float(self.solved(genome)[ITEMS:].mean())
+
+
+def search(seed: int, sources: int, candidates: int, racing: Racing | None) -> dict[str, float]:
+    """One search."""
+    space = made_up_space(sources=sources)
+    landscape, genomes = Landscape(seed, len(space.parameters)), dict[str, Genome]()
+    decode, generated = space.decode, [0]
+
+    def remember(genome: Genome) -> StackRecipe:
+        recipe = decode(genome)
+        genomes[recipe.hash] = genome
+        return recipe
+
+    def genome_of(recipe_hash: str) -> Genome:
+        return genomes.get(recipe_hash, np.zeros_like(landscape.best))  # baselines are not decoded
+
+    def simulate(job: Job) -> tuple[float, Measured]:
+        solved = landscape.solved(genome_of(job.recipe.hash))
+        generated[0] += sum(len(task.indices) for task in job.tasks)
+        return 1.0, Measured([{"acc": solved[list(task.indices)]} for task in job.tasks], {})
+
+    space.decode = remember  # type: ignore[method-assign]
+    setup = made_up_setup(space, candidates, ITEMS, seed=seed, racing=racing)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.create(Path(folder) / "search.db", name="bench", settings={}, fingerprints={}, environment={})
+        with store, acquire(store):
+            clock = SimulatedClock()
+            pool = SimulatedPool(1, simulate, clock)
+            Driver(Drive(setup, store, pool, Control(store.take_commands), logs=Path(folder), clock=clock)).run()
+            chosen, rows = store.front()[0].recipe_hash, store.candidates()
+    worth = {row.recipe_hash: landscape.worth(genome_of(row.recipe_hash)) for row in rows}
+    return {
+        "best": worth[chosen],
+        "best_scored_on_every_item": max(worth[row.recipe_hash] for row in rows if row.eligible),
+        "best_of_all": max(worth.values()),
+        "best_there_is": landscape.worth(landscape.best),
+        "items": float(generated[0]),
+    }
+
+
+def measure(sources: int, seeds: int) -> dict[str, object]:
+    found = {name: [search(seed, sources, *how) for seed in range(seeds)] for name, how in SEARCHES.items()}
+    gap = np.array(
+        [ours["best"] - theirs["best"] for ours, theirs in zip(found[BY_NEIGHBOURS], found[BY_SCORES], strict=True)]
+    )
+    means = {name: {key: float(np.mean([run[key] for run in runs])) for key in runs[0]} for name, runs in found.items()}
+    error = float(gap.std(ddof=1) / np.sqrt(seeds))
+    return {"sources": sources, "seeds": seeds, "searches": means, "gain": float(gap.mean()), "stderr": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    results = []
+    for sources in (2, 4):
+        results.append(row := measure(sources, given.seeds))
+        print(json.dumps(row, indent=1), flush=True)
+    if given.json is not None:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
