@@ -83,6 +83,8 @@ def test_two_stages_are_what_is_merged_by_hand(models: Path, tmp_path: Path) -> 
         out = tmp_path / f"out {number}"
         merge(write(tmp_path / "both.yaml", *documents), out)
         assert equal(out, tmp_path / "by hand")
+        for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "config.json"):
+            assert (out / name).read_text() == (tmp_path / "by hand" / name).read_text()
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     rounded = {"dtype": "bfloat16", "out_dtype": "bfloat16"}
     merge(write(tmp_path / "first.yaml", unnamed(first(models, **rounded))), tmp_path / "rounded")

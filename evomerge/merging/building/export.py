@@ -138,7 +138,7 @@ def writing(
 def add_companions(folder: FolderWriter, model: Source, texts: Mapping[str, str]) -> None:
     """Add some texts by file name, a source's tokenizer, and what else in its folder goes along."""
     ours = {**model.tokenizer_texts, **texts}
-    for file in _companions(model):
+    for file in companions(model):
         if (name := file.relative_to(model.folder).as_posix()) not in ours:
             folder.add_file(file, name)
     for name, text in ours.items():
@@ -152,7 +152,7 @@ def export_key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, sh
     return "k" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _companions(model: Source) -> list[Path]:
+def companions(model: Source) -> list[Path]:
     """The files of a source's folder that go along; where its tokenizer was made anew, without those of the old one."""
     remade = {*tokenizer_files(model.folder), model.folder / "chat_template.json"} if model.tokenizer_texts else set()
     return [file for file in companion_files(model.folder) if file not in remade]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from evomerge.errors import InputError
 from evomerge.merging.building.builders import BuildContext
 from evomerge.merging.building.export import write_model
 from evomerge.merging.building.stack_builder import StackBuilder
-from evomerge.merging.building.staged_source import key_of, opened_stage, stages_key
+from evomerge.merging.building.staged_source import StagedSource, key_of, opened_stage, stages_key
 from evomerge.merging.materialise import check_opened, check_stack
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.merging.path import is_made_in_order
@@ -103,6 +104,10 @@ class StagedBuilder:
             before = self._known.get(stage.name)
             opened[stage.name] = before if before is not None and key_of(before) == key_of(made) else made
         changed = {name: key_of(one) for name, one in opened.items()} != {n: key_of(s) for n, s in self._known.items()}
+        kept = {source.folder for source in opened.values()}
+        for source in self._known.values():
+            if isinstance(source, StagedSource) and source.folder not in kept:
+                shutil.rmtree(source.folder, ignore_errors=True)
         self._known = opened
         return self._own(recipe.stages[-1], opened), changed
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from evomerge import __version__
-from evomerge.checkpoints.folder import WEIGHTS, tokenizer_files
+from evomerge.checkpoints.folder import WEIGHTS
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
-from evomerge.merging.building.export import write_model
+from evomerge.merging.building.export import companions, write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import Merged, merged_config, merged_tensors
 from evomerge.recipes.base import text_hash
@@ -147,11 +147,12 @@ def _write_hollow(folder: Path, recipe: StackRecipe, sources: Mapping[str, Sourc
     """A model folder whose file of weights is a header over a hole, which takes no room on a disk."""
     folder.mkdir(parents=True)
     model = sources[recipe.tokenizer]
-    for file in tokenizer_files(model.folder):
-        if file.name not in model.tokenizer_texts:
-            shutil.copyfile(file, folder / file.name)
+    for file in companions(model):
+        (folder / file.relative_to(model.folder)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(model.folder))
     texts = {**model.tokenizer_texts, "config.json": json.dumps(merged_config(recipe, sources))}
     for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     header, end = {}, 0
     for name, shape, _ in Materialiser(sources).layout(recipe):
