@@ -50,7 +50,7 @@ TASKS = {"zoo_math_en": "acc", "zoo_math_ja": "acc_ja", "zoo_translate": "acc", 
 SEEDS = range(100)
 RUN = range(10)
 SEARCHES = range(3)
-CANDIDATES, ITEMS, HELD_OUT = 40, 40, 100
+CANDIDATES, ITEMS, HELD_OUT = 40, 25, 60
 MERGES = 3
 """Averages and control that are scored on the items of the last rung."""
 RESULTS = ROOT / "docs" / "diversity.json"
