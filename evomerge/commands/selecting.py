@@ -163,7 +163,8 @@ class Selection(OutsideJobs):
     @cached_property
     def _scales(self) -> dict[str, float]:
         """What the change of each that is kept is multiplied by."""
-        longest = self._section.norm_ratio * float(np.median(list(self._norms.values())))
+        known = [norm for norm in self._norms.values() if norm > 0]
+        longest = self._section.norm_ratio * float(np.median(known)) if known else 0.0
         return {name: min(1.0, longest / norm) if norm > 0 else 1.0 for name, norm in self._norms.items()}
 
     @cached_property
