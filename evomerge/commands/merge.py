@@ -88,18 +88,7 @@ def merge(
         return
     if keys is not None:
         raise InputError("--keys", "is for tables of tensors, and these are language models", "Leave it out.")
-    opened: dict[str, Source] = {}
-
-    def look(reference: str) -> Mapping[str, Role]:
-        if reference not in opened:
-            check_reference(reference, str(path), root)
-            from evomerge.checkpoints.source import open_source
-
-            opened[reference] = open_source(reference, reference, place=str(path), root=root)
-        return opened[reference].roles
-
-    with tempfile.TemporaryDirectory(prefix="evomerge-") as above:
-        made = load_recipe_file(path, look, _Stages(opened, Path(above)))
+    made, opened = _read(path, root)
     recipe = _fitted(_calibrated(made, texts, path), split, path)
     for number, blend in enumerate(recipe.blends if isinstance(recipe, StackRecipe) else ()):
         check_whole(blend, f"{path}: blends[{number}]", has_texts=texts is not None, has_fit=recipe.fit is not None)
@@ -142,6 +131,22 @@ def merge(
         console.print(counted)
     console.print(f"merged into {out}", style="bold")
     say(console, out)
+
+
+def _read(path: Path, root: Path) -> tuple[Recipe, dict[str, Source]]:
+    """The recipe in a file, and the sources that were opened to read it, by their references."""
+    opened: dict[str, Source] = {}
+
+    def look(reference: str) -> Mapping[str, Role]:
+        if reference not in opened:
+            check_reference(reference, str(path), root)
+            from evomerge.checkpoints.source import open_source
+
+            opened[reference] = open_source(reference, reference, place=str(path), root=root)
+        return opened[reference].roles
+
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as above:
+        return load_recipe_file(path, look, _Stages(opened, Path(above))), opened
 
 
 def _tables(path: Path, root: Path) -> dict[str, Any] | None:

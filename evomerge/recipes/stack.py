@@ -157,6 +157,29 @@ class Hop(Frozen):
         return self.layer[source] if isinstance(self.layer, dict) else self.layer
 
 
+class _Numbering:
+    """Numbers equal blends once, in the order in which they are met.
+
+    Attributes:
+        blends: those that were met, by their numbers.
+    """
+
+    def __init__(self) -> None:
+        self.blends: list[Blend] = []
+        self._numbers: dict[str, int] = {}
+        # By identity: a blend takes a while to write down, and often stands in many places.
+        self._met: dict[int, tuple[Blend, int]] = {}
+
+    def __call__(self, blend: Blend) -> int:
+        if id(blend) not in self._met:
+            key = canonical_text(blend.model_dump(mode="json"))
+            if key not in self._numbers:
+                self._numbers[key] = len(self.blends)
+                self.blends.append(blend)
+            self._met[id(blend)] = blend, self._numbers[key]
+        return self._met[id(blend)][1]
+
+
 class StackRecipe(Recipe):
     """One merged model, as data: a blend for each part of it. ``seed`` keys the random drops of DARE.
 
@@ -247,19 +270,7 @@ class StackRecipe(Recipe):
         of the content, so two recipes that say the same thing have the same text and hash; ``vision`` is numbered
         after the path, and ``tensors`` last, in the order of their names.
         """
-        numbers: dict[str, int] = {}
-        blends: list[Blend] = []
-        met: dict[int, int] = {}  # by identity: a blend takes a while to write down, and often stands in many places
-
-        def number(blend: Blend) -> int:
-            if id(blend) not in met:
-                key = canonical_text(blend.model_dump(mode="json"))
-                if key not in numbers:
-                    numbers[key] = len(blends)
-                    blends.append(blend)
-                met[id(blend)] = numbers[key]
-            return met[id(blend)]
-
+        number = _Numbering()
         first, stack = number(embedding), list(hops)
         path = tuple(
             Hop(
@@ -277,7 +288,7 @@ class StackRecipe(Recipe):
         return cls(
             sources=dict(sources),
             tokenizer=tokenizer,
-            blends=tuple(blends),
+            blends=tuple(number.blends),
             embedding=first,
             hops=path,
             norm=final_norm,

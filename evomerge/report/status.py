@@ -85,7 +85,6 @@ def status_of(store: Store) -> SearchStatus:
     record = search.record
     counts, driven = Counts.of(store.counts()), current_holder(store) is not None
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
-    failed = store.candidates(statuses=["failed"], newest=_RECENT)
     front, baselines = store.front(), store.candidates(step=0)
     held = confirmation(store, search, baselines)
     directions = {o.name: "maximize" if o.maximise else "minimize" for o in record.objectives}
@@ -100,7 +99,7 @@ def status_of(store: Store) -> SearchStatus:
     best = {role: shown(row) for role, row in best_on_search(store, search, front, baselines).items()}
     numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
     (state, why), budget = _state(search, held, driven=driven), _budget(store, search, driven=driven)
-    status = SearchStatus(
+    found = SearchStatus(
         name=search.name,
         state=state,
         why=why,
@@ -126,7 +125,7 @@ def status_of(store: Store) -> SearchStatus:
         baselines=[shown(row) for row in baselines if row.objectives],
         front=[row.id for row in front],
         front_entries=[shown(row) for row in front],
-        failures=dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)])),
+        failures=_failures(store),
         unscored=list(_unscored(store, baselines, record.sources, held)),
         seconds=_mean_seconds(recent),
         slow=slow_ones(_paces(recent, record.measures)),
@@ -140,8 +139,19 @@ def status_of(store: Store) -> SearchStatus:
         picks=picks_of(best, held, numbers, sources),
         best_by_role={role: e.id for role, e in best.items()},
     )
+    return _concluded(found, record)
+
+
+def _concluded(status: SearchStatus, record: SearchRecord) -> SearchStatus:
+    """With what follows from all else in it."""
     status = status.model_copy(update={"compositions": list(_compositions(record, status))})
     return status.model_copy(update={"conclusions": conclusions(status)})
+
+
+def _failures(store: Store) -> dict[str, int]:
+    """How many of the candidates that failed last, or could not be confirmed, failed of what."""
+    failed = store.candidates(statuses=["failed"], newest=_RECENT)
+    return dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)]))
 
 
 def _compositions(record: SearchRecord, status: SearchStatus) -> Iterator[Composition]:
