@@ -20,6 +20,7 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_weights
 from evomerge.checkpoints.low_rank_rows import CoreRows, LowRankRows
 from evomerge.checkpoints.source import Source
 from evomerge.inference.adapter_rows import AdapterRowsEngine, OneModel
+from evomerge.inference.showing import Kept
 from evomerge.merging.adapters.low_rank import CoreMerges, base_recipe, coefficients, family_of, in_core_space
 from evomerge.merging.adapters.low_rank_change import CoreChange, LowRankChange
 from evomerge.merging.materialise import Materialiser
@@ -82,6 +83,7 @@ class Together:
         evaluators: in the order that jobs refer to them. They know the model by its forward passes and answers alone,
             and measure no speed.
         base: the source that candidates are measured from; None where there is none.
+        kept: where image tokens go that memory has no room for; None for nowhere.
 
     Raises:
         NotLowRankError: the sources are something else.
@@ -94,12 +96,13 @@ class Together:
         live: LiveModel,
         evaluators: Sequence[Evaluator],
         base: str | None = None,
+        kept: Kept | None = None,
     ) -> None:
         if live.engine is not None:
             raise ValueError("a serving engine answers for one candidate at a time")
         self._sources, self._materialiser, self._live, self._evaluators = sources, materialiser, live, evaluators
         self._family = family_of(sources)
-        self._base = base
+        self._base, self._kept = base, kept
 
     # The factors of either way lie beside the model from when they are first needed.
 
@@ -113,7 +116,7 @@ class Together:
             own = coefficients(recipe, sources, family, self._materialiser.fitted_for(recipe))
             return rows.shares(own), None if change is None else change.of(own)
 
-        return _Mixtures(AdapterRowsEngine(self._live, rows), numbers)
+        return _Mixtures(AdapterRowsEngine(self._live, rows, self._kept), numbers)
 
     @cached_property
     def _core_merges(self) -> _Mixtures:
@@ -126,7 +129,7 @@ class Together:
             own = merges.matrices(recipe)
             return rows.shares(own), None if change is None else change.of(own)
 
-        return _Mixtures(AdapterRowsEngine(self._live, rows), numbers)
+        return _Mixtures(AdapterRowsEngine(self._live, rows, self._kept), numbers)
 
     def run(self, jobs: Sequence[Job]) -> list[Measured | Failed]:
         """The result of each job. An exception in one candidate ends that one alone."""

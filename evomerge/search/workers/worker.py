@@ -119,7 +119,9 @@ class Worker:
         try:
             if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
                 stack = self._stack()
-                self._together = Together(stack.sources, stack.materialiser, stack.live, self._evaluators, stack.base)
+                self._together = Together(
+                    stack.sources, stack.materialiser, stack.live, self._evaluators, stack.base, self._builders.evidence
+                )
             results = self._together.run(jobs)
         except KeyboardInterrupt:
             raise
